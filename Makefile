@@ -1,0 +1,34 @@
+# make demo: fine-tune a real model on real data, scored before and after.   make test: the tests.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/demo
+
+.PHONY: env assets demo test test-slow lint lock
+env: $(VENV)/.ready
+
+$(VENV)/.ready: third_party/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12"; exit 2; }
+	@echo "Making $(VENV) from third_party/requirements.txt ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r third_party/requirements.txt
+	@touch $@
+
+assets: env
+	@$(RUN) demo/assets.py .cache
+
+demo: assets
+	@$(RUN) -m ftjax.train --config=configs/sft_sentiment.py --workdir=$(WORKDIR)
+
+test: env
+	@$(RUN) -m pytest -q -n 2 --dist loadfile -m 'not slow'
+
+test-slow: assets
+	@$(RUN) -m pytest -q -m slow
+
+lint: env
+	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .
+
+# Needs uv; rewrites the hash-locked requirements for every supported Python.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra test pyproject.toml -o third_party/requirements.txt
