@@ -1,0 +1,80 @@
+"""Cross-entropy of one chunk of tokens, with its gradient, from logits that may be split over the
+vocabulary.
+
+Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split (None:
+whole), `offset` is the first vocabulary id of this part; models/head.py loops over chunks and owns
+the weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """Which terms the training loss has.
+
+  loss = nll + label_smoothing * (mean over the vocabulary of -log p - nll) + z_loss * logsumexp^2,
+  per token, in nats. (Szegedy et al. 2016, section 7; Chowdhery et al. 2022, section 5.)"""
+
+  label_smoothing: float = 0.0
+  z_loss: float = 0.0
+
+
+def logsumexp(logits: jax.Array, axis: str) -> jax.Array:
+  """float32[n] of float32[n, V'], over the part here and those on the other members of `axis`."""
+  top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
+  return top + jnp.log(jax.lax.psum(jnp.exp(logits - top[:, None]).sum(-1), axis))
+
+
+def label_logits(logits: jax.Array, labels: jax.Array, axis: str, offset: jax.Array) -> jax.Array:
+  """float32[n]: the logit of each label int32[n], from whichever member holds it."""
+  ids = labels - offset
+  mine = (ids >= 0) & (ids < logits.shape[-1])
+  picked = jnp.take_along_axis(logits, jnp.where(mine, ids, 0)[:, None], axis=-1)[:, 0]
+  return jax.lax.psum(jnp.where(mine, picked, 0.0), axis)
+
+
+def loss_and_gradient(
+  logits: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  terms: Terms,
+  axis: str,
+  offset: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Weighted sums over a chunk, and the gradient of the loss by the logits.
+
+  Args:
+    logits: float32[n, V'].
+    labels: int32[n], ids of the whole vocabulary.
+    weights: float32[n].
+    terms: the loss's terms.
+    axis: name of the axis the vocabulary is split over.
+    offset: int32[], first id of this part.
+
+  Returns:
+    (sum of weight * loss float32[], sum of weight * nll float32[], d(sum of loss)/d(logits)
+    float32[n, V']).
+  """
+  # exp once: on a CPU it costs as much as a pass over the logits.
+  top = jax.lax.pmax(logits.max(-1), axis)
+  probs = jnp.exp(logits - top[:, None])
+  total = jax.lax.psum(probs.sum(-1), axis)
+  z = top + jnp.log(total)
+  nll = z - label_logits(logits, labels, axis, offset)
+  loss, scale = nll, jnp.ones_like(z)
+  if terms.z_loss:
+    loss = loss + terms.z_loss * z * z
+    scale = scale + 2 * terms.z_loss * z
+  smoothing = terms.label_smoothing
+  hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset == labels[:, None]
+  target = jnp.where(hit, 1.0 - smoothing, 0.0)
+  if smoothing:
+    vocab = logits.shape[-1] * jax.lax.axis_size(axis)
+    uniform = z - jax.lax.psum(logits.sum(-1), axis) / vocab
+    loss = loss + smoothing * (uniform - nll)
+    target = target + smoothing / vocab
+  gradient = probs * (scale * weights / total)[:, None] - target * weights[:, None]
+  return (loss * weights).sum(), (nll * weights).sum(), gradient

@@ -1,0 +1,41 @@
+"""The errors that end a run, each with the exit code that scripts may rely on.
+
+0 done; 2 bad flag or config; 3 bad data or model files; 4 non-finite training; 5 a check said no;
+75 stopped early, run again. Everything else is a bug and keeps Python's own traceback and exit code
+1."""
+
+
+class RunError(Exception):
+  """An error whose message is for the user: printed without a traceback, then `exit_code`."""
+
+  exit_code = 1
+
+
+class ConfigError(RunError, ValueError):
+  """A flag or a config key that cannot be meant. The message names the key."""
+
+  exit_code = 2
+
+
+class DataError(RunError, ValueError):
+  """A data or model file that cannot be used. The message names file, place and reason."""
+
+  exit_code = 3
+
+
+class NonFiniteError(RunError, ArithmeticError):
+  """Loss or gradient stayed non-finite, or a non-finite tensor was about to be exported."""
+
+  exit_code = 4
+
+
+class CheckError(RunError):
+  """A check said no: does not fit, replay differs, a gate refused the export."""
+
+  exit_code = 5
+
+
+class StoppedEarly(RunError):
+  """The run was asked to stop and saved its state: run the same command again."""
+
+  exit_code = 75

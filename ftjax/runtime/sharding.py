@@ -1,0 +1,124 @@
+"""The mesh and the one table that says which logical axis lies on which mesh axis.
+
+Axes are Explicit: the sharding of every array is part of its type, a contraction over a sharded
+axis must say where its result lies, and a mismatch is an error at trace time. Parameters carry
+logical axis names where they are declared (`models/`); `spec` turns names into a PartitionSpec by
+RULES. A name that is not in the table raises; what is replicated is written down as None."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ftjax.runtime.errors import ConfigError
+
+AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
+
+# Batch rows are spread over every axis that holds whole copies of, or shards of, the model's rows.
+BATCH = ('data', 'fsdp', 'expert')
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # activations
+  'batch': BATCH,
+  'seq': 'context',
+  'act_embed': None,
+  # parameters
+  'layers': None,
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'head_dim': None,
+  'ffn': 'tensor',
+  'vocab': 'tensor',
+  'norm': None,
+}
+
+
+def spec(*names: str | None) -> P:
+  """PartitionSpec of an array whose dimensions have these logical names (None: replicated).
+
+  Raises:
+    KeyError: a name that RULES does not know.
+    ValueError: two dimensions on one mesh axis.
+  """
+  parts = tuple(None if n is None else RULES[n] for n in names)
+  used = [a for p in parts if p is not None for a in ((p,) if isinstance(p, str) else p)]
+  if len(set(used)) != len(used):
+    raise ValueError(f'{names} -> {parts}: a mesh axis is used twice')
+  return P(*parts)
+
+
+def gathered(*names: str | None) -> P:
+  """`spec` of a parameter after its fsdp gather: what a block computes with."""
+  return spec(*(None if n == 'embed' else n for n in names))
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+  """Sizes over AXES with -1 resolved to what is left of `num_devices`.
+
+  Raises:
+    ConfigError: more than one -1, or a product that is not the device count.
+  """
+  shape = [sizes[a] for a in AXES]
+  free = [i for i, s in enumerate(shape) if s == -1]
+  fixed = math.prod(s for s in shape if s != -1)
+  wanted = ', '.join(f'mesh.{a}={s}' for a, s in zip(AXES, shape, strict=True))
+  if len(free) > 1 or any(s < 1 for s in shape if s != -1):
+    raise ConfigError(f'{wanted}: sizes are positive, and at most one may be -1')
+  if free:
+    if num_devices % fixed:
+      raise ConfigError(
+        f'{wanted}: {num_devices} devices are no multiple of {fixed}; change mesh.{AXES[free[0]]}'
+      )
+    shape[free[0]] = num_devices // fixed
+  elif fixed != num_devices:
+    raise ConfigError(
+      f'{wanted} makes {fixed} devices, but there are {num_devices}; set one of them to -1'
+    )
+  return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with Explicit axes over all devices (or the given ones)."""
+  devices = list(devices or jax.devices())
+  shape = mesh_shape(sizes, len(devices))
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def shardings(mesh: Mesh, axes: Mapping) -> dict:
+  """Nested dict of NamedSharding from a nested dict of logical-axis tuples."""
+  return {
+    k: shardings(mesh, v) if isinstance(v, Mapping) else NamedSharding(mesh, spec(*v))
+    for k, v in axes.items()
+  }
+
+
+def batch_ways() -> int:
+  """How many shards the batch axis has on the current mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[a] for a in BATCH)
+
+
+def check_divides(
+  axes: Mapping[str, tuple], shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> None:
+  """Fails before compiling when a mesh axis does not divide the dimension laid on it.
+
+  Args:
+    axes: flat {parameter name: logical axes}.
+    shapes: flat {parameter name: shape}.
+    mesh: the mesh.
+
+  Raises:
+    ConfigError: names parameter, dimension, size and mesh axis.
+  """
+  for name, names in axes.items():
+    for size, logical, part in zip(shapes[name], names, spec(*names), strict=True):
+      ways = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+      if size % ways:
+        raise ConfigError(
+          f'{name}: its {logical} dimension of {size} cannot be split {ways} ways; '
+          f'change mesh.{part} to a divisor of {size}'
+        )
