@@ -1,0 +1,69 @@
+"""Rows and a tokenizer made on the spot, so that every algorithm can be tried from nothing.
+
+A source 'sums:N' is N questions like "7 + 5 =" with their answers; the tokenizer has one token a
+byte and a ChatML template."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ftjax.data.sources import Spec
+from ftjax.runtime.errors import ConfigError
+
+_SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+VOCAB_SIZE = 256 + len(_SPECIAL)
+_TEMPLATE = (
+  "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+  "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+
+
+def sums(count: int) -> list[dict]:
+  """`count` conversations about a + b, all different, in a fixed order."""
+  pairs = sorted(
+    ((a, b) for a in range(100) for b in range(100)),
+    key=lambda p: (p[0] * 7919 + p[1] * 104729) % 10007,
+  )
+  if not 0 < count <= len(pairs):
+    raise ConfigError(f'data.train=sums:{count}; expected 1 to {len(pairs)} rows')
+  return [
+    {
+      'messages': [
+        {'role': 'user', 'content': f'{a} + {b} ='},
+        {'role': 'assistant', 'content': str(a + b)},
+      ]
+    }
+    for a, b in pairs[:count]
+  ]
+
+
+def resolve(spec: Spec, folder: str) -> Spec:
+  """A source that names made rows becomes a file of them in `folder`; others pass."""
+  kind, _, count = spec.path.partition(':')
+  if kind != 'sums' or not count.isdigit():
+    return spec
+  path = Path(folder) / f'sums-{int(count)}.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(''.join(json.dumps(row) + '\n' for row in sums(int(count))))
+  return dataclasses.replace(spec, path=str(path))
+
+
+def byte_tokenizer() -> dict[str, bytes]:
+  """Files of a tokenizer with a token for each byte and three special ones."""
+  # ByteLevel shows every byte as one printable character; its alphabet in a fixed order is the
+  # vocabulary.
+  vocab = {s: i for i, s in enumerate(_SPECIAL)}
+  vocab |= {c: len(_SPECIAL) + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(list(_SPECIAL))
+  config = {'eos_token': '<|im_end|>', 'pad_token': '<|endoftext|>', 'chat_template': _TEMPLATE}
+  config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  return {
+    'tokenizer.json': tokenizer.to_str().encode(),
+    'tokenizer_config.json': json.dumps(config).encode(),
+  }

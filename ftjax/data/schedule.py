@@ -1,0 +1,188 @@
+"""The order of training rows, as a pure function of (data fingerprint, seed, row number).
+
+A source has R rows in every epoch, because lengths are packed once. An epoch changes which example
+of a length takes which place of that length, and the order of the rows. Any row is found without
+going through those before it; only the permutation of its own epoch is computed.
+
+Random bits come from Philox keyed with a hash, read raw and sorted: NumPy promises the raw stream
+of a bit generator for good, but not what `Generator.permutation` makes of it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ftjax.data import packing
+from ftjax.runtime.errors import ConfigError, DataError
+
+
+def _random_keys(count: int, *names: str | int) -> np.ndarray:
+  """uint64[count] random bits named by `names`; sorting them gives a permutation."""
+  name = '/'.join(map(str, names)).encode()
+  key = np.frombuffer(hashlib.sha256(name).digest()[:16], '<u8').astype(np.uint64)
+  return np.random.Philox(key=key).random_raw(count)
+
+
+class SourceSchedule:
+  """Rows of one source, epoch after epoch.
+
+  Attributes:
+    rows_per_epoch: R.
+    fill: share of the R * seq_len places that hold a token.
+    fingerprint: sha256 hex of what the order depends on.
+  """
+
+  def __init__(
+    self,
+    lengths: np.ndarray,
+    seq_len: int,
+    *,
+    fingerprint: str,
+    seed: int,
+    packed: bool,
+    max_per_row: int | None = None,
+  ):
+    """Packs the lengths.
+
+    Args:
+      lengths: int32[n] tokens of each example, at most `seq_len`.
+      seq_len: T, tokens of a row.
+      fingerprint: of the examples, as `Corpus.fingerprint`.
+      seed: of the run.
+      packed: several examples in a row, or one.
+      max_per_row: most examples in a row.
+
+    Raises:
+      DataError: there is no example.
+    """
+    if not len(lengths):
+      raise DataError('a source without examples cannot be scheduled (data.train)')
+    counts = np.bincount(lengths, minlength=seq_len + 1)
+    self._lengths = np.asarray(lengths)
+    self._groups = (
+      packing.pack_lengths(counts, seq_len, max_per_row) if packed else packing.one_per_row(counts)
+    )
+    self._row_ends = np.cumsum([rows for rows, _ in self._groups])
+    self.rows_per_epoch = int(self._row_ends[-1])
+    self.fill = float(self._lengths.sum(dtype=np.int64) / (self.rows_per_epoch * seq_len))
+    self._places = self._number_places(np.cumsum(counts) - counts)
+    described = f'{fingerprint} {seed} {seq_len} {packed} {max_per_row}'
+    self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+    self._epoch = functools.lru_cache(maxsize=2)(self._permute)
+
+  def _number_places(self, first_of_length: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+    """Per group ((places in each row, first place), ...), one entry a length.
+
+    Places are numbered length by length, so that place p is taken by the p-th example in an order
+    that sorts by length.
+    """
+    following = first_of_length.copy()
+    places = []
+    for rows, lengths in self._groups:
+      entries = []
+      for length in dict.fromkeys(lengths):
+        copies = lengths.count(length)
+        entries.append((copies, int(following[length])))
+        following[length] += copies * rows
+      places.append(tuple(entries))
+    return places
+
+  def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Example of each place, and place in the epoch -> row, for one epoch."""
+    # One sort by (length, random bits): 22 bits of length, 42 of chance.
+    keys = _random_keys(len(self._lengths), self.fingerprint, epoch, 'places') >> np.uint64(22)
+    keys |= self._lengths.astype(np.uint64) << np.uint64(42)
+    order = np.argsort(keys, kind='stable')
+    keys = _random_keys(self.rows_per_epoch, self.fingerprint, epoch, 'rows')
+    return order, np.argsort(keys, kind='stable')
+
+  def row(self, index: int) -> tuple[int, tuple[int, ...]]:
+    """Row number `index` since the start of training: (epoch, ids of its examples)."""
+    epoch, position = divmod(index, self.rows_per_epoch)
+    order, row_order = self._epoch(epoch)
+    row = int(row_order[position])
+    group = int(np.searchsorted(self._row_ends, row, side='right'))
+    nth = row - int(self._row_ends[group]) + self._groups[group][0]
+    ids: list[int] = []
+    for copies, first in self._places[group]:
+      place = first + nth * copies
+      ids += order[place : place + copies].tolist()
+    return epoch, tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row to train on: which source, which of its epochs, which of its examples."""
+
+  source: int
+  epoch: int
+  examples: tuple[int, ...]
+
+
+class Mixture:
+  """Rows of several sources, interleaved evenly by their shares.
+
+  In a period of P rows source s has quota[s] rows; its k-th stands near (k + 1/2) / quota[s] of the
+  period. Each source counts its own epochs: rows cross their borders and none is left out.
+
+  Attributes:
+    sources: the schedules, in order. quotas: rows of each in a period.
+    rows_per_epoch: sum of the sources' rows; without weights every row comes once in as many.
+    fingerprint: sha256 hex of the whole order.
+  """
+
+  def __init__(self, sources: Sequence[SourceSchedule], weights: Sequence[float | None]):
+    """Interleaves sources.
+
+    Args:
+      sources: one schedule each.
+      weights: shares of rows, in any unit; None everywhere for each source's own number of rows.
+
+    Raises:
+      ConfigError: some sources have a weight and others none.
+    """
+    self.sources = tuple(sources)
+    rows = [s.rows_per_epoch for s in self.sources]
+    self.rows_per_epoch = sum(rows)
+    given = [w for w in weights if w is not None]
+    if given and len(given) != len(rows):
+      raise ConfigError(
+        f'data.train: weights {list(weights)}; give every source a weight (a share of rows) or none'
+      )
+    quotas = _round_shares(given, self.rows_per_epoch) if given else rows
+    divisor = math.gcd(*quotas)
+    self.quotas = tuple(q // divisor for q in quotas)
+    self._source_at, self._rank_at = _interleave(self.quotas)
+    described = ' '.join([*(s.fingerprint for s in self.sources), *map(str, self.quotas)])
+    self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+
+  def row(self, index: int) -> Row:
+    """Row number `index` since the start of training."""
+    period, position = divmod(index, len(self._source_at))
+    source = int(self._source_at[position])
+    nth = period * self.quotas[source] + int(self._rank_at[position])
+    epoch, examples = self.sources[source].row(nth)
+    return Row(source, epoch, examples)
+
+
+def _round_shares(weights: Sequence[float], total: int) -> list[int]:
+  """Whole rows out of `total` in proportion to weights, at least one each (largest remainders)."""
+  exact = [w / sum(weights) * total for w in weights]
+  quotas = [max(1, math.floor(x)) for x in exact]
+  by_remainder = sorted(range(len(exact)), key=lambda i: (math.floor(exact[i]) - exact[i], i))
+  for i in by_remainder[: max(0, total - sum(quotas))]:
+    quotas[i] += 1
+  return quotas
+
+
+def _interleave(quotas: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+  """For each position of a period, its source and how many rows of that source came before."""
+  at = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
+  source = np.repeat(np.arange(len(quotas), dtype=np.int32), quotas)
+  rank = np.concatenate([np.arange(q, dtype=np.int64) for q in quotas])
+  order = np.argsort(at, kind='stable')
+  return source[order], rank[order]

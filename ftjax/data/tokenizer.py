@@ -1,0 +1,178 @@
+"""A HF tokenizer folder's files as one object: ids, offsets, special and stop tokens, template,
+fingerprint.
+
+`chat.py` renders messages to text; `encode.py` joins the two. Only the `tokenizers` library is
+used, so that no run needs a model library to read a vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import tokenizers
+
+from ftjax.runtime.errors import DataError
+
+FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'chat_template.jinja',
+  'special_tokens_map.json',
+  'generation_config.json',
+  'config.json',
+)
+
+
+def _parse(files: Mapping[str, bytes], name: str) -> dict:
+  if name not in files:
+    return {}
+  try:
+    value = json.loads(files[name])
+  except ValueError as error:
+    raise DataError(f'{name}: not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise DataError(f'{name}: expected a JSON object, got {type(value).__name__}')
+  return value
+
+
+def _ids(value) -> list[int]:
+  """The `eos_token_id` of a HF file: an int, a list of ints, or absent."""
+  return [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def _template(files: Mapping[str, bytes], config: Mapping) -> tuple[str | None, str]:
+  """The chat template and the place it came from; `chat_template.jinja` wins, as in HF."""
+  if 'chat_template.jinja' in files:
+    return files['chat_template.jinja'].decode(), 'chat_template.jinja'
+  value, place = config.get('chat_template'), 'tokenizer_config.json: chat_template'
+  if isinstance(value, list):
+    named = {t['name']: t['template'] for t in value}
+    if 'default' not in named:
+      raise DataError(f"{place}: got templates {sorted(named)}, expected one named 'default'")
+    value = named['default']
+  return value, place
+
+
+class Tokenizer:
+  """Text to ids and back, with the special tokens that the folder's files agree on.
+
+  Attributes:
+    name: where the files came from, for messages.
+    vocab_size: largest id + 1, added tokens included.
+    bos_id, eos_id: ids or None. pad_id: falls back to eos, then to 0 (padding is masked by
+      position, never by id).
+    stop_ids: eos of the tokenizer, then those of generation_config.json and config.json, each once.
+    special_ids: ids of tokens flagged special, and the stop ids.
+    prefix_ids, suffix_ids: what the tokenizer's own post-processor puts around a text (usually BOS,
+      nothing).
+    template: the chat template or None; template_place: which file it stands in.
+    fingerprint: sha256 hex of tokenizer.json and of everything read from the other files.
+  """
+
+  def __init__(self, files: Mapping[str, bytes], name: str = 'tokenizer'):
+    if 'tokenizer.json' not in files:
+      raise DataError(f'{name}: no tokenizer.json; got {sorted(files)}')
+    self.name = name
+    model = _parse(files, 'tokenizer.json')
+    config = _parse(files, 'tokenizer_config.json')
+    special = _parse(files, 'special_tokens_map.json')
+    generation, architecture = _parse(files, 'generation_config.json'), _parse(files, 'config.json')
+
+    # Truncation and padding saved in the file would silently shorten or fill our rows.
+    model['truncation'] = model['padding'] = None
+    self.prefix_ids, self.suffix_ids = _affixes(model, name)
+    # Without the post-processor nothing is added and byte-level offsets keep their leading space:
+    # spans tile the text.
+    self._tokens = _load(model | {'post_processor': None}, name)
+    self.vocab_size = max(self._tokens.get_vocab(with_added_tokens=True).values()) + 1
+
+    def special_id(key: str) -> int | None:
+      value = config.get(f'{key}_token') or special.get(f'{key}_token')
+      if value is None:
+        return None
+      text = value['content'] if isinstance(value, dict) else value
+      found = self._tokens.token_to_id(text)
+      if found is None:
+        raise DataError(f'{name}: {key}_token {text!r} is not in the vocabulary of tokenizer.json')
+      return found
+
+    self.bos_id, self.eos_id, pad = (special_id(k) for k in ('bos', 'eos', 'pad'))
+    stops = [] if self.eos_id is None else [self.eos_id]
+    stops += _ids(generation.get('eos_token_id')) + _ids(architecture.get('eos_token_id'))
+    self.stop_ids = tuple(dict.fromkeys(stops))
+    if self.eos_id is None and stops:
+      self.eos_id = stops[0]
+    self.pad_id = next(i for i in (pad, self.eos_id, 0) if i is not None)
+    added = self._tokens.get_added_tokens_decoder()
+    self.special_ids = frozenset(i for i, t in added.items() if t.special) | set(self.stop_ids)
+    self.template, self.template_place = _template(files, config)
+    facts = [self.bos_id, self.eos_id, self.pad_id, self.stop_ids, self.template]
+    digest = hashlib.sha256(b'ftjax tokenizer 1\n')
+    digest.update(hashlib.sha256(files['tokenizer.json']).digest())
+    digest.update(json.dumps(facts).encode())
+    self.fingerprint = digest.hexdigest()
+
+  @property
+  def bos_token(self) -> str:
+    """Text of the BOS token, '' if there is none."""
+    return '' if self.bos_id is None else self._tokens.id_to_token(self.bos_id)
+
+  @property
+  def eos_token(self) -> str:
+    """Text of the EOS token, '' if there is none."""
+    return '' if self.eos_id is None else self._tokens.id_to_token(self.eos_id)
+
+  def encode(self, text: str, special: bool = False) -> list[int]:
+    """Ids of a text; `special=True` adds what the tokenizer's own post-processor adds (BOS)."""
+    ids = self._tokens.encode(text, add_special_tokens=False).ids
+    return [*self.prefix_ids, *ids, *self.suffix_ids] if special else ids
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of many texts, int32[n] each, nothing added; runs on all cores."""
+    found = self._tokens.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in found]
+
+  def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Ids of many texts with the characters each id stands for; runs on all cores.
+
+    Returns:
+      per text (ids, starts, ends), int32[n] each: id i stands for `text[starts[i]:ends[i]]`. Ids
+      that share a character (bytes of one emoji) have the same span.
+    """
+    out = []
+    for e in self._tokens.encode_batch(list(texts), add_special_tokens=False):
+      spans = np.array(e.offsets, np.int32).reshape(-1, 2)
+      out.append((np.array(e.ids, np.int32), spans[:, 0], spans[:, 1]))
+    return out
+
+  def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    """Text of ids; special tokens are left out unless `skip_special=False`."""
+    return self._tokens.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+  def token(self, token_id: int) -> str:
+    """One token's own text for display; bytes that are no whole character show as U+FFFD."""
+    return self.decode([token_id], skip_special=False)
+
+
+def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
+  # The library reports every fault as a bare Exception, so the usual ones are looked for here.
+  inner = model.get('model')
+  if not isinstance(inner, dict) or not inner.get('vocab'):
+    raise DataError(f'{name}: tokenizer.json has no model with a vocabulary; got keys {[*model]}')
+  return tokenizers.Tokenizer.from_str(json.dumps(model))
+
+
+def _affixes(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Ids that the file's post-processor puts before and after a text."""
+  if model.get('post_processor') is None:
+    return (), ()
+  whole = _load(model, name)
+  bare = whole.encode('a', add_special_tokens=False).ids
+  full = whole.encode('a', add_special_tokens=True).ids
+  for i in range(len(full) - len(bare) + 1):
+    if full[i : i + len(bare)] == bare:
+      return tuple(full[:i]), tuple(full[i + len(bare) :])
+  raise DataError(
+    f'{name}: the post-processor of tokenizer.json changes a text instead of adding to it'
+  )
