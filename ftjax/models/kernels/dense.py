@@ -1,0 +1,84 @@
+"""Attention as batched matrix products over all scores, with a gradient written out.
+
+The K key/value heads are batch entries and their G query heads extra rows, so keys are never
+repeated; the gradient reuses weights and output, where the compiler's own makes copies of the
+scores. Arrays are one device's.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _product(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+  """Batched over axis 0, contracting axis i of a with axis j of b; float32 sums."""
+  dims = (((i,), (j,)), ((0,), (0,)))
+  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _fold_queries(x: jax.Array, num_kv: int) -> jax.Array:
+  """[B, T, N, H] -> [B K, G T, H]."""
+  b, t, n, h = x.shape
+  x = x.reshape(b, t, num_kv, n // num_kv, h).transpose(0, 2, 3, 1, 4)
+  return x.reshape(b * num_kv, n // num_kv * t, h)
+
+
+def _unfold_queries(x: jax.Array, shape: tuple[int, ...], num_kv: int) -> jax.Array:
+  """[B K, G T, H] -> [B, T, N, H] = shape."""
+  b, t, n, h = shape
+  x = x.reshape(b, num_kv, n // num_kv, t, h).transpose(0, 3, 1, 2, 4)
+  return x.reshape(shape)
+
+
+def _fold_keys(x: jax.Array) -> jax.Array:
+  """[B, S, K, H] -> [B K, S, H]."""
+  b, s, k, h = x.shape
+  return x.transpose(0, 2, 1, 3).reshape(b * k, s, h)
+
+
+def _unfold_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  b, s, k, h = shape
+  return x.reshape(b, k, s, h).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """softmax(q k^T / sqrt(H)) v.
+
+  Args:
+    q: [B, T, N, H].
+    k: [B, S, K, H], N a multiple of K.
+    v: [B, S, K, H].
+    mask: bool[B, T, S], True where a query may look; the same for all heads.
+
+  Returns:
+    [B, T, N, H] in q's dtype; scores and softmax are float32.
+  """
+  return _forward(q, k, v, mask)[0]
+
+
+def _forward(q, k, v, mask):
+  b, t, n, h = q.shape
+  num_kv, s = k.shape[2], k.shape[1]
+  rows, keys, values = _fold_queries(q, num_kv), _fold_keys(k), _fold_keys(v)
+  scores = _product(rows, keys, 2, 2).reshape(b, num_kv, n // num_kv, t, s) * h**-0.5
+  weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
+  weights = weights.astype(q.dtype).reshape(b * num_kv, -1, s)
+  out = _product(weights, values, 2, 1).astype(q.dtype)
+  return _unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, out)
+
+
+def _backward(saved, cotangent):
+  rows, keys, values, weights, out = saved
+  b, *_, h = cotangent.shape
+  num_kv = keys.shape[0] // b
+  shape = (b, keys.shape[1], num_kv, h)
+  g = _fold_queries(cotangent, num_kv)
+  inner = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+  ds = (weights * (_product(g, values, 2, 2) - inner) * h**-0.5).astype(rows.dtype)
+  dq = _unfold_queries(_product(ds, keys, 2, 1).astype(rows.dtype), cotangent.shape, num_kv)
+  dk = _unfold_keys(_product(ds, rows, 1, 1).astype(rows.dtype), shape)
+  dv = _unfold_keys(_product(weights, g, 1, 1).astype(rows.dtype), shape)
+  return dq, dk, dv, None
+
+
+attend.defvjp(_forward, _backward)

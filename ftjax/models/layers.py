@@ -1,0 +1,98 @@
+"""Parts of a block that own parameters: projections and norms, each a shape with logical axes.
+
+Modules hold what a parameter is; they are merged with plain arrays inside the traced function (see
+transformer.py), so they carry no state and no randomness. Weights are cast to the compute dtype and
+gathered over `fsdp` right where they are used: under a scan that is one layer at a time, and the
+gather moves the cast bytes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ftjax.runtime.sharding import gathered, spec
+
+
+class Param(nnx.Param):
+  """A parameter with `axes` (logical names) and `fan_in` (for initialization; 0 means ones) as
+  metadata.
+  """
+
+
+def declare(shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Param:
+  """A declared, abstract parameter: float32[shape]; nothing is allocated."""
+  return Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, fan_in=fan_in)
+
+
+class Linear(nnx.Module):
+  """A projection without bias over the trailing axes of x: `w` float32[*inputs, *outputs].
+
+  Args:
+    inputs: sizes of the contracted axes, the last ones of x.
+    outputs: sizes of the axes that replace them.
+    axes: logical names of w's axes.
+    out: logical names of the result's axes, batch and seq first.
+  """
+
+  def __init__(
+    self,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    axes: tuple[str, ...],
+    out: tuple[str, ...],
+  ):
+    self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
+    self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [B, T, *inputs] -> [B, T, *outputs] in x's dtype."""
+    w = jax.sharding.reshard(self.w[...].astype(x.dtype), gathered(*self.axes))
+    w = w.reshape(math.prod(self.inputs), math.prod(self.outputs))
+    lead = x.shape[:2]
+    x = x.reshape(*lead, math.prod(self.inputs))
+    last = self.out[2]
+    if jax.sharding.get_abstract_mesh().shape['context'] == 1:
+      # One matrix product: with B and T apart, the compiler transposes copies of x for the gradient
+      # of w.
+      y = _multiply(x.reshape(-1, x.shape[-1]), w, spec('batch', last))
+    else:  # merging two split axes would move the activations
+      y = jnp.einsum('BTi,io->BTo', x, w, out_sharding=spec('batch', 'seq', last))
+    return jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply(x: jax.Array, w: jax.Array, out: P) -> jax.Array:
+  """x [n, i] @ w [i, o]. Its gradient asks for [i, o]: left alone it comes transposed."""
+  return jnp.einsum('ni,io->no', x, w, out_sharding=out)
+
+
+def _multiply_forward(x, w, out):
+  # Not _multiply: the checkpoint policy of remat='dots' does not see into a custom_vjp.
+  return jnp.einsum('ni,io->no', x, w, out_sharding=out), (x, w)
+
+
+def _multiply_backward(out, saved, g):
+  del out
+  x, w = saved
+  dx = jnp.einsum('no,io->ni', g, w, out_sharding=jax.typeof(x).sharding)
+  return dx, jnp.einsum('ni,no->io', x, g, out_sharding=jax.typeof(w).sharding)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich 2019, eq. 4)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.eps = eps
+    self.scale = declare((dim,), ('norm',), 0)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+    scale = self.scale[...].astype(jnp.float32)
+    return (x32 * inverse * scale[None, None]).astype(x.dtype)
