@@ -1,0 +1,199 @@
+"""Writes HF model folders that transformers loads: from parameters on devices, or straight from
+another tensor source.
+
+Tensors go out one at a time in HF's names and layout (`names.py`), into a folder beside the target
+that takes its name only when it is whole. config.json and the tokenizer files keep what the source
+had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ftjax.hf import names
+from ftjax.hf.gguf_tokenizer import dump_json
+from ftjax.hf.safetensors import MAX_SHARD_BYTES, MODEL_FILES, TensorInfo, parse_json, write_folder
+from ftjax.models.architecture import Architecture, to_hf
+from ftjax.runtime import trees
+from ftjax.runtime.errors import DataError
+
+if TYPE_CHECKING:
+  # `convert` writes through here without jax; only `export` needs it.
+  import jax
+
+
+def is_ours(path: Path) -> bool:
+  """Whether a model folder consists of such files, so that replacing it loses nothing else."""
+  return path.is_file() and (path.suffix == '.safetensors' or path.name in MODEL_FILES)
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+  """Gives a temporary folder that replaces `target` when the block ends well, else vanishes.
+
+  Raises:
+    DataError: the target is a file, or holds something that no model folder does.
+  """
+  target = Path(target)
+  if target.is_file():
+    raise DataError(f'{target} is a file; give the name of a folder')
+  foreign = sorted(p.name for p in target.iterdir() if not is_ours(p)) if target.is_dir() else []
+  if foreign:
+    raise DataError(
+      f'{target} holds {foreign[0]}, which no model folder does; it is not replaced. Give another '
+      'folder'
+    )
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temp, old = (target.with_name(f'.{target.name}.{end}') for end in ('partial', 'old'))
+  # What a killed process may have left: half a folder, or the old one between the two renames
+  # below.
+  if old.is_dir() and not target.exists():
+    old.rename(target)
+  for left in (temp, old):
+    shutil.rmtree(left, ignore_errors=True)
+  temp.mkdir()
+  try:
+    yield temp
+    if target.exists():
+      target.rename(old)
+    temp.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+  finally:
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+def write_model(
+  target: str | os.PathLike,
+  tensors: Mapping[str, TensorInfo],
+  read: Callable[[str], np.ndarray],
+  files: Mapping[str, bytes],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+):
+  """Writes weights and small files as one HF folder, whole or not at all.
+
+  Raises:
+    NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
+    DataError: the target is there and is not a model folder.
+  """
+  with whole_folder(target) as folder:
+    for name, content in files.items():
+      (folder / name).write_bytes(content)
+    write_folder(folder, tensors, read, max_shard_bytes)
+
+
+def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
+  """config.json: the source's own bytes, or with its dtype key replaced when the weights have
+  another dtype.
+
+  transformers 5 writes `dtype`, 4 wrote `torch_dtype`; whichever is there is kept.
+  """
+  told = {key: source[key] for key in ('dtype', 'torch_dtype') if key in source}
+  name = np.dtype(dtype).name
+  # Without the key, readers take float32.
+  if all(value == name for value in (told or {'': 'float32'}).values()):
+    unchanged = original is not None and parse_json(original, 'config.json') == source
+    return original if unchanged else dump_json(source)
+  return dump_json(dict(source) | dict.fromkeys(told or ('torch_dtype',), name))
+
+
+def generation_file(
+  original: bytes | None, config: Mapping[str, Any], stop_ids: tuple[int, ...]
+) -> bytes | None:
+  """generation_config.json whose eos_token_id holds all of `stop_ids`.
+
+  The original's bytes if it does already.
+  """
+  if original is None and not stop_ids:
+    return None
+  content = {} if original is None else parse_json(original, 'generation_config.json')
+  told = content.get('eos_token_id', config.get('eos_token_id'))
+  known = [] if told is None else list(told) if isinstance(told, list) else [told]
+  stops = list(dict.fromkeys([*known, *map(int, stop_ids)]))
+  if original is not None and (not stop_ids or (stops == known and 'eos_token_id' in content)):
+    return original
+  if original is None:
+    content = {k: config[k] for k in ('bos_token_id', 'pad_token_id') if config.get(k) is not None}
+  content['eos_token_id'] = stops[0] if len(stops) == 1 else stops
+  return dump_json(content)
+
+
+def export(
+  params: Mapping,
+  arch: Architecture,
+  target: str | os.PathLike,
+  *,
+  source_config: Mapping[str, Any] | None,
+  tokenizer_files: Mapping[str, bytes],
+  dtype: np.dtype,
+  stop_ids: tuple[int, ...],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+):
+  """Writes parameters as a HF folder: HF names and layout, unstacked, one tensor on the host at a
+  time.
+
+  Every process of a run calls this, since gathering a tensor takes all of them; process 0 writes.
+
+  Args:
+    params: nested dict of (possibly sharded) arrays.
+    arch: the model.
+    target: folder to write, replaced if it is a model folder.
+    source_config: the model's config.json as `load.read_config` gave it, whose keys and values are
+      kept; None for a model made on the spot.
+    tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
+      tokens and dtype.
+    dtype: of the written tensors.
+    stop_ids: token ids that training taught as the end of an answer.
+
+  Raises:
+    NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
+  """
+  import jax
+
+  leaves, dtype = trees.flatten(params), np.dtype(dtype)
+  bindings = {b.hf: b for b in names.bindings(arch)}
+  wanted = names.leaf_shapes(arch)
+  found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+  if found != wanted:
+    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    raise ValueError(
+      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
+      'in all'
+    )
+
+  def read(name: str) -> np.ndarray:
+    b = bindings[name]
+    value = _on_host(leaves[b.leaf], b.layer)
+    return np.ascontiguousarray(names.to_hf(b, value)).astype(dtype, copy=False)
+
+  if jax.process_index():
+    for name in bindings:
+      read(name)
+    return
+  config = to_hf(arch) if source_config is None else source_config
+  files = dict(tokenizer_files)
+  files['config.json'] = config_file(config, files.get('config.json'), dtype)
+  generation = generation_file(files.get('generation_config.json'), config, stop_ids)
+  if generation is not None:
+    files['generation_config.json'] = generation
+  write_model(target, names.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+
+
+def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
+  """A leaf, or its index `layer` along L, as one host array."""
+  import jax
+
+  # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the
+  # host.
+  part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+  if part.is_fully_addressable:
+    return np.asarray(part)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(part, tiled=True))

@@ -1,0 +1,308 @@
+"""Presents a GGUF file (llama.cpp's format) as a tensor source with HF's names and layout, and as a
+HF config.
+
+Quantized tensors are dequantized row by row to float32 by the `gguf` package. The `llama`
+architecture stores Q and K for interleaved rotary embedding; they are put back into HF's
+half-rotation order here. The tokenizer is in `gguf_tokenizer.py`.
+"""
+
+import functools
+import math
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftjax.hf.safetensors import Index, TensorInfo, full_index
+from ftjax.models.architecture import Architecture, RopeScaling, to_hf
+from ftjax.runtime.errors import DataError
+
+TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
+
+_NAMES = {
+  'token_embd.weight': 'model.embed_tokens.weight',
+  'output_norm.weight': 'model.norm.weight',
+  'output.weight': 'lm_head.weight',
+}
+_LAYER_NAMES = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+_ROPE_TENSOR = 'rope_freqs.weight'
+# What a broken or hostile file makes the reader of the `gguf` package raise.
+_READ_ERRORS = (
+  ValueError,
+  KeyError,
+  IndexError,
+  TypeError,
+  OverflowError,
+  UnicodeError,
+  struct.error,
+  MemoryError,
+)
+
+
+class GGUFSource:
+  """A tensor source over one GGUF file of the `llama` architecture. All tensors are presented as
+  float32.
+
+  Raises:
+    DataError: not a GGUF file, damaged, another architecture, or a tensor type or name that is not
+      supported.
+  """
+
+  def __init__(self, path: str | os.PathLike):
+    self.place = str(path)
+    self._reader = _reader(Path(path))
+    self.metadata = {k: v for k, v in self._reader.fields.items() if not k.startswith('GGUF.')}
+    arch = self.field('general.architecture')
+    if arch != 'llama':
+      raise DataError(f'{path}: general.architecture={arch!r} is not supported; supported: llama')
+    self._stored: dict[str, Any] = {}
+    self.tensors: dict[str, TensorInfo] = {}
+    self._rope_factors: np.ndarray | None = None
+    for tensor in self._reader.tensors:
+      kind = tensor.tensor_type.name
+      if kind not in TYPES:
+        raise DataError(
+          f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to '
+          'Q8_0'
+        )
+      if tensor.name == _ROPE_TENSOR:
+        self._rope_factors = self._dequantize(tensor, slice(None))
+        continue
+      name = _hf_name(tensor.name, self.place)
+      self._stored[name] = tensor
+      # GGUF lists the fastest axis first.
+      shape = tuple(int(n) for n in reversed(tensor.shape))
+      self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
+
+  def field(self, key: str, default: Any = None) -> Any:
+    """A metadata value as Python sees it, or `default`."""
+    if key not in self.metadata:
+      return default
+    try:
+      return self.metadata[key].contents()
+    except _READ_ERRORS as e:
+      raise DataError(f'{self.place}: metadata {key} cannot be read: {e}') from e
+
+  def need(self, key: str) -> Any:
+    """A metadata value that must be there."""
+    if key not in self.metadata:
+      raise DataError(f'{self.place}: metadata {key} is missing')
+    return self.field(key)
+
+  def count(self, key: str, default: int | None = None) -> int:
+    """A metadata value that must be a positive whole number."""
+    value = self.need(key) if default is None else self.field(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise DataError(
+        f'{self.place}: metadata {key} is {value!r}; a positive whole number is expected'
+      )
+    return value
+
+  def number(self, key: str, default: float | None = None) -> float:
+    """A metadata value that must be a positive finite number, in its shortest float32 spelling."""
+    value = self.need(key) if default is None else self.field(key, default)
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+      raise DataError(f'{self.place}: metadata {key} is {value!r}; a positive number is expected')
+    return _shortest(value)
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """See `TensorSource.read`: float32, only the rows that the index touches are dequantized."""
+    shape = self.tensors[name].shape
+    index = full_index(shape, index)
+    if not name.endswith(('.q_proj.weight', '.k_proj.weight')):
+      return np.ascontiguousarray(
+        self._dequantize(self._stored[name], index[0])[(slice(None), *index[1:])]
+      )
+    head_dim = self._head_dim()
+    begin, end, _ = index[0].indices(shape[0])
+    # Rows move within a head only: read whole heads, undo the order, cut.
+    first, last = begin // head_dim * head_dim, -(-end // head_dim) * head_dim
+    rows = self._dequantize(self._stored[name], slice(first, last))
+    rows = half_rotation(rows, head_dim)
+    return np.ascontiguousarray(rows[(slice(begin - first, end - first), *index[1:])])
+
+  def _dequantize(self, tensor, rows: slice) -> np.ndarray:
+    from gguf import dequantize
+
+    # A broken f16 scale may overflow; the non-finite value is found by the check on export.
+    with np.errstate(over='ignore', invalid='ignore'):
+      return np.array(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+
+  def _head_dim(self) -> int:
+    for key in ('llama.attention.key_length', 'llama.rope.dimension_count'):
+      if key in self.metadata:
+        return self.count(key)
+    return self.count('llama.embedding_length') // self.count('llama.attention.head_count')
+
+  def architecture(self) -> Architecture:
+    """Sizes and constants from the metadata.
+
+    Raises:
+      DataError: a key is missing, or a rotary embedding that is neither plain nor `llama3`.
+    """
+    heads, head_dim = self.count('llama.attention.head_count'), self._head_dim()
+    theta = self.number('llama.rope.freq_base', 10000.0)
+    if self.field('llama.rope.dimension_count', head_dim) != head_dim:
+      raise DataError(
+        f'{self.place}: rotary embedding of a part of the head (llama.rope.dimension_count) is not '
+        'supported'
+      )
+    kind = self.field('llama.rope.scaling.type', 'none')
+    if kind != 'none' and (kind != 'llama3' or self._rope_factors is None):
+      raise DataError(
+        f'{self.place}: llama.rope.scaling.type={kind!r} is not supported; supported: none, llama3'
+      )
+    scaling = None
+    if self._rope_factors is not None:
+      original = self.field('llama.rope.scaling.original_context_length')
+      scaling = llama3_scaling(self._rope_factors, theta, head_dim, original, self.place)
+    embed = self.tensors.get('model.embed_tokens.weight')
+    if embed is None:
+      raise DataError(f'{self.place}: token_embd.weight is missing')
+    return Architecture(
+      family='llama',
+      vocab_size=embed.shape[0],
+      model_dim=self.count('llama.embedding_length'),
+      num_layers=self.count('llama.block_count'),
+      num_heads=heads,
+      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
+      head_dim=head_dim,
+      ffn_dim=self.count('llama.feed_forward_length'),
+      norm_eps=self.number('llama.attention.layer_norm_rms_epsilon'),
+      rope_theta=theta,
+      rope_scaling=scaling,
+      tied='lm_head.weight' not in self.tensors,
+      max_len=self.count('llama.context_length'),
+    )
+
+  def config(self) -> dict[str, Any]:
+    """A HF config.json."""
+    ids = {key: self.field(f'tokenizer.ggml.{name}') for key, name in TOKEN_ID_KEYS.items()}
+    ids = {key: int(value) for key, value in ids.items() if value is not None}
+    return to_hf(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
+
+
+TOKEN_ID_KEYS = {
+  'bos_token_id': 'bos_token_id',
+  'eos_token_id': 'eos_token_id',
+  'pad_token_id': 'padding_token_id',
+}
+
+
+def _reader(path: Path):
+  try:
+    stat = path.stat()
+  except OSError as e:
+    raise DataError(f'{path}: {e.strerror}') from e
+  return _cached_reader(path, stat.st_size, stat.st_mtime_ns)
+
+
+# The reader walks through every token of the vocabulary, some seconds: config, tokenizer and
+# weights share one.
+@functools.lru_cache(maxsize=1)
+def _cached_reader(path: Path, size: int, mtime_ns: int):
+  from gguf import GGUFReader
+
+  try:
+    return GGUFReader(path)
+  except _READ_ERRORS as e:
+    raise DataError(
+      f'{path}: not a readable GGUF file ({type(e).__name__}: {e}); truncated download?'
+    ) from e
+
+
+def _hf_name(name: str, place: str) -> str:
+  if name in _NAMES:
+    return _NAMES[name]
+  match = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
+  if not match or match[2] not in _LAYER_NAMES:
+    raise DataError(
+      f'{place}: no HF name is known for tensor {name}; this decoder does not compute with it'
+    )
+  return f'model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight'
+
+
+def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
+  """Puts each head's rows, stored in the order 0, H/2, 1, H/2 + 1, ..., in the order 0 .. H-1.
+
+  Args:
+    rows: float[(N H), D], whole heads.
+    head_dim: H.
+  """
+  heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+  return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shortest(value: float) -> float:
+  """A float32 constant in its shortest spelling: 9.999999747378752e-06 was written as 1e-05."""
+  return float(str(np.float32(value)))
+
+
+def llama3_factors(s: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
+  """float64[H/2]: what each rotary frequency is divided by under the `llama3` rule.
+
+  Source: Llama 3.1's reference code; transformers, modeling_rope_utils.py.
+  """
+  wavelen = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+  smooth = (s.original_len / wavelen - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  smooth = np.clip(smooth, 0.0, 1.0)
+  return 1 / ((1 - smooth) / s.factor + smooth)
+
+
+def llama3_scaling(
+  factors: np.ndarray, theta: float, head_dim: int, original_len: int | None, place: str
+) -> RopeScaling | None:
+  """Recovers the `llama3` parameters from the divisors float32[H/2] that a GGUF file stores instead
+  of them.
+
+  On the ramp the inverse divisor is linear in 1/wavelength, which gives two numbers for three
+  unknowns: multiplying original_len and both frequency factors by one number changes nothing. So
+  the scale is a convention: the file's original_len where it tells one, else low_freq_factor = 1,
+  as all published Llama 3 models have it.
+
+  Raises:
+    DataError: the divisors do not follow the rule, or too few lie on the ramp.
+  """
+  factors = np.asarray(factors, np.float64)
+  if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all():
+    raise DataError(
+      f'{place}: {_ROPE_TENSOR} has shape {factors.shape}; expected ({head_dim // 2},) finite '
+      'numbers'
+    )
+  if (factors == 1).all():
+    return None
+  factor = float(factors.max())
+  ramp = (factors > 1 + 1e-6) & (factors < factor * (1 - 1e-6))
+  refuse = DataError(
+    f'{place}: {_ROPE_TENSOR} does not determine a llama3 rope scaling; put the HF folder of this '
+    'model in its place'
+  )
+  if ramp.sum() < 2 or factors[-1] != factor:
+    raise refuse
+  wavelen = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+  smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+  slope, offset = np.polyfit(
+    1 / wavelen[ramp], smooth[ramp], 1
+  )  # original/(high-low), -low/(high-low)
+  if slope <= 0 or offset >= 0:
+    raise refuse
+  low = original_len * -offset / slope if original_len else 1.0
+  span = low / -offset
+  rounded = RopeScaling(_shortest(factor), round(low, 3), round(low + span, 3), round(slope * span))
+  error = np.abs(llama3_factors(rounded, theta, head_dim) / factors - 1).max()
+  if error > 1e-5:
+    raise refuse
+  return rounded

@@ -1,0 +1,239 @@
+"""Reads HF folders and GGUF files: config, tokenizer files, and weights streamed into the sharding
+they will have.
+
+Strict in both directions: every parameter is filled, every tensor of the file is used, else an
+error with the names. Next: `names.py` for the table, `safetensors.py` for the files, `export.py`
+for the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ftjax.hf import gguf_tokenizer, names, safetensors
+from ftjax.hf.gguf import GGUFSource
+from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
+from ftjax.models.architecture import Architecture
+from ftjax.runtime import trees
+from ftjax.runtime.errors import DataError
+
+if TYPE_CHECKING:
+  # Converting files needs no jax and should start quickly; `load_params` imports it.
+  import jax
+
+_BLOCK_BYTES = 32 << 20
+
+
+def _gguf_file(path: Path) -> Path | None:
+  """The GGUF file that `path` is or holds; None for a HF folder."""
+  if path.is_file():
+    if path.suffix != '.gguf':
+      raise DataError(
+        f'{path}: a model is a HF folder or a .gguf file; for a safetensors file give its folder'
+      )
+    return path
+  if not path.is_dir():
+    raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file')
+  if any(path.glob('*.safetensors')) or (path / safetensors.INDEX_FILE).exists():
+    return None
+  found = sorted(path.glob('*.gguf'))
+  if len(found) > 1:
+    raise DataError(
+      f'{path}: holds {len(found)} GGUF files ({found[0].name}, {found[1].name}, ...); name one of '
+      'them'
+    )
+  return found[0] if found else None
+
+
+def open_source(path: str | os.PathLike) -> TensorSource:
+  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF file."""
+  file = _gguf_file(Path(path))
+  return SafetensorsFolder(path) if file is None else GGUFSource(file)
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+  """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file."""
+  file = _gguf_file(Path(path))
+  if file is not None:
+    return GGUFSource(file).config()
+  place = safetensors.file_inside(Path(path), 'config.json')
+  config = parse_json(place.read_bytes(), str(place))
+  if not isinstance(config, dict):
+    raise DataError(f'{place}: expected a JSON object')
+  return config
+
+
+def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
+  """The tokenizer's files by name, and config.json; of a GGUF file: made from its metadata."""
+  file = _gguf_file(Path(path))
+  if file is not None:
+    source = GGUFSource(file)
+    return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
+  folder = Path(path)
+  present = [n for n in (*safetensors.TOKENIZER_FILES, 'config.json') if (folder / n).exists()]
+  return {name: safetensors.file_inside(folder, name).read_bytes() for name in present}
+
+
+def check_tensors(source: TensorSource, arch: Architecture):
+  """Compares the names and shapes of a file with what a model needs.
+
+  Raises:
+    DataError: names every tensor that is missing, left over or of another shape; or a tied model's
+      head differs from its embedding.
+  """
+  need = {b.hf: b for b in names.bindings(arch)}
+  have = dict(source.tensors)
+  embed, head = names.TIED[arch.family]
+  if arch.tied and head in have:
+    _check_tied(source, embed, head)
+    del have[head]
+  unused = names.UNUSED[arch.family]
+  left = sorted(name for name in have if name not in need and not unused.fullmatch(name))
+  problems = [f'missing {name} (parameter {need[name].leaf})' for name in need if name not in have]
+  problems += [f'no parameter takes {name} {list(have[name].shape)}' for name in left]
+  problems += [
+    f'{name} is {list(have[name].shape)}, expected {list(b.hf_shape)} for parameter {b.leaf}'
+    for name, b in need.items()
+    if name in have and have[name].shape != b.hf_shape
+  ]
+  problems += [
+    f'{name} is {have[name].dtype}, a float type is expected'
+    for name in need
+    if name in have and have[name].dtype.kind not in 'fV'
+  ]
+  if problems:
+    more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
+    hint = ''
+    if not arch.tied and head not in have:
+      hint = '. If the head is the embedding, config.json must say tie_word_embeddings: true'
+    raise DataError(
+      f'{source.place} does not fit its config.json: {"; ".join(problems[:8])}{more}{hint}'
+    )
+
+
+def _check_tied(source: TensorSource, embed: str, head: str):
+  same = embed in source.tensors and source.tensors[embed] == source.tensors[head]
+  if same:
+    blocks = safetensors.row_blocks(source.tensors[embed])
+    # Bytes are compared: equal for NaN too, and that is another check's matter.
+    same = all(
+      source.read(embed, (b,)).tobytes() == source.read(head, (b,)).tobytes() for b in blocks
+    )
+  if not same:
+    raise DataError(
+      f'{source.place}: config.json says tie_word_embeddings: true, but {head} differs from '
+      f'{embed}. Say false if the file is right, or delete the tensor'
+    )
+
+
+def load_params(
+  path: str | os.PathLike, arch: Architecture, shardings: Mapping, dtype: np.dtype
+) -> dict[str, jax.Array]:
+  """Reads the weights of a model into arrays of a given sharding, as a nested dict.
+
+  One leaf at a time, largest first; of it one shard at a time, and of that one tensor of the file,
+  in blocks of rows. So the host holds, beyond the parameters themselves, one leaf at most.
+
+  Args:
+    path: HF folder or GGUF file.
+    arch: the model, from `read_config`.
+    shardings: a `jax.sharding.Sharding` for each parameter, a nested dict like the result.
+    dtype: of all parameters.
+
+  Raises:
+    DataError: see `check_tensors`.
+  """
+  source = open_source(path)
+  check_tensors(source, arch)
+  shapes, places = names.leaf_shapes(arch), trees.flatten(shardings)
+  if shapes.keys() != places.keys():
+    raise ValueError(
+      f'shardings differ from the parameters in {sorted(shapes.keys() ^ places.keys())}'
+    )
+  rows: dict[str, list[names.Binding]] = {}
+  for b in names.bindings(arch):
+    rows.setdefault(b.leaf, []).append(b)
+  dtype = np.dtype(dtype)
+  size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+  leaves = {}
+  # Largest first: its second copy, made while it moves to the devices, then exists beside nothing
+  # else.
+  order = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+  with tqdm(total=size, unit='B', unit_scale=True, desc='weights', disable=size < 1e9) as bar:
+    for name in order:
+      leaves[name] = _load_leaf(source, rows[name], shapes[name], places[name], dtype)
+      bar.update(math.prod(shapes[name]) * dtype.itemsize)
+  return trees.unflatten({name: leaves[name] for name in sorted(leaves)})
+
+
+def _load_leaf(
+  source: TensorSource,
+  rows: list[names.Binding],
+  shape: tuple[int, ...],
+  sharding: jax.sharding.Sharding,
+  dtype: np.dtype,
+) -> jax.Array:
+  import jax
+
+  parts: dict[str, np.ndarray] = {}
+
+  def fill(index):
+    # Devices may hold copies of a part: it is read once.
+    key = str(index)
+    if key not in parts:
+      parts[key] = _fill(source, rows, shape, index, dtype)
+    return parts[key]
+
+  leaf = jax.make_array_from_callback(shape, sharding, fill)
+  # The next leaf is read only when this one's buffer can go.
+  return jax.block_until_ready(leaf)
+
+
+def _fill(
+  source: TensorSource, rows: list[names.Binding], shape: tuple[int, ...], index, dtype
+) -> np.ndarray:
+  ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+  out = np.empty([len(r) for r in ranges], dtype)
+  for b in rows:
+    if b.layer is None:
+      _fill_tensor(source, b, ranges, out)
+    elif b.layer in ranges[0]:
+      _fill_tensor(source, b, ranges[1:], out[b.layer - ranges[0].start])
+  return out
+
+
+def _fill_tensor(
+  source: TensorSource, binding: names.Binding, ranges: list[range], out: np.ndarray
+):
+  # Blocks run along the axis of ours that is HF's first, so that a block is a range of rows of the
+  # file.
+  axis = binding.row.axes.index(binding.row.hf_axes[0])
+  item = source.tensors[binding.hf].dtype.itemsize
+  row_bytes = max(1, out.size // max(1, out.shape[axis])) * item
+  step = max(1, _BLOCK_BYTES // row_bytes)
+  for begin in range(0, len(ranges[axis]), step):
+    block = ranges[axis][begin : begin + step]
+    index = [slice(r.start, r.stop) for r in ranges]
+    index[axis] = slice(block.start, block.stop)
+    place = [slice(None)] * out.ndim
+    place[axis] = slice(begin, begin + len(block))
+    out[tuple(place)] = names.read(source, binding, tuple(index))
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """SHA-256, in hex, over name, size and content of the weight files."""
+  file = _gguf_file(Path(path))
+  digest = hashlib.sha256()
+  for weights in safetensors.weight_files(Path(path)) if file is None else [file]:
+    digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
+    with weights.open('rb') as f:
+      digest.update(hashlib.file_digest(f, 'sha256').digest())
+  return digest.hexdigest()

@@ -1,0 +1,413 @@
+"""Reads and writes safetensors folders, tensor by tensor, with numpy alone.
+
+A *tensor source* is what the rest of `hf/` reads from: a table of names with shape and dtype, and a
+`read` that touches only the rows it is asked for. `SafetensorsFolder` is one, `gguf.GGUFSource` the
+other. Files are hostile until checked: header size, offsets and shard names are verified before a
+byte of a tensor is read. Next: `names.py`, then `load.py`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from ftjax.runtime.errors import DataError, NonFiniteError
+
+Index = tuple[slice, ...]
+
+# Small files of a HF folder that belong to the tokenizer, or tell how to run the model.
+TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
+INDEX_FILE = 'model.safetensors.index.json'
+SINGLE_FILE = 'model.safetensors'
+MODEL_FILES = (*TOKENIZER_FILES, 'config.json', INDEX_FILE)
+MAX_HEADER_BYTES = 100_000_000
+MAX_SHARD_BYTES = 5_000_000_000
+# Reads that are not whole rows pass through a buffer of this size.
+_BLOCK_BYTES = 32 << 20
+
+DTYPES = {
+  'BOOL': np.dtype(bool),
+  'U8': np.dtype(np.uint8),
+  'I8': np.dtype(np.int8),
+  'U16': np.dtype('<u2'),
+  'I16': np.dtype('<i2'),
+  'U32': np.dtype('<u4'),
+  'I32': np.dtype('<i4'),
+  'U64': np.dtype('<u8'),
+  'I64': np.dtype('<i8'),
+  'F16': np.dtype('<f2'),
+  'F32': np.dtype('<f4'),
+  'F64': np.dtype('<f8'),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+  """Shape and dtype of a stored tensor."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+  """Named tensors of a model file, in HF's names and layout."""
+
+  tensors: Mapping[str, TensorInfo]
+  place: str  # the folder or file, for messages
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """Returns the tensor, or the part that a tuple of step-1 slices selects, as a new array."""
+    ...
+
+
+class _Entry(NamedTuple):
+  path: Path
+  offset: int
+  info: TensorInfo
+
+
+def _is_count(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> Any:
+  if path.stat().st_size > limit:
+    raise DataError(
+      f'{path}: {path.stat().st_size} bytes; a JSON of at most {limit} bytes was expected'
+    )
+  return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: bytes, place: str) -> Any:
+  """`json.loads` whose failure is a DataError with place and line; repeated keys are refused."""
+
+  def no_repeats(pairs):
+    out = dict(pairs)
+    if len(out) != len(pairs):
+      names = [key for key, _ in pairs]
+      raise DataError(
+        f'{place}: the key {next(n for n in names if names.count(n) > 1)!r} stands twice'
+      )
+    return out
+
+  try:
+    return json.loads(text.decode(), object_pairs_hook=no_repeats)
+  except UnicodeDecodeError as e:
+    raise DataError(f'{place}: not UTF-8 at byte {e.start}') from e
+  except json.JSONDecodeError as e:
+    raise DataError(f'{place}:{e.lineno}: not JSON: {e.msg}') from e
+  except RecursionError as e:
+    raise DataError(f'{place}: JSON nested too deep') from e
+
+
+def read_header(path: Path) -> dict[str, _Entry]:
+  """Reads and checks the header of one safetensors file.
+
+  Raises:
+    DataError: not a safetensors file, header over 100 MB, an unknown dtype, offsets out of bounds,
+      overlapping, with holes, or of another size than shape and dtype say.
+  """
+  size = path.stat().st_size
+  with path.open('rb') as f:
+    prefix = f.read(8)
+    if len(prefix) < 8:
+      raise DataError(f'{path}: {size} bytes are no safetensors file (truncated download?)')
+    header_bytes = int.from_bytes(prefix, 'little')
+    if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > size:
+      raise DataError(
+        f'{path}: header of {header_bytes} bytes in a file of {size}; expected at most '
+        f'{MAX_HEADER_BYTES} '
+        'and inside the file. Not safetensors, or a truncated download'
+      )
+    header = parse_json(f.read(header_bytes), f'{path} (header)')
+  if not isinstance(header, dict):
+    raise DataError(f'{path}: the header is a {type(header).__name__}, expected a JSON object')
+  header.pop('__metadata__', None)
+  start = 8 + header_bytes
+  entries = {name: _entry(path, name, row, start) for name, row in header.items()}
+  end = start
+  for name, entry in sorted(
+    entries.items(), key=lambda item: (item[1].offset, item[1].info.nbytes)
+  ):
+    if entry.offset != end:
+      raise DataError(
+        f'{path}: {name} begins at byte {entry.offset}, expected {end}: tensors overlap or leave a '
+        'hole'
+      )
+    end += entry.info.nbytes
+  if end != size:
+    raise DataError(
+      f'{path}: tensors end at byte {end} of {size}: truncated, or with bytes no tensor owns'
+    )
+  return entries
+
+
+def _entry(path: Path, name: str, row: Any, start: int) -> _Entry:
+  if not isinstance(row, dict) or row.keys() != {'dtype', 'shape', 'data_offsets'}:
+    raise DataError(f'{path}: {name!r} has {row!r}; expected dtype, shape and data_offsets')
+  dtype = DTYPES.get(row['dtype']) if isinstance(row['dtype'], str) else None
+  if dtype is None:
+    raise DataError(f'{path}: {name!r} has dtype {row["dtype"]!r}; supported: {", ".join(DTYPES)}')
+  shape, offsets = row['shape'], row['data_offsets']
+  if not isinstance(shape, list) or not all(map(_is_count, shape)):
+    raise DataError(f'{path}: {name!r} has shape {shape!r}; expected a list of counts')
+  if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+    raise DataError(f'{path}: {name!r} has data_offsets {offsets!r}; expected [begin, end]')
+  info = TensorInfo(tuple(shape), dtype)
+  if offsets[1] - offsets[0] != info.nbytes:
+    raise DataError(
+      f'{path}: {name!r} has {offsets[1] - offsets[0]} bytes; {info.nbytes} expected for '
+      f'{row["dtype"]}{shape}'
+    )
+  return _Entry(path, start + offsets[0], info)
+
+
+def file_inside(folder: Path, name: Any) -> Path:
+  """The file of a name that a model folder gives, refused unless it is a plain name inside the
+  folder.
+
+  A symbolic link may leave the folder in one case, the hub's cache: `CACHE/snapshots/REVISION/x`
+  points into `CACHE/blobs/`, and both ends are checked after all links are resolved.
+  """
+  ok = isinstance(name, str) and name not in ('', '.', '..') and not any(c in name for c in '/\\\0')
+  if not ok:
+    raise DataError(
+      f'{folder}: file name {name!r} is refused; a plain name, without folders, is expected'
+    )
+  path = folder / name
+  if not path.is_file():
+    raise DataError(f'{folder}: {name} is missing (unfinished download?)')
+  real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+  # Only a folder named snapshots/REVISION has a blobs folder of its own: elsewhere "../../blobs" is
+  # nobody's cache.
+  in_hub_cache = home.parent.name == 'snapshots' and real.parent == home.parent.parent / 'blobs'
+  if real.parent != home and not in_hub_cache:
+    raise DataError(
+      f'{path}: the link leaves the model folder, to {real}; refused. Copy the file into the folder'
+    )
+  return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+  """The safetensors files of a HF folder: model.safetensors, or the shards that its index names, in
+  name order.
+
+  Raises:
+    DataError: none there (with what to do about `.bin` files), a bad index, or a shard name that is
+      refused.
+  """
+  index = folder / INDEX_FILE
+  if (folder / SINGLE_FILE).exists() and not index.exists():
+    return [file_inside(folder, SINGLE_FILE)]
+  if index.exists():
+    names = list(_weight_map(folder).values())
+    return sorted({file_inside(folder, name) for name in names})
+  if any(folder.glob('*.bin')) or any(folder.glob('*.pth')):
+    raise DataError(
+      f'{folder}: only pickled weights (.bin, .pth), which can run code when loaded and are never '
+      'read here. Convert '
+      'once, where torch is installed: '
+      'AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR, '
+      'safe_serialization=True)'
+    )
+  raise DataError(f'{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there')
+
+
+def _weight_map(folder: Path) -> dict[str, Any]:
+  path = folder / INDEX_FILE
+  file_inside(folder, INDEX_FILE)
+  index = _read_json(path)
+  weight_map = index.get('weight_map') if isinstance(index, dict) else None
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise DataError(f'{path}: weight_map is missing or empty; expected {{tensor: file}}')
+  return weight_map
+
+
+class SafetensorsFolder:
+  """A tensor source over the safetensors files of a HF folder.
+
+  Raises:
+    DataError: see `weight_files` and `read_header`; or index and shards disagree about where a
+      tensor is.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    root = Path(folder)
+    self.place = str(root)
+    self._entries: dict[str, _Entry] = {}
+    for path in weight_files(root):
+      for name, entry in read_header(path).items():
+        if name in self._entries:
+          raise DataError(f'{path}: {name} is also in {self._entries[name].path.name}')
+        self._entries[name] = entry
+    if (root / INDEX_FILE).exists():
+      self._check_index(root)
+    self.tensors = {name: entry.info for name, entry in self._entries.items()}
+
+  def _check_index(self, root: Path):
+    told = _weight_map(root)
+    found = {name: entry.path.name for name, entry in self._entries.items()}
+    if wrong := sorted(n for n in told.keys() | found.keys() if told.get(n) != found.get(n)):
+      n = wrong[0]
+      raise DataError(
+        f'{root}: {INDEX_FILE} and the shards disagree about {len(wrong)} tensors, first {n}: the '
+        'index says '
+        f'{told.get(n)}, the shards {found.get(n)}'
+      )
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """See `TensorSource.read`. Only rows that the index selects are read, in blocks of 32 MB."""
+    path, offset, (shape, dtype) = self._entries[name]
+    if not shape:
+      return self._rows(path, offset, (), dtype)
+    index = full_index(shape, index)
+    begin, end, _ = index[0].indices(shape[0])
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    if all(s.indices(n) == (0, n, 1) for s, n in zip(index[1:], shape[1:], strict=True)):
+      return self._rows(path, offset + begin * row_bytes, (max(0, end - begin), *shape[1:]), dtype)
+    out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
+    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    for row in range(begin, end, step):
+      rows = min(step, end - row)
+      block = self._rows(path, offset + row * row_bytes, (rows, *shape[1:]), dtype)
+      out[row - begin : row - begin + rows] = block[(slice(None), *index[1:])]
+    return out
+
+  @staticmethod
+  def _rows(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    # readinto rather than a memory map: mapped pages count as this process's memory and stay until
+    # the system wants them.
+    out = np.empty(shape, dtype)
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    with path.open('rb', buffering=0) as f:
+      f.seek(offset)
+      done = 0
+      while done < len(view):
+        got = f.readinto(view[done:])
+        if not got:
+          raise DataError(
+            f'{path}: ended at byte {offset + done}; the file shrank while it was read'
+          )
+        done += got
+    return out
+
+
+def full_index(shape: tuple[int, ...], index: Index | None) -> Index:
+  """An index with one slice for each axis; None means everything."""
+  index = () if index is None else tuple(index)
+  if any(s.step not in (None, 1) for s in index) or len(index) > len(shape):
+    raise ValueError(
+      f'index {index} of a tensor of shape {shape}: expected at most one step-1 slice an axis'
+    )
+  return index + (slice(None),) * (len(shape) - len(index))
+
+
+def row_blocks(info: TensorInfo, limit: int = _BLOCK_BYTES) -> Iterator[slice]:
+  """Slices of the first axis which cover a tensor in blocks of about `limit` bytes."""
+  rows = info.shape[0]
+  step = max(1, limit // max(1, info.nbytes // max(1, rows)))
+  for row in range(0, rows, step):
+    yield slice(row, min(rows, row + step))
+
+
+def write_folder(
+  folder: Path,
+  tensors: Mapping[str, TensorInfo],
+  read: Callable[[str], np.ndarray],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+):
+  """Writes tensors into `folder` as model.safetensors, or as shards with an index; one tensor in
+  memory at a time.
+
+  Args:
+    folder: an existing folder, the caller's to discard when this raises.
+    tensors: name → shape and dtype, in the order of writing.
+    read: gives the named tensor, of that shape and dtype.
+    max_shard_bytes: tensors are put in shards of at most this, a larger tensor in one of its own.
+
+  Raises:
+    NonFiniteError: a tensor holds NaN or infinity.
+  """
+  shards: list[dict[str, TensorInfo]] = [{}]
+  for name, info in tensors.items():
+    if shards[-1] and sum(i.nbytes for i in shards[-1].values()) + info.nbytes > max_shard_bytes:
+      shards.append({})
+    shards[-1][name] = info
+  if len(shards) == 1:
+    _write_file(folder / SINGLE_FILE, shards[0], read)
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards):
+    file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    _write_file(folder / file, shard, read)
+    weight_map |= dict.fromkeys(shard, file)
+  total = {'total_size': sum(info.nbytes for info in tensors.values())}
+  text = json.dumps({'metadata': total, 'weight_map': dict(sorted(weight_map.items()))}, indent=2)
+  (folder / INDEX_FILE).write_text(text + '\n')
+
+
+def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]):
+  # Wide dtypes first, as the format's own writer does: every tensor is then aligned to its item
+  # size.
+  order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name in order:
+    shape, dtype = tensors[name]
+    header[name] = {
+      'dtype': _DTYPE_NAMES[dtype],
+      'shape': list(shape),
+      'data_offsets': [end, end + tensors[name].nbytes],
+    }
+    end += tensors[name].nbytes
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  with path.open('wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    for name in order:
+      value = read(name)
+      if (value.shape, value.dtype) != tensors[name]:
+        raise ValueError(f'{name}: got {value.dtype}{value.shape}, announced {tensors[name]}')
+      check_finite(name, value)
+      f.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def check_finite(name: str, value: np.ndarray):
+  """Raises NonFiniteError with the first place where a float array holds NaN or infinity."""
+  if value.dtype.kind in 'biu' or not value.size:
+    return
+  flat = value.reshape(-1)
+  for begin in range(0, flat.size, _BLOCK_BYTES):
+    finite = np.isfinite(flat[begin : begin + _BLOCK_BYTES])
+    if not finite.all():
+      at = np.unravel_index(begin + int(np.argmin(finite)), value.shape)
+      place = tuple(int(i) for i in at)
+      raise NonFiniteError(
+        f'{name}{list(place)} is {value[place]}: nothing was exported. Lower optim.lr, or export '
+        'an earlier checkpoint'
+      )

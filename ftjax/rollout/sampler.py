@@ -1,0 +1,237 @@
+"""Generation with a key/value cache: prefill once, then decode in dispatches of several tokens.
+
+Prompts are padded on the left to a common bucket, so that all rows write the cache at one index;
+where tokens stand is said by segments and positions, so a row's answer depends neither on the
+padding nor on the other rows. A sampled token's key is (seed, row id, position)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax.models import cache as kv
+from ftjax.models import head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.attention import Tokens
+from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.sharding import batch_ways, spec
+
+TOKENS_PER_DISPATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen. temperature 0: the likeliest. top_k 0 and top_p 1: no truncation.
+
+  top_k keeps the k likeliest tokens, top_p the smallest set of likeliest ones with at least that
+  probability (both after temperature)."""
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ConfigError(f'{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1')
+
+
+def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+  """int32[B] from logits float32[B, V] and one random key a row."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / sampling.temperature
+  if sampling.top_k or sampling.top_p < 1:
+    ordered = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    keep = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+    if sampling.top_k:
+      keep &= jnp.arange(logits.shape[-1])[None] < sampling.top_k
+    least = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
+    logits = jnp.where(logits >= least, logits, -jnp.inf)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """A batch being decoded: last token, its position, row id, whether it ended; all [B]. `at`: next
+  cache index.
+  """
+
+  token: jax.Array
+  position: jax.Array
+  row: jax.Array
+  done: jax.Array
+  at: jax.Array
+
+
+class Sampler:
+  """Generates from one architecture; programs are compiled per (batch, bucket, capacity, sampling).
+
+  Args:
+    arch: the architecture.
+    dtype: compute dtype.
+    stop_ids: tokens that end an answer; they are not returned.
+    pad_id: any valid token id.
+  """
+
+  def __init__(self, arch: Architecture, dtype: jnp.dtype, stop_ids: Sequence[int], pad_id: int):
+    self.arch, self.dtype, self.pad_id = arch, dtype, pad_id
+    self.stop_ids = tuple(stop_ids)
+    self._prefill = jax.jit(self._prefill_fn, static_argnames=('capacity', 'sampling'))
+    self._decode = jax.jit(self._decode_fn, static_argnames=('sampling',), donate_argnums=(1,))
+
+  def _next(self, params, x, rows: jax.Array, position: jax.Array, seed, sampling):
+    table = params['embed' if self.arch.tied else 'head']['w']
+    logits = jax.sharding.reshard(head.logits(x, table), spec('batch', None))
+    base = jax.random.key(seed)
+    key = jax.vmap(lambda r, p: jax.random.fold_in(jax.random.fold_in(base, r), p))
+    return choose(logits, key(rows, position), sampling)
+
+  def _is_stop(self, token):
+    return functools.reduce(
+      jnp.logical_or, [token == s for s in self.stop_ids], jnp.zeros_like(token, bool)
+    )
+
+  def _prefill_fn(self, params, tokens, segments, positions, rows, seed, *, capacity, sampling):
+    batch, length = tokens.shape
+    memory = kv.empty(self.arch, batch, capacity, self.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    where = Tokens(segments, positions)
+    x, memory = transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
+    # For one row, jax 0.12 forgets in indexing how the batch lies.
+    position = jax.sharding.reshard(positions[:, -1] + 1, spec('batch'))
+    token = self._next(params, x[:, -1], rows, position, seed, sampling)
+    at = jnp.asarray(length, jnp.int32)
+    return memory, _Rows(token, position, rows, self._is_stop(token), at)
+
+  def _decode_fn(self, params, memory, rows: _Rows, seed, *, sampling):
+    def step(i, carry):
+      memory, rows, out = carry
+      token, segment, position = (
+        jax.sharding.reshard(a[:, None], spec('batch', 'seq'))
+        for a in (rows.token, jnp.ones_like(rows.token), rows.position)
+      )
+      where = Tokens(segment, position)
+      x, memory = transformer.decode(
+        self.arch, params, token, where, memory, rows.at, dtype=self.dtype
+      )
+      token = self._next(params, x[:, 0], rows.row, rows.position + 1, seed, sampling)
+      token = jnp.where(rows.done, self.pad_id, token)
+      done = rows.done | self._is_stop(token)
+      out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, 1)
+      return memory, _Rows(token, rows.position + 1, rows.row, done, rows.at + 1), out
+
+    shape = (rows.token.shape[0], TOKENS_PER_DISPATCH)
+    out = jnp.full(shape, self.pad_id, jnp.int32, out_sharding=spec('batch', None))
+    return jax.lax.fori_loop(0, TOKENS_PER_DISPATCH, step, (memory, rows, out))
+
+  def generate(
+    self,
+    params: dict,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    sampling: Sampling,
+    *,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    ended: Callable[[list[int]], bool] | None = None,
+    stream: Callable[[list[list[int]]], None] | None = None,
+  ) -> list[list[int]]:
+    """Answers to prompts, without stop tokens.
+
+    Args:
+      params: nested dict.
+      prompts: token ids, none empty.
+      max_tokens: longest answer.
+      sampling: how tokens are chosen.
+      seed: of sampling.
+      row_ids: what tells rows apart in the sampling key; their index by default.
+      ended: asked between dispatches for each answer so far; True ends it (stop strings).
+      stream: shown the answers so far after each dispatch.
+    """
+    count = len(prompts)
+    if not count or not all(len(p) for p in prompts):
+      raise ConfigError('generate: every prompt needs at least one token')
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    check_decodable(mesh)
+    batch = -(-count // batch_ways()) * batch_ways()
+    steps = -(-max(max_tokens - 1, 0) // TOKENS_PER_DISPATCH)
+    tokens, segments, positions = left_pad(prompts, batch, self.pad_id)
+    ids = np.zeros(batch, np.int32)
+    ids[:count] = np.arange(count) if row_ids is None else row_ids
+
+    def put(a, *names):
+      return jax.make_array_from_callback(
+        a.shape, NamedSharding(mesh, spec(*names)), lambda i: a[i]
+      )
+
+    memory, rows = self._prefill(
+      params,
+      put(tokens, 'batch', 'seq'),
+      put(segments, 'batch', 'seq'),
+      put(positions, 'batch', 'seq'),
+      put(ids, 'batch'),
+      seed,
+      capacity=tokens.shape[1] + steps * TOKENS_PER_DISPATCH,
+      sampling=sampling,
+    )
+    answers = [[int(t)] for t in np.asarray(rows.token)[:count]]
+    finished = [False] * count
+    self._finish(answers, finished, max_tokens, ended)
+    for _ in range(steps):
+      if all(finished):
+        break
+      memory, rows, out = self._decode(params, memory, rows, seed, sampling=sampling)
+      for b, more in enumerate(np.asarray(out)[:count]):
+        if not finished[b]:
+          answers[b] += more.tolist()
+      self._finish(answers, finished, max_tokens, ended)
+      if stream:
+        stream(answers)
+    return answers
+
+  def _finish(self, answers: list[list[int]], finished: list[bool], max_tokens: int, ended):
+    """Cuts answers in place at their first stop token or max_tokens, and marks those that are
+    complete; they stay so.
+    """
+    for b, answer in enumerate(answers):
+      if finished[b]:
+        continue
+      stop = next((i for i, t in enumerate(answer) if t in self.stop_ids), None)
+      complete = stop is not None or len(answer) >= max_tokens
+      del answer[min(max_tokens, len(answer) if stop is None else stop) :]
+      finished[b] = complete or bool(ended and ended(answer))
+
+
+def check_decodable(mesh: Mesh) -> None:
+  """Raises ConfigError where the sequence is split: a cache is written along it."""
+  if mesh.shape['context'] > 1:
+    raise ConfigError(f'mesh.context={mesh.shape["context"]}: decoding needs mesh.context=1')
+
+
+def left_pad(
+  prompts: Sequence[Sequence[int]], rows: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(tokens, segments, positions), int32[rows, bucket]: prompts at the right end, segment 0 before
+  them and in rows to spare.
+  """
+  length = _bucket(max(len(p) for p in prompts))
+  tokens = np.full((rows, length), pad_id, np.int32)
+  segments, positions = np.zeros((2, rows, length), np.int32)
+  for b, prompt in enumerate(prompts):
+    begin = length - len(prompt)
+    tokens[b, begin:], segments[b, begin:], positions[b, begin:] = prompt, 1, np.arange(len(prompt))
+  return tokens, segments, positions
+
+
+def _bucket(length: int) -> int:
+  """Smallest of 16, 24, 32, 48, 64, 80, 96, ... that holds `length`: few programs, at most a third
+  of padding.
+  """
+  step = max(8, 1 << max(length.bit_length() - 3, 0))
+  return max(16, -(-length // step) * step)
