@@ -1,0 +1,246 @@
+"""The host's loop around a compiled step: cadence, logs, evaluation, checkpoints, stopping.
+
+The order at a step's end matters and is this: read metrics, evaluate, save, stop. Metrics of step t
+are read after step t + 1 was dispatched, unless something is due at t. The loop knows nothing of
+models or data: it is given functions."""
+
+import dataclasses
+import logging
+import math
+import signal
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ftjax.runtime.checkpoint import Checkpoints
+from ftjax.runtime.errors import NonFiniteError, StoppedEarly
+from ftjax.runtime.metrics import MetricsWriter
+from ftjax.runtime.throughput import Throughput, attended_keys, memory
+from ftjax.training.state import State
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+  """When things happen, in steps; 0 means never.
+
+  patience: evaluations without a better `metric` before training ends; mode 'min' or 'max'.
+  max_bad_steps: non-finite steps in a row that end the run.
+  """
+
+  steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  patience: int
+  metric: str
+  mode: str
+  max_bad_steps: int
+  profile_start: int
+  profile_stop: int
+
+
+@dataclasses.dataclass
+class Progress:
+  """What the loop remembers from step to step; saved with every checkpoint.
+
+  value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
+  after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
+  """
+
+  value: float | None = None
+  step: int = 0
+  evals_since: int = 0
+  loss_sum: float = 0.0
+  losses: int = 0
+
+  def see(self, value: float, step: int, mode: str) -> bool:
+    """Whether `value` is better than all before."""
+    better = self.value is None or (value < self.value if mode == 'min' else value > self.value)
+    if better and math.isfinite(value):
+      self.value, self.step, self.evals_since = value, step, 0
+      return True
+    self.evals_since += 1
+    return False
+
+
+class StopFlag:
+  """Turns SIGTERM and the first SIGINT into a wish to stop after the current step; a context
+  manager.
+  """
+
+  def __init__(self):
+    self.wanted = False
+
+  def __enter__(self):
+    self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def __exit__(self, *_):
+    for s, handler in self._old.items():
+      signal.signal(s, handler)
+
+  def _handle(self, number, frame):
+    del frame
+    log.warning('%s: stopping after this step', signal.Signals(number).name)
+    self.wanted = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
+
+
+class Loop:
+  """Runs a compiled step to the end, or to a stop.
+
+  Args:
+    step: compiled (state, batch) -> (state, metrics).
+    cadence: when things happen.
+    evaluate: (state, steps done) -> metrics of the 'eval' split; called every eval_every steps and
+      at the end.
+    meta: steps done -> JSON saved with a checkpoint.
+    writer, checkpoints, throughput: where results go.
+    profile_dir: where traces go.
+  """
+
+  def __init__(
+    self,
+    step: Callable[[State, dict], tuple[State, dict]],
+    cadence: Cadence,
+    *,
+    evaluate: Callable[[State, int], dict[str, float]],
+    meta: Callable[[int], dict[str, Any]],
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    throughput: Throughput,
+    profile_dir: str,
+  ):
+    self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
+    self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
+    self._profile_dir = profile_dir
+    self.progress = Progress()
+    self._latest: dict[str, float] = {}
+    self._bar: tqdm | None = None
+
+  def run(self, state: State, start: int, feed: Iterable, progress: Progress) -> State:
+    """Trains from `start` steps done to cadence.steps.
+
+    Args:
+      state: donated.
+      start: optimizer steps done so far.
+      feed: iterable of (step, device batch, host batch), beginning with step `start`.
+      progress: what the restored checkpoint remembered.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      StoppedEarly: asked to stop; the state is saved.
+      NonFiniteError: max_bad_steps non-finite steps in a row.
+    """
+    cadence, pending = self._cadence, None
+    self.progress = progress
+    trace_from = max(start, cadence.profile_start)
+    trace_to = min(cadence.profile_stop, cadence.steps)
+    self._throughput.start()
+    feed = iter(feed)
+    with StopFlag() as stop, tqdm(total=cadence.steps, initial=start, unit='step') as self._bar:
+      for done in range(start + 1, cadence.steps + 1):
+        if done - 1 == trace_from < trace_to:
+          jax.profiler.start_trace(self._profile_dir)
+        with self._throughput.waiting():
+          _, batch, host = next(feed)
+        state, metrics = self._step(state, batch)
+        if pending:
+          self._read(*pending)
+        pending = (done, metrics, host)
+        if done == trace_to > trace_from:
+          jax.block_until_ready(metrics)
+          jax.profiler.stop_trace()
+        last, halt = done == cadence.steps, stop.wanted
+        evaluate = last or _due(done, cadence.eval_every)
+        if evaluate or halt or _due(done, cadence.save_every):
+          self._read(*pending)
+          pending = None
+          with self._throughput.paused():
+            ended = self._rest(state, done, evaluate, last or halt)
+          if halt:
+            raise StoppedEarly(
+              f'stopped after step {done} of {cadence.steps}; run the same command again to go on'
+            )
+          if ended:
+            log.info(
+              'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
+            )
+            break
+    self._checkpoints.wait()
+    return state
+
+  def _read(self, done: int, metrics: dict, host: dict[str, np.ndarray]) -> None:
+    """Fetches a step's metrics, counts, writes."""
+    values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+    cadence = self._cadence
+    self._latest = {f'train/{k}': v for k, v in values.items()}
+    self._throughput.step_done(
+      tokens=int((host['segments'] > 0).sum()),
+      supervised=int(values['supervised_tokens']),
+      attended=attended_keys(host['segments'], host['positions']),
+    )
+    if not values['ok']:
+      log.warning(
+        'step %d: loss %s, gradient norm %s; skipped', done, values['loss'], values['grad_norm']
+      )
+      if values['bad_streak'] >= cadence.max_bad_steps:
+        self._writer.write(done, 'train', values)
+        raise NonFiniteError(
+          f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
+          f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
+          'at the rows with python -m ftjax.preview'
+        )
+    else:
+      self.progress.loss_sum += values['loss']
+      self.progress.losses += 1
+    self._bar.update(1)
+    if _due(done, cadence.log_every) or done == cadence.steps:
+      speed = self._throughput.read()
+      fed = {'batch_crc32': zlib.crc32(host['tokens'].tobytes())}  # which rows were really trained
+      self._writer.write(done, 'train', values | fed | speed | memory())
+      shown = {'loss': f'{values["loss"]:.4f}'}
+      if speed:
+        shown |= {'tok/s': f'{speed["tokens_per_s"]:.0f}'}
+        shown |= {'mfu': f'{speed["mfu"]:.0%}'} if 'mfu' in speed else {}
+      self._bar.set_postfix(shown, refresh=False)
+
+  def _rest(self, state: State, done: int, evaluate: bool, must_save: bool) -> bool:
+    """Evaluates and saves what is due after step `done`; whether training ends here for lack of
+    progress.
+    """
+    cadence, metric, ended, improved = self._cadence, None, False, False
+    if evaluate:
+      values = self._evaluate(state, done)
+      progress = self.progress
+      if progress.losses and 'loss' in values:
+        values = values | {'gap': values['loss'] - progress.loss_sum / progress.losses}
+        progress.loss_sum, progress.losses = 0.0, 0
+      if values:
+        self._writer.write(done, 'eval', values)
+      if cadence.metric:
+        measured = {f'eval/{k}': v for k, v in values.items()} | self._latest
+        metric = measured.get(cadence.metric)
+        improved = metric is not None and self.progress.see(metric, done, cadence.mode)
+        ended = bool(cadence.patience) and self.progress.evals_since >= cadence.patience
+    if must_save or improved or ended or _due(done, cadence.save_every):
+      meta = self._meta(done) | {
+        'progress': dataclasses.asdict(self.progress),
+        'ended': ended,
+      }
+      self._checkpoints.save(done, state, meta, metric)
+      if must_save or ended:
+        self._checkpoints.wait()
+    return ended
+
+
+def _due(step: int, every: int) -> bool:
+  return bool(every) and step % every == 0

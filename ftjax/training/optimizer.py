@@ -1,0 +1,255 @@
+"""Optimizers for parameters whose leaves are stacks of layers.
+
+A stacked leaf must be treated as the layers it holds. Transforms that look at single numbers
+(adamw, lion, sgd) need nothing; those that look at a whole matrix (muon, adafactor) are vmapped
+over the layer axis and shown each layer as a matrix [in, out]. Weight decay, freezing and
+learning-rate multipliers come from regex tables over per-layer names, `layer3/attn/q/w`, and become
+a number or a vector over the layer axis per leaf."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ftjax.runtime import trees
+from ftjax.runtime.errors import ConfigError
+
+NAMES = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
+Table = Sequence[tuple[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """What an optimizer must know of a parameter.
+
+  Attributes:
+    names: the per-layer names of a stacked leaf in layer order, or one name.
+    stacked: whether axis 0 counts layers.
+    split: how many dimensions, after the layer axis, are a matrix's input side; 0 for vectors.
+    table: whether it is an embedding or head table, which muon leaves to Adam.
+  """
+
+  names: tuple[str, ...]
+  stacked: bool
+  split: int
+  table: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """An optimizer in numbers. See ftjax/config.py for the meaning of each."""
+
+  name: str
+  schedule: Callable
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+  decay: Table
+  multipliers: Table
+  freeze: Table
+
+
+def leaves(
+  declared: Mapping[str, tuple[tuple[int, ...], tuple[str, ...], int]],
+  slots: Sequence[tuple[str, int]],
+) -> dict[str, Leaf]:
+  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in)} and the
+  architecture's layer slots.
+  """
+  layers: dict[str, list[int]] = {}
+  for layer, (block, _) in enumerate(slots):
+    layers.setdefault(block, []).append(layer)
+  out = {}
+  for name, (shape, axes, fan_in) in declared.items():
+    stacked = axes[0] == 'layers'
+    dims = shape[1:] if stacked else shape
+    split = next(
+      (i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), min(len(dims) - 1, 1)
+    )
+    names = (name,)
+    if stacked:
+      block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
+      names = tuple(f'layer{i}/{rest}' for i in layers['/'.join(block)])
+    out[name] = Leaf(names, stacked, split, 'vocab' in axes)
+  return out
+
+
+def _by_leaf(table: Table, info: Mapping[str, Leaf], key: str) -> dict[str, np.ndarray]:
+  """{leaf: array of the table's values, one per layer} by matching per-layer names."""
+  values = trees.match_table(table, [n for leaf in info.values() for n in leaf.names], key)
+  return {
+    name: np.asarray([values[n] for n in leaf.names], np.float32) for name, leaf in info.items()
+  }
+
+
+def frozen_names(table: Table, info: Mapping[str, Leaf]) -> set[str]:
+  """Leaves that `optim.freeze` freezes whole: they get no gradient and no optimizer state."""
+  frozen = {n for n, v in _by_leaf(table, info, 'optim.freeze').items() if v.all()}
+  if len(frozen) == len(info):
+    raise ConfigError('optim.freeze freezes every parameter; nothing is left to train')
+  return frozen
+
+
+def _scale_by(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+  """Multiplies each leaf by its number, or its layers by theirs."""
+
+  def update(updates, state, params=None):
+    del params
+
+    def one(name, u):
+      f = factors[name]
+      if (f == 1).all():
+        return u
+      return u * jnp.asarray(f if len(f) > 1 else f[0], u.dtype).reshape(
+        (-1,) + (1,) * (u.ndim - 1) if len(f) > 1 else ()
+      )
+
+    return trees.map_named(one, updates), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layer_mask(
+  recipe: Recipe, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+) -> Callable[[dict], dict]:
+  """gradient -> gradient with zeros for the frozen layers of leaves that are trained in part.
+
+  Without it they would count in the norm that clipping looks at.
+  """
+  frozen = _by_leaf(recipe.freeze, info, 'optim.freeze')
+  scale = _scale_by({n: 1 - frozen[n] for n in trained})
+  return lambda gradient: scale.update(gradient, optax.EmptyState())[0]
+
+
+def _add_decay(rate: float, factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+  """update + rate * factor * parameter: decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+  def update(updates, state, params):
+    scaled, _ = _scale_by(factors).update(params, optax.EmptyState())
+    decayed = {n for n, f in factors.items() if f.any()}
+    return trees.map_named(
+      lambda n, u, p: u + rate * p if n in decayed else u, updates, scaled
+    ), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def per_matrix(
+  transform: optax.GradientTransformation, info: Mapping[str, Leaf]
+) -> optax.GradientTransformation:
+  """`transform` applied to every layer of every leaf on its own, a layer's matrix shown as [in,
+  out].
+
+  Its state is a flat {leaf name: state}, stacked leaves with a leading layer axis throughout.
+  """
+
+  def view(name, x):
+    leaf = info[name]
+    lead = x.shape[:1] if leaf.stacked else ()
+    dims = x.shape[len(lead) :]
+    if not leaf.split:
+      return x
+    return x.reshape(*lead, math.prod(dims[: leaf.split]), math.prod(dims[leaf.split :]))
+
+  def init(params):
+    return {
+      n: (jax.vmap(transform.init) if info[n].stacked else transform.init)(view(n, p))
+      for n, p in trees.flatten(params).items()
+    }
+
+  def update(updates, state, params):
+    flat, new, out = trees.flatten(params), {}, {}
+    for n, u in trees.flatten(updates).items():
+      run = jax.vmap(transform.update) if info[n].stacked else transform.update
+      moved, new[n] = run(view(n, u), state[n], view(n, flat[n]))
+      out[n] = moved.reshape(u.shape)
+    return trees.unflatten(out), new
+
+  return optax.GradientTransformation(init, update)
+
+
+def _split(
+  names: set[str], first: optax.GradientTransformation, other: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """`first` for the named leaves, `other` for the rest."""
+
+  def parts(tree):
+    return trees.select(tree, lambda n: n in names)
+
+  def init(params):
+    a, b = parts(params)
+    return (first.init(a), other.init(b))
+
+  def update(updates, state, params):
+    (ua, ub), (pa, pb) = parts(updates), parts(params)
+    ua, sa = first.update(ua, state[0], pa)
+    ub, sb = other.update(ub, state[1], pb)
+    return trees.merge(ua, ub), (sa, sb)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _direction(recipe: Recipe, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  """The part that differs by name: from the clipped gradient to a step of rate 1, before decay."""
+  adam = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps)
+  if recipe.name == 'adamw':
+    return adam
+  if recipe.name == 'lion':
+    return optax.scale_by_lion(recipe.b1, recipe.b2)
+  if recipe.name == 'sgd':
+    return optax.trace(recipe.b1) if recipe.b1 else optax.identity()
+  if recipe.name == 'adafactor':
+    # Shazeer and Stern 2018: factored second moments, update clipping at RMS 1, steps relative to
+    # the parameter's RMS.
+    parts = (
+      optax.scale_by_factored_rms(),
+      optax.clip_by_block_rms(1.0),
+      optax.scale_by_param_block_rms(),
+    )
+    return per_matrix(optax.chain(*parts), info)
+  if recipe.name == 'muon':
+    # Jordan et al. 2024: matrices inside blocks by Newton-Schulz, the rest (norms, tables) by Adam.
+    # The factor makes an update's RMS that of Adam (Liu et al. 2025, eq. 4), so that one learning
+    # rate serves both.
+    muon = optax.chain(
+      optax.contrib.scale_by_muon(
+        beta=recipe.b1, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
+      ),
+      optax.stateless(lambda u, p: u * (0.2 * math.sqrt(max(u.shape)))),
+    )
+    matrices = {n for n, leaf in info.items() if leaf.split and not leaf.table}
+    return _split(matrices, per_matrix(muon, info), adam)
+  raise ConfigError(f'optim.name={recipe.name!r}; expected one of {NAMES}')
+
+
+def make_optimizer(
+  recipe: Recipe, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+) -> optax.GradientTransformation:
+  """Direction, weight decay, multipliers and learning rate, over the leaves `trained` of all leaves
+  `info`.
+
+  Clipping is done by the step, which needs the norm anyway.
+
+  Raises:
+    ConfigError: an unknown name, or a table that does not cover.
+  """
+  frozen = _by_leaf(recipe.freeze, info, 'optim.freeze')
+  rates = _by_leaf(recipe.multipliers, info, 'optim.multipliers')
+  decay = _by_leaf(recipe.decay, info, 'optim.decay')
+  parts = [_direction(recipe, trained)]
+  # Either way one part: a decay that is switched on or off leaves the state's shape as it was.
+  parts.append(
+    _add_decay(recipe.weight_decay, {n: decay[n] for n in trained})
+    if recipe.weight_decay
+    else optax.identity()
+  )
+  parts.append(_scale_by({n: rates[n] * (1 - frozen[n]) for n in trained}))
+  parts.append(optax.scale_by_learning_rate(recipe.schedule))
+  return optax.chain(*parts)

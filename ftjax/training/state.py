@@ -1,0 +1,89 @@
+"""The state of a training run: what is sharded, donated to every step, and saved."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ftjax.runtime import trees
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """step int32[]: optimizer updates tried so far. params: trained leaves; frozen: the others. opt:
+  the optimizer's.
+
+  ema: moving average of params, or an empty dict. skipped int32[]: non-finite steps so far;
+  bad_streak int32[]: the last ones in a row."""
+
+  step: jax.Array
+  params: dict
+  frozen: dict
+  opt: optax.OptState
+  ema: dict
+  skipped: jax.Array
+  bad_streak: jax.Array
+
+
+def create(
+  params: dict, frozen: dict, optimizer: optax.GradientTransformation, with_ema: bool
+) -> State:
+  """A fresh state around parameters; run it under jit with `out_shardings=state_shardings(...)`,
+  donating nothing.
+  """
+  zero = jnp.zeros((), jnp.int32)
+  ema = jax.tree.map(jnp.copy, params) if with_ema else {}
+  return State(zero, params, frozen, optimizer.init(params), ema, zero, zero)
+
+
+def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> State:
+  """Shardings of an abstract state: what has a parameter's name and shape, or its shape
+  with dimensions merged, lies like it; the rest is replicated.
+
+  Args:
+    state: from `jax.eval_shape(create, ...)`.
+    parameter_shardings: nested dict over all parameters, trained and frozen.
+    mesh: the mesh.
+  """
+  known = trees.flatten(parameter_shardings)
+  shapes = {n: x.shape for n, x in trees.flatten(trees.merge(state.params, state.frozen)).items()}
+
+  def place(path, leaf):
+    keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+    for i in range(len(keys)):
+      name = '/'.join(keys[i:])
+      if name in known and (found := _merged(known[name], shapes[name], leaf.shape)):
+        return found
+    return NamedSharding(mesh, P())
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _merged(
+  where: NamedSharding, shape: tuple[int, ...], target: tuple[int, ...]
+) -> NamedSharding | None:
+  """Sharding of an array of `shape` reshaped to `target` by merging adjacent dimensions, as muon
+  sees a matrix; None where that is not what `target` is, or a shard would not stay in one piece.
+  """
+  left = list(zip(shape, (*where.spec, *[None] * (len(shape) - len(where.spec))), strict=True))
+  spec = []
+  for size in target:
+    merged, axis = left.pop(0) if left else (0, None)
+    while merged < size and left and left[0][1] is None:
+      merged *= left.pop(0)[0]
+    if merged != size:
+      return None
+    spec.append(axis)
+  return None if left else NamedSharding(where.mesh, P(*spec))
+
+
+def with_shardings(abstract, shardings):
+  """ShapeDtypeStructs that carry shardings, for ahead-of-time lowering and for restoring."""
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+  )

@@ -1,0 +1,142 @@
+"""One optimizer step: accumulate, clip, update; skipped when something is not finite.
+
+The loss function returns sums, not means; sums over all micro-batches and devices are divided once,
+here, by the summed weight. So a step does not depend on how its rows are cut into micro-batches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax.runtime import trees
+from ftjax.training.state import State
+
+# (params, micro-batch, key) -> (total float32[], weight float32[], {metric: (total, weight)})
+LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
+
+
+def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax.Array):
+  """(gradient of the total, total, weight, metrics), summed over the micro-batches [A, M, ...] of
+  `batch`.
+  """
+
+  def one(rows, index):
+    def total_loss(trained):
+      total, weight, metrics = loss_fn(
+        trees.merge(trained, frozen), rows, jax.random.fold_in(key, index)
+      )
+      return total, (weight, metrics)
+
+    (total, (weight, metrics)), gradient = jax.value_and_grad(total_loss, has_aux=True)(params)
+    return gradient, total, weight, metrics
+
+  first = jax.tree.map(lambda x: x[0], batch)
+  count = jax.tree.leaves(batch)[0].shape[0]
+  if count == 1:  # a loop of one would hold a second copy of the gradient
+    return one(first, 0)
+
+  def body(carry, item):
+    return jax.tree.map(jnp.add, carry, one(*item)), None
+
+  rest = jax.eval_shape(lambda: one(first, 0)[1:])
+  zeros = (
+    jax.tree.map(jnp.zeros_like, params),
+    *jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest),
+  )
+  return jax.lax.scan(body, zeros, (batch, jnp.arange(count, dtype=jnp.int32)))[0]
+
+
+def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
+  return total / jnp.where(weight == 0, 1.0, weight)
+
+
+def make_step(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  shardings: State,
+  *,
+  mask: Callable[[dict], dict],
+  schedule: Callable,
+  clip_norm: float,
+  ema_decay: float,
+  seed: int,
+) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
+  """The step of an algorithm, to be compiled with `compile_step`.
+
+  Args:
+    loss_fn: sums of loss and weight over a micro-batch.
+    optimizer: over the trained leaves.
+    shardings: of the state.
+    mask: gradient -> gradient, zero where a trained leaf holds frozen layers.
+    schedule: update number -> learning rate, for the log.
+    clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
+    ema_decay: of the moving average of the parameters; 0 means none.
+    seed: of the step's random keys, which are a function of (seed, step, micro-batch).
+
+  Returns:
+    step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
+    rows. Metrics hold loss (nats per supervised token), grad_norm (before clipping), lr, ok,
+    supervised_tokens, bad_streak, skipped, and loss_fn's own, divided.
+  """
+
+  def update(gradient, ok, state: State):
+    """New (params, opt, ema) where ok, the old ones elsewhere."""
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = (
+      jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+      if ema_decay
+      else {}
+    )
+    old = (state.params, state.opt, state.ema)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, opt, ema), old)
+
+  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
+  # lays out.
+  update = jax.sharding.auto_axes(
+    update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
+  )
+
+  def step(state: State, batch: dict):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    gradient, total, weight, metrics = _gradient(loss_fn, state.params, state.frozen, batch, key)
+    gradient = mask(jax.tree.map(lambda g: _ratio(g, weight), gradient))
+    norm = jnp.sqrt(
+      sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient))
+    )
+    if clip_norm:
+      scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+      gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
+    loss = _ratio(total, weight)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    params, opt, ema = update(gradient, ok, state)
+    bad = (~ok).astype(jnp.int32)
+    new = State(
+      step=state.step + 1,
+      params=params,
+      frozen=state.frozen,
+      opt=opt,
+      ema=ema,
+      skipped=state.skipped + bad,
+      bad_streak=(state.bad_streak + bad) * bad,
+    )
+    out = {name: _ratio(*pair) for name, pair in metrics.items()}
+    # The optimizer counts the updates that were made.
+    rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
+    out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok)
+    return new, out | dict(supervised_tokens=weight, skipped=new.skipped, bad_streak=new.bad_streak)
+
+  return step
+
+
+def compile_step(step: Callable, state: State, batch: dict) -> jax.stages.Compiled:
+  """Compiles ahead of time from ShapeDtypeStructs that carry shardings: one executable for fresh
+  start, resume and plan.
+  """
+  shardings = jax.tree.map(lambda a: a.sharding, state)
+  return (
+    jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
+  )
