@@ -1,0 +1,32 @@
+"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences. About ten
+minutes on two CPU cores.
+
+`make demo` runs it, after demo/assets.py has put the model and the sentences into .cache.
+"""
+
+from ftjax import config
+
+_ASK = 'Is the sentiment of this movie review sentence positive or negative?\n\n'
+
+
+def get_config():
+  c = config.default()
+  c.model.path = '.cache/smollm2'
+  c.data.train = '.cache/data/sentiment/train.jsonl'
+  c.steps = 60
+  c.batch_size = 4  # packed rows of several sentences each
+  c.seq_len = 256
+  c.optim.lr = 6e-5
+  c.optim.schedule = 'linear'
+  c.optim.warmup_steps = 5
+  c.checkpoint.every = 15
+  c.checkpoint.keep = 1
+  c.eval.batch_size = 16
+  c.eval.tasks = ('sentiment=choice:.cache/data/sentiment/test.jsonl',)
+  c.eval.prompts = (
+    _ASK + 'Two hours of my life that nobody will give back to me.',
+    _ASK + 'I left the cinema smiling and went in again the next day.',
+    'Name three colours.',
+  )
+  c.eval.max_tokens = 24
+  return c

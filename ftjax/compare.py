@@ -1,0 +1,172 @@
+"""Base against tuned: scores both on eval.tasks, answers the user's own prompts, prints and keeps
+the comparison.
+"""
+
+import json
+import logging
+
+import jax.numpy as jnp
+
+from ftjax.data import encode, formats
+from ftjax.evaluation import report, tasks
+from ftjax.evaluation import run as evaluation
+from ftjax.experiment import Run
+from ftjax.rollout.sampler import Sampler, Sampling
+from ftjax.rollout.scorer import Scorer
+from ftjax.runtime import files
+from ftjax.runtime.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+_GREEDY = Sampling()
+
+
+class Judge:
+  """Scores one run's models. The base is scored once and kept under a hash of all that its scores
+  depend on.
+  """
+
+  def __init__(self, run: Run):
+    c = run.config
+    self.run = run
+    self.tasks = tasks.load_tasks(tuple(c.eval.tasks))
+    self.folder = files.join(run.workdir, 'eval')
+    self._dtype = jnp.dtype(c.model.compute_dtype)
+    tokenizer = run.model.tokenizer
+    self._sampler = Sampler(run.arch, self._dtype, tokenizer.stop_ids, tokenizer.pad_id)
+    self._prompts = [self._encode(p) for p in c.eval.prompts]
+    longest = max(map(len, self._prompts), default=0) + c.eval.max_tokens
+    if self._prompts and longest > run.arch.max_len:
+      raise ConfigError(
+        f'eval.prompts: {longest} tokens with eval.max_tokens={c.eval.max_tokens}, the model was '
+        f'made for {run.arch.max_len} positions'
+      )
+    self._scorer = Scorer(run.arch, self._dtype, run.mesh)
+
+  def _encode(self, prompt: str) -> list[int]:
+    """A prompt of the user: a user turn where there is a template, else plain text."""
+    tokenizer = self.run.model.tokenizer
+    if tokenizer.template is None:
+      return encode.encode_prompt(prompt, tokenizer)
+    return encode.encode_prompt(
+      formats.Chat(({'role': 'user', 'content': prompt},), None), tokenizer
+    )
+
+  def _encode_row(self, row: tasks.Row) -> list[int]:
+    if row.messages is None:
+      return encode.encode_prompt(row.prompt, self.run.model.tokenizer)
+    return encode.encode_prompt(formats.Chat(tuple(row.messages), None), self.run.model.tokenizer)
+
+  def _encode_choice(self, row: tasks.Row, choice: str) -> list[int]:
+    """Ids that follow the prompt when the assistant says `choice`, with the token that ends it."""
+    tokenizer = self.run.model.tokenizer
+    if row.messages is None:
+      return [*tokenizer.encode(choice), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+    chat = formats.Chat((*row.messages, {'role': 'assistant', 'content': choice}))
+    (found,) = encode.encode([chat], tokenizer, 'completion')
+    if isinstance(found, formats.Bad):
+      raise DataError(f'{row.place}: the choice {choice!r} cannot be rendered: {found.reason}')
+    return found[-1].tokens[found[-1].supervised].tolist()
+
+  def _functions(self, params: dict) -> evaluation.Functions:
+    return evaluation.Functions(
+      encode_prompt=self._encode_row,
+      encode_choice=self._encode_choice,
+      score=lambda prompts, choices: self._scorer.score(params, prompts, choices),
+      generate=lambda prompts, n: self._sampler.generate(params, prompts, n, _GREEDY),
+      decode=self.run.model.tokenizer.decode,
+    )
+
+  def _score(self, params: dict, task: tasks.Task, title: str) -> list[evaluation.Result]:
+    c = self.run.config
+    return evaluation.evaluate(
+      task,
+      self._functions(params),
+      batch_size=c.eval.batch_size,
+      max_len=self.run.arch.max_len,
+      max_tokens=c.eval.max_tokens,
+      title=title,
+    )
+
+  def base(self, params: dict | None = None) -> dict[str, list[evaluation.Result]]:
+    """The base's results by task, from the cache or scored with `params`; weights are loaded where
+    none are given.
+    """
+    c, out = self.run.config, {}
+    settings = {
+      'compute_dtype': c.model.compute_dtype,
+      'param_dtype': c.model.param_dtype,
+      'max_tokens': c.eval.max_tokens,
+    }
+    for task in self.tasks:
+      model = self.run.model
+      key = evaluation.cache_key(
+        task, model=model.fingerprint, template=model.tokenizer.fingerprint, settings=settings
+      )
+
+      def make(task=task):
+        return self._score(self._base_params() if params is None else params, task, 'base')
+
+      out[task.name], _ = evaluation.cached(files.join(self.folder, 'base'), key, task, make)
+    return out
+
+  def _base_params(self) -> dict:
+    return self.run.load_params(self.run.model.source, self.run.config.model.param_dtype)
+
+  def tuned(self, params: dict) -> None:
+    """Scores the tuned model, compares it with the base, prints the report, keeps it in eval/."""
+    base = self.base()
+    summaries = []
+    for task in self.tasks:
+      results = self._score(params, task, 'tuned')
+      evaluation.save(
+        files.join(self.folder, f'{task.name}.jsonl'), {'base': base[task.name], 'tuned': results}
+      )
+      summaries.append(report.compare(task, base[task.name], results))
+    answers = self._answers(params)
+    if summaries or answers:
+      files.makedirs(self.folder)
+      report.save(files.join(self.folder, 'summary.json'), summaries, answers)
+      print('\n' + report.text(summaries, answers) + '\n', flush=True)
+
+  def answer(self, params: dict, step: int) -> None:
+    """Answers eval.prompts greedily and appends them to samples.jsonl."""
+    c = self.run.config
+    if not self._prompts:
+      return
+    said = zip(c.eval.prompts, self._say(params), strict=True)
+    rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in said]
+    self._write([r for r in self._samples() if r['step'] < step] + rows)
+    for row in rows:
+      log.info('step %d  %s -> %s', step, row['prompt'][:60], row['answer'][:120])
+
+  def _say(self, params: dict) -> list[str]:
+    """Greedy answers to eval.prompts."""
+    most = self.run.config.eval.max_tokens
+    ids = self._sampler.generate(params, self._prompts, most, _GREEDY)
+    return [self.run.model.tokenizer.decode(i).strip() for i in ids]
+
+  def forget_answers_after(self, step: int) -> None:
+    """Drops the answers of steps that are trained again."""
+    self._write([r for r in self._samples() if r['step'] <= step])
+
+  def _samples(self) -> list[dict]:
+    path = files.join(self.run.workdir, 'samples.jsonl')
+    lines = files.read_text(path).split('\n') if files.exists(path) else []
+    return [json.loads(line) for line in lines if line]
+
+  def _write(self, rows: list[dict]) -> None:
+    if rows:
+      text = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+      files.write_text(files.join(self.run.workdir, 'samples.jsonl'), text)
+
+  def _answers(self, params: dict) -> list[report.Answer]:
+    """The base's answers of before step 1 beside those of `params`; none where training did not
+    start from the base.
+    """
+    c = self.run.config
+    before = {r['prompt']: r['answer'] for r in self._samples() if r['step'] == 0}
+    if c.init_from or not before or not self._prompts:
+      return []
+    after = zip(c.eval.prompts, self._say(params), strict=True)
+    return [report.Answer(p, before[p], text) for p, text in after if p in before]

@@ -1,0 +1,38 @@
+"""python -m ftjax.evaluate --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+
+Scores the base model of a config and the tuned one that DIR/export holds on eval.tasks, and
+compares them: intervals, paired tests."""
+
+from absl import flags
+
+from ftjax import command, config
+
+command.define_config()
+_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a finished run.', required=True)
+
+
+def main() -> None:
+  """Loads the export and judges it; base results are cached."""
+  c = flags.FLAGS.config
+  config.validate(c)
+  from ftjax import compare, experiment
+  from ftjax.runtime import files
+  from ftjax.runtime.errors import ConfigError
+
+  if not c.eval.tasks:
+    raise ConfigError(
+      'eval.tasks is empty; give tasks, for example '
+      '--config.eval.tasks="(\'mine=choice:rows.jsonl\',)"'
+    )
+  export = files.join(_WORKDIR.value, 'export')
+  if not files.exists(export):
+    raise ConfigError(
+      f'--workdir={_WORKDIR.value}: there is no export/ in it; it is written when training ends'
+    )
+  run = experiment.start(c, _WORKDIR.value, with_data=False)
+  judge = compare.Judge(run)
+  judge.tuned(run.load_params(export, c.model.param_dtype))
+
+
+if __name__ == '__main__':
+  command.run(main)

@@ -1,0 +1,228 @@
+"""The one place that wires a config to mesh, tokenizer, model and data. fit.py trains what stands
+here, compare.py judges it.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax.data import cache, made, sources
+from ftjax.data.batches import Stream, eval_batches
+from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.runtime import files, sharding
+from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.manifest import digest
+from ftjax.training.feed import place
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Model:
+  """A model before its weights: architecture, tokenizer, and the files they came from.
+
+  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content.
+  """
+
+  source: str
+  arch: Architecture
+  tokenizer: Tokenizer
+  config: dict
+  files: dict[str, bytes]
+  fingerprint: str
+
+
+@dataclasses.dataclass
+class Data:
+  """Training rows by step, and evaluation rows; see data/."""
+
+  stream: Stream
+  mixture: Mixture
+  corpora: list[cache.Corpus]
+  evaluation: list[cache.Corpus]
+
+  def fingerprints(self) -> dict[str, str]:
+    """sha256 of the order of training rows, and of each source."""
+    groups = {'data': self.corpora, 'eval': self.evaluation}
+    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    return {'data order': self.mixture.fingerprint} | named
+
+
+@dataclasses.dataclass
+class Run:
+  """A config brought to a machine."""
+
+  config: ml_collections.ConfigDict
+  workdir: str
+  mesh: Mesh
+  model: Model
+  data: Data | None
+
+  @property
+  def arch(self) -> Architecture:
+    return self.model.arch
+
+  @property
+  def steps(self) -> int:
+    """Optimizer updates in all."""
+    c = self.config
+    return c.steps or max(1, math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size))
+
+  def parameter_shardings(self) -> dict:
+    """Nested dict of NamedSharding."""
+    return sharding.shardings(self.mesh, transformer.axes(self.arch))
+
+  def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
+    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]."""
+    where = NamedSharding(self.mesh, sharding.spec(*((None,) if micro else ()), 'batch', 'seq'))
+    return dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """Host arrays [A, M, T] of an optimizer step."""
+    c = self.config
+    rows = self.data.stream.batch(step)
+    return {
+      k: v.reshape(c.grad_accum, c.batch_size // c.grad_accum, c.seq_len) for k, v in rows.items()
+    }
+
+  def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
+    """Device arrays [B, T] over the evaluation rows."""
+    c, where = self.config, self.batch_shardings(micro=False)
+    for corpus in self.data.evaluation:
+      for batch in eval_batches(corpus, c.eval.batch_size, c.seq_len, packed=c.data.packing):
+        yield place(batch, where)
+
+  def load_params(self, source: str, dtype: str) -> dict:
+    """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
+    if source:
+      return load.load_params(source, self.arch, self.parameter_shardings(), jnp.dtype(dtype))
+    make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype)))
+    return make(jax.random.key(self.config.seed))
+
+
+def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
+  """Everything of a run but weights and state; the mesh is set for the process.
+
+  Raises:
+    ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
+    DataError: model or data files that cannot be used.
+  """
+  files.probe(workdir)
+  workdir = files.absolute(workdir)  # Orbax takes no relative path
+  configure_jax(c, workdir)
+  mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
+  jax.set_mesh(mesh)
+  model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
+  check_sizes(c, model.arch, mesh)
+  data = open_data(c, model, workdir) if with_data else None
+  for corpus in data.corpora if data else ():
+    share = corpus.supervised / corpus.tokens
+    log.info(
+      '%s: %d examples, %d tokens, %.1f %% supervised',
+      corpus.name,
+      len(corpus),
+      corpus.tokens,
+      100 * share,
+    )
+  return Run(c, workdir, mesh, model, data)
+
+
+def configure_jax(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Process-wide settings: exact float32 products where float32 is asked for, and the compile
+  cache.
+  """
+  precise = c.model.compute_dtype == 'float32'
+  jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
+  if c.compile_cache:
+    jax.config.update('jax_compilation_cache_dir', files.join(workdir, 'xla_cache'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+    # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Model:
+  """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
+  them for the fingerprint.
+  """
+  if path:
+    found = load.tokenizer_files(path)
+    config, fingerprint = load.read_config(path), load.fingerprint(path) if weights else ''
+  else:
+    found = made.byte_tokenizer()
+    config = {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
+    found['config.json'] = json.dumps(config).encode()
+    fingerprint = digest([config, seed])
+  arch = from_hf(config)
+  tokenizer = Tokenizer(found, path or 'model.random')
+  if tokenizer.vocab_size > arch.vocab_size:
+    raise DataError(
+      f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
+    )
+  return Model(path, arch, tokenizer, config, found, fingerprint)
+
+
+def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
+  """Fails before anything is compiled when a size does not divide."""
+  declared = transformer.declared(arch)
+  sharding.check_divides(
+    {n: axes for n, (_, axes, _) in declared.items()},
+    {n: shape for n, (shape, _, _) in declared.items()},
+    mesh,
+  )
+  ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
+  for key, rows in (
+    ('batch_size / grad_accum', c.batch_size // c.grad_accum),
+    ('eval.batch_size', c.eval.batch_size),
+  ):
+    if rows % ways:
+      raise ConfigError(
+        f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
+      )
+  if c.seq_len % mesh.shape['context']:
+    raise ConfigError(f'seq_len={c.seq_len} is no multiple of mesh.context={mesh.shape["context"]}')
+  if c.seq_len > arch.max_len:
+    raise ConfigError(
+      f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'
+    )
+
+
+def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
+  """Tokenizes, or opens the cache, and schedules the rows."""
+  folder = c.data.cache or files.join(workdir, 'data_cache')
+
+  def corpora(text):
+    specs = [made.resolve(spec, folder) for spec in sources.parse_specs(text)] if text else []
+    settings = dict(
+      cache_dir=folder,
+      seq_len=c.seq_len,
+      loss_on=c.data.loss_on,
+      on_overlength=c.data.on_overlength,
+    )
+    return specs, [
+      cache.build_or_open(s, model.tokenizer, progress=True, **settings) for s in specs
+    ]
+
+  specs, training = corpora(c.data.train)
+  _, evaluation = corpora(c.data.eval)
+  if c.data.eval_fraction and not evaluation:
+    sides = [cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
+    training, evaluation = ([side[i] for side in sides] for i in (0, 1))
+  settings = dict(seed=c.seed, packed=c.data.packing)
+  schedules = [
+    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
+  ]
+  mixture = Mixture(schedules, [s.weight for s in specs])
+  return Data(Stream(mixture, training, c.seq_len, c.batch_size), mixture, training, evaluation)

@@ -1,0 +1,27 @@
+"""python -m ftjax.train --config=FILE [--config.KEY=VALUE ...] --workdir=DIR
+
+Trains, resuming by itself when DIR holds a checkpoint, then scores base and tuned on eval.tasks.
+The next file to read is the algorithm's, for example sft.py."""
+
+from absl import flags
+
+from ftjax import command, config
+
+command.define_config()
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where everything of this run is kept; made if missing.', required=True
+)
+
+
+def main() -> None:
+  """Checks the config, then runs its algorithm."""
+  c = flags.FLAGS.config
+  config.validate(c)
+  # jax is imported from here on: a misspelt key is told before.
+  from ftjax import sft
+
+  {'sft': sft.run}[c.algorithm](c, _WORKDIR.value)
+
+
+if __name__ == '__main__':
+  command.run(main)
