@@ -1,0 +1,47 @@
+"""What every test runs under: eight fake CPU devices, exact float32 products, a mesh of one device.
+
+Nothing may import jax before this file does. `tiny_model.py` holds the model most tests use.
+"""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+
+import math
+
+import jax
+import pytest
+
+from ftjax.runtime import sharding
+
+jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def _set(sizes):
+  sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+  mesh = sharding.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
+  jax.set_mesh(mesh)
+  return mesh
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _one_device():
+  """Before fixtures of any scope, so that those may make arrays."""
+  _set({})
+
+
+@pytest.fixture(autouse=True)
+def _back_to_one_device():
+  """A program under test may set a mesh of its own (`experiment.start` does)."""
+  yield
+  _set({})
+
+
+@pytest.fixture
+def use_mesh():
+  """`use_mesh(fsdp=2, tensor=2)` sets a mesh over the first devices for the rest of the test."""
+  return lambda **sizes: _set(sizes)

@@ -1,0 +1,175 @@
+"""The shipped SFT loss, step and sampler on every mesh of eight devices against one device."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import TINY, ids, init, place, tokens_at
+
+from ftjax import config, sft
+from ftjax.models import transformer
+from ftjax.rollout.sampler import Sampler, Sampling
+from ftjax.runtime import sharding, trees
+from ftjax.training import optimizer, state, step
+
+ACCUM, B, T, STEPS = 2, 8, 32, 3
+RATE = 1e-3
+# K = 2 heads allow two ways at most; the other axes divide B and T.
+MESHES = [
+  dict(zip(('data', 'fsdp', 'context', 'tensor'), sizes, strict=True))
+  for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2))
+  if np.prod(sizes) == 8
+]
+
+
+# Each compiles for some seconds: these run by default, all with `make test-slow`.
+QUICK = [
+  {'data': 1, 'fsdp': 8, 'context': 1, 'tensor': 1},
+  {'data': 1, 'fsdp': 1, 'context': 8, 'tensor': 1},
+  {'data': 2, 'fsdp': 2, 'context': 1, 'tensor': 2},
+  {'data': 1, 'fsdp': 2, 'context': 2, 'tensor': 2},
+]
+
+
+def name(sizes):
+  return '-'.join(f'{axis}{n}' for axis, n in sizes.items() if n > 1)
+
+
+def micro_batches(seed):
+  """[A, B, T] arrays of packed rows: three documents, two and padding, or padding alone; weights
+  are not only 0 and 1.
+  """
+  rng = np.random.default_rng(seed)
+  segments = np.zeros((ACCUM * B, T), np.int32)
+  for row in range(ACCUM * B):
+    a, b = sorted(rng.integers(4, 28, 2))
+    segments[row, :a], segments[row, a:b] = 1, 2
+    segments[row, b:] = 3 if row % 3 else 0
+  segments[5] = 0
+  tokens, labels = (ids(ACCUM * B, T, seed=seed + i) for i in (10, 20))
+  weights = (
+    rng.uniform(0.5, 2, segments.shape) * (segments > 0) * (rng.random(segments.shape) < 0.6)
+  )
+  where = tokens_at(segments)
+  arrays = {
+    'tokens': tokens,
+    'labels': labels,
+    'weights': weights.astype(np.float32),
+    'segments': segments,
+    'positions': np.asarray(where.positions),
+  }
+  return {k: a.reshape(ACCUM, B, T) for k, a in arrays.items()}
+
+
+@pytest.fixture(scope='module')
+def batches():
+  return [micro_batches(i) for i in range(STEPS)]
+
+
+def train(mesh, batches):
+  """Losses of STEPS steps of AdamW, the gradient of the first, the parameters before and after, as
+  numpy arrays by name.
+  """
+  params = init(TINY)
+  start = trees.flatten(jax.tree.map(np.asarray, params))
+  info = optimizer.leaves(transformer.declared(TINY), TINY.layer_slots())
+  recipe = optimizer.Recipe(
+    name='adamw',
+    schedule=lambda k: RATE,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-6,
+    weight_decay=0.1,
+    clip_norm=0.0,
+    decay=(('.*', 1.0),),
+    multipliers=(('.*', 1.0),),
+    freeze=(('.*', False),),
+  )
+  rule = optimizer.make_optimizer(recipe, info, info)
+  abstract = jax.eval_shape(lambda p: state.create(p, {}, rule, False), params)
+  places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(TINY)), mesh)
+  current = jax.jit(lambda p: state.create(p, {}, rule, False), out_shardings=places)(params)
+  c = config.default()
+  with c.unlocked():
+    c.loss.z_loss = 1e-3
+  run = step.make_step(
+    sft.make_loss(TINY, c),
+    rule,
+    places,
+    mask=optimizer.layer_mask(recipe, info, info),
+    schedule=recipe.schedule,
+    clip_norm=0.0,
+    ema_decay=0.0,
+    seed=0,
+  )
+  placed = [{k: place(a, None, 'batch', 'seq') for k, a in batch.items()} for batch in batches]
+  compiled = step.compile_step(
+    run, state.with_shardings(jax.eval_shape(lambda s: s, current), places), placed[0]
+  )
+  losses, gradient = [], None
+  for batch in placed:
+    current, metrics = compiled(current, batch)
+    losses.append(float(metrics['loss']))
+    if gradient is None:  # the first moment is a tenth of the first gradient
+      moments = current.opt[0].mu
+      gradient = {n: 10 * np.asarray(m) for n, m in trees.flatten(moments).items()}
+  return losses, gradient, start, trees.flatten(jax.tree.map(np.asarray, current.params))
+
+
+@pytest.fixture(scope='module')
+def one_device(batches):
+  """Module fixtures run before `use_mesh` of any test: the mesh is that of one device."""
+  return train(jax.sharding.get_mesh(), batches)
+
+
+def distance(a, b):
+  """Relative global L2 distance."""
+  squares = sum(((a[n].astype(np.float64) - b[n]) ** 2).sum() for n in b)
+  return np.sqrt(squares / sum((b[n].astype(np.float64) ** 2).sum() for n in b))
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow, id=name(m)) for m in MESHES],
+)
+def test_three_steps_are_those_of_one_device(sizes, use_mesh, batches, one_device):
+  losses, gradient, _, params = train(use_mesh(**sizes), batches)
+  expected_losses, expected_gradient, start, expected = one_device
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
+  assert distance(gradient, expected_gradient) <= 2e-6
+  moved = {n: params[n] - start[n] for n in start}
+  should = {n: expected[n] - start[n] for n in start}
+  # Adam divides by the gradient's own size, so rounding weighs more where it is small.
+  assert distance(moved, should) <= 1e-4
+
+
+def test_all_meshes_are_tried():
+  assert len(MESHES) == 16 and all(m in MESHES for m in QUICK)
+
+
+def test_the_loss_moves_and_every_parameter_with_it(one_device):
+  losses, gradient, start, after = one_device
+  assert len(set(losses)) == STEPS
+  for n, x in start.items():
+    assert np.abs(gradient[n]).max() > 0 and (after[n] != x).any(), n
+
+
+PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 1, 12)]
+
+
+def answers():
+  return Sampler(TINY, jnp.float32, (), 0).generate(init(TINY), PROMPTS, 17, Sampling())
+
+
+@pytest.fixture(scope='module')
+def greedy():
+  return answers()
+
+
+@pytest.mark.parametrize('sizes', [{'fsdp': 2}, {'tensor': 2}], ids=name)
+def test_greedy_answers_are_those_of_one_device(sizes, use_mesh, greedy):
+  """Three prompts: over two devices a row is added, and taken away again."""
+  use_mesh(**sizes)
+  assert answers() == greedy

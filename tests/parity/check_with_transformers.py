@@ -1,0 +1,202 @@
+"""Loads converted and exported folders with transformers and compares. Run by hand, from the
+repository's root:
+
+  PYTHONPATH=tests PYTHON tests/parity/check_with_transformers.py FTJAX_PYTHON
+
+PYTHON has torch and transformers, FTJAX_PYTHON has ftjax. Prints a line a check and exits 1 if one
+fails. Needs .cache/ (demo/assets.py) for the checks of SmolLM2.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from parity.mixed_strings import mixed_strings
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / 'tests' / 'parity' / 'golden'
+CACHE, GGUF = ROOT / '.cache', 'SmolLM2-135M-Instruct.Q4_1.gguf'
+
+EXPORT = """
+import sys
+import jax, numpy as np
+from ftjax.hf import export, load, names
+from ftjax.models.architecture import from_hf
+from ftjax.runtime import trees
+path, target, shard = sys.argv[1:]
+config, files = load.read_config(path), load.tokenizer_files(path)
+arch = from_hf(config)
+place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+places = trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place))
+params = load.load_params(path, arch, places, np.float32)
+export.export(params, arch, target, source_config=config, tokenizer_files=files, dtype=np.float32,
+  stop_ids=(2,), max_shard_bytes=int(shard))
+"""
+
+failures = []
+
+
+def report(name: str, good: bool, detail: str = '') -> None:
+  print('ok  ' if good else 'FAIL', name, detail, flush=True)
+  if not good:
+    failures.append(name)
+
+
+def model(folder: Path, **options):
+  loaded, info = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True, **options
+  )
+  left = {key: value for key, value in info.items() if value}
+  return loaded.eval(), left
+
+
+def export(python: str, source: Path, target: Path, shard: int) -> None:
+  subprocess.run([python, '-c', EXPORT, str(source), str(target), str(shard)], check=True, cwd=ROOT)
+
+
+def check_tiny(python: str, name: str, folder: Path) -> None:
+  """A golden model, imported and exported in shards: transformers computes the stored logits."""
+  export(python, GOLDEN / name, folder / name, 20_000)
+  loaded, left = model(folder / name)
+  stored = np.load(GOLDEN / name / 'logits.npz')
+  with torch.no_grad():
+    logits = loaded(torch.tensor(stored['ids'].astype(np.int64))).logits.numpy()
+  report(f'{name}: nothing missing or unexpected', not left, str(left))
+  report(
+    f'{name}: logits bitwise equal',
+    np.array_equal(logits, stored['logits']),
+    f'max |delta| {np.abs(logits - stored["logits"]).max()}',
+  )
+
+
+def check_smollm2(python: str, folder: Path) -> None:
+  """The converted SmolLM2 against transformers' own loading of the GGUF file."""
+  converted, left = model(CACHE / 'smollm2')
+  report('smollm2: nothing missing or unexpected', not left, str(left))
+  reference, _ = model(CACHE, gguf_file=GGUF)
+  ours, theirs = converted.state_dict(), reference.state_dict()
+  same = [name for name in theirs if torch.equal(ours[name], theirs[name])]
+  report(
+    'smollm2: weights bitwise those of from_pretrained(gguf_file=)',
+    len(same) == len(theirs) == len(ours),
+    f'{len(same)} of {len(theirs)}',
+  )
+  keys = (
+    'hidden_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'head_dim',
+    'vocab_size',
+    'intermediate_size',
+    'max_position_embeddings',
+    'tie_word_embeddings',
+    'rope_parameters',
+    'bos_token_id',
+    'eos_token_id',
+  )
+  wrong = [k for k in keys if getattr(converted.config, k) != getattr(reference.config, k)]
+  eps = [np.float32(m.config.rms_norm_eps) for m in (converted, reference)]
+  report(
+    'smollm2: config equal',
+    not wrong and eps[0] == eps[1],
+    str({k: (getattr(converted.config, k), getattr(reference.config, k)) for k in wrong}),
+  )
+  ids = torch.tensor(np.load(GOLDEN / 'smollm2_logits.npz')['ids'][None, :128].astype(np.int64))
+  with torch.no_grad():
+    a, b = converted(ids).logits, reference(ids).logits
+  report(
+    'smollm2: logits bitwise equal', torch.equal(a, b), f'max |delta| {(a - b).abs().max().item()}'
+  )
+  del reference, converted
+  export(python, CACHE / 'smollm2', folder / 'smollm2', 5 * 10**9)
+  exported, left = model(folder / 'smollm2')
+  with torch.no_grad():
+    report(
+      'smollm2 exported: logits bitwise equal',
+      torch.equal(exported(ids).logits, a) and not left,
+      str(left),
+    )
+  weights = [load_file(f / 'model.safetensors') for f in (CACHE / 'smollm2', folder / 'smollm2')]
+  report(
+    'smollm2 exported: tensors bitwise',
+    all(torch.equal(weights[1][k], v) for k, v in weights[0].items()),
+    f'{len(weights[0])} tensors',
+  )
+  same = all(
+    (folder / 'smollm2' / n).read_bytes() == (CACHE / 'smollm2' / n).read_bytes()
+    for n in ('tokenizer.json', 'tokenizer_config.json', 'config.json')
+  )
+  report('smollm2 exported: tokenizer files and config.json byte for byte', same)
+  stops = GenerationConfig.from_pretrained(folder / 'smollm2').eos_token_id
+  report(
+    'smollm2 exported: generation_config stops at the trained token',
+    2 in np.atleast_1d(stops),
+    str(stops),
+  )
+
+
+def check_tokenizer(folder: Path) -> None:
+  """AutoTokenizer of the exported folder against those of the converted one and the GGUF."""
+  ours, again = (
+    AutoTokenizer.from_pretrained(CACHE / 'smollm2'),
+    AutoTokenizer.from_pretrained(folder / 'smollm2'),
+  )
+  theirs = AutoTokenizer.from_pretrained(CACHE, gguf_file=GGUF)
+  texts = mixed_strings()
+  rows = [t(texts, add_special_tokens=True)['input_ids'] for t in (ours, again, theirs)]
+  raw = [len(a) and a == b for a, b in zip(rows[0], rows[1], strict=True)]
+  report(
+    'tokenizer: AutoTokenizer of the export equals that of the source',
+    all(raw),
+    f'{sum(raw)} of {len(raw)}',
+  )
+  stored = np.load(GOLDEN / 'smollm2_tokenizer.npz')
+  report(
+    'tokenizer: AutoTokenizer gives the ids of tokenizer.json alone',
+    [i for row in rows[0] for i in row] == stored['digits_ids'].tolist(),
+  )
+  report(
+    'tokenizer: special tokens equal',
+    ours.special_tokens_map == theirs.special_tokens_map,
+    str(ours.special_tokens_map),
+  )
+  chat = [{'role': 'user', 'content': 'Hi  12'}, {'role': 'assistant', 'content': 'x'}]
+  report(
+    'tokenizer: chat template equal',
+    ours.apply_chat_template(chat, tokenize=False)
+    == theirs.apply_chat_template(chat, tokenize=False),
+  )
+  back = [t.decode(r) for t, r in zip([ours] * len(texts), rows[0], strict=True)]
+  report(
+    'tokenizer: decoding gives the text',
+    back == texts,
+    f'{sum(a == b for a, b in zip(back, texts, strict=True))} of {len(texts)}',
+  )
+  same = sum(a == b for a, b in zip(rows[0], rows[2], strict=True))
+  print(
+    'note',
+    f'ids equal to from_pretrained(gguf_file=), which ignores tokenizer.ggml.pre=smollm: {same} of '
+    f'{len(texts)}',
+  )
+
+
+if __name__ == '__main__':
+  with tempfile.TemporaryDirectory() as temp:
+    for tiny in ('llama_tied', 'llama_untied_gqa', 'llama3_rope'):
+      check_tiny(sys.argv[1], tiny, Path(temp))
+    if (CACHE / 'smollm2').exists():
+      check_smollm2(sys.argv[1], Path(temp))
+      check_tokenizer(Path(temp))
+  print(json.dumps({'failures': failures}))
+  sys.exit(bool(failures))

@@ -1,0 +1,81 @@
+"""Logits of imported models against HF torch's (golden/, made by make_goldens.py), in float32."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import head_weights, logits, place, tokens_at
+
+from ftjax.hf import load
+from ftjax.models import head, transformer
+from ftjax.models.architecture import from_hf
+from ftjax.rollout.sampler import Sampler, Sampling
+from ftjax.runtime import sharding
+
+GOLDEN = Path(__file__).parent / 'golden'
+SMOLLM2 = Path(__file__).parents[2] / '.cache' / 'smollm2'
+
+
+def open_model(folder):
+  arch = from_hf(load.read_config(folder))
+  places = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  return arch, load.load_params(folder, arch, places, np.float32)
+
+
+@pytest.mark.parametrize('name', ['llama_tied', 'llama_untied_gqa', 'llama3_rope'])
+def test_tiny_models(name):
+  """96 tokens; llama3_rope was made for 32, so two thirds lie beyond its original context."""
+  arch, params = open_model(GOLDEN / name)
+  stored = np.load(GOLDEN / name / 'logits.npz')
+  got = logits(arch, params, stored['ids'], tokens_at(np.ones_like(stored['ids'])))
+  assert np.abs(got - stored['logits']).max() <= 1e-5 * np.abs(stored['logits']).max()
+  assert name != 'llama3_rope' or arch.rope_scaling.original_len == 32
+
+
+@pytest.mark.parametrize('name', ['llama_tied', 'llama_untied_gqa', 'llama3_rope'])
+def test_greedy_continuations_of_tiny_models(name):
+  """The cache, against the likeliest tokens of HF's logits for the second half of each text."""
+  arch, params = open_model(GOLDEN / name)
+  stored = np.load(GOLDEN / name / 'logits.npz')
+  sampler = Sampler(arch, jnp.float32, (), 0)
+  prompts = [row[:n].tolist() for row in stored['ids'] for n in (33, 64, 96)]
+  expected = [row[n - 1].argmax() for row in stored['logits'] for n in (33, 64, 96)]
+  assert sampler.generate(params, prompts, 1, Sampling()) == [[e] for e in expected]
+
+
+@pytest.fixture(scope='module')
+def smollm2():
+  if not (SMOLLM2 / 'model.safetensors').exists():
+    pytest.skip('.cache/smollm2 is missing; `make assets` makes it')
+  return open_model(SMOLLM2)
+
+
+def test_smollm2_logits(smollm2):
+  """512 tokens: max |delta| at the stored places <= 1e-5 max |logit|, and the same first token
+  everywhere.
+  """
+  arch, params = smollm2
+  stored = np.load(GOLDEN / 'smollm2_logits.npz')
+  ids = place(stored['ids'][None], 'batch', 'seq')
+  run = jax.jit(functools.partial(transformer.apply, arch, dtype=jnp.float32))
+  x = run(params, ids, tokens_at(np.ones((1, 512))))
+  got = np.asarray(jax.jit(head.logits)(x[0], head_weights(arch, params)))
+  bar = 1e-5 * stored['max_abs']
+  assert abs(np.abs(got).max() - stored['max_abs']) <= bar
+  np.testing.assert_array_equal(got.argmax(-1), stored['top_ids'][:, 0])
+  top = np.take_along_axis(got, stored['top_ids'], 1)
+  assert np.abs(top - stored['top_logits']).max() <= bar
+  assert np.abs(got[tuple(stored['points'].T)] - stored['point_logits']).max() <= bar
+
+
+def test_smollm2_greedy_continuations(smollm2):
+  """20 prompts, 24 tokens each, all identical; they run on past <|im_end|>, as the golden ones."""
+  arch, params = smollm2
+  stored = np.load(GOLDEN / 'smollm2_greedy.npz')
+  ends = np.cumsum(stored['prompt_lengths'].astype(np.int64))
+  prompts = [p.tolist() for p in np.split(stored['prompt_ids'], ends[:-1])]
+  got = Sampler(arch, jnp.float32, (), 0).generate(params, prompts, 24, Sampling())
+  np.testing.assert_array_equal(got, stored['continuations'])

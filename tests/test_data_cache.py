@@ -1,0 +1,295 @@
+"""The tokenized cache: same content in and out, keyed by all that matters, whole or absent."""
+
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+from tiny_tokenizer import CHATML, tiny_files
+
+from ftjax.data import cache, encode
+from ftjax.data.sources import Spec
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime.errors import ConfigError, DataError
+
+
+def ask(question, answer):
+  return {
+    'messages': [
+      {'role': 'user', 'content': question},
+      {'role': 'assistant', 'content': answer},
+    ]
+  }
+
+
+def chat_rows(n, words=3):
+  return [ask(f'q{i}', f'answer {i} ' * words) for i in range(n)]
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  return Spec(str(path))
+
+
+def build(tmp_path, spec, *, tokenizer=None, **changes):
+  settings = {'seq_len': 64, 'loss_on': 'assistant', 'on_overlength': 'error', 'progress': False}
+  return cache.build_or_open(
+    spec, tokenizer or Tokenizer(tiny_files()), cache_dir=tmp_path / 'cache', **(settings | changes)
+  )
+
+
+def folders(tmp_path):
+  return sorted(p.name for p in (tmp_path / 'cache').iterdir())
+
+
+def test_content_survives(tmp_path):
+  rows = chat_rows(1100)  # more than one chunk
+  t = Tokenizer(tiny_files())
+  corpus = build(tmp_path, write(tmp_path / 'a.jsonl', rows))
+  assert len(corpus) == corpus.counts.rows == corpus.counts.examples == 1100
+  parsed = [cache.formats.parse(r, 'messages', True) for r in rows]
+  for i, (want,) in enumerate(encode.encode(parsed, t, 'assistant')):
+    tokens, supervised = corpus.example(i)
+    assert tokens.tolist() == want.tokens.tolist()
+    assert supervised.tolist() == want.supervised.tolist()
+    assert corpus.lengths[i] == len(tokens)
+    assert corpus.where(i) == f'{tmp_path}/a.jsonl:{i + 1}'
+  assert corpus.tokens == corpus.counts.tokens == corpus.lengths.sum()
+  assert corpus.supervised == corpus.counts.supervised == sum(
+    int(corpus.example(i)[1].sum()) for i in range(1100)
+  )  # fmt: skip
+
+
+def test_second_open_reads_no_row(tmp_path, monkeypatch):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(5))
+  first = build(tmp_path, spec)
+  monkeypatch.setattr(cache.sources, 'scan', None)
+  again = build(tmp_path, spec)
+  assert again.fingerprint == first.fingerprint and again.counts == first.counts
+
+
+def test_moved_file_keeps_its_cache_and_names_its_new_place(tmp_path):
+  write(tmp_path / 'a.jsonl', chat_rows(5))
+  build(tmp_path, Spec(str(tmp_path / 'a.jsonl')))
+  (tmp_path / 'a.jsonl').rename(tmp_path / 'b.jsonl')
+  moved = build(tmp_path, Spec(str(tmp_path / 'b.jsonl')))
+  assert len(folders(tmp_path)) == 1 and moved.where(4).endswith('b.jsonl:5')
+
+
+def test_key_depends_on_all_settings(tmp_path, monkeypatch):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(5))
+  build(tmp_path, spec)
+  build(tmp_path, Spec(spec.path, None, 3.0))  # a weight changes no token
+  assert len(folders(tmp_path)) == 1
+  build(tmp_path, spec, seq_len=65)
+  build(tmp_path, spec, loss_on='completion')
+  build(tmp_path, spec, on_overlength='drop')
+  build(tmp_path, Spec(spec.path, 'messages'))
+  build(tmp_path, spec, tokenizer=Tokenizer(tiny_files('{{ bos_token }}' + CHATML)))
+  build(tmp_path, spec, tokenizer=Tokenizer(tiny_files(vocab_size=300)))
+  monkeypatch.setattr(cache, 'SCHEMA', cache.SCHEMA + 1)
+  build(tmp_path, spec)
+  build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(6)))
+  assert len(folders(tmp_path)) == 9
+
+
+def test_fingerprint_is_of_what_is_trained_on(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(5))
+  one = build(tmp_path, spec)
+  assert build(tmp_path, spec, seq_len=65).fingerprint == one.fingerprint
+  assert build(tmp_path, spec, loss_on='all').fingerprint != one.fingerprint
+  swapped = write(tmp_path / 'b.jsonl', chat_rows(5)[::-1])
+  assert build(tmp_path, swapped).fingerprint != one.fingerprint
+
+
+def test_bad_rows_are_listed_and_nothing_stays(tmp_path):
+  rows = [*chat_rows(3), {'messages': []}, {'text': 'x'}, *chat_rows(1)]
+  spec = write(tmp_path / 'a.jsonl', rows)
+  with open(spec.path, 'a') as file:
+    file.write('{"messages": \n')
+  with pytest.raises(DataError) as caught:
+    build(tmp_path, spec)
+  text = str(caught.value)
+  assert 'a.jsonl:4: the list of messages is empty' in text
+  assert "a.jsonl:5: 'messages' is NoneType" in text and 'a.jsonl:7: not JSON' in text
+  assert caught.value.exit_code == 3 and folders(tmp_path) == []
+
+
+def test_at_most_twenty_bad_rows_are_listed(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(1) + [{'messages': []}] * 50)
+  with pytest.raises(DataError, match='there may be more') as caught:
+    build(tmp_path, spec)
+  assert str(caught.value).count('a.jsonl:') == 1 + 20 and 'a.jsonl:21' in str(caught.value)
+
+
+def test_long_rows_by_policy(tmp_path):
+  rows = chat_rows(4) + chat_rows(2, words=30)
+  rows.append(
+    {'messages': [{'role': 'user', 'content': 'long ' * 80}, {'role': 'assistant', 'content': 'a'}]}
+  )
+  spec = write(tmp_path / 'a.jsonl', rows)
+  with pytest.raises(
+    DataError, match=r'a\.jsonl:5: \d+ tokens, more than seq_len=64.*on_overlength'
+  ):
+    build(tmp_path, spec)
+  dropped = build(tmp_path, spec, on_overlength='drop').counts
+  assert (dropped.examples, dropped.dropped, dropped.truncated, dropped.unsupervised) == (
+    4,
+    3,
+    0,
+    0,
+  )
+  right = build(tmp_path, spec, on_overlength='truncate_right')
+  counts = right.counts
+  assert (counts.examples, counts.dropped, counts.truncated, counts.unsupervised) == (6, 0, 2, 1)
+  left = build(tmp_path, spec, on_overlength='truncate_left')
+  assert (left.counts.examples, left.counts.truncated, left.counts.unsupervised) == (7, 3, 0)
+  for corpus in (right, left):
+    assert corpus.lengths.max() == 64
+    assert all(corpus.example(i)[1].any() for i in range(len(corpus)))
+
+
+def test_corpora_that_cannot_be_meant(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('\n')
+  with pytest.raises(DataError, match='no row in it'):
+    build(tmp_path, Spec(str(tmp_path / 'a.jsonl')))
+  spec = write(tmp_path / 'a.jsonl', chat_rows(3, words=50))
+  with pytest.raises(DataError, match=r'none of 3 rows is left \(3 dropped'):
+    build(tmp_path, spec, on_overlength='drop')
+  question = {'role': 'user', 'content': '1 ' * 2000}
+  thin = write(
+    tmp_path / 'b.jsonl', [{'messages': [question, {'role': 'assistant', 'content': 'a'}]}]
+  )
+  with pytest.raises(DataError, match=r'2 of .* less than 0\.1%'):
+    build(tmp_path, thin, seq_len=9999)
+  template = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+    '{% endif %}{% endfor %}'
+  )
+  only_answers = Tokenizer(tiny_files(template))
+  one_chat = write(tmp_path / 'c.jsonl', chat_rows(2))
+  with pytest.raises(DataError, match=r"data\.loss_on='all'"):
+    build(tmp_path, one_chat, tokenizer=only_answers)
+  assert build(tmp_path, one_chat, tokenizer=only_answers, loss_on='all').supervised
+  assert folders(tmp_path) != [] and not any(f.startswith('building') for f in folders(tmp_path))
+
+
+def test_documents_may_be_supervised_whole(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', [{'text': 'one two'}, {'text': 'three'}])
+  corpus = build(tmp_path, spec)
+  assert corpus.supervised == corpus.tokens - 2
+
+
+def test_settings_are_checked(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(3))
+  for changes, key in (
+    ({'on_overlength': 'cut'}, r'data\.on_overlength'),
+    ({'loss_on': 'cut'}, r'data\.loss_on'),
+    ({'seq_len': 1}, 'seq_len=1'),
+  ):
+    with pytest.raises(ConfigError, match=key):
+      build(tmp_path, spec, **changes)
+
+
+def _race(tmp_path, barrier, results):
+  barrier.wait()
+  corpus = build(tmp_path, Spec(str(tmp_path / 'a.jsonl')))
+  results.put((os.getpid(), corpus.fingerprint, len(corpus)))
+
+
+def test_racing_builders_end_with_one_whole_cache(tmp_path):
+  write(tmp_path / 'a.jsonl', chat_rows(1500))
+  context = multiprocessing.get_context('spawn')
+  barrier, results = context.Barrier(2), context.Queue()
+  racers = [context.Process(target=_race, args=(tmp_path, barrier, results)) for _ in range(2)]
+  for racer in racers:
+    racer.start()
+  found = {results.get(timeout=60)[1:] for _ in racers}
+  for racer in racers:
+    racer.join()
+  assert len(found) == 1 and len(folders(tmp_path)) == 1
+  assert found == {(build(tmp_path, Spec(str(tmp_path / 'a.jsonl'))).fingerprint, 1500)}
+
+
+def test_lost_race_uses_the_winner(tmp_path, monkeypatch):
+  """The other process finishes between our look and our rename."""
+  spec = write(tmp_path / 'a.jsonl', chat_rows(3))
+  rename = os.rename
+
+  def late(source, target):
+    monkeypatch.setattr(os, 'rename', rename)
+    build(tmp_path, spec)
+    rename(source, target)
+
+  monkeypatch.setattr(os, 'rename', late)
+  assert len(build(tmp_path, spec)) == 3
+  assert len(folders(tmp_path)) == 1
+
+
+def test_damaged_cache_is_named(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(3))
+  build(tmp_path, spec)
+  (path,) = (tmp_path / 'cache').glob('*/tokens.bin')
+  path.write_bytes(path.read_bytes()[:-4])
+  with pytest.raises(DataError, match=r'tokens\.bin: missing or cut short; delete'):
+    build(tmp_path, spec)
+
+
+def test_views(tmp_path):
+  corpus = build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(10)))
+  view = corpus.view(np.array([7, 2, 5])).view(np.array([2, 0]))
+  assert [view.where(i)[-2:] for i in range(2)] == [':6', ':8']
+  assert view.example(0)[0].tolist() == corpus.example(5)[0].tolist()
+  assert len(view) == 2 and view.tokens == corpus.lengths[[5, 7]].sum()
+  assert view.fingerprint != corpus.fingerprint
+
+
+def sides(parts):
+  return [{tuple(p.example(i)[0]) for i in range(len(p))} for p in parts]
+
+
+def test_split_is_by_content(tmp_path):
+  rows = chat_rows(400)
+  corpus = build(tmp_path, write(tmp_path / 'a.jsonl', rows + rows[:100]))
+  train, held = cache.split(corpus, 0.2, seed=0)
+  assert len(train) + len(held) == 500
+  assert not sides((train, held))[0] & sides((train, held))[1]  # duplicates stay together
+  assert abs(len(held) - 100) < 50
+  shuffled = build(tmp_path, write(tmp_path / 'b.jsonl', rows[::-1]))
+  assert sides(cache.split(shuffled, 0.2, seed=0)) == sides((train, held))
+  assert sides(cache.split(shuffled, 0.2, seed=1)) != sides((train, held))
+  fewer = build(tmp_path, write(tmp_path / 'c.jsonl', rows[:200]))
+  assert sides(cache.split(fewer, 0.2, seed=0))[1] <= sides((train, held))[1]
+
+
+def test_split_keeps_the_turns_of_a_row_together(tmp_path):
+  from test_encode import THINK
+
+  def row(i):
+    turn = lambda role, text: {'role': role, 'content': f'{text}{i}'}  # noqa: E731
+    return {
+      'messages': [
+        turn('user', 'a'),
+        turn('assistant', 'b'),
+        turn('user', 'c'),
+        turn('assistant', 'd'),
+      ]
+    }
+
+  corpus = build(
+    tmp_path, write(tmp_path / 'a.jsonl', [row(i) for i in range(60)]),
+    tokenizer=Tokenizer(tiny_files(THINK)), seq_len=200
+  )  # fmt: skip
+  assert len(corpus) == 120
+  train, held = cache.split(corpus, 0.5, seed=0)
+  lines = [{p.where(i) for i in range(len(p))} for p in (train, held)]
+  assert not lines[0] & lines[1] and all(lines)
+
+
+def test_split_refuses_nonsense(tmp_path):
+  corpus = build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(2)))
+  with pytest.raises(ConfigError, match='between 0 and 1'):
+    cache.split(corpus, 1.5, seed=0)
+  with pytest.raises(DataError, match='leaves one side'):
+    cache.split(corpus, 1e-9, seed=0)

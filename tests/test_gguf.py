@@ -1,0 +1,374 @@
+"""GGUF files are presented as HF would store the model; what is not understood is refused."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+from parity.toy_gguf import Toy, toy_tensors, weight, write_toy
+from tokenizers import Tokenizer
+
+from ftjax.hf import gguf_tokenizer, load, names
+from ftjax.hf.gguf import GGUFSource, half_rotation, llama3_factors, llama3_scaling
+from ftjax.models.architecture import RopeScaling, from_hf
+from ftjax.runtime.errors import DataError
+
+TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0')
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+  """A toy model whose matrices have all types that the `gguf` package can quantize to."""
+  path = tmp_path_factory.mktemp('toy') / 'toy.gguf'
+  write_toy(path, Toy(tied=False, types=TYPES), 'gpt2', tokenizer__chat_template='{{ messages }}')
+  return path
+
+
+def interleave(w, head_dim):
+  """llama.cpp's permutation of Q and K, HF → GGUF, row by row."""
+  out = np.empty_like(w)
+  for head in range(0, w.shape[0], head_dim):
+    for i in range(head_dim // 2):
+      out[head + 2 * i] = w[head + i]
+      out[head + 2 * i + 1] = w[head + head_dim // 2 + i]
+  return out
+
+
+def test_rows_of_q_and_k_go_back_to_half_rotation():
+  w = np.arange(3 * 8 * 2).reshape(24, 2)
+  np.testing.assert_array_equal(half_rotation(interleave(w, 8), 8), w)
+  # Pairs (0, 1), (2, 3), ... of the file are the pairs (0, H/2), (1, H/2 + 1), ... of HF.
+  np.testing.assert_array_equal(half_rotation(np.arange(4), 4), [0, 2, 1, 3])
+
+
+def test_tensors_are_dequantized_under_hf_names(toy):
+  source, model = GGUFSource(toy), Toy(tied=False, types=TYPES)
+  shapes = toy_tensors(model, source.tensors['lm_head.weight'].shape[0])
+  assert len(source.tensors) == len(shapes)
+  kinds = {t.name: t.tensor_type for t in source._reader.tensors}
+  assert {k.name for k in kinds.values()} == set(TYPES)
+  pairs = {
+    'token_embd.weight': 'model.embed_tokens.weight',
+    'output.weight': 'lm_head.weight',
+    'blk.1.ffn_down.weight': 'model.layers.1.mlp.down_proj.weight',
+    'blk.0.attn_v.weight': 'model.layers.0.self_attn.v_proj.weight',
+    'blk.0.ffn_norm.weight': 'model.layers.0.post_attention_layernorm.weight',
+    'blk.1.attn_norm.weight': 'model.layers.1.input_layernorm.weight',
+  }
+  for stored, name in pairs.items():
+    packed = gguf.quants.quantize(weight(stored, shapes[stored]), kinds[stored])
+    expected = gguf.quants.dequantize(packed, kinds[stored])
+    np.testing.assert_array_equal(source.read(name), expected)
+    assert source.tensors[name] == (expected.shape, np.float32)
+
+
+def test_q_is_unpermuted_and_parts_equal_the_whole(toy):
+  source, rng = GGUFSource(toy), np.random.default_rng(0)
+  name = 'model.layers.0.self_attn.k_proj.weight'
+  stored = weight('blk.0.attn_k.weight', (32, 64))
+  kind = next(t.tensor_type for t in source._reader.tensors if t.name == 'blk.0.attn_k.weight')
+  stored = gguf.quants.dequantize(gguf.quants.quantize(stored, kind), kind)
+  np.testing.assert_array_equal(interleave(source.read(name), 16), stored)
+  for other in [name, 'model.layers.1.self_attn.o_proj.weight', 'model.norm.weight']:
+    whole = source.read(other)
+    for _ in range(10):
+      index = tuple(slice(*map(int, sorted(rng.integers(0, n + 1, 2)))) for n in whole.shape)
+      np.testing.assert_array_equal(source.read(other, index), whole[index])
+
+
+@pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K'])
+def test_k_quants_against_hand_arithmetic(tmp_path, kind):
+  """One block of 256 numbers, unpacked here from the description of the format."""
+  rng, size = np.random.default_rng(3), {'Q4_K': 144, 'Q6_K': 210}[kind]
+  block = rng.integers(0, 256, size, dtype=np.uint8)
+  scale = np.array([0.01, 0.02], np.float16).view(np.uint8)
+  if kind == 'Q4_K':
+    block[:4] = scale
+    expected = q4_k(block)
+  else:
+    block[-2:] = scale[:2]
+    expected = q6_k(block)
+  path = tmp_path / 'k.gguf'
+  writer = gguf.GGUFWriter(str(path), 'llama')
+  raw = gguf.GGMLQuantizationType[kind]
+  writer.add_tensor('token_embd.weight', np.tile(block, (2, 1)), raw_dtype=raw)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  got = GGUFSource(path).read('model.embed_tokens.weight', (slice(1, 2),))
+  np.testing.assert_allclose(got[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def q4_k(block):
+  d, dmin = block[:4].view(np.float16).astype(np.float64)
+  packed, quants, out = block[4:16].astype(int), block[16:].astype(int), []
+  for j in range(8):
+    if j < 4:
+      scale, low = packed[j] & 63, packed[j + 4] & 63
+    else:
+      scale = (packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4
+      low = (packed[j + 4] >> 4) | (packed[j] >> 6) << 4
+    chunk = quants[32 * (j // 2) : 32 * (j // 2) + 32]
+    out += [d * scale * ((q >> 4) if j % 2 else (q & 15)) - dmin * low for q in chunk]
+  return np.array(out)
+
+
+def q6_k(block):
+  low, high = block[:128].astype(int), block[128:192].astype(int)
+  scales, d = block[192:208].view(np.int8).astype(int), float(block[208:].view(np.float16)[0])
+  out = np.zeros(256)
+  for half in range(2):
+    for i in range(32):
+      lo, hi = low[64 * half :], high[32 * half + i]
+      parts = [lo[i] & 15, lo[i + 32] & 15, lo[i] >> 4, lo[i + 32] >> 4]
+      for k, part in enumerate(parts):
+        q = (part | ((hi >> 2 * k) & 3) << 4) - 32
+        out[128 * half + 32 * k + i] = d * scales[8 * half + 2 * k + i // 16] * q
+  return out
+
+
+def test_config_is_the_architecture(toy):
+  config = load.read_config(toy)
+  arch = from_hf(config)
+  assert config['rms_norm_eps'] == 1e-5  # the file holds 9.999999747378752e-06
+  assert (arch.model_dim, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.head_dim) == (
+    64,
+    2,
+    4,
+    2,
+    16,
+  )
+  assert (arch.ffn_dim, arch.rope_theta, arch.tied, arch.max_len) == (96, 10000.0, False, 256)
+  assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (1, 2, 2)
+  load.check_tensors(load.open_source(toy), arch)
+  assert {n: s.shape for n, s in GGUFSource(toy).tensors.items()} == {
+    b.hf: b.hf_shape for b in names.bindings(arch)
+  }
+
+
+def test_a_folder_with_one_gguf_is_a_model(toy, tmp_path):
+  shutil.copy(toy, tmp_path / 'x.gguf')
+  assert load.read_config(tmp_path) == load.read_config(toy)
+  assert load.tokenizer_files(tmp_path) == load.tokenizer_files(toy)
+
+
+# Llama 3.1, 3.2, and one with four rotary frequencies on the ramp.
+SCALINGS = [
+  (RopeScaling(8.0, 1.0, 4.0, 8192), 500000.0, 128),
+  (RopeScaling(32.0, 1.0, 4.0, 8192), 500000.0, 64),
+  (RopeScaling(4.0, 1.0, 4.0, 32), 10000.0, 32),
+]
+
+
+@pytest.mark.parametrize(('scaling', 'theta', 'head_dim'), SCALINGS)
+def test_llama3_scaling_is_recovered_from_the_divisors(scaling, theta, head_dim):
+  factors = llama3_factors(scaling, theta, head_dim).astype(np.float32)
+  assert (factors == 1).any() and (factors == scaling.factor).any()
+  assert llama3_scaling(factors, theta, head_dim, None, 'x') == scaling
+  assert llama3_scaling(factors, theta, head_dim, scaling.original_len, 'x') == scaling
+
+
+def test_llama3_scaling_with_other_factors_computes_the_same():
+  scaling = RopeScaling(8.0, 2.0, 8.0, 8192)
+  factors = llama3_factors(scaling, 5e5, 128).astype(np.float32)
+  assert llama3_scaling(factors, 5e5, 128, 8192, 'x') == scaling
+  # Without original_len the scale is a convention, and the divisors are the same.
+  free = llama3_scaling(factors, 5e5, 128, None, 'x')
+  assert free == RopeScaling(8.0, 1.0, 4.0, 4096)
+  np.testing.assert_allclose(llama3_factors(free, 5e5, 128), factors, rtol=1e-6)
+
+
+def test_divisors_by_hand():
+  # wavelengths 2 pi and 2 pi * 100: below 32/4 = 8 kept, above 32/1 = 32 divided by the factor
+  np.testing.assert_allclose(llama3_factors(RopeScaling(4.0, 1.0, 4.0, 32), 10000.0, 4), [1.0, 4.0])
+  # wavelength 2 pi * 10**0.5 = 19.87: smooth = (32/19.87 - 1)/3 = 0.2035, divisor 1/(0.7965/4 +
+  # 0.2035) = 2.4836
+  got = llama3_factors(RopeScaling(4.0, 1.0, 4.0, 32), 10.0, 4)[1]
+  np.testing.assert_allclose(got, 2.4836, rtol=1e-4)
+
+
+def test_other_divisors_are_refused():
+  good = llama3_factors(RopeScaling(8.0, 1.0, 4.0, 8192), 5e5, 128)
+  assert llama3_scaling(np.ones(64), 5e5, 128, None, 'x') is None
+  bad = [
+    np.full(64, 2.0),
+    good[::-1],
+    np.where(np.arange(64) == 30, good * 1.01, good),
+    good[:10],
+    good * np.nan,
+  ]
+  for factors in bad:
+    with pytest.raises(DataError, match='rope_freqs'):
+      llama3_scaling(factors, 5e5, 128, None, 'x')
+
+
+def test_scaled_rope_reaches_the_config(tmp_path):
+  scaling, theta, head_dim = SCALINGS[2]
+  factors = tuple(llama3_factors(scaling, theta, head_dim))
+  write_toy(tmp_path / 'x.gguf', Toy(rope_factors=factors, head_dim=head_dim), 'gpt2')
+  config = load.read_config(tmp_path / 'x.gguf')
+  assert from_hf(config).rope_scaling == scaling
+  load.check_tensors(load.open_source(tmp_path), from_hf(config))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'llama__rope__scaling__type': 'yarn'}, "type='yarn'"),
+    ({'llama__attention__key_length': 32}, 'part of the head'),
+  ],
+)
+def test_unknown_rotary_embeddings_are_refused(tmp_path, fields, message):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', **fields)
+  with pytest.raises(DataError, match=message):
+    load.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('llama__attention__head_count_kv', 0),
+    ('llama__block_count', 'two'),
+    ('llama__rope__freq_base', 'fast'),
+  ],
+)
+def test_senseless_metadata_is_a_data_error(tmp_path, key, value, monkeypatch):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2')
+  source = GGUFSource(tmp_path / 'x.gguf')
+  field = source.field
+  name = key.replace('__', '.')
+  monkeypatch.setattr(source, 'field', lambda k, d=None: value if k == name else field(k, d))
+  with pytest.raises(DataError, match=name):
+    source.config()
+
+
+def write_plain(path, arch='llama', tensors=('token_embd.weight',), kind='F32'):
+  writer = gguf.GGUFWriter(str(path), arch)
+  for name in tensors:
+    raw = gguf.GGMLQuantizationType[kind]
+    data = np.zeros((2, 32), np.float32)
+    writer.add_tensor(name, gguf.quants.quantize(data, raw), raw_dtype=raw)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'arch': 'gemma3'}, "architecture='gemma3'"),
+    (
+      {'tensors': ('blk.0.attn_q_norm.weight',)},
+      'no HF name is known for tensor blk.0.attn_q_norm.weight',
+    ),
+    ({'tensors': ('blk.0.attn_q.bias',)}, 'no HF name'),
+    ({'kind': 'Q5_1'}, 'is Q5_1; supported: F32'),
+  ],
+)
+def test_what_the_decoder_does_not_compute_is_refused(tmp_path, options, message):
+  with pytest.raises(DataError, match=message):
+    GGUFSource(write_plain(tmp_path / 'x.gguf', **options))
+
+
+def test_broken_files_are_data_errors(tmp_path, toy):
+  path, raw = tmp_path / 'x.gguf', write_plain(tmp_path / 'x.gguf').read_bytes()
+  rng = np.random.default_rng(0)
+  cuts = [raw[:n] for n in range(0, len(raw), 9)]
+  for _ in range(100):
+    flipped = bytearray(raw[:-256])
+    flipped[rng.integers(len(flipped))] ^= 1 << rng.integers(8)
+    cuts.append(bytes(flipped))
+  refused = 0
+  for content in [b'', b'GGUF', b'not a model at all', *cuts]:
+    path.write_bytes(content)
+    try:
+      source = GGUFSource(path)
+      for name in source.tensors:
+        source.read(name)
+    except DataError:
+      refused += 1
+  assert refused >= len(cuts) * 0.9
+  with pytest.raises(DataError, match='No such file'):
+    GGUFSource(tmp_path / 'none.gguf')
+
+
+def test_tokenizer_files(toy, tmp_path):
+  files = load.tokenizer_files(toy)
+  config = json.loads(files['tokenizer_config.json'])
+  assert (config['bos_token'], config['eos_token']) == ('<|im_start|>', '<|im_end|>')
+  assert (config['unk_token'], config['pad_token']) == ('<|endoftext|>', '<|im_end|>')
+  assert config['chat_template'] == '{{ messages }}'
+  assert not config['add_bos_token']
+  assert json.loads(files['generation_config.json']) == {
+    'bos_token_id': 1,
+    'eos_token_id': 2,
+    'pad_token_id': 2,
+  }
+  assert json.loads(files['config.json']) == load.read_config(toy)
+  tokenizer = Tokenizer.from_str(files['tokenizer.json'].decode())
+  encoded = tokenizer.encode('<|im_start|>the <think> 12<|im_end|>')
+  assert encoded.tokens[0] == '<|im_start|>'
+  assert '<think>' in encoded.tokens
+  assert tokenizer.decode(encoded.ids) == 'the <think> 12'
+
+
+@pytest.mark.parametrize(
+  ('vocabulary', 'pre', 'fields', 'begins', 'ends'),
+  [
+    ('gpt2', 'gpt-2', {}, False, False),
+    ('gpt2', 'gpt-2', {'tokenizer__ggml__add_bos_token': True}, True, False),
+    ('gpt2', 'llama-bpe', {}, True, False),
+    ('gpt2', 'llama-bpe', {'tokenizer__ggml__add_bos_token': False}, False, False),
+    ('llama', '', {}, True, False),
+    ('llama', '', {'tokenizer__ggml__add_eos_token': True}, True, True),
+  ],
+)
+def test_bos_and_eos_stand_where_the_file_says(tmp_path, vocabulary, pre, fields, begins, ends):
+  write_toy(tmp_path / 'x.gguf', Toy(), vocabulary, pre, **fields)
+  tokenizer = gguf_tokenizer.build(GGUFSource(tmp_path / 'x.gguf'))
+  plain = tokenizer.encode('the x', add_special_tokens=False).ids
+  assert tokenizer.encode('the x').ids == [1] * begins + plain + [2] * ends
+  pair = tokenizer.encode('the x', 'the x').ids
+  assert pair == ([1] * begins + plain + [2] * ends) * 2
+
+
+def test_an_end_of_turn_token_is_a_stop_token(tmp_path):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', tokenizer__ggml__eot_token_id=0)
+  assert json.loads(load.tokenizer_files(tmp_path)['generation_config.json'])['eos_token_id'] == [
+    2,
+    0,
+  ]
+
+
+def test_other_pre_tokenizers_are_refused(tmp_path):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', 'tekken')
+  with pytest.raises(DataError, match=r"pre='tekken'.*smollm"):
+    load.tokenizer_files(tmp_path)
+
+
+def test_byte_fallback_and_spaces_of_sentencepiece(tmp_path):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'llama')
+  tokenizer = gguf_tokenizer.build(GGUFSource(tmp_path / 'x.gguf'))
+  for text in ['the x', 'one  two', 'ж\u4e2d😀 end ']:
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+  assert '<0xF0>' in tokenizer.encode('🦖').tokens
+
+
+def test_merges_implied_by_scores_by_hand():
+  tokens, scores = ['a', 'b', 'ab', 'aba', 'c'], [0.0, 0.0, -1.0, -2.0, 0.0]
+  assert gguf_tokenizer.implied_merges(tokens, scores) == [('a', 'b'), ('ab', 'a')]
+  # Equal scores: the longer left half first, then the longer right half, then the order of tokens.
+  tokens = ['a', 'b', 'ab', 'ba', 'aba']
+  expected = [('ab', 'a'), ('a', 'ba'), ('a', 'b'), ('b', 'a')]
+  assert gguf_tokenizer.implied_merges(tokens, [0.0] * 5) == expected
+
+
+def test_smollm_splits_at_each_number_first(tmp_path):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', 'smollm')
+  tokenizer = gguf_tokenizer.build(GGUFSource(tmp_path / 'x.gguf'))
+  pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("it's  12\n\n3")]
+  assert pieces == ['it', "'s", 'ĠĠ', '1', '2', 'ĊĊ', '3']

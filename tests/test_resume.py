@@ -1,0 +1,137 @@
+"""Killed for real and run again: the same losses, batches and exported bits as without the kill.
+
+One trial of many: tests/exhaustive_kill.py does more than twenty. Packing, accumulation and EMA are
+on.
+"""
+
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_run
+from tiny_run import BATCH, EPOCH_STEPS, STEPS
+
+from ftjax import config, experiment
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.models.architecture import from_hf
+from ftjax.runtime import sharding, trees
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory):
+  """The workdir of an uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('reference')
+  code, told = tiny_run.run('train', tiny_run.arguments(workdir))
+  assert code == 0, told
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def killed(reference, tmp_path_factory):
+  """(workdir of a run killed after step 18, in its third epoch, and run again; what that said)."""
+  workdir = tmp_path_factory.mktemp('killed')
+  tiny_run.share_programs(reference, workdir)
+  process = tiny_run.launch('train', tiny_run.arguments(workdir), workdir / 'log')
+  assert tiny_run.kill_when(process, lambda: tiny_run.logged(workdir) >= 18)
+  assert process.returncode == -9
+  finished = [int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+  assert finished and max(finished) < STEPS and not (workdir / 'export').exists()
+  # A line that the kill might have torn, of a step that was not saved.
+  with open(workdir / 'metrics.jsonl', 'a') as rows:
+    rows.write('{"step": 19, "split": "train", "lo')
+  code, told = tiny_run.run('train', tiny_run.arguments(workdir))
+  assert code == 0, told
+  return workdir, told, max(finished)
+
+
+def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(reference, killed):
+  assert tiny_run.differences(killed[0], reference) == []
+  rows = tiny_run.metrics(killed[0])
+  assert [s for split, s in rows if split == 'train'] == list(range(1, STEPS + 1))
+  assert [s for split, s in rows if split == 'eval'] == [6, 12, 18, 24, 26]
+  assert any('safetensors' in name for name in tiny_run.results(killed[0]))
+
+
+def test_the_resume_says_where_it_goes_on(killed):
+  _, told, step = killed
+  told = next(line for line in told.splitlines() if 'resuming' in line)
+  assert f'after step {step} of {STEPS}: epoch {step / EPOCH_STEPS:.2f}' in told
+  assert f'{step * BATCH} rows consumed, next example' in told
+
+
+def test_what_was_fed_is_the_schedule(reference):
+  """The checksums in metrics.jsonl are those of the pure function of the step, for every step; no
+  batch comes twice, also not in another epoch.
+  """
+  c = tiny_config(reference)
+  model = experiment.open_model('', c.model.random.to_dict(), c.seed, weights=False)
+  data = experiment.open_data(c, model, str(reference))
+  assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
+  rows = tiny_run.metrics(reference)
+  fed = [rows['train', step + 1]['batch_crc32'] for step in range(STEPS)]
+  assert fed == [zlib.crc32(data.stream.batch(s)['tokens'].tobytes()) for s in range(STEPS)]
+  assert len(set(fed)) == STEPS
+  seen = [data.stream.examples(step) for step in range(STEPS)]
+  for epoch in range(STEPS // EPOCH_STEPS):
+    steps = seen[epoch * EPOCH_STEPS : (epoch + 1) * EPOCH_STEPS]
+    ids = [example for batch in steps for _, example, e in batch if e == epoch]
+    assert sorted(ids) == list(range(len(data.corpora[0])))  # each once an epoch
+
+
+def tiny_config(workdir):
+  """The config of a run, from its config.json."""
+  c = config.default()
+  plain = json.loads((workdir / 'config.json').read_text())
+  with c.unlocked():
+    for key, value in plain.items():
+      if key == 'model.random':
+        c.model.random = value
+      else:
+        c.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+  return c
+
+
+def test_the_average_is_what_is_exported(reference):
+  """The moving average of the last checkpoint, bit by bit, and not its parameters."""
+  export = str(reference / 'export')
+  arch = from_hf(load.read_config(export))
+  where = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  exported = trees.flatten(load.load_params(export, arch, where, jnp.float32))
+  with ocp.StandardCheckpointer() as checkpointer:
+    saved = checkpointer.restore(reference / 'checkpoints' / str(STEPS) / 'state')
+  ema, params = (trees.flatten(saved[k]) for k in ('ema', 'params'))
+  assert exported.keys() == ema.keys()
+  for name, value in exported.items():
+    np.testing.assert_array_equal(value, ema[name])
+    assert not np.array_equal(value, params[name])
+
+
+def test_another_run_in_the_same_folder_is_refused(reference):
+  """What fixes the data or the state may not change; each change is listed."""
+  before = {p: p.stat().st_mtime_ns for p in (reference / 'checkpoints').iterdir()}
+  changes = ['seed=1', 'batch_size=4', 'grad_accum=1', 'optim.ema_decay=0.0', 'data.train=sums:90']
+  code, told = tiny_run.run('train', tiny_run.arguments(reference, *changes))
+  assert code == 2
+  for part in (
+    'seed: 0 -> 1',
+    'batch_size: 8 -> 4',
+    'optim.ema_decay switched on or off',
+    'data order: other content',
+    '--config.init_from=OLD_WORKDIR',
+  ):
+    assert part in told
+  assert 'grad_accum' not in told
+  assert before == {p: p.stat().st_mtime_ns for p in (reference / 'checkpoints').iterdir()}
+
+
+def test_a_finished_run_is_exported_again_without_training(reference):
+  rows, results = (reference / 'metrics.jsonl').read_bytes(), tiny_run.results(reference)
+  code, told = tiny_run.run('train', tiny_run.arguments(reference))
+  assert code == 0 and 'step compiled' not in told
+  assert (reference / 'metrics.jsonl').read_bytes() == rows
+  assert tiny_run.results(reference) == results

@@ -1,0 +1,67 @@
+"""Scoring continuations from one read of the prompt equals scoring each whole sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import TINY, head_weights, init, place, tokens_at
+
+from ftjax.models import head, transformer
+from ftjax.rollout.scorer import Scorer
+from ftjax.runtime.errors import ConfigError
+
+
+def _questions():
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 256, n).tolist() for n in (5, 17, 22)]
+  return prompts, [[rng.integers(0, 256, n).tolist() for n in (1, 4)] for _ in prompts]
+
+
+def _score(prompts, choices):
+  mesh = jax.sharding.get_mesh()
+  return Scorer(TINY, jnp.float32, mesh).score(init(TINY), prompts, choices)
+
+
+def _whole(params, prompts, choices):
+  """The same by reading each sequence as one, without a cache; float32[B, C]."""
+  rows = [(p, p + c) for p, cs in zip(prompts, choices, strict=True) for c in cs]
+  length = max(len(ids) for _, ids in rows) - 1
+  tokens, labels, segments = np.zeros((3, len(rows), length), np.int32)
+  weights = np.zeros((len(rows), length), np.float32)
+  for i, (prompt, ids) in enumerate(rows):
+    n = len(ids) - 1
+    tokens[i, :n], labels[i, :n], segments[i, :n] = ids[:-1], ids[1:], 1
+    weights[i, len(prompt) - 1 : n] = 1
+  x = transformer.apply(
+    TINY, params, place(tokens, 'batch', 'seq'), tokens_at(segments), dtype=jnp.float32
+  )
+  labels, weights = (place(a, 'batch', 'seq') for a in (labels, weights))
+  logp = head.token_logprobs(x, head_weights(TINY, params), labels, weights)
+  return np.asarray(logp).sum(-1).reshape(len(prompts), -1)
+
+
+def test_scores_equal_whole_sequences():
+  prompts, choices = _questions()
+  expected = _whole(init(TINY), prompts, choices)
+  np.testing.assert_allclose(_score(prompts, choices), expected, rtol=0, atol=2e-5)
+
+
+def test_other_rows_and_padding_do_not_matter():
+  prompts, choices = _questions()
+  together = _score(prompts, choices)
+  alone = _score(prompts[:1], choices[:1])
+  np.testing.assert_allclose(alone[0], together[0], rtol=0, atol=2e-5)
+
+
+def test_the_same_on_a_mesh(use_mesh):
+  prompts, choices = _questions()
+  expected = _score(prompts, choices)
+  use_mesh(fsdp=2, tensor=2)
+  np.testing.assert_allclose(_score(prompts, choices), expected, rtol=0, atol=2e-5)
+
+
+def test_a_split_sequence_cannot_be_decoded(use_mesh):
+  prompts, choices = _questions()
+  use_mesh(context=2)
+  with pytest.raises(ConfigError, match=r'mesh\.context'):
+    _score(prompts, choices)

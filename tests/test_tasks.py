@@ -1,0 +1,117 @@
+"""evaluation/tasks.py: what a task file may hold, and that a bad line is named."""
+
+import hashlib
+import json
+import pathlib
+
+import pytest
+
+from ftjax.evaluation import tasks
+from ftjax.runtime.errors import ConfigError, DataError
+
+CHOICE = {'prompt': 'Is it good?', 'choices': ['yes', 'no'], 'label': 'no'}
+MATCH = {'messages': [{'role': 'user', 'content': 'Capital of France?'}], 'answer': 'Paris'}
+
+
+def _file(tmp_path, *rows):
+  path = tmp_path / 'test.jsonl'
+  lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+  path.write_text('\n'.join(lines) + '\n')
+  return str(path)
+
+
+def test_parse_spec():
+  spec = 'sentiment=choice:.cache/a=b:c.jsonl'
+  assert tasks.parse_spec(spec) == ('sentiment', 'choice', '.cache/a=b:c.jsonl')
+
+
+@pytest.mark.parametrize(
+  'spec', ['x', 'x=y', 'x=choice:', '=choice:a', '../x=choice:a', 'x=chioce:a', 'a b=match:c', '']
+)
+def test_bad_specs_name_the_config_key(spec):
+  with pytest.raises(ConfigError, match=r'eval\.tasks') as e:
+    tasks.parse_spec(spec)
+  assert e.value.exit_code == 2
+
+
+def test_load_choice_rows(tmp_path):
+  messages = [{'role': 'system', 'content': 's'}, {'role': 'user', 'content': 'u'}]
+  path = _file(
+    tmp_path,
+    CHOICE,
+    '',
+    {'id': 'b7', 'messages': messages, 'choices': ['no', 'yes'], 'label': 1, 'source': 'x'},
+  )
+  (task,) = tasks.load_tasks([f'q=choice:{path}'])
+  one, two = task.rows
+  assert (one.id, one.place, one.prompt, one.answer, one.label) == (
+    '1', f'{path}:1', 'Is it good?', 'no', 1,
+  )  # fmt: skip
+  assert (two.id, two.messages, two.prompt, two.answer, two.label) == (
+    'b7', tuple(messages), None, 'yes', 1,
+  )  # fmt: skip
+  assert task.classes == ('no', 'yes')
+  assert task.digest == hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def test_rows_with_choices_of_their_own_have_no_classes(tmp_path):
+  path = _file(tmp_path, CHOICE, CHOICE | {'choices': ['no', 'maybe']})
+  assert tasks.load_task('q', 'choice', path).classes is None
+  assert tasks.load_task('m', 'match', _file(tmp_path, MATCH)).classes is None
+
+
+@pytest.mark.parametrize(
+  ('kind', 'row', 'reason'),
+  [
+    ('choice', '{"prompt": ', 'Expecting value'),
+    ('choice', '[1]', 'expected an object, got list'),
+    ('choice', CHOICE | {'label': 'perhaps'}, r"label.*\['yes', 'no'\].*'perhaps'"),
+    ('choice', CHOICE | {'label': 2}, 'label'),
+    ('choice', CHOICE | {'label': -1}, 'label'),
+    ('choice', CHOICE | {'label': True}, 'label'),
+    ('choice', {'prompt': 'x', 'choices': ['a', 'b']}, 'label.*None'),
+    ('choice', CHOICE | {'choices': ['no']}, 'choices'),
+    ('choice', CHOICE | {'choices': ['no', 'no']}, 'choices'),
+    ('choice', CHOICE | {'choices': ['no', '']}, 'choices'),
+    ('choice', CHOICE | {'choices': 'no'}, 'choices'),
+    ('choice', CHOICE | {'prompt': ' '}, 'prompt.*not empty'),
+    ('choice', CHOICE | {'messages': MATCH['messages']}, 'one of "messages" and "prompt"'),
+    ('choice', {'choices': ['a', 'b'], 'label': 'a'}, 'neither'),
+    ('choice', CHOICE | {'id': [1]}, 'id'),
+    ('match', {'prompt': 'x', 'answer': 42}, 'answer.*42'),
+    ('match', {'prompt': 'x'}, 'answer.*nothing'),
+    ('match', MATCH | {'messages': []}, 'messages'),
+    ('match', MATCH | {'messages': [{'role': 'user'}]}, r'"messages"\[0\]'),
+    ('match', MATCH | {'messages': [{'role': 'robot', 'content': 'x'}]}, 'robot'),
+    ('match', MATCH | {'messages': [{'role': 'assistant', 'content': 'x'}]}, 'leave it out'),
+  ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, row, reason):
+  good = CHOICE if kind == 'choice' else MATCH
+  path = _file(tmp_path, good, row)
+  with pytest.raises(DataError, match=rf'test\.jsonl:2: .*{reason}') as e:
+    tasks.load_task('t', kind, path)
+  assert e.value.exit_code == 3
+
+
+def test_several_bad_rows_are_told_at_once(tmp_path):
+  path = _file(tmp_path, CHOICE, *['{}'] * 8)
+  with pytest.raises(DataError) as e:
+    tasks.load_task('t', 'choice', path)
+  message = str(e.value)
+  assert [f'{path}:{i}:' in message for i in range(1, 10)] == [False] + [True] * 5 + [False] * 3
+  assert '3 more' in message
+
+
+def test_files_that_cannot_be_used(tmp_path):
+  with pytest.raises(DataError, match='No such file'):
+    tasks.load_task('t', 'choice', str(tmp_path / 'none.jsonl'))
+  with pytest.raises(DataError, match='no rows'):
+    tasks.load_task('t', 'choice', _file(tmp_path, '', ' '))
+  with pytest.raises(DataError, match=r"test\.jsonl:2: id 'a' stands on line 1"):
+    tasks.load_task('t', 'choice', _file(tmp_path, CHOICE | {'id': 'a'}, CHOICE | {'id': 'a'}))
+  (tmp_path / 'latin.jsonl').write_bytes(b'{"prompt": "\xe9"}\n')
+  with pytest.raises(DataError, match=r'latin\.jsonl:1: .*utf-8'):
+    tasks.load_task('t', 'choice', str(tmp_path / 'latin.jsonl'))
+  with pytest.raises(ConfigError, match='twice'):
+    tasks.load_tasks(['a=match:x', 'a=choice:y'])

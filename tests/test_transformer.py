@@ -1,0 +1,334 @@
+"""The decoder's invariants: causal, deaf across documents, indifferent to where a row or its
+padding lies; cache and remat change nothing. All in float32 at matmul precision highest.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from tiny_model import (
+  TINY,
+  UNTIED,
+  head_weights,
+  ids,
+  init,
+  logits,
+  logprobs,
+  place,
+  tokens_at,
+)
+
+from ftjax.models import cache, head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.attention import Tokens
+from ftjax.runtime import trees
+
+B, T = 3, 24
+ONE_EACH = np.ones((B, T), np.int32)
+# Lengths of three documents: packed into one row, or one to a row.
+DOCUMENTS = (11, 4, 9)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return init(TINY)
+
+
+def test_causal_exactly(params):
+  tokens = ids(B, T)
+  before = logits(TINY, params, tokens, tokens_at(ONE_EACH))
+  for t in (0, 1, 7, T - 1):
+    changed = tokens.copy()
+    changed[:, t:] = ids(B, T, seed=1)[:, t:]
+    after = logits(TINY, params, changed, tokens_at(ONE_EACH))
+    np.testing.assert_array_equal(after[:, :t], before[:, :t])
+    assert (after[:, t] != before[:, t]).any(-1).all()
+
+
+def packed_and_padded():
+  """Three documents as (tokens, segments) in one row, in one row each padded on the right, and on
+  the left; and where each of them lies.
+  """
+  rows = ids(B, T)
+  starts = np.concatenate([[0], np.cumsum(DOCUMENTS)[:-1]])
+  packed, right, left = ((np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)) for _ in range(3))
+  for d, (n, start) in enumerate(zip(DOCUMENTS, starts, strict=True)):
+    for (tokens, segments), row, begin in (
+      (packed, 1, start),
+      (right, d, 0),
+      (left, d, T - n),
+    ):
+      tokens[row, begin : begin + n] = rows[d, :n]
+      segments[row, begin : begin + n] = d + 1
+  return packed, right, left, starts
+
+
+@pytest.mark.parametrize('arch', [TINY, UNTIED])
+def test_packed_is_padded_on_either_side(arch):
+  params = init(arch)
+  packed, right, left, starts = packed_and_padded()
+  labels = {}
+  for name, (tokens, segments) in (('packed', packed), ('right', right), ('left', left)):
+    following = np.roll(tokens, -1, 1)
+    labels[name] = logprobs(arch, params, tokens, following, segments, tokens_at(segments))
+  for d, (n, start) in enumerate(zip(DOCUMENTS, starts, strict=True)):
+    alone = labels['right'][d, : n - 1]
+    assert (alone < 0).all()
+    np.testing.assert_allclose(labels['packed'][1, start : start + n - 1], alone, atol=1e-5)
+    np.testing.assert_allclose(labels['left'][d, T - n : T - 1], alone, atol=1e-5)
+
+
+def test_what_stands_on_padding_does_not_matter_exactly(params):
+  (tokens, segments), *_ = packed_and_padded()
+  where = tokens_at(segments)
+  before = logits(TINY, params, tokens, where)
+  after = logits(TINY, params, np.where(segments, tokens, ids(B, T, seed=2)), where)
+  np.testing.assert_array_equal(after[segments > 0], before[segments > 0])
+  assert np.isfinite(after).all()
+
+
+def test_a_document_changes_no_other_exactly(params):
+  (tokens, segments), *_ = packed_and_padded()
+  where = tokens_at(segments)
+  before = logits(TINY, params, tokens, where)
+  for d in range(1, len(DOCUMENTS) + 1):
+    changed = np.where(segments == d, ids(B, T, seed=3), tokens)
+    after = logits(TINY, params, changed, where)
+    np.testing.assert_array_equal(after[segments != d], before[segments != d])
+    assert (after[segments == d] != before[segments == d]).any(-1).all()
+
+
+def test_gradients_cross_no_border_exactly(params):
+  """Of one document's loss by the embeddings (through `noise`): zero on all others, on padding, and
+  after its last label.
+  """
+  (tokens, segments), *_ = packed_and_padded()
+  where, placed = tokens_at(segments), place(tokens, 'batch', 'seq')
+  labels = place(np.roll(tokens, -1, 1), 'batch', 'seq')
+
+  @jax.jit
+  def gradient(noise, weights):
+    def loss(noise):
+      x = transformer.apply(TINY, params, placed, where, dtype=jnp.float32, noise=noise)
+      table = head_weights(TINY, params)
+      return head.cross_entropy_sums(x, table, labels, weights, head.Terms())[0]
+
+    return jax.grad(loss)(noise)
+
+  zero = place(np.zeros((B, T, TINY.model_dim), np.float32), 'batch', 'seq', 'act_embed')
+  for d in range(1, len(DOCUMENTS) + 1):
+    inside = segments == d
+    weights = np.float32(inside)
+    last = np.flatnonzero(inside[1])[-1]
+    weights[1, last] = 0
+    g = np.asarray(gradient(zero, place(weights, 'batch', 'seq')))
+    supervised = weights > 0
+    assert (g[~supervised] == 0).all()
+    assert (np.abs(g[supervised]).max(-1) > 0).all()
+
+
+def test_rows_do_not_know_their_place_in_the_batch(params):
+  tokens, order = ids(B, T), [2, 0, 1]
+  straight = logits(TINY, params, tokens, tokens_at(ONE_EACH))
+  turned = logits(TINY, params, tokens[order], tokens_at(ONE_EACH))
+  np.testing.assert_allclose(turned, straight[order], atol=1e-5)
+
+
+def test_positions_count_from_any_number_in_angles_alone(params):
+  """Rotary positions are relative: a document that starts at 50 is the same document."""
+  tokens = ids(B, T)
+  positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  expected = logits(TINY, params, tokens, tokens_at(ONE_EACH, positions))
+  shifted = logits(TINY, params, tokens, tokens_at(ONE_EACH, positions + 50))
+  np.testing.assert_allclose(shifted, expected, atol=5e-5)
+  stretched = logits(TINY, params, tokens, tokens_at(ONE_EACH, positions * 2))
+  assert np.abs(stretched - expected).max() > 0.1
+
+
+def loss_of(arch, remat):
+  def loss(params, tokens, where, weights):
+    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
+    return head.cross_entropy_sums(x, head_weights(arch, params), tokens, weights, head.Terms())[0]
+
+  return jax.value_and_grad(loss)
+
+
+def batch():
+  (tokens, segments), *_ = packed_and_padded()
+  arrays = place(tokens, 'batch', 'seq'), place(np.float32(segments > 0), 'batch', 'seq')
+  return arrays[0], tokens_at(segments), arrays[1]
+
+
+@pytest.fixture(scope='module')
+def plain(params):
+  return jax.jit(loss_of(TINY, 'none'))(params, *batch())
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_changes_no_loss_and_no_gradient(params, plain, remat):
+  loss, gradient = jax.jit(loss_of(TINY, remat))(params, *batch())
+  np.testing.assert_allclose(loss, plain[0], rtol=1e-6)
+  flat = trees.flatten(gradient)
+  for name, g in trees.flatten(plain[1]).items():
+    np.testing.assert_allclose(flat[name], g, atol=2e-6 * np.abs(g).max(), err_msg=name)
+
+
+def products(jaxpr):
+  """How many matrix products are written in a jaxpr and all that it calls."""
+  inner = sum(products(j) for e in jaxpr.eqns for j in jaxprs_in_params(e.params))
+  return inner + sum(e.primitive.name == 'dot_general' for e in jaxpr.eqns)
+
+
+def test_remat_recomputes_what_its_name_says(params):
+  """'dots' computes the two products of attention again (they have batch dimensions), 'full' the
+  projections of a block too: q, k, v, o, gate, up; the last one's result is not needed.
+  """
+  none, dots, full = (
+    products(jax.make_jaxpr(loss_of(TINY, remat))(params, *batch()).jaxpr)
+    for remat in ('none', 'dots', 'full')
+  )
+  assert (dots - none, full - none) == (2, 8)
+
+
+# Few different shapes: drawing numbers of a new shape compiles for a while.
+SMALL = dataclasses.replace(UNTIED, model_dim=16, num_heads=2, num_kv_heads=2, ffn_dim=16)
+
+
+@pytest.fixture(scope='module')
+def drawn():
+  return trees.flatten(transformer.init(SMALL, jax.random.key(0)))
+
+
+def test_init_depends_on_key_and_name_alone(drawn):
+  """A model without a head has the same other leaves; no two leaves are alike."""
+  tied = dataclasses.replace(SMALL, tied=True)
+  without = trees.flatten(transformer.init(tied, jax.random.key(0)))
+  other = trees.flatten(transformer.init(tied, jax.random.key(1)))
+  assert drawn.keys() - without.keys() == {'head/w'}
+  for name, x in without.items():
+    np.testing.assert_array_equal(x, drawn[name], err_msg=name)
+    assert 'norm' in name or (np.asarray(x) != np.asarray(other[name])).all(), name
+  matrices = [np.asarray(x).flat[0] for name, x in drawn.items() if 'norm' not in name]
+  assert len(set(matrices)) == len(matrices)
+
+
+def test_init_has_variance_one_over_fan_in(drawn):
+  for name, x in drawn.items():
+    if 'norm' in name:
+      assert (np.asarray(x) == 1).all(), name
+    else:  # all contracted sizes of SMALL are 16; five standard errors of a standard deviation
+      assert np.std(x) * 4 == pytest.approx(1, abs=5 / np.sqrt(2 * x.size)), name
+
+
+def test_init_is_the_same_on_every_mesh(drawn, use_mesh):
+  use_mesh(fsdp=2, tensor=2)
+  for name, x in trees.flatten(transformer.init(SMALL, jax.random.key(0))).items():
+    np.testing.assert_array_equal(x, drawn[name], err_msg=name)
+
+
+def test_abstract_axes_and_init_have_one_structure():
+  shapes, axes = (
+    trees.flatten(transformer.abstract(UNTIED)),
+    trees.flatten(transformer.axes(UNTIED)),
+  )
+  made = trees.flatten(jax.eval_shape(lambda k: transformer.init(UNTIED, k), jax.random.key(0)))
+  assert shapes.keys() == axes.keys() == made.keys()
+  for name, x in made.items():
+    assert (x.shape, x.dtype) == (shapes[name].shape, shapes[name].dtype)
+    assert len(axes[name]) == len(x.shape)
+    assert ('layers' in axes[name]) == name.startswith('stack')
+
+
+def decoded(arch, params, tokens, segments, prompt):
+  """Hidden states [B, T, D] by prefill of the first `prompt` tokens and a step for each of the
+  rest, with room for four more.
+  """
+  positions = np.asarray(tokens_at(segments).positions)
+  decode = jax.jit(functools.partial(transformer.decode, arch, dtype=jnp.float32))
+  memory = cache.empty(arch, B, T + 4, jnp.float32)
+  parts, at = [], 0
+  for length in [prompt] + [1] * (T - prompt):
+    cut = slice(at, at + length)
+    where = Tokens(*(place(a[:, cut], 'batch', 'seq') for a in (segments, positions)))
+    x, memory = decode(
+      params, place(tokens[:, cut], 'batch', 'seq'), where, memory, jnp.asarray(at, jnp.int32)
+    )
+    parts.append(np.asarray(x))
+    at += length
+  np.testing.assert_array_equal(memory.tokens.segments, np.pad(segments, ((0, 0), (0, 4))))
+  np.testing.assert_array_equal(memory.tokens.positions, np.pad(positions, ((0, 0), (0, 4))))
+  return np.concatenate(parts, 1)
+
+
+_apply = functools.partial(jax.jit, static_argnames=('arch', 'dtype'))(transformer.apply)
+
+
+def full(arch, params, tokens, segments, noise=None, dtype=jnp.float32):
+  noise = np.zeros((B, T, TINY.model_dim), np.float32) if noise is None else noise
+  noise = place(noise, 'batch', 'seq', 'act_embed')
+  tokens = place(tokens, 'batch', 'seq')
+  return np.asarray(_apply(arch, params, tokens, tokens_at(segments), dtype=dtype, noise=noise))
+
+
+def left_padded():
+  """Prompts of 10, 3 and 7 tokens ending at one place, and what follows."""
+  segments = np.ones((B, T), np.int32)
+  for b, n in enumerate((10, 3, 7)):
+    segments[b, : 10 - n] = 0
+  return ids(B, T), segments
+
+
+def test_cache_is_the_full_forward(params):
+  tokens, segments = left_padded()
+  inside = segments > 0
+  np.testing.assert_allclose(
+    decoded(TINY, params, tokens, segments, 10)[inside],
+    full(TINY, params, tokens, segments)[inside],
+    atol=1e-5,
+  )
+
+
+class Patterned(Architecture):
+  """The same three layers, as a stack of a pattern of two and a stack of one."""
+
+  stacks = ((('full', 'full'), 1), (('full',), 1))
+
+
+def test_stacks_and_patterns_are_only_another_way_to_store_layers(params):
+  arch = Patterned(**dataclasses.asdict(TINY))
+  flat = trees.flatten(params)
+  other = {n: x for n, x in flat.items() if not n.startswith('stack')}
+  for layer, (block, row) in enumerate(arch.layer_slots()):
+    assert row == 0
+    for name, x in flat.items():
+      if name.startswith('stack'):
+        other[name.replace('stack0/block0', block)] = x[layer : layer + 1]
+  other = trees.unflatten(other)
+  tokens, segments = left_padded()
+  inside, expected = segments > 0, full(TINY, params, tokens, segments)
+  np.testing.assert_allclose(
+    full(arch, other, tokens, segments)[inside], expected[inside], atol=1e-5
+  )
+  np.testing.assert_allclose(
+    decoded(arch, other, tokens, segments, 10)[inside], expected[inside], atol=1e-5
+  )
+
+
+def test_noise_is_added_to_the_embeddings(params):
+  """Noise that turns each token's embedding into another's gives that other text's states."""
+  one, two = ids(B, T), ids(B, T, seed=5)
+  table = np.asarray(params['embed']['w'])
+  moved = full(TINY, params, one, ONE_EACH, table[two] - table[one])
+  np.testing.assert_allclose(moved, full(TINY, params, two, ONE_EACH), atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_near_float32(params):
+  x = full(TINY, params, ids(B, T), ONE_EACH, dtype=jnp.bfloat16)
+  assert x.dtype == jnp.bfloat16
+  x, exact = np.float32(x), full(TINY, params, ids(B, T), ONE_EACH)
+  sizes = np.linalg.norm(x, axis=-1) * np.linalg.norm(exact, axis=-1)
+  assert ((x * exact).sum(-1) / sizes).min() >= 0.999

@@ -1,0 +1,96 @@
+"""A decoder small enough to compute at once: V 256, D 32, 3 layers, 4 heads on 2 kv heads."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ftjax.models import head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.attention import Tokens
+from ftjax.runtime import trees
+from ftjax.runtime.sharding import spec
+
+TINY = Architecture(
+  family='llama',
+  vocab_size=256,
+  model_dim=32,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  ffn_dim=64,
+  norm_eps=1e-5,
+  rope_theta=10000.0,
+  rope_scaling=None,
+  tied=True,
+  max_len=128,
+)
+UNTIED = dataclasses.replace(TINY, tied=False)
+
+
+def place(array, *names):
+  """A numpy array on the current mesh, its dimensions named as in runtime/sharding.py."""
+  array = np.asarray(array)
+  sharding = NamedSharding(jax.sharding.get_mesh(), spec(*names))
+  return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+
+def tokens_at(segments, positions=None):
+  """Tokens of segments int[B, T]; positions count from 0 within each run of a segment."""
+  segments = np.asarray(segments, np.int32)
+  if positions is None:
+    positions = np.zeros_like(segments)
+    for t in range(1, segments.shape[1]):
+      same = segments[:, t] == segments[:, t - 1]
+      positions[:, t] = np.where(same, positions[:, t - 1] + 1, 0)
+  return Tokens(place(segments, 'batch', 'seq'), place(np.int32(positions), 'batch', 'seq'))
+
+
+def ids(batch, length, seed=0, vocab=TINY.vocab_size):
+  """int32[B, T] random token ids."""
+  return np.random.default_rng(seed).integers(0, vocab, (batch, length), np.int32)
+
+
+def head_weights(arch, params):
+  return params['embed' if arch.tied else 'head']['w']
+
+
+def init(arch, seed=0):
+  """Random parameters on the current mesh, of numpy, which compiles nothing. Norm scales are drawn
+  too: no factor is 1 by luck.
+  """
+  rng = np.random.default_rng(seed)
+  leaves = {}
+  for name, (shape, axes, fan_in) in sorted(transformer.declared(arch).items()):
+    x = rng.normal(size=shape)
+    x = x * fan_in**-0.5 if fan_in else 1 + 0.1 * x
+    leaves[name] = place(x.astype(np.float32), *axes)
+  return trees.unflatten(leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _logits(arch, params, tokens, where, remat):
+  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
+  table = jax.sharding.reshard(head_weights(arch, params), spec(None, None))
+  return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
+
+
+def logits(arch, params, tokens, where, remat='none'):
+  """float32[B, T, V], all of them: what the product never makes."""
+  return np.asarray(_logits(arch, params, place(tokens, 'batch', 'seq'), where, remat))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(arch, params, tokens, labels, weights, where):
+  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+  return head.token_logprobs(x, head_weights(arch, params), labels, weights)
+
+
+def logprobs(arch, params, tokens, labels, weights, where):
+  """float32[B, T]: log p of each label whose weight is not 0, through the head."""
+  arrays = (place(a, 'batch', 'seq') for a in (tokens, labels, np.float32(weights)))
+  return np.asarray(_logprobs(arch, params, *arrays, where))

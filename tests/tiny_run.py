@@ -1,0 +1,128 @@
+"""Entries run as a user runs them, each in a process of its own; what they leave is compared bit by
+bit.
+
+The run of `arguments` trains 26 steps with packing, accumulation and EMA; an epoch has 8 steps, a
+checkpoint is begun every 4, the loss is evaluated every 6.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS, EPOCH_STEPS, SAVE_EVERY, BATCH = 26, 8, 4, 8
+
+# What depends on the clock or the machine's load is left out.
+TRAIN_KEYS = ('loss', 'nll', 'grad_norm', 'lr', 'ok', 'skipped', 'bad_streak', 'supervised_tokens')
+KEYS = (*TRAIN_KEYS, 'batch_crc32', 'perplexity', 'gap')
+
+
+def arguments(workdir, *overrides):
+  """Of `ftjax.train`, for a run in `workdir`; `overrides` like 'steps=3' come last."""
+  settings = [
+    f'steps={STEPS}',
+    f'batch_size={BATCH}',
+    'grad_accum=2',
+    'data.train=sums:108',
+    'optim.ema_decay=0.9',
+    f'checkpoint.every={SAVE_EVERY}',
+    'eval.every=6',
+    'eval.prompts=()',
+    *overrides,
+  ]
+  return ['--config=tiny_sft', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
+
+
+def launch(entry, arguments, log):
+  """Starts `python -m ftjax.<entry>`; both its outputs go to the end of the file `log`."""
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  with open(log, 'ab') as out:
+    return subprocess.Popen(
+      [sys.executable, '-m', f'ftjax.{entry}', *arguments],
+      cwd=ROOT,
+      env=environment,
+      stdin=subprocess.DEVNULL,
+      stdout=out,
+      stderr=subprocess.STDOUT,
+    )
+
+
+def run(entry, arguments):
+  """(exit code, what it said) of an entry run to its end."""
+  with tempfile.TemporaryDirectory() as folder:
+    log = pathlib.Path(folder) / 'log'
+    process = launch(entry, arguments, log)
+    try:
+      code = process.wait(timeout=300)
+    finally:
+      process.kill()
+    return code, log.read_text(errors='replace')
+
+
+def share_programs(source, target):
+  """Gives the workdir `target` the compiled programs of `source`."""
+  pathlib.Path(target).mkdir(parents=True, exist_ok=True)
+  shutil.copytree(pathlib.Path(source) / 'xla_cache', pathlib.Path(target) / 'xla_cache')
+
+
+def kill_when(process, is_time, delay=0.0, number=9, timeout=300.0):
+  """Sends a signal `delay` seconds after `is_time()`; False where the process ended before."""
+  end = time.monotonic() + timeout
+  while not is_time():
+    if process.poll() is not None:
+      return False
+    if time.monotonic() > end:
+      process.kill()
+      raise TimeoutError('the moment to kill did not come')
+    time.sleep(0.001)
+  time.sleep(delay)
+  if process.poll() is not None:
+    return False
+  process.send_signal(number)
+  process.wait()
+  return True
+
+
+def metrics(workdir):
+  """{(split, step): its row, without what depends on the clock}, in the order of the file."""
+  rows = {}
+  for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines():
+    row = json.loads(line)
+    key = row['split'], row['step']
+    assert key not in rows, f'{key} stands twice in metrics.jsonl'
+    rows[key] = {k: row[k] for k in KEYS if k in row}
+  return rows
+
+
+def logged(workdir):
+  """The last step in metrics.jsonl, 0 where there is none."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+  return json.loads(lines[-1])['step'] if lines else 0
+
+
+def results(workdir):
+  """{file: bytes} of what a finished run leaves: the exported model, the scores of its tasks."""
+  workdir = pathlib.Path(workdir)
+  found = [*(workdir / 'export').iterdir(), *(workdir / 'eval').glob('*.json*')]
+  return {str(p.relative_to(workdir)): p.read_bytes() for p in found}
+
+
+def differences(workdir, reference):
+  """What differs between two finished runs, as lines; none where they are equal bit by bit."""
+  ours, theirs = metrics(workdir), metrics(reference)
+  out = [] if list(ours) == list(theirs) else [f'rows {list(ours)} and {list(theirs)}']
+  for key in ours.keys() & theirs.keys():
+    for name in ours[key].keys() | theirs[key].keys():
+      a, b = ours[key].get(name), theirs[key].get(name)
+      if a != b:
+        out.append(f'{key} {name}: {a!r} and {b!r}')
+  ours, theirs = results(workdir), results(reference)
+  out += [f'{n} is not in both' for n in ours.keys() ^ theirs.keys()]
+  return out + [f'{n} differs' for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]]
