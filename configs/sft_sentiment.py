@@ -13,7 +13,7 @@ def get_config():
   c = config.default()
   c.model.path = '.cache/smollm2'
   c.data.train = '.cache/data/sentiment/train.jsonl'
-  c.steps = 60
+  c.steps = 75
   c.batch_size = 4  # packed rows of several sentences each
   c.seq_len = 256
   c.optim.lr = 6e-5

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'third_party' / 'demo-requirements.txt'
 GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 RATINGS = 'movieReviewSnippets_GroundTruth.txt'
-SYSTEM = {'role': 'system', 'content': 'Answer with one word.'}
 PROMPT = 'Is the sentiment of this movie review sentence positive or negative?\n\n'
 NUM_TEST = 400
 # Readers rated from -4 to 4; between these bounds they did not agree on a side.
@@ -123,7 +122,7 @@ def split(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def question(sentence: str) -> list[dict]:
-  return [SYSTEM, {'role': 'user', 'content': PROMPT + sentence}]
+  return [{'role': 'user', 'content': PROMPT + sentence}]
 
 
 def write_sentiment(downloads: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ def default() -> ml_collections.ConfigDict:
   c.seq_len = 1024  # tokens per row
   c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
-  c.remat = 'none'  # what the backward pass recomputes: none, dots (all but projections), full
+  c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
 
   c.model = ml_collections.ConfigDict()
   c.model.path = ''  # HF folder, or GGUF file
