@@ -172,6 +172,11 @@ def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
     log.warning('changed since the checkpoint: %s', ', '.join(f'{k}={now[k]!r}' for k in changed))
 
 
+def _has_ended(saved: dict, patience: int) -> bool:
+  """Whether early stopping ended the run for good: with more patience, or none, it goes on."""
+  return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
+
+
 def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
 
@@ -223,7 +228,7 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]
       fingerprints['data order'][:12],
     )
 
-  if not (saved and saved['ended']) and start < run.steps:
+  if not (saved and _has_ended(saved, c.checkpoint.patience)) and start < run.steps:
     state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
   best = checkpoints.best()
   if best is not None and best != checkpoints.latest():

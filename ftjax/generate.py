@@ -23,13 +23,8 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_K = flags.DEFINE_integer(
   'top_k', 0, 'Sample among the k likeliest tokens; 0: all.', lower_bound=0
 )
-_TOP_P = flags.DEFINE_float(
-  'top_p',
-  1.0,
-  'Sample among the likeliest tokens of this probability.',
-  lower_bound=0,
-  upper_bound=1,
-)
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among the likeliest tokens of this probability.')
+flags.register_validator('top_p', lambda p: 0 < p <= 1, 'expected a number above 0 and not above 1')
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A string that ends the answer and is left out; may be given again.'
 )

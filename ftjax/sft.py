@@ -33,9 +33,9 @@ def head_weights(arch: Architecture, params: dict) -> jax.Array:
   return params['embed' if arch.tied else 'head']['w']
 
 
-def embedding_noise(alpha: float, batch: dict, dim: int, key: jax.Array) -> jax.Array:
+def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
   """NEFTune: uniform in +-alpha / sqrt(n * D), n the tokens of a document (Jain et al. 2023,
-  algorithm 1); float32[B, T, D].
+  algorithm 1); float32[B, T, D]. keys: key[B], so that a row's noise does not depend on the others.
   """
   segments = batch['segments']
   same = (
@@ -45,19 +45,20 @@ def embedding_noise(alpha: float, batch: dict, dim: int, key: jax.Array) -> jax.
     ]
   )
   scale = alpha / jnp.sqrt(same.sum(-1) * dim)
-  uniform = jax.random.uniform(
-    key, (*segments.shape, dim), jnp.float32, -1.0, 1.0, out_sharding=jax.typeof(segments).sharding
+  draw = functools.partial(jax.random.uniform, shape=(segments.shape[1], dim), minval=-1.0)
+  uniform = jax.sharding.reshard(
+    jax.vmap(draw)(keys), jax.P(*jax.typeof(segments).sharding.spec, None)
   )
   return uniform * scale[..., None]
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
-  """loss(params, batch, key) -> (sum of loss, supervised tokens, {'nll': sums})."""
+  """loss(params, batch, keys) -> (sum of loss, supervised tokens, {'nll': sums})."""
   dtype, terms = jnp.dtype(c.model.compute_dtype), Terms(c.loss.label_smoothing, c.loss.z_loss)
   alpha, remat = c.loss.neftune, c.remat
 
-  def loss(params, batch, key):
-    noise = embedding_noise(alpha, batch, arch.model_dim, key) if alpha else None
+  def loss(params, batch, keys):
+    noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
     x = hidden_states(arch, params, batch, dtype, remat, noise)
     total, nll = head.cross_entropy_sums(
       x, head_weights(arch, params), batch['labels'], batch['weights'], terms

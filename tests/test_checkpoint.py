@@ -117,14 +117,14 @@ def test_the_best_stays_beside_the_latest(opened, mode, values, kept, best):
   equal_bits(again.restore(best, abstract(state_of())), state_of(best))
 
 
-def test_opening_deletes_nothing(opened, tmp_path):
+def test_opening_deletes_only_what_a_crash_tore(opened, tmp_path):
   c = opened(Retention(keep=4, metric='', mode='min'))
   for step in range(1, 5):
     save(c, step)
   folder = tmp_path / 'checkpoints'
-  (folder / '9.orbax-checkpoint-tmp').mkdir()
   (folder / 'notes.txt').write_text('mine')
   before = sorted(p.relative_to(folder) for p in folder.rglob('*'))
+  (folder / '9.orbax-checkpoint-tmp').mkdir()
   smaller = opened(Retention(keep=1, metric='', mode='min'))
   assert smaller.steps() == [1, 2, 3, 4]
   assert sorted(p.relative_to(folder) for p in folder.rglob('*')) == before
@@ -201,6 +201,20 @@ def test_a_failed_commit_does_not_stop_later_saves(opened, monkeypatch, caplog):
   assert c.latest() == 3 and 2 not in c.steps()
   equal_bits(c.restore(3, abstract(state_of())), state_of(3))
   assert opened().latest() == 3
+
+
+def test_two_failed_commits_in_a_row_end_the_run(opened, monkeypatch):
+  c = opened()
+  save(c, 1)
+
+  def full(source, target, **settings):
+    raise OSError(errno.ENOSPC, 'the disk is full')
+
+  monkeypatch.setattr(os, 'rename', full)
+  c.save(2, state_of(2), {'step': 2}, None)
+  c.save(3, state_of(3), {'step': 3}, None)
+  with pytest.raises(OSError, match='the disk is full'):
+    c.save(4, state_of(4), {'step': 4}, None)
 
 
 def test_a_step_is_not_saved_twice(opened):

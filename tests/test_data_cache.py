@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -173,6 +175,17 @@ def test_corpora_that_cannot_be_meant(tmp_path):
     build(tmp_path, one_chat, tokenizer=only_answers)
   assert build(tmp_path, one_chat, tokenizer=only_answers, loss_on='all').supervised
   assert folders(tmp_path) != [] and not any(f.startswith('building') for f in folders(tmp_path))
+
+
+def test_what_a_killed_process_was_building_is_swept(tmp_path):
+  host, cache_dir = socket.gethostname(), tmp_path / 'cache'
+  gone = subprocess.Popen(['true'])
+  gone.wait()
+  for owner in (f'{host}-{gone.pid}', f'{host}-{os.getpid()}', f'elsewhere-{gone.pid}'):
+    (cache_dir / f'building-{owner}-x').mkdir(parents=True)
+  build(tmp_path, write(tmp_path / 'a.jsonl', [{'text': 'one two'}]), loss_on='all')
+  left = {p.name for p in cache_dir.glob('building-*')}
+  assert left == {f'building-{host}-{os.getpid()}-x', f'building-elsewhere-{gone.pid}-x'}
 
 
 def test_documents_may_be_supervised_whole(tmp_path):

@@ -321,3 +321,14 @@ def test_the_profiler_runs_between_two_steps(monkeypatch, start, begin, end, tra
     at_step=lambda s: seen.append(s) if running[0] else None,
   )
   assert seen == traced and not running[0]
+
+
+def test_a_stop_inside_the_profile_still_writes_it(monkeypatch):
+  calls = []
+  monkeypatch.setattr('jax.profiler.start_trace', lambda folder: calls.append('start'))
+  monkeypatch.setattr('jax.profiler.stop_trace', lambda: calls.append('stop'))
+  record, _ = run(
+    with_(profile_start=2, profile_stop=9),
+    at_step=lambda s: s == 5 and signal.raise_signal(signal.SIGTERM),
+  )
+  assert isinstance(record.error, StoppedEarly) and calls == ['start', 'stop']

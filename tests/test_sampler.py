@@ -28,13 +28,15 @@ def counts(sampling, logits=LOGITS):
 
 
 def oracle(logits, sampling):
-  """Exact probabilities, in float64: sort, cut to k, cut to the smallest set with mass p."""
+  """Exact probabilities, in float64: sort, cut to k, renormalize, cut to the smallest set with mass
+  p: the order of HF's warpers.
+  """
   p = np.exp(np.float64(logits) / sampling.temperature)
   p /= p.sum()
   order = np.argsort(-p, kind='stable')
   kept = order[: sampling.top_k or None]
   if sampling.top_p < 1:
-    kept = kept[: 1 + np.searchsorted(np.cumsum(p[kept]), sampling.top_p)]
+    kept = kept[: 1 + np.searchsorted(np.cumsum(p[kept]) / p[kept].sum(), sampling.top_p)]
   out = np.zeros_like(p)
   out[kept] = p[kept] / p[kept].sum()
   return out
@@ -56,6 +58,7 @@ def oracle(logits, sampling):
     Sampling(1.0, top_p=1e-6),
     Sampling(1.0, top_k=2, top_p=0.72),
     Sampling(1.0, top_k=5, top_p=0.4),
+    Sampling(1.0, top_k=3, top_p=0.8),
   ],
   ids=str,
 )
@@ -205,7 +208,7 @@ def test_answers_are_streamed(plain, params, greedy):
   shown = []
   plain.generate(params, PROMPTS, NEW, GREEDY, stream=lambda a: shown.append([list(x) for x in a]))
   assert shown[-1] == greedy
-  assert [len(a[0]) for a in shown] == [17, 24]
+  assert [len(a[0]) for a in shown] == [1, 17, 24]
 
 
 def test_an_untied_head_is_used():

@@ -18,12 +18,13 @@ from ftjax.training.step import compile_step, make_step
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
 
 
-def square_loss(params, rows, key):
-  """Sum of w (x . a + b - y)^2; the frozen `b` only shifts; `draw` shows the key."""
+def square_loss(params, rows, keys):
+  """Sum of w (x . a + b - y)^2; the frozen `b` only shifts; `draw` shows the keys."""
   error = rows['x'] @ params['a'] + params['b'] - rows['y']
   weight = rows['w'].sum()
   metrics = {'error': (jnp.abs(error * rows['w']).sum(), weight)}
-  metrics['draw'] = (jax.random.uniform(key), jnp.float32(1))
+  drawn = jax.vmap(jax.random.uniform)(keys)
+  metrics['draw'] = (drawn.sum(), jnp.float32(drawn.size))
   return (rows['w'] * error**2).sum(), weight, metrics
 
 
@@ -97,9 +98,11 @@ def ragged():
   )
 
 
-def sft_step(rows, micro):
+def sft_step(rows, micro, neftune=0.0):
   """(loss, gradient norm, parameters after a plain step of rate 1, supervised) of one update."""
-  loss_fn = sft.make_loss(TINY, config.default())
+  c = config.default()
+  c.loss.neftune = neftune
+  loss_fn = sft.make_loss(TINY, c)
   params = init(TINY)
   optimizer = optax.sgd(1.0)
   abstract = jax.eval_shape(lambda p: create(p, {}, optimizer, False), params)
@@ -122,6 +125,29 @@ def sft_step(rows, micro):
 @pytest.fixture(scope='module')
 def whole(ragged):
   return sft_step(ragged, 1)
+
+
+def test_noise_on_embeddings_is_the_same_however_rows_are_accumulated(ragged, whole):
+  """NEFTune: drawn by row; and it does something."""
+  (loss, norm, params), _ = sft_step(ragged, 1, neftune=5.0)
+  (loss4, norm4, params4), _ = sft_step(ragged, 4, neftune=5.0)
+  np.testing.assert_allclose([loss4, norm4], [loss, norm], rtol=2e-6)
+  assert abs(loss - whole[0][0]) > 1e-4
+  for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params4), strict=True):
+    np.testing.assert_allclose(b, a, atol=2e-6)
+
+
+def test_noise_on_embeddings_has_the_published_size():
+  """Uniform in +-alpha / sqrt(n D), n the tokens of the row's document."""
+  segments = np.repeat([[1] * 4 + [2] * 12], 64, 0).astype(np.int32)
+  keys = jax.random.split(jax.random.key(0), 64)
+  batch = {'segments': place(segments, 'batch', 'seq')}
+  noise = np.asarray(sft.embedding_noise(5.0, batch, 32, keys))
+  for part, n in ((noise[:, :4], 4), (noise[:, 4:], 12)):
+    bound = 5.0 / np.sqrt(n * 32)
+    assert np.abs(part).max() <= bound
+    np.testing.assert_allclose(part.std(), bound / np.sqrt(3), rtol=0.02)
+  assert not np.array_equal(noise[0], noise[1])
 
 
 @pytest.mark.parametrize('micro', [4, 32])
@@ -250,15 +276,16 @@ def test_ema_by_hand():
 
 
 @pytest.mark.parametrize('micro', [1, 2])
-def test_keys_are_a_function_of_seed_step_and_micro_batch(micro):
+def test_keys_are_a_function_of_seed_step_and_row(micro):
+  """And not of the micro-batch that a row falls into."""
   drawn = {}
-  for seed, rows in ((7, 8), (8, 4)):  # the batch plays no part
+  for seed, rows in ((7, 8), (8, 4)):
     state, step, batch = toy(micro, rows, seed=seed)
     for number in range(2):
       state, metrics = step(state, batch)
       keys = [
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), m)
-        for m in range(micro)
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), row)
+        for row in range(rows)
       ]
       expected = np.mean([float(jax.random.uniform(k)) for k in keys])
       np.testing.assert_allclose(metrics['draw'], expected, rtol=1e-6)

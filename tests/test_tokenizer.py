@@ -123,6 +123,7 @@ def test_fingerprint_moves_with_what_matters_only():
     ({}, 'no tokenizer.json'),
     ({'tokenizer.json': b'{'}, 'not JSON'),
     ({'tokenizer.json': b'{}'}, 'no model'),
+    ({'tokenizer.json': b'{"model": {"type": "BPE", "vocab": {"a": 0}}}'}, 'cannot be used'),
     (tiny_files() | {'tokenizer_config.json': b'{"eos_token": "<nope>"}'}, "'<nope>'"),
   ],
 )

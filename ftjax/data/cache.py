@@ -7,10 +7,12 @@ its folder. `schedule.py` orders the examples, `batches.py` reads them.
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -332,7 +334,9 @@ def build_or_open(
   folder = root / cache_key(spec, tokenizer, seq_len, loss_on, on_overlength)
   if not folder.is_dir():
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix='building-', dir=root))
+    _sweep(root)
+    prefix = f'{_building()}{os.getpid()}-'
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
     try:
       writer = _Writer(scratch)
       try:
@@ -348,6 +352,29 @@ def build_or_open(
     finally:
       shutil.rmtree(scratch, ignore_errors=True)
   return Corpus(folder, spec.path, names)
+
+
+def _building() -> str:
+  """How the names of unfinished caches of this machine begin; the process follows."""
+  return f'building-{socket.gethostname()}-'
+
+
+def _sweep(root: Path) -> None:
+  """Removes what processes of this machine that are no more were building."""
+  for folder in root.glob(f'{glob.escape(_building())}*'):
+    process = folder.name.removeprefix(_building()).partition('-')[0]
+    if process.isdigit() and not _is_running(int(process)):
+      shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -14,15 +14,6 @@ import tokenizers
 
 from ftjax.runtime.errors import DataError
 
-FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'chat_template.jinja',
-  'special_tokens_map.json',
-  'generation_config.json',
-  'config.json',
-)
-
 
 def _parse(files: Mapping[str, bytes], name: str) -> dict:
   if name not in files:
@@ -156,11 +147,13 @@ class Tokenizer:
 
 
 def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
-  # The library reports every fault as a bare Exception, so the usual ones are looked for here.
   inner = model.get('model')
   if not isinstance(inner, dict) or not inner.get('vocab'):
     raise DataError(f'{name}: tokenizer.json has no model with a vocabulary; got keys {[*model]}')
-  return tokenizers.Tokenizer.from_str(json.dumps(model))
+  try:
+    return tokenizers.Tokenizer.from_str(json.dumps(model))
+  except Exception as error:  # the library raises nothing narrower
+    raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 
 
 def _affixes(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

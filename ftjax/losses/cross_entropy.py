@@ -1,9 +1,8 @@
 """Cross-entropy of one chunk of tokens, with its gradient, from logits that may be split over the
 vocabulary.
 
-Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split (None:
-whole), `offset` is the first vocabulary id of this part; models/head.py loops over chunks and owns
-the weights."""
+Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split, `offset`
+is the first vocabulary id of this part; models/head.py loops over chunks and owns the weights."""
 
 import dataclasses
 

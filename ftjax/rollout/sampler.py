@@ -27,8 +27,8 @@ TOKENS_PER_DISPATCH = 16
 class Sampling:
   """How the next token is chosen. temperature 0: the likeliest. top_k 0 and top_p 1: no truncation.
 
-  top_k keeps the k likeliest tokens, top_p the smallest set of likeliest ones with at least that
-  probability (both after temperature)."""
+  After temperature, top_k keeps the k likeliest tokens; of what is left, renormalized, top_p keeps
+  the smallest set of likeliest ones with at least that probability."""
 
   temperature: float = 0.0
   top_k: int = 0
@@ -46,10 +46,11 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
   logits = logits / sampling.temperature
   if sampling.top_k or sampling.top_p < 1:
     ordered = -jnp.sort(-logits, axis=-1)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    keep = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
     if sampling.top_k:
-      keep &= jnp.arange(logits.shape[-1])[None] < sampling.top_k
+      among = jnp.arange(logits.shape[-1])[None] < sampling.top_k
+      ordered = jnp.where(among, ordered, -jnp.inf)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    keep = (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) & (ordered > -jnp.inf)
     least = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
     logits = jnp.where(logits >= least, logits, -jnp.inf)
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
@@ -152,7 +153,7 @@ class Sampler:
       seed: of sampling.
       row_ids: what tells rows apart in the sampling key; their index by default.
       ended: asked between dispatches for each answer so far; True ends it (stop strings).
-      stream: shown the answers so far after each dispatch.
+      stream: shown the answers so far, from the first token on, after each dispatch.
     """
     count = len(prompts)
     if not count or not all(len(p) for p in prompts):
@@ -183,6 +184,8 @@ class Sampler:
     answers = [[int(t)] for t in np.asarray(rows.token)[:count]]
     finished = [False] * count
     self._finish(answers, finished, max_tokens, ended)
+    if stream:
+      stream(answers)
     for _ in range(steps):
       if all(finished):
         break

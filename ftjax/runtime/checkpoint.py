@@ -32,8 +32,8 @@ class Checkpoints:
   """The checkpoints of one workdir."""
 
   def __init__(self, directory: str, retention: Retention):
-    """Opens or creates `directory`. Nothing that stands in it is deleted by opening it."""
-    self._metric = retention.metric
+    """Opens or creates `directory`. Finalized steps in it stay; saves that a crash tore go."""
+    self._metric, self._has_failed = retention.metric, False
     keep: Any = checkpoint_managers.LatestN(n=retention.keep)
     value = None
     if retention.metric:
@@ -54,7 +54,7 @@ class Checkpoints:
         best_fn=value,
         best_mode=retention.mode,
         enable_async_checkpointing=True,
-        cleanup_tmp_directories=False,
+        cleanup_tmp_directories=True,
       ),
     )
 
@@ -78,10 +78,15 @@ class Checkpoints:
     """Begins saving; returns once the arrays are copied, so that they may be donated.
 
     A save whose background part failed is reported here or in `wait`, and does not count: the next
-    save happens all the same."""
+    save happens all the same. Two failures in a row are raised: a run that cannot save must not go
+    on."""
     try:
       self._manager.wait_until_finished()
+      self._has_failed = False
     except (OSError, ValueError, RuntimeError) as error:
+      if self._has_failed:
+        raise
+      self._has_failed = True
       log.error('an earlier checkpoint was not committed: %s; saving step %d instead', error, step)
     if step in self.steps():
       return

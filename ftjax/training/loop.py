@@ -4,6 +4,7 @@ The order at a step's end matters and is this: read metrics, evaluate, save, sto
 are read after step t + 1 was dispatched, unless something is due at t. The loop knows nothing of
 models or data: it is given functions."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -146,10 +147,15 @@ class Loop:
     trace_to = min(cadence.profile_stop, cadence.steps)
     self._throughput.start()
     feed = iter(feed)
-    with StopFlag() as stop, tqdm(total=cadence.steps, initial=start, unit='step') as self._bar:
+    with (
+      StopFlag() as stop,
+      tqdm(total=cadence.steps, initial=start, unit='step') as self._bar,
+      contextlib.ExitStack() as trace,
+    ):
       for done in range(start + 1, cadence.steps + 1):
         if done - 1 == trace_from < trace_to:
           jax.profiler.start_trace(self._profile_dir)
+          trace.callback(jax.profiler.stop_trace)  # whatever ends the loop, the trace is written
         with self._throughput.waiting():
           _, batch, host = next(feed)
         state, metrics = self._step(state, batch)
@@ -158,7 +164,7 @@ class Loop:
         pending = (done, metrics, host)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
-          jax.profiler.stop_trace()
+          trace.close()
         last, halt = done == cadence.steps, stop.wanted
         evaluate = last or _due(done, cadence.eval_every)
         if evaluate or halt or _due(done, cadence.save_every):

@@ -10,12 +10,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from ftjax.runtime import trees
 from ftjax.training.state import State
 
-# (params, micro-batch, key) -> (total float32[], weight float32[], {metric: (total, weight)})
+# (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
+#   {metric: (total, weight)})
 LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
+
+
+def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
+  """key[A, M], one for each row of a step, whichever micro-batch it falls into."""
+  like = jax.tree.leaves(batch)[0]
+  rows = jnp.arange(like.shape[0] * like.shape[1], dtype=jnp.int32).reshape(like.shape[:2])
+  rows = jax.sharding.reshard(rows, P(*jax.typeof(like).sharding.spec[:2]))
+  return jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows)
 
 
 def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax.Array):
@@ -23,30 +33,28 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
   `batch`.
   """
 
-  def one(rows, index):
+  def one(rows, keys):
     def total_loss(trained):
-      total, weight, metrics = loss_fn(
-        trees.merge(trained, frozen), rows, jax.random.fold_in(key, index)
-      )
+      total, weight, metrics = loss_fn(trees.merge(trained, frozen), rows, keys)
       return total, (weight, metrics)
 
     (total, (weight, metrics)), gradient = jax.value_and_grad(total_loss, has_aux=True)(params)
     return gradient, total, weight, metrics
 
-  first = jax.tree.map(lambda x: x[0], batch)
-  count = jax.tree.leaves(batch)[0].shape[0]
-  if count == 1:  # a loop of one would hold a second copy of the gradient
-    return one(first, 0)
+  keys = _row_keys(key, batch)
+  first = jax.tree.map(lambda x: x[0], batch), keys[0]
+  if len(keys) == 1:  # a loop of one would hold a second copy of the gradient
+    return one(*first)
 
   def body(carry, item):
     return jax.tree.map(jnp.add, carry, one(*item)), None
 
-  rest = jax.eval_shape(lambda: one(first, 0)[1:])
+  rest = jax.eval_shape(lambda: one(*first)[1:])
   zeros = (
     jax.tree.map(jnp.zeros_like, params),
     *jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest),
   )
-  return jax.lax.scan(body, zeros, (batch, jnp.arange(count, dtype=jnp.int32)))[0]
+  return jax.lax.scan(body, zeros, (batch, keys))[0]
 
 
 def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
@@ -74,7 +82,7 @@ def make_step(
     schedule: update number -> learning rate, for the log.
     clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
     ema_decay: of the moving average of the parameters; 0 means none.
-    seed: of the step's random keys, which are a function of (seed, step, micro-batch).
+    seed: of the step's random keys, which are a function of (seed, step, row).
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
