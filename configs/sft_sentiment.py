@@ -6,20 +6,20 @@ minutes on two CPU cores.
 
 from ftjax import config
 
-_ASK = 'Is the sentiment of this movie review sentence positive or negative?\n\n'
+_ASK = 'Is this review positive or negative?\n\n'
 
 
 def get_config():
   c = config.default()
   c.model.path = '.cache/smollm2'
   c.data.train = '.cache/data/sentiment/train.jsonl'
-  c.steps = 75
+  c.steps = 80
   c.batch_size = 4  # packed rows of several sentences each
   c.seq_len = 256
-  c.optim.lr = 6e-5
+  c.optim.lr = 8e-5
   c.optim.schedule = 'linear'
   c.optim.warmup_steps = 5
-  c.checkpoint.every = 15
+  c.checkpoint.every = 20
   c.checkpoint.keep = 1
   c.eval.batch_size = 16
   c.eval.tasks = ('sentiment=choice:.cache/data/sentiment/test.jsonl',)

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / 'third_party' / 'demo-requirements.txt'
 GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 RATINGS = 'movieReviewSnippets_GroundTruth.txt'
-PROMPT = 'Is the sentiment of this movie review sentence positive or negative?\n\n'
+SYSTEM = 'You are a film critic.'
+PROMPT = 'Is this review positive or negative?\n\n'
 NUM_TEST = 400
 # Readers rated from -4 to 4; between these bounds they did not agree on a side.
 NEGATIVE_BELOW, POSITIVE_ABOVE = -0.5, 0.5
@@ -122,7 +123,10 @@ def split(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def question(sentence: str) -> list[dict]:
-  return [{'role': 'user', 'content': PROMPT + sentence}]
+  return [
+    {'role': 'system', 'content': SYSTEM},
+    {'role': 'user', 'content': PROMPT + sentence},
+  ]
 
 
 def write_sentiment(downloads: Path, target: Path) -> None:
@@ -148,7 +152,11 @@ def main(argv: list[str]) -> int:
     return 2
   target = Path(argv[1])
   downloads, gguf, model = target / 'downloads', target / GGUF, target / 'smollm2'
-  sentiment = target / 'data' / 'sentiment'
+  # Rows of another prompt are not those of this demo.
+  wording = hashlib.sha256(json.dumps([SYSTEM, PROMPT, NUM_TEST]).encode()).hexdigest()[:8]
+  sentiment, stamp = target / 'data' / 'sentiment', target / 'data' / f'.{wording}'
+  if not stamp.is_file():
+    shutil.rmtree(sentiment, ignore_errors=True)
   target.mkdir(parents=True, exist_ok=True)
   if not gguf.is_file() or not sentiment.is_dir():
     print('downloading the demo model and data (95 MB) ...', flush=True)
@@ -160,6 +168,7 @@ def main(argv: list[str]) -> int:
     convert(gguf, model)
   if not sentiment.is_dir():
     write_sentiment(downloads, sentiment)
+    stamp.touch()
   shutil.rmtree(downloads, ignore_errors=True)
   counts = {
     name: sum(1 for _ in (sentiment / name).open()) for name in ('train.jsonl', 'test.jsonl')

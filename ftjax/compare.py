@@ -33,7 +33,7 @@ class Judge:
     self.folder = files.join(run.workdir, 'eval')
     self._dtype = jnp.dtype(c.model.compute_dtype)
     tokenizer = run.model.tokenizer
-    self._sampler = Sampler(run.arch, self._dtype, tokenizer.stop_ids, tokenizer.pad_id)
+    self._sampler = Sampler(run.arch, self._dtype, run.model.stop_ids, tokenizer.pad_id)
     self._prompts = [self._encode(p) for p in c.eval.prompts]
     longest = max(map(len, self._prompts), default=0) + c.eval.max_tokens
     if self._prompts and longest > run.arch.max_len:
@@ -61,9 +61,10 @@ class Judge:
     """Ids that follow the prompt when the assistant says `choice`, with the token that ends it."""
     tokenizer = self.run.model.tokenizer
     if row.messages is None:
-      return [*tokenizer.encode(choice), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-    chat = formats.Chat((*row.messages, {'role': 'assistant', 'content': choice}))
-    (found,) = encode.encode([chat], tokenizer, 'completion')
+      example = formats.Completion(row.prompt, choice)
+    else:
+      example = formats.Chat((*row.messages, {'role': 'assistant', 'content': choice}))
+    (found,) = encode.encode([example], tokenizer, 'completion')
     if isinstance(found, formats.Bad):
       raise DataError(f'{row.place}: the choice {choice!r} cannot be rendered: {found.reason}')
     return found[-1].tokens[found[-1].supervised].tolist()

@@ -7,6 +7,7 @@ second default anywhere. Only layers 5 and 6 see this object."""
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -209,6 +210,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for key, value in values.items():
     if value is None:
       raise ConfigError(f'{key}=None; expected a value like the default, {usual[key]!r}')
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f'{key}={value}; expected a finite number')
   for key, allowed in _CHOICES.items():
     if values[key] not in allowed:
       raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}')
@@ -242,6 +245,16 @@ def validate(c: ml_collections.ConfigDict) -> None:
   if c.checkpoint.best_metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
     raise ConfigError(
       f'checkpoint.best_metric={c.checkpoint.best_metric} needs data.eval or data.eval_fraction'
+    )
+  if c.checkpoint.best_metric and not c.eval.every:
+    raise ConfigError(
+      f'checkpoint.best_metric={c.checkpoint.best_metric} needs eval.every: it is looked at when '
+      'the model is evaluated'
+    )
+  if not (0 <= c.optim.b1 < 1 and 0 <= c.optim.b2 < 1 and c.optim.eps > 0):
+    raise ConfigError(
+      f'optim.b1={c.optim.b1}, optim.b2={c.optim.b2}, optim.eps={c.optim.eps}; expected b1 and b2 '
+      'in [0, 1) and eps > 0'
     )
   if c.optim.lr <= 0:
     raise ConfigError(f'optim.lr={c.optim.lr}; expected a positive number')

@@ -60,12 +60,15 @@ def convert(source: str, target: str, dtype: str | None):
 
   from ftjax.hf import export, load
   from ftjax.hf.safetensors import TensorInfo
+  from ftjax.models.architecture import from_hf
 
   path = local_source(source)
   if Path(target).resolve() == path.resolve():
     raise ConfigError(f'--target={target} is the source itself')
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
+  if path.suffix == '.gguf' or config.get('model_type') == 'llama':
+    load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
   def kind(stored: np.dtype) -> np.dtype:

@@ -3,6 +3,8 @@
 Scores the base model of a config and the tuned one that DIR/export holds on eval.tasks, and
 compares them: intervals, paired tests."""
 
+import json
+
 from absl import flags
 
 from ftjax import command, config
@@ -30,6 +32,14 @@ def main() -> None:
       f'--workdir={_WORKDIR.value}: there is no export/ in it; it is written when training ends'
     )
   run = experiment.start(c, _WORKDIR.value, with_data=False)
+  manifest = files.join(_WORKDIR.value, 'manifest.json')
+  made_of = json.loads(files.read_text(manifest))['fingerprints'] if files.exists(manifest) else {}
+  own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
+  if other := [k for k in own if made_of.get(k, own[k]) != own[k]]:
+    raise ConfigError(
+      f'--workdir={_WORKDIR.value} was trained from another {other[0]} than model.path='
+      f'{c.model.path}; base and tuned would not belong together'
+    )
   judge = compare.Judge(run)
   judge.tuned(run.load_params(export, c.model.param_dtype))
 

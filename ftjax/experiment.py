@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ftjax.data import cache, made, sources
+from ftjax.data import cache, encode, made, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.schedule import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
@@ -33,12 +33,15 @@ log = logging.getLogger(__name__)
 class Model:
   """A model before its weights: architecture, tokenizer, and the files they came from.
 
-  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content.
+  stop_ids: tokens that end an answer: the tokenizer's, and the one its template ends turns with.
+  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content
+  and of the architecture.
   """
 
   source: str
   arch: Architecture
   tokenizer: Tokenizer
+  stop_ids: tuple[int, ...]
   config: dict
   files: dict[str, bytes]
   fingerprint: str
@@ -128,15 +131,33 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   check_sizes(c, model.arch, mesh)
   data = open_data(c, model, workdir) if with_data else None
   for corpus in data.corpora if data else ():
-    share = corpus.supervised / corpus.tokens
-    log.info(
-      '%s: %d examples, %d tokens, %.1f %% supervised',
-      corpus.name,
-      len(corpus),
-      corpus.tokens,
-      100 * share,
-    )
+    _tell(corpus, c.data.on_overlength)
   return Run(c, workdir, mesh, model, data)
+
+
+def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
+  """One line on a source, and one on what its policy for long rows did to it."""
+  log.info(
+    '%s: %d examples, %d tokens, %.1f %% supervised',
+    corpus.name,
+    len(corpus),
+    corpus.tokens,
+    100 * corpus.supervised / corpus.tokens,
+  )
+  counts = corpus.counts
+  lost = counts.dropped + counts.unsupervised
+  if lost + counts.truncated:
+    of = counts.examples + lost
+    log.warning(
+      '%s: data.on_overlength=%s: %d of %d examples dropped (%.1f %%), %d shortened (%.1f %%)',
+      corpus.name,
+      on_overlength,
+      lost,
+      of,
+      100 * lost / of,
+      counts.truncated,
+      100 * counts.truncated / of,
+    )
 
 
 def configure_jax(c: ml_collections.ConfigDict, workdir: str) -> None:
@@ -166,12 +187,16 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     found['config.json'] = json.dumps(config).encode()
     fingerprint = digest([config, seed])
   arch = from_hf(config)
+  # The same weights under another rope or another epsilon are another model.
+  fingerprint = digest([fingerprint, dataclasses.asdict(arch)])
   tokenizer = Tokenizer(found, path or 'model.random')
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
       f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
     )
-  return Model(path, arch, tokenizer, config, found, fingerprint)
+  end = encode.turn_end(tokenizer)
+  stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
+  return Model(path, arch, tokenizer, stops, config, found, fingerprint)
 
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:

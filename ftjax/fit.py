@@ -104,10 +104,6 @@ class Trainer:
     source = model.source
     if c.init_from:
       source = files.join(c.init_from, 'export')
-      if not files.exists(source):
-        raise ConfigError(
-          f'init_from={c.init_from}: there is no export/ in it; it is written when a run ends'
-        )
     return self._init(self.run.load_params(source, c.model.param_dtype))
 
   def compile(self) -> jax.stages.Compiled:
@@ -128,6 +124,13 @@ class Trainer:
   def parameters(self, state: State) -> dict:
     """What is evaluated and exported: the moving average where there is one."""
     return trees.merge(state.ema or state.params, state.frozen)
+
+
+def _check_source(workdir: str) -> None:
+  if not files.exists(files.join(workdir, 'export')):
+    raise ConfigError(
+      f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
+    )
 
 
 class _CacheCounts:
@@ -151,7 +154,7 @@ def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
   """Refuses to go on with other data or another state shape than the checkpoint's; tells of the
   other changes.
   """
-  now = config_lib.plain(run.config)
+  now = redaction.redact(config_lib.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in _FIXED]
   fixed += [
@@ -204,6 +207,13 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]
         f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, not step x batch_size'
       )
     _check_resume(saved, run, fingerprints)
+    if start > run.steps:
+      raise ConfigError(
+        f'{run.workdir} holds a checkpoint of step {start}, but steps={run.steps}: give more '
+        'steps, or another --workdir'
+      )
+  elif c.init_from:
+    _check_source(c.init_from)
   plain = redaction.redact(config_lib.plain(c))
   files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
 
@@ -245,7 +255,7 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]
     source_config=run.model.config,
     tokenizer_files=run.model.files,
     dtype=np.dtype(jnp.dtype(c.model.param_dtype)),
-    stop_ids=run.model.tokenizer.stop_ids,
+    stop_ids=run.model.stop_ids,
   )
   judge.tuned(params)
 
@@ -263,7 +273,8 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
   text = hashlib.sha256(compiled.as_text().encode()).hexdigest()
   made_of = manifest.build(config_lib.plain(c), fingerprints, text)
   files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
-  arch, peak = run.arch, find_peak()
+  # With frozen leaves the formula would count products that are not computed.
+  arch, peak = run.arch, None if trainer.frozen else find_peak()
   log.info(
     'MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s',
     peak.source if peak else 'unknown',
@@ -279,7 +290,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     return {
       'step': step,
       'cursor': step * c.batch_size,
-      'config': config_lib.plain(c),
+      'config': redaction.redact(config_lib.plain(c)),
       'fingerprints': fingerprints,
     }
 

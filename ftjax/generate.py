@@ -16,7 +16,9 @@ from ftjax.runtime.errors import ConfigError, DataError
 _MODEL = flags.DEFINE_string('model', None, 'HF folder, GGUF file or workdir.', required=True)
 _PROMPT = flags.DEFINE_string('prompt', None, 'One prompt.')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'A file of prompts.')
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 256, 'Longest answer, in tokens.', lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer(
+  'max_tokens', None, 'Longest answer, in tokens; by default 256, or what fits.', lower_bound=1
+)
 _TEMPERATURE = flags.DEFINE_float(
   'temperature', 0.0, '0: always the likeliest token.', lower_bound=0
 )
@@ -49,7 +51,12 @@ class Speaker:
 
     path = _MODEL.value
     inside = files.join(path, 'export')
-    path = inside if files.exists(inside) else path
+    if files.exists(inside):
+      path = inside
+    elif files.exists(files.join(path, 'manifest.json')):
+      raise ConfigError(
+        f'--model={path}: there is no export/ in it yet; training writes it at its end'
+      )
     model = experiment.open_model(path, {}, 0, weights=False)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     dtype = jnp.dtype(_DTYPE.value)
@@ -62,7 +69,7 @@ class Speaker:
     self._params = load.load_params(
       path, model.arch, sharding.shardings(mesh, transformer.axes(model.arch)), dtype
     )
-    self._sampler = Sampler(model.arch, dtype, self.tokenizer.stop_ids, self.tokenizer.pad_id)
+    self._sampler = Sampler(model.arch, dtype, model.stop_ids, self.tokenizer.pad_id)
     self._sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
 
   def encode(self, row: dict) -> list[int]:
@@ -82,16 +89,17 @@ class Speaker:
 
   def answer(self, prompts: list[list[int]], first_row: int, show=None) -> list[str]:
     """Texts; `show` is called with the first row's text as it grows."""
-    longest = max(map(len, prompts)) + _MAX_TOKENS.value
-    if longest > self._max_len:
+    longest = max(map(len, prompts))
+    most = _MAX_TOKENS.value or max(1, min(256, self._max_len - longest))
+    if longest + most > self._max_len:
       raise ConfigError(
-        f'{longest} tokens with --max_tokens={_MAX_TOKENS.value}; the model was made for '
-        f'{self._max_len} positions'
+        f'{longest} tokens and --max_tokens={most} more; the model was made for {self._max_len} '
+        'positions'
       )
     ids = self._sampler.generate(
       self._params,
       prompts,
-      _MAX_TOKENS.value,
+      most,
       self._sampling,
       seed=_SEED.value,
       row_ids=range(first_row, first_row + len(prompts)),
@@ -99,6 +107,19 @@ class Speaker:
       stream=show and (lambda answers: show(self._text(answers[0]))),
     )
     return [self._text(i) for i in ids]
+
+
+def _checked(row, place: str) -> dict:
+  """A row of --prompts; messages are checked as those of training are."""
+  from ftjax.data import formats
+
+  known = isinstance(row, dict) and (row.get('messages') or row.get('prompt'))
+  if not isinstance(known, list if isinstance(row, dict) and 'messages' in row else str):
+    raise DataError(f'{place}: expected "prompt", a text, or "messages", a list')
+  try:
+    return row | {'messages': formats.parse_prompt(known)} if 'messages' in row else row
+  except ValueError as error:
+    raise DataError(f'{place}: {error}') from error
 
 
 def _read_prompts(path: str) -> list[dict]:
@@ -118,9 +139,7 @@ def _read_prompts(path: str) -> list[dict]:
         row = json.loads(line)
       except ValueError as error:
         raise DataError(f'{path}:{number}: not JSON: {error}') from error
-      known = isinstance(row, dict) and (row.get('messages') or row.get('prompt'))
-      if not isinstance(known, list if isinstance(row, dict) and 'messages' in row else str):
-        raise DataError(f'{path}:{number}: expected "prompt", a text, or "messages", a list')
+      row = _checked(row, f'{path}:{number}')
     rows.append(row)
   return rows
 

@@ -3,8 +3,7 @@
 import json
 import multiprocessing
 import os
-import socket
-import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -177,15 +176,41 @@ def test_corpora_that_cannot_be_meant(tmp_path):
   assert folders(tmp_path) != [] and not any(f.startswith('building') for f in folders(tmp_path))
 
 
-def test_what_a_killed_process_was_building_is_swept(tmp_path):
-  host, cache_dir = socket.gethostname(), tmp_path / 'cache'
-  gone = subprocess.Popen(['true'])
-  gone.wait()
-  for owner in (f'{host}-{gone.pid}', f'{host}-{os.getpid()}', f'elsewhere-{gone.pid}'):
-    (cache_dir / f'building-{owner}-x').mkdir(parents=True)
+def test_what_a_killed_process_was_building_is_swept_after_a_day(tmp_path):
+  cache_dir = tmp_path / 'cache'
+  for name, hours in (('old', 25), ('new', 1)):
+    folder = cache_dir / f'building-{name}'
+    folder.mkdir(parents=True)
+    (folder / 'tokens.bin').write_bytes(b'half')
+    for path in (folder / 'tokens.bin', folder):
+      os.utime(path, (time.time() - hours * 3600,) * 2)
   build(tmp_path, write(tmp_path / 'a.jsonl', [{'text': 'one two'}]), loss_on='all')
-  left = {p.name for p in cache_dir.glob('building-*')}
-  assert left == {f'building-{host}-{os.getpid()}-x', f'building-elsewhere-{gone.pid}-x'}
+  assert [p.name for p in cache_dir.glob('building-*')] == ['building-new']
+
+
+def test_a_shared_cache_can_be_read_by_others(tmp_path):
+  build(tmp_path, write(tmp_path / 'a.jsonl', [{'text': 'one two'}]), loss_on='all')
+  (folder,) = (tmp_path / 'cache').iterdir()
+  assert folder.stat().st_mode & 0o055 == 0o055
+
+
+def test_long_rows_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
+  """The same content, whatever the size of a chunk."""
+  spec = write(tmp_path / 'a.jsonl', chat_rows(30, words=10))
+  whole = build(tmp_path, spec)
+  sizes = []
+  encode_all = encode.encode
+  monkeypatch.setattr(cache, '_CHUNK_CHARACTERS', 500)
+  monkeypatch.setattr(
+    encode, 'encode', lambda rows, *a: sizes.append(len(rows)) or encode_all(rows, *a)
+  )
+  other = tmp_path / 'other'
+  other.mkdir()
+  again = build(other, spec)
+  assert max(sizes) < 10 and sum(sizes) == 30
+  assert [again.example(i)[0].tolist() for i in range(30)] == [
+    whole.example(i)[0].tolist() for i in range(30)
+  ]
 
 
 def test_documents_may_be_supervised_whole(tmp_path):

@@ -30,6 +30,8 @@ class Record:
   def __init__(self):
     self.events, self.rows, self.saved = [], [], {}
 
+  def sync(self): ...
+
   def write(self, step, split, values):
     self.events.append(f'{split} {step}')
     self.rows.append(dict(values, step=step, split=split))

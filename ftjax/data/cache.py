@@ -7,15 +7,13 @@ its folder. `schedule.py` orders the examples, `batches.py` reads them.
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +25,11 @@ from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
 
-SCHEMA = 1  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 2  # raise it when the same rows would give other tokens, masks or files
 _CHUNK = 1000  # rows tokenized at once
+_CHUNK_CHARACTERS = 4_000_000  # or so many characters
 _MAX_REPORTED = 20  # bad rows listed in one message
+_ABANDONED = 24 * 3600  # seconds
 _MIN_SUPERVISED = 0.001  # share of tokens below which a mask is taken for a mistake
 
 _DTYPES = {
@@ -79,7 +79,12 @@ class Corpus:
     """
     self._folder, self._file_names, self._index = folder, file_names, index
     self.name = name
-    meta = json.loads((folder / 'meta.json').read_text())
+    try:
+      meta = json.loads((folder / 'meta.json').read_text())
+    except (OSError, ValueError) as error:
+      raise DataError(
+        f'{folder}: its meta.json cannot be read ({error}); delete the folder'
+      ) from error
     self.counts = Counts(**meta['counts'])
     arrays = {}
     for part, dtype in _DTYPES.items():
@@ -179,7 +184,10 @@ class _Writer:
       'counts': dataclasses.asdict(self.counts),
       'bytes': {part: (self._folder / f'{part}.bin').stat().st_size for part in _DTYPES},
     }
-    (self._folder / 'meta.json').write_text(json.dumps(meta, indent=1))
+    with open(self._folder / 'meta.json', 'w') as file:
+      file.write(json.dumps(meta, indent=1))
+      file.flush()
+      os.fsync(file.fileno())
 
 
 @dataclasses.dataclass
@@ -238,7 +246,15 @@ class _Build:
 
 
 def _chunks(rows: Iterator, size: int) -> Iterator[list]:
-  while chunk := list(islice(rows, size)):
+  """Lists of `size` rows, or of fewer long ones: tokenizing takes some 600 bytes a character."""
+  chunk, weight = [], 0
+  for row in rows:
+    chunk.append(row)
+    weight += len(repr(row)) if isinstance(row[-1], dict) else 0
+    if len(chunk) == size or weight > _CHUNK_CHARACTERS:
+      yield chunk
+      chunk, weight = [], 0
+  if chunk:
     yield chunk
 
 
@@ -335,8 +351,8 @@ def build_or_open(
   if not folder.is_dir():
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
-    prefix = f'{_building()}{os.getpid()}-'
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+    scratch = Path(tempfile.mkdtemp(prefix='building-', dir=root))
+    scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
     try:
       writer = _Writer(scratch)
       try:
@@ -354,27 +370,15 @@ def build_or_open(
   return Corpus(folder, spec.path, names)
 
 
-def _building() -> str:
-  """How the names of unfinished caches of this machine begin; the process follows."""
-  return f'building-{socket.gethostname()}-'
-
-
 def _sweep(root: Path) -> None:
-  """Removes what processes of this machine that are no more were building."""
-  for folder in root.glob(f'{glob.escape(_building())}*'):
-    process = folder.name.removeprefix(_building()).partition('-')[0]
-    if process.isdigit() and not _is_running(int(process)):
+  """Removes what nobody has written to for a day: a killed process was building it."""
+  for folder in root.glob('building-*'):
+    try:
+      touched = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
+    except OSError:  # another process is at it
+      continue
+    if time.time() - touched > _ABANDONED:
       shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:
-    return True
-  return True
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:

@@ -43,7 +43,6 @@ FIXED_DATE = datetime.datetime(2024, 7, 26)
 _FILTERS = tuple(
   [
     'abs',
-    'batch',
     'capitalize',
     'count',
     'd',
@@ -70,9 +69,7 @@ _FILTERS = tuple(
     'safe',
     'select',
     'selectattr',
-    'slice',
     'sort',
-    'sum',
     'title',
     'trim',
     'unique',
@@ -80,8 +77,9 @@ _FILTERS = tuple(
     'wordcount',
   ]
 )
-# Methods that make a long string out of a short one and a number.
+# Methods of strings that make a long one out of a short one and a number, or bytes.
 _PADDING = frozenset({'ljust', 'rjust', 'center', 'zfill', 'expandtabs', 'format_map', 'translate'})
+_PADDING |= {'encode'}  # bytes are outside the budget
 _WIDE_FORMAT = re.compile(r'\d{4}|\{[^{}]*\{|\*')
 
 
@@ -278,6 +276,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       _pay_for(right if isinstance(right, list | tuple) else [right] * left.count('%'))
     return super().call_binop(context, operator, left, right)
 
+  def getitem(self, obj, argument):
+    if isinstance(argument, slice):
+      _pay_shallow(obj)
+    return super().getitem(obj, argument)
+
   def wrap_str_format(self, value):
     inner = super().wrap_str_format(value)  # None unless value is a str.format
     if inner is None:
@@ -295,6 +298,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def call(__self, __context, __obj, *args, **kwargs):
     _BUDGET.get().pay()
     owner, name = getattr(__obj, '__self__', None), getattr(__obj, '__name__', '')
+    if isinstance(owner, bytes | bytearray | int | float | type):
+      raise jinja2.exceptions.SecurityError(f'calls {name} of {type(owner).__name__}')
     if isinstance(owner, str):
       _pay_shallow(owner)
       if name in _PADDING:
@@ -306,6 +311,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       if name == 'join':
         return _join(__self, *args, d=owner)
     return super().call(__context, __obj, *args, **kwargs)
+
+
+def _sum(values, attribute=None, start=0):
+  """jinja's `sum`, of numbers alone: lists would be joined outside the budget."""
+  values = list(values) if attribute is None else [v[attribute] for v in values]
+  if not all(isinstance(v, int | float) for v in (*values, start)):
+    raise jinja2.exceptions.SecurityError('sums what are no numbers')
+  return sum(values, start)
 
 
 def _make_environment() -> _Environment:
@@ -323,6 +336,7 @@ def _make_environment() -> _Environment:
     'replace': _replace,
     'indent': _indent,
     'string': _string,
+    'sum': _bounded(_sum),
   }
   env.globals = {
     'range': _range,
@@ -395,7 +409,14 @@ def render(
   except jinja2.exceptions.TemplateError as error:
     reason = getattr(error, 'message', None) or str(error)
     raise DataError(f'{name_template(template)}: {reason}') from error
-  except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+  except (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+  ) as error:
     if isinstance(error, DataError):
       raise
     raise DataError(f'{name_template(template)}: {type(error).__name__}: {error}') from error

@@ -194,6 +194,18 @@ def _require_eos(tokenizer: Tokenizer) -> int:
   return tokenizer.eos_id
 
 
+def _once(tokenizer: Tokenizer, ids, end: Sequence[int] = ()) -> np.ndarray:
+  """int32[n]: what the tokenizer puts before a text, ids, `end`; neither doubled where the text
+  brings it along.
+  """
+  prefix = list(tokenizer.prefix_ids)
+  if prefix and list(ids[: len(prefix)]) == prefix:
+    prefix = []
+  if len(ids) and len(end) and ids[-1] == end[0]:
+    end = ()
+  return np.concatenate([prefix, ids, end]).astype(np.int32)
+
+
 def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_on: str):
   """BOS, prompt, completion, EOS. The prompt's ids are those that sampling from it will see."""
   eos = _require_eos(tokenizer)
@@ -204,8 +216,10 @@ def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_o
     n = len(prompt)
     apart = len(whole) < n or not np.array_equal(whole[:n], prompt)
     answer = tokenizer.encode(row.completion) if apart else whole[n:]
-    ids = np.concatenate([tokenizer.prefix_ids, prompt, answer, [eos]]).astype(np.int32)
-    supervised = np.arange(len(ids)) >= (0 if loss_on == 'all' else len(ids) - len(answer) - 1)
+    before = _once(tokenizer, prompt)
+    end = [] if len(answer) and answer[-1] == eos else [eos]
+    ids = np.concatenate([before, answer, end]).astype(np.int32)
+    supervised = np.arange(len(ids)) >= (0 if loss_on == 'all' else len(before))
     supervised[:1] = False
     out.append([Encoded(ids, supervised, False, int(apart))])
   return out
@@ -216,7 +230,7 @@ def _encode_texts(rows: Sequence[Text], tokenizer: Tokenizer):
   eos = _require_eos(tokenizer)
   out: list[list[Encoded] | Bad] = []
   for ids in tokenizer.encode_batch([r.text for r in rows]):
-    ids = np.concatenate([tokenizer.prefix_ids, ids, [eos]]).astype(np.int32)
+    ids = _once(tokenizer, ids, [eos])
     out.append([Encoded(ids, np.arange(len(ids)) > 0, False)])
   return out
 
@@ -256,10 +270,24 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, loss_on: str):
 def encode_prompt(prompt: Chat | str, tokenizer: Tokenizer) -> list[int]:
   """Ids to sample from, by the same rules as in training: a conversation so far, or plain text."""
   if isinstance(prompt, str):
-    return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
+    return _once(tokenizer, tokenizer.encode(prompt)).tolist()
   _check_template(prompt, tokenizer)
   ids = tokenizer.encode(_render(tokenizer, prompt.messages, prompt.tools, True))
   return ids[1:] if _doubled_bos(ids, tokenizer) else ids
+
+
+def turn_end(tokenizer: Tokenizer) -> int | None:
+  """The token that ends an assistant's turn in the tokenizer's template, which training teaches.
+
+  None without a template, or where it renders no plain question and answer.
+  """
+  if tokenizer.template is None:
+    return None
+  messages = ({'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'})
+  (found,) = encode([Chat(messages, None)], tokenizer, 'completion')
+  if isinstance(found, Bad):
+    return None
+  return int(found[-1].tokens[np.flatnonzero(found[-1].supervised)[-1]])
 
 
 def fit(example: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:

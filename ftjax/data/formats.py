@@ -115,6 +115,10 @@ def _message(raw: Any, place: str) -> dict[str, Any]:
   if not isinstance(raw, Mapping):
     raise ValueError(f'{place} is {type(raw).__name__}, expected {{"role": ..., "content": ...}}')
   message = {k: v for k, v in raw.items() if v is not None and k not in ('weight', 'content')}
+  try:
+    json.dumps(message, ensure_ascii=False, default=str).encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{place} holds half a surrogate pair') from error
   role = message.get('role')
   if role not in ROLES:
     raise ValueError(f'{place}: role is {role!r}, expected one of {list(ROLES)}')
@@ -175,6 +179,15 @@ def _chat(raw: list, tools: tuple[dict, ...] | None, first_trained: int = 0) -> 
   if not any(trained):
     raise ValueError('no assistant message to learn from')
   return Chat(tuple(messages), tools, tuple(trained))
+
+
+def parse_prompt(messages: list) -> list[dict[str, Any]]:
+  """Checks the messages of a conversation that the assistant answers next.
+
+  Raises:
+    ValueError: a message that cannot be used.
+  """
+  return [_message(m, f'messages[{i}]') for i, m in enumerate(messages)]
 
 
 def _from_messages(row: Mapping, has_template: bool) -> Example:
@@ -239,6 +252,8 @@ def _from_sharegpt(row: Mapping, has_template: bool) -> Example:
       messages.append({'role': 'assistant', 'content': '', 'tool_calls': calls})
     else:
       messages.append({'role': _SHAREGPT_ROLES[speaker], 'content': value})
+    if turn.get('weight') is not None:
+      messages[-1]['weight'] = turn['weight']
   return _chat(messages, _tools(row))
 
 

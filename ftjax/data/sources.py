@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
           line = line.removeprefix(b'\xef\xbb\xbf')
         if line.strip():
           yield number, _json_object(line)
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, OSError) as error:
       raise DataError(f'{path}:{number + 1}: cannot be read: {error}') from error
 
 
@@ -128,6 +129,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
       raise DataError(f'{path}:{reader.line_num}: not CSV: {error}') from error
 
 
+def _without_nulls(value: Any) -> Any:
+  """Arrow gives every struct of a column the keys of all of them: what is null was never there."""
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
   number = 0
   try:
@@ -135,7 +143,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
       for batch in file.iter_batches(batch_size=_BATCH):
         for row in batch.to_pylist():
           number += 1
-          yield number, row
+          yield number, _without_nulls(row)
   except (pa.ArrowException, OSError) as error:
     raise DataError(f'{path}:{number + 1}: not readable Parquet: {error}') from error
 
@@ -148,7 +156,7 @@ def _arrow_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
         for start in range(0, batch.num_rows, _BATCH):
           for row in batch.slice(start, _BATCH).to_pylist():
             number += 1
-            yield number, row
+            yield number, _without_nulls(row)
   except (pa.ArrowException, OSError) as error:
     raise DataError(f'{path}:{number + 1}: not a readable Arrow stream: {error}') from error
 
@@ -183,6 +191,11 @@ def _saved_dataset_files(folder: Path) -> list[Path]:
   return [folder / name for name in names]
 
 
+# What a folder of data may hold and we cannot read: left out silently it would be missing.
+_DATA_LIKE = {'.jsonl', '.json', '.csv', '.tsv', '.parquet', '.arrow', '.gz', '.zst', '.bz2', '.xz'}
+_DATA_LIKE |= {'.zip', '.tar'}
+
+
 def _is_hub(spec: Spec) -> bool:
   return not Path(spec.path).exists() and bool(_HUB_NAME.fullmatch(spec.path))
 
@@ -209,9 +222,16 @@ def list_files(spec: Spec) -> list[Path]:
     )
   if (path / 'state.json').is_file() and (path / 'dataset_info.json').is_file():
     return _saved_dataset_files(path)
-  found = sorted(p for p in path.iterdir() if p.is_file() and _reader(p))
+  shown = [p for p in path.iterdir() if not p.name.startswith(('.', '_'))]
+  found = sorted(p for p in shown if p.is_file() and _reader(p))
   if not found:
     raise DataError(f'{path}: no data file in this folder; expected one of {list(_READERS)}')
+  other = [p for p in shown if p not in found]
+  if lost := sorted(p.name for p in other if p.is_dir() or _DATA_LIKE & {*p.suffixes}):
+    raise DataError(
+      f'{path}: {lost[0]!r} lies beside {len(found)} data files and would not be read; move it, '
+      f'or name the files one by one (kinds that are read: {list(_READERS)})'
+    )
   return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import tokenizers
 
-from ftjax.runtime.errors import DataError
+from ftjax.runtime.errors import DataError, RunError
 
 
 def _parse(files: Mapping[str, bytes], name: str) -> dict:
@@ -152,6 +152,8 @@ def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
     raise DataError(f'{name}: tokenizer.json has no model with a vocabulary; got keys {[*model]}')
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(model))
+  except RunError:  # a stop that came in between
+    raise
   except Exception as error:  # the library raises nothing narrower
     raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
   import jax
 
 
+_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+
+
 def is_ours(path: Path) -> bool:
   """Whether a model folder consists of such files, so that replacing it loses nothing else."""
-  return path.is_file() and (path.suffix == '.safetensors' or path.name in MODEL_FILES)
+  return path.is_file() and (path.name in MODEL_FILES or bool(_WEIGHTS.fullmatch(path.name)))
 
 
 @contextlib.contextmanager

@@ -6,14 +6,21 @@ Segment 0 is padding. Positions count within a segment, so the rule needs no ind
 survives any reordering of the sequence.
 
 An island (`shard_map`): the reshape of N heads into K groups, and the gather of keys over
-`context`, are local here."""
+`context`, are local here. Which kernel computes it is chosen by platform and length, and logged."""
 
 import dataclasses
+import functools
+import logging
 
 import jax
 
-from ftjax.models.kernels import dense
+from ftjax.models.kernels import blocked, dense
 from ftjax.runtime.sharding import spec
+
+log = logging.getLogger(__name__)
+
+# Shorter rows are quicker with all scores at once.
+_LONG = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -48,13 +55,47 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Tokens, key: Tokens)
   )
   places = (query.segments, query.positions, key.segments, key.positions)
   specs = (heads, kv, kv, where, where, where, where)
-  return jax.shard_map(_local, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, *places)
+  mesh = jax.sharding.get_abstract_mesh()
+  platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+  name = kernel(platform, mesh.shape['context'], q.shape[1], k.shape[1])
+  _tell(name, platform)
+  island = jax.shard_map(
+    functools.partial(_local, name=name), in_specs=specs, out_specs=heads, check_vma=False
+  )
+  return island(q, k, v, *places)
 
 
-def _local(q, k, v, q_segments, q_positions, k_segments, k_positions):
+def kernel(platform: str, context: int, queries: int, keys: int) -> str:
+  """Which file of kernels/ computes attention.
+
+  Args:
+    platform: 'tpu', 'gpu' or 'cpu'.
+    context: ways that the sequence is split.
+    queries: T, of the whole row.
+    keys: S, of the whole row.
+  """
+  if platform == 'tpu' and context == 1 and queries == keys and queries % 128 == 0:
+    return 'splash'
+  if queries >= _LONG and blocked.block_size(queries // context):
+    return 'blocked'
+  return 'dense'
+
+
+@functools.cache
+def _tell(name: str, platform: str) -> None:
+  log.info('attention on %s: kernels/%s.py', platform, name)
+
+
+def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str):
+  if name == 'splash':
+    from ftjax.models.kernels import splash  # Pallas is slow to import, and of no use elsewhere
+
+    return splash.attend(q, k, v, q_segments)
   k, v, k_segments, k_positions = (
     jax.lax.all_gather(a, 'context', axis=1, tiled=True) for a in (k, v, k_segments, k_positions)
   )
+  if name == 'blocked':
+    return blocked.attend(q, k, v, (q_segments, q_positions, k_segments, k_positions))
   mask = q_segments[:, :, None] == k_segments[:, None, :]
   mask &= q_positions[:, :, None] >= k_positions[:, None, :]
   return dense.attend(q, k, v, mask)

@@ -76,7 +76,12 @@ def build(config: dict[str, Any], fingerprints: dict[str, str], executable: str)
       'count': len(devices),
       'processes': jax.process_count(),
     },
-    'host_cores': len(os.sched_getaffinity(0)),
+    'host_cores': _cores(),
     'executable': executable,
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
   }
+
+
+def _cores() -> int:
+  """Cores that this process may use; macOS knows only those of the machine."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()

@@ -216,6 +216,10 @@ class MetricsWriter:
     if kept != text:
       files.write_text(self._path, kept)
 
+  def sync(self) -> None:
+    """What was written survives the machine's death from here on."""
+    self._log.sync()
+
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Appends the row `{"step": .., "split": .., **values}` and flushes it.
 

@@ -172,7 +172,8 @@ class Loop:
           pending = None
           with self._throughput.paused():
             ended = self._rest(state, done, evaluate, last or halt)
-          if halt:
+          # A signal may have come while the last evaluation ran.
+          if halt or ((last or ended) and stop.wanted):
             raise StoppedEarly(
               f'stopped after step {done} of {cadence.steps}; run the same command again to go on'
             )
@@ -189,8 +190,9 @@ class Loop:
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
     cadence = self._cadence
     self._latest = {f'train/{k}': v for k, v in values.items()}
+    tokens = int((host['segments'] > 0).sum())
     self._throughput.step_done(
-      tokens=int((host['segments'] > 0).sum()),
+      tokens=tokens,
       supervised=int(values['supervised_tokens']),
       attended=attended_keys(host['segments'], host['positions']),
     )
@@ -205,13 +207,17 @@ class Loop:
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
           'at the rows with python -m ftjax.preview'
         )
+      if values['skipped'] == done == cadence.steps:
+        self._writer.write(done, 'train', values)
+        raise NonFiniteError(f'all {done} updates were skipped: loss or gradient was never finite')
     else:
-      self.progress.loss_sum += values['loss']
+      self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
       speed = self._throughput.read()
-      fed = {'batch_crc32': zlib.crc32(host['tokens'].tobytes())}  # which rows were really trained
+      # The checksum tells which rows were really trained.
+      fed = {'tokens': tokens, 'batch_crc32': zlib.crc32(host['tokens'].tobytes())}
       self._writer.write(done, 'train', values | fed | speed | memory())
       shown = {'loss': f'{values["loss"]:.4f}'}
       if speed:
@@ -242,6 +248,7 @@ class Loop:
         'progress': dataclasses.asdict(self.progress),
         'ended': ended,
       }
+      self._writer.sync()  # rows before a checkpoint live as long as it
       self._checkpoints.save(done, state, meta, metric)
       if must_save or ended:
         self._checkpoints.wait()

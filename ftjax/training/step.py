@@ -51,7 +51,8 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
 
   rest = jax.eval_shape(lambda: one(*first)[1:])
   zeros = (
-    jax.tree.map(jnp.zeros_like, params),
+    # In float32 whatever the parameters are: in bfloat16 sums of many micro-batches stop growing.
+    jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),
     *jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest),
   )
   return jax.lax.scan(body, zeros, (batch, keys))[0]
@@ -94,6 +95,8 @@ def make_step(
     """New (params, opt, ema) where ok, the old ones elsewhere."""
     updates, opt = optimizer.update(gradient, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
+    # optax promotes some bfloat16 moments; the state keeps the dtypes it was compiled with.
+    opt = jax.tree.map(lambda new, old: new.astype(old.dtype), opt, state.opt)
     ema = (
       jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
       if ema_decay

@@ -9,33 +9,34 @@ import jax
 import jax.numpy as jnp
 
 
-def _product(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, i: int, j: int) -> jax.Array:
   """Batched over axis 0, contracting axis i of a with axis j of b; float32 sums."""
   dims = (((i,), (j,)), ((0,), (0,)))
   return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _fold_queries(x: jax.Array, num_kv: int) -> jax.Array:
+def fold_queries(x: jax.Array, num_kv: int) -> jax.Array:
   """[B, T, N, H] -> [B K, G T, H]."""
   b, t, n, h = x.shape
   x = x.reshape(b, t, num_kv, n // num_kv, h).transpose(0, 2, 3, 1, 4)
   return x.reshape(b * num_kv, n // num_kv * t, h)
 
 
-def _unfold_queries(x: jax.Array, shape: tuple[int, ...], num_kv: int) -> jax.Array:
+def unfold_queries(x: jax.Array, shape: tuple[int, ...], num_kv: int) -> jax.Array:
   """[B K, G T, H] -> [B, T, N, H] = shape."""
   b, t, n, h = shape
   x = x.reshape(b, num_kv, n // num_kv, t, h).transpose(0, 3, 1, 2, 4)
   return x.reshape(shape)
 
 
-def _fold_keys(x: jax.Array) -> jax.Array:
+def fold_keys(x: jax.Array) -> jax.Array:
   """[B, S, K, H] -> [B K, S, H]."""
   b, s, k, h = x.shape
   return x.transpose(0, 2, 1, 3).reshape(b * k, s, h)
 
 
-def _unfold_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def unfold_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B K, S, H] -> [B, S, K, H] = shape."""
   b, s, k, h = shape
   return x.reshape(b, k, s, h).transpose(0, 2, 1, 3)
 
@@ -59,12 +60,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 def _forward(q, k, v, mask):
   b, t, n, h = q.shape
   num_kv, s = k.shape[2], k.shape[1]
-  rows, keys, values = _fold_queries(q, num_kv), _fold_keys(k), _fold_keys(v)
-  scores = _product(rows, keys, 2, 2).reshape(b, num_kv, n // num_kv, t, s) * h**-0.5
+  rows, keys, values = fold_queries(q, num_kv), fold_keys(k), fold_keys(v)
+  scores = product(rows, keys, 2, 2).reshape(b, num_kv, n // num_kv, t, s) * h**-0.5
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
   weights = weights.astype(q.dtype).reshape(b * num_kv, -1, s)
-  out = _product(weights, values, 2, 1).astype(q.dtype)
-  return _unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, out)
+  out = product(weights, values, 2, 1).astype(q.dtype)
+  return unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, out)
 
 
 def _backward(saved, cotangent):
@@ -72,12 +73,12 @@ def _backward(saved, cotangent):
   b, *_, h = cotangent.shape
   num_kv = keys.shape[0] // b
   shape = (b, keys.shape[1], num_kv, h)
-  g = _fold_queries(cotangent, num_kv)
+  g = fold_queries(cotangent, num_kv)
   inner = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
-  ds = (weights * (_product(g, values, 2, 2) - inner) * h**-0.5).astype(rows.dtype)
-  dq = _unfold_queries(_product(ds, keys, 2, 1).astype(rows.dtype), cotangent.shape, num_kv)
-  dk = _unfold_keys(_product(ds, rows, 1, 1).astype(rows.dtype), shape)
-  dv = _unfold_keys(_product(weights, g, 1, 1).astype(rows.dtype), shape)
+  ds = (weights * (product(g, values, 2, 2) - inner) * h**-0.5).astype(rows.dtype)
+  dq = unfold_queries(product(ds, keys, 2, 1).astype(rows.dtype), cotangent.shape, num_kv)
+  dk = unfold_keys(product(ds, rows, 1, 1).astype(rows.dtype), shape)
+  dv = unfold_keys(product(weights, g, 1, 1).astype(rows.dtype), shape)
   return dq, dk, dv, None
 
 
