@@ -56,6 +56,25 @@ def test_a_gguf_file_becomes_a_hf_folder(tmp_path):
   assert config['torch_dtype'] == 'bfloat16'
 
 
+def test_weights_that_lack_a_layer_are_refused(tmp_path):
+  """As the first part of a split model does."""
+  shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'part')
+  config = json.loads((tmp_path / 'part' / 'config.json').read_text())
+  config['num_hidden_layers'] += 1
+  (tmp_path / 'part' / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(DataError, match=r'missing model\.layers'):
+    convert.convert(str(tmp_path / 'part'), str(tmp_path / 'out'), None)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_of_other_weights_is_not_replaced(tmp_path):
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'lora.safetensors').write_bytes(b'x')
+  with pytest.raises(DataError, match=r'lora\.safetensors'):
+    convert.convert(str(GOLDEN / 'llama_tied'), str(tmp_path / 'mine'), None)
+  assert (tmp_path / 'mine' / 'lora.safetensors').exists()
+
+
 def test_a_workdir_gives_its_export(tmp_path):
   shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'run' / 'export')
   (tmp_path / 'run' / 'config.json').write_text('{}')

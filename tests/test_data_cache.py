@@ -196,7 +196,7 @@ def test_a_shared_cache_can_be_read_by_others(tmp_path):
 
 def test_long_rows_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
   """The same content, whatever the size of a chunk."""
-  spec = write(tmp_path / 'a.jsonl', chat_rows(30, words=10))
+  spec = write(tmp_path / 'a.jsonl', chat_rows(30))
   whole = build(tmp_path, spec)
   sizes = []
   encode_all = encode.encode

@@ -9,7 +9,7 @@ import pytest
 from test_chat import LLAMA3
 from tiny_tokenizer import CHATML, tiny_files
 
-from ftjax.data.encode import Encoded, encode, encode_prompt, fit
+from ftjax.data.encode import Encoded, encode, encode_prompt, fit, turn_end
 from ftjax.data.formats import Bad, Chat, Completion, Text
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
@@ -252,6 +252,27 @@ def test_one_bos():
   assert encode_prompt('q', t) == [t.bos_id, *t.encode('q')]
   repeated = one(talk('q', 'a'), make())  # SmolLM2's BOS opens every turn, and may
   assert (repeated.tokens == 1).sum() == 2
+
+
+def test_texts_that_bring_bos_and_eos_along_get_no_second_one():
+  t = Tokenizer(tiny_files(adds_bos=True))
+  bos, eos = t.bos_token, t.eos_token
+  plain, marked = encode([Text('one two'), Text(f'{bos}one two{eos}')], t, 'all')
+  assert marked[0].tokens.tolist() == plain[0].tokens.tolist()
+  assert marked[0].supervised.tolist() == plain[0].supervised.tolist()
+  rows = [Completion('one', ' two'), Completion(f'{bos}one', f' two{eos}')]
+  plain, marked = encode(rows, t, 'completion')
+  assert marked[0].tokens.tolist() == plain[0].tokens.tolist()
+  assert marked[0].supervised.tolist() == plain[0].supervised.tolist()
+  assert encode_prompt(f'{bos}one', t) == encode_prompt('one', t)
+
+
+def test_the_token_that_ends_a_turn_is_found_even_where_the_settings_name_another():
+  """A base model with the template of its instruct sibling."""
+  t = Tokenizer(tiny_files(eos='<|endoftext|>'))
+  assert t.stop_ids == (t.eos_id,) and turn_end(t) not in t.stop_ids
+  assert t.token(turn_end(t)) == '<|im_end|>'
+  assert turn_end(Tokenizer(tiny_files(None))) is None
 
 
 def test_what_the_tokenizer_lacks_is_named():

@@ -80,18 +80,20 @@ def batches(start, steps):
 def run(cadence, *, start=0, bad=(), losses=None, evals=None, progress=None, at_step=None):
   """(record, final state); the state counts steps. evals: {step: loss}. bad: steps that fail."""
   record = Record()
-  streak = 0
+  streak = skipped = 0
 
   def step(state, batch):
-    nonlocal streak
+    nonlocal streak, skipped
     done = state + 1
     record.events.append(f'step {done}')
     if at_step:
       at_step(done)
     streak = streak + 1 if done in bad else 0
+    skipped += done in bad
     metrics = dict(loss=jnp.float32(1.0 / done if losses is None else losses[done]))
     metrics |= dict(grad_norm=jnp.float32(1), ok=jnp.bool_(done not in bad))
     metrics |= dict(supervised_tokens=jnp.float32(4), bad_streak=jnp.int32(streak))
+    metrics |= dict(skipped=jnp.int32(skipped))
     return done, metrics
 
   def evaluate(state, done):
@@ -238,6 +240,19 @@ def test_the_gap_is_to_the_losses_since_the_last_evaluation_also_over_a_resume()
 # Endings
 
 
+class Signalling(dict):
+  """Evaluation losses; looking up that of step `at` raises SIGTERM."""
+
+  def __init__(self, values, at):
+    super().__init__(values)
+    self.at = at
+
+  def __getitem__(self, step):
+    if step == self.at:
+      signal.raise_signal(signal.SIGTERM)
+    return super().__getitem__(step)
+
+
 def test_a_finished_run_can_be_made_longer():
   record, _ = run(QUIET)
   assert not record.saved[10][1]['ended']  # `ended` is for early stopping; steps tell the rest
@@ -273,6 +288,18 @@ def test_bad_steps_in_a_row_end_the_run():
   # Read one step late, so step 7 was begun; nothing was saved after the bad ones.
   assert 'step 8' not in record.events and record.saved == {}
   assert record.of('train')[-1] == 6
+
+
+def test_a_run_without_one_finite_step_fails():
+  steps = with_(steps=2)
+  record, _ = run(steps, bad={1, 2}, losses={1: 1.0, 2: 1.0})
+  assert isinstance(record.error, NonFiniteError) and 'all 2 updates' in str(record.error)
+
+
+def test_a_signal_during_the_last_evaluation_stops_before_what_comes_after():
+  evals = Signalling({k: 1.0 for k in range(1, 11)}, at=10)
+  record, _ = run(with_(eval_every=5), evals=evals)
+  assert isinstance(record.error, StoppedEarly) and 10 in record.saved
 
 
 def test_bad_steps_that_recover_are_counted_and_passed():

@@ -132,6 +132,25 @@ def test_faults_name_their_place(tmp_path, name, content, message):
     read(tmp_path / name)
 
 
+@pytest.mark.parametrize('name', ['part-1.jsonl.zst', 'part-2.csv.gz', 'sub/part.jsonl'])
+def test_a_folder_leaves_nothing_out_silently(tmp_path, name):
+  (tmp_path / 'part-0.jsonl').write_text('{"text": "a"}\n')
+  (tmp_path / 'README.md').write_text('about')
+  assert len(read(tmp_path)) == 1
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_bytes(b'x')
+  with pytest.raises(DataError, match=f"'{name.partition('/')[0]}' lies beside"):
+    read(tmp_path)
+
+
+def test_nulls_that_arrow_invents_are_left_out(tmp_path):
+  calls = [{'city': 'Oslo'}, {'query': 'x'}]
+  table = pa.table({'messages': [[{'tool_calls': [{'arguments': c}]}] for c in calls]})
+  pq.write_table(table, tmp_path / 'a.parquet')
+  found = [row['messages'][0]['tool_calls'][0]['arguments'] for _, row in read(tmp_path)]
+  assert found == calls
+
+
 def test_nothing_there(tmp_path):
   with pytest.raises(DataError, match='no such file'):
     read(tmp_path / 'a.jsonl')

@@ -12,6 +12,7 @@ from tiny_model import TINY, ids, init, place
 from ftjax import config, sft
 from ftjax.models import transformer
 from ftjax.runtime import sharding
+from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.state import create, state_shardings, with_shardings
 from ftjax.training.step import compile_step, make_step
 
@@ -148,6 +149,34 @@ def test_noise_on_embeddings_has_the_published_size():
     assert np.abs(part).max() <= bound
     np.testing.assert_allclose(part.std(), bound / np.sqrt(3), rtol=0.02)
   assert not np.array_equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion', 'muon', 'sgd'])
+@pytest.mark.parametrize('micro', [1, 4])
+def test_bfloat16_parameters_train(ragged, name, micro):
+  """The state keeps its dtypes over steps, with every optimizer, and the loss falls."""
+  c = config.default()
+  info = optimizer_lib.leaves(transformer.declared(TINY), TINY.layer_slots())
+  names = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm', 'decay', 'multipliers', 'freeze')
+  rate = 3e-2 if name in ('sgd', 'muon') else 3e-3
+  recipe = optimizer_lib.Recipe(name, lambda _: rate, **{n: c.optim[n] for n in names})
+  optimizer = optimizer_lib.make_optimizer(recipe, info, info)
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), init(TINY))
+  mesh = jax.sharding.get_mesh()
+  make = lambda p: create(p, {}, optimizer, False)  # noqa: E731
+  abstract = jax.eval_shape(make, params)
+  shardings = state_shardings(abstract, sharding.shardings(mesh, transformer.axes(TINY)), mesh)
+  batch = {
+    k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in ragged.items()
+  }
+  like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in batch.items()}
+  step = make_step(sft.make_loss(TINY, c), optimizer, shardings, **SETTINGS)
+  compiled = compile_step(step, with_shardings(abstract, shardings), like)
+  state, losses = jax.jit(make, out_shardings=shardings)(params), []
+  for _ in range(6):
+    state, metrics = compiled(state, batch)
+    losses.append(float(metrics['loss']))
+  assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize('micro', [4, 32])

@@ -315,10 +315,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _sum(values, attribute=None, start=0):
   """jinja's `sum`, of numbers alone: lists would be joined outside the budget."""
-  values = list(values) if attribute is None else [v[attribute] for v in values]
-  if not all(isinstance(v, int | float) for v in (*values, start)):
-    raise jinja2.exceptions.SecurityError('sums what are no numbers')
-  return sum(values, start)
+  if not isinstance(start, int | float):
+    raise jinja2.exceptions.SecurityError(f'sums from {type(start).__name__}')
+  return sum(values if attribute is None else [v[attribute] for v in values], start)
 
 
 def _make_environment() -> _Environment:

@@ -1,8 +1,9 @@
 """Cross-entropy of one chunk of tokens, with its gradient, from logits that may be split over the
 vocabulary.
 
-Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split, `offset`
-is the first vocabulary id of this part; models/head.py loops over chunks and owns the weights."""
+Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split (None: it
+is whole here), `offset` is the first vocabulary id of this part; models/head.py loops over chunks
+and owns the weights."""
 
 import dataclasses
 
@@ -21,18 +22,28 @@ class Terms:
   z_loss: float = 0.0
 
 
-def logsumexp(logits: jax.Array, axis: str) -> jax.Array:
+def _total(x: jax.Array, axis: str | None) -> jax.Array:
+  return x if axis is None else jax.lax.psum(x, axis)
+
+
+def _largest(x: jax.Array, axis: str | None) -> jax.Array:
+  return x if axis is None else jax.lax.pmax(x, axis)
+
+
+def logsumexp(logits: jax.Array, axis: str | None) -> jax.Array:
   """float32[n] of float32[n, V'], over the part here and those on the other members of `axis`."""
-  top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(-1)), axis)
-  return top + jnp.log(jax.lax.psum(jnp.exp(logits - top[:, None]).sum(-1), axis))
+  top = _largest(jax.lax.stop_gradient(logits.max(-1)), axis)
+  return top + jnp.log(_total(jnp.exp(logits - top[:, None]).sum(-1), axis))
 
 
-def label_logits(logits: jax.Array, labels: jax.Array, axis: str, offset: jax.Array) -> jax.Array:
+def label_logits(
+  logits: jax.Array, labels: jax.Array, axis: str | None, offset: jax.Array
+) -> jax.Array:
   """float32[n]: the logit of each label int32[n], from whichever member holds it."""
   ids = labels - offset
   mine = (ids >= 0) & (ids < logits.shape[-1])
   picked = jnp.take_along_axis(logits, jnp.where(mine, ids, 0)[:, None], axis=-1)[:, 0]
-  return jax.lax.psum(jnp.where(mine, picked, 0.0), axis)
+  return _total(jnp.where(mine, picked, 0.0), axis)
 
 
 def loss_and_gradient(
@@ -40,7 +51,7 @@ def loss_and_gradient(
   labels: jax.Array,
   weights: jax.Array,
   terms: Terms,
-  axis: str,
+  axis: str | None,
   offset: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Weighted sums over a chunk, and the gradient of the loss by the logits.
@@ -58,9 +69,9 @@ def loss_and_gradient(
     float32[n, V']).
   """
   # exp once: on a CPU it costs as much as a pass over the logits.
-  top = jax.lax.pmax(logits.max(-1), axis)
+  top = _largest(logits.max(-1), axis)
   probs = jnp.exp(logits - top[:, None])
-  total = jax.lax.psum(probs.sum(-1), axis)
+  total = _total(probs.sum(-1), axis)
   z = top + jnp.log(total)
   nll = z - label_logits(logits, labels, axis, offset)
   loss, scale = nll, jnp.ones_like(z)
@@ -71,8 +82,8 @@ def loss_and_gradient(
   hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset == labels[:, None]
   target = jnp.where(hit, 1.0 - smoothing, 0.0)
   if smoothing:
-    vocab = logits.shape[-1] * jax.lax.axis_size(axis)
-    uniform = z - jax.lax.psum(logits.sum(-1), axis) / vocab
+    vocab = logits.shape[-1] * (1 if axis is None else jax.lax.axis_size(axis))
+    uniform = z - _total(logits.sum(-1), axis) / vocab
     loss = loss + smoothing * (uniform - nll)
     target = target + smoothing / vocab
   gradient = probs * (scale * weights / total)[:, None] - target * weights[:, None]

@@ -15,6 +15,7 @@ import logging
 import jax
 
 from ftjax.models.kernels import blocked, dense
+from ftjax.runtime import sharding
 from ftjax.runtime.sharding import spec
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Tokens, key: Tokens)
   platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
   name = kernel(platform, mesh.shape['context'], q.shape[1], k.shape[1])
   _tell(name, platform)
-  island = jax.shard_map(
-    functools.partial(_local, name=name), in_specs=specs, out_specs=heads, check_vma=False
-  )
-  return island(q, k, v, *places)
+  return sharding.island(functools.partial(_local, name=name), specs, heads)(q, k, v, *places)
 
 
 def kernel(platform: str, context: int, queries: int, keys: int) -> str:
@@ -92,7 +90,7 @@ def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: s
 
     return splash.attend(q, k, v, q_segments)
   k, v, k_segments, k_positions = (
-    jax.lax.all_gather(a, 'context', axis=1, tiled=True) for a in (k, v, k_segments, k_positions)
+    sharding.gather(a, 'context', 1) for a in (k, v, k_segments, k_positions)
   )
   if name == 'blocked':
     return blocked.attend(q, k, v, (q_segments, q_positions, k_segments, k_positions))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ftjax.losses import cross_entropy
 from ftjax.losses.cross_entropy import Terms
-from ftjax.runtime.sharding import BATCH, spec
+from ftjax.runtime.sharding import BATCH, gather, index, is_alone, island, scatter_sum, spec, total
 
 # Bytes of one chunk's float32 logits, per device: large enough for full-speed matrix products.
 CHUNK_BYTES = 96 * 2**20
@@ -32,13 +32,17 @@ def chunk_tokens(vocab: int, tokens: int) -> int:
   return min(max(128, CHUNK_BYTES // (4 * vocab) // 128 * 128), tokens)
 
 
+def _vocab_axis() -> str | None:
+  return None if is_alone() else 'tensor'
+
+
 class _Chunks:
   """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks."""
 
   def __init__(self, x, w, labels, weights):
     self.shape, self.tokens = x.shape, labels.size
-    self.w = jax.lax.all_gather(w.astype(x.dtype), 'fsdp', axis=1, tiled=True)
-    self.offset = jax.lax.axis_index('tensor') * self.w.shape[0]
+    self.w = gather(w.astype(x.dtype), 'fsdp', 1)
+    self.offset = index('tensor') * self.w.shape[0]
     self.size = chunk_tokens(self.w.shape[0], self.tokens)
     flat = weights.reshape(-1)
     self.order = jnp.argsort(flat == 0, stable=True)
@@ -76,20 +80,20 @@ def _train_local(x, w, labels, weights, *, terms: Terms):
     loss, nll, dx, dw = carry
     a, y, m, logits = chunks.take(i)
     more_loss, more_nll, g = cross_entropy.loss_and_gradient(
-      logits, y, m, terms, 'tensor', chunks.offset
+      logits, y, m, terms, _vocab_axis(), chunks.offset
     )
     g = g.astype(a.dtype)
     da = jnp.einsum('nV,VD->nD', g, chunks.w, preferred_element_type=jnp.float32)
-    dx = chunks.put(dx, i, jax.lax.psum(da, 'tensor'))
+    dx = chunks.put(dx, i, total(da, 'tensor'))
     dw = dw + jnp.einsum('nV,nD->VD', g, a, preferred_element_type=jnp.float32)
     return loss + more_loss, nll + more_nll, dx, dw
 
   zero = jnp.zeros((), jnp.float32)
   start = (zero, zero, jnp.zeros_like(chunks.arrays[0]), jnp.zeros(chunks.w.shape, jnp.float32))
   loss, nll, dx, dw = jax.lax.fori_loop(0, chunks.count, body, start)
-  dw = jax.lax.psum_scatter(dw, 'fsdp', scatter_dimension=1, tiled=True)
-  dw = jax.lax.psum(dw, ('data', 'expert', 'context'))
-  loss, nll = jax.lax.psum((loss, nll), (*BATCH, 'context'))
+  dw = scatter_sum(dw, 'fsdp', 1)
+  dw = total(dw, ('data', 'expert', 'context'))
+  loss, nll = total((loss, nll), (*BATCH, 'context'))
   return loss, nll, chunks.scatter(dx), dw.astype(w.dtype)
 
 
@@ -115,11 +119,10 @@ def cross_entropy_sums(
 
 
 def _train(x, w, labels, weights, terms):
-  return jax.shard_map(
+  return island(
     functools.partial(_train_local, terms=terms),
-    in_specs=(_STATES, _TABLE, _TOKENS, _TOKENS),
-    out_specs=(spec(), spec(), _STATES, _TABLE),
-    check_vma=False,
+    (_STATES, _TABLE, _TOKENS, _TOKENS),
+    (spec(), spec(), _STATES, _TABLE),
   )(x, w, labels, weights)
 
 
@@ -145,17 +148,15 @@ def token_logprobs(x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.A
 
     def body(i, out):
       _, y, m, logits = chunks.take(i)
-      picked = cross_entropy.label_logits(logits, y, 'tensor', chunks.offset)
+      picked = cross_entropy.label_logits(logits, y, _vocab_axis(), chunks.offset)
       return chunks.put(
-        out, i, jnp.where(m != 0, picked - cross_entropy.logsumexp(logits, 'tensor'), 0.0)
+        out, i, jnp.where(m != 0, picked - cross_entropy.logsumexp(logits, _vocab_axis()), 0.0)
       )
 
     out = jnp.zeros(chunks.arrays[1].shape, jnp.float32)
     return chunks.scatter(jax.lax.fori_loop(0, chunks.count, body, out))
 
-  return jax.shard_map(
-    local, in_specs=(_STATES, _TABLE, _TOKENS, _TOKENS), out_specs=_TOKENS, check_vma=False
-  )(x, w, labels, weights)
+  return island(local, (_STATES, _TABLE, _TOKENS, _TOKENS), _TOKENS)(x, w, labels, weights)
 
 
 def logits(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from ftjax.models.cache import Cache
 from ftjax.models.layers import Linear, RMSNorm, declare
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime import trees
-from ftjax.runtime.sharding import spec
+from ftjax.runtime.sharding import gather, index, island, spec, total
 
 
 @jax.tree_util.register_dataclass
@@ -148,17 +148,14 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
   def local(table, tokens):
     # In its own dtype: the gradient adds up all occurrences of a token, too many for bfloat16.
-    table = jax.lax.all_gather(table, 'fsdp', axis=1, tiled=True)
-    ids = tokens - jax.lax.axis_index('tensor') * table.shape[0]
+    table = gather(table, 'fsdp', 1)
+    ids = tokens - index('tensor') * table.shape[0]
     mine = (ids >= 0) & (ids < table.shape[0])
     rows = jnp.where(mine[..., None], table[jnp.where(mine, ids, 0)].astype(dtype), 0)
-    return jax.lax.psum(rows, 'tensor')
+    return total(rows, 'tensor')
 
-  return jax.shard_map(
-    local,
-    in_specs=(spec('vocab', 'embed'), spec('batch', 'seq')),
-    out_specs=spec('batch', 'seq', 'act_embed'),
-  )(table, tokens)
+  specs = (spec('vocab', 'embed'), spec('batch', 'seq'))
+  return island(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
 
 
 def _remat(body, policy: str):

@@ -84,4 +84,7 @@ def build(config: dict[str, Any], fingerprints: dict[str, str], executable: str)
 
 def _cores() -> int:
   """Cores that this process may use; macOS knows only those of the machine."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:
+    return os.cpu_count()

@@ -6,9 +6,11 @@ logical axis names where they are declared (`models/`); `spec` turns names into 
 RULES. A name that is not in the table raises; what is replicated is written down as None."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,6 +95,46 @@ def shardings(mesh: Mesh, axes: Mapping) -> dict:
     k: shardings(mesh, v) if isinstance(v, Mapping) else NamedSharding(mesh, spec(*v))
     for k, v in axes.items()
   }
+
+
+def is_alone() -> bool:
+  """Whether the current mesh is one device: islands then need no collectives.
+
+  XLA does not remove those among one member: each is a copy, and some turn a table's layout over.
+  """
+  return jax.sharding.get_abstract_mesh().size == 1
+
+
+def island(local: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = False) -> Callable:
+  """`jax.shard_map` over the current mesh; on one device `local` itself, on arrays without axes."""
+  if not is_alone():
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+
+  def whole(*args):
+    out = local(*(jax.sharding.reshard(a, P()) for a in args))
+    return jax.tree.map(jax.sharding.reshard, out, out_specs)
+
+  return whole
+
+
+def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """Inside an island: x of all members of a mesh axis, joined along `dim`."""
+  return x if is_alone() else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
+  """Inside an island: this member's part, along `dim`, of the sum over a mesh axis."""
+  return x if is_alone() else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def total(x: Any, axes: str | tuple[str, ...]) -> Any:
+  """Inside an island: the sum over mesh axes, of an array or a tree."""
+  return x if is_alone() else jax.lax.psum(x, axes)
+
+
+def index(axis: str) -> jax.Array:
+  """Inside an island: int32[], this member's place on a mesh axis."""
+  return jnp.zeros((), jnp.int32) if is_alone() else jax.lax.axis_index(axis)
 
 
 def batch_ways() -> int:
