@@ -225,6 +225,11 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _check_table(key, values[key])
   for key in ('data.train', 'data.eval'):
     _check_sources(key, values[key])
+  if c.eval.every and not (c.data.eval or c.data.eval_fraction or c.eval.prompts):
+    raise ConfigError(
+      f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
+      'eval.prompts'
+    )
   _check_random(c)
   if c.batch_size % c.grad_accum:
     raise ConfigError(f'grad_accum={c.grad_accum} must divide batch_size={c.batch_size}')

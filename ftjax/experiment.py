@@ -228,8 +228,14 @@ def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
   """Tokenizes, or opens the cache, and schedules the rows."""
   folder = c.data.cache or files.join(workdir, 'data_cache')
 
-  def corpora(text):
-    specs = [made.resolve(spec, folder) for spec in sources.parse_specs(text)] if text else []
+  def corpora(text, is_eval=False):
+    specs = sources.parse_specs(text) if text else []
+    if is_eval and (weighted := [s for s in specs if s.weight is not None]):
+      raise ConfigError(
+        f'data.eval: {weighted[0].path} has weight {weighted[0].weight}; all evaluation rows count '
+        'alike: leave the @weight out'
+      )
+    specs = [made.resolve(spec, folder) for spec in specs]
     settings = dict(
       cache_dir=folder,
       seq_len=c.seq_len,
@@ -241,7 +247,7 @@ def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
     ]
 
   specs, training = corpora(c.data.train)
-  _, evaluation = corpora(c.data.eval)
+  _, evaluation = corpora(c.data.eval, is_eval=True)
   if c.data.eval_fraction and not evaluation:
     sides = [cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
     training, evaluation = ([side[i] for side in sides] for i in (0, 1))

@@ -48,6 +48,9 @@ _FIXED = (
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
 
 
+EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
+
+
 class Trainer:
   """The compiled step of a run with everything around it."""
 
@@ -180,14 +183,22 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
-def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]) -> None:
+def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
 
   Args:
     run: from experiment.start.
     loss_fn: of the algorithm.
-    eval_loss: parameters -> metrics of the evaluation rows.
+    eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
   """
+  lock = files.Lock(run.workdir)
+  try:
+    _fit(run, loss_fn, eval_loss)
+  finally:
+    lock.release()
+
+
+def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   c = run.config
   fingerprints = {
     'model': run.model.fingerprint,
@@ -238,7 +249,8 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: Callable[[dict], dict[str, float]]
       fingerprints['data order'][:12],
     )
 
-  if not (saved and _has_ended(saved, c.checkpoint.patience)) and start < run.steps:
+  owed = bool(saved) and saved['progress']['owed']
+  if not (saved and _has_ended(saved, c.checkpoint.patience)) and (start < run.steps or owed):
     state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
   best = checkpoints.best()
   if best is not None and best != checkpoints.latest():
@@ -267,6 +279,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
   writer = MetricsWriter(
     run.workdir,
     restored_step=start if saved else None,
+    drop_eval=bool(saved) and saved['progress']['owed'],
     config=config_lib.plain(c),
     sinks=c.log.sinks,
   )
@@ -280,10 +293,11 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     peak.source if peak else 'unknown',
   )
 
-  def evaluate(state, step):
+  def evaluate(state, step, is_cancelled):
     params = trainer.parameters(state)
-    values = eval_loss(params)
-    judge.answer(params, step)
+    values = eval_loss(params, is_cancelled)
+    if values is not None:
+      judge.answer(params, step)
     return values
 
   def meta(step):

@@ -6,6 +6,7 @@ wired in experiment.py."""
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +83,16 @@ def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
   return sums
 
 
-def evaluate_loss(eval_sums, run: experiment.Run, params: dict) -> dict[str, float]:
+def evaluate_loss(
+  eval_sums, run: experiment.Run, params: dict, is_cancelled: Callable[[], bool]
+) -> dict[str, float] | None:
   """Loss (nats per supervised token over the whole set) and perplexity of run.data.eval; empty
-  without such a set.
+  without such a set; None when cancelled.
   """
   total = count = 0.0
   for batch in run.eval_batches():
+    if is_cancelled():
+      return None
     more, tokens = eval_sums(params, batch)
     total, count = total + float(more), count + float(tokens)
   return {'loss': total / count, 'perplexity': math.exp(min(total / count, 700.0))} if count else {}

@@ -175,6 +175,7 @@ def test_a_plain_config_is_valid():
     ('max_bad_steps', 0, r'max_bad_steps=0'),
     ('checkpoint.every', -1, r'checkpoint.every=-1; expected at least 0'),
     ('eval.every', -5, r'eval.every=-5'),
+    ('eval.every', 5, r'eval.every=5 finds nothing to evaluate'),
     ('optim.weight_decay', -0.1, r'optim.weight_decay=-0.1'),
     ('steps', -1, r'steps=-1'),
     ('grad_accum', 3, r'grad_accum=3 must divide batch_size=16'),

@@ -77,7 +77,9 @@ def batches(start, steps):
     yield step, {}, host
 
 
-def run(cadence, *, start=0, bad=(), losses=None, evals=None, progress=None, at_step=None):
+def run(
+  cadence, *, start=0, bad=(), losses=None, evals=None, progress=None, at_step=None, at_eval=None
+):
   """(record, final state); the state counts steps. evals: {step: loss}. bad: steps that fail."""
   record = Record()
   streak = skipped = 0
@@ -96,9 +98,13 @@ def run(cadence, *, start=0, bad=(), losses=None, evals=None, progress=None, at_
     metrics |= dict(skipped=jnp.int32(skipped))
     return done, metrics
 
-  def evaluate(state, done):
+  def evaluate(state, done, is_cancelled):
     assert state == done
     record.events.append(f'evaluate {done}')
+    if at_eval:
+      at_eval(done)
+    if is_cancelled():
+      return None
     return {'loss': evals[done]} if evals else {}
 
   loop = Loop(
@@ -272,6 +278,47 @@ def test_a_signal_saves_and_stops(number):
 def test_a_signal_at_the_last_step_stops_before_what_comes_after_training():
   record, _ = run(QUIET, at_step=lambda s: s == 10 and signal.raise_signal(signal.SIGTERM))
   assert isinstance(record.error, StoppedEarly) and list(record.saved) == [10]
+
+
+@pytest.mark.parametrize('last', [5, 10])
+def test_a_stop_saves_first_and_owes_the_evaluation(last):
+  settings, evals = with_(eval_every=5), {5: 1.0, 10: 2.0}
+  record, _ = run(
+    settings, evals=evals, at_step=lambda s: s == last and signal.raise_signal(signal.SIGTERM)
+  )
+  assert isinstance(record.error, StoppedEarly) and f'evaluate {last}' not in record.events
+  told = record.saved[last][1]['progress']
+  assert told['owed']
+  again, state = run(settings, start=last, evals=evals, progress=Progress(**told))
+  assert state == 10 and again.events[:2] == [f'evaluate {last}', f'eval {last}']
+  whole, _ = run(settings, evals=evals)
+  assert record.of('eval', 'gap') + again.of('eval', 'gap') == whole.of('eval', 'gap')
+
+
+def test_a_stop_during_an_evaluation_cancels_it_and_during_an_owed_one_again():
+  settings, evals = with_(eval_every=5), {5: 1.0, 10: 2.0}
+
+  def stop(step):
+    if step == 5:
+      signal.raise_signal(signal.SIGTERM)
+
+  record, _ = run(settings, evals=evals, at_eval=stop)
+  assert isinstance(record.error, StoppedEarly) and 'step 6' not in record.events
+  assert record.of('eval') == [] and list(record.saved) == [5]
+  owing = Progress(**record.saved[5][1]['progress'])
+  again, _ = run(settings, start=5, evals=evals, progress=owing, at_eval=stop)
+  assert isinstance(again.error, StoppedEarly) and again.events == ['evaluate 5']
+  assert again.saved == {}  # the checkpoint of step 5 still owes it
+
+
+def test_a_stop_waits_for_the_evaluation_that_the_best_checkpoint_needs():
+  settings = with_(eval_every=5, metric='eval/loss')
+  evals = {5: 1.0, 10: 2.0}
+  record, _ = run(
+    settings, evals=evals, at_step=lambda s: s == 5 and signal.raise_signal(signal.SIGTERM)
+  )
+  assert record.of('eval') == [5] and record.saved[5][2] == 1.0
+  assert not record.saved[5][1]['progress']['owed']
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -138,6 +138,11 @@ def test_cut_lines_by_hand():
   assert metrics.cut_lines(text, 2) == ('{"step": 1}\n{"step": 2}\n', 3)
   assert metrics.cut_lines('{"step": 1}', 1) == ('{"step": 1}\n', 0)
   assert metrics.cut_lines('', 5) == ('', 0)
+  text = (
+    '{"step": 1, "split": "eval"}\n{"step": 2, "split": "train"}\n{"step": 2, "split": "eval"}\n'
+  )
+  assert metrics.cut_lines(text, 2) == (text, 0)
+  assert metrics.cut_lines(text, 2, drop_eval=True) == (text[: text.rindex('{')], 0)
 
 
 def test_tensorboard_events_are_hidden_from_the_restored_step_on(tmp_path):

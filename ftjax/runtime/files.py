@@ -7,6 +7,7 @@ promise an append to the file system (object stores have none). Who writes what:
 checkpoint.py, manifest.py, evaluation/run.py.
 """
 
+import fcntl
 import os
 import socket
 import time
@@ -86,6 +87,35 @@ def makedirs(path: str | os.PathLike) -> None:
 
 def remove(path: str | os.PathLike) -> None:
   os.remove(_local(path))
+
+
+class Lock:
+  """Holds a folder for this process until it ends, however it ends.
+
+  Raises:
+    ConfigError: another process holds it; names that process.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    path = join(folder, '.lock')
+    self._file = open(_local(path), 'a+', encoding='utf-8')  # noqa: SIM115 (held while we live)
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      self._file.seek(0)
+      holder = self._file.read().strip() or 'a process that did not say its name'
+      raise ConfigError(
+        f'--workdir={os.fspath(folder)} is in use by {holder}; wait for it, stop it, or give '
+        'another --workdir'
+      ) from error
+    except OSError:
+      return  # a file system without locks
+    self._file.truncate(0)
+    self._file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    self._file.flush()
+
+  def release(self) -> None:
+    self._file.close()
 
 
 class LineLog:

@@ -49,8 +49,9 @@ def to_json_value(value: Any) -> bool | int | float | str:
   return _NON_FINITE.get(number, number)
 
 
-def cut_lines(text: str, step: int) -> tuple[str, int]:
-  """Keeps the rows of a metrics.jsonl with `row['step'] <= step`.
+def cut_lines(text: str, step: int, drop_eval: bool = False) -> tuple[str, int]:
+  """Keeps the rows of a metrics.jsonl with `row['step'] <= step`; with `drop_eval` not the
+  evaluation of that very step, which will be made again.
 
   A torn last line (the writer died in it) goes too, like every line that is no row.
 
@@ -68,7 +69,9 @@ def cut_lines(text: str, step: int) -> tuple[str, int]:
       continue
     if not isinstance(row, dict) or not isinstance(row.get('step'), int):
       torn += 1
-    elif row['step'] <= step:
+    elif row['step'] < step or (
+      row['step'] == step and not (drop_eval and row.get('split') == 'eval')
+    ):
       kept.append(line + '\n')
   return ''.join(kept), torn
 
@@ -157,6 +160,7 @@ class MetricsWriter:
     restored_step: the step of the restored checkpoint; rows and events after it are dropped, since
       they will be written again.
       None on a fresh start: all rows are dropped.
+    drop_eval: the evaluation of that very step is dropped too.
     config: the resolved config, for the trackers; it passes `redact` first.
     sinks: names of trackers, of 'wandb' and 'mlflow'.
     is_main: False makes a writer that writes nothing, for the other processes of a multi-host run.
@@ -170,6 +174,7 @@ class MetricsWriter:
     workdir: str,
     *,
     restored_step: int | None,
+    drop_eval: bool = False,
     config: Mapping[str, Any],
     sinks: Sequence[str] = (),
     is_main: bool = True,
@@ -184,7 +189,7 @@ class MetricsWriter:
     files.makedirs(workdir)
     self._path = files.join(workdir, 'metrics.jsonl')
     step = -1 if restored_step is None else restored_step
-    self.cut(step)
+    self.cut(step, drop_eval)
     self._log = files.LineLog(self._path)
     from tensorboardX import (
       SummaryWriter,
@@ -202,7 +207,7 @@ class MetricsWriter:
       clean = redact(config)
       self._trackers = [_SINKS[name](workdir, run_id, clean) for name in sinks]
 
-  def cut(self, step: int) -> None:
+  def cut(self, step: int, drop_eval: bool = False) -> None:
     """Drops the rows of metrics.jsonl after `step`, and what a crash tore. Atomic.
 
     Only before the first `write`: the log is open afterwards.
@@ -210,7 +215,7 @@ class MetricsWriter:
     if not files.exists(self._path):
       return
     text = files.read_bytes(self._path).decode('utf-8', errors='replace')
-    kept, torn = cut_lines(text, step)
+    kept, torn = cut_lines(text, step, drop_eval)
     if torn > 1:  # one is the mark of a crash; more is damage from elsewhere
       logging.warning('%s: dropped %d lines that are no rows', self._path, torn)
     if kept != text:

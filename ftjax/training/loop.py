@@ -1,8 +1,10 @@
 """The host's loop around a compiled step: cadence, logs, evaluation, checkpoints, stopping.
 
-The order at a step's end matters and is this: read metrics, evaluate, save, stop. Metrics of step t
-are read after step t + 1 was dispatched, unless something is due at t. The loop knows nothing of
-models or data: it is given functions."""
+The order at a step's end matters and is this: read metrics, evaluate, save, stop. A run that is
+asked to stop saves at once and owes the evaluation, which is made up when it goes on; only where
+the best checkpoint depends on it, it is waited for. Metrics of step t are read after step t + 1 was
+dispatched, unless something is due at t. The loop knows nothing of models or data: it is given
+functions."""
 
 import contextlib
 import dataclasses
@@ -52,6 +54,7 @@ class Progress:
 
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
   after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
+  owed: the evaluation of the saved step is still to be made.
   """
 
   value: float | None = None
@@ -59,6 +62,7 @@ class Progress:
   evals_since: int = 0
   loss_sum: float = 0.0
   losses: int = 0
+  owed: bool = False
 
   def see(self, value: float, step: int, mode: str) -> bool:
     """Whether `value` is better than all before."""
@@ -99,8 +103,8 @@ class Loop:
   Args:
     step: compiled (state, batch) -> (state, metrics).
     cadence: when things happen.
-    evaluate: (state, steps done) -> metrics of the 'eval' split; called every eval_every steps and
-      at the end.
+    evaluate: (state, steps done, is_cancelled) -> metrics of the 'eval' split; called every
+      eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
     meta: steps done -> JSON saved with a checkpoint.
     writer, checkpoints, throughput: where results go.
     profile_dir: where traces go.
@@ -111,7 +115,7 @@ class Loop:
     step: Callable[[State, dict], tuple[State, dict]],
     cadence: Cadence,
     *,
-    evaluate: Callable[[State, int], dict[str, float]],
+    evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None],
     meta: Callable[[int], dict[str, Any]],
     writer: MetricsWriter,
     checkpoints: Checkpoints,
@@ -124,6 +128,7 @@ class Loop:
     self.progress = Progress()
     self._latest: dict[str, float] = {}
     self._bar: tqdm | None = None
+    self._stop = StopFlag()
 
   def run(self, state: State, start: int, feed: Iterable, progress: Progress) -> State:
     """Trains from `start` steps done to cadence.steps.
@@ -148,10 +153,15 @@ class Loop:
     self._throughput.start()
     feed = iter(feed)
     with (
-      StopFlag() as stop,
+      self._stop as stop,
       tqdm(total=cadence.steps, initial=start, unit='step') as self._bar,
       contextlib.ExitStack() as trace,
     ):
+      if progress.owed:
+        with self._throughput.paused():
+          self._look(state, start)
+        if progress.owed:
+          raise _stopped(start, cadence.steps)
       for done in range(start + 1, cadence.steps + 1):
         if done - 1 == trace_from < trace_to:
           jax.profiler.start_trace(self._profile_dir)
@@ -172,11 +182,9 @@ class Loop:
           pending = None
           with self._throughput.paused():
             ended = self._rest(state, done, evaluate, last or halt)
-          # A signal may have come while the last evaluation ran.
-          if halt or ((last or ended) and stop.wanted):
-            raise StoppedEarly(
-              f'stopped after step {done} of {cadence.steps}; run the same command again to go on'
-            )
+          # A signal may have come while the evaluation ran.
+          if halt or self.progress.owed or ((last or ended) and stop.wanted):
+            raise _stopped(done, cadence.steps)
           if ended:
             log.info(
               'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
@@ -231,18 +239,13 @@ class Loop:
     """
     cadence, metric, ended, improved = self._cadence, None, False, False
     if evaluate:
-      values = self._evaluate(state, done)
-      progress = self.progress
-      if progress.losses and 'loss' in values:
-        values = values | {'gap': values['loss'] - progress.loss_sum / progress.losses}
-        progress.loss_sum, progress.losses = 0.0, 0
-      if values:
-        self._writer.write(done, 'eval', values)
+      values = self._look(state, done)
       if cadence.metric:
         measured = {f'eval/{k}': v for k, v in values.items()} | self._latest
         metric = measured.get(cadence.metric)
         improved = metric is not None and self.progress.see(metric, done, cadence.mode)
         ended = bool(cadence.patience) and self.progress.evals_since >= cadence.patience
+      must_save = must_save or self.progress.owed
     if must_save or improved or ended or _due(done, cadence.save_every):
       meta = self._meta(done) | {
         'progress': dataclasses.asdict(self.progress),
@@ -253,6 +256,28 @@ class Loop:
       if must_save or ended:
         self._checkpoints.wait()
     return ended
+
+  def _look(self, state: State, done: int) -> dict[str, float]:
+    """Evaluates after step `done` and writes what was found, or leaves it owed."""
+    progress = self.progress
+
+    def is_cancelled():
+      return not self._cadence.metric and self._stop.wanted
+
+    values = None if is_cancelled() else self._evaluate(state, done, is_cancelled)
+    progress.owed = values is None
+    if values is None:
+      return {}
+    if progress.losses and 'loss' in values:
+      values = values | {'gap': values['loss'] - progress.loss_sum / progress.losses}
+      progress.loss_sum, progress.losses = 0.0, 0
+    if values:
+      self._writer.write(done, 'eval', values)
+    return values
+
+
+def _stopped(done: int, steps: int) -> StoppedEarly:
+  return StoppedEarly(f'stopped after step {done} of {steps}; run the same command again to go on')
 
 
 def _due(step: int, every: int) -> bool:
