@@ -1,4 +1,4 @@
-"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences. About ten
+"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences. About eleven
 minutes on two CPU cores.
 
 `make demo` runs it, after demo/assets.py has put the model and the sentences into .cache.
@@ -13,13 +13,13 @@ def get_config():
   c = config.default()
   c.model.path = '.cache/smollm2'
   c.data.train = '.cache/data/sentiment/train.jsonl'
-  c.steps = 80
-  c.batch_size = 4  # packed rows of several sentences each
+  c.steps = 160
+  c.batch_size = 2  # packed rows of several sentences each
   c.seq_len = 256
-  c.optim.lr = 8e-5
+  c.optim.lr = 1e-4
   c.optim.schedule = 'linear'
-  c.optim.warmup_steps = 5
-  c.checkpoint.every = 20
+  c.optim.warmup_steps = 10
+  c.checkpoint.every = 40
   c.checkpoint.keep = 1
   c.eval.batch_size = 16
   c.eval.tasks = ('sentiment=choice:.cache/data/sentiment/test.jsonl',)
