@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: env assets demo test test-slow lint lock
+.PHONY: env assets demo test lint lock
 env: $(VENV)/.ready
 
 $(VENV)/.ready: third_party/requirements.txt
@@ -21,10 +21,7 @@ demo: assets
 	@$(RUN) -m ftjax.train --config=configs/sft_sentiment.py --workdir=$(WORKDIR)
 
 test: env
-	@$(RUN) -m pytest -q -n 2 --dist loadfile -m 'not slow'
-
-test-slow: assets
-	@$(RUN) -m pytest -q -m slow
+	@$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .

@@ -1,5 +1,5 @@
-"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences. About eleven
-minutes on two CPU cores.
+"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences, in about
+eleven minutes on two CPU cores.
 
 `make demo` runs it, after demo/assets.py has put the model and the sentences into .cache.
 """

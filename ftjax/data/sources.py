@@ -248,7 +248,14 @@ def _hub_rows(spec: Spec) -> Iterator[tuple[int, Row | Bad]]:
       "library: pip install 'ftjax[datasets]', or give a path that exists"
     ) from error
   name, _, split = spec.path.partition(':')
-  yield from enumerate(datasets.load_dataset(name, split=split or 'train'), 1)
+  try:
+    rows = datasets.load_dataset(name, split=split or 'train')
+  except Exception as error:  # the library raises many kinds, for a network as for a name
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    raise DataError(
+      f'data: {spec.path!r} is no file here, and as a hub name it cannot be loaded: {reason}'
+    ) from error
+  yield from enumerate(rows, 1)
 
 
 def scan(spec: Spec) -> Iterator[tuple[int, int, Row | Bad]]:

@@ -181,7 +181,15 @@ def _post_processor(source: GGUFSource, tokens: list[str]):
 
 def files(source: GGUFSource) -> dict[str, bytes]:
   """tokenizer.json, tokenizer_config.json and generation_config.json, as a HF folder has them."""
-  tokenizer = build(source)
+  try:
+    tokenizer = build(source)
+  except DataError:
+    raise
+  except Exception as error:  # what tokenizers raises has no kind of its own
+    raise DataError(
+      f'{source.place}: its tokenizer cannot be built ({type(error).__name__}: {error}). Use the '
+      'HF folder of this model'
+    ) from error
   tokens = source.need('tokenizer.ggml.tokens')
   ids = {
     'bos_token': source.field('tokenizer.ggml.bos_token_id'),
