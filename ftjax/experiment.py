@@ -71,7 +71,7 @@ class Run:
   workdir: str
   mesh: Mesh
   model: Model
-  data: Data | None
+  data: Data | None  # None: the run trains nothing
 
   @property
   def arch(self) -> Architecture:
@@ -79,8 +79,10 @@ class Run:
 
   @property
   def steps(self) -> int:
-    """Optimizer updates in all."""
+    """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
     c = self.config
+    if self.data is None:
+      return c.steps or 1000
     return c.steps or max(1, math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size))
 
   def parameter_shardings(self) -> dict:
@@ -124,7 +126,9 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   """
   files.probe(workdir)
   workdir = files.absolute(workdir)  # Orbax takes no relative path
-  configure_jax(c, workdir)
+  configure_jax(c)
+  if c.compile_cache:
+    _keep_programs(files.join(workdir, 'xla_cache'))
   mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
   jax.set_mesh(mesh)
   model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
@@ -160,18 +164,34 @@ def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
     )
 
 
-def configure_jax(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Process-wide settings: exact float32 products where float32 is asked for, and the compile
-  cache.
+def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
+  """A run of shapes alone, to compile its step; `mesh` is the current one.
+
+  Raises:
+    ConfigError: a size that does not divide.
   """
+  check_sizes(c, arch, mesh)
+  return Run(c, '', mesh, Model('', arch, None, (), {}, {}, ''), None)
+
+
+def configure_jax(c: ml_collections.ConfigDict) -> None:
+  """Process-wide: exact float32 products where float32 is asked for."""
   precise = c.model.compute_dtype == 'float32'
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
-  if c.compile_cache:
-    jax.config.update('jax_compilation_cache_dir', files.join(workdir, 'xla_cache'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-    jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-    # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
-    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def _keep_programs(folder: str) -> None:
+  """The compile cache."""
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
+  jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def random_config(random: dict) -> dict:
+  """model.random as a HF config.json."""
+  return {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
 
 
 def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Model:
@@ -183,7 +203,7 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     config, fingerprint = load.read_config(path), load.fingerprint(path) if weights else ''
   else:
     found = made.byte_tokenizer()
-    config = {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
+    config = random_config(random)
     found['config.json'] = json.dumps(config).encode()
     fingerprint = digest([config, seed])
   arch = from_hf(config)

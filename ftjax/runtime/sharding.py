@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -83,10 +84,30 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with Explicit axes over all devices (or the given ones)."""
+  """A mesh with Explicit axes over all devices (or the given ones).
+
+  Where the devices form several slices, the outermost axis of the mesh crosses them.
+
+  Raises:
+    ConfigError: sizes that do not make the devices, or an outermost axis that the slices do not
+      divide.
+  """
   devices = list(devices or jax.devices())
   shape = mesh_shape(sizes, len(devices))
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  types = (AxisType.Explicit,) * len(AXES)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  outer = next(i for i, size in enumerate(shape) if size > 1)
+  if shape[outer] % slices:
+    raise ConfigError(
+      f'mesh.{AXES[outer]}={shape[outer]} is the outermost axis and crosses the {slices} slices: '
+      f'it must be a multiple of {slices}; mesh.data={slices} is usual'
+    )
+  across = [slices if i == outer else 1 for i in range(len(shape))]
+  within = [size // ways for size, ways in zip(shape, across, strict=True)]
+  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def shardings(mesh: Mesh, axes: Mapping) -> dict:

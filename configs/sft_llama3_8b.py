@@ -1,0 +1,25 @@
+"""Full fine-tuning of Llama-3.1-8B on chats, 256 rows of 8,192 tokens a step.
+
+`python -m ftjax.plan --config=sft_llama3_8b --topology=v5e:16x16` tells what it needs.
+Point model.path and data.train to your folders.
+"""
+
+from ftjax import config
+
+
+def get_config():
+  c = config.default()
+  c.model.path = 'models/Llama-3.1-8B-Instruct'
+  c.model.compute_dtype = 'bfloat16'
+  c.data.train = 'data/train.jsonl'
+  c.data.on_overlength = 'truncate_right'
+  c.epochs = 2.0
+  c.batch_size = 256
+  c.seq_len = 8192
+  c.remat = 'full'
+  c.optim.lr = 1e-5
+  c.optim.b2 = 0.95
+  c.optim.warmup_steps = 50
+  c.eval.batch_size = 256
+  c.checkpoint.every = 200
+  return c

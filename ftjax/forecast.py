@@ -1,0 +1,159 @@
+"""The training step of a config compiled for a slice that is not here, and what the compiler says.
+
+The step is the one that fit.py compiles, from the same shapes and shardings."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ftjax import experiment, fit
+from ftjax.models import attention, head
+from ftjax.models.architecture import Architecture
+from ftjax.planning import account, suggest, topology
+from ftjax.planning.cost import Cost, estimate
+from ftjax.runtime import sharding
+from ftjax.runtime.errors import ConfigError
+from ftjax.training.step import LossFn
+
+log = logging.getLogger(__name__)
+
+MakeLoss = Callable[[Architecture, ml_collections.ConfigDict], LossFn]
+
+# What a runtime keeps of a GPU's memory for itself.
+_USABLE = {'gpu': 0.95}
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+  """A compiled step in figures; see planning/account.py and planning/cost.py.
+
+  settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
+  None where the compiler itself ran out, and then needed tells how many bytes it wanted (0: not
+  told).
+  """
+
+  slice: str
+  devices: int
+  settings: dict[str, int | str]
+  rows: int
+  length: int
+  parameters: int
+  attention: str
+  compile_seconds: float
+  capacity: float
+  fits: bool
+  needed: float
+  memory: account.Memory | None = None
+  collectives: tuple[account.Collective, ...] = ()
+  replicated: dict[str, int] = dataclasses.field(default_factory=dict)
+  cost: Cost | None = None
+
+
+def make(
+  c: ml_collections.ConfigDict, where: topology.Topology, arch: Architecture, make_loss: MakeLoss
+) -> Forecast:
+  """Compiles and accounts.
+
+  Args:
+    c: a validated config; its data and weights are not touched.
+    where: the slices; topology.environment was applied before jax was imported.
+    arch: the model's.
+    make_loss: of the algorithm.
+
+  Raises:
+    ConfigError: a mesh or batch that does not divide, or an unknown slice.
+  """
+  mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
+  experiment.configure_jax(c)
+  settings = {f'mesh.{a}': mesh.shape[a] for a in sharding.AXES}
+  settings |= {'grad_accum': c.grad_accum, 'remat': c.remat}
+  begin = time.perf_counter()
+  with jax.set_mesh(mesh):
+    run = experiment.without_data(c, mesh, arch)
+    trainer = fit.Trainer(run, make_loss(arch, c))
+    compiled, needed = _compile(trainer)
+  seconds = time.perf_counter() - begin
+  chip = where.chip
+  name = attention.kernel(chip.platform, mesh.shape['context'], c.seq_len, c.seq_len)
+  out = Forecast(
+    slice=where.name,
+    devices=mesh.size,
+    settings=settings,
+    rows=c.batch_size,
+    length=c.seq_len,
+    parameters=arch.num_params(),
+    attention=name,
+    compile_seconds=seconds,
+    capacity=chip.memory,
+    fits=False,
+    needed=needed,
+  )
+  if compiled is None:
+    return out
+  held = account.memory(compiled, trainer.abstract)
+  local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
+  vocab = arch.vocab_size // mesh.shape['tensor']
+  loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
+  moved = account.collectives(compiled.as_text(), mesh, unknown_trips=loops)
+  outer = next((a for a in mesh.axis_names if mesh.shape[a] > 1), '')
+  return dataclasses.replace(
+    out,
+    fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
+    needed=held.peak,
+    memory=held,
+    collectives=tuple(moved),
+    replicated=account.replicated(trainer.abstract.params, mesh),
+    cost=estimate(
+      *(arch, where, held, moved),
+      rows=c.batch_size,
+      length=c.seq_len,
+      remat=c.remat,
+      micro_batches=c.grad_accum,
+      outer=outer,
+    ),
+  )
+
+
+def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
+  """(the step; None where the compiler ran out of the device's memory, bytes it then wanted)."""
+  try:
+    return trainer.compile(), 0.0
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error)
+    if 'RESOURCE_EXHAUSTED' not in text or 'vmem' in text:
+      raise
+    used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
+    scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+    return None, float(used[1]) * scale[used[2]] if used else 0.0
+
+
+def better(
+  c: ml_collections.ConfigDict,
+  where: topology.Topology,
+  arch: Architecture,
+  make_loss: MakeLoss,
+  most: int,
+) -> Forecast | None:
+  """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
+  width = jnp.dtype(c.model.compute_dtype).itemsize
+  tried = suggest.candidates(arch, where, c.batch_size, c.seq_len, width, most)
+  best = None
+  for candidate in tried:
+    other = c.copy_and_resolve_references()
+    other.update_from_flattened_dict(candidate.overrides())
+    told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
+    with contextlib.suppress(ConfigError):  # what does not divide is no candidate
+      found = make(other, where, arch, make_loss)
+      log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
+      quicker = found.fits and (
+        best is None or (found.cost.seconds or 0) < (best.cost.seconds or 0)
+      )
+      best = found if quicker else best
+  return best

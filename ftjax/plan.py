@@ -1,0 +1,157 @@
+"""python -m ftjax.plan --config=FILE --topology=v5e:16x16 [--suggest] [--json]
+
+Compiles the training step of a config for a slice that is not here, and tells per device what it
+holds, moves and costs. Exit code 5 when it does not fit; then it says what does."""
+
+import dataclasses
+import json
+import math
+import os
+
+from absl import flags
+
+from ftjax import command, config
+from ftjax.planning import topology
+from ftjax.runtime.errors import CheckError
+
+command.define_config()
+_TOPOLOGY = flags.DEFINE_string(
+  'topology',
+  None,
+  '[SLICESx]KIND:SHAPE, for example v5e:16x16, 2xv5e:16x16, h200:8.',
+  required=True,
+)
+_SUGGEST = flags.DEFINE_bool(
+  'suggest', False, 'Compile other meshes, micro-batches and recomputation, and print the best.'
+)
+_SEARCH = flags.DEFINE_bool('search', True, 'Look for what fits when the config does not.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')
+_TRIES = flags.DEFINE_integer('tries', 6, 'Most compilations of --suggest.', lower_bound=1)
+
+
+def _gib(size: float) -> str:
+  return f'{size / 2**30:.2f}'
+
+
+def _memory_lines(found) -> list[str]:
+  held = found.memory
+  rows = [
+    ('parameters', held.parameters),
+    ('optimizer state', held.optimizer),
+    ('gradients', held.gradients),
+    ('activations, other temporaries', held.activations),
+    ('peak', held.peak),
+  ]
+  of = '' if math.isinf(found.capacity) else f' of {_gib(found.capacity)}'
+  lines = [f'{name:<32}{_gib(size):>10}' for name, size in rows]
+  return [f'{"GiB of a device":<32}', *lines[:-1], lines[-1] + of]
+
+
+def _cost_lines(found) -> list[str]:
+  cost = found.cost
+  lines = [
+    f'{found.rows} rows of {found.length} = {cost.tokens:,} tokens a step; '
+    f'{cost.flops:.3e} model FLOPs, {cost.flops / cost.tokens:.3e} a token'
+  ]
+  if math.isnan(cost.seconds):
+    return [*lines, 'No time is estimated for a CPU.']
+  per_device = cost.tokens / cost.seconds / found.devices
+  return [
+    *lines,
+    f'Estimate, uncalibrated, from peak rates (a real step is slower): {cost.seconds:.3g} s, '
+    f'{per_device:,.0f} tokens/s a device, MFU {cost.mfu:.0%}, bound by {cost.bound}',
+    f'  matrix products {cost.compute:.3g} s, memory {cost.traffic:.3g} s, '
+    f'links {cost.links:.3g} s, between slices or hosts {cost.network:.3g} s',
+  ]
+
+
+def _collective_lines(found) -> list[str]:
+  if not found.collectives:
+    return ['No collectives.']
+  head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
+  return [head] + [
+    f'{c.kind:<20}{c.axes:<16}{c.ways:>5}{c.count:>8}{_gib(c.bytes):>10}{_gib(c.sent):>10}'
+    for c in found.collectives
+  ]
+
+
+def text(found, name: str) -> str:
+  """The report of a forecast.Forecast, for people."""
+  settings = ' '.join(f'{k}={v}' for k, v in found.settings.items())
+  lines = [
+    f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
+    settings,
+    f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
+    '',
+  ]
+  if found.memory is None:
+    wanted = f'{_gib(found.needed)} GiB' if found.needed else 'more'
+    return '\n'.join([*lines, f'Does not fit: wants {wanted} of {_gib(found.capacity)} GiB.'])
+  held = [f'{n} ({_gib(b)} GiB)' for n, b in found.replicated.items()]
+  return '\n'.join(
+    [
+      *lines,
+      *_memory_lines(found),
+      '',
+      *_cost_lines(found),
+      '',
+      *_collective_lines(found),
+      '',
+      f'Parameters that every device holds whole: {", ".join(held) or "none"}',
+      'It fits.' if found.fits else 'It does not fit.',
+    ]
+  )
+
+
+def _json(found) -> dict:
+  out = dataclasses.asdict(found)
+  if found.cost:
+    out['cost'] |= {'seconds': found.cost.seconds, 'bound': found.cost.bound, 'calibrated': False}
+  if found.memory:
+    out['memory']['activations'] = found.memory.activations
+  plain = json.dumps(out).replace('Infinity', 'null').replace('NaN', 'null')
+  return json.loads(plain)
+
+
+def main() -> None:
+  """Plans one config, or searches for a better one."""
+  c = flags.FLAGS.config
+  where = topology.parse(_TOPOLOGY.value)
+  config.validate(c)
+  os.environ.update(topology.environment(where))
+  # jax is imported from here on.
+  from ftjax import experiment, forecast, sft
+  from ftjax.models.architecture import from_hf
+  from ftjax.planning import shapes
+
+  random = c.model.random.to_dict()
+  shape = shapes.read(c.model.path) if c.model.path else experiment.random_config(random)
+  make_loss = {'sft': sft.make_loss}[c.algorithm]
+  arch, name = from_hf(shape), c.model.path or 'model.random'
+  found = forecast.make(c, where, arch, make_loss)
+  best = found if found.fits else None
+  if _SUGGEST.value or (_SEARCH.value and not found.fits):
+    other = forecast.better(c, where, arch, make_loss, _TRIES.value)
+    if other and (best is None or other.cost.seconds < best.cost.seconds):
+      best = other
+  if _JSON.value:
+    print(json.dumps(_json(found) | {'suggestion': best and best.settings}))
+  else:
+    print('\n' + text(found, name))
+    if best is not None and best is not found:
+      print('\nThe best that fits of what was tried:\n\n' + text(best, name))
+  if not found.fits:
+    raise CheckError(_verdict(found, best))
+
+
+def _verdict(found, best) -> str:
+  if best is None:
+    return (
+      f'does not fit on {found.slice}, and nothing else was found that does; take a larger slice'
+    )
+  settings = ' '.join(f'--config.{k}={v}' for k, v in best.settings.items())
+  return f'does not fit on {found.slice}; this does: {settings}'
+
+
+if __name__ == '__main__':
+  command.run(main)

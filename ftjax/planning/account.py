@@ -1,0 +1,215 @@
+"""What a compiled step holds and moves, for each device: memory from the compiler, collectives from
+the HLO text, with the trips of the loops they stand in.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ftjax.runtime import trees
+
+_BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 'bf16': 2}
+_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_HEADER = re.compile(r'^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.$-]+ = (.*?)\s([a-z][a-z0-9-]*)\((.*)$')
+_SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_CALLED = re.compile(r'(?:calls|to_apply|body|condition|async_execution_thread_calls)=%?([\w.$-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """All collectives of one kind over the same mesh axes.
+
+  axes: names joined by '+'. count: executions in a step. bytes: of the whole arrays, summed over
+  executions. sent: bytes that each device sends, by a ring. ways: members of a group.
+  """
+
+  kind: str
+  axes: str
+  ways: int
+  count: int
+  bytes: float
+  sent: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device. `arguments` are state and batch; `temporaries` everything else alive in
+  the step, gradients and activations among it; `peak` is the compiler's.
+  """
+
+  parameters: int
+  optimizer: int
+  gradients: int
+  arguments: int
+  temporaries: int
+  peak: int
+
+  @property
+  def activations(self) -> int:
+    """Temporaries but the gradients of the parameters."""
+    return max(0, self.temporaries - self.gradients)
+
+
+def shard_bytes(tree) -> int:
+  """Bytes that one device holds of arrays or ShapeDtypeStructs with shardings."""
+  return sum(
+    math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+  )
+
+
+def replicated(params: Mapping, mesh: Mesh) -> dict[str, int]:
+  """{name: bytes} of parameters that every device holds whole."""
+  flat = trees.flatten(params) if mesh.size > 1 else {}
+  return {
+    n: math.prod(a.shape) * a.dtype.itemsize
+    for n, a in flat.items()
+    if a.sharding.is_fully_replicated
+  }
+
+
+def memory(compiled: jax.stages.Compiled, state) -> Memory:
+  """From the compiler's analysis, and the shardings of the abstract state."""
+  found = compiled.memory_analysis()
+  everything = (
+    found.argument_size_in_bytes
+    + found.temp_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+  )
+  return Memory(
+    parameters=shard_bytes((state.params, state.frozen, state.ema)),
+    optimizer=shard_bytes(state.opt),
+    gradients=shard_bytes(state.params),
+    arguments=found.argument_size_in_bytes,
+    temporaries=found.temp_size_in_bytes,
+    peak=max(getattr(found, 'peak_memory_in_bytes', 0), everything),
+  )
+
+
+def _shape_bytes(text: str) -> float:
+  total = 0.0
+  for kind, dims in _SHAPE.findall(text):
+    bits = re.search(r'\d+', kind)
+    size = _BYTES.get(kind) or (int(bits[0]) / 8 if bits else 0)
+    total += size * math.prod(int(d) for d in dims.split(',') if d)
+  return total
+
+
+def _groups(text: str) -> np.ndarray | None:
+  """int[groups, members] of device numbers from an instruction's attributes; pairs of a permute."""
+  if found := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
+    dims = [int(d) for d in found[3].split(',')]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    if found[4]:
+      ids = ids.transpose([int(d) for d in found[4].split(',')])
+    return ids.reshape(int(found[1]), int(found[2]))
+  if found := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text):
+    rows = [[int(i) for i in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', found[1])]
+    return np.array(rows) if len({len(r) for r in rows}) == 1 else None
+  return None
+
+
+def _axes(groups: np.ndarray | None, mesh: Mesh) -> tuple[str, int]:
+  """(mesh axes along which the members of a group differ, members)."""
+  if groups is None:
+    return 'all', mesh.size
+  coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), -1)
+  varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
+  names = [a for a, v in zip(mesh.axis_names, varies, strict=True) if v]
+  return '+'.join(names) or 'none', groups.shape[1]
+
+
+def _collective(kind: str, result: str, rest: str, mesh: Mesh) -> tuple[str, str, int, float]:
+  """(kind, axes, ways, bytes of the whole array)."""
+  is_start = kind.endswith('-start')
+  kind = kind.removesuffix('-start')
+  axes, ways = _axes(_groups(rest), mesh)
+  size = _shape_bytes(result)
+  if is_start and kind == 'all-gather':  # (input, output)
+    size *= ways / (ways + 1)
+  elif is_start and kind == 'collective-permute':
+    size /= 2
+  elif kind == 'reduce-scatter':
+    size *= ways
+  return kind, axes, ways, size
+
+
+def _sent(kind: str, ways: int, size: float) -> float:
+  """Bytes that a member sends for a whole array of `size` bytes, by a ring."""
+  if kind == 'collective-permute':
+    return size
+  return size * (ways - 1) / ways * (2 if kind == 'all-reduce' else 1)
+
+
+def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collective]:
+  """Reads an optimized HLO module.
+
+  Args:
+    text: `compiled.as_text()`.
+    mesh: whose flat device order numbers the partitions.
+    unknown_trips: how often a loop is counted whose trips the compiler does not know.
+
+  Returns:
+    One entry for each (kind, axes), the most bytes sent first.
+  """
+  entry, calls, found = _read(text, mesh)
+  trips: dict[str, float] = collections.defaultdict(float)
+  stack = [(entry, 1.0)]
+  while stack:
+    name, times = stack.pop()
+    trips[name] += times
+    for callee, more in calls.get(name, ()):
+      stack.append((callee, times * (unknown_trips if more is None else more)))
+  sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+  for name, items in found.items():
+    for kind, axes, ways, size in items:
+      if ways > 1:
+        total = sums[kind, axes, ways]
+        total[0] += trips[name]
+        total[1] += trips[name] * size
+  out = [
+    Collective(kind, axes, ways, round(count), size, _sent(kind, ways, size))
+    for (kind, axes, ways), (count, size) in sums.items()
+    if count
+  ]
+  return sorted(out, key=lambda c: -c.sent)
+
+
+def _read(text: str, mesh: Mesh):
+  """(entry, {computation: [(callee, times; None: a loop of unknown length)]}, {computation:
+  collectives}).
+  """
+  entry, name = '', ''
+  calls, found = collections.defaultdict(list), collections.defaultdict(list)
+  for line in text.split('\n'):
+    if not line.startswith(' '):
+      if header := _HEADER.match(line):
+        name = header[2]
+        entry = name if header[1] else entry
+      continue
+    instruction = _INSTRUCTION.match(line)
+    if not instruction:
+      continue
+    result, kind, rest = instruction.groups()
+    if kind.removesuffix('-start') in _KINDS:
+      found[name].append(_collective(kind, result, rest, mesh))
+      continue  # its to_apply is a sum of two numbers
+    if kind.endswith(('-done', '-update')):
+      continue  # names the computation of its start again
+    times = 1
+    if kind == 'while':
+      known = _TRIPS.search(rest)
+      times = int(known[1]) if known else None
+    calls[name] += [(callee, times) for callee in _CALLED.findall(rest)]
+    if branches := _BRANCHES.search(rest):
+      calls[name] += [(b.strip(' %'), 1) for b in branches[1].split(',')]
+  return entry, calls, found

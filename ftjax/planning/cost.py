@@ -1,0 +1,90 @@
+"""Step time by a roofline: the longest of computing, memory traffic and communication, each at the
+full speed of the chip. Uncalibrated: no device has been measured, and a real step is slower.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ftjax.models.architecture import Architecture
+from ftjax.planning.account import Collective, Memory
+from ftjax.planning.topology import Topology
+from ftjax.runtime.throughput import train_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """flops: of the model, in a step on all devices. Seconds of one step: compute, traffic,
+  links, network. mfu: flops / (seconds x peak).
+  """
+
+  flops: float
+  tokens: int
+  compute: float
+  traffic: float
+  links: float
+  network: float
+  mfu: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self.compute, self.traffic, self.links + self.network)
+
+  @property
+  def bound(self) -> str:
+    """What the step waits for."""
+    parts = {
+      'matrix products': self.compute,
+      'memory': self.traffic,
+      'communication': self.links + self.network,
+    }
+    return max(parts, key=parts.get)
+
+
+def model_flops(arch: Architecture, rows: int, length: int) -> float:
+  """FLOPs of forward and backward of full rows of one document each; see train_flops."""
+  return train_flops(
+    rows * length,
+    rows * length * (length + 1) / 2,
+    matmul_params=arch.matmul_params(),
+    num_layers=arch.num_layers,
+    attention_dim=arch.num_heads * arch.head_dim,
+  )
+
+
+def recomputed(arch: Architecture, rows: int, length: int, remat: str) -> float:
+  """FLOPs that the backward pass repeats: with 'dots' the attention, with 'full' the blocks too."""
+  attention = 4.0 * arch.num_layers * arch.num_heads * arch.head_dim
+  attention *= rows * length * (length + 1) / 2
+  blocks = arch.matmul_params() - arch.vocab_size * arch.model_dim
+  return {'none': 0.0, 'dots': attention, 'full': attention + 2.0 * blocks * rows * length}[remat]
+
+
+def estimate(
+  arch: Architecture,
+  topology: Topology,
+  held: Memory,
+  moved: Sequence[Collective],
+  *,
+  rows: int,
+  length: int,
+  remat: str,
+  micro_batches: int,
+  outer: str,
+) -> Cost:
+  """Seconds and MFU of a step of `rows` rows of `length` tokens.
+
+  Memory traffic: the state is read and written once, and the temporaries once for each
+  micro-batch. Communication: what crosses slices or hosts, along the mesh axis `outer`, goes over
+  the network, the rest over the links.
+  """
+  chip = topology.chip
+  flops = model_flops(arch, rows, length)
+  peak = chip.flops * topology.num_devices
+  parts = topology.num_devices > topology.local_devices
+  crossing = [c for c in moved if parts and outer in c.axes.split('+')]
+  network = sum(c.sent for c in crossing) / chip.network
+  links = sum(c.sent for c in moved if c not in crossing) / chip.link
+  compute = (flops + recomputed(arch, rows, length, remat)) / peak
+  traffic = 2.0 * (held.arguments + micro_batches * held.temporaries) / chip.bandwidth
+  seconds = max(compute, traffic, links + network)
+  return Cost(flops, rows * length, compute, traffic, links, network, flops / (seconds * peak))

@@ -1,0 +1,89 @@
+"""Which meshes, micro-batches and recomputation are worth compiling, best guess first.
+
+Pruned by arithmetic (divisibility, the state's share of memory); what fits, the compiler says."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from ftjax.models.architecture import Architecture
+from ftjax.planning.topology import Topology
+
+_STATE_BYTES = 16  # of a float32 parameter: itself, two moments of Adam, the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """Settings that a config may take instead of its own."""
+
+  data: int
+  fsdp: int
+  context: int
+  tensor: int
+  grad_accum: int
+  remat: str
+
+  def overrides(self) -> dict[str, int | str]:
+    """By config key."""
+    mesh = {f'mesh.{a}': getattr(self, a) for a in ('data', 'fsdp', 'context', 'tensor')}
+    return mesh | {'mesh.expert': 1, 'grad_accum': self.grad_accum, 'remat': self.remat}
+
+
+def _divisors(n: int, most: int) -> list[int]:
+  return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iterator[Candidate]:
+  slices, devices = topology.slices, topology.num_devices
+  local = devices // slices
+  for tensor in _divisors(math.gcd(arch.num_kv_heads, local), 16):
+    for context in _divisors(local // tensor, 64):
+      fsdp = local // tensor // context
+      ways = fsdp * slices
+      if length % (context * 128) or rows % ways or arch.model_dim % fsdp:
+        continue
+      for accum in _divisors(rows // ways, 64):
+        for remat in ('dots', 'full'):
+          yield Candidate(slices, fsdp, context, tensor, accum, remat)
+
+
+def _bytes(c: Candidate, arch: Architecture, rows: int, length: int, width: int) -> float:
+  """A rough peak of one device: state, one gathered layer and table, saved activations, a layer's
+  own.
+  """
+  n = arch.num_params()
+  tokens = rows // (c.data * c.fsdp) // c.grad_accum * length / c.context
+  layer = (n - arch.vocab_size * arch.model_dim) / arch.num_layers / c.tensor
+  table = arch.vocab_size * arch.model_dim / c.tensor
+  heads = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+  inner = (heads + 3 * arch.ffn_dim) / c.tensor
+  kept = arch.model_dim + (inner + arch.model_dim if c.remat == 'dots' else 0)
+  saved = arch.num_layers * tokens * kept * width
+  gathered = 4 * table + 2 * layer * width
+  return _STATE_BYTES * n / (c.fsdp * c.tensor) + gathered + saved + 2 * tokens * inner * width
+
+
+def _preference(c: Candidate) -> tuple:
+  """Smaller is better: what costs communication, then recomputation, then latency."""
+  return (c.context * c.tensor, c.tensor > 1, c.grad_accum * (1.3 if c.remat == 'full' else 1.0))
+
+
+def candidates(
+  arch: Architecture, topology: Topology, rows: int, length: int, width: int, most: int
+) -> list[Candidate]:
+  """The `most` candidates to compile, in order.
+
+  Args:
+    arch: the model.
+    topology: the slices; `data` spans them.
+    rows: of a step, over all devices.
+    length: tokens of a row.
+    width: bytes of the compute dtype.
+    most: how many.
+  """
+  found = list(_all(arch, topology, rows, length))
+  room = topology.chip.memory
+  likely = [c for c in found if _bytes(c, arch, rows, length, width) <= 1.1 * room]
+  if likely:
+    return sorted(likely, key=_preference)[:most]
+  return sorted(found, key=lambda c: _bytes(c, arch, rows, length, width))[:most]
