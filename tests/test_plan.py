@@ -97,6 +97,24 @@ def test_collectives_by_hand():
   assert (total.count, total.bytes, total.sent) == (7, 7 * 40, 7 * 40 * 2 * 7 / 8)
 
 
+@pytest.mark.parametrize(
+  ('text', 'rows'),
+  [
+    ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ("mesh['a'=4,'b'=2] {'b'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("mesh['a'=4,'b'=2], device_ids=(7,6,5,4,3,2,1,0) {'b'}", [[7, 6], [5, 4], [3, 2], [1, 0]]),
+    ("mesh['a'=8] {'a':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+    ('[2,4]<=[4,2]T(1,0)', [[0, 2, 4, 6], [1, 3, 5, 7]]),
+    ('{{0,1},{2,3}}', [[0, 1], [2, 3]]),
+  ],
+)
+def test_groups_of_devices(text, rows):
+  found = account.groups(f'%x), replica_groups={text}, to_apply=%add')
+  np.testing.assert_array_equal(found, rows)
+
+
 def test_collectives_of_a_compiled_scan():
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'), devices=jax.devices())
   body = lambda x, _: (jax.lax.all_gather(x, 'tensor', tiled=True)[:4] + 1, None)  # noqa: E731
@@ -107,7 +125,9 @@ def test_collectives_of_a_compiled_scan():
     out_specs=P('tensor'),
     check_vma=False,
   )
-  compiled = jax.jit(fn).lower(jax.ShapeDtypeStruct((16, 3), jnp.float32)).compile()
+  whole = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(mesh, P('tensor')))
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(fn).lower(whole).compile()
   (found,) = account.collectives(compiled.as_text(), mesh)
   assert (found.kind, found.axes, found.count) == ('all-gather', 'tensor', 6)
   assert found.bytes == 6 * 16 * 3 * 4
@@ -130,6 +150,7 @@ def small():
     num_attention_heads=4,
     num_key_value_heads=2,
     intermediate_size=128,
+    vocab_size=320,
   )
   c.data.train = 'sums:20'
   c.batch_size, c.seq_len, c.grad_accum, c.steps = 16, 64, 2, 5
@@ -227,7 +248,7 @@ def test_the_entry_prints_json():
     '--topology=cpu:4',
     '--json',
     '--config.remat=full',
-    '--config.mesh.tensor=2',
+    '--config.mesh.data=2',
   )
   found = json.loads(told[told.index('{') :])
   assert code == 0 and found['fits'] and found['devices'] == 4
@@ -239,7 +260,7 @@ def test_the_entry_prints_json():
   ('arguments', 'told'),
   [
     (['--topology=v5e'], r'--topology=v5e: expected'),
-    (['--topology=cpu:3'], r'batch_size / grad_accum = 8 rows cannot be spread over 3'),
+    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split 3 ways'),
     (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split 4 ways'),
   ],
 )

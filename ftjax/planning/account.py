@@ -104,35 +104,81 @@ def _shape_bytes(text: str) -> float:
   return total
 
 
-def _groups(text: str) -> np.ndarray | None:
-  """int[groups, members] of device numbers from an instruction's attributes; pairs of a permute."""
-  if found := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
-    dims = [int(d) for d in found[3].split(',')]
-    ids = np.arange(math.prod(dims)).reshape(dims)
-    if found[4]:
-      ids = ids.transpose([int(d) for d in found[4].split(',')])
-    return ids.reshape(int(found[1]), int(found[2]))
-  if found := re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text):
-    rows = [[int(i) for i in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', found[1])]
+_IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
+_LISTED = re.compile(r'replica_groups=\[(\d+),(\d+)\]<=' + _IOTA)
+_NAMED = re.compile(
+  r'replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\((?:' + _IOTA + r'|([\d,]+))\))? ?\{([^}]*)\}'
+)
+_WRITTEN = re.compile(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}')
+
+
+def _ints(text: str) -> list[int]:
+  return [int(i) for i in text.split(',')]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
+  return ids.transpose(_ints(order)) if order else ids
+
+
+def groups(text: str) -> np.ndarray | None:
+  """Reads who takes part in a collective.
+
+  Args:
+    text: attributes of an HLO instruction: groups written out, as a transposed iota, or as axes of
+      a mesh (`{'a':(2)4}`: the 4 middle ways of an axis cut into 2, 4 and the rest).
+
+  Returns:
+    int[groups, members] of device numbers; pairs of a permute; None where nothing was found.
+  """
+  if found := _LISTED.search(text):
+    return _iota(found[3], found[4]).reshape(int(found[1]), int(found[2]))
+  if found := _WRITTEN.search(text):
+    rows = [_ints(g) for g in re.findall(r'\{([\d,]+)\}', found[1])]
     return np.array(rows) if len({len(r) for r in rows}) == 1 else None
+  if found := _NAMED.search(text):
+    return _of_axes(*found.groups())
   return None
 
 
-def _axes(groups: np.ndarray | None, mesh: Mesh) -> tuple[str, int]:
+def _of_axes(axes: str, dims: str | None, order: str | None, ids: str | None, named: str):
+  sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+  used = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)
+  shape, members = [], {}
+  for name, size in sizes.items():
+    cuts, at = [], 1
+    parts = sorted((int(pre), int(n)) for a, pre, n in used if a == name and pre)
+    for pre, n in parts:
+      cuts += [pre // at, n]
+      members[name, pre] = len(shape) + len(cuts) - 1
+      at = pre * n
+    members[name, 0] = len(shape) + len(cuts)
+    shape += [*cuts, size // at]
+  if ids:
+    devices = np.array(_ints(ids))
+  else:
+    devices = _iota(dims, order) if dims else np.arange(math.prod(shape))
+  last = [members[name, int(pre or 0)] for name, pre, _ in used]
+  first = [i for i in range(len(shape)) if i not in last]
+  ways = math.prod(shape[i] for i in last)
+  return devices.reshape(shape).transpose([*first, *last]).reshape(-1, ways)
+
+
+def _axes(found: np.ndarray | None, mesh: Mesh) -> tuple[str, int]:
   """(mesh axes along which the members of a group differ, members)."""
-  if groups is None:
+  if found is None:
     return 'all', mesh.size
-  coordinates = np.stack(np.unravel_index(groups, mesh.devices.shape), -1)
+  coordinates = np.stack(np.unravel_index(found, mesh.devices.shape), -1)
   varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
   names = [a for a, v in zip(mesh.axis_names, varies, strict=True) if v]
-  return '+'.join(names) or 'none', groups.shape[1]
+  return '+'.join(names) or 'none', found.shape[1]
 
 
 def _collective(kind: str, result: str, rest: str, mesh: Mesh) -> tuple[str, str, int, float]:
   """(kind, axes, ways, bytes of the whole array)."""
   is_start = kind.endswith('-start')
   kind = kind.removesuffix('-start')
-  axes, ways = _axes(_groups(rest), mesh)
+  axes, ways = _axes(groups(rest), mesh)
   size = _shape_bytes(result)
   if is_start and kind == 'all-gather':  # (input, output)
     size *= ways / (ways + 1)
