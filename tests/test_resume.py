@@ -5,6 +5,7 @@ on.
 """
 
 import json
+import signal
 import zlib
 
 import jax
@@ -55,6 +56,27 @@ def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(reference, killed):
   assert [s for split, s in rows if split == 'train'] == list(range(1, STEPS + 1))
   assert [s for split, s in rows if split == 'eval'] == [6, 12, 18, 24, 26]
   assert any('safetensors' in name for name in tiny_run.results(killed[0]))
+
+
+def test_a_stopped_run_makes_up_the_evaluation_it_owes(reference, tmp_path):
+  """SIGTERM where every step is followed by an evaluation: none is missing in the end, none twice,
+  and those of the uninterrupted run are the same.
+  """
+  tiny_run.share_programs(reference, tmp_path)
+  arguments = tiny_run.arguments(tmp_path, 'eval.every=1')
+  process = tiny_run.launch('train', arguments, tmp_path / 'log')
+  stopped = lambda: tiny_run.logged(tmp_path) >= 9  # noqa: E731
+  assert tiny_run.kill_when(process, stopped, number=signal.SIGTERM)
+  assert process.returncode == 75, (tmp_path / 'log').read_text()
+  at = max(step for _, step in tiny_run.metrics(tmp_path))
+  assert (tmp_path / 'checkpoints' / str(at)).exists() and at < STEPS
+  code, told = tiny_run.run('train', arguments)
+  assert code == 0 and f'after step {at} of {STEPS}' in told
+  ours, theirs = tiny_run.metrics(tmp_path), tiny_run.metrics(reference)
+  assert list(ours) == [(split, s) for s in range(1, STEPS + 1) for split in ('train', 'eval')]
+  for key, row in theirs.items():
+    row.pop('gap', None)  # to the training loss since the evaluation before
+    assert row.items() <= ours[key].items()
 
 
 def test_the_resume_says_where_it_goes_on(killed):
