@@ -5,8 +5,6 @@ Its mask is causal by index, which is the rule of attention.py where positions r
 everywhere but under a split sequence. Arrays are one device's.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -15,19 +13,16 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 _BLOCK = 512
 
 
-@functools.cache
 def _kernel(length: int, heads: int, interpret: bool):
   """(q [G, T, H], k [T, H], v [T, H], segments) -> [G, T, H], for the G heads of one key head."""
   block = next(size for size in (_BLOCK, 256, 128) if length % size == 0)
   names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv')
   names += ('block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq')
-  # Made while a step is traced, kept for later ones: its arrays must not be tracers.
-  with jax.ensure_compile_time_eval():
-    return kernels.make_splash_mqa_single_device(
-      masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-      block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
-      interpret=interpret,
-    )
+  return kernels.make_splash_mqa_single_device(
+    masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+    block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
+    interpret=interpret,
+  )
 
 
 def attend(
