@@ -97,6 +97,30 @@ def test_collectives_by_hand():
   assert (total.count, total.bytes, total.sent) == (7, 7 * 40, 7 * 40 * 2 * 7 / 8)
 
 
+def test_an_asynchronous_transfer_counts_once_though_three_fusions_hold_its_text():
+  fusion = """
+%f{0} (w: bf16[4,8]) -> bf16[32,8] {{
+  %g = bf16[32,8]{{1,0}} all-gather(%w), channel_id={1}, replica_groups=[1,8]<=[8], dimensions={{0}}
+}}
+"""
+  body = """
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %a = bf16[32,8]{1,0} fusion(%p), kind=kCustom, calls=%f1
+  %b = bf16[32,8]{1,0} fusion(%a), kind=kCustom, calls=%f2
+  %c = bf16[32,8]{1,0} fusion(%b), kind=kCustom, calls=%f3
+  %d = bf16[32,8]{1,0} fusion(%b), kind=kCustom, calls=%f4
+}
+
+ENTRY %main (x: f32[16,8]) -> f32[16,8] {
+  %l = (s32[], bf16[16,8]) while(%p), condition=%c, body=%body, TRIPS
+}
+""".replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
+  text = ''.join(fusion.format(i, channel) for i, channel in ((1, 7), (2, 7), (3, 7), (4, 8)))
+  mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
+  (found,) = account.collectives(text + body, mesh)
+  assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
+
+
 @pytest.mark.parametrize(
   ('text', 'rows'),
   [

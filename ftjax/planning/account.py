@@ -21,6 +21,7 @@ _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?[\w.$-]+ = (.*?)\s([a-z][a-z0-9-]*)\
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|async_execution_thread_calls)=%?([\w.$-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -207,7 +208,7 @@ def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collectiv
   Returns:
     One entry for each (kind, axes), the most bytes sent first.
   """
-  entry, calls, found = _read(text, mesh)
+  entry, calls, found, fused = _read(text, mesh)
   trips: dict[str, float] = collections.defaultdict(float)
   stack = [(entry, 1.0)]
   while stack:
@@ -216,9 +217,14 @@ def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collectiv
     for callee, more in calls.get(name, ()):
       stack.append((callee, times * (unknown_trips if more is None else more)))
   sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+  seen = set()
   for name, items in found.items():
-    for kind, axes, ways, size in items:
-      if ways > 1:
+    for channel, (kind, axes, ways, size) in items:
+      # Start, steps and end of one asynchronous transfer are fusions that each hold its text.
+      again = name in fused and channel is not None and channel in seen
+      if trips[name] and name in fused:
+        seen.add(channel)
+      if ways > 1 and not again:
         total = sums[kind, axes, ways]
         total[0] += trips[name]
         total[1] += trips[name] * size
@@ -232,10 +238,10 @@ def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collectiv
 
 def _read(text: str, mesh: Mesh):
   """(entry, {computation: [(callee, times; None: a loop of unknown length)]}, {computation:
-  collectives}).
+  [(channel, collective)]}, computations that are fusions).
   """
   entry, name = '', ''
-  calls, found = collections.defaultdict(list), collections.defaultdict(list)
+  calls, found, fused = collections.defaultdict(list), collections.defaultdict(list), set()
   for line in text.split('\n'):
     if not line.startswith(' '):
       if header := _HEADER.match(line):
@@ -247,7 +253,8 @@ def _read(text: str, mesh: Mesh):
       continue
     result, kind, rest = instruction.groups()
     if kind.removesuffix('-start') in _KINDS:
-      found[name].append(_collective(kind, result, rest, mesh))
+      channel = _CHANNEL.search(rest)
+      found[name].append((channel and channel[1], _collective(kind, result, rest, mesh)))
       continue  # its to_apply is a sum of two numbers
     if kind.endswith(('-done', '-update')):
       continue  # names the computation of its start again
@@ -256,6 +263,8 @@ def _read(text: str, mesh: Mesh):
       known = _TRIPS.search(rest)
       times = int(known[1]) if known else None
     calls[name] += [(callee, times) for callee in _CALLED.findall(rest)]
+    if kind == 'fusion':
+      fused.update(_CALLED.findall(rest))
     if branches := _BRANCHES.search(rest):
       calls[name] += [(b.strip(' %'), 1) for b in branches[1].split(',')]
-  return entry, calls, found
+  return entry, calls, found, fused
