@@ -29,6 +29,46 @@ def define_config() -> None:
   flags.mark_flag_as_required('config')
 
 
+def define_processes() -> None:
+  """Declares the flags of a run of several processes; see runtime/distributed.py."""
+  flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0. Cloud TPUs, SLURM and Open MPI need no flag.'
+  )
+  flags.DEFINE_integer('num_processes', None, 'Processes in all.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Number of this one, from 0.', lower_bound=0)
+  flags.DEFINE_float(
+    'init_timeout_s', 1800.0, 'Seconds to wait for the other processes.', lower_bound=0
+  )
+  flags.DEFINE_integer(
+    'heartbeat_s', 100, 'Seconds of silence after which a process is lost.', lower_bound=1
+  )
+
+
+def join() -> None:
+  """Meets the other processes of the run, if there are any; then only process 0 logs and prints.
+
+  Raises:
+    ConfigError: flags that cannot be meant, or a TPU that another process holds.
+    StoppedEarly: somebody did not come.
+  """
+  import jax
+
+  from ftjax.runtime import distributed, peers, tpu_lock
+
+  launch = distributed.find(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  try:
+    if launch is None:
+      jax.devices()
+      return
+    distributed.initialize(launch, FLAGS.init_timeout_s, FLAGS.heartbeat_s)
+  except RuntimeError as error:
+    tpu_lock.explain(error)
+    raise
+  peers.watch()
+  if not peers.is_main():
+    logging.getLogger().setLevel(logging.WARNING)
+
+
 def _resolve(argv: list[str]) -> list[str]:
   """The arguments with the path of the config in place of its name."""
   out, names = [], iter(argv)
@@ -136,6 +176,16 @@ def _configure_logging() -> None:
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def _tell_peers(error: RunError) -> None:
+  """In a run of several processes nobody waits for one that has ended: all end with its code."""
+  if 'ftjax.runtime.peers' in sys.modules:
+    from ftjax.runtime import peers
+
+    if not peers.is_alone():
+      print(f'error: {error}', file=sys.stderr)
+      peers.end(error.exit_code, str(error))
+
+
 def _stop(number, frame):
   del number, frame
   raise StoppedEarly('SIGTERM: stopped; run the same command again to go on')
@@ -153,6 +203,7 @@ def run(main: Callable[[], None]) -> None:
       main()
     except RunError as error:
       sys.stdout.flush()
+      _tell_peers(error)
       _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
       _leave('interrupted; run the same command again to go on', StoppedEarly.exit_code)

@@ -2,6 +2,7 @@
 the comparison.
 """
 
+import functools
 import json
 import logging
 
@@ -13,7 +14,7 @@ from ftjax.evaluation import run as evaluation
 from ftjax.experiment import Run
 from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.rollout.scorer import Scorer
-from ftjax.runtime import files
+from ftjax.runtime import files, peers
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -80,14 +81,15 @@ class Judge:
 
   def _score(self, params: dict, task: tasks.Task, title: str) -> list[evaluation.Result]:
     c = self.run.config
-    return evaluation.evaluate(
-      task,
-      self._functions(params),
-      batch_size=c.eval.batch_size,
-      max_len=self.run.arch.max_len,
-      max_tokens=c.eval.max_tokens,
-      title=title,
-    )
+    with self.run.watchdog.phase('evaluate'):
+      return evaluation.evaluate(
+        task,
+        self._functions(params),
+        batch_size=c.eval.batch_size,
+        max_len=self.run.arch.max_len,
+        max_tokens=c.eval.max_tokens,
+        title=title,
+      )
 
   def base(self, params: dict | None = None) -> dict[str, list[evaluation.Result]]:
     """The base's results by task, from the cache or scored with `params`; weights are loaded where
@@ -108,7 +110,12 @@ class Judge:
       def make(task=task):
         return self._score(self._base_params() if params is None else params, task, 'base')
 
-      out[task.name], _ = evaluation.cached(files.join(self.folder, 'base'), key, task, make)
+      place = (files.join(self.folder, 'base'), key, task)
+      known = peers.from_main(functools.partial(evaluation.is_cached, *place))
+      if peers.is_main():
+        out[task.name], _ = evaluation.cached(*place, make)
+      elif not known:
+        make()
     return out
 
   def _base_params(self) -> dict:
@@ -120,12 +127,14 @@ class Judge:
     summaries = []
     for task in self.tasks:
       results = self._score(params, task, 'tuned')
+      if not peers.is_main():
+        continue
       evaluation.save(
         files.join(self.folder, f'{task.name}.jsonl'), {'base': base[task.name], 'tuned': results}
       )
       summaries.append(report.compare(task, base[task.name], results))
     answers = self._answers(params)
-    if summaries or answers:
+    if (summaries or answers) and peers.is_main():
       files.makedirs(self.folder)
       report.save(files.join(self.folder, 'summary.json'), summaries, answers)
       print('\n' + report.text(summaries, answers) + '\n', flush=True)
@@ -136,6 +145,8 @@ class Judge:
     if not self._prompts:
       return
     said = zip(c.eval.prompts, self._say(params), strict=True)
+    if not peers.is_main():
+      return
     rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in said]
     self._write([r for r in self._samples() if r['step'] < step] + rows)
     for row in rows:
@@ -144,12 +155,14 @@ class Judge:
   def _say(self, params: dict) -> list[str]:
     """Greedy answers to eval.prompts."""
     most = self.run.config.eval.max_tokens
-    ids = self._sampler.generate(params, self._prompts, most, _GREEDY)
+    with self.run.watchdog.phase('evaluate'):
+      ids = self._sampler.generate(params, self._prompts, most, _GREEDY)
     return [self.run.model.tokenizer.decode(i).strip() for i in ids]
 
   def forget_answers_after(self, step: int) -> None:
     """Drops the answers of steps that are trained again."""
-    self._write([r for r in self._samples() if r['step'] <= step])
+    if peers.is_main():
+      self._write([r for r in self._samples() if r['step'] <= step])
 
   def _samples(self) -> list[dict]:
     path = files.join(self.run.workdir, 'samples.jsonl')
@@ -166,7 +179,9 @@ class Judge:
     start from the base.
     """
     c = self.run.config
-    before = {r['prompt']: r['answer'] for r in self._samples() if r['step'] == 0}
+    before = peers.from_main(
+      lambda: {r['prompt']: r['answer'] for r in self._samples() if r['step'] == 0}
+    )
     if c.init_from or not before or not self._prompts:
       return []
     after = zip(c.eval.prompts, self._say(params), strict=True)

@@ -113,6 +113,16 @@ def default() -> ml_collections.ConfigDict:
   c.profile.start = 0
   c.profile.stop = 0
 
+  # Seconds without progress that end all processes with code 75, to be started again; 0: never
+  c.watchdog = ml_collections.ConfigDict()
+  c.watchdog.tokenize = 24 * 3600.0  # one source
+  c.watchdog.restore = 3600.0  # weights or a checkpoint
+  c.watchdog.compile = 3600.0
+  c.watchdog.step = 600.0  # or ten times the median step, where that is longer
+  c.watchdog.evaluate = 3600.0  # one batch of rows, or one task
+  c.watchdog.save = 1200.0  # a checkpoint
+  c.watchdog.export = 7200.0
+
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
   c.compile_cache = True  # keep compiled programs in the workdir
   return c.lock()
@@ -151,6 +161,10 @@ _NOT_NEGATIVE = (
   'checkpoint.patience',
   'eval.every',
   'profile.start',
+  *(
+    f'watchdog.{phase}'
+    for phase in ('tokenize', 'restore', 'compile', 'step', 'evaluate', 'save', 'export')
+  ),
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')

@@ -10,6 +10,7 @@ from absl import flags
 from ftjax import command, config
 
 command.define_config()
+command.define_processes()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a finished run.', required=True)
 
 
@@ -21,6 +22,7 @@ def main() -> None:
   from ftjax.runtime import files
   from ftjax.runtime.errors import ConfigError
 
+  command.join()
   if not c.eval.tasks:
     raise ConfigError(
       'eval.tasks is empty; give tasks, for example '

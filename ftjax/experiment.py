@@ -21,10 +21,11 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.runtime import files, sharding
+from ftjax.runtime import files, peers, sharding
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
-from ftjax.training.feed import place
+from ftjax.runtime.watchdog import Watchdog
+from ftjax.training.feed import local_rows, place
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,14 @@ class Data:
 
 @dataclasses.dataclass
 class Run:
-  """A config brought to a machine."""
+  """A config brought to a machine, or to several."""
 
   config: ml_collections.ConfigDict
   workdir: str
   mesh: Mesh
   model: Model
   data: Data | None  # None: the run trains nothing
+  watchdog: Watchdog
 
   @property
   def arch(self) -> Architecture:
@@ -95,22 +97,28 @@ class Run:
     return dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Host arrays [A, M, T] of an optimizer step."""
+    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
     c = self.config
-    rows = self.data.stream.batch(step)
-    return {
-      k: v.reshape(c.grad_accum, c.batch_size // c.grad_accum, c.seq_len) for k, v in rows.items()
-    }
+    micro, shape = c.batch_size // c.grad_accum, (c.grad_accum, c.batch_size // c.grad_accum)
+    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
+    rows = [a * micro + m for a in range(c.grad_accum) for m in own]
+    return {k: v.reshape(*shape, -1) for k, v in self.data.stream.batch(step, rows).items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
     c, where = self.config, self.batch_shardings(micro=False)
+    shape = (c.eval.batch_size, c.seq_len)
+    own = local_rows(where['tokens'], shape, 0)
     for corpus in self.data.evaluation:
-      for batch in eval_batches(corpus, c.eval.batch_size, c.seq_len, packed=c.data.packing):
+      for batch in eval_batches(corpus, *shape, packed=c.data.packing, wanted=own):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
     """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
+    with self.watchdog.phase('restore'):
+      return self._load(source, dtype)
+
+  def _load(self, source: str, dtype: str) -> dict:
     if source:
       return load.load_params(source, self.arch, self.parameter_shardings(), jnp.dtype(dtype))
     make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype)))
@@ -131,12 +139,20 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     _keep_programs(files.join(workdir, 'xla_cache'))
   mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
   jax.set_mesh(mesh)
-  model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
+  watchdog = Watchdog(c.watchdog.to_dict())
+  with watchdog.phase('restore'):
+    model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
+    peers.check_same('model.path', model.fingerprint)
   check_sizes(c, model.arch, mesh)
-  data = open_data(c, model, workdir) if with_data else None
-  for corpus in data.corpora if data else ():
-    _tell(corpus, c.data.on_overlength)
-  return Run(c, workdir, mesh, model, data)
+  data = None
+  if with_data:
+    with watchdog.phase('tokenize'):
+      # The others find in the shared cache what the first process made.
+      data = peers.main_first(lambda: open_data(c, model, workdir))
+      peers.check_same('data', digest(data.fingerprints()))
+    for corpus in data.corpora:
+      _tell(corpus, c.data.on_overlength)
+  return Run(c, workdir, mesh, model, data, watchdog)
 
 
 def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
@@ -171,7 +187,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
     ConfigError: a size that does not divide.
   """
   check_sizes(c, arch, mesh)
-  return Run(c, '', mesh, Model('', arch, None, (), {}, {}, ''), None)
+  return Run(c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog({}))
 
 
 def configure_jax(c: ml_collections.ConfigDict) -> None:
@@ -200,7 +216,9 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
   """
   if path:
     found = load.tokenizer_files(path)
-    config, fingerprint = load.read_config(path), load.fingerprint(path) if weights else ''
+    config = load.read_config(path)
+    # Of all the bytes, which one process reads for all.
+    fingerprint = peers.from_main(lambda: load.fingerprint(path)) if weights else ''
   else:
     found = made.byte_tokenizer()
     config = random_config(random)

@@ -20,7 +20,7 @@ from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
 from ftjax.models import transformer
-from ftjax.runtime import files, manifest, redaction, trees
+from ftjax.runtime import files, manifest, peers, redaction, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.metrics import MetricsWriter
@@ -29,6 +29,7 @@ from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.feed import Feed
 from ftjax.training.loop import Cadence, Loop, Progress
 from ftjax.training.schedule import make_schedule
+from ftjax.training.signals import Signals
 from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
@@ -191,11 +192,12 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
     loss_fn: of the algorithm.
     eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
   """
-  lock = files.Lock(run.workdir)
+  lock = peers.main_first(lambda: files.Lock(run.workdir) if peers.is_main() else None)
   try:
     _fit(run, loss_fn, eval_loss)
   finally:
-    lock.release()
+    if lock:
+      lock.release()
 
 
 def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
@@ -208,7 +210,7 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
   checkpoints = Checkpoints(files.join(run.workdir, 'checkpoints'), retention)
   judge = compare.Judge(run)
-  start, saved = checkpoints.latest(), None
+  start, saved = peers.from_main(checkpoints.latest), None
   if start is not None:
     saved = checkpoints.meta(start)
     if (
@@ -226,7 +228,8 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   elif c.init_from:
     _check_source(c.init_from)
   plain = redaction.redact(config_lib.plain(c))
-  files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
+  if peers.is_main():
+    files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
 
   if saved is None:
     if c.init_from:
@@ -236,7 +239,8 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
       judge.base(trainer.parameters(state))
     judge.answer(trainer.parameters(state), 0)
   else:
-    state = checkpoints.restore(start, trainer.abstract)
+    with run.watchdog.phase('restore'):
+      state = checkpoints.restore(start, trainer.abstract)
     judge.forget_answers_after(start)
     first = run.data.stream.examples(start)[:1]
     log.info(
@@ -260,32 +264,36 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   checkpoints.close()
   params = trainer.parameters(state)
   del state
-  hf_export.export(
-    params,
-    run.arch,
-    files.join(run.workdir, 'export'),
-    source_config=run.model.config,
-    tokenizer_files=run.model.files,
-    dtype=np.dtype(jnp.dtype(c.model.param_dtype)),
-    stop_ids=run.model.stop_ids,
-  )
+  with run.watchdog.phase('export'):
+    hf_export.export(
+      params,
+      run.arch,
+      files.join(run.workdir, 'export'),
+      source_config=run.model.config,
+      tokenizer_files=run.model.files,
+      dtype=np.dtype(jnp.dtype(c.model.param_dtype)),
+      stop_ids=run.model.stop_ids,
+    )
   judge.tuned(params)
 
 
 def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss) -> State:
   """The loop with its writers, from `start` steps done."""
   run, c = trainer.run, trainer.run.config
-  compiled = trainer.compile()
+  with run.watchdog.phase('compile'):
+    compiled = trainer.compile()
   writer = MetricsWriter(
     run.workdir,
     restored_step=start if saved else None,
     drop_eval=bool(saved) and saved['progress']['owed'],
     config=config_lib.plain(c),
     sinks=c.log.sinks,
+    is_main=peers.is_main(),
   )
   text = hashlib.sha256(compiled.as_text().encode()).hexdigest()
   made_of = manifest.build(config_lib.plain(c), fingerprints, text)
-  files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
+  if peers.is_main():
+    files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
   # With frozen leaves the formula would count products that are not computed.
   arch, peak = run.arch, None if trainer.frozen else find_peak()
   log.info(
@@ -334,11 +342,14 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     writer=writer,
     checkpoints=checkpoints,
     throughput=throughput,
+    signals=Signals(run.mesh),
+    watchdog=run.watchdog,
     profile_dir=files.join(run.workdir, 'profile'),
   )
   feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
   try:
-    return loop.run(state, start, feed, Progress(**saved['progress']) if saved else Progress())
+    progress = Progress(**saved['progress']) if saved else Progress()
+    return loop.run(state, start, lambda _, step: feed.take(step), progress)
   finally:
     feed.close()
     writer.close()

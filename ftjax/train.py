@@ -8,6 +8,7 @@ from absl import flags
 from ftjax import command, config
 
 command.define_config()
+command.define_processes()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where everything of this run is kept; made if missing.', required=True
 )
@@ -20,6 +21,7 @@ def main() -> None:
   # jax is imported from here on: a misspelt key is told before.
   from ftjax import sft
 
+  command.join()
   {'sft': sft.run}[c.algorithm](c, _WORKDIR.value)
 
 

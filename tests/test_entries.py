@@ -141,7 +141,7 @@ def test_metrics_of_every_step(finished):
   rows = [json.loads(line) for line in (finished[0] / 'metrics.jsonl').read_text().splitlines()]
   train = [r for r in rows if r['split'] == 'train']
   assert [r['step'] for r in train] == list(range(1, 31))
-  for name in ('loss', 'grad_norm', 'lr', 'supervised_tokens', 'batch_crc32', 'skipped'):
+  for name in ('loss', 'grad_norm', 'lr', 'supervised_tokens', 'batch_checksum', 'skipped'):
     assert all(name in r for r in train), name
   assert all('tokens_per_s' in r and 'mfu' in r for r in train[2:9])
   assert train[0]['lr'] == 0 and max(r['lr'] for r in train) == pytest.approx(3e-3)

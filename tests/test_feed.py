@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.training.feed import Feed, place
+from ftjax.training.feed import Feed, local_rows, place
 
 
 def make(step):
@@ -26,18 +26,21 @@ def feeds():
 
 def test_steps_in_order_from_start_to_stop():
   feed = Feed(make, shardings(), 3, 7)
-  got = list(feed)
-  assert [step for step, _, _ in got] == [3, 4, 5, 6]
-  for step, device, host in got:
+  for step in (3, 4, 5, 6):
+    device = feed.take(step)
     assert isinstance(device['tokens'], jax.Array)
     np.testing.assert_array_equal(device['tokens'], make(step)['tokens'])
-    np.testing.assert_array_equal(host['tokens'], make(step)['tokens'])
   feed.close()
   assert not feeds()
 
 
 def test_nothing_to_do_ends_at_once():
-  assert list(Feed(make, shardings(), 5, 5)) == []
+  with pytest.raises(ValueError, match='up to 5 were taken'):
+    Feed(make, shardings(), 5, 5).take(5)
+  feed = Feed(make, shardings(), 0, 5)
+  with pytest.raises(ValueError, match='step 3 was asked for, the next one is 0'):
+    feed.take(3)
+  feed.close()
 
 
 def test_rows_are_spread_as_told(use_mesh):
@@ -59,9 +62,8 @@ def test_only_a_few_are_made_ahead():
   feed = Feed(count, shardings(), 0, 100, ahead=2)
   time.sleep(0.5)
   assert len(made) <= 3  # two in the queue, one in hand
-  iterator = iter(feed)
-  for _ in range(5):
-    next(iterator)
+  for i in range(5):
+    feed.take(i)
   time.sleep(0.5)
   assert 5 <= len(made) <= 8
   feed.close()
@@ -76,7 +78,8 @@ def test_an_error_while_making_a_batch_reaches_the_loop():
   feed = Feed(fail, shardings(), 0, 5)
   seen = []
   with pytest.raises(ValueError, match='row 17'):
-    for step, _, _ in feed:
+    for step in range(5):
+      feed.take(step)
       seen.append(step)
   assert seen == [0, 1]
   feed.close()
@@ -85,7 +88,7 @@ def test_an_error_while_making_a_batch_reaches_the_loop():
 
 def test_close_ends_a_thread_that_waits():
   feed = Feed(make, shardings(), 0, 1000)
-  next(iter(feed))
+  feed.take(0)
   begin = time.monotonic()
   feed.close()
   assert time.monotonic() - begin < 5 and not feeds()
@@ -93,6 +96,14 @@ def test_close_ends_a_thread_that_waits():
 
 def test_a_feed_holds_no_state_of_its_own():
   """Started in the middle it gives what one from the beginning gives there."""
-  whole = {step: host['tokens'] for step, _, host in Feed(make, shardings(), 0, 6)}
-  for step, _, host in Feed(make, shardings(), 4, 6):
-    np.testing.assert_array_equal(host['tokens'], whole[step])
+  whole, late = Feed(make, shardings(), 0, 6), Feed(make, shardings(), 4, 6)
+  expected = [whole.take(step)['tokens'] for step in range(6)]
+  for step in (4, 5):
+    np.testing.assert_array_equal(late.take(step)['tokens'], expected[step])
+
+
+def test_rows_of_a_process_are_those_of_its_devices(use_mesh):
+  """All devices are of this process here: every row is, along whichever axis."""
+  where = NamedSharding(use_mesh(fsdp=4), P(None, 'fsdp'))
+  assert local_rows(where, (2, 8, 4), 1) == set(range(8))
+  assert local_rows(where, (2, 8, 4), 0) == {0, 1}

@@ -14,7 +14,7 @@ from ftjax.models import transformer
 from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.state import create, state_shardings, with_shardings
-from ftjax.training.step import compile_step, make_step
+from ftjax.training.step import compile_step, fed, make_step
 
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
 
@@ -50,6 +50,8 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
   batch = {
     k: v.astype(np.float32).reshape(micro, rows // micro, *v.shape[1:]) for k, v in batch.items()
   }
+  for key in ('tokens', 'segments', 'positions'):
+    batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
   return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 
@@ -75,6 +77,33 @@ def test_one_update_by_hand():
   assert float(after.frozen['b']) == 0.25
   assert int(after.step) == 1 and bool(metrics['ok']) and after.ema == {}
   assert float(metrics['supervised_tokens']) == host(batch)['w'].sum()
+
+
+# What was fed
+
+
+def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
+  """By hand, however the rows are spread; another token, or the same ones elsewhere, tell."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 2**31 - 1, (2, 4, 6)).astype(np.int32)
+  segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]] * 4, np.int32).reshape(2, 4, 6)
+  positions = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]] * 4, np.int32).reshape(2, 4, 6)
+  arrays = dict(tokens=tokens, segments=segments, positions=positions)
+  same = segments[..., :, None] == segments[..., None, :]
+  mask = same & np.tril(np.ones((6, 6), bool)) & (segments > 0)[..., None]
+  numbers = enumerate(tokens.reshape(-1).tolist())
+  expected = sum((token + 1) * (2 * i + 1) * 2654435769 for i, token in numbers) % 2**32
+
+  def count(**changes):
+    placed = {k: place(v, None, 'batch', 'seq') for k, v in (arrays | changes).items()}
+    return {k: v.item() for k, v in jax.jit(fed)(placed).items()}
+
+  for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):
+    use_mesh(**sizes)
+    assert count() == {'tokens': 44, 'attended': mask.sum(), 'batch_checksum': expected}
+  assert count(tokens=tokens[:, ::-1])['batch_checksum'] != expected
+  tokens[1, 2, 3] += 1
+  assert count(tokens=tokens)['batch_checksum'] != expected
 
 
 # Accumulated == whole
@@ -252,7 +281,7 @@ def spoil(batch, kind):
     y[0, 0] = 1e30
   else:  # the loss 1e30 is finite, the norm of a gradient of 2e25 is not
     x[0, 0], y[0, 0] = [1e10, 0, 0], 1e15
-  return {'x': jnp.array(x), 'y': jnp.array(y), 'w': jnp.array(w)}
+  return batch | {'x': jnp.array(x), 'y': jnp.array(y), 'w': jnp.array(w)}
 
 
 @pytest.mark.parametrize('kind', ['nan', 'inf', 'gradient'])

@@ -19,7 +19,7 @@ STEPS, EPOCH_STEPS, SAVE_EVERY, BATCH = 26, 8, 4, 8
 
 # What depends on the clock or the machine's load is left out.
 TRAIN_KEYS = ('loss', 'nll', 'grad_norm', 'lr', 'ok', 'skipped', 'bad_streak', 'supervised_tokens')
-KEYS = (*TRAIN_KEYS, 'batch_crc32', 'perplexity', 'gap')
+KEYS = (*TRAIN_KEYS, 'batch_checksum', 'perplexity', 'gap')
 
 
 def arguments(workdir, *overrides):

@@ -5,7 +5,7 @@ padding, which no segment matches; positions start at 0 in every example. Token 
 what is supervised is decided by position alone, never by a token's id.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -57,19 +57,16 @@ class Stream:
     self._mixture, self._corpora = mixture, tuple(corpora)
     self.seq_len, self.batch_size = seq_len, batch_size
 
-  def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
-    """Rows [first, first + count) of the batch of a step; all of it without `count`.
+  def batch(self, step: int, rows: Collection[int] | None = None) -> Batch:
+    """The batch of a step; with `rows` only those are read, and the others are padding.
 
     Returns:
-      tokens, labels, segments, positions int32[count, T], weights float32[count, T]; labels[t] is
+      tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
       tokens[t + 1] where that token is supervised and of the same example (weight 1), else 0.
     """
-    count = self.batch_size - first if count is None else count
-    if first < 0 or count < 0 or first + count > self.batch_size:
-      raise ValueError(f'rows [{first}, {first + count}) of a batch of {self.batch_size}')
-    batch = empty(count, self.seq_len)
-    for i in range(count):
-      row = self._mixture.row(step * self.batch_size + first + i)
+    batch = empty(self.batch_size, self.seq_len)
+    for i in range(self.batch_size) if rows is None else sorted(rows):
+      row = self._mixture.row(step * self.batch_size + i)
       corpus = self._corpora[row.source]
       fill_row(batch, i, (corpus.example(e) for e in row.examples))
     return batch
@@ -95,7 +92,14 @@ def _fill_in_order(lengths: np.ndarray, seq_len: int, packed: bool) -> Iterator[
     yield row
 
 
-def eval_batches(corpus: Corpus, batch_size: int, seq_len: int, *, packed: bool) -> Iterator[Batch]:
+def eval_batches(
+  corpus: Corpus,
+  batch_size: int,
+  seq_len: int,
+  *,
+  packed: bool,
+  wanted: Collection[int] | None = None,
+) -> Iterator[Batch]:
   """Every example once, in order; the last batch is filled up with rows of weight 0.
 
   Args:
@@ -103,10 +107,12 @@ def eval_batches(corpus: Corpus, batch_size: int, seq_len: int, *, packed: bool)
     batch_size: B, rows of each batch.
     seq_len: T.
     packed: put consecutive examples into one row while they fit, or one in each.
+    wanted: rows of each batch that are read, the others are padding; None: all.
   """
   rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
   for start in range(0, len(rows), batch_size):
     batch = empty(batch_size, seq_len)
     for i, ids in enumerate(rows[start : start + batch_size]):
-      fill_row(batch, i, (corpus.example(e) for e in ids))
+      if wanted is None or i in wanted:
+        fill_row(batch, i, (corpus.example(e) for e in ids))
     yield batch

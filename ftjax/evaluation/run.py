@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ftjax.evaluation import tasks
 from ftjax.evaluation.metrics import normalized_match
 from ftjax.evaluation.tasks import Row, Task
-from ftjax.runtime import files
+from ftjax.runtime import files, peers
 from ftjax.runtime.errors import DataError, NonFiniteError
 
 
@@ -97,7 +97,9 @@ def _choose(task, model, batch_size, max_len, _, title) -> list[Result]:
   # Rows with as many choices together, like lengths together.
   order = sorted(range(len(prompts)), key=lambda i: (len(choices[i]), len(prompts[i])))
   scores: list[tuple[float, ...]] = [()] * len(prompts)
-  with tqdm(total=len(prompts), desc=f'{task.name} {title}', unit='row') as bar:
+  with tqdm(
+    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not peers.is_main()
+  ) as bar:
     for _, group in itertools.groupby(order, key=lambda i: len(choices[i])):
       for index in _batches(list(group), batch_size):
         padded = [*index, *[index[-1]] * (batch_size - len(index))]
@@ -132,7 +134,9 @@ def _match(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
     _check_length(row, len(prompt) + max_tokens, max_len)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
   said = [''] * len(prompts)
-  with tqdm(total=len(prompts), desc=f'{task.name} {title}', unit='row') as bar:
+  with tqdm(
+    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not peers.is_main()
+  ) as bar:
     for index in _batches(order, batch_size):
       spare = [prompts[index[-1]]] * (batch_size - len(index))
       outputs = model.generate([prompts[i] for i in index] + spare, max_tokens)
@@ -191,6 +195,15 @@ def load(path: str) -> dict[str, list[Result]]:
   return out
 
 
+def _cache_path(folder: str, key: str, task: Task) -> str:
+  return files.join(folder, f'{task.name}.{key}.jsonl')
+
+
+def is_cached(folder: str, key: str, task: Task) -> bool:
+  """Whether `cached` will find results."""
+  return files.exists(_cache_path(folder, key, task))
+
+
 def cached(
   folder: str, key: str, task: Task, make: Callable[[], list[Result]]
 ) -> tuple[list[Result], bool]:
@@ -202,7 +215,7 @@ def cached(
   Raises:
     DataError: the file holds other rows than the task.
   """
-  path = files.join(folder, f'{task.name}.{key}.jsonl')
+  path = _cache_path(folder, key, task)
   if files.exists(path):
     results = load(path).get('base', [])
     if [r.id for r in results] != [row.id for row in task.rows]:

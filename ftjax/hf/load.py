@@ -151,6 +151,8 @@ def load_params(
   Raises:
     DataError: see `check_tensors`.
   """
+  from ftjax.runtime import peers
+
   source = open_source(path)
   check_tensors(source, arch)
   shapes, places = names.leaf_shapes(arch), trees.flatten(shardings)
@@ -167,7 +169,9 @@ def load_params(
   # Largest first: its second copy, made while it moves to the devices, then exists beside nothing
   # else.
   order = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-  with tqdm(total=size, unit='B', unit_scale=True, desc='weights', disable=size < 1e9) as bar:
+  with tqdm(
+    total=size, unit='B', unit_scale=True, desc='weights', disable=size < 1e9 or not peers.is_main()
+  ) as bar:
     for name in order:
       leaves[name] = _load_leaf(source, rows[name], shapes[name], places[name], dtype)
       bar.update(math.prod(shapes[name]) * dtype.itemsize)

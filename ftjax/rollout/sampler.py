@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ftjax.models import cache as kv
 from ftjax.models import head, transformer
@@ -108,7 +109,7 @@ class Sampler:
     position = jax.sharding.reshard(positions[:, -1] + 1, spec('batch'))
     token = self._next(params, x[:, -1], rows, position, seed, sampling)
     at = jnp.asarray(length, jnp.int32)
-    return memory, _Rows(token, position, rows, self._is_stop(token), at)
+    return memory, _Rows(token, position, rows, self._is_stop(token), at), _whole(token)
 
   def _decode_fn(self, params, memory, rows: _Rows, seed, *, sampling):
     def step(i, carry):
@@ -129,7 +130,8 @@ class Sampler:
 
     shape = (rows.token.shape[0], TOKENS_PER_DISPATCH)
     out = jnp.full(shape, self.pad_id, jnp.int32, out_sharding=spec('batch', None))
-    return jax.lax.fori_loop(0, TOKENS_PER_DISPATCH, step, (memory, rows, out))
+    memory, rows, out = jax.lax.fori_loop(0, TOKENS_PER_DISPATCH, step, (memory, rows, out))
+    return memory, rows, _whole(out)
 
   def generate(
     self,
@@ -171,7 +173,7 @@ class Sampler:
         a.shape, NamedSharding(mesh, spec(*names)), lambda i: a[i]
       )
 
-    memory, rows = self._prefill(
+    memory, rows, first = self._prefill(
       params,
       put(tokens, 'batch', 'seq'),
       put(segments, 'batch', 'seq'),
@@ -181,7 +183,7 @@ class Sampler:
       capacity=tokens.shape[1] + steps * TOKENS_PER_DISPATCH,
       sampling=sampling,
     )
-    answers = [[int(t)] for t in np.asarray(rows.token)[:count]]
+    answers = [[int(t)] for t in np.asarray(first)[:count]]
     finished = [False] * count
     self._finish(answers, finished, max_tokens, ended)
     if stream:
@@ -209,6 +211,11 @@ class Sampler:
       complete = stop is not None or len(answer) >= max_tokens
       del answer[min(max_tokens, len(answer) if stop is None else stop) :]
       finished[b] = complete or bool(ended and ended(answer))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+  """What the host reads lies whole in every process."""
+  return jax.sharding.reshard(x, P())
 
 
 def check_decodable(mesh: Mesh) -> None:

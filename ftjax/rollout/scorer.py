@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ftjax.models import cache as kv
 from ftjax.models import head, transformer
@@ -53,7 +54,7 @@ class Scorer:
         x, _ = transformer.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
       totals.append(head.token_logprobs(states, table, labels, weight).sum(-1))
-    return jnp.stack(totals, axis=1)
+    return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it
 
   def score(
     self, params: dict, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]

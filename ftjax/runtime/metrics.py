@@ -223,7 +223,8 @@ class MetricsWriter:
 
   def sync(self) -> None:
     """What was written survives the machine's death from here on."""
-    self._log.sync()
+    if self._is_main:
+      self._log.sync()
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Appends the row `{"step": .., "split": .., **values}` and flushes it.

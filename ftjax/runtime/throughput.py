@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 # Peak bf16 FLOP/s without sparsity of one jax device, by the start of its device_kind; the first
 # match wins. TPUs: cloud.google.com/tpu/docs, "Peak compute per chip (BF16)"; a TPU7x chip
@@ -58,18 +59,19 @@ def find_peak() -> Peak | None:
 
   The measurement takes less than half a second.
   """
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return table_peak(device.device_kind, jax.device_count())
   n = 1024
-  a = jax.device_put(np.full((n, n), 1e-3, np.float32), device)
-  multiply = jax.jit(functools.partial(jnp.matmul, precision='highest'))
-  multiply(a, a).block_until_ready()
-  seconds, start = [], time.perf_counter()
-  while len(seconds) < 3 or (time.perf_counter() - start < 0.2 and len(seconds) < 20):
-    t = time.perf_counter()
+  with jax.set_mesh(Mesh(np.array([device]), ('one',))):  # the run's mesh may be of many
+    a = jax.device_put(np.full((n, n), 1e-3, np.float32), device)
+    multiply = jax.jit(functools.partial(jnp.matmul, precision='highest'))
     multiply(a, a).block_until_ready()
-    seconds.append(time.perf_counter() - t)
+    seconds, start = [], time.perf_counter()
+    while len(seconds) < 3 or (time.perf_counter() - start < 0.2 and len(seconds) < 20):
+      t = time.perf_counter()
+      multiply(a, a).block_until_ready()
+      seconds.append(time.perf_counter() - t)
   # Fake CPU devices share the cores of their process, so a process counts once.
   rate = 2 * n**3 / min(seconds) * jax.process_count()
   return Peak(
@@ -89,23 +91,12 @@ def train_flops(
 
   Args:
     tokens: non-padding tokens.
-    attended: (query, key) pairs that attention admits, summed over tokens; see `attended_keys`.
+    attended: (query, key) pairs that attention admits, summed over tokens.
     matmul_params: P.
     num_layers: L.
     attention_dim: N * H.
   """
   return 6.0 * matmul_params * tokens + 12.0 * num_layers * attention_dim * attended
-
-
-def attended_keys(segments: np.ndarray, positions: np.ndarray) -> int:
-  """(query, key) pairs of causal attention within segments: the sum of position + 1 over
-  non-padding tokens.
-
-  Args:
-    segments: int32[..., T], 0 for padding.
-    positions: int32[..., T], counted from 0 in each segment.
-  """
-  return int(np.where(segments > 0, positions + 1, 0).sum(dtype=np.int64))
 
 
 class Throughput:
@@ -139,6 +130,7 @@ class Throughput:
     )
     self._peak = peak
     self._clock = clock
+    self.trained_s = 0.0  # seconds that went into counted steps, but for the wait for batches
     self.start()
 
   def start(self) -> None:
@@ -175,7 +167,7 @@ class Throughput:
     Args:
       tokens: non-padding tokens.
       supervised: tokens with a loss.
-      attended: see `attended_keys`.
+      attended: see `train_flops`.
     """
     if not self._is_warm:
       self._is_warm = True
@@ -210,6 +202,7 @@ class Throughput:
       full = seconds * self._peak.flops_per_s
       out['mfu'] = self._flops(self._tokens, self._attended) / full
       out['mfu_6n'] = self._flops(self._tokens, 0) / full
+    self.trained_s += max(seconds - self._waited, 0.0)
     self._reset()
     return out
 

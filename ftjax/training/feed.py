@@ -14,13 +14,24 @@ from jax.sharding import NamedSharding
 Host = dict[str, np.ndarray]
 
 
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> set[int]:
+  """Indices along `axis` that the devices of this process hold."""
+  parts = sharding.addressable_devices_indices_map(shape).values()
+  return {i for part in parts for i in range(*part[axis].indices(shape[axis]))}
+
+
 def place(batch: Host, shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
-  """Global arrays from this process's rows."""
-  return {k: jax.make_array_from_process_local_data(shardings[k], v) for k, v in batch.items()}
+  """Global arrays from host arrays of the global shape; only the parts of this process's devices
+  are looked at.
+  """
+  return {
+    k: jax.make_array_from_callback(v.shape, shardings[k], lambda part, v=v: v[part])
+    for k, v in batch.items()
+  }
 
 
 class Feed:
-  """Iterates over (step, device batch, host batch) from `start` to `stop`."""
+  """Gives the device batches of the steps from `start` to `stop`."""
 
   def __init__(
     self,
@@ -36,11 +47,10 @@ class Feed:
     def work():
       try:
         for step in range(start, stop):
-          host = make(step)
-          self._put((step, place(host, shardings), host))
+          self._put((step, place(make(step), shardings)))
           if self._stopping.is_set():
             return
-        self._put(None)
+        self._put(ValueError(f'Feed: all steps up to {stop} were taken'))
       except BaseException as error:
         self._put(error)
 
@@ -54,14 +64,15 @@ class Feed:
       except queue.Full:
         continue
 
-  def __iter__(self):
-    while True:
-      item = self._queue.get()
-      if item is None:
-        return
-      if isinstance(item, BaseException):
-        raise item
-      yield item
+  def take(self, step: int) -> dict[str, jax.Array]:
+    """The device batch of a step; steps are taken in order, each once."""
+    item = self._queue.get()
+    if isinstance(item, BaseException):
+      raise item
+    made, batch = item
+    if made != step:
+      raise ValueError(f'Feed: step {step} was asked for, the next one is {made}')
+    return batch
 
   def close(self):
     self._stopping.set()

@@ -11,18 +11,21 @@ import dataclasses
 import logging
 import math
 import signal
-import zlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from ftjax.runtime import peers, preemption
 from ftjax.runtime.checkpoint import Checkpoints
 from ftjax.runtime.errors import NonFiniteError, StoppedEarly
 from ftjax.runtime.metrics import MetricsWriter
-from ftjax.runtime.throughput import Throughput, attended_keys, memory
+from ftjax.runtime.throughput import Throughput, memory
+from ftjax.runtime.watchdog import Watchdog
+from ftjax.training.signals import Signals
 from ftjax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -54,7 +57,8 @@ class Progress:
 
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
   after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
-  owed: the evaluation of the saved step is still to be made.
+  owed: the evaluation of the saved step is still to be made. began: when the run was first started,
+  seconds since 1970. trained_s: seconds that went into the steps that count.
   """
 
   value: float | None = None
@@ -63,6 +67,8 @@ class Progress:
   loss_sum: float = 0.0
   losses: int = 0
   owed: bool = False
+  began: float = 0.0
+  trained_s: float = 0.0
 
   def see(self, value: float, step: int, mode: str) -> bool:
     """Whether `value` is better than all before."""
@@ -75,8 +81,8 @@ class Progress:
 
 
 class StopFlag:
-  """Turns SIGTERM and the first SIGINT into a wish to stop after the current step; a context
-  manager.
+  """Turns SIGTERM, the first SIGINT and the cloud's preemption notice into a wish to stop after the
+  current step; a context manager.
   """
 
   def __init__(self):
@@ -84,11 +90,17 @@ class StopFlag:
 
   def __enter__(self):
     self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    if host := preemption.server():
+      preemption.listen(host, self._notice)
     return self
 
   def __exit__(self, *_):
     for s, handler in self._old.items():
       signal.signal(s, handler)
+
+  def _notice(self, reason: str):
+    log.warning('this machine will be taken away (%s): stopping after this step', reason)
+    self.wanted = True
 
   def _handle(self, number, frame):
     del frame
@@ -107,6 +119,8 @@ class Loop:
       eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
     meta: steps done -> JSON saved with a checkpoint.
     writer, checkpoints, throughput: where results go.
+    signals: between processes.
+    watchdog: has limits for step, evaluate and save.
     profile_dir: where traces go.
   """
 
@@ -120,23 +134,29 @@ class Loop:
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     throughput: Throughput,
+    signals: Signals,
+    watchdog: Watchdog,
     profile_dir: str,
   ):
     self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
     self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
+    self._signals, self._watchdog = signals, watchdog
     self._profile_dir = profile_dir
     self.progress = Progress()
     self._latest: dict[str, float] = {}
+    self._spread: dict[str, float] = {}
     self._bar: tqdm | None = None
     self._stop = StopFlag()
 
-  def run(self, state: State, start: int, feed: Iterable, progress: Progress) -> State:
+  def run(
+    self, state: State, start: int, feed: Callable[[State, int], dict], progress: Progress
+  ) -> State:
     """Trains from `start` steps done to cadence.steps.
 
     Args:
       state: donated.
       start: optimizer steps done so far.
-      feed: iterable of (step, device batch, host batch), beginning with step `start`.
+      feed: (state, step) -> device batch, called for every step from `start` on.
       progress: what the restored checkpoint remembered.
 
     Returns:
@@ -148,34 +168,41 @@ class Loop:
     """
     cadence, pending = self._cadence, None
     self.progress = progress
+    progress.began = progress.began or time.time()
     trace_from = max(start, cadence.profile_start)
     trace_to = min(cadence.profile_stop, cadence.steps)
     self._throughput.start()
-    feed = iter(feed)
     with (
       self._stop as stop,
-      tqdm(total=cadence.steps, initial=start, unit='step') as self._bar,
+      tqdm(
+        total=cadence.steps, initial=start, unit='step', disable=not peers.is_main()
+      ) as self._bar,
       contextlib.ExitStack() as trace,
+      self._watchdog.phase('step'),
     ):
+      free = time.perf_counter()
       if progress.owed:
         with self._throughput.paused():
           self._look(state, start)
         if progress.owed:
-          raise _stopped(start, cadence.steps)
+          raise self._stopped(start)
       for done in range(start + 1, cadence.steps + 1):
         if done - 1 == trace_from < trace_to:
           jax.profiler.start_trace(self._profile_dir)
           trace.callback(jax.profiler.stop_trace)  # whatever ends the loop, the trace is written
         with self._throughput.waiting():
-          _, batch, host = next(feed)
+          batch = feed(state, done - 1)
+        sent = self._signals.send(stop.wanted, time.perf_counter() - free)
         state, metrics = self._step(state, batch)
         if pending:
           self._read(*pending)
-        pending = (done, metrics, host)
+        seen = self._signals.receive(sent, stop.wanted)
+        free, self._spread = time.perf_counter(), seen.spread()
+        pending = (done, metrics)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
           trace.close()
-        last, halt = done == cadence.steps, stop.wanted
+        last, halt = done == cadence.steps, seen.stop
         evaluate = last or _due(done, cadence.eval_every)
         if evaluate or halt or _due(done, cadence.save_every):
           self._read(*pending)
@@ -183,26 +210,38 @@ class Loop:
           with self._throughput.paused():
             ended = self._rest(state, done, evaluate, last or halt)
           # A signal may have come while the evaluation ran.
-          if halt or self.progress.owed or ((last or ended) and stop.wanted):
-            raise _stopped(done, cadence.steps)
+          if halt or self.progress.owed or ((last or ended) and self._is_stopping()):
+            raise self._stopped(done)
+          free = time.perf_counter()
           if ended:
             log.info(
               'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
             )
             break
-    self._checkpoints.wait()
+    with self._watchdog.phase('save'):
+      self._checkpoints.wait()
     return state
 
-  def _read(self, done: int, metrics: dict, host: dict[str, np.ndarray]) -> None:
+  def _stopped(self, done: int) -> StoppedEarly:
+    """When every process has saved: the first one that leaves takes the others with it."""
+    peers.wait_for_all()
+    return StoppedEarly(
+      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on'
+    )
+
+  def _is_stopping(self) -> bool:
+    return self._signals.is_wanted(self._stop.wanted)
+
+  def _read(self, done: int, metrics: dict) -> None:
     """Fetches a step's metrics, counts, writes."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+    self._watchdog.beat()
     cadence = self._cadence
     self._latest = {f'train/{k}': v for k, v in values.items()}
-    tokens = int((host['segments'] > 0).sum())
     self._throughput.step_done(
-      tokens=tokens,
+      tokens=values['tokens'],
       supervised=int(values['supervised_tokens']),
-      attended=attended_keys(host['segments'], host['positions']),
+      attended=values.pop('attended'),
     )
     if not values['ok']:
       log.warning(
@@ -224,9 +263,10 @@ class Loop:
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
       speed = self._throughput.read()
-      # The checksum tells which rows were really trained.
-      fed = {'tokens': tokens, 'batch_crc32': zlib.crc32(host['tokens'].tobytes())}
-      self._writer.write(done, 'train', values | fed | speed | memory())
+      progress = self.progress
+      trained = progress.trained_s + self._throughput.trained_s
+      goodput = {'goodput': trained / max(time.time() - progress.began, 1e-9)}
+      self._writer.write(done, 'train', values | speed | memory() | self._spread | goodput)
       shown = {'loss': f'{values["loss"]:.4f}'}
       if speed:
         shown |= {'tok/s': f'{speed["tokens_per_s"]:.0f}'}
@@ -247,14 +287,14 @@ class Loop:
         ended = bool(cadence.patience) and self.progress.evals_since >= cadence.patience
       must_save = must_save or self.progress.owed
     if must_save or improved or ended or _due(done, cadence.save_every):
-      meta = self._meta(done) | {
-        'progress': dataclasses.asdict(self.progress),
-        'ended': ended,
-      }
+      trained = self.progress.trained_s + self._throughput.trained_s
+      progress = dataclasses.replace(self.progress, trained_s=trained)
+      meta = self._meta(done) | {'progress': dataclasses.asdict(progress), 'ended': ended}
       self._writer.sync()  # rows before a checkpoint live as long as it
-      self._checkpoints.save(done, state, meta, metric)
-      if must_save or ended:
-        self._checkpoints.wait()
+      with self._watchdog.phase('save'):
+        self._checkpoints.save(done, state, meta, metric)
+        if must_save or ended:
+          self._checkpoints.wait()
     return ended
 
   def _look(self, state: State, done: int) -> dict[str, float]:
@@ -262,9 +302,11 @@ class Loop:
     progress = self.progress
 
     def is_cancelled():
-      return not self._cadence.metric and self._stop.wanted
+      self._watchdog.beat()
+      return not self._cadence.metric and self._is_stopping()
 
-    values = None if is_cancelled() else self._evaluate(state, done, is_cancelled)
+    with self._watchdog.phase('evaluate'):
+      values = None if is_cancelled() else self._evaluate(state, done, is_cancelled)
     progress.owed = values is None
     if values is None:
       return {}
@@ -274,10 +316,6 @@ class Loop:
     if values:
       self._writer.write(done, 'eval', values)
     return values
-
-
-def _stopped(done: int, steps: int) -> StoppedEarly:
-  return StoppedEarly(f'stopped after step {done} of {steps}; run the same command again to go on')
 
 
 def _due(step: int, every: int) -> bool:

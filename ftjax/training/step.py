@@ -58,6 +58,25 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
   return jax.lax.scan(body, zeros, (batch, keys))[0]
 
 
+def fed(batch: dict) -> dict[str, jax.Array]:
+  """What a batch [A, M, T] held, the same however its rows are spread: `tokens` int32[], those that
+  are no padding; `attended` float32[], the (query, key) pairs of causal attention within segments;
+  `batch_checksum` uint32[], over every token and its place.
+  """
+  tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
+  a, m, t = tokens.shape
+  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)
+  place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
+  # Odd multiples of 2^32 / golden ratio (Knuth, volume 3, 6.4), modulo 2^32.
+  mixed = (2 * place + 1) * jnp.uint32(2654435769)
+  real = segments > 0
+  return {
+    'tokens': real.sum(dtype=jnp.int32),
+    'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
+    'batch_checksum': ((tokens.astype(jnp.uint32) + 1) * mixed).sum(dtype=jnp.uint32),
+  }
+
+
 def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
   return total / jnp.where(weight == 0, 1.0, weight)
 
@@ -88,7 +107,7 @@ def make_step(
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
     rows. Metrics hold loss (nats per supervised token), grad_norm (before clipping), lr, ok,
-    supervised_tokens, bad_streak, skipped, and loss_fn's own, divided.
+    supervised_tokens, bad_streak, skipped, those of `fed`, and loss_fn's own, divided.
   """
 
   def update(gradient, ok, state: State):
@@ -134,7 +153,7 @@ def make_step(
       skipped=state.skipped + bad,
       bad_streak=(state.bad_streak + bad) * bad,
     )
-    out = {name: _ratio(*pair) for name, pair in metrics.items()}
+    out = {name: _ratio(*pair) for name, pair in metrics.items()} | fed(batch)
     # The optimizer counts the updates that were made.
     rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
     out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok)

@@ -1,0 +1,165 @@
+"""What the processes of a run say to each other outside the compiled steps, through jax's
+coordination service.
+
+Every function is called by all processes in the same order, and does nothing in a process alone.
+Process 0 is the main one: it writes the small files and logs. A process that ends with an error
+tells the others, which end with the same code: nobody waits for the dead."""
+
+import atexit
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from ftjax.runtime import errors
+from ftjax.runtime.errors import DataError, RunError, StoppedEarly
+
+log = logging.getLogger(__name__)
+
+T = TypeVar('T')
+
+_LONGEST = 7 * 24 * 3600 * 1000  # milliseconds; the watchdog is what ends a wait
+_MAIN_LEAVES_AFTER = 3.0  # seconds: the service that tells the others lives in process 0
+_numbers = itertools.count()
+_ended = 'ftjax/ended'
+
+
+def is_main() -> bool:
+  """Whether this is the process that writes and logs."""
+  return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+  return jax.process_count() == 1
+
+
+def _client():
+  from jax._src import distributed  # the service has no public door for plain values
+
+  return distributed.global_state.client
+
+
+def gather(value: Any) -> list[Any]:
+  """JSON values of all processes, in their order."""
+  if is_alone():
+    return [value]
+  key = f'ftjax/gather/{next(_numbers)}'
+  _client().key_value_set(f'{key}/{jax.process_index()}', json.dumps(value))
+  return [
+    json.loads(_client().blocking_key_value_get(f'{key}/{p}', _LONGEST))
+    for p in range(jax.process_count())
+  ]
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+  """What `make` returns (a JSON value) in process 0; only there it is called.
+
+  Raises:
+    RunError: what `make` raised, in every process.
+  """
+  if is_alone():
+    return make()
+  key = f'ftjax/main/{next(_numbers)}'
+  if is_main():
+    try:
+      told = {'value': make()}
+    except RunError as error:
+      _client().key_value_set(key, json.dumps({'error': type(error).__name__, 'text': str(error)}))
+      raise
+    _client().key_value_set(key, json.dumps(told))
+    return told['value']
+  told = json.loads(_client().blocking_key_value_get(key, _LONGEST))
+  if 'error' in told:
+    raise getattr(errors, told['error'])(f'process 0: {told["text"]}')
+  return told['value']
+
+
+def main_first(make: Callable[[], T]) -> T:
+  """`make` in process 0, then in the others: what the first one leaves on disk, they find.
+
+  Raises:
+    RunError: what process 0 raised, in every process.
+  """
+  if is_alone():
+    return make()
+  made = []
+  from_main(lambda: made.append(make()))
+  return made[0] if made else make()
+
+
+def check_same(name: str, value: str) -> None:
+  """Raises DataError, in every process, where `value` is not the same in all."""
+  values = gather(value)
+  others = [p for p, v in enumerate(values) if v != values[0]]
+  if others:
+    raise DataError(
+      f'{name}: process 0 has {values[0]}, process {others[0]} has {values[others[0]]} '
+      f'({len(others)} of {len(values)} differ); do all hosts see the same files?'
+    )
+
+
+def wait_for_all() -> None:
+  """Returns when every process has come here."""
+  gather(None)
+
+
+def end(code: int, message: str) -> None:
+  """Ends this process and all others with `code`, at once; does not return in a run of several."""
+  if is_alone():
+    return
+  try:
+    told = {'code': code, 'process': jax.process_index(), 'text': message}
+    _client().key_value_set(_ended, json.dumps(told))
+  except jax.errors.JaxRuntimeError as error:  # another was first, or the service is gone
+    log.debug('%s', error)
+  _leave(code)
+
+
+def _leave(code: int) -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if is_main():
+    time.sleep(_MAIN_LEAVES_AFTER)
+  os._exit(code)  # the orderly way waits for the others, which wait for us
+
+
+def watch() -> None:
+  """From now on this process ends when another one has told that it ends, and tells of its own
+  errors.
+  """
+  if is_alone():
+    return
+  client, done = _client(), threading.Event()
+
+  def listen():
+    while not done.wait(0.5):
+      try:
+        told = json.loads(client.key_value_try_get(_ended))
+      except jax.errors.JaxRuntimeError:  # nobody has ended
+        continue
+      if told['process'] != jax.process_index():
+        print(
+          f'process {jax.process_index()}: process {told["process"]} ended: {told["text"]}',
+          file=sys.stderr,
+        )
+        _leave(told['code'])
+
+  threading.Thread(target=listen, daemon=True, name='peers').start()
+  atexit.register(done.set)
+  usual = sys.excepthook
+
+  def tell(kind, error, trace):
+    usual(kind, error, trace)
+    text = ''.join(traceback.format_exception_only(kind, error)).strip()[:1000]
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in text
+    end(StoppedEarly.exit_code if lost else 1, text)
+
+  sys.excepthook = tell

@@ -1,0 +1,102 @@
+"""Runs of several processes on loopback, each with devices of its own, started as a user starts
+them.
+"""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEVICES = 4  # of all processes together
+STEPS = 8
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    return s.getsockname()[1]
+
+
+def arguments(workdir, *overrides):
+  """Of `ftjax.train`: 8 steps, a checkpoint every 2, an evaluation every 4."""
+  settings = [
+    f'steps={STEPS}',
+    'batch_size=8',
+    'grad_accum=2',
+    'eval.batch_size=8',
+    'data.train=sums:100',
+    'checkpoint.every=2',
+    'checkpoint.keep=20',
+    'eval.every=4',
+    'mesh.data=2',
+    *overrides,
+  ]
+  return ['--config=tiny_sft', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
+
+
+class Processes:
+  """`count` processes of one run; what they say goes to <logs>/<number>.log."""
+
+  def __init__(self, count, arguments, logs, entry='train', flags=(), environment=None):
+    logs.mkdir(parents=True, exist_ok=True)
+    self.logs = [logs / f'{i}.log' for i in range(count)]
+    port, self.all = free_port(), []
+    base = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | (environment or {})
+    base |= {
+      'JAX_PLATFORMS': 'cpu',
+      'PYTHONPATH': str(ROOT),
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}',
+    }
+    for i in range(count):
+      several = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={i}']
+      command = [sys.executable, '-m', f'ftjax.{entry}', *arguments, *flags]
+      with open(self.logs[i], 'wb') as out:
+        self.all.append(
+          subprocess.Popen(
+            command + (several if count > 1 else []),
+            cwd=ROOT,
+            env=base,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+          )
+        )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.all:
+      process.kill()
+      process.wait()
+
+  def wait(self, timeout=240):
+    """Exit codes, in order."""
+    end = time.monotonic() + timeout
+    return [p.wait(timeout=max(end - time.monotonic(), 0.1)) for p in self.all]
+
+  def said(self):
+    return '\n'.join(
+      f'--- process {i}\n{log.read_text(errors="replace")[-4000:]}'
+      for i, log in enumerate(self.logs)
+    )
+
+  def until(self, is_time, timeout=240):
+    """Waits for a moment; fails when a process ends before it."""
+    end = time.monotonic() + timeout
+    while not is_time():
+      ended = [p.poll() for p in self.all]
+      assert ended == [None] * len(ended), f'{ended}\n{self.said()}'
+      assert time.monotonic() < end, f'the moment did not come\n{self.said()}'
+      time.sleep(0.005)
+
+
+def run(count, arguments, logs, **more):
+  """Runs to the end; all must end well."""
+  with Processes(count, arguments, logs, **more) as processes:
+    codes = processes.wait()
+    assert codes == [0] * count, f'{codes}\n{processes.said()}'
+    return processes.said()

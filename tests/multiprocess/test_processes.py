@@ -1,0 +1,146 @@
+"""Several processes on loopback: the run of one process, and what becomes of it when one of them
+dies, hangs or is told to stop.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import cluster
+import tiny_run
+from cluster import STEPS, Processes, arguments, run
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """Workdir of the run in one process."""
+  workdir = tmp_path_factory.mktemp('one')
+  run(1, arguments(workdir), workdir / 'logs')
+  return workdir
+
+
+def check(workdir, reference):
+  """Every step was trained once, on the rows of the reference, with its losses."""
+  ours, theirs = tiny_run.metrics(workdir), tiny_run.metrics(reference)
+  assert list(ours) == list(theirs)
+  for key, row in theirs.items():
+    for name in ('batch_checksum', 'supervised_tokens', 'lr', 'ok'):
+      assert ours[key].get(name) == row.get(name), (key, name)
+    for name in ('loss', 'grad_norm', 'perplexity'):
+      if name in row:
+        np.testing.assert_allclose(ours[key][name], row[name], rtol=2e-5, err_msg=f'{key} {name}')
+  assert (workdir / 'export' / 'model.safetensors').exists()
+
+
+def saved(workdir):
+  folder = workdir / 'checkpoints'
+  return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_several_processes_train_like_one(count, one, tmp_path):
+  said = run(count, arguments(tmp_path), tmp_path / 'logs')
+  check(tmp_path, one)
+  assert said.count('process 0 of ') == 1 and 'Answers before and after' in said
+  # One host logs: the others say nothing of steps, data or results.
+  for log in sorted((tmp_path / 'logs').iterdir())[1:]:
+    assert 'step compiled' not in log.read_text() and 'Answers' not in log.read_text()
+
+
+def test_a_process_is_killed_and_another_number_goes_on(one, tmp_path):
+  """SIGKILL to one of two: both end soon; four go on from the newest checkpoint."""
+  with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
+    both.all[1].kill()
+    codes = both.wait(timeout=60)
+    assert codes[1] == -9 and codes[0] in (75, 134, -6), f'{codes}\n{both.said()}'
+  newest = saved(tmp_path)
+  assert not (tmp_path / 'export').exists()
+  said = run(4, arguments(tmp_path), tmp_path / 'again')
+  assert f'resuming after step {newest} of {STEPS}' in said
+  check(tmp_path, one)
+
+
+def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
+  """SIGSTOP to one of two, with a limit of 5 s: 75 or 134 for both, and nothing after the newest
+  checkpoint is lost.
+  """
+  settings = arguments(tmp_path, 'watchdog.step=5.0')
+  with Processes(2, settings, tmp_path / 'logs', flags=['--heartbeat_s=20']) as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
+    both.all[1].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    assert both.all[0].wait(timeout=60) in (75, 134, -6), both.said()
+    assert time.monotonic() - begin < 5 + 30
+    both.all[1].send_signal(signal.SIGCONT)
+    assert both.all[1].wait(timeout=30) in (75, 134, -6), both.said()
+    assert 'watchdog.step' in both.said() and 'Thread' in both.said()
+  newest = saved(tmp_path)
+  said = run(2, arguments(tmp_path), tmp_path / 'again')
+  assert f'resuming after step {newest} of {STEPS}' in said
+  check(tmp_path, one)
+
+
+def test_sigterm_to_one_saves_the_same_step_in_all(one, tmp_path):
+  settings = arguments(tmp_path, 'checkpoint.every=0', 'eval.every=0', 'steps=200', 'epochs=0.0')
+  with Processes(2, settings, tmp_path / 'logs') as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 3)
+    both.all[1].send_signal(signal.SIGTERM)
+    assert both.wait(timeout=60) == [75, 75], both.said()
+    told = [line for line in both.said().splitlines() if 'stopped after step' in line]
+  at = saved(tmp_path)
+  assert told and all(f'stopped after step {at} of 200' in line for line in told)
+  assert at == tiny_run.logged(tmp_path) < 200
+  said = run(2, [*settings, f'--config.steps={at + 2}'], tmp_path / 'again')
+  assert f'resuming after step {at}' in said
+
+
+def test_who_does_not_come_is_named(tmp_path):
+  flags = ['--init_timeout_s=3']
+  with Processes(3, arguments(tmp_path), tmp_path / 'logs', flags=flags) as three:
+    three.all[2].kill()
+    codes = three.wait(timeout=60)
+    assert codes[:2] == [75, 75], three.said()
+    assert three.said().count('missing: process 2') == 2 and 'loopback' in three.said()
+  assert not (tmp_path / 'checkpoints').exists()
+
+
+def test_bad_data_ends_all_with_its_code(tmp_path):
+  bad = tmp_path / 'bad.jsonl'
+  bad.write_text('{"text": "good"}\n{"txt": 1}\n')
+  settings = arguments(tmp_path / 'run', f'data.train={bad}')
+  with Processes(2, settings, tmp_path / 'logs') as both:
+    assert both.wait(timeout=100) == [3, 3], both.said()
+    assert 'bad.jsonl:2' in both.said()
+
+
+def test_hosts_that_see_other_data_are_refused(tmp_path):
+  """Caches that are not shared, and files that differ."""
+  processes = []
+  for i, rows in enumerate((100, 90)):
+    settings = arguments(tmp_path / 'run', f'data.cache={tmp_path / str(i)}')
+    settings = [s.replace('sums:100', f'sums:{rows}') for s in settings]
+    processes.append(settings)
+  with Processes(2, processes[0], tmp_path / 'logs') as both:
+    # The second one is started anew with other arguments, under the same number.
+    command = [a for a in both.all[1].args if 'data.train' not in a and 'data.cache' not in a]
+    both.all[1].kill()
+    both.all[1].wait()
+    other = [a for a in processes[1] if 'data.train' in a or 'data.cache' in a]
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(cluster.ROOT)}
+    environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+    import subprocess
+
+    with open(both.logs[1], 'wb') as out:
+      both.all[1] = subprocess.Popen(
+        [*command, *other], cwd=cluster.ROOT, env=environment, stdout=out, stderr=out
+      )
+    assert both.wait(timeout=100) == [3, 3], both.said()
+    assert 'data: process 0 has' in both.said()
