@@ -1,0 +1,322 @@
+r"""Answers to mathematical questions: found in a text, read as exact numbers, compared.
+
+Numbers are rationals, so 1,234 == 1234.0 == \frac{2468}{2} without a tolerance. What is no number
+(\sqrt{2}, x+1, intervals) goes to `math-verify`, and to its LaTeX grammar alone: its reader of plain
+expressions calls Python's eval. `symbolic_equal` may hang or eat memory; rewards.py runs it in a
+worker that has limits.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import logging
+import re
+from fractions import Fraction
+
+from ftjax.rollout.final_answer import final_answer, gold_text
+from ftjax.runtime.errors import ConfigError
+
+MODES = ('strict', 'flexible')
+SYMBOLIC = ('auto', 'on', 'off')
+
+# So often may one completion state its answer: in the reasoning, the conclusion and a summary.
+_MAX_STATEMENTS = 3
+_MAX_STATEMENT_CHARS = 200
+# Last-number extraction reads no further back.
+_TAIL_CHARS = 1000
+# A completion at least so long that stands in the prompt word for word is a copy, no answer.
+_ECHO_CHARS = 40
+_MAX_EXPONENT = 300
+
+# Only ASCII digits: [0-9], where \d would take look-alikes of other scripts.
+_PLAIN = (
+  r'(?:[0-9]{1,3}(?:(?:,|\{,\}|\\[,!])[0-9]{3})++(?![0-9])|[0-9]{1,100}+)(?:\.[0-9]{1,100}+)?'
+  r'|\.[0-9]{1,100}+'
+)
+_LATEX = r'\\[dt]?frac\s?(?:\{{\s?(-?{0})\s?\}}\s?\{{\s?({0})\s?\}}|([0-9])\s?([0-9]))'.format(
+  r'[0-9.,]{1,60}'
+)
+_CURRENCY = r'(?:\\\$|US\$|[$€£¥])'
+_NUMBER = re.compile(
+  rf'(?:(?P<sign>[-+\u2212])\s?)?(?:{_CURRENCY}\s?)?(?P<sign2>[-+\u2212])?'
+  rf'(?:(?:(?P<whole>[0-9]{{1,30}})\s?)?{_LATEX}|(?P<mixed>[0-9]{{1,30}})\s(?P<up>[0-9]{{1,30}})/'
+  rf'(?P<down>[0-9]{{1,30}})(?![0-9])|(?P<top>{_PLAIN})(?:\s?/\s?(?P<bottom>{_PLAIN}))?'
+  r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|×)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
+  r'(?P<percent>\s?\\?%)?'
+)
+_UNIT = re.compile(r'\\(?:text|mathrm)\{[^{}]{0,60}\}$')
+_NAMED = re.compile(r'(?:[A-Za-z]|\\[a-z]{2,8})(?:_\{?\w{1,8}\}?)?\s?=\s?')
+_BOLD = re.compile(r'(?<![\w)\]}*])\*\*([^*\n]{1,100})\*\*(?![\w*])')
+_INLINE = re.compile(r'(?:\$([^$\n]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])[.\s]{0,9}$')
+_SAYS = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
+# <pad>, </s>, <|im_end|>
+_MARK = re.compile(r'<[^<>\s]{1,30}>')
+# Between the last two numbers: a list of guesses.
+_LIST = re.compile(
+  r'[\s,;/|&()\[\]{}"\'*.$:?_-]*(?:(?:or|and|to|maybe|perhaps|either|possibly)\b[\s,;/|&()"\'*.$-]*)*'
+)
+# Powers of powers, long exponents and factorials, which no honest answer writes out.
+_TOWER = re.compile(r'\*\*|\^[^+=]{0,20}\^|\^\s*\{?\s*-?[0-9]{4}|[0-9]{4}\s*!|!.{0,9}!')
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+  """An exact value; `percent`: written with a percent sign, and `value` is what stands before it."""
+
+  value: Fraction
+  percent: bool = False
+
+  def equals(self, other: 'Number') -> bool:
+    """Equal values. One percentage against a plain number: 50% is 50 and 0.5."""
+    if self.percent == other.percent:
+      return self.value == other.value
+    share, plain = (self, other) if self.percent else (other, self)
+    return plain.value in (share.value, share.value / 100)
+
+
+def _plain(text: str) -> Fraction:
+  return Fraction(re.sub(r'\{,\}|\\[,!]|,', '', text))
+
+
+def _value(m: re.Match) -> Number | None:
+  """Of a match of _NUMBER; None for a fraction over 0 or a part that is no number."""
+  top, bottom, top1, bottom1 = m.group(4, 5, 6, 7)
+  try:
+    if top or top1:
+      value = _plain(top or top1) / _plain(bottom or bottom1)
+      whole = m['whole']
+    elif m['mixed']:
+      value, whole = Fraction(int(m['up']), 1) / int(m['down']), m['mixed']
+    else:
+      value = _plain(m['top']) / (_plain(m['bottom']) if m['bottom'] else 1)
+      whole = None
+  except (ValueError, ZeroDivisionError):
+    return None
+  if whole:
+    value += int(whole)
+  exponent = int(m['e'] or m['ten'] or 0)
+  if abs(exponent) > _MAX_EXPONENT:
+    return None
+  value *= Fraction(10) ** exponent
+  signs = [s for s in (m['sign'], m['sign2']) if s]
+  if len(signs) > 1:
+    return None
+  return Number(-value if signs and signs[0] != '+' else value, m['percent'] is not None)
+
+
+def _unwrap(text: str) -> str:
+  """Without the marks around a number: $..$, \\(..\\), **..**, braces, a unit, a final point."""
+  text = text.strip().rstrip('.').strip()
+  for start, end in (('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('$', '$'), ('{', '}')):
+    if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
+      text = text[len(start) : -len(end)].strip()
+  return _UNIT.sub('', text).replace('\\ ', ' ').strip()
+
+
+def parse_number(text: str) -> Number | None:
+  """A whole text as one number: sign, currency, thousands separators, decimals, fractions (also
+  mixed and LaTeX), exponents up to 300, percent. None for anything else, 'nan' and 'inf' too."""
+  if len(text) > _MAX_STATEMENT_CHARS:
+    return None
+  match = _NUMBER.fullmatch(_unwrap(text))
+  return _value(match) if match else None
+
+
+def last_number(text: str) -> str | None:
+  """The last number of a text, as written; None where it is not plainly what the text says.
+
+  Refused: a member of a list of guesses (71 or 72), part of an unfinished expression (9**9, 48+24),
+  of a date, a time or a word of other digits, and a number in a question.
+  """
+  tail = _BOLD.sub(r'\1', text[-_TAIL_CHARS:])
+  found = [m for m in _NUMBER.finditer(tail) if not _is_in_word(tail, m.start())]
+  if not found:
+    return None
+  last = found[-1]
+  before, after = tail[: last.start()], tail[last.end() :]
+  left, right = before.rstrip(), after.lstrip()
+  if '?' in after or _joins(left, last, before) or right[:1] in tuple('+*^/×÷'):
+    return None
+  if after[:1].isnumeric() or (after[1:2].isnumeric() and not after[:1].isspace()):
+    return None
+  if before[-1:].isnumeric() or before[-1:] in tuple('.,:_'):
+    return None
+  if len(found) > 1:
+    between = _MARK.sub(' ', tail[found[-2].end() : last.start()])
+    guesses = re.search(r'\bor\b', between) and not re.search(r'[.!?\n=]', between)
+    if guesses or _LIST.fullmatch(between):
+      return None
+  return last.group().strip()
+
+
+def _is_in_word(text: str, start: int) -> bool:
+  """H2, cm2, m^2."""
+  before = text[max(start - 2, 0) : start]
+  return before[-1:].isalpha() or (before[-1:] == '^' and before[:1].isalpha())
+
+
+def _joins(left: str, match: re.Match, before: str) -> bool:
+  """Whether an operator ties the number to what stands before it."""
+  if re.search(r'(?:[-+*^/×÷·\u2212]|\\(?:times|cdot|div|pm))$', left):
+    # A dash or a bullet that begins a line is no operator.
+    return not re.search(r'(?:^|\n)\s*[-*]\s+$', before)
+  if not match['sign']:
+    return False
+  # 'is -3' is a negative number; 'x-3', '5 -3' and 'n - 3' are not.
+  glued = before[-1:].isalnum() or match.group()[1:2].isspace()
+  return bool(re.search(r'[\w)}\]%]$' if glued else r'[0-9)}\]%]$', left))
+
+
+def boxed(text: str) -> list[str] | None:
+  r"""Contents of every \boxed{..}; None where one is nested, empty or not closed."""
+  parts = re.split(r'\\(?:f?boxed)\s?\{', text)
+  out = []
+  for i, part in enumerate(parts[1:]):
+    depth, end = 1, -1
+    for at, char in enumerate(part[: _MAX_STATEMENT_CHARS + 1]):
+      depth += (char == '{') - (char == '}')
+      if not depth:
+        end = at
+        break
+    if end < 0 or not part[:end].strip() or (i and not out):
+      return None
+    out.append(part[:end].strip())
+  return out
+
+
+def statements(text: str, mode: str) -> list[str]:
+  r"""What a text gives as its answer, each time it does; empty where it does not.
+
+  strict: one \boxed{..}, or one `#### ANSWER` as the last line. flexible: every \boxed{..} and every
+  `####`; without them a text that is a number, a formula at the end, or the last number.
+  """
+  boxes = boxed(text)
+  if boxes is None:
+    return []
+  marked = [rest.partition('\n')[0].strip() for rest in text.split('####')[1:]]
+  if mode == 'strict':
+    if marked and text.rpartition('####')[2].strip() != marked[-1]:
+      return []
+    return (boxes + marked) if len(boxes + marked) == 1 else []
+  # A number with words behind it is read by the rules of the last number.
+  lines = [line if parse_number(line) else last_number(line) or line for line in marked]
+  if boxes or lines:
+    return boxes + lines
+  if len(_SAYS.findall(text)) > _MAX_STATEMENTS:
+    return []
+  if parse_number(text):
+    return [text]
+  formula = _INLINE.search(text[-2 * _MAX_STATEMENT_CHARS :])
+  if formula:
+    return [next(g for g in formula.groups() if g)]
+  number = last_number(text)
+  return [number] if number else []
+
+
+@functools.cache
+def can_do_symbols() -> bool:
+  """Whether math-verify is installed."""
+  return importlib.util.find_spec('math_verify') is not None
+
+
+def symbolic_equal(answer: str, gold: str) -> bool:
+  """Whether math-verify finds two LaTeX texts equal.
+
+  Refused before: relations and lists where the gold has none (its rules take 71=72 for 72), and
+  towers of powers.
+  """
+  import math_verify
+
+  logging.getLogger('math_verify').setLevel(logging.ERROR)
+  if _TOWER.search(answer) and not _TOWER.search(gold):
+    return False
+  if any(mark in answer and mark not in gold for mark in ('=', ',', ';', 'or', '\\pm', '{\\}')):
+    return False
+  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+
+  def read(text):
+    # Their time limits need the main thread's signals; ours is the worker's.
+    found = math_verify.parse(
+      f'\\boxed{{{text}}}', config, fallback_mode='no_fallback', parsing_timeout=None
+    )
+    return [f for f in found if not isinstance(f, str)]
+
+  wanted, got = read(gold), read(answer)
+  return bool(wanted and got) and bool(math_verify.verify(wanted, got, timeout_seconds=None))
+
+
+def equal(answer: str, gold: str, symbolic: bool) -> bool:
+  """Whether a statement says what the gold says: as numbers, letter by letter, or as symbols."""
+  if len(answer) > _MAX_STATEMENT_CHARS:
+    return False
+  if not _NAMED.match(gold):
+    answer = _NAMED.sub('', _unwrap(answer), count=1) if _NAMED.match(_unwrap(answer)) else answer
+  ours, theirs = parse_number(answer), parse_number(gold)
+  if ours and theirs:
+    return ours.equals(theirs)
+  left, right = (''.join(_unwrap(t).split()) for t in (answer, gold))
+  if left and left == right:
+    return True
+  return symbolic and symbolic_equal(_unwrap(answer), _unwrap(gold))
+
+
+@dataclasses.dataclass(frozen=True)
+class Math:
+  """1 where the completion's answer equals the gold one, else 0.
+
+  Attributes:
+    mode: one of MODES, see `statements`.
+    symbolic: whether math-verify compares what is no number. auto: where it is installed.
+    column: of the gold answers; of a text with `####` or one box, what stands there.
+  """
+
+  mode: str = 'flexible'
+  symbolic: str = 'auto'
+  column: str = 'answer'
+
+  def __post_init__(self):
+    for name, value, allowed in (
+      ('mode', self.mode, MODES),
+      ('symbolic', self.symbolic, SYMBOLIC),
+    ):
+      if value not in allowed:
+        raise ConfigError(f'math: {name}={value!r}; expected one of {allowed}')
+    if self.symbolic == 'on' and not can_do_symbols():
+      raise ConfigError(
+        'math: symbolic=on needs math-verify; pip install ftjax[rewards], or symbolic=off'
+      )
+
+  @property
+  def inputs(self) -> tuple[str, ...]:
+    return ('completions', 'prompts', self.column)
+
+  @property
+  def isolated(self) -> bool:
+    """sympy may not come back."""
+    return self.symbolic != 'off' and can_do_symbols()
+
+  def warm(self) -> None:
+    """Imports what the first score needs, before a clock runs."""
+    if self.isolated:
+      symbolic_equal('\\sqrt{4}', '2')
+
+  def score(self, completion: str, prompt: str, gold) -> float:
+    """Raises ValueError for a gold answer that cannot be used."""
+    wanted = self._gold(gold)
+    text = final_answer(completion)
+    if text is None or (len(text) >= _ECHO_CHARS and text in prompt):
+      return 0.0
+    given = statements(text, self.mode)
+    if not 1 <= len(given) <= _MAX_STATEMENTS:
+      return 0.0
+    return float(all(equal(g, wanted, self.isolated) for g in given))
+
+  def _gold(self, value) -> str:
+    text = gold_text(value, self.column)
+    if '####' in text:
+      text = text.rpartition('####')[2].strip()
+    elif boxes := boxed(text):
+      text = boxes[-1]
+    if not text or len(text) > _MAX_STATEMENT_CHARS:
+      raise ValueError(f'column {self.column!r}: {text[:60]!r}... is no answer to compare with')
+    return text
