@@ -63,7 +63,7 @@ def committed_letter(text: str, letters: str) -> str | None:
   'B', '(B)', '**B**', 'B. Paris', where no other line begins with a letter. Letters are capitals.
   """
   one = f'[{letters}]'
-  marked = rf'(?:\\(?:text|mathrm)\{{)?[\s(\[*$"\'{{]{{0,5}}({one})(?![\w\'’])'
+  marked = rf'(?:\\(?:text|mathrm)\{{)?[\s(\[*$"\'{{]{{0,5}}({one})(?![\w\'\u2019])'
   says = r'(?:\b[Aa]nswer|\bANSWER|\b[Cc]hoice|\b[Oo]ption)\b(?:\*\*)?\s?(?:is\b|:|=)\s?(?:\*\*)?'
   says += rf'\s?(?:[Oo]ption\s|[Cc]hoice\s)?{marked}'
   found = [*re.finditer(says, text), *re.finditer(rf'\\boxed\s?\{{{marked}', text)]
@@ -89,7 +89,7 @@ def committed_letter(text: str, letters: str) -> str | None:
 def _goes_on(rest: str, one: str) -> bool:
   """Whether another letter follows as a further guess: 'B, C', 'B C', 'B (or maybe C)'. A letter
   before a small word is an article: 'B. A dog'."""
-  letter = rf'[(\[*$"\']{{0,3}}{one}(?![\w\'’])(?!\s[a-z])'
+  letter = rf'[(\[*$"\']{{0,3}}{one}(?![\w\'\u2019])(?!\s[a-z])'
   listed = rf'[\s)\]*$"\'}}.:,/|;&]{{0,9}}{letter}'
   joined = rf'.*?\b(?:or|and|OR|AND|maybe|possibly)\s{letter}'
   return bool(re.match(listed, rest) or re.match(joined, rest))

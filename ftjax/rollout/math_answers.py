@@ -1,16 +1,19 @@
 r"""Answers to mathematical questions: found in a text, read as exact numbers, compared.
 
 Numbers are rationals, so 1,234 == 1234.0 == \frac{2468}{2} without a tolerance. What is no number
-(\sqrt{2}, x+1, intervals) goes to `math-verify`, and to its LaTeX grammar alone: its reader of plain
-expressions calls Python's eval. `symbolic_equal` may hang or eat memory; rewards.py runs it in a
-worker that has limits.
+(\sqrt{2}, x+1, intervals) goes to `math-verify`, and to its LaTeX grammar alone: its reader of
+plain expressions calls Python's eval, and even the grammar passes its numbers on to sympy's, which
+`_without_eval` replaces. `symbolic_equal` may hang or eat memory; rewards.py runs it in a worker
+that has limits.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import logging
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 
 from ftjax.rollout.final_answer import final_answer, gold_text
@@ -41,7 +44,7 @@ _NUMBER = re.compile(
   rf'(?:(?P<sign>[-+\u2212])\s?)?(?:{_CURRENCY}\s?)?(?P<sign2>[-+\u2212])?'
   rf'(?:(?:(?P<whole>[0-9]{{1,30}})\s?)?{_LATEX}|(?P<mixed>[0-9]{{1,30}})\s(?P<up>[0-9]{{1,30}})/'
   rf'(?P<down>[0-9]{{1,30}})(?![0-9])|(?P<top>{_PLAIN})(?:\s?/\s?(?P<bottom>{_PLAIN}))?'
-  r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|×)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
+  r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|\u00d7)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
   r'(?P<percent>\s?\\?%)?'
 )
 _UNIT = re.compile(r'\\(?:text|mathrm)\{[^{}]{0,60}\}$')
@@ -61,7 +64,7 @@ _TOWER = re.compile(r'\*\*|\^[^+=]{0,20}\^|\^\s*\{?\s*-?[0-9]{4}|[0-9]{4}\s*!|!.
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """An exact value; `percent`: written with a percent sign, and `value` is what stands before it."""
+  """An exact value; `percent`: `value` is what stands before a percent sign."""
 
   value: Fraction
   percent: bool = False
@@ -135,7 +138,7 @@ def last_number(text: str) -> str | None:
   last = found[-1]
   before, after = tail[: last.start()], tail[last.end() :]
   left, right = before.rstrip(), after.lstrip()
-  if '?' in after or _joins(left, last, before) or right[:1] in tuple('+*^/×÷'):
+  if '?' in after or _joins(left, last, before) or right[:1] in tuple('+*^/\u00d7\u00f7'):
     return None
   if after[:1].isnumeric() or (after[1:2].isnumeric() and not after[:1].isspace()):
     return None
@@ -157,7 +160,7 @@ def _is_in_word(text: str, start: int) -> bool:
 
 def _joins(left: str, match: re.Match, before: str) -> bool:
   """Whether an operator ties the number to what stands before it."""
-  if re.search(r'(?:[-+*^/×÷·\u2212]|\\(?:times|cdot|div|pm))$', left):
+  if re.search(r'(?:[-+*^/\u00d7\u00f7\u00b7\u2212]|\\(?:times|cdot|div|pm))$', left):
     # A dash or a bullet that begins a line is no operator.
     return not re.search(r'(?:^|\n)\s*[-*]\s+$', before)
   if not match['sign']:
@@ -187,8 +190,8 @@ def boxed(text: str) -> list[str] | None:
 def statements(text: str, mode: str) -> list[str]:
   r"""What a text gives as its answer, each time it does; empty where it does not.
 
-  strict: one \boxed{..}, or one `#### ANSWER` as the last line. flexible: every \boxed{..} and every
-  `####`; without them a text that is a number, a formula at the end, or the last number.
+  strict: one \boxed{..}, or one `#### ANSWER` as the last line. flexible: every \boxed{..} and
+  every `####`; without them a text that is a number, a formula at the end, or the last number.
   """
   boxes = boxed(text)
   if boxes is None:
@@ -225,13 +228,40 @@ def symbolic_equal(answer: str, gold: str) -> bool:
   Refused before: relations and lists where the gold has none (its rules take 71=72 for 72), and
   towers of powers.
   """
-  import math_verify
-
-  logging.getLogger('math_verify').setLevel(logging.ERROR)
+  if any(len(t) > _MAX_STATEMENT_CHARS for t in (answer, gold)):
+    return False
   if _TOWER.search(answer) and not _TOWER.search(gold):
     return False
   if any(mark in answer and mark not in gold for mark in ('=', ',', ';', 'or', '\\pm', '{\\}')):
     return False
+  with _without_eval():
+    return _same_symbols(answer, gold)
+
+
+@contextlib.contextmanager
+def _without_eval() -> Iterator[None]:
+  """sympy reads strings by eval. Within, a number is made directly and everything else refused."""
+  import sympy
+  from sympy.parsing import sympy_parser
+
+  def number(code: str, *names) -> sympy.Number:
+    found = re.fullmatch(r"(Integer|Float) ?\( ?'?([0-9.]{1,100})'? ?\)", code)
+    if not found:
+      raise ValueError(f'not evaluated: {code[:60]!r}')
+    return {'Integer': sympy.Integer, 'Float': sympy.Float}[found[1]](found[2])
+
+  kept = sympy_parser.eval_expr
+  sympy_parser.eval_expr = number
+  try:
+    yield
+  finally:
+    sympy_parser.eval_expr = kept
+
+
+def _same_symbols(answer: str, gold: str) -> bool:
+  import math_verify
+
+  logging.getLogger('math_verify').setLevel(logging.ERROR)
   config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
   def read(text):

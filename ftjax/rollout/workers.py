@@ -5,6 +5,7 @@ No fork of a process that runs jax, and no pickle: a worker is a fresh interpret
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -53,10 +54,8 @@ class Worker:
   def send(self, index: int | None, request: dict[str, Any], limit: float) -> None:
     self.index = index
     data = json.dumps(request | {'limit': limit}).encode()
-    try:
+    with contextlib.suppress(OSError):  # where it has died, `receive` says so
       self.link.send_bytes(data)
-    except OSError:
-      pass  # it has died; `receive` says so
     self.deadline = time.monotonic() + limit
 
   def receive(self) -> dict[str, Any]:

@@ -1,0 +1,388 @@
+"""Nothing that is no answer is paid, within its time; honest answers are paid in many spellings."""
+
+import builtins
+import gzip
+import importlib.util
+import json
+import pathlib
+import time
+
+import pytest
+
+from ftjax.rollout import math_answers, verifiers
+from ftjax.rollout.final_answer import final_answer
+from ftjax.rollout.verifiers import build
+from ftjax.runtime.errors import ConfigError
+
+
+def needs(package):
+  missing = importlib.util.find_spec(package) is None
+  return pytest.mark.skipif(missing, reason=f'{package} is not installed')
+
+
+SHARED = pathlib.Path('/work/shared/data/gsm8k_train.jsonl.gz')
+QUESTION = (
+  'A farm has 72 hens and sells half of them on Monday. How many hens are left at the farm?'
+)
+MEGABYTE = 1_000_000
+# Too long for anyone to have answered with, and what makes careless patterns take for ever.
+BAIT = {
+  'megabyte': 'a' * MEGABYTE,
+  'megabyte of digits': '7' * MEGABYTE,
+  'megabyte of spaces': ' ' * MEGABYTE + 'x',
+  'long a': 'a' * 50_000 + '!',
+  'open boxes': '\\boxed{' * 20_000,
+  'open fractions': '\\frac{' * 20_000,
+  'dollars': '$' * 100_000,
+  'stars': '**' * 50_000,
+  'minus': '-' * 100_000,
+  'marks': '#### ' * 20_000,
+  'guesses': '72,' * 30_000,
+  'letters': 'B ' * 50_000,
+  'answer': 'answer ' * 20_000,
+  'says': 'answer is ' * 15_000,
+  'brackets': '[' * 100_000,
+  'braces': '{"a":' * 30_000,
+  'think': '<think>' * 20_000,
+  'less': '<' * 100_000,
+}
+# What pays 0 whatever the verifier of an answer is, `{}` being a right answer.
+GAMES = {
+  'empty': '',
+  'space': ' ',
+  'white space': '\n\t \u00a0\u2003\n',
+  'twenty times': '{} ' * 20,
+  'twenty lines': '{}\n' * 20,
+  'pad': '<pad>' * 50,
+  'end': '<|im_end|><|endoftext|></s>',
+  'padded twenty times': '{}<pad>' * 20,
+  'no thought': '<think></think>{}',
+  'blank thought': '<think>\n \n</think>\n{}',
+  'padded thought': '<think><pad><pad></think>{}',
+  'thought closed at once': '</think>{}',
+  'thought without end': '<think>It is {}',
+  'two thoughts': '<think>a</think><think>b</think>{}',
+  'empty answer': '<think>hm</think><answer></answer>',
+  'two answers': '<answer>{}</answer><answer>{}</answer>',
+  'open answer': '<answer>{}',
+  'answer outside': '<answer></answer>{}',
+  'question': QUESTION,
+  'nan': 'nan',
+  'inf': 'inf',
+  'infinity': '-infinity',
+  'power': '9**9**9',
+  'huge': '1e999999999',
+  'mark alone': '####',
+  'quote': '"\'',
+  'null': '\x00',
+  'surrogate': '\ud800',
+  'none': 'None',
+  'article': 'the',
+}
+SCHEMA = {
+  'type': 'object',
+  'properties': {'n': {'type': 'integer'}, 's': {'type': 'string', 'pattern': '^[a-z]+$'}},
+  'required': ['n'],
+  'additionalProperties': False,
+}
+
+# verifier: (what it is given after the completion, a right answer, what else pays 0)
+MATH_GAMES = [
+  '71 or 72', '71 or 72 or 73', '72 or 71', 'either 71 or 72', 'The answer is 71 or maybe 72',
+  '70, 71, 72', '71/72', '71 and 72', '(71) (72)', '71|72', '\\boxed{71} \\boxed{72}',
+  '\\boxed{71,72}', '\\boxed{71 \\text{ or } 72}', '\\boxed{72, 72}', '\\boxed{\\boxed{72}}',
+  '\\boxed{72', '\\boxed{}', '\\boxed{\\infty}', '\\boxed{71=72}', '\\boxed{72 \\pm 1}',
+  '9**9**72', '48+72', '2^72', '72^1', '72*1', '144-72', '\uff17\uff12', '\u0667\u0662', '7\uff12',
+  '72\u00bd', '1e999', '72e0e0', '1/0', '72/0', '\\frac{72}{0}', '7,2', 'Is it 72?', '72?',
+  '#### 71 or 72', '#### 72\n#### 71', '10:72', '2020-10-72', '-72', '0x72', '72.72.72', '7 2',
+  'H72', 'The answer is 72. ' * 20, '#### 72\n' * 20, '\\boxed{72} ' * 20, '[0, 100]',
+  '\\boxed{9^{9^{9^{9}}}}', '\\boxed{99999999!}', '\\boxed{10^{99999999}}', 'x > 72 or x < 72',
+]  # fmt: skip
+CASES = {
+  'math': (['q', '72'], '72', MATH_GAMES),
+  'math:strict': (['q', '72'], '#### 72', [*MATH_GAMES, '72', '#### 72\nor 71', '71\n72 ####']),
+  'math:symbolic=off': (['q', '72'], '72', MATH_GAMES),
+  'exact': (['Paris'], 'Paris', ['P\u0430ris', 'Paris or Rome', 'paris', 'Par\u200bis']),
+  'normalized': (['Paris'], 'Paris', ['P\u0430ris', 'Paris or Rome', '\uff30aris', 'Paris, Rome']),
+  'label': (['positive'], 'positive', ['positive or negative', 'not positive', 'p\u043esitive']),
+  'choice': (
+    ['B'],
+    'B',
+    [
+      'A or B', 'B or C', 'A or B or C', 'A, B, C, D', 'ABCD', 'A B C D', 'A\nB\nC\nD', 'B/C',
+      'A. x\nB. y\nC. z\nD. w', 'The answer is A, B, C or D', 'The answer is B or C.', 'Answer: B, C',
+      'The answer is (B) or (C)', 'The answer is A. The answer is B.', '\\boxed{A} \\boxed{B}',
+      '\\boxed{B, C}', '(A)(B)', 'Answer: B. Or C? Or maybe D', 'B and C', '\u0412', '\uff22', 'b',
+      'Both', 'Bread', 'A', 'The answer is B. ' * 20, 'The answer is B, but it could be or C',
+    ],
+  ),
+}  # fmt: skip
+
+
+def make(spec):
+  name, _, text = spec.partition(':')
+  return build(name, text)
+
+
+def timed(verifier, *values):
+  start = time.monotonic()
+  score = verifier.score(*values)
+  assert time.monotonic() - start < 1, 'within the limit of one completion'
+  return score
+
+
+@pytest.mark.parametrize('spec', CASES)
+def test_games_pay_nothing(spec):
+  rest, right, more = CASES[spec]
+  verifier = make(spec)
+  verifier.warm()
+  assert verifier.score(right, *rest) == 1, 'a verifier that pays nobody proves nothing'
+  games = [*(g.replace('{}', right) for g in GAMES.values()), *BAIT.values(), *more]
+  paid = [g[:60] for g in games if timed(verifier, g, *rest) != 0]
+  assert not paid
+
+
+@pytest.mark.parametrize('spec', CASES)
+def test_right_answers_after_a_thought_or_in_tags(spec):
+  rest, right, _ = CASES[spec]
+  for text in (
+    '<think>So.</think>\n{}',
+    'So.</think>{}',
+    '<think>1 + 1</think><answer>{}</answer>',
+  ):
+    assert make(spec).score(text.format(right), *rest) == 1
+  assert make(spec).score(f' {right}\n', *rest) == 1
+
+
+HONEST = [
+  ('1234', '1234'), ('1234', '1,234'), ('1234', '1234.0'), ('1234', '\\frac{2468}{2}'),
+  ('1,234', '1234'), ('1234.0', '1,234'), ('1234', '2468/2'), ('1234', '$1,234.00'),
+  ('1234', '\\$1{,}234'), ('1234', 'The answer is 1,234.'), ('1234', '**1234**'),
+  ('1234', 'x = 1234'), ('1234', '\\boxed{1234}'), ('1234', 'So \\(1234\\).'),
+  ('1234', '1.234 \\times 10^{3}'), ('1234', '1000 + 234 = 1234 apples.'),
+  ('1234', '#### $1,234 dollars'), ('1234', '\\boxed{1234\\text{ clips}}'),
+  ('1234', 'She has 1,234 clips!'), ('1234', 'At 5 m each that is 1234 m^2'),
+  ('1234', '\\boxed{1234}. So the answer is \\boxed{1,234}'), ('1234', '$x = 1234$'),
+  (1234, '1234'), (0.5, '1/2'), ('5', '$5.00'), ('50', '50%'), ('50%', '50'), ('0.5', '50%'),
+  ('50%', '0.5'), ('50%', '50 \\%'), ('-3', '-3'), ('-3', 'The answer is -3'), ('-3', '\u22123'),
+  ('-3', '-$3'), ('3.5', '3 1/2'), ('3.5', '3\\frac{1}{2}'), ('0.5', '\\frac12'), ('.5', '1/2'),
+  ('-1/2', '-\\dfrac{1}{2}'), ('-0.5', '\\frac{-1}{2}'), ('x+1', '\\boxed{x + 1}'),
+  ('so 5\n#### 5', '5'), ('so \\boxed{5}', '5'), ('1000', '1e3'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('gold', 'answer'), HONEST)
+def test_honest_numbers_are_paid(gold, answer):
+  assert build('math', 'symbolic=off').score(answer, '', gold) == 1
+
+
+@pytest.mark.parametrize(
+  ('gold', 'answer'),
+  [('5', '6'), ('50%', '5000%'), ('0.5', '0.05'), ('-3', '3'), ('1234', '1,23,4'), ('12', '1'),
+   ('0.333', '1/3'), ('x+1', 'x+2')],
+)  # fmt: skip
+def test_wrong_numbers_are_not(gold, answer):
+  assert build('math', 'symbolic=off').score(answer, '', gold) == 0
+
+
+@needs('math_verify')
+@pytest.mark.parametrize(
+  ('gold', 'answer', 'paid'),
+  [('2', '\\boxed{\\sqrt{4}}', 1), ('x+1', '\\boxed{1+x}', 1), ('\\frac{\\pi}{2}', '$\\pi/2$', 1),
+   ('(1,2)', '\\boxed{(1, 2)}', 1), ('(1,2)', '\\boxed{[1,2]}', 0), ('x+1', '\\boxed{x+2}', 0),
+   ('0.5x', '\\boxed{x \\cdot 0.5}', 1), ('\\sqrt{2}', '\\boxed{\\frac{2}{\\sqrt{2}}}', 1), ('72', '\\boxed{72=72}', 0)],
+)  # fmt: skip
+def test_symbols(gold, answer, paid, monkeypatch):
+  math_answers.symbolic_equal('y', 'y')  # what it imports may use eval, what it reads may not
+
+  def no_eval(*args):
+    raise AssertionError('model text was evaluated')
+
+  monkeypatch.setattr(builtins, 'eval', no_eval)
+  monkeypatch.setattr(builtins, 'exec', no_eval)
+  assert build('math', 'symbolic=on').score(answer, '', gold) == paid
+
+
+def test_a_copy_of_the_prompt_is_no_answer():
+  prompt = 'Add up what the three of them paid: 20 dollars, then 30 dollars, then 50 dollars.'
+  for text in (prompt, prompt[10:]):
+    assert build('math', '').score(text, prompt, '50') == 0
+  assert build('math', '').score('50', prompt, '50') == 1
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['B', '(B)', 'B.', 'B)', '**B**', '$B$', 'B. Paris', 'B) A dog', 'The answer is B', 'Answer: (B)',
+   'The answer is (B) Paris.', 'The correct answer is option B.', '\\boxed{B}', '**Answer:** B',
+   '\\boxed{\\text{B}}', 'A is wrong, so the answer is B. A dog has four legs.'],
+)  # fmt: skip
+def test_honest_choices_are_paid(text):
+  choice = build('choice', 'ABCD')
+  assert choice.score(text, 'B') == choice.score(text, 1) == choice.score(text, '(B)') == 1
+  assert choice.score(text, 'A') == choice.score(text, 'C') == 0
+
+
+def test_choice_needs_a_gold_among_its_letters():
+  for gold in ('E', '', 7, None, 'AB', True):
+    with pytest.raises(ValueError, match='answer'):
+      build('choice', 'ABCD').score('A', gold)
+
+
+def test_normalized_is_squads_where_values_stay():
+  n = build('normalized', '')
+  assert n.score('The  Eiffel tower!', 'eiffel tower') == 1
+  assert n.score('caf\u0065\u0301', 'caf\u00e9') == 1
+  assert n.score('b', ['a b', 'b']) == n.score('1,234', '1234') == n.score('The', 'the') - 0 + 1
+  for answer, gold in (('3', '-3'), ('35', '3.5'), ('5', '.5'), ('5%', '5'), ('', 'the')):
+    assert n.score(answer, gold) == 0
+  with pytest.raises(ValueError, match='answer'):
+    n.score('x', '  ')
+
+
+def test_label():
+  assert build('label', 'yes,no').score(' Yes.', 'yes') == 1
+  assert build('label', 'yes,no').score('yes', 'no') == 0
+  assert build('label', 'column=sentiment').inputs == ('completions', 'sentiment')
+  with pytest.raises(ValueError, match='maybe'):
+    build('label', 'yes,no').score('maybe', 'maybe')
+
+
+@needs('re2')
+def test_regex():
+  r = build('regex', '(a+)+$')
+  assert r.score('aaa') == r.score(' a\n') == 1
+  for text in (*BAIT.values(), '', ' ', 'ba'):
+    assert timed(r, text) == 0
+  assert build('regex', '.*').score(' ') == 0
+  assert build('regex', 'a,b=[0-9]{2}').score('a,b=12') == 1
+  assert build('regex', '[0-9]+').score('\u0667') == 0
+  with pytest.raises(ConfigError, match='look-around'):
+    build('regex', '(?=a)b')
+
+
+@pytest.fixture
+def schema(tmp_path):
+  path = tmp_path / 'schema.json'
+  path.write_text(json.dumps(SCHEMA))
+  return str(path)
+
+
+@needs('jsonschema')
+def test_json_schema(schema, tmp_path):
+  j = build('json_schema', schema)
+  for text in ('{"n": 1}', ' {"n": -3, "s": "ab"}\n', '```json\n{"n": 1}\n```', 'x</think>{"n":1}'):
+    assert j.score(text) == 1
+  games = [
+    '{"n": 1, "n": 2}', '{"n": 1.5}', '{"n": NaN}', '{"n": Infinity}', '{"n": 1e999}', '{}', '[]',
+    '{"n": "1"}', '{"n": 1} {"n": 1}', '{"n": 1}' * 20, "{'n': 1}", '{"n": 1,}', '{"n": 1, "x": 2}',
+    '{"n": ' + '9' * 5000 + '}', '{"n": 1', 'null', '```json\n```', '{"n": 1, "s": "\\u0430"}',
+  ]  # fmt: skip
+  for text in (*games, *GAMES.values(), *BAIT.values()):
+    assert timed(j, text) == 0, text[:60]
+  (tmp_path / 'bad.json').write_text('{"type": 3}')
+  for path in (tmp_path / 'bad.json', tmp_path / 'none.json'):
+    with pytest.raises(ConfigError, match='json_schema'):
+      build('json_schema', str(path))
+
+
+@needs('jsonschema')
+def test_a_remote_reference_is_not_fetched(tmp_path, monkeypatch):
+  import urllib.request
+
+  asked = []
+  monkeypatch.setattr(urllib.request, 'urlopen', lambda *a, **k: asked.append(a))
+  path = tmp_path / 'remote.json'
+  path.write_text('{"$ref": "http://example.invalid/schema.json"}')
+  with pytest.raises(Exception, match='schema.json'):
+    build('json_schema', str(path)).score('{}')
+  assert not asked
+
+
+def test_format():
+  f, only = build('format', 'think,answer'), build('format', 'think,answer,only=true')
+  assert f.score('<think>a</think> so <answer>1</answer>') == 1
+  assert only.score('<think>a</think>\n<answer>1</answer>\n') == 1
+  assert only.score('<think>a</think> so <answer>1</answer>') == 0
+  games = [
+    '<think></think><answer></answer>', '<think></think>a', '<think>a</think>1', '<answer>1</answer>',
+    '<answer>1</answer><think>a</think>', '<think>a<answer>1</answer></think>',
+    '<think>a</think><answer>1</answer>' * 20, '<think>a</think><answer>1', '<Think>a</Think>',
+    '<think>.</think><answer>!</answer>', '<think><pad></think><answer><pad></answer>',
+    '\u2039think\u203aa\u2039/think\u203a<answer>1</answer>', '<think>a<think></think><answer>1</answer>',
+  ]  # fmt: skip
+  for text in (*games, *GAMES.values(), *BAIT.values()):
+    assert timed(f, text) == timed(only, text) == 0, text[:60]
+
+
+def test_penalties_pay_nobody_and_least_to_junk():
+  most, target, repetition = (
+    build('length', 'at_most=10'), build('length', 'target=10'), build('repetition', '2')
+  )  # fmt: skip
+  # by hand: 15 tokens are half too many; 0 of 10 and 25 of 10 are all wrong
+  assert [most.score(n) for n in (0, 10, 15, 20, 99)] == [0, 0, -0.5, -1, -1]
+  assert [target.score(n) for n in (0, 5, 10, 15, 25)] == [-1, -0.5, 0, -0.5, -1]
+  # 1 2 | 2 1 | 1 2 | 2 1: two of four stood before
+  assert repetition.score([1, 2, 1, 2, 1]) == -0.5
+  assert repetition.score([7] * 101) == pytest.approx(0.01 - 1)
+  assert repetition.score([]) == repetition.score([1]) == repetition.score([1, 2, 3]) == 0
+  assert timed(repetition, [0] * 300_000) < -0.99
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'match'),
+  [('math', 'mode=loose', 'loose'), ('math', 'mod=strict', 'did you mean mode'), ('length', '', 'one'),
+   ('math', 'strict,flexible', 'cannot place'), ('length', 'target=1,at_most=2', 'one of them'),
+   ('length', 'target=x', 'int'), ('length', '5', 'cannot place'), ('format', '', 'tags'),
+   ('format', 'a,a', 'different'), ('format', 'a,only=maybe', 'bool'), ('regex', '', 'PATTERN'),
+   ('choice', 'abc', 'capital'), ('repetition', '0', 'at least 1'), ('math', 'strict,mode=strict', 'place'),
+   ('json_schema', '', 'PATH')],
+)  # fmt: skip
+def test_bad_arguments(name, text, match):
+  with pytest.raises(ConfigError, match=match):
+    build(name, text)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, schema):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  verifiers._compile.cache_clear()
+  verifiers._validator.cache_clear()
+  math_answers.can_do_symbols.cache_clear()
+  try:
+    for name, text in (('regex', 'b+'), ('json_schema', schema), ('math', 'symbolic=on')):
+      with pytest.raises(ConfigError, match=r'ftjax\[rewards\]'):
+        build(name, text)
+    m = build('math', '')
+    assert not m.isolated and m.score('\\boxed{\\frac{4}{2}}', '', '2') == 1
+  finally:
+    math_answers.can_do_symbols.cache_clear()
+
+
+def test_final_answer():
+  assert final_answer('a </think> b') == 'b'
+  assert final_answer('<think>a</think> b <answer> c </answer> d') == 'c'
+  assert final_answer('x' * 300_000) is None
+
+
+ROWS = [
+  {'question': 'q', 'answer': '48/2 = <<48/2=24>>24 clips.\n48+24 = <<48+24=72>>72.\n#### 72'},
+  {'question': 'q', 'answer': '$80,000+$50,000=$<<80000+50000=130000>>130,000\n#### 70,000'},
+  {'question': 'q', 'answer': 'It changes by <<2-7=-5>>-5 degrees\n#### -5'},
+]
+
+
+@pytest.mark.parametrize('mode', math_answers.MODES)
+def test_gsm8k(mode):
+  """Every gold rationale is paid for its own question, and for no neighbour's of another answer."""
+  rows = list(ROWS)
+  if SHARED.exists():
+    with gzip.open(SHARED, 'rt') as lines:
+      rows += [json.loads(line) for i, line in enumerate(lines) if i % 10 == 0]
+  m = build('math', f'{mode},symbolic=off')
+  golds = [r['answer'].rpartition('#### ')[2].replace(',', '') for r in rows]
+  wrong = 0
+  for i, row in enumerate(rows):
+    assert m.score(row['answer'], row['question'], row['answer']) == 1, row
+    if golds[i] != golds[i - 1]:
+      wrong += 1
+      assert m.score(row['answer'], row['question'], rows[i - 1]['answer']) == 0, row
+  assert wrong > len(rows) / 2
