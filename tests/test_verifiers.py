@@ -110,7 +110,8 @@ CASES = {
     'B',
     [
       'A or B', 'B or C', 'A or B or C', 'A, B, C, D', 'ABCD', 'A B C D', 'A\nB\nC\nD', 'B/C',
-      'A. x\nB. y\nC. z\nD. w', 'The answer is A, B, C or D', 'The answer is B or C.', 'Answer: B, C',
+      'A. x\nB. y\nC. z\nD. w', 'The answer is A, B, C or D', 'The answer is B or C.',
+      'Answer: B, C',
       'The answer is (B) or (C)', 'The answer is A. The answer is B.', '\\boxed{A} \\boxed{B}',
       '\\boxed{B, C}', '(A)(B)', 'Answer: B. Or C? Or maybe D', 'B and C', '\u0412', '\uff22', 'b',
       'Both', 'Bread', 'A', 'The answer is B. ' * 20, 'The answer is B, but it could be or C',
@@ -190,7 +191,8 @@ def test_wrong_numbers_are_not(gold, answer):
   ('gold', 'answer', 'paid'),
   [('2', '\\boxed{\\sqrt{4}}', 1), ('x+1', '\\boxed{1+x}', 1), ('\\frac{\\pi}{2}', '$\\pi/2$', 1),
    ('(1,2)', '\\boxed{(1, 2)}', 1), ('(1,2)', '\\boxed{[1,2]}', 0), ('x+1', '\\boxed{x+2}', 0),
-   ('0.5x', '\\boxed{x \\cdot 0.5}', 1), ('\\sqrt{2}', '\\boxed{\\frac{2}{\\sqrt{2}}}', 1), ('72', '\\boxed{72=72}', 0)],
+   ('0.5x', '\\boxed{x \\cdot 0.5}', 1),
+   ('\\sqrt{2}', '\\boxed{\\frac{2}{\\sqrt{2}}}', 1), ('72', '\\boxed{72=72}', 0)],
 )  # fmt: skip
 def test_symbols(gold, answer, paid, monkeypatch):
   math_answers.symbolic_equal('y', 'y')  # what it imports may use eval, what it reads may not
@@ -199,7 +201,13 @@ def test_symbols(gold, answer, paid, monkeypatch):
     raise AssertionError('model text was evaluated')
 
   monkeypatch.setattr(builtins, 'eval', no_eval)
-  monkeypatch.setattr(builtins, 'exec', no_eval)
+  run = builtins.exec
+
+  def only_the_import(code, *names):
+    assert code == 'from sympy import *', 'model text was executed'
+    run(code, *names)
+
+  monkeypatch.setattr(builtins, 'exec', only_the_import)
   assert build('math', 'symbolic=on').score(answer, '', gold) == paid
 
 
@@ -293,7 +301,7 @@ def test_a_remote_reference_is_not_fetched(tmp_path, monkeypatch):
   monkeypatch.setattr(urllib.request, 'urlopen', lambda *a, **k: asked.append(a))
   path = tmp_path / 'remote.json'
   path.write_text('{"$ref": "http://example.invalid/schema.json"}')
-  with pytest.raises(Exception, match='schema.json'):
+  with pytest.raises(Exception, match=r'schema\.json'):
     build('json_schema', str(path)).score('{}')
   assert not asked
 
@@ -304,11 +312,13 @@ def test_format():
   assert only.score('<think>a</think>\n<answer>1</answer>\n') == 1
   assert only.score('<think>a</think> so <answer>1</answer>') == 0
   games = [
-    '<think></think><answer></answer>', '<think></think>a', '<think>a</think>1', '<answer>1</answer>',
+    '<think></think><answer></answer>', '<think></think>a', '<think>a</think>1',
+    '<answer>1</answer>',
     '<answer>1</answer><think>a</think>', '<think>a<answer>1</answer></think>',
     '<think>a</think><answer>1</answer>' * 20, '<think>a</think><answer>1', '<Think>a</Think>',
     '<think>.</think><answer>!</answer>', '<think><pad></think><answer><pad></answer>',
-    '\u2039think\u203aa\u2039/think\u203a<answer>1</answer>', '<think>a<think></think><answer>1</answer>',
+    '\u2039think\u203aa\u2039/think\u203a<answer>1</answer>',
+    '<think>a<think></think><answer>1</answer>',
   ]  # fmt: skip
   for text in (*games, *GAMES.values(), *BAIT.values()):
     assert timed(f, text) == timed(only, text) == 0, text[:60]
@@ -330,11 +340,13 @@ def test_penalties_pay_nobody_and_least_to_junk():
 
 @pytest.mark.parametrize(
   ('name', 'text', 'match'),
-  [('math', 'mode=loose', 'loose'), ('math', 'mod=strict', 'did you mean mode'), ('length', '', 'one'),
+  [('math', 'mode=loose', 'loose'), ('math', 'mod=strict', 'did you mean mode'),
+   ('length', '', 'one'),
    ('math', 'strict,flexible', 'cannot place'), ('length', 'target=1,at_most=2', 'one of them'),
    ('length', 'target=x', 'int'), ('length', '5', 'cannot place'), ('format', '', 'tags'),
    ('format', 'a,a', 'different'), ('format', 'a,only=maybe', 'bool'), ('regex', '', 'PATTERN'),
-   ('choice', 'abc', 'capital'), ('repetition', '0', 'at least 1'), ('math', 'strict,mode=strict', 'place'),
+   ('choice', 'abc', 'capital'), ('repetition', '0', 'at least 1'),
+   ('math', 'strict,mode=strict', 'place'),
    ('json_schema', '', 'PATH')],
 )  # fmt: skip
 def test_bad_arguments(name, text, match):

@@ -1,0 +1,280 @@
+"""Rewards are read, run within limits, and summed; what fails is counted and never paid."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import ml_collections
+import numpy as np
+import pytest
+
+from ftjax.rollout.rewards import Batch, Rewards, parse
+from ftjax.runtime.errors import ConfigError, DataError
+
+
+def needs(package):
+  missing = importlib.util.find_spec(package) is None
+  return pytest.mark.skipif(missing, reason=f'{package} is not installed')
+
+
+FUNCTIONS = """
+import os, signal, sys, time
+calls = []
+def length_of(completions):
+  return [len(c) for c in completions]
+def same(prompts, completions, *, answer, missing=None, **rest):
+  print('printing does no harm')
+  return [float(c == a) for c, a in zip(completions, answer)]
+def everything(prompts, completions, token_ids, token_counts, is_truncated, level):
+  out = zip(prompts, completions, token_ids, token_counts, is_truncated, level)
+  return [len(p) + len(c) + sum(i) + n + t + v for p, c, i, n, t, v in out]
+def counts_calls(completions):
+  calls.append(1)
+  return [len(calls)] * len(completions)
+def raises(completions):
+  return [1 / (len(c) - len(c)) for c in completions]
+def hangs(completions):
+  if 'hang' in completions:
+    while True:
+      pass
+  return [1.0] * len(completions)
+def dies(completions):
+  if 'die' in completions:
+    os.kill(os.getpid(), signal.SIGKILL)
+  if 'exit' in completions:
+    sys.exit(3)
+  return [1.0] * len(completions)
+def short(completions): return [1.0]
+def none(completions): return None
+def words(completions): return ['one'] * len(completions)
+def holes(completions): return [1.0, None]
+def nan(completions): return [1.0, float('nan')]
+def huge(completions): return [1.0, 1e39]
+def truths(completions): return [True, False]
+def place(completions): return [os.environ['JAX_PLATFORMS'] == 'cpu', 'jax' in sys.modules]
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+  (tmp_path / 'my_rewards.py').write_text(textwrap.dedent(FUNCTIONS))
+  (tmp_path / 'broken_rewards.py').write_text('import no_such_module_at_all\n')
+  monkeypatch.chdir(tmp_path)
+  # As `python -m` puts it: the current directory.
+  monkeypatch.syspath_prepend('')
+
+
+def batch(*completions, **columns):
+  n = len(completions)
+  return Batch(
+    prompts=['question'] * n,
+    completions=completions,
+    prompt_ids=[[1]] * n,
+    token_ids=[list(range(len(c))) for c in completions],
+    is_truncated=[False] * n,
+    columns=columns,
+  )
+
+
+def score(spec, b, **options):
+  with Rewards(parse(spec), tuple(b.columns), **options) as r:
+    return r.score(b)
+
+
+def test_a_tuple_and_a_text_say_the_same():
+  rows = (('math', 1.0), ('format:think,answer', 0.2), ('my_rewards:helpful', 0.5))
+  text = 'math@1, format:think,answer@0.2,my_rewards:helpful@5e-1'
+  assert parse(rows) == parse(text) == parse([list(r) for r in rows])
+  assert [p.name for p in parse(rows)] == ['math', 'format', 'helpful']
+  assert parse('math') == parse(('math',)) == parse((('math', 1),))
+  assert parse('format:think,answer')[0].verifier.tags == ('think', 'answer')
+  names = [p.name for p in parse(('length:target=9', 'length:at_most=9', 'a.b:length'))]
+  assert names == ['length', 'length_2', 'length_3']
+  c = ml_collections.ConfigDict({'rewards': rows})
+  assert parse(c.rewards) == parse(rows)
+  json.dumps(c.rewards)
+
+
+@pytest.mark.parametrize(
+  ('value', 'match'),
+  [
+    ('maths', 'did you mean math'),
+    ('fromat:think,answer', 'did you mean format'),
+    ('math,length:at_most=9', 'weight'),
+    ('math@1,length:at_most=9', 'no weight'),
+    ('', 'empty'),
+    ((), 'empty'),
+    ((('math', -1.0),), 'penalty'),
+    ((('math', float('nan')),), 'weight'),
+    ((('math', 'much'),), 'number'),
+    ((('math', 1.0, 2.0),), 'expected'),
+    ((1.0,), 'expected'),
+    ('math@0', 'every weight is 0'),
+    ('math@1.2.3', 'number'),
+    ('os.system("x"):y', 'no reward'),
+  ],
+)
+def test_bad_specifications(value, match):
+  with pytest.raises(ConfigError, match=match) as e:
+    parse(value)
+  assert 'rollout.rewards' in str(e.value)
+
+
+def test_weighted_sum_by_hand():
+  b = batch('yes', 'no', 'yes and no', answer=['yes'] * 3)
+  got = score('exact@2,length:at_most=2@0.5,exact@0', b)
+  # 3 tokens are half too many of 2; 10 are all too many
+  parts = np.array([[1, -0.5, 1], [0, 0, 0], [0, -1, 0]], np.float32)
+  np.testing.assert_array_equal(got.parts, parts)
+  np.testing.assert_array_equal(got.total, np.array([1.75, 0, -0.5], np.float32))
+  assert got.total.dtype == got.parts.dtype == np.float32
+  assert got.failures == {'exact': 0, 'length': 0, 'exact_2': 0} and not got.reasons
+  m = got.metrics()
+  assert m['reward'] == pytest.approx(1.25 / 3) and m['reward/length'] == -0.5
+  assert m['reward/exact/failures'] == 0
+
+
+def test_functions_get_what_they_ask_for(functions):
+  b = batch('a', 'bcd', answer=['a', 'x'], level=[100, 200])
+  got = score('my_rewards:same@1,my_rewards:everything@1,my_rewards:truths@1', b)
+  # question is 8 letters; ids 0 1 2 sum to 3
+  np.testing.assert_array_equal(
+    got.parts, [[1, 8 + 1 + 0 + 1 + 100, 1], [0, 8 + 3 + 3 + 3 + 200, 0]]
+  )
+  with Rewards(parse('my_rewards:counts_calls'), ()) as r:
+    assert [r.score(b).total[0] for _ in range(3)] == [1, 2, 3], (
+      'one process, which keeps its state'
+    )
+  np.testing.assert_array_equal(score('my_rewards:place', b).total, [1, 0])
+
+
+def test_a_missing_column_is_told_before_training(functions):
+  for spec in ('my_rewards:same', 'exact', 'label'):
+    with pytest.raises(
+      ConfigError, match=r'(answer|label), which the data lacks.*answers, label_id'
+    ):
+      Rewards(parse(spec), ('answers', 'label_id'))
+
+
+def test_functions_that_are_not_there(functions):
+  for spec, match in (
+    ('my_rewards:lenght_of', 'did you mean length_of'),
+    ('no_such_rewards:f', 'cannot import no_such_rewards'),
+    ('broken_rewards:f', 'no_such_module_at_all'),
+    ('my_rewards:calls', 'no function calls'),
+  ):
+    with pytest.raises(ConfigError, match=match):
+      Rewards(parse(spec), ())
+
+
+def test_an_exception_is_counted_and_not_paid(functions):
+  got = score('my_rewards:raises@1,my_rewards:length_of@1', batch('a', 'bc'))
+  np.testing.assert_array_equal(got.total, [1, 2])
+  assert got.failures == {'raises': 2, 'length_of': 0}
+  assert 'ZeroDivisionError' in got.reasons['raises'] and 'my_rewards.py' in got.reasons['raises']
+
+
+def test_a_function_that_hangs_or_dies_is_started_again(functions):
+  with Rewards(parse('my_rewards:hangs@1,my_rewards:dies@1'), (), call_limit=1.0) as r:
+    start = time.monotonic()
+    got = r.score(batch('hang', 'die'))
+    assert time.monotonic() - start < 10
+    np.testing.assert_array_equal(got.parts, np.zeros((2, 2)))
+    assert got.failures == {'hangs': 2, 'dies': 2}
+    assert 'out of time' in got.reasons['hangs'] and '-9' in got.reasons['dies']
+    assert r.score(batch('exit', 'b')).failures == {'hangs': 0, 'dies': 2}
+    np.testing.assert_array_equal(r.score(batch('a', 'b')).parts, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize(
+  ('name', 'match'),
+  [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'), ('holes', 'list of 2'),
+   ('nan', 'nan for completion 1'), ('huge', r'1e\+39')],
+)  # fmt: skip
+def test_wrong_results_name_the_function(functions, name, match):
+  with pytest.raises(ConfigError, match=match) as e:
+    score(f'my_rewards:{name}', batch('a', 'b'))
+  assert f'my_rewards:{name}' in str(e.value)
+
+
+def test_a_bad_gold_is_a_failure_of_its_row():
+  got = score('exact', batch('a', 'b', 'c', answer=['a', None, ['c', 'd']]))
+  np.testing.assert_array_equal(got.total, [1, 0, 1])
+  assert got.failures == {'exact': 1} and 'answer' in got.reasons['exact']
+
+
+def test_columns_that_cannot_be_used(functions):
+  with pytest.raises(DataError, match='no JSON'):
+    score('my_rewards:same', batch('a', answer=[b'a']))
+  with pytest.raises(DataError, match='2 values for 1'):
+    score('exact', batch('a', answer=['a', 'b']))
+
+
+def test_a_model_is_a_part():
+  seen = []
+
+  def model(prompt_ids, token_ids):
+    seen.append((prompt_ids, token_ids))
+    return np.array([sum(ids) for ids in token_ids], np.float32)
+
+  b = batch('abc', 'a')
+  np.testing.assert_array_equal(score('model@0.5', b, model=model).total, [1.5, 0])
+  assert seen == [([[1], [1]], [[0, 1, 2], [0]])]
+  with pytest.raises(ConfigError, match='none is given'):
+    score('model', b)
+  for wrong in ([1.0], [1.0, np.nan]):
+    with pytest.raises(ConfigError, match='reward model returned'):
+      score('model', b, model=lambda p, t, w=wrong: np.array(w))
+
+
+@needs('math_verify')
+def test_math_is_isolated_and_the_order_kept():
+  texts = [str(i) if i % 3 else f'\\boxed{{\\sqrt{{{i**2}}}}}' for i in range(40)]
+  b = batch(*texts, answer=[str(i) for i in range(40)])
+  first = score('math', b, workers=2)
+  np.testing.assert_array_equal(first.total, np.ones(40))
+  shifted = batch(*texts, answer=[str(i + 1) for i in range(40)])
+  np.testing.assert_array_equal(score('math', shifted, workers=1).total, np.zeros(40))
+  # 1 MB, and what sympy would compute for ever
+  bait = ['9' * 1_000_000, '\\boxed{9^{9^{9^9}}}', '\\boxed{\\int_0^1 e^{e^{x}} dx}', '{' * 100_000]
+  start = time.monotonic()
+  with Rewards(parse('math'), ('answer',), workers=2) as r:
+    got = r.score(batch(*bait, answer=['7'] * 4))
+    assert time.monotonic() - start < 15
+    np.testing.assert_array_equal(got.total, np.zeros(4))
+    np.testing.assert_array_equal(r.score(batch('7', answer=['7'])).total, [1])
+
+
+@needs('jsonschema')
+def test_a_hanging_pattern_costs_one_completion(tmp_path):
+  path = tmp_path / 's.json'
+  path.write_text('{"type": "string", "pattern": "^(a+)+$"}')
+  with Rewards(parse((f'json_schema:{path}',)), (), completion_limit=0.5, workers=2) as r:
+    for _ in range(2):
+      start = time.monotonic()
+      got = r.score(batch('"aaa"', json.dumps('a' * 60 + '!'), '"aa"', '"b"'))
+      assert time.monotonic() - start < 5
+      np.testing.assert_array_equal(got.total, [1, 0, 1, 0])
+      assert got.failures == {'json_schema': 1}
+
+
+def test_no_process_stays(functions):
+  r = Rewards(parse('my_rewards:hangs'), ())
+  [worker] = r._pools['hangs']._workers
+  r.close()
+  assert worker._process.poll() is not None
+  with pytest.raises(ProcessLookupError):
+    os.kill(worker._process.pid, 0)
+
+
+def test_the_import_is_light():
+  code = (
+    'import sys, ftjax.rollout.rewards; print(sorted({"jax", "sympy", "re2", "jsonschema", '
+    '"math_verify"} & set(sys.modules)))'
+  )
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert out.stdout.strip() == '[]'
