@@ -233,20 +233,19 @@ def test_a_model_is_a_part():
 
 @needs('math_verify')
 def test_math_is_isolated_and_the_order_kept():
-  texts = [str(i) if i % 3 else f'\\boxed{{\\sqrt{{{i**2}}}}}' for i in range(40)]
-  b = batch(*texts, answer=[str(i) for i in range(40)])
-  first = score('math', b, workers=2)
-  np.testing.assert_array_equal(first.total, np.ones(40))
-  shifted = batch(*texts, answer=[str(i + 1) for i in range(40)])
-  np.testing.assert_array_equal(score('math', shifted, workers=1).total, np.zeros(40))
-  # 1 MB, and what sympy would compute for ever
-  bait = ['9' * 1_000_000, '\\boxed{9^{9^{9^9}}}', '\\boxed{\\int_0^1 e^{e^{x}} dx}', '{' * 100_000]
-  start = time.monotonic()
+  texts = [str(i) if i % 3 else f'\\boxed{{\\sqrt{{{i**2}}}}}' for i in range(13)]
+  b = batch(*texts, answer=[str(i) for i in range(13)])
+  shifted = batch(*texts, answer=[str(i + 1) for i in range(13)])
+  # A gold of its kind lets a tower through to sympy, which would compute for ever.
+  towers = batch('\\boxed{9^{9^{9^8}}}', '7', answer=['9^{9^{9^9}}', '7'])
   with Rewards(parse('math'), ('answer',), workers=2) as r:
-    got = r.score(batch(*bait, answer=['7'] * 4))
-    assert time.monotonic() - start < 15
-    np.testing.assert_array_equal(got.total, np.zeros(4))
-    np.testing.assert_array_equal(r.score(batch('7', answer=['7'])).total, [1])
+    np.testing.assert_array_equal(r.score(b).total, np.ones(13))
+    start = time.monotonic()
+    got = r.score(towers)
+    assert time.monotonic() - start < 8
+    np.testing.assert_array_equal(got.total, [0, 1])
+    assert got.failures == {'math': 1} and got.reasons == {'math': 'out of time'}
+    np.testing.assert_array_equal(r.score(shifted).total, np.zeros(13))
 
 
 @needs('jsonschema')
