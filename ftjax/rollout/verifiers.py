@@ -290,7 +290,8 @@ class Length(Quick):
 @dataclasses.dataclass(frozen=True)
 class Repetition(Quick):
   """A penalty in [-1, 0]: minus the share of n-grams of tokens that stood before already,
-  distinct / all - 1 (Yeo et al. 2025, arXiv:2502.03373, use the same share)."""
+  distinct / all - 1. A whole-sequence form of the n-gram penalty of Yeo et al. 2025
+  (arXiv:2502.03373), which charges single tokens."""
 
   ngram: int = 3
 
