@@ -1,0 +1,230 @@
+"""Advantages of sampled completions: relative to their group, to the batch, or to a value model.
+
+Axes: P prompts, C completions per prompt, B completions, T tokens. Everything is jnp and runs under
+jit on arrays sharded over P or B (C and T whole), but `group_rows`, which is numpy on the host and
+lays ragged groups out as [P, C]. Advantages are constants: none has a gradient.
+
+A group teaches something only if two of its completions have different rewards. Every group
+function returns exactly 0 for the others and says which they are (`has_lesson`): a caller gives
+their tokens weight 0, so that they neither count in the loss's weight nor get a KL term, or draws
+other prompts in their place (DAPO, Yu et al. 2025, section 3.2, 'dynamic sampling').
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.losses import masked
+
+
+class Advantages(NamedTuple):
+  """Of groups. What is not scorable has 0."""
+
+  advantages: jax.Array  # float32[P, C]
+  has_lesson: jax.Array  # bool[P]
+
+
+def group_rows(group_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Where the completions of each prompt stand. Host side, numpy.
+
+  Args:
+    group_ids: int[B], the prompt of each completion, in any order; groups may differ in size.
+
+  Returns:
+    (index int32[P, C], is_there bool[P, C]): prompts in ascending order of id, completions in the
+    order given, C the largest group; index is 0 where is_there is False. So `rewards[index]` is
+    float[P, C], and `out[index[is_there]] = advantages[is_there]` puts them back.
+  """
+  ids = np.asarray(group_ids)
+  _, group, sizes = np.unique(ids, return_inverse=True, return_counts=True)
+  order = np.argsort(group, kind='stable')
+  column = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+  index = np.zeros((len(sizes), sizes.max(initial=0)), np.int32)
+  is_there = np.zeros(index.shape, bool)
+  index[group[order], column] = order
+  is_there[group[order], column] = True
+  return index, is_there
+
+
+def has_lesson(rewards: jax.Array, scorable: jax.Array) -> jax.Array:
+  """bool[P]: whether two scorable completions of a group have different rewards, bit by bit.
+
+  This is DAPO's mask of groups to keep (Yu et al. 2025, eq. 11) for rewards that are right or
+  wrong; it holds for any rewards. Arguments as in `grpo`.
+  """
+  lowest = jnp.where(scorable, rewards, jnp.inf).min(-1)
+  highest = jnp.where(scorable, rewards, -jnp.inf).max(-1)
+  return lowest < highest
+
+
+def _centred(rewards: jax.Array, scorable: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(rewards - the group's mean, 0 where not scorable float32[P, C]; scorable float32[P, C];
+  completions that are scorable float32[P, 1])."""
+  weights = scorable.astype(jnp.float32)
+  rewards = masked.keep(rewards.astype(jnp.float32), weights)
+  count = weights.sum(-1, keepdims=True)
+  mean = masked.divide(rewards.sum(-1, keepdims=True), count)
+  return (rewards - mean) * weights, weights, count
+
+
+def _with_lesson(advantages: jax.Array, rewards: jax.Array, scorable: jax.Array) -> Advantages:
+  # By the rewards themselves: the mean of equal numbers may differ from them by a rounding.
+  lesson = has_lesson(rewards, scorable)
+  out = jnp.where(lesson[:, None] & scorable, advantages, 0.0)
+  return Advantages(jax.lax.stop_gradient(out), lesson)
+
+
+def grpo(rewards: jax.Array, scorable: jax.Array, epsilon: float = 1e-4) -> Advantages:
+  """(r - mean of the group) / (std of the group + epsilon).
+
+  The standard deviation is unbiased (C - 1), as in TRL's GRPO (scale_rewards 'group'), verl and
+  DeepSeek's equation read by torch. Shao et al. 2024, section 4.1.2.
+
+  Args:
+    rewards: float32[P, C].
+    scorable: bool[P, C], False for completions without a reward and for places without a
+      completion.
+    epsilon: in units of the reward.
+  """
+  centred, _, count = _centred(rewards, scorable)
+  squares = jnp.square(centred).sum(-1, keepdims=True)
+  std = jnp.sqrt(masked.divide(squares, jnp.maximum(count - 1.0, 0.0)))
+  return _with_lesson(centred / (std + epsilon), rewards, scorable)
+
+
+def dr_grpo(rewards: jax.Array, scorable: jax.Array) -> Advantages:
+  """r - mean of the group: Dr. GRPO, Liu et al. 2025, section 3; TRL's scale_rewards 'none'.
+  Arguments as in `grpo`."""
+  return _with_lesson(_centred(rewards, scorable)[0], rewards, scorable)
+
+
+def rloo(rewards: jax.Array, scorable: jax.Array) -> Advantages:
+  """r - mean of the group's other rewards, which is n / (n - 1) (r - mean of the group).
+
+  Ahmadian et al. 2024, section 3.3; Kool et al. 2019. TRL's RLOO trainer agrees. Arguments as in
+  `grpo`; n is the number of scorable completions of the group.
+  """
+  centred, _, count = _centred(rewards, scorable)
+  scale = masked.divide(count, jnp.maximum(count - 1.0, 0.0))
+  return _with_lesson(centred * scale, rewards, scorable)
+
+
+def reinforce_pp_baseline(
+  rewards: jax.Array, scorable: jax.Array, epsilon: float = 1e-8
+) -> Advantages:
+  """(r - mean of the group) / sqrt(variance over the batch + epsilon): REINFORCE++ with baseline.
+
+  Hu et al. 2025, section 3. The batch's mean of r - mean of the group is 0, so none is taken off:
+  a group without a lesson stays at exactly 0. The variance is over all scorable completions
+  (number - 1), groups without a lesson included, as in the paper; to leave those out give
+  `scorable & has_lesson(rewards, scorable)[:, None]`. It couples all prompts: give it the whole
+  step's rewards. TRL has no such form (its scale_rewards 'batch' divides by the deviation of the
+  rewards themselves); verl and OpenRLHF whiten per token what is here per completion.
+  """
+  centred, weights, _ = _centred(rewards, scorable)
+  squares, count = masked.mean(jnp.square(centred), weights)
+  variance = masked.divide(squares, jnp.maximum(count - 1.0, 0.0))
+  return _with_lesson(centred * jax.lax.rsqrt(variance + epsilon), rewards, scorable)
+
+
+def reinforce_pp(rewards: jax.Array, weights: jax.Array) -> jax.Array:
+  """Returns of every token, whitened over all tokens of the batch: REINFORCE++.
+
+  Hu et al. 2025, eq. 8 to 10, gamma 1; verl's reinforce_plus_plus agrees. Couples all rows: give it
+  the whole step. Exactly 0 where all returns are equal.
+
+  Args:
+    rewards: float32[B, T], of `at_last_token`, less a coefficient times `policy.kl_rewards`.
+    weights: float32[B, T].
+
+  Returns:
+    float32[B, T], 0 where weights are 0.
+  """
+  return masked.whiten(returns_to_go(rewards, weights), weights)
+
+
+def at_last_token(scores: jax.Array, weights: jax.Array) -> jax.Array:
+  """float32[B, T]: the score float32[B] of each completion at its last token with a weight, 0
+  elsewhere and for rows without any.
+
+  By position, never by token id: TRL's PPO trainer puts it on the first padding token (issue 3750).
+  """
+  at = jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+  last = jnp.where(weights != 0, at, -1).max(-1, keepdims=True)
+  return jnp.where((at == last) & (weights != 0), scores[:, None], 0.0)
+
+
+def returns_to_go(rewards: jax.Array, weights: jax.Array, gamma: float = 1.0) -> jax.Array:
+  """float32[B, T]: R_t = r_t + gamma R_t', t' the next token with a weight; 0 where there is none.
+
+  Args:
+    rewards: float32[B, T].
+    weights: float32[B, T]; tokens without a weight cost no discount.
+    gamma: discount per token.
+  """
+  return gae(rewards, jnp.zeros_like(rewards), weights, gamma=gamma, lam=1.0)[0]
+
+
+def gae(
+  rewards: jax.Array, values: jax.Array, weights: jax.Array, *, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+  """Generalized advantage estimation over the tokens that have a weight.
+
+  A_t = d_t + gamma lam A_t', d_t = r_t + gamma V_t' - V_t, with t' the next token with a weight
+  (tools' answers between are stepped over) and A = V = 0 after the last. Schulman et al. 2016, eq.
+  16. Not whitened: see `masked.whiten`. TRL's PPO trainer agrees where the tokens are contiguous.
+
+  Args:
+    rewards: float32[B, T].
+    values: float32[B, T], V of the state before each token.
+    weights: float32[B, T], 1 or 0.
+    gamma, lam: per token.
+
+  Returns:
+    (advantages float32[B, T], returns = advantages + values float32[B, T]), both 0 where weights
+    are 0.
+  """
+  rewards, values = masked.keep(rewards, weights), masked.keep(values, weights)
+
+  def body(carry, token):
+    next_advantage, next_value = carry
+    reward, value, counts = token
+    delta = reward + gamma * next_value - value
+    advantage = delta + gamma * lam * next_advantage
+    carry = (
+      jnp.where(counts, advantage, next_advantage),
+      jnp.where(counts, value, next_value),
+    )
+    return carry, jnp.where(counts, advantage, 0.0)
+
+  end = jnp.zeros_like(values.sum(-1))
+  tokens = (rewards.T, values.T, (weights != 0).T)
+  _, advantages = jax.lax.scan(body, (end, end), tokens, reverse=True)
+  advantages = advantages.T
+  return jax.lax.stop_gradient((advantages, advantages + values))
+
+
+def overlong_penalty(lengths: jax.Array, max_len: int, cache_len: int) -> jax.Array:
+  """float32[B], added to the reward of long completions: 0 up to max_len - cache_len tokens, then
+  linearly down to -1 at max_len, and -1 beyond.
+
+  DAPO, Yu et al. 2025, eq. 13; TRL's get_soft_overlong_punishment agrees.
+
+  Args:
+    lengths: int32[B], tokens of each completion.
+    max_len: tokens from which the penalty is whole.
+    cache_len: tokens over which it grows.
+
+  Raises:
+    ValueError: unless 0 < cache_len <= max_len.
+  """
+  if not 0 < cache_len <= max_len:
+    raise ValueError(
+      f'cache_len is {cache_len} and max_len {max_len}; the penalty grows over the last cache_len '
+      'of max_len tokens, so 0 < cache_len <= max_len'
+    )
+  free = max_len - cache_len
+  return -jnp.clip((lengths.astype(jnp.float32) - free) / cache_len, 0.0, 1.0)
