@@ -366,7 +366,9 @@ def outputs(inputs: dict[str, np.ndarray], ppo_folder: Path) -> dict[str, np.nda
     'kto': kto(x),
     'bradley_terry': reward_model(x, None, False),
     'bradley_terry_margin': reward_model(x, 0.01, True),
-    'overlong': torch.tensor(get_soft_overlong_punishment(100, 20)([[0] * n for n in x['lengths']])),
+    'overlong': torch.tensor(
+      get_soft_overlong_punishment(100, 20)([[0] * n for n in x['lengths']])
+    ),
     **advantages(x),
     **corrections(x),
     **ppo(x, ppo_folder),

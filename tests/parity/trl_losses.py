@@ -33,7 +33,7 @@ NOT_COMPARED = {
   'reinforce, k2, dual_clip below 1 + clip_high': 'TRL has none',
   'mean squared error of rewards, calibration error': 'TRL has none',
   'REINFORCE++': "TRL has none (scale_rewards 'batch' is another formula)",
-  'adaptive KL coefficient': 'gone from TRL since 0.12',
+  'adaptive KL coefficient': 'TRL 1.16 has none',
 }
 
 
