@@ -173,7 +173,8 @@ def k3(log_ratio: jax.Array) -> jax.Array:
   On-policy the mean of its gradient is that of the *other* divergence, KL(pi_ref || pi). Its bias
   as a gradient of KL(pi || pi_ref) is therefore exactly grad KL(pi_ref || pi) - grad KL(pi ||
   pi_ref): of first order in log pi - log pi_ref relative to the gradient, so it vanishes near the
-  reference. (TRL PR 6503 measured 21 % on-policy on its example.) GRPO, Shao et al. 2024, eq. 4.
+  reference; 28.2 % for the two distributions of test_policy.py (TRL PR 6503 tells 21 % of its own).
+  GRPO, Shao et al. 2024, eq. 4.
   """
   x = jnp.minimum(-log_ratio, _MAX_LOG_RATIO)
   return jnp.expm1(x) - x
