@@ -10,12 +10,17 @@ from tiny_model import place
 
 from ftjax.losses import advantages, masked
 
+# Compiled whole: operation by operation these tests take minutes.
 GROUP_FORMS = {
-  'grpo': advantages.grpo,
-  'dr_grpo': advantages.dr_grpo,
-  'rloo': advantages.rloo,
-  'reinforce_pp_baseline': advantages.reinforce_pp_baseline,
+  form.__name__: jax.jit(form)
+  for form in (
+    advantages.grpo,
+    advantages.dr_grpo,
+    advantages.rloo,
+    advantages.reinforce_pp_baseline,
+  )
 }
+gae = jax.jit(advantages.gae, static_argnames=('gamma', 'lam'))
 EACH = pytest.mark.parametrize('form', GROUP_FORMS.values(), ids=GROUP_FORMS)
 REWARDS = jnp.array([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]])
 ALL = jnp.ones_like(REWARDS, bool)
@@ -94,7 +99,7 @@ def test_rloo_is_the_loop():
 
 
 def test_groups_to_keep():
-  """DAPO keeps what is neither all right nor all wrong; a completion without a reward is neither."""
+  """DAPO keeps what is neither all right nor all wrong; who has no reward does not count."""
   rewards = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
   scorable = jnp.ones_like(rewards, bool).at[3, 2].set(False)
   np.testing.assert_array_equal(
@@ -142,9 +147,7 @@ def plain_gae(rewards, values, weights, gamma, lam):
 
 @pytest.mark.parametrize(('gamma', 'lam'), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0)])
 def test_gae_is_the_loop(gamma, lam):
-  got, returns = advantages.gae(
-    *map(jnp.asarray, (TOKEN_REWARDS, VALUES, HOLES)), gamma=gamma, lam=lam
-  )
+  got, returns = gae(*map(jnp.asarray, (TOKEN_REWARDS, VALUES, HOLES)), gamma=gamma, lam=lam)
   expected = plain_gae(TOKEN_REWARDS, VALUES, HOLES, gamma, lam)
   np.testing.assert_allclose(got, expected, atol=1e-6)
   np.testing.assert_allclose(returns, (expected + VALUES) * HOLES, atol=1e-6)
@@ -152,7 +155,7 @@ def test_gae_is_the_loop(gamma, lam):
 
 def test_gae_by_hand():
   """Two tokens, reward 1 at the end, values 0.5 and 0.25: d = (-0.25, 0.75), lam 0.5."""
-  got, returns = advantages.gae(
+  got, returns = gae(
     jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.25]]), jnp.ones((1, 2)), gamma=1.0, lam=0.5
   )
   np.testing.assert_allclose(got, [[0.125, 0.75]], rtol=1e-6)
@@ -162,13 +165,13 @@ def test_gae_by_hand():
 def test_padding_side_and_what_it_holds_do_not_matter():
   bad = jnp.full((2, 3), jnp.nan)
   zeros = jnp.zeros((2, 3))
-  plain = advantages.gae(*map(jnp.asarray, (TOKEN_REWARDS, VALUES, HOLES)), gamma=0.9, lam=0.8)
+  plain = gae(*map(jnp.asarray, (TOKEN_REWARDS, VALUES, HOLES)), gamma=0.9, lam=0.8)
   for left in (True, False):
     parts = [
       jnp.concatenate([pad, a] if left else [a, pad], axis=1)
       for a, pad in ((TOKEN_REWARDS, bad), (VALUES, bad), (HOLES, zeros))
     ]
-    for got, expected in zip(advantages.gae(*parts, gamma=0.9, lam=0.8), plain, strict=True):
+    for got, expected in zip(gae(*parts, gamma=0.9, lam=0.8), plain, strict=True):
       kept, padding = (got[:, 3:], got[:, :3]) if left else (got[:, :4], got[:, 4:])
       np.testing.assert_array_equal(kept, expected)
       np.testing.assert_array_equal(padding, 0.0)
@@ -209,7 +212,8 @@ def test_reinforce_pp_of_equal_scores_is_exactly_zero(score):
 def test_nothing_here_has_a_gradient():
   ones = jnp.ones_like(REWARDS)
   for form in GROUP_FORMS.values():
-    np.testing.assert_array_equal(jax.grad(lambda r: (form(r, ALL)[0] ** 2).sum())(REWARDS), 0.0)  # noqa: B023
+    slope = jax.jit(jax.grad(lambda r: (form(r, ALL)[0] ** 2).sum()))(REWARDS)  # noqa: B023
+    np.testing.assert_array_equal(slope, 0.0)
   both = lambda v: sum(a.sum() for a in advantages.gae(REWARDS, v, ones, gamma=1.0, lam=0.9))  # noqa: E731
   np.testing.assert_array_equal(jax.grad(both)(REWARDS), 0.0)
 
@@ -230,18 +234,17 @@ def test_sharded_prompts_and_rows(use_mesh):
   rng = np.random.default_rng(0)
   tokens, values = rng.normal(size=(2, 8, 5)).astype(np.float32)
   weights = (np.arange(5) < rng.integers(1, 6, (8, 1))).astype(np.float32)
-  groups = {name: jax.jit(form) for name, form in GROUP_FORMS.items()}
 
   def per_token(rewards, values, weights):
-    a, returns = advantages.gae(rewards, values, weights, gamma=0.9, lam=0.8)
+    a, returns = gae(rewards, values, weights, gamma=0.9, lam=0.8)
     ends = advantages.at_last_token(rewards.sum(-1), weights)
     return masked.whiten(a, weights), returns, advantages.reinforce_pp(ends, weights)
 
   expected = {name: form(rewards, scorable) for name, form in GROUP_FORMS.items()}
-  expected_tokens = per_token(*map(jnp.asarray, (tokens, values, weights)))
+  expected_tokens = jax.jit(per_token)(*map(jnp.asarray, (tokens, values, weights)))
   use_mesh(data=2, fsdp=4)
   placed = place(rewards, 'batch', None), place(scorable, 'batch', None)
-  for name, form in groups.items():
+  for name, form in GROUP_FORMS.items():
     got, lesson = form(*placed)
     np.testing.assert_allclose(got, expected[name][0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(lesson, expected[name][1])
