@@ -18,8 +18,8 @@ ACCUM, B, T, STEPS = 2, 8, 32, 5
 RATE = 1e-4
 # K = 2 heads allow two ways at most; the other axes divide B and T.
 MESHES = [
-  dict(zip(('data', 'fsdp', 'context', 'tensor'), sizes, strict=True))
-  for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2))
+  dict(zip(sharding.AXES, sizes, strict=True))
+  for sizes in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8), (1, 2), (1, 2, 4, 8))
   if np.prod(sizes) == 8
 ]
 
@@ -136,7 +136,7 @@ def test_five_steps_are_those_of_one_device(sizes, use_mesh, batches, one_device
 
 
 def test_all_meshes_are_tried():
-  assert len(MESHES) == 16
+  assert len(MESHES) == 30
 
 
 def test_the_loss_moves_and_every_parameter_with_it(one_device):

@@ -2,6 +2,7 @@
 dies, hangs or is told to stop.
 """
 
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,6 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-import cluster
 import tiny_run
 from cluster import STEPS, Processes, arguments, run
 
@@ -47,6 +47,11 @@ def saved(workdir):
 def test_several_processes_train_like_one(count, one, tmp_path):
   said = run(count, arguments(tmp_path), tmp_path / 'logs')
   check(tmp_path, one)
+  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  rows = [row for row in rows if row['split'] == 'train']
+  assert all(0 <= row['goodput'] <= 1 for row in rows) and rows[-1]['goodput'] > 0
+  assert all(0 < row['host_s_min'] <= row['host_s_max'] for row in rows[1:])
+  assert {row['host_slowest'] for row in rows} <= set(range(count))
   assert said.count('process 0 of ') == 1 and 'Answers before and after' in said
   # One host logs: the others say nothing of steps, data or results.
   for log in sorted((tmp_path / 'logs').iterdir())[1:]:
@@ -121,26 +126,11 @@ def test_bad_data_ends_all_with_its_code(tmp_path):
 
 
 def test_hosts_that_see_other_data_are_refused(tmp_path):
-  """Caches that are not shared, and files that differ."""
-  processes = []
-  for i, rows in enumerate((100, 90)):
-    settings = arguments(tmp_path / 'run', f'data.cache={tmp_path / str(i)}')
-    settings = [s.replace('sums:100', f'sums:{rows}') for s in settings]
-    processes.append(settings)
-  with Processes(2, processes[0], tmp_path / 'logs') as both:
-    # The second one is started anew with other arguments, under the same number.
-    command = [a for a in both.all[1].args if 'data.train' not in a and 'data.cache' not in a]
-    both.all[1].kill()
-    both.all[1].wait()
-    other = [a for a in processes[1] if 'data.train' in a or 'data.cache' in a]
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(cluster.ROOT)}
-    environment['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
-    import subprocess
-
-    with open(both.logs[1], 'wb') as out:
-      both.all[1] = subprocess.Popen(
-        [*command, *other], cwd=cluster.ROOT, env=environment, stdout=out, stderr=out
-      )
+  """Caches that are not shared, of files that differ."""
+  own = [
+    [f'--config.data.cache={tmp_path / str(rows)}', f'--config.data.train=sums:{rows}']
+    for rows in (100, 90)
+  ]
+  with Processes(2, arguments(tmp_path / 'run'), tmp_path / 'logs', own=own) as both:
     assert both.wait(timeout=100) == [3, 3], both.said()
     assert 'data: process 0 has' in both.said()
