@@ -131,7 +131,8 @@ class Trainer:
 
 
 def _check_source(workdir: str) -> None:
-  if not files.exists(files.join(workdir, 'export')):
+  # In a bucket config.json comes last: without it the export is half of one.
+  if not files.exists(files.join(workdir, 'export', 'config.json')):
     raise ConfigError(
       f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
     )
@@ -334,6 +335,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     attention_dim=arch.num_heads * arch.head_dim,
     peak=peak,
   )
+  traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
     cadence,
@@ -344,7 +346,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     throughput=throughput,
     signals=Signals(run.mesh),
     watchdog=run.watchdog,
-    profile_dir=files.join(run.workdir, 'profile'),
+    profile_dir=traces.folder,
   )
   feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
   try:
@@ -353,3 +355,5 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
   finally:
     feed.close()
     writer.close()
+    traces.push()
+    traces.close()

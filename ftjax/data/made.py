@@ -5,11 +5,11 @@ byte and a ChatML template."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ftjax.data.sources import Spec
+from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError
 
 _SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
@@ -41,11 +41,13 @@ def sums(count: int) -> list[dict]:
 
 
 def resolve(spec: Spec, folder: str) -> Spec:
-  """A source that names made rows becomes a file of them in `folder`; others pass."""
+  """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
+  this machine); others pass.
+  """
   kind, _, count = spec.path.partition(':')
   if kind != 'sums' or not count.isdigit():
     return spec
-  path = Path(folder) / f'sums-{int(count)}.jsonl'
+  path = files.local_mirror(folder) / f'sums-{int(count)}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(''.join(json.dumps(row) + '\n' for row in sums(int(count))))
   return dataclasses.replace(spec, path=str(path))
