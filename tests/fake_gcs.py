@@ -1,5 +1,5 @@
-"""A Google Cloud Storage on loopback: objects and their JSON API are gcp-storage-emulator's, the rest
-is here.
+"""A Google Cloud Storage on loopback: objects and the JSON API are gcp-storage-emulator's, the
+rest is here.
 
 Added: conditions on generations (which make a lock a lock, and which tensorstore relies on), the
 generation in the headers, denied permissions, a hanging server, a log of requests. `env` is what a
@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import threading
 import time
 from http import HTTPStatus, server
@@ -23,6 +24,8 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler, Router
 from gcp_storage_emulator.storage import Storage
 
+from ftjax.runtime import gcs
+
 logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)  # every 404 is an error to it
 BUCKET = 'bucket'
 PRINCIPAL = 'trainer@project.iam.gserviceaccount.com'
@@ -30,11 +33,12 @@ PRINCIPAL = 'trainer@project.iam.gserviceaccount.com'
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One request that was answered: the permission it needs, the object or prefix, bytes sent."""
+  """One request that was let through: the permission it needs, the object, its content's bytes."""
 
   permission: str
   key: str
   size: int
+  is_content: bool
 
 
 class FakeGcs:
@@ -64,6 +68,13 @@ class FakeGcs:
     self._server.shutdown()
     self._server.server_close()
 
+  def reset(self) -> None:
+    """An empty bucket that refuses nothing."""
+    with self.lock:
+      self.storage.wipe(keep_buckets=True)
+      self.deny, self.hangs = set(), False
+      self.requests.clear()
+
   def object(self, key: str) -> dict | None:
     """The resource of an object of the bucket, None where there is none."""
     try:
@@ -71,7 +82,7 @@ class FakeGcs:
     except NotFound:
       return None
 
-  def keys(self, prefix: str = '') -> list[str]:
+  def names(self, prefix: str = '') -> list[str]:
     """Names of all objects below a prefix."""
     with self.lock:
       return sorted(k for k in self.storage.objects.get(BUCKET, {}) if k.startswith(prefix))
@@ -80,9 +91,21 @@ class FakeGcs:
     with self.lock:
       return bytes(self.storage.get_file(BUCKET, key))
 
+  def upload(self, source, key: str) -> None:
+    """Puts a file, or all files below a folder, into the bucket, by the client."""
+    source = pathlib.Path(source)
+    for path in [source] if source.is_file() else source.rglob('*'):
+      if path.is_file():
+        name = '' if path == source else f'/{path.relative_to(source).as_posix()}'
+        gcs.GcsPath(f'gs://{BUCKET}/{key}{name}').write_bytes(path.read_bytes())
+
+  def sent(self, prefix: str = '') -> int:
+    """Bytes of objects below a prefix that were downloaded."""
+    return sum(r.size for r in self.requests if r.is_content and r.key.startswith(prefix))
+
   def download(self, prefix: str, folder) -> None:
     """Writes all objects below a prefix into a folder, byte by byte as they are."""
-    for key in self.keys(prefix):
+    for key in self.names(prefix):
       path = os.path.join(folder, key[len(prefix) :].lstrip('/'))
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(path, 'wb') as f:
@@ -116,10 +139,11 @@ class _Handler(RequestHandler):
   def _serve(self, method):
     if self._fake.hangs:
       time.sleep(30)
-    connection, self._headers_to_add = self.rfile, {}
+    connection, self._headers_to_add, self._body = self.rfile, {}, b''
     if length := int(self.headers.get('Content-Length') or 0):
       # Not every handler reads the body, and what it leaves would be taken for the next request.
-      self.rfile = io.BytesIO(connection.read(length))
+      self._body = connection.read(length)
+      self.rfile = io.BytesIO(self._body)
     try:
       self._handle(method)
     finally:
@@ -130,6 +154,8 @@ class _Handler(RequestHandler):
       url = urlparse(self.path)
       query = {k: v[0] for k, v in parse_qs(url.query).items()}
       permissions, key = _classify(method, url.path, query)
+      if '/upload/' in url.path and method == 'POST':
+        key = query.get('name') or self._name_in_body()
       stored = self._fake.object(key) if key else None
       if 'objects.create' in permissions and stored:
         permissions = [*permissions, 'objects.delete']  # replacing is deleting
@@ -148,8 +174,16 @@ class _Handler(RequestHandler):
         return self._answer(404, 'No such object of that generation')
       if stored:
         self._headers_to_add['x-goog-generation'] = str(generation)
-      self._fake.requests.append(Request(permissions[0], key, self._size(stored)))
+      is_content = permissions[0] == 'objects.get' and (
+        query.get('alt') == 'media' or '/download/' in url.path
+      )
+      self._fake.requests.append(Request(permissions[0], key, self._size(stored), is_content))
       Router(self).handle(method)
+
+  def _name_in_body(self) -> str:
+    """Of an upload whose name stands in its JSON, which is the body or the first part of it."""
+    start = self._body.find(b'{')
+    return json.JSONDecoder().raw_decode(self._body[start:].decode('latin-1'))[0]['name']
 
   def _size(self, stored) -> int:
     begin, _, end = self.headers.get('Range', '').removeprefix('bytes=').partition('-')

@@ -379,7 +379,7 @@ def build_or_open(
   corpus = Corpus(folder, spec.path, names)
   try:
     files.put_folder(folder, remote, _MARK)
-  except OSError as error:  # the tokens are here all the same
+  except (OSError, DataError) as error:  # the tokens are here all the same
     log.warning('%s: tokens were not uploaded for other machines: %s', remote, error)
   return corpus
 

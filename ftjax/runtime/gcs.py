@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 
 SCHEME = 'gs://'
 _PIECE = 8 << 20  # bytes of one range request; a large read is several at once
@@ -70,7 +70,7 @@ def split(path: str | os.PathLike) -> tuple[str, str]:
   """
   path = os.fspath(path)
   bucket, _, key = path.removeprefix(SCHEME).partition('/')
-  key = key.strip('/')
+  key = key.rstrip('/')
   if not bucket or (key and {'', '.', '..'} & set(key.split('/'))):
     raise ConfigError(f"{path!r}: expected gs://BUCKET/PATH without empty parts, '.' and '..'")
   return bucket, key
@@ -82,6 +82,7 @@ def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
   import requests
   from google.api_core import exceptions
   from google.auth.exceptions import GoogleAuthError
+  from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
   place = os.fspath(path)
   try:
@@ -90,7 +91,16 @@ def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
     raise FileNotFoundError(2, 'No such object', place) from error
   except exceptions.Forbidden as error:
     raise PermissionError(13, f'Forbidden ({error.message[-300:]})', place) from error
-  except (exceptions.GoogleAPIError, requests.RequestException, GoogleAuthError) as error:
+  except InvalidResponse as error:  # a resumable upload's own kind
+    kind = PermissionError if error.response.status_code == 403 else OSError
+    told = f'HTTP {error.response.status_code} ({error.response.text[-300:]})'
+    raise kind(13 if kind is PermissionError else 5, told, place) from error
+  except (
+    exceptions.GoogleAPIError,
+    DataCorruption,
+    requests.RequestException,
+    GoogleAuthError,
+  ) as error:
     raise OSError(5, f'{type(error).__name__}: {str(error)[-300:]}', place) from error
 
 
@@ -174,13 +184,26 @@ class GcsPath:
       self.stat()
     except FileNotFoundError:
       return False
+    except PermissionError as error:
+      raise self._unreadable(error) from error
     return True
 
   def is_dir(self) -> bool:
     """Whether objects lie under it; an object store has no other folders."""
-    with as_os_errors(self):
-      found = client().list_blobs(self.bucket, prefix=self._prefix(), max_results=1)
-      return any(True for _ in found)
+    try:
+      with as_os_errors(self):
+        found = client().list_blobs(self.bucket, prefix=self._prefix(), max_results=1)
+        return any(True for _ in found)
+    except FileNotFoundError:  # no such bucket
+      return False
+    except PermissionError as error:
+      raise self._unreadable(error) from error
+
+  def _unreadable(self, error: OSError) -> DataError:
+    return DataError(
+      f'{self}: may not be read: {error.strerror}. Give this account '
+      f'roles/storage.objectViewer on gs://{self.bucket}'
+    )
 
   def exists(self) -> bool:
     return self.is_file() or self.is_dir()
