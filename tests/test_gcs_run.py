@@ -4,11 +4,16 @@ the run on a disk. The bucket is the one of fake_gcs.py.
 
 import json
 
+import jax
+import numpy as np
 import pytest
 import tiny_run
 from fake_gcs import BUCKET
 
 from ftjax.data import made
+from ftjax.hf import export
+from ftjax.models import transformer
+from ftjax.models.architecture import from_hf
 from ftjax.runtime import files
 
 ROOT = f'gs://{BUCKET}'
@@ -40,10 +45,29 @@ def arguments(workdir, root, config):
 def inputs(tmp_path_factory):
   """(folder with model/, rows.jsonl and config.py, workdir of the run on a disk that uses them)."""
   folder = tmp_path_factory.mktemp('inputs')
-  first = tmp_path_factory.mktemp('first')
-  code, told = tiny_run.run('train', tiny_run.arguments(first, 'steps=1', 'optim.warmup_steps=0'))
-  assert code == 0, told
-  (first / 'export').rename(folder / 'model')
+  arch = from_hf(
+    {
+      'model_type': 'llama',
+      'vocab_size': made.VOCAB_SIZE,
+      'hidden_size': 64,
+      'num_hidden_layers': 2,
+      'num_attention_heads': 4,
+      'num_key_value_heads': 2,
+      'intermediate_size': 128,
+      'tie_word_embeddings': True,
+      'max_position_embeddings': 256,
+      'rms_norm_eps': 1e-5,
+    }
+  )
+  export.export(
+    transformer.init(arch, jax.random.key(0), np.float32),
+    arch,
+    folder / 'model',
+    source_config=None,
+    tokenizer_files=made.byte_tokenizer(),
+    dtype=np.float32,
+    stop_ids=(),
+  )
   (folder / 'config.py').write_text(CONFIG)
   rows = made.sums(100)
   (folder / 'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
