@@ -254,8 +254,12 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
       raise ConfigError(
         f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
       )
-  if c.seq_len % mesh.shape['context']:
-    raise ConfigError(f'seq_len={c.seq_len} is no multiple of mesh.context={mesh.shape["context"]}')
+  ways = mesh.shape['context']
+  if ways > 1 and c.seq_len % (2 * ways):
+    raise ConfigError(
+      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * ways}: each device takes two '
+      'chunks of a row'
+    )
   if c.seq_len > arch.max_len:
     raise ConfigError(
       f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'

@@ -81,7 +81,16 @@ def make(
     compiled, needed = _compile(trainer)
   seconds = time.perf_counter() - begin
   chip = where.chip
-  name = attention.kernel(chip.platform, mesh.shape['context'], c.seq_len, c.seq_len)
+  name = attention.kernel(
+    attention.Problem(
+      platform=chip.platform,
+      context=mesh.shape['context'],
+      queries=c.seq_len,
+      keys=c.seq_len,
+      head_dim=arch.head_dim,
+      dtype=c.model.compute_dtype,
+    )
+  )
   out = Forecast(
     slice=where.name,
     devices=mesh.size,
