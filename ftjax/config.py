@@ -125,6 +125,8 @@ def default() -> ml_collections.ConfigDict:
 
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
   c.compile_cache = True  # keep compiled programs in the workdir
+  # (name, value) pairs over the table of runtime/compiler_options.py; '' takes one away
+  c.compiler_options = ()
   return c.lock()
 
 
@@ -244,6 +246,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
       f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
       'eval.prompts'
     )
+  _check_options(c.compiler_options)
   _check_random(c)
   if c.batch_size % c.grad_accum:
     raise ConfigError(f'grad_accum={c.grad_accum} must divide batch_size={c.batch_size}')
@@ -310,6 +313,17 @@ def _check_table(key: str, table: Any) -> None:
       raise ConfigError(f'{key}: {row[0]!r} is no regular expression: {error}') from error
     if not isinstance(row[1], int | float):
       raise ConfigError(f'{key}: {row!r}; expected a number, or True or False')
+
+
+def _check_options(options: Any) -> None:
+  for row in options:
+    if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+      raise ConfigError(
+        f'compiler_options: {row!r} is no option; expected pairs such as '
+        "('xla_gpu_enable_latency_hiding_scheduler', True)"
+      )
+    if not isinstance(row[1], bool | int | float | str):
+      raise ConfigError(f'compiler_options: {row!r}; expected a number, True, False or a text')
 
 
 def _check_sources(key: str, sources: Any) -> None:

@@ -20,7 +20,7 @@ from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
 from ftjax.models import transformer
-from ftjax.runtime import files, manifest, peers, redaction, trees
+from ftjax.runtime import compiler_options, files, manifest, peers, redaction, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.metrics import MetricsWriter
@@ -98,6 +98,12 @@ class Trainer:
       seed=c.seed,
     )
 
+  @property
+  def compiler_options(self) -> dict[str, compiler_options.Value]:
+    """Of the step, on this run's devices."""
+    kind = self.run.mesh.devices.flat[0].device_kind
+    return compiler_options.resolve(kind, self.run.config.compiler_options)
+
   def _create(self, params: dict) -> State:
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
     return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
@@ -118,8 +124,10 @@ class Trainer:
       k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
       for k, s in run.batch_shardings(micro=True).items()
     }
+    options = self.compiler_options
+    log.info('compiler options: %s', compiler_options.told(options) or 'none')
     begin, counts = time.perf_counter(), _CacheCounts()
-    compiled = compile_step(self._step, self.abstract, batch)
+    compiled = compile_step(self._step, self.abstract, batch, options)
     log.info(
       'step compiled in %.1f s; compile cache: %s', time.perf_counter() - begin, counts.close()
     )
@@ -292,7 +300,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     is_main=peers.is_main(),
   )
   text = hashlib.sha256(compiled.as_text().encode()).hexdigest()
-  made_of = manifest.build(config_lib.plain(c), fingerprints, text)
+  made_of = manifest.build(config_lib.plain(c), fingerprints, text, trainer.compiler_options)
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
   # With frozen leaves the formula would count products that are not computed.

@@ -46,6 +46,7 @@ class Forecast:
   length: int
   parameters: int
   attention: str
+  compiler_options: dict[str, bool | int | float | str]
   compile_seconds: float
   capacity: float
   fits: bool
@@ -99,6 +100,7 @@ def make(
     length=c.seq_len,
     parameters=arch.num_params(),
     attention=name,
+    compiler_options=trainer.compiler_options,
     compile_seconds=seconds,
     capacity=chip.memory,
     fits=False,

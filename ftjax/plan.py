@@ -12,6 +12,7 @@ from absl import flags
 
 from ftjax import command, config
 from ftjax.planning import topology
+from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
 
 command.define_config()
@@ -82,6 +83,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
+    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:

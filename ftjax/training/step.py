@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import trees
+from ftjax.runtime import compiler_options, trees
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -162,11 +162,30 @@ def make_step(
   return step
 
 
-def compile_step(step: Callable, state: State, batch: dict) -> jax.stages.Compiled:
+def compile_step(
+  step: Callable,
+  state: State,
+  batch: dict,
+  options: dict[str, compiler_options.Value] | None = None,
+) -> jax.stages.Compiled:
   """Compiles ahead of time from ShapeDtypeStructs that carry shardings: one executable for fresh
   start, resume and plan.
+
+  Args:
+    step: from `make_step`.
+    state: shapes, with shardings.
+    batch: shapes, with shardings.
+    options: of the compiler, see runtime/compiler_options.py; None: its own defaults.
+
+  Raises:
+    ConfigError: an option that the compiler does not know, or a value that it does not take.
   """
   shardings = jax.tree.map(lambda a: a.sharding, state)
-  return (
-    jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
-  )
+  lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)
+  try:
+    return lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    refused = compiler_options.explain(error, options or {})
+    if refused is None:
+      raise
+    raise refused from error
