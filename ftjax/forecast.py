@@ -54,6 +54,7 @@ class Forecast:
   memory: account.Memory | None = None
   collectives: tuple[account.Collective, ...] = ()
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
+  gathering: account.Gathering | None = None
   cost: Cost | None = None
 
 
@@ -112,8 +113,8 @@ def make(
   local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
-  moved = account.collectives(compiled.as_text(), mesh, unknown_trips=loops)
-  outer = next((a for a in mesh.axis_names if mesh.shape[a] > 1), '')
+  text = compiled.as_text()
+  moved = account.collectives(text, mesh, unknown_trips=loops, islands=topology.islands(mesh, chip))
   return dataclasses.replace(
     out,
     fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
@@ -121,13 +122,13 @@ def make(
     memory=held,
     collectives=tuple(moved),
     replicated=account.replicated(trainer.abstract.params, mesh),
+    gathering=account.gathering(text, trainer.abstract.params, mesh),
     cost=estimate(
       *(arch, where, held, moved),
       rows=c.batch_size,
       length=c.seq_len,
       remat=c.remat,
       micro_batches=c.grad_accum,
-      outer=outer,
     ),
   )
 

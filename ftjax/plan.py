@@ -72,8 +72,21 @@ def _collective_lines(found) -> list[str]:
   head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
   return [head] + [
     f'{c.kind:<20}{c.axes:<16}{c.ways:>5}{c.count:>8}{_gib(c.bytes):>10}{_gib(c.sent):>10}'
+    + ('  over the data-centre network' if c.network else '')
     for c in found.collectives
   ]
+
+
+def _gathering_lines(found) -> list[str]:
+  at = found.gathering
+  if not (at.layered or at.whole or at.unseen):
+    return []
+  lines = [f'Weights gathered one layer at a time, inside the loop: {len(at.layered)} stacks']
+  if at.unseen:
+    lines.append(f'  not seen there: {", ".join(at.unseen)}')
+  if at.whole:
+    lines.append(f'  all layers gathered in one buffer: {", ".join(at.whole)}')
+  return lines
 
 
 def text(found, name: str) -> str:
@@ -100,6 +113,7 @@ def text(found, name: str) -> str:
       *_collective_lines(found),
       '',
       f'Parameters that every device holds whole: {", ".join(held) or "none"}',
+      *_gathering_lines(found),
       'It fits.' if found.fits else 'It does not fit.',
     ]
   )

@@ -158,6 +158,16 @@ def devices(topology: Topology) -> Sequence:
   return found.devices
 
 
+def islands(mesh, chip: Chip) -> list[int]:
+  """The slice of each device of a mesh in flat order, or the host of a GPU: what `link` connects is
+  one island, and `network` connects islands.
+  """
+  devices = mesh.devices.flat
+  if chip.platform == 'gpu':
+    return [d.process_index for d in devices]
+  return [getattr(d, 'slice_index', 0) or 0 for d in devices]
+
+
 def _gpu_target(kind: str) -> str:
   """A GpuTargetConfig of XLA, as text proto: NVIDIA's figures for the SXM card."""
   chip = CHIPS[kind]
