@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import TINY, ids, init, place, tokens_at
+from jax.sharding import NamedSharding
+from tiny_model import TINY, ids, init, tokens_at
 
 from ftjax import config, sft
 from ftjax.models import transformer
 from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.runtime import sharding, trees
-from ftjax.training import optimizer, state, step
+from ftjax.training import feed, optimizer, state, step
 
 ACCUM, B, T, STEPS = 2, 8, 32, 5
 RATE = 1e-4
@@ -95,7 +96,8 @@ def train(mesh, batches):
     ema_decay=0.0,
     seed=0,
   )
-  placed = [{k: place(a, None, 'batch', 'seq') for k, a in batch.items()} for batch in batches]
+  rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
+  placed = [feed.place(batch, dict.fromkeys(batch, rows)) for batch in batches]
   compiled = step.compile_step(
     run, state.with_shardings(jax.eval_shape(lambda s: s, current), places), placed[0]
   )

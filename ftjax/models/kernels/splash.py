@@ -20,7 +20,6 @@ from ftjax.runtime import sharding
 _SIZES = (512, 256, 128)
 
 
-
 def _sees(q_index, k_index, window: int | None):
   """Arrays of int32 -> bool; numpy's when the mask is made, the kernel's when it runs."""
   mask = q_index >= k_index

@@ -105,9 +105,7 @@ def _weights(rule, rows, keys, query, key, logs):
   return scores, jnp.where(mask, jnp.exp(scores - logs[:, None]), 0.0)
 
 
-def _queries_kernel(
-  q, k, v, q_seg, q_pos, k_seg, k_pos, first, last, logs, inner, g, dq, *, rule
-):
+def _queries_kernel(q, k, v, q_seg, q_pos, k_seg, k_pos, first, last, logs, inner, g, dq, *, rule):
   rows, query, slopes = q[...], (q_seg[...], q_pos[...]), g[...]
   log, shift = logs[...], inner[...]
 
@@ -122,9 +120,7 @@ def _queries_kernel(
   dq[...] = (total * rows.shape[-1] ** -0.5).astype(dq.dtype)
 
 
-def _keys_kernel(
-  q, k, v, q_seg, q_pos, k_seg, k_pos, first, last, logs, inner, g, dk, dv, *, rule
-):
+def _keys_kernel(q, k, v, q_seg, q_pos, k_seg, k_pos, first, last, logs, inner, g, dk, dv, *, rule):
   keys, values, key = k[...], v[...], (k_seg[...], k_pos[...])
   j = pl.program_id(0)
 
