@@ -69,7 +69,7 @@ def sample(
   """
   if sampling.temperature == 0:
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return token, _logprob(logits, token), jnp.zeros(token.shape, jnp.float32)
+    return token, _logprob(logits, token), jnp.zeros_like(token, jnp.float32)
   logits = logits / sampling.temperature
   kept = _truncate(logits, sampling)
   token = _draw(kept, keys)
