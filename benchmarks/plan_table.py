@@ -1,4 +1,4 @@
-"""The table of docs/plans.md: shipped configs planned for slices that are not here, a row at a time.
+"""The table of docs/plans.md: shipped configs planned for slices that are not here, row by row.
 
   python3.11 -m venv /tmp/plan && /tmp/plan/bin/pip install '.[plan]'    # jax and libtpu
   /tmp/plan/bin/python benchmarks/plan_table.py --write

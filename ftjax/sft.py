@@ -17,6 +17,7 @@ from ftjax.losses.cross_entropy import Terms
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.runtime import sharding
 
 
 def hidden_states(
@@ -46,7 +47,11 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
     ]
   )
   scale = alpha / jnp.sqrt(same.sum(-1) * dim)
-  draw = functools.partial(jax.random.uniform, shape=(segments.shape[1], dim), minval=-1.0)
+  order = sharding.zigzag(segments.shape[1], sharding.ways('context'))
+
+  def draw(key):
+    return jax.random.uniform(key, (segments.shape[1], dim), minval=-1.0)[order]
+
   uniform = jax.sharding.reshard(
     jax.vmap(draw)(keys), jax.P(*jax.typeof(segments).sharding.spec, None)
   )

@@ -1,7 +1,7 @@
 """Every attention kernel against plain autodiff of a plain softmax, with and without window and
 cap: outputs, gradients, and exact zeros between documents. The kernels of TPUs and GPUs run in
-interpret mode here; that they compile for such devices is shown by tests/test_plan.py. Under a split
-sequence: tests/multidevice/test_context.py.
+interpret mode here; that they compile for such devices is shown by tests/test_plan.py. Under a
+split sequence: tests/multidevice/test_context.py.
 """
 
 import functools

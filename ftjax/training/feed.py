@@ -29,11 +29,10 @@ def place(batch: Host, shardings: dict[str, NamedSharding]) -> dict[str, jax.Arr
 
   Arrays [..., T] whose last axis is split over `context` lie in the order of sharding.zigzag.
   """
+  laid = {k: _laid(v, shardings[k]) for k, v in batch.items()}
   return {
-    k: jax.make_array_from_callback(
-      v.shape, shardings[k], lambda part, laid=_laid(v, shardings[k]): laid[part]
-    )
-    for k, v in batch.items()
+    k: jax.make_array_from_callback(v.shape, shardings[k], lambda part, v=v: v[part])
+    for k, v in laid.items()
   }
 
 

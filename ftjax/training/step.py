@@ -13,6 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from ftjax.runtime import compiler_options, trees
+from ftjax.runtime.sharding import ways, zigzag
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -65,7 +66,8 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
   a, m, t = tokens.shape
-  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)
+  order = zigzag(t, ways('context'))  # tokens lie in it; each counts with its place in the row
+  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
   place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
   # Odd multiples of 2^32 / golden ratio (Knuth, volume 3, 6.4), modulo 2^32.
   mixed = (2 * place + 1) * jnp.uint32(2654435769)

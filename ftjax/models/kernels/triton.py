@@ -170,7 +170,7 @@ _INPUTS = ('q', 'k', 'k', 'q_where', 'q_where', 'k_where', 'k_where', 'range', '
 
 
 def _call(kernel, rule: Rule, inputs, kinds, outputs, by_query: bool):
-  """Runs a kernel over blocks of queries, or of keys. outputs: [(kind, array it is shaped like)]."""
+  """Runs a kernel over blocks of queries, or of keys; outputs: [(kind, array shaped like it)]."""
   q, k = inputs[:2]
   specs = _specs(q, k, rule.group, by_query)
   blocks = (q if by_query else k).shape[2] // BLOCK
