@@ -3,6 +3,7 @@ documents, against the dense kernel on one device.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def arrays():
   q, k, v, factors = (rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K, N))
   segments, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
   cuts = [0, *sorted(rng.integers(1, 950, 6)), 980, T]
-  for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+  for i, (a, b) in enumerate(itertools.pairwise(cuts)):
     segments[0, a:b] = (i + 1) if b < T else 0
     positions[0, a:b] = np.arange(b - a)
   positions[1] = np.arange(T)
