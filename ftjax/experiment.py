@@ -187,7 +187,9 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
     ConfigError: a size that does not divide.
   """
   check_sizes(c, arch, mesh)
-  return Run(c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog({}))
+  return Run(
+    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+  )
 
 
 def configure_jax(c: ml_collections.ConfigDict) -> None:

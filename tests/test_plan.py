@@ -227,6 +227,52 @@ def test_layers_are_gathered_inside_the_scan():
   }
 
 
+@pytest.mark.parametrize(
+  ('mesh', 'changes', 'told'),
+  [
+    (dict(data=8), dict(batch_size=8), r'batch_size / grad_accum = 4 rows .* 8 devices'),
+    (dict(expert=8), dict(batch_size=8), r'batch_size / grad_accum = 4 rows .* 8 devices'),
+    (dict(data=8), {'eval.batch_size': 12}, r'eval.batch_size = 12 rows .* 8 devices'),
+    (
+      dict(fsdp=8),
+      {'model.random.hidden_size': 60, 'model.random.num_attention_heads': 2},
+      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+    ),
+    (dict(tensor=8), {}, r'kv_heads dimension of 2 cannot be split 8 ways; change mesh.tensor'),
+    (
+      dict(fsdp=4, tensor=2),
+      {'model.random.vocab_size': 321},
+      r'vocab dimension of 321 cannot be split 2 ways; change mesh.tensor',
+    ),
+    (
+      dict(fsdp=4, tensor=2),
+      {'model.random.intermediate_size': 129},
+      r'ffn dimension of 129 cannot be split 2 ways; change mesh.tensor',
+    ),
+    (dict(context=8), dict(seq_len=72), r'seq_len=72 is no multiple of 2 x mesh.context=16'),
+    (dict(data=3), {}, r'makes 3 devices, but there are 8'),
+  ],
+)
+def test_a_mesh_that_cannot_be_fails_before_compiling(mesh, changes, told, monkeypatch):
+  c = small()
+  c.mesh.update(dict(data=1, fsdp=1, context=1, tensor=1, expert=1) | mesh)
+  c.update_from_flattened_dict(changes)
+  monkeypatch.setattr(forecast, '_compile', lambda trainer: pytest.fail('it was compiled'))
+  with pytest.raises(ConfigError, match=told):
+    planned(c)
+
+
+def test_no_stack_of_layers_stands_gathered():
+  """Each layer's weights are gathered inside the loop, and nowhere all layers at once."""
+  c = small()
+  c.seq_len = 40  # buffers are known by their size: no activation has that of a weight
+  found, _ = planned(c)
+  matrices = {f'stack0/block0/attn/{n}/w' for n in 'qkvo'}
+  matrices |= {f'stack0/block0/mlp/{n}/w' for n in ('gate', 'up', 'down')}
+  assert set(found.gathering.layered) == matrices
+  assert found.gathering.whole == found.gathering.unseen == ()
+
+
 # Shapes and suggestions
 
 
