@@ -107,7 +107,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     )
   across = [slices if i == outer else 1 for i in range(len(shape))]
   within = [size // ways for size, ways in zip(shape, across, strict=True)]
-  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    within, across, devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, AXES, axis_types=types)
 
 
