@@ -31,7 +31,7 @@ from ftjax.training.loop import Cadence, Loop, Progress
 from ftjax.training.schedule import make_schedule
 from ftjax.training.signals import Signals
 from ftjax.training.state import State, create, state_shardings, with_shardings
-from ftjax.training.step import LossFn, compile_step, make_step
+from ftjax.training.step import LossFn, compile_step, make_step, text
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Trainer:
       source = files.join(c.init_from, 'export')
     return self._init(self.run.load_params(source, c.model.param_dtype))
 
-  def compile(self) -> jax.stages.Compiled:
+  def compile(self, with_options: bool = True) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     run, c = self.run, self.run.config
     shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
@@ -124,7 +124,7 @@ class Trainer:
       k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
       for k, s in run.batch_shardings(micro=True).items()
     }
-    options = self.compiler_options
+    options = self.compiler_options if with_options else {}
     log.info('compiler options: %s', compiler_options.told(options) or 'none')
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
@@ -299,8 +299,9 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     sinks=c.log.sinks,
     is_main=peers.is_main(),
   )
-  text = hashlib.sha256(compiled.as_text().encode()).hexdigest()
-  made_of = manifest.build(config_lib.plain(c), fingerprints, text, trainer.compiler_options)
+  printed = text(compiled)
+  executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
+  made_of = manifest.build(config_lib.plain(c), fingerprints, executable, trainer.compiler_options)
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
   # With frozen leaves the formula would count products that are not computed.

@@ -20,6 +20,7 @@ from ftjax.planning import account, suggest, topology
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
+from ftjax.training import step
 from ftjax.training.step import LossFn
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def make(
   local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
-  text = compiled.as_text()
+  text = _text(trainer, compiled)
   moved = account.collectives(text, mesh, unknown_trips=loops, islands=topology.islands(mesh, chip))
   return dataclasses.replace(
     out,
@@ -144,6 +145,16 @@ def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
     used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
     scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
     return None, float(used[1]) * scale[used[2]] if used else 0.0
+
+
+def _text(trainer: fit.Trainer, compiled: jax.stages.Compiled) -> str:
+  """What is read for collectives; of the step without compiler options where its own text cannot be
+  had, '' where neither can.
+  """
+  if found := step.text(compiled):
+    return found
+  log.warning('this program cannot be printed: collectives are read from one without options')
+  return step.text(trainer.compile(with_options=False))
 
 
 def better(

@@ -191,3 +191,15 @@ def compile_step(
     if refused is None:
       raise
     raise refused from error
+
+
+def text(compiled: jax.stages.Compiled) -> str:
+  """The optimized HLO; '' where jaxlib cannot print it (libtpu 0.0.52 makes asynchronous
+  instructions that it cannot read).
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RET_CHECK' not in str(error):
+      raise
+    return ''
