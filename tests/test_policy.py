@@ -304,7 +304,7 @@ EVERYTHING = dict(clip_high=0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01,
 
 
 @pytest.mark.parametrize(
-  ('aggregate', 'level'), zip(policy.AGGREGATIONS, policy.LEVELS, strict=True)
+  ('aggregate', 'level'), list(zip(policy.AGGREGATIONS, policy.LEVELS, strict=True))
 )
 def test_micro_batches_add_up(aggregate, level):
   r, objective = random_rollout(), Objective(level=level, aggregate=aggregate, **EVERYTHING)
