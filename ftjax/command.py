@@ -64,7 +64,6 @@ def join() -> None:
   except RuntimeError as error:
     tpu_lock.explain(error)
     raise
-  peers.watch()
   if not peers.is_main():
     logging.getLogger().setLevel(logging.WARNING)
 
@@ -206,6 +205,7 @@ def run(main: Callable[[], None]) -> None:
       _tell_peers(error)
       _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
+      _tell_peers(StoppedEarly('interrupted'))
       _leave('interrupted; run the same command again to go on', StoppedEarly.exit_code)
 
   app.run(guarded, flags_parser=_parse)

@@ -119,7 +119,7 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.restore = 3600.0  # weights or a checkpoint
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
-  c.watchdog.evaluate = 3600.0  # one batch of rows, or one task
+  c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0
 

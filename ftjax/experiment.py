@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import secrets
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ftjax import config as config_lib
 from ftjax.data import cache, encode, made, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.schedule import Mixture, SourceSchedule
@@ -134,6 +136,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   """
   files.probe(workdir)
   workdir = files.absolute(workdir)  # Orbax takes no relative path
+  _check_shared(c, workdir)
   configure_jax(c)
   if c.compile_cache:
     _keep_programs(files.join(workdir, 'xla_cache'))
@@ -153,6 +156,29 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     for corpus in data.corpora:
       _tell(corpus, c.data.on_overlength)
   return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """All processes must see one workdir and mean one config.
+
+  Raises:
+    ConfigError: another process's workdir is another folder. DataError: configs differ.
+  """
+  if peers.is_alone():
+    return
+  own = ('data.cache', 'log.')  # may differ from host to host
+  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  peers.check_same('config', digest(plain))
+  name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
+  peers.main_first(lambda: files.write_text(name, '') if peers.is_main() else None)
+  blind = [p for p, sees in enumerate(peers.gather(files.exists(name))) if not sees]
+  if peers.is_main():
+    files.remove(name)
+  if blind:
+    raise ConfigError(
+      f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
+      'on a shared file system or gs://'
+    )
 
 
 def _tell(corpus: cache.Corpus, on_overlength: str) -> None:

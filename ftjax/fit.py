@@ -265,11 +265,12 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   owed = bool(saved) and saved['progress']['owed']
   if not (saved and _has_ended(saved, c.checkpoint.patience)) and (start < run.steps or owed):
     state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
-  best = checkpoints.best()
-  if best is not None and best != checkpoints.latest():
+  best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
+  if best is not None and best != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
-    state = checkpoints.restore(best, trainer.abstract)
+    with run.watchdog.phase('restore'):
+      state = checkpoints.restore(best, trainer.abstract)
   checkpoints.close()
   params = trainer.parameters(state)
   del state

@@ -154,7 +154,8 @@ def _text(trainer: fit.Trainer, compiled: jax.stages.Compiled) -> str:
   if found := step.text(compiled):
     return found
   log.warning('this program cannot be printed: collectives are read from one without options')
-  return step.text(trainer.compile(with_options=False))
+  with jax.set_mesh(trainer.run.mesh):
+    return step.text(trainer.compile(with_options=False))
 
 
 def better(

@@ -145,6 +145,7 @@ class Loop:
     self.progress = Progress()
     self._latest: dict[str, float] = {}
     self._spread: dict[str, float] = {}
+    self._free = 0.0
     self._bar: tqdm | None = None
     self._stop = StopFlag()
 
@@ -180,7 +181,7 @@ class Loop:
       contextlib.ExitStack() as trace,
       self._watchdog.phase('step'),
     ):
-      free = time.perf_counter()
+      self._free = time.perf_counter()
       if progress.owed:
         with self._throughput.paused():
           self._look(state, start)
@@ -192,12 +193,12 @@ class Loop:
           trace.callback(jax.profiler.stop_trace)  # whatever ends the loop, the trace is written
         with self._throughput.waiting():
           batch = feed(state, done - 1)
-        sent = self._signals.send(stop.wanted, time.perf_counter() - free)
+        sent = self._signals.send(stop.wanted, time.perf_counter() - self._free)
         state, metrics = self._step(state, batch)
         if pending:
           self._read(*pending)
         seen = self._signals.receive(sent, stop.wanted)
-        free, self._spread = time.perf_counter(), seen.spread()
+        self._spread = seen.spread()
         pending = (done, metrics)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
@@ -212,7 +213,7 @@ class Loop:
           # A signal may have come while the evaluation ran.
           if halt or self.progress.owed or ((last or ended) and self._is_stopping()):
             raise self._stopped(done)
-          free = time.perf_counter()
+          self._free = time.perf_counter()
           if ended:
             log.info(
               'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
@@ -224,7 +225,7 @@ class Loop:
 
   def _stopped(self, done: int) -> StoppedEarly:
     """When every process has saved: the first one that leaves takes the others with it."""
-    peers.wait_for_all()
+    peers.leave_together()
     return StoppedEarly(
       f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on'
     )
@@ -235,6 +236,7 @@ class Loop:
   def _read(self, done: int, metrics: dict) -> None:
     """Fetches a step's metrics, counts, writes."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+    self._free = time.perf_counter()  # what the host does from here on, a next step may wait for
     self._watchdog.beat()
     cadence = self._cadence
     self._latest = {f'train/{k}': v for k, v in values.items()}
@@ -249,6 +251,7 @@ class Loop:
       )
       if values['bad_streak'] >= cadence.max_bad_steps:
         self._writer.write(done, 'train', values)
+        peers.leave_together()
         raise NonFiniteError(
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
@@ -256,6 +259,7 @@ class Loop:
         )
       if values['skipped'] == done == cadence.steps:
         self._writer.write(done, 'train', values)
+        peers.leave_together()
         raise NonFiniteError(f'all {done} updates were skipped: loss or gradient was never finite')
     else:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures

@@ -69,13 +69,15 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   order = zigzag(t, ways('context'))  # tokens lie in it; each counts with its place in the row
   place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
   place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
-  # Odd multiples of 2^32 / golden ratio (Knuth, volume 3, 6.4), modulo 2^32.
-  mixed = (2 * place + 1) * jnp.uint32(2654435769)
+  # The finalizer of MurmurHash3 (Appleby 2011), modulo 2^32, and then a sum, which has no order.
+  mixed = (tokens.astype(jnp.uint32) + 1) * (2 * place + 1)
+  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
   real = segments > 0
   return {
     'tokens': real.sum(dtype=jnp.int32),
     'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
-    'batch_checksum': ((tokens.astype(jnp.uint32) + 1) * mixed).sum(dtype=jnp.uint32),
+    'batch_checksum': (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32),
   }
 
 
