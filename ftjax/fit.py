@@ -116,7 +116,7 @@ class Trainer:
       source = files.join(c.init_from, 'export')
     return self._init(self.run.load_params(source, c.model.param_dtype))
 
-  def compile(self, with_options: bool = True) -> jax.stages.Compiled:
+  def compile(self) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     run, c = self.run, self.run.config
     shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
@@ -124,7 +124,7 @@ class Trainer:
       k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
       for k, s in run.batch_shardings(micro=True).items()
     }
-    options = self.compiler_options if with_options else {}
+    options = self.compiler_options
     log.info('compiler options: %s', compiler_options.told(options) or 'none')
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)

@@ -37,7 +37,8 @@ class Forecast:
 
   settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
   None where the compiler itself ran out, and then needed tells how many bytes it wanted (0: not
-  told).
+  told). collectives and gathering: None where jaxlib cannot print the program; the cost then has no
+  communication in it.
   """
 
   slice: str
@@ -53,7 +54,7 @@ class Forecast:
   fits: bool
   needed: float
   memory: account.Memory | None = None
-  collectives: tuple[account.Collective, ...] = ()
+  collectives: tuple[account.Collective, ...] | None = None
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
   gathering: account.Gathering | None = None
   cost: Cost | None = None
@@ -114,18 +115,21 @@ def make(
   local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
-  text = _text(trainer, compiled)
-  moved = account.collectives(text, mesh, unknown_trips=loops, islands=topology.islands(mesh, chip))
+  moved = gathering = None
+  if text := step.text(compiled):
+    apart = topology.islands(mesh, chip)
+    moved = tuple(account.collectives(text, mesh, unknown_trips=loops, islands=apart))
+    gathering = account.gathering(text, trainer.abstract.params, mesh)
   return dataclasses.replace(
     out,
     fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
     needed=held.peak,
     memory=held,
-    collectives=tuple(moved),
+    collectives=moved,
     replicated=account.replicated(trainer.abstract.params, mesh),
-    gathering=account.gathering(text, trainer.abstract.params, mesh),
+    gathering=gathering,
     cost=estimate(
-      *(arch, where, held, moved),
+      *(arch, where, held, moved or ()),
       rows=c.batch_size,
       length=c.seq_len,
       remat=c.remat,
@@ -145,17 +149,6 @@ def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
     used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
     scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
     return None, float(used[1]) * scale[used[2]] if used else 0.0
-
-
-def _text(trainer: fit.Trainer, compiled: jax.stages.Compiled) -> str:
-  """What is read for collectives; of the step without compiler options where its own text cannot be
-  had, '' where neither can.
-  """
-  if found := step.text(compiled):
-    return found
-  log.warning('this program cannot be printed: collectives are read from one without options')
-  with jax.set_mesh(trainer.run.mesh):
-    return step.text(trainer.compile(with_options=False))
 
 
 def better(

@@ -67,6 +67,8 @@ def _cost_lines(found) -> list[str]:
 
 
 def _collective_lines(found) -> list[str]:
+  if found.collectives is None:
+    return ['Collectives: unknown, and not in the estimate: jaxlib cannot print this program.']
   if not found.collectives:
     return ['No collectives.']
   head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
@@ -79,13 +81,15 @@ def _collective_lines(found) -> list[str]:
 
 def _gathering_lines(found) -> list[str]:
   at = found.gathering
-  if not (at.layered or at.whole or at.unseen):
+  if at is None or not (at.layered or at.whole or at.unseen):
     return []
   lines = [f'Weights gathered one layer at a time, inside the loop: {len(at.layered)} stacks']
   if at.unseen:
     lines.append(f'  not seen there: {", ".join(at.unseen)}')
   if at.whole:
-    lines.append(f'  all layers gathered in one buffer: {", ".join(at.whole)}')
+    lines.append(
+      f'  buffers as large as all layers gathered (or saved activations): {", ".join(at.whole)}'
+    )
   return lines
 
 

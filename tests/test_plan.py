@@ -237,6 +237,7 @@ STACKED = [
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_layers_are_gathered_inside_the_scan(mesh, remat):
   c = small()
+  c.seq_len, c.model.random.intermediate_size = 40, 192  # no activation is as large as a weight
   c.mesh.update(mesh)
   c.remat = remat
   found, arch = planned(c)
@@ -280,6 +281,13 @@ def test_weights_gathered_before_the_loop_are_seen():
     found[fn] = account.gathering(text, params, mesh)
   assert found[at_once] == account.Gathering((), ('stack0/w',), ('stack0/w',))
   assert found[by_layer] == account.Gathering(('stack0/w',), (), ())
+
+
+def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
+  monkeypatch.setattr(forecast.step, 'text', lambda _: '')
+  found, _ = planned(small())
+  assert found.fits and found.collectives is None and found.gathering is None
+  assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
 
 
 # What no mesh can do

@@ -282,8 +282,9 @@ def _read(text: str, mesh: Mesh, islands: np.ndarray):
 class Gathering:
   """How a step brings the sharded weights of its layers together; names of stacked parameters.
 
-  layered: one layer of it is gathered at a time, inside a loop. whole: all its layers stand
-  gathered in one buffer, which an fsdp step must not need. unseen: neither was found.
+  layered: one layer of it is gathered at a time, inside a loop. whole: a buffer has the size of all
+  its layers gathered, which an fsdp step must not need; saved activations may have that size by
+  chance. unseen: no such gather was found; of small weights a compiler makes sums.
   """
 
   layered: tuple[str, ...]
