@@ -124,6 +124,42 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {
   assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
 
 
+def test_what_crosses_slices_is_read_from_the_hosts_transfers():
+  attributes = '_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2}x{0:3}"'
+  send = f'(bf16[36,8]{{1,0}}, u32[], token[]) send(%a, %t), frontend_attributes={{{attributes}}}'
+  text = f"""
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {{
+  %s = {send}
+  %d = token[] send-done(%s), frontend_attributes={{{attributes}}}
+  %g = bf16[16,8]{{1,0}} all-gather(%w), replica_groups=[2,4]<=[8], dimensions={{0}}
+}}
+
+ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
+  %l = (s32[], bf16[16,8]) while(%p), condition=%c, body=%body, TRIPS
+}}
+"""
+  text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  found = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+  size = 5 * 36 * 8 * 2
+  assert account.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
+  assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
+
+
+def test_a_group_across_hosts_goes_over_the_network():
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  line = '  %g = f32[8]{{0}} all-reduce(%w), replica_groups={}, to_apply=%add\n'
+  entry = 'ENTRY %main (x: f32[8]) -> f32[8] {\n'
+  for groups, axes, network in (
+    ('[4,2]<=[2,4]T(1,0)', 'data', True),
+    ('[2,4]<=[8]', 'fsdp', False),
+  ):
+    text = entry + line.format(groups) + '}\n'
+    (found,) = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+    assert (found.axes, found.network) == (axes, network)
+    assert not account.collectives(text, mesh)[0].network  # on one host
+
+
 @pytest.mark.parametrize(
   ('text', 'rows'),
   [
