@@ -101,8 +101,8 @@ class Trainer:
   @property
   def compiler_options(self) -> dict[str, compiler_options.Value]:
     """Of the step, on this run's devices."""
-    kind = self.run.mesh.devices.flat[0].device_kind
-    return compiler_options.resolve(kind, self.run.config.compiler_options)
+    c, kind = self.run.config, self.run.mesh.devices.flat[0].device_kind
+    return compiler_options.resolve(kind, c.compiler_options)
 
   def _create(self, params: dict) -> State:
     frozen, trained = trees.select(params, lambda n: n in self.frozen)

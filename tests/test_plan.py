@@ -335,7 +335,11 @@ def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monk
     (dict(data=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.* 8 devices'),
     (dict(expert=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.*expert'),
     (dict(fsdp=8), {'eval.batch_size': 12}, r'eval.batch_size = 12 rows'),
-    (dict(fsdp=8), dict(hidden_size=60), r'embed dimension of 60 .* 8 ways.*mesh.fsdp'),
+    (
+      dict(fsdp=8),
+      dict(hidden_size=60, num_attention_heads=2),
+      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+    ),
     (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
     (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
@@ -386,7 +390,7 @@ def test_few_long_rows_on_a_large_slice_split_the_sequence():
   """64 rows of 8,192 tokens on 256 chips: one row is cut over 4 of them."""
   arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
   found = suggest.candidates(arch, where, 64, 8192, 2, 6)
-  assert {'context': 4, 'fsdp': 64, 'remat': 'full'}.items() <= dataclasses.asdict(found[0]).items()
+  assert {'context': 4, 'fsdp': 64}.items() <= dataclasses.asdict(found[0]).items()
   assert any(c.tensor == 2 and c.context == 2 for c in found)
   whole = suggest.candidates(arch, where, 256, 8192, 2, 6)[0]
   assert (whole.fsdp, whole.context, whole.tensor, whole.grad_accum) == (256, 1, 1, 1)
