@@ -32,7 +32,7 @@ def define_config() -> None:
 def define_processes() -> None:
   """Declares the flags of a run of several processes; see runtime/distributed.py."""
   flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0. Cloud TPUs, SLURM and Open MPI need no flag.'
+    'coordinator', None, 'HOST:PORT of process 0; Cloud TPUs and SLURM tell it without.'
   )
   flags.DEFINE_integer('num_processes', None, 'Processes in all.', lower_bound=1)
   flags.DEFINE_integer('process_id', None, 'Number of this one, from 0.', lower_bound=0)

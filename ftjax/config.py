@@ -163,10 +163,6 @@ _NOT_NEGATIVE = (
   'checkpoint.patience',
   'eval.every',
   'profile.start',
-  *(
-    f'watchdog.{phase}'
-    for phase in ('tokenize', 'restore', 'compile', 'step', 'evaluate', 'save', 'export')
-  ),
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
@@ -234,7 +230,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for key in _POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in _NOT_NEGATIVE:
+  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:

@@ -101,10 +101,10 @@ class Run:
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
     c = self.config
-    micro, shape = c.batch_size // c.grad_accum, (c.grad_accum, c.batch_size // c.grad_accum)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * micro + m for a in range(c.grad_accum) for m in own]
-    return {k: v.reshape(*shape, -1) for k, v in self.data.stream.batch(step, rows).items()}
+    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
+    own = local_rows(self.batch_shardings(micro=True)['tokens'], shape, 1)
+    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
+    return {k: v.reshape(shape) for k, v in self.data.stream.batch(step, rows).items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -145,7 +145,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
     model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
-    peers.check_same('model.path', model.fingerprint)
+    peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path)]))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -170,7 +170,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
   peers.check_same('config', digest(plain))
   name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
-  peers.main_first(lambda: files.write_text(name, '') if peers.is_main() else None)
+  peers.from_main(lambda: files.write_text(name, ''))
   blind = [p for p, sees in enumerate(peers.gather(files.exists(name))) if not sees]
   if peers.is_main():
     files.remove(name)

@@ -19,6 +19,7 @@ from ftjax import compare
 from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
+from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.runtime import compiler_options, files, manifest, peers, redaction, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
@@ -31,7 +32,7 @@ from ftjax.training.loop import Cadence, Loop, Progress
 from ftjax.training.schedule import make_schedule
 from ftjax.training.signals import Signals
 from ftjax.training.state import State, create, state_shardings, with_shardings
-from ftjax.training.step import LossFn, compile_step, make_step, text
+from ftjax.training.step import LossFn, compile_step, make_step, program_text
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Trainer:
     c, model = self.run.config, self.run.model
     source = model.source
     if c.init_from:
-      source = files.join(c.init_from, 'export')
+      source = load.exported(c.init_from)
     return self._init(self.run.load_params(source, c.model.param_dtype))
 
   def compile(self) -> jax.stages.Compiled:
@@ -139,8 +140,7 @@ class Trainer:
 
 
 def _check_source(workdir: str) -> None:
-  # In a bucket config.json comes last: without it the export is half of one.
-  if not files.exists(files.join(workdir, 'export', 'config.json')):
+  if load.exported(workdir) is None:
     raise ConfigError(
       f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
     )
@@ -201,11 +201,12 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
     loss_fn: of the algorithm.
     eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
   """
-  lock = peers.main_first(lambda: files.Lock(run.workdir) if peers.is_main() else None)
+  locks = []  # one, held by process 0
+  peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
   try:
     _fit(run, loss_fn, eval_loss)
   finally:
-    if lock:
+    for lock in locks:
       lock.release()
 
 
@@ -300,7 +301,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     sinks=c.log.sinks,
     is_main=peers.is_main(),
   )
-  printed = text(compiled)
+  printed = program_text(compiled)
   executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
   made_of = manifest.build(config_lib.plain(c), fingerprints, executable, trainer.compiler_options)
   if peers.is_main():

@@ -20,8 +20,7 @@ from ftjax.planning import account, suggest, topology
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.training import step
-from ftjax.training.step import LossFn
+from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def make(
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
-  if text := step.text(compiled):
+  if text := program_text(compiled):
     apart = topology.islands(mesh, chip)
     moved = tuple(account.collectives(text, mesh, unknown_trips=loops, islands=apart))
     gathering = account.gathering(text, trainer.abstract.params, mesh)

@@ -30,11 +30,6 @@ def hidden_states(
   )
 
 
-def head_weights(arch: Architecture, params: dict) -> jax.Array:
-  """float32[V, D]: the head, which a tied model shares with its embedding."""
-  return params['embed' if arch.tied else 'head']['w']
-
-
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
   """NEFTune: uniform in +-alpha / sqrt(n * D), n the tokens of a document (Jain et al. 2023,
   algorithm 1); float32[B, T, D]. keys: key[B], so that a row's noise does not depend on the others.
@@ -67,7 +62,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
     x = hidden_states(arch, params, batch, dtype, remat, noise)
     total, nll = head.cross_entropy_sums(
-      x, head_weights(arch, params), batch['labels'], batch['weights'], terms
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights'], terms
     )
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
@@ -82,7 +77,9 @@ def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
   @jax.jit
   def sums(params, batch):
     x = hidden_states(arch, params, batch, dtype)
-    logp = head.token_logprobs(x, head_weights(arch, params), batch['labels'], batch['weights'])
+    logp = head.token_logprobs(
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights']
+    )
     return -(logp * batch['weights']).sum(), batch['weights'].sum()
 
   return sums

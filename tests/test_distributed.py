@@ -1,5 +1,6 @@
 """Who a process is, by flags and environment; the meeting before jax's own, in threads."""
 
+import contextlib
 import itertools
 import json
 import socket
@@ -155,29 +156,29 @@ def test_a_stranger_at_the_port_does_no_harm(address):
     stranger.join()
 
 
-def test_a_process_that_is_started_anew_is_no_second_one(address):
-  """It came, was killed, and comes again while the others are still on their way."""
+@contextlib.contextmanager
+def after_a_death(address, timeout):
+  """What process 0 of three raised, once the block is done; number 1 came before it, and died."""
   host, _, port = address.rpartition(':')
   out = []
-  main = threading.Thread(target=lambda: out.append(attend([Launch(address, 3, 0)], 20)))
+  main = threading.Thread(target=lambda: out.extend(attend([Launch(address, 3, 0)], timeout)))
   main.start()
   with knocking(host, int(port)) as first:
     first.sendall(json.dumps({'process': 1, 'host': 'here', 'of': 3}).encode() + b'\n')
     time.sleep(0.3)
-  assert attend([Launch(address, 3, 1), Launch(address, 3, 2)], 20) == [None, None]
+  yield out
   main.join()
-  assert out == [[None]]
+
+
+def test_a_process_that_is_started_anew_is_no_second_one(address):
+  with after_a_death(address, 20) as out:
+    assert attend([Launch(address, 3, 1), Launch(address, 3, 2)], 20) == [None, None]
+  assert out == [None]
 
 
 def test_a_process_that_has_died_again_is_missing(address):
-  host, _, port = address.rpartition(':')
-  out = []
-  main = threading.Thread(target=lambda: out.extend(attend([Launch(address, 3, 0)], 2)))
-  main.start()
-  with knocking(host, int(port)) as first:
-    first.sendall(json.dumps({'process': 1, 'host': 'here', 'of': 3}).encode() + b'\n')
-    time.sleep(0.3)
-  main.join()
+  with after_a_death(address, 2) as out:
+    pass
   assert isinstance(out[0], StoppedEarly) and 'missing: process 1, 2.' in str(out[0])
 
 

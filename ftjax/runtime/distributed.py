@@ -1,7 +1,7 @@
 """How the processes of a run find each other: who they are, a meeting that says who is missing,
 then jax's own service.
 
-A launch is told by flags, or found in the environment: Cloud TPU metadata, SLURM, Open MPI. What
+A launch is told by flags, or found in the environment: Cloud TPU metadata, SLURM, MPI. What
 processes say to each other afterwards is in peers.py."""
 
 import dataclasses
@@ -24,9 +24,12 @@ log = logging.getLogger(__name__)
 # (processes, this one's number, processes on this machine, its number among those) of launchers
 # that start one program many times.
 # MPI first: started inside a SLURM job, it hands SLURM's variables of its own launcher on.
-_OMPI = ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_SIZE')
+_MPI_SIZE = 'OMPI_COMM_WORLD_SIZE'
 _RANKS = (
-  (*_OMPI, 'OMPI_COMM_WORLD_LOCAL_RANK'),
+  (
+    *(_MPI_SIZE, 'OMPI_COMM_WORLD_RANK'),
+    *('OMPI_COMM_WORLD_LOCAL_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+  ),
   ('PMI_SIZE', 'PMI_RANK', 'MPI_LOCALNRANKS', 'MPI_LOCALRANKID'),
   ('SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_STEP_TASKS_PER_NODE', 'SLURM_LOCALID'),
 )
@@ -140,10 +143,10 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
 
 def _alone(environment: Mapping[str, str]) -> None:
   """None, unless MPI says that there are others whose address nobody knows."""
-  size, *_ = _RANKS[0]
-  if int(environment.get(size, '1')) > 1:
+  if int(environment.get(_MPI_SIZE, '1')) > 1:
     raise ConfigError(
-      f'{size}={environment[size]}, but not where process 0 is; give --coordinator=HOST:PORT'
+      f'{_MPI_SIZE}={environment[_MPI_SIZE]}, but not where process 0 is; give '
+      '--coordinator=HOST:PORT'
     )
 
 
@@ -230,8 +233,12 @@ def _host_meeting(launch: Launch, deadline: float, timeout: float) -> None:
       server.settimeout(min(max(deadline - time.monotonic(), 0.001), 1.0))
       try:
         connection, _ = server.accept()
+      except OSError:  # nobody came
+        continue
+      try:
         number, host, of = _guest(connection)
-      except (OSError, ValueError):  # nobody came, or a stranger knocked at this port
+      except (OSError, ValueError):  # a stranger knocked at this port
+        connection.close()
         continue
       if of != launch.num_processes:
         wrong = f'process {number} on {host!r} expects {of} processes, process 0 expects '
@@ -243,7 +250,8 @@ def _host_meeting(launch: Launch, deadline: float, timeout: float) -> None:
       else:
         present[number] = (connection, host)
         continue
-      _send(connection, {'wrong': wrong, 'missing': []})
+      with connection:
+        _send(connection, {'wrong': wrong, 'missing': []})
     missing = sorted(set(range(1, launch.num_processes)) - present.keys())
     verdict = {'wrong': wrong, 'missing': missing}
     for connection, _ in present.values():
@@ -274,7 +282,6 @@ def _guest(connection: socket.socket) -> tuple[int, str, int]:
   Raises:
     ValueError: it is no process of ours.
   """
-  connection.settimeout(5)
   told = _receive(connection, time.monotonic() + 5)
   if not isinstance(told, dict):
     raise ValueError('no object')
@@ -307,8 +314,7 @@ def _join_meeting(launch: Launch, deadline: float, timeout: float) -> None:
     try:
       with socket.create_connection((host.strip('[]'), int(port)), timeout=min(left, 10)) as line:
         _send(line, me)
-        line.settimeout(left + 10)  # process 0 may have started later
-        verdict = _receive(line, deadline + 10)
+        verdict = _receive(line, deadline + 10)  # process 0 may have started later
     except (OSError, ValueError) as error:
       reason = str(error)
       time.sleep(0.2)

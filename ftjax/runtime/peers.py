@@ -147,11 +147,15 @@ def end(code: int, message: str) -> None:
   _leave(code)
 
 
-def _leave(code: int) -> None:
-  # Flushing waits for whoever writes; that may be for ever.
-  timer = threading.Timer(4 * _MAIN_LEAVES_AFTER, os._exit, (code,))
+def exit_within(seconds: float, code: int) -> None:
+  """Ends this process after so many seconds, whatever it is doing then; returns at once."""
+  timer = threading.Timer(seconds, os._exit, (code,))
   timer.daemon = True
   timer.start()
+
+
+def _leave(code: int) -> None:
+  exit_within(4 * _MAIN_LEAVES_AFTER, code)  # flushing waits for whoever writes, maybe for ever
   sys.stdout.flush()
   sys.stderr.flush()
   if is_main():

@@ -121,6 +121,13 @@ def shardings(mesh: Mesh, axes: Mapping) -> dict:
   }
 
 
+def put(mesh: Mesh, array: np.ndarray, *names: str | None) -> jax.Array:
+  """A host array, the same in every process, laid on a mesh by logical names."""
+  return jax.make_array_from_callback(
+    array.shape, NamedSharding(mesh, spec(*names)), lambda part: array[part]
+  )
+
+
 def is_alone() -> bool:
   """Whether the current mesh is one device: islands then need no collectives.
 

@@ -53,7 +53,7 @@ class Watchdog:
     self._phases: list[_Phase] = []
     self._durations: dict[str, list[float]] = {}
     self._lock = threading.Lock()
-    threading.Thread(target=self._watch, daemon=True, name='watchdog').start()
+    self._thread: threading.Thread | None = None  # from the first phase on
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
@@ -65,6 +65,9 @@ class Watchdog:
     phase = _Phase(name, self._limit(name), self._clock())
     with self._lock:
       self._phases.append(phase)
+      if self._thread is None:
+        self._thread = threading.Thread(target=self._watch, daemon=True, name='watchdog')
+        self._thread.start()
     try:
       yield
     finally:
@@ -124,9 +127,7 @@ class Watchdog:
 def _end(message: str) -> None:
   print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
   code = StoppedEarly.exit_code
-  timer = threading.Timer(_GRACE, os._exit, (code,))  # process 0 may be what hangs
-  timer.daemon = True
-  timer.start()
+  peers.exit_within(_GRACE, code)  # process 0 may be what hangs
   with contextlib.suppress(OSError, ValueError):  # a notebook's stderr is no file
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
   peers.end(code, message)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ftjax.runtime import peers, preemption
 from ftjax.runtime.checkpoint import Checkpoints
-from ftjax.runtime.errors import NonFiniteError, StoppedEarly
+from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, memory
 from ftjax.runtime.watchdog import Watchdog
@@ -225,9 +225,9 @@ class Loop:
 
   def _stopped(self, done: int) -> StoppedEarly:
     """When every process has saved: the first one that leaves takes the others with it."""
-    peers.leave_together()
-    return StoppedEarly(
-      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on'
+    return _agreed(
+      StoppedEarly,
+      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on',
     )
 
   def _is_stopping(self) -> bool:
@@ -251,16 +251,17 @@ class Loop:
       )
       if values['bad_streak'] >= cadence.max_bad_steps:
         self._writer.write(done, 'train', values)
-        peers.leave_together()
-        raise NonFiniteError(
+        raise _agreed(
+          NonFiniteError,
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
-          'at the rows with python -m ftjax.preview'
+          'at the rows with python -m ftjax.preview',
         )
       if values['skipped'] == done == cadence.steps:
         self._writer.write(done, 'train', values)
-        peers.leave_together()
-        raise NonFiniteError(f'all {done} updates were skipped: loss or gradient was never finite')
+        raise _agreed(
+          NonFiniteError, f'all {done} updates were skipped: loss or gradient was never finite'
+        )
     else:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
@@ -320,6 +321,12 @@ class Loop:
     if values:
       self._writer.write(done, 'eval', values)
     return values
+
+
+def _agreed(kind: type[RunError], message: str) -> RunError:
+  """The error that every process raises now: each closes its files before any of them leaves."""
+  peers.leave_together()
+  return kind(message)
 
 
 def _due(step: int, every: int) -> bool:

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from ftjax.runtime import compiler_options, trees
+from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import ways, zigzag
 from ftjax.training.state import State
 
@@ -69,15 +70,11 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   order = zigzag(t, ways('context'))  # tokens lie in it; each counts with its place in the row
   place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
   place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
-  # The finalizer of MurmurHash3 (Appleby 2011), modulo 2^32, and then a sum, which has no order.
-  mixed = (tokens.astype(jnp.uint32) + 1) * (2 * place + 1)
-  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
   real = segments > 0
   return {
     'tokens': real.sum(dtype=jnp.int32),
     'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
-    'batch_checksum': (mixed ^ (mixed >> 16)).sum(dtype=jnp.uint32),
+    'batch_checksum': checksum(tokens.astype(jnp.uint32), place),
   }
 
 
@@ -195,7 +192,7 @@ def compile_step(
     raise refused from error
 
 
-def text(compiled: jax.stages.Compiled) -> str:
+def program_text(compiled: jax.stages.Compiled) -> str:
   """The optimized HLO; '' where jaxlib cannot print it (libtpu 0.0.52 makes asynchronous
   instructions that it cannot read).
   """
