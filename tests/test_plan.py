@@ -320,7 +320,7 @@ def test_weights_gathered_before_the_loop_are_seen():
 
 
 def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
-  monkeypatch.setattr(forecast.step, 'text', lambda _: '')
+  monkeypatch.setattr(forecast, 'program_text', lambda _: '')
   found, _ = planned(small())
   assert found.fits and found.collectives is None and found.gathering is None
   assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
