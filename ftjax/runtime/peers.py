@@ -170,8 +170,8 @@ def watch() -> None:
   """
   if is_alone():
     return
-  # jax's runtime aborts when process 0 is gone, from a thread of its own; a dump of the threads that
-  # run meanwhile may crash, and another exit code than the abort's would be seen.
+  # jax's runtime aborts when process 0 is gone, from a thread of its own; a dump of the threads
+  # that run meanwhile may crash, and another exit code than the abort's would be seen.
   faulthandler.enable(all_threads=False)
   client, done = _client(), threading.Event()
 
