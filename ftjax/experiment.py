@@ -14,7 +14,8 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ftjax.data import cache, encode, made, sources
+from ftjax import config as config_lib
+from ftjax.data import cache, encode, made, prompts, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.schedule import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
@@ -65,6 +66,35 @@ class Data:
 
 
 @dataclasses.dataclass
+class PromptData:
+  """Prompts by number, and held-out ones; see data/prompts.py."""
+
+  mixture: Mixture
+  sources: list[prompts.Prompts]
+  evaluation: list[prompts.Prompts]
+
+  def fingerprints(self) -> dict[str, str]:
+    """sha256 of the order of prompts, and of each source."""
+    groups = {'data': self.sources, 'eval': self.evaluation}
+    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    return {'data order': self.mixture.fingerprint} | named
+
+  def prompt(self, number: int) -> prompts.Prompt:
+    """Prompt `number` since the start of training."""
+    row = self.mixture.row(number)
+    return self.sources[row.source].rows[row.examples[0]]
+
+
+def batch_fields(c: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Arrays float32[A, M, T] of a batch beside those of data/batches.py."""
+  if c.algorithm != 'grpo':
+    return ()
+  old = config_lib.steps_per_batch(c) > 1
+  ref = bool(c.grpo.kl_coef) and c.grpo.kl != 'reward'
+  return ('advantages', 'sampler_logp', *['old_logp'] * old, *['ref_logp'] * ref)
+
+
+@dataclasses.dataclass
 class Run:
   """A config brought to a machine, or to several."""
 
@@ -72,7 +102,7 @@ class Run:
   workdir: str
   mesh: Mesh
   model: Model
-  data: Data | None  # None: the run trains nothing
+  data: Data | PromptData | None  # None: the run trains nothing
   watchdog: Watchdog
 
   @property
@@ -85,7 +115,15 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    return c.steps or max(1, math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size))
+    batches = math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size)
+    return c.steps or max(1, batches) * config_lib.steps_per_batch(c)
+
+  def cursor(self, step: int) -> int:
+    """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
+    updates alone, for several may go over one batch.
+    """
+    c = self.config
+    return -(-step // config_lib.steps_per_batch(c)) * c.batch_size
 
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding."""
@@ -94,7 +132,8 @@ class Run:
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
     """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]."""
     where = NamedSharding(self.mesh, sharding.spec(*((None,) if micro else ()), 'batch', 'seq'))
-    return dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
+    names = ('tokens', 'labels', 'weights', 'segments', 'positions', *batch_fields(self.config))
+    return dict.fromkeys(names, where)
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
@@ -146,12 +185,15 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
+    open_ = open_prompts if c.algorithm in config_lib.ROLLOUT_ALGORITHMS else open_data
     with watchdog.phase('tokenize'):
       # The others find in the shared cache what the first process made.
-      data = peers.main_first(lambda: open_data(c, model, workdir))
+      data = peers.main_first(lambda: open_(c, model, workdir))
       peers.check_same('data', digest(data.fingerprints()))
-    for corpus in data.corpora:
+    for corpus in data.corpora if isinstance(data, Data) else []:
       _tell(corpus, c.data.on_overlength)
+    for found in data.sources if isinstance(data, PromptData) else []:
+      log.info('%s: %d prompts, %d longer ones dropped', found.name, len(found.rows), found.dropped)
   return Run(c, workdir, mesh, model, data, watchdog)
 
 
@@ -249,7 +291,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
-    ('batch_size / grad_accum', c.batch_size // c.grad_accum),
+    ('batch_size / grad_accum', config_lib.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
     if rows % ways:
@@ -301,3 +343,27 @@ def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
   ]
   mixture = Mixture(schedules, [s.weight for s in specs])
   return Data(Stream(mixture, training, c.seq_len, c.batch_size), mixture, training, evaluation)
+
+
+def open_prompts(c: ml_collections.ConfigDict, model: Model, workdir: str) -> PromptData:
+  """Reads prompts and schedules them, one a row."""
+  folder = c.data.cache or files.join(workdir, 'data_cache')
+  room = c.seq_len - c.rollout.max_tokens
+  groups, weights = [], []
+  for text in (c.data.train, c.data.eval):
+    specs = sources.parse_specs(text) if text else []
+    weights.append([s.weight for s in specs])
+    groups.append(
+      [
+        prompts.read(made.resolve(s, folder), model.tokenizer, room, c.data.on_overlength)
+        for s in specs
+      ]
+    )
+  if any(w is not None for w in weights[1]):
+    raise ConfigError(f'data.eval: {c.data.eval!r} has weights; leave the @weight out')
+  training, evaluation = groups
+  schedules = [
+    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, seed=c.seed, packed=False)
+    for x in training
+  ]
+  return PromptData(Mixture(schedules, weights[0]), training, evaluation)

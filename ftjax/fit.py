@@ -4,18 +4,20 @@ trains on a stream of rows.
 The state comes from, in this order: this workdir's newest checkpoint; the weights of `init_from`;
 the model's weights."""
 
+import functools
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import monitoring
 
-from ftjax import compare
+from ftjax import compare, experiment
 from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
@@ -47,9 +49,24 @@ _FIXED = (
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
+_FIXED += ('rollout.group', 'rollout.max_tokens', 'grpo.updates', 'grpo.minibatches')
 
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
+
+
+class Source(Protocol):
+  """Makes batches of what the model in training says (episodes.py); the others come from files."""
+
+  def begin(self, trainer: 'Trainer', write: Any, checkpoints: Checkpoints, start: int) -> None:
+    """Before the first batch. `write(step, values)` makes a row of the split 'rollout'; `start`
+    steps are done."""
+
+  def take(self, state: State, step: int) -> dict[str, jax.Array]:
+    """The device batch [A, M, T] of a step, in order."""
+
+  def saving(self, step: int) -> None:
+    """A checkpoint of `step` steps done is begun: what going on from it needs must stay."""
 
 
 class Trainer:
@@ -119,9 +136,10 @@ class Trainer:
   def compile(self, with_options: bool = True) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     run, c = self.run, self.run.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
+    shape = (c.grad_accum, config_lib.rows_per_step(c) // c.grad_accum, c.seq_len)
+    floats = ('weights', *experiment.batch_fields(c))
     batch = {
-      k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
+      k: jax.ShapeDtypeStruct(shape, jnp.float32 if k in floats else jnp.int32, sharding=s)
       for k, s in run.batch_shardings(micro=True).items()
     }
     options = self.compiler_options if with_options else {}
@@ -132,6 +150,10 @@ class Trainer:
       'step compiled in %.1f s; compile cache: %s', time.perf_counter() - begin, counts.close()
     )
     return compiled
+
+  def policy(self, state: State) -> dict:
+    """What is trained, as it is now."""
+    return trees.merge(state.params, state.frozen)
 
   def parameters(self, state: State) -> dict:
     """What is evaluated and exported: the moving average where there is one."""
@@ -193,23 +215,24 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
-def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, source: Source | None = None) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
 
   Args:
     run: from experiment.start.
     loss_fn: of the algorithm.
     eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
+    source: of batches; None: the rows of run.data.
   """
   lock = peers.main_first(lambda: files.Lock(run.workdir) if peers.is_main() else None)
   try:
-    _fit(run, loss_fn, eval_loss)
+    _fit(run, loss_fn, eval_loss, source)
   finally:
     if lock:
       lock.release()
 
 
-def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, source: Source | None) -> None:
   c = run.config
   fingerprints = {
     'model': run.model.fingerprint,
@@ -222,13 +245,12 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   start, saved = peers.from_main(checkpoints.latest), None
   if start is not None:
     saved = checkpoints.meta(start)
-    if (
-      saved['cursor'] != start * c.batch_size and saved['config'].get('batch_size') == c.batch_size
-    ):
-      raise DataError(
-        f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, not step x batch_size'
-      )
     _check_resume(saved, run, fingerprints)
+    if saved['cursor'] != run.cursor(start) and saved['config'].get('batch_size') == c.batch_size:
+      raise DataError(
+        f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, expected '
+        f'{run.cursor(start)}: not the rows that its steps consume'
+      )
     if start > run.steps:
       raise ConfigError(
         f'{run.workdir} holds a checkpoint of step {start}, but steps={run.steps}: give more '
@@ -251,20 +273,21 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
     with run.watchdog.phase('restore'):
       state = checkpoints.restore(start, trainer.abstract)
     judge.forget_answers_after(start)
-    first = run.data.stream.examples(start)[:1]
     log.info(
       'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
       start,
       run.steps,
-      start * c.batch_size / run.data.mixture.rows_per_epoch,
+      saved['cursor'] / run.data.mixture.rows_per_epoch,
       saved['cursor'],
-      first,
+      run.data.mixture.row(saved['cursor']),
       fingerprints['data order'][:12],
     )
 
   owed = bool(saved) and saved['progress']['owed']
   if not (saved and _has_ended(saved, c.checkpoint.patience)) and (start < run.steps or owed):
-    state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
+    state = _train(
+      trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss, source
+    )
   best = checkpoints.best()
   if best is not None and best != checkpoints.latest():
     log.info('exporting the best checkpoint, of step %d', best)
@@ -286,7 +309,9 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   judge.tuned(params)
 
 
-def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss) -> State:
+def _train(
+  trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss, source
+) -> State:
   """The loop with its writers, from `start` steps done."""
   run, c = trainer.run, trainer.run.config
   with run.watchdog.phase('compile'):
@@ -319,9 +344,11 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     return values
 
   def meta(step):
+    if source:
+      source.saving(step)
     return {
       'step': step,
-      'cursor': step * c.batch_size,
+      'cursor': run.cursor(step),
       'config': redaction.redact(config_lib.plain(c)),
       'fingerprints': fingerprints,
     }
@@ -357,12 +384,23 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     watchdog=run.watchdog,
     profile_dir=traces.folder,
   )
-  feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
+  progress = Progress(**saved['progress']) if saved else Progress()
   try:
-    progress = Progress(**saved['progress']) if saved else Progress()
-    return loop.run(state, start, lambda _, step: feed.take(step), progress)
+    if source:
+      write = functools.partial(_write_rollout, writer)
+      source.begin(trainer, write, checkpoints, start)
+      return loop.run(state, start, source.take, progress)
+    feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
+    try:
+      return loop.run(state, start, lambda _, step: feed.take(step), progress)
+    finally:
+      feed.close()
   finally:
-    feed.close()
     writer.close()
+
     traces.push()
     traces.close()
+
+
+def _write_rollout(writer: MetricsWriter, step: int, values: dict[str, float]) -> None:
+  writer.write(step, 'rollout', values)

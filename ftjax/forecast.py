@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ftjax import experiment, fit
+from ftjax import config, experiment, fit
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture
 from ftjax.planning import account, suggest, topology
@@ -98,7 +98,7 @@ def make(
     slice=where.name,
     devices=mesh.size,
     settings=settings,
-    rows=c.batch_size,
+    rows=config.rows_per_step(c),
     length=c.seq_len,
     parameters=arch.num_params(),
     attention=name,
@@ -111,7 +111,8 @@ def make(
   if compiled is None:
     return out
   held = account.memory(compiled, trainer.abstract)
-  local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
+  rows = config.rows_per_step(c)
+  local_tokens = rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   text = _text(trainer, compiled)
@@ -126,7 +127,7 @@ def make(
     gathering=account.gathering(text, trainer.abstract.params, mesh),
     cost=estimate(
       *(arch, where, held, moved),
-      rows=c.batch_size,
+      rows=rows,
       length=c.seq_len,
       remat=c.remat,
       micro_batches=c.grad_accum,
@@ -166,7 +167,7 @@ def better(
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  tried = suggest.candidates(arch, where, c.batch_size, c.seq_len, width, most)
+  tried = suggest.candidates(arch, where, config.rows_per_step(c), c.seq_len, width, most)
   best = None
   for candidate in tried:
     other = c.copy_and_resolve_references()

@@ -136,13 +136,13 @@ def main() -> None:
   config.validate(c)
   os.environ.update(topology.environment(where))
   # jax is imported from here on.
-  from ftjax import experiment, forecast, sft
+  from ftjax import experiment, forecast, grpo, sft
   from ftjax.models.architecture import from_hf
   from ftjax.planning import shapes
 
   random = c.model.random.to_dict()
   shape = shapes.read(c.model.path) if c.model.path else experiment.random_config(random)
-  make_loss = {'sft': sft.make_loss}[c.algorithm]
+  make_loss = {'sft': sft.make_loss, 'grpo': grpo.make_loss}[c.algorithm]
   arch, name = from_hf(shape), c.model.path or 'model.random'
   found = forecast.make(c, where, arch, make_loss)
   best = found if found.fits else None
