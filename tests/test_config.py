@@ -283,6 +283,7 @@ def test_the_keys_that_scripts_rely_on():
     'checkpoint.': ('every', 'keep', 'best_metric'),
     'eval.': ('every', 'tasks', 'batch_size', 'prompts'),
     'log.': ('every',),
+    'rollout.': ('group', 'max_tokens', 'temperature'),
     'profile.': ('start', 'stop'),
   }
   names = [section + key for section, keys in promised.items() for key in keys]
