@@ -34,7 +34,6 @@ from ftjax.rollout import rewards, weights
 from ftjax.rollout.engine import Completion, Engine, Rollout
 from ftjax.rollout.sampler import Sampling
 from ftjax.runtime import files, peers
-from ftjax.runtime.checkpoint import Checkpoints
 from ftjax.runtime.errors import CheckError, DataError
 from ftjax.runtime.sharding import spec, zigzag
 from ftjax.training.feed import place
@@ -155,9 +154,11 @@ class Episodes:
 
   # What fit.fit asks for.
 
-  def begin(self, trainer: Trainer, write, checkpoints: Checkpoints, start: int) -> None:
+  def begin(
+    self, trainer: Trainer, write: Callable[[int, dict[str, float]], None], start: int
+  ) -> None:
     """See fit.Source."""
-    self._trainer, self._write, self._checkpoints = trainer, write, checkpoints
+    self._trainer, self._write = trainer, write
     self._last_saved = start
     if peers.is_main():
       files.makedirs(self._folder)
@@ -388,7 +389,9 @@ class Episodes:
   def _prune(self, number: int) -> None:
     """Drops the arrays of rollouts before `number` that no checkpoint lies within; one that is
     still being written counts."""
-    steps = {*self._checkpoints.steps(), self._last_saved}
+    folder = files.join(self.run.workdir, 'checkpoints')
+    there = files.listdir(folder) if files.exists(folder) else []
+    steps = {self._last_saved, *(int(n) for n in there if n.isdigit())}
     needed = {s // self._updates for s in steps if s % self._updates}
     for name in files.listdir(self._folder):
       found = re.fullmatch(r'(\d+)\.npz', name)

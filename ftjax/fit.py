@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +58,12 @@ EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
 class Source(Protocol):
   """Makes batches of what the model in training says (episodes.py); the others come from files."""
 
-  def begin(self, trainer: 'Trainer', write: Any, checkpoints: Checkpoints, start: int) -> None:
+  def begin(
+    self, trainer: 'Trainer', write: Callable[[int, dict[str, float]], None], start: int
+  ) -> None:
     """Before the first batch. `write(step, values)` makes a row of the split 'rollout'; `start`
-    steps are done."""
+    steps are done.
+    """
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
     """The device batch [A, M, T] of a step, in order."""
@@ -388,7 +391,7 @@ def _train(
   try:
     if source:
       write = functools.partial(_write_rollout, writer)
-      source.begin(trainer, write, checkpoints, start)
+      source.begin(trainer, write, start)
       return loop.run(state, start, source.take, progress)
     feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
     try:

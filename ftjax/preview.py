@@ -1,8 +1,8 @@
 """python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N]
 
 Shows what a config would train on: sources with counts and lengths, the share of supervised tokens,
-and the first rows as a table of token | supervised | segment | position. Loads no weights and
-writes nothing but the token cache."""
+and the first rows as a table of token | supervised | segment | position; of prompts to sample from,
+the first ones with their columns. Loads no weights and writes nothing but the token cache."""
 
 import tempfile
 
@@ -26,6 +26,11 @@ def main() -> None:
 
   model = experiment.open_model(c.model.path, c.model.random.to_dict(), c.seed, weights=False)
   with tempfile.TemporaryDirectory() as scratch:
+    if c.algorithm in config.ROLLOUT_ALGORITHMS:
+      found = experiment.open_prompts(c, model, _WORKDIR.value or scratch)
+      first = [found.prompt(n) for n in range(min(_ROWS.value, c.batch_size))]
+      print(describe.prompts(found.sources, first, model.tokenizer))
+      return
     data = experiment.open_data(c, model, _WORKDIR.value or scratch)
     print(describe.summary(data.corpora, data.mixture))
     rows = range(min(_ROWS.value, c.batch_size))

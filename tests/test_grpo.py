@@ -55,7 +55,7 @@ class Steps:
     self.rows = []
     self.trainer = fit.Trainer(self.run, grpo.make_loss(self.run.arch, c))
     self.source = episodes.Episodes(self.run, grpo.make_teach(c))
-    self.source.begin(self.trainer, lambda *row: self.rows.append(row), Nothing(), 0)
+    self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0)
     self.state = self.trainer.fresh()
 
   @functools.cached_property
@@ -64,11 +64,6 @@ class Steps:
 
   def batch(self, step=0):
     return self.source.take(self.state, step)
-
-
-class Nothing:
-  def steps(self):
-    return []
 
 
 def host(tree):
