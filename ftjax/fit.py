@@ -356,18 +356,6 @@ def _train(
       'fingerprints': fingerprints,
     }
 
-  cadence = Cadence(
-    steps=run.steps,
-    log_every=c.log.every,
-    eval_every=c.eval.every,
-    save_every=c.checkpoint.every,
-    patience=c.checkpoint.patience,
-    metric=c.checkpoint.best_metric,
-    mode=c.checkpoint.best_mode,
-    max_bad_steps=c.max_bad_steps,
-    profile_start=c.profile.start,
-    profile_stop=c.profile.stop,
-  )
   throughput = Throughput(
     matmul_params=arch.matmul_params(),
     num_layers=arch.num_layers,
@@ -377,7 +365,7 @@ def _train(
   traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
-    cadence,
+    _cadence(run),
     evaluate=evaluate,
     meta=meta,
     writer=writer,
@@ -403,6 +391,22 @@ def _train(
 
     traces.push()
     traces.close()
+
+
+def _cadence(run: Run) -> Cadence:
+  c = run.config
+  return Cadence(
+    steps=run.steps,
+    log_every=c.log.every,
+    eval_every=c.eval.every,
+    save_every=c.checkpoint.every,
+    patience=c.checkpoint.patience,
+    metric=c.checkpoint.best_metric,
+    mode=c.checkpoint.best_mode,
+    max_bad_steps=c.max_bad_steps,
+    profile_start=c.profile.start,
+    profile_stop=c.profile.stop,
+  )
 
 
 def _write_rollout(writer: MetricsWriter, step: int, values: dict[str, float]) -> None:

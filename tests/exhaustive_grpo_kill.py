@@ -2,7 +2,7 @@
 
 Usage, from the repository root (about ten minutes on two cores; not collected by pytest):
 
-  python tests/exhaustive_grpo_kill.py [--folder=DIR]
+  python tests/exhaustive_grpo_kill.py [--folder=DIR] [--passes=1,2,4] [--micro=1,2]
 
 For each number of passes over a rollout (1, 2, 4) and of micro-batches (1, 2) an uninterrupted run
 of eight steps is the reference. A trial is killed as soon as checkpoint k is there, then run to the
@@ -23,12 +23,15 @@ import tiny_run
 def main() -> int:
   parser = argparse.ArgumentParser()
   parser.add_argument('--folder', default='')
-  folder = pathlib.Path(parser.parse_args().folder or tempfile.mkdtemp(prefix='grpo_kill_'))
+  parser.add_argument('--passes', default='1,2,4')
+  parser.add_argument('--micro', default='1,2')
+  flags = parser.parse_args()
+  folder = pathlib.Path(flags.folder or tempfile.mkdtemp(prefix='grpo_kill_'))
   folder.mkdir(parents=True, exist_ok=True)
   failed, log = 0, folder / 'log'
   print(f'{"passes":>6} {"micro":>6} {"k":>3} {"resumed":>8}  result', flush=True)
-  for passes in (1, 2, 4):
-    for micro in (1, 2):
+  for passes in map(int, flags.passes.split(',')):
+    for micro in map(int, flags.micro.split(',')):
       settings = (f'grpo.updates={passes}', 'grpo.minibatches=1', f'grad_accum={micro}')
       reference = folder / f'reference-{passes}-{micro}'
       code, told = tiny_run.run('train', test_grpo.arguments(reference, *settings))
