@@ -221,6 +221,8 @@ class Episodes:
     """
     c = self.run.config
     copy = weights.rollout_params(params, self.run.arch, self._mesh, self._dtype)
+    # Else the engine's clock would also run for the update that is still under way.
+    jax.block_until_ready(copy)
     if not self._is_checked:
       self._check(params, copy)
     return self._engine.generate(
