@@ -17,7 +17,7 @@ from ml_collections import config_dict
 
 from ftjax.runtime.errors import ConfigError
 
-ALGORITHMS = ('sft',)
+ALGORITHMS = ('sft', 'dpo', 'reward_model')
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -28,8 +28,8 @@ def default() -> ml_collections.ConfigDict:
   c.seed = 0  # of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow `epochs`
   c.epochs = 1.0  # passes over the training rows, when steps is 0
-  c.batch_size = 16  # rows per optimizer update, over all devices
-  c.seq_len = 1024  # tokens per row
+  c.batch_size = 16  # rows per optimizer update, over all devices; of pairs: one in a row
+  c.seq_len = 1024  # tokens per row; both sides of a pair share one
   c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
   c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
@@ -81,6 +81,20 @@ def default() -> ml_collections.ConfigDict:
   c.loss.neftune = (
     0.0  # alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 5 is usual
   )
+
+  c.dpo = ml_collections.ConfigDict()
+  # sigmoid (DPO), sigmoid_norm, ipo, hinge, robust, simpo, cpo, orpo, kto: docs/preference.md
+  c.dpo.loss = 'sigmoid'
+  c.dpo.beta = 0.1  # strength of the pull to the reference
+  c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
+  c.dpo.gamma = 0.0  # margin of simpo, in rewards
+  c.dpo.nll_coef = 0.0  # weight of the chosen answer's likelihood in cpo and simpo
+  c.dpo.desirable = 1.0  # weight of good answers in kto
+  c.dpo.undesirable = 1.0  # of bad ones
+
+  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model.objective = 'pairs'  # pairs: Bradley-Terry; scores: squared error
+  c.reward_model.centring = 0.0  # weight of (sum of a pair's rewards)^2; 0.01 is usual
 
   c.mesh = ml_collections.ConfigDict()  # sizes; one may be -1, for the rest of the devices
   c.mesh.data = 1
@@ -136,6 +150,18 @@ _CHOICES = {
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_overlength': ('error', 'drop', 'truncate_left', 'truncate_right'),
   'data.loss_on': ('assistant', 'completion', 'all'),
+  'dpo.loss': (
+    'sigmoid',
+    'sigmoid_norm',
+    'ipo',
+    'hinge',
+    'robust',
+    'simpo',
+    'cpo',
+    'orpo',
+    'kto',
+  ),
+  'reward_model.objective': ('pairs', 'scores'),
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
 }
@@ -157,6 +183,11 @@ _NOT_NEGATIVE = (
   'optim.clip_norm',
   'loss.z_loss',
   'loss.neftune',
+  'dpo.gamma',
+  'dpo.nll_coef',
+  'dpo.desirable',
+  'dpo.undesirable',
+  'reward_model.centring',
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',
@@ -168,6 +199,7 @@ _NOT_NEGATIVE = (
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
+_METRICS += ('eval/accuracy', 'eval/margin')  # of pairs
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 # Of model.random, in the keys of a HF config.json.
 _RANDOM_REQUIRED = (
@@ -245,6 +277,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
       'eval.prompts'
     )
   _check_random(c)
+  _check_algorithm(c)
   if c.batch_size % c.grad_accum:
     raise ConfigError(f'grad_accum={c.grad_accum} must divide batch_size={c.batch_size}')
   if not c.steps and c.epochs <= 0:
@@ -290,6 +323,28 @@ def validate(c: ml_collections.ConfigDict) -> None:
     )
   if c.profile.stop < c.profile.start:
     raise ConfigError(f'profile.stop={c.profile.stop} lies before profile.start={c.profile.start}')
+
+
+def _check_algorithm(c: ml_collections.ConfigDict) -> None:
+  if c.algorithm == 'sft':
+    return
+  if idle := [f'loss.{k}' for k, v in c.loss.items() if v]:
+    raise ConfigError(f'{idle[0]} does nothing with algorithm={c.algorithm}: leave it at 0')
+  if c.dpo.beta <= 0 or not 0 <= c.dpo.label_smoothing < 0.5:
+    raise ConfigError(
+      f'dpo.beta={c.dpo.beta}, dpo.label_smoothing={c.dpo.label_smoothing}; expected a positive '
+      'number, and one in [0, 0.5)'
+    )
+  if c.algorithm == 'dpo' and c.dpo.loss == 'kto':
+    if c.grad_accum > 1:
+      raise ConfigError(
+        f'dpo.loss=kto with grad_accum={c.grad_accum}: its reference point is a mean over the '
+        'whole step; set grad_accum=1, and remat=full to save memory'
+      )
+    if c.batch_size < 2 or c.eval.batch_size < 2:
+      raise ConfigError('dpo.loss=kto needs batch_size and eval.batch_size of at least 2')
+  if c.algorithm == 'reward_model' and (c.eval.tasks or c.eval.prompts):
+    raise ConfigError('eval.tasks and eval.prompts ask for text, which a reward model cannot write')
 
 
 def _check_sinks(sinks: Any) -> None:

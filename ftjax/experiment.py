@@ -18,7 +18,8 @@ from ftjax.data import cache, encode, made, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.schedule import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import load
+from ftjax.hf import classifier, load
+from ftjax.losses import preference
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
 from ftjax.runtime import files, peers, sharding
@@ -87,14 +88,36 @@ class Run:
       return c.steps or 1000
     return c.steps or max(1, math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size))
 
+  @property
+  def has_reference(self) -> bool:
+    """Whether the loss compares with the model as it was at the start."""
+    c = self.config
+    return c.algorithm == 'dpo' and preference.LOSSES[c.dpo.loss].needs_reference
+
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding."""
     return sharding.shardings(self.mesh, transformer.axes(self.arch))
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
-    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]."""
-    where = NamedSharding(self.mesh, sharding.spec(*((None,) if micro else ()), 'batch', 'seq'))
-    return dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
+    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; of `values` without T."""
+    axes = (None, 'batch') if micro else ('batch',)
+    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
+    out = dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
+    if example_shape(self.config) != 'text':
+      out['values'] = NamedSharding(self.mesh, sharding.spec(*axes))
+    return out
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step in shapes."""
+    c = self.config
+    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
+    floats = {'weights': shape, 'values': shape[:2]}
+    return {
+      k: jax.ShapeDtypeStruct(
+        floats.get(k, shape), jnp.float32 if k in floats else jnp.int32, sharding=s
+      )
+      for k, s in self.batch_shardings(micro=True).items()
+    }
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
@@ -102,7 +125,8 @@ class Run:
     micro, shape = c.batch_size // c.grad_accum, (c.grad_accum, c.batch_size // c.grad_accum)
     own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
     rows = [a * micro + m for a in range(c.grad_accum) for m in own]
-    return {k: v.reshape(*shape, -1) for k, v in self.data.stream.batch(step, rows).items()}
+    batch = self.data.stream.batch(step, rows)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -110,7 +134,7 @@ class Run:
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
     for corpus in self.data.evaluation:
-      for batch in eval_batches(corpus, *shape, packed=c.data.packing, wanted=own):
+      for batch in eval_batches(corpus, *shape, packed=is_packed(c), wanted=own):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
@@ -120,7 +144,15 @@ class Run:
 
   def _load(self, source: str, dtype: str) -> dict:
     if source:
-      return load.load_params(source, self.arch, self.parameter_shardings(), jnp.dtype(dtype))
+      arch = from_hf(load.read_config(source)) if self.arch.num_labels else self.arch
+      where = sharding.shardings(self.mesh, transformer.axes(arch))
+      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      if arch.num_labels == self.arch.num_labels:
+        return params
+      # A language model becomes a reward model: its head goes, a random score comes.
+      make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype))['score'])
+      params = {k: v for k, v in params.items() if k != 'head'}
+      return params | {'score': make(jax.random.key(self.config.seed))}
     make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype)))
     return make(jax.random.key(self.config.seed))
 
@@ -141,7 +173,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   jax.set_mesh(mesh)
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
-    model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
+    model = open_model(c.model.path, c.model.random.to_dict(), c.seed, labels=num_labels(c))
     peers.check_same('model.path', model.fingerprint)
   check_sizes(c, model.arch, mesh)
   data = None
@@ -153,6 +185,25 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     for corpus in data.corpora:
       _tell(corpus, c.data.on_overlength)
   return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def example_shape(c: ml_collections.ConfigDict) -> str:
+  """What a training example is: 'text', or one of data.judged.SHAPES."""
+  if c.algorithm == 'dpo':
+    return 'pair' if preference.LOSSES[c.dpo.loss].paired else 'label'
+  if c.algorithm == 'reward_model':
+    return {'pairs': 'pair', 'scores': 'score'}[c.reward_model.objective]
+  return 'text'
+
+
+def is_packed(c: ml_collections.ConfigDict) -> bool:
+  """Whether several examples share a row; judged ones have each their own."""
+  return c.data.packing and example_shape(c) == 'text'
+
+
+def num_labels(c: ml_collections.ConfigDict) -> int:
+  """`Architecture.num_labels` of the model that a config trains."""
+  return int(c.algorithm == 'reward_model')
 
 
 def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
@@ -177,6 +228,11 @@ def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
       100 * lost / of,
       counts.truncated,
       100 * counts.truncated / of,
+    )
+  if counts.chosen_over or counts.rejected_over:
+    log.warning(
+      '%s: longer than half a row were %d chosen and %d rejected sides of pairs over seq_len',
+      *(corpus.name, counts.chosen_over, counts.rejected_over),
     )
 
 
@@ -210,9 +266,12 @@ def random_config(random: dict) -> dict:
   return {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
 
 
-def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Model:
+def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
   """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
-  them for the fingerprint.
+  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+
+  Raises:
+    ConfigError: a reward model where a language model is wanted.
   """
   if path:
     found = load.tokenizer_files(path)
@@ -225,6 +284,9 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     found['config.json'] = json.dumps(config).encode()
     fingerprint = digest([config, seed])
   arch = from_hf(config)
+  if arch.num_labels and not labels:
+    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
+  arch = dataclasses.replace(arch, num_labels=labels)
   # The same weights under another rope or another epsilon are another model.
   fingerprint = digest([fingerprint, dataclasses.asdict(arch)])
   tokenizer = Tokenizer(found, path or 'model.random')
@@ -234,6 +296,8 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     )
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
+  if labels:
+    found, config = classifier.describe(found, config, tokenizer, stops)
   return Model(path, arch, tokenizer, stops, config, found, fingerprint)
 
 
@@ -264,7 +328,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
 
 def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
   """Tokenizes, or opens the cache, and schedules the rows."""
-  folder = c.data.cache or files.join(workdir, 'data_cache')
+  folder, shape = c.data.cache or files.join(workdir, 'data_cache'), example_shape(c)
 
   def corpora(text, is_eval=False):
     specs = sources.parse_specs(text) if text else []
@@ -276,9 +340,11 @@ def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
     specs = [made.resolve(spec, folder) for spec in specs]
     settings = dict(
       cache_dir=folder,
-      seq_len=c.seq_len,
+      # A labelled row also holds its prompt with another answer.
+      seq_len=c.seq_len // 2 if shape == 'label' else c.seq_len,
       loss_on=c.data.loss_on,
       on_overlength=c.data.on_overlength,
+      shape=shape,
     )
     return specs, [
       cache.build_or_open(s, model.tokenizer, progress=True, **settings) for s in specs
@@ -289,7 +355,7 @@ def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
   if c.data.eval_fraction and not evaluation:
     sides = [cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
     training, evaluation = ([side[i] for side in sides] for i in (0, 1))
-  settings = dict(seed=c.seed, packed=c.data.packing)
+  settings = dict(seed=c.seed, packed=is_packed(c))
   schedules = [
     SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
   ]

@@ -2,8 +2,10 @@
 trains on a stream of rows.
 
 The state comes from, in this order: this workdir's newest checkpoint; the weights of `init_from`;
-the model's weights."""
+the model's weights. A reference (the policy as it was at the start) is a frozen part of the state
+under `reference/`; it is not saved, but read again from where it came."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,6 +21,7 @@ from ftjax import compare
 from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
+from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.runtime import files, manifest, peers, redaction, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
@@ -50,6 +53,7 @@ _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freez
 
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
+Watch = Callable[[int, dict[str, float]], None]
 
 
 class Trainer:
@@ -100,24 +104,36 @@ class Trainer:
 
   def _create(self, params: dict) -> State:
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
+    if self.run.has_reference:
+      # A copy: a state is donated whole, and no buffer twice.
+      frozen = frozen | {'reference': jax.tree.map(jnp.copy, params)}
     return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
 
   def fresh(self) -> State:
     """A state around the weights of init_from or of the model."""
-    c, model = self.run.config, self.run.model
-    source = model.source
-    if c.init_from:
-      source = files.join(c.init_from, 'export')
-    return self._init(self.run.load_params(source, c.model.param_dtype))
+    return self._init(self._first_params())
+
+  def _first_params(self) -> dict:
+    c = self.run.config
+    source = files.join(c.init_from, 'export') if c.init_from else self.run.model.source
+    return self.run.load_params(source, c.model.param_dtype)
+
+  def saved(self, state: State) -> State:
+    """What of a state (or of its shapes) is saved: all but the reference."""
+    kept = {k: v for k, v in state.frozen.items() if k != 'reference'}
+    return dataclasses.replace(state, frozen=kept)
+
+  def restore(self, checkpoints: Checkpoints, step: int) -> State:
+    """The state saved at a step, with its reference."""
+    state = checkpoints.restore(step, self.saved(self.abstract))
+    if not self.run.has_reference:
+      return state
+    return dataclasses.replace(state, frozen=state.frozen | {'reference': self._first_params()})
 
   def compile(self) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
-    run, c = self.run, self.run.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
-    batch = {
-      k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
-      for k, s in run.batch_shardings(micro=True).items()
-    }
+    run = self.run
+    batch = run.abstract_batch()
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch)
     log.info(
@@ -127,6 +143,10 @@ class Trainer:
 
   def parameters(self, state: State) -> dict:
     """What is evaluated and exported: the moving average where there is one."""
+    return trees.merge(state.ema or state.params, self.saved(state).frozen)
+
+  def with_reference(self, state: State) -> dict:
+    """The same with the reference, where there is one."""
     return trees.merge(state.ema or state.params, state.frozen)
 
 
@@ -184,28 +204,44 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
-def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def _reference_source(run: Run) -> dict[str, str]:
+  """Fingerprint of the weights that a resume takes the reference from, where it is not the model's.
+
+  Raises:
+    ConfigError: they are not there.
+  """
+  if not (run.has_reference and run.config.init_from):
+    return {}
+  _check_source(run.config.init_from)
+  export = files.join(run.config.init_from, 'export')
+  return {'reference': peers.from_main(lambda: load.fingerprint(export))}
+
+
+def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Watch = lambda *_: None) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
 
   Args:
     run: from experiment.start.
     loss_fn: of the algorithm.
-    eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
+    eval_loss: (parameters with the reference, is_cancelled) -> metrics of the evaluation rows; None
+      when cancelled.
+    watch: is shown (steps done, metrics) of every step.
   """
   lock = peers.main_first(lambda: files.Lock(run.workdir) if peers.is_main() else None)
   try:
-    _fit(run, loss_fn, eval_loss)
+    _fit(run, loss_fn, eval_loss, watch)
   finally:
     if lock:
       lock.release()
 
 
-def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Watch) -> None:
   c = run.config
   fingerprints = {
     'model': run.model.fingerprint,
     'tokenizer': run.model.tokenizer.fingerprint,
   } | run.data.fingerprints()
+  fingerprints |= _reference_source(run)
   trainer = Trainer(run, loss_fn)
   retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
   checkpoints = Checkpoints(files.join(run.workdir, 'checkpoints'), retention)
@@ -240,7 +276,7 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
     judge.answer(trainer.parameters(state), 0)
   else:
     with run.watchdog.phase('restore'):
-      state = checkpoints.restore(start, trainer.abstract)
+      state = trainer.restore(checkpoints, start)
     judge.forget_answers_after(start)
     first = run.data.stream.examples(start)[:1]
     log.info(
@@ -255,12 +291,14 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
 
   owed = bool(saved) and saved['progress']['owed']
   if not (saved and _has_ended(saved, c.checkpoint.patience)) and (start < run.steps or owed):
-    state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
+    state = _train(
+      *(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss, watch)
+    )
   best = checkpoints.best()
   if best is not None and best != checkpoints.latest():
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
-    state = checkpoints.restore(best, trainer.abstract)
+    state = trainer.restore(checkpoints, best)
   checkpoints.close()
   params = trainer.parameters(state)
   del state
@@ -277,7 +315,9 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
   judge.tuned(params)
 
 
-def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss) -> State:
+def _train(
+  trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss, watch
+) -> State:
   """The loop with its writers, from `start` steps done."""
   run, c = trainer.run, trainer.run.config
   with run.watchdog.phase('compile'):
@@ -294,18 +334,18 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
   made_of = manifest.build(config_lib.plain(c), fingerprints, text)
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
-  # With frozen leaves the formula would count products that are not computed.
-  arch, peak = run.arch, None if trainer.frozen else find_peak()
+  # With frozen leaves the formula would count products that are not computed, with a reference
+  # leave out some that are.
+  arch, peak = run.arch, None if trainer.frozen or run.has_reference else find_peak()
   log.info(
     'MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s',
     peak.source if peak else 'unknown',
   )
 
   def evaluate(state, step, is_cancelled):
-    params = trainer.parameters(state)
-    values = eval_loss(params, is_cancelled)
+    values = eval_loss(trainer.with_reference(state), is_cancelled)
     if values is not None:
-      judge.answer(params, step)
+      judge.answer(trainer.parameters(state), step)
     return values
 
   def meta(step):
@@ -339,6 +379,8 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     cadence,
     evaluate=evaluate,
     meta=meta,
+    saved=trainer.saved,
+    watch=watch,
     writer=writer,
     checkpoints=checkpoints,
     throughput=throughput,

@@ -24,7 +24,13 @@ def main() -> None:
   from ftjax import experiment
   from ftjax.data import describe
 
-  model = experiment.open_model(c.model.path, c.model.random.to_dict(), c.seed, weights=False)
+  model = experiment.open_model(
+    c.model.path,
+    c.model.random.to_dict(),
+    c.seed,
+    weights=False,
+    labels=experiment.num_labels(c),
+  )
   with tempfile.TemporaryDirectory() as scratch:
     data = experiment.open_data(c, model, _WORKDIR.value or scratch)
     print(describe.summary(data.corpora, data.mixture))

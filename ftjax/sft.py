@@ -13,25 +13,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import experiment, fit
+from ftjax.forward import head_weights, hidden_states
 from ftjax.losses.cross_entropy import Terms
-from ftjax.models import head, transformer
+from ftjax.models import head
 from ftjax.models.architecture import Architecture
-from ftjax.models.attention import Tokens
-
-
-def hidden_states(
-  arch: Architecture, params: dict, batch: dict, dtype, remat='none', noise=None
-) -> jax.Array:
-  """dtype[B, T, D] of a batch of data/batches.py."""
-  where = Tokens(batch['segments'], batch['positions'])
-  return transformer.apply(
-    arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
-  )
-
-
-def head_weights(arch: Architecture, params: dict) -> jax.Array:
-  """float32[V, D]: the head, which a tied model shares with its embedding."""
-  return params['embed' if arch.tied else 'head']['w']
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:

@@ -19,10 +19,10 @@ def main() -> None:
   c = flags.FLAGS.config
   config.validate(c)
   # jax is imported from here on: a misspelt key is told before.
-  from ftjax import sft
+  from ftjax import dpo, reward_model, sft
 
   command.join()
-  {'sft': sft.run}[c.algorithm](c, _WORKDIR.value)
+  {'sft': sft.run, 'dpo': dpo.run, 'reward_model': reward_model.run}[c.algorithm](c, _WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ FOLDERS = {
 }
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'command'}
 # Layer 5 in the order in which its files may import each other: data, wiring, training, algorithms.
-WIRING = ('config', 'experiment', 'compare', 'fit', 'forecast')
+WIRING = ('config', 'forward', 'experiment', 'compare', 'fit', 'forecast', 'pairs')
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 

@@ -52,6 +52,7 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
   }
   for key in ('tokens', 'segments', 'positions'):
     batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
+  batch['weights'] = np.stack([batch['w'], np.zeros_like(batch['w'])], -1)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
   return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 

@@ -36,6 +36,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'ffn': 'tensor',
   'vocab': 'tensor',
   'norm': None,
+  'label': None,
 }
 
 

@@ -1,0 +1,160 @@
+"""Preference tuning, top to bottom: pairs -> log-probs of both answers -> loss -> step -> run.
+
+The losses are the table in losses/preference.py: DPO and its kin on pairs, KTO on single labelled
+answers. A loss that compares with a reference reads the model as it was at the start under
+`reference/` of the parameters; its log-probs are computed in the step, by the same function."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ftjax import experiment, fit, pairs
+from ftjax.forward import head_weights, hidden_states
+from ftjax.losses import masked, preference
+from ftjax.models import head
+from ftjax.models.architecture import Architecture
+
+log = logging.getLogger(__name__)
+
+_ALARM_STEPS = 5
+
+
+def settings(c: ml_collections.ConfigDict) -> preference.Settings:
+  """The coefficients of a config."""
+  names = ('beta', 'label_smoothing', 'gamma', 'nll_coef', 'desirable', 'undesirable')
+  return preference.Settings(**{n: c.dpo[n] for n in names})
+
+
+def side_logps(
+  arch: Architecture, params: dict, batch: dict, dtype, remat: str
+) -> tuple[jax.Array, jax.Array]:
+  """(float32[B], float32[B]) nats: log pi of the answers in segments 1 and 2 of each row."""
+  x = hidden_states(arch, params, batch, dtype, remat)
+  logp = head.token_logprobs(x, head_weights(arch, params), batch['labels'], batch['weights'])
+  return pairs.side_sum(logp, batch, 1), pairs.side_sum(logp, batch, 2)
+
+
+def _measured(arch: Architecture, params: dict, batch: dict, dtype, remat, with_reference) -> dict:
+  """Per row: `first` and `second` log-probs, their `ref_`, `first_tokens`, `second_tokens`."""
+  policy = {k: v for k, v in params.items() if k != 'reference'}
+  first, second = side_logps(arch, policy, batch, dtype, remat)
+  ref_first = ref_second = jnp.zeros_like(first)
+  if with_reference:
+    reference = jax.lax.stop_gradient(params['reference'])
+    ref_first, ref_second = side_logps(arch, reference, batch, dtype, remat)
+  return {
+    'first': first,
+    'second': second,
+    'ref_first': ref_first,
+    'ref_second': ref_second,
+    'first_tokens': pairs.side_sum(batch['weights'], batch, 1),
+    'second_tokens': pairs.side_sum(batch['weights'], batch, 2),
+    'values': batch['values'],
+    'weights': pairs.present(batch),
+  }
+
+
+def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
+  """What a row of the loss table takes, from what `_measured` found of all rows of a step."""
+  if preference.LOSSES[name].paired:
+    nll = preference.nll_per_pair(m['first'], m['first_tokens'])
+    return preference.Pairs(
+      m['first'],
+      m['second'],
+      m['ref_first'],
+      m['ref_second'],
+      m['first_tokens'],
+      m['second_tokens'],
+      nll,
+    )
+  # Segment 2 is the prompt with another row's answer.
+  mismatched = preference.kto_reference_point(m['second'], m['ref_second'], m['weights'])
+  z = preference.kto_z(*mismatched)
+  return preference.Singles(m['first'], m['ref_first'], m['values'] > 0, z)
+
+
+def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  dtype, coefficients, name = jnp.dtype(c.model.compute_dtype), settings(c), c.dpo.loss
+  row, remat = preference.LOSSES[name], c.remat
+
+  def loss(params, batch, keys):
+    del keys
+    m = _measured(arch, params, batch, dtype, remat, row.needs_reference)
+    total, weight, metrics = preference.loss(name, table_batch(name, m), m['weights'], coefficients)
+    first, second = jax.lax.stop_gradient((m['first'], m['second']))
+    if row.paired:
+      metrics['logps/chosen'] = masked.mean(first, m['weights'])
+      metrics['logps/rejected'] = masked.mean(second, m['weights'])
+    else:
+      good = m['weights'] * m['values']
+      metrics['logps/chosen'] = masked.mean(first, good)
+      metrics['logps/rejected'] = masked.mean(first, m['weights'] - good)
+    return total, weight, metrics
+
+  return loss
+
+
+def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pairs.Measure:
+  """jitted (params, batch) -> per row what `_measured` tells."""
+  dtype, row = jnp.dtype(c.model.compute_dtype), preference.LOSSES[c.dpo.loss]
+
+  @jax.jit
+  def measure(params, batch):
+    m = _measured(arch, params, batch, dtype, 'none', row.needs_reference)
+    return pairs.replicated(m)
+
+  return measure
+
+
+def evaluate(
+  measure: pairs.Measure,
+  run: experiment.Run,
+  params: dict,
+  is_cancelled: Callable[[], bool],
+) -> dict[str, float] | None:
+  """Loss and rewards over all evaluation rows; of pairs the accuracy with its interval."""
+  found = pairs.collect(measure, run, params, is_cancelled)
+  if not found:
+    return found
+  name, coefficients = run.config.dpo.loss, settings(run.config)
+  rows = {k: jnp.asarray(v) for k, v in found.items()}
+  batch = table_batch(name, rows)
+  total, weight, metrics = preference.loss(name, batch, rows['weights'], coefficients)
+  out = {'loss': float(total / weight)}
+  out |= {k: float(masked.divide(*v)) for k, v in metrics.items() if k != 'rewards/accuracy'}
+  if preference.LOSSES[name].paired:
+    chosen, rejected = preference.LOSSES[name].reward(batch, coefficients)
+    out |= pairs.accuracy(np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))
+  return out
+
+
+class Alarm:
+  """Says it when the policy stays at the reference: it is then the same object, or not trained."""
+
+  def __init__(self):
+    self._is_told = False
+
+  def __call__(self, done: int, values: dict[str, float]) -> None:
+    updates = done - 1 - values['skipped']
+    margin = values.get('rewards/margin')
+    if updates >= _ALARM_STEPS and margin == 0.0 and not self._is_told:
+      self._is_told = True
+      log.warning(
+        'step %d: after %d updates the reward margin is still exactly 0, so policy and reference '
+        'give the same log-probs. Look at optim.lr and optim.freeze, and with python -m '
+        'ftjax.preview at whether the two answers of a pair differ',
+        *(done, updates),
+      )
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs a config to its end: train, export, compare with the base."""
+  r = experiment.start(c, workdir)
+  eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
+  fit.fit(r, make_loss(r.arch, c), eval_loss, Alarm())
