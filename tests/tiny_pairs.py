@@ -1,4 +1,4 @@
-"""A tiny preference run inside the test process: config, run, trainer and batches of random rows."""
+"""A tiny preference run inside the test process: its config, its run, batches of random rows."""
 
 import json
 
@@ -7,8 +7,10 @@ import numpy as np
 from tiny_model import place
 
 from ftjax import config, experiment
+from ftjax.runtime.watchdog import Watchdog
 
 SIZES = dict(
+  vocab_size=260,
   hidden_size=32,
   num_hidden_layers=2,
   num_attention_heads=4,
@@ -43,7 +45,9 @@ def architecture(c):
 
 def shapes_only(c):
   """A Run on the current mesh, without data."""
-  return experiment.without_data(c, jax.sharding.get_mesh(), architecture(c))
+  run = experiment.without_data(c, jax.sharding.get_mesh(), architecture(c))
+  run.watchdog = Watchdog({'restore': 60.0})
+  return run
 
 
 def rows(seed=0, count=ROWS, length=T, lengths=None):

@@ -42,7 +42,7 @@ def sums(count: int) -> list[dict]:
 
 
 def _judged(kind: str, count: int) -> list[dict]:
-  """The rows of `sums` with wrong and vague answers beside the right ones, or in place of every other
+  """The rows of `sums` with wrong, vague answers beside the right ones, or in place of every other
   one. A model that knows no sums can tell them by their first word.
   """
   rows = []
