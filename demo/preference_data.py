@@ -1,9 +1,9 @@
 """Picks short pairs out of a preference file: python demo/preference_data.py SOURCE TARGET_DIR
 
 SOURCE holds rows of data/judged.py (HH-RLHF's dialogues, for example), as .jsonl or .jsonl.gz.
-Written are TARGET_DIR/{train,test}.jsonl: the first 300 and the next 200 pairs of which each side has
-at most 128 tokens under .cache/smollm2's tokenizer and template. No prompt is in both. The texts of
-HH-RLHF are offensive by design."""
+Written are TARGET_DIR/{train,test}.jsonl: the first 300 and the next 200 pairs of which each side
+has at most 128 tokens under .cache/smollm2's tokenizer and template. No prompt is in both. The
+texts of HH-RLHF are offensive by design."""
 
 import json
 import sys
