@@ -13,6 +13,7 @@ import tiny_pairs
 from tiny_model import place
 
 from ftjax import experiment, fit, pairs, reward_model
+from ftjax.data import batches
 from ftjax.hf import export, load
 from ftjax.losses import preference
 from ftjax.models import transformer
@@ -51,8 +52,7 @@ def texts(batch):
 
 def laid_out(ids, length, left=0, fill=0):
   """Rows of one segment each, behind `left` tokens of padding, which hold the id `fill`."""
-  batch = tiny_pairs.rows(count=len(ids), length=length)
-  batch = {k: np.zeros_like(v) for k, v in batch.items()}
+  batch = batches.empty(len(ids), length, 'score')
   batch['tokens'][:] = fill
   for row, tokens in enumerate(ids):
     at = slice(left, left + len(tokens))
