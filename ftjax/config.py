@@ -133,12 +133,14 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.restore = 3600.0  # weights or a checkpoint
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
-  c.watchdog.evaluate = 3600.0  # one batch of rows, or one task
+  c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0
 
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
   c.compile_cache = True  # keep compiled programs in the workdir
+  # (name, value) pairs over the table of runtime/compiler_options.py; '' takes one away
+  c.compiler_options = ()
   return c.lock()
 
 
@@ -192,10 +194,6 @@ _NOT_NEGATIVE = (
   'checkpoint.patience',
   'eval.every',
   'profile.start',
-  *(
-    f'watchdog.{phase}'
-    for phase in ('tokenize', 'restore', 'compile', 'step', 'evaluate', 'save', 'export')
-  ),
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
@@ -264,7 +262,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for key in _POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in _NOT_NEGATIVE:
+  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:
@@ -276,6 +274,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
       f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
       'eval.prompts'
     )
+  _check_options(c.compiler_options)
   _check_random(c)
   _check_algorithm(c)
   if c.batch_size % c.grad_accum:
@@ -365,6 +364,17 @@ def _check_table(key: str, table: Any) -> None:
       raise ConfigError(f'{key}: {row[0]!r} is no regular expression: {error}') from error
     if not isinstance(row[1], int | float):
       raise ConfigError(f'{key}: {row!r}; expected a number, or True or False')
+
+
+def _check_options(options: Any) -> None:
+  for row in options:
+    if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+      raise ConfigError(
+        f'compiler_options: {row!r} is no option; expected pairs such as '
+        "('xla_gpu_enable_latency_hiding_scheduler', True)"
+      )
+    if not isinstance(row[1], bool | int | float | str):
+      raise ConfigError(f'compiler_options: {row!r}; expected a number, True, False or a text')
 
 
 def _check_sources(key: str, sources: Any) -> None:

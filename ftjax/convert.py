@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from ftjax.runtime import files as files_lib
 from ftjax.runtime.errors import ConfigError, DataError, RunError
 
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir or hub id')
@@ -27,13 +28,18 @@ def local_source(source: str) -> Path:
   Raises:
     DataError: neither a path nor a hub id that can be fetched.
   """
-  path = Path(source)
+  path = files_lib.as_path(source)
   if (path / 'export' / 'config.json').is_file():
     return path / 'export'
   if path.exists():
     return path
   # A hub id is NAME or OWNER/NAME: anything else was meant as a path.
-  if source.count('/') > 1 or source.startswith(('.', '/', '~')) or source.endswith('.gguf'):
+  if (
+    files_lib.is_remote(source)
+    or source.count('/') > 1
+    or source.startswith(('.', '/', '~'))
+    or source.endswith('.gguf')
+  ):
     raise DataError(f'--source={source}: no such file or folder')
   try:
     from huggingface_hub import snapshot_download
@@ -63,7 +69,11 @@ def convert(source: str, target: str, dtype: str | None):
   from ftjax.models.architecture import from_hf
 
   path = local_source(source)
-  if Path(target).resolve() == path.resolve():
+  if files_lib.absolute(target) == files_lib.absolute(path) or (
+    not files_lib.is_remote(target)
+    and not files_lib.is_remote(path)
+    and Path(target).resolve() == path.resolve()
+  ):
     raise ConfigError(f'--target={target} is the source itself')
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)

@@ -14,9 +14,9 @@ import ml_collections
 import numpy as np
 
 from ftjax import experiment, fit, pairs
-from ftjax.forward import head_weights, hidden_states
+from ftjax.forward import hidden_states
 from ftjax.losses import masked, preference
-from ftjax.models import head
+from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def side_logps(
 ) -> tuple[jax.Array, jax.Array]:
   """(float32[B], float32[B]) nats: log pi of the answers in segments 1 and 2 of each row."""
   x = hidden_states(arch, params, batch, dtype, remat)
-  logp = head.token_logprobs(x, head_weights(arch, params), batch['labels'], batch['weights'])
+  table = transformer.head_weights(arch, params)
+  logp = head.token_logprobs(x, table, batch['labels'], batch['weights'])
   return pairs.side_sum(logp, batch, 1), pairs.side_sum(logp, batch, 2)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import secrets
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ftjax import config as config_lib
 from ftjax.data import cache, encode, made, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.schedule import Mixture, SourceSchedule
@@ -122,9 +124,9 @@ class Run:
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
     c = self.config
-    micro, shape = c.batch_size // c.grad_accum, (c.grad_accum, c.batch_size // c.grad_accum)
+    shape = (c.grad_accum, c.batch_size // c.grad_accum)
     own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * micro + m for a in range(c.grad_accum) for m in own]
+    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
     batch = self.data.stream.batch(step, rows)
     return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
@@ -166,6 +168,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   """
   files.probe(workdir)
   workdir = files.absolute(workdir)  # Orbax takes no relative path
+  _check_shared(c, workdir)
   configure_jax(c)
   if c.compile_cache:
     _keep_programs(files.join(workdir, 'xla_cache'))
@@ -174,7 +177,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
     model = open_model(c.model.path, c.model.random.to_dict(), c.seed, labels=num_labels(c))
-    peers.check_same('model.path', model.fingerprint)
+    peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path)]))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -204,6 +207,29 @@ def is_packed(c: ml_collections.ConfigDict) -> bool:
 def num_labels(c: ml_collections.ConfigDict) -> int:
   """`Architecture.num_labels` of the model that a config trains."""
   return int(c.algorithm == 'reward_model')
+
+
+def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """All processes must see one workdir and mean one config.
+
+  Raises:
+    ConfigError: another process's workdir is another folder. DataError: configs differ.
+  """
+  if peers.is_alone():
+    return
+  own = ('data.cache', 'log.')  # may differ from host to host
+  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  peers.check_same('config', digest(plain))
+  name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
+  peers.from_main(lambda: files.write_text(name, ''))
+  blind = [p for p, sees in enumerate(peers.gather(files.exists(name))) if not sees]
+  if peers.is_main():
+    files.remove(name)
+  if blind:
+    raise ConfigError(
+      f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
+      'on a shared file system or gs://'
+    )
 
 
 def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
@@ -243,7 +269,9 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
     ConfigError: a size that does not divide.
   """
   check_sizes(c, arch, mesh)
-  return Run(c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog({}))
+  return Run(
+    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+  )
 
 
 def configure_jax(c: ml_collections.ConfigDict) -> None:
@@ -318,8 +346,12 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
       raise ConfigError(
         f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
       )
-  if c.seq_len % mesh.shape['context']:
-    raise ConfigError(f'seq_len={c.seq_len} is no multiple of mesh.context={mesh.shape["context"]}')
+  ways = mesh.shape['context']
+  if ways > 1 and c.seq_len % (2 * ways):
+    raise ConfigError(
+      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * ways}: each device takes two '
+      'chunks of a row'
+    )
   if c.seq_len > arch.max_len:
     raise ConfigError(
       f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'

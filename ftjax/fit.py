@@ -23,7 +23,7 @@ from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
 from ftjax.hf import load
 from ftjax.models import transformer
-from ftjax.runtime import files, manifest, peers, redaction, trees
+from ftjax.runtime import compiler_options, files, manifest, peers, redaction, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.metrics import MetricsWriter
@@ -34,7 +34,7 @@ from ftjax.training.loop import Cadence, Loop, Progress
 from ftjax.training.schedule import make_schedule
 from ftjax.training.signals import Signals
 from ftjax.training.state import State, create, state_shardings, with_shardings
-from ftjax.training.step import LossFn, compile_step, make_step
+from ftjax.training.step import LossFn, compile_step, make_step, program_text
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,12 @@ class Trainer:
       seed=c.seed,
     )
 
+  @property
+  def compiler_options(self) -> dict[str, compiler_options.Value]:
+    """Of the step, on this run's devices."""
+    c, kind = self.run.config, self.run.mesh.devices.flat[0].device_kind
+    return compiler_options.resolve(kind, c.compiler_options)
+
   def _create(self, params: dict) -> State:
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
     if self.run.has_reference:
@@ -114,8 +120,9 @@ class Trainer:
     return self._init(self._first_params())
 
   def _first_params(self) -> dict:
-    c = self.run.config
-    source = files.join(c.init_from, 'export') if c.init_from else self.run.model.source
+    c, source = self.run.config, self.run.model.source
+    if c.init_from:
+      source = load.exported(c.init_from)
     return self.run.load_params(source, c.model.param_dtype)
 
   def saved(self, state: State) -> State:
@@ -132,10 +139,11 @@ class Trainer:
 
   def compile(self) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
-    run = self.run
-    batch = run.abstract_batch()
+    batch = self.run.abstract_batch()
+    options = self.compiler_options
+    log.info('compiler options: %s', compiler_options.told(options) or 'none')
     begin, counts = time.perf_counter(), _CacheCounts()
-    compiled = compile_step(self._step, self.abstract, batch)
+    compiled = compile_step(self._step, self.abstract, batch, options)
     log.info(
       'step compiled in %.1f s; compile cache: %s', time.perf_counter() - begin, counts.close()
     )
@@ -151,7 +159,7 @@ class Trainer:
 
 
 def _check_source(workdir: str) -> None:
-  if not files.exists(files.join(workdir, 'export')):
+  if load.exported(workdir) is None:
     raise ConfigError(
       f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
     )
@@ -227,11 +235,12 @@ def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Watch = lambda *_
       when cancelled.
     watch: is shown (steps done, metrics) of every step.
   """
-  lock = peers.main_first(lambda: files.Lock(run.workdir) if peers.is_main() else None)
+  locks = []  # one, held by process 0
+  peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
   try:
     _fit(run, loss_fn, eval_loss, watch)
   finally:
-    if lock:
+    for lock in locks:
       lock.release()
 
 
@@ -294,11 +303,12 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Watch) -> None:
     state = _train(
       *(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss, watch)
     )
-  best = checkpoints.best()
-  if best is not None and best != checkpoints.latest():
+  best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
+  if best is not None and best != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
-    state = trainer.restore(checkpoints, best)
+    with run.watchdog.phase('restore'):
+      state = trainer.restore(checkpoints, best)
   checkpoints.close()
   params = trainer.parameters(state)
   del state
@@ -330,8 +340,9 @@ def _train(
     sinks=c.log.sinks,
     is_main=peers.is_main(),
   )
-  text = hashlib.sha256(compiled.as_text().encode()).hexdigest()
-  made_of = manifest.build(config_lib.plain(c), fingerprints, text)
+  printed = program_text(compiled)
+  executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
+  made_of = manifest.build(config_lib.plain(c), fingerprints, executable, trainer.compiler_options)
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
   # With frozen leaves the formula would count products that are not computed, with a reference
@@ -374,6 +385,7 @@ def _train(
     attention_dim=arch.num_heads * arch.head_dim,
     peak=peak,
   )
+  traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
     cadence,
@@ -386,7 +398,7 @@ def _train(
     throughput=throughput,
     signals=Signals(run.mesh),
     watchdog=run.watchdog,
-    profile_dir=files.join(run.workdir, 'profile'),
+    profile_dir=traces.folder,
   )
   feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
   try:
@@ -395,3 +407,5 @@ def _train(
   finally:
     feed.close()
     writer.close()
+    traces.push()
+    traces.close()

@@ -20,7 +20,7 @@ from ftjax.planning import account, suggest, topology
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.training.step import LossFn
+from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ class Forecast:
 
   settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
   None where the compiler itself ran out, and then needed tells how many bytes it wanted (0: not
-  told).
+  told). collectives and gathering: None where jaxlib cannot print the program; the cost then has no
+  communication in it.
   """
 
   slice: str
@@ -46,13 +47,15 @@ class Forecast:
   length: int
   parameters: int
   attention: str
+  compiler_options: dict[str, bool | int | float | str]
   compile_seconds: float
   capacity: float
   fits: bool
   needed: float
   memory: account.Memory | None = None
-  collectives: tuple[account.Collective, ...] = ()
+  collectives: tuple[account.Collective, ...] | None = None
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
+  gathering: account.Gathering | None = None
   cost: Cost | None = None
 
 
@@ -81,7 +84,16 @@ def make(
     compiled, needed = _compile(trainer)
   seconds = time.perf_counter() - begin
   chip = where.chip
-  name = attention.kernel(chip.platform, mesh.shape['context'], c.seq_len, c.seq_len)
+  name = attention.kernel(
+    attention.Problem(
+      platform=chip.platform,
+      context=mesh.shape['context'],
+      queries=c.seq_len,
+      keys=c.seq_len,
+      head_dim=arch.head_dim,
+      dtype=c.model.compute_dtype,
+    )
+  )
   out = Forecast(
     slice=where.name,
     devices=mesh.size,
@@ -90,6 +102,7 @@ def make(
     length=c.seq_len,
     parameters=arch.num_params(),
     attention=name,
+    compiler_options=trainer.compiler_options,
     compile_seconds=seconds,
     capacity=chip.memory,
     fits=False,
@@ -101,22 +114,25 @@ def make(
   local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
-  moved = account.collectives(compiled.as_text(), mesh, unknown_trips=loops)
-  outer = next((a for a in mesh.axis_names if mesh.shape[a] > 1), '')
+  moved = gathering = None
+  if text := program_text(compiled):
+    apart = topology.islands(mesh, chip)
+    moved = tuple(account.collectives(text, mesh, unknown_trips=loops, islands=apart))
+    gathering = account.gathering(text, trainer.abstract.params, mesh)
   return dataclasses.replace(
     out,
     fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
     needed=held.peak,
     memory=held,
-    collectives=tuple(moved),
+    collectives=moved,
     replicated=account.replicated(trainer.abstract.params, mesh),
+    gathering=gathering,
     cost=estimate(
-      *(arch, where, held, moved),
+      *(arch, where, held, moved or ()),
       rows=c.batch_size,
       length=c.seq_len,
       remat=c.remat,
       micro_batches=c.grad_accum,
-      outer=outer,
     ),
   )
 

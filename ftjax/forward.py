@@ -15,8 +15,3 @@ def hidden_states(
   return transformer.apply(
     arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
   )
-
-
-def head_weights(arch: Architecture, params: dict) -> jax.Array:
-  """float32[V, D]: the head, which a tied model shares with its embedding."""
-  return params['embed' if arch.tied else 'head']['w']

@@ -12,6 +12,7 @@ from absl import flags
 
 from ftjax import command, config
 from ftjax.planning import topology
+from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
 
 command.define_config()
@@ -66,13 +67,30 @@ def _cost_lines(found) -> list[str]:
 
 
 def _collective_lines(found) -> list[str]:
+  if found.collectives is None:
+    return ['Collectives: unknown, and not in the estimate: jaxlib cannot print this program.']
   if not found.collectives:
     return ['No collectives.']
   head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
   return [head] + [
     f'{c.kind:<20}{c.axes:<16}{c.ways:>5}{c.count:>8}{_gib(c.bytes):>10}{_gib(c.sent):>10}'
+    + ('  over the data-centre network' if c.network else '')
     for c in found.collectives
   ]
+
+
+def _gathering_lines(found) -> list[str]:
+  at = found.gathering
+  if at is None or not (at.layered or at.whole or at.unseen):
+    return []
+  lines = [f'Weights gathered one layer at a time, inside the loop: {len(at.layered)} stacks']
+  if at.unseen:
+    lines.append(f'  not seen there: {", ".join(at.unseen)}')
+  if at.whole:
+    lines.append(
+      f'  buffers as large as all layers gathered (or saved activations): {", ".join(at.whole)}'
+    )
+  return lines
 
 
 def text(found, name: str) -> str:
@@ -82,6 +100,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
+    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:
@@ -98,6 +117,7 @@ def text(found, name: str) -> str:
       *_collective_lines(found),
       '',
       f'Parameters that every device holds whole: {", ".join(held) or "none"}',
+      *_gathering_lines(found),
       'It fits.' if found.fits else 'It does not fit.',
     ]
   )

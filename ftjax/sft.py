@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import experiment, fit
-from ftjax.forward import head_weights, hidden_states
+from ftjax.forward import hidden_states
 from ftjax.losses.cross_entropy import Terms
-from ftjax.models import head
+from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
+from ftjax.runtime import sharding
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
@@ -31,7 +32,11 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
     ]
   )
   scale = alpha / jnp.sqrt(same.sum(-1) * dim)
-  draw = functools.partial(jax.random.uniform, shape=(segments.shape[1], dim), minval=-1.0)
+  order = sharding.zigzag(segments.shape[1], sharding.ways('context'))
+
+  def draw(key):
+    return jax.random.uniform(key, (segments.shape[1], dim), minval=-1.0)[order]
+
   uniform = jax.sharding.reshard(
     jax.vmap(draw)(keys), jax.P(*jax.typeof(segments).sharding.spec, None)
   )
@@ -47,7 +52,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
     x = hidden_states(arch, params, batch, dtype, remat, noise)
     total, nll = head.cross_entropy_sums(
-      x, head_weights(arch, params), batch['labels'], batch['weights'], terms
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights'], terms
     )
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
@@ -62,7 +67,9 @@ def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
   @jax.jit
   def sums(params, batch):
     x = hidden_states(arch, params, batch, dtype)
-    logp = head.token_logprobs(x, head_weights(arch, params), batch['labels'], batch['weights'])
+    logp = head.token_logprobs(
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights']
+    )
     return -(logp * batch['weights']).sum(), batch['weights'].sum()
 
   return sums

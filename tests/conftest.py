@@ -45,3 +45,22 @@ def _back_to_one_device():
 def use_mesh():
   """`use_mesh(fsdp=2, tensor=2)` sets a mesh over the first devices for the rest of the test."""
   return lambda **sizes: _set(sizes)
+
+
+@pytest.fixture(scope='session')
+def _gcs_server():
+  """A bucket on loopback, to which this process and those it starts are sent instead."""
+  from fake_gcs import FakeGcs
+
+  with FakeGcs() as fake, pytest.MonkeyPatch.context() as patch:
+    for name, value in fake.env.items():
+      patch.setenv(name, value)
+    yield fake
+
+
+@pytest.fixture
+def bucket(_gcs_server, tmp_path, monkeypatch):
+  """The server with an empty bucket, gs://bucket; mirrors lie below tmp_path."""
+  _gcs_server.reset()
+  monkeypatch.setenv('FTJAX_CACHE', str(tmp_path / 'mirror'))
+  return _gcs_server

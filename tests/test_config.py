@@ -298,4 +298,5 @@ def test_every_key_is_explained_and_read():
     assert f'  c.{key} = ' in text, key
     last = key.rsplit('.', 1)[-1]
     reads = (f'c.{key}', f"'{last}'", 'c.mesh[') if '.' in key else (f'c.{key}',)
+    reads += (f"phase('{last}')",) if key.startswith('watchdog.') else ()
     assert any(r in code for r in reads), f'{key} is read by nobody'

@@ -75,10 +75,10 @@ def test_join():
     files.probe, lambda p: files.write_text(p, 'x'),
   ],
 )  # fmt: skip
-def test_every_function_refuses_an_object_store_clearly(call):
-  assert files.is_remote('gs://bucket/x') and not files.is_remote('/x')
-  with pytest.raises(ConfigError, match=r'gs://bucket.*only local paths') as e:
-    call('gs://bucket/x')
+def test_every_function_refuses_another_object_store_clearly(call):
+  assert files.is_remote('s3://bucket/x') and not files.is_remote('/x')
+  with pytest.raises(ConfigError, match=r's3://bucket.*only local paths and gs://') as e:
+    call('s3://bucket/x')
   assert e.value.exit_code == 2
 
 

@@ -306,3 +306,58 @@ def test_memory_is_the_parameters_and_one_stacked_leaf(tmp_path, big_model, dtyp
   tensor = max(info.nbytes for info in names.hf_tensors(arch, np.dtype(dtype)).values())
   assert exported - loaded <= 2 * tensor
   assert params > 80e6
+
+
+SHARE_AND_MEASURE = f"""
+import sys
+import jax, ml_dtypes, numpy as np
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.models.architecture import from_hf
+from ftjax.runtime import sharding
+mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(fsdp=-1))
+jax.set_mesh(mesh)
+jax.block_until_ready(jax.device_put(np.ones(3)) + 1)
+empty = {PEAK}
+arch = from_hf(load.read_config(sys.argv[1]))
+places = sharding.shardings(mesh, transformer.axes(arch))
+params = load.load_params(sys.argv[1], arch, places, np.dtype('bfloat16'))
+print(jax.device_count(), empty, {PEAK})
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
+def test_a_checkpoint_of_70b_shape_is_streamed(tmp_path):
+  """Llama-3.1-70B with a sixteenth of its widths and all its 80 layers, in sparse files, onto eight
+  devices: the parameters, one leaf, and some room.
+  """
+  config = load.read_config(GOLDEN / 'llama_untied_gqa') | {
+    'vocab_size': 8016,
+    'hidden_size': 512,
+    'intermediate_size': 1792,
+    'num_hidden_layers': 80,
+    'num_attention_heads': 64,
+    'num_key_value_heads': 8,
+    'head_dim': 8,
+  }
+  arch = from_hf(config)
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  tensors = names.hf_tensors(arch, np.dtype('bfloat16'))
+  shards, index = np.array_split(list(tensors), 30), {}
+  for i, part in enumerate(shards, 1):
+    file, header, at = f'model-{i:05d}-of-00030.safetensors', {}, 0
+    for name in part:
+      end = at + tensors[name].nbytes
+      header[name] = {'dtype': 'BF16', 'shape': tensors[name].shape, 'data_offsets': [at, end]}
+      index[name], at = file, end
+    text = json.dumps(header).encode()
+    with open(tmp_path / file, 'wb') as f:
+      f.write(len(text).to_bytes(8, 'little') + text)
+      f.truncate(8 + len(text) + at)  # a hole, read as zeros
+  (tmp_path / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': index}))
+  done = run(SHARE_AND_MEASURE, tmp_path, XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  assert done.returncode == 0, done.stderr
+  devices, empty, peak = map(int, done.stdout.split())
+  params, leaf = 2 * arch.num_params(), 2 * 80 * 512 * 1792
+  assert devices == 8 and params > 500e6
+  assert (peak - empty) * 1024 <= params + leaf + 64e6, (peak - empty, params, leaf)

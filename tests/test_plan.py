@@ -2,6 +2,8 @@
 arrays that live, the entry's exit codes.
 """
 
+import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -18,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ftjax import config, experiment, fit, forecast, sft
 from ftjax.models.architecture import from_hf
 from ftjax.planning import account, shapes, suggest, topology
+from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 
 needs_libtpu = pytest.mark.skipif(
@@ -121,6 +124,42 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {
   assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
 
 
+def test_what_crosses_slices_is_read_from_the_hosts_transfers():
+  attributes = '_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2}x{0:3}"'
+  send = f'(bf16[36,8]{{1,0}}, u32[], token[]) send(%a, %t), frontend_attributes={{{attributes}}}'
+  text = f"""
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {{
+  %s = {send}
+  %d = token[] send-done(%s), frontend_attributes={{{attributes}}}
+  %g = bf16[16,8]{{1,0}} all-gather(%w), replica_groups=[2,4]<=[8], dimensions={{0}}
+}}
+
+ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
+  %l = (s32[], bf16[16,8]) while(%p), condition=%c, body=%body, TRIPS
+}}
+"""
+  text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  found = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+  size = 5 * 36 * 8 * 2
+  assert account.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
+  assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
+
+
+def test_a_group_across_hosts_goes_over_the_network():
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  line = '  %g = f32[8]{{0}} all-reduce(%w), replica_groups={}, to_apply=%add\n'
+  entry = 'ENTRY %main (x: f32[8]) -> f32[8] {\n'
+  for groups, axes, network in (
+    ('[4,2]<=[2,4]T(1,0)', 'data', True),
+    ('[2,4]<=[8]', 'fsdp', False),
+  ):
+    text = entry + line.format(groups) + '}\n'
+    (found,) = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+    assert (found.axes, found.network) == (axes, network)
+    assert not account.collectives(text, mesh)[0].network  # on one host
+
+
 @pytest.mark.parametrize(
   ('text', 'rows'),
   [
@@ -188,43 +227,141 @@ def planned(c, name='cpu:8'):
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_the_plan_counts_the_bytes_that_live(mesh):
+  """Every array that lives after a step of a real run, its metrics left out, on each device."""
   c = small()
   c.mesh.update(mesh)
   found, arch = planned(c)
   assert found.fits and found.devices == 8
-  with jax.set_mesh(jax.sharding.get_mesh()):
-    whole = experiment.sharding.make_mesh({a: c.mesh[a] for a in experiment.sharding.AXES})
-    with jax.set_mesh(whole):
-      run = experiment.without_data(c, whole, arch)
-      trainer = fit.Trainer(run, sft.make_loss(arch, c))
-      state = trainer.fresh()
-      host = np.zeros((2, 8, 64), np.int32)
-      batch = {k: jax.device_put(host, s) for k, s in run.batch_shardings(micro=True).items()}
-  first = jax.devices()[0]
-  live = sum(
-    shard.data.nbytes
-    for leaf in jax.tree.leaves((state, batch))
-    for shard in leaf.addressable_shards
-    if shard.device == first
-  )
-  assert found.memory.arguments == live
+  whole = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
+  with jax.set_mesh(whole):
+    gc.collect()
+    before = jax.live_arrays()  # held, so that no new array takes an old one's identity
+    known = {id(a) for a in before}
+    run = experiment.without_data(c, whole, arch)
+    trainer = fit.Trainer(run, sft.make_loss(arch, c))
+    step = trainer.compile()
+    state, batch = trainer.fresh(), {}
+    host = np.zeros((2, 8, 64), np.int32)
+    for name, where in run.batch_shardings(micro=True).items():
+      dtype = np.float32 if name == 'weights' else np.int32
+      batch[name] = jax.device_put(host.astype(dtype), where)
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    del metrics
+    gc.collect()
+    live = dict.fromkeys(jax.devices(), 0)
+    for array in jax.live_arrays():
+      if id(array) not in known:
+        for shard in array.addressable_shards:
+          live[shard.device] += shard.data.nbytes
+  assert set(live.values()) == {found.memory.arguments}, live
+  assert account.shard_bytes((state, batch)) == found.memory.arguments
   assert found.memory.parameters == account.shard_bytes(trainer.abstract.params)
   assert found.memory.optimizer >= 2 * found.memory.parameters
-  assert found.memory.peak >= live
+  assert found.memory.peak >= found.memory.arguments
+  split = found.memory.gradients + found.memory.activations
+  assert found.memory.gradients > 0 and split >= found.memory.temporaries
 
 
-def test_layers_are_gathered_inside_the_scan():
+STACKED = [
+  *(f'stack0/block0/attn/{n}/w' for n in 'kqvo'),
+  *(f'stack0/block0/mlp/{n}/w' for n in ('gate', 'up', 'down')),
+]
+
+
+@pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_layers_are_gathered_inside_the_scan(mesh, remat):
   c = small()
+  c.seq_len, c.model.random.intermediate_size = 40, 192  # no activation is as large as a weight
+  c.mesh.update(mesh)
+  c.remat = remat
   found, arch = planned(c)
   gathers = [x for x in found.collectives if x.kind == 'all-gather' and x.axes == 'fsdp']
-  assert gathers
-  layers = arch.num_layers * c.grad_accum
-  assert sum(x.count for x in gathers) >= layers
+  assert sum(x.count for x in gathers) >= arch.num_layers * c.grad_accum
+  assert sorted(found.gathering.layered) == sorted(STACKED)
+  assert found.gathering.whole == found.gathering.unseen == ()
   assert set(found.replicated) == {
     'final_norm/scale',
     'stack0/block0/attn_norm/scale',
     'stack0/block0/mlp_norm/scale',
   }
+
+
+def test_weights_gathered_before_the_loop_are_seen():
+  """The same product with its weights gathered all at once: the account must tell."""
+  mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
+  leaf = lambda *shape: jax.ShapeDtypeStruct(  # noqa: E731
+    shape, jnp.float32, sharding=NamedSharding(mesh, P(None, 'fsdp'))
+  )
+  params = {'stack0': {'w': leaf(6, 64, 48)}}
+
+  def gather(w, axis):
+    return jax.lax.all_gather(w, 'fsdp', axis=axis, tiled=True)
+
+  def at_once(w, x):
+    w = gather(w, 1)
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, w)[0]
+
+  def by_layer(w, x):
+    body = lambda x, w: (jnp.tanh(x @ gather(w, 0)) @ gather(w, 0).T, None)  # noqa: E731
+    return jax.lax.scan(body, x, w)[0]
+
+  found = {}
+  for fn in (at_once, by_layer):
+    specs = dict(in_specs=(P(None, 'fsdp'), P()), out_specs=P(), check_vma=False)
+    x = jax.ShapeDtypeStruct((5, 64), jnp.float32, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+      whole = jax.shard_map(fn, mesh=mesh, **specs)
+      text = jax.jit(whole).lower(params['stack0']['w'], x).compile().as_text()
+    found[fn] = account.gathering(text, params, mesh)
+  assert found[at_once] == account.Gathering((), ('stack0/w',), ('stack0/w',))
+  assert found[by_layer] == account.Gathering(('stack0/w',), (), ())
+
+
+def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
+  monkeypatch.setattr(forecast.step, 'text', lambda _: '')
+  found, _ = planned(small())
+  assert found.fits and found.collectives is None and found.gathering is None
+  assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
+
+
+# What no mesh can do
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'change', 'told'),
+  [
+    (dict(data=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.* 8 devices'),
+    (dict(expert=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.*expert'),
+    (dict(fsdp=8), {'eval.batch_size': 12}, r'eval.batch_size = 12 rows'),
+    (
+      dict(fsdp=8),
+      dict(hidden_size=60, num_attention_heads=2),
+      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+    ),
+    (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
+    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
+    (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
+    (dict(fsdp=4, tensor=2), dict(intermediate_size=129), r'ffn dimension of 129 .*mesh.tensor'),
+    (dict(data=3), {}, r'8 devices are no multiple of 3'),
+    (dict(data=2, fsdp=2), {}, r'makes 4 devices, but there are 8'),
+  ],
+)
+def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change, told):
+  def compiled(_):
+    raise AssertionError('it was compiled')
+
+  monkeypatch.setattr(fit.Trainer, 'compile', compiled)
+  c = small()
+  c.grad_accum = 1
+  c.mesh.update(mesh)
+  with c.unlocked():
+    for key, value in change.items():
+      part = c.model.random if key in c.model.random else c
+      part.update_from_flattened_dict({key: value})
+  with pytest.raises(ConfigError, match=told):
+    planned(c)
 
 
 # Shapes and suggestions
@@ -247,6 +384,16 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 def test_an_unknown_model_names_the_known_ones():
   with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo.*Llama-3.1-8B'):
     shapes.read('nowhere/Foo')
+
+
+def test_few_long_rows_on_a_large_slice_split_the_sequence():
+  """64 rows of 8,192 tokens on 256 chips: one row is cut over 4 of them."""
+  arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
+  found = suggest.candidates(arch, where, 64, 8192, 2, 6)
+  assert {'context': 4, 'fsdp': 64}.items() <= dataclasses.asdict(found[0]).items()
+  assert any(c.tensor == 2 and c.context == 2 for c in found)
+  whole = suggest.candidates(arch, where, 256, 8192, 2, 6)[0]
+  assert (whole.fsdp, whole.context, whole.tensor, whole.grad_accum) == (256, 1, 1, 1)
 
 
 def test_candidates_divide():
@@ -278,6 +425,24 @@ def test_the_entry_prints_json():
   assert code == 0 and found['fits'] and found['devices'] == 4
   assert found['settings']['mesh.fsdp'] == 2 and found['settings']['remat'] == 'full'
   assert found['memory']['arguments'] > 0 and found['cost']['calibrated'] is False
+  assert {'parameters', 'optimizer', 'gradients', 'activations', 'peak'} <= found['memory'].keys()
+  for item in found['collectives']:
+    assert {'kind', 'axes', 'ways', 'count', 'bytes', 'sent', 'network'} <= item.keys()
+  assert found['collectives'] and found['replicated'] and found['gathering']['layered']
+  assert found['compile_seconds'] > 0 and found['compiler_options'] == {}
+  assert found['attention'] == 'dense' and found['suggestion']['mesh.fsdp'] == 2
+
+
+def test_a_folder_with_config_json_alone_is_enough(tmp_path):
+  shape = experiment.random_config(small().model.random.to_dict())
+  (tmp_path / 'config.json').write_text(json.dumps(shape))
+  assert shapes.read(str(tmp_path)) == shape
+  settings = ('seq_len=64', 'batch_size=8', 'eval.batch_size=8', f'model.path={tmp_path}')
+  code, told = plan(
+    '--config=sft_smollm2_135m', '--topology=cpu:2', *(f'--config.{s}' for s in settings)
+  )
+  assert code == 0 and f'{tmp_path}: ' in told and 'It fits.' in told
+  assert 'Weights gathered one layer at a time' in told and 'compiler options: none' in told
 
 
 @pytest.mark.parametrize(

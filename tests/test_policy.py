@@ -303,8 +303,9 @@ def test_against_numpy(aggregate):
 EVERYTHING = dict(clip_high=0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01, constant=11)
 
 
-@pytest.mark.parametrize('aggregate', policy.AGGREGATIONS)
-@pytest.mark.parametrize('level', policy.LEVELS)
+@pytest.mark.parametrize(
+  ('aggregate', 'level'), list(zip(policy.AGGREGATIONS, policy.LEVELS, strict=True))
+)
 def test_micro_batches_add_up(aggregate, level):
   r, objective = random_rollout(), Objective(level=level, aggregate=aggregate, **EVERYTHING)
   total, weight, metrics = compute(r, objective)

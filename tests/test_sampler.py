@@ -231,7 +231,7 @@ def test_a_split_sequence_is_refused(use_mesh):
 
 
 def test_buckets_hold_their_prompts_with_little_padding():
-  sizes = [sampler._bucket(n) for n in range(1, 5000)]
+  sizes = [sampler.bucket(n) for n in range(1, 5000)]
   for n, size in enumerate(sizes, 1):
     assert n <= size <= max(16, n * 3 / 2)
   assert sizes == sorted(sizes) and len(set(sizes)) <= 40

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_model import TINY, ids, init, place
@@ -12,6 +13,7 @@ from tiny_model import TINY, ids, init, place
 from ftjax import config, sft
 from ftjax.models import transformer
 from ftjax.runtime import sharding
+from ftjax.training import feed
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.state import create, state_shardings, with_shardings
 from ftjax.training.step import compile_step, fed, make_step
@@ -86,22 +88,27 @@ def test_one_update_by_hand():
 def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
   """By hand, however the rows are spread; another token, or the same ones elsewhere, tell."""
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, 2**31 - 1, (2, 4, 6)).astype(np.int32)
-  segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]] * 4, np.int32).reshape(2, 4, 6)
-  positions = np.array([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]] * 4, np.int32).reshape(2, 4, 6)
+  tokens = rng.integers(0, 2**31 - 1, (2, 4, 8)).astype(np.int32)
+  segments = np.array([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]] * 4, np.int32).reshape(
+    2, 4, 8
+  )
+  positions = np.array([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]] * 4, np.int32).reshape(
+    2, 4, 8
+  )
   arrays = dict(tokens=tokens, segments=segments, positions=positions)
   same = segments[..., :, None] == segments[..., None, :]
-  mask = same & np.tril(np.ones((6, 6), bool)) & (segments > 0)[..., None]
-  numbers = enumerate(tokens.reshape(-1).tolist())
-  expected = sum((token + 1) * (2 * i + 1) * 2654435769 for i, token in numbers) % 2**32
+  mask = same & np.tril(np.ones((8, 8), bool)) & (segments > 0)[..., None]
+  expected = tiny_run.checksum(tokens)
 
   def count(**changes):
-    placed = {k: place(v, None, 'batch', 'seq') for k, v in (arrays | changes).items()}
+    mesh = jax.sharding.get_mesh()
+    rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
+    placed = feed.place(arrays | changes, dict.fromkeys(arrays, rows))
     return {k: v.item() for k, v in jax.jit(fed)(placed).items()}
 
   for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):
     use_mesh(**sizes)
-    assert count() == {'tokens': 44, 'attended': mask.sum(), 'batch_checksum': expected}
+    assert count() == {'tokens': 52, 'attended': mask.sum(), 'batch_checksum': expected}
   assert count(tokens=tokens[:, ::-1])['batch_checksum'] != expected
   tokens[1, 2, 3] += 1
   assert count(tokens=tokens)['batch_checksum'] != expected

@@ -3,12 +3,15 @@ memmap.
 
 A cache folder is made beside its final name and renamed when it is whole, so that whatever carries
 the name is complete, also when several processes build at once: the first one wins, the others use
-its folder. `schedule.py` orders the examples, `batches.py` reads them.
+its folder. A cache in a bucket has a mirror on each machine, which is what is read: a machine
+without it downloads what another one built, or builds it and uploads it. `schedule.py` orders the
+examples, `batches.py` reads them.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,9 +27,13 @@ from ftjax.data.counts import Counts
 from ftjax.data.formats import Bad
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
+
 SCHEMA = 3  # raise it when the same rows would give other tokens, masks or files
+_MARK = 'meta.json'  # written last: a folder with it is whole
 _CHUNK = 1000  # rows tokenized at once
 _CHUNK_CHARACTERS = 4_000_000  # or so many characters
 _MAX_REPORTED = 20  # bad rows listed in one message
@@ -280,7 +287,7 @@ def _chunks(rows: Iterator, size: int) -> Iterator[list]:
 
 def _build(build: _Build, progress: bool) -> None:
   rows = sources.scan(build.spec)
-  name = Path(build.spec.path).name
+  name = build.spec.path.rstrip('/').rpartition('/')[2]
   with tqdm(desc=f'tokenize {name}', unit=' rows', disable=not progress, leave=False) as bar:
     for chunk in _chunks(rows, _CHUNK):
       build.add_rows(chunk)
@@ -327,7 +334,7 @@ def build_or_open(
   Args:
     spec: the source; its weight does not matter here.
     tokenizer: with its template.
-    cache_dir: folder of all caches, made if missing.
+    cache_dir: folder of all caches, made if missing; may be gs://.
     seq_len: most tokens of an example.
     loss_on: see `encode.encode`.
     on_overlength: 'error', 'drop', 'truncate_left' (keeps the end) or 'truncate_right'.
@@ -347,21 +354,23 @@ def build_or_open(
   if seq_len < 2:
     raise ConfigError(f'seq_len={seq_len}; expected at least 2')
   names = sources.source_names(spec)
-  root = Path(cache_dir)
+  root = files.local_mirror(cache_dir)
   folder = root / cache_key(spec, tokenizer, seq_len, loss_on, on_overlength, shape)
+  remote = files.join(cache_dir, folder.name)
   if not folder.is_dir():
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
     scratch = Path(tempfile.mkdtemp(prefix='building-', dir=root))
     scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
     try:
-      writer = _Writer(scratch, shape)
-      policy = (seq_len, loss_on, on_overlength, shape)
-      try:
-        _build(_Build(spec, tokenizer, *policy, names, writer), progress)
-        writer.finish()
-      finally:
-        writer.close()
+      if not files.fetch_folder(remote, scratch, _MARK):
+        writer = _Writer(scratch, shape)
+        policy = (seq_len, loss_on, on_overlength, shape)
+        try:
+          _build(_Build(spec, tokenizer, *policy, names, writer), progress)
+          writer.finish()
+        finally:
+          writer.close()
       try:
         os.rename(scratch, folder)
       except OSError:
@@ -369,7 +378,12 @@ def build_or_open(
           raise
     finally:
       shutil.rmtree(scratch, ignore_errors=True)
-  return Corpus(folder, spec.path, names)
+  corpus = Corpus(folder, spec.path, names)
+  try:
+    files.put_folder(folder, remote, _MARK)
+  except (OSError, DataError) as error:  # the tokens are here all the same
+    log.warning('%s: tokens were not uploaded for other machines: %s', remote, error)
+  return corpus
 
 
 def _sweep(root: Path) -> None:

@@ -6,11 +6,11 @@ distance from the right one. The tokenizer has one token a byte and a ChatML tem
 
 import dataclasses
 import json
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ftjax.data.sources import Spec
+from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError
 
 _SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
@@ -60,11 +60,13 @@ def _judged(kind: str, count: int) -> list[dict]:
 
 
 def resolve(spec: Spec, folder: str) -> Spec:
-  """A source that names made rows becomes a file of them in `folder`; others pass."""
+  """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
+  this machine); others pass.
+  """
   kind, _, count = spec.path.partition(':')
   if kind not in ('sums', 'pairs', 'labels', 'scores') or not count.isdigit():
     return spec
-  path = Path(folder) / f'{kind}-{int(count)}.jsonl'
+  path = files.local_mirror(folder) / f'{kind}-{int(count)}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
   rows = sums(int(count)) if kind == 'sums' else _judged(kind, int(count))
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from ftjax.data import formats, judged
 from ftjax.data.formats import Bad
+from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
 
 FORMATS = (*formats.FORMATS, *judged.FORMATS)
@@ -84,7 +85,7 @@ def _json_object(line: bytes | str) -> Row | Bad:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
   number = 0
-  with gzip.open(path, 'rb') if path.suffix == '.gz' else open(path, 'rb') as file:
+  with path.open('rb') as raw, gzip.open(raw) if path.suffix == '.gz' else raw as file:
     try:
       for number, line in enumerate(file, 1):
         if number == 1:
@@ -113,7 +114,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
   csv.field_size_limit(_MAX_CSV_FIELD)  # the default of 131,072 is shorter than real documents
-  with open(path, encoding='utf-8-sig', newline='') as file:
+  with path.open(encoding='utf-8-sig', newline='') as file:
     reader = csv.DictReader(file, delimiter='\t' if path.suffix == '.tsv' else ',', strict=True)
     line = 1
     try:
@@ -142,7 +143,8 @@ def _without_nulls(value: Any) -> Any:
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
   number = 0
   try:
-    with pq.ParquetFile(path) as file:
+    # A local file by its name: Arrow then reads it without Python's lock.
+    with pq.ParquetFile(path.open('rb') if files.is_remote(path) else path) as file:
       for batch in file.iter_batches(batch_size=_BATCH):
         for row in batch.to_pylist():
           number += 1
@@ -154,7 +156,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
 def _arrow_rows(path: Path) -> Iterator[tuple[int, Row | Bad]]:
   number = 0
   try:
-    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+    opened = path.open('rb') if files.is_remote(path) else pa.memory_map(str(path))
+    with opened as file, pa.ipc.open_stream(file) as stream:
       for batch in stream:
         for start in range(0, batch.num_rows, _BATCH):
           for row in batch.slice(start, _BATCH).to_pylist():
@@ -189,7 +192,7 @@ def _saved_dataset_files(folder: Path) -> list[Path]:
     names = [entry['filename'] for entry in state['_data_files']]
   except (ValueError, KeyError, TypeError) as error:
     raise DataError(f'{folder}/state.json: not as `datasets` writes it: {error!r}') from error
-  if strange := [n for n in names if Path(n).name != n]:
+  if strange := [n for n in names if PurePosixPath(n).name != n]:
     raise DataError(f'{folder}/state.json: {strange[0]!r} is not a file name inside the folder')
   return [folder / name for name in names]
 
@@ -200,7 +203,7 @@ _DATA_LIKE |= {'.zip', '.tar'}
 
 
 def _is_hub(spec: Spec) -> bool:
-  return not Path(spec.path).exists() and bool(_HUB_NAME.fullmatch(spec.path))
+  return bool(_HUB_NAME.fullmatch(spec.path)) and not files.as_path(spec.path).exists()
 
 
 def list_files(spec: Spec) -> list[Path]:
@@ -209,7 +212,7 @@ def list_files(spec: Spec) -> list[Path]:
   Raises:
     DataError: nothing is there, or nothing in it can be read.
   """
-  path = Path(spec.path)
+  path = files.as_path(spec.path)
   if _is_hub(spec) and _reader(path) is None:
     return []
   if path.is_file():
@@ -270,11 +273,11 @@ def scan(spec: Spec) -> Iterator[tuple[int, int, Row | Bad]]:
   Raises:
     DataError: a file that cannot be read on after this point.
   """
-  files = list_files(spec)
-  if not files:
+  found = list_files(spec)
+  if not found:
     for line, row in _hub_rows(spec):
       yield 0, line, row
-  for number, path in enumerate(files):
+  for number, path in enumerate(found):
     for line, row in (_reader(path) or _arrow_rows)(path):
       yield number, line, row
 
@@ -301,14 +304,14 @@ def fingerprint(spec: Spec) -> str:
   """sha256 hex of a source's content: the files' bytes in order, wherever they lie and however
   named."""
   digest = hashlib.sha256(b'ftjax source 1\n')
-  files = list_files(spec)
-  if not files:
+  found = list_files(spec)
+  if not found:
     for _, row in rows(spec):
       digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b'\n')
-  for path in files:
+  for path in found:
     reader = _reader(path) or _arrow_rows
     digest.update(f'{reader.__name__} {path.suffix} {path.stat().st_size}\n'.encode())
-    with open(path, 'rb') as file:
+    with path.open('rb') as file:
       while block := file.read(1 << 22):
         digest.update(block)
   return digest.hexdigest()

@@ -2,8 +2,8 @@
 another tensor source.
 
 Tensors go out one at a time in HF's names and layout (`names.py`), into a folder beside the target
-that takes its name only when it is whole. config.json and the tokenizer files keep what the source
-had.
+that takes its name only when it is whole; in a bucket, whose objects cannot be renamed, config.json
+comes last and goes first. config.json and the tokenizer files keep what the source had.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ import numpy as np
 
 from ftjax.hf import names
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.safetensors import MAX_SHARD_BYTES, MODEL_FILES, TensorInfo, parse_json, write_folder
+from ftjax.hf.safetensors import (
+  INDEX_FILE,
+  MAX_SHARD_BYTES,
+  MODEL_FILES,
+  TensorInfo,
+  parse_json,
+  write_folder,
+)
 from ftjax.models.architecture import Architecture, to_hf
+from ftjax.runtime import files as files_lib
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
@@ -45,7 +53,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
   Raises:
     DataError: the target is a file, or holds something that no model folder does.
   """
-  target = Path(target)
+  target = files_lib.as_path(target)
   if target.is_file():
     raise DataError(f'{target} is a file; give the name of a folder')
   foreign = sorted(p.name for p in target.iterdir() if not is_ours(p)) if target.is_dir() else []
@@ -54,6 +62,10 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
       f'{target} holds {foreign[0]}, which no model folder does; it is not replaced. Give another '
       'folder'
     )
+  if files_lib.is_remote(target):
+    with _whole_prefix(target) as temp:
+      yield temp
+    return
   target.parent.mkdir(parents=True, exist_ok=True)
   temp, old = (target.with_name(f'.{target.name}.{end}') for end in ('partial', 'old'))
   # What a killed process may have left: half a folder, or the old one between the two renames
@@ -71,6 +83,28 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
   finally:
     shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _whole_prefix(target: Path) -> Iterator[Path]:
+  """`whole_folder` in a bucket: the block writes below another prefix, and what it wrote is copied
+  inside the store. While that goes on the target has no config.json, and no reader takes it for a
+  model; who is killed there leaves it so, and the next export makes it whole.
+  """
+  temp = target.with_name(f'.{target.name}.partial')
+  temp.remove_tree()
+  try:
+    yield temp
+    new = {p.name: p for p in temp.iterdir()}
+    old = {p.name: p for p in target.iterdir()} if target.is_dir() else {}
+    marks = ('config.json', INDEX_FILE)  # in the order of going; they come in the reverse
+    for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
+      old[name].unlink()
+    late = [m for m in reversed(marks) if m in new]
+    for name in (*sorted(new.keys() - {*late}), *late):
+      new[name].copy_to(target / name)
+  finally:
+    temp.remove_tree()
 
 
 def write_model(
@@ -158,7 +192,7 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  import jax
+  from ftjax.runtime import peers  # which imports jax
 
   leaves, dtype = trees.flatten(params), np.dtype(dtype)
   bindings = {b.hf: b for b in names.bindings(arch)}
@@ -176,7 +210,7 @@ def export(
     value = _on_host(leaves[b.leaf], b.layer)
     return np.ascontiguousarray(names.to_hf(b, value)).astype(dtype, copy=False)
 
-  if jax.process_index():
+  if not peers.is_main():
     for name in bindings:
       read(name)
     return

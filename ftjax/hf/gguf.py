@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ import numpy as np
 
 from ftjax.hf.safetensors import Index, TensorInfo, full_index
 from ftjax.models.architecture import Architecture, RopeScaling, to_hf
+from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
+
+_HEADER_BYTES = 16 << 20  # of a file in a bucket, read at first; most headers are shorter
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 
@@ -63,7 +67,8 @@ class GGUFSource:
 
   def __init__(self, path: str | os.PathLike):
     self.place = str(path)
-    self._reader = _reader(Path(path))
+    self._path = files.as_path(path)
+    self._reader = _reader(self._path)
     self.metadata = {k: v for k, v in self._reader.fields.items() if not k.startswith('GGUF.')}
     arch = self.field('general.architecture')
     if arch != 'llama':
@@ -137,9 +142,22 @@ class GGUFSource:
   def _dequantize(self, tensor, rows: slice) -> np.ndarray:
     from gguf import dequantize
 
+    stored = self._stored_rows(tensor, rows)
     # A broken f16 scale may overflow; the non-finite value is found by the check on export.
     with np.errstate(over='ignore', invalid='ignore'):
-      return np.array(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+      return np.array(dequantize(stored, tensor.tensor_type), np.float32)
+
+  def _stored_rows(self, tensor, rows: slice) -> np.ndarray:
+    if not files.is_remote(self._path):
+      return tensor.data[rows]
+    shape, dtype = tensor.data.shape, tensor.data.dtype  # of the zeros that stand for it locally
+    begin, end, _ = rows.indices(shape[0])
+    out = np.empty((max(0, end - begin), *shape[1:]), dtype)
+    with self._path.open('rb', buffering=0) as file:
+      file.seek(tensor.data_offset + begin * (tensor.data.nbytes // shape[0]))
+      if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
+        raise DataError(f'{self.place}: {tensor.name} ends with the file; truncated download?')
+    return out
 
   def _head_dim(self) -> int:
     for key in ('llama.attention.key_length', 'llama.rope.dimension_count'):
@@ -217,11 +235,38 @@ def _cached_reader(path: Path, size: int, mtime_ns: int):
   from gguf import GGUFReader
 
   try:
-    return GGUFReader(path)
+    return _remote_reader(path, size) if files.is_remote(path) else GGUFReader(path)
   except _READ_ERRORS as e:
     raise DataError(
       f'{path}: not a readable GGUF file ({type(e).__name__}: {e}); truncated download?'
     ) from e
+
+
+def _remote_reader(path: Path, size: int):
+  """A reader of the header alone: the package maps a local file, so it is given one with a hole in
+  place of the tensors.
+  """
+  from gguf import GGUFReader
+
+  known = 0
+  while known < size:
+    known = min(size, max(_HEADER_BYTES, 4 * known))
+    with (
+      tempfile.NamedTemporaryFile(suffix='.gguf') as file,
+      path.open('rb', buffering=0) as source,
+    ):
+      file.write(source.read(known))
+      file.truncate(size)
+      file.flush()
+      try:
+        reader = GGUFReader(file.name)
+      except _READ_ERRORS:  # also what a header that is cut looks like
+        if known == size:
+          raise
+        continue
+    if reader.data_offset <= known:
+      return reader
+  raise ValueError('the header is as long as the file')
 
 
 def _hf_name(name: str, place: str) -> str:

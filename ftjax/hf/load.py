@@ -22,7 +22,7 @@ from ftjax.hf import gguf_tokenizer, names, safetensors
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import trees
+from ftjax.runtime import files, trees
 from ftjax.runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,16 +55,16 @@ def _gguf_file(path: Path) -> Path | None:
 
 def open_source(path: str | os.PathLike) -> TensorSource:
   """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF file."""
-  file = _gguf_file(Path(path))
+  file = _gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file."""
-  file = _gguf_file(Path(path))
+  file = _gguf_file(files.as_path(path))
   if file is not None:
     return GGUFSource(file).config()
-  place = safetensors.file_inside(Path(path), 'config.json')
+  place = safetensors.file_inside(files.as_path(path), 'config.json')
   config = parse_json(place.read_bytes(), str(place))
   if not isinstance(config, dict):
     raise DataError(f'{place}: expected a JSON object')
@@ -73,11 +73,11 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   """The tokenizer's files by name, and config.json; of a GGUF file: made from its metadata."""
-  file = _gguf_file(Path(path))
+  file = _gguf_file(files.as_path(path))
   if file is not None:
     source = GGUFSource(file)
     return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
-  folder = Path(path)
+  folder = files.as_path(path)
   present = [n for n in (*safetensors.TOKENIZER_FILES, 'config.json') if (folder / n).exists()]
   return {name: safetensors.file_inside(folder, name).read_bytes() for name in present}
 
@@ -232,12 +232,32 @@ def _fill_tensor(
     out[tuple(place)] = names.read(source, binding, tuple(index))
 
 
+def outline(path: str | os.PathLike) -> list[tuple[str, int]]:
+  """(name, bytes) of the weight files, without reading them; [] for no path."""
+  if not path:
+    return []
+  return [(p.name, p.stat().st_size) for p in _weight_files(path)]
+
+
+def exported(workdir: str | os.PathLike) -> str | None:
+  """The model folder that a run left in its workdir; None before it is whole.
+
+  In a bucket config.json is written last: without it the folder is half of one.
+  """
+  folder = files.join(workdir, 'export')
+  return folder if files.exists(files.join(folder, 'config.json')) else None
+
+
 def fingerprint(path: str | os.PathLike) -> str:
   """SHA-256, in hex, over name, size and content of the weight files."""
-  file = _gguf_file(Path(path))
   digest = hashlib.sha256()
-  for weights in safetensors.weight_files(Path(path)) if file is None else [file]:
+  for weights in _weight_files(path):
     digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
     with weights.open('rb') as f:
       digest.update(hashlib.file_digest(f, 'sha256').digest())
   return digest.hexdigest()
+
+
+def _weight_files(path: str | os.PathLike) -> list[Path]:
+  file = _gguf_file(files.as_path(path))
+  return safetensors.weight_files(files.as_path(path)) if file is None else [file]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from ftjax.runtime import files
 from ftjax.runtime.errors import DataError, NonFiniteError
 
 Index = tuple[slice, ...]
@@ -38,6 +39,7 @@ SINGLE_FILE = 'model.safetensors'
 MODEL_FILES = (*TOKENIZER_FILES, 'config.json', INDEX_FILE)
 MAX_HEADER_BYTES = 100_000_000
 MAX_SHARD_BYTES = 5_000_000_000
+_HEADER_BUFFER = 1 << 16
 # Reads that are not whole rows pass through a buffer of this size.
 _BLOCK_BYTES = 32 << 20
 
@@ -131,7 +133,7 @@ def read_header(path: Path) -> dict[str, _Entry]:
       overlapping, with holes, or of another size than shape and dtype say.
   """
   size = path.stat().st_size
-  with path.open('rb') as f:
+  with path.open('rb', buffering=_HEADER_BUFFER) as f:
     prefix = f.read(8)
     if len(prefix) < 8:
       raise DataError(f'{path}: {size} bytes are no safetensors file (truncated download?)')
@@ -200,6 +202,8 @@ def file_inside(folder: Path, name: Any) -> Path:
   path = folder / name
   if not path.is_file():
     raise DataError(f'{folder}: {name} is missing (unfinished download?)')
+  if files.is_remote(path):
+    return path  # a plain name below a prefix; buckets have no links
   real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
   # Only a folder named snapshots/REVISION has a blobs folder of its own: elsewhere "../../blobs" is
   # nobody's cache.
@@ -255,7 +259,7 @@ class SafetensorsFolder:
   """
 
   def __init__(self, folder: str | os.PathLike):
-    root = Path(folder)
+    root = files.as_path(folder)
     self.place = str(root)
     self._entries: dict[str, _Entry] = {}
     for path in weight_files(root):
@@ -393,8 +397,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[s
         raise ValueError(f'{name}: got {value.dtype}{value.shape}, announced {tensors[name]}')
       check_finite(name, value)
       f.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
-    f.flush()
-    os.fsync(f.fileno())
+    files.to_disk(f)
 
 
 def check_finite(name: str, value: np.ndarray):

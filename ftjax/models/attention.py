@@ -1,12 +1,13 @@
 """Softmax attention with grouped key/value heads: one mask rule for training, packing, padding and
 decoding.
 
-Query t may look at key s when both belong to the same segment and positions[t] >= positions[s].
-Segment 0 is padding. Positions count within a segment, so the rule needs no index arithmetic and
-survives any reordering of the sequence.
+Query t may look at key s when both belong to the same segment and positions[t] >= positions[s];
+with a window, when also positions[t] - positions[s] < window. Segment 0 is padding. Positions count
+within a segment, so the rule needs no index arithmetic and survives any reordering of the sequence.
 
 An island (`shard_map`): the reshape of N heads into K groups, and the gather of keys over
-`context`, are local here. Which kernel computes it is chosen by platform and length, and logged."""
+`context`, are local here. Which kernel computes it is chosen by `kernel`, and logged; each honours
+the rule, the window and the cap, or is not chosen (docs/attention.md)."""
 
 import dataclasses
 import functools
@@ -35,8 +36,36 @@ class Tokens:
   positions: jax.Array
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Tokens, key: Tokens) -> jax.Array:
-  """Scaled dot-product attention.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What a kernel is chosen for.
+
+  platform: 'tpu', 'gpu' or 'cpu'. context: ways that the sequence is split. queries, keys: T and S
+  of the whole row. head_dim: H. dtype: of q. window, soft_cap: see `attend`. capability: of a GPU,
+  (9, 0) is Hopper.
+  """
+
+  platform: str
+  context: int
+  queries: int
+  keys: int
+  head_dim: int
+  dtype: str
+  window: int | None = None
+  soft_cap: float | None = None
+  capability: tuple[int, int] = (9, 0)
+
+
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  query: Tokens,
+  key: Tokens,
+  window: int | None = None,
+  soft_cap: float | None = None,
+) -> jax.Array:
+  """softmax(c tanh(q k^T / sqrt(H) / c)) v: scaled dot-product attention; c: soft_cap.
 
   Args:
     q: [B, T, N, H], any float dtype; scores and softmax are float32.
@@ -44,6 +73,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Tokens, key: Tokens)
     v: [B, S, K, H].
     query: segments and positions of the T queries.
     key: of the S keys.
+    window: tokens that a query sees, itself and those just before it (Beltagy et al. 2020, section
+      3.1); None: all of its segment.
+    soft_cap: largest size of a score (Gemma 2, 2024, section 2); None: no cap.
+
+  Where queries are keys, rows stand in the order of sharding.zigzag: the kernel of TPUs goes by
+  index, and only within segments that lie in one piece.
 
   Returns:
     [B, T, N, H] in q's dtype. Rows of padding attend among padding; their values are finite and
@@ -58,42 +93,84 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, query: Tokens, key: Tokens)
   specs = (heads, kv, kv, where, where, where, where)
   mesh = jax.sharding.get_abstract_mesh()
   platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
-  name = kernel(platform, mesh.shape['context'], q.shape[1], k.shape[1])
-  _tell(name, platform)
-  return sharding.island(functools.partial(_local, name=name), specs, heads)(q, k, v, *places)
+  problem = Problem(
+    platform=platform,
+    context=mesh.shape['context'],
+    queries=q.shape[1],
+    keys=k.shape[1],
+    head_dim=q.shape[-1],
+    dtype=q.dtype.name,
+    window=window,
+    soft_cap=soft_cap,
+    capability=_capability(platform),
+  )
+  name = kernel(problem)
+  _tell(name, problem)
+  local = functools.partial(_local, name=name, problem=problem)
+  return sharding.island(local, specs, heads)(q, k, v, *places)
 
 
-def kernel(platform: str, context: int, queries: int, keys: int) -> str:
-  """Which file of kernels/ computes attention.
+def _capability(platform: str) -> tuple[int, int]:
+  """Of the GPUs here; where a step is compiled for others that are not, Hopper's."""
+  if platform != 'gpu' or jax.default_backend() != 'gpu':
+    return 9, 0
+  major, minor = jax.local_devices()[0].compute_capability.split('.')
+  return int(major), int(minor)
 
-  Args:
-    platform: 'tpu', 'gpu' or 'cpu'.
-    context: ways that the sequence is split.
-    queries: T, of the whole row.
-    keys: S, of the whole row.
-  """
-  if platform == 'tpu' and context == 1 and queries == keys and queries % 128 == 0:
-    return 'splash'
-  if queries >= _LONG and blocked.block_size(queries // context):
+
+def kernel(p: Problem) -> str:
+  """Which file of kernels/ computes attention: the quickest that honours all of the problem."""
+  fast = {'tpu': 'splash', 'gpu': 'triton'}.get(p.platform)
+  if fast and not _obstacle(p):
+    return fast
+  if p.queries >= _LONG and blocked.block_size(p.queries // p.context):
     return 'blocked'
   return 'dense'
 
 
-@functools.cache
-def _tell(name: str, platform: str) -> None:
-  log.info('attention on %s: kernels/%s.py', platform, name)
+def _obstacle(p: Problem) -> str:
+  """Why the platform's own kernel cannot take the problem; '' where it can."""
+  if p.queries != p.keys:
+    return f'{p.queries} queries on {p.keys} keys'
+  if p.queries // p.context % 128:
+    return f'{p.queries // p.context} queries a device are no multiple of 128'
+  if p.platform == 'tpu':
+    return ''
+  if p.capability < (9, 0):
+    return f'compute capability {p.capability[0]}.{p.capability[1]} is below 9.0'
+  if p.dtype not in ('bfloat16', 'float16'):  # its float32 products would be rounded
+    return p.dtype
+  return '' if p.head_dim in (16, 32, 64, 128, 256) else f'head_dim {p.head_dim}'
 
 
-def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str):
-  if name == 'splash':
-    from ftjax.models.kernels import splash  # Pallas is slow to import, and of no use elsewhere
+_told: set[tuple[str, str]] = set()  # (platform, kernel)
 
-    return splash.attend(q, k, v, q_segments)
+
+def _tell(name: str, p: Problem) -> None:
+  """Once for each kernel, whatever the shapes: prompts of a rollout have many."""
+  if (p.platform, name) in _told:
+    return
+  _told.add((p.platform, name))
+  why = _obstacle(p) if p.platform in ('tpu', 'gpu') else ''
+  log.info('attention on %s: kernels/%s.py%s', p.platform, name, f' ({why})' if why else '')
+
+
+def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str, problem):
+  features = dict(window=problem.window, soft_cap=problem.soft_cap)
+  interpret = problem.platform == 'cpu'  # tests alone choose a kernel of another platform
   k, v, k_segments, k_positions = (
     sharding.gather(a, 'context', 1) for a in (k, v, k_segments, k_positions)
   )
+  if name == 'splash':
+    from ftjax.models.kernels import splash  # Pallas is slow to import, and of no use elsewhere
+
+    k, v, k_segments = (sharding.unzigzag(a, problem.context) for a in (k, v, k_segments))
+    return splash.attend(q, k, v, (q_segments, k_segments), **features, interpret=interpret)
+  where = (q_segments, q_positions, k_segments, k_positions)
+  if name == 'triton':
+    from ftjax.models.kernels import triton
+
+    return triton.attend(q, k, v, where, **features, interpret=interpret)
   if name == 'blocked':
-    return blocked.attend(q, k, v, (q_segments, q_positions, k_segments, k_positions))
-  mask = q_segments[:, :, None] == k_segments[:, None, :]
-  mask &= q_positions[:, :, None] >= k_positions[:, None, :]
-  return dense.attend(q, k, v, mask)
+    return blocked.attend(q, k, v, where, problem.window, problem.soft_cap)
+  return dense.attend(q, k, v, dense.visible(where, problem.window), problem.soft_cap)

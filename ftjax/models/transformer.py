@@ -161,6 +161,11 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return island(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
 
 
+def head_weights(arch: Architecture, params: dict) -> jax.Array:
+  """float32[V, D]: the head, which a tied model shares with its embedding."""
+  return params['embed' if arch.tied else 'head']['w']
+
+
 def _remat(body, policy: str):
   if policy == 'none':
     return body

@@ -22,6 +22,8 @@ _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|async_execution_thread_calls)=%?([\w.$-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
+# Between slices of TPUs a collective is made of transfers by the hosts, and named in an attribute.
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -30,7 +32,9 @@ class Collective:
   """All collectives of one kind over the same mesh axes.
 
   axes: names joined by '+'. count: executions in a step. bytes: of the whole arrays, summed over
-  executions. sent: bytes that each device sends, by a ring. ways: members of a group.
+  executions. sent: bytes that each device sends, by a ring. ways: members of a group. network:
+  members stand in several slices, or on several hosts of GPUs, so that it goes over the
+  data-centre network.
   """
 
   kind: str
@@ -39,6 +43,7 @@ class Collective:
   count: int
   bytes: float
   sent: float
+  network: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,21 +170,22 @@ def _of_axes(axes: str, dims: str | None, order: str | None, ids: str | None, na
   return devices.reshape(shape).transpose([*first, *last]).reshape(-1, ways)
 
 
-def _axes(found: np.ndarray | None, mesh: Mesh) -> tuple[str, int]:
-  """(mesh axes along which the members of a group differ, members)."""
+def _axes(found: np.ndarray | None, mesh: Mesh, islands: np.ndarray) -> tuple[str, int, bool]:
+  """(mesh axes along which the members of a group differ, members, whether islands do)."""
   if found is None:
-    return 'all', mesh.size
+    return 'all', mesh.size, bool((islands != islands[0]).any())
+  apart = islands[found]
   coordinates = np.stack(np.unravel_index(found, mesh.devices.shape), -1)
   varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
   names = [a for a, v in zip(mesh.axis_names, varies, strict=True) if v]
-  return '+'.join(names) or 'none', found.shape[1]
+  return '+'.join(names) or 'none', found.shape[1], bool((apart != apart[:, :1]).any())
 
 
-def _collective(kind: str, result: str, rest: str, mesh: Mesh) -> tuple[str, str, int, float]:
-  """(kind, axes, ways, bytes of the whole array)."""
+def _collective(kind: str, result: str, rest: str, mesh: Mesh, islands: np.ndarray) -> tuple:
+  """(kind, axes, ways, over the network, bytes of the whole array)."""
   is_start = kind.endswith('-start')
   kind = kind.removesuffix('-start')
-  axes, ways = _axes(groups(rest), mesh)
+  axes, ways, network = _axes(groups(rest), mesh, islands)
   size = _shape_bytes(result)
   if is_start and kind == 'all-gather':  # (input, output)
     size *= ways / (ways + 1)
@@ -187,7 +193,22 @@ def _collective(kind: str, result: str, rest: str, mesh: Mesh) -> tuple[str, str
     size /= 2
   elif kind == 'reduce-scatter':
     size *= ways
-  return kind, axes, ways, size
+  return kind, axes, ways, network, size
+
+
+def _between(kind: str, result: str, mesh: Mesh, islands: np.ndarray) -> tuple:
+  """Like `_collective`, of what a device sends to the other slices: `result` begins with its part.
+
+  The array is that of all slices: each sends its own, and gets the others' or their sum."""
+  places = islands.reshape(mesh.devices.shape)
+  names = [
+    a
+    for i, a in enumerate(mesh.axis_names)
+    if (places != places.take(range(1), axis=i)).any() and mesh.shape[a] > 1
+  ]
+  size = _shape_bytes(_SHAPE.search(result)[0])
+  kind, ways = kind.lower().replace('_', '-'), len(set(islands.tolist()))
+  return kind, '+'.join(names), ways, True, size * (ways if kind == 'all-gather' else 1)
 
 
 def _sent(kind: str, ways: int, size: float) -> float:
@@ -197,18 +218,22 @@ def _sent(kind: str, ways: int, size: float) -> float:
   return size * (ways - 1) / ways * (2 if kind == 'all-reduce' else 1)
 
 
-def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collective]:
+def collectives(
+  text: str, mesh: Mesh, unknown_trips: int = 1, islands: np.ndarray | None = None
+) -> list[Collective]:
   """Reads an optimized HLO module.
 
   Args:
     text: `compiled.as_text()`.
     mesh: whose flat device order numbers the partitions.
     unknown_trips: how often a loop is counted whose trips the compiler does not know.
+    islands: int[devices], the slice or host of each device of the mesh in flat order; None: one.
 
   Returns:
-    One entry for each (kind, axes), the most bytes sent first.
+    One entry for each (kind, axes, network), the most bytes sent first.
   """
-  entry, calls, found, fused = _read(text, mesh)
+  islands = np.zeros(mesh.size, int) if islands is None else np.asarray(islands)
+  entry, calls, found, fused = _read(text, mesh, islands)
   trips: dict[str, float] = collections.defaultdict(float)
   stack = [(entry, 1.0)]
   while stack:
@@ -219,24 +244,24 @@ def collectives(text: str, mesh: Mesh, unknown_trips: int = 1) -> list[Collectiv
   sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0])
   seen = set()
   for name, items in found.items():
-    for channel, (kind, axes, ways, size) in items:
+    for channel, (*key, size) in items:
       # Start, steps and end of one asynchronous transfer are fusions that each hold its text.
       again = name in fused and channel is not None and channel in seen
       if trips[name] and name in fused:
         seen.add(channel)
-      if ways > 1 and not again:
-        total = sums[kind, axes, ways]
+      if key[2] > 1 and not again:
+        total = sums[tuple(key)]
         total[0] += trips[name]
         total[1] += trips[name] * size
   out = [
-    Collective(kind, axes, ways, round(count), size, _sent(kind, ways, size))
-    for (kind, axes, ways), (count, size) in sums.items()
+    Collective(kind, axes, ways, round(count), size, _sent(kind, ways, size), network)
+    for (kind, axes, ways, network), (count, size) in sums.items()
     if count
   ]
   return sorted(out, key=lambda c: -c.sent)
 
 
-def _read(text: str, mesh: Mesh):
+def _read(text: str, mesh: Mesh, islands: np.ndarray):
   """(entry, {computation: [(callee, times; None: a loop of unknown length)]}, {computation:
   [(channel, collective)]}, computations that are fusions).
   """
@@ -254,10 +279,12 @@ def _read(text: str, mesh: Mesh):
     result, kind, rest = instruction.groups()
     if kind.removesuffix('-start') in _KINDS:
       channel = _CHANNEL.search(rest)
-      found[name].append((channel and channel[1], _collective(kind, result, rest, mesh)))
+      found[name].append((channel and channel[1], _collective(kind, result, rest, mesh, islands)))
       continue  # its to_apply is a sum of two numbers
     if kind.endswith(('-done', '-update')):
       continue  # names the computation of its start again
+    if kind == 'send' and (between := _BETWEEN.search(rest)):
+      found[name].append((None, _between(between[1], result, mesh, islands)))
     times = 1
     if kind == 'while':
       known = _TRIPS.search(rest)
@@ -268,3 +295,72 @@ def _read(text: str, mesh: Mesh):
     if branches := _BRANCHES.search(rest):
       calls[name] += [(b.strip(' %'), 1) for b in branches[1].split(',')]
   return entry, calls, found, fused
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+  """How a step brings the sharded weights of its layers together; names of stacked parameters.
+
+  layered: one layer of it is gathered at a time, inside a loop. whole: a buffer has the size of all
+  its layers gathered, which an fsdp step must not need; saved activations may have that size by
+  chance. unseen: no such gather was found; of small weights a compiler makes sums.
+  """
+
+  layered: tuple[str, ...]
+  whole: tuple[str, ...]
+  unseen: tuple[str, ...]
+
+
+def gathering(text: str, params: Mapping, mesh: Mesh, axis: str = 'fsdp') -> Gathering:
+  """Reads from an optimized HLO module where weights that are sharded over `axis` are gathered.
+
+  Buffers are known by their number of elements (a compiler merges and turns dimensions), those of
+  whole stacks also by a dimension of as many as there are layers.
+
+  Args:
+    text: `compiled.as_text()`.
+    params: nested dict of ShapeDtypeStruct with NamedSharding; stacked ones are named stackI/...
+    mesh: of those shardings.
+    axis: that is gathered.
+  """
+  _, calls, _, _ = _read(text, mesh, np.zeros(mesh.size, int))
+  looped = {callee for items in calls.values() for callee, times in items if times != 1}
+  stack = list(looped)
+  while stack:
+    more = {callee for callee, _ in calls.get(stack.pop(), ())} - looped
+    looped |= more
+    stack += more
+  inside, buffers = _arrays(text, looped)
+  out = {'layered': [], 'whole': [], 'unseen': []}
+  for name, leaf in trees.flatten(params).items():
+    parts = [(p,) if isinstance(p, str) else p or () for p in leaf.sharding.spec]
+    if not name.startswith('stack') or (axis,) not in parts or mesh.shape[axis] == 1:
+      continue
+    size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * mesh.shape[axis]
+    layers = leaf.shape[0]
+    if any(n == size and layers in dims for n, dims in buffers):
+      out['whole'].append(name)
+    out['layered' if size // layers in inside else 'unseen'].append(name)
+  return Gathering(**{k: tuple(v) for k, v in out.items()})
+
+
+def _arrays(text: str, looped: set[str]) -> tuple[set[int], set[tuple[int, tuple[int, ...]]]]:
+  """(elements of what all-gathers inside `looped` computations make, (elements, dimensions) of
+  every array).
+  """
+  name, inside, buffers = '', set(), set()
+  for line in text.split('\n'):
+    if not line.startswith(' '):
+      header = _HEADER.match(line)
+      name = header[2] if header else name
+      continue
+    instruction = _INSTRUCTION.match(line)
+    if not instruction:
+      continue
+    result, kind, _ = instruction.groups()
+    for _, dims in _SHAPE.findall(result):
+      sizes = tuple(int(d) for d in dims.split(',') if d)
+      buffers.add((math.prod(sizes), sizes))
+      if kind.removesuffix('-start') == 'all-gather' and name in looped:
+        inside.add(math.prod(sizes))
+  return inside, buffers

@@ -69,21 +69,18 @@ def estimate(
   length: int,
   remat: str,
   micro_batches: int,
-  outer: str,
 ) -> Cost:
   """Seconds and MFU of a step of `rows` rows of `length` tokens.
 
   Memory traffic: the state is read and written once, and the temporaries once for each
-  micro-batch. Communication: what crosses slices or hosts, along the mesh axis `outer`, goes over
-  the network, the rest over the links.
+  micro-batch. Communication: what crosses slices or hosts goes over the network, the rest over the
+  links.
   """
   chip = topology.chip
   flops = model_flops(arch, rows, length)
   peak = chip.flops * topology.num_devices
-  parts = topology.num_devices > topology.local_devices
-  crossing = [c for c in moved if parts and outer in c.axes.split('+')]
-  network = sum(c.sent for c in crossing) / chip.network
-  links = sum(c.sent for c in moved if c not in crossing) / chip.link
+  network = sum(c.sent for c in moved if c.network) / chip.network
+  links = sum(c.sent for c in moved if not c.network) / chip.link
   compute = (flops + recomputed(arch, rows, length, remat)) / peak
   traffic = 2.0 * (held.arguments + micro_batches * held.temporaries) / chip.bandwidth
   seconds = max(compute, traffic, links + network)

@@ -18,7 +18,8 @@ class Chip:
 
   memory: bytes. flops: bf16 FLOP/s. bandwidth: bytes/s of its memory. link: bytes/s that one device
   sends to the others of its slice, all links together, one direction. network: bytes/s between
-  slices or hosts. dims: dimensions of a slice's name. per_chip: jax devices of a chip.
+  slices or hosts. dims: dimensions of a slice's name. per_chip: jax devices of a chip. layout: the
+  compiler's name for chips whose two cores are one device, where that is not its default.
   """
 
   platform: str
@@ -30,6 +31,7 @@ class Chip:
   dims: int = 1
   per_chip: int = 1
   tpu_type: str = ''
+  layout: str = ''
 
 
 # TPUs: cloud.google.com/tpu/docs, system architecture (memory, peak, bandwidth); links: 45 to 90
@@ -38,7 +40,7 @@ class Chip:
 # one 400 Gbit/s adapter for each GPU.
 _GIB = 2**30
 CHIPS = {
-  'v4': Chip('tpu', 32 * _GIB, 275e12, 1.2e12, 6 * 45e9, 3.1e9, 3, 1, 'v4-8'),
+  'v4': Chip('tpu', 32 * _GIB, 275e12, 1.2e12, 6 * 45e9, 3.1e9, 3, 1, 'v4-8', 'megacore'),
   'v5e': Chip('tpu', 16 * _GIB, 197e12, 8.1e11, 4 * 45e9, 3.1e9, 2, 1, 'v5litepod-8'),
   'v5p': Chip('tpu', 95 * _GIB, 459e12, 2.8e12, 6 * 90e9, 6.2e9, 3, 1, 'v5p-8'),
   'v6e': Chip('tpu', 32 * _GIB, 918e12, 1.6e12, 4 * 90e9, 12.5e9, 2, 1, 'v6e-8'),
@@ -137,6 +139,8 @@ def devices(topology: Topology) -> Sequence:
     else:
       shape = topology.shape
       extra = {'num_slices': topology.slices} if topology.slices > 1 else {}
+      if topology.chip.layout:
+        extra['chip_config_name'] = topology.chip.layout
       name = f'{topology.kind}:{"x".join(map(str, shape))}'
       found = topologies.get_topology_desc(platform='tpu', topology_name=name, **extra)
   except Exception as error:  # libtpu raises many kinds
@@ -152,6 +156,16 @@ def devices(topology: Topology) -> Sequence:
       f'{len(found.devices)}'
     )
   return found.devices
+
+
+def islands(mesh, chip: Chip) -> list[int]:
+  """The slice of each device of a mesh in flat order, or the host of a GPU: what `link` connects is
+  one island, and `network` connects islands.
+  """
+  devices = mesh.devices.flat
+  if chip.platform == 'gpu':
+    return [d.process_index for d in devices]
+  return [getattr(d, 'slice_index', 0) or 0 for d in devices]
 
 
 def _gpu_target(kind: str) -> str:

@@ -55,13 +55,19 @@ def _git() -> dict[str, Any]:
     return {}
 
 
-def build(config: dict[str, Any], fingerprints: dict[str, str], executable: str) -> dict[str, Any]:
+def build(
+  config: dict[str, Any],
+  fingerprints: dict[str, str],
+  executable: str,
+  compiler_options: dict[str, Any],
+) -> dict[str, Any]:
   """The manifest of a run.
 
   Args:
     config: the resolved config as plain values.
     fingerprints: sha256 of model, tokenizer and each data source.
     executable: sha256 of the compiled step's text.
+    compiler_options: that the step was compiled with.
   """
   devices = jax.devices()
   return {
@@ -78,6 +84,7 @@ def build(config: dict[str, Any], fingerprints: dict[str, str], executable: str)
     },
     'host_cores': _cores(),
     'executable': executable,
+    'compiler_options': compiler_options,
     'xla_flags': os.environ.get('XLA_FLAGS', ''),
   }
 

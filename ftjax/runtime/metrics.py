@@ -93,7 +93,7 @@ class _Wandb:
     self._run = wandb.init(
       project='ftjax',
       name=os.path.basename(workdir),
-      dir=workdir,
+      dir=None if files.is_remote(workdir) else workdir,
       id=run_id,
       resume='allow',
       config=config,
@@ -197,8 +197,9 @@ class MetricsWriter:
 
     # TensorBoard hides events at purge_step and after that older event files hold.
     # The suffix: names carry whole seconds, and a second writer of one second would empty the file.
+    self._events = files.Staged(files.join(workdir, 'tensorboard'))
     self._board = SummaryWriter(
-      files.join(workdir, 'tensorboard'),
+      self._events.folder,
       purge_step=step + 1,
       filename_suffix=f'.{time.time_ns()}',
     )
@@ -225,6 +226,16 @@ class MetricsWriter:
     """What was written survives the machine's death from here on."""
     if self._is_main:
       self._log.sync()
+      self._push()
+
+  def _push(self) -> None:
+    if not self._events.is_remote:
+      return
+    self._board.flush()
+    try:  # events are a second copy of the rows: that they cannot be uploaded now ends no run
+      self._events.push()
+    except OSError as error:
+      logging.warning('TensorBoard events were not uploaded: %s', error)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Appends the row `{"step": .., "split": .., **values}` and flushes it.
@@ -249,6 +260,8 @@ class MetricsWriter:
     }
     for name, value in finite.items():
       self._board.add_scalar(name, value, step)
+    if self._events.is_due():
+      self._push()
     for tracker in self._trackers:
       tracker.log(step, finite)
 
@@ -257,7 +270,9 @@ class MetricsWriter:
     if not self._is_main:
       return
     self._log.close()
+    self._push()
     self._board.close()
+    self._events.close()
     for tracker in self._trackers:
       tracker.close()
     self._trackers = []

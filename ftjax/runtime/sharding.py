@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -107,7 +108,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     )
   across = [slices if i == outer else 1 for i in range(len(shape))]
   within = [size // ways for size, ways in zip(shape, across, strict=True)]
-  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    within, across, devices, allow_split_physical_axes=True
+  )
   return Mesh(grid, AXES, axis_types=types)
 
 
@@ -117,6 +120,13 @@ def shardings(mesh: Mesh, axes: Mapping) -> dict:
     k: shardings(mesh, v) if isinstance(v, Mapping) else NamedSharding(mesh, spec(*v))
     for k, v in axes.items()
   }
+
+
+def put(mesh: Mesh, array: np.ndarray, *names: str | None) -> jax.Array:
+  """A host array, the same in every process, laid on a mesh by logical names."""
+  return jax.make_array_from_callback(
+    array.shape, NamedSharding(mesh, spec(*names)), lambda part: array[part]
+  )
 
 
 def is_alone() -> bool:
@@ -163,6 +173,37 @@ def batch_ways() -> int:
   """How many shards the batch axis has on the current mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[a] for a in BATCH)
+
+
+def ways(axis: str) -> int:
+  """Members of an axis of the current mesh."""
+  return jax.sharding.get_abstract_mesh().shape[axis]
+
+
+def zigzag(length: int, ways: int) -> np.ndarray:
+  """int32[T]: which token of a row stands at each place when `context` splits it `ways` ways.
+
+  Shard i of C holds chunks i and 2 C - 1 - i of the row's 2 C: under a causal mask every shard then
+  has as much to compute. Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2. Rows are
+  brought into this order on the host (training/feed.py); segments and positions tell the rest.
+
+  Raises:
+    ValueError: a length that 2 C does not divide.
+  """
+  if ways == 1:
+    return np.arange(length, dtype=np.int32)
+  if length % (2 * ways):
+    raise ValueError(f'rows of {length} tokens cannot be cut into {2 * ways} chunks')
+  chunks = np.arange(length, dtype=np.int32).reshape(2, ways, -1)
+  return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
+
+
+def unzigzag(x: jax.Array, ways: int) -> jax.Array:
+  """[B, T, ...] from the order of `zigzag` to the natural one: two slices, and no gather."""
+  if ways == 1:
+    return x
+  halves = x.reshape(x.shape[0], ways, 2, -1, *x.shape[2:])
+  return jnp.concatenate([halves[:, :, 0], halves[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 def check_divides(

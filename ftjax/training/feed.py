@@ -1,4 +1,5 @@
-"""Batches on their way to the devices: built on the host one step ahead, in a thread.
+"""Batches on their way to the devices: built on the host one step ahead, in a thread. Where
+`context` splits rows, this is the one place that brings them into its order.
 
 The order of the data is a pure function of the step, so the thread holds nothing that a checkpoint
 would need."""
@@ -11,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from ftjax.runtime.sharding import RULES, zigzag
+
 Host = dict[str, np.ndarray]
 
 
@@ -21,13 +24,25 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> se
 
 
 def place(batch: Host, shardings: dict[str, NamedSharding]) -> dict[str, jax.Array]:
-  """Global arrays from host arrays of the global shape; only the parts of this process's devices
-  are looked at.
+  """Global arrays from host arrays of the global shape, rows in their natural order; only the parts
+  of this process's devices are looked at.
+
+  Arrays [..., T] whose last axis is split over `context` lie in the order of sharding.zigzag.
   """
+  laid = {k: _laid(v, shardings[k]) for k, v in batch.items()}
   return {
     k: jax.make_array_from_callback(v.shape, shardings[k], lambda part, v=v: v[part])
-    for k, v in batch.items()
+    for k, v in laid.items()
   }
+
+
+def _laid(rows: np.ndarray, sharding: NamedSharding) -> np.ndarray:
+  """`rows` as they lie under `sharding`."""
+  spec = sharding.spec
+  if len(spec) < rows.ndim or spec[rows.ndim - 1] != RULES['seq']:
+    return rows
+  ways = sharding.mesh.shape[RULES['seq']]
+  return rows if ways == 1 else rows[..., zigzag(rows.shape[-1], ways)]
 
 
 class Feed:

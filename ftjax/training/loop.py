@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ftjax.runtime import peers, preemption
 from ftjax.runtime.checkpoint import Checkpoints
-from ftjax.runtime.errors import NonFiniteError, StoppedEarly
+from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, memory
 from ftjax.runtime.watchdog import Watchdog
@@ -150,6 +150,7 @@ class Loop:
     self.progress = Progress()
     self._latest: dict[str, float] = {}
     self._spread: dict[str, float] = {}
+    self._free = 0.0
     self._bar: tqdm | None = None
     self._stop = StopFlag()
 
@@ -185,7 +186,7 @@ class Loop:
       contextlib.ExitStack() as trace,
       self._watchdog.phase('step'),
     ):
-      free = time.perf_counter()
+      self._free = time.perf_counter()
       if progress.owed:
         with self._throughput.paused():
           self._look(state, start)
@@ -197,12 +198,12 @@ class Loop:
           trace.callback(jax.profiler.stop_trace)  # whatever ends the loop, the trace is written
         with self._throughput.waiting():
           batch = feed(state, done - 1)
-        sent = self._signals.send(stop.wanted, time.perf_counter() - free)
+        sent = self._signals.send(stop.wanted, time.perf_counter() - self._free)
         state, metrics = self._step(state, batch)
         if pending:
           self._read(*pending)
         seen = self._signals.receive(sent, stop.wanted)
-        free, self._spread = time.perf_counter(), seen.spread()
+        self._spread = seen.spread()
         pending = (done, metrics)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
@@ -217,7 +218,7 @@ class Loop:
           # A signal may have come while the evaluation ran.
           if halt or self.progress.owed or ((last or ended) and self._is_stopping()):
             raise self._stopped(done)
-          free = time.perf_counter()
+          self._free = time.perf_counter()
           if ended:
             log.info(
               'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
@@ -229,9 +230,9 @@ class Loop:
 
   def _stopped(self, done: int) -> StoppedEarly:
     """When every process has saved: the first one that leaves takes the others with it."""
-    peers.wait_for_all()
-    return StoppedEarly(
-      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on'
+    return _agreed(
+      StoppedEarly,
+      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on',
     )
 
   def _is_stopping(self) -> bool:
@@ -240,6 +241,7 @@ class Loop:
   def _read(self, done: int, metrics: dict) -> None:
     """Fetches a step's metrics, counts, writes."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+    self._free = time.perf_counter()  # what the host does from here on, a next step may wait for
     self._watchdog.beat()
     cadence = self._cadence
     self._latest = {f'train/{k}': v for k, v in values.items()}
@@ -254,14 +256,17 @@ class Loop:
       )
       if values['bad_streak'] >= cadence.max_bad_steps:
         self._writer.write(done, 'train', values)
-        raise NonFiniteError(
+        raise _agreed(
+          NonFiniteError,
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
-          'at the rows with python -m ftjax.preview'
+          'at the rows with python -m ftjax.preview',
         )
       if values['skipped'] == done == cadence.steps:
         self._writer.write(done, 'train', values)
-        raise NonFiniteError(f'all {done} updates were skipped: loss or gradient was never finite')
+        raise _agreed(
+          NonFiniteError, f'all {done} updates were skipped: loss or gradient was never finite'
+        )
     else:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
@@ -322,6 +327,12 @@ class Loop:
     if values:
       self._writer.write(done, 'eval', values)
     return values
+
+
+def _agreed(kind: type[RunError], message: str) -> RunError:
+  """The error that every process raises now: each closes its files before any of them leaves."""
+  peers.leave_together()
+  return kind(message)
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import trees
+from ftjax.runtime import compiler_options, trees
+from ftjax.runtime.checksum import checksum
+from ftjax.runtime.sharding import ways, zigzag
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -66,16 +68,15 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
   a, m, t = tokens.shape
-  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)
+  order = zigzag(t, ways('context'))  # tokens lie in it; each counts with its place in the row
+  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
   place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
-  # Odd multiples of 2^32 / golden ratio (Knuth, volume 3, 6.4), modulo 2^32.
-  mixed = (2 * place + 1) * jnp.uint32(2654435769)
   real = segments > 0
   return {
     'tokens': real.sum(dtype=jnp.int32),
     'supervised_tokens': batch['weights'].sum(dtype=jnp.float32),
     'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
-    'batch_checksum': ((tokens.astype(jnp.uint32) + 1) * mixed).sum(dtype=jnp.uint32),
+    'batch_checksum': checksum(tokens.astype(jnp.uint32), place),
   }
 
 
@@ -164,11 +165,42 @@ def make_step(
   return step
 
 
-def compile_step(step: Callable, state: State, batch: dict) -> jax.stages.Compiled:
+def compile_step(
+  step: Callable,
+  state: State,
+  batch: dict,
+  options: dict[str, compiler_options.Value] | None = None,
+) -> jax.stages.Compiled:
   """Compiles ahead of time from ShapeDtypeStructs that carry shardings: one executable for fresh
   start, resume and plan.
+
+  Args:
+    step: from `make_step`.
+    state: shapes, with shardings.
+    batch: shapes, with shardings.
+    options: of the compiler, see runtime/compiler_options.py; None: its own defaults.
+
+  Raises:
+    ConfigError: an option that the compiler does not know, or a value that it does not take.
   """
   shardings = jax.tree.map(lambda a: a.sharding, state)
-  return (
-    jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch).compile()
-  )
+  lowered = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(state, batch)
+  try:
+    return lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    refused = compiler_options.explain(error, options or {})
+    if refused is None:
+      raise
+    raise refused from error
+
+
+def program_text(compiled: jax.stages.Compiled) -> str:
+  """The optimized HLO; '' where jaxlib cannot print it (libtpu 0.0.52 makes asynchronous
+  instructions that it cannot read).
+  """
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RET_CHECK' not in str(error):
+      raise
+    return ''

@@ -38,13 +38,15 @@ def arguments(workdir, *overrides):
 
 
 class Processes:
-  """`count` processes of one run; what they say goes to <logs>/<number>.log."""
+  """`count` processes of one run; what they say goes to <logs>/<number>.log. `own`: arguments of
+  each.
+  """
 
-  def __init__(self, count, arguments, logs, entry='train', flags=(), environment=None):
+  def __init__(self, count, arguments, logs, flags=(), own=None):
     logs.mkdir(parents=True, exist_ok=True)
     self.logs = [logs / f'{i}.log' for i in range(count)]
     port, self.all = free_port(), []
-    base = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | (environment or {})
+    base = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
     base |= {
       'JAX_PLATFORMS': 'cpu',
       'PYTHONPATH': str(ROOT),
@@ -52,7 +54,7 @@ class Processes:
     }
     for i in range(count):
       several = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={i}']
-      command = [sys.executable, '-m', f'ftjax.{entry}', *arguments, *flags]
+      command = [sys.executable, '-m', 'ftjax.train', *arguments, *flags, *(own[i] if own else ())]
       with open(self.logs[i], 'wb') as out:
         self.all.append(
           subprocess.Popen(
@@ -80,8 +82,7 @@ class Processes:
 
   def said(self):
     return '\n'.join(
-      f'--- process {i}\n{log.read_text(errors="replace")[-4000:]}'
-      for i, log in enumerate(self.logs)
+      f'--- process {i}\n{log.read_text(errors="replace")}' for i, log in enumerate(self.logs)
     )
 
   def until(self, is_time, timeout=240):

@@ -99,7 +99,7 @@ def policies(x: dict[str, jax.Array]) -> dict:
       )
       return masked.divide(*policy.loss(rollout, objective)[:2])
 
-    out[f'policy_{name}'], out[f'policy_{name}_grad'] = jax.value_and_grad(mean)(x['logp'])
+    out[f'policy_{name}'], out[f'policy_{name}_grad'] = jax.jit(jax.value_and_grad(mean))(x['logp'])
   return out
 
 
@@ -113,8 +113,8 @@ def outputs(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   def value(values):
     return masked.divide(*policy.value_loss(values, x['old_values'], gae[1], weights, 0.2)[:2])
 
-  value, value_grad = jax.value_and_grad(value)(x['values'])
-  out = preferences(x) | policies(x)
+  value, value_grad = jax.jit(jax.value_and_grad(value))(x['values'])
+  out = jax.jit(preferences)(x) | policies(x)
   out |= {
     'overlong': advantages.overlong_penalty(x['lengths'], 100, 20),
     'advantages_grpo': advantages.grpo(rewards, scorable).advantages,

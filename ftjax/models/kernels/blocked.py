@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.models.kernels.dense import (
+  cap,
   fold_keys,
   fold_queries,
   product,
+  uncap,
   unfold_keys,
   unfold_queries,
+  visible,
 )
 
 _SIZES = (512, 256, 128)
@@ -26,45 +29,53 @@ def block_size(queries: int) -> int:
   return next((size for size in _SIZES if queries % size == 0), 0)
 
 
-def _scores(rows, keys, where, begin, size: int, heads: int):
-  """float32[B K, G n, S] of a block of `size` queries, -1e30 where they may not look."""
-  q_segments, q_positions, k_segments, k_positions = where
-  segments, positions = (
-    jax.lax.dynamic_slice_in_dim(a, begin, size, 1) for a in (q_segments, q_positions)
-  )
-  mask = segments[:, :, None] == k_segments[:, None, :]
-  mask &= positions[:, :, None] >= k_positions[:, None, :]
-  scores = product(rows, keys, 2, 2) * rows.shape[-1] ** -0.5
-  b, s = k_segments.shape
-  scores = scores.reshape(b, -1, heads, size, s)
-  return jnp.where(mask[:, None, None], scores, -1e30).reshape(rows.shape[0], -1, s)
+def _scores(rows, keys, soft_cap):
+  """float32[B K, G n, S] of a block's n queries, capped."""
+  return cap(product(rows, keys, 2, 2) * rows.shape[-1] ** -0.5, soft_cap)
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v.
+def _masked(scores, where, begin, size: int, window):
+  """`scores` of the queries from `begin` on, -1e30 where they may not look."""
+  places = (jax.lax.dynamic_slice_in_dim(a, begin, size, 1) for a in where[:2])
+  mask = visible((*places, *where[2:]), window)
+  b, _, s = mask.shape
+  split = scores.reshape(b, -1, size, s)  # [B, N, n, S]
+  return jnp.where(mask[:, None], split, -1e30).reshape(scores.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  where: tuple[jax.Array, ...],
+  window: int | None,
+  soft_cap: float | None,
+) -> jax.Array:
+  """softmax(cap(q k^T / sqrt(H))) v.
 
   Args:
     q: [B, T, N, H], T a multiple of 128.
     k: [B, S, K, H], N a multiple of K.
     v: [B, S, K, H].
-    where: segments and positions of the queries, int32[B, T], then of the keys, int32[B, S]; see
-      attention.py for the rule.
+    where: segments and positions, as in dense.visible.
+    window: as there.
+    soft_cap: see dense.cap.
 
   Returns:
     [B, T, N, H] in q's dtype; scores and softmax are float32.
   """
-  return _forward(q, k, v, where)[0]
+  return _forward(q, k, v, where, window, soft_cap)[0]
 
 
-def _forward(q, k, v, where):
+def _forward(q, k, v, where, window, soft_cap):
   size, num_kv = block_size(q.shape[1]), k.shape[2]
-  heads = q.shape[2] // num_kv
   keys, values = fold_keys(k), fold_keys(v)
 
   def block(i):
     part = jax.lax.dynamic_slice_in_dim(q, i * size, size, 1)
-    scores = _scores(fold_queries(part, num_kv), keys, where, i * size, size, heads)
+    scores = _scores(fold_queries(part, num_kv), keys, soft_cap)
+    scores = _masked(scores, where, i * size, size, window)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -76,19 +87,20 @@ def _forward(q, k, v, where):
   return out, (q, k, v, where, out, logs)
 
 
-def _backward(saved, cotangent):
+def _backward(window, soft_cap, saved, cotangent):
   q, k, v, where, out, logs = saved
   size, num_kv = block_size(q.shape[1]), k.shape[2]
-  heads = q.shape[2] // num_kv
   keys, values = fold_keys(k), fold_keys(v)
 
   def block(carry, i):
     dk, dv = carry
     part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
     rows, g, y = (fold_queries(part(a, axis=1), num_kv) for a in (q, cotangent, out))
-    weights = jnp.exp(_scores(rows, keys, where, i * size, size, heads) - logs[i])
+    scores = _scores(rows, keys, soft_cap)
+    weights = jnp.exp(_masked(scores, where, i * size, size, window) - logs[i])
     inner = jnp.sum(g.astype(jnp.float32) * y, axis=-1, keepdims=True)
-    ds = (weights * (product(g, values, 2, 2) - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+    ds = uncap(weights * (product(g, values, 2, 2) - inner), scores, soft_cap)
+    ds = (ds * q.shape[-1] ** -0.5).astype(q.dtype)
     dk += product(ds, rows, 1, 1)
     dv += product(weights.astype(q.dtype), g, 1, 1)
     dq = product(ds, keys, 2, 1).astype(q.dtype)

@@ -5,6 +5,8 @@ repeated; the gradient reuses weights and output, where the compiler's own makes
 scores. Arrays are one device's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -41,41 +43,75 @@ def unfold_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return x.reshape(b, k, s, h).transpose(0, 2, 1, 3)
 
 
-@jax.custom_vjp
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(H)) v.
+def visible(where: tuple[jax.Array, ...], window: int | None) -> jax.Array:
+  """bool[B, T, S]: which keys a query may look at, by the rule of attention.py.
+
+  Args:
+    where: segments and positions of the queries, int32[B, T], then of the keys, int32[B, S].
+    window: keys that a query sees, itself among them; None: all before it.
+  """
+  q_segments, q_positions, k_segments, k_positions = where
+  behind = q_positions[:, :, None] - k_positions[:, None, :]
+  mask = (q_segments[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
+  return mask if window is None else mask & (behind < window)
+
+
+def cap(scores: jax.Array, soft_cap: float | None) -> jax.Array:
+  """soft_cap tanh(scores / soft_cap) (Gemma 2, 2024, section 2)."""
+  return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+
+
+def uncap(ds: jax.Array, capped: jax.Array, soft_cap: float | None) -> jax.Array:
+  """The gradient of uncapped scores from that of `capped`: tanh' = 1 - tanh^2."""
+  return ds if soft_cap is None else ds * (1 - jnp.square(capped / soft_cap))
+
+
+def _scores(rows, keys, soft_cap):
+  """float32[B K, G T, S], capped."""
+  return cap(product(rows, keys, 2, 2) * rows.shape[-1] ** -0.5, soft_cap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None
+) -> jax.Array:
+  """softmax(cap(q k^T / sqrt(H))) v.
 
   Args:
     q: [B, T, N, H].
     k: [B, S, K, H], N a multiple of K.
     v: [B, S, K, H].
     mask: bool[B, T, S], True where a query may look; the same for all heads.
+    soft_cap: see `cap`.
 
   Returns:
     [B, T, N, H] in q's dtype; scores and softmax are float32.
   """
-  return _forward(q, k, v, mask)[0]
+  return _forward(q, k, v, mask, soft_cap)[0]
 
 
-def _forward(q, k, v, mask):
-  b, t, n, h = q.shape
+def _forward(q, k, v, mask, soft_cap):
+  b, t, n, _ = q.shape
   num_kv, s = k.shape[2], k.shape[1]
   rows, keys, values = fold_queries(q, num_kv), fold_keys(k), fold_keys(v)
-  scores = product(rows, keys, 2, 2).reshape(b, num_kv, n // num_kv, t, s) * h**-0.5
+  scores = _scores(rows, keys, soft_cap).reshape(b, num_kv, n // num_kv, t, s)
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
   weights = weights.astype(q.dtype).reshape(b * num_kv, -1, s)
   out = product(weights, values, 2, 1).astype(q.dtype)
   return unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, out)
 
 
-def _backward(saved, cotangent):
+def _backward(soft_cap, saved, cotangent):
   rows, keys, values, weights, out = saved
   b, *_, h = cotangent.shape
   num_kv = keys.shape[0] // b
   shape = (b, keys.shape[1], num_kv, h)
   g = fold_queries(cotangent, num_kv)
   inner = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
-  ds = (weights * (product(g, values, 2, 2) - inner) * h**-0.5).astype(rows.dtype)
+  ds = weights * (product(g, values, 2, 2) - inner)
+  if soft_cap is not None:  # the scores again, rather than saved beside the weights
+    ds = uncap(ds, _scores(rows, keys, soft_cap), soft_cap)
+  ds = (ds * h**-0.5).astype(rows.dtype)
   dq = unfold_queries(product(ds, keys, 2, 1).astype(rows.dtype), cotangent.shape, num_kv)
   dk = unfold_keys(product(ds, rows, 1, 1).astype(rows.dtype), shape)
   dv = unfold_keys(product(weights, g, 1, 1).astype(rows.dtype), shape)

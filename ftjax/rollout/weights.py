@@ -1,0 +1,105 @@
+"""Weights for a rollout: brought once a phase into the compute dtype and a layout that needs no
+gathering while decoding, and shown to be those of the trainer."""
+
+import functools
+import random
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from ftjax.models import head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.attention import Tokens
+from ftjax.runtime import sharding, trees
+from ftjax.runtime.checksum import checksum
+from ftjax.runtime.sharding import AXES, batch_ways, spec
+
+
+def rollout_mesh(mesh: Mesh) -> Mesh:
+  """The training mesh's devices for decoding: `tensor` as it was, all others side by side in
+  `data`, so that every tensor group holds the whole model.
+  """
+  grid = mesh.devices  # [data, fsdp, context, tensor, expert]
+  grid = grid.transpose(0, 1, 2, 4, 3).reshape(-1, 1, 1, mesh.shape['tensor'], 1)
+  return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
+  """A copy of params in `dtype`, on `mesh`; the caller drops it before the update.
+
+  Split over `tensor` where the rules say so, and over `fsdp` where `mesh` has it (rollout_mesh has
+  not: then every step would gather the model).
+
+  Args:
+    params: nested dict on the training mesh.
+    arch: their architecture.
+    mesh: of the same devices, as `rollout_mesh` gives it.
+    dtype: compute dtype of the rollout.
+  """
+  # Cast first, where the parameters lie: half the bytes travel.
+  with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+    small = _cast(params, jnp.dtype(dtype))
+  return jax.device_put(small, sharding.shardings(mesh, transformer.axes(arch)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: dict, dtype: jnp.dtype) -> dict:
+  # Not astype alone: what stays as it is would be handed on, and share its fate when donated.
+  return jax.tree.map(lambda p: jnp.copy(p).astype(dtype), params)
+
+
+def checksums(params: dict, dtype: jnp.dtype, *, count: int, seed: int) -> dict[str, int]:
+  """{name: checksum} of `count` leaves drawn by seed: trainer's and rollout's agree when each of
+  their bits does, in `dtype`.
+
+  See runtime/checksum.py.
+  """
+  flat = trees.flatten(params)
+  names = random.Random(seed).sample(sorted(flat), min(count, len(flat)))
+  with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
+    sums = _checksums({n: flat[n] for n in names}, jnp.dtype(dtype))
+  return {n: int(x) for n, x in sums.items()}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _checksums(leaves: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
+  def one(leaf):
+    bits = jnp.uint16 if dtype.itemsize == 2 else jnp.uint32
+    x = jax.lax.bitcast_convert_type(leaf.astype(dtype), bits).astype(jnp.uint32)
+    # Numbered axis by axis: one long range would stand whole on every device.
+    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+      shape = [1] * x.ndim
+      shape[axis] = size
+      place = place * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    return jax.sharding.reshard(checksum(x, place), spec())
+
+  return {n: one(leaf) for n, leaf in leaves.items()}
+
+
+def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+  """float32[T - 1]: log-probabilities of a probe text's tokens after its first, in nats, on the
+  mesh where params lie. Trainer's and rollout's differ by rounding alone.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  with jax.set_mesh(mesh):
+    # The sequence may be split: padded to a length that all ways divide.
+    ways = mesh.shape['context']
+    length = -(-len(tokens) // ways) * ways
+    rows = np.zeros((4, batch_ways(), length), np.int32)
+    rows[0, :, : len(tokens)], rows[1, :, : len(tokens) - 1] = tokens, tokens[1:]
+    rows[2, :, : len(tokens)], rows[3] = 1, np.arange(length)
+    arrays = (sharding.put(mesh, r, 'batch', 'seq') for r in rows)
+    out = _probe(arch, params, *arrays, jnp.dtype(dtype))
+  return np.asarray(out)[0, : len(tokens) - 1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _probe(arch, params, tokens, labels, segments, positions, dtype):
+  x = transformer.apply(arch, params, tokens, Tokens(segments, positions), dtype=dtype)
+  table = transformer.head_weights(arch, params)
+  weights = segments.astype(jnp.float32)
+  return jax.sharding.reshard(head.token_logprobs(x, table, labels, weights), spec(None, None))
