@@ -20,90 +20,22 @@ and case, then one of ratios.
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from contest import Contestant, Worker, play
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-  """Who runs: kind of rollout_speed_worker.py, dtype, command of its Python."""
-
-  kind: str
-  dtype: str
-  command: str
-
-  @property
-  def name(self) -> str:
-    return f'{self.kind}-{self.dtype}'
-
-
-class Worker:
-  """A live contestant."""
-
-  def __init__(self, contestant: Contestant, job: dict, folder: Path):
-    self.contestant = contestant
-    path = folder / f'{contestant.name}.json'
-    path.write_text(json.dumps(job | {'dtype': contestant.dtype}))
-    script = str(Path(__file__).with_name('rollout_speed_worker.py'))
-    self._log = open(folder / f'{contestant.name}.log', 'w+')  # noqa: SIM115
-    self._process = subprocess.Popen(
-      [*shlex.split(contestant.command), script, contestant.kind, str(path)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=self._log,
-      text=True,
-      env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-    )
-    self.rounds: list[dict] = []
-    self.versions = self._read()['versions']
-
-  def _read(self) -> dict:
-    line = self._process.stdout.readline()
-    if not line:
-      self._log.seek(0)
-      raise SystemExit(f'{self.contestant.name} has ended:\n{self._log.read()[-4000:]}')
-    return json.loads(line)
-
-  def round(self) -> dict:
-    self._process.stdin.write('round\n')
-    self._process.stdin.flush()
-    return self._read()
-
-  def close(self) -> None:
-    self._process.stdin.close()
-    try:
-      self._process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-    self._log.close()
-
-  def speeds(self, clock: str) -> list[float]:
-    """Tokens asked for per second of each round by `clock`: seconds or cpu_seconds."""
-    return [r['tokens'] / r[clock] for r in self.rounds]
-
-  def summary(self, case: str) -> dict:
-    return {
-      'case': case,
-      'contestant': self.contestant.name,
-      'tokens_per_s': round(statistics.median(self.speeds('seconds')), 1),
-      'tokens': self.rounds[0]['tokens'],
-      'steps': self.rounds[0]['steps'],
-      'seconds': [round(r['seconds'], 2) for r in self.rounds],
-      'cpu_seconds': [round(r['cpu_seconds'], 2) for r in self.rounds],
-      'peak_rss_gb': self.rounds[-1]['peak_rss_gb'],
-      'versions': self.versions,
-    }
+def summary(worker: Worker, case: str) -> dict:
+  """The line of a contestant; `tokens` are those that were asked for."""
+  first = worker.rounds[0]
+  return {'case': case, 'tokens': first['tokens'], 'steps': first['steps']} | worker.summary()
 
 
 def make_job(case: str, model: str) -> dict:
@@ -120,35 +52,29 @@ def make_job(case: str, model: str) -> dict:
 def run_case(case: str, contestants: list[Contestant], args: argparse.Namespace) -> None:
   """Plays all rounds of a case and prints its lines."""
   workers: list[Worker] = []
+  script = Path(__file__).with_name('rollout_speed_worker.py')
+  environment = {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   with tempfile.TemporaryDirectory() as folder:
     try:
       for contestant in contestants:
-        workers.append(Worker(contestant, make_job(case, args.model), Path(folder)))
-      for number in range(args.warmup + args.rounds):
-        turn = number % len(workers)
-        for worker in workers[turn:] + workers[:turn]:
-          result = worker.round()
-          print(case, number, worker.contestant.name, json.dumps(result), file=sys.stderr)
-          if number >= args.warmup:
-            worker.rounds.append(result)
+        job = make_job(case, args.model)
+        workers.append(Worker(contestant, script, job, Path(folder), environment))
+      play(case, workers, args.warmup, args.rounds)
     finally:
       for worker in workers:
         worker.close()
   for worker in workers:
-    print(json.dumps(worker.summary(case)), flush=True)
+    print(json.dumps(summary(worker, case)), flush=True)
 
   def best(kind: str) -> Worker:
     return max(
-      (w for w in workers if w.contestant.kind == kind),
-      key=lambda w: statistics.median(w.speeds('seconds')),
+      (w for w in workers if w.kind == kind), key=lambda w: statistics.median(w.speeds('seconds'))
     )
 
-  if {w.contestant.kind for w in workers} == {'ftjax', 'hf'}:
+  if {w.kind for w in workers} == {'ftjax', 'hf'}:
     ours, theirs = best('ftjax'), best('hf')
-    line = {'case': case, 'ours': ours.contestant.name, 'theirs': theirs.contestant.name}
-    for clock in ('seconds', 'cpu_seconds'):
-      pairs = zip(ours.speeds(clock), theirs.speeds(clock), strict=True)
-      line[f'speed_over_by_{clock}'] = round(statistics.median(a / b for a, b in pairs), 3)
+    line = {'case': case, 'ours': ours.name, 'theirs': theirs.name}
+    line |= {f'speed_over_by_{c}': ours.ratio(theirs, c) for c in ('seconds', 'cpu_seconds')}
     print(json.dumps(line), flush=True)
 
 
@@ -166,7 +92,7 @@ def main() -> None:
   add('--warmup', type=int, default=1, help='rounds that do not count')
   args = parser.parse_args()
   contestants = [
-    Contestant(kind, dtype, command)
+    Contestant(f'{kind}-{dtype}', kind, command, dtype)
     for kind, command in (('ftjax', args.ours), ('hf', args.hf_python))
     for dtype in ('float32', 'bfloat16')
     if command

@@ -24,95 +24,30 @@ tokens alone, seconds of each round, peak memory of the process. Then lines of r
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from contest import Contestant, Worker, play
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-  """Who runs: name in the output, kind of sft_speed_worker.py, command of its Python, dtype."""
+def summary(worker: Worker, case: str) -> dict:
+  """The line of a contestant; `tokens` are no padding."""
 
-  name: str
-  kind: str
-  command: str
-  dtype: str
+  def median(key):
+    return round(statistics.median(r[key] / r['seconds'] for r in worker.rounds), 1)
 
-
-class Worker:
-  """A live contestant."""
-
-  def __init__(self, contestant: Contestant, job: dict, folder: Path):
-    self.name = contestant.name
-    path = folder / f'{job["case"]}-{contestant.name}.json'
-    path.write_text(json.dumps(job | {'dtype': contestant.dtype}))
-    script = str(Path(__file__).with_name('sft_speed_worker.py'))
-    self._log = open(folder / f'{path.stem}.log', 'w+')  # noqa: SIM115
-    self._process = subprocess.Popen(
-      [*shlex.split(contestant.command), script, contestant.kind, str(path)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=self._log,
-      text=True,
-      env=os.environ | ({'PYTHONPATH': str(ROOT)} if contestant.kind == 'ftjax' else {}),
-    )
-    self.rounds: list[dict] = []
-    self.versions = self._read()['versions']
-
-  def _read(self) -> dict:
-    line = self._process.stdout.readline()
-    if not line:
-      self._log.seek(0)
-      raise SystemExit(f'{self.name} has ended:\n{self._log.read()[-4000:]}')
-    return json.loads(line)
-
-  def round(self) -> dict:
-    self._process.stdin.write('round\n')
-    self._process.stdin.flush()
-    return self._read()
-
-  def close(self) -> None:
-    self._process.stdin.close()
-    try:
-      self._process.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-    self._log.close()
-
-  def speeds(self, clock: str) -> list[float]:
-    """Real tokens per second of each round by `clock`: seconds or cpu_seconds."""
-    return [r['tokens'] / r[clock] for r in self.rounds]
-
-  def ratio(self, peer: 'Worker', clock: str) -> float:
-    pairs = zip(self.speeds(clock), peer.speeds(clock), strict=True)
-    return round(statistics.median(a / b for a, b in pairs), 3)
-
-  def summary(self, case: str) -> dict:
-    def median(key):
-      return round(statistics.median(r[key] / r['seconds'] for r in self.rounds), 1)
-
-    return {
-      'case': case,
-      'contestant': self.name,
-      'tokens_per_s': median('tokens'),
-      'supervised_tokens_per_s': median('supervised_tokens'),
-      'padded_tokens_per_s': median('padded_tokens'),
-      'updates': self.rounds[0]['updates'],
-      'tokens': statistics.mean(r['tokens'] for r in self.rounds),
-      'seconds': [round(r['seconds'], 2) for r in self.rounds],
-      'cpu_seconds': [round(r['cpu_seconds'], 2) for r in self.rounds],
-      'peak_rss_gb': self.rounds[-1]['peak_rss_gb'],
-      'versions': self.versions,
-    }
+  return {
+    'case': case,
+    'supervised_tokens_per_s': median('supervised_tokens'),
+    'padded_tokens_per_s': median('padded_tokens'),
+    'updates': worker.rounds[0]['updates'],
+    'tokens': statistics.mean(r['tokens'] for r in worker.rounds),
+  } | worker.summary()
 
 
 def make_full(args: argparse.Namespace, folder: Path) -> dict:
@@ -167,21 +102,19 @@ def run_case(case: str, contestants: list[Contestant], args, folder: Path) -> No
   job |= {'case': case, 'model': args.model, 'batch_size': args.batch_size}
   job['checkpointing'] = args.trl_checkpointing
   workers: list[Worker] = []
+  script = Path(__file__).with_name('sft_speed_worker.py')
+  place = folder / case
+  place.mkdir()
   try:
     for contestant in contestants:
-      workers.append(Worker(contestant, job, folder))
-    for number in range(args.warmup + args.rounds):
-      turn = number % len(workers)
-      for worker in workers[turn:] + workers[:turn]:
-        result = worker.round()
-        print(case, number, worker.name, json.dumps(result), file=sys.stderr, flush=True)
-        if number >= args.warmup:
-          worker.rounds.append(result)
+      environment = {'PYTHONPATH': str(ROOT)} if contestant.kind == 'ftjax' else {}
+      workers.append(Worker(contestant, script, job, place, environment))
+    play(case, workers, args.warmup, args.rounds)
   finally:
     for worker in workers:
       worker.close()
   for worker in workers:
-    print(json.dumps(worker.summary(case)), flush=True)
+    print(json.dumps(summary(worker, case)), flush=True)
   ours = {c.name for c in contestants if c.kind == 'ftjax'}
   for worker in (w for w in workers if w.name in ours):
     for clock in ('seconds', 'cpu_seconds'):

@@ -4,12 +4,14 @@ exit codes kept.
 See ftjax/runtime/errors.py for the codes.
 """
 
+import importlib
 import logging
 import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -32,7 +34,7 @@ def define_config() -> None:
 def define_processes() -> None:
   """Declares the flags of a run of several processes; see runtime/distributed.py."""
   flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0. Cloud TPUs, SLURM and Open MPI need no flag.'
+    'coordinator', None, 'HOST:PORT of process 0; Cloud TPUs and SLURM tell it without.'
   )
   flags.DEFINE_integer('num_processes', None, 'Processes in all.', lower_bound=1)
   flags.DEFINE_integer('process_id', None, 'Number of this one, from 0.', lower_bound=0)
@@ -64,9 +66,15 @@ def join() -> None:
   except RuntimeError as error:
     tpu_lock.explain(error)
     raise
-  peers.watch()
   if not peers.is_main():
     logging.getLogger().setLevel(logging.WARNING)
+
+
+def algorithm(name: str) -> ModuleType:
+  """The file of an algorithm, one of algorithm_config.ALGORITHMS: it has `make_loss` and `run`.
+  Imports jax.
+  """
+  return importlib.import_module(f'ftjax.{name}')
 
 
 def _resolve(argv: list[str]) -> list[str]:
@@ -206,6 +214,7 @@ def run(main: Callable[[], None]) -> None:
       _tell_peers(error)
       _leave(str(error), error.exit_code)
     except KeyboardInterrupt:
+      _tell_peers(StoppedEarly('interrupted'))
       _leave('interrupted; run the same command again to go on', StoppedEarly.exit_code)
 
   app.run(guarded, flags_parser=_parse)

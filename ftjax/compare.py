@@ -71,11 +71,21 @@ class Judge:
     return found[-1].tokens[found[-1].supervised].tolist()
 
   def _functions(self, params: dict) -> evaluation.Functions:
+    beat = self.run.watchdog.beat  # at every batch of rows
+
+    def score(prompts, choices):
+      beat()
+      return self._scorer.score(params, prompts, choices)
+
+    def generate(prompts, most):
+      beat()
+      return self._sampler.generate(params, prompts, most, _GREEDY)
+
     return evaluation.Functions(
       encode_prompt=self._encode_row,
       encode_choice=self._encode_choice,
-      score=lambda prompts, choices: self._scorer.score(params, prompts, choices),
-      generate=lambda prompts, n: self._sampler.generate(params, prompts, n, _GREEDY),
+      score=score,
+      generate=generate,
       decode=self.run.model.tokenizer.decode,
     )
 

@@ -15,23 +15,21 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from ftjax import rollout_checks
+from ftjax import algorithm_config
 from ftjax.runtime.errors import ConfigError
 
-ALGORITHMS = ('sft', 'grpo')
-ROLLOUT_ALGORITHMS = ('grpo',)  # they train on what the model says to prompts
 HERE = pathlib.Path(__file__).resolve().parent
 
 
 def default() -> ml_collections.ConfigDict:
   """The config that every experiment starts from."""
   c = ml_collections.ConfigDict()
-  c.algorithm = 'sft'  # one of ALGORITHMS
+  c.algorithm = 'sft'  # one of algorithm_config.ALGORITHMS
   c.seed = 0  # of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow `epochs`
   c.epochs = 1.0  # passes over the training rows, when steps is 0
-  c.batch_size = 16  # rows per optimizer update, over all devices; prompts per rollout
-  c.seq_len = 1024  # tokens per row
+  c.batch_size = 16  # rows per optimizer update, over all devices; pairs; prompts
+  c.seq_len = 1024  # tokens per row; both sides of a pair share one
   c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
   c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
@@ -84,40 +82,7 @@ def default() -> ml_collections.ConfigDict:
     0.0  # alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 5 is usual
   )
 
-  c.rollout = ml_collections.ConfigDict()  # of algorithms that train on what the model says
-  c.rollout.group = 8  # completions a prompt
-  c.rollout.max_tokens = 256  # of a completion
-  c.rollout.temperature = 1.0  # of sampling, and of the log-probs that are trained
-  c.rollout.top_k = 0  # the likeliest so many tokens alone; 0: all
-  c.rollout.top_p = 1.0  # the smallest set of likeliest tokens with so much probability; 1: all
-  c.rollout.slots = 64  # sequences decoded at once
-  c.rollout.stop = ()  # texts that end a completion
-  # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2'; docs/rewards.md
-  c.rollout.rewards = config_dict.FieldReference((), field_type=object)
-  c.rollout.reward_limit = 1.0  # seconds for one completion by a built-in reward that may hang
-  c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
-  c.rollout.samples = 8  # completions of a rollout that are kept in rollouts/<number>.jsonl
-
-  c.grpo = ml_collections.ConfigDict()
-  c.grpo.updates = 1  # passes over a rollout
-  c.grpo.minibatches = 1  # optimizer updates per pass
-  # grpo, dr_grpo, rloo, reinforce_pp_baseline: relative to the prompt's group; reinforce_pp
-  c.grpo.advantage = 'grpo'
-  c.grpo.surrogate = 'clip'  # clip (PPO's), cispo, reinforce
-  c.grpo.level = 'token'  # what a ratio is taken over: token, sequence (GSPO), trajectory
-  c.grpo.clip_low = 0.2  # the ratio stays above 1 - clip_low
-  c.grpo.clip_high = 0.2  # and below 1 + clip_high
-  c.grpo.dual_clip = 0.0  # largest ratio with a negative advantage; 0: none
-  c.grpo.aggregate = 'token'  # mean over tokens, over completions' means (sequence), constant
-  c.grpo.kl = 'k3_is'  # loss term k2, k3 or k3_is; reward: k1, taken off the reward
-  c.grpo.kl_coef = 0.0  # of the divergence from the initial model; 0: no copy of it is held
-  c.grpo.entropy_coef = 0.0  # of the entropy, which is rewarded
-  # Weights against a sampler that is not the trainer: none, token_truncate, token_mask,
-  # sequence_truncate, sequence_mask
-  c.grpo.correction = 'none'
-  c.grpo.correction_low = 0.0  # bounds of that weight
-  c.grpo.correction_high = 2.0
-  c.grpo.overlong = 0  # last tokens before max_tokens that cost reward, up to 1; 0: none
+  algorithm_config.add(c)
 
   c.mesh = ml_collections.ConfigDict()  # sizes; one may be -1, for the rest of the devices
   c.mesh.data = 1
@@ -157,7 +122,8 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
   c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
-  c.watchdog.evaluate = 3600.0  # one batch of rows, or one task
+  c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
+  c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0
 
@@ -168,8 +134,8 @@ def default() -> ml_collections.ConfigDict:
   return c.lock()
 
 
-_CHOICES = {
-  'algorithm': ALGORITHMS,
+_CHOICES = algorithm_config.CHOICES | {
+  'algorithm': algorithm_config.ALGORITHMS,
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
@@ -178,20 +144,9 @@ _CHOICES = {
   'data.loss_on': ('assistant', 'completion', 'all'),
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
-  'grpo.advantage': ('grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline', 'reinforce_pp'),
-  'grpo.surrogate': ('clip', 'cispo', 'reinforce'),
-  'grpo.level': ('token', 'sequence', 'trajectory'),
-  'grpo.aggregate': ('token', 'sequence', 'constant'),
-  'grpo.kl': ('k2', 'k3', 'k3_is', 'reward'),
-  'grpo.correction': (
-    'none',
-    'token_truncate',
-    'token_mask',
-    'sequence_truncate',
-    'sequence_mask',
-  ),
 }
 _POSITIVE = (
+  *algorithm_config.POSITIVE,
   'batch_size',
   'seq_len',
   'grad_accum',
@@ -200,13 +155,9 @@ _POSITIVE = (
   'log.every',
   'eval.max_tokens',
   'max_bad_steps',
-  'rollout.group',
-  'rollout.max_tokens',
-  'rollout.slots',
-  'grpo.updates',
-  'grpo.minibatches',
 )
 _NOT_NEGATIVE = (
+  *algorithm_config.NOT_NEGATIVE,
   'steps',
   'optim.warmup_steps',
   'optim.decay_steps',
@@ -218,24 +169,10 @@ _NOT_NEGATIVE = (
   'checkpoint.patience',
   'eval.every',
   'profile.start',
-  'rollout.top_k',
-  'rollout.reward_limit',
-  'rollout.function_limit',
-  'rollout.samples',
-  'grpo.clip_low',
-  'grpo.clip_high',
-  'grpo.dual_clip',
-  'grpo.kl_coef',
-  'grpo.entropy_coef',
-  'grpo.overlong',
-  *(
-    f'watchdog.{phase}'
-    for phase in ('tokenize', 'restore', 'compile', 'step', 'rollout', 'evaluate', 'save', 'export')
-  ),
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
-_METRICS += ('eval/reward',)
+_METRICS += ('eval/accuracy', 'eval/margin', 'eval/reward')
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 # Of model.random, in the keys of a HF config.json.
 _RANDOM_REQUIRED = (
@@ -256,18 +193,6 @@ _RANDOM_OPTIONAL = (
   'max_position_embeddings',
 )
 RANDOM_KEYS = tuple(f'model.random.{k}' for k in (*_RANDOM_REQUIRED, *_RANDOM_OPTIONAL))
-
-
-def steps_per_batch(c: ml_collections.ConfigDict) -> int:
-  """Optimizer updates on the rows of one batch_size."""
-  return c.grpo.updates * c.grpo.minibatches if c.algorithm == 'grpo' else 1
-
-
-def rows_per_step(c: ml_collections.ConfigDict) -> int:
-  """Rows of the arrays of an optimizer update: a prompt has rollout.group of them."""
-  if c.algorithm == 'grpo':
-    return c.batch_size * c.rollout.group // c.grpo.minibatches
-  return c.batch_size
 
 
 def flat(c: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -312,7 +237,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
   for key in _POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in _NOT_NEGATIVE:
+  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:
@@ -326,13 +251,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     )
   _check_options(c.compiler_options)
   _check_random(c)
-  if c.algorithm in ROLLOUT_ALGORITHMS:
-    rollout_checks.check(c)
-  elif c.checkpoint.best_metric == 'eval/reward':
-    raise ConfigError(f'checkpoint.best_metric=eval/reward: {c.algorithm} has no rewards')
-  if rows_per_step(c) % c.grad_accum:
-    what = 'batch_size' if c.algorithm not in ROLLOUT_ALGORITHMS else 'completions per update'
-    raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+  algorithm_config.check(c)
   if not c.steps and c.epochs <= 0:
     raise ConfigError(f'steps={c.steps}, epochs={c.epochs}: one of them must be positive')
   if bool(c.model.path) == bool(len(c.model.random)):

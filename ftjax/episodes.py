@@ -5,37 +5,41 @@ updates, steps i U to i U + U - 1. It is a function of the seed, i, and the weig
 so a run that goes on from there makes it again, bit for bit. Between two rollouts the weights it
 came from are gone: then its arrays are read back from rollouts/<i>.npz.
 
-Shared by the algorithms that train on what the model says: each gives a `Teach`, which turns
-rewards into advantages, and its loss. Rewards run in process 0; everything else is done, and comes
-out alike, in all processes."""
+Shared by the algorithms that train on what the model says: each gives a `Teacher`, which turns a
+rollout with its rewards into rows to train on, and its loss. Rewards run in process 0; everything
+else is done, and comes out alike, in all processes."""
 
-import dataclasses
 import hashlib
-import io
-import json
 import logging
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import config as config_lib
-from ftjax.data import batches
+from ftjax import algorithms
+from ftjax.algorithm_config import (
+  prompts_per_rollout,
+  rows_per_rollout,
+  rows_per_step,
+  steps_per_batch,
+)
 from ftjax.data.prompts import Prompt
-from ftjax.experiment import Run, batch_fields
-from ftjax.fit import Trainer
+from ftjax.experiment import Run
+from ftjax.fit import Write
+from ftjax.forward import hidden_states
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
-from ftjax.models.attention import Tokens
 from ftjax.rollout import rewards, weights
-from ftjax.rollout.engine import Completion, Engine, Rollout
+from ftjax.rollout.engine import Engine, Rollout
 from ftjax.rollout.sampler import Sampling
-from ftjax.runtime import files, peers
-from ftjax.runtime.errors import CheckError, DataError
+from ftjax.rollout_files import RolloutFiles
+from ftjax.runtime import peers
+from ftjax.runtime.errors import CheckError
 from ftjax.runtime.sharding import spec, zigzag
+from ftjax.sampled import Sampled, flat_groups, rows, spread, with_groups
+from ftjax.trainer import Trainer, model_of
 from ftjax.training.feed import place
 from ftjax.training.state import State
 
@@ -46,24 +50,37 @@ _ALARM = 0.05
 _CHECKED_LEAVES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-  """A rollout on the host: R rows, one completion each, those of a prompt side by side.
+class Lesson(NamedTuple):
+  """What a rollout teaches.
 
-  arrays: tokens, labels, segments, positions int32[R, T]; weights float32[R, T], 1 where the label
-  is a completion's token; sampler_logp float32[R, T]; old_logp and ref_logp where they are wanted.
-  rewards: float32[R]. lengths: int32[R], tokens of the completions. group: completions a prompt.
+  arrays: algorithm_config.rows_per_rollout rows, with every field of a batch. metrics: by name.
+  kept: JSON rows that land in rollouts/kept-<number>.jsonl.
   """
 
   arrays: dict[str, np.ndarray]
-  rewards: np.ndarray
-  lengths: np.ndarray
-  group: int
+  metrics: dict[str, float]
+  kept: Sequence[dict[str, Any]] = ()
 
 
-# What an algorithm makes of a rollout: advantages float32[R, T], the weights that remain
-# float32[R, T], and metrics.
-Teach = Callable[[Sampled], tuple[np.ndarray, np.ndarray, dict[str, float]]]
+class Teacher:
+  """What an algorithm makes of rollouts; what it remembers between them is saved with the run."""
+
+  def teach(self, sampled: Sampled) -> Lesson:
+    """Of one rollout; called once for each, in order."""
+    raise NotImplementedError
+
+  def saved(self) -> dict[str, Any]:
+    """JSON of what it remembers."""
+    return {}
+
+  def restore(self, saved: Mapping[str, Any]) -> None:
+    """Takes back what `saved` returned."""
+
+
+# (all parameters, batch of arrays [B, T]) -> float32[B, T], laid out like the batch.
+Measure = Callable[[dict, dict], jax.Array]
+
+_ROW = ('tokens', 'labels', 'weights', 'segments', 'positions')
 
 
 def readout(
@@ -72,25 +89,10 @@ def readout(
   """(log-probs, entropies) float32[B, T] of a batch's labels, in nats, at the sampler's
   temperature; 0 where weights are 0.
   """
-  where = Tokens(batch['segments'], batch['positions'])
-  x = transformer.apply(arch, params, batch['tokens'], where, dtype=dtype, remat=remat)
-  table = params['embed' if arch.tied else 'head']['w']
+  params = model_of(params)
+  x = hidden_states(arch, params, batch, dtype, remat)
+  table = transformer.head_weights(arch, params)
   return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
-
-
-def rows(
-  prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], seq_len: int
-) -> dict[str, np.ndarray]:
-  """Arrays [R, T] of completions[prompt][index], in this order; see `Sampled`."""
-  pairs = [(p, c) for p, cs in zip(prompts, completions, strict=True) for c in cs]
-  out = batches.empty(len(pairs), seq_len)
-  out['sampler_logp'] = np.zeros((len(pairs), seq_len), np.float32)
-  for i, (prompt, completion) in enumerate(pairs):
-    whole = np.array([*prompt.ids, *completion.tokens], np.int32)
-    start = len(prompt.ids)
-    batches.fill_row(out, i, [(whole, np.arange(len(whole)) >= start)])
-    out['sampler_logp'][i, start - 1 : len(whole) - 1] = completion.logprobs
-  return out
 
 
 def _random(*names: int | str) -> bytes:
@@ -108,17 +110,18 @@ class Episodes:
 
   Args:
     run: from experiment.start.
-    teach: of the algorithm.
+    teacher: of the algorithm.
+    measures: what else it wants to know of every token, by name.
 
   Raises:
     ConfigError: rewards that cannot be had.
   """
 
-  def __init__(self, run: Run, teach: Teach):
+  def __init__(self, run: Run, teacher: Teacher, measures: Mapping[str, Measure] | None = None):
     c = run.config
-    self.run, self._teach = run, teach
-    self._updates = config_lib.steps_per_batch(c)
-    self._folder = files.join(run.workdir, 'rollouts')
+    self.run, self._teacher = run, teacher
+    self._updates = steps_per_batch(c)
+    self.files = RolloutFiles(run.workdir, self._updates)
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
     self._engine = Engine(
       run.arch, self._dtype, model.stop_ids, model.tokenizer.pad_id, slots=c.rollout.slots
@@ -126,12 +129,17 @@ class Episodes:
     self._sampling = Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p)
     self._mesh = weights.rollout_mesh(run.mesh)
     self._ended = stops(tuple(c.rollout.stop), model.tokenizer)
-    self._wants_ref = bool(c.grpo.kl_coef)
-    self._wants_old = self._updates > 1 or (self._wants_ref and c.grpo.kl == 'reward')
-    self._readout = jax.jit(self._readout_fn)
+    self._wants_ref = algorithms.has_reference(c) and not algorithms.reference_in_step(c)
+    self._wants_old = algorithms.wants_old_logp(c)
+    self._measures = {
+      name: jax.jit(
+        lambda params, batch, f=f: jax.sharding.reshard(f(params, batch), spec(None, None))
+      )
+      for name, f in ({'logp': self._logp} | dict(measures or {})).items()
+    }
     self._reference: dict | None = None
     self._held: tuple[int, dict[str, np.ndarray]] | None = None
-    self._is_checked, self._last_saved = False, 0
+    self._is_checked = False
     self._rewards: rewards.Rewards | None = None
     peers.from_main(self._start_rewards)
 
@@ -154,24 +162,22 @@ class Episodes:
 
   # What fit.fit asks for.
 
-  def begin(
-    self, trainer: Trainer, write: Callable[[int, dict[str, float]], None], start: int
-  ) -> None:
+  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
     """See fit.Source."""
     self._trainer, self._write = trainer, write
-    self._last_saved = start
-    if peers.is_main():
-      files.makedirs(self._folder)
+    self._teacher.restore(saved)
+    self.files.begin(start)
     if self._wants_ref:
-      # Not in the state: it never changes, and is where it came from.
-      c, source = self.run.config, self.run.model.source
-      if c.init_from:
-        source = files.join(c.init_from, 'export')
-      self._reference = self.run.load_params(source, c.model.param_dtype)
+      self._reference = trainer.first()  # not in the state: it never changes
 
-  def saving(self, step: int) -> None:
+  def saving(self, step: int) -> dict[str, Any]:
     """See fit.Source."""
-    self._last_saved = step
+    self.files.saving(step)
+    return self._teacher.saved()
+
+  def end(self) -> None:
+    """See fit.Source."""
+    self._reference = self._held = None
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
     """The device batch [A, M, T] of a step."""
@@ -179,7 +185,7 @@ class Episodes:
     if self._held is None or self._held[0] != number:
       with self.run.watchdog.phase('rollout'):
         if update:
-          self._held = number, self._read(number)
+          self._held = number, self.files.read_arrays(number)
         else:
           self._held = None  # two rollouts need not be held
           self._held = number, self._make(number, state, step)
@@ -187,39 +193,59 @@ class Episodes:
 
   def _batch(self, number: int, arrays: dict, update: int) -> dict[str, jax.Array]:
     c = self.run.config
-    total = config_lib.rows_per_step(c)
-    once, part = divmod(update, c.grpo.minibatches)
+    total = rows_per_step(c)
+    once, part = divmod(update, c.rollout.minibatches)
     which = np.arange(len(arrays['tokens']))
-    if c.grpo.minibatches > 1:
+    if c.rollout.minibatches > 1:
       which = order(len(which), c.seed, number, once)
     which = which[part * total : (part + 1) * total]
-    shape = (c.grad_accum, total // c.grad_accum, c.seq_len)
+    shape = (c.grad_accum, total // c.grad_accum)
     shardings = self.run.batch_shardings(micro=True)
-    return place({k: arrays[k][which].reshape(shape) for k in shardings}, shardings)
+    rows = {k: arrays[k][which] for k in shardings}
+    return place({k: v.reshape(*shape, *v.shape[1:]) for k, v in rows.items()}, shardings)
 
   # A rollout.
 
   def _make(self, number: int, state: State, step: int) -> dict[str, np.ndarray]:
-    c, params = self.run.config, self._trainer.policy(state)
-    numbers = range(number * c.batch_size, (number + 1) * c.batch_size)
-    prompts = [self.run.data.prompt(n) for n in numbers]
-    found = self.sample(params, prompts, numbers, seed=c.seed, group=c.rollout.group)
-    sampled, metrics = self.score(params, prompts, found, number)
-    advantages, kept, more = self._teach(sampled)
-    arrays = sampled.arrays | {'advantages': advantages, 'weights': kept}
-    self._write(step + 1, metrics | more)
+    c, params = self.run.config, self._trainer.everything(state)
+    first = number * prompts_per_rollout(c)
+    sampled, metrics = self._draw(params, range(first, first + c.batch_size), number)
+    drawn = c.batch_size
+    for again in range(1, c.rollout.redraws + 1):
+      flat = flat_groups(sampled)
+      if not len(flat):
+        break
+      more, _ = self._draw(params, [first + again * c.batch_size + i for i in flat], None)
+      sampled, drawn = with_groups(sampled, more, flat), drawn + len(flat)
+    lesson = self._teacher.teach(sampled)
+    if len(lesson.arrays['tokens']) != rows_per_rollout(c):
+      found = len(lesson.arrays['tokens'])
+      raise CheckError(f'rollout {number} has {found} rows, expected {rows_per_rollout(c)}')
+    if c.rollout.redraws:
+      metrics |= {'redrawn': drawn / c.batch_size - 1, 'flat_left': len(flat_groups(sampled))}
+    self._write(step + 1, metrics | lesson.metrics)
+    self.files.write_rows(f'kept-{number}', lesson.kept)
     if self._updates > 1:
-      self._save(number, arrays)
-    return arrays
+      wanted = self.run.batch_shardings(micro=True)
+      self.files.write_arrays(number, {k: lesson.arrays[k] for k in wanted})
+    return lesson.arrays
+
+  def _draw(
+    self, params: dict, numbers: Sequence[int], rollout: int | None
+  ) -> tuple[Sampled, dict[str, float]]:
+    """Completions of the prompts of these numbers, with their rewards."""
+    c, prompts = self.run.config, [self.run.data.prompt(n) for n in numbers]
+    found = self.sample(params, prompts, numbers, seed=c.seed, group=c.rollout.group)
+    return self.score(params, prompts, found, rollout)
 
   def sample(
     self, params: dict, prompts: Sequence[Prompt], numbers: Sequence[int], *, seed: int, group: int
   ) -> Rollout:
-    """Completions by the weights `params` (on the training mesh), whose copy is dropped again.
+    """Completions by the model of `params` (on the training mesh), whose copy is dropped again.
 
     numbers: what tells prompts apart in the sampling key, from all others of the run.
     """
-    c = self.run.config
+    c, params = self.run.config, model_of(params)
     copy = weights.rollout_params(params, self.run.arch, self._mesh, self._dtype)
     # Else the engine's clock would also run for the update that is still under way.
     jax.block_until_ready(copy)
@@ -248,7 +274,7 @@ class Episodes:
       raise CheckError(f'the weights of the rollout are not those of the trainer: {wrong}')
 
   def score(
-    self, params: dict, prompts: Sequence[Prompt], found: Rollout, number: int
+    self, params: dict, prompts: Sequence[Prompt], found: Rollout, number: int | None
   ) -> tuple[Sampled, dict[str, float]]:
     """Rewards, and log-probs of the trainer and the reference where they are wanted."""
     c = self.run.config
@@ -256,16 +282,29 @@ class Episodes:
     totals, metrics = self._reward(prompts, found, number)
     metrics |= {f'engine/{k}': v for k, v in found.metrics.items()}
     if self._wants_old or not self._is_checked:
-      old = self._logprobs(params, arrays)
+      old = self._measure('logp', params, arrays)
       gap = np.abs(old - arrays['sampler_logp'])[arrays['weights'] > 0]
       self._compare(gap)
       if self._wants_old:
         arrays['old_logp'] = old
         metrics |= {'mismatch/mean': float(gap.mean()), 'mismatch/max': float(gap.max())}
     if self._wants_ref:
-      arrays['ref_logp'] = self._logprobs(self._reference, arrays)
+      arrays['ref_logp'] = self._measure('logp', self._reference, arrays)
+    for name in self._measures.keys() - {'logp'}:
+      arrays[name] = self._measure(name, params, arrays)
     lengths = arrays['weights'].sum(-1).astype(np.int32)
-    return Sampled(arrays, totals, lengths, len(found.completions[0])), metrics
+    group = len(found.completions[0])
+    return (
+      Sampled(
+        arrays,
+        totals,
+        lengths,
+        group,
+        [p for p in prompts for _ in range(group)],
+        [c for cs in found.completions for c in cs],
+      ),
+      metrics,
+    )
 
   def _compare(self, gap: np.ndarray) -> None:
     """gap: float32[tokens], |trainer - sampler| in nats."""
@@ -278,29 +317,22 @@ class Episodes:
       log.info(told)
     self._is_checked = True
 
-  def _readout_fn(self, params: dict, batch: dict) -> jax.Array:
+  def _logp(self, params: dict, batch: dict) -> jax.Array:
     c = self.run.config
-    logp, _ = readout(
-      self.run.arch,
-      params,
-      batch,
-      temperature=c.rollout.temperature,
-      dtype=self._dtype,
-      remat='none',
-    )
-    return jax.sharding.reshard(logp, spec(None, None))
+    how = dict(temperature=c.rollout.temperature, dtype=self._dtype, remat='none')
+    return readout(self.run.arch, params, batch, **how)[0]
 
-  def _logprobs(self, params: dict, arrays: dict[str, np.ndarray]) -> np.ndarray:
+  def _measure(self, name: str, params: dict, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """float32[R, T], a micro-batch at a time, as the update sees them."""
     c = self.run.config
-    size = config_lib.rows_per_step(c) // c.grad_accum
-    shardings = self.run.batch_shardings(micro=False)
-    names = ('tokens', 'labels', 'weights', 'segments', 'positions')
+    rows, size = len(arrays['tokens']), rows_per_step(c) // c.grad_accum
+    filled = {k: np.pad(arrays[k], ((0, -rows % size), (0, 0))) for k in _ROW}
+    shardings = {k: v for k, v in self.run.batch_shardings(micro=False).items() if k in _ROW}
     out = []
-    for at in range(0, len(arrays['tokens']), size):
-      part = {k: arrays[k][at : at + size] for k in names}
-      out.append(np.asarray(self._readout(params, place(part, {k: shardings[k] for k in names}))))
-    laid, natural = np.concatenate(out), np.empty_like(arrays['sampler_logp'])
+    for at in range(0, rows, size):
+      part = place({k: v[at : at + size] for k, v in filled.items()}, shardings)
+      out.append(np.asarray(self._measures[name](params, part)))
+    laid, natural = np.concatenate(out)[:rows], np.empty_like(arrays['sampler_logp'])
     natural[:, zigzag(c.seq_len, self.run.mesh.shape['context'])] = laid
     return natural
 
@@ -312,7 +344,7 @@ class Episodes:
     """(float32[R], metrics); `number` of the rollout whose samples are kept, None for none."""
     told = peers.from_main(lambda: self._reward_here(prompts, found, number))
     totals = np.array(told['totals'], np.float32)
-    return totals, told['metrics'] | _spread(totals, found)
+    return totals, told['metrics'] | spread(totals, found)
 
   def _reward_here(self, prompts, found: Rollout, number: int | None) -> dict[str, Any]:
     tokenizer = self.run.model.tokenizer
@@ -337,15 +369,13 @@ class Episodes:
   def _keep_samples(self, batch: rewards.Batch, scores: rewards.Scores, number: int) -> None:
     """rollouts/<number>.jsonl: the first completions with what each part paid, to be read: a model
     that cheats its rewards shows it here first."""
-    lines = []
+    rows = []
     for i in range(min(self.run.config.rollout.samples, len(scores.total))):
       paid = {n: float(x) for n, x in zip(scores.names, scores.parts[i], strict=True)}
       row = {'prompt': batch.prompts[i], 'completion': batch.completions[i]}
       row |= {'reward': float(scores.total[i]), 'parts': paid}
-      lines.append(json.dumps(row | {'truncated': batch.is_truncated[i]}, ensure_ascii=False))
-    if lines:
-      path = files.join(self._folder, f'{number}.jsonl')
-      files.write_text(path, '\n'.join(lines) + '\n')
+      rows.append(row | {'truncated': batch.is_truncated[i]})
+    self.files.write_rows(str(number), rows)
 
   def evaluate(self, params: dict, is_cancelled: Callable[[], bool]) -> dict[str, float] | None:
     """Rewards of one greedy completion for every prompt of data.eval; empty without such prompts,
@@ -355,7 +385,7 @@ class Episodes:
     if not prompts:
       return {}
     c, done = self.run.config, []
-    copy = weights.rollout_params(params, self.run.arch, self._mesh, self._dtype)
+    copy = weights.rollout_params(model_of(params), self.run.arch, self._mesh, self._dtype)
     size = max(c.eval.batch_size, c.rollout.slots)
     for at in range(0, len(prompts), size):
       if is_cancelled():
@@ -373,43 +403,6 @@ class Episodes:
       done += found.completions
     return self._reward(prompts, Rollout(done, {}), None)[1]
 
-  # Rollouts between two of their updates.
-
-  def _path(self, number: int) -> str:
-    return files.join(self._folder, f'{number}.npz')
-
-  def _save(self, number: int, arrays: dict[str, np.ndarray]) -> None:
-    if not peers.is_main():
-      return
-    names = ('tokens', 'labels', 'weights', 'segments', 'positions')
-    wanted = (*names, *batch_fields(self.run.config))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{k: arrays[k] for k in wanted})
-    files.write_bytes(self._path(number), buffer.getvalue())
-    self._prune(number)
-
-  def _prune(self, number: int) -> None:
-    """Drops the arrays of rollouts before `number` that no checkpoint lies within; one that is
-    still being written counts."""
-    folder = files.join(self.run.workdir, 'checkpoints')
-    there = files.listdir(folder) if files.exists(folder) else []
-    steps = {self._last_saved, *(int(n) for n in there if n.isdigit())}
-    needed = {s // self._updates for s in steps if s % self._updates}
-    for name in files.listdir(self._folder):
-      found = re.fullmatch(r'(\d+)\.npz', name)
-      if found and int(found[1]) < number and int(found[1]) not in needed:
-        files.remove(files.join(self._folder, name))
-
-  def _read(self, number: int) -> dict[str, np.ndarray]:
-    path = self._path(number)
-    if not files.exists(path):
-      raise DataError(
-        f'{path} is missing: the checkpoint lies between two updates on that rollout; bring the '
-        'file back, or remove this checkpoint to go on from an earlier one'
-      )
-    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as found:
-      return {k: found[k] for k in found.files}
-
 
 def stops(texts: tuple[str, ...], tokenizer) -> Callable[[list[int]], bool] | None:
   """Whether one of `texts` ends a completion; None without any. A text may begin and end within
@@ -425,23 +418,3 @@ def stops(texts: tuple[str, ...], tokenizer) -> Callable[[list[int]], bool] | No
     return any(t in said for t in texts)
 
   return ended
-
-
-def _spread(totals: np.ndarray, found: Rollout) -> dict[str, float]:
-  """Metrics of rewards float32[R] and lengths; 'better' than the mean are the right answers, where
-  rewards are 0 and 1.
-  """
-  lengths = np.array([len(c.tokens) for cs in found.completions for c in cs])
-  truncated = [c.truncated for cs in found.completions for c in cs]
-  groups = totals.reshape(len(found.completions), -1)
-  out = {
-    'reward_std': float(totals.std()),
-    'flat_groups': float((groups.min(1) == groups.max(1)).mean()),
-    'length': float(lengths.mean()),
-    'truncated': float(np.mean(truncated)),
-  }
-  mean = totals.mean()
-  for name, which in (('better', totals > mean), ('worse', totals < mean)):
-    if which.any():
-      out[f'length/{name}'] = float(lengths[which].mean())
-  return out

@@ -19,6 +19,7 @@ def main() -> None:
   c = flags.FLAGS.config
   config.validate(c)
   from ftjax import compare, experiment
+  from ftjax.hf import load
   from ftjax.runtime import files
   from ftjax.runtime.errors import ConfigError
 
@@ -28,8 +29,8 @@ def main() -> None:
       'eval.tasks is empty; give tasks, for example '
       '--config.eval.tasks="(\'mine=choice:rows.jsonl\',)"'
     )
-  export = files.join(_WORKDIR.value, 'export')
-  if not files.exists(export):
+  export = load.exported(_WORKDIR.value)
+  if export is None:
     raise ConfigError(
       f'--workdir={_WORKDIR.value}: there is no export/ in it; it is written when training ends'
     )

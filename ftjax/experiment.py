@@ -6,7 +6,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ftjax import algorithm_config, algorithms, examples
 from ftjax import config as config_lib
-from ftjax.data import cache, encode, made, prompts, sources
-from ftjax.data.batches import Stream, eval_batches
-from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data import encode, made
+from ftjax.data.batches import eval_batches
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import load
+from ftjax.hf import classifier, load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.runtime import files, peers, sharding
+from ftjax.runtime import files, peers, sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
 from ftjax.runtime.watchdog import Watchdog
@@ -50,51 +51,6 @@ class Model:
 
 
 @dataclasses.dataclass
-class Data:
-  """Training rows by step, and evaluation rows; see data/."""
-
-  stream: Stream
-  mixture: Mixture
-  corpora: list[cache.Corpus]
-  evaluation: list[cache.Corpus]
-
-  def fingerprints(self) -> dict[str, str]:
-    """sha256 of the order of training rows, and of each source."""
-    groups = {'data': self.corpora, 'eval': self.evaluation}
-    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
-    return {'data order': self.mixture.fingerprint} | named
-
-
-@dataclasses.dataclass
-class PromptData:
-  """Prompts by number, and held-out ones; see data/prompts.py."""
-
-  mixture: Mixture
-  sources: list[prompts.Prompts]
-  evaluation: list[prompts.Prompts]
-
-  def fingerprints(self) -> dict[str, str]:
-    """sha256 of the order of prompts, and of each source."""
-    groups = {'data': self.sources, 'eval': self.evaluation}
-    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
-    return {'data order': self.mixture.fingerprint} | named
-
-  def prompt(self, number: int) -> prompts.Prompt:
-    """Prompt `number` since the start of training."""
-    row = self.mixture.row(number)
-    return self.sources[row.source].rows[row.examples[0]]
-
-
-def batch_fields(c: ml_collections.ConfigDict) -> tuple[str, ...]:
-  """Arrays float32[A, M, T] of a batch beside those of data/batches.py."""
-  if c.algorithm != 'grpo':
-    return ()
-  old = config_lib.steps_per_batch(c) > 1
-  ref = bool(c.grpo.kl_coef) and c.grpo.kl != 'reward'
-  return ('advantages', 'sampler_logp', *['old_logp'] * old, *['ref_logp'] * ref)
-
-
-@dataclasses.dataclass
 class Run:
   """A config brought to a machine, or to several."""
 
@@ -102,7 +58,7 @@ class Run:
   workdir: str
   mesh: Mesh
   model: Model
-  data: Data | PromptData | None  # None: the run trains nothing
+  data: examples.Data | examples.PromptData | None  # None: the run trains nothing
   watchdog: Watchdog
 
   @property
@@ -115,33 +71,70 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    batches = math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size)
-    return c.steps or max(1, batches) * config_lib.steps_per_batch(c)
+    rows = c.epochs * self.data.mixture.rows_per_epoch
+    batches = math.ceil(rows / algorithm_config.prompts_per_rollout(c))
+    return c.steps or max(1, batches) * algorithm_config.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
     """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
     updates alone, for several may go over one batch.
     """
     c = self.config
-    return -(-step // config_lib.steps_per_batch(c)) * c.batch_size
+    taken = -(-step // algorithm_config.steps_per_batch(c))
+    return taken * algorithm_config.prompts_per_rollout(c)
+
+  def parts(self) -> dict[str, Architecture]:
+    """What is trained, by the prefix of its parameters' names: '' is the model."""
+    if not algorithms.has_value_model(self.config):
+      return {'': self.arch}
+    return {'': self.arch, 'value/': algorithms.value_arch(self.arch)}
 
   def parameter_shardings(self) -> dict:
-    """Nested dict of NamedSharding."""
-    return sharding.shardings(self.mesh, transformer.axes(self.arch))
+    """Nested dict of NamedSharding, over all parts."""
+    return self._by_part(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+
+  def abstract_params(self) -> dict:
+    """Nested dict of ShapeDtypeStruct, over all parts."""
+    dtype = jnp.dtype(self.config.model.param_dtype)
+    return self._by_part(lambda arch: transformer.abstract(arch, dtype))
+
+  def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
+    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
+    return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
-    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]."""
-    where = NamedSharding(self.mesh, sharding.spec(*((None,) if micro else ()), 'batch', 'seq'))
-    names = ('tokens', 'labels', 'weights', 'segments', 'positions', *batch_fields(self.config))
-    return dict.fromkeys(names, where)
+    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
+    axes = (None, 'batch') if micro else ('batch',)
+    by_token, by_row = algorithms.fields(self.config)
+    names = ('tokens', 'labels', 'weights', 'segments', 'positions', *by_token)
+    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
+    return dict.fromkeys(names, where) | dict.fromkeys(
+      by_row, NamedSharding(self.mesh, sharding.spec(*axes))
+    )
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step in shapes."""
+    c = self.config
+    shape = (c.grad_accum, algorithm_config.rows_per_step(c) // c.grad_accum, c.seq_len)
+    by_token, by_row = algorithms.fields(c)
+    floats = ('weights', *by_token, *by_row)
+    return {
+      k: jax.ShapeDtypeStruct(
+        shape[:2] if k in by_row else shape,
+        jnp.float32 if k in floats else jnp.int32,
+        sharding=s,
+      )
+      for k, s in self.batch_shardings(micro=True).items()
+    }
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
     c = self.config
-    micro, shape = c.batch_size // c.grad_accum, (c.grad_accum, c.batch_size // c.grad_accum)
+    shape = (c.grad_accum, c.batch_size // c.grad_accum)
     own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * micro + m for a in range(c.grad_accum) for m in own]
-    return {k: v.reshape(*shape, -1) for k, v in self.data.stream.batch(step, rows).items()}
+    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
+    batch = self.data.stream.batch(step, rows)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -149,18 +142,42 @@ class Run:
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
     for corpus in self.data.evaluation:
-      for batch in eval_batches(corpus, *shape, packed=c.data.packing, wanted=own):
+      for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
     """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
     with self.watchdog.phase('restore'):
-      return self._load(source, dtype)
+      return self._load(source, dtype, self.arch)
 
-  def _load(self, source: str, dtype: str) -> dict:
+  def load_beside(self, source: str, dtype: str) -> dict:
+    """{'value': weights of the value model} where there is one, else nothing.
+
+    It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
+    """
+    if not algorithms.has_value_model(self.config):
+      return {}
+    with self.watchdog.phase('restore'):
+      arch = algorithms.value_arch(self.arch)
+      params = self._load(self.config.ppo.value_from or source, dtype, arch)
+      if not self.config.ppo.value_from:
+        params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
+      return {'value': params}
+
+  def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
     if source:
-      return load.load_params(source, self.arch, self.parameter_shardings(), jnp.dtype(dtype))
-    make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype)))
+      arch = from_hf(load.read_config(source)) if wanted.num_labels else wanted
+      if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
+        raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
+      where = sharding.shardings(self.mesh, transformer.axes(arch))
+      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      if arch.num_labels == wanted.num_labels:
+        return params
+      # A language model becomes a reward model: its head goes, a random score comes.
+      make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
+      params = {k: v for k, v in params.items() if k != 'head'}
+      return params | {'score': make(jax.random.key(self.config.seed))}
+    make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype)))
     return make(jax.random.key(self.config.seed))
 
 
@@ -173,6 +190,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   """
   files.probe(workdir)
   workdir = files.absolute(workdir)  # Orbax takes no relative path
+  _check_shared(c, workdir)
   configure_jax(c)
   if c.compile_cache:
     _keep_programs(files.join(workdir, 'xla_cache'))
@@ -180,45 +198,40 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   jax.set_mesh(mesh)
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
-    model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
-    peers.check_same('model.path', model.fingerprint)
+    random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
+    model = open_model(c.model.path, random, c.seed, labels=labels)
+    peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path)]))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
-    open_ = open_prompts if c.algorithm in config_lib.ROLLOUT_ALGORITHMS else open_data
     with watchdog.phase('tokenize'):
       # The others find in the shared cache what the first process made.
-      data = peers.main_first(lambda: open_(c, model, workdir))
+      data = peers.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       peers.check_same('data', digest(data.fingerprints()))
-    for corpus in data.corpora if isinstance(data, Data) else []:
-      _tell(corpus, c.data.on_overlength)
-    for found in data.sources if isinstance(data, PromptData) else []:
-      log.info('%s: %d prompts, %d longer ones dropped', found.name, len(found.rows), found.dropped)
+    data.tell()
   return Run(c, workdir, mesh, model, data, watchdog)
 
 
-def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
-  """One line on a source, and one on what its policy for long rows did to it."""
-  log.info(
-    '%s: %d examples, %d tokens, %.1f %% supervised',
-    corpus.name,
-    len(corpus),
-    corpus.tokens,
-    100 * corpus.supervised / corpus.tokens,
-  )
-  counts = corpus.counts
-  lost = counts.dropped + counts.unsupervised
-  if lost + counts.truncated:
-    of = counts.examples + lost
-    log.warning(
-      '%s: data.on_overlength=%s: %d of %d examples dropped (%.1f %%), %d shortened (%.1f %%)',
-      corpus.name,
-      on_overlength,
-      lost,
-      of,
-      100 * lost / of,
-      counts.truncated,
-      100 * counts.truncated / of,
+def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """All processes must see one workdir and mean one config.
+
+  Raises:
+    ConfigError: another process's workdir is another folder. DataError: configs differ.
+  """
+  if peers.is_alone():
+    return
+  own = ('data.cache', 'log.')  # may differ from host to host
+  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  peers.check_same('config', digest(plain))
+  name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
+  peers.from_main(lambda: files.write_text(name, ''))
+  blind = [p for p, sees in enumerate(peers.gather(files.exists(name))) if not sees]
+  if peers.is_main():
+    files.remove(name)
+  if blind:
+    raise ConfigError(
+      f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
+      'on a shared file system or gs://'
     )
 
 
@@ -254,9 +267,12 @@ def random_config(random: dict) -> dict:
   return {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
 
 
-def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Model:
+def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
   """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
-  them for the fingerprint.
+  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+
+  Raises:
+    ConfigError: a reward model where a language model is wanted.
   """
   if path:
     found = load.tokenizer_files(path)
@@ -269,6 +285,9 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     found['config.json'] = json.dumps(config).encode()
     fingerprint = digest([config, seed])
   arch = from_hf(config)
+  if arch.num_labels and not labels:
+    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
+  arch = dataclasses.replace(arch, num_labels=labels)
   # The same weights under another rope or another epsilon are another model.
   fingerprint = digest([fingerprint, dataclasses.asdict(arch)])
   tokenizer = Tokenizer(found, path or 'model.random')
@@ -278,6 +297,8 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     )
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
+  if labels:
+    found, config = classifier.describe(found, config, tokenizer, stops)
   return Model(path, arch, tokenizer, stops, config, found, fingerprint)
 
 
@@ -291,7 +312,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
-    ('batch_size / grad_accum', config_lib.rows_per_step(c) // c.grad_accum),
+    ('batch_size / grad_accum', algorithm_config.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
     if rows % ways:
@@ -308,62 +329,3 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
     raise ConfigError(
       f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'
     )
-
-
-def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
-  """Tokenizes, or opens the cache, and schedules the rows."""
-  folder = c.data.cache or files.join(workdir, 'data_cache')
-
-  def corpora(text, is_eval=False):
-    specs = sources.parse_specs(text) if text else []
-    if is_eval and (weighted := [s for s in specs if s.weight is not None]):
-      raise ConfigError(
-        f'data.eval: {weighted[0].path} has weight {weighted[0].weight}; all evaluation rows count '
-        'alike: leave the @weight out'
-      )
-    specs = [made.resolve(spec, folder) for spec in specs]
-    settings = dict(
-      cache_dir=folder,
-      seq_len=c.seq_len,
-      loss_on=c.data.loss_on,
-      on_overlength=c.data.on_overlength,
-    )
-    return specs, [
-      cache.build_or_open(s, model.tokenizer, progress=True, **settings) for s in specs
-    ]
-
-  specs, training = corpora(c.data.train)
-  _, evaluation = corpora(c.data.eval, is_eval=True)
-  if c.data.eval_fraction and not evaluation:
-    sides = [cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
-    training, evaluation = ([side[i] for side in sides] for i in (0, 1))
-  settings = dict(seed=c.seed, packed=c.data.packing)
-  schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
-  ]
-  mixture = Mixture(schedules, [s.weight for s in specs])
-  return Data(Stream(mixture, training, c.seq_len, c.batch_size), mixture, training, evaluation)
-
-
-def open_prompts(c: ml_collections.ConfigDict, model: Model, workdir: str) -> PromptData:
-  """Reads prompts and schedules them, one a row."""
-  folder = c.data.cache or files.join(workdir, 'data_cache')
-  room = c.seq_len - c.rollout.max_tokens
-  groups, weights = [], []
-  for text in (c.data.train, c.data.eval):
-    specs = sources.parse_specs(text) if text else []
-    weights.append([s.weight for s in specs])
-    groups.append(
-      [
-        prompts.read(made.resolve(s, folder), model.tokenizer, room, c.data.on_overlength)
-        for s in specs
-      ]
-    )
-  if any(w is not None for w in weights[1]):
-    raise ConfigError(f'data.eval: {c.data.eval!r} has weights; leave the @weight out')
-  training, evaluation = groups
-  schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, seed=c.seed, packed=False)
-    for x in training
-  ]
-  return PromptData(Mixture(schedules, weights[0]), training, evaluation)

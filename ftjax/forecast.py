@@ -1,6 +1,6 @@
 """The training step of a config compiled for a slice that is not here, and what the compiler says.
 
-The step is the one that fit.py compiles, from the same shapes and shardings."""
+The step is the one that training compiles, from the same shapes and shardings."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ftjax import config, experiment, fit
+from ftjax import algorithm_config, experiment
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture
 from ftjax.planning import account, suggest, topology
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.training import step
-from ftjax.training.step import LossFn
+from ftjax.trainer import Trainer
+from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ class Forecast:
 
   settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
   None where the compiler itself ran out, and then needed tells how many bytes it wanted (0: not
-  told).
+  told). collectives and gathering: None where jaxlib cannot print the program; the cost then has no
+  communication in it.
   """
 
   slice: str
@@ -53,7 +54,7 @@ class Forecast:
   fits: bool
   needed: float
   memory: account.Memory | None = None
-  collectives: tuple[account.Collective, ...] = ()
+  collectives: tuple[account.Collective, ...] | None = None
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
   gathering: account.Gathering | None = None
   cost: Cost | None = None
@@ -80,7 +81,7 @@ def make(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
-    trainer = fit.Trainer(run, make_loss(arch, c))
+    trainer = Trainer(run, make_loss(arch, c))
     compiled, needed = _compile(trainer)
   seconds = time.perf_counter() - begin
   chip = where.chip
@@ -98,7 +99,7 @@ def make(
     slice=where.name,
     devices=mesh.size,
     settings=settings,
-    rows=config.rows_per_step(c),
+    rows=algorithm_config.rows_per_step(c),
     length=c.seq_len,
     parameters=arch.num_params(),
     attention=name,
@@ -111,22 +112,25 @@ def make(
   if compiled is None:
     return out
   held = account.memory(compiled, trainer.abstract)
-  rows = config.rows_per_step(c)
+  rows = algorithm_config.rows_per_step(c)
   local_tokens = rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
-  text = _text(trainer, compiled)
-  moved = account.collectives(text, mesh, unknown_trips=loops, islands=topology.islands(mesh, chip))
+  moved = gathering = None
+  if text := program_text(compiled):
+    apart = topology.islands(mesh, chip)
+    moved = tuple(account.collectives(text, mesh, unknown_trips=loops, islands=apart))
+    gathering = account.gathering(text, trainer.abstract.params, mesh)
   return dataclasses.replace(
     out,
     fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
     needed=held.peak,
     memory=held,
-    collectives=tuple(moved),
+    collectives=moved,
     replicated=account.replicated(trainer.abstract.params, mesh),
-    gathering=account.gathering(text, trainer.abstract.params, mesh),
+    gathering=gathering,
     cost=estimate(
-      *(arch, where, held, moved),
+      *(arch, where, held, moved or ()),
       rows=rows,
       length=c.seq_len,
       remat=c.remat,
@@ -135,7 +139,7 @@ def make(
   )
 
 
-def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
+def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, float]:
   """(the step; None where the compiler ran out of the device's memory, bytes it then wanted)."""
   try:
     return trainer.compile(), 0.0
@@ -148,16 +152,6 @@ def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
     return None, float(used[1]) * scale[used[2]] if used else 0.0
 
 
-def _text(trainer: fit.Trainer, compiled: jax.stages.Compiled) -> str:
-  """What is read for collectives; of the step without compiler options where its own text cannot be
-  had, '' where neither can.
-  """
-  if found := step.text(compiled):
-    return found
-  log.warning('this program cannot be printed: collectives are read from one without options')
-  return step.text(trainer.compile(with_options=False))
-
-
 def better(
   c: ml_collections.ConfigDict,
   where: topology.Topology,
@@ -167,7 +161,7 @@ def better(
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  tried = suggest.candidates(arch, where, config.rows_per_step(c), c.seq_len, width, most)
+  tried = suggest.candidates(arch, where, algorithm_config.rows_per_step(c), c.seq_len, width, most)
   best = None
   for candidate in tried:
     other = c.copy_and_resolve_references()

@@ -50,8 +50,7 @@ class Speaker:
     from ftjax.runtime import files, sharding
 
     path = _MODEL.value
-    inside = files.join(path, 'export')
-    if files.exists(inside):
+    if inside := load.exported(path):
       path = inside
     elif files.exists(files.join(path, 'manifest.json')):
       raise ConfigError(

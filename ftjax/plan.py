@@ -67,6 +67,8 @@ def _cost_lines(found) -> list[str]:
 
 
 def _collective_lines(found) -> list[str]:
+  if found.collectives is None:
+    return ['Collectives: unknown, and not in the estimate: jaxlib cannot print this program.']
   if not found.collectives:
     return ['No collectives.']
   head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
@@ -79,13 +81,15 @@ def _collective_lines(found) -> list[str]:
 
 def _gathering_lines(found) -> list[str]:
   at = found.gathering
-  if not (at.layered or at.whole or at.unseen):
+  if at is None or not (at.layered or at.whole or at.unseen):
     return []
   lines = [f'Weights gathered one layer at a time, inside the loop: {len(at.layered)} stacks']
   if at.unseen:
     lines.append(f'  not seen there: {", ".join(at.unseen)}')
   if at.whole:
-    lines.append(f'  all layers gathered in one buffer: {", ".join(at.whole)}')
+    lines.append(
+      f'  buffers as large as all layers gathered (or saved activations): {", ".join(at.whole)}'
+    )
   return lines
 
 
@@ -136,14 +140,15 @@ def main() -> None:
   config.validate(c)
   os.environ.update(topology.environment(where))
   # jax is imported from here on.
-  from ftjax import experiment, forecast, grpo, sft
+  from ftjax import algorithms, experiment, forecast
   from ftjax.models.architecture import from_hf
   from ftjax.planning import shapes
 
   random = c.model.random.to_dict()
   shape = shapes.read(c.model.path) if c.model.path else experiment.random_config(random)
-  make_loss = {'sft': sft.make_loss, 'grpo': grpo.make_loss}[c.algorithm]
-  arch, name = from_hf(shape), c.model.path or 'model.random'
+  make_loss = command.algorithm(c.algorithm).make_loss
+  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.num_labels(c))
+  name = c.model.path or 'model.random'
   found = forecast.make(c, where, arch, make_loss)
   best = found if found.fits else None
   if _SUGGEST.value or (_SEARCH.value and not found.fits):

@@ -21,17 +21,22 @@ def main() -> None:
   """Prints the summary and the table."""
   c = flags.FLAGS.config
   config.validate(c)
-  from ftjax import experiment
+  from ftjax import algorithms, examples, experiment
   from ftjax.data import describe
 
-  model = experiment.open_model(c.model.path, c.model.random.to_dict(), c.seed, weights=False)
+  model = experiment.open_model(
+    c.model.path,
+    c.model.random.to_dict(),
+    c.seed,
+    weights=False,
+    labels=algorithms.num_labels(c),
+  )
   with tempfile.TemporaryDirectory() as scratch:
-    if c.algorithm in config.ROLLOUT_ALGORITHMS:
-      found = experiment.open_prompts(c, model, _WORKDIR.value or scratch)
-      first = [found.prompt(n) for n in range(min(_ROWS.value, c.batch_size))]
-      print(describe.prompts(found.sources, first, model.tokenizer))
+    data = examples.open_data(c, model.tokenizer, _WORKDIR.value or scratch)
+    if isinstance(data, examples.PromptData):
+      first = [data.prompt(n) for n in range(min(_ROWS.value, c.batch_size))]
+      print(describe.prompts(data.sources, first, model.tokenizer))
       return
-    data = experiment.open_data(c, model, _WORKDIR.value or scratch)
     print(describe.summary(data.corpora, data.mixture))
     rows = range(min(_ROWS.value, c.batch_size))
     print(describe.table(data.stream.batch(0), model.tokenizer, rows))

@@ -13,26 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import experiment, fit
+from ftjax.forward import hidden_states
 from ftjax.losses.cross_entropy import Terms
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
-from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding
-
-
-def hidden_states(
-  arch: Architecture, params: dict, batch: dict, dtype, remat='none', noise=None
-) -> jax.Array:
-  """dtype[B, T, D] of a batch of data/batches.py."""
-  where = Tokens(batch['segments'], batch['positions'])
-  return transformer.apply(
-    arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
-  )
-
-
-def head_weights(arch: Architecture, params: dict) -> jax.Array:
-  """float32[V, D]: the head, which a tied model shares with its embedding."""
-  return params['embed' if arch.tied else 'head']['w']
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
@@ -67,7 +52,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
     x = hidden_states(arch, params, batch, dtype, remat, noise)
     total, nll = head.cross_entropy_sums(
-      x, head_weights(arch, params), batch['labels'], batch['weights'], terms
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights'], terms
     )
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
@@ -82,7 +67,9 @@ def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
   @jax.jit
   def sums(params, batch):
     x = hidden_states(arch, params, batch, dtype)
-    logp = head.token_logprobs(x, head_weights(arch, params), batch['labels'], batch['weights'])
+    logp = head.token_logprobs(
+      x, transformer.head_weights(arch, params), batch['labels'], batch['weights']
+    )
     return -(logp * batch['weights']).sum(), batch['weights'].sum()
 
   return sums

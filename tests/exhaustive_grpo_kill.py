@@ -32,7 +32,7 @@ def main() -> int:
   print(f'{"passes":>6} {"micro":>6} {"k":>3} {"resumed":>8}  result', flush=True)
   for passes in map(int, flags.passes.split(',')):
     for micro in map(int, flags.micro.split(',')):
-      settings = (f'grpo.updates={passes}', 'grpo.minibatches=1', f'grad_accum={micro}')
+      settings = (f'rollout.updates={passes}', 'rollout.minibatches=1', f'grad_accum={micro}')
       reference = folder / f'reference-{passes}-{micro}'
       code, told = tiny_run.run('train', test_grpo.arguments(reference, *settings))
       if code:

@@ -151,10 +151,10 @@ LIST_ENDS = ('{{ n.x | tojson }}', '{{ n.x }}', '{{ n.x | string }}', "{{ '' ~ n
   ],
 )
 def test_no_explosion(template):
-  started = time.monotonic()
+  started = time.process_time()  # other processes may be at work beside this one
   with pytest.raises(DataError, match='chat template'):
     render(template)
-  assert time.monotonic() - started < 4
+  assert time.process_time() - started < 4
 
 
 def test_deadline_holds_when_steps_do_not(monkeypatch):

@@ -1,7 +1,11 @@
 """Who a process is, by flags and environment; the meeting before jax's own, in threads."""
 
+import contextlib
+import itertools
+import json
 import socket
 import threading
+import time
 
 import pytest
 
@@ -28,6 +32,15 @@ def test_ranks_come_from_slurm_or_mpi_where_flags_do_not_tell():
   assert find('host:1', None, None, MPI) == Launch('host:1', 2, 1)
   assert find('host:1', None, None, {'PMI_SIZE': '6', 'PMI_RANK': '0'}) == Launch('host:1', 6, 0)
   assert find('host:1', 9, 8, SLURM).process_id == 8
+
+
+def test_mpi_inside_a_slurm_job_goes_by_mpi():
+  both = SLURM | {'SLURM_PROCID': '0', 'SLURM_LOCALID': '0'} | MPI
+  assert find('host:1', None, None, both | {'OMPI_COMM_WORLD_LOCAL_SIZE': '2'}) == Launch(
+    'host:1', 2, 1, (1,)
+  )
+  with pytest.raises(ConfigError, match='--coordinator=HOST:PORT'):
+    find(None, None, None, MPI | {'JAX_PLATFORMS': 'cpu'})
 
 
 def test_processes_that_share_a_machine_have_a_gpu_each_and_one_alone_has_all():
@@ -122,12 +135,14 @@ def test_numbers_that_contradict(address):
 
 def test_a_stranger_at_the_port_does_no_harm(address):
   host, _, port = address.rpartition(':')
+  words = [b'GET / HTTP/1.1\r\n\r\n', b'{}\n', b'[1]\n', b'{"process": "1", "host": 2, "of": 2}\n']
+  words = itertools.cycle(words)
 
   def knock():
     while not done.is_set():
       try:
         with socket.create_connection((host, int(port)), timeout=1) as s:
-          s.sendall(b'GET / HTTP/1.1\r\n\r\n')
+          s.sendall(next(words))
       except OSError:
         done.wait(0.05)
 
@@ -139,6 +154,42 @@ def test_a_stranger_at_the_port_does_no_harm(address):
   finally:
     done.set()
     stranger.join()
+
+
+@contextlib.contextmanager
+def after_a_death(address, timeout):
+  """What process 0 of three raised, once the block is done; number 1 came before it, and died."""
+  host, _, port = address.rpartition(':')
+  out = []
+  main = threading.Thread(target=lambda: out.extend(attend([Launch(address, 3, 0)], timeout)))
+  main.start()
+  with knocking(host, int(port)) as first:
+    first.sendall(json.dumps({'process': 1, 'host': 'here', 'of': 3}).encode() + b'\n')
+    time.sleep(0.3)
+  yield out
+  main.join()
+
+
+def test_a_process_that_is_started_anew_is_no_second_one(address):
+  with after_a_death(address, 20) as out:
+    assert attend([Launch(address, 3, 1), Launch(address, 3, 2)], 20) == [None, None]
+  assert out == [None]
+
+
+def test_a_process_that_has_died_again_is_missing(address):
+  with after_a_death(address, 2) as out:
+    pass
+  assert isinstance(out[0], StoppedEarly) and 'missing: process 1, 2.' in str(out[0])
+
+
+def knocking(host, port):
+  """A connection to a server that is about to be opened."""
+  for _ in range(100):
+    try:
+      return socket.create_connection((host, port), timeout=5)
+    except OSError:
+      time.sleep(0.05)
+  raise TimeoutError(port)
 
 
 def test_stale_slices_are_refused(monkeypatch):

@@ -12,7 +12,7 @@ import time
 import pytest
 from fake_gcs import BUCKET, PRINCIPAL
 
-from ftjax.runtime import files, gcs, lease, probe
+from ftjax.runtime import files, gcs, gcs_probe, lease
 from ftjax.runtime.errors import ConfigError
 
 # Line ends, boundaries and zeros that a careless upload would touch.
@@ -339,7 +339,7 @@ def test_a_server_that_does_not_answer_is_told_within_five_seconds(bucket):
 
 def test_the_limit_holds_whatever_the_client_does(bucket, monkeypatch):
   forever = [('storage.objects.list', lambda: time.sleep(60))]
-  monkeypatch.setattr(probe, '_attempts', lambda _: forever)
+  monkeypatch.setattr(gcs_probe, '_attempts', lambda _: forever)
   start = time.monotonic()
   with pytest.raises(
     ConfigError, match=r'no answer within 4 s while trying storage\.objects\.list'
@@ -354,7 +354,7 @@ def test_a_bucket_that_is_not_there(bucket):
 
 
 def test_an_access_scope_is_another_remedy_than_a_role():
-  told = probe._refusal('b', 'storage.objects.create', 'ACCESS_TOKEN_SCOPE_INSUFFICIENT')
+  told = gcs_probe._refusal('b', 'storage.objects.create', 'ACCESS_TOKEN_SCOPE_INSUFFICIENT')
   assert '--scopes=cloud-platform' in told and 'add-iam-policy' not in told
 
 
@@ -366,12 +366,12 @@ def test_who_asks_is_never_a_token(bucket, monkeypatch):
 
   client = gcs.client()
   monkeypatch.setattr(client, '_credentials', Credentials(), raising=False)
-  told = probe._refusal('b', 'storage.objects.get', 'no names here, Authorization: ya29.secret')
+  told = gcs_probe._refusal('b', 'storage.objects.get', 'no names here, Authorization: ya29.secret')
   assert '--member=user:me@example.com' in told and 'secret' not in told
   Credentials.account = 'ya29.secret'
-  told = probe._refusal('b', 'storage.objects.get', '')
+  told = gcs_probe._refusal('b', 'storage.objects.get', '')
   assert 'MEMBER: gcloud auth list' in told and 'secret' not in told
-  assert probe._principal('Anonymous caller does not have x').startswith('an anonymous')
+  assert gcs_probe._principal('Anonymous caller does not have x').startswith('an anonymous')
 
 
 @pytest.mark.parametrize('package', ['gcsfs', 'google.cloud.storage'])

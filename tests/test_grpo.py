@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tiny_run
 
-from ftjax import config, episodes, experiment, fit, grpo
+from ftjax import config, episodes, examples, experiment, grpo
+from ftjax import sampled as sampled_rows
 from ftjax.rollout.engine import Completion, Rollout
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.watchdog import Watchdog
+from ftjax.trainer import Trainer
 
 VOCAB_REWARDS = 'length:target=4'
 
@@ -41,7 +43,7 @@ def tiny(**overrides):
 def start(folder, **overrides):
   c = tiny(**overrides)
   model = experiment.open_model('', c.model.random.to_dict(), c.seed)
-  data = experiment.open_prompts(c, model, str(folder))
+  data = examples.open_data(c, model.tokenizer, str(folder))
   mesh = jax.sharding.get_mesh()
   return experiment.Run(c, str(folder), mesh, model, data, Watchdog(c.watchdog.to_dict()))
 
@@ -53,9 +55,9 @@ class Steps:
     self.run = start(folder, **overrides)
     c = self.run.config
     self.rows = []
-    self.trainer = fit.Trainer(self.run, grpo.make_loss(self.run.arch, c))
-    self.source = episodes.Episodes(self.run, grpo.make_teach(c))
-    self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0)
+    self.trainer = Trainer(self.run, grpo.make_loss(self.run.arch, c))
+    self.source = episodes.Episodes(self.run, grpo.GroupTeacher(c))
+    self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0, {})
     self.state = self.trainer.fresh()
 
   @functools.cached_property
@@ -73,7 +75,7 @@ def host(tree):
 @pytest.fixture(scope='module')
 def usual(tmp_path_factory):
   """(the run, its first batch on the host, parameters before and after its update, metrics)."""
-  s = Steps(tmp_path_factory.mktemp('usual'), **{'grpo.kl_coef': 0.1})
+  s = Steps(tmp_path_factory.mktemp('usual'), **{'policy.kl_coef': 0.1})
   before, batch = host(s.state.params), s.batch()
   arrays = host(batch)
   state, metrics = s.step(s.state, batch)
@@ -85,7 +87,7 @@ def usual(tmp_path_factory):
 @pytest.fixture(scope='module')
 def twice(tmp_path_factory):
   """A run with four updates on a rollout, at another temperature, and its four batches."""
-  settings = {'grpo.updates': 2, 'grpo.minibatches': 2, 'rollout.temperature': 0.6}
+  settings = {'rollout.updates': 2, 'rollout.minibatches': 2, 'rollout.temperature': 0.6}
   s = Steps(tmp_path_factory.mktemp('twice'), **settings)
   return s, [host(s.batch(step)) for step in range(4)]
 
@@ -127,7 +129,13 @@ def sampled(rewards, group, lengths):
   rewards = np.float32(rewards)
   weights = np.arange(8) < np.int32(lengths)[:, None]
   arrays = {'weights': weights.astype(np.float32)}
-  return episodes.Sampled(arrays, rewards, np.int32(lengths), group)
+  return sampled_rows.Sampled(arrays, rewards, np.int32(lengths), group)
+
+
+def taught(c, sampled):
+  """(advantages, weights, metrics) of a rollout."""
+  lesson = grpo.GroupTeacher(c).teach(sampled)
+  return lesson.arrays['advantages'], lesson.arrays['weights'], lesson.metrics
 
 
 def test_equal_rewards_teach_nothing_and_move_nothing(usual):
@@ -135,8 +143,8 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
   s, arrays, before, *_ = usual
   flat = {k: v.reshape(16, -1) for k, v in arrays.items()}
   levels = np.repeat(np.float32([0.3, 0.7, -1, 0]), 4)
-  told = episodes.Sampled(flat, levels, np.ones(16, np.int32), 4)
-  advantages, weights, _ = grpo.make_teach(s.run.config)(told)
+  told = sampled_rows.Sampled(flat, levels, np.ones(16, np.int32), 4)
+  advantages, weights, _ = taught(s.run.config, told)
   assert (advantages == 0).all() and (weights == 0).all()
   shardings = s.run.batch_shardings(micro=True)
   flat = flat | {'advantages': advantages, 'weights': weights}
@@ -151,8 +159,8 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
 def test_prompts_of_another_level_do_not_matter(name):
   """Guarantee 6.6: a group's mean is taken off, that of no other."""
   rewards = np.float32([0, 1, 0, 1, 10, 11, 10, 11])
-  teach = grpo.make_teach(tiny(**{'grpo.advantage': name}))
-  out, weights, _ = teach(sampled(rewards, 4, [3] * 8))
+  c = tiny(**{'grpo.advantage': name})
+  out, weights, _ = taught(c, sampled(rewards, 4, [3] * 8))
   np.testing.assert_allclose(out[:4], out[4:], atol=1e-6)
   np.testing.assert_allclose(out[:, 0].reshape(2, 4).mean(-1), 0, atol=1e-6)
   assert (out[:, 3:] == 0).all() and (np.sign(out[:4, 0]) == [-1, 1, -1, 1]).all()
@@ -161,27 +169,27 @@ def test_prompts_of_another_level_do_not_matter(name):
 
 def test_reinforce_pp_needs_no_group():
   c = tiny(**{'grpo.advantage': 'reinforce_pp', 'rollout.group': 1})
-  out, weights, _ = grpo.make_teach(c)(sampled([0, 1, 1, 0], 1, [3, 3, 3, 3]))
+  out, weights, _ = taught(c, sampled([0, 1, 1, 0], 1, [3, 3, 3, 3]))
   assert weights.sum() == 12
   np.testing.assert_allclose(out[:, :3], np.outer([-1, 1, 1, -1], [1] * 3) * 11**0.5 / 12**0.5)
 
 
 def test_long_completions_cost_reward():
   """8 tokens allowed, the last 4 cost: 6 tokens half a point."""
-  teach = grpo.make_teach(tiny(**{'grpo.overlong': 4, 'grpo.advantage': 'dr_grpo'}))
-  out, _, metrics = teach(sampled([1, 1, 1, 1], 4, [4, 6, 8, 2]))
+  c = tiny(**{'policy.overlong': 4, 'grpo.advantage': 'dr_grpo'})
+  out, _, metrics = taught(c, sampled([1, 1, 1, 1], 4, [4, 6, 8, 2]))
   np.testing.assert_allclose(out[:, 0], [0.375, -0.125, -0.625, 0.375])
   assert metrics['overlong'] == pytest.approx(-0.375)
 
 
 def test_divergence_off_the_reward():
   """k1 summed over a completion, times the coefficient."""
-  settings = {'grpo.kl': 'reward', 'grpo.kl_coef': 0.5, 'grpo.advantage': 'dr_grpo'}
+  settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5, 'grpo.advantage': 'dr_grpo'}
   s = sampled([1, 1], 2, [2, 2])
   gap = np.zeros((2, 8), np.float32)
   gap[1, :2] = (0.3, 0.1)
   s.arrays.update(old_logp=gap - 1, ref_logp=np.full((2, 8), -1, np.float32))
-  out, _, metrics = grpo.make_teach(tiny(**settings))(s)
+  out, _, metrics = taught(tiny(**settings), s)
   np.testing.assert_allclose(out[:, 0], [0.1, -0.1], atol=1e-6)
   assert metrics['kl'] == pytest.approx(0.1)
 
@@ -198,7 +206,7 @@ def test_a_row_is_a_prompt_with_its_completion(usual):
     [Completion(t, -np.arange(1.0, len(t) + 1, dtype=np.float32), None, False) for t in ts]
     for ts in said
   ]
-  rows = episodes.rows(prompts, cs, 48)
+  rows = sampled_rows.rows(prompts, cs, 48)
   for i, (prompt, tokens) in enumerate(
     (p, t) for p, ts in zip(prompts, said, strict=True) for t in ts
   ):
@@ -230,14 +238,14 @@ def test_a_reward_counts_for_its_completion_alone(usual):
 def jitted_loss(s):
   """(arrays [R, T]) -> the total of the loss at the first weights."""
   shardings = s.run.batch_shardings(micro=False)
-  loss, params = jax.jit(grpo.make_loss(s.run.arch, s.run.config)), s.trainer.policy(s.state)
+  loss, params = jax.jit(grpo.make_loss(s.run.arch, s.run.config)), s.trainer.everything(s.state)
   place = lambda arrays: episodes.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
   return lambda arrays: float(loss(params, place(arrays), None)[0])
 
 
 def test_the_order_of_prompts_does_not_matter(usual):
   s, *_ = usual
-  params = s.trainer.policy(s.state)
+  params = s.trainer.everything(s.state)
   numbers = [4, 5, 6, 7]
 
   def found(index):
@@ -254,7 +262,7 @@ def test_the_order_of_prompts_does_not_matter(usual):
   for out, index in ((straight, [0, 1, 2, 3]), (turned, [2, 0, 3, 1])):
     prompts = [s.run.data.prompt(numbers[i]) for i in index]
     made, _ = s.source.score(params, prompts, out, None)
-    advantages, weights, _ = grpo.make_teach(s.run.config)(made)
+    advantages, weights, _ = taught(s.run.config, made)
     arrays = made.arrays | {'advantages': advantages, 'weights': weights}
     losses.append(jitted_loss(s)(arrays))
   assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != 0
@@ -262,7 +270,7 @@ def test_the_order_of_prompts_does_not_matter(usual):
 
 def test_accumulated_is_whole(usual, tmp_path):
   _, arrays, *_, metrics = usual
-  cut = Steps(tmp_path, **{'grpo.kl_coef': 0.1, 'grad_accum': 4})
+  cut = Steps(tmp_path, **{'policy.kl_coef': 0.1, 'grad_accum': 4})
   shardings = cut.run.batch_shardings(micro=True)
   batch = episodes.place({k: arrays[k].reshape(4, 4, -1) for k in shardings}, shardings)
   _, other = cut.step(cut.state, batch)
@@ -271,12 +279,12 @@ def test_accumulated_is_whole(usual, tmp_path):
 
 
 VARIANTS = {
-  'gspo': {'grpo.level': 'sequence', 'grpo.aggregate': 'sequence', 'grpo.clip_high': 4e-4},
-  'cispo': {'grpo.surrogate': 'cispo', 'grpo.clip_high': 4.0},
-  'dapo': {'grpo.clip_high': 0.28, 'grpo.overlong': 2, 'grpo.dual_clip': 3.0},
-  'dr_grpo': {'grpo.advantage': 'dr_grpo', 'grpo.aggregate': 'constant'},
-  'rloo': {'grpo.advantage': 'rloo', 'grpo.level': 'trajectory', 'grpo.aggregate': 'sequence'},
-  'corrected': {'grpo.correction': 'sequence_mask', 'grpo.entropy_coef': 0.01},
+  'gspo': {'policy.level': 'sequence', 'policy.aggregate': 'sequence', 'policy.clip_high': 4e-4},
+  'cispo': {'policy.surrogate': 'cispo', 'policy.clip_high': 4.0},
+  'dapo': {'policy.clip_high': 0.28, 'policy.overlong': 2, 'policy.dual_clip': 3.0},
+  'dr_grpo': {'grpo.advantage': 'dr_grpo', 'policy.aggregate': 'constant'},
+  'rloo': {'grpo.advantage': 'rloo', 'policy.level': 'trajectory', 'policy.aggregate': 'sequence'},
+  'corrected': {'policy.correction': 'sequence_mask', 'policy.entropy_coef': 0.01},
 }
 
 
@@ -288,7 +296,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
   batch = {k: v.reshape(16, -1) for k, v in arrays.items()}
   shardings = s.run.batch_shardings(micro=False)
   placed = episodes.place({k: batch[k] for k in shardings}, shardings)
-  params = s.trainer.policy(s.state)
+  params = s.trainer.everything(s.state)
   total, weight, metrics = jax.jit(grpo.make_loss(s.run.arch, c))(params, placed, None)
   a, w = batch['advantages'], batch['weights']
   tokens = w.sum(-1)
@@ -296,7 +304,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
     'token': -(a * w).sum() / w.sum(),
     'sequence': -(a.max(-1) + a.min(-1))[tokens > 0].sum() / (tokens > 0).sum(),
     'constant': -(a * w).sum() / ((tokens > 0).sum() * c.rollout.max_tokens),
-  }[c.grpo.aggregate]
+  }[c.policy.aggregate]
   found = float(total) / float(weight)
   if name == 'cispo':
     return assert_finite(found)  # its number is -A log p
@@ -333,7 +341,7 @@ def test_stop_texts_may_begin_within_a_token(usual):
 def test_spread_tells_right_answers_from_wrong_ones():
   one = lambda n, cut: Completion([1] * n, np.zeros(n), np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
-  out = episodes._spread(np.float32([1, 0, 0, 0]), found)
+  out = sampled_rows.spread(np.float32([1, 0, 0, 0]), found)
   assert out['flat_groups'] == 0.5 and out['truncated'] == 0.75 and out['length'] == 4.5
   assert out['length/better'] == 2 and out['length/worse'] == pytest.approx(16 / 3)
 
@@ -348,13 +356,13 @@ def test_spread_tells_right_answers_from_wrong_ones():
     ({'rollout.temperature': 0.0}, 'equal completions teach nothing'),
     ({'rollout.group': 1}, 'expected at least 2'),
     ({'rollout.max_tokens': 48}, 'no room for a prompt'),
-    ({'grpo.minibatches': 3}, 'must divide the 16 completions'),
-    ({'grad_accum': 3}, 'must divide completions per update=16'),
-    ({'grpo.correction': 'token_mask', 'rollout.top_p': 0.9}, 'left tokens out'),
-    ({'grpo.correction_low': 1.5}, 'must hold 1'),
-    ({'grpo.dual_clip': 1.1}, 'grpo.dual_clip'),
-    ({'grpo.surrogate': 'reinforce', 'grpo.updates': 2}, 'first update alone'),
-    ({'grpo.overlong': 9}, 'grpo.overlong=9'),
+    ({'rollout.minibatches': 3}, 'must divide the 16 rows'),
+    ({'grad_accum': 3}, 'must divide rows per update=16'),
+    ({'policy.correction': 'token_mask', 'rollout.top_p': 0.9}, 'left tokens out'),
+    ({'policy.correction_low': 1.5}, 'must hold 1'),
+    ({'policy.dual_clip': 1.1}, 'policy.dual_clip'),
+    ({'policy.surrogate': 'reinforce', 'rollout.updates': 2}, 'first update alone'),
+    ({'policy.overlong': 9}, 'policy.overlong=9'),
     ({'data.eval_fraction': 0.1}, 'splits no prompts'),
     ({'data.on_overlength': 'truncate_left'}, 'prompts are not cut'),
     ({'rollout.stop': ('a', '')}, 'expected a tuple of texts'),
@@ -368,7 +376,7 @@ def test_settings_that_cannot_be(settings, told):
 def test_a_missing_column_is_told_before_training(tmp_path):
   run = start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
-    episodes.Episodes(run, grpo.make_teach(run.config))
+    episodes.Episodes(run, grpo.GroupTeacher(run.config))
 
 
 # Runs of a user.
@@ -395,9 +403,9 @@ def arguments(workdir, *overrides):
     'rollout.samples=8',
     'rollout.rewards=length:target=4',
     "rollout.stop=('a','e','i','o','u','0','1','2','3')",
-    'grpo.updates=2',
-    'grpo.minibatches=2',
-    'grpo.kl_coef=0.05',
+    'rollout.updates=2',
+    'rollout.minibatches=2',
+    'policy.kl_coef=0.05',
     'checkpoint.every=1',
     'checkpoint.keep=8',
     'eval.prompts=()',

@@ -17,11 +17,12 @@ import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax import config, experiment, fit, forecast, sft
+from ftjax import config, experiment, forecast, sft
 from ftjax.models.architecture import from_hf
 from ftjax.planning import account, shapes, suggest, topology
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
+from ftjax.trainer import Trainer
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='needs libtpu: pip install ftjax[plan]'
@@ -124,6 +125,42 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {
   assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
 
 
+def test_what_crosses_slices_is_read_from_the_hosts_transfers():
+  attributes = '_xla_megascale_transfer_type="ALL_REDUCE",_xla_megascale_target="{1,2}x{0:3}"'
+  send = f'(bf16[36,8]{{1,0}}, u32[], token[]) send(%a, %t), frontend_attributes={{{attributes}}}'
+  text = f"""
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {{
+  %s = {send}
+  %d = token[] send-done(%s), frontend_attributes={{{attributes}}}
+  %g = bf16[16,8]{{1,0}} all-gather(%w), replica_groups=[2,4]<=[8], dimensions={{0}}
+}}
+
+ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
+  %l = (s32[], bf16[16,8]) while(%p), condition=%c, body=%body, TRIPS
+}}
+"""
+  text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  found = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+  size = 5 * 36 * 8 * 2
+  assert account.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
+  assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
+
+
+def test_a_group_across_hosts_goes_over_the_network():
+  mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
+  line = '  %g = f32[8]{{0}} all-reduce(%w), replica_groups={}, to_apply=%add\n'
+  entry = 'ENTRY %main (x: f32[8]) -> f32[8] {\n'
+  for groups, axes, network in (
+    ('[4,2]<=[2,4]T(1,0)', 'data', True),
+    ('[2,4]<=[8]', 'fsdp', False),
+  ):
+    text = entry + line.format(groups) + '}\n'
+    (found,) = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+    assert (found.axes, found.network) == (axes, network)
+    assert not account.collectives(text, mesh)[0].network  # on one host
+
+
 @pytest.mark.parametrize(
   ('text', 'rows'),
   [
@@ -202,7 +239,7 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
     before = jax.live_arrays()  # held, so that no new array takes an old one's identity
     known = {id(a) for a in before}
     run = experiment.without_data(c, whole, arch)
-    trainer = fit.Trainer(run, sft.make_loss(arch, c))
+    trainer = Trainer(run, sft.make_loss(arch, c))
     step = trainer.compile()
     state, batch = trainer.fresh(), {}
     host = np.zeros((2, 8, 64), np.int32)
@@ -237,6 +274,7 @@ STACKED = [
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_layers_are_gathered_inside_the_scan(mesh, remat):
   c = small()
+  c.seq_len, c.model.random.intermediate_size = 40, 192  # no activation is as large as a weight
   c.mesh.update(mesh)
   c.remat = remat
   found, arch = planned(c)
@@ -282,6 +320,13 @@ def test_weights_gathered_before_the_loop_are_seen():
   assert found[by_layer] == account.Gathering(('stack0/w',), (), ())
 
 
+def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
+  monkeypatch.setattr(forecast.step, 'text', lambda _: '')
+  found, _ = planned(small())
+  assert found.fits and found.collectives is None and found.gathering is None
+  assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
+
+
 # What no mesh can do
 
 
@@ -291,7 +336,11 @@ def test_weights_gathered_before_the_loop_are_seen():
     (dict(data=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.* 8 devices'),
     (dict(expert=8), dict(batch_size=12), r'batch_size / grad_accum = 12 rows.*expert'),
     (dict(fsdp=8), {'eval.batch_size': 12}, r'eval.batch_size = 12 rows'),
-    (dict(fsdp=8), dict(hidden_size=60), r'embed dimension of 60 .* 8 ways.*mesh.fsdp'),
+    (
+      dict(fsdp=8),
+      dict(hidden_size=60, num_attention_heads=2),
+      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+    ),
     (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
     (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
@@ -304,7 +353,7 @@ def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change
   def compiled(_):
     raise AssertionError('it was compiled')
 
-  monkeypatch.setattr(fit.Trainer, 'compile', compiled)
+  monkeypatch.setattr(Trainer, 'compile', compiled)
   c = small()
   c.grad_accum = 1
   c.mesh.update(mesh)
@@ -342,7 +391,7 @@ def test_few_long_rows_on_a_large_slice_split_the_sequence():
   """64 rows of 8,192 tokens on 256 chips: one row is cut over 4 of them."""
   arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
   found = suggest.candidates(arch, where, 64, 8192, 2, 6)
-  assert {'context': 4, 'fsdp': 64, 'remat': 'full'}.items() <= dataclasses.asdict(found[0]).items()
+  assert {'context': 4, 'fsdp': 64}.items() <= dataclasses.asdict(found[0]).items()
   assert any(c.tensor == 2 and c.context == 2 for c in found)
   whole = suggest.candidates(arch, where, 256, 8192, 2, 6)[0]
   assert (whole.fsdp, whole.context, whole.tensor, whole.grad_accum) == (256, 1, 1, 1)

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from tiny_run import BATCH, EPOCH_STEPS, STEPS
 
-from ftjax import config, experiment
+from ftjax import config, examples, experiment
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
@@ -91,23 +91,17 @@ def test_what_was_fed_is_the_schedule(reference):
   """
   c = tiny_config(reference)
   model = experiment.open_model('', c.model.random.to_dict(), c.seed, weights=False)
-  data = experiment.open_data(c, model, str(reference))
+  data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)
   fed = [rows['train', step + 1]['batch_checksum'] for step in range(STEPS)]
-  assert fed == [checksum(data.stream.batch(s)['tokens']) for s in range(STEPS)]
+  assert fed == [tiny_run.checksum(data.stream.batch(s)['tokens']) for s in range(STEPS)]
   assert len(set(fed)) == STEPS
   seen = [data.stream.examples(step) for step in range(STEPS)]
   for epoch in range(STEPS // EPOCH_STEPS):
     steps = seen[epoch * EPOCH_STEPS : (epoch + 1) * EPOCH_STEPS]
     ids = [example for batch in steps for _, example, e in batch if e == epoch]
     assert sorted(ids) == list(range(len(data.corpora[0])))  # each once an epoch
-
-
-def checksum(tokens):
-  """That of training/step.py, on the host."""
-  numbers = enumerate(tokens.reshape(-1).tolist())
-  return sum((token + 1) * (2 * i + 1) * 2654435769 for i, token in numbers) % 2**32
 
 
 def tiny_config(workdir):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import TINY, head_weights, init, place, tokens_at
+from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.models import head, transformer
 from ftjax.rollout.scorer import Scorer
@@ -36,7 +36,7 @@ def _whole(params, prompts, choices):
     TINY, params, place(tokens, 'batch', 'seq'), tokens_at(segments), dtype=jnp.float32
   )
   labels, weights = (place(a, 'batch', 'seq') for a in (labels, weights))
-  logp = head.token_logprobs(x, head_weights(TINY, params), labels, weights)
+  logp = head.token_logprobs(x, transformer.head_weights(TINY, params), labels, weights)
   return np.asarray(logp).sum(-1).reshape(len(prompts), -1)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_model import TINY, ids, init, place
@@ -53,6 +54,7 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
   }
   for key in ('tokens', 'segments', 'positions'):
     batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
+  batch['weights'] = np.stack([batch['w'], np.zeros_like(batch['w'])], -1)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
   return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 
@@ -96,8 +98,7 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
   arrays = dict(tokens=tokens, segments=segments, positions=positions)
   same = segments[..., :, None] == segments[..., None, :]
   mask = same & np.tril(np.ones((8, 8), bool)) & (segments > 0)[..., None]
-  numbers = enumerate(tokens.reshape(-1).tolist())
-  expected = sum((token + 1) * (2 * i + 1) * 2654435769 for i, token in numbers) % 2**32
+  expected = tiny_run.checksum(tokens)
 
   def count(**changes):
     mesh = jax.sharding.get_mesh()

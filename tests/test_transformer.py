@@ -13,7 +13,6 @@ from jax.extend.core import jaxprs_in_params
 from tiny_model import (
   TINY,
   UNTIED,
-  head_weights,
   ids,
   init,
   logits,
@@ -114,7 +113,7 @@ def test_gradients_cross_no_border_exactly(params):
   def gradient(noise, weights):
     def loss(noise):
       x = transformer.apply(TINY, params, placed, where, dtype=jnp.float32, noise=noise)
-      table = head_weights(TINY, params)
+      table = transformer.head_weights(TINY, params)
       return head.cross_entropy_sums(x, table, labels, weights, head.Terms())[0]
 
     return jax.grad(loss)(noise)
@@ -152,7 +151,9 @@ def test_positions_count_from_any_number_in_angles_alone(params):
 def loss_of(arch, remat):
   def loss(params, tokens, where, weights):
     x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-    return head.cross_entropy_sums(x, head_weights(arch, params), tokens, weights, head.Terms())[0]
+    return head.cross_entropy_sums(
+      x, transformer.head_weights(arch, params), tokens, weights, head.Terms()
+    )[0]
 
   return jax.value_and_grad(loss)
 

@@ -6,13 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
-from ftjax.runtime.sharding import spec
+from ftjax.runtime.sharding import put, spec
 
 TINY = Architecture(
   family='llama',
@@ -34,9 +33,7 @@ UNTIED = dataclasses.replace(TINY, tied=False)
 
 def place(array, *names):
   """A numpy array on the current mesh, its dimensions named as in runtime/sharding.py."""
-  array = np.asarray(array)
-  sharding = NamedSharding(jax.sharding.get_mesh(), spec(*names))
-  return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+  return put(jax.sharding.get_mesh(), np.asarray(array), *names)
 
 
 def tokens_at(segments, positions=None):
@@ -55,10 +52,6 @@ def ids(batch, length, seed=0, vocab=TINY.vocab_size):
   return np.random.default_rng(seed).integers(0, vocab, (batch, length), np.int32)
 
 
-def head_weights(arch, params):
-  return params['embed' if arch.tied else 'head']['w']
-
-
 def init(arch, seed=0):
   """Random parameters on the current mesh, of numpy, which compiles nothing. Norm scales are drawn
   too: no factor is 1 by luck.
@@ -75,7 +68,7 @@ def init(arch, seed=0):
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(arch, params, tokens, where, remat):
   x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-  table = jax.sharding.reshard(head_weights(arch, params), spec(None, None))
+  table = jax.sharding.reshard(transformer.head_weights(arch, params), spec(None, None))
   return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
 
 
@@ -87,7 +80,7 @@ def logits(arch, params, tokens, where, remat='none'):
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(arch, params, tokens, labels, weights, where):
   x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
-  return head.token_logprobs(x, head_weights(arch, params), labels, weights)
+  return head.token_logprobs(x, transformer.head_weights(arch, params), labels, weights)
 
 
 def logprobs(arch, params, tokens, labels, weights, where):

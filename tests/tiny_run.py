@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, EPOCH_STEPS, SAVE_EVERY, BATCH = 26, 8, 4, 8
 
@@ -87,6 +89,17 @@ def kill_when(process, is_time, delay=0.0, number=9, timeout=300.0):
   process.send_signal(number)
   process.wait()
   return True
+
+
+def checksum(tokens):
+  """batch_checksum of training/step.py, on the host."""
+  total = 0
+  for place, token in enumerate(np.asarray(tokens).reshape(-1).tolist()):
+    x = (token + 1) * (2 * place + 1) % 2**32
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    total += x ^ (x >> 16)
+  return total % 2**32
 
 
 def metrics(workdir):

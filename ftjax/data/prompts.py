@@ -26,12 +26,13 @@ _MAX_REPORTED = 20  # bad rows listed in one message
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   """ids: what the model reads. columns: of its row, JSON values; what was the prompt is not one of
-  them. place: 'file.jsonl:17'.
+  them. place: 'file.jsonl:17'. said: the prompt as text, or as messages.
   """
 
   ids: list[int]
   columns: dict[str, Any]
   place: str
+  said: str | list[dict[str, Any]] = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,10 @@ def _parse(row: dict[str, Any]) -> tuple[str | list, dict[str, Any]]:
   return prompt, columns
 
 
-def _encode(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], dict[str, Any]]:
+def _encode(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], dict[str, Any], Any]:
+  """(ids, columns, the prompt as it was said)."""
   prompt, columns = _parse(row)
+  said = prompt
   if isinstance(prompt, list):
     if not prompt:
       raise ValueError('there is no message before the answer')
@@ -101,7 +104,7 @@ def _encode(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], dict[
   ids = encode.encode_prompt(prompt, tokenizer)
   if not ids:
     raise ValueError('the prompt has no tokens')
-  return ids, columns
+  return ids, columns, said
 
 
 def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Prompts:
@@ -133,7 +136,7 @@ def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Pro
     try:
       if isinstance(row, Bad):
         raise ValueError(row.reason)
-      ids, columns = _encode(row, tokenizer)
+      ids, columns, said = _encode(row, tokenizer)
       if len(ids) > room and on_overlength == 'error':
         raise ValueError(
           f'a prompt of {len(ids)} tokens leaves no room: seq_len - rollout.max_tokens = {room}; '
@@ -147,7 +150,7 @@ def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Pro
     if len(ids) > room:
       dropped += 1
       continue
-    rows.append(Prompt(ids, columns, place))
+    rows.append(Prompt(ids, columns, place, said))
     digest.update(json.dumps([ids, columns], sort_keys=True, default=str).encode() + b'\n')
   if bad:
     raise DataError('rows that cannot be used:\n  ' + '\n  '.join(bad))

@@ -192,7 +192,7 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  import jax
+  from ftjax.runtime import peers  # which imports jax
 
   leaves, dtype = trees.flatten(params), np.dtype(dtype)
   bindings = {b.hf: b for b in names.bindings(arch)}
@@ -210,7 +210,7 @@ def export(
     value = _on_host(leaves[b.leaf], b.layer)
     return np.ascontiguousarray(names.to_hf(b, value)).astype(dtype, copy=False)
 
-  if jax.process_index():
+  if not peers.is_main():
     for name in bindings:
       read(name)
     return

@@ -232,12 +232,32 @@ def _fill_tensor(
     out[tuple(place)] = names.read(source, binding, tuple(index))
 
 
+def outline(path: str | os.PathLike) -> list[tuple[str, int]]:
+  """(name, bytes) of the weight files, without reading them; [] for no path."""
+  if not path:
+    return []
+  return [(p.name, p.stat().st_size) for p in _weight_files(path)]
+
+
+def exported(workdir: str | os.PathLike) -> str | None:
+  """The model folder that a run left in its workdir; None before it is whole.
+
+  In a bucket config.json is written last: without it the folder is half of one.
+  """
+  folder = files.join(workdir, 'export')
+  return folder if files.exists(files.join(folder, 'config.json')) else None
+
+
 def fingerprint(path: str | os.PathLike) -> str:
   """SHA-256, in hex, over name, size and content of the weight files."""
-  file = _gguf_file(files.as_path(path))
   digest = hashlib.sha256()
-  for weights in safetensors.weight_files(files.as_path(path)) if file is None else [file]:
+  for weights in _weight_files(path):
     digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
     with weights.open('rb') as f:
       digest.update(hashlib.file_digest(f, 'sha256').digest())
   return digest.hexdigest()
+
+
+def _weight_files(path: str | os.PathLike) -> list[Path]:
+  file = _gguf_file(files.as_path(path))
+  return safetensors.weight_files(files.as_path(path)) if file is None else [file]

@@ -143,8 +143,14 @@ def _obstacle(p: Problem) -> str:
   return '' if p.head_dim in (16, 32, 64, 128, 256) else f'head_dim {p.head_dim}'
 
 
-@functools.cache
+_told: set[tuple[str, str]] = set()  # (platform, kernel)
+
+
 def _tell(name: str, p: Problem) -> None:
+  """Once for each kernel, whatever the shapes: prompts of a rollout have many."""
+  if (p.platform, name) in _told:
+    return
+  _told.add((p.platform, name))
   why = _obstacle(p) if p.platform in ('tpu', 'gpu') else ''
   log.info('attention on %s: kernels/%s.py%s', p.platform, name, f' ({why})' if why else '')
 

@@ -3,8 +3,8 @@
 An island. Each shard sorts its supervised positions to the front and loops ceil(supervised / chunk)
 times over chunks with its part of the vocabulary; no array of tokens x vocabulary exists, and
 unsupervised positions cost nothing. SFT computes the gradients inside that one loop (the loss is
-linear in its cotangent), so nothing is recomputed; log-probs, whose cotangents are known only later,
-have a second loop in the backward pass that computes the logits again. The only collective in the
+linear in its cotangent), so nothing is recomputed. Log-probs have cotangents that are known only
+later: a second loop in the backward pass computes their logits again. The only collective in the
 loop is over `tensor`, whose members hold the same tokens and so loop equally often."""
 
 import functools

@@ -22,6 +22,8 @@ _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|async_execution_thread_calls)=%?([\w.$-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
+# Between slices of TPUs a collective is made of transfers by the hosts, and named in an attribute.
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -194,6 +196,21 @@ def _collective(kind: str, result: str, rest: str, mesh: Mesh, islands: np.ndarr
   return kind, axes, ways, network, size
 
 
+def _between(kind: str, result: str, mesh: Mesh, islands: np.ndarray) -> tuple:
+  """Like `_collective`, of what a device sends to the other slices: `result` begins with its part.
+
+  The array is that of all slices: each sends its own, and gets the others' or their sum."""
+  places = islands.reshape(mesh.devices.shape)
+  names = [
+    a
+    for i, a in enumerate(mesh.axis_names)
+    if (places != places.take(range(1), axis=i)).any() and mesh.shape[a] > 1
+  ]
+  size = _shape_bytes(_SHAPE.search(result)[0])
+  kind, ways = kind.lower().replace('_', '-'), len(set(islands.tolist()))
+  return kind, '+'.join(names), ways, True, size * (ways if kind == 'all-gather' else 1)
+
+
 def _sent(kind: str, ways: int, size: float) -> float:
   """Bytes that a member sends for a whole array of `size` bytes, by a ring."""
   if kind == 'collective-permute':
@@ -266,6 +283,8 @@ def _read(text: str, mesh: Mesh, islands: np.ndarray):
       continue  # its to_apply is a sum of two numbers
     if kind.endswith(('-done', '-update')):
       continue  # names the computation of its start again
+    if kind == 'send' and (between := _BETWEEN.search(rest)):
+      found[name].append((None, _between(between[1], result, mesh, islands)))
     times = 1
     if kind == 'while':
       known = _TRIPS.search(rest)
@@ -282,8 +301,9 @@ def _read(text: str, mesh: Mesh, islands: np.ndarray):
 class Gathering:
   """How a step brings the sharded weights of its layers together; names of stacked parameters.
 
-  layered: one layer of it is gathered at a time, inside a loop. whole: all its layers stand
-  gathered in one buffer, which an fsdp step must not need. unseen: neither was found.
+  layered: one layer of it is gathered at a time, inside a loop. whole: a buffer has the size of all
+  its layers gathered, which an fsdp step must not need; saved activations may have that size by
+  chance. unseen: no such gather was found; of small weights a compiler makes sums.
   """
 
   layered: tuple[str, ...]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ftjax.models import cache as kv
 from ftjax.models import transformer
@@ -36,6 +36,7 @@ from ftjax.rollout.sampler import (
   sample,
   token_keys,
 )
+from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.sharding import batch_ways, spec
 
@@ -293,8 +294,7 @@ class _Call:
     self.steps = self.prefill_tokens = self.prefill_padded = 0
 
   def _put(self, array: np.ndarray, *names):
-    sharding = NamedSharding(self.mesh, spec(*names))
-    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+    return sharding.put(self.mesh, array, *names)
 
   def run(self) -> Rollout:
     begin, engine = time.perf_counter(), self.engine

@@ -10,7 +10,6 @@ It takes one request after the other from the socket FD, JSON each, and answers 
 Else {"failure": text} where the reward raised, and {"wrong": text} where it cannot be used at all.
 """
 
-import difflib
 import importlib
 import inspect
 import json
@@ -62,8 +61,7 @@ def load_function(path: str) -> tuple[Callable, list[tuple[str, bool]]]:
   function = vars(module).get(name)
   if not callable(function):
     known = [k for k, v in vars(module).items() if callable(v) and not k.startswith('_')]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f'; did you mean {close[0]}?' if close else f'; it has {sorted(known)}'
+    hint = verifiers.nearest(name, known) or f'; it has {sorted(known)}'
     raise Wrong(f'{module_name} has no function {name}{hint}')
   out = []
   for p in inspect.signature(function).parameters.values():

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ftjax.models import cache as kv
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.sharding import batch_ways, spec
 
@@ -147,7 +148,7 @@ def is_stop(token: jax.Array, stop_ids: Sequence[int]) -> jax.Array:
 
 def next_logits(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
   """float32[B, V] of last hidden states [B, D], the vocabulary whole on every device."""
-  table = params['embed' if arch.tied else 'head']['w']
+  table = transformer.head_weights(arch, params)
   return jax.sharding.reshard(head.logits(x, table), spec('batch', None))
 
 
@@ -254,11 +255,7 @@ class Sampler:
     ids = np.zeros(batch, np.int32)
     ids[:count] = np.arange(count) if row_ids is None else row_ids
 
-    def put(a, *names):
-      return jax.make_array_from_callback(
-        a.shape, NamedSharding(mesh, spec(*names)), lambda i: a[i]
-      )
-
+    put = functools.partial(sharding.put, mesh)
     memory, rows, first = self._prefill(
       params,
       put(tokens, 'batch', 'seq'),

@@ -4,12 +4,13 @@ continuation from its cache.
 Prompts are padded on the left as in sampler.py; a continuation of K tokens needs the prompt's last
 hidden state and K - 1 more."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ftjax.models import cache as kv
@@ -17,6 +18,7 @@ from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.rollout.sampler import check_decodable, left_pad
+from ftjax.runtime import sharding
 from ftjax.runtime.sharding import batch_ways, spec
 
 
@@ -36,7 +38,7 @@ class Scorer:
     memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
     zero = jnp.zeros((), jnp.int32)
     x, memory = transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
-    last, table = x[:, -1:], params['embed' if self.arch.tied else 'head']['w']
+    last, table = x[:, -1:], transformer.head_weights(self.arch, params)
     at, totals = jnp.asarray(length, jnp.int32), []
     for c in range(count):
       # For one row, jax 0.12 forgets in indexing how the batch lies.
@@ -82,11 +84,7 @@ class Scorer:
       for c, choice in enumerate(row):
         ids[c, b, : len(choice)], weights[c, b, : len(choice)] = choice, 1
 
-    def put(a, *names):
-      return jax.make_array_from_callback(
-        a.shape, NamedSharding(self.mesh, spec(*names)), lambda i: a[i]
-      )
-
+    put = functools.partial(sharding.put, self.mesh)
     prompt, chosen = ('batch', 'seq'), (None, 'batch', 'seq')
     where = Tokens(put(segments, *prompt), put(positions, *prompt))
     out = self._run(params, put(tokens, *prompt), where, put(ids, *chosen), put(weights, *chosen))

@@ -67,14 +67,19 @@ class Quick:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact(Quick):
-  """1 where the answer equals a gold one letter by letter, but for white space around."""
+class Answer(Quick):
+  """A quick one that compares with a column of the data."""
 
   column: str = 'answer'
 
   @property
   def inputs(self) -> tuple[str, ...]:
     return ('completions', self.column)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact(Answer):
+  """1 where the answer equals a gold one letter by letter, but for white space around."""
 
   def score(self, completion: str, gold: Any) -> float:
     text = final_answer(completion)
@@ -103,14 +108,8 @@ def normalize(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalized(Quick):
+class Normalized(Answer):
   """1 where the answer equals a gold one after `normalize`."""
-
-  column: str = 'answer'
-
-  @property
-  def inputs(self) -> tuple[str, ...]:
-    return ('completions', self.column)
 
   def score(self, completion: str, gold: Any) -> float:
     text = final_answer(completion)
@@ -125,19 +124,15 @@ class Normalized(Quick):
 
 
 @dataclasses.dataclass(frozen=True)
-class Label(Quick):
+class Label(Answer):
   """1 where the answer is one label, the gold one: case and marks around it do not count.
 
   Attributes:
     labels: all there are; a gold label outside is an error of the data. Empty: not checked.
   """
 
-  labels: tuple[str, ...] = ()
   column: str = 'label'
-
-  @property
-  def inputs(self) -> tuple[str, ...]:
-    return ('completions', self.column)
+  labels: tuple[str, ...] = ()
 
   def score(self, completion: str, gold: Any) -> float:
     wanted = gold_text(gold, self.column)

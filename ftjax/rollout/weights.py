@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
+from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import AXES, batch_ways, spec
 
 
@@ -54,8 +55,7 @@ def checksums(params: dict, dtype: jnp.dtype, *, count: int, seed: int) -> dict[
   """{name: checksum} of `count` leaves drawn by seed: trainer's and rollout's agree when each of
   their bits does, in `dtype`.
 
-  A sum modulo 2^32 of the bits times odd numbers that depend on the place: the same for every
-  layout on devices.
+  See runtime/checksum.py.
   """
   flat = trees.flatten(params)
   names = random.Random(seed).sample(sorted(flat), min(count, len(flat)))
@@ -69,11 +69,13 @@ def _checksums(leaves: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.
   def one(leaf):
     bits = jnp.uint16 if dtype.itemsize == 2 else jnp.uint32
     x = jax.lax.bitcast_convert_type(leaf.astype(dtype), bits).astype(jnp.uint32)
-    for axis in range(x.ndim):
+    # Numbered axis by axis: one long range would stand whole on every device.
+    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for axis, size in enumerate(x.shape):
       shape = [1] * x.ndim
-      shape[axis] = x.shape[axis]
-      x = x * (2 * jnp.arange(x.shape[axis], dtype=jnp.uint32) + 2 * axis + 1).reshape(shape)
-    return jax.sharding.reshard(jnp.sum(x, dtype=jnp.uint32), spec())
+      shape[axis] = size
+      place = place * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    return jax.sharding.reshard(checksum(x, place), spec())
 
   return {n: one(leaf) for n, leaf in leaves.items()}
 
@@ -90,8 +92,7 @@ def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dt
     rows = np.zeros((4, batch_ways(), length), np.int32)
     rows[0, :, : len(tokens)], rows[1, :, : len(tokens) - 1] = tokens, tokens[1:]
     rows[2, :, : len(tokens)], rows[3] = 1, np.arange(length)
-    where = NamedSharding(mesh, spec('batch', 'seq'))
-    arrays = (jax.make_array_from_callback(r.shape, where, lambda i, r=r: r[i]) for r in rows)
+    arrays = (sharding.put(mesh, r, 'batch', 'seq') for r in rows)
     out = _probe(arch, params, *arrays, jnp.dtype(dtype))
   return np.asarray(out)[0, : len(tokens) - 1]
 
@@ -99,6 +100,6 @@ def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dt
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _probe(arch, params, tokens, labels, segments, positions, dtype):
   x = transformer.apply(arch, params, tokens, Tokens(segments, positions), dtype=dtype)
-  table = params['embed' if arch.tied else 'head']['w']
+  table = transformer.head_weights(arch, params)
   weights = segments.astype(jnp.float32)
   return jax.sharding.reshard(head.token_logprobs(x, table, labels, weights), spec(None, None))

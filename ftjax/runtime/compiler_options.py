@@ -9,7 +9,7 @@ from ftjax.runtime.errors import ConfigError
 
 # Gathers and sums run beside matrix products, and a scheduler places them early. The names are
 # those of the flag sets that MaxText (benchmarks/xla_flags_library.py) and tpu-recipes publish for
-# dense models. benchmarks/plan_options.py compiles with and without each of them.
+# dense models.
 _ASYNC_TPU = {
   'xla_enable_async_all_gather': True,
   'xla_enable_async_all_reduce': True,

@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ftjax.runtime import gcs, lease
-from ftjax.runtime import probe as gcs_probe
+from ftjax.runtime import gcs, gcs_probe, lease
 from ftjax.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -319,7 +318,7 @@ class Staged:
 def probe(workdir: str | os.PathLike) -> float:
   """Creates, lists and deletes a file in `workdir`.
 
-  A run then fails before it loads a model, and not at its first save. In a bucket: see probe.py.
+  A run then fails before it loads a model, and not at its first save. Of a bucket: gcs_probe.py.
 
   Returns:
     seconds it took.

@@ -1,7 +1,7 @@
 """What files.py needs of Google Cloud Storage: objects by name, read by byte ranges, written whole.
 
 An object store has no folders, no append and no rename. What stands here makes up for that and says
-where it cannot. Callers go through files.py; `lease.py` holds a folder, `probe.py` tries rights.
+where it cannot. Callers go through files.py; lease.py holds a folder, gcs_probe.py tries rights.
 """
 
 from __future__ import annotations

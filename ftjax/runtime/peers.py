@@ -26,25 +26,41 @@ log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-_LONGEST = 7 * 24 * 3600 * 1000  # milliseconds; the watchdog is what ends a wait
 _MAIN_LEAVES_AFTER = 3.0  # seconds: the service that tells the others lives in process 0
 _numbers = itertools.count()
 _ended = 'ftjax/ended'
+_together = threading.Event()  # all processes have agreed to leave
+
+
+def _service():
+  """jax's own record of the processes: unlike jax.process_count it starts no device."""
+  from jax._src import distributed  # the service has no public door for plain values
+
+  return distributed.global_state
 
 
 def is_main() -> bool:
   """Whether this is the process that writes and logs."""
-  return jax.process_index() == 0
+  return _service().process_id == 0
 
 
 def is_alone() -> bool:
-  return jax.process_count() == 1
+  return _service().client is None or _service().num_processes == 1
 
 
 def _client():
-  from jax._src import distributed  # the service has no public door for plain values
+  return _service().client
 
-  return distributed.global_state.client
+
+def _wait_for(key: str) -> str:
+  """The value of a key, once it is there; the watchdog is what ends the wait."""
+  while True:
+    try:
+      # In short turns: a signal is seen between two of them.
+      return _client().blocking_key_value_get(key, 1000)
+    except jax.errors.JaxRuntimeError as error:
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
 
 
 def gather(value: Any) -> list[Any]:
@@ -52,11 +68,8 @@ def gather(value: Any) -> list[Any]:
   if is_alone():
     return [value]
   key = f'ftjax/gather/{next(_numbers)}'
-  _client().key_value_set(f'{key}/{jax.process_index()}', json.dumps(value))
-  return [
-    json.loads(_client().blocking_key_value_get(f'{key}/{p}', _LONGEST))
-    for p in range(jax.process_count())
-  ]
+  _client().key_value_set(f'{key}/{_service().process_id}', json.dumps(value))
+  return [json.loads(_wait_for(f'{key}/{p}')) for p in range(_service().num_processes)]
 
 
 def from_main(make: Callable[[], Any]) -> Any:
@@ -76,7 +89,7 @@ def from_main(make: Callable[[], Any]) -> Any:
       raise
     _client().key_value_set(key, json.dumps(told))
     return told['value']
-  told = json.loads(_client().blocking_key_value_get(key, _LONGEST))
+  told = json.loads(_wait_for(key))
   if 'error' in told:
     raise getattr(errors, told['error'])(f'process 0: {told["text"]}')
   return told['value']
@@ -111,19 +124,38 @@ def wait_for_all() -> None:
   gather(None)
 
 
+def leave_together() -> None:
+  """Called by every process before it ends for a reason that all agree on: each then closes its
+  files in peace, and `end` waits for all.
+  """
+  wait_for_all()
+  _together.set()
+
+
 def end(code: int, message: str) -> None:
   """Ends this process and all others with `code`, at once; does not return in a run of several."""
   if is_alone():
     return
+  if _together.is_set():
+    wait_for_all()
+    _leave(code)
   try:
-    told = {'code': code, 'process': jax.process_index(), 'text': message}
+    told = {'code': code, 'process': _service().process_id, 'text': message}
     _client().key_value_set(_ended, json.dumps(told))
   except jax.errors.JaxRuntimeError as error:  # another was first, or the service is gone
     log.debug('%s', error)
   _leave(code)
 
 
+def exit_within(seconds: float, code: int) -> None:
+  """Ends this process after so many seconds, whatever it is doing then; returns at once."""
+  timer = threading.Timer(seconds, os._exit, (code,))
+  timer.daemon = True
+  timer.start()
+
+
 def _leave(code: int) -> None:
+  exit_within(4 * _MAIN_LEAVES_AFTER, code)  # flushing waits for whoever writes, maybe for ever
   sys.stdout.flush()
   sys.stderr.flush()
   if is_main():
@@ -145,9 +177,9 @@ def watch() -> None:
         told = json.loads(client.key_value_try_get(_ended))
       except jax.errors.JaxRuntimeError:  # nobody has ended
         continue
-      if told['process'] != jax.process_index():
+      if told['process'] != _service().process_id and not _together.is_set():
         print(
-          f'process {jax.process_index()}: process {told["process"]} ended: {told["text"]}',
+          f'process {_service().process_id}: process {told["process"]} ended: {told["text"]}',
           file=sys.stderr,
         )
         _leave(told['code'])

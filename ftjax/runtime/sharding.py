@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'ffn': 'tensor',
   'vocab': 'tensor',
   'norm': None,
+  'label': None,
 }
 
 
@@ -119,6 +120,13 @@ def shardings(mesh: Mesh, axes: Mapping) -> dict:
     k: shardings(mesh, v) if isinstance(v, Mapping) else NamedSharding(mesh, spec(*v))
     for k, v in axes.items()
   }
+
+
+def put(mesh: Mesh, array: np.ndarray, *names: str | None) -> jax.Array:
+  """A host array, the same in every process, laid on a mesh by logical names."""
+  return jax.make_array_from_callback(
+    array.shape, NamedSharding(mesh, spec(*names)), lambda part: array[part]
+  )
 
 
 def is_alone() -> bool:

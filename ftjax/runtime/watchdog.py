@@ -20,8 +20,10 @@ from ftjax.runtime.errors import StoppedEarly
 
 log = logging.getLogger(__name__)
 
+_GRACE = 15.0  # seconds to tell the others
 _SLOWER = 10  # times the median step, where that is longer than the limit
 _KEPT = 101  # steps for the median
+_STOPPED = 5.0  # seconds in which this process's own clock did not tick: it stood still
 
 
 @dataclasses.dataclass
@@ -51,7 +53,7 @@ class Watchdog:
     self._phases: list[_Phase] = []
     self._durations: dict[str, list[float]] = {}
     self._lock = threading.Lock()
-    threading.Thread(target=self._watch, daemon=True, name='watchdog').start()
+    self._thread: threading.Thread | None = None  # from the first phase on
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
@@ -60,9 +62,12 @@ class Watchdog:
     Raises:
       KeyError: a phase without a limit.
     """
-    phase = _Phase(name, self._limits[name], self._clock())
+    phase = _Phase(name, self._limit(name), self._clock())
     with self._lock:
       self._phases.append(phase)
+      if self._thread is None:
+        self._thread = threading.Thread(target=self._watch, daemon=True, name='watchdog')
+        self._thread.start()
     try:
       yield
     finally:
@@ -70,6 +75,13 @@ class Watchdog:
         self._phases.remove(phase)
         if self._phases:
           self._phases[-1].since = self._clock()
+
+  def _limit(self, name: str) -> float:
+    """Until two steps are done nobody knows how long one takes: the limit of compiling holds."""
+    limit = self._limits[name]
+    if name == 'step' and limit and len(self._durations.get(name, ())) < 2:
+      return max(limit, self._limits.get('compile', limit))
+    return limit
 
   def beat(self) -> None:
     """A step is done: the innermost phase begins anew, and its limit follows the usual duration."""
@@ -82,7 +94,7 @@ class Watchdog:
       phase.since = now
       if phase.limit:
         usual = _SLOWER * statistics.median(durations)
-        phase.limit = max(self._limits[phase.name], usual)
+        phase.limit = max(self._limit(phase.name), usual)
 
   def overdue(self) -> str:
     """What the innermost phase is guilty of; '' while it is within its limit."""
@@ -101,7 +113,12 @@ class Watchdog:
   def _watch(self) -> None:
     # A phase may begin with any limit: look often, it costs nothing.
     while True:
+      asleep = self._clock()
       time.sleep(0.25)
+      if (gap := self._clock() - asleep) > _STOPPED:  # Ctrl-Z, a debugger: not a hang
+        with self._lock:
+          for phase in self._phases:
+            phase.since += gap
       if message := self.overdue():
         self._expire(message)
         return
@@ -109,7 +126,9 @@ class Watchdog:
 
 def _end(message: str) -> None:
   print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
-  faulthandler.dump_traceback(sys.stderr, all_threads=True)
   code = StoppedEarly.exit_code
+  peers.exit_within(_GRACE, code)  # process 0 may be what hangs
+  with contextlib.suppress(OSError, ValueError):  # a notebook's stderr is no file
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
   peers.end(code, message)
   os._exit(code)  # alone

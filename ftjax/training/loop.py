@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ftjax.runtime import peers, preemption
 from ftjax.runtime.checkpoint import Checkpoints
-from ftjax.runtime.errors import NonFiniteError, StoppedEarly
+from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, memory
 from ftjax.runtime.watchdog import Watchdog
@@ -118,6 +118,8 @@ class Loop:
     evaluate: (state, steps done, is_cancelled) -> metrics of the 'eval' split; called every
       eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
     meta: steps done -> JSON saved with a checkpoint.
+    saved: state -> what of it is saved.
+    watch: is shown the metrics of every step, as (steps done, metrics).
     writer, checkpoints, throughput: where results go.
     signals: between processes.
     watchdog: has limits for step, evaluate and save.
@@ -131,6 +133,8 @@ class Loop:
     *,
     evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None],
     meta: Callable[[int], dict[str, Any]],
+    saved: Callable[[State], Any],
+    watch: Callable[[int, dict[str, float]], None],
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     throughput: Throughput,
@@ -139,12 +143,14 @@ class Loop:
     profile_dir: str,
   ):
     self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
+    self._saved, self._watch = saved, watch
     self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
     self._signals, self._watchdog = signals, watchdog
     self._profile_dir = profile_dir
     self.progress = Progress()
     self._latest: dict[str, float] = {}
     self._spread: dict[str, float] = {}
+    self._free = 0.0
     self._bar: tqdm | None = None
     self._stop = StopFlag()
 
@@ -180,7 +186,7 @@ class Loop:
       contextlib.ExitStack() as trace,
       self._watchdog.phase('step'),
     ):
-      free = time.perf_counter()
+      self._free = time.perf_counter()
       if progress.owed:
         with self._throughput.paused():
           self._look(state, start)
@@ -192,12 +198,12 @@ class Loop:
           trace.callback(jax.profiler.stop_trace)  # whatever ends the loop, the trace is written
         with self._throughput.waiting():
           batch = feed(state, done - 1)
-        sent = self._signals.send(stop.wanted, time.perf_counter() - free)
+        sent = self._signals.send(stop.wanted, time.perf_counter() - self._free)
         state, metrics = self._step(state, batch)
         if pending:
           self._read(*pending)
         seen = self._signals.receive(sent, stop.wanted)
-        free, self._spread = time.perf_counter(), seen.spread()
+        self._spread = seen.spread()
         pending = (done, metrics)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
@@ -212,7 +218,7 @@ class Loop:
           # A signal may have come while the evaluation ran.
           if halt or self.progress.owed or ((last or ended) and self._is_stopping()):
             raise self._stopped(done)
-          free = time.perf_counter()
+          self._free = time.perf_counter()
           if ended:
             log.info(
               'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
@@ -224,9 +230,9 @@ class Loop:
 
   def _stopped(self, done: int) -> StoppedEarly:
     """When every process has saved: the first one that leaves takes the others with it."""
-    peers.wait_for_all()
-    return StoppedEarly(
-      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on'
+    return _agreed(
+      StoppedEarly,
+      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on',
     )
 
   def _is_stopping(self) -> bool:
@@ -235,6 +241,7 @@ class Loop:
   def _read(self, done: int, metrics: dict) -> None:
     """Fetches a step's metrics, counts, writes."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
+    self._free = time.perf_counter()  # what the host does from here on, a next step may wait for
     self._watchdog.beat()
     cadence = self._cadence
     self._latest = {f'train/{k}': v for k, v in values.items()}
@@ -249,17 +256,21 @@ class Loop:
       )
       if values['bad_streak'] >= cadence.max_bad_steps:
         self._writer.write(done, 'train', values)
-        raise NonFiniteError(
+        raise _agreed(
+          NonFiniteError,
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
-          'at the rows with python -m ftjax.preview'
+          'at the rows with python -m ftjax.preview',
         )
       if values['skipped'] == done == cadence.steps:
         self._writer.write(done, 'train', values)
-        raise NonFiniteError(f'all {done} updates were skipped: loss or gradient was never finite')
+        raise _agreed(
+          NonFiniteError, f'all {done} updates were skipped: loss or gradient was never finite'
+        )
     else:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
+    self._watch(done, values)
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
       speed = self._throughput.read()
@@ -292,7 +303,7 @@ class Loop:
       meta = self._meta(done) | {'progress': dataclasses.asdict(progress), 'ended': ended}
       self._writer.sync()  # rows before a checkpoint live as long as it
       with self._watchdog.phase('save'):
-        self._checkpoints.save(done, state, meta, metric)
+        self._checkpoints.save(done, self._saved(state), meta, metric)
         if must_save or ended:
           self._checkpoints.wait()
     return ended
@@ -316,6 +327,12 @@ class Loop:
     if values:
       self._writer.write(done, 'eval', values)
     return values
+
+
+def _agreed(kind: type[RunError], message: str) -> RunError:
+  """The error that every process raises now: each closes its files before any of them leaves."""
+  peers.leave_together()
+  return kind(message)
 
 
 def _due(step: int, every: int) -> bool:

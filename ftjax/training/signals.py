@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ftjax.runtime import peers
+
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
@@ -39,7 +41,7 @@ class Signals:
 
   def __init__(self, mesh: Mesh):
     self._mesh = mesh
-    self._alone = jax.process_count() == 1
+    self._alone = peers.is_alone()
     where = P(mesh.axis_names)
     self._sharding = NamedSharding(mesh, where)
     owners = [d.process_index for d in mesh.devices.flat]

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny_model import place
+from tiny_model import TINY, place
 
+from ftjax import config, experiment, sft
 from ftjax.models import attention
 from ftjax.models.kernels import dense
 from ftjax.runtime import sharding
+from ftjax.runtime.errors import ConfigError
 from ftjax.training import feed
 
 B, T, N, K, H = 2, 1024, 2, 1, 16
@@ -47,25 +49,24 @@ def expected(window, soft_cap):
   return [np.asarray(a) for a in (out, *pull(jnp.asarray(factors)))]
 
 
-def on_mesh(name, ways, window, soft_cap, monkeypatch, arrays):
-  """Output and gradients with `name` as kernel, in the rows' natural order."""
-  q, k, v, factors, segments, positions = arrays
+def on_mesh(name, ways, window, soft_cap, monkeypatch, *cases):
+  """Output and gradients of each case with `name` as kernel, in the rows' natural order."""
   monkeypatch.setattr(attention, 'kernel', lambda problem: name)
   order = sharding.zigzag(T, ways)
 
-  def put(a, *names):
-    return place(a[:, order], *names)
-
-  where = attention.Tokens(put(segments, *WHERE), put(positions, *WHERE))
-
   @jax.jit
-  def both(q, k, v, factors):
+  def both(q, k, v, factors, where):
     attend = lambda *a: attention.attend(*a, where, where, window, soft_cap)  # noqa: E731
     out, pull = jax.vjp(attend, q, k, v)
     return out, *pull(factors)
 
-  found = both(put(q, *HEADS), put(k, *KV), put(v, *KV), put(factors, *HEADS))
-  return [np.asarray(a)[:, np.argsort(order)] for a in found]
+  names = (HEADS, KV, KV, HEADS, WHERE, WHERE)
+  for case in cases:
+    *floats, segments, positions = (
+      place(a[:, order], *n) for a, n in zip(case, names, strict=True)
+    )
+    found = both(*floats, attention.Tokens(segments, positions))
+    yield [np.asarray(a)[:, np.argsort(order)] for a in found]
 
 
 @pytest.mark.parametrize(('window', 'soft_cap'), FEATURES)
@@ -76,9 +77,8 @@ def test_outputs_and_gradients_are_those_of_one_device(
 ):
   wanted = expected(window, soft_cap)
   use_mesh(context=ways, data=2)
-  for a, b in zip(
-    on_mesh(name, ways, window, soft_cap, monkeypatch, arrays()), wanted, strict=True
-  ):
+  (found,) = on_mesh(name, ways, window, soft_cap, monkeypatch, arrays())
+  for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -86,15 +86,15 @@ def test_outputs_and_gradients_are_those_of_one_device(
 def test_documents_are_deaf_to_each_other_exactly(name, use_mesh, monkeypatch):
   """The third document turns huge, and only others' outputs are asked for: not a bit changes."""
   use_mesh(context=4)
-  q, k, v, factors, segments, positions = arrays()
-  other = segments == 3
-  factors[other] = 0
-  before = on_mesh(name, 4, None, None, monkeypatch, (q, k, v, factors, segments, positions))
-  for a in (q, k, v):
+  calm, loud = arrays(), arrays()
+  other = calm[4] == 3
+  calm[3][other] = loud[3][other] = 0
+  for a in loud[:3]:
     a[other] *= 1e4
-  after = on_mesh(name, 4, None, None, monkeypatch, (q, k, v, factors, segments, positions))
+  before, after = on_mesh(name, 4, None, None, monkeypatch, calm, loud)
   for a, b in zip(before, after, strict=True):
     np.testing.assert_array_equal(a[~other], b[~other])
+  assert (before[0][other] != after[0][other]).any()
   for gradient in after[1:]:
     assert not gradient[other].any()
 
@@ -127,3 +127,25 @@ def test_the_feed_brings_rows_into_order_and_moves_all_arrays_alike(use_mesh):
   placed = feed.place(batch, dict.fromkeys(batch, where))
   np.testing.assert_array_equal(placed['tokens'], batch['tokens'][..., sharding.zigzag(16, 4)])
   np.testing.assert_array_equal(placed['labels'], np.asarray(placed['tokens']) + 1)
+
+
+def test_a_row_length_that_cannot_be_cut_is_refused_before_anything_is_compiled(use_mesh):
+  c = config.default()
+  c.seq_len, c.batch_size, c.eval.batch_size = 20, 4, 4
+  with pytest.raises(ConfigError, match=r'seq_len=20 is no multiple of 2 x mesh.context=8'):
+    experiment.check_sizes(c, TINY, use_mesh(context=4))
+
+
+def test_noise_on_embeddings_goes_with_the_tokens(use_mesh):
+  """NEFTune's noise of a token is the same wherever the token lies."""
+
+  def noise(ways):
+    mesh = use_mesh(context=ways)
+    rows = NamedSharding(mesh, sharding.spec('batch', 'seq'))
+    segments = np.repeat([[1, 1, 2, 0]], 8, axis=1).reshape(1, -1).astype(np.int32)
+    batch = feed.place({'segments': segments}, {'segments': rows})
+    keys = jax.random.split(jax.random.key(0), 1)
+    made = jax.jit(lambda b, k: sft.embedding_noise(5.0, b, 16, k))(batch, keys)
+    return np.asarray(made)[:, np.argsort(sharding.zigzag(32, ways))]
+
+  np.testing.assert_array_equal(noise(4), noise(1))

@@ -128,12 +128,15 @@ def test_bad_data_ends_all_with_its_code(tmp_path):
     assert 'bad.jsonl:2' in both.said()
 
 
-def test_hosts_that_see_other_data_are_refused(tmp_path):
-  """Caches that are not shared, of files that differ."""
-  own = [
-    [f'--config.data.cache={tmp_path / str(rows)}', f'--config.data.train=sums:{rows}']
-    for rows in (100, 90)
-  ]
+def test_hosts_that_mean_another_run_are_refused(tmp_path):
+  own = [[f'--config.data.train=sums:{rows}'] for rows in (100, 90)]
   with Processes(2, arguments(tmp_path / 'run'), tmp_path / 'logs', own=own) as both:
     assert both.wait(timeout=100) == [3, 3], both.said()
-    assert 'data: process 0 has' in both.said()
+    assert 'config: process 0 has' in both.said()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+  own = [[f'--workdir={tmp_path / str(i)}'] for i in range(2)]
+  with Processes(2, arguments(tmp_path), tmp_path / 'logs', own=own) as both:
+    assert both.wait(timeout=100) == [2, 2], both.said()
+    assert 'is another folder on process 1' in both.said()

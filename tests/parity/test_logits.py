@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import head_weights, logits, place, tokens_at
+from tiny_model import logits, place, tokens_at
 
 from ftjax.hf import load
 from ftjax.models import head, transformer
@@ -62,7 +62,7 @@ def test_smollm2_logits(smollm2):
   ids = place(stored['ids'][None], 'batch', 'seq')
   run = jax.jit(functools.partial(transformer.apply, arch, dtype=jnp.float32))
   x = run(params, ids, tokens_at(np.ones((1, 512))))
-  got = np.asarray(jax.jit(head.logits)(x[0], head_weights(arch, params)))
+  got = np.asarray(jax.jit(head.logits)(x[0], transformer.head_weights(arch, params)))
   bar = 1e-5 * stored['max_abs']
   assert abs(np.abs(got).max() - stored['max_abs']) <= bar
   np.testing.assert_array_equal(got.argmax(-1), stored['top_ids'][:, 0])

@@ -146,23 +146,22 @@ def _keys_kernel(q, k, v, q_seg, q_pos, k_seg, k_pos, first, last, logs, inner, 
 def _specs(q, k, group: int, by_query: bool):
   """BlockSpecs by kind, for a grid (blocks, B, heads): of queries and N, or of keys and K."""
   t, s, h = q.shape[2], k.shape[2], q.shape[3]
-  whole = lambda shape, index: pl.BlockSpec(shape, index)  # noqa: E731
   if by_query:
     return {
-      'q': whole((None, None, BLOCK, h), lambda i, b, n: (b, n, i, 0)),
-      'k': whole((None, None, s, h), lambda i, b, n: (b, n // group, 0, 0)),
-      'q_where': whole((None, BLOCK), lambda i, b, n: (b, i)),
-      'k_where': whole((None, s), lambda i, b, n: (b, 0)),
-      'range': whole((None, t // BLOCK), lambda i, b, n: (b, 0)),
-      'row': whole((None, None, BLOCK), lambda i, b, n: (b, n, i)),
+      'q': pl.BlockSpec((None, None, BLOCK, h), lambda i, b, n: (b, n, i, 0)),
+      'k': pl.BlockSpec((None, None, s, h), lambda i, b, n: (b, n // group, 0, 0)),
+      'q_where': pl.BlockSpec((None, BLOCK), lambda i, b, n: (b, i)),
+      'k_where': pl.BlockSpec((None, s), lambda i, b, n: (b, 0)),
+      'range': pl.BlockSpec((None, t // BLOCK), lambda i, b, n: (b, 0)),
+      'row': pl.BlockSpec((None, None, BLOCK), lambda i, b, n: (b, n, i)),
     }
   return {
-    'q': whole((None, group, t, h), lambda j, b, n: (b, n, 0, 0)),
-    'k': whole((None, None, BLOCK, h), lambda j, b, n: (b, n, j, 0)),
-    'q_where': whole((None, t), lambda j, b, n: (b, 0)),
-    'k_where': whole((None, BLOCK), lambda j, b, n: (b, j)),
-    'range': whole((None, s // BLOCK), lambda j, b, n: (b, 0)),
-    'row': whole((None, group, t), lambda j, b, n: (b, n, 0)),
+    'q': pl.BlockSpec((None, group, t, h), lambda j, b, n: (b, n, 0, 0)),
+    'k': pl.BlockSpec((None, None, BLOCK, h), lambda j, b, n: (b, n, j, 0)),
+    'q_where': pl.BlockSpec((None, t), lambda j, b, n: (b, 0)),
+    'k_where': pl.BlockSpec((None, BLOCK), lambda j, b, n: (b, j)),
+    'range': pl.BlockSpec((None, s // BLOCK), lambda j, b, n: (b, 0)),
+    'row': pl.BlockSpec((None, group, t), lambda j, b, n: (b, n, 0)),
   }
 
 
@@ -170,7 +169,7 @@ _INPUTS = ('q', 'k', 'k', 'q_where', 'q_where', 'k_where', 'k_where', 'range', '
 
 
 def _call(kernel, rule: Rule, inputs, kinds, outputs, by_query: bool):
-  """Runs a kernel over blocks of queries, or of keys; outputs: [(kind, array shaped like it)]."""
+  """Runs a kernel over blocks of queries, or of keys. outputs: [(kind, its shape and dtype)]."""
   q, k = inputs[:2]
   specs = _specs(q, k, rule.group, by_query)
   blocks = (q if by_query else k).shape[2] // BLOCK
