@@ -1,7 +1,7 @@
 """GRPO and its kin, top to bottom: completions -> rewards -> advantages -> loss -> step -> run.
 
 One loss with settings: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++ are rows of the table
-in docs/grpo.md. Completions, rewards and resuming between updates are episodes.py's; the loss is
+in docs/rollout_tuning.md. Completions, rewards and resuming between updates are episodes.py's; the loss is
 policy_gradient.py's, advantages are in losses/advantages.py."""
 
 import functools

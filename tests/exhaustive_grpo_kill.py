@@ -6,7 +6,7 @@ Usage, from the repository root (about ten minutes on two cores; not collected b
 
 For each number of passes over a rollout (1, 2, 4) and of micro-batches (1, 2) an uninterrupted run
 of eight steps is the reference. A trial is killed as soon as checkpoint k is there, then run to the
-end. Prints a table; exit code 1 when a trial differs. Guarantee 1.1; test_grpo.py does one such
+end. Prints a table; exit code 1 when a trial differs. Guarantee 1.1; tiny_rollouts.py does one such
 trial with every run of the tests.
 """
 
@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 
-import test_grpo
+import tiny_rollouts
 import tiny_run
 
 
@@ -34,7 +34,7 @@ def main() -> int:
     for micro in map(int, flags.micro.split(',')):
       settings = (f'rollout.updates={passes}', 'rollout.minibatches=1', f'grad_accum={micro}')
       reference = folder / f'reference-{passes}-{micro}'
-      code, told = tiny_run.run('train', test_grpo.arguments(reference, *settings))
+      code, told = tiny_run.run('train', tiny_rollouts.arguments(reference, *settings))
       if code:
         print(told)
         return 1
@@ -42,14 +42,14 @@ def main() -> int:
         workdir = folder / 'trial'
         shutil.rmtree(workdir, ignore_errors=True)
         tiny_run.share_programs(reference, workdir)
-        arguments = test_grpo.arguments(workdir, *settings)
+        arguments = tiny_rollouts.arguments(workdir, *settings)
         process = tiny_run.launch('train', arguments, log)
         there = workdir / 'checkpoints' / str(k)
         in_time = tiny_run.kill_when(process, there.exists)
         steps = [int(p.name) for p in there.parent.iterdir() if p.name.isdigit()]
         code, told = tiny_run.run('train', arguments)
         wrong = [told[-300:]] if code else tiny_run.differences(workdir, reference)
-        if not code and test_grpo.rollouts(workdir) != test_grpo.rollouts(reference):
+        if not code and tiny_rollouts.rollouts(workdir) != tiny_rollouts.rollouts(reference):
           wrong.append('the rollouts differ')
         failed += bool(wrong) or not in_time
         result = wrong[0] if wrong else 'bitwise equal' if in_time else 'too late'

@@ -4,82 +4,26 @@ The runs at the end are those of a user, one of them killed between two updates 
 tests/exhaustive_grpo_kill.py does every step.
 """
 
-import functools
-import json
-
 import jax
 import numpy as np
 import pytest
+import tiny_rollouts
 import tiny_run
 
-from ftjax import config, episodes, examples, experiment, grpo
+from ftjax import episodes, grpo
 from ftjax import sampled as sampled_rows
 from ftjax.rollout.engine import Completion, Rollout
-from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
-from ftjax.runtime.watchdog import Watchdog
-from ftjax.trainer import Trainer
-
-VOCAB_REWARDS = 'length:target=4'
-
-
-def tiny(**overrides):
-  """4 prompts of 4 completions of at most 8 tokens."""
-  c = config.default()
-  c.algorithm, c.steps, c.batch_size, c.seq_len = 'grpo', 8, 4, 48
-  sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-  c.model.random = sizes | dict(tie_word_embeddings=True, max_position_embeddings=64)
-  c.data.train = 'sums:30'
-  c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 8, 16
-  c.rollout.rewards = VOCAB_REWARDS
-  # Many texts end a completion, so that lengths and rewards differ.
-  c.rollout.stop = tuple('abcdefghijklmnopqrstuvwxyz0123456789')
-  c.optim.lr = 1e-2
-  c.update_from_flattened_dict(overrides)
-  config.validate(c)
-  return c
-
-
-def start(folder, **overrides):
-  c = tiny(**overrides)
-  model = experiment.open_model('', c.model.random.to_dict(), c.seed)
-  data = examples.open_data(c, model.tokenizer, str(folder))
-  mesh = jax.sharding.get_mesh()
-  return experiment.Run(c, str(folder), mesh, model, data, Watchdog(c.watchdog.to_dict()))
-
-
-class Steps:
-  """A run by hand: its rollouts, states and metrics."""
-
-  def __init__(self, folder, **overrides):
-    self.run = start(folder, **overrides)
-    c = self.run.config
-    self.rows = []
-    self.trainer = Trainer(self.run, grpo.make_loss(self.run.arch, c))
-    self.source = episodes.Episodes(self.run, grpo.GroupTeacher(c))
-    self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0, {})
-    self.state = self.trainer.fresh()
-
-  @functools.cached_property
-  def step(self):
-    return self.trainer.compile()
-
-  def batch(self, step=0):
-    return self.source.take(self.state, step)
-
-
-def host(tree):
-  return {k: np.asarray(v) for k, v in trees.flatten(tree).items()}
 
 
 @pytest.fixture(scope='module')
 def usual(tmp_path_factory):
   """(the run, its first batch on the host, parameters before and after its update, metrics)."""
-  s = Steps(tmp_path_factory.mktemp('usual'), **{'policy.kl_coef': 0.1})
-  before, batch = host(s.state.params), s.batch()
-  arrays = host(batch)
+  s = tiny_rollouts.Steps(tmp_path_factory.mktemp('usual'), **{'policy.kl_coef': 0.1})
+  before, batch = tiny_rollouts.host(s.state.params), s.batch()
+  arrays = tiny_rollouts.host(batch)
   state, metrics = s.step(s.state, batch)
-  after = host(state.params)
+  after = tiny_rollouts.host(state.params)
   s.state = s.trainer.fresh()
   return s, arrays, before, after, {k: float(v) for k, v in metrics.items()}
 
@@ -88,8 +32,8 @@ def usual(tmp_path_factory):
 def twice(tmp_path_factory):
   """A run with four updates on a rollout, at another temperature, and its four batches."""
   settings = {'rollout.updates': 2, 'rollout.minibatches': 2, 'rollout.temperature': 0.6}
-  s = Steps(tmp_path_factory.mktemp('twice'), **settings)
-  return s, [host(s.batch(step)) for step in range(4)]
+  s = tiny_rollouts.Steps(tmp_path_factory.mktemp('twice'), **settings)
+  return s, [tiny_rollouts.host(s.batch(step)) for step in range(4)]
 
 
 # The first update.
@@ -151,7 +95,7 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
   batch = episodes.place({k: flat[k][None] for k in shardings}, shardings)
   state, metrics = s.step(s.trainer.fresh(), batch)
   assert float(metrics['loss']) == 0 and float(metrics['grad_norm']) == 0 and bool(metrics['ok'])
-  after = host(state.params)
+  after = tiny_rollouts.host(state.params)
   assert all((before[k] == after[k]).all() for k in before)
 
 
@@ -159,7 +103,7 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
 def test_prompts_of_another_level_do_not_matter(name):
   """Guarantee 6.6: a group's mean is taken off, that of no other."""
   rewards = np.float32([0, 1, 0, 1, 10, 11, 10, 11])
-  c = tiny(**{'grpo.advantage': name})
+  c = tiny_rollouts.tiny(**{'grpo.advantage': name})
   out, weights, _ = taught(c, sampled(rewards, 4, [3] * 8))
   np.testing.assert_allclose(out[:4], out[4:], atol=1e-6)
   np.testing.assert_allclose(out[:, 0].reshape(2, 4).mean(-1), 0, atol=1e-6)
@@ -168,7 +112,7 @@ def test_prompts_of_another_level_do_not_matter(name):
 
 
 def test_reinforce_pp_needs_no_group():
-  c = tiny(**{'grpo.advantage': 'reinforce_pp', 'rollout.group': 1})
+  c = tiny_rollouts.tiny(**{'grpo.advantage': 'reinforce_pp', 'rollout.group': 1})
   out, weights, _ = taught(c, sampled([0, 1, 1, 0], 1, [3, 3, 3, 3]))
   assert weights.sum() == 12
   np.testing.assert_allclose(out[:, :3], np.outer([-1, 1, 1, -1], [1] * 3) * 11**0.5 / 12**0.5)
@@ -176,7 +120,7 @@ def test_reinforce_pp_needs_no_group():
 
 def test_long_completions_cost_reward():
   """8 tokens allowed, the last 4 cost: 6 tokens half a point."""
-  c = tiny(**{'policy.overlong': 4, 'grpo.advantage': 'dr_grpo'})
+  c = tiny_rollouts.tiny(**{'policy.overlong': 4, 'grpo.advantage': 'dr_grpo'})
   out, _, metrics = taught(c, sampled([1, 1, 1, 1], 4, [4, 6, 8, 2]))
   np.testing.assert_allclose(out[:, 0], [0.375, -0.125, -0.625, 0.375])
   assert metrics['overlong'] == pytest.approx(-0.375)
@@ -189,7 +133,7 @@ def test_divergence_off_the_reward():
   gap = np.zeros((2, 8), np.float32)
   gap[1, :2] = (0.3, 0.1)
   s.arrays.update(old_logp=gap - 1, ref_logp=np.full((2, 8), -1, np.float32))
-  out, _, metrics = taught(tiny(**settings), s)
+  out, _, metrics = taught(tiny_rollouts.tiny(**settings), s)
   np.testing.assert_allclose(out[:, 0], [0.1, -0.1], atol=1e-6)
   assert metrics['kl'] == pytest.approx(0.1)
 
@@ -270,7 +214,7 @@ def test_the_order_of_prompts_does_not_matter(usual):
 
 def test_accumulated_is_whole(usual, tmp_path):
   _, arrays, *_, metrics = usual
-  cut = Steps(tmp_path, **{'policy.kl_coef': 0.1, 'grad_accum': 4})
+  cut = tiny_rollouts.Steps(tmp_path, **{'policy.kl_coef': 0.1, 'grad_accum': 4})
   shardings = cut.run.batch_shardings(micro=True)
   batch = episodes.place({k: arrays[k].reshape(4, 4, -1) for k in shardings}, shardings)
   _, other = cut.step(cut.state, batch)
@@ -292,7 +236,7 @@ VARIANTS = {
 def test_variants_are_settings_of_one_loss(usual, name):
   """On the first update each is a policy gradient: the loss is the weighted mean of -A."""
   s, arrays, *_ = usual
-  c = tiny(**VARIANTS[name])
+  c = tiny_rollouts.tiny(**VARIANTS[name])
   batch = {k: v.reshape(16, -1) for k, v in arrays.items()}
   shardings = s.run.batch_shardings(micro=False)
   placed = episodes.place({k: batch[k] for k in shardings}, shardings)
@@ -324,6 +268,48 @@ def test_minibatches_take_every_row_once_a_pass(twice):
   passes = [key(batches[0]) + key(batches[1]), key(batches[2]) + key(batches[3])]
   assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1]
   assert len(s.rows) == 1 and s.rows[0][0] == 1
+
+
+# Prompts that teach nothing give way to others.
+
+
+def test_flat_prompts_are_redrawn_from_those_set_aside(tmp_path):
+  """Two redraws: a rollout sets three batches of prompts aside, and the next begins after them. A
+  reward that one text in many earns makes most groups flat."""
+  settings = {'rollout.redraws': 2, 'rollout.rewards': 'regex:pattern=.{5}'}
+  s = tiny_rollouts.Steps(tmp_path, **settings)
+  assert s.run.cursor(1) == 12 and s.run.cursor(2) == 24
+  plain = tiny_rollouts.Steps(tmp_path / 'plain', **settings | {'rollout.redraws': 0})
+  first, other = (tiny_rollouts.host(x.batch()) for x in (plain, s))
+  (_, metrics), *_ = s.rows
+  flat = [g for g in range(4) if not first['weights'][0, 4 * g : 4 * g + 4].any()]
+  assert flat and metrics['redrawn'] >= len(flat) / 4
+  same = [
+    (first['tokens'][0, 4 * g : 4 * g + 4] == other['tokens'][0, 4 * g : 4 * g + 4]).all()
+    for g in range(4)
+  ]
+  assert same == [g not in flat for g in range(4)]
+  left = [g for g in range(4) if not other['weights'][0, 4 * g : 4 * g + 4].any()]
+  assert metrics['flat_left'] == len(left)
+  starts = {tuple(r[:12]) for n in range(12) for r in [s.run.data.prompt(n).ids]}
+  assert all(any(tuple(row[: len(p)]) == p for p in starts) for row in other['tokens'][0])
+
+
+# The coefficient of the divergence.
+
+
+def test_the_coefficient_follows_its_target_and_is_saved():
+  c = tiny_rollouts.tiny(**{'policy.kl_coef': 0.1, 'policy.kl_target': 0.5})
+  teacher, s = grpo.GroupTeacher(c), sampled([1, 0, 1, 0], 4, [2, 2, 2, 2])
+  s.arrays.update(sampler_logp=np.zeros((4, 8), np.float32))
+  s.arrays.update(ref_logp=np.full((4, 8), -2, np.float32))
+  lesson = teacher.teach(s)
+  assert (lesson.arrays['kl_coef'] == np.float32(0.1)).all() and lesson.metrics['kl'] == 2
+  assert teacher.saved() == {'kl_coef': pytest.approx(0.1 * 1.02)}  # a fifth of a tenth more
+  again = grpo.GroupTeacher(c)
+  again.restore(teacher.saved())
+  assert (again.teach(s).arrays['kl_coef'] == np.float32(0.1 * 1.02)).all()
+  assert grpo.GroupTeacher(tiny_rollouts.tiny(**{'policy.kl_coef': 0.1})).saved() == {}
 
 
 # Stops.
@@ -370,11 +356,11 @@ def test_spread_tells_right_answers_from_wrong_ones():
 )
 def test_settings_that_cannot_be(settings, told):
   with pytest.raises(ConfigError, match=told):
-    tiny(**settings)
+    tiny_rollouts.tiny(**settings)
 
 
 def test_a_missing_column_is_told_before_training(tmp_path):
-  run = start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
+  run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
     episodes.Episodes(run, grpo.GroupTeacher(run.config))
 
@@ -388,60 +374,29 @@ def test_the_shipped_tiny_run_earns_more(tmp_path):
     'train', ['--config=tiny_grpo', f'--workdir={tmp_path}', '--config.steps=12']
   )
   assert code == 0, told
-  rewards = [row['reward'] for k, row in rollouts(tmp_path).items() if isinstance(k, int)]
-  assert len(rewards) == 12 and rewards[0] < -0.9 and min(rewards[-3:]) > -0.6
-
-
-def arguments(workdir, *overrides):
-  """Eight steps, four on each rollout, a checkpoint after every one."""
-  settings = [
-    'steps=8',
-    'batch_size=2',
-    'rollout.group=4',
-    'rollout.max_tokens=8',
-    'rollout.slots=8',
-    'rollout.samples=8',
-    'rollout.rewards=length:target=4',
-    "rollout.stop=('a','e','i','o','u','0','1','2','3')",
-    'rollout.updates=2',
-    'rollout.minibatches=2',
-    'policy.kl_coef=0.05',
-    'checkpoint.every=1',
-    'checkpoint.keep=8',
-    'eval.prompts=()',
-    *overrides,
+  rewards = [
+    row['reward'] for k, row in tiny_rollouts.rollouts(tmp_path).items() if isinstance(k, int)
   ]
-  return ['--config=tiny_grpo', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
-
-
-def rollouts(workdir):
-  """{file or step: content} of all rollouts, without what depends on the clock."""
-  out = {p.name: p.read_text() for p in (workdir / 'rollouts').glob('*.jsonl')}
-  for line in (workdir / 'metrics.jsonl').read_text().splitlines():
-    row = json.loads(line)
-    if row['split'] == 'rollout':
-      clock = ('engine/seconds', 'engine/tokens_per_s', 'engine/compilations')
-      out[row['step']] = {k: v for k, v in row.items() if k not in clock}
-  return out
+  assert len(rewards) == 12 and rewards[0] < -0.9 and min(rewards[-3:]) > -0.6
 
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('reference')
-  code, told = tiny_run.run('train', arguments(workdir))
+  code, told = tiny_run.run('train', tiny_rollouts.arguments(workdir))
   assert code == 0, told
-  assert set(rollouts(workdir)) == {'0.jsonl', '1.jsonl', 1, 5}
+  assert set(tiny_rollouts.rollouts(workdir)) == {'0.jsonl', '1.jsonl', 1, 5}
   return workdir
 
 
 def test_killed_between_two_updates_on_a_rollout(reference, tmp_path):
   """The same prompts, completions, losses and exported bits. Guarantees 1.1 and 1.12."""
   tiny_run.share_programs(reference, tmp_path)
-  process = tiny_run.launch('train', arguments(tmp_path), tmp_path / 'log')
+  process = tiny_run.launch('train', tiny_rollouts.arguments(tmp_path), tmp_path / 'log')
   assert tiny_run.kill_when(process, lambda: (tmp_path / 'checkpoints' / '2').exists())
   steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
   assert max(steps) < 8
-  code, told = tiny_run.run('train', arguments(tmp_path))
+  code, told = tiny_run.run('train', tiny_rollouts.arguments(tmp_path))
   assert code == 0 and f'resuming after step {max(steps)} of 8' in told, told
   assert tiny_run.differences(tmp_path, reference) == []
-  assert rollouts(tmp_path) == rollouts(reference)
+  assert tiny_rollouts.rollouts(tmp_path) == tiny_rollouts.rollouts(reference)
