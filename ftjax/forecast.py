@@ -147,9 +147,17 @@ def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, float]:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text or 'vmem' in text:
       raise
-    used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
-    scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-    return None, float(used[1]) * scale[used[2]] if used else 0.0
+    return None, _wanted(text)
+
+
+def _wanted(text: str) -> float:
+  """Bytes that a compiler wanted in vain, by its message; 0 where it tells none. libtpu tells of
+  the temporaries alone where they alone are too many.
+  """
+  used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
+  used = used or re.search(r'required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds', text)
+  scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  return float(used[1]) * scale[used[2]] if used else 0.0
 
 
 def better(

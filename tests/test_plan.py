@@ -101,6 +101,19 @@ def test_collectives_by_hand():
   assert (total.count, total.bytes, total.sent) == (7, 7 * 40, 7 * 40 * 2 * 7 / 8)
 
 
+def test_the_result_of_a_started_collective_is_inputs_and_outputs():
+  """As of GPUs, where arrays go together: f32[8, 4] and f32[8] in, a quarter of each out."""
+  text = """\
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %s = ((f32[8,4]{1,0}, f32[8]{0}), (f32[2,4]{1,0}, f32[2]{0})) reduce-scatter-start(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+}
+"""  # noqa: E501
+  mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), devices=jax.devices())
+  (found,) = account.collectives(text, mesh)
+  assert (found.kind, found.axes, found.bytes) == ('reduce-scatter', 'fsdp', (32 + 8) * 4)
+  assert found.sent == 160 * 3 / 4
+
+
 def test_an_asynchronous_transfer_counts_once_though_three_fusions_hold_its_text():
   fusion = """
 %f{0} (w: bf16[4,8]) -> bf16[32,8] {{
@@ -321,10 +334,27 @@ def test_weights_gathered_before_the_loop_are_seen():
 
 
 def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
-  monkeypatch.setattr(forecast.step, 'text', lambda _: '')
+  monkeypatch.setattr(forecast, 'program_text', lambda _: '')
   found, _ = planned(small())
   assert found.fits and found.collectives is None and found.gathering is None
   assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
+
+
+@pytest.mark.parametrize(
+  ('text', 'gib'),
+  [
+    ('Ran out of memory in memory space hbm. Used 40.50G of 15.75G hbm.', 40.5),
+    (
+      'E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO '
+      'temporaries (31.66G) exceeds available HBM (31.24G). HLO module: jit_step.',
+      31.66,
+    ),
+    ('out of memory', 0.0),
+  ],
+)
+def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
+  """Messages of libtpu 0.0.52, and one that tells nothing."""
+  assert forecast._wanted(f'RESOURCE_EXHAUSTED: {text}') == gib * 2**30
 
 
 # What no mesh can do

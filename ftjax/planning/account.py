@@ -187,7 +187,7 @@ def _collective(kind: str, result: str, rest: str, mesh: Mesh, islands: np.ndarr
   kind = kind.removesuffix('-start')
   axes, ways, network = _axes(groups(rest), mesh, islands)
   size = _shape_bytes(result)
-  if is_start and kind == 'all-gather':  # (input, output)
+  if is_start and kind in ('all-gather', 'reduce-scatter'):  # (inputs, outputs)
     size *= ways / (ways + 1)
   elif is_start and kind == 'collective-permute':
     size /= 2

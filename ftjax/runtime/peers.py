@@ -6,6 +6,7 @@ Process 0 is the main one: it writes the small files and logs. A process that en
 tells the others, which end with the same code: nobody waits for the dead."""
 
 import atexit
+import faulthandler
 import itertools
 import json
 import logging
@@ -169,6 +170,9 @@ def watch() -> None:
   """
   if is_alone():
     return
+  # jax's runtime aborts when process 0 is gone, from a thread of its own; a dump of the threads
+  # that run meanwhile may crash, and another exit code than the abort's would be seen.
+  faulthandler.enable(all_threads=False)
   client, done = _client(), threading.Event()
 
   def listen():
