@@ -76,7 +76,7 @@ class BestTeacher(episodes.Teacher):
       row = {'prompt': said, 'completion': answer}
     else:
       row = {'messages': [*said, {'role': 'assistant', 'content': answer}]}
-    return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place}
+    return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place.rpartition('/')[2]}
 
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:

@@ -1,8 +1,8 @@
 """GRPO and its kin, top to bottom: completions -> rewards -> advantages -> loss -> step -> run.
 
 One loss with settings: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++ are rows of the table
-in docs/rollout_tuning.md. Completions, rewards and resuming between updates are episodes.py's; the loss is
-policy_gradient.py's, advantages are in losses/advantages.py."""
+in docs/rollout_tuning.md. Completions, rewards and resuming between updates are episodes.py's; the
+loss is policy_gradient.py's, advantages are in losses/advantages.py."""
 
 import functools
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_pairs
 from tiny_model import place
 
-from ftjax import algorithms, config, dpo, experiment, pairs
+from ftjax import algorithms, config, dpo, experiment, pairs, preference_loss
 from ftjax.losses import preference
 from ftjax.models import transformer
 from ftjax.models.attention import Tokens
@@ -265,7 +265,7 @@ def test_the_alarm_tells_once_when_the_policy_does_not_move(caplog):
 
 def test_the_names_of_the_losses_are_those_of_the_table():
   for name in NAMES:
-    assert dpo.settings(tiny_pairs.settings(dpo__loss=name)).beta == 0.1
+    assert preference_loss.settings(tiny_pairs.settings(dpo__loss=name)).beta == 0.1
   with pytest.raises(ConfigError, match=r'dpo\.loss='):
     tiny_pairs.settings(dpo__loss='ppo')
   assert set(config._CHOICES['dpo.loss']) == set(NAMES)

@@ -10,7 +10,7 @@ STEPS = 12
 
 def arguments(workdir):
   settings = ['eval.prompts=()', 'eval.every=0', 'checkpoint.every=1', f'steps={STEPS}']
-  settings += ['data.train=pairs:60', 'grad_accum=2']
+  settings += ['data.train=pairs:100', 'grad_accum=2']
   return ['--config=tiny_dpo', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
 
 

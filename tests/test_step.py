@@ -95,7 +95,8 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
   positions = np.array([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]] * 4, np.int32).reshape(
     2, 4, 8
   )
-  arrays = dict(tokens=tokens, segments=segments, positions=positions)
+  weights = (segments == 1).astype(np.float32) / 2
+  arrays = dict(tokens=tokens, segments=segments, positions=positions, weights=weights)
   same = segments[..., :, None] == segments[..., None, :]
   mask = same & np.tril(np.ones((8, 8), bool)) & (segments > 0)[..., None]
   expected = tiny_run.checksum(tokens)
@@ -108,7 +109,9 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
 
   for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):
     use_mesh(**sizes)
-    assert count() == {'tokens': 52, 'attended': mask.sum(), 'batch_checksum': expected}
+    supervised = {'supervised_tokens': weights.sum()}
+    found = {'tokens': 52, 'attended': mask.sum(), 'batch_checksum': expected} | supervised
+    assert count() == found
   assert count(tokens=tokens[:, ::-1])['batch_checksum'] != expected
   tokens[1, 2, 3] += 1
   assert count(tokens=tokens)['batch_checksum'] != expected

@@ -8,6 +8,7 @@ from tiny_model import place
 
 from ftjax import algorithms, config, experiment
 from ftjax.runtime.watchdog import Watchdog
+from ftjax.training import feed
 
 SIZES = dict(
   vocab_size=260,
@@ -76,12 +77,9 @@ def rows(seed=0, count=ROWS, length=T, lengths=None):
 
 def on_devices(batch, run):
   """[A, M, ...] arrays of a step on the run's mesh."""
-  micro = run.config.grad_accum
-  out = {}
-  for key, array in batch.items():
-    split = array.reshape(micro, len(array) // micro, *array.shape[1:])
-    out[key] = jax.device_put(split, run.batch_shardings(micro=True)[key])
-  return out
+  micro, shardings = run.config.grad_accum, run.batch_shardings(micro=True)
+  split = {k: v.reshape(micro, len(v) // micro, *v.shape[1:]) for k, v in batch.items()}
+  return feed.place(split, {k: shardings[k] for k in split})
 
 
 def flat_on_devices(batch):
