@@ -17,14 +17,14 @@ def get_config():
   c.data.eval = f'{_DATA}/test_pairs.jsonl'
   c.epochs = 2.0
   c.batch_size = 4  # pairs
-  c.seq_len = 128
+  c.seq_len = 104
   c.remat = 'none'
   c.dpo.beta = 0.1
   c.optim.lr = 1e-5
   c.optim.schedule = 'linear'
   c.optim.warmup_steps = 8
-  c.checkpoint.every = 50
+  c.checkpoint.every = 75
   c.checkpoint.keep = 1
-  c.eval.every = 50
+  c.eval.every = 75
   c.eval.batch_size = 8
   return c

@@ -173,6 +173,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   """Raises ConfigError, naming the keys."""
   if c.algorithm != 'sft' and (idle := [f'loss.{k}' for k, v in c.loss.items() if v]):
     raise ConfigError(f'{idle[0]} does nothing with algorithm={c.algorithm}: leave it at 0')
+  _check_metric(c)
   if c.algorithm in ('dpo', 'online_dpo'):
     _check_dpo(c)
   if c.algorithm == 'reward_model' and (c.eval.tasks or c.eval.prompts):
@@ -185,11 +186,17 @@ def check(c: ml_collections.ConfigDict) -> None:
       _check_ppo(c)
     if c.algorithm in ('best_of_n', 'online_dpo'):
       _check_group(c)
-  elif c.checkpoint.best_metric == 'eval/reward':
-    raise ConfigError(f'checkpoint.best_metric=eval/reward: {c.algorithm} has no rewards')
   if rows_per_step(c) % c.grad_accum:
     what = 'rows per update' if c.algorithm in ON_ROLLOUTS else 'batch_size'
     raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+
+
+def _check_metric(c: ml_collections.ConfigDict) -> None:
+  """Of evaluations, rollouts measure the reward alone, and the others measure none."""
+  metric, on_rollouts = c.checkpoint.best_metric, c.algorithm in ON_ROLLOUTS
+  if metric.startswith('eval/') and (metric == 'eval/reward') != on_rollouts:
+    has = 'eval/reward alone' if on_rollouts else 'no rewards'
+    raise ConfigError(f'checkpoint.best_metric={metric}: {c.algorithm} has {has}')
 
 
 def _check_dpo(c: ml_collections.ConfigDict) -> None:
@@ -234,6 +241,21 @@ def _check_rollout(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'data.on_overlength={c.data.on_overlength!r}: prompts are not cut; expected error or drop'
     )
+  if r.redraws and (
+    r.group < 2
+    or c.algorithm == 'ppo'
+    or (c.algorithm == 'grpo' and c.grpo.advantage == 'reinforce_pp')
+  ):
+    raise ConfigError(
+      f'rollout.redraws={r.redraws}: prompts whose completions all earn the same may give way only '
+      'where completions are compared with others of their prompt; elsewhere that would choose '
+      'prompts by their outcome'
+    )
+  if c.algorithm not in POLICY_GRADIENT:
+    usual = ml_collections.ConfigDict()
+    add(usual)
+    if idle := [k for k, v in c.policy.items() if v != usual.policy[k]]:
+      raise ConfigError(f'policy.{idle[0]} does nothing with algorithm={c.algorithm}')
   if rows_per_rollout(c) % r.minibatches:
     raise ConfigError(
       f'rollout.minibatches={r.minibatches} must divide the {rows_per_rollout(c)} rows of a rollout'
@@ -260,6 +282,11 @@ def _check_policy(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'policy.kl_target={p.kl_target} with policy.kl_coef=0: give the coefficient to begin with'
     )
+  if p.level == 'trajectory' and p.aggregate != 'sequence':
+    raise ConfigError(
+      f'policy.level=trajectory with policy.aggregate={p.aggregate} counts a completion by its '
+      'length squared: its ratio stands on every token; set aggregate=sequence'
+    )
   if p.dual_clip and p.dual_clip <= 1 + p.clip_high:
     raise ConfigError(
       f'policy.dual_clip={p.dual_clip}; expected more than 1 + policy.clip_high = '
@@ -281,9 +308,10 @@ def _check_ppo(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'ppo.gamma={c.ppo.gamma}, ppo.lam={c.ppo.lam}; expected gamma in (0, 1] and lam in [0, 1]'
     )
-  if c.policy.aggregate != 'token':
+  if (c.policy.aggregate, c.policy.level) != ('token', 'token'):
     raise ConfigError(
-      f'policy.aggregate={c.policy.aggregate}: PPO adds a loss of every token, so expected token'
+      f'policy.aggregate={c.policy.aggregate}, policy.level={c.policy.level}: PPO has advantages '
+      'and a value loss of every token, so expected token for both'
     )
 
 

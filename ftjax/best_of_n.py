@@ -68,14 +68,19 @@ class BestTeacher(episodes.Teacher):
     metrics = {'kept': len(rows) / len(s.rewards)}
     if rows:
       metrics['kept_reward'] = float(s.rewards[rows].mean())
-    return Lesson(arrays, metrics, [self._row(s, i) for i in rows])
+    whole = (self._row(s, i) for i in rows if not s.completions[i].truncated)
+    return Lesson(arrays, metrics, [row for row in whole if row])
 
   def _row(self, s: Sampled, i: int) -> dict:
+    """A row of supervised tuning; nothing where the answer is blank."""
     said, answer = s.prompts[i].said, self._tokenizer.decode(s.completions[i].tokens)
+    if not answer.strip():
+      return {}
     if isinstance(said, str):
       row = {'prompt': said, 'completion': answer}
     else:
       row = {'messages': [*said, {'role': 'assistant', 'content': answer}]}
+      row |= {k: v for k, v in s.prompts[i].columns.items() if k == 'tools'}
     return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place.rpartition('/')[2]}
 
 

@@ -122,7 +122,6 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
   c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
-  c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
   c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0
@@ -172,7 +171,8 @@ _NOT_NEGATIVE = (
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
-_METRICS += ('eval/accuracy', 'eval/margin', 'eval/reward')
+_LARGER = ('eval/accuracy', 'eval/margin', 'eval/reward')
+_METRICS += _LARGER
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 # Of model.random, in the keys of a HF config.json.
 _RANDOM_REQUIRED = (
@@ -265,6 +265,11 @@ def validate(c: ml_collections.ConfigDict) -> None:
   if c.checkpoint.best_metric not in ('', *_METRICS):
     raise ConfigError(
       f'checkpoint.best_metric={c.checkpoint.best_metric!r}; expected one of {_METRICS}'
+    )
+  if c.checkpoint.best_metric in _LARGER and c.checkpoint.best_mode == 'min':
+    raise ConfigError(
+      f'checkpoint.best_metric={c.checkpoint.best_metric} is better when it is larger: set '
+      'checkpoint.best_mode=max'
     )
   if c.checkpoint.best_metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
     raise ConfigError(

@@ -5,7 +5,6 @@ answers. A loss that compares with a reference reads the model as it was at the 
 `reference/` of the parameters; its log-probs are computed in the step, by the same function."""
 
 import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -17,11 +16,7 @@ from ftjax import experiment, fit, pairs, preference_loss
 from ftjax.losses import masked, preference
 from ftjax.models.architecture import Architecture
 
-log = logging.getLogger(__name__)
-
 make_loss = preference_loss.make_loss
-
-_ALARM_STEPS = 5
 
 
 def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pairs.Measure:
@@ -58,27 +53,8 @@ def evaluate(
   return out
 
 
-class Alarm:
-  """Says it when the policy stays at the reference: it is then the same object, or not trained."""
-
-  def __init__(self):
-    self._is_told = False
-
-  def __call__(self, done: int, values: dict[str, float]) -> None:
-    updates = done - 1 - values['skipped']
-    margin = values.get('rewards/margin')
-    if updates >= _ALARM_STEPS and margin == 0.0 and not self._is_told:
-      self._is_told = True
-      log.warning(
-        'step %d: after %d updates the reward margin is still exactly 0, so policy and reference '
-        'give the same log-probs. Look at optim.lr and optim.freeze, and with python -m '
-        'ftjax.preview at whether the two answers of a pair differ',
-        *(done, updates),
-      )
-
-
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
-  fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, Alarm())
+  fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, preference_loss.Alarm())

@@ -139,7 +139,7 @@ class Episodes:
     }
     self._reference: dict | None = None
     self._held: tuple[int, dict[str, np.ndarray]] | None = None
-    self._is_checked = False
+    self._is_checked = self._is_warned = False
     self._rewards: rewards.Rewards | None = None
     peers.from_main(self._start_rewards)
 
@@ -311,11 +311,21 @@ class Episodes:
     told = (
       f'log-probs of sampler and trainer differ by {gap.mean():.2g} nats, at most {gap.max():.2g}'
     )
-    if gap.mean() > _ALARM:
+    if not gap.mean() <= _ALARM:
       log.warning('%s: they are not the same model', told)
     elif not self._is_checked:
       log.info(told)
     self._is_checked = True
+
+  def watch(self, done: int, values: dict[str, float]) -> None:
+    """Warns, once, of a step whose tokens the sampler and the trainer judge differently."""
+    gap = values.get('mismatch/abs_diff', 0.0)
+    if not gap <= _ALARM and not self._is_warned:
+      self._is_warned = True
+      log.warning(
+        'step %d: log-probs of sampler and trainer differ by %.2g nats: not the same model',
+        *(done, gap),
+      )
 
   def _logp(self, params: dict, batch: dict) -> jax.Array:
     c = self.run.config

@@ -173,6 +173,8 @@ class Run:
       params = load.load_params(source, arch, where, jnp.dtype(dtype))
       if arch.num_labels == wanted.num_labels:
         return params
+      if source == self.config.ppo.value_from:
+        raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
       # A language model becomes a reward model: its head goes, a random score comes.
       make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
       params = {k: v for k, v in params.items() if k != 'head'}

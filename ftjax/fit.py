@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import algorithms, compare
+from ftjax import algorithm_config, algorithms, compare
 from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
@@ -47,6 +47,10 @@ _FIXED = (
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
 _FIXED += ('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches')
+
+# Nor, between two updates on a rollout, what its arrays hold.
+_IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.value_from')
+_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target')
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
 Watch = Callable[[int, dict[str, float]], None]
@@ -126,7 +130,9 @@ def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
   """
   now = redaction.redact(config_lib.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
-  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in _FIXED]
+  within = saved['step'] % algorithm_config.steps_per_batch(run.config)
+  kept = (*_FIXED, *_IN_ROLLOUT) if within else _FIXED
+  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
   fixed += [
     f'{k}: other content' for k, v in saved['fingerprints'].items() if fingerprints.get(k) != v
   ]
@@ -150,17 +156,24 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
-def _reference_source(run: Run) -> dict[str, str]:
-  """Fingerprint of the weights that a resume takes the reference from, where it is not the model's.
+def _models_beside(run: Run) -> dict[str, str]:
+  """Fingerprints of the weights that the reference, which a resume reads again, and the value model
+  come from.
 
   Raises:
     ConfigError: they are not there.
   """
-  if not (algorithms.has_reference(run.config) and run.config.init_from):
-    return {}
-  _check_source(run.config.init_from)
-  export = files.join(run.config.init_from, 'export')
-  return {'reference': peers.from_main(lambda: load.fingerprint(export))}
+  c, out = run.config, {}
+  if algorithms.has_reference(c):
+    out['reference'] = run.model.fingerprint
+    if c.init_from:
+      _check_source(c.init_from)
+      export = files.join(c.init_from, 'export')
+      out['reference'] = peers.from_main(lambda: load.fingerprint(export))
+  if algorithms.has_value_model(c) and c.ppo.value_from:
+    out['value'] = peers.from_main(lambda: load.fingerprint(c.ppo.value_from))
+    peers.check_same('ppo.value_from', load.outline(c.ppo.value_from))
+  return out
 
 
 def fit(
@@ -204,7 +217,7 @@ def fit(
 def _fingerprints(run: Run) -> dict[str, str]:
   """Of all that a resume must find as it was."""
   own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
-  return own | run.data.fingerprints() | _reference_source(run)
+  return own | run.data.fingerprints() | _models_beside(run)
 
 
 def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ftjax import algorithm_config, experiment
+from ftjax import algorithm_config, config, experiment
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture
 from ftjax.planning import account, suggest, topology
@@ -176,6 +176,7 @@ def better(
     other.update_from_flattened_dict(candidate.overrides())
     told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
     with contextlib.suppress(ConfigError):  # what does not divide is no candidate
+      config.validate(other)
       found = make(other, where, arch, make_loss)
       log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
       quicker = found.fits and (

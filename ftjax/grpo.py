@@ -59,10 +59,12 @@ class GroupTeacher(policy_gradient.PolicyTeacher):
     if self._name == 'reinforce_pp':
       out = self._whitened(np.asarray(self._last(rewards, weights)) - paid, weights)
       return Lesson(s.arrays | fields | {'advantages': np.asarray(out)}, metrics)
-    rewards = (rewards - paid.sum(-1)).reshape(-1, s.group)
-    found = self._relative(rewards, np.ones(rewards.shape, bool))
-    out = np.asarray(found.advantages).reshape(-1, 1) * weights
-    lesson = np.repeat(np.asarray(found.has_lesson), s.group)[:, None]
+    # A divergence alone, which is never the same twice, is no lesson.
+    earned = rewards.reshape(-1, s.group)
+    lesson = np.repeat(earned.min(1) != earned.max(1), s.group)[:, None]
+    earned = earned - paid.sum(-1).reshape(earned.shape)
+    found = self._relative(earned, np.ones(earned.shape, bool))
+    out = np.asarray(found.advantages).reshape(-1, 1) * weights * lesson
     fields |= {'advantages': out, 'weights': weights * lesson}
     return Lesson(s.arrays | fields, metrics)
 
@@ -71,4 +73,4 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with episodes.Episodes(r, GroupTeacher(c)) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)
+    fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)

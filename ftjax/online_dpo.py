@@ -43,4 +43,5 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with episodes.Episodes(r, PairTeacher(c)) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)
+    loss, alarm = make_loss(r.arch, c), preference_loss.Alarm()
+    fit.fit(r, loss, source.evaluate, alarm, source)

@@ -87,4 +87,4 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   r = experiment.start(c, workdir)
   measures = {'old_values': make_measure(r.arch, c)}
   with episodes.Episodes(r, ValueTeacher(c), measures) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)
+    fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)

@@ -3,6 +3,8 @@ both answers under the policy and, where the loss compares with it, under the re
 model as it was at the start, under `reference/` of the parameters. The formulas are the table in
 losses/preference.py."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,6 +15,10 @@ from ftjax.losses import masked, preference
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.trainer import model_of
+
+log = logging.getLogger(__name__)
+
+_ALARM_STEPS = 5
 
 
 def settings(c: ml_collections.ConfigDict) -> preference.Settings:
@@ -89,3 +95,24 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     return total, weight, metrics
 
   return loss
+
+
+class Alarm:
+  """Says it when the policy stays at the reference: it is then the same object, or not trained."""
+
+  def __init__(self):
+    self._is_told = False
+
+  def __call__(self, done: int, values: dict[str, float]) -> None:
+    updates = done - 1 - values['skipped']
+    margin = values.get('rewards/margin')
+    if not values.get('supervised_tokens', 1):
+      return  # no pair in it
+    if updates >= _ALARM_STEPS and margin == 0.0 and not self._is_told:
+      self._is_told = True
+      log.warning(
+        'step %d: after %d updates the reward margin is still exactly 0, so policy and reference '
+        'give the same log-probs. Look at optim.lr and optim.freeze, and with python -m '
+        'ftjax.preview at whether the two answers of a pair differ',
+        *(done, updates),
+      )

@@ -27,10 +27,15 @@ class RolloutFiles:
     self._updates, self._last_saved = updates, 0
 
   def begin(self, start: int) -> None:
-    """`start` steps are done."""
+    """`start` steps are done; rows of rollouts that are to be made again are removed."""
     self._last_saved = start
-    if peers.is_main():
-      files.makedirs(self._folder)
+    if not peers.is_main():
+      return
+    files.makedirs(self._folder)
+    for name in files.listdir(self._folder):
+      found = re.fullmatch(r'(?:kept-)?(\d+)\.jsonl', name)
+      if found and int(found[1]) * self._updates >= start:
+        files.remove(files.join(self._folder, name))
 
   def saving(self, step: int) -> None:
     """A checkpoint of `step` steps is being written."""

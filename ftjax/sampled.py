@@ -83,10 +83,11 @@ def spread(totals: np.ndarray, found: Rollout) -> dict[str, float]:
   groups = totals.reshape(len(found.completions), -1)
   out = {
     'reward_std': float(totals.std()),
-    'flat_groups': float((groups.min(1) == groups.max(1)).mean()),
     'length': float(lengths.mean()),
     'truncated': float(np.mean(truncated)),
   }
+  if groups.shape[1] > 1:
+    out['flat_groups'] = float((groups.min(1) == groups.max(1)).mean())
   mean = totals.mean()
   for name, which in (('better', totals > mean), ('worse', totals < mean)):
     if which.any():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_rollouts
 
-from ftjax import best_of_n, sampled
+from ftjax import best_of_n, rollout_files, sampled
 from ftjax.rollout.engine import Completion
 from ftjax.runtime.errors import ConfigError
 
@@ -73,6 +73,32 @@ def test_nothing_kept_moves_nothing(tmp_path):
   after = tiny_rollouts.host(state.params)
   assert all((before[k] == after[k]).all() for k in before)
   assert s.rows[0][1]['kept'] == 0
+
+
+def test_blank_and_cut_answers_are_no_rows_to_keep(kept):
+  s, _ = kept
+  teacher = s.source._teacher
+  done = Completion([5], np.zeros(1), np.zeros(1), False)
+  stop = Completion(list(s.run.model.stop_ids[:1]), np.zeros(1), np.zeros(1), False)
+  cut = Completion([6, 7], np.zeros(2), np.zeros(2), True)
+  prompts = [s.run.data.prompt(0)] * 4
+  arrays = {'weights': np.ones((4, 48), np.float32)}
+  rewards = np.float32([1, 0.9, 0.8, 0])
+  found = sampled.Sampled(arrays, rewards, np.int32([1] * 4), 4, prompts, [done, stop, cut, cut])
+  for keep, rows in ((2, 1), (3, 1)):
+    teacher._keep = keep
+    assert len(teacher.teach(found).kept) == rows
+  teacher._keep = 2
+
+
+def test_rows_of_rollouts_to_be_made_again_are_removed(tmp_path):
+  rows = rollout_files.RolloutFiles(str(tmp_path), 2)
+  rows.begin(0)
+  for name in ('0', '1', '2', 'kept-1', 'kept-2'):
+    rows.write_rows(name, [{'a': 1}])
+  rows.begin(3)  # within rollout 1, which stays
+  left = {p.name for p in (tmp_path / 'rollouts').iterdir()}
+  assert left == {'0.jsonl', '1.jsonl', 'kept-1.jsonl'}
 
 
 def test_more_cannot_be_kept_than_sampled():

@@ -250,7 +250,7 @@ def test_the_reference_is_neither_trained_nor_saved():
 
 
 def test_the_alarm_tells_once_when_the_policy_does_not_move(caplog):
-  alarm = dpo.Alarm()
+  alarm = preference_loss.Alarm()
   with caplog.at_level(logging.WARNING):
     for done in range(1, 6):
       alarm(done, {'rewards/margin': 0.0, 'skipped': 0})

@@ -126,15 +126,25 @@ def test_long_completions_cost_reward():
   assert metrics['overlong'] == pytest.approx(-0.375)
 
 
+def test_a_divergence_alone_is_no_lesson():
+  settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5}
+  s = sampled([1, 1], 2, [2, 2])
+  gap = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+  s.arrays.update(old_logp=gap - 1, ref_logp=np.full((2, 8), -1, np.float32))
+  out, weights, _ = taught(tiny_rollouts.tiny(**settings), s)
+  assert (out == 0).all() and (weights == 0).all()
+
+
 def test_divergence_off_the_reward():
   """k1 summed over a completion, times the coefficient."""
   settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5, 'grpo.advantage': 'dr_grpo'}
-  s = sampled([1, 1], 2, [2, 2])
+  s = sampled([1, 0], 2, [2, 2])
   gap = np.zeros((2, 8), np.float32)
   gap[1, :2] = (0.3, 0.1)
   s.arrays.update(old_logp=gap - 1, ref_logp=np.full((2, 8), -1, np.float32))
   out, _, metrics = taught(tiny_rollouts.tiny(**settings), s)
-  np.testing.assert_allclose(out[:, 0], [0.1, -0.1], atol=1e-6)
+  # 1 and 0 - 0.5 x 0.4, less their mean.
+  np.testing.assert_allclose(out[:, 0], [0.6, -0.6], atol=1e-6)
   assert metrics['kl'] == pytest.approx(0.1)
 
 
@@ -349,6 +359,9 @@ def test_spread_tells_right_answers_from_wrong_ones():
     ({'policy.dual_clip': 1.1}, 'policy.dual_clip'),
     ({'policy.surrogate': 'reinforce', 'rollout.updates': 2}, 'first update alone'),
     ({'policy.overlong': 9}, 'policy.overlong=9'),
+    ({'policy.level': 'trajectory'}, 'length squared'),
+    ({'rollout.redraws': 1, 'grpo.advantage': 'reinforce_pp'}, 'by their outcome'),
+    ({'checkpoint.best_metric': 'eval/reward'}, 'best_mode=max'),
     ({'data.eval_fraction': 0.1}, 'splits no prompts'),
     ({'data.on_overlength': 'truncate_left'}, 'prompts are not cut'),
     ({'rollout.stop': ('a', '')}, 'expected a tuple of texts'),

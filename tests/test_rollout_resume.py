@@ -7,8 +7,8 @@ import tiny_rollouts
 import tiny_run
 
 SETTINGS = {
-  'ppo': ('policy.kl_target=0.02', 'rollout.redraws=1'),
-  'best_of_n': ('best_of_n.keep=2',),
+  'ppo': ('policy.kl_target=0.02',),
+  'best_of_n': ('best_of_n.keep=2', 'rollout.redraws=1'),
   'online_dpo': ('rollout.group=4', 'rollout.minibatches=1'),
 }
 

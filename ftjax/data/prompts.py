@@ -139,7 +139,7 @@ def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Pro
       ids, columns, said = _encode(row, tokenizer)
       if len(ids) > room and on_overlength == 'error':
         raise ValueError(
-          f'a prompt of {len(ids)} tokens leaves no room: seq_len - rollout.max_tokens = {room}; '
+          f'a prompt of {len(ids)} tokens leaves no room: {room} tokens beside rollout.max_tokens; '
           "raise seq_len or set data.on_overlength='drop'"
         )
     except ValueError as error:
