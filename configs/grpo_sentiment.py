@@ -1,7 +1,6 @@
 """GRPO of SmolLM2-135M-Instruct on the sentiment of movie-review sentences.
 
-`make assets` and `python demo/sentiment_rewards.py .cache` make the data. What a run printed:
-docs/rollout_tuning.md.
+`make assets` and `python demo/sentiment_rewards.py .cache` make the data.
 """
 
 from ftjax import config
