@@ -47,7 +47,7 @@ def test_each_kind_of_row(tmp_path):
 
 def test_prompts_without_room(tmp_path):
   rows = [{'prompt': 'abc'}, {'prompt': 'abcd'}]
-  with pytest.raises(DataError, match=r'rows.jsonl:2: a prompt of 4 tokens .* = 3'):
+  with pytest.raises(DataError, match=r'rows.jsonl:2: a prompt of 4 tokens .*: 3 tokens beside'):
     read(tmp_path, rows, room=3)
   found = read(tmp_path, rows, room=3, policy='drop')
   assert (len(found.rows), found.dropped, list(found.lengths)) == (1, 1, [3])
