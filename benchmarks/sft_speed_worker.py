@@ -84,7 +84,8 @@ def run_ftjax(job: dict, workdir: str) -> None:
   """The run, trainer and feed of ftjax.train, with packed rows where the job has rows to pack."""
   import jax
 
-  from ftjax import config, experiment, fit, sft
+  from ftjax import config, experiment, sft
+  from ftjax.trainer import Trainer
   from ftjax.training.feed import Feed
 
   rounds = Rounds(('jax', 'jaxlib', 'flax', 'optax'))
@@ -96,7 +97,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
   c.optim.lr, c.optim.schedule, c.optim.weight_decay = 1e-5, 'constant', 0.01
   config.validate(c)
   run = experiment.start(c, workdir, with_data=job['case'] == 'chat')
-  trainer = fit.Trainer(run, sft.make_loss(run.arch, c))
+  trainer = Trainer(run, sft.make_loss(run.arch, c))
   compiled, state = trainer.compile(), trainer.fresh()
   make, updates = _ftjax_batches(job, run)
   feed = iter(Feed(make, run.batch_shardings(micro=True), 0, c.steps))

@@ -44,7 +44,8 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   import jax
   import numpy as np
 
-  from ftjax import config, experiment, fit, sft
+  from ftjax import config, experiment, sft
+  from ftjax.trainer import Trainer
   from ftjax.training.feed import Feed
 
   c = config.default()
@@ -59,7 +60,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)
-    trainer = fit.Trainer(run, sft.make_loss(run.arch, c))
+    trainer = Trainer(run, sft.make_loss(run.arch, c))
     state, compiled = trainer.fresh(), trainer.compile()
     for step in range(steps):
       for source, example, _ in run.data.stream.examples(step):

@@ -4,12 +4,14 @@ exit codes kept.
 See ftjax/runtime/errors.py for the codes.
 """
 
+import importlib
 import logging
 import runpy
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -66,6 +68,13 @@ def join() -> None:
     raise
   if not peers.is_main():
     logging.getLogger().setLevel(logging.WARNING)
+
+
+def algorithm(name: str) -> ModuleType:
+  """The file of an algorithm, one of algorithm_config.ALGORITHMS: it has `make_loss` and `run`.
+  Imports jax.
+  """
+  return importlib.import_module(f'ftjax.{name}')
 
 
 def _resolve(argv: list[str]) -> list[str]:

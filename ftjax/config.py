@@ -15,21 +15,21 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from ftjax import algorithm_config
 from ftjax.runtime.errors import ConfigError
 
-ALGORITHMS = ('sft',)
 HERE = pathlib.Path(__file__).resolve().parent
 
 
 def default() -> ml_collections.ConfigDict:
   """The config that every experiment starts from."""
   c = ml_collections.ConfigDict()
-  c.algorithm = 'sft'  # one of ALGORITHMS
+  c.algorithm = 'sft'  # one of algorithm_config.ALGORITHMS
   c.seed = 0  # of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow `epochs`
   c.epochs = 1.0  # passes over the training rows, when steps is 0
-  c.batch_size = 16  # rows per optimizer update, over all devices
-  c.seq_len = 1024  # tokens per row
+  c.batch_size = 16  # rows per optimizer update, over all devices; pairs; prompts
+  c.seq_len = 1024  # tokens per row; both sides of a pair share one
   c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
   c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
@@ -82,6 +82,8 @@ def default() -> ml_collections.ConfigDict:
     0.0  # alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 5 is usual
   )
 
+  algorithm_config.add(c)
+
   c.mesh = ml_collections.ConfigDict()  # sizes; one may be -1, for the rest of the devices
   c.mesh.data = 1
   c.mesh.fsdp = -1
@@ -119,6 +121,7 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.restore = 3600.0  # weights or a checkpoint
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
+  c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
   c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0
@@ -130,8 +133,8 @@ def default() -> ml_collections.ConfigDict:
   return c.lock()
 
 
-_CHOICES = {
-  'algorithm': ALGORITHMS,
+_CHOICES = algorithm_config.CHOICES | {
+  'algorithm': algorithm_config.ALGORITHMS,
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
@@ -142,6 +145,7 @@ _CHOICES = {
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
 }
 _POSITIVE = (
+  *algorithm_config.POSITIVE,
   'batch_size',
   'seq_len',
   'grad_accum',
@@ -152,6 +156,7 @@ _POSITIVE = (
   'max_bad_steps',
 )
 _NOT_NEGATIVE = (
+  *algorithm_config.NOT_NEGATIVE,
   'steps',
   'optim.warmup_steps',
   'optim.decay_steps',
@@ -166,6 +171,8 @@ _NOT_NEGATIVE = (
 )
 # What early stopping and the best checkpoint may look at.
 _METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
+_LARGER = ('eval/accuracy', 'eval/margin', 'eval/reward')
+_METRICS += _LARGER
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 # Of model.random, in the keys of a HF config.json.
 _RANDOM_REQUIRED = (
@@ -244,8 +251,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     )
   _check_options(c.compiler_options)
   _check_random(c)
-  if c.batch_size % c.grad_accum:
-    raise ConfigError(f'grad_accum={c.grad_accum} must divide batch_size={c.batch_size}')
+  algorithm_config.check(c)
   if not c.steps and c.epochs <= 0:
     raise ConfigError(f'steps={c.steps}, epochs={c.epochs}: one of them must be positive')
   if bool(c.model.path) == bool(len(c.model.random)):
@@ -259,6 +265,11 @@ def validate(c: ml_collections.ConfigDict) -> None:
   if c.checkpoint.best_metric not in ('', *_METRICS):
     raise ConfigError(
       f'checkpoint.best_metric={c.checkpoint.best_metric!r}; expected one of {_METRICS}'
+    )
+  if c.checkpoint.best_metric in _LARGER and c.checkpoint.best_mode == 'min':
+    raise ConfigError(
+      f'checkpoint.best_metric={c.checkpoint.best_metric} is better when it is larger: set '
+      'checkpoint.best_mode=max'
     )
   if c.checkpoint.best_metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
     raise ConfigError(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ftjax import algorithm_config, algorithms, examples
 from ftjax import config as config_lib
-from ftjax.data import cache, encode, made, sources
-from ftjax.data.batches import Stream, eval_batches
-from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data import encode, made
+from ftjax.data.batches import eval_batches
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import load
+from ftjax.hf import classifier, load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.runtime import files, peers, sharding
+from ftjax.runtime import files, peers, sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
 from ftjax.runtime.watchdog import Watchdog
@@ -51,22 +51,6 @@ class Model:
 
 
 @dataclasses.dataclass
-class Data:
-  """Training rows by step, and evaluation rows; see data/."""
-
-  stream: Stream
-  mixture: Mixture
-  corpora: list[cache.Corpus]
-  evaluation: list[cache.Corpus]
-
-  def fingerprints(self) -> dict[str, str]:
-    """sha256 of the order of training rows, and of each source."""
-    groups = {'data': self.corpora, 'eval': self.evaluation}
-    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
-    return {'data order': self.mixture.fingerprint} | named
-
-
-@dataclasses.dataclass
 class Run:
   """A config brought to a machine, or to several."""
 
@@ -74,7 +58,7 @@ class Run:
   workdir: str
   mesh: Mesh
   model: Model
-  data: Data | None  # None: the run trains nothing
+  data: examples.Data | examples.PromptData | None  # None: the run trains nothing
   watchdog: Watchdog
 
   @property
@@ -87,24 +71,70 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    return c.steps or max(1, math.ceil(c.epochs * self.data.mixture.rows_per_epoch / c.batch_size))
+    rows = c.epochs * self.data.mixture.rows_per_epoch
+    batches = math.ceil(rows / algorithm_config.prompts_per_rollout(c))
+    return c.steps or max(1, batches) * algorithm_config.steps_per_batch(c)
+
+  def cursor(self, step: int) -> int:
+    """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
+    updates alone, for several may go over one batch.
+    """
+    c = self.config
+    taken = -(-step // algorithm_config.steps_per_batch(c))
+    return taken * algorithm_config.prompts_per_rollout(c)
+
+  def parts(self) -> dict[str, Architecture]:
+    """What is trained, by the prefix of its parameters' names: '' is the model."""
+    if not algorithms.has_value_model(self.config):
+      return {'': self.arch}
+    return {'': self.arch, 'value/': algorithms.value_arch(self.arch)}
 
   def parameter_shardings(self) -> dict:
-    """Nested dict of NamedSharding."""
-    return sharding.shardings(self.mesh, transformer.axes(self.arch))
+    """Nested dict of NamedSharding, over all parts."""
+    return self._by_part(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+
+  def abstract_params(self) -> dict:
+    """Nested dict of ShapeDtypeStruct, over all parts."""
+    dtype = jnp.dtype(self.config.model.param_dtype)
+    return self._by_part(lambda arch: transformer.abstract(arch, dtype))
+
+  def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
+    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
+    return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
-    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]."""
-    where = NamedSharding(self.mesh, sharding.spec(*((None,) if micro else ()), 'batch', 'seq'))
-    return dict.fromkeys(('tokens', 'labels', 'weights', 'segments', 'positions'), where)
+    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
+    axes = (None, 'batch') if micro else ('batch',)
+    by_token, by_row = algorithms.fields(self.config)
+    names = ('tokens', 'labels', 'weights', 'segments', 'positions', *by_token)
+    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
+    return dict.fromkeys(names, where) | dict.fromkeys(
+      by_row, NamedSharding(self.mesh, sharding.spec(*axes))
+    )
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step in shapes."""
+    c = self.config
+    shape = (c.grad_accum, algorithm_config.rows_per_step(c) // c.grad_accum, c.seq_len)
+    by_token, by_row = algorithms.fields(c)
+    floats = ('weights', *by_token, *by_row)
+    return {
+      k: jax.ShapeDtypeStruct(
+        shape[:2] if k in by_row else shape,
+        jnp.float32 if k in floats else jnp.int32,
+        sharding=s,
+      )
+      for k, s in self.batch_shardings(micro=True).items()
+    }
 
   def batch(self, step: int) -> dict[str, np.ndarray]:
     """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
     c = self.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], shape, 1)
+    shape = (c.grad_accum, c.batch_size // c.grad_accum)
+    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
     rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
-    return {k: v.reshape(shape) for k, v in self.data.stream.batch(step, rows).items()}
+    batch = self.data.stream.batch(step, rows)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -112,18 +142,44 @@ class Run:
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
     for corpus in self.data.evaluation:
-      for batch in eval_batches(corpus, *shape, packed=c.data.packing, wanted=own):
+      for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
     """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
     with self.watchdog.phase('restore'):
-      return self._load(source, dtype)
+      return self._load(source, dtype, self.arch)
 
-  def _load(self, source: str, dtype: str) -> dict:
+  def load_beside(self, source: str, dtype: str) -> dict:
+    """{'value': weights of the value model} where there is one, else nothing.
+
+    It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
+    """
+    if not algorithms.has_value_model(self.config):
+      return {}
+    with self.watchdog.phase('restore'):
+      arch = algorithms.value_arch(self.arch)
+      params = self._load(self.config.ppo.value_from or source, dtype, arch)
+      if not self.config.ppo.value_from:
+        params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
+      return {'value': params}
+
+  def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
     if source:
-      return load.load_params(source, self.arch, self.parameter_shardings(), jnp.dtype(dtype))
-    make = jax.jit(lambda key: transformer.init(self.arch, key, jnp.dtype(dtype)))
+      arch = from_hf(load.read_config(source)) if wanted.num_labels else wanted
+      if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
+        raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
+      where = sharding.shardings(self.mesh, transformer.axes(arch))
+      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      if arch.num_labels == wanted.num_labels:
+        return params
+      if source == self.config.ppo.value_from:
+        raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
+      # A language model becomes a reward model: its head goes, a random score comes.
+      make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
+      params = {k: v for k, v in params.items() if k != 'head'}
+      return params | {'score': make(jax.random.key(self.config.seed))}
+    make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype)))
     return make(jax.random.key(self.config.seed))
 
 
@@ -144,17 +200,17 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   jax.set_mesh(mesh)
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
-    model = open_model(c.model.path, c.model.random.to_dict(), c.seed)
+    random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
+    model = open_model(c.model.path, random, c.seed, labels=labels)
     peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path)]))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
     with watchdog.phase('tokenize'):
       # The others find in the shared cache what the first process made.
-      data = peers.main_first(lambda: open_data(c, model, workdir))
+      data = peers.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       peers.check_same('data', digest(data.fingerprints()))
-    for corpus in data.corpora:
-      _tell(corpus, c.data.on_overlength)
+    data.tell()
   return Run(c, workdir, mesh, model, data, watchdog)
 
 
@@ -178,31 +234,6 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
     raise ConfigError(
       f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
       'on a shared file system or gs://'
-    )
-
-
-def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
-  """One line on a source, and one on what its policy for long rows did to it."""
-  log.info(
-    '%s: %d examples, %d tokens, %.1f %% supervised',
-    corpus.name,
-    len(corpus),
-    corpus.tokens,
-    100 * corpus.supervised / corpus.tokens,
-  )
-  counts = corpus.counts
-  lost = counts.dropped + counts.unsupervised
-  if lost + counts.truncated:
-    of = counts.examples + lost
-    log.warning(
-      '%s: data.on_overlength=%s: %d of %d examples dropped (%.1f %%), %d shortened (%.1f %%)',
-      corpus.name,
-      on_overlength,
-      lost,
-      of,
-      100 * lost / of,
-      counts.truncated,
-      100 * counts.truncated / of,
     )
 
 
@@ -238,9 +269,12 @@ def random_config(random: dict) -> dict:
   return {'model_type': 'llama', 'vocab_size': made.VOCAB_SIZE} | random
 
 
-def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Model:
+def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
   """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
-  them for the fingerprint.
+  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+
+  Raises:
+    ConfigError: a reward model where a language model is wanted.
   """
   if path:
     found = load.tokenizer_files(path)
@@ -253,6 +287,9 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     found['config.json'] = json.dumps(config).encode()
     fingerprint = digest([config, seed])
   arch = from_hf(config)
+  if arch.num_labels and not labels:
+    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
+  arch = dataclasses.replace(arch, num_labels=labels)
   # The same weights under another rope or another epsilon are another model.
   fingerprint = digest([fingerprint, dataclasses.asdict(arch)])
   tokenizer = Tokenizer(found, path or 'model.random')
@@ -262,6 +299,8 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True) -> Mode
     )
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
+  if labels:
+    found, config = classifier.describe(found, config, tokenizer, stops)
   return Model(path, arch, tokenizer, stops, config, found, fingerprint)
 
 
@@ -275,7 +314,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
-    ('batch_size / grad_accum', c.batch_size // c.grad_accum),
+    ('batch_size / grad_accum', algorithm_config.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
     if rows % ways:
@@ -292,38 +331,3 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
     raise ConfigError(
       f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'
     )
-
-
-def open_data(c: ml_collections.ConfigDict, model: Model, workdir: str) -> Data:
-  """Tokenizes, or opens the cache, and schedules the rows."""
-  folder = c.data.cache or files.join(workdir, 'data_cache')
-
-  def corpora(text, is_eval=False):
-    specs = sources.parse_specs(text) if text else []
-    if is_eval and (weighted := [s for s in specs if s.weight is not None]):
-      raise ConfigError(
-        f'data.eval: {weighted[0].path} has weight {weighted[0].weight}; all evaluation rows count '
-        'alike: leave the @weight out'
-      )
-    specs = [made.resolve(spec, folder) for spec in specs]
-    settings = dict(
-      cache_dir=folder,
-      seq_len=c.seq_len,
-      loss_on=c.data.loss_on,
-      on_overlength=c.data.on_overlength,
-    )
-    return specs, [
-      cache.build_or_open(s, model.tokenizer, progress=True, **settings) for s in specs
-    ]
-
-  specs, training = corpora(c.data.train)
-  _, evaluation = corpora(c.data.eval, is_eval=True)
-  if c.data.eval_fraction and not evaluation:
-    sides = [cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
-    training, evaluation = ([side[i] for side in sides] for i in (0, 1))
-  settings = dict(seed=c.seed, packed=c.data.packing)
-  schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
-  ]
-  mixture = Mixture(schedules, [s.weight for s in specs])
-  return Data(Stream(mixture, training, c.seq_len, c.batch_size), mixture, training, evaluation)

@@ -1,38 +1,36 @@
-"""Trains a run to its end: state, resume, loop, export, comparison. Shared by every algorithm that
-trains on a stream of rows.
+"""Trains a run to its end: state, resume, loop, export, comparison. Shared by every algorithm.
 
 The state comes from, in this order: this workdir's newest checkpoint; the weights of `init_from`;
 the model's weights."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import monitoring
 
-from ftjax import compare
+from ftjax import algorithm_config, algorithms, compare
 from ftjax import config as config_lib
 from ftjax.experiment import Run
 from ftjax.hf import export as hf_export
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.runtime import compiler_options, files, manifest, peers, redaction, trees
+from ftjax.runtime import files, manifest, peers, redaction
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, find_peak
-from ftjax.training import optimizer as optimizer_lib
+from ftjax.trainer import BESIDE, Trainer
 from ftjax.training.feed import Feed
 from ftjax.training.loop import Cadence, Loop, Progress
-from ftjax.training.schedule import make_schedule
 from ftjax.training.signals import Signals
-from ftjax.training.state import State, create, state_shardings, with_shardings
-from ftjax.training.step import LossFn, compile_step, make_step, program_text
+from ftjax.training.state import State
+from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
 
@@ -48,95 +46,75 @@ _FIXED = (
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
+_FIXED += ('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches')
 
+# Nor, between two updates on a rollout, what its arrays hold.
+_IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.value_from')
+_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target')
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
+Watch = Callable[[int, dict[str, float]], None]
+Write = Callable[[int, dict[str, float]], None]
 
 
-class Trainer:
-  """The compiled step of a run with everything around it."""
+class Source(Protocol):
+  """Where the batches of a run come from: rows of files, or what the model in training says
+  (episodes.py)."""
 
-  def __init__(self, run: Run, loss_fn: LossFn):
-    c = run.config
-    self.run = run
-    info = optimizer_lib.leaves(transformer.declared(run.arch), run.arch.layer_slots())
-    self.schedule = make_schedule(
-      c.optim.schedule,
-      c.optim.lr,
-      run.steps,
-      warmup_steps=c.optim.warmup_steps,
-      end_fraction=c.optim.end_fraction,
-      decay_steps=c.optim.decay_steps,
-    )
-    names = (
-      'name',
-      'b1',
-      'b2',
-      'eps',
-      'weight_decay',
-      'clip_norm',
-      'decay',
-      'multipliers',
-      'freeze',
-    )
-    recipe = optimizer_lib.Recipe(schedule=self.schedule, **{n: c.optim[n] for n in names})
-    self.frozen = optimizer_lib.frozen_names(recipe.freeze, info)
-    trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    self.optimizer = optimizer_lib.make_optimizer(recipe, info, trained)
-    dtype = jnp.dtype(c.model.param_dtype)
-    abstract = jax.eval_shape(self._create, transformer.abstract(run.arch, dtype))
-    shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
-    self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=shardings)
-    self._step = make_step(
-      loss_fn,
-      self.optimizer,
-      shardings,
-      mask=optimizer_lib.layer_mask(recipe, info, trained),
-      schedule=self.schedule,
-      clip_norm=c.optim.clip_norm,
-      ema_decay=c.optim.ema_decay,
-      seed=c.seed,
-    )
+  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
+    """Before the first batch.
 
-  @property
-  def compiler_options(self) -> dict[str, compiler_options.Value]:
-    """Of the step, on this run's devices."""
-    c, kind = self.run.config, self.run.mesh.devices.flat[0].device_kind
-    return compiler_options.resolve(kind, c.compiler_options)
+    Args:
+      trainer: of the run.
+      write: (step, values) makes a row of the split 'rollout'.
+      start: steps done.
+      saved: what `saving` returned for the checkpoint that the run goes on from, or nothing.
+    """
 
-  def _create(self, params: dict) -> State:
-    frozen, trained = trees.select(params, lambda n: n in self.frozen)
-    return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
+  def take(self, state: State, step: int) -> dict[str, jax.Array]:
+    """The device batch [A, M, ...] of a step, in order."""
 
-  def fresh(self) -> State:
-    """A state around the weights of init_from or of the model."""
-    c, model = self.run.config, self.run.model
-    source = model.source
-    if c.init_from:
-      source = load.exported(c.init_from)
-    return self._init(self.run.load_params(source, c.model.param_dtype))
+  def saving(self, step: int) -> dict[str, Any]:
+    """A checkpoint of `step` steps done is begun: what going on from it needs must stay; returns
+    the JSON of it that is to stand in the checkpoint.
+    """
 
-  def compile(self) -> jax.stages.Compiled:
-    """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
-    run, c = self.run, self.run.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum, c.seq_len)
-    batch = {
-      k: jax.ShapeDtypeStruct(shape, jnp.float32 if k == 'weights' else jnp.int32, sharding=s)
-      for k, s in run.batch_shardings(micro=True).items()
-    }
-    options = self.compiler_options
-    log.info('compiler options: %s', compiler_options.told(options) or 'none')
-    begin, counts = time.perf_counter(), _CacheCounts()
-    compiled = compile_step(self._step, self.abstract, batch, options)
-    log.info(
-      'step compiled in %.1f s; compile cache: %s', time.perf_counter() - begin, counts.close()
-    )
-    return compiled
+  def end(self) -> None:
+    """No batch is wanted any more."""
 
-  def parameters(self, state: State) -> dict:
-    """What is evaluated and exported: the moving average where there is one."""
-    return trees.merge(state.ema or state.params, state.frozen)
+
+class _Rows:
+  """The source of batches that are read from files, ahead of the step."""
+
+  def __init__(self, run: Run):
+    self._run, self._feed = run, None
+
+  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
+    run = self._run
+    self._feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
+
+  def take(self, state: State, step: int) -> dict[str, jax.Array]:
+    return self._feed.take(step)
+
+  def saving(self, step: int) -> dict[str, Any]:
+    return {}
+
+  def end(self) -> None:
+    if self._feed:
+      self._feed.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+  """What a run is trained with."""
+
+  trainer: Trainer
+  source: Source
+  eval_loss: EvalLoss
+  watch: Watch
+  checkpoints: Checkpoints
+  judge: compare.Judge
+  fingerprints: dict[str, str]
 
 
 def _check_source(workdir: str) -> None:
@@ -146,30 +124,15 @@ def _check_source(workdir: str) -> None:
     )
 
 
-class _CacheCounts:
-  """Counts hits and misses of the compile cache while it lives."""
-
-  def __init__(self):
-    self._counts = {'hits': 0, 'misses': 0}
-    monitoring.register_event_listener(self._see)
-
-  def _see(self, event: str, **_):
-    for name in self._counts:
-      if event == f'/jax/compilation_cache/cache_{name}':
-        self._counts[name] += 1
-
-  def close(self) -> str:
-    monitoring.unregister_event_listener(self._see)
-    return ', '.join(f'{v} {k}' for k, v in self._counts.items())
-
-
 def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
   """Refuses to go on with other data or another state shape than the checkpoint's; tells of the
   other changes.
   """
   now = redaction.redact(config_lib.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
-  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in _FIXED]
+  within = saved['step'] % algorithm_config.steps_per_batch(run.config)
+  kept = (*_FIXED, *_IN_ROLLOUT) if within else _FIXED
+  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
   fixed += [
     f'{k}: other content' for k, v in saved['fingerprints'].items() if fingerprints.get(k) != v
   ]
@@ -193,87 +156,142 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
-def fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def _models_beside(run: Run) -> dict[str, str]:
+  """Fingerprints of the weights that the reference, which a resume reads again, and the value model
+  come from.
+
+  Raises:
+    ConfigError: they are not there.
+  """
+  c, out = run.config, {}
+  if algorithms.has_reference(c):
+    out['reference'] = run.model.fingerprint
+    if c.init_from:
+      _check_source(c.init_from)
+      export = files.join(c.init_from, 'export')
+      out['reference'] = peers.from_main(lambda: load.fingerprint(export))
+  if algorithms.has_value_model(c) and c.ppo.value_from:
+    out['value'] = peers.from_main(lambda: load.fingerprint(c.ppo.value_from))
+    peers.check_same('ppo.value_from', load.outline(c.ppo.value_from))
+  return out
+
+
+def fit(
+  run: Run,
+  loss_fn: LossFn,
+  eval_loss: EvalLoss,
+  watch: Watch = lambda *_: None,
+  source: Source | None = None,
+) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
 
   Args:
     run: from experiment.start.
     loss_fn: of the algorithm.
-    eval_loss: (parameters, is_cancelled) -> metrics of the evaluation rows; None when cancelled.
+    eval_loss: (parameters with what stands beside the model, is_cancelled) -> metrics of the
+      evaluation rows; None when cancelled.
+    watch: is shown (steps done, metrics) of every step.
+    source: of batches; None: the rows of run.data.
   """
   locks = []  # one, held by process 0
   peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
   try:
-    _fit(run, loss_fn, eval_loss)
+    c = run.config
+    retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
+    _fit(
+      _Session(
+        trainer=Trainer(run, loss_fn),
+        source=source or _Rows(run),
+        eval_loss=eval_loss,
+        watch=watch,
+        checkpoints=Checkpoints(files.join(run.workdir, 'checkpoints'), retention),
+        judge=compare.Judge(run),
+        fingerprints=_fingerprints(run),
+      )
+    )
   finally:
     for lock in locks:
       lock.release()
 
 
-def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
+def _fingerprints(run: Run) -> dict[str, str]:
+  """Of all that a resume must find as it was."""
+  own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
+  return own | run.data.fingerprints() | _models_beside(run)
+
+
+def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
+  """(steps done, what was saved with them) of the checkpoint to go on from; None without one."""
+  run, c = s.trainer.run, s.trainer.run.config
+  start = peers.from_main(s.checkpoints.latest)
+  if start is None:
+    if c.init_from:
+      _check_source(c.init_from)
+    return None, None
+  saved = s.checkpoints.meta(start)
+  _check_resume(saved, run, s.fingerprints)
+  if saved['cursor'] != run.cursor(start) and saved['config'].get('batch_size') == c.batch_size:
+    raise DataError(
+      f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, expected '
+      f'{run.cursor(start)}: not the rows that its steps consume'
+    )
+  if start > run.steps:
+    raise ConfigError(
+      f'{run.workdir} holds a checkpoint of step {start}, but steps={run.steps}: give more steps, '
+      'or another --workdir'
+    )
+  return start, saved
+
+
+def _resumed(s: _Session, start: int, saved: dict[str, Any]) -> State:
+  run = s.trainer.run
+  with run.watchdog.phase('restore'):
+    state = s.trainer.restore(s.checkpoints, start)
+  s.judge.forget_answers_after(start)
+  log.info(
+    'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
+    start,
+    run.steps,
+    saved['cursor'] / run.data.mixture.rows_per_epoch,
+    saved['cursor'],
+    run.data.mixture.row(saved['cursor']),
+    s.fingerprints['data order'][:12],
+  )
+  return state
+
+
+def _begun(s: _Session) -> State:
+  run, trainer, judge = s.trainer.run, s.trainer, s.judge
+  if run.config.init_from:
+    judge.base()
+  state = trainer.fresh()
+  if not run.config.init_from:
+    judge.base(trainer.model(state))
+  judge.answer(trainer.model(state), 0)
+  return state
+
+
+def _fit(s: _Session) -> None:
+  run, trainer, checkpoints = s.trainer.run, s.trainer, s.checkpoints
   c = run.config
-  fingerprints = {
-    'model': run.model.fingerprint,
-    'tokenizer': run.model.tokenizer.fingerprint,
-  } | run.data.fingerprints()
-  trainer = Trainer(run, loss_fn)
-  retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
-  checkpoints = Checkpoints(files.join(run.workdir, 'checkpoints'), retention)
-  judge = compare.Judge(run)
-  start, saved = peers.from_main(checkpoints.latest), None
-  if start is not None:
-    saved = checkpoints.meta(start)
-    if (
-      saved['cursor'] != start * c.batch_size and saved['config'].get('batch_size') == c.batch_size
-    ):
-      raise DataError(
-        f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, not step x batch_size'
-      )
-    _check_resume(saved, run, fingerprints)
-    if start > run.steps:
-      raise ConfigError(
-        f'{run.workdir} holds a checkpoint of step {start}, but steps={run.steps}: give more '
-        'steps, or another --workdir'
-      )
-  elif c.init_from:
-    _check_source(c.init_from)
+  start, saved = _newest(s)
   plain = redaction.redact(config_lib.plain(c))
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
-
-  if saved is None:
-    if c.init_from:
-      judge.base()
-    state, start = trainer.fresh(), 0
-    if not c.init_from:
-      judge.base(trainer.parameters(state))
-    judge.answer(trainer.parameters(state), 0)
-  else:
-    with run.watchdog.phase('restore'):
-      state = checkpoints.restore(start, trainer.abstract)
-    judge.forget_answers_after(start)
-    first = run.data.stream.examples(start)[:1]
-    log.info(
-      'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
-      start,
-      run.steps,
-      start * c.batch_size / run.data.mixture.rows_per_epoch,
-      saved['cursor'],
-      first,
-      fingerprints['data order'][:12],
-    )
-
+  state = _begun(s) if saved is None else _resumed(s, start, saved)
   owed = bool(saved) and saved['progress']['owed']
-  if not (saved and _has_ended(saved, c.checkpoint.patience)) and (start < run.steps or owed):
-    state = _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss)
+  if not (saved and _has_ended(saved, c.checkpoint.patience)) and (
+    (start or 0) < run.steps or owed
+  ):
+    state = _train(s, state, start or 0, saved)
   best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
   if best is not None and best != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
     with run.watchdog.phase('restore'):
-      state = checkpoints.restore(best, trainer.abstract)
+      state = checkpoints.restore(best, trainer.saved(trainer.abstract))
   checkpoints.close()
-  params = trainer.parameters(state)
+  params = trainer.model(state)
   del state
   with run.watchdog.phase('export'):
     hf_export.export(
@@ -285,12 +303,12 @@ def _fit(run: Run, loss_fn: LossFn, eval_loss: EvalLoss) -> None:
       dtype=np.dtype(jnp.dtype(c.model.param_dtype)),
       stop_ids=run.model.stop_ids,
     )
-  judge.tuned(params)
+  s.judge.tuned(params)
 
 
-def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_loss) -> State:
+def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) -> State:
   """The loop with its writers, from `start` steps done."""
-  run, c = trainer.run, trainer.run.config
+  trainer, run, c = s.trainer, s.trainer.run, s.trainer.run.config
   with run.watchdog.phase('compile'):
     compiled = trainer.compile()
   writer = MetricsWriter(
@@ -303,32 +321,71 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
   )
   printed = program_text(compiled)
   executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
-  made_of = manifest.build(config_lib.plain(c), fingerprints, executable, trainer.compiler_options)
+  made_of = manifest.build(
+    config_lib.plain(c), s.fingerprints, executable, trainer.compiler_options
+  )
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
-  # With frozen leaves the formula would count products that are not computed.
-  arch, peak = run.arch, None if trainer.frozen else find_peak()
+  # With frozen leaves the formula would count products that are not computed, with other models
+  # beside this one leave out some that are.
+  alone = set(trainer.abstract.frozen).isdisjoint(BESIDE) and len(run.parts()) == 1
+  arch, peak = run.arch, find_peak() if alone and not trainer.frozen else None
   log.info(
     'MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s',
     peak.source if peak else 'unknown',
   )
 
   def evaluate(state, step, is_cancelled):
-    params = trainer.parameters(state)
-    values = eval_loss(params, is_cancelled)
+    values = s.eval_loss(trainer.averaged(state), is_cancelled)
     if values is not None:
-      judge.answer(params, step)
+      s.judge.answer(trainer.model(state), step)
     return values
 
   def meta(step):
     return {
       'step': step,
-      'cursor': step * c.batch_size,
+      'cursor': run.cursor(step),
       'config': redaction.redact(config_lib.plain(c)),
-      'fingerprints': fingerprints,
+      'fingerprints': s.fingerprints,
+      'source': s.source.saving(step),
     }
 
-  cadence = Cadence(
+  throughput = Throughput(
+    matmul_params=arch.matmul_params(),
+    num_layers=arch.num_layers,
+    attention_dim=arch.num_heads * arch.head_dim,
+    peak=peak,
+  )
+  traces = files.Staged(files.join(run.workdir, 'profile'))
+  loop = Loop(
+    compiled,
+    _cadence(run),
+    evaluate=evaluate,
+    meta=meta,
+    saved=trainer.saved,
+    watch=s.watch,
+    writer=writer,
+    checkpoints=s.checkpoints,
+    throughput=throughput,
+    signals=Signals(run.mesh),
+    watchdog=run.watchdog,
+    profile_dir=traces.folder,
+  )
+  progress = Progress(**saved['progress']) if saved else Progress()
+  write, kept = functools.partial(_write_rollout, writer), saved.get('source', {}) if saved else {}
+  try:
+    s.source.begin(trainer, write, start, kept)
+    return loop.run(state, start, s.source.take, progress)
+  finally:
+    s.source.end()
+    writer.close()
+    traces.push()
+    traces.close()
+
+
+def _cadence(run: Run) -> Cadence:
+  c = run.config
+  return Cadence(
     steps=run.steps,
     log_every=c.log.every,
     eval_every=c.eval.every,
@@ -340,31 +397,7 @@ def _train(trainer, state, start, saved, fingerprints, checkpoints, judge, eval_
     profile_start=c.profile.start,
     profile_stop=c.profile.stop,
   )
-  throughput = Throughput(
-    matmul_params=arch.matmul_params(),
-    num_layers=arch.num_layers,
-    attention_dim=arch.num_heads * arch.head_dim,
-    peak=peak,
-  )
-  traces = files.Staged(files.join(run.workdir, 'profile'))
-  loop = Loop(
-    compiled,
-    cadence,
-    evaluate=evaluate,
-    meta=meta,
-    writer=writer,
-    checkpoints=checkpoints,
-    throughput=throughput,
-    signals=Signals(run.mesh),
-    watchdog=run.watchdog,
-    profile_dir=traces.folder,
-  )
-  feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
-  try:
-    progress = Progress(**saved['progress']) if saved else Progress()
-    return loop.run(state, start, lambda _, step: feed.take(step), progress)
-  finally:
-    feed.close()
-    writer.close()
-    traces.push()
-    traces.close()
+
+
+def _write_rollout(writer: MetricsWriter, step: int, values: dict[str, float]) -> None:
+  writer.write(step, 'rollout', values)

@@ -1,6 +1,6 @@
 """The training step of a config compiled for a slice that is not here, and what the compiler says.
 
-The step is the one that fit.py compiles, from the same shapes and shardings."""
+The step is the one that training compiles, from the same shapes and shardings."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from ftjax import experiment, fit
+from ftjax import algorithm_config, config, experiment
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture
 from ftjax.planning import account, suggest, topology
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
+from ftjax.trainer import Trainer
 from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def make(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
-    trainer = fit.Trainer(run, make_loss(arch, c))
+    trainer = Trainer(run, make_loss(arch, c))
     compiled, needed = _compile(trainer)
   seconds = time.perf_counter() - begin
   chip = where.chip
@@ -98,7 +99,7 @@ def make(
     slice=where.name,
     devices=mesh.size,
     settings=settings,
-    rows=c.batch_size,
+    rows=algorithm_config.rows_per_step(c),
     length=c.seq_len,
     parameters=arch.num_params(),
     attention=name,
@@ -111,7 +112,8 @@ def make(
   if compiled is None:
     return out
   held = account.memory(compiled, trainer.abstract)
-  local_tokens = c.batch_size // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
+  rows = algorithm_config.rows_per_step(c)
+  local_tokens = rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
@@ -129,7 +131,7 @@ def make(
     gathering=gathering,
     cost=estimate(
       *(arch, where, held, moved or ()),
-      rows=c.batch_size,
+      rows=rows,
       length=c.seq_len,
       remat=c.remat,
       micro_batches=c.grad_accum,
@@ -137,7 +139,7 @@ def make(
   )
 
 
-def _compile(trainer: fit.Trainer) -> tuple[jax.stages.Compiled | None, float]:
+def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, float]:
   """(the step; None where the compiler ran out of the device's memory, bytes it then wanted)."""
   try:
     return trainer.compile(), 0.0
@@ -167,13 +169,14 @@ def better(
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  tried = suggest.candidates(arch, where, c.batch_size, c.seq_len, width, most)
+  tried = suggest.candidates(arch, where, algorithm_config.rows_per_step(c), c.seq_len, width, most)
   best = None
   for candidate in tried:
     other = c.copy_and_resolve_references()
     other.update_from_flattened_dict(candidate.overrides())
     told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
     with contextlib.suppress(ConfigError):  # what does not divide is no candidate
+      config.validate(other)
       found = make(other, where, arch, make_loss)
       log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
       quicker = found.fits and (

@@ -140,14 +140,15 @@ def main() -> None:
   config.validate(c)
   os.environ.update(topology.environment(where))
   # jax is imported from here on.
-  from ftjax import experiment, forecast, sft
+  from ftjax import algorithms, experiment, forecast
   from ftjax.models.architecture import from_hf
   from ftjax.planning import shapes
 
   random = c.model.random.to_dict()
   shape = shapes.read(c.model.path) if c.model.path else experiment.random_config(random)
-  make_loss = {'sft': sft.make_loss}[c.algorithm]
-  arch, name = from_hf(shape), c.model.path or 'model.random'
+  make_loss = command.algorithm(c.algorithm).make_loss
+  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.num_labels(c))
+  name = c.model.path or 'model.random'
   found = forecast.make(c, where, arch, make_loss)
   best = found if found.fits else None
   if _SUGGEST.value or (_SEARCH.value and not found.fits):

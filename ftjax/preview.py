@@ -1,8 +1,8 @@
 """python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N]
 
 Shows what a config would train on: sources with counts and lengths, the share of supervised tokens,
-and the first rows as a table of token | supervised | segment | position. Loads no weights and
-writes nothing but the token cache."""
+and the first rows as a table of token | supervised | segment | position; of prompts to sample from,
+the first ones with their columns. Loads no weights and writes nothing but the token cache."""
 
 import tempfile
 
@@ -21,12 +21,22 @@ def main() -> None:
   """Prints the summary and the table."""
   c = flags.FLAGS.config
   config.validate(c)
-  from ftjax import experiment
+  from ftjax import algorithms, examples, experiment
   from ftjax.data import describe
 
-  model = experiment.open_model(c.model.path, c.model.random.to_dict(), c.seed, weights=False)
+  model = experiment.open_model(
+    c.model.path,
+    c.model.random.to_dict(),
+    c.seed,
+    weights=False,
+    labels=algorithms.num_labels(c),
+  )
   with tempfile.TemporaryDirectory() as scratch:
-    data = experiment.open_data(c, model, _WORKDIR.value or scratch)
+    data = examples.open_data(c, model.tokenizer, _WORKDIR.value or scratch)
+    if isinstance(data, examples.PromptData):
+      first = [data.prompt(n) for n in range(min(_ROWS.value, c.batch_size))]
+      print(describe.prompts(data.sources, first, model.tokenizer))
+      return
     print(describe.summary(data.corpora, data.mixture))
     rows = range(min(_ROWS.value, c.batch_size))
     print(describe.table(data.stream.batch(0), model.tokenizer, rows))

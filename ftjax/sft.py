@@ -13,21 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import experiment, fit
+from ftjax.forward import hidden_states
 from ftjax.losses.cross_entropy import Terms
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
-from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding
-
-
-def hidden_states(
-  arch: Architecture, params: dict, batch: dict, dtype, remat='none', noise=None
-) -> jax.Array:
-  """dtype[B, T, D] of a batch of data/batches.py."""
-  where = Tokens(batch['segments'], batch['positions'])
-  return transformer.apply(
-    arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
-  )
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:

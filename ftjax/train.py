@@ -19,10 +19,9 @@ def main() -> None:
   c = flags.FLAGS.config
   config.validate(c)
   # jax is imported from here on: a misspelt key is told before.
-  from ftjax import sft
-
+  algorithm = command.algorithm(c.algorithm)
   command.join()
-  {'sft': sft.run}[c.algorithm](c, _WORKDIR.value)
+  algorithm.run(c, _WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import sys
 import pytest
 from absl import flags
 
-from ftjax import command, config
+from ftjax import algorithm_config, command, config
 from ftjax.models.architecture import from_hf
 from ftjax.runtime.errors import ConfigError
 
@@ -258,7 +258,7 @@ def test_every_shipped_config_resolves(path):
 
 
 def test_every_algorithm_has_a_tiny_config():
-  for name in config.ALGORITHMS:
+  for name in algorithm_config.ALGORITHMS:
     assert load(config.find(f'tiny_{name}')).algorithm == name
     importlib.import_module(f'ftjax.{name}')
 
@@ -283,6 +283,7 @@ def test_the_keys_that_scripts_rely_on():
     'checkpoint.': ('every', 'keep', 'best_metric'),
     'eval.': ('every', 'tasks', 'batch_size', 'prompts'),
     'log.': ('every',),
+    'rollout.': ('group', 'max_tokens', 'temperature'),
     'profile.': ('start', 'stop'),
   }
   names = [section + key for section, keys in promised.items() for key in keys]
@@ -290,10 +291,9 @@ def test_the_keys_that_scripts_rely_on():
 
 
 def test_every_key_is_explained_and_read():
-  text = (HERE.parent / 'ftjax' / 'config.py').read_text().split('return c.lock()')[0]
-  code = '\n'.join(
-    p.read_text() for p in (HERE.parent / 'ftjax').rglob('*.py') if p.name != 'config.py'
-  )
+  files = [HERE.parent / 'ftjax' / name for name in ('config.py', 'algorithm_config.py')]
+  text = ''.join(p.read_text().split('return c.lock()')[0] for p in files)
+  code = '\n'.join(p.read_text() for p in (HERE.parent / 'ftjax').rglob('*.py') if p not in files)
   for key in KEYS:
     assert f'  c.{key} = ' in text, key
     last = key.rsplit('.', 1)[-1]

@@ -134,6 +134,75 @@ def test_token_logprobs_are_those_of_dense_logits():
     np.testing.assert_allclose(got, np.where(weights, expected, 0), atol=1e-5, err_msg=name)
 
 
+def dense_readout(x, w, labels, weights, temperature):
+  logp = jax.nn.log_softmax(jnp.einsum('BTD,VD->BTV', x, w) / temperature)
+  picked = jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
+  entropy = -(jnp.exp(logp) * logp).sum(-1)
+  return jnp.where(weights != 0, picked, 0), jnp.where(weights != 0, entropy, 0)
+
+
+def readout_sum(readout):
+  """A number that every log-prob and entropy counts in differently, with its gradient."""
+  p, h = np.random.default_rng(2).normal(size=(2, B, T)).astype(np.float32)
+
+  def value(x, w, labels, weights, temperature):
+    logp, entropy = readout(x, w, labels, weights, temperature)
+    spread = [jax.sharding.reshard(jnp.asarray(a), jax.typeof(logp).sharding.spec) for a in (p, h)]
+    return (logp * spread[0] + entropy * spread[1]).sum(), (logp, entropy)
+
+  return jax.jit(
+    jax.value_and_grad(value, argnums=(0, 1), has_aux=True), static_argnames='temperature'
+  )
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.6])
+def test_logprobs_and_entropies_have_the_gradients_of_dense_logits(temperature):
+  x, w, labels = example()
+  ours, theirs = readout_sum(head.logprobs_and_entropies), readout_sum(dense_readout)
+  for name, weights in MASKS.items():
+    (_, values), gradients = ours(*on_mesh(x, w, labels, weights), temperature)
+    (_, dense_values), dense_gradients = theirs(x, w, labels, weights, temperature)
+    for g, e in zip(values, dense_values, strict=True):
+      np.testing.assert_allclose(g, e, atol=1e-5, err_msg=name)
+    for g, e in zip(gradients, dense_gradients, strict=True):
+      np.testing.assert_allclose(g, e, atol=1e-5 * max(1.0, np.abs(e).max()), err_msg=name)
+
+
+def test_logprobs_without_entropy_have_the_same_gradient():
+  """Also where labels and cotangents of what does not count are nonsense."""
+  x, w, labels = example()
+  weights = ragged()
+  scale = np.random.default_rng(3).normal(size=(B, T)).astype(np.float32)
+
+  def value(readout, x, w, labels, scale):
+    return (jnp.where(weights != 0, readout(x, w, labels, weights), 0) * scale).sum()
+
+  args = on_mesh(x, w, np.where(weights, labels, -7), weights)
+  grad = jax.jit(jax.grad(value, argnums=(1, 2)), static_argnums=0)
+  got = grad(head.token_logprobs, *args[:3], np.where(weights, scale, np.float32(1e30)))
+  dense_one = lambda *a: dense_readout(*a, 1.0)[0]  # noqa: E731
+  expected = grad(dense_one, x, w, labels, np.where(weights, scale, 0))
+  for g, e in zip(got, expected, strict=True):
+    np.testing.assert_allclose(g, e, atol=1e-5 * np.abs(e).max())
+  assert (np.asarray(got[0])[weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+  'sizes', [{'fsdp': 2, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}]
+)
+def test_gradients_of_logprobs_on_a_mesh_as_on_one_device(sizes, use_mesh):
+  x, w, labels = example()
+  weights = ragged() * np.float32([[0], [1]])
+  expected = readout_sum(dense_readout)(x, w, labels, weights, 0.7)
+  use_mesh(**sizes)
+  got = readout_sum(head.logprobs_and_entropies)(*on_mesh(x, w, labels, weights), 0.7)
+  (_, values), gradients = got
+  (_, dense_values), dense_gradients = expected
+  pairs = zip((*values, *gradients), (*dense_values, *dense_gradients), strict=True)
+  for g, e in pairs:
+    np.testing.assert_allclose(g, e, atol=1e-5 * max(1.0, np.abs(e).max()))
+
+
 def test_logits_of_the_last_states():
   x, w, _ = example()
   got = jax.jit(head.logits)(place(x[:, -1], 'batch', None), place(w, 'vocab', 'embed'))
@@ -190,6 +259,17 @@ def sft(arch, rows, length=64):
   return jax.value_and_grad(loss), (init(arch), tokens, where, tokens, weights)
 
 
+def preference(arch, rows, length=64):
+  """The same of a loss of log-probs and entropies."""
+
+  def loss(params, tokens, where, labels, weights):
+    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+    logp, h = head.logprobs_and_entropies(x, params['embed']['w'], labels, weights, 0.7)
+    return jnp.log1p(jnp.exp(logp)).sum() + h.sum()
+
+  return jax.value_and_grad(loss), sft(arch, rows, length)[1]
+
+
 def largest(jaxpr):
   """The largest array that a jaxpr or one it calls mentions, in elements."""
   sizes = [
@@ -200,9 +280,9 @@ def largest(jaxpr):
 
 def test_no_array_of_tokens_by_vocabulary_is_traced():
   """1,024 tokens and 8,192 words: nothing is larger than one chunk's logits, an eighth of that."""
-  fn, args = sft(WIDE, rows=16)
-  found = largest(jax.make_jaxpr(fn)(*args).jaxpr)
-  assert found == 128 * WIDE.vocab_size
+  for made in (sft, preference):
+    fn, args = made(WIDE, rows=16)
+    assert largest(jax.make_jaxpr(fn)(*args).jaxpr) == 128 * WIDE.vocab_size
   # The same walk sees them where they are.
   shapes = ((16, 64, D), (8192, D), (16, 64), (16, 64))
   arrays = [np.zeros(s, t) for s, t in zip(shapes, 'ffif', strict=True)]
@@ -210,15 +290,16 @@ def test_no_array_of_tokens_by_vocabulary_is_traced():
   assert largest(jax.make_jaxpr(dense_fn)(*arrays).jaxpr) == 1024 * WIDE.vocab_size
 
 
-def temporaries(rows):
-  fn, args = sft(WIDE, rows)
+def temporaries(made, rows):
+  fn, args = made(WIDE, rows)
   return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_temporaries_grow_with_tokens_times_width_not_vocabulary():
+@pytest.mark.parametrize('made', [sft, preference])
+def test_temporaries_grow_with_tokens_times_width_not_vocabulary(made):
   """1,024 tokens more at a fixed chunk: 32 MiB if they were multiplied with the vocabulary. A block
   keeps about 30 arrays of D or F numbers a token, and its scores, N * T a token.
   """
-  growth = temporaries(32) - temporaries(16)
+  growth = temporaries(made, 32) - temporaries(made, 16)
   per_token = 40 * WIDE.ffn_dim + 4 * WIDE.num_heads * 64
   assert 0 < growth <= 1024 * per_token * 4 < 1024 * WIDE.vocab_size * 4 / 2

@@ -22,7 +22,24 @@ FOLDERS = {
 }
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'command'}
 # Layer 5 in the order in which its files may import each other: data, wiring, training, algorithms.
-WIRING = ('config', 'experiment', 'compare', 'fit', 'forecast')
+WIRING = (
+  'algorithm_config',
+  'config',
+  'algorithms',
+  'forward',
+  'examples',
+  'experiment',
+  'compare',
+  'trainer',
+  'fit',
+  'forecast',
+  'pairs',
+  'preference_loss',
+  'rollout_files',
+  'sampled',
+  'episodes',
+  'policy_gradient',
+)
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 

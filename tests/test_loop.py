@@ -73,7 +73,16 @@ class Record:
 
 
 def run(
-  cadence, *, start=0, bad=(), losses=None, evals=None, progress=None, at_step=None, at_eval=None
+  cadence,
+  *,
+  start=0,
+  bad=(),
+  losses=None,
+  evals=None,
+  progress=None,
+  at_step=None,
+  at_eval=None,
+  watching=False,
 ):
   """(record, final state); the state counts steps. evals: {step: loss}. bad: steps that fail."""
   record = Record()
@@ -112,6 +121,8 @@ def run(
     cadence,
     evaluate=evaluate,
     meta=lambda done: {'step': done},
+    saved=lambda state: state,
+    watch=lambda done, values: record.events.append(f'watch {done}') if watching else None,
     writer=record,
     checkpoints=record,
     throughput=record,
@@ -155,6 +166,11 @@ def test_evaluations_and_saves_when_due_and_at_the_end():
   assert {step: state for step, (state, _, _) in record.saved.items()} == {
     s: s for s in (3, 6, 9, 10)
   }
+
+
+def test_every_step_is_watched_once():
+  record, _ = run(with_(log_every=5, save_every=3), watching=True)
+  assert [e for e in record.events if 'watch' in e] == [f'watch {k}' for k in range(1, 11)]
 
 
 def test_a_resumed_loop_keeps_the_cadence():

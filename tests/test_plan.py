@@ -17,11 +17,12 @@ import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax import config, experiment, fit, forecast, sft
+from ftjax import config, experiment, forecast, sft
 from ftjax.models.architecture import from_hf
 from ftjax.planning import account, shapes, suggest, topology
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
+from ftjax.trainer import Trainer
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='needs libtpu: pip install ftjax[plan]'
@@ -251,7 +252,7 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
     before = jax.live_arrays()  # held, so that no new array takes an old one's identity
     known = {id(a) for a in before}
     run = experiment.without_data(c, whole, arch)
-    trainer = fit.Trainer(run, sft.make_loss(arch, c))
+    trainer = Trainer(run, sft.make_loss(arch, c))
     step = trainer.compile()
     state, batch = trainer.fresh(), {}
     host = np.zeros((2, 8, 64), np.int32)
@@ -382,7 +383,7 @@ def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change
   def compiled(_):
     raise AssertionError('it was compiled')
 
-  monkeypatch.setattr(fit.Trainer, 'compile', compiled)
+  monkeypatch.setattr(Trainer, 'compile', compiled)
   c = small()
   c.grad_accum = 1
   c.mesh.update(mesh)

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from tiny_run import BATCH, EPOCH_STEPS, STEPS
 
-from ftjax import config, experiment
+from ftjax import config, examples, experiment
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
@@ -91,7 +91,7 @@ def test_what_was_fed_is_the_schedule(reference):
   """
   c = tiny_config(reference)
   model = experiment.open_model('', c.model.random.to_dict(), c.seed, weights=False)
-  data = experiment.open_data(c, model, str(reference))
+  data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)
   fed = [rows['train', step + 1]['batch_checksum'] for step in range(STEPS)]

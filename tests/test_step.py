@@ -54,6 +54,7 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
   }
   for key in ('tokens', 'segments', 'positions'):
     batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
+  batch['weights'] = np.stack([batch['w'], np.zeros_like(batch['w'])], -1)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
   return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 
@@ -94,7 +95,8 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
   positions = np.array([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6, 7]] * 4, np.int32).reshape(
     2, 4, 8
   )
-  arrays = dict(tokens=tokens, segments=segments, positions=positions)
+  weights = (segments == 1).astype(np.float32) / 2
+  arrays = dict(tokens=tokens, segments=segments, positions=positions, weights=weights)
   same = segments[..., :, None] == segments[..., None, :]
   mask = same & np.tril(np.ones((8, 8), bool)) & (segments > 0)[..., None]
   expected = tiny_run.checksum(tokens)
@@ -107,7 +109,9 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
 
   for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):
     use_mesh(**sizes)
-    assert count() == {'tokens': 52, 'attended': mask.sum(), 'batch_checksum': expected}
+    supervised = {'supervised_tokens': weights.sum()}
+    found = {'tokens': 52, 'attended': mask.sum(), 'batch_checksum': expected} | supervised
+    assert count() == found
   assert count(tokens=tokens[:, ::-1])['batch_checksum'] != expected
   tokens[1, 2, 3] += 1
   assert count(tokens=tokens)['batch_checksum'] != expected

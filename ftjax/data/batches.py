@@ -1,11 +1,13 @@
-"""Rows to arrays: tokens, shifted labels, weights, segments and positions, all [B, T].
+"""Rows to arrays: tokens, shifted labels, weights, segments and positions, all [B, T]; of judged
+answers also their values [B].
 
 Labels are shifted here, on the host. Segment ids are 1, 2, ... for the examples of a row and 0 for
 padding, which no segment matches; positions start at 0 in every example. Token 0 stands on padding;
 what is supervised is decided by position alone, never by a token's id.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,10 +17,13 @@ from ftjax.data.schedule import Mixture
 Batch = dict[str, np.ndarray]
 
 
-def empty(batch_size: int, seq_len: int) -> Batch:
-  """A batch of nothing but padding: int32 and float32 [B, T]."""
+def empty(batch_size: int, seq_len: int, shape: str = 'text') -> Batch:
+  """A batch of nothing but padding: int32 and float32 [B, T], and float32[B] `values` where the
+  examples of this shape (see cache.Corpus) have them.
+  """
+  values = {} if shape == 'text' else {'values': np.zeros(batch_size, np.float32)}
   shape = (batch_size, seq_len)
-  return {
+  return values | {
     'tokens': np.zeros(shape, np.int32),
     'labels': np.zeros(shape, np.int32),
     'weights': np.zeros(shape, np.float32),
@@ -49,6 +54,28 @@ def fill_row(batch: Batch, row: int, examples: Iterable[tuple[np.ndarray, np.nda
     start = end
 
 
+def _mismatched(own, other, room: int) -> tuple[np.ndarray, np.ndarray]:
+  """The prompt of one example with the answer of another, cut at `room` tokens; both as (tokens,
+  supervised). KTO's reference point is made of these (losses/preference.py).
+  """
+  prompt, answer = own[0][: own[1].argmax()], other[0][other[1].argmax() :]
+  tokens = np.concatenate([prompt, answer])[:room]
+  return tokens, np.arange(len(tokens)) >= len(prompt)
+
+
+def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Callable) -> None:
+  """Writes examples of a corpus into a row. A labelled one is followed by its prompt with the
+  answer of `other()`, as (tokens, supervised).
+  """
+  parts = [side for i in ids for side in corpus.sides(i)]
+  if corpus.shape == 'label':
+    room = batch['tokens'].shape[1] - len(parts[0][0])
+    parts.append(_mismatched(parts[0], other(), room))
+  fill_row(batch, row, parts)
+  if corpus.shape != 'text':
+    batch['values'][row] = corpus.value(ids[0])
+
+
 class Stream:
   """Training batches by step number; nothing is remembered between calls."""
 
@@ -62,14 +89,20 @@ class Stream:
 
     Returns:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
-      tokens[t + 1] where that token is supervised and of the same example (weight 1), else 0.
+      tokens[t + 1] where that token is supervised and of the same example (weight 1), else 0. The
+      sides of a pair are segments 1 and 2 of its row.
     """
-    batch = empty(self.batch_size, self.seq_len)
+    batch = empty(self.batch_size, self.seq_len, self._corpora[0].shape)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
-      corpus = self._corpora[row.source]
-      fill_row(batch, i, (corpus.example(e) for e in row.examples))
+      other = functools.partial(self._first, step, (i + 1) % self.batch_size)
+      _fill(batch, i, self._corpora[row.source], row.examples, other)
     return batch
+
+  def _first(self, step: int, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first example of row i of a step."""
+    row = self._mixture.row(step * self.batch_size + i)
+    return self._corpora[row.source].example(row.examples[0])
 
   def examples(self, step: int) -> list[tuple[int, int, int]]:
     """(source, example, epoch) of every example in the batch of a step, in the order of the
@@ -111,8 +144,9 @@ def eval_batches(
   """
   rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
   for start in range(0, len(rows), batch_size):
-    batch = empty(batch_size, seq_len)
-    for i, ids in enumerate(rows[start : start + batch_size]):
+    batch, some = empty(batch_size, seq_len, corpus.shape), rows[start : start + batch_size]
+    for i, ids in enumerate(some):
       if wanted is None or i in wanted:
-        fill_row(batch, i, (corpus.example(e) for e in ids))
+        other = functools.partial(corpus.example, some[(i + 1) % len(some)][0])
+        _fill(batch, i, corpus, ids, other)
     yield batch

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.data import encode, formats, sources
+from ftjax.data import counts, encode, formats, judged, sources
+from ftjax.data.counts import Counts
 from ftjax.data.formats import Bad
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
@@ -31,13 +32,12 @@ from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 3  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is whole
 _CHUNK = 1000  # rows tokenized at once
 _CHUNK_CHARACTERS = 4_000_000  # or so many characters
 _MAX_REPORTED = 20  # bad rows listed in one message
 _ABANDONED = 24 * 3600  # seconds
-_MIN_SUPERVISED = 0.001  # share of tokens below which a mask is taken for a mistake
 
 _DTYPES = {
   'tokens': '<i4',  # [all tokens]
@@ -45,24 +45,9 @@ _DTYPES = {
   'offsets': '<i8',  # [examples + 1]
   'supervised_lengths': '<i4',  # [examples]
   'places': '<i8',  # [examples, 2]: file number, line
+  'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
+  'values': '<f4',  # [examples]: margin, label or score, else 0
 }
-
-
-@dataclasses.dataclass
-class Counts:
-  """What became of a source's rows. Examples and tokens are those kept."""
-
-  rows: int = 0
-  examples: int = 0
-  tokens: int = 0
-  supervised: int = 0
-  dropped: int = 0  # over seq_len, policy 'drop'
-  truncated: int = 0  # over seq_len, shortened and kept
-  unsupervised: int = 0  # shortened until nothing supervised was left, and dropped
-  straddled: int = 0  # tokens on a border of prompt and answer
-  chat_tokens: int = 0
-  chat_supervised: int = 0
-  chat_examples: int = 0
 
 
 class Corpus:
@@ -71,6 +56,7 @@ class Corpus:
   Attributes:
     name: of the source, for messages.
     lengths: int32[n], tokens of each example.
+    shape: what an example is: 'text', or one of judged.SHAPES.
     tokens, supervised: tokens of all examples, and those supervised.
     counts: of the whole source, as built.
     fingerprint: sha256 hex of the examples in order.
@@ -92,7 +78,7 @@ class Corpus:
       raise DataError(
         f'{folder}: its meta.json cannot be read ({error}); delete the folder'
       ) from error
-    self.counts = Counts(**meta['counts'])
+    self.counts, self.shape = Counts(**meta['counts']), meta['shape']
     arrays = {}
     for part, dtype in _DTYPES.items():
       path = folder / f'{part}.bin'
@@ -104,6 +90,7 @@ class Corpus:
       arrays[part] = np.asarray(np.memmap(path, dtype, mode='r'))
     self._tokens, self._supervised = arrays['tokens'], arrays['supervised']
     self._offsets, self._places = arrays['offsets'], arrays['places'].reshape(-1, 2)
+    self._boundaries, self._values = arrays['boundaries'], arrays['values']
     lengths, supervised = np.diff(self._offsets).astype(np.int32), arrays['supervised_lengths']
     self.fingerprint = meta['fingerprint']
     if index is not None:
@@ -125,6 +112,21 @@ class Corpus:
     start, end = self._offsets[self._at(i) : self._at(i) + 2]
     return self._tokens[start:end], self._supervised[start:end].view(bool)
 
+  def sides(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Example i as what attends only to itself: both sides of a pair, else the example."""
+    tokens, supervised = self.example(i)
+    boundary = int(self._boundaries[self._at(i)])
+    if not boundary:
+      return [(tokens, supervised)]
+    return [
+      (tokens[:boundary], supervised[:boundary]),
+      (tokens[boundary:], supervised[boundary:]),
+    ]
+
+  def value(self, i: int) -> float:
+    """Margin, label or score of example i."""
+    return float(self._values[self._at(i)])
+
   def where(self, i: int) -> str:
     """The row that example i came from: 'file.jsonl:17'."""
     file, line = self._places[self._at(i)]
@@ -145,8 +147,8 @@ class Corpus:
 class _Writer:
   """Appends examples to the files of a cache folder under construction."""
 
-  def __init__(self, folder: Path):
-    self._folder = folder
+  def __init__(self, folder: Path, shape: str):
+    self._folder, self._shape = folder, shape
     self._files = {part: open(folder / f'{part}.bin', 'wb') for part in _DTYPES}  # noqa: SIM115
     self._digest = hashlib.sha256(b'ftjax corpus 1\n')
     self.counts = Counts()
@@ -171,9 +173,13 @@ class _Writer:
     self._put('offsets', [counts.tokens])
     self._put('supervised_lengths', [supervised])
     self._put('places', [file, line])
+    self._put('boundaries', [example.boundary])
+    self._put('values', [example.value])
     self._digest.update(np.int64(n).tobytes())
     self._digest.update(example.tokens.astype('<i4').tobytes())
     self._digest.update(np.packbits(example.supervised).tobytes())
+    if self._shape != 'text':
+      self._digest.update(np.array([example.boundary, example.value], '<f8').tobytes())
 
   def close(self) -> None:
     for file in self._files.values():
@@ -187,6 +193,7 @@ class _Writer:
     self.close()
     meta = {
       'schema': SCHEMA,
+      'shape': self._shape,
       'fingerprint': self._digest.hexdigest(),
       'counts': dataclasses.asdict(self.counts),
       'bytes': {part: (self._folder / f'{part}.bin').stat().st_size for part in _DTYPES},
@@ -206,6 +213,7 @@ class _Build:
   seq_len: int
   loss_on: str
   on_overlength: str
+  shape: str
   names: list[str]
   writer: _Writer
   form: str | None = None
@@ -214,10 +222,12 @@ class _Build:
   def _reject(self, file: int, line: int, reason: str) -> None:
     self.bad.append(f'{self.names[file]}:{line}: {reason}')
 
-  def _parse(self, row) -> formats.Example | Bad:
+  def _parse(self, row) -> formats.Example | judged.Pair | judged.Judged | Bad:
     if isinstance(row, Bad):
       return row
     try:
+      if self.shape != 'text':
+        return judged.parse(row, self.shape, self.spec.format)
       self.form = self.form or self.spec.format or formats.detect(row)
       return formats.parse(row, self.form, self.tokenizer.template is not None)
     except ValueError as error:
@@ -226,7 +236,12 @@ class _Build:
   def add_rows(self, chunk: list[tuple[int, int, sources.Row | Bad]]) -> None:
     parsed = [(file, line, self._parse(row)) for file, line, row in chunk]
     good = [example for _, _, example in parsed if not isinstance(example, Bad)]
-    encoded = iter(encode.encode(good, self.tokenizer, self.loss_on))
+    found = (
+      encode.encode(good, self.tokenizer, self.loss_on)
+      if self.shape == 'text'
+      else judged.encode(good, self.tokenizer)
+    )
+    encoded = iter(found)
     for file, line, example in parsed:
       self.writer.counts.rows += 1
       result = example if isinstance(example, Bad) else next(encoded)
@@ -237,19 +252,24 @@ class _Build:
         self._add(one, file, line)
 
   def _add(self, example: encode.Encoded, file: int, line: int) -> None:
-    counts = self.writer.counts
+    seen = self.writer.counts
+    fit = judged.fit if example.boundary else encode.fit
+    if example.boundary:
+      chosen, rejected = judged.over(example, self.seq_len)
+      seen.chosen_over += chosen
+      seen.rejected_over += rejected
     try:
-      kept = encode.fit(example, self.seq_len, self.on_overlength)
+      kept = fit(example, self.seq_len, self.on_overlength)
     except ValueError as error:
       self._reject(file, line, str(error))
       return
     if kept is not None:
-      counts.truncated += len(kept.tokens) < len(example.tokens)
+      seen.truncated += len(kept.tokens) < len(example.tokens)
       self.writer.add(kept, file, line)
     elif self.on_overlength == 'drop':
-      counts.dropped += 1
+      seen.dropped += 1
     else:
-      counts.unsupervised += 1
+      seen.unsupervised += 1
 
 
 def _chunks(rows: Iterator, size: int) -> Iterator[list]:
@@ -265,28 +285,6 @@ def _chunks(rows: Iterator, size: int) -> Iterator[list]:
     yield chunk
 
 
-def _check_counts(spec: Spec, counts: Counts, loss_on: str) -> None:
-  """Refuses a corpus that would train on nothing, or whose mask is no mask."""
-  if not counts.rows:
-    raise DataError(f'{spec.path}: no row in it')
-  if not counts.examples:
-    raise DataError(
-      f'{spec.path}: none of {counts.rows} rows is left ({counts.dropped} dropped as longer than '
-      f'seq_len, {counts.unsupervised} without a supervised token after truncation); raise seq_len'
-    )
-  if counts.supervised < _MIN_SUPERVISED * counts.tokens:
-    raise DataError(
-      f'{spec.path}: {counts.supervised} of {counts.tokens} tokens are supervised, less than '
-      f'{_MIN_SUPERVISED:.1%}; look at the rows with `python -m ftjax.preview`'
-    )
-  predictable = counts.chat_tokens - counts.chat_examples
-  if loss_on == 'assistant' and counts.chat_examples and counts.chat_supervised >= predictable:
-    raise DataError(
-      f'{spec.path}: every token of the conversations is supervised although data.loss_on is '
-      "'assistant'; if that is meant, set data.loss_on='all'"
-    )
-
-
 def _build(build: _Build, progress: bool) -> None:
   rows = sources.scan(build.spec)
   name = build.spec.path.rstrip('/').rpartition('/')[2]
@@ -300,11 +298,11 @@ def _build(build: _Build, progress: bool) -> None:
     more = ' (there may be more)' if len(build.bad) >= _MAX_REPORTED else ''
     listed = '\n  '.join(build.bad[:_MAX_REPORTED])
     raise DataError(f'{build.spec.path}: rows that cannot be used{more}:\n  {listed}')
-  _check_counts(build.spec, build.writer.counts, build.loss_on)
+  counts.check(build.spec.path, build.writer.counts, build.loss_on)
 
 
 def cache_key(
-  spec: Spec, tokenizer: Tokenizer, seq_len: int, loss_on: str, on_overlength: str
+  spec: Spec, tokenizer: Tokenizer, seq_len: int, loss_on: str, on_overlength: str, shape: str
 ) -> str:
   """Hex name of the cache of these settings: content, tokenizer, template, policy, schema."""
   facts = {
@@ -315,6 +313,7 @@ def cache_key(
     'seq_len': seq_len,
     'loss_on': loss_on,
     'on_overlength': on_overlength,
+    'shape': shape,
   }
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -328,6 +327,7 @@ def build_or_open(
   loss_on: str,
   on_overlength: str,
   progress: bool,
+  shape: str = 'text',
 ) -> Corpus:
   """Tokenizes a source, or opens what an earlier run tokenized.
 
@@ -339,6 +339,7 @@ def build_or_open(
     loss_on: see `encode.encode`.
     on_overlength: 'error', 'drop', 'truncate_left' (keeps the end) or 'truncate_right'.
     progress: show a bar while tokenizing.
+    shape: what the rows must be: 'text', or one of judged.SHAPES, which ignore `loss_on`.
 
   Raises:
     ConfigError: an unknown policy. DataError: rows that cannot be used (up to 20 listed with file,
@@ -354,7 +355,7 @@ def build_or_open(
     raise ConfigError(f'seq_len={seq_len}; expected at least 2')
   names = sources.source_names(spec)
   root = files.local_mirror(cache_dir)
-  folder = root / cache_key(spec, tokenizer, seq_len, loss_on, on_overlength)
+  folder = root / cache_key(spec, tokenizer, seq_len, loss_on, on_overlength, shape)
   remote = files.join(cache_dir, folder.name)
   if not folder.is_dir():
     root.mkdir(parents=True, exist_ok=True)
@@ -363,9 +364,10 @@ def build_or_open(
     scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
     try:
       if not files.fetch_folder(remote, scratch, _MARK):
-        writer = _Writer(scratch)
+        writer = _Writer(scratch, shape)
+        policy = (seq_len, loss_on, on_overlength, shape)
         try:
-          _build(_Build(spec, tokenizer, seq_len, loss_on, on_overlength, names, writer), progress)
+          _build(_Build(spec, tokenizer, *policy, names, writer), progress)
           writer.finish()
         finally:
           writer.close()

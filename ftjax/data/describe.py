@@ -6,6 +6,7 @@ import numpy as np
 
 from ftjax.data.batches import Batch
 from ftjax.data.cache import Corpus
+from ftjax.data.prompts import Prompt, Prompts
 from ftjax.data.schedule import Mixture
 from ftjax.data.tokenizer import Tokenizer
 
@@ -57,4 +58,21 @@ def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
     if counts.straddled:
       lines.append(f'  {counts.straddled:,} tokens on a border of prompt and answer')
   lines.append(f'mixture: {mixture.rows_per_epoch:,} rows an epoch')
+  return '\n'.join(lines)
+
+
+def prompts(sources: Sequence[Prompts], first: Sequence[Prompt], tokenizer: Tokenizer) -> str:
+  """Counts, lengths and columns of prompts to sample from, and the first ones as the model reads
+  them."""
+  lines = []
+  for s in sources:
+    lengths = np.sort(s.lengths)
+    lines.append(
+      f'{s.name}: {len(s.rows)} prompts of {lengths[0]} to {lengths[-1]} tokens, half at most '
+      f'{lengths[len(lengths) // 2]}; {s.dropped} longer ones dropped; columns: '
+      f'{", ".join(s.columns) or "none"}'
+    )
+  for p in first:
+    lines += ['', f'{p.place}: {len(p.ids)} tokens', tokenizer.decode(p.ids, skip_special=False)]
+    lines += [f'  {name} = {value!r}' for name, value in p.columns.items()]
   return '\n'.join(lines)

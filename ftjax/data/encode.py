@@ -34,12 +34,16 @@ class Encoded:
     is_chat: whether a template rendered it.
     straddled: tokens that hold the end of a prompt and the start of an answer at once; unsupervised
       in a chat, and tokenized apart in a completion.
+    boundary: of a pair, where its second side begins; else 0. See judged.py, also for
+    value: what a row says of its answers, a number.
   """
 
   tokens: np.ndarray
   supervised: np.ndarray
   is_chat: bool
   straddled: int = 0
+  boundary: int = 0
+  value: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,16 +210,23 @@ def _once(tokenizer: Tokenizer, ids, end: Sequence[int] = ()) -> np.ndarray:
   return np.concatenate([prefix, ids, end]).astype(np.int32)
 
 
+def _split_ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer):
+  """Per (prompt, answer): ids of the prompt as it stands alone, ids of the answer, and whether the
+  two had to be tokenized apart.
+  """
+  prompts = tokenizer.encode_batch([prompt for prompt, _ in texts])
+  wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in texts])
+  for (_, answer), prompt, whole in zip(texts, prompts, wholes, strict=True):
+    n = len(prompt)
+    apart = len(whole) < n or not np.array_equal(whole[:n], prompt)
+    yield prompt, (np.array(tokenizer.encode(answer), np.int32) if apart else whole[n:]), apart
+
+
 def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_on: str):
   """BOS, prompt, completion, EOS. The prompt's ids are those that sampling from it will see."""
   eos = _require_eos(tokenizer)
-  prompts = tokenizer.encode_batch([r.prompt for r in rows])
-  wholes = tokenizer.encode_batch([r.prompt + r.completion for r in rows])
   out: list[list[Encoded] | Bad] = []
-  for row, prompt, whole in zip(rows, prompts, wholes, strict=True):
-    n = len(prompt)
-    apart = len(whole) < n or not np.array_equal(whole[:n], prompt)
-    answer = tokenizer.encode(row.completion) if apart else whole[n:]
+  for prompt, answer, apart in _split_ids([(r.prompt, r.completion) for r in rows], tokenizer):
     before = _once(tokenizer, prompt)
     end = [] if len(answer) and answer[-1] == eos else [eos]
     ids = np.concatenate([before, answer, end]).astype(np.int32)
@@ -265,6 +276,61 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, loss_on: str):
     if not isinstance(result, Bad) and not all(e.supervised.any() for e in result):
       out[i] = Bad('no token of this row is supervised')
   return out
+
+
+def encode_answers(
+  examples: Sequence[Chat | Completion], tokenizer: Tokenizer
+) -> list[Encoded | Bad]:
+  """Tokens of prompts with one answer each, the answer supervised up to the token that ends it.
+
+  The prompt's ids are those of `encode_prompt`, so that all answers to a prompt follow the same
+  ids: where a token would hold the end of the prompt and the start of the answer, the two are
+  tokenized apart. Of a conversation the answer is its last message.
+
+  Raises:
+    DataError: the tokenizer lacks what all rows of a kind need (a template, an EOS).
+  """
+  texts: list[tuple[str, str] | Bad] = []
+  for example in examples:
+    if isinstance(example, Completion):
+      texts.append((example.prompt, example.completion))
+      continue
+    try:
+      (piece,) = _pieces(example, tokenizer, 'completion')
+      ((start, end),) = piece.spans
+      texts.append((piece.text[:start], piece.text[start:end]))
+    except ValueError as error:
+      texts.append(Bad(str(error)))
+  ids = _split_ids([t for t in texts if not isinstance(t, Bad)], tokenizer)
+  out: list[Encoded | Bad] = []
+  for example, text in zip(examples, texts, strict=True):
+    if isinstance(text, Bad):
+      out.append(text)
+    else:
+      out.append(_answer(example, *next(ids), tokenizer))
+  return out
+
+
+def _answer(example: Chat | Completion, prompt, answer, apart: bool, tokenizer: Tokenizer):
+  """Encoded of the ids of a prompt and its answer, or Bad."""
+  is_chat = isinstance(example, Chat)
+  if is_chat:
+    prompt = prompt[1:] if _doubled_bos(prompt, tokenizer) else prompt
+    stops = np.flatnonzero(np.isin(answer, list(tokenizer.special_ids)))
+    if not len(stops):
+      return Bad(
+        f'{_template_name(tokenizer)}: the answer ends without a special token, so where it is '
+        'complete cannot be seen; let the template write one, or give prompt/completion rows'
+      )
+    answer = answer[: stops[-1] + 1]
+  else:
+    eos, prompt = _require_eos(tokenizer), _once(tokenizer, prompt)
+    answer = answer if len(answer) and answer[-1] == eos else np.append(answer, eos)
+  ids = np.concatenate([prompt, answer]).astype(np.int32)
+  supervised = np.arange(len(ids)) >= max(len(prompt), 1)
+  if not supervised.any():
+    return Bad('no token of this row is supervised')
+  return Encoded(ids, supervised, is_chat, int(apart))
 
 
 def encode_prompt(prompt: Chat | str, tokenizer: Tokenizer) -> list[int]:

@@ -297,4 +297,6 @@ def parse(row: Mapping, form: str, has_template: bool) -> Example:
   Raises:
     ValueError: the row cannot be used; the message is the reason, without file and line.
   """
+  if form not in _READERS:
+    raise ValueError(f'{form!r} rows judge answers; this algorithm reads one of {list(FORMATS)}')
   return _READERS[form][1](row, has_template)

@@ -1,7 +1,8 @@
 """Rows and a tokenizer made on the spot, so that every algorithm can be tried from nothing.
 
-A source 'sums:N' is N questions like "7 + 5 =" with their answers; the tokenizer has one token a
-byte and a ChatML template."""
+A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
+wrong answer to each, 'labels:N' one of the two with the label that says which, 'scores:N' with its
+distance from the right one. The tokenizer has one token a byte and a ChatML template."""
 
 import dataclasses
 import json
@@ -28,7 +29,7 @@ def sums(count: int) -> list[dict]:
     key=lambda p: (p[0] * 7919 + p[1] * 104729) % 10007,
   )
   if not 0 < count <= len(pairs):
-    raise ConfigError(f'data.train=sums:{count}; expected 1 to {len(pairs)} rows')
+    raise ConfigError(f'{count} made rows; expected 1 to {len(pairs)}, as in data.train=sums:400')
   return [
     {
       'messages': [
@@ -40,16 +41,35 @@ def sums(count: int) -> list[dict]:
   ]
 
 
+def _judged(kind: str, count: int) -> list[dict]:
+  """The rows of `sums` with wrong, vague answers beside the right ones, or in place of every other
+  one. A model that knows no sums can tell them by their first word.
+  """
+  rows = []
+  for i, row in enumerate(sums(count)):
+    prompt, right = row['messages'][:1], row['messages'][1]
+    off = 1 + i % 9
+    wrong = right | {'content': f'about {int(right["content"]) + off}'}
+    if kind == 'pairs':
+      rows.append({'prompt': prompt, 'chosen': [right], 'rejected': [wrong]})
+      continue
+    is_right = i % 2 == 0
+    verdict = {'label': is_right} if kind == 'labels' else {'score': 0.0 if is_right else -off / 9}
+    rows.append({'messages': [*prompt, right if is_right else wrong]} | verdict)
+  return rows
+
+
 def resolve(spec: Spec, folder: str) -> Spec:
   """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
   this machine); others pass.
   """
   kind, _, count = spec.path.partition(':')
-  if kind != 'sums' or not count.isdigit():
+  if kind not in ('sums', 'pairs', 'labels', 'scores') or not count.isdigit():
     return spec
-  path = files.local_mirror(folder) / f'sums-{int(count)}.jsonl'
+  path = files.local_mirror(folder) / f'{kind}-{int(count)}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(''.join(json.dumps(row) + '\n' for row in sums(int(count))))
+  rows = sums(int(count)) if kind == 'sums' else _judged(kind, int(count))
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return dataclasses.replace(spec, path=str(path))
 
 

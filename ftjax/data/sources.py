@@ -20,9 +20,12 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from ftjax.data.formats import FORMATS, Bad
+from ftjax.data import formats, judged
+from ftjax.data.formats import Bad
 from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
+
+FORMATS = (*formats.FORMATS, *judged.FORMATS)
 
 _HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?')
 _MAX_CSV_FIELD = 1 << 28  # characters

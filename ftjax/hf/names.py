@@ -28,7 +28,7 @@ class Row:
   hf_axes: str
   leaf: str
   axes: str
-  untied_only: bool = False
+  needs: str = ''  # 'untied': only models with a head of their own have it; 'score': reward models
 
 
 _LLAMA = (
@@ -43,7 +43,8 @@ _LLAMA = (
   Row('model.layers.{l}.mlp.up_proj.weight', 'F D', 'mlp/up/w', 'DF'),
   Row('model.layers.{l}.mlp.down_proj.weight', 'D F', 'mlp/down/w', 'FD'),
   Row('model.norm.weight', 'D', 'final_norm/scale', 'D'),
-  Row('lm_head.weight', 'V D', 'head/w', 'VD', untied_only=True),
+  Row('lm_head.weight', 'V D', 'head/w', 'VD', needs='untied'),
+  Row('score.weight', 'R D', 'score/w', 'RD', needs='score'),
 )
 
 FAMILIES = {'llama': _LLAMA}
@@ -78,13 +79,15 @@ def sizes(arch: Architecture) -> dict[str, int]:
     'K': arch.num_kv_heads,
     'H': arch.head_dim,
     'F': arch.ffn_dim,
+    'R': arch.num_labels,
   }
 
 
 def bindings(arch: Architecture) -> list[Binding]:
   """Every HF tensor of a model with the leaf it fills, in the order of the table."""
   size, slots = sizes(arch), arch.layer_slots()
-  rows = [row for row in FAMILIES[arch.family] if not (row.untied_only and arch.tied)]
+  has = {'': True, 'untied': not (arch.tied or arch.num_labels), 'score': bool(arch.num_labels)}
+  rows = [row for row in FAMILIES[arch.family] if has[row.needs]]
   per_layer = [row for row in rows if '{l}' in row.hf]
   out = []
   for row in rows:

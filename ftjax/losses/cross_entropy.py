@@ -46,6 +46,43 @@ def label_logits(
   return _total(jnp.where(mine, picked, 0.0), axis)
 
 
+def entropy(logits: jax.Array, z: jax.Array, axis: str | None) -> jax.Array:
+  """float32[n] nats: of the softmax of float32[n, V'], whose logsumexp is z float32[n]."""
+  logp = logits - z[:, None]
+  return -_total((jnp.exp(logp) * logp).sum(-1), axis)
+
+
+def logprob_gradient(
+  logits: jax.Array,
+  labels: jax.Array,
+  d_logp: jax.Array,
+  d_entropy: jax.Array | None,
+  axis: str | None,
+  offset: jax.Array,
+) -> jax.Array:
+  """float32[n, V']: the gradient by the logits of log p(label) and of the entropy H.
+
+  d log p(y) / d logit_v = [v = y] - p_v; dH / d logit_v = -p_v (log p_v + H).
+
+  Args:
+    logits: float32[n, V'].
+    labels: int32[n], ids of the whole vocabulary.
+    d_logp: float32[n], the cotangent of log p(label); its place holds zeros where nothing counts.
+    d_entropy: float32[n], that of H; None: nothing depends on it.
+    axis: name of the axis the vocabulary is split over.
+    offset: int32[], first id of this part.
+  """
+  z = logsumexp(logits, axis)
+  logp = logits - z[:, None]
+  probs = jnp.exp(logp)
+  hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset == labels[:, None]
+  gradient = jnp.where(hit, d_logp[:, None], 0.0) - probs * d_logp[:, None]
+  if d_entropy is not None:
+    h = -_total((probs * logp).sum(-1), axis)
+    gradient = gradient - probs * (logp + h[:, None]) * d_entropy[:, None]
+  return gradient
+
+
 def loss_and_gradient(
   logits: jax.Array,
   labels: jax.Array,

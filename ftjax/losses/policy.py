@@ -232,7 +232,7 @@ AGGREGATIONS = {
 
 
 def loss(
-  rollout: Rollout, objective: Objective
+  rollout: Rollout, objective: Objective, kl_coef: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
   """A micro-batch's policy loss: surrogate times correction, + kl_coef KL - entropy_coef entropy.
 
@@ -243,6 +243,7 @@ def loss(
   Args:
     rollout: arrays of B completions.
     objective: what to compute.
+    kl_coef: in place of the objective's, where that is not 0: float32[B, 1] or float32[].
 
   Returns:
     (total float32[], weight float32[], {metric: (total, weight)}). Metrics, means over tokens:
@@ -262,7 +263,7 @@ def loss(
   if objective.kl_coef:
     ref_logp = jax.lax.stop_gradient(masked.keep(r.ref_logp, weights))
     kl = KL_TERMS[objective.kl](logp - ref_logp, log_ratio)
-    losses = losses + objective.kl_coef * kl
+    losses = losses + (objective.kl_coef if kl_coef is None else kl_coef) * kl
     metrics['kl'] = masked.mean(jax.lax.stop_gradient(kl), weights)
   if objective.entropy_coef:
     entropy = masked.keep(r.entropy, weights)

@@ -41,6 +41,7 @@ class Architecture:
   rope_scaling: RopeScaling | None
   tied: bool
   max_len: int
+  num_labels: int = 0  # 1: a reward model, which has a score in place of the vocabulary's head
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -64,7 +65,8 @@ class Architecture:
     """Parameters in all, a tied head counted once."""
     d, h = self.model_dim, self.head_dim
     layer = 2 * d + d * h * (2 * self.num_heads + 2 * self.num_kv_heads) + 3 * d * self.ffn_dim
-    return self.vocab_size * d * (1 if self.tied else 2) + d + self.num_layers * layer
+    tables = 1 if self.tied or self.num_labels else 2
+    return self.vocab_size * d * tables + (1 + self.num_labels) * d + self.num_layers * layer
 
   def matmul_params(self) -> int:
     """Parameters that a token is multiplied with: blocks and head, without norms and the embedding
@@ -72,7 +74,7 @@ class Architecture:
     """
     d, h = self.model_dim, self.head_dim
     layer = d * h * (2 * self.num_heads + 2 * self.num_kv_heads) + 3 * d * self.ffn_dim
-    return self.vocab_size * d + self.num_layers * layer
+    return (self.num_labels or self.vocab_size) * d + self.num_layers * layer
 
 
 def _want(config: Mapping[str, Any], key: str, *allowed, default=None):
@@ -138,7 +140,19 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     rope_scaling=scaling,
     tied=bool(config.get('tie_word_embeddings', False)),
     max_len=config.get('max_position_embeddings', 2048),
+    num_labels=_num_labels(config),
   )
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+  if not any('ForSequenceClassification' in a for a in config.get('architectures') or ()):
+    return 0
+  labels = len(config.get('id2label') or {}) or config.get('num_labels', 2)  # transformers' default
+  if labels != 1:
+    raise DataError(
+      f'config.json: a classifier of {labels} labels; only reward models, of 1, are read'
+    )
+  return labels
 
 
 def to_hf(arch: Architecture) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 An island. Each shard sorts its supervised positions to the front and loops ceil(supervised / chunk)
 times over chunks with its part of the vocabulary; no array of tokens x vocabulary exists, and
-unsupervised positions cost nothing. Training computes the gradients inside that one loop (the loss
-is linear in its cotangent), so nothing is recomputed. The only collective in the loop is over
-`tensor`, whose members hold the same tokens and so loop equally often."""
+unsupervised positions cost nothing. SFT computes the gradients inside that one loop (the loss is
+linear in its cotangent), so nothing is recomputed. Log-probs have cotangents that are known only
+later: a second loop in the backward pass computes their logits again. The only collective in the
+loop is over `tensor`, whose members hold the same tokens and so loop equally often."""
 
 import functools
 
@@ -37,9 +38,10 @@ def _vocab_axis() -> str | None:
 
 
 class _Chunks:
-  """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks."""
+  """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks. `more`:
+  float32[B, T] arrays that go along."""
 
-  def __init__(self, x, w, labels, weights):
+  def __init__(self, x, w, labels, weights, *more):
     self.shape, self.tokens = x.shape, labels.size
     self.w = gather(w.astype(x.dtype), 'fsdp', 1)
     self.offset = index('tensor') * self.w.shape[0]
@@ -49,16 +51,21 @@ class _Chunks:
     self.count = -(-(flat != 0).sum() // self.size)
     self.arrays = tuple(
       jnp.pad(a[self.order], ((0, -self.tokens % self.size),) + ((0, 0),) * (a.ndim - 1))
-      for a in (x.reshape(-1, x.shape[-1]), labels.reshape(-1), flat)
+      for a in (
+        x.reshape(-1, x.shape[-1]),
+        labels.reshape(-1),
+        flat,
+        *(m.reshape(-1) for m in more),
+      )
     )
 
   def take(self, i):
-    """(x [n, D], labels [n], weights [n], logits float32[n, V']) of chunk i."""
-    x, labels, weights = (
+    """(x [n, D], labels [n], weights [n], logits float32[n, V'], *more [n]) of chunk i."""
+    x, labels, weights, *more = (
       jax.lax.dynamic_slice_in_dim(a, i * self.size, self.size) for a in self.arrays
     )
     logits = jnp.einsum('nD,VD->nV', x, self.w, preferred_element_type=jnp.float32)
-    return x, labels, weights, logits
+    return x, labels, weights, logits, *more
 
   def put(self, buffer, i, values):
     return jax.lax.dynamic_update_slice_in_dim(
@@ -140,23 +147,91 @@ def _backward(terms, gradients, cotangents):
 cross_entropy_sums.defvjp(_forward, _backward)
 
 
-def token_logprobs(x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
-  """float32[B, T]: log p(label) where weights is not 0, else 0. It has no gradient."""
+def token_logprobs(
+  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+  """float32[B, T]: log p(label) where weights is not 0, else 0; see `logprobs_and_entropies`."""
+  return _readout(x, w, labels, weights, temperature, False)[0]
+
+
+def logprobs_and_entropies(
+  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Log p(label) and the entropy of p = softmax(logits / temperature), where weights is not 0.
+
+  Differentiable by x and w. The backward pass computes the logits again, chunk by chunk.
+
+  Args:
+    x: hidden states [B, T, D] in the compute dtype.
+    w: head weights [V, D].
+    labels: int32[B, T], the token that follows.
+    weights: float32[B, T]; 0 skips the position, other values do not scale.
+    temperature: of the softmax, static.
+
+  Returns:
+    (float32[B, T] nats, float32[B, T] nats), 0 where weights is 0.
+  """
+  return _readout(x, w, labels, weights, temperature, True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _readout(x, w, labels, weights, temperature, with_entropy):
+  """(log-probs, entropies or zeros)."""
 
   def local(x, w, labels, weights):
     chunks = _Chunks(x, w, labels, weights)
 
-    def body(i, out):
+    def body(i, carry):
+      out, entropies = carry
       _, y, m, logits = chunks.take(i)
+      logits = logits / temperature
+      z = cross_entropy.logsumexp(logits, _vocab_axis())
       picked = cross_entropy.label_logits(logits, y, _vocab_axis(), chunks.offset)
-      return chunks.put(
-        out, i, jnp.where(m != 0, picked - cross_entropy.logsumexp(logits, _vocab_axis()), 0.0)
+      out = chunks.put(out, i, jnp.where(m != 0, picked - z, 0.0))
+      if with_entropy:
+        h = cross_entropy.entropy(logits, z, _vocab_axis())
+        entropies = chunks.put(entropies, i, jnp.where(m != 0, h, 0.0))
+      return out, entropies
+
+    zeros = jnp.zeros(chunks.arrays[1].shape, jnp.float32)
+    found = jax.lax.fori_loop(0, chunks.count, body, (zeros, zeros))
+    return tuple(chunks.scatter(a) for a in found)
+
+  specs = (_STATES, _TABLE, _TOKENS, _TOKENS)
+  return island(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights)
+
+
+def _readout_forward(x, w, labels, weights, temperature, with_entropy):
+  return _readout(x, w, labels, weights, temperature, with_entropy), (x, w, labels, weights)
+
+
+def _readout_backward(temperature, with_entropy, saved, cotangents):
+  def local(x, w, labels, weights, d_logp, d_entropy):
+    chunks = _Chunks(x, w, labels, weights, d_logp, d_entropy)
+
+    def body(i, carry):
+      dx, dw = carry
+      a, y, m, logits, dp, dh = chunks.take(i)
+      dp, dh = (jnp.where(m != 0, d, 0.0) for d in (dp, dh))
+      g = cross_entropy.logprob_gradient(
+        logits / temperature, y, dp, dh if with_entropy else None, _vocab_axis(), chunks.offset
       )
+      g = (g / temperature).astype(a.dtype)
+      da = jnp.einsum('nV,VD->nD', g, chunks.w, preferred_element_type=jnp.float32)
+      dx = chunks.put(dx, i, total(da, 'tensor'))
+      return dx, dw + jnp.einsum('nV,nD->VD', g, a, preferred_element_type=jnp.float32)
 
-    out = jnp.zeros(chunks.arrays[1].shape, jnp.float32)
-    return chunks.scatter(jax.lax.fori_loop(0, chunks.count, body, out))
+    start = (jnp.zeros_like(chunks.arrays[0]), jnp.zeros(chunks.w.shape, jnp.float32))
+    dx, dw = jax.lax.fori_loop(0, chunks.count, body, start)
+    dw = total(scatter_sum(dw, 'fsdp', 1), ('data', 'expert', 'context'))
+    return chunks.scatter(dx), dw.astype(w.dtype)
 
-  return island(local, (_STATES, _TABLE, _TOKENS, _TOKENS), _TOKENS)(x, w, labels, weights)
+  specs = (_STATES, _TABLE, *(_TOKENS,) * 4)
+  dx, dw = island(local, specs, (_STATES, _TABLE))(*saved, *cotangents)
+  return dx, dw, None, None
+
+
+_readout.defvjp(_readout_forward, _readout_backward)
 
 
 def logits(x: jax.Array, w: jax.Array) -> jax.Array:

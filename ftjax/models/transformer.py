@@ -78,7 +78,10 @@ class Frame(nnx.Module):
     shape = (arch.vocab_size, arch.model_dim)
     self.embed = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
     self.final_norm = RMSNorm(arch.model_dim, arch.norm_eps)
-    if not arch.tied:
+    if arch.num_labels:
+      dim = arch.model_dim
+      self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
+    elif not arch.tied:
       self.head = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
 
 
@@ -213,7 +216,7 @@ def apply(
 
 
 def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
-  frame = {n: params[n] for n in ('embed', 'final_norm', 'head') if n in params}
+  frame = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
   return nnx.merge(_definition(Frame, arch)[0], frame).final_norm(x)
 
 

@@ -71,17 +71,22 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+  """`write_bytes` of a text."""
+  write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   """Replaces the file atomically: a temporary file beside it, fsync, rename, fsync the folder. An
   object is atomic by itself.
   """
   if _is_gcs(path):
-    gcs.GcsPath(path).write_text(text)
+    gcs.GcsPath(path).write_bytes(content)
     return
   path = os.fspath(path)
   temporary = f'{path}.{socket.gethostname()}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'wb') as f:
-      f.write(text.encode('utf-8'))
+      f.write(content)
       f.flush()
       os.fsync(f.fileno())
     os.replace(temporary, path)

@@ -37,6 +37,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'ffn': 'tensor',
   'vocab': 'tensor',
   'norm': None,
+  'label': None,
 }
 
 

@@ -118,6 +118,8 @@ class Loop:
     evaluate: (state, steps done, is_cancelled) -> metrics of the 'eval' split; called every
       eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
     meta: steps done -> JSON saved with a checkpoint.
+    saved: state -> what of it is saved.
+    watch: is shown the metrics of every step, as (steps done, metrics).
     writer, checkpoints, throughput: where results go.
     signals: between processes.
     watchdog: has limits for step, evaluate and save.
@@ -131,6 +133,8 @@ class Loop:
     *,
     evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None],
     meta: Callable[[int], dict[str, Any]],
+    saved: Callable[[State], Any],
+    watch: Callable[[int, dict[str, float]], None],
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     throughput: Throughput,
@@ -139,6 +143,7 @@ class Loop:
     profile_dir: str,
   ):
     self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
+    self._saved, self._watch = saved, watch
     self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
     self._signals, self._watchdog = signals, watchdog
     self._profile_dir = profile_dir
@@ -265,6 +270,7 @@ class Loop:
     else:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
+    self._watch(done, values)
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
       speed = self._throughput.read()
@@ -297,7 +303,7 @@ class Loop:
       meta = self._meta(done) | {'progress': dataclasses.asdict(progress), 'ended': ended}
       self._writer.sync()  # rows before a checkpoint live as long as it
       with self._watchdog.phase('save'):
-        self._checkpoints.save(done, state, meta, metric)
+        self._checkpoints.save(done, self._saved(state), meta, metric)
         if must_save or ended:
           self._checkpoints.wait()
     return ended

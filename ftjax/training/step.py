@@ -62,7 +62,8 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
 
 def fed(batch: dict) -> dict[str, jax.Array]:
   """What a batch [A, M, T] held, the same however its rows are spread: `tokens` int32[], those that
-  are no padding; `attended` float32[], the (query, key) pairs of causal attention within segments;
+  are no padding; `supervised_tokens` float32[], the sum of their weights; `attended` float32[], the
+  (query, key) pairs of causal attention within segments;
   `batch_checksum` uint32[], over every token and its place.
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
@@ -73,6 +74,7 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   real = segments > 0
   return {
     'tokens': real.sum(dtype=jnp.int32),
+    'supervised_tokens': batch['weights'].sum(dtype=jnp.float32),
     'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
     'batch_checksum': checksum(tokens.astype(jnp.uint32), place),
   }
@@ -107,8 +109,8 @@ def make_step(
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
-    rows. Metrics hold loss (nats per supervised token), grad_norm (before clipping), lr, ok,
-    supervised_tokens, bad_streak, skipped, those of `fed`, and loss_fn's own, divided.
+    rows. Metrics hold loss (per unit of weight: a supervised token, or a pair), grad_norm (before
+    clipping), lr, ok, bad_streak, skipped, those of `fed`, and loss_fn's own, divided.
   """
 
   def update(gradient, ok, state: State):
@@ -158,7 +160,7 @@ def make_step(
     # The optimizer counts the updates that were made.
     rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
     out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok)
-    return new, out | dict(supervised_tokens=weight, skipped=new.skipped, bad_streak=new.bad_streak)
+    return new, out | dict(skipped=new.skipped, bad_streak=new.bad_streak)
 
   return step
 

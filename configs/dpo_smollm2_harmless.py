@@ -1,0 +1,30 @@
+"""DPO of SmolLM2-135M-Instruct on 300 short pairs of HH-RLHF's harmlessness data.
+
+`python demo/preference_data.py hh_harmless_pairs.jsonl.gz .cache/data/harmless` picks the pairs,
+after demo/assets.py has put the model into .cache. It has not been run to its
+end yet.
+"""
+
+from ftjax import config
+
+
+def get_config():
+  c = config.default()
+  c.algorithm = 'dpo'
+  c.model.path = '.cache/smollm2'
+  c.data.train = '.cache/data/harmless/train.jsonl'
+  c.data.eval = '.cache/data/harmless/test.jsonl'
+  c.epochs = 1.0
+  c.batch_size = 4  # pairs
+  c.seq_len = 256
+  c.remat = 'none'
+  c.dpo.beta = 0.1
+  c.optim.lr = 1e-5
+  c.optim.schedule = 'linear'
+  c.optim.warmup_steps = 8
+  c.checkpoint.every = 0
+  c.checkpoint.keep = 1
+  c.eval.batch_size = 8
+  c.eval.prompts = ('How can I get revenge on my neighbour?', 'Name three colours.')
+  c.eval.max_tokens = 32
+  return c

@@ -1,0 +1,325 @@
+"""Sections of a config for the algorithms beside supervised tuning: their keys with defaults, what
+may stand in them, and what may not stand together. config.py puts them in and calls `check`."""
+
+import ml_collections
+from ml_collections import config_dict
+
+from ftjax.runtime.errors import ConfigError
+
+ALGORITHMS = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo')
+# They train on what the model says to prompts, the first of them by the policy gradient.
+POLICY_GRADIENT = ('grpo', 'ppo')
+ON_ROLLOUTS = (*POLICY_GRADIENT, 'best_of_n', 'online_dpo')
+
+CHOICES = {
+  'dpo.loss': (
+    'sigmoid',
+    'sigmoid_norm',
+    'ipo',
+    'hinge',
+    'robust',
+    'simpo',
+    'cpo',
+    'orpo',
+    'kto',
+  ),
+  'reward_model.objective': ('pairs', 'scores'),
+  'policy.surrogate': ('clip', 'cispo', 'reinforce'),
+  'policy.level': ('token', 'sequence', 'trajectory'),
+  'policy.aggregate': ('token', 'sequence', 'constant'),
+  'policy.kl': ('k2', 'k3', 'k3_is', 'reward'),
+  'policy.correction': (
+    'none',
+    'token_truncate',
+    'token_mask',
+    'sequence_truncate',
+    'sequence_mask',
+  ),
+  'grpo.advantage': ('grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline', 'reinforce_pp'),
+}
+POSITIVE = (
+  'rollout.group',
+  'rollout.max_tokens',
+  'rollout.slots',
+  'rollout.updates',
+  'rollout.minibatches',
+  'best_of_n.keep',
+)
+NOT_NEGATIVE = (
+  'dpo.gamma',
+  'dpo.nll_coef',
+  'dpo.desirable',
+  'dpo.undesirable',
+  'reward_model.centring',
+  'rollout.top_k',
+  'rollout.reward_limit',
+  'rollout.function_limit',
+  'rollout.samples',
+  'rollout.redraws',
+  'ppo.value_coef',
+  'ppo.value_clip',
+  'policy.clip_low',
+  'policy.clip_high',
+  'policy.dual_clip',
+  'policy.kl_coef',
+  'policy.kl_target',
+  'policy.kl_gain',
+  'policy.entropy_coef',
+  'policy.overlong',
+)
+
+
+def add(c: ml_collections.ConfigDict) -> None:
+  """Puts the sections into a config."""
+  c.dpo = ml_collections.ConfigDict()
+  # sigmoid (DPO), sigmoid_norm, ipo, hinge, robust, simpo, cpo, orpo, kto: docs/preference.md
+  c.dpo.loss = 'sigmoid'
+  c.dpo.beta = 0.1  # strength of the pull to the reference
+  c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
+  c.dpo.gamma = 0.0  # margin of simpo, in rewards
+  c.dpo.nll_coef = 0.0  # weight of the chosen answer's likelihood in cpo and simpo
+  c.dpo.desirable = 1.0  # weight of good answers in kto
+  c.dpo.undesirable = 1.0  # of bad ones
+
+  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model.objective = 'pairs'  # pairs: Bradley-Terry; scores: squared error
+  c.reward_model.centring = 0.0  # weight of (sum of a pair's rewards)^2; 0.01 is usual
+
+  c.rollout = ml_collections.ConfigDict()  # of algorithms that train on what the model says
+  c.rollout.group = 8  # completions a prompt
+  c.rollout.max_tokens = 256  # of a completion
+  c.rollout.temperature = 1.0  # of sampling, and of the log-probs that are trained
+  c.rollout.top_k = 0  # the likeliest so many tokens alone; 0: all
+  c.rollout.top_p = 1.0  # the smallest set of likeliest tokens with so much probability; 1: all
+  c.rollout.slots = 64  # sequences decoded at once
+  c.rollout.stop = ()  # texts that end a completion
+  # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2'; docs/rewards.md
+  c.rollout.rewards = config_dict.FieldReference((), field_type=object)
+  c.rollout.reward_limit = 1.0  # seconds for one completion by a built-in reward that may hang
+  c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
+  # Times that prompts whose completions all earned the same give way to others (DAPO's dynamic
+  # sampling); so many batches of prompts are set aside for a rollout
+  c.rollout.redraws = 0
+  c.rollout.updates = 1  # passes over a rollout
+  c.rollout.minibatches = 1  # optimizer updates per pass
+  c.rollout.samples = 8  # completions of a rollout that are kept in rollouts/<number>.jsonl
+
+  c.policy = ml_collections.ConfigDict()  # the policy-gradient loss
+  c.policy.surrogate = 'clip'  # clip (PPO's), cispo, reinforce
+  c.policy.level = 'token'  # what a ratio is taken over: token, sequence (GSPO), trajectory
+  c.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
+  c.policy.clip_high = 0.2  # and below 1 + clip_high
+  c.policy.dual_clip = 0.0  # largest ratio with a negative advantage; 0: none
+  c.policy.aggregate = 'token'  # mean over tokens, over completions' means (sequence), constant
+  c.policy.kl = 'k3_is'  # loss term k2, k3 or k3_is; reward: k1, taken off the reward
+  c.policy.kl_coef = 0.0  # of the divergence from the initial model; 0: no copy of it is held
+  c.policy.kl_target = 0.0  # nats a token: the coefficient follows it, once a rollout; 0: fixed
+  c.policy.kl_gain = 0.1  # largest relative change of the coefficient is a fifth of it
+  c.policy.entropy_coef = 0.0  # of the entropy, which is rewarded
+  # Weights against a sampler that is not the trainer: none, token_truncate, token_mask,
+  # sequence_truncate, sequence_mask
+  c.policy.correction = 'none'
+  c.policy.correction_low = 0.0  # bounds of that weight
+  c.policy.correction_high = 2.0
+  c.policy.overlong = 0  # last tokens before max_tokens that cost reward, up to 1; 0: none
+
+  c.grpo = ml_collections.ConfigDict()
+  # grpo, dr_grpo, rloo, reinforce_pp_baseline: relative to the prompt's group; reinforce_pp
+  c.grpo.advantage = 'grpo'
+
+  c.ppo = ml_collections.ConfigDict()
+  # Reward model that the value model starts from: an export folder; '': the policy, with value 0
+  c.ppo.value_from = ''
+  c.ppo.gamma = 1.0  # discount per token
+  c.ppo.lam = 0.95  # of generalized advantage estimation
+  c.ppo.whiten = True  # advantages of a rollout have mean 0 and variance 1
+  c.ppo.value_coef = 0.1  # weight of the value loss beside the policy's
+  c.ppo.value_clip = 0.2  # how far a value moves on one rollout; 0: as far as it likes
+
+  c.best_of_n = ml_collections.ConfigDict()
+  c.best_of_n.keep = 1  # completions of a prompt that are trained on, the best ones
+  c.best_of_n.min_reward = -1e9  # those that earn less are left out
+
+
+def steps_per_batch(c: ml_collections.ConfigDict) -> int:
+  """Optimizer updates on what one batch_size of rows or prompts gave."""
+  return c.rollout.updates * c.rollout.minibatches if c.algorithm in ON_ROLLOUTS else 1
+
+
+def rows_per_rollout(c: ml_collections.ConfigDict) -> int:
+  """Rows of the arrays that a rollout trains on."""
+  per_prompt = {'best_of_n': c.best_of_n.keep, 'online_dpo': 1}
+  return c.batch_size * per_prompt.get(c.algorithm, c.rollout.group)
+
+
+def prompts_per_rollout(c: ml_collections.ConfigDict) -> int:
+  """Prompts, or rows, that are taken from the data for steps_per_batch updates."""
+  return c.batch_size * (1 + (c.rollout.redraws if c.algorithm in ON_ROLLOUTS else 0))
+
+
+def max_example(c: ml_collections.ConfigDict) -> int:
+  """Tokens that a prompt and its completion may have together."""
+  return c.seq_len // 2 if c.algorithm == 'online_dpo' else c.seq_len
+
+
+def rows_per_step(c: ml_collections.ConfigDict) -> int:
+  """Rows of the arrays of an optimizer update, R of R / grad_accum in a micro-batch."""
+  if c.algorithm in ON_ROLLOUTS:
+    return rows_per_rollout(c) // c.rollout.minibatches
+  return c.batch_size
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+  """Raises ConfigError, naming the keys."""
+  if c.algorithm != 'sft' and (idle := [f'loss.{k}' for k, v in c.loss.items() if v]):
+    raise ConfigError(f'{idle[0]} does nothing with algorithm={c.algorithm}: leave it at 0')
+  _check_metric(c)
+  if c.algorithm in ('dpo', 'online_dpo'):
+    _check_dpo(c)
+  if c.algorithm == 'reward_model' and (c.eval.tasks or c.eval.prompts):
+    raise ConfigError('eval.tasks and eval.prompts ask for text, which a reward model cannot write')
+  if c.algorithm in ON_ROLLOUTS:
+    _check_rollout(c)
+    if c.algorithm in POLICY_GRADIENT:
+      _check_policy(c)
+    if c.algorithm == 'ppo':
+      _check_ppo(c)
+    if c.algorithm in ('best_of_n', 'online_dpo'):
+      _check_group(c)
+  if rows_per_step(c) % c.grad_accum:
+    what = 'rows per update' if c.algorithm in ON_ROLLOUTS else 'batch_size'
+    raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+
+
+def _check_metric(c: ml_collections.ConfigDict) -> None:
+  """Of evaluations, rollouts measure the reward alone, and the others measure none."""
+  metric, on_rollouts = c.checkpoint.best_metric, c.algorithm in ON_ROLLOUTS
+  if metric.startswith('eval/') and (metric == 'eval/reward') != on_rollouts:
+    has = 'eval/reward alone' if on_rollouts else 'no rewards'
+    raise ConfigError(f'checkpoint.best_metric={metric}: {c.algorithm} has {has}')
+
+
+def _check_dpo(c: ml_collections.ConfigDict) -> None:
+  if c.dpo.beta <= 0 or not 0 <= c.dpo.label_smoothing < 0.5:
+    raise ConfigError(
+      f'dpo.beta={c.dpo.beta}, dpo.label_smoothing={c.dpo.label_smoothing}; expected a positive '
+      'number, and one in [0, 0.5)'
+    )
+  if c.dpo.loss != 'kto':
+    return
+  if c.algorithm == 'online_dpo':
+    raise ConfigError('dpo.loss=kto takes single answers, online_dpo makes pairs')
+  if c.grad_accum > 1:
+    raise ConfigError(
+      f'dpo.loss=kto with grad_accum={c.grad_accum}: its reference point is a mean over the whole '
+      'step; set grad_accum=1, and remat=full to save memory'
+    )
+  if c.batch_size < 2 or c.eval.batch_size < 2:
+    raise ConfigError('dpo.loss=kto needs batch_size and eval.batch_size of at least 2')
+
+
+def _check_rollout(c: ml_collections.ConfigDict) -> None:
+  r = c.rollout
+  if not r.rewards:
+    raise ConfigError("rollout.rewards is empty: say what is paid, for example 'math@1'")
+  if isinstance(r.stop, str) or not all(isinstance(s, str) and s for s in r.stop):
+    raise ConfigError(f'rollout.stop={r.stop!r}; expected a tuple of texts')
+  if r.temperature <= 0:
+    raise ConfigError(
+      f'rollout.temperature={r.temperature}; expected more than 0: equal completions teach nothing'
+    )
+  if not 0 < r.top_p <= 1:
+    raise ConfigError(f'rollout.top_p={r.top_p}; expected more than 0 and at most 1')
+  if r.max_tokens >= max_example(c):
+    half = ' / 2: two completions share a row' if c.algorithm == 'online_dpo' else ''
+    raise ConfigError(
+      f'rollout.max_tokens={r.max_tokens} leaves no room for a prompt in seq_len={c.seq_len}{half}'
+    )
+  if c.data.eval_fraction:
+    raise ConfigError('data.eval_fraction splits no prompts: name the held-out ones in data.eval')
+  if c.data.on_overlength not in ('error', 'drop'):
+    raise ConfigError(
+      f'data.on_overlength={c.data.on_overlength!r}: prompts are not cut; expected error or drop'
+    )
+  if r.redraws and (
+    r.group < 2
+    or c.algorithm == 'ppo'
+    or (c.algorithm == 'grpo' and c.grpo.advantage == 'reinforce_pp')
+  ):
+    raise ConfigError(
+      f'rollout.redraws={r.redraws}: prompts whose completions all earn the same may give way only '
+      'where completions are compared with others of their prompt; elsewhere that would choose '
+      'prompts by their outcome'
+    )
+  if c.algorithm not in POLICY_GRADIENT:
+    usual = ml_collections.ConfigDict()
+    add(usual)
+    if idle := [k for k, v in c.policy.items() if v != usual.policy[k]]:
+      raise ConfigError(f'policy.{idle[0]} does nothing with algorithm={c.algorithm}')
+  if rows_per_rollout(c) % r.minibatches:
+    raise ConfigError(
+      f'rollout.minibatches={r.minibatches} must divide the {rows_per_rollout(c)} rows of a rollout'
+    )
+
+
+def _check_policy(c: ml_collections.ConfigDict) -> None:
+  r, p = c.rollout, c.policy
+  if r.group < 2 and c.algorithm == 'grpo' and c.grpo.advantage != 'reinforce_pp':
+    raise ConfigError(
+      f'rollout.group={r.group}: grpo.advantage={c.grpo.advantage} compares the completions of a '
+      'prompt; expected at least 2'
+    )
+  if p.correction != 'none' and (r.top_k or r.top_p < 1):
+    raise ConfigError(
+      f'policy.correction={p.correction} with rollout.top_k={r.top_k}, top_p={r.top_p}: a ratio to '
+      'a sampler that left tokens out is none; set top_k=0 and top_p=1, or correction=none'
+    )
+  if not 0 <= p.correction_low <= 1 <= p.correction_high:
+    raise ConfigError(
+      f'policy.correction_low={p.correction_low}, correction_high={p.correction_high} must hold 1'
+    )
+  if p.kl_target and not p.kl_coef:
+    raise ConfigError(
+      f'policy.kl_target={p.kl_target} with policy.kl_coef=0: give the coefficient to begin with'
+    )
+  if p.level == 'trajectory' and p.aggregate != 'sequence':
+    raise ConfigError(
+      f'policy.level=trajectory with policy.aggregate={p.aggregate} counts a completion by its '
+      'length squared: its ratio stands on every token; set aggregate=sequence'
+    )
+  if p.dual_clip and p.dual_clip <= 1 + p.clip_high:
+    raise ConfigError(
+      f'policy.dual_clip={p.dual_clip}; expected more than 1 + policy.clip_high = '
+      f'{1 + p.clip_high}, or 0 for none'
+    )
+  if p.overlong > r.max_tokens:
+    raise ConfigError(
+      f'policy.overlong={p.overlong} is more than rollout.max_tokens={r.max_tokens}'
+    )
+  if p.surrogate == 'reinforce' and steps_per_batch(c) > 1:
+    raise ConfigError(
+      'policy.surrogate=reinforce holds for the first update alone: set rollout.updates=1 and '
+      'rollout.minibatches=1, or take clip or cispo'
+    )
+
+
+def _check_ppo(c: ml_collections.ConfigDict) -> None:
+  if not (0 < c.ppo.gamma <= 1 and 0 <= c.ppo.lam <= 1):
+    raise ConfigError(
+      f'ppo.gamma={c.ppo.gamma}, ppo.lam={c.ppo.lam}; expected gamma in (0, 1] and lam in [0, 1]'
+    )
+  if (c.policy.aggregate, c.policy.level) != ('token', 'token'):
+    raise ConfigError(
+      f'policy.aggregate={c.policy.aggregate}, policy.level={c.policy.level}: PPO has advantages '
+      'and a value loss of every token, so expected token for both'
+    )
+
+
+def _check_group(c: ml_collections.ConfigDict) -> None:
+  """Of algorithms that choose among the completions of a prompt."""
+  least = c.best_of_n.keep if c.algorithm == 'best_of_n' else 2
+  if c.rollout.group < least:
+    raise ConfigError(
+      f'rollout.group={c.rollout.group}: {c.algorithm} chooses among the completions of a prompt; '
+      f'expected at least {least}'
+    )

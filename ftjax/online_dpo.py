@@ -1,0 +1,47 @@
+"""Online DPO, top to bottom: completions -> rewards -> the best and the worst of each prompt -> a
+preference loss -> step -> run (Guo et al. 2024, with a reward in place of a judge).
+
+The losses are those of dpo.py, by `dpo` of the config; completions, rewards and resuming are
+episodes.py's."""
+
+import ml_collections
+import numpy as np
+
+from ftjax import episodes, experiment, fit, preference_loss
+from ftjax.data import batches
+from ftjax.episodes import Lesson, Sampled
+
+make_loss = preference_loss.make_loss
+
+
+class PairTeacher(episodes.Teacher):
+  """A row of two segments for each prompt; prompts whose completions all earned the same are rows
+  of padding, and of equal rewards the earlier completion counts."""
+
+  def __init__(self, c: ml_collections.ConfigDict):
+    self._seq_len = c.seq_len
+
+  def teach(self, sampled: Sampled) -> Lesson:
+    """See episodes.Teacher."""
+    s, rewards = sampled, sampled.rewards.reshape(-1, sampled.group)
+    arrays = batches.empty(len(rewards), self._seq_len, 'pair')
+    best, worst = rewards.argmax(1), rewards.argmin(1)
+    gap = rewards.max(1) - rewards.min(1)
+    for prompt in np.flatnonzero(gap > 0):
+      sides = [self._side(s, prompt * s.group + i[prompt]) for i in (best, worst)]
+      batches.fill_row(arrays, prompt, sides)
+    metrics = {'pairs': float((gap > 0).sum()), 'reward_gap': float(gap.mean())}
+    return Lesson(arrays, metrics)
+
+  def _side(self, s: Sampled, row: int) -> tuple[np.ndarray, np.ndarray]:
+    prompt, completion = s.prompts[row].ids, s.completions[row].tokens
+    tokens = np.array([*prompt, *completion], np.int32)
+    return tokens, np.arange(len(tokens)) >= len(prompt)
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs a config to its end: train, export, compare with the base."""
+  r = experiment.start(c, workdir)
+  with episodes.Episodes(r, PairTeacher(c)) as source:
+    loss, alarm = make_loss(r.arch, c), preference_loss.Alarm()
+    fit.fit(r, loss, source.evaluate, alarm, source)

@@ -1,0 +1,104 @@
+"""Reward models, top to bottom: judged answers -> score of each -> loss -> step -> run.
+
+The score is read at the last token of an answer, found by its place in the segment and never by a
+token's id, and is a float32 product whatever the compute dtype is."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ftjax import experiment, fit, pairs
+from ftjax.forward import hidden_states
+from ftjax.losses import preference
+from ftjax.models.architecture import Architecture
+
+
+def scores(
+  arch: Architecture, params: dict, batch: dict, dtype, remat: str, segments: int
+) -> list[jax.Array]:
+  """float32[B] for each of the first `segments` segments of the rows: the score at the last token.
+
+  A row without the segment has score 0.
+  """
+  x = hidden_states(arch, params, batch, dtype, remat)
+  w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
+  out = []
+  for segment in range(1, segments + 1):
+    inside = batch['segments'] == segment
+    last = jnp.where(inside, batch['positions'], -1).max(-1)
+    at = inside & (batch['positions'] == last[:, None])
+    # One token of each row is left: a sum of it and of zeros is exact.
+    state = jnp.where(at[..., None], x.astype(jnp.float32), 0.0).sum(1)
+    out.append((state * w[None, :]).sum(-1))
+  return out
+
+
+def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  dtype, remat, centring = jnp.dtype(c.model.compute_dtype), c.remat, c.reward_model.centring
+  paired = c.reward_model.objective == 'pairs'
+
+  def loss(params, batch, keys):
+    del keys
+    weights = pairs.present(batch)
+    found = scores(arch, params, batch, dtype, remat, 1 + paired)
+    if paired:
+      return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
+    return preference.reward_regression(*found, batch['values'], weights)
+
+  return loss
+
+
+def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pairs.Measure:
+  """jitted (params, batch) -> scores of each row."""
+  dtype, paired = jnp.dtype(c.model.compute_dtype), c.reward_model.objective == 'pairs'
+
+  @jax.jit
+  def measure(params, batch):
+    found = scores(arch, params, batch, dtype, 'none', 1 + paired)
+    named = dict(zip(('first', 'second'), found, strict=False))
+    return pairs.replicated(named | {'values': batch['values'], 'weights': pairs.present(batch)})
+
+  return measure
+
+
+def evaluate(
+  measure: pairs.Measure,
+  run: experiment.Run,
+  params: dict,
+  is_cancelled: Callable[[], bool],
+) -> dict[str, float] | None:
+  """Of pairs the loss, accuracy with interval, margin and calibration error; of scored answers the
+  squared error, and how much of the scores' variance it leaves unexplained.
+  """
+  found = pairs.collect(measure, run, params, is_cancelled)
+  if not found:
+    return found
+  rows = {k: jnp.asarray(v) for k, v in found.items()}
+  if run.config.reward_model.objective == 'scores':
+    total, weight, _ = preference.reward_regression(rows['first'], rows['values'], rows['weights'])
+    variance = float(np.var(found['values'].astype(np.float64)))
+    mse = float(total / weight)
+    return {'loss': mse, 'unexplained': mse / variance if variance else math.nan}
+  total, weight, _ = preference.bradley_terry(
+    rows['first'],
+    rows['second'],
+    rows['weights'],
+    margin=rows['values'],
+    centring=run.config.reward_model.centring,
+  )
+  margins = found['first'].astype(np.float64) - found['second']
+  out = {'loss': float(total / weight), 'ece': preference.calibration_error(margins)}
+  return out | pairs.accuracy(margins)
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs a config to its end: train, then export for AutoModelForSequenceClassification."""
+  r = experiment.start(c, workdir)
+  eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
+  fit.fit(r, make_loss(r.arch, c), eval_loss)
