@@ -11,6 +11,15 @@ ALGORITHMS = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_
 POLICY_GRADIENT = ('grpo', 'ppo')
 ON_ROLLOUTS = (*POLICY_GRADIENT, 'best_of_n', 'online_dpo')
 
+# What evaluations measure, by algorithm; and what of it is better when it is larger.
+_OF_PAIRS = ('loss', 'gap', 'accuracy', 'margin')
+MEASURED = {
+  'sft': ('loss', 'gap', 'perplexity'),
+  'dpo': _OF_PAIRS,
+  'reward_model': _OF_PAIRS,
+} | dict.fromkeys(ON_ROLLOUTS, ('reward',))
+LARGER = ('accuracy', 'margin', 'reward')
+
 CHOICES = {
   'dpo.loss': (
     'sigmoid',
@@ -192,11 +201,21 @@ def check(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_metric(c: ml_collections.ConfigDict) -> None:
-  """Of evaluations, rollouts measure the reward alone, and the others measure none."""
-  metric, on_rollouts = c.checkpoint.best_metric, c.algorithm in ON_ROLLOUTS
-  if metric.startswith('eval/') and (metric == 'eval/reward') != on_rollouts:
-    has = 'eval/reward alone' if on_rollouts else 'no rewards'
-    raise ConfigError(f'checkpoint.best_metric={metric}: {c.algorithm} has {has}')
+  """What is watched must be measured, and better in the direction that is asked for."""
+  metric, names = c.checkpoint.best_metric, MEASURED[c.algorithm]
+  if (c.algorithm, c.dpo.loss) == ('dpo', 'kto') or (
+    (c.algorithm, c.reward_model.objective) == ('reward_model', 'scores')
+  ):
+    names = tuple(name for name in names if name not in LARGER)  # no pairs
+  known = (*(f'eval/{name}' for name in names), 'train/loss', 'train/grad_norm')
+  if metric not in ('', *known):
+    raise ConfigError(
+      f'checkpoint.best_metric={metric!r}; expected one of {known}, which {c.algorithm} measures'
+    )
+  if metric.removeprefix('eval/') in LARGER and c.checkpoint.best_mode == 'min':
+    raise ConfigError(
+      f'checkpoint.best_metric={metric} is better when it is larger: set checkpoint.best_mode=max'
+    )
 
 
 def _check_dpo(c: ml_collections.ConfigDict) -> None:

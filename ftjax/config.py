@@ -169,10 +169,6 @@ _NOT_NEGATIVE = (
   'eval.every',
   'profile.start',
 )
-# What early stopping and the best checkpoint may look at.
-_METRICS = ('eval/loss', 'eval/perplexity', 'eval/gap', 'train/loss', 'train/grad_norm')
-_LARGER = ('eval/accuracy', 'eval/margin', 'eval/reward')
-_METRICS += _LARGER
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 # Of model.random, in the keys of a HF config.json.
 _RANDOM_REQUIRED = (
@@ -262,15 +258,6 @@ def validate(c: ml_collections.ConfigDict) -> None:
     raise ConfigError('data.train is empty: give the training data, path[::format][@weight]')
   if c.checkpoint.patience and not c.checkpoint.best_metric:
     raise ConfigError('checkpoint.patience needs checkpoint.best_metric, for example eval/loss')
-  if c.checkpoint.best_metric not in ('', *_METRICS):
-    raise ConfigError(
-      f'checkpoint.best_metric={c.checkpoint.best_metric!r}; expected one of {_METRICS}'
-    )
-  if c.checkpoint.best_metric in _LARGER and c.checkpoint.best_mode == 'min':
-    raise ConfigError(
-      f'checkpoint.best_metric={c.checkpoint.best_metric} is better when it is larger: set '
-      'checkpoint.best_mode=max'
-    )
   if c.checkpoint.best_metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
     raise ConfigError(
       f'checkpoint.best_metric={c.checkpoint.best_metric} needs data.eval or data.eval_fraction'

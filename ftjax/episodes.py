@@ -25,12 +25,11 @@ from ftjax.algorithm_config import (
   rows_per_step,
   steps_per_batch,
 )
+from ftjax.data.batches import ARRAYS
 from ftjax.data.prompts import Prompt
 from ftjax.experiment import Run
-from ftjax.fit import Write
-from ftjax.forward import hidden_states
-from ftjax.models import head, transformer
-from ftjax.models.architecture import Architecture
+from ftjax.fit import Tell
+from ftjax.forward import model_of, readout
 from ftjax.rollout import rewards, weights
 from ftjax.rollout.engine import Engine, Rollout
 from ftjax.rollout.sampler import Sampling
@@ -39,7 +38,7 @@ from ftjax.runtime import peers
 from ftjax.runtime.errors import CheckError
 from ftjax.runtime.sharding import spec, zigzag
 from ftjax.sampled import Sampled, flat_groups, rows, spread, with_groups
-from ftjax.trainer import Trainer, model_of
+from ftjax.trainer import Trainer
 from ftjax.training.feed import place
 from ftjax.training.state import State
 
@@ -79,20 +78,6 @@ class Teacher:
 
 # (all parameters, batch of arrays [B, T]) -> float32[B, T], laid out like the batch.
 Measure = Callable[[dict, dict], jax.Array]
-
-_ROW = ('tokens', 'labels', 'weights', 'segments', 'positions')
-
-
-def readout(
-  arch: Architecture, params: dict, batch: dict, *, temperature: float, dtype, remat: str
-) -> tuple[jax.Array, jax.Array]:
-  """(log-probs, entropies) float32[B, T] of a batch's labels, in nats, at the sampler's
-  temperature; 0 where weights are 0.
-  """
-  params = model_of(params)
-  x = hidden_states(arch, params, batch, dtype, remat)
-  table = transformer.head_weights(arch, params)
-  return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
 
 
 def _random(*names: int | str) -> bytes:
@@ -162,7 +147,7 @@ class Episodes:
 
   # What fit.fit asks for.
 
-  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
+  def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     """See fit.Source."""
     self._trainer, self._write = trainer, write
     self._teacher.restore(saved)
@@ -284,10 +269,15 @@ class Episodes:
     if self._wants_old or not self._is_checked:
       old = self._measure('logp', params, arrays)
       gap = np.abs(old - arrays['sampler_logp'])[arrays['weights'] > 0]
-      self._compare(gap)
+      mean, largest = float(gap.mean()), float(gap.max())
+      if not self._is_checked:
+        told = 'log-probs of sampler and trainer differ by %.2g nats, at most %.2g'
+        log.info(told, mean, largest)
+        self._is_checked = True
+      self._alarm(mean)
       if self._wants_old:
         arrays['old_logp'] = old
-        metrics |= {'mismatch/mean': float(gap.mean()), 'mismatch/max': float(gap.max())}
+        metrics |= {'mismatch/mean': mean, 'mismatch/max': largest}
     if self._wants_ref:
       arrays['ref_logp'] = self._measure('logp', self._reference, arrays)
     for name in self._measures.keys() - {'logp'}:
@@ -306,26 +296,17 @@ class Episodes:
       metrics,
     )
 
-  def _compare(self, gap: np.ndarray) -> None:
-    """gap: float32[tokens], |trainer - sampler| in nats."""
-    told = (
-      f'log-probs of sampler and trainer differ by {gap.mean():.2g} nats, at most {gap.max():.2g}'
-    )
-    if not gap.mean() <= _ALARM:
-      log.warning('%s: they are not the same model', told)
-    elif not self._is_checked:
-      log.info(told)
-    self._is_checked = True
-
-  def watch(self, done: int, values: dict[str, float]) -> None:
-    """Warns, once, of a step whose tokens the sampler and the trainer judge differently."""
-    gap = values.get('mismatch/abs_diff', 0.0)
+  def _alarm(self, gap: float) -> None:
+    """gap: mean |trainer - sampler| of a token's log-prob, in nats."""
     if not gap <= _ALARM and not self._is_warned:
       self._is_warned = True
       log.warning(
-        'step %d: log-probs of sampler and trainer differ by %.2g nats: not the same model',
-        *(done, gap),
+        'log-probs of sampler and trainer differ by %.2g nats: they are not the same model', gap
       )
+
+  def watch(self, done: int, values: dict[str, float]) -> None:
+    """Is shown the metrics of every step."""
+    self._alarm(values.get('mismatch/abs_diff', 0.0))
 
   def _logp(self, params: dict, batch: dict) -> jax.Array:
     c = self.run.config
@@ -336,8 +317,8 @@ class Episodes:
     """float32[R, T], a micro-batch at a time, as the update sees them."""
     c = self.run.config
     rows, size = len(arrays['tokens']), rows_per_step(c) // c.grad_accum
-    filled = {k: np.pad(arrays[k], ((0, -rows % size), (0, 0))) for k in _ROW}
-    shardings = {k: v for k, v in self.run.batch_shardings(micro=False).items() if k in _ROW}
+    filled = {k: np.pad(arrays[k], ((0, -rows % size), (0, 0))) for k in ARRAYS}
+    shardings = {k: v for k, v in self.run.batch_shardings(micro=False).items() if k in ARRAYS}
     out = []
     for at in range(0, rows, size):
       part = place({k: v[at : at + size] for k, v in filled.items()}, shardings)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from ftjax import algorithm_config, algorithms, examples
 from ftjax import config as config_lib
 from ftjax.data import encode, made
-from ftjax.data.batches import eval_batches
+from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import classifier, load
 from ftjax.models import transformer
@@ -106,7 +106,7 @@ class Run:
     """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.fields(self.config)
-    names = ('tokens', 'labels', 'weights', 'segments', 'positions', *by_token)
+    names = (*ARRAYS, *by_token)
     where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
     return dict.fromkeys(names, where) | dict.fromkeys(
       by_row, NamedSharding(self.mesh, sharding.spec(*axes))

@@ -4,7 +4,6 @@ The state comes from, in this order: this workdir's newest checkpoint; the weigh
 the model's weights."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -18,6 +17,7 @@ import numpy as np
 from ftjax import algorithm_config, algorithms, compare
 from ftjax import config as config_lib
 from ftjax.experiment import Run
+from ftjax.forward import BESIDE
 from ftjax.hf import export as hf_export
 from ftjax.hf import load
 from ftjax.runtime import files, manifest, peers, redaction
@@ -25,7 +25,7 @@ from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, find_peak
-from ftjax.trainer import BESIDE, Trainer
+from ftjax.trainer import Trainer
 from ftjax.training.feed import Feed
 from ftjax.training.loop import Cadence, Loop, Progress
 from ftjax.training.signals import Signals
@@ -53,15 +53,14 @@ _IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.v
 _IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target')
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
-Watch = Callable[[int, dict[str, float]], None]
-Write = Callable[[int, dict[str, float]], None]
+Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
 
 
 class Source(Protocol):
   """Where the batches of a run come from: rows of files, or what the model in training says
   (episodes.py)."""
 
-  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
+  def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     """Before the first batch.
 
     Args:
@@ -89,7 +88,7 @@ class _Rows:
   def __init__(self, run: Run):
     self._run, self._feed = run, None
 
-  def begin(self, trainer: Trainer, write: Write, start: int, saved: dict[str, Any]) -> None:
+  def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     run = self._run
     self._feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
 
@@ -111,7 +110,7 @@ class _Session:
   trainer: Trainer
   source: Source
   eval_loss: EvalLoss
-  watch: Watch
+  watch: Tell
   checkpoints: Checkpoints
   judge: compare.Judge
   fingerprints: dict[str, str]
@@ -180,7 +179,7 @@ def fit(
   run: Run,
   loss_fn: LossFn,
   eval_loss: EvalLoss,
-  watch: Watch = lambda *_: None,
+  watch: Tell = lambda *_: None,
   source: Source | None = None,
 ) -> None:
   """Trains, exports and compares; goes on from the newest checkpoint of the workdir.
@@ -372,9 +371,9 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     profile_dir=traces.folder,
   )
   progress = Progress(**saved['progress']) if saved else Progress()
-  write, kept = functools.partial(_write_rollout, writer), saved.get('source', {}) if saved else {}
+  kept = saved.get('source', {}) if saved else {}
   try:
-    s.source.begin(trainer, write, start, kept)
+    s.source.begin(trainer, lambda step, x: writer.write(step, 'rollout', x), start, kept)
     return loop.run(state, start, s.source.take, progress)
   finally:
     s.source.end()
@@ -397,7 +396,3 @@ def _cadence(run: Run) -> Cadence:
     profile_start=c.profile.start,
     profile_stop=c.profile.stop,
   )
-
-
-def _write_rollout(writer: MetricsWriter, step: int, values: dict[str, float]) -> None:
-  writer.write(step, 'rollout', values)

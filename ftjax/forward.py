@@ -1,10 +1,21 @@
-"""A batch through a model: what every algorithm begins with."""
+"""A batch through a model: what every algorithm's loss begins with.
+
+A run's parameters are the model's, with other models beside it under names of their own:
+`reference/` and `value/` (trainer.py)."""
 
 import jax
+import jax.numpy as jnp
 
-from ftjax.models import transformer
+from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+
+BESIDE = ('reference', 'value')
+
+
+def model_of(params: dict) -> dict:
+  """The model alone, without what stands beside it."""
+  return {k: v for k, v in params.items() if k not in BESIDE}
 
 
 def hidden_states(
@@ -15,3 +26,24 @@ def hidden_states(
   return transformer.apply(
     arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
   )
+
+
+def readout(
+  arch: Architecture, params: dict, batch: dict, *, temperature: float, dtype, remat: str
+) -> tuple[jax.Array, jax.Array]:
+  """(log-probs, entropies) float32[B, T] of a batch's labels under the model of all parameters, in
+  nats, at the sampler's temperature; 0 where weights are 0.
+  """
+  params = model_of(params)
+  x = hidden_states(arch, params, batch, dtype, remat)
+  table = transformer.head_weights(arch, params)
+  return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
+
+
+def token_scores(arch: Architecture, params: dict, batch: dict, dtype, remat: str) -> jax.Array:
+  """float32[B, T]: what a model with a score for a head says after each token; a float32 product
+  whatever the compute dtype is.
+  """
+  x = hidden_states(arch, params, batch, dtype, remat)
+  w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
+  return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ftjax import episodes, experiment, fit, policy_gradient
 from ftjax.episodes import Lesson, Sampled
+from ftjax.forward import readout
 from ftjax.losses import advantages
 from ftjax.models.architecture import Architecture
 
@@ -27,7 +28,7 @@ _RELATIVE = {
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   """loss(params, batch, keys) -> (total, weight, metrics) of rows of one completion each."""
   read = functools.partial(
-    episodes.readout,
+    readout,
     arch,
     temperature=c.rollout.temperature,
     dtype=jnp.dtype(c.model.compute_dtype),

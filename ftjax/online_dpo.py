@@ -10,6 +10,7 @@ import numpy as np
 from ftjax import episodes, experiment, fit, preference_loss
 from ftjax.data import batches
 from ftjax.episodes import Lesson, Sampled
+from ftjax.sampled import side
 
 make_loss = preference_loss.make_loss
 
@@ -28,15 +29,11 @@ class PairTeacher(episodes.Teacher):
     best, worst = rewards.argmax(1), rewards.argmin(1)
     gap = rewards.max(1) - rewards.min(1)
     for prompt in np.flatnonzero(gap > 0):
-      sides = [self._side(s, prompt * s.group + i[prompt]) for i in (best, worst)]
+      rows = [prompt * s.group + i[prompt] for i in (best, worst)]
+      sides = [side(s.prompts[row], s.completions[row]) for row in rows]
       batches.fill_row(arrays, prompt, sides)
     metrics = {'pairs': float((gap > 0).sum()), 'reward_gap': float(gap.mean())}
     return Lesson(arrays, metrics)
-
-  def _side(self, s: Sampled, row: int) -> tuple[np.ndarray, np.ndarray]:
-    prompt, completion = s.prompts[row].ids, s.completions[row].tokens
-    tokens = np.array([*prompt, *completion], np.int32)
-    return tokens, np.arange(len(tokens)) >= len(prompt)
 
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:

@@ -14,16 +14,9 @@ import numpy as np
 
 from ftjax import algorithms, episodes, experiment, fit, policy_gradient
 from ftjax.episodes import Lesson, Sampled
-from ftjax.forward import hidden_states
+from ftjax.forward import readout, token_scores
 from ftjax.losses import advantages, masked, policy
 from ftjax.models.architecture import Architecture
-
-
-def token_values(arch: Architecture, params: dict, batch: dict, dtype, remat: str) -> jax.Array:
-  """float32[B, T]: the value of the state before each label, of the value model's parameters."""
-  x = hidden_states(arch, params, batch, dtype, remat)
-  w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
-  return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
@@ -31,14 +24,14 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   policy's loss + ppo.value_coef times the value's, both per token.
   """
   how = dict(dtype=jnp.dtype(c.model.compute_dtype), remat=c.remat)
-  read = functools.partial(episodes.readout, arch, temperature=c.rollout.temperature, **how)
+  read = functools.partial(readout, arch, temperature=c.rollout.temperature, **how)
   value_arch, of_tokens = algorithms.value_arch(arch), policy_gradient.make_loss(c)
   clip, coefficient = c.ppo.value_clip, c.ppo.value_coef
 
   def loss(params, batch, keys):
     del keys
     total, weight, metrics = of_tokens(*read(params, batch), batch)
-    values = token_values(value_arch, params['value'], batch, **how)
+    values = token_scores(value_arch, params['value'], batch, **how)
     value_total, _, more = policy.value_loss(
       values, batch['old_values'], batch['returns'], batch['weights'], clip
     )
@@ -50,7 +43,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
 def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> episodes.Measure:
   """Values of the state as it is when a rollout is made."""
   value_arch, dtype = algorithms.value_arch(arch), jnp.dtype(c.model.compute_dtype)
-  return lambda params, batch: token_values(value_arch, params['value'], batch, dtype, 'none')
+  return lambda params, batch: token_scores(value_arch, params['value'], batch, dtype, 'none')
 
 
 class ValueTeacher(policy_gradient.PolicyTeacher):

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import pairs
-from ftjax.forward import hidden_states
+from ftjax.forward import hidden_states, model_of
 from ftjax.losses import masked, preference
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
-from ftjax.trainer import model_of
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from ftjax import experiment, fit, pairs
-from ftjax.forward import hidden_states
+from ftjax.forward import token_scores
 from ftjax.losses import preference
 from ftjax.models.architecture import Architecture
 
@@ -25,16 +25,13 @@ def scores(
 
   A row without the segment has score 0.
   """
-  x = hidden_states(arch, params, batch, dtype, remat)
-  w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
-  out = []
+  found, out = token_scores(arch, params, batch, dtype, remat), []
   for segment in range(1, segments + 1):
     inside = batch['segments'] == segment
     last = jnp.where(inside, batch['positions'], -1).max(-1)
     at = inside & (batch['positions'] == last[:, None])
-    # One token of each row is left: a sum of it and of zeros is exact.
-    state = jnp.where(at[..., None], x.astype(jnp.float32), 0.0).sum(1)
-    out.append((state * w[None, :]).sum(-1))
+    # One token of each row is left: a sum of its score and of zeros is exact.
+    out.append(jnp.where(at, found, 0.0).sum(-1))
   return out
 
 

@@ -28,6 +28,12 @@ class Sampled:
   completions: Sequence[Completion] = ()
 
 
+def side(prompt: Prompt, completion: Completion) -> tuple[np.ndarray, np.ndarray]:
+  """A prompt with one completion, as (tokens, supervised) of batches.fill_row."""
+  tokens = np.array([*prompt.ids, *completion.tokens], np.int32)
+  return tokens, np.arange(len(tokens)) >= len(prompt.ids)
+
+
 def rows(
   prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], seq_len: int
 ) -> dict[str, np.ndarray]:
@@ -36,10 +42,9 @@ def rows(
   out = batches.empty(len(pairs), seq_len)
   out['sampler_logp'] = np.zeros((len(pairs), seq_len), np.float32)
   for i, (prompt, completion) in enumerate(pairs):
-    whole = np.array([*prompt.ids, *completion.tokens], np.int32)
-    start = len(prompt.ids)
-    batches.fill_row(out, i, [(whole, np.arange(len(whole)) >= start)])
-    out['sampler_logp'][i, start - 1 : len(whole) - 1] = completion.logprobs
+    batches.fill_row(out, i, [side(prompt, completion)])
+    start = len(prompt.ids) - 1
+    out['sampler_logp'][i, start : start + len(completion.tokens)] = completion.logprobs
   return out
 
 

@@ -15,6 +15,7 @@ from jax import monitoring
 
 from ftjax import algorithms
 from ftjax.experiment import Run
+from ftjax.forward import model_of
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.runtime import compiler_options, trees
@@ -25,13 +26,6 @@ from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
 log = logging.getLogger(__name__)
-
-BESIDE = ('reference', 'value')
-
-
-def model_of(params: dict) -> dict:
-  """The model alone, without what stands beside it."""
-  return {k: v for k, v in params.items() if k not in BESIDE}
 
 
 def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:

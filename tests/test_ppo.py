@@ -7,6 +7,7 @@ import pytest
 import tiny_rollouts
 
 from ftjax import algorithms, episodes, experiment, policy_gradient, ppo, sampled
+from ftjax.forward import readout
 from ftjax.hf import export
 from ftjax.losses import policy
 from ftjax.models import transformer
@@ -108,9 +109,7 @@ def test_the_loss_is_the_policys_and_the_values(usual):
   total, weight, metrics = jax.jit(ppo.make_loss(s.run.arch, c))(params, on_device, None)
   read = dict(temperature=1.0, dtype=jnp.float32, remat='none')
   of_tokens = policy_gradient.make_loss(c)
-  logp, entropy = jax.jit(lambda p, b: episodes.readout(s.run.arch, p, b, **read))(
-    params, on_device
-  )
+  logp, entropy = jax.jit(lambda p, b: readout(s.run.arch, p, b, **read))(params, on_device)
   expected, tokens, _ = of_tokens(logp, entropy, on_device)
   values = jax.jit(ppo.make_measure(s.run.arch, c))(params, on_device)
   of_values, *_ = policy.value_loss(
@@ -211,7 +210,7 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
     ({'policy.aggregate': 'sequence'}, 'expected token'),
     ({'policy.level': 'sequence'}, 'expected token'),
     ({'rollout.redraws': 1}, 'by their outcome'),
-    ({'checkpoint.best_metric': 'eval/loss'}, 'eval/reward alone'),
+    ({'checkpoint.best_metric': 'eval/loss'}, 'which ppo measures'),
     ({'ppo.value_clip': -1.0}, 'ppo.value_clip'),
     ({'policy.kl_target': 1.0}, 'policy.kl_coef=0'),
   ],

@@ -16,6 +16,9 @@ from ftjax.data.schedule import Mixture
 
 Batch = dict[str, np.ndarray]
 
+# Of every batch, [B, T].
+ARRAYS = ('tokens', 'labels', 'weights', 'segments', 'positions')
+
 
 def empty(batch_size: int, seq_len: int, shape: str = 'text') -> Batch:
   """A batch of nothing but padding: int32 and float32 [B, T], and float32[B] `values` where the

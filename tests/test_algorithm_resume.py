@@ -1,5 +1,6 @@
-"""Runs on rollouts, killed for real after step k and run again: prompts, completions, losses and
-exported bits are those of an uninterrupted run. GRPO's own are in test_grpo.py.
+"""A run of every algorithm, killed for real after step k and run again: prompts, completions,
+losses and exported bits are those of an uninterrupted run, though a reference is in no checkpoint.
+Those of SFT and GRPO are in test_resume.py and test_grpo.py.
 """
 
 import pytest
@@ -13,11 +14,18 @@ SETTINGS = {
 }
 
 
+PAIRS = ('steps=8', 'checkpoint.every=1', 'checkpoint.keep=8', 'eval.every=0', 'eval.prompts=()')
+PAIRS += ('data.train=pairs:100', 'grad_accum=2')
+
+
 def arguments(algorithm, workdir):
-  return tiny_rollouts.arguments(workdir, *SETTINGS[algorithm], algorithm=algorithm)
+  if algorithm in SETTINGS:
+    return tiny_rollouts.arguments(workdir, *SETTINGS[algorithm], algorithm=algorithm)
+  entry = [f'--config=tiny_{algorithm}', f'--workdir={workdir}']
+  return [*entry, *(f'--config.{s}' for s in PAIRS)]
 
 
-@pytest.fixture(scope='module', params=SETTINGS)
+@pytest.fixture(scope='module', params=('dpo', 'reward_model', *SETTINGS))
 def reference(request, tmp_path_factory):
   """(algorithm, workdir of an uninterrupted run)."""
   workdir = tmp_path_factory.mktemp(request.param)
@@ -38,3 +46,5 @@ def test_killed_after_step_k_it_ends_bitwise_like_uninterrupted(k, reference, tm
   assert code == 0 and f'resuming after step {max(steps)} of 8' in told, told
   assert tiny_run.differences(tmp_path, whole) == []
   assert tiny_rollouts.rollouts(tmp_path) == tiny_rollouts.rollouts(whole)
+  names = [p.read_text() for p in (tmp_path / 'checkpoints').rglob('_METADATA')]
+  assert names and all('params' in n and 'reference' not in n for n in names)
