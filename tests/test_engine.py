@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from tiny_model import TINY, ids, init, logits, logprobs, tokens_at
+from tiny_model import QWEN2, TINY, ids, init, logits, logprobs, tokens_at
 
 from ftjax.rollout.engine import Engine
 from ftjax.rollout.sampler import Sampler, Sampling
@@ -151,6 +151,41 @@ def test_temperature_and_truncation_in_log_probs(sampling):
     mass = np.array([o[:n].sum() for o, n in zip(order, size, strict=True)])
   kept = np.concatenate([c.kept_logprobs for row in rollout.completions for c in row])
   np.testing.assert_allclose(np.exp(kept - log_p[place]) * mass, 1, atol=1e-5)
+
+
+def test_greedy_completions_of_qwen2_are_the_likeliest_tokens_of_its_full_forward():
+  """Each token teacher-forced: the argmax of transformer.apply's logits over all before it."""
+  params = init(QWEN2)
+  own = Engine(QWEN2, jnp.float32, STOPS, 0, slots=2, tokens_per_dispatch=4)
+  rollout = own.generate(params, PROMPTS, group=1, max_tokens=MOST, sampling=Sampling(), seed=0)
+  rows, labels, weights, segments = whole_rows(rollout)
+  z = logits(QWEN2, params, rows, tokens_at(segments))
+  np.testing.assert_array_equal(z.argmax(-1)[weights > 0], labels[weights > 0])
+  expected = logprobs(QWEN2, params, rows, labels, weights, tokens_at(segments))
+  np.testing.assert_allclose(scores(rollout), expected[weights > 0], atol=1e-5)
+  assert weights.sum() > 40
+
+
+@pytest.mark.parametrize('sampling', [Sampling(), WARM])
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(sampling):
+  """A third of the rows is beyond its 171; log-probs stay those of the trainer's forward."""
+  some = {'group': GROUP, 'max_tokens': MOST, 'sampling': sampling, 'seed': 3}
+  free = engine(8).generate(params(), PROMPTS, **some)
+  assert max(t for row in tokens(free) for c in row for t in c) >= 171
+  bound = Engine(TINY, jnp.float32, STOPS, 0, slots=3, tokens_per_dispatch=4, vocab_size=171)
+  rollout = bound.generate(params(), PROMPTS, **some)
+  assert max(t for row in tokens(rollout) for c in row for t in c) < 171
+  rows, labels, weights, segments = whole_rows(rollout)
+  expected = logprobs(TINY, params(), rows, labels, weights, tokens_at(segments))
+  if sampling.temperature:
+    np.testing.assert_allclose(scores(rollout), expected[weights > 0], atol=1e-5)
+  z = np.float64(logits(TINY, params(), rows, tokens_at(segments)))[weights > 0][:, :171]
+  if sampling == Sampling():
+    np.testing.assert_array_equal(z.argmax(-1), labels[weights > 0])
+  if sampling == WARM:
+    place = np.arange(len(z)), labels[weights > 0]
+    kept = np.concatenate([c.kept_logprobs for row in rollout.completions for c in row])
+    np.testing.assert_allclose(kept, special.log_softmax(z, -1)[place], atol=1e-5)
 
 
 def test_a_completion_keeps_its_stop_token_and_tells_why_it_ended():

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import ml_collections
@@ -22,7 +24,10 @@ def needs(package):
 
 
 FUNCTIONS = """
-import os, signal, sys, time
+import multiprocessing, os, signal, subprocess, sys, time
+if os.path.exists('kill_me'):
+  os.remove('kill_me')
+  os.kill(os.getpid(), signal.SIGKILL)
 calls = []
 def length_of(completions):
   return [len(c) for c in completions]
@@ -47,6 +52,25 @@ def dies(completions):
     os.kill(os.getpid(), signal.SIGKILL)
   if 'exit' in completions:
     sys.exit(3)
+  return [1.0] * len(completions)
+def forks(completions):
+  p = multiprocessing.get_context('fork').Process(target=hangs, args=(['hang'],))
+  p.start()
+  p.terminate()
+  p.join()
+  return [1.0] * len(completions)
+def leaves(completions):
+  p = subprocess.Popen(['sleep', '600'])
+  open('left', 'w').write(str(p.pid))
+  return [1.0] * len(completions)
+def is_killed_once(completions):
+  if not os.path.exists('killed'):
+    open('killed', 'w').close()
+    os.kill(os.getpid(), signal.SIGKILL)
+  return [1.0] * len(completions)
+def slow(completions):
+  open('pid', 'w').write(f'{os.getpid()} {os.getpgid(0)}')
+  time.sleep(1.0)
   return [1.0] * len(completions)
 def short(completions): return [1.0]
 def none(completions): return None
@@ -190,6 +214,42 @@ def test_a_function_that_hangs_or_dies_is_started_again(functions):
     np.testing.assert_array_equal(r.score(batch('a', 'b')).parts, np.ones((2, 2)))
 
 
+def test_a_stop_of_the_whole_job_leaves_it_to_answer(functions, tmp_path):
+  with Rewards(parse('my_rewards:slow'), ()) as r:
+    found = []
+    asked = threading.Thread(target=lambda: found.append(r.score(batch('a', 'b'))))
+    asked.start()
+    while not (tmp_path / 'pid').exists() or not (tmp_path / 'pid').read_text():
+      time.sleep(0.01)
+    pid, group = map(int, (tmp_path / 'pid').read_text().split())
+    assert group != os.getpgid(0), 'Ctrl-C at a terminal goes to the group'
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
+    asked.join()
+  np.testing.assert_array_equal(found[0].total, [1, 1])
+  assert not found[0].failures['slow']
+
+
+def test_what_it_starts_ends_when_told_to_and_with_it(functions, tmp_path):
+  with Rewards(parse('my_rewards:forks@1,my_rewards:leaves@1'), (), call_limit=30.0) as r:
+    got = r.score(batch('a', 'b'))
+    assert not any(got.failures.values()), got.reasons
+    pid = int((tmp_path / 'left').read_text())
+    os.kill(pid, 0)
+  with pytest.raises(ProcessLookupError):
+    for _ in range(100):  # its new parent takes a moment to bury it
+      os.kill(pid, 0)
+      time.sleep(0.05)
+
+
+def test_what_was_killed_is_asked_once_more(functions, tmp_path):
+  (tmp_path / 'kill_me').touch()  # as it loads
+  with Rewards(parse('my_rewards:is_killed_once'), ()) as r:
+    got = r.score(batch('a', 'b'))
+  np.testing.assert_array_equal(got.total, [1, 1])
+  assert not got.failures['is_killed_once']
+
+
 @pytest.mark.parametrize(
   ('name', 'match'),
   [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'), ('holes', 'list of 2'),
@@ -224,7 +284,7 @@ def test_a_model_is_a_part():
   b = batch('abc', 'a')
   np.testing.assert_array_equal(score('model@0.5', b, model=model).total, [1.5, 0])
   assert seen == [([[1], [1]], [[0, 1, 2], [0]])]
-  with pytest.raises(ConfigError, match='none is given'):
+  with pytest.raises(ConfigError, match=r'name its folder in rollout\.reward_model'):
     score('model', b)
   for wrong in ([1.0], [1.0, np.nan]):
     with pytest.raises(ConfigError, match='reward model returned'):

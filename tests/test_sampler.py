@@ -71,6 +71,27 @@ def test_frequencies_are_the_exact_probabilities(sampling):
     assert stats.chisquare(seen[inside], expected[inside]).pvalue > 0.01
 
 
+@pytest.mark.parametrize(
+  ('sampling', 'kept'),
+  [
+    (Sampling(1.0, top_k=2), [0, 2]),
+    (Sampling(1.0, top_k=4), [0, 2, 3, 4]),
+    (Sampling(1.0, top_p=0.6), [0, 2, 3]),
+  ],
+  ids=str,
+)
+def test_of_equally_likely_tokens_the_first_stay(sampling, kept):
+  logits = np.log(np.array([4, 1, 2, 2, 2, 1], np.float32))
+  assert np.flatnonzero(counts(sampling, logits)).tolist() == kept
+
+
+def test_no_token_is_left_out_at_top_p_1():
+  """In float32 the sum over so many reaches 1 before the last."""
+  logits = jnp.linspace(0, -30, 50_000)[None]
+  kept = sampler._truncate(logits, Sampling(1.0, top_k=50_000))
+  assert np.isfinite(np.asarray(kept)).all()
+
+
 def test_the_order_of_the_vocabulary_does_not_matter():
   order = np.random.default_rng(0).permutation(8)
   shuffled = counts(Sampling(1.0, top_k=3, top_p=0.9), LOGITS[order])
@@ -209,6 +230,28 @@ def test_answers_are_streamed(plain, params, greedy):
   plain.generate(params, PROMPTS, NEW, GREEDY, stream=lambda a: shown.append([list(x) for x in a]))
   assert shown[-1] == greedy
   assert [len(a[0]) for a in shown] == [1, 17, 24]
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, WARM, Sampling(1.0, top_k=5), Sampling(1, top_p=0.8)])
+def test_ids_beyond_the_tokenizer_s_are_as_if_their_rows_were_not_there(sampling):
+  """Whatever the model thinks of them: here each such row is the likeliest."""
+  tall = jnp.concatenate([LOGITS, np.float32([9, 10, 11])])
+  keys = jax.random.split(jax.random.key(7), 200)
+  rows = [jnp.broadcast_to(z, (200, z.size)) for z in (tall, jnp.asarray(LOGITS))]
+  run = jax.jit(sampler.sample, static_argnums=(2, 3))
+  token, logprob, kept = run(rows[0], keys, sampling, 8)
+  without = run(rows[1], keys, sampling, None)
+  np.testing.assert_array_equal(token, without[0])
+  np.testing.assert_allclose(kept, without[2], atol=1e-6)
+  whole = jax.nn.log_softmax(tall)
+  np.testing.assert_allclose(logprob, whole[token], atol=1e-5)
+
+
+def test_answers_hold_no_ids_beyond_the_tokenizer_s(params, greedy):
+  assert max(max(a) for a in greedy) >= 171
+  bound = Sampler(TINY, jnp.float32, (), 0, vocab_size=171)
+  for sampling in (GREEDY, WARM):
+    assert max(max(a) for a in bound.generate(params, PROMPTS, NEW, sampling)) < 171
 
 
 def test_an_untied_head_is_used():

@@ -97,6 +97,15 @@ MATH_GAMES = [
   '#### 71 or 72', '#### 72\n#### 71', '10:72', '2020-10-72', '-72', '0x72', '72.72.72', '7 2',
   'H72', 'The answer is 72. ' * 20, '#### 72\n' * 20, '\\boxed{72} ' * 20, '[0, 100]',
   '\\boxed{9^{9^{9^{9}}}}', '\\boxed{99999999!}', '\\boxed{10^{99999999}}', 'x > 72 or x < 72',
+  '\\boxed{72\\text{ or 71}}', '\\boxed{72 \\text{or } 71}', '\\boxed{72\\mathrm{ maybe }}',
+  '\\boxed{72 \\equiv 71}', '\\boxed{72 \\approx 71}', '\\boxed{72 \\in \\{71\\}}',
+  '\\boxed{72:71}',
+  '\\boxed{72 \\le 73}', '\\boxed{72 \\neq 71}', '\\boxed{72 \\to 71}', '\\boxed{72 \\bmod 71}',
+  '#### not 72', '#### less than 72', '#### maybe 72', 'It is not 72', "It isn't 72.", 'maybe 72',
+  'The answer is not $72$.', 'It is less than $72$.', 'The answer is $71$ or $72$.', 'not (72)',
+  'It is not equal to 72', '\\boxed{72\u224571}', '\\boxed{72 \\cong 71}', 'It is over 72',
+  'not **72**',
+  'It is more than $72.', 'Less than 72', '#### 72 or more than 72', 'less than 71, not 72',
 ]  # fmt: skip
 CASES = {
   'math': (['q', '72'], '72', MATH_GAMES),
@@ -115,6 +124,11 @@ CASES = {
       'The answer is (B) or (C)', 'The answer is A. The answer is B.', '\\boxed{A} \\boxed{B}',
       '\\boxed{B, C}', '(A)(B)', 'Answer: B. Or C? Or maybe D', 'B and C', '\u0412', '\uff22', 'b',
       'Both', 'Bread', 'A', 'The answer is B. ' * 20, 'The answer is B, but it could be or C',
+      'The answer is B. Wait, no. A.', 'Answer: B is wrong, A', 'Answer: B. No, it is A.',
+      'The answer is B. Actually, A fits better.', "The answer is: B isn't", 'B. Wait, A.',
+      'Answer: B\nNo, it is A', 'Answer: `B`, `C`', 'Answer: `B` or `C`',
+      'The answer is B. Sorry, C.',
+      'Option B is correct or option A is correct', 'Option B is wrong',
     ],
   ),
 }  # fmt: skip
@@ -168,7 +182,13 @@ HONEST = [
   ('50%', '0.5'), ('50%', '50 \\%'), ('-3', '-3'), ('-3', 'The answer is -3'), ('-3', '\u22123'),
   ('-3', '-$3'), ('3.5', '3 1/2'), ('3.5', '3\\frac{1}{2}'), ('0.5', '\\frac12'), ('.5', '1/2'),
   ('-1/2', '-\\dfrac{1}{2}'), ('-0.5', '\\frac{-1}{2}'), ('x+1', '\\boxed{x + 1}'),
-  ('so 5\n#### 5', '5'), ('so \\boxed{5}', '5'), ('1000', '1e3'),
+  ('72', 'So the amount of money left over is $72.'), ('72', 'There are **72** apples left over.'),
+  ('72', '#### The total left over is 72'), ('72', 'The price of the item above is 72.'),
+  ('72', 'It is as shown below\n\n72'), ('5', '\\boxed{5\\text{ cm}^2}'),
+  ('5', '$5 \\mathrm{cm}^{2}$'),
+  ('5', '\\boxed{\\mathbf{5}}'), ('5', '\\boxed{5\\qquad}'), ('5', '\\boxed{5\\,\\text{cm}}'),
+  ('[-2,7]', '\\boxed{x \\in [-2,7]}'), ('so 5\n#### 5', '5'), ('so \\boxed{5}', '5'),
+  ('1000', '1e3'),
 ]  # fmt: skip
 
 
@@ -191,7 +211,21 @@ def test_wrong_numbers_are_not(gold, answer):
   ('gold', 'answer', 'paid'),
   [('2', '\\boxed{\\sqrt{4}}', 1), ('x+1', '\\boxed{1+x}', 1), ('\\frac{\\pi}{2}', '$\\pi/2$', 1),
    ('(1,2)', '\\boxed{(1, 2)}', 1), ('(1,2)', '\\boxed{[1,2]}', 0), ('x+1', '\\boxed{x+2}', 0),
-   ('0.5x', '\\boxed{x \\cdot 0.5}', 1),
+   ('0.5x', '\\boxed{x \\cdot 0.5}', 1), ('x/2', '\\boxed{0.5x}', 1),
+   ('\\sqrt{2}', '\\boxed{1.414214}', 0), ('\\pi', '\\boxed{3.14159}', 0),
+   ('\\text{Evelyn}', '\\boxed{\\text{Evelyn}}', 1), ('\\text{Evelyn}', '\\boxed{nylevE}', 0),
+   ('evil', '\\boxed{live}', 0), ('x \\le 3', '\\boxed{x \\leq 3}', 1),
+   ('\\frac{1}{\\sqrt{3}}', '\\boxed{\\tan \\frac{\\pi}{6}}', 1),
+   ('\\theta+1', '\\boxed{1+\\theta}', 1),
+   ('5', '\\boxed{5\\text{ cm^2}}', 1), ('36\\pi', '\\boxed{36\\pi\\text{ cm}^2}', 1),
+   ('70\\sqrt{2}', '\\boxed{70 \\sqrt{2} \\mbox{ feet}}', 1), ('3\\leq x', '\\boxed{x \\ge 3}', 1),
+   ('\\begin{pmatrix} \\frac{1}{2} \\\\ 3 \\end{pmatrix}',
+    '\\boxed{\\begin{pmatrix}\\dfrac{1}{2}\\\\3\\end{pmatrix}}', 1),
+   ('mgh+\\frac{1}{2}mv^2', '\\boxed{\\frac12 mv^2+mgh}', 1),
+   ('xyz(x + y)', '\\boxed{(x+y)xyz}', 1),
+   ('2\\sqrt{3}', '\\boxed{2\\,\\sqrt{3}}', 1), ('x=5', '\\boxed{x=4=5}', 0),
+   ('1010_2', '\\boxed{1010_3}', 0),
+   ('5', '\\boxed{5\\text{ or 6}}', 0),
    ('\\sqrt{2}', '\\boxed{\\frac{2}{\\sqrt{2}}}', 1), ('72', '\\boxed{72=72}', 0)],
 )  # fmt: skip
 def test_symbols(gold, answer, paid, monkeypatch):
@@ -222,6 +256,14 @@ def test_a_copy_of_the_prompt_is_no_answer():
   'text',
   ['B', '(B)', 'B.', 'B)', '**B**', '$B$', 'B. Paris', 'B) A dog', 'The answer is B', 'Answer: (B)',
    'The answer is (B) Paris.', 'The correct answer is option B.', '\\boxed{B}', '**Answer:** B',
+   'The answer is: B', 'Answer:\n\nB', 'The answer is `B`.', '`B`', 'Option B is correct.',
+   'Let us see. Option (B) is the right one, as A is not.', 'The answer is B. Option A is wrong.',
+   'Wait, it is not A. The answer is B, since there is no other.',
+   'B. No.', 'Answer: B. No, because the statute of frauds applies.', 'B. Error correction',
+   'B. Wait for the bus', 'The answer is B. Mitochondria actually produce ATP.',
+   'Let us check whether option A is correct: it has no basis. The answer is (B).',
+   'If choice A is right, x=2, a contradiction. The answer is B.',
+   'The answer is B. No other option, such as C, is right.',
    '\\boxed{\\text{B}}', 'A is wrong, so the answer is B. A dog has four legs.'],
 )  # fmt: skip
 def test_honest_choices_are_paid(text):
@@ -241,8 +283,21 @@ def test_normalized_is_squads_where_values_stay():
   assert n.score('The  Eiffel tower!', 'eiffel tower') == 1
   assert n.score('caf\u0065\u0301', 'caf\u00e9') == 1
   assert n.score('b', ['a b', 'b']) == n.score('1,234', '1234') == n.score('The', 'the') - 0 + 1
-  for answer, gold in (('3', '-3'), ('35', '3.5'), ('5', '.5'), ('5%', '5'), ('', 'the')):
-    assert n.score(answer, gold) == 0
+  assert n.score('1,234,567 people.', '1234567 people') == n.score('(C++)', 'c++!') == 1
+  values = [('3', '-3'), ('35', '3.5'), ('5', '.5'), ('5%', '5'), ('', 'the'), ('1/2', '12')]
+  values += [('10^2', '102'), ('- 5', '5'), ('C++', 'C'), ('C#', 'C'), ('<5', '5'), ('3-4', '34')]
+  values += [
+    ('O-', 'O'),
+    ('A-', 'A'),
+    ('-$5', '$5'),
+    ('1,2', '12'),
+    ('1:30', '130'),
+    ('2*3', '23'),
+    ('1e+5', '1e5'),
+  ]
+  for pair in values:
+    for answer, gold in (pair, pair[::-1]):
+      assert not gold or n.score(answer, gold) == 0, (answer, gold)
   with pytest.raises(ValueError, match='answer'):
     n.score('x', '  ')
 

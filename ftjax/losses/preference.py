@@ -51,7 +51,7 @@ class Pairs(NamedTuple):
   """Pairs of answers to one prompt each; all float32[P], log-probs in nats summed over tokens.
 
   Losses without a reference do not read ref_*: pass zeros. `chosen_nll` is read by losses with a
-  likelihood term: see `nll_per_pair` and `nll_per_token`; pass zeros elsewhere.
+  likelihood term: see `nll_per_pair`; pass zeros elsewhere.
   """
 
   chosen: jax.Array
@@ -88,18 +88,12 @@ def _per_token(logp: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def nll_per_pair(chosen: jax.Array, chosen_tokens: jax.Array) -> jax.Array:
-  """float32[P]: -log pi(w|x) / |w|, every pair counts the same (ORPO, Hong et al. 2024, eq. 2)."""
-  return -_per_token(chosen, chosen_tokens)
+  """float32[P]: -log pi(w|x) / |w|, every pair counts the same (ORPO, Hong et al. 2024, eq. 2).
 
-
-def nll_per_token(chosen: jax.Array, mean_tokens: jax.Array) -> jax.Array:
-  """float32[P]: -log pi(w|x) / (mean |w| over the step's pairs), every token counts the same.
-
-  Its mean over the pairs is the mean over their tokens, which is what TRL's CPO and ORPO trainers
-  take (ORPO there counts the prompt's tokens too: then so must `chosen` and `mean_tokens`). The
-  mean length float32[] is of the whole step; the host knows it before the step runs.
+  TRL's CPO and ORPO trainers take the mean over the tokens of a batch instead, where long answers
+  count more (and ORPO's those of the prompt).
   """
-  return -chosen / mean_tokens
+  return -_per_token(chosen, chosen_tokens)
 
 
 def _soft(x: jax.Array, smoothing: float) -> jax.Array:
@@ -249,7 +243,8 @@ LOSSES = {
     False,
     True,
     '-log s(beta log pi(w) / |w| - beta log pi(l) / |l| - gamma) + nll_coef nll, smoothed by e',
-    "SimPO, Meng et al. 2024, eq. 6. TRL's CPO trainer with 'simpo' (its simpo_gamma is gamma).",
+    "SimPO, Meng et al. 2024, eq. 6. TRL's CPO trainer with 'simpo' (its simpo_gamma is gamma), "
+    'but for nll: nll_per_pair.',
   ),
   'cpo': Row(
     _cpo,
@@ -257,7 +252,8 @@ LOSSES = {
     False,
     True,
     '-log s(beta (log pi(w) - log pi(l))) + nll_coef nll, smoothed by e',
-    "CPO, Xu et al. 2024. TRL's CPO trainer with 'sigmoid' and cpo_alpha = nll_coef.",
+    "CPO, Xu et al. 2024. TRL's CPO trainer with 'sigmoid' and cpo_alpha = nll_coef, but "
+    'for nll: nll_per_pair.',
   ),
   'orpo': Row(
     _orpo,
@@ -265,7 +261,8 @@ LOSSES = {
     False,
     True,
     'nll - beta log s(log odds(w) - log odds(l)), odds(y) = q / (1 - q), q = pi(y)^(1 / |y|)',
-    "ORPO, Hong et al. 2024, eq. 6 and 7; beta is its lambda. TRL's ORPO trainer.",
+    "ORPO, Hong et al. 2024, eq. 6 and 7; beta is its lambda. TRL's ORPO trainer, but for nll: "
+    'nll_per_pair.',
   ),
   'kto': Row(
     _kto,

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.cache import Cache
 from ftjax.rollout import ring
+from ftjax.rollout.completion import Completion, Rollout, Unfinished
 from ftjax.rollout.sampler import (
   TOKENS_PER_DISPATCH,
   Sampling,
@@ -45,29 +47,16 @@ from ftjax.runtime.sharding import batch_ways, spec
 _RUNS = (16, 4, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """One sampled continuation of a prompt.
-
-  tokens: ids, with the stop token that ended it. logprobs: float32[len(tokens)], in nats, under
-  softmax(logits / temperature) over the whole vocabulary (temperature 0: those of temperature 1):
-  what the trainer's forward computes. kept_logprobs: the same among what top_k and top_p left, as
-  drawn. truncated: whether it was cut at max_tokens, and not ended by a stop token or string."""
-
-  tokens: list[int]
-  logprobs: np.ndarray
-  kept_logprobs: np.ndarray
-  truncated: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-  """What `Engine.generate` returns: completions[prompt][completion], and metrics by name for the
-  log.
+class Compiled(NamedTuple):
+  """The two large programs of a rollout: run prompts that `prefill` reads at once, slots sequences
+  that `decode` extends in `cache` (in shapes with shardings).
   """
 
-  completions: list[list[Completion]]
-  metrics: dict[str, float]
+  prefill: jax.stages.Compiled
+  decode: jax.stages.Compiled
+  run: int
+  slots: int
+  cache: Cache
 
 
 @jax.tree_util.register_dataclass
@@ -85,35 +74,10 @@ class _Slots:
   left: jax.Array
 
 
-@dataclasses.dataclass
-class _Sequence:
-  """The host's view of a sequence in a slot."""
-
-  prompt: int
-  completion: int
-  most: int
-  tokens: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[float] = dataclasses.field(default_factory=list)
-  kept: list[float] = dataclasses.field(default_factory=list)
-
-  def extend(self, tokens, logprobs, kept, stop_ids, ended) -> Completion | None:
-    """Takes a dispatch's tokens; the completion, if one of them was its last."""
-    for token, logprob, among in zip(tokens, logprobs, kept, strict=True):
-      self.tokens.append(int(token))
-      self.logprobs.append(logprob)
-      self.kept.append(among)
-      stopped = token in stop_ids or bool(ended and ended(self.tokens))
-      if stopped or len(self.tokens) == self.most:
-        scores = (np.array(a, np.float32) for a in (self.logprobs, self.kept))
-        return Completion(self.tokens, *scores, truncated=not stopped)
-    return None
-
-
 class Engine:
-  """Generates groups of completions with one architecture.
-
-  Programs are compiled once per shape: decode and enter per capacity (a bucket of the longest
-  prompt, and max_tokens) and sampling, prefill per bucket of prompt length and run of rows.
+  """Generates groups of completions with one architecture. Programs are compiled once per shape:
+  decode and enter per capacity (a bucket of the longest prompt, and max_tokens) and sampling,
+  prefill per bucket of prompt length and run of rows.
 
   Args:
     arch: the architecture.
@@ -122,6 +86,7 @@ class Engine:
     pad_id: any valid token id.
     slots: sequences decoded at once; rounded up to a multiple of the ways that the batch is split.
     tokens_per_dispatch: steps between two looks of the host.
+    vocab_size: of the tokenizer; ids from it on are never drawn (see Sampler). None: the model's.
   """
 
   def __init__(
@@ -133,14 +98,14 @@ class Engine:
     *,
     slots: int,
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+    vocab_size: int | None = None,
   ):
     if slots < 1 or tokens_per_dispatch < 1:
       raise ConfigError(f'{slots=}, {tokens_per_dispatch=}: expected both to be at least 1')
-    self.arch, self.dtype, self.pad_id = arch, dtype, pad_id
+    self.arch, self.dtype, self.pad_id, self.vocab_size = arch, dtype, pad_id, vocab_size
     self.stop_ids, self.slots = tuple(stop_ids), slots
     self.tokens_per_dispatch = tokens_per_dispatch
-    # Programs so far: each function below counts when it is traced.
-    self.compilations = 0
+    self.compilations = 0  # each function below counts when it is traced
     self._start = jax.jit(self._start_fn, static_argnums=(0, 1))
     self._prefill = jax.jit(self._prefill_fn)
     self._enter = jax.jit(self._enter_fn, donate_argnums=(0, 1))
@@ -193,7 +158,7 @@ class Engine:
       keys = token_keys(seed, slots.prompt, slots.completion, slots.position + 1)
       # For one row, jax 0.12 forgets in indexing how the batch lies.
       x = jax.sharding.reshard(x[:, 0], spec('batch', None))
-      drawn = sample(next_logits(self.arch, params, x), keys, sampling)
+      drawn = sample(next_logits(self.arch, params, x), keys, sampling, self.vocab_size)
       out = tuple(
         jax.lax.dynamic_update_slice_in_dim(o, d[:, None], i, 1)
         for o, d in zip(out, drawn, strict=True)
@@ -214,6 +179,37 @@ class Engine:
     i, memory, slots, out = jax.lax.while_loop(goes_on, step, (zero, memory, slots, out))
     return memory, slots, i, tuple(jax.sharding.reshard(o, spec(None, None)) for o in out)
 
+  def compile(
+    self, params: dict, *, prompts: int, longest: int, max_tokens: int, sampling: Sampling
+  ) -> Compiled:
+    """The programs of `generate` from shapes alone, on a mesh whose devices need not be here.
+
+    Args:
+      params: nested dict of ShapeDtypeStruct with shardings.
+      prompts: that are read before the first step.
+      longest: tokens of the longest of them.
+      max_tokens: longest completion.
+      sampling: how tokens are chosen.
+    """
+
+    def shaped(shape, *names):
+      where = jax.sharding.NamedSharding(mesh, spec(*names))
+      return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
+
+    mesh, ways = jax.tree.leaves(params)[0].sharding.mesh, batch_ways()
+    run, slots = _run(prompts, ways), -(-self.slots // ways) * ways
+    tokens = shaped((run, bucket(max(longest - 1, 1))), 'batch', 'seq')
+    cache, device = jax.eval_shape(
+      lambda: self._start_fn(slots, _capacity(longest, max_tokens, self.tokens_per_dispatch))
+    )
+    number, seed = (jax.ShapeDtypeStruct((), d) for d in (jnp.int32, jnp.uint32))
+    state = (cache, device, number, number, seed)
+    return Compiled(
+      self._prefill.lower(params, tokens, Tokens(tokens, tokens)).compile(),
+      self._decode.lower(params, *state, sampling=sampling).compile(),
+      *(run, slots, cache),
+    )
+
   def generate(
     self,
     params: dict,
@@ -225,6 +221,7 @@ class Engine:
     seed: int,
     prompt_ids: Sequence[int] | None = None,
     ended: Callable[[list[int]], bool] | None = None,
+    beat: Callable[[], None] = lambda: None,
   ) -> Rollout:
     """Completions of prompts.
 
@@ -239,6 +236,7 @@ class Engine:
       prompt_ids: what tells prompts apart in the sampling key; their index by default.
       ended: True for the tokens of a completion so far ends it (stop strings). Asked for every
         token, between dispatches; must be the same function on every process.
+      beat: called after every dispatch, for a watchdog.
 
     Raises:
       ConfigError: an empty prompt, group or max_tokens below 1, more positions than the model was
@@ -251,7 +249,7 @@ class Engine:
     check_decodable(mesh)
     with jax.set_mesh(mesh):
       call = _Call(self, params, mesh, prompts, group, most, ids, sampling, seed, ended)
-      return call.run()
+      return call.run(beat)
 
   def _check(self, prompts, group: int, most: list[int], ids: list[int]) -> None:
     if not prompts or not all(len(p) for p in prompts):
@@ -272,6 +270,16 @@ class Engine:
       )
 
 
+def _run(waiting: int, ways: int) -> int:
+  """Rows of the next run of prompts."""
+  return next(r for r in _RUNS if r * ways <= waiting or r == 1) * ways
+
+
+def _capacity(longest: int, most: int, width: int) -> int:
+  """Entries of a ring that holds the longest prompt, padded, and whole dispatches of its own."""
+  return bucket(max(longest - 1, 1)) + -(-most // width) * width
+
+
 class _Call:
   """One call of generate: the queue of sequences, who is in which slot, and what is cached."""
 
@@ -283,26 +291,26 @@ class _Call:
     self.batch = -(-engine.slots // self.ways) * self.ways
     self.queue = collections.deque((p, c) for p in range(len(prompts)) for c in range(group))
     self.done: list[list[Completion | None]] = [[None] * group for _ in prompts]
-    self.slots: list[_Sequence | None] = [None] * self.batch
+    self.slots: list[Unfinished | None] = [None] * self.batch
     # Prompts that were read and are still to enter: prompt -> (cache of its run, row).
     self.read: dict[int, tuple[Cache, int]] = {}
-    width = engine.tokens_per_dispatch
-    prompt = bucket(max(max(map(len, prompts)) - 1, 1))
-    self.capacity = prompt + -(-max(most) // width) * width
+    longest = max(map(len, prompts))
+    self.capacity = _capacity(longest, max(most), engine.tokens_per_dispatch)
     # The first prompts lie at the beginning, and no ring goes round before it must.
-    self.at = prompt
+    self.at = bucket(max(longest - 1, 1))
     self.steps = self.prefill_tokens = self.prefill_padded = 0
 
   def _put(self, array: np.ndarray, *names):
     return sharding.put(self.mesh, array, *names)
 
-  def run(self) -> Rollout:
+  def run(self, beat: Callable[[], None]) -> Rollout:
     begin, engine = time.perf_counter(), self.engine
     compiled = engine.compilations
     self.memory, self.device = engine._start(self.batch, self.capacity)
     while self.queue or any(self.slots):
       self._refill()
       self._dispatch()
+      beat()
     completions = [c for row in self.done for c in row]
     tokens, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - begin
     metrics = {
@@ -325,7 +333,7 @@ class _Call:
     for slot in range(self.batch):
       if self.slots[slot] is None and self.queue:
         prompt, completion = self.queue.popleft()
-        entering[slot] = self.slots[slot] = _Sequence(prompt, completion, self.most[prompt])
+        entering[slot] = self.slots[slot] = Unfinished(prompt, completion, self.most[prompt])
     self._read_prompts(list(dict.fromkeys(s.prompt for s in entering.values())))
     runs: dict[int, tuple[Cache, dict[int, int]]] = {}
     for slot, sequence in entering.items():
@@ -340,7 +348,7 @@ class _Call:
     """Prefills those not read yet, like lengths together."""
     wanted = sorted((p for p in wanted if p not in self.read), key=lambda p: len(self.prompts[p]))
     while wanted:
-      size = next(r for r in _RUNS if r * self.ways <= len(wanted) or r == 1) * self.ways
+      size = _run(len(wanted), self.ways)
       run, wanted = wanted[:size], wanted[size:]
       # The last token is left to the first step of decoding; a lone one leaves an empty row.
       known = [self.prompts[p][:-1] for p in run]

@@ -5,10 +5,13 @@ refused in one place. All rules are linear in the length of the text.
 """
 
 import json
+import re
 from typing import Any
 
 # A longer completion is refused unread; 64k tokens seldom reach it.
 MAX_CHARS = 200_000
+# <pad>, </s>, <|im_end|>
+MARK = re.compile(r'<[^<>\s]{1,60}>')
 
 _THINK, _END_THINK = '<think>', '</think>'
 _ANSWER, _END_ANSWER = '<answer>', '</answer>'
@@ -45,15 +48,7 @@ def final_answer(completion: str) -> str | None:
 
 def says_something(text: str) -> bool:
   """Whether a letter or digit stands outside of marks like <pad>, </s> and <|im_end|>."""
-  depth = 0
-  for char in text:
-    if char == '<':
-      depth = 1
-    elif char == '>':
-      depth = 0
-    elif not depth and char.isalnum():
-      return True
-  return False
+  return any(char.isalnum() for char in MARK.sub('', text))
 
 
 def gold_text(value: Any, column: str) -> str:

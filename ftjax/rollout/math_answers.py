@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from fractions import Fraction
 
-from ftjax.rollout.final_answer import final_answer, gold_text
+from ftjax.rollout.final_answer import MARK, final_answer, gold_text
 from ftjax.runtime.errors import ConfigError
 
 MODES = ('strict', 'flexible')
@@ -47,13 +47,41 @@ _NUMBER = re.compile(
   r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|\u00d7)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
   r'(?P<percent>\s?\\?%)?'
 )
-_UNIT = re.compile(r'\\(?:text|mathrm)\{[^{}]{0,60}\}$')
-_NAMED = re.compile(r'(?:[A-Za-z]|\\[a-z]{2,8})(?:_\{?\w{1,8}\}?)?\s?=\s?')
+_UNIT = re.compile(r'\\(?:text|mathrm|mbox|textrm)\{([^{}]{0,60})\}(?:\^\{?[23]\}?)?$')
+_NO_UNIT = re.compile(r'\b(?:or|and|not|maybe|perhaps|to)\b|[=<>,;?]|[04-9]|\d\d', re.IGNORECASE)
+_BOLD_FORMULA = re.compile(r'\\(?:mathbf|textbf|boldsymbol)\{([^{}]{1,60})\}')
+_THIN = re.compile(r'\\(?:[,;:!]|q?quad(?![A-Za-z]))')
+# Directly before a number it is then no answer; nor is one of several.
+_DENIED = re.compile(
+  r"(?:(?:\b(?:not|never|maybe|perhaps|possibly|probably)|n['\u2019]t)(?: (?:be|equal(?: to)?))?"
+  r'|\b(?:less|more|fewer|greater|other|rather) than|(?<!left )\bover|\b(?:under|above|below'
+  r'|almost|nearly|exceeds?|or)) (?:(?:an?|the) )?[(\[]?$',
+  re.IGNORECASE,
+)
+# What a formula may be made of though the gold has none of it: arithmetic, functions, layout.
+_COMMAND = re.compile(r'\\([A-Za-z]+)')
+_COMMANDS = frozenset(
+  _COMMAND.findall(
+    r'\frac\dfrac\tfrac\cfrac\sqrt\cdot\times\div\pi\circ\infty\binom\left\right\big\Big\bigl\bigr'
+    r'\displaystyle\ln\log\exp\sin\cos\tan\cot\sec\csc\arcsin\arccos\arctan\sinh\cosh\tanh'
+  )
+)
+_ENVIRONMENT = re.compile(r'\\(?:begin|end)\{\w{1,20}\}')
+# One spelling each; of an order, either direction: 3 <= x is x >= 3.
+_SPELLINGS = (
+  (re.compile(r'\\(?:[lr]vert|mid)(?![A-Za-z])'), '|'),
+  (re.compile(r'\\(?:le|ge)(?:q|qslant)?(?![A-Za-z])|[\u2264\u2265]'), r'\\le'),
+  (re.compile(r'\\[lg]t(?![A-Za-z])|>'), '<'),
+  (re.compile(r'\\neq?(?![A-Za-z])'), r'\\ne'),
+)
+# Between two things, of which one may be wrong; all else is checked as a command.
+_RELATIONS = ('=', '<', ',', ';', '|', '?', '~', ':', '&', '{\\}', '\\%')
+_WORD = re.compile(r'[A-Za-z]{4,}')
+_INDEX = re.compile(r'_\{?(\w+)')
+_NAMED = re.compile(r'(?:[A-Za-z]|\\[a-z]{2,8})(?:_\{?\w{1,8}\}?)?\s?(?:=|\\in(?![A-Za-z]))\s?')
 _BOLD = re.compile(r'(?<![\w)\]}*])\*\*([^*\n]{1,100})\*\*(?![\w*])')
 _INLINE = re.compile(r'(?:\$([^$\n]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])[.\s]{0,9}$')
 _SAYS = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
-# <pad>, </s>, <|im_end|>
-_MARK = re.compile(r'<[^<>\s]{1,30}>')
 # Between the last two numbers: a list of guesses.
 _LIST = re.compile(
   r'[\s,;/|&()\[\]{}"\'*.$:?_-]*(?:(?:or|and|to|maybe|perhaps|either|possibly)\b[\s,;/|&()"\'*.$-]*)*'
@@ -113,7 +141,12 @@ def _unwrap(text: str) -> str:
   for start, end in (('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('$', '$'), ('{', '}')):
     if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
       text = text[len(start) : -len(end)].strip()
-  return _UNIT.sub('', text).replace('\\ ', ' ').strip()
+  text = _BOLD_FORMULA.sub(r'\1', text)
+  unit = _UNIT.search(text)
+  if unit and text[: unit.start()].strip() and not _NO_UNIT.search(unit[1]):
+    text = text[: unit.start()]
+  text = re.sub(r'(?:\s|\\[,;:!]|\\q?quad)+$', '', text)
+  return re.sub(r'(?<!\\)\\ ', ' ', text).strip()
 
 
 def parse_number(text: str) -> Number | None:
@@ -129,7 +162,8 @@ def last_number(text: str) -> str | None:
   """The last number of a text, as written; None where it is not plainly what the text says.
 
   Refused: a member of a list of guesses (71 or 72), part of an unfinished expression (9**9, 48+24),
-  of a date, a time or a word of other digits, and a number in a question.
+  of a date, a time or a word of other digits, a number in a question, and one that is denied,
+  doubted or a bound (not 72, maybe 72, less than 72).
   """
   tail = _BOLD.sub(r'\1', text[-_TAIL_CHARS:])
   found = [m for m in _NUMBER.finditer(tail) if not _is_in_word(tail, m.start())]
@@ -138,18 +172,25 @@ def last_number(text: str) -> str | None:
   last = found[-1]
   before, after = tail[: last.start()], tail[last.end() :]
   left, right = before.rstrip(), after.lstrip()
-  if '?' in after or _joins(left, last, before) or right[:1] in tuple('+*^/\u00d7\u00f7'):
+  if '?' in after or _is_denied(before):
+    return None
+  if _joins(left, last, before) or right[:1] in tuple('+*^/\u00d7\u00f7'):
     return None
   if after[:1].isnumeric() or (after[1:2].isnumeric() and not after[:1].isspace()):
     return None
   if before[-1:].isnumeric() or before[-1:] in tuple('.,:_'):
     return None
   if len(found) > 1:
-    between = _MARK.sub(' ', tail[found[-2].end() : last.start()])
+    between = MARK.sub(' ', tail[found[-2].end() : last.start()])
     guesses = re.search(r'\bor\b', between) and not re.search(r'[.!?\n=]', between)
     if guesses or _LIST.fullmatch(between):
       return None
   return last.group().strip()
+
+
+def _is_denied(before: str) -> bool:
+  """Whether the words before an answer take it back or make it one of several."""
+  return _DENIED.search(re.sub(r'[ \t]+', ' ', before[-60:].rstrip('$\\*'))) is not None
 
 
 def _is_in_word(text: str, start: int) -> bool:
@@ -210,6 +251,8 @@ def statements(text: str, mode: str) -> list[str]:
   if parse_number(text):
     return [text]
   formula = _INLINE.search(text[-2 * _MAX_STATEMENT_CHARS :])
+  if formula and _is_denied(text[: text.rindex(formula.group().strip())]):
+    return []
   if formula:
     return [next(g for g in formula.groups() if g)]
   number = last_number(text)
@@ -225,17 +268,43 @@ def can_do_symbols() -> bool:
 def symbolic_equal(answer: str, gold: str) -> bool:
   """Whether math-verify finds two LaTeX texts equal.
 
-  Refused before: relations and lists where the gold has none (its rules take 71=72 for 72), and
-  towers of powers.
+  Refused before, since its rules take 71=72 and 72 \\approx 71 for 72 and a word for a product of
+  letters: commands, relations and lists that the gold has none of, words, and towers of powers.
   """
   if any(len(t) > _MAX_STATEMENT_CHARS for t in (answer, gold)):
     return False
   if _TOWER.search(answer) and not _TOWER.search(gold):
     return False
-  if any(mark in answer and mark not in gold for mark in ('=', ',', ';', 'or', '\\pm', '{\\}')):
+  plain, wanted = _spelt(answer), _spelt(gold)
+  commands = set(_COMMAND.findall(plain)) - _COMMANDS
+  if not commands <= set(_COMMAND.findall(wanted)):
+    return False
+  if any(mark in plain and mark not in wanted for mark in _RELATIONS):
+    return False
+  if plain.count('=') > wanted.count('=') or set(_INDEX.findall(plain)) != set(
+    _INDEX.findall(wanted)
+  ):
+    return False
+  if any(not c.isascii() and c not in wanted for c in plain):
+    return False
+  if set(_words(plain)) != set(_words(wanted)):
     return False
   with _without_eval():
     return _same_symbols(answer, gold)
+
+
+def _spelt(text: str) -> str:
+  """LaTeX in one of its spellings, without small spaces."""
+  text = _THIN.sub('', text)
+  for pattern, spelling in _SPELLINGS:
+    text = pattern.sub(spelling, text)
+  return text
+
+
+def _words(text: str) -> list[str]:
+  """Runs of letters too long for a product, which a grammar of formulas would take them for."""
+  text = _COMMAND.sub('|', _ENVIRONMENT.sub('|', text))
+  return _WORD.findall(''.join(text.split()))
 
 
 @contextlib.contextmanager
@@ -272,7 +341,10 @@ def _same_symbols(answer: str, gold: str) -> bool:
     return [f for f in found if not isinstance(f, str)]
 
   wanted, got = read(gold), read(answer)
-  return bool(wanted and got) and bool(math_verify.verify(wanted, got, timeout_seconds=None))
+  return bool(wanted and got) and bool(
+    # Its usual rounding to 6 places would be a tolerance.
+    math_verify.verify(wanted, got, float_rounding=15, timeout_seconds=None)
+  )
 
 
 def equal(answer: str, gold: str, symbolic: bool) -> bool:

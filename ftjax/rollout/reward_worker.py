@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -129,5 +130,14 @@ def _answer(request: dict, loaded: list) -> dict:
   return {'scores': _call(loaded[index].score, *values)}
 
 
+def _handle(action: Any) -> None:
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, action)
+
+
 if __name__ == '__main__':
+  # A stop that is sent to every process of a job (SLURM's) leaves it here to answer until the
+  # parent is gone. What a user's function starts or forks must end when it is told to.
+  _handle(lambda *_: None)
+  os.register_at_fork(after_in_child=lambda: _handle(signal.SIG_DFL))
   serve(Connection(int(sys.argv[1])))

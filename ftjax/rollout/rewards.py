@@ -225,7 +225,9 @@ class Rewards:
       if part.verifier:
         self._check(part, [(name, True) for name in part.verifier.inputs])
       elif part.spec == 'model' and self._model is None:
-        raise ConfigError(f'{KEY}: the part model needs a reward model, and none is given')
+        raise ConfigError(
+          f'{KEY}: the part model needs a reward model: name its folder in rollout.reward_model'
+        )
       elif part.spec != 'model':
         self._pools[part.name] = Pool({'function': part.spec}, 1, call_limit)
     if self._isolated:

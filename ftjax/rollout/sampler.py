@@ -47,13 +47,15 @@ class Sampling:
 _BLOCK = 256
 
 
-def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-  """int32[B] from logits float32[B, V] and one random key a row."""
-  return sample(logits, keys, sampling)[0]
+def choose(
+  logits: jax.Array, keys: jax.Array, sampling: Sampling, vocab_size: int | None = None
+) -> jax.Array:
+  """int32[B] from logits float32[B, V] and one random key a row; vocab_size as in `sample`."""
+  return sample(logits, keys, sampling, vocab_size)[0]
 
 
 def sample(
-  logits: jax.Array, keys: jax.Array, sampling: Sampling
+  logits: jax.Array, keys: jax.Array, sampling: Sampling, vocab_size: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Chooses tokens and tells how likely they were.
 
@@ -61,34 +63,48 @@ def sample(
     logits: float32[B, V].
     keys: one random key a row, [B].
     sampling: how tokens are chosen.
+    vocab_size: ids from it on are never chosen; None: any may be.
 
   Returns:
     (int32[B] tokens; float32[B] their log-probabilities in nats under softmax(logits /
-    temperature), before top_k and top_p; float32[B] the same among what these left, renormalized:
-    what they were drawn from). At temperature 0 the first are those of temperature 1, and the
-    second 0.
+    temperature), before vocab_size, top_k and top_p; float32[B] the same among what these left,
+    renormalized: what they were drawn from). At temperature 0 the first are those of temperature
+    1, and the second 0.
   """
   if sampling.temperature == 0:
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.argmax(_known(logits, vocab_size), axis=-1).astype(jnp.int32)
     return token, _logprob(logits, token), jnp.zeros_like(token, jnp.float32)
   logits = logits / sampling.temperature
-  kept = _truncate(logits, sampling)
+  kept = _truncate(_known(logits, vocab_size), sampling)
   token = _draw(kept, keys)
   return token, _logprob(logits, token), _logprob(kept, token)
 
 
+def _known(logits: jax.Array, vocab_size: int | None) -> jax.Array:
+  """logits with -inf from vocab_size on."""
+  if vocab_size is None or vocab_size >= logits.shape[-1]:
+    return logits
+  return jnp.where(jnp.arange(logits.shape[-1])[None] < vocab_size, logits, -jnp.inf)
+
+
 def _truncate(logits: jax.Array, sampling: Sampling) -> jax.Array:
-  """logits with -inf for what top_k and top_p leave out."""
+  """logits with -inf for what top_k and top_p leave out; of equally likely tokens at the border the
+  first stay.
+  """
   if not sampling.top_k and sampling.top_p == 1:
     return logits
   ordered = -jnp.sort(-logits, axis=-1)
   if sampling.top_k:
     among = jnp.arange(logits.shape[-1])[None] < sampling.top_k
     ordered = jnp.where(among, ordered, -jnp.inf)
-  probs = jax.nn.softmax(ordered, axis=-1)
-  keep = (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) & (ordered > -jnp.inf)
+  keep = ordered > -jnp.inf
+  if sampling.top_p < 1:  # at 1 the sum's rounding would leave out the last ones
+    probs = jax.nn.softmax(ordered, axis=-1)
+    keep &= jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
   least = jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits >= least, logits, -jnp.inf)
+  above, equal = logits > least, logits == least
+  room = keep.sum(-1, keepdims=True) - above.sum(-1, keepdims=True)
+  return jnp.where(above | (equal & (jnp.cumsum(equal, axis=-1) <= room)), logits, -jnp.inf)
 
 
 def _logprob(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -174,17 +190,27 @@ class Sampler:
     dtype: compute dtype.
     stop_ids: tokens that end an answer; they are not returned.
     pad_id: any valid token id.
+    vocab_size: of the tokenizer. Many models have rows beyond it (Qwen2.5: 151,936 for 151,665
+      ids), which no training has seen and no text has tokens for. None: the model's.
   """
 
-  def __init__(self, arch: Architecture, dtype: jnp.dtype, stop_ids: Sequence[int], pad_id: int):
+  def __init__(
+    self,
+    arch: Architecture,
+    dtype: jnp.dtype,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    *,
+    vocab_size: int | None = None,
+  ):
     self.arch, self.dtype, self.pad_id = arch, dtype, pad_id
-    self.stop_ids = tuple(stop_ids)
+    self.stop_ids, self.vocab_size = tuple(stop_ids), vocab_size
     self._prefill = jax.jit(self._prefill_fn, static_argnames=('capacity', 'sampling'))
     self._decode = jax.jit(self._decode_fn, static_argnames=('sampling',), donate_argnums=(1,))
 
   def _next(self, params, x, rows: jax.Array, position: jax.Array, seed, sampling):
     keys = token_keys(seed, rows, jnp.zeros_like(rows), position)
-    return choose(next_logits(self.arch, params, x), keys, sampling)
+    return choose(next_logits(self.arch, params, x), keys, sampling, self.vocab_size)
 
   def _prefill_fn(self, params, tokens, segments, positions, rows, seed, *, capacity, sampling):
     batch, length = tokens.shape

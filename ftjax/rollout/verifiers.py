@@ -18,6 +18,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import re
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -89,21 +90,33 @@ class Exact(Answer):
 _ARTICLES = frozenset({'a', 'an', 'the'})
 
 
+_THOUSANDS = re.compile(r'(?<=\d),(?=\d{3}(?!\d))')
+_BEFORE_NUMBER = re.compile(r'\s?[$\u20ac\u00a3\u00a5]?\.?\d')
+_GRADE = re.compile(r'(?<![^\W\d_])[a-z]{1,2}-(?!\w)')  # A-, AB-
+
+
+def _counts(text: str, i: int) -> bool:
+  """Whether the mark text[i] changes what a text says."""
+  char, before, after = text[i], text[max(i - 1, 0) : i], text[i + 1 : i + 2]
+  if char == '-' and any(_GRADE.match(text, max(i - n, 0)) for n in (1, 2)):
+    return True
+  if char in '-<>' and not before.isalnum():
+    return _BEFORE_NUMBER.match(text, i + 1) is not None
+  if char in '+#':
+    return before.isalpha() or before in ('+', '#') or (before.isdigit() and after.isdigit())
+  return char == '%' or (after.isdigit() and (before.isdigit() or char == '.'))
+
+
 def normalize(text: str) -> str:
   """SQuAD's normalization, which keeps what changes a number's value.
 
   Lower case, no ASCII punctuation, no articles, single spaces (Rajpurkar et al. 2016,
-  arXiv:1606.05250, evaluate-v1.1). Kept: a sign or point before a digit, a point between digits, %.
-  Unicode is composed (NFC), never folded: look-alike letters stay other letters.
+  arXiv:1606.05250, evaluate-v1.1). Kept: a sign or point before a digit, what stands between digits
+  but a thousands separator (1/2, 10^2), + and # behind a letter (C++), the - of A-, %. Unicode is
+  composed (NFC), never folded: look-alike letters stay other letters.
   """
-  text = unicodedata.normalize('NFC', text).lower()
-  kept = []
-  for i, char in enumerate(text):
-    before, after = text[i - 1 : i], text[i + 1 : i + 2]
-    begins = not before.isalnum() and (after.isdigit() or after == '.')
-    point = char == '.' and after.isdigit()
-    if char not in string.punctuation or char == '%' or point or (char == '-' and begins):
-      kept.append(char)
+  text = _THOUSANDS.sub('', unicodedata.normalize('NFC', text).lower())
+  kept = [c for i, c in enumerate(text) if c not in string.punctuation or _counts(text, i)]
   return ' '.join(word for word in ''.join(kept).split() if word not in _ARTICLES)
 
 
@@ -193,12 +206,16 @@ def _no_constant(name: str) -> None:
   raise ValueError(f'{name} is no JSON')
 
 
+_FENCE = re.compile(r'```[ \t]*[\w+.-]{0,20}[ \t]*\r?\n')
+
+
 def read_json(text: str) -> Any:
   """RFC 8259 and no more: duplicate keys, NaN and Infinity are ValueErrors; a number too large for
-  a float64, or nesting too deep, likewise. One ``` fence may stand around the whole."""
+  a float64, or nesting too deep, likewise. One ``` fence may stand around the whole, with the name
+  of a language."""
   text = text.strip()
-  if text.startswith('```') and text.endswith('```') and '\n' in text:
-    text = text.partition('\n')[2][:-3]
+  if (fence := _FENCE.match(text)) and text.endswith('```'):
+    text = text[fence.end() : -3]
   try:
     out = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     json.dumps(out, allow_nan=False)

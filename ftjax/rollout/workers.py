@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,8 @@ class Worker:
       stdin=subprocess.DEVNULL,
       stdout=2,
       env=environment,
+      # Ctrl-C, and a stop sent to the group, are for the trainer: it still wants answers.
+      start_new_session=True,
     )
     theirs.close()
     self.send(None, {'load': self._load}, LOAD_LIMIT)
@@ -59,24 +62,29 @@ class Worker:
     self.deadline = time.monotonic() + limit
 
   def receive(self) -> dict[str, Any]:
-    """The answer; a worker that died, or is out of time, answers with a failure and starts anew."""
+    """The answer; a worker that died, or is out of time, answers with a failure and starts anew.
+
+    `killed`: by a signal, and not for being late.
+    """
     if self.link.poll():
       try:
         return json.loads(self.link.recv_bytes())
       except (EOFError, OSError):
         self.stop()
-        answer = {'failure': f'its process ended with exit code {self._process.returncode}'}
+        code = self._process.returncode
+        answer = {'failure': f'its process ended with exit code {code}', 'killed': code < 0}
     else:
       self.stop()
       answer = {'failure': 'out of time', 'late': True}
     if self.index is None:
-      return {'wrong': f'did not load: {answer["failure"]}'}
+      return answer
     self.start()
     return answer | {'restarted': True}
 
   def stop(self) -> None:
-    """Ends the process, whatever it does."""
-    self._process.kill()
+    """Ends the process, whatever it does, and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
     self.link.close()
 
@@ -93,11 +101,13 @@ class Pool:
   def __init__(self, load: dict[str, Any], count: int, limit: float):
     self._limit = limit
     self._workers = [Worker(load) for _ in range(count)]
-    self._loading = set(self._workers)
+    self._loading, self._revived = set(self._workers), set()
     self.ready: Any = None  # what the first of them answered when it had loaded
 
   def _take(self, worker: Worker) -> dict[str, Any] | None:
-    """An answer to a request; None where the worker has now loaded. `wrong` may be either's."""
+    """An answer to a request; None where the worker has now loaded, or was killed as it did and
+    tries once more. `wrong` may be either's.
+    """
     loading = worker in self._loading
     answer = worker.receive()
     if answer.get('restarted'):
@@ -105,6 +115,10 @@ class Pool:
     elif loading and 'ready' in answer:
       self._loading.discard(worker)
       self.ready = answer['ready']
+      return None
+    elif loading and answer.get('killed') and worker not in self._revived:
+      self._revived.add(worker)
+      worker.start()
       return None
     elif loading and 'failure' in answer:
       return {'wrong': f'did not load: {answer["failure"]}'}
@@ -120,9 +134,11 @@ class Pool:
     return None
 
   def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers, in the order of the requests."""
+    """The answers, in the order of the requests. One whose worker was killed (by a machine that
+    ran out of memory, say) is asked once more.
+    """
     answers: list[dict[str, Any]] = [{} for _ in requests]
-    waiting = collections.deque(range(len(requests)))
+    waiting, killed = collections.deque(range(len(requests))), set()
     idle = [w for w in self._workers if w not in self._loading]
     busy: set[Worker] = set()
     while waiting or busy:
@@ -140,7 +156,11 @@ class Pool:
         if answer is not None:
           if index is None:
             return [answer for _ in requests]
-          answers[index] = answer
+          if answer.get('killed') and index not in killed:
+            killed.add(index)
+            waiting.append(index)
+          else:
+            answers[index] = answer
     return answers
 
   def close(self) -> None:

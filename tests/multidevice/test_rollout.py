@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import TINY, ids, init
+from tiny_model import QWEN2, TINY, ids, init
 
 from ftjax.rollout import weights
 from ftjax.rollout.engine import Engine
@@ -14,8 +14,8 @@ PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 1, 12, 3, 21)]
 STOPS = tuple(range(0, 256, 13))
 
 
-def generate(params, slots):
-  engine = Engine(TINY, jnp.float32, STOPS, 0, slots=slots, tokens_per_dispatch=4)
+def generate(params, slots, arch=TINY, **limits):
+  engine = Engine(arch, jnp.float32, STOPS, 0, slots=slots, tokens_per_dispatch=4, **limits)
   return engine.generate(
     params, PROMPTS, group=3, max_tokens=12, sampling=Sampling(0.8), seed=1
   ).completions
@@ -42,6 +42,12 @@ def test_completions_are_those_of_one_device(sizes, use_mesh, one_device):
   """Three slots: rounded up to the ways of the batch; prompts are read in runs of so many rows."""
   use_mesh(**sizes)
   check(generate(init(TINY), 3), one_device)
+
+
+def test_of_qwen2_with_ids_that_are_never_drawn(use_mesh):
+  expected = generate(init(QWEN2), 3, QWEN2, vocab_size=171)
+  use_mesh(fsdp=2, tensor=2)
+  check(generate(init(QWEN2), 3, QWEN2, vocab_size=171), expected)
 
 
 def test_on_a_mesh_of_its_own(use_mesh, one_device):
