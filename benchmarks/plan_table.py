@@ -1,4 +1,4 @@
-"""The table of docs/plans.md: shipped configs planned for slices that are not here, row by row.
+"""The tables of docs/plans.md: shipped configs planned for slices that are not here, row by row.
 
   python3.11 -m venv /tmp/plan && /tmp/plan/bin/pip install '.[plan]'    # jax and libtpu
   /tmp/plan/bin/python benchmarks/plan_table.py --write
@@ -50,6 +50,18 @@ ROWS = (
   ('sft_llama3_8b', 'tpu7x:4x4x4', 'batch_size=128 eval.batch_size=128'),
   ('sft_llama3_70b', 'v5p:8x8x8', 'batch_size=512 eval.batch_size=512'),
   ('sft_llama3_70b', 'h200:8x4', 'batch_size=32 eval.batch_size=32'),
+)
+
+_QWEN = 'model.path=models/Qwen2.5-1.5B-Instruct'
+
+# The same of algorithms that train on what the model says.
+ROLLOUTS = (
+  ('grpo_gsm8k', 'v5e:2x4', ''),
+  ('grpo_gsm8k', 'v6e:2x2', ''),
+  ('grpo_gsm8k', 'h200:1', 'grad_accum=8'),
+  ('grpo_gsm8k', 'v5e:4x4', _QWEN),
+  ('grpo_gsm8k', 'v6e:2x4', _QWEN),
+  ('grpo_gsm8k', 'h200:4', f'{_QWEN} grad_accum=4'),
 )
 
 # (name, config, topology, overrides, published tokens/s a chip, published MFU): MaxText and
@@ -147,6 +159,30 @@ def table(rows: dict[tuple, dict]) -> str:
   return '\n'.join([head, *(line(rows[k]) for k in ROWS if k in rows)])
 
 
+def rollouts(rows: dict[tuple, dict]) -> str:
+  """Markdown of ROLLOUTS that are there."""
+  out = [
+    '| config | model | slice | mesh | rows x tokens / micro-batches | fits | peak GiB of the step '
+    '| while it speaks: other models + copy + cache, peak | a step, s '
+    '| decoding a rollout, s at least |\n' + '|---' * 10 + '|'
+  ]
+  for key in ROLLOUTS:
+    row = rows.get(key)
+    if row is None or not row.get('rollout'):
+      continue
+    phase, settings, cost = row['rollout'], row['settings'], row['cost']
+    held = ' + '.join(_gib(phase[k]) for k in ('beside', 'weights', 'cache'))
+    out.append(
+      f'| {key[0]} | {row["parameters"] / 1e9:.2f} B | {key[1]} '
+      f'| {_mesh(settings) or "one device"} '
+      f'| {row["rows"]} x {row["length"]:,} / {settings["grad_accum"]} '
+      f'| {"yes" if row["fits"] else "**no**"} '
+      f'| {_gib(row["memory"]["peak"] + phase["beside"])} of {_gib(row["capacity"])} '
+      f'| {held}, {_gib(phase["peak"])} | {cost["seconds"]:.2f} | {phase["seconds"]:.1f} |'
+    )
+  return '\n'.join(out)
+
+
 def ratios(rows: dict[tuple, dict]) -> str:
   """Markdown of PUBLISHED rows that are there: estimate / published."""
   out = [
@@ -168,10 +204,11 @@ def ratios(rows: dict[tuple, dict]) -> str:
 
 
 def write(rows: dict[tuple, dict]) -> None:
-  """Puts both tables between their marks in docs/plans.md."""
+  """Puts the tables between their marks in docs/plans.md."""
   text = PAGE.read_text()
   told = sorted({r['versions'] for k, r in rows.items() if k in ROWS})
-  parts = {'table': table(rows) + '\n\nFrom ' + '; '.join(told) + '.', 'ratios': ratios(rows)}
+  parts = {'table': table(rows) + '\n\nFrom ' + '; '.join(told) + '.'}
+  parts |= {'rollouts': rollouts(rows), 'ratios': ratios(rows)}
   for name, part in parts.items():
     begin, end = f'<!-- {name} -->\n', f'\n<!-- end of {name} -->'
     before, rest = text.split(begin)
@@ -187,7 +224,7 @@ def main() -> None:
   parser.add_argument('--most', type=int, default=math.inf, help='rows to compile, at most')
   flags = parser.parse_args()
   rows, now, made = kept(), versions(), 0
-  for key in dict.fromkeys([*ROWS, *(p[1:4] for p in PUBLISHED)]):
+  for key in dict.fromkeys([*ROWS, *ROLLOUTS, *(p[1:4] for p in PUBLISHED)]):
     old = rows.get(key)
     if old and 'error' not in old and (flags.stale or old['versions'] == now):
       continue

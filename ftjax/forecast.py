@@ -8,16 +8,20 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
-from ftjax import algorithm_config, config, experiment
+from ftjax import algorithm_config, algorithms, config, experiment
 from ftjax.models import attention, head
-from ftjax.models.architecture import Architecture
-from ftjax.planning import account, suggest, topology
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.planning import account, communication, hlo, shapes, suggest, topology
+from ftjax.planning import phase as phase_lib
 from ftjax.planning.cost import Cost, estimate
+from ftjax.rollout.sampler import Sampling
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 from ftjax.trainer import Trainer
@@ -25,6 +29,7 @@ from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
 
+T = TypeVar('T')
 MakeLoss = Callable[[Architecture, ml_collections.ConfigDict], LossFn]
 
 # What a runtime keeps of a GPU's memory for itself.
@@ -33,12 +38,13 @@ _USABLE = {'gpu': 0.95}
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """A compiled step in figures; see planning/account.py and planning/cost.py.
+  """A compiled step in figures; see planning/{account,communication,cost}.py.
 
   settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
-  None where the compiler itself ran out, and then needed tells how many bytes it wanted (0: not
-  told). collectives and gathering: None where jaxlib cannot print the program; the cost then has no
-  communication in it.
+  None where the compiler itself ran out: refused then tells of what (step or rollout), needed how
+  many bytes it wanted (0: not told). collectives and gathering: None where the program's text is
+  not to be had; the cost then has no communication in it. rollout: of algorithms that train on what
+  the model says.
   """
 
   slice: str
@@ -53,15 +59,21 @@ class Forecast:
   capacity: float
   fits: bool
   needed: float
+  refused: str = ''
   memory: account.Memory | None = None
-  collectives: tuple[account.Collective, ...] | None = None
+  rollout: phase_lib.Phase | None = None
+  collectives: tuple[communication.Collective, ...] | None = None
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
   gathering: account.Gathering | None = None
   cost: Cost | None = None
 
 
 def make(
-  c: ml_collections.ConfigDict, where: topology.Topology, arch: Architecture, make_loss: MakeLoss
+  c: ml_collections.ConfigDict,
+  where: topology.Topology,
+  arch: Architecture,
+  make_loss: MakeLoss,
+  dump: str = '',
 ) -> Forecast:
   """Compiles and accounts.
 
@@ -70,6 +82,7 @@ def make(
     where: the slices; topology.environment was applied before jax was imported.
     arch: the model's.
     make_loss: of the algorithm.
+    dump: that topology.environment was given; '': none.
 
   Raises:
     ConfigError: a mesh or batch that does not divide, or an unknown slice.
@@ -82,19 +95,12 @@ def make(
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
     trainer = Trainer(run, make_loss(arch, c))
-    compiled, needed = _compile(trainer)
-  seconds = time.perf_counter() - begin
-  chip = where.chip
-  name = attention.kernel(
-    attention.Problem(
-      platform=chip.platform,
-      context=mesh.shape['context'],
-      queries=c.seq_len,
-      keys=c.seq_len,
-      head_dim=arch.head_dim,
-      dtype=c.model.compute_dtype,
-    )
-  )
+    compiled, needed = _compiled(trainer.compile)
+  dumped = topology.written(dump) if dump else ''
+  chip, phase, refused = where.chip, None, '' if compiled else 'step'
+  if compiled and c.algorithm in algorithm_config.ON_ROLLOUTS:
+    phase, needed = _compiled(lambda: _phase(trainer, chip))
+    refused = '' if phase else 'rollout'
   out = Forecast(
     slice=where.name,
     devices=mesh.size,
@@ -102,36 +108,62 @@ def make(
     rows=algorithm_config.rows_per_step(c),
     length=c.seq_len,
     parameters=arch.num_params(),
-    attention=name,
+    attention=_kernel(c, mesh, arch, chip),
     compiler_options=trainer.compiler_options,
-    compile_seconds=seconds,
+    compile_seconds=time.perf_counter() - begin,
     capacity=chip.memory,
     fits=False,
     needed=needed,
+    refused=refused,
+    rollout=phase,
   )
-  if compiled is None:
+  if refused:
     return out
+  return _accounted(out, trainer, compiled, dumped or program_text(compiled), where)
+
+
+def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) -> str:
+  problem = attention.Problem(
+    platform=chip.platform,
+    context=mesh.shape['context'],
+    queries=c.seq_len,
+    keys=c.seq_len,
+    head_dim=arch.head_dim,
+    dtype=c.model.compute_dtype,
+  )
+  return attention.kernel(problem)
+
+
+def _accounted(
+  out: Forecast, trainer: Trainer, compiled: jax.stages.Compiled, text: str, where
+) -> Forecast:
+  """The forecast with what a compiled step holds, moves and costs."""
+  run, chip = trainer.run, where.chip
+  c, mesh, arch = run.config, run.mesh, run.arch
   held = account.memory(compiled, trainer.abstract)
-  rows = algorithm_config.rows_per_step(c)
-  local_tokens = rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
+  local_tokens = out.rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
-  if text := program_text(compiled):
+  if text:
     apart = topology.islands(mesh, chip)
-    moved = tuple(account.collectives(text, mesh, unknown_trips=loops, islands=apart))
-    gathering = account.gathering(text, trainer.abstract.params, mesh)
+    module = hlo.read(text)
+    moved = tuple(communication.collectives(module, mesh, unknown_trips=loops, islands=apart))
+    gathering = account.gathering(module, trainer.abstract.params, mesh)
+  needed = held.peak
+  if phase := out.rollout:
+    needed = max(held.peak + phase.beside, phase.peak)
   return dataclasses.replace(
     out,
-    fits=held.peak <= _USABLE.get(chip.platform, 1.0) * chip.memory,
-    needed=held.peak,
+    fits=needed <= _USABLE.get(chip.platform, 1.0) * chip.memory,
+    needed=needed,
     memory=held,
     collectives=moved,
     replicated=account.replicated(trainer.abstract.params, mesh),
     gathering=gathering,
     cost=estimate(
-      *(arch, where, held, moved or ()),
-      rows=rows,
+      *(algorithms.passes(c, arch), where, held, moved or ()),
+      rows=out.rows,
       length=c.seq_len,
       remat=c.remat,
       micro_batches=c.grad_accum,
@@ -139,10 +171,39 @@ def make(
   )
 
 
-def _compile(trainer: Trainer) -> tuple[jax.stages.Compiled | None, float]:
-  """(the step; None where the compiler ran out of the device's memory, bytes it then wanted)."""
+def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
+  """Of a rollout with prompts and completions as long as the config lets them be."""
+  run, c = trainer.run, trainer.run.config
+  models = []
+  if algorithms.reference_beside(c):
+    models.append(run.arch)
+  if path := c.rollout.reward_model:
+    models.append(dataclasses.replace(from_hf(shapes.read(path)), num_labels=1))
+  dtype = jnp.dtype(c.model.param_dtype)
+  return phase_lib.make(
+    run.arch,
+    run.mesh,
+    phase_lib.Size(
+      prompts=c.batch_size,
+      group=c.rollout.group,
+      prompt_tokens=algorithm_config.max_example(c) - c.rollout.max_tokens,
+      max_tokens=c.rollout.max_tokens,
+      slots=c.rollout.slots,
+    ),
+    Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p),
+    dtype=jnp.dtype(c.model.compute_dtype),
+    state=account.shard_bytes(trainer.abstract),
+    beside=sum(phase_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
+    bandwidth=chip.bandwidth,
+  )
+
+
+def _compiled(compile_it: Callable[[], T]) -> tuple[T | None, float]:
+  """(what it gives; None where the compiler ran out of the device's memory, bytes it then
+  wanted).
+  """
   try:
-    return trainer.compile(), 0.0
+    return compile_it(), 0.0
   except jax.errors.JaxRuntimeError as error:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text or 'vmem' in text:
@@ -166,10 +227,19 @@ def better(
   arch: Architecture,
   make_loss: MakeLoss,
   most: int,
+  dump: str = '',
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  tried = suggest.candidates(arch, where, algorithm_config.rows_per_step(c), c.seq_len, width, most)
+  models = algorithms.passes(c, arch)
+  trained = sum(times == 3 for _, times in models)
+  held = suggest.Held(
+    trained,
+    len(models) - trained + algorithms.reference_beside(c),
+    samples=c.algorithm in algorithm_config.ON_ROLLOUTS,
+  )
+  rows = algorithm_config.rows_per_step(c)
+  tried = suggest.candidates(arch, where, rows, c.seq_len, width, most, held)
   best = None
   for candidate in tried:
     other = c.copy_and_resolve_references()
@@ -177,7 +247,7 @@ def better(
     told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
     with contextlib.suppress(ConfigError):  # what does not divide is no candidate
       config.validate(other)
-      found = make(other, where, arch, make_loss)
+      found = make(other, where, arch, make_loss, dump)
       log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
       quicker = found.fits and (
         best is None or (found.cost.seconds or 0) < (best.cost.seconds or 0)

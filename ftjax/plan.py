@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 
+import ml_collections
 from absl import flags
 
 from ftjax import command, config
@@ -48,6 +50,30 @@ def _memory_lines(found) -> list[str]:
   return [f'{"GiB of a device":<32}', *lines[:-1], lines[-1] + of]
 
 
+def _rollout_lines(found) -> list[str]:
+  phase = found.rollout
+  if phase is None:
+    return []
+  step = found.memory.peak + phase.beside
+  lines = ['While the model speaks, GiB of a device:']
+  lines += [
+    f'{name:<32}{_gib(size):>10}'
+    for name, size in (
+      ('reference, reward model', phase.beside),
+      ('weights that sample', phase.weights),
+      ('their keys and values', phase.cache),
+      ('peak then', phase.peak),
+      ('peak of the step, with these', step),
+    )
+  ]
+  if not math.isnan(phase.seconds):
+    lines.append(
+      f'Decoding takes at least {phase.seconds:.3g} s a rollout, when all completions are of the '
+      'greatest length; reading prompts, rewards and log-probs come on top'
+    )
+  return ['', *lines]
+
+
 def _cost_lines(found) -> list[str]:
   cost = found.cost
   lines = [
@@ -68,7 +94,9 @@ def _cost_lines(found) -> list[str]:
 
 def _collective_lines(found) -> list[str]:
   if found.collectives is None:
-    return ['Collectives: unknown, and not in the estimate: jaxlib cannot print this program.']
+    return [
+      'Collectives: unknown, and not in the estimate: the compiler did not print its program.'
+    ]
   if not found.collectives:
     return ['No collectives.']
   head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
@@ -105,12 +133,14 @@ def text(found, name: str) -> str:
   ]
   if found.memory is None:
     wanted = f'{_gib(found.needed)} GiB' if found.needed else 'more'
-    return '\n'.join([*lines, f'Does not fit: wants {wanted} of {_gib(found.capacity)} GiB.'])
+    told = f'Does not fit: the {found.refused} wants {wanted} of {_gib(found.capacity)} GiB.'
+    return '\n'.join([*lines, told])
   held = [f'{n} ({_gib(b)} GiB)' for n, b in found.replicated.items()]
   return '\n'.join(
     [
       *lines,
       *_memory_lines(found),
+      *_rollout_lines(found),
       '',
       *_cost_lines(found),
       '',
@@ -135,10 +165,13 @@ def _json(found) -> dict:
 
 def main() -> None:
   """Plans one config, or searches for a better one."""
-  c = flags.FLAGS.config
-  where = topology.parse(_TOPOLOGY.value)
+  with tempfile.TemporaryDirectory(prefix='ftjax-plan-') as dump:
+    _plan(flags.FLAGS.config, topology.parse(_TOPOLOGY.value), dump)
+
+
+def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
   config.validate(c)
-  os.environ.update(topology.environment(where))
+  os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
   from ftjax import algorithms, experiment, forecast
   from ftjax.models.architecture import from_hf
@@ -149,10 +182,10 @@ def main() -> None:
   make_loss = command.algorithm(c.algorithm).make_loss
   arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.num_labels(c))
   name = c.model.path or 'model.random'
-  found = forecast.make(c, where, arch, make_loss)
+  found = forecast.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None
   if _SUGGEST.value or (_SEARCH.value and not found.fits):
-    other = forecast.better(c, where, arch, make_loss, _TRIES.value)
+    other = forecast.better(c, where, arch, make_loss, _TRIES.value, dump)
     if other and (best is None or other.cost.seconds < best.cost.seconds):
       best = other
   if _JSON.value:

@@ -4,10 +4,14 @@ arrays that live, the entry's exit codes.
 
 import dataclasses
 import gc
+import importlib
 import importlib.util
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +21,11 @@ import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax import config, experiment, forecast, sft
+from ftjax import algorithms, config, experiment, forecast, sft
 from ftjax.models.architecture import from_hf
-from ftjax.planning import account, shapes, suggest, topology
+from ftjax.planning import account, communication, cost, hlo, shapes, suggest, topology
+from ftjax.rollout import weights
+from ftjax.rollout.engine import Engine
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 from ftjax.trainer import Trainer
@@ -90,7 +96,9 @@ HLO = re.sub(r'TRIPS(\d)', r'backend_config={"known_trip_count":{"n":"\1"}}', HL
 
 def test_collectives_by_hand():
   mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), devices=jax.devices())
-  found = {(c.kind, c.axes): c for c in account.collectives(HLO, mesh, unknown_trips=7)}
+  found = {
+    (c.kind, c.axes): c for c in communication.collectives(hlo.read(HLO), mesh, unknown_trips=7)
+  }
   inner = found['all-gather', 'fsdp+tensor']  # members 0 to 3 differ in both axes
   assert (inner.count, inner.bytes, inner.ways) == (15, 15 * 256, 4)
   assert inner.sent == 15 * 256 * 3 / 4
@@ -109,9 +117,84 @@ ENTRY %main (x: f32[8,4]) -> f32[2,4] {
 }
 """  # noqa: E501
   mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), devices=jax.devices())
-  (found,) = account.collectives(text, mesh)
+  (found,) = communication.collectives(hlo.read(text), mesh)
   assert (found.kind, found.axes, found.bytes) == ('reduce-scatter', 'fsdp', (32 + 8) * 4)
   assert found.sent == 160 * 3 / 4
+
+
+def test_the_trips_of_a_loop_stand_in_its_condition():
+  """As libtpu 0.0.52 writes loops: over layers, and over chunks whose number is computed."""
+  text = """\
+%layers.clone (wide.param.98: (s32[], bf16[16,8])) -> pred[] {
+  %constant.327.clone.3 = s32[]{:T(128)} constant(24), metadata={op_name="while/cond/lt"}
+  %constant.328 = s32[]{:T(128)} constant(-1), metadata={op_name="while/cond/mod"}
+  %gte.1 = s32[]{:T(128)} get-tuple-element(%wide.param.98), index=0
+  ROOT %lt.121 = pred[]{:T(512)} compare(%gte.1, %constant.327.clone.3), direction=LT, metadata={}
+}
+
+%chunks (wide.param.16: (s32[], s32[])) -> pred[] {
+  %gte.2 = s32[]{:T(128)} get-tuple-element(%wide.param.16), index=5
+  %gte.3 = s32[]{:T(128)} get-tuple-element(%wide.param.16), index=0
+  ROOT %lt.115 = pred[]{:T(512)} compare(%gte.3, %gte.2), direction=LT, metadata={}
+}
+
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %g = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%tail (p: (s32[], s32[])) -> (s32[], s32[]) {
+  %q = f32[10]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: bf16[16,8]) -> bf16[16,8] {
+  %one = (s32[], bf16[16,8]) while(%t), condition=%layers.clone, body=%body, metadata={}
+  %two = (s32[], s32[]) while(%u), condition=%chunks, body=%tail, metadata={}
+}
+"""
+  mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
+  found = {
+    c.kind: c.count for c in communication.collectives(hlo.read(text), mesh, unknown_trips=7)
+  }
+  assert found == {'all-gather': 24, 'all-reduce': 7}
+
+
+def test_what_a_sparse_core_sums_is_seen():
+  """As libtpu 0.0.52 writes it for tpu7x: an asynchronous call of a custom call of the sum."""
+  text = """\
+%called_computation.52 (p: bf16[4096,1024]) -> bf16[4096,1024] {
+  ROOT %all-reduce.140 = bf16[4096,1024]{1,0} all-reduce(%p), channel_id=45, replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%async_computation.18 (p: bf16[4096,1024]) -> bf16[4096,1024] {
+  ROOT %custom-call.40 = bf16[4096,1024]{1,0} custom-call(%p), custom_call_target="TODO", called_computations={%called_computation.52}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[4096,1024]) -> bf16[4096,1024] {
+  %s = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%async_computation.18
+  %d = bf16[4096,1024]{1,0} async-done(%s)
+}
+"""  # noqa: E501
+  mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
+  (found,) = communication.collectives(hlo.read(text), mesh)
+  assert (found.kind, found.count, found.bytes) == ('all-reduce', 1, 4096 * 1024 * 2)
+
+
+def test_a_sum_of_which_a_part_is_kept_is_a_reduce_scatter():
+  """As libtpu 0.0.52 writes one for v5e."""
+  text = """\
+%all-reduce-scatter.1.clone.1 (input.10: bf16[2816,1024]) -> bf16[2816,256] {
+  %all-reduce.61 = bf16[2816,1024]{1,0} all-reduce(%input.10), channel_id=24, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[2816,256]{1,0} dynamic-slice(%all-reduce.61, %c, %m), dynamic_slice_sizes={2816,256}
+}
+
+ENTRY %main (x: bf16[2816,1024]) -> bf16[2816,256] {
+  %s = bf16[2816,256]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone.1
+}
+"""  # noqa: E501
+  mesh = jax.make_mesh((4,), ('fsdp',), devices=jax.devices()[:4])
+  (found,) = communication.collectives(hlo.read(text), mesh)
+  assert (found.kind, found.count, found.bytes) == ('reduce-scatter', 1, 2816 * 1024 * 2)
+  assert found.sent == found.bytes * 3 / 4
 
 
 def test_an_asynchronous_transfer_counts_once_though_three_fusions_hold_its_text():
@@ -134,7 +217,7 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {
 """.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
   text = ''.join(fusion.format(i, channel) for i, channel in ((1, 7), (2, 7), (3, 7), (4, 8)))
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
-  (found,) = account.collectives(text + body, mesh)
+  (found,) = communication.collectives(hlo.read(text + body), mesh)
   assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
 
 
@@ -154,9 +237,9 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
 """
   text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
   mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
-  found = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+  found = communication.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
   size = 5 * 36 * 8 * 2
-  assert account.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
+  assert communication.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
   assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
 
 
@@ -169,9 +252,9 @@ def test_a_group_across_hosts_goes_over_the_network():
     ('[2,4]<=[8]', 'fsdp', False),
   ):
     text = entry + line.format(groups) + '}\n'
-    (found,) = account.collectives(text, mesh, islands=[0] * 4 + [1] * 4)
+    (found,) = communication.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
     assert (found.axes, found.network) == (axes, network)
-    assert not account.collectives(text, mesh)[0].network  # on one host
+    assert not communication.collectives(hlo.read(text), mesh)[0].network  # on one host
 
 
 @pytest.mark.parametrize(
@@ -188,7 +271,7 @@ def test_a_group_across_hosts_goes_over_the_network():
   ],
 )
 def test_groups_of_devices(text, rows):
-  found = account.groups(f'%x), replica_groups={text}, to_apply=%add')
+  found = communication.groups(f'%x), replica_groups={text}, to_apply=%add')
   np.testing.assert_array_equal(found, rows)
 
 
@@ -205,7 +288,7 @@ def test_collectives_of_a_compiled_scan():
   whole = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(mesh, P('tensor')))
   with jax.set_mesh(mesh):
     compiled = jax.jit(fn).lower(whole).compile()
-  (found,) = account.collectives(compiled.as_text(), mesh)
+  (found,) = communication.collectives(hlo.read(compiled.as_text()), mesh)
   assert (found.kind, found.axes, found.count) == ('all-gather', 'tensor', 6)
   assert found.bytes == 6 * 16 * 3 * 4
 
@@ -277,6 +360,92 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
   assert found.memory.gradients > 0 and split >= found.memory.temporaries
 
 
+def small_rollout(algorithm, **overrides):
+  c = small()
+  c.algorithm, c.grad_accum, c.batch_size = algorithm, 1, 4
+  c.data.train, c.rollout.rewards = 'sums:20', 'exact'
+  c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 16, 16
+  c.update_from_flattened_dict(overrides)
+  config.validate(c)
+  arch = from_hf(experiment.random_config(c.model.random.to_dict()))
+  make_loss = importlib.import_module(f'ftjax.{algorithm}').make_loss
+  return forecast.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
+
+
+def one_device(tree):
+  """Bytes of arrays on the first device."""
+  first = jax.devices()[0]
+  shards = [s for a in jax.tree.leaves(tree) for s in a.addressable_shards if s.device == first]
+  return sum(s.data.nbytes for s in shards)
+
+
+@pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
+def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
+  """The copy that samples and its cache are as large as those of a real rollout."""
+  changes = {f'mesh.{a}': n for a, n in mesh.items()} | {'policy.kl_coef': 0.1}
+  found, arch, c = small_rollout('grpo', **changes)
+  whole = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
+  with jax.set_mesh(whole):
+    run = experiment.without_data(c, whole, arch)
+    run.watchdog = experiment.Watchdog({'restore': 60.0})
+    params = run.load_params('', 'float32')
+  copy = weights.rollout_params(params, arch, weights.rollout_mesh(whole), jnp.float32)
+  assert found.rollout.weights == one_device(copy)
+  assert found.rollout.beside == one_device(params), 'the reference'
+  engine = Engine(arch, jnp.float32, (), 0, slots=16)
+  with jax.set_mesh(weights.rollout_mesh(whole)):
+    # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
+    cache, _ = engine._start(16, 48 + 16)
+  assert found.rollout.cache == one_device(cache)
+  state = found.memory.arguments - found.memory.parameters
+  assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
+  assert found.needed == max(found.memory.peak + found.rollout.beside, found.rollout.peak)
+
+
+def test_what_the_rollout_wants_decides_too(monkeypatch):
+  """A slice that holds the step, and not the step with what stands beside it."""
+  found, _, _ = small_rollout('grpo', **{'mesh.fsdp': 8, 'policy.kl_coef': 0.1})
+  assert found.fits and found.needed > found.memory.peak
+  room = (found.needed + found.memory.peak) / 2
+  monkeypatch.setitem(
+    topology.CHIPS, 'cpu', dataclasses.replace(topology.CHIPS['cpu'], memory=room)
+  )
+  assert not small_rollout('grpo', **{'mesh.fsdp': 8, 'policy.kl_coef': 0.1})[0].fits
+
+
+def test_the_cost_counts_every_model_of_the_step():
+  arch = from_hf(shapes.read('SmolLM2-135M'))
+  value = dataclasses.replace(arch, num_labels=1)
+  one = cost.model_flops([(arch, 3)], 4, 64)
+  blocks = arch.matmul_params() - arch.vocab_size * arch.model_dim
+  pairs = 4 * 64 * 65 / 2
+  attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
+  assert one == 6 * arch.matmul_params() * 4 * 64 + attention
+  assert cost.model_flops([(arch, 3), (arch, 1)], 4, 64) == pytest.approx(one * 4 / 3)
+  both = cost.model_flops([(arch, 3), (value, 3)], 4, 64)
+  assert both == pytest.approx(one + 6 * (blocks + arch.model_dim) * 4 * 64 + attention)
+  c = config.default()
+  for algorithm, kl, wanted in (
+    ('sft', 0.0, [3]),
+    ('dpo', 0.0, [3, 1]),
+    ('grpo', 0.1, [3]),
+    ('ppo', 0.1, [3, 3]),
+  ):
+    c.algorithm, c.policy.kl_coef = algorithm, kl
+    assert [times for _, times in algorithms.passes(c, arch)] == wanted
+
+
+def test_candidates_leave_room_for_other_models():
+  """PPO of 8B on v5e: one chip cannot hold policy, value model, reference and the copy that
+  samples, so `tensor` must split that.
+  """
+  arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:8x8')
+  alone = suggest.candidates(arch, where, 64, 2048, 2, 1)[0]
+  held = suggest.Held(trained=2, copies=1, samples=True)
+  assert alone.tensor == 1
+  assert suggest.candidates(arch, where, 64, 2048, 2, 1, held)[0].tensor > 1
+
+
 STACKED = [
   *(f'stack0/block0/attn/{n}/w' for n in 'kqvo'),
   *(f'stack0/block0/mlp/{n}/w' for n in ('gate', 'up', 'down')),
@@ -328,9 +497,55 @@ def test_weights_gathered_before_the_loop_are_seen():
     with jax.set_mesh(mesh):
       whole = jax.shard_map(fn, mesh=mesh, **specs)
       text = jax.jit(whole).lower(params['stack0']['w'], x).compile().as_text()
-    found[fn] = account.gathering(text, params, mesh)
+    found[fn] = account.gathering(hlo.read(text), params, mesh)
   assert found[at_once] == account.Gathering((), ('stack0/w',), ('stack0/w',))
   assert found[by_layer] == account.Gathering(('stack0/w',), (), ())
+
+
+def test_what_the_compiler_wrote_last_is_read_and_removed(tmp_path):
+  for i, text in enumerate(('first', 'second')):
+    file = tmp_path / f'module_000{i}.jit_step.after_optimizations.txt'
+    file.write_text(text)
+    os.utime(file, (i, i))
+  (tmp_path / 'module_0000.jit_step.after_optimizations-buffer.txt').write_text('no')
+  (tmp_path / 'module_0000.jit_step').mkdir()
+  assert topology.written(str(tmp_path)) == 'second'
+  assert topology.written(str(tmp_path)) == ''
+  env = topology.environment(topology.parse('v6e:2x2'), '/tmp/xy')
+  assert '--xla_dump_to=/tmp/xy' in env['XLA_FLAGS']
+
+
+@needs_libtpu
+def test_what_libtpu_writes_is_what_jaxlib_prints():
+  """On v5e, where it can print: the same collectives, in the same loops."""
+  code = """
+import os, sys, tempfile
+from ftjax import config
+from ftjax.planning import topology
+where, dump = topology.parse('v5e:2x2'), tempfile.mkdtemp()
+os.environ.update(topology.environment(where, dump))
+import jax
+from ftjax import experiment, sft
+from ftjax.models.architecture import from_hf
+from ftjax.planning import communication, hlo
+from ftjax.runtime import sharding
+from ftjax.trainer import Trainer
+c = config.default()
+c.model.random = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
+                      num_key_value_heads=2, intermediate_size=512, vocab_size=512)
+c.data.train, c.batch_size, c.seq_len, c.eval.batch_size = 'sums:20', 8, 256, 8
+mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
+with jax.set_mesh(mesh):
+  arch = from_hf(experiment.random_config(c.model.random.to_dict()))
+  trainer = Trainer(experiment.without_data(c, mesh, arch), sft.make_loss(arch, c))
+  compiled = trainer.compile()
+texts = compiled.as_text(), topology.written(dump)
+printed, written = (communication.collectives(hlo.read(t), mesh) for t in texts)
+assert printed and printed == written, (printed, written)
+print('same:', len(printed))
+"""
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and 'same:' in done.stdout, done.stderr[-2000:]
 
 
 def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
@@ -406,6 +621,10 @@ def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change
     ('Llama-3.2-3B', 3.212749824),
     ('Llama-3.1-8B', 8.030261248),
     ('Llama-3.1-70B', 70.553706496),
+    ('Qwen2.5-0.5B', 0.494032768),
+    ('Qwen2.5-1.5B', 1.543714304),
+    ('Qwen2.5-3B', 3.085938688),
+    ('Qwen2.5-7B', 7.615616512),
   ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, billions):

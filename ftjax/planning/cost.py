@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from ftjax.models.architecture import Architecture
-from ftjax.planning.account import Collective, Memory
+from ftjax.planning.account import Memory
+from ftjax.planning.communication import Collective
 from ftjax.planning.topology import Topology
 from ftjax.runtime.throughput import train_flops
 
@@ -40,14 +41,23 @@ class Cost:
     return max(parts, key=parts.get)
 
 
-def model_flops(arch: Architecture, rows: int, length: int) -> float:
-  """FLOPs of forward and backward of full rows of one document each; see train_flops."""
-  return train_flops(
-    rows * length,
-    rows * length * (length + 1) / 2,
-    matmul_params=arch.matmul_params(),
-    num_layers=arch.num_layers,
-    attention_dim=arch.num_heads * arch.head_dim,
+# A model that a step computes, with 3 for forward and backward or 1 for forward alone.
+Pass = tuple[Architecture, int]
+
+
+def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
+  """FLOPs of models over full rows of one document each; see train_flops."""
+  return sum(
+    times
+    / 3
+    * train_flops(
+      rows * length,
+      rows * length * (length + 1) / 2,
+      matmul_params=arch.matmul_params(),
+      num_layers=arch.num_layers,
+      attention_dim=arch.num_heads * arch.head_dim,
+    )
+    for arch, times in models
   )
 
 
@@ -55,12 +65,12 @@ def recomputed(arch: Architecture, rows: int, length: int, remat: str) -> float:
   """FLOPs that the backward pass repeats: with 'dots' the attention, with 'full' the blocks too."""
   attention = 4.0 * arch.num_layers * arch.num_heads * arch.head_dim
   attention *= rows * length * (length + 1) / 2
-  blocks = arch.matmul_params() - arch.vocab_size * arch.model_dim
+  blocks = arch.matmul_params() - (arch.num_labels or arch.vocab_size) * arch.model_dim
   return {'none': 0.0, 'dots': attention, 'full': attention + 2.0 * blocks * rows * length}[remat]
 
 
 def estimate(
-  arch: Architecture,
+  models: Sequence[Pass],
   topology: Topology,
   held: Memory,
   moved: Sequence[Collective],
@@ -77,11 +87,12 @@ def estimate(
   links.
   """
   chip = topology.chip
-  flops = model_flops(arch, rows, length)
+  flops = model_flops(models, rows, length)
+  again = sum(recomputed(arch, rows, length, remat) for arch, times in models if times == 3)
   peak = chip.flops * topology.num_devices
   network = sum(c.sent for c in moved if c.network) / chip.network
   links = sum(c.sent for c in moved if not c.network) / chip.link
-  compute = (flops + recomputed(arch, rows, length, remat)) / peak
+  compute = (flops + again) / peak
   traffic = 2.0 * (held.arguments + micro_batches * held.temporaries) / chip.bandwidth
   seconds = max(compute, traffic, links + network)
   return Cost(flops, rows * length, compute, traffic, links, network, flops / (seconds * peak))

@@ -34,6 +34,24 @@ def _llama(dim, layers, heads, kv_heads, ffn, vocab=128256, **more) -> dict:
   } | more
 
 
+def _qwen2(dim, layers, heads, kv_heads, ffn, vocab=151936, tied=True) -> dict:
+  return {
+    'model_type': 'qwen2',
+    'hidden_size': dim,
+    'num_hidden_layers': layers,
+    'num_attention_heads': heads,
+    'num_key_value_heads': kv_heads,
+    'intermediate_size': ffn,
+    'vocab_size': vocab,
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 1000000.0,
+    # All instruct models; the base models of 1.5B and 7B say 131072.
+    'max_position_embeddings': 32768,
+    'use_sliding_window': False,
+    'tie_word_embeddings': tied,
+  }
+
+
 _SMALL = {'tie_word_embeddings': True, 'rope_scaling': _LLAMA3_ROPE | {'factor': 32.0}}
 SHAPES = {
   'SmolLM2-135M': _llama(
@@ -47,6 +65,10 @@ SHAPES = {
   'Llama-3.2-3B': _llama(3072, 28, 24, 8, 8192, head_dim=128, **_SMALL),
   'Llama-3.1-8B': _llama(4096, 32, 32, 8, 14336),
   'Llama-3.1-70B': _llama(8192, 80, 64, 8, 28672),
+  'Qwen2.5-0.5B': _qwen2(896, 24, 14, 2, 4864),
+  'Qwen2.5-1.5B': _qwen2(1536, 28, 12, 2, 8960),
+  'Qwen2.5-3B': _qwen2(2048, 36, 16, 2, 11008),
+  'Qwen2.5-7B': _qwen2(3584, 28, 28, 4, 18944, vocab=152064, tied=False),
 }
 
 

@@ -10,6 +10,18 @@ from ftjax.models.architecture import Architecture
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a float32 parameter: itself, two moments of Adam, the gradient
+_COPY_BYTES = 4  # of a float32 parameter that is not trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """Models of one size that a device holds: trained ones, others, and whether one is copied for
+  sampling, split over `tensor` alone.
+  """
+
+  trained: int = 1
+  copies: int = 0
+  samples: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +59,11 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
           yield Candidate(slices, fsdp, context, tensor, accum, remat)
 
 
-def _bytes(c: Candidate, arch: Architecture, rows: int, length: int, width: int) -> float:
-  """A rough peak of one device: state, one gathered layer and table, saved activations, a layer's
-  own.
+def _bytes(
+  c: Candidate, arch: Architecture, rows: int, length: int, width: int, held: Held
+) -> float:
+  """A rough peak of one device: state, and the larger of the step's (one gathered layer and table,
+  saved activations, a layer's own) and the copy that samples.
   """
   n = arch.num_params()
   tokens = rows // (c.data * c.fsdp) // c.grad_accum * length / c.context
@@ -58,9 +72,11 @@ def _bytes(c: Candidate, arch: Architecture, rows: int, length: int, width: int)
   heads = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
   inner = (heads + 3 * arch.ffn_dim) / c.tensor
   kept = arch.model_dim + (inner + arch.model_dim if c.remat == 'dots' else 0)
-  saved = arch.num_layers * tokens * kept * width
+  saved = held.trained * arch.num_layers * tokens * kept * width
   gathered = 4 * table + 2 * layer * width
-  return _STATE_BYTES * n / (c.fsdp * c.tensor) + gathered + saved + 2 * tokens * inner * width
+  state = (_STATE_BYTES * held.trained + _COPY_BYTES * held.copies) * n / (c.fsdp * c.tensor)
+  sampling = width * n / c.tensor if held.samples else 0.0
+  return state + max(gathered + saved + 2 * tokens * inner * width, sampling)
 
 
 def _preference(c: Candidate) -> tuple:
@@ -69,7 +85,13 @@ def _preference(c: Candidate) -> tuple:
 
 
 def candidates(
-  arch: Architecture, topology: Topology, rows: int, length: int, width: int, most: int
+  arch: Architecture,
+  topology: Topology,
+  rows: int,
+  length: int,
+  width: int,
+  most: int,
+  held: Held = Held(),  # noqa: B008 - frozen
 ) -> list[Candidate]:
   """The `most` candidates to compile, in order.
 
@@ -80,10 +102,11 @@ def candidates(
     length: tokens of a row.
     width: bytes of the compute dtype.
     most: how many.
+    held: models that the run holds.
   """
   found = list(_all(arch, topology, rows, length))
   room = topology.chip.memory
-  likely = [c for c in found if _bytes(c, arch, rows, length, width) <= 1.1 * room]
+  likely = [c for c in found if _bytes(c, arch, rows, length, width, held) <= 1.1 * room]
   if likely:
     return sorted(likely, key=_preference)[:most]
-  return sorted(found, key=lambda c: _bytes(c, arch, rows, length, width))[:most]
+  return sorted(found, key=lambda c: _bytes(c, arch, rows, length, width, held))[:most]

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from ftjax.runtime.errors import ConfigError
 
@@ -98,9 +99,15 @@ def parse(text: str) -> Topology:
   return Topology(text, kind, shape, slices)
 
 
-def environment(topology: Topology) -> dict[str, str]:
-  """Variables that compiling for it needs, to be set before jax is imported."""
+def environment(topology: Topology, dump: str = '') -> dict[str, str]:
+  """Variables that compiling for it needs, to be set before jax is imported.
+
+  Args:
+    topology: the slices.
+    dump: a folder into which a TPU's compiler writes the steps it compiles, for `written`.
+  """
   out = {'JAX_PLATFORMS': 'cpu'}  # nothing runs; an accelerator that is here stays free
+  flags = []
   if topology.chip.platform == 'tpu':
     out |= {
       'TPU_SKIP_MDS_QUERY': '1',
@@ -108,11 +115,24 @@ def environment(topology: Topology) -> dict[str, str]:
       'TPU_WORKER_HOSTNAMES': 'localhost',
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # another plan may be running
     }
+    if dump:
+      flags = [f'--xla_dump_to={dump}', '--xla_dump_hlo_as_text', '--xla_dump_hlo_module_re=step']
   if topology.chip.platform == 'cpu':
-    flags = os.environ.get('XLA_FLAGS', '')
-    count = f'--xla_force_host_platform_device_count={topology.num_devices}'
-    out['XLA_FLAGS'] = f'{flags} {count}'.strip()
+    flags = [f'--xla_force_host_platform_device_count={topology.num_devices}']
+  if flags:
+    out['XLA_FLAGS'] = ' '.join([*os.environ.get('XLA_FLAGS', '').split(), *flags])
   return out
+
+
+def written(dump: str) -> str:
+  """The optimized program that the compiler wrote last into `dump`, which is emptied; '' without
+  one.
+  """
+  found = sorted(Path(dump).glob('*.after_optimizations.txt'), key=lambda p: p.stat().st_mtime_ns)
+  text = found[-1].read_text(encoding='utf-8') if found else ''
+  for file in filter(Path.is_file, Path(dump).iterdir()):
+    file.unlink()
+  return text
 
 
 def devices(topology: Topology) -> Sequence:
