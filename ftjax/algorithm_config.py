@@ -32,6 +32,7 @@ CHOICES = {
     'orpo',
     'kto',
   ),
+  'dpo.reference': ('step', 'cache'),
   'reward_model.objective': ('pairs', 'scores'),
   'policy.surrogate': ('clip', 'cispo', 'reinforce'),
   'policy.level': ('token', 'sequence', 'trajectory'),
@@ -61,8 +62,6 @@ NOT_NEGATIVE = (
   'dpo.undesirable',
   'reward_model.centring',
   'rollout.top_k',
-  'rollout.reward_limit',
-  'rollout.function_limit',
   'rollout.samples',
   'rollout.redraws',
   'ppo.value_coef',
@@ -78,12 +77,43 @@ NOT_NEGATIVE = (
 )
 
 
+# Which algorithms read a section; for which values of another key a key says anything; and which
+# key says nothing where another is 0.
+_READERS = {
+  'dpo': ('dpo', 'online_dpo'),
+  'reward_model': ('reward_model',),
+  'rollout': ON_ROLLOUTS,
+  'policy': POLICY_GRADIENT,
+  'grpo': ('grpo',),
+  'ppo': ('ppo',),
+  'best_of_n': ('best_of_n',),
+}
+_ONLY_WITH = (
+  ('dpo.label_smoothing', 'dpo.loss', ('sigmoid', 'robust', 'simpo', 'cpo')),
+  ('dpo.gamma', 'dpo.loss', ('simpo',)),
+  ('dpo.reference', 'dpo.loss', ('sigmoid', 'sigmoid_norm', 'ipo', 'hinge', 'robust')),
+  ('dpo.nll_coef', 'dpo.loss', ('simpo', 'cpo')),
+  ('dpo.desirable', 'dpo.loss', ('kto',)),
+  ('dpo.undesirable', 'dpo.loss', ('kto',)),
+  ('reward_model.centring', 'reward_model.objective', ('pairs',)),
+  ('policy.dual_clip', 'policy.surrogate', ('clip',)),
+  ('policy.clip_low', 'policy.surrogate', ('clip',)),
+  ('policy.clip_high', 'policy.surrogate', ('clip', 'cispo')),
+  ('policy.level', 'policy.surrogate', ('clip', 'cispo')),
+  ('policy.correction_low', 'policy.correction', CHOICES['policy.correction'][1:]),
+  ('policy.correction_high', 'policy.correction', CHOICES['policy.correction'][1:]),
+)
+_NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'))
+
+
 def add(c: ml_collections.ConfigDict) -> None:
   """Puts the sections into a config."""
   c.dpo = ml_collections.ConfigDict()
   # sigmoid (DPO), sigmoid_norm, ipo, hinge, robust, simpo, cpo, orpo, kto: docs/preference.md
   c.dpo.loss = 'sigmoid'
   c.dpo.beta = 0.1  # strength of the pull to the reference
+  # Where its log-probs come from: step (computed in it), cache (once, before the first step)
+  c.dpo.reference = 'step'
   c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
   c.dpo.gamma = 0.0  # margin of simpo, in rewards
   c.dpo.nll_coef = 0.0  # weight of the chosen answer's likelihood in cpo and simpo
@@ -104,6 +134,8 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.rollout.stop = ()  # texts that end a completion
   # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2'; docs/rewards.md
   c.rollout.rewards = config_dict.FieldReference((), field_type=object)
+  # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none
+  c.rollout.reward_model = ''
   c.rollout.reward_limit = 1.0  # seconds for one completion by a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
   # Times that prompts whose completions all earned the same give way to others (DAPO's dynamic
@@ -182,6 +214,13 @@ def check(c: ml_collections.ConfigDict) -> None:
   """Raises ConfigError, naming the keys."""
   if c.algorithm != 'sft' and (idle := [f'loss.{k}' for k, v in c.loss.items() if v]):
     raise ConfigError(f'{idle[0]} does nothing with algorithm={c.algorithm}: leave it at 0')
+  if c.algorithm != 'sft' and not c.data.packing:
+    raise ConfigError(f'data.packing=False does nothing with algorithm={c.algorithm}: leave it out')
+  if c.algorithm != 'sft' and c.data.loss_on != 'assistant':
+    raise ConfigError(
+      f'data.loss_on={c.data.loss_on} does nothing with algorithm={c.algorithm}: leave it out'
+    )
+  _check_idle(c)
   _check_metric(c)
   if c.algorithm in ('dpo', 'online_dpo'):
     _check_dpo(c)
@@ -198,6 +237,31 @@ def check(c: ml_collections.ConfigDict) -> None:
   if rows_per_step(c) % c.grad_accum:
     what = 'rows per update' if c.algorithm in ON_ROLLOUTS else 'batch_size'
     raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+
+
+def _check_idle(c: ml_collections.ConfigDict) -> None:
+  """A setting that says nothing is a misunderstanding."""
+  usual = ml_collections.ConfigDict()
+  add(usual)
+
+  def is_set(key: str) -> bool:
+    section, name = key.split('.')
+    return c[section][name] != usual[section][name]
+
+  for section, readers in _READERS.items():
+    keys = [f'{section}.{k}' for k in c[section]]
+    if c.algorithm not in readers and (idle := [k for k in keys if is_set(k)]):
+      raise ConfigError(f'{idle[0]} does nothing with algorithm={c.algorithm}: leave it out')
+  for key, other, values in _ONLY_WITH:
+    section, name = other.split('.')
+    if is_set(key) and (chosen := c[section][name]) not in values:
+      raise ConfigError(
+        f'{key} does nothing with {other}={chosen}; it is for {", ".join(values)}: leave it out'
+      )
+  for key, other in _NEEDS:
+    section, name = other.split('.')
+    if is_set(key) and not c[section][name]:
+      raise ConfigError(f'{key} does nothing with {other}=0: set {other}, or leave {key} out')
 
 
 def _check_metric(c: ml_collections.ConfigDict) -> None:
@@ -224,6 +288,10 @@ def _check_dpo(c: ml_collections.ConfigDict) -> None:
       f'dpo.beta={c.dpo.beta}, dpo.label_smoothing={c.dpo.label_smoothing}; expected a positive '
       'number, and one in [0, 0.5)'
     )
+  if c.dpo.reference == 'cache' and c.algorithm == 'online_dpo':
+    raise ConfigError(
+      'dpo.reference=cache: online_dpo makes its pairs as it goes; leave it at step'
+    )
   if c.dpo.loss != 'kto':
     return
   if c.algorithm == 'online_dpo':
@@ -247,6 +315,9 @@ def _check_rollout(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'rollout.temperature={r.temperature}; expected more than 0: equal completions teach nothing'
     )
+  for key in ('reward_limit', 'function_limit'):
+    if r[key] <= 0:
+      raise ConfigError(f'rollout.{key}={r[key]}; expected seconds, more than 0')
   if not 0 < r.top_p <= 1:
     raise ConfigError(f'rollout.top_p={r.top_p}; expected more than 0 and at most 1')
   if r.max_tokens >= max_example(c):
@@ -270,11 +341,6 @@ def _check_rollout(c: ml_collections.ConfigDict) -> None:
       'where completions are compared with others of their prompt; elsewhere that would choose '
       'prompts by their outcome'
     )
-  if c.algorithm not in POLICY_GRADIENT:
-    usual = ml_collections.ConfigDict()
-    add(usual)
-    if idle := [k for k, v in c.policy.items() if v != usual.policy[k]]:
-      raise ConfigError(f'policy.{idle[0]} does nothing with algorithm={c.algorithm}')
   if rows_per_rollout(c) % r.minibatches:
     raise ConfigError(
       f'rollout.minibatches={r.minibatches} must divide the {rows_per_rollout(c)} rows of a rollout'
@@ -300,6 +366,15 @@ def _check_policy(c: ml_collections.ConfigDict) -> None:
   if p.kl_target and not p.kl_coef:
     raise ConfigError(
       f'policy.kl_target={p.kl_target} with policy.kl_coef=0: give the coefficient to begin with'
+    )
+  if p.clip_low > 1:
+    raise ConfigError(
+      f'policy.clip_low={p.clip_low}: the ratio stays above 1 - clip_low; expected at most 1'
+    )
+  if not 0 < p.kl_gain <= 1:
+    raise ConfigError(
+      f'policy.kl_gain={p.kl_gain}; expected more than 0 and at most 1, so that the coefficient '
+      'moves by at most a fifth'
     )
   if p.level == 'trajectory' and p.aggregate != 'sequence':
     raise ConfigError(

@@ -9,6 +9,9 @@ from ftjax.algorithm_config import ON_ROLLOUTS, POLICY_GRADIENT, steps_per_batch
 from ftjax.losses import preference
 from ftjax.models.architecture import Architecture
 
+# Of each row: log-probs of both answers under the reference, where they come with the batches.
+REFERENCE_FIELDS = ('ref_first', 'ref_second')
+
 
 def example_shape(c: ml_collections.ConfigDict) -> str:
   """What a training example is: 'text', or one of data.judged.SHAPES."""
@@ -48,15 +51,36 @@ def has_reference(c: ml_collections.ConfigDict) -> bool:
   return c.algorithm in POLICY_GRADIENT and c.policy.kl_coef > 0
 
 
+def reference_beside(c: ml_collections.ConfigDict) -> bool:
+  """Whether that reference is a model beside the state, which rollouts are shown to."""
+  return has_reference(c) and c.algorithm in POLICY_GRADIENT
+
+
+def reference_cached(c: ml_collections.ConfigDict) -> bool:
+  """Whether its log-probs come with the batches, and it stands in no memory at all."""
+  return c.algorithm == 'dpo' and has_reference(c) and c.dpo.reference == 'cache'
+
+
 def reference_in_step(c: ml_collections.ConfigDict) -> bool:
-  """Whether the training step itself reads that reference, which then stands in its state."""
-  return has_reference(c) and c.algorithm not in POLICY_GRADIENT
+  """Whether the training step itself reads it; it then stands in the state."""
+  return has_reference(c) and not reference_beside(c) and not reference_cached(c)
+
+
+def passes(
+  c: ml_collections.ConfigDict, arch: Architecture
+) -> tuple[tuple[Architecture, int], ...]:
+  """Models that a training step computes, each with 3 for forward and backward (which costs two
+  forwards), 1 for forward alone.
+  """
+  value = ((value_arch(arch), 3),) if has_value_model(c) else ()
+  reference = ((arch, 1),) if reference_in_step(c) else ()
+  return ((arch, 3), *value, *reference)
 
 
 def fields(c: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Float arrays of a batch beside those of data/batches.py: of each token, and of each row."""
   if example_shape(c) != 'text':
-    return (), ('values',)
+    return (), ('values', *(REFERENCE_FIELDS if reference_cached(c) else ()))
   if c.algorithm not in POLICY_GRADIENT:
     return (), ()
   old = steps_per_batch(c) > 1

@@ -34,7 +34,10 @@ class Judge:
     self.folder = files.join(run.workdir, 'eval')
     self._dtype = jnp.dtype(c.model.compute_dtype)
     tokenizer = run.model.tokenizer
-    self._sampler = Sampler(run.arch, self._dtype, run.model.stop_ids, tokenizer.pad_id)
+    self._sampler = Sampler(
+      *(run.arch, self._dtype, run.model.stop_ids, tokenizer.pad_id),
+      vocab_size=tokenizer.vocab_size,
+    )
     self._prompts = [self._encode(p) for p in c.eval.prompts]
     longest = max(map(len, self._prompts), default=0) + c.eval.max_tokens
     if self._prompts and longest > run.arch.max_len:
@@ -77,9 +80,13 @@ class Judge:
       beat()
       return self._scorer.score(params, prompts, choices)
 
+    @functools.cache  # tasks of different kinds may ask the rows of one file
+    def generated(prompts, most):
+      return self._sampler.generate(params, prompts, most, _GREEDY)
+
     def generate(prompts, most):
       beat()
-      return self._sampler.generate(params, prompts, most, _GREEDY)
+      return generated(tuple(map(tuple, prompts)), most)
 
     return evaluation.Functions(
       encode_prompt=self._encode_row,
@@ -89,12 +96,14 @@ class Judge:
       decode=self.run.model.tokenizer.decode,
     )
 
-  def _score(self, params: dict, task: tasks.Task, title: str) -> list[evaluation.Result]:
+  def _score(
+    self, model: evaluation.Functions, task: tasks.Task, title: str
+  ) -> list[evaluation.Result]:
     c = self.run.config
     with self.run.watchdog.phase('evaluate'):
       return evaluation.evaluate(
         task,
-        self._functions(params),
+        model,
         batch_size=c.eval.batch_size,
         max_len=self.run.arch.max_len,
         max_tokens=c.eval.max_tokens,
@@ -111,6 +120,9 @@ class Judge:
       'param_dtype': c.model.param_dtype,
       'max_tokens': c.eval.max_tokens,
     }
+    base = functools.cache(
+      lambda: self._functions(self._base_params() if params is None else params)
+    )
     for task in self.tasks:
       model = self.run.model
       key = evaluation.cache_key(
@@ -118,7 +130,7 @@ class Judge:
       )
 
       def make(task=task):
-        return self._score(self._base_params() if params is None else params, task, 'base')
+        return self._score(base(), task, 'base')
 
       place = (files.join(self.folder, 'base'), key, task)
       known = peers.from_main(functools.partial(evaluation.is_cached, *place))
@@ -133,10 +145,9 @@ class Judge:
 
   def tuned(self, params: dict) -> None:
     """Scores the tuned model, compares it with the base, prints the report, keeps it in eval/."""
-    base = self.base()
-    summaries = []
+    base, model, summaries = self.base(), self._functions(params), []
     for task in self.tasks:
-      results = self._score(params, task, 'tuned')
+      results = self._score(model, task, 'tuned')
       if not peers.is_main():
         continue
       evaluation.save(

@@ -71,7 +71,8 @@ def default() -> ml_collections.ConfigDict:
   # Tables of (regex, value) over per-layer names: embed/w, final_norm/scale, head/w,
   # layer0/attn/q/w, ... The first row that matches a whole name decides; every name must be
   # matched, and every row must decide something.
-  c.optim.decay = (('.*norm/scale', 0.0), ('.*', 1.0))  # times weight_decay
+  # Times weight_decay; norm scales and biases are left alone.
+  c.optim.decay = (('.*(norm/scale|/b)', 0.0), ('.*', 1.0))
   c.optim.multipliers = (('.*', 1.0),)  # times the learning rate
   c.optim.freeze = (('.*', False),)  # not trained
 
@@ -101,7 +102,8 @@ def default() -> ml_collections.ConfigDict:
   c.eval = ml_collections.ConfigDict()
   c.eval.every = 0  # steps between evaluations of the loss; the last step is always evaluated
   c.eval.batch_size = 16  # rows
-  c.eval.tasks = ()  # 'name=kind:path', kind choice or match: base against tuned, at the end
+  # 'name=kind:path', kind choice, match, math or math_strict: base against tuned, at the end
+  c.eval.tasks = ()
   c.eval.prompts = ()  # answered greedily at every evaluation
   c.eval.max_tokens = 64  # of an answer
 
@@ -121,7 +123,7 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.restore = 3600.0  # weights or a checkpoint
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
-  c.watchdog.rollout = 3600.0  # completions of one rollout, and their rewards
+  c.watchdog.rollout = 3600.0  # next tokens of a rollout, or its rewards
   c.watchdog.evaluate = 3600.0  # one batch of rows
   c.watchdog.save = 1200.0  # a checkpoint
   c.watchdog.export = 7200.0

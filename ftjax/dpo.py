@@ -2,7 +2,8 @@
 
 The losses are the table in losses/preference.py: DPO and its kin on pairs, KTO on single labelled
 answers. A loss that compares with a reference reads the model as it was at the start under
-`reference/` of the parameters; its log-probs are computed in the step, by the same function."""
+`reference/` of the parameters; its log-probs are computed in the step, by the same function. With
+`dpo.reference='cache'` they are computed before, and come with the batches (reference_cache.py)."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ftjax import experiment, fit, pairs, preference_loss
+from ftjax import algorithms, experiment, fit, pairs, preference_loss, reference_cache
 from ftjax.losses import masked, preference
 from ftjax.models.architecture import Architecture
 
@@ -57,4 +58,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
-  fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, preference_loss.Alarm())
+  cached = algorithms.reference_cached(c)
+  source = reference_cache.RowsWithReference(r) if cached else fit.Rows(r)
+  alarm = preference_loss.Alarm(cached)
+  fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, alarm, source)

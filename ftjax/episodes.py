@@ -11,6 +11,7 @@ else is done, and comes out alike, in all processes."""
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,16 +29,18 @@ from ftjax.algorithm_config import (
 from ftjax.data.batches import ARRAYS
 from ftjax.data.prompts import Prompt
 from ftjax.experiment import Run
-from ftjax.fit import Tell
+from ftjax.fit import Source, Tell
 from ftjax.forward import model_of, readout
 from ftjax.rollout import rewards, weights
-from ftjax.rollout.engine import Engine, Rollout
+from ftjax.rollout.completion import Rollout, stops
+from ftjax.rollout.engine import Engine
 from ftjax.rollout.sampler import Sampling
 from ftjax.rollout_files import RolloutFiles
 from ftjax.runtime import peers
-from ftjax.runtime.errors import CheckError
-from ftjax.runtime.sharding import spec, zigzag
+from ftjax.runtime.errors import CheckError, ConfigError
+from ftjax.runtime.sharding import BATCH, spec, zigzag
 from ftjax.sampled import Sampled, flat_groups, rows, spread, with_groups
+from ftjax.trained_reward import TrainedReward
 from ftjax.trainer import Trainer
 from ftjax.training.feed import place
 from ftjax.training.state import State
@@ -90,7 +93,7 @@ def order(count: int, *names: int | str) -> np.ndarray:
   return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
-class Episodes:
+class Episodes(Source):
   """The source of a run's batches, for fit.fit; use it in a `with`.
 
   Args:
@@ -109,12 +112,17 @@ class Episodes:
     self.files = RolloutFiles(run.workdir, self._updates)
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
     self._engine = Engine(
-      run.arch, self._dtype, model.stop_ids, model.tokenizer.pad_id, slots=c.rollout.slots
+      run.arch,
+      self._dtype,
+      model.stop_ids,
+      model.tokenizer.pad_id,
+      slots=c.rollout.slots,
+      vocab_size=model.tokenizer.vocab_size,
     )
     self._sampling = Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p)
     self._mesh = weights.rollout_mesh(run.mesh)
     self._ended = stops(tuple(c.rollout.stop), model.tokenizer)
-    self._wants_ref = algorithms.has_reference(c) and not algorithms.reference_in_step(c)
+    self._wants_ref = algorithms.reference_beside(c)
     self._wants_old = algorithms.wants_old_logp(c)
     self._measures = {
       name: jax.jit(
@@ -126,14 +134,24 @@ class Episodes:
     self._held: tuple[int, dict[str, np.ndarray]] | None = None
     self._is_checked = self._is_warned = False
     self._rewards: rewards.Rewards | None = None
+    self._parts = rewards.parse(c.rollout.rewards)
+    if c.rollout.reward_model and not any(part.spec == 'model' for part in self._parts):
+      raise ConfigError(
+        f'rollout.reward_model={c.rollout.reward_model} pays nothing: rollout.rewards='
+        f"{c.rollout.rewards!r} has no part 'model'"
+      )
+    self._trained = TrainedReward(run) if c.rollout.reward_model else None
+    self._judged = np.zeros(0, np.float32)
     peers.from_main(self._start_rewards)
 
   def _start_rewards(self) -> None:
     c, data = self.run.config, self.run.data
     columns = [set(s.columns) for s in (*data.sources, *data.evaluation)]
     self._rewards = rewards.Rewards(
-      rewards.parse(c.rollout.rewards),
+      self._parts,
       sorted(set.intersection(*columns)),
+      # All processes must run the model, only this one has the rewards: it is asked before.
+      model=(lambda *_: self._judged) if self._trained else None,
       completion_limit=c.rollout.reward_limit,
       call_limit=c.rollout.function_limit,
     )
@@ -245,6 +263,7 @@ class Episodes:
       seed=int.from_bytes(_random(seed, 'rollout')[:4], 'little'),
       prompt_ids=[n % 2**31 for n in numbers],
       ended=self._ended,
+      beat=self.run.watchdog.beat,
     )
 
   def _check(self, params: dict, copy: dict) -> None:
@@ -271,8 +290,11 @@ class Episodes:
       gap = np.abs(old - arrays['sampler_logp'])[arrays['weights'] > 0]
       mean, largest = float(gap.mean()), float(gap.max())
       if not self._is_checked:
-        told = 'log-probs of sampler and trainer differ by %.2g nats, at most %.2g'
-        log.info(told, mean, largest)
+        log.info(
+          'log-probs of sampler and trainer differ by %.2g nats, at most %.2g; the trainer from '
+          'itself at another batch size by %.2g, at most %.2g',
+          *(mean, largest, *self._noise(params, arrays, old)),
+        )
         self._is_checked = True
       self._alarm(mean)
       if self._wants_old:
@@ -296,6 +318,19 @@ class Episodes:
       metrics,
     )
 
+  def _noise(
+    self, params: dict, arrays: dict[str, np.ndarray], logp: np.ndarray
+  ) -> tuple[float, float]:
+    """(mean, largest) |difference| in nats of the trainer's log-probs of the first rows from `logp`
+    when they are computed in other batches: what rounding alone makes.
+    """
+    size = rows_per_step(self.run.config) // self.run.config.grad_accum
+    ways = math.prod(self.run.mesh.shape[a] for a in BATCH)
+    few = {k: v[:size] for k, v in arrays.items()}
+    again = self._measure('logp', params, few, ways if size > ways else 2 * size)
+    gap = np.abs(again - logp[:size])[few['weights'] > 0]
+    return (float(gap.mean()), float(gap.max())) if gap.size else (0.0, 0.0)
+
   def _alarm(self, gap: float) -> None:
     """gap: mean |trainer - sampler| of a token's log-prob, in nats."""
     if not gap <= _ALARM and not self._is_warned:
@@ -313,10 +348,12 @@ class Episodes:
     how = dict(temperature=c.rollout.temperature, dtype=self._dtype, remat='none')
     return readout(self.run.arch, params, batch, **how)[0]
 
-  def _measure(self, name: str, params: dict, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """float32[R, T], a micro-batch at a time, as the update sees them."""
+  def _measure(
+    self, name: str, params: dict, arrays: dict[str, np.ndarray], size: int = 0
+  ) -> np.ndarray:
+    """float32[R, T], `size` rows at a time; 0: a micro-batch, as the update sees them."""
     c = self.run.config
-    rows, size = len(arrays['tokens']), rows_per_step(c) // c.grad_accum
+    rows, size = len(arrays['tokens']), size or rows_per_step(c) // c.grad_accum
     filled = {k: np.pad(arrays[k], ((0, -rows % size), (0, 0))) for k in ARRAYS}
     shardings = {k: v for k, v in self.run.batch_shardings(micro=False).items() if k in ARRAYS}
     out = []
@@ -333,15 +370,17 @@ class Episodes:
     self, prompts: Sequence[Prompt], found: Rollout, number: int | None
   ) -> tuple[np.ndarray, dict[str, float]]:
     """(float32[R], metrics); `number` of the rollout whose samples are kept, None for none."""
-    told = peers.from_main(lambda: self._reward_here(prompts, found, number))
+    pairs = [(p, c) for p, cs in zip(prompts, found.completions, strict=True) for c in cs]
+    if self._trained:
+      self._judged = self._trained(pairs)
+    told = peers.from_main(lambda: self._reward_here(pairs, number))
     totals = np.array(told['totals'], np.float32)
     return totals, told['metrics'] | spread(totals, found)
 
-  def _reward_here(self, prompts, found: Rollout, number: int | None) -> dict[str, Any]:
+  def _reward_here(self, pairs: Sequence[tuple], number: int | None) -> dict[str, Any]:
     tokenizer = self.run.model.tokenizer
-    pairs = [(p, c) for p, cs in zip(prompts, found.completions, strict=True) for c in cs]
-    texts = {p.place: tokenizer.decode(p.ids) for p in prompts}
-    names = set.intersection(*(set(p.columns) for p in prompts))
+    texts = {p.place: tokenizer.decode(p.ids) for p, _ in pairs}
+    names = set.intersection(*(set(p.columns) for p, _ in pairs))
     batch = rewards.Batch(
       prompts=[texts[p.place] for p, _ in pairs],
       completions=[tokenizer.decode(c.tokens) for _, c in pairs],
@@ -390,22 +429,7 @@ class Episodes:
         sampling=Sampling(),
         seed=0,
         ended=self._ended,
+        beat=self.run.watchdog.beat,
       )
       done += found.completions
     return self._reward(prompts, Rollout(done, {}), None)[1]
-
-
-def stops(texts: tuple[str, ...], tokenizer) -> Callable[[list[int]], bool] | None:
-  """Whether one of `texts` ends a completion; None without any. A text may begin and end within
-  tokens."""
-  if not texts:
-    return None
-  # A token that is not special holds a byte at least, so this tail holds every text that the last
-  # token completes.
-  tail = 2 * max(len(t.encode()) for t in texts)
-
-  def ended(tokens: list[int]) -> bool:
-    said = tokenizer.decode(tokens[-tail:])
-    return any(t in said for t in texts)
-
-  return ended

@@ -93,6 +93,11 @@ def _tell(corpus: cache.Corpus, on_overlength: str) -> None:
     )
 
 
+def cache_folder(c: ml_collections.ConfigDict, workdir: str) -> str:
+  """Where what is made of the data is kept."""
+  return c.data.cache or files.join(workdir, 'data_cache')
+
+
 def open_data(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
 ) -> Data | PromptData:
@@ -103,7 +108,7 @@ def open_data(
 
 def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> Data:
   """Tokenizes, or opens the cache, and schedules the rows."""
-  folder, shape = c.data.cache or files.join(workdir, 'data_cache'), algorithms.example_shape(c)
+  folder, shape = cache_folder(c, workdir), algorithms.example_shape(c)
 
   def corpora(text, is_eval=False):
     specs = sources.parse_specs(text) if text else []
@@ -139,7 +144,7 @@ def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) 
 
 def open_prompts(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> PromptData:
   """Reads prompts and schedules them, one a row."""
-  folder = c.data.cache or files.join(workdir, 'data_cache')
+  folder = cache_folder(c, workdir)
   room = algorithm_config.max_example(c) - c.rollout.max_tokens
   groups, weights = [], []
   for text in (c.data.train, c.data.eval):

@@ -179,8 +179,7 @@ class Run:
       make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
       params = {k: v for k, v in params.items() if k != 'head'}
       return params | {'score': make(jax.random.key(self.config.seed))}
-    make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype)))
-    return make(jax.random.key(self.config.seed))
+    return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
@@ -255,10 +254,13 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
 
 
+_random_params = jax.jit(transformer.init, static_argnums=(0, 2))
+
+
 def _keep_programs(folder: str) -> None:
   """The compile cache."""
   jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
   jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
@@ -290,8 +292,10 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True, labels:
   if arch.num_labels and not labels:
     raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
   arch = dataclasses.replace(arch, num_labels=labels)
-  # The same weights under another rope or another epsilon are another model.
-  fingerprint = digest([fingerprint, dataclasses.asdict(arch)])
+  # The same weights under another rope or another epsilon are another model. What follows from the
+  # family is left out, so that models of other families keep the fingerprint they had before it.
+  facts = {k: v for k, v in dataclasses.asdict(arch).items() if k != 'qkv_bias'}
+  fingerprint = digest([fingerprint, facts])
   tokenizer = Tokenizer(found, path or 'model.random')
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
@@ -308,8 +312,8 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   """Fails before anything is compiled when a size does not divide."""
   declared = transformer.declared(arch)
   sharding.check_divides(
-    {n: axes for n, (_, axes, _) in declared.items()},
-    {n: shape for n, (shape, _, _) in declared.items()},
+    {n: p.axes for n, p in declared.items()},
+    {n: p.shape for n, p in declared.items()},
     mesh,
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)

@@ -50,7 +50,8 @@ _FIXED += ('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.mi
 
 # Nor, between two updates on a rollout, what its arrays hold.
 _IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.value_from')
-_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target')
+_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
+_IN_ROLLOUT += ('rollout.rewards', 'rollout.reward_model', 'ppo.gamma', 'ppo.lam', 'ppo.whiten')
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
 Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
@@ -59,6 +60,11 @@ Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
 class Source(Protocol):
   """Where the batches of a run come from: rows of files, or what the model in training says
   (episodes.py)."""
+
+  def prepare(self, trainer: Trainer) -> None:
+    """Before weights and optimizer state are on the devices, of a run that will train. Usually
+    nothing.
+    """
 
   def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     """Before the first batch.
@@ -82,7 +88,7 @@ class Source(Protocol):
     """No batch is wanted any more."""
 
 
-class _Rows:
+class Rows(Source):
   """The source of batches that are read from files, ahead of the step."""
 
   def __init__(self, run: Run):
@@ -155,23 +161,36 @@ def _has_ended(saved: dict, patience: int) -> bool:
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
+def first_fingerprint(run: Run) -> str:
+  """sha256 of the model that a run starts from.
+
+  Raises:
+    ConfigError: it is not there.
+  """
+  c = run.config
+  if not c.init_from:
+    return run.model.fingerprint
+  _check_source(c.init_from)
+  export = files.join(c.init_from, 'export')
+  return peers.from_main(lambda: load.fingerprint(export))
+
+
 def _models_beside(run: Run) -> dict[str, str]:
-  """Fingerprints of the weights that the reference, which a resume reads again, and the value model
-  come from.
+  """Fingerprints of the weights that the reference and a reward model, which a resume reads again,
+  and the value model come from.
 
   Raises:
     ConfigError: they are not there.
   """
   c, out = run.config, {}
   if algorithms.has_reference(c):
-    out['reference'] = run.model.fingerprint
-    if c.init_from:
-      _check_source(c.init_from)
-      export = files.join(c.init_from, 'export')
-      out['reference'] = peers.from_main(lambda: load.fingerprint(export))
+    out['reference'] = first_fingerprint(run)
   if algorithms.has_value_model(c) and c.ppo.value_from:
     out['value'] = peers.from_main(lambda: load.fingerprint(c.ppo.value_from))
     peers.check_same('ppo.value_from', load.outline(c.ppo.value_from))
+  if c.algorithm in algorithm_config.ON_ROLLOUTS and c.rollout.reward_model:
+    out['reward model'] = peers.from_main(lambda: load.fingerprint(c.rollout.reward_model))
+    peers.check_same('rollout.reward_model', load.outline(c.rollout.reward_model))
   return out
 
 
@@ -200,7 +219,7 @@ def fit(
     _fit(
       _Session(
         trainer=Trainer(run, loss_fn),
-        source=source or _Rows(run),
+        source=source or Rows(run),
         eval_loss=eval_loss,
         watch=watch,
         checkpoints=Checkpoints(files.join(run.workdir, 'checkpoints'), retention),
@@ -222,7 +241,8 @@ def _fingerprints(run: Run) -> dict[str, str]:
 def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
   """(steps done, what was saved with them) of the checkpoint to go on from; None without one."""
   run, c = s.trainer.run, s.trainer.run.config
-  start = peers.from_main(s.checkpoints.latest)
+  with run.watchdog.phase('restore'):
+    start = peers.from_main(s.checkpoints.latest)
   if start is None:
     if c.init_from:
       _check_source(c.init_from)
@@ -277,11 +297,14 @@ def _fit(s: _Session) -> None:
   plain = redaction.redact(config_lib.plain(c))
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
-  state = _begun(s) if saved is None else _resumed(s, start, saved)
   owed = bool(saved) and saved['progress']['owed']
-  if not (saved and _has_ended(saved, c.checkpoint.patience)) and (
+  goes_on = not (saved and _has_ended(saved, c.checkpoint.patience)) and (
     (start or 0) < run.steps or owed
-  ):
+  )
+  if goes_on:
+    s.source.prepare(trainer)
+  state = _begun(s) if saved is None else _resumed(s, start, saved)
+  if goes_on:
     state = _train(s, state, start or 0, saved)
   best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
   if best is not None and best != latest:

@@ -47,3 +47,21 @@ def token_scores(arch: Architecture, params: dict, batch: dict, dtype, remat: st
   x = hidden_states(arch, params, batch, dtype, remat)
   w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
   return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
+
+
+def answer_scores(
+  arch: Architecture, params: dict, batch: dict, dtype, remat: str, segments: int
+) -> list[jax.Array]:
+  """float32[B] for each of the first `segments` segments of the rows: the score at the last token,
+  found by its place in the segment and never by a token's id.
+
+  A row without the segment has score 0.
+  """
+  found, out = token_scores(arch, params, batch, dtype, remat), []
+  for segment in range(1, segments + 1):
+    inside = batch['segments'] == segment
+    last = jnp.where(inside, batch['positions'], -1).max(-1)
+    at = inside & (batch['positions'] == last[:, None])
+    # One token of each row is left: a sum of its score and of zeros is exact.
+    out.append(jnp.where(at, found, 0.0).sum(-1))
+  return out

@@ -68,7 +68,10 @@ class Speaker:
     self._params = load.load_params(
       path, model.arch, sharding.shardings(mesh, transformer.axes(model.arch)), dtype
     )
-    self._sampler = Sampler(model.arch, dtype, model.stop_ids, self.tokenizer.pad_id)
+    self._sampler = Sampler(
+      *(model.arch, dtype, model.stop_ids, self.tokenizer.pad_id),
+      vocab_size=self.tokenizer.vocab_size,
+    )
     self._sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
 
   def encode(self, row: dict) -> list[int]:

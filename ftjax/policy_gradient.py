@@ -3,6 +3,7 @@ config, and what a completion is charged for its length and its distance from th
 
 The formulas are in losses/policy.py and losses/mismatch.py."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from ftjax import algorithms
 from ftjax.episodes import Sampled, Teacher
 from ftjax.losses import advantages, masked, mismatch, policy
+
+log = logging.getLogger(__name__)
 
 
 def objective(c: ml_collections.ConfigDict) -> policy.Objective:
@@ -89,11 +92,20 @@ class PolicyTeacher(Teacher):
 
   def saved(self) -> dict[str, Any]:
     """See Teacher."""
-    return {'kl_coef': self._coef} if self._steer else {}
+    begun = self._config.policy.kl_coef
+    return {'kl_coef': self._coef, 'kl_begun': begun} if self._steer else {}
 
   def restore(self, saved: Mapping[str, Any]) -> None:
     """See Teacher."""
-    self._coef = saved.get('kl_coef', self._coef) if self._steer else self._coef
+    begun = self._config.policy.kl_coef
+    if self._steer and saved.get('kl_begun', begun) == begun:
+      self._coef = saved.get('kl_coef', begun)
+    elif self._steer:
+      log.warning(
+        'the coefficient of the divergence starts anew at policy.kl_coef=%g; it had begun at %g, '
+        'and was %g',
+        *(begun, saved['kl_begun'], saved['kl_coef']),
+      )
 
   def charged(
     self, s: Sampled

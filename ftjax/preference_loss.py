@@ -1,7 +1,7 @@
 """The loss of preference tuning on rows of two segments, for dpo.py and online_dpo.py: log-probs of
 both answers under the policy and, where the loss compares with it, under the reference. That is the
-model as it was at the start, under `reference/` of the parameters. The formulas are the table in
-losses/preference.py."""
+model as it was at the start, under `reference/` of the parameters, or its log-probs come with the
+batch (reference_cache.py). The formulas are the table in losses/preference.py."""
 
 import logging
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax import pairs
+from ftjax.algorithms import REFERENCE_FIELDS
 from ftjax.forward import hidden_states, model_of
 from ftjax.losses import masked, preference
 from ftjax.models import head, transformer
@@ -40,7 +41,9 @@ def measured(arch: Architecture, params: dict, batch: dict, dtype, remat, with_r
   """Per row: `first` and `second` log-probs, their `ref_`, `first_tokens`, `second_tokens`."""
   first, second = side_logps(arch, model_of(params), batch, dtype, remat)
   ref_first = ref_second = jnp.zeros_like(first)
-  if with_reference:
+  if set(REFERENCE_FIELDS) <= set(batch):
+    ref_first, ref_second = (batch[k] for k in REFERENCE_FIELDS)
+  elif with_reference:
     reference = jax.lax.stop_gradient(params['reference'])
     ref_first, ref_second = side_logps(arch, reference, batch, dtype, remat)
   return {
@@ -97,12 +100,20 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
 
 
 class Alarm:
-  """Says it when the policy stays at the reference: it is then the same object, or not trained."""
+  """Says it when the policy stays at the reference: it is then the same object, or not trained.
+  Of a cached reference it says how far it is from the policy of the first step, which it should be.
+  """
 
-  def __init__(self):
-    self._is_told = False
+  def __init__(self, is_cached: bool = False):
+    self._is_told, self._is_cached = False, is_cached
 
   def __call__(self, done: int, values: dict[str, float]) -> None:
+    if self._is_cached and done == 1:
+      log.info(
+        'step 1: policy and reference are one model; rounding makes a reward of %.3g (chosen), '
+        '%.3g (rejected), a margin of %.3g',
+        *(values[f'rewards/{k}'] for k in ('chosen', 'rejected', 'margin')),
+      )
     updates = done - 1 - values['skipped']
     margin = values.get('rewards/margin')
     if not values.get('supervised_tokens', 1):

@@ -1,7 +1,7 @@
 """Reward models, top to bottom: judged answers -> score of each -> loss -> step -> run.
 
-The score is read at the last token of an answer, found by its place in the segment and never by a
-token's id, and is a float32 product whatever the compute dtype is."""
+The score of an answer is forward.answer_scores; what rewards a policy with it is
+trained_reward.py."""
 
 import functools
 import math
@@ -13,26 +13,9 @@ import ml_collections
 import numpy as np
 
 from ftjax import experiment, fit, pairs
-from ftjax.forward import token_scores
+from ftjax.forward import answer_scores
 from ftjax.losses import preference
 from ftjax.models.architecture import Architecture
-
-
-def scores(
-  arch: Architecture, params: dict, batch: dict, dtype, remat: str, segments: int
-) -> list[jax.Array]:
-  """float32[B] for each of the first `segments` segments of the rows: the score at the last token.
-
-  A row without the segment has score 0.
-  """
-  found, out = token_scores(arch, params, batch, dtype, remat), []
-  for segment in range(1, segments + 1):
-    inside = batch['segments'] == segment
-    last = jnp.where(inside, batch['positions'], -1).max(-1)
-    at = inside & (batch['positions'] == last[:, None])
-    # One token of each row is left: a sum of its score and of zeros is exact.
-    out.append(jnp.where(at, found, 0.0).sum(-1))
-  return out
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
@@ -43,7 +26,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   def loss(params, batch, keys):
     del keys
     weights = pairs.present(batch)
-    found = scores(arch, params, batch, dtype, remat, 1 + paired)
+    found = answer_scores(arch, params, batch, dtype, remat, 1 + paired)
     if paired:
       return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
     return preference.reward_regression(*found, batch['values'], weights)
@@ -57,7 +40,7 @@ def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pairs.Meas
 
   @jax.jit
   def measure(params, batch):
-    found = scores(arch, params, batch, dtype, 'none', 1 + paired)
+    found = answer_scores(arch, params, batch, dtype, 'none', 1 + paired)
     named = dict(zip(('first', 'second'), found, strict=False))
     return pairs.replicated(named | {'values': batch['values'], 'weights': pairs.present(batch)})
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ftjax.data import batches
 from ftjax.data.prompts import Prompt
-from ftjax.rollout.engine import Completion, Rollout
+from ftjax.rollout.completion import Completion, Rollout
 
 
 @dataclasses.dataclass(frozen=True)

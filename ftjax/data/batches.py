@@ -20,13 +20,13 @@ Batch = dict[str, np.ndarray]
 ARRAYS = ('tokens', 'labels', 'weights', 'segments', 'positions')
 
 
-def empty(batch_size: int, seq_len: int, shape: str = 'text') -> Batch:
+def empty(batch_size: int, seq_len: int, shape: str = 'text', columns: Iterable[str] = ()) -> Batch:
   """A batch of nothing but padding: int32 and float32 [B, T], and float32[B] `values` where the
-  examples of this shape (see cache.Corpus) have them.
+  examples of this shape (see cache.Corpus) have them, and `columns`.
   """
-  values = {} if shape == 'text' else {'values': np.zeros(batch_size, np.float32)}
+  by_row = (*(() if shape == 'text' else ('values',)), *columns)
   shape = (batch_size, seq_len)
-  return values | {
+  return {k: np.zeros(batch_size, np.float32) for k in by_row} | {
     'tokens': np.zeros(shape, np.int32),
     'labels': np.zeros(shape, np.int32),
     'weights': np.zeros(shape, np.float32),
@@ -77,6 +77,8 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
   fill_row(batch, row, parts)
   if corpus.shape != 'text':
     batch['values'][row] = corpus.value(ids[0])
+  for name, column in corpus.columns.items():
+    batch[name][row] = column[ids[0]]
 
 
 class Stream:
@@ -95,7 +97,8 @@ class Stream:
       tokens[t + 1] where that token is supervised and of the same example (weight 1), else 0. The
       sides of a pair are segments 1 and 2 of its row.
     """
-    batch = empty(self.batch_size, self.seq_len, self._corpora[0].shape)
+    first = self._corpora[0]
+    batch = empty(self.batch_size, self.seq_len, first.shape, first.columns)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
@@ -147,9 +150,22 @@ def eval_batches(
   """
   rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
   for start in range(0, len(rows), batch_size):
-    batch, some = empty(batch_size, seq_len, corpus.shape), rows[start : start + batch_size]
-    for i, ids in enumerate(some):
-      if wanted is None or i in wanted:
-        other = functools.partial(corpus.example, some[(i + 1) % len(some)][0])
-        _fill(batch, i, corpus, ids, other)
-    yield batch
+    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted)
+
+
+def batch_of(
+  corpus: Corpus,
+  rows: Sequence[Sequence[int]],
+  batch_size: int,
+  seq_len: int,
+  wanted: Collection[int] | None = None,
+) -> Batch:
+  """A batch of given rows, each the numbers of its examples, filled up with padding; `wanted` as in
+  eval_batches. A labelled example is mismatched with the corpus's next one, in whatever batch.
+  """
+  batch = empty(batch_size, seq_len, corpus.shape, corpus.columns)
+  for i, ids in enumerate(rows):
+    if wanted is None or i in wanted:
+      other = functools.partial(corpus.example, (ids[0] + 1) % len(corpus))
+      _fill(batch, i, corpus, ids, other)
+  return batch

@@ -60,6 +60,8 @@ class Corpus:
     tokens, supervised: tokens of all examples, and those supervised.
     counts: of the whole source, as built.
     fingerprint: sha256 hex of the examples in order.
+    columns: float32[n] by name, numbers that whoever opened it puts beside the examples; batches
+      take them along.
   """
 
   def __init__(
@@ -71,7 +73,7 @@ class Corpus:
       DataError: the folder's files do not fit together.
     """
     self._folder, self._file_names, self._index = folder, file_names, index
-    self.name = name
+    self.name, self.columns = name, {}
     try:
       meta = json.loads((folder / 'meta.json').read_text())
     except (OSError, ValueError) as error:

@@ -104,6 +104,10 @@ class Tokenizer:
     digest.update(json.dumps(facts).encode())
     self.fingerprint = digest.hexdigest()
 
+  def same_tokens(self, other: 'Tokenizer') -> bool:
+    """Whether every id is the same token in both."""
+    return self._tokens.get_vocab() == other._tokens.get_vocab()
+
   @property
   def bos_token(self) -> str:
     """Text of the BOS token, '' if there is none."""

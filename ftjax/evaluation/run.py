@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from ftjax.evaluation import tasks
-from ftjax.evaluation.metrics import normalized_match
 from ftjax.evaluation.tasks import Row, Task
 from ftjax.runtime import files, peers
 from ftjax.runtime.errors import DataError, NonFiniteError
@@ -52,7 +51,7 @@ class Result:
     id, label: the row's; the label is the right text.
     prediction: the choice with the largest score (the first of equal ones), or the generated text.
     right: whether that counts.
-    scores: log-probability in nats of each choice, in the row's order; empty for a match row.
+    scores: log-probability in nats of each choice, in the row's order; empty where it speaks.
   """
 
   id: str
@@ -76,14 +75,14 @@ def evaluate(
   Args:
     batch_size: rows at once; `eval.batch_size`.
     max_len: the longest sequence, in tokens, that the model may see.
-    max_tokens: the longest answer of a match row.
+    max_tokens: the longest answer that is said.
     title: whose answers these are ('base', 'tuned'), for the bar and for messages.
 
   Raises:
     DataError: a row longer than max_len.
     NonFiniteError: a log-probability that is no number.
   """
-  answer = _choose if task.kind == 'choice' else _match
+  answer = _choose if task.kind == 'choice' else _say
   return answer(task, model, batch_size, max_len, max_tokens, title)
 
 
@@ -128,7 +127,7 @@ def _check_length(row: Row, length: int, max_len: int) -> None:
     )
 
 
-def _match(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
+def _say(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
   prompts = [model.encode_prompt(row) for row in task.rows]
   for row, prompt in zip(task.rows, prompts, strict=True):
     _check_length(row, len(prompt) + max_tokens, max_len)
@@ -144,7 +143,7 @@ def _match(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
         said[i] = model.decode(ids).strip()
       bar.update(len(index))
   return [
-    Result(row.id, row.answer, text, normalized_match(row.answer, text), ())
+    Result(row.id, row.answer, text, tasks.is_right(task.kind, row, text), ())
     for row, text in zip(task.rows, said, strict=True)
   ]
 

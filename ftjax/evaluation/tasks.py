@@ -3,8 +3,9 @@
 A task is named in the config as 'name=kind:path', for example
 'sentiment=choice:.cache/sentiment/test.jsonl'. The file holds one JSON object a line:
 
-  choice   {"messages": [...], "choices": ["yes", "no"], "label": "yes"}    label: a choice, or its
-  index match    {"messages": [...], "answer": "Paris"}
+  choice   {"messages": [...], "choices": ["yes", "no"], "label": "yes"}   label: or its index
+  match    {"messages": [...], "answer": "Paris"}
+  math, math_strict   {"messages": [...], "answer": "18"}   or a rationale that ends in "#### 18"
 
 `"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does).
 run.py asks the model; statistics.py and report.py compare two of them.
@@ -17,6 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftjax.evaluation.metrics import normalized_match
+from ftjax.rollout.math_answers import Math
 from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -24,8 +27,10 @@ from ftjax.runtime.errors import ConfigError, DataError
 VERSION = 1
 
 # choice: the choice with the largest log-probability of its tokens and the stop token after the
-#   prompt. match: greedy generation, equal to the answer after `metrics.normalize`.
-KINDS = ('choice', 'match')
+#   prompt. The others: greedy generation; match: equal to the answer after `metrics.normalize`;
+#   math, math_strict: by the rewards of that name, without symbols, so the same on every machine.
+KINDS = ('choice', 'match', 'math', 'math_strict')
+_MATH = {'math': Math(symbolic='off'), 'math_strict': Math('strict', symbolic='off')}
 
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
 _ROLES = ('system', 'user', 'assistant', 'tool')
@@ -74,6 +79,14 @@ class Task:
   rows: tuple[Row, ...]
   digest: str
   classes: tuple[str, ...] | None
+
+
+def is_right(kind: str, row: Row, said: str) -> bool:
+  """Whether a text that a model said counts, in a task of any kind but choice."""
+  if kind == 'match':
+    return normalized_match(row.answer, said)
+  asked = row.prompt if row.messages is None else row.messages[-1]['content']
+  return _MATH[kind].score(said, asked, row.answer) == 1
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:
@@ -153,6 +166,8 @@ def _read_row(line: bytes, kind: str, number: int, place: str) -> Row:
   messages = _read_messages(row['messages']) if given == ['messages'] else None
   prompt = _read_text(row, 'prompt') if given == ['prompt'] else None
   choices, answer = _read_choices(row) if kind == 'choice' else ((), _read_text(row, 'answer'))
+  if kind in _MATH:
+    _MATH[kind].score('', '', answer)  # refuses an answer that nothing can equal
   name = row.get('id', number)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')

@@ -9,6 +9,7 @@ from typing import Any
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import parse_json
+from ftjax.models.architecture import hf_class
 from ftjax.runtime.errors import DataError
 
 
@@ -38,7 +39,7 @@ def describe(
       'model is read at the last token that is not padding'
     )
   out = dict(config) | {
-    'architectures': ['LlamaForSequenceClassification'],
+    'architectures': [hf_class(config['model_type'], 'ForSequenceClassification')],
     'id2label': {'0': 'reward'},
     'label2id': {'reward': 0},
     'problem_type': 'regression',

@@ -72,7 +72,10 @@ class GGUFSource:
     self.metadata = {k: v for k, v in self._reader.fields.items() if not k.startswith('GGUF.')}
     arch = self.field('general.architecture')
     if arch != 'llama':
-      raise DataError(f'{path}: general.architecture={arch!r} is not supported; supported: llama')
+      raise DataError(
+        f'{path}: general.architecture={arch!r} is not supported; supported: llama. Other families '
+        'are read from their HF folder'
+      )
     self._stored: dict[str, Any] = {}
     self.tensors: dict[str, TensorInfo] = {}
     self._rope_factors: np.ndarray | None = None

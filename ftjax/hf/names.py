@@ -28,15 +28,20 @@ class Row:
   hf_axes: str
   leaf: str
   axes: str
-  needs: str = ''  # 'untied': only models with a head of their own have it; 'score': reward models
+  # What a model must have to have it: 'untied' a head of its own, 'score' is a reward model's,
+  # 'bias' one on queries, keys and values.
+  needs: str = ''
 
 
-_LLAMA = (
+_DECODER = (
   Row('model.embed_tokens.weight', 'V D', 'embed/w', 'VD'),
   Row('model.layers.{l}.input_layernorm.weight', 'D', 'attn_norm/scale', 'D'),
   Row('model.layers.{l}.self_attn.q_proj.weight', 'NH D', 'attn/q/w', 'DNH'),
   Row('model.layers.{l}.self_attn.k_proj.weight', 'KH D', 'attn/k/w', 'DKH'),
   Row('model.layers.{l}.self_attn.v_proj.weight', 'KH D', 'attn/v/w', 'DKH'),
+  Row('model.layers.{l}.self_attn.q_proj.bias', 'NH', 'attn/q/b', 'NH', needs='bias'),
+  Row('model.layers.{l}.self_attn.k_proj.bias', 'KH', 'attn/k/b', 'KH', needs='bias'),
+  Row('model.layers.{l}.self_attn.v_proj.bias', 'KH', 'attn/v/b', 'KH', needs='bias'),
   Row('model.layers.{l}.self_attn.o_proj.weight', 'D NH', 'attn/o/w', 'NHD'),
   Row('model.layers.{l}.post_attention_layernorm.weight', 'D', 'mlp_norm/scale', 'D'),
   Row('model.layers.{l}.mlp.gate_proj.weight', 'F D', 'mlp/gate/w', 'DF'),
@@ -47,14 +52,17 @@ _LLAMA = (
   Row('score.weight', 'R D', 'score/w', 'RD', needs='score'),
 )
 
-FAMILIES = {'llama': _LLAMA}
+# Qwen2's tensors are Llama's and three biases a layer.
+FAMILIES = {'llama': _DECODER, 'qwen2': _DECODER}
 
 # Tensors that older exports hold and nothing computes with: rotary frequencies follow from
 # config.json.
-UNUSED = {'llama': re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')}
+_FREQUENCIES = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
+UNUSED = {'llama': _FREQUENCIES, 'qwen2': _FREQUENCIES}
 
 # Of a tied model, files may repeat the first as the second.
-TIED = {'llama': ('model.embed_tokens.weight', 'lm_head.weight')}
+_EMBED_AND_HEAD = ('model.embed_tokens.weight', 'lm_head.weight')
+TIED = {'llama': _EMBED_AND_HEAD, 'qwen2': _EMBED_AND_HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +94,12 @@ def sizes(arch: Architecture) -> dict[str, int]:
 def bindings(arch: Architecture) -> list[Binding]:
   """Every HF tensor of a model with the leaf it fills, in the order of the table."""
   size, slots = sizes(arch), arch.layer_slots()
-  has = {'': True, 'untied': not (arch.tied or arch.num_labels), 'score': bool(arch.num_labels)}
+  has = {
+    '': True,
+    'untied': not (arch.tied or arch.num_labels),
+    'score': bool(arch.num_labels),
+    'bias': arch.qkv_bias,
+  }
   rows = [row for row in FAMILIES[arch.family] if has[row.needs]]
   per_layer = [row for row in rows if '{l}' in row.hf]
   out = []

@@ -2,7 +2,8 @@
 
 A model is a list of stacks, `((pattern, repeats), ...)`: the pattern is a tuple of block kinds, and
 a stack scans over its repeats. Llama-style models are one stack of one kind. Parameter names
-follow: `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats."""
+follow: `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats. Which HF tensor is which
+parameter stands in hf/names.py."""
 
 import dataclasses
 import math
@@ -10,6 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax.runtime.errors import DataError
+
+# model_type of config.json: what transformers' classes of that family begin with.
+_CLASSES = {'llama': 'Llama', 'qwen2': 'Qwen2'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Architecture:
   tied: bool
   max_len: int
   num_labels: int = 0  # 1: a reward model, which has a score in place of the vocabulary's head
+  qkv_bias: bool = False  # whether the projections to queries, keys and values add a bias
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -65,12 +70,14 @@ class Architecture:
     """Parameters in all, a tied head counted once."""
     d, h = self.model_dim, self.head_dim
     layer = 2 * d + d * h * (2 * self.num_heads + 2 * self.num_kv_heads) + 3 * d * self.ffn_dim
+    if self.qkv_bias:
+      layer += h * (self.num_heads + 2 * self.num_kv_heads)
     tables = 1 if self.tied or self.num_labels else 2
     return self.vocab_size * d * tables + (1 + self.num_labels) * d + self.num_layers * layer
 
   def matmul_params(self) -> int:
-    """Parameters that a token is multiplied with: blocks and head, without norms and the embedding
-    look-up.
+    """Parameters that a token is multiplied with: blocks and head, without norms, biases and the
+    embedding look-up.
     """
     d, h = self.model_dim, self.head_dim
     layer = d * h * (2 * self.num_heads + 2 * self.num_kv_heads) + 3 * d * self.ffn_dim
@@ -92,18 +99,17 @@ def _need(config: Mapping[str, Any], key: str):
 
 
 def from_hf(config: Mapping[str, Any]) -> Architecture:
-  """Reads a HF config.json (Llama 2, 3, 3.1+, SmolLM2) given as a dict.
+  """Reads a HF config.json (Llama 2, 3, 3.1+, SmolLM2, Qwen2, Qwen2.5) given as a dict.
 
   Raises:
     DataError: another model_type, or a setting that this decoder does not compute.
   """
-  kind = config.get('model_type')
-  if kind != 'llama':
-    raise DataError(f'config.json: model_type={kind!r} is not supported; supported: llama')
-  _want(config, 'hidden_act', 'silu', default='silu')
-  _want(config, 'attention_bias', False, None)
-  _want(config, 'mlp_bias', False, None)
-  _want(config, 'pretraining_tp', 1, None, default=1)
+  family = config.get('model_type')
+  if family not in _CLASSES:
+    raise DataError(
+      f'config.json: model_type={family!r} is not supported; supported: {", ".join(_CLASSES)}'
+    )
+  _check_settings(config, family)
   # transformers 5 writes {rope_theta, rope_type, ...} under rope_parameters; 4 wrote rope_theta
   # beside rope_scaling.
   rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
@@ -127,7 +133,7 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
   if head_dim % 2 or not math.isfinite(theta):
     raise DataError(f'config.json: head_dim={head_dim} must be even and rope_theta={theta} finite')
   return Architecture(
-    family='llama',
+    family=family,
     vocab_size=_need(config, 'vocab_size'),
     model_dim=dim,
     num_layers=_need(config, 'num_hidden_layers'),
@@ -141,7 +147,26 @@ def from_hf(config: Mapping[str, Any]) -> Architecture:
     tied=bool(config.get('tie_word_embeddings', False)),
     max_len=config.get('max_position_embeddings', 2048),
     num_labels=_num_labels(config),
+    qkv_bias=family == 'qwen2',
   )
+
+
+def _check_settings(config: Mapping[str, Any], family: str):
+  _want(config, 'hidden_act', 'silu', default='silu')
+  # Llama's flag puts a bias on the output projection too. Qwen2 has no flag: its class always adds
+  # biases to q, k and v alone.
+  _want(config, 'attention_bias', *((True, None) if family == 'qwen2' else (False, None)))
+  _want(config, 'mlp_bias', False, None)
+  _want(config, 'pretraining_tp', 1, None, default=1)
+  # Without it `sliding_window` and `max_window_layers` mean nothing, and published configs have
+  # them.
+  _want(config, 'use_sliding_window', False, None)
+  for kind in config.get('layer_types') or ():
+    if kind != 'full_attention':
+      raise DataError(
+        f'config.json: layer_types has {kind!r}, which is not supported here; expected '
+        "'full_attention' in every layer"
+      )
 
 
 def _num_labels(config: Mapping[str, Any]) -> int:
@@ -155,11 +180,16 @@ def _num_labels(config: Mapping[str, Any]) -> int:
   return labels
 
 
+def hf_class(family: str, task: str) -> str:
+  """transformers' class of a family for `ForCausalLM` or `ForSequenceClassification`."""
+  return _CLASSES[family] + task
+
+
 def to_hf(arch: Architecture) -> dict[str, Any]:
   """A HF config.json for an architecture that came from elsewhere (GGUF, or made on the spot)."""
   config = {
-    'architectures': ['LlamaForCausalLM'],
-    'model_type': 'llama',
+    'architectures': [hf_class(arch.family, 'ForCausalLM')],
+    'model_type': arch.family,
     'vocab_size': arch.vocab_size,
     'hidden_size': arch.model_dim,
     'num_hidden_layers': arch.num_layers,
@@ -170,12 +200,14 @@ def to_hf(arch: Architecture) -> dict[str, Any]:
     'rms_norm_eps': arch.norm_eps,
     'rope_theta': arch.rope_theta,
     'hidden_act': 'silu',
-    'attention_bias': False,
-    'mlp_bias': False,
     'tie_word_embeddings': arch.tied,
     'max_position_embeddings': arch.max_len,
     'initializer_range': 0.02,
   }
+  if arch.family == 'qwen2':
+    config['use_sliding_window'] = False
+  else:
+    config |= {'attention_bias': False, 'mlp_bias': False}
   if s := arch.rope_scaling:
     config['rope_scaling'] = {
       'rope_type': 'llama3',

@@ -17,24 +17,35 @@ from ftjax.runtime.sharding import gathered, spec
 
 
 class Param(nnx.Param):
-  """A parameter with `axes` (logical names) and `fan_in` (for initialization; 0 means ones) as
-  metadata.
+  """A parameter with `axes` (logical names), `fan_in` and `constant` as metadata; see `declare`."""
+
+
+def declare(
+  shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, constant: float = 0.0
+) -> Param:
+  """A declared, abstract parameter: float32[shape]; nothing is allocated.
+
+  Args:
+    shape: sizes.
+    axes: logical names of them.
+    fan_in: numbers that one of the results sums over, which sets the variance that it starts with;
+      0 for what is no matrix but is added, or multiplied number by number.
+    constant: what such a one starts as.
   """
-
-
-def declare(shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> Param:
-  """A declared, abstract parameter: float32[shape]; nothing is allocated."""
-  return Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, fan_in=fan_in)
+  start = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return Param(start, axes=axes, fan_in=fan_in, constant=constant)
 
 
 class Linear(nnx.Module):
-  """A projection without bias over the trailing axes of x: `w` float32[*inputs, *outputs].
+  """A projection over the trailing axes of x: `w` float32[*inputs, *outputs], and `b`
+  float32[*outputs] where there is a bias.
 
   Args:
     inputs: sizes of the contracted axes, the last ones of x.
     outputs: sizes of the axes that replace them.
     axes: logical names of w's axes.
     out: logical names of the result's axes, batch and seq first.
+    bias: whether `b` is added, in the compute dtype.
   """
 
   def __init__(
@@ -43,9 +54,11 @@ class Linear(nnx.Module):
     outputs: tuple[int, ...],
     axes: tuple[str, ...],
     out: tuple[str, ...],
+    bias: bool = False,
   ):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
     self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
+    self.b = declare(outputs, out[2:], 0) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, T, *inputs] -> [B, T, *outputs] in x's dtype."""
@@ -60,7 +73,8 @@ class Linear(nnx.Module):
       y = _multiply(x.reshape(-1, x.shape[-1]), w, spec('batch', last))
     else:  # merging two split axes would move the activations
       y = jnp.einsum('BTi,io->BTo', x, w, out_sharding=spec('batch', 'seq', last))
-    return jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
+    y = jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
+    return y if self.b is None else y + self.b[...].astype(y.dtype)[None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -89,7 +103,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, dim: int, eps: float):
     self.eps = eps
-    self.scale = declare((dim,), ('norm',), 0)
+    self.scale = declare((dim,), ('norm',), 0, constant=1.0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)

@@ -8,6 +8,7 @@ logits are the business of head.py, which never makes all of them."""
 import dataclasses
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,10 @@ class Attention(nnx.Module):
   def __init__(self, arch: Architecture):
     d, n, k, h = arch.model_dim, arch.num_heads, arch.num_kv_heads, arch.head_dim
     heads, kv = ('batch', 'seq', 'heads', 'head_dim'), ('batch', 'seq', 'kv_heads', 'head_dim')
-    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads)
-    self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv)
-    self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv)
+    bias = arch.qkv_bias
+    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
+    self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
+    self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
 
   def __call__(self, x, context: Context, store):
@@ -98,19 +100,26 @@ def _is_param(x) -> bool:
   return isinstance(x, nnx.Variable)
 
 
+class Declared(NamedTuple):
+  """A parameter of the whole model, with its L axis; see layers.declare."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  fan_in: int
+  constant: float
+
+
 @functools.cache
-def declared(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[str, ...], int]]:
-  """Flat {name: (shape, logical axes, fan_in)} of the whole model."""
+def declared(arch: Architecture) -> dict[str, Declared]:
+  """Flat {name: what is declared} of the whole model."""
   out = {}
   for name, p in _definition(Frame, arch)[1].items():
-    out[name] = (p.get_value().shape, p.axes, p.fan_in)
+    out[name] = Declared(p.get_value().shape, p.axes, p.fan_in, p.constant)
   for i, (pattern, repeats) in enumerate(arch.stacks):
     for j in range(len(pattern)):
       for name, p in _definition(Block, arch)[1].items():
-        out[f'stack{i}/block{j}/{name}'] = (
-          (repeats, *p.get_value().shape),
-          ('layers', *p.axes),
-          p.fan_in,
+        out[f'stack{i}/block{j}/{name}'] = Declared(
+          (repeats, *p.get_value().shape), ('layers', *p.axes), p.fan_in, p.constant
         )
   return out
 
@@ -118,28 +127,28 @@ def declared(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[str, 
 def abstract(arch: Architecture, dtype: jnp.dtype = jnp.float32) -> dict:
   """Nested dict of ShapeDtypeStruct."""
   return trees.unflatten(
-    {n: jax.ShapeDtypeStruct(s, dtype) for n, (s, _, _) in declared(arch).items()}
+    {n: jax.ShapeDtypeStruct(p.shape, dtype) for n, p in declared(arch).items()}
   )
 
 
 def axes(arch: Architecture) -> dict:
   """Nested dict of logical-axis tuples, of the same structure."""
-  return trees.unflatten({n: a for n, (_, a, _) in declared(arch).items()})
+  return trees.unflatten({n: p.axes for n, p in declared(arch).items()})
 
 
 def init(arch: Architecture, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
-  """Random parameters: normal with variance 1 / fan_in (norm scales are 1); a leaf depends on the
-  key and its name only.
+  """Random parameters: normal with variance 1 / fan_in (norm scales are 1, biases 0); a leaf
+  depends on the key and its name only.
   """
   leaves = {}
-  for name, (shape, names, fan_in) in declared(arch).items():
-    where = spec(*names)
-    if fan_in:
+  for name, p in declared(arch).items():
+    where = spec(*p.axes)
+    if p.fan_in:
       own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-      x = jax.random.normal(own, shape, jnp.float32, out_sharding=where)
-      leaves[name] = (x * fan_in**-0.5).astype(dtype)
+      x = jax.random.normal(own, p.shape, jnp.float32, out_sharding=where)
+      leaves[name] = (x * p.fan_in**-0.5).astype(dtype)
     else:
-      leaves[name] = jnp.ones(shape, dtype, out_sharding=where)
+      leaves[name] = jnp.full(p.shape, p.constant, dtype, out_sharding=where)
   return trees.unflatten(leaves)
 
 

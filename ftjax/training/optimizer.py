@@ -30,7 +30,8 @@ class Leaf:
   Attributes:
     names: the per-layer names of a stacked leaf in layer order, or one name.
     stacked: whether axis 0 counts layers.
-    split: how many dimensions, after the layer axis, are a matrix's input side; 0 for vectors.
+    split: how many dimensions, after the layer axis, are a matrix's input side; 0 for scales and
+      biases.
     table: whether it is an embedding or head table, which muon leaves to Adam.
   """
 
@@ -57,22 +58,22 @@ class Recipe:
 
 
 def leaves(
-  declared: Mapping[str, tuple[tuple[int, ...], tuple[str, ...], int]],
+  declared: Mapping[str, tuple[tuple[int, ...], tuple[str, ...], int, float]],
   slots: Sequence[tuple[str, int]],
 ) -> dict[str, Leaf]:
-  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in)} and the
+  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in, constant)} and the
   architecture's layer slots.
   """
   layers: dict[str, list[int]] = {}
   for layer, (block, _) in enumerate(slots):
     layers.setdefault(block, []).append(layer)
   out = {}
-  for name, (shape, axes, fan_in) in declared.items():
+  for name, (shape, axes, fan_in, _) in declared.items():
     stacked = axes[0] == 'layers'
     dims = shape[1:] if stacked else shape
-    split = next(
-      (i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), min(len(dims) - 1, 1)
-    )
+    split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)
+    # A bias of heads has two dimensions and is no matrix.
+    split = split if fan_in else 0
     names = (name,)
     if stacked:
       block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
@@ -155,7 +156,7 @@ def per_matrix(
     lead = x.shape[:1] if leaf.stacked else ()
     dims = x.shape[len(lead) :]
     if not leaf.split:
-      return x
+      return x.reshape(*lead, math.prod(dims))
     return x.reshape(*lead, math.prod(dims[: leaf.split]), math.prod(dims[leaf.split :]))
 
   def init(params):

@@ -1,0 +1,87 @@
+"""A reward model that was trained here, as the reward `model` of rollouts: it scores every
+completion after its prompt, on the training mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.data import batches
+from ftjax.data.batches import ARRAYS
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import Run
+from ftjax.forward import answer_scores
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.runtime import sharding
+from ftjax.runtime.errors import ConfigError
+from ftjax.sampled import side
+from ftjax.training.feed import place
+
+KEY = 'rollout.reward_model'
+
+
+def architecture(path: str) -> Architecture:
+  """Of the reward model in a folder.
+
+  Raises:
+    ConfigError: a model without a score.
+  """
+  arch = from_hf(load.read_config(path))
+  if not arch.num_labels:
+    raise ConfigError(
+      f'{KEY}={path} is no reward model: it has no score. Name the export/ folder of a run with '
+      'algorithm=reward_model'
+    )
+  return arch
+
+
+class TrainedReward:
+  """Scores of completions; the same on every process, which all must ask.
+
+  Its weights stand on the mesh as long as it lives, in model.param_dtype.
+
+  Args:
+    run: of the policy; `rollout.reward_model` names the folder.
+
+  Raises:
+    ConfigError: no reward model, or one with other tokens than the policy's.
+  """
+
+  def __init__(self, run: Run):
+    c, path = run.config, run.config.rollout.reward_model
+    self._run, arch = run, architecture(path)
+    found = Tokenizer(load.tokenizer_files(path), path)
+    if not run.model.tokenizer.same_tokens(found):
+      raise ConfigError(
+        f'{KEY}={path} has another tokenizer than the policy: it would read other tokens than the '
+        'policy wrote. Train the reward model from a model of the same family'
+      )
+    if arch.max_len < c.seq_len:
+      raise ConfigError(f'{KEY}={path} was made for {arch.max_len} positions, seq_len={c.seq_len}')
+    with run.watchdog.phase('restore'):
+      where = sharding.shardings(run.mesh, transformer.axes(arch))
+      self._params = load.load_params(path, arch, where, jnp.dtype(c.model.param_dtype))
+    dtype = jnp.dtype(c.model.compute_dtype)
+
+    @jax.jit
+    def score(params, batch):
+      [out] = answer_scores(arch, params, batch, dtype, 'none', 1)
+      return jax.sharding.reshard(out, sharding.spec(None))
+
+    self._score = score
+
+  def __call__(self, pairs: Sequence) -> np.ndarray:
+    """float32[n] of (prompt, completion) pairs: the score at each completion's last token."""
+    c, out = self._run.config, []
+    shardings = self._run.batch_shardings(micro=False)
+    for at in range(0, len(pairs), c.eval.batch_size):
+      some = pairs[at : at + c.eval.batch_size]
+      rows = batches.empty(c.eval.batch_size, c.seq_len)
+      for i, pair in enumerate(some):
+        batches.fill_row(rows, i, [side(*pair)])
+      batch = place({k: rows[k] for k in ARRAYS}, {k: shardings[k] for k in ARRAYS})
+      out.append(np.asarray(self._score(self._params, batch))[: len(some)])
+    return np.concatenate(out)
