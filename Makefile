@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: env assets demo test lint lock
+.PHONY: env assets demo test optimized lint lock
 env: $(VENV)/.ready
 
 $(VENV)/.ready: third_party/requirements.txt
@@ -22,6 +22,10 @@ demo: assets
 
 test: env
 	@$(RUN) -m pytest -q -n 2 --dist loadfile
+
+# What computes, compiled as users' programs are.
+optimized: env
+	@XLA_FLAGS= $(RUN) -m pytest -q -n 2 --dist loadfile tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .

@@ -4,11 +4,18 @@ Nothing may import jax before this file does. `tiny_model.py` holds the model mo
 """
 
 import os
+from importlib import metadata
 
+# Programs this small take far longer to compile than to run, so XLA is told to do little to them;
+# with XLA_FLAGS set, to nothing even, they are compiled as users' are (make optimized).
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = os.environ.get(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  # jaxlib 0.12 dies of this one, which it no longer knows.
+  + ' --xla_cpu_use_fusion_emitters=false' * metadata.version('jaxlib').startswith('0.10.'),
 )
+os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
 
 import math
 
@@ -39,6 +46,14 @@ def _back_to_one_device():
   """A program under test may set a mesh of its own (`experiment.start` does)."""
   yield
   _set({})
+
+
+@pytest.fixture(scope='module')
+def users_programs():
+  """What a module's tests start as processes of their own is compiled as users' runs are."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv('XLA_FLAGS')
+    yield
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ import shutil
 import sys
 import tempfile
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # ftjax is not installed
+
 import tiny_rollouts
 import tiny_run
 

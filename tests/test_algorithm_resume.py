@@ -19,13 +19,15 @@ PAIRS += ('data.train=pairs:100', 'grad_accum=2')
 
 
 def arguments(algorithm, workdir):
+  if algorithm == 'cached':
+    return [*arguments('dpo', workdir), '--config.dpo.reference=cache']
   if algorithm in SETTINGS:
     return tiny_rollouts.arguments(workdir, *SETTINGS[algorithm], algorithm=algorithm)
   entry = [f'--config=tiny_{algorithm}', f'--workdir={workdir}']
   return [*entry, *(f'--config.{s}' for s in PAIRS)]
 
 
-@pytest.fixture(scope='module', params=('dpo', 'reward_model', *SETTINGS))
+@pytest.fixture(scope='module', params=('dpo', 'cached', 'reward_model', *SETTINGS))
 def reference(request, tmp_path_factory):
   """(algorithm, workdir of an uninterrupted run)."""
   workdir = tmp_path_factory.mktemp(request.param)

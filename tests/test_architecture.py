@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_model import TINY, UNTIED
+from tiny_model import QWEN2, TINY, UNTIED
 
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, RopeScaling, from_hf, to_hf
@@ -28,10 +28,17 @@ CONFIG = {
   'tie_word_embeddings': True,
   'max_position_embeddings': 128,
 }
+# What published Qwen2.5 folders have beyond Llama's keys.
+QWEN = CONFIG | {
+  'model_type': 'qwen2',
+  'use_sliding_window': False,
+  'sliding_window': 64,
+  'max_window_layers': 2,
+}
 
 
 @pytest.mark.parametrize(
-  'arch', [TINY, UNTIED, dataclasses.replace(TINY, rope_scaling=LLAMA3, head_dim=16)]
+  'arch', [TINY, UNTIED, QWEN2, dataclasses.replace(TINY, rope_scaling=LLAMA3, head_dim=16)]
 )
 def test_out_and_in_is_the_same(arch):
   assert from_hf(json.loads(json.dumps(to_hf(arch)))) == arch
@@ -39,6 +46,25 @@ def test_out_and_in_is_the_same(arch):
 
 def test_a_config_is_read():
   assert from_hf(CONFIG) == TINY
+  assert from_hf(QWEN) == QWEN2
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'attention_bias': None},
+    {'sliding_window': None, 'layer_types': ['full_attention'] * 3},
+    {'rope_theta': None, 'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0}},
+  ],
+)
+def test_qwen2_as_transformers_4_and_5_write_it(changes):
+  assert from_hf(QWEN | changes) == QWEN2
+
+
+def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
+  config = to_hf(QWEN2)
+  assert config['architectures'] == ['Qwen2ForCausalLM'] and 'attention_bias' not in config
+  assert to_hf(TINY)['architectures'] == ['LlamaForCausalLM']
 
 
 @pytest.mark.parametrize(
@@ -94,6 +120,25 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, named):
 
 
 @pytest.mark.parametrize(
+  ('changes', 'named'),
+  [
+    ({'use_sliding_window': True}, 'use_sliding_window=True'),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'sliding_attention'),
+    ({'attention_bias': False}, 'attention_bias=False'),
+    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'yarn'),
+    ({'model_type': 'qwen2_moe'}, 'qwen2_moe.*supported: llama, qwen2'),
+    (
+      {'architectures': ['Qwen2ForSequenceClassification'], 'id2label': {'0': 'a', '1': 'b'}},
+      '2 labels',
+    ),
+  ],
+)
+def test_a_qwen2_that_the_decoder_does_not_compute_is_refused(changes, named):
+  with pytest.raises(DataError, match=named):
+    from_hf(QWEN | changes)
+
+
+@pytest.mark.parametrize(
   'missing', ['vocab_size', 'hidden_size', 'num_hidden_layers', 'intermediate_size']
 )
 def test_a_missing_size_is_named(missing):
@@ -106,11 +151,11 @@ def test_an_incomplete_rope_rule_is_named():
     from_hf(CONFIG | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}})
 
 
-@pytest.mark.parametrize('arch', [TINY, UNTIED])
+@pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_parameters_are_counted_as_declared(arch):
   leaves = trees.flatten(transformer.abstract(arch))
   assert arch.num_params() == sum(x.size for x in leaves.values())
-  matrices = {n: x.size for n, x in leaves.items() if 'norm' not in n and n != 'embed/w'}
+  matrices = {n: x.size for n, x in leaves.items() if n.endswith('/w') and n != 'embed/w'}
   head = 0 if 'head/w' in matrices else leaves['embed/w'].size
   assert arch.matmul_params() == sum(matrices.values()) + head
 
@@ -121,6 +166,9 @@ def test_counts_by_hand():
   assert TINY.num_params() == 256 * 32 + 3 * layer + 32
   assert UNTIED.num_params() == TINY.num_params() + 256 * 32
   assert TINY.matmul_params() == 256 * 32 + 3 * (layer - 64)
+  # 4 heads of queries, 2 of keys, 2 of values, of 8 numbers each.
+  assert QWEN2.num_params() == TINY.num_params() + 3 * 8 * 8
+  assert QWEN2.matmul_params() == TINY.matmul_params()
 
 
 def test_layer_slots_count_along_the_stack():

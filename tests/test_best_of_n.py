@@ -8,7 +8,7 @@ import pytest
 import tiny_rollouts
 
 from ftjax import best_of_n, rollout_files, sampled
-from ftjax.rollout.engine import Completion
+from ftjax.rollout.completion import Completion
 from ftjax.runtime.errors import ConfigError
 
 

@@ -56,6 +56,16 @@ def test_a_gguf_file_becomes_a_hf_folder(tmp_path):
   assert config['torch_dtype'] == 'bfloat16'
 
 
+def test_a_qwen2_folder_is_copied_and_one_without_a_bias_refused(tmp_path):
+  source = GOLDEN / 'qwen2_tied'
+  convert.convert(str(source), str(tmp_path / 'out'), None)
+  assert same_tensors(SafetensorsFolder(tmp_path / 'out'), SafetensorsFolder(source))
+  shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'other')
+  shutil.copy(source / 'config.json', tmp_path / 'other' / 'config.json')
+  with pytest.raises(DataError, match=r'missing model\.layers\.0\.self_attn\.q_proj\.bias'):
+    convert.convert(str(tmp_path / 'other'), str(tmp_path / 'out'), None)
+
+
 def test_weights_that_lack_a_layer_are_refused(tmp_path):
   """As the first part of a split model does."""
   shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'part')

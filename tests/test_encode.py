@@ -1,6 +1,7 @@
 """Masks: hand-made goldens per template, random conversations, borders, BOS, over-length
 policies."""
 
+import json
 import pathlib
 import random
 
@@ -38,6 +39,55 @@ NO_THINK = CHATML.replace(
   "message['content']",
   "('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') + message['content']",
 )
+# Qwen2.5's form: a default system turn, which shows the tools; calls in an assistant's turn behind
+# its words, if there are any; answers of tools side by side in one user turn.
+QWEN25 = """
+{%- set first = messages[0] %}
+{%- if first.role == 'system' %}
+    {%- set rest = messages[1:] %}
+{%- else %}
+    {%- set rest = messages %}
+{%- endif %}
+{{- '<|im_start|>system\n' }}
+{{- first.content if first.role == 'system' else 'You are Q.' }}
+{%- if tools %}
+    {{- '\n\nTools:' }}
+    {%- for tool in tools %}
+        {{- '\n' + (tool | tojson) }}
+    {%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- for message in rest %}
+    {%- if message.role == 'tool' %}
+        {%- if loop.first or rest[loop.index0 - 1].role != 'tool' %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<result>\n' + message.content + '\n</result>' }}
+        {%- if loop.last or rest[loop.index0 + 1].role != 'tool' %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- elif message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\n' + message.content }}
+        {%- endif %}
+        {%- for call in message.tool_calls %}
+            {%- if call.function is defined %}
+                {%- set call = call.function %}
+            {%- endif %}
+            {{- '\n<call>\n{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments | tojson }}
+            {{- '}\n</call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
 NO_STOP = (
   "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -141,6 +191,62 @@ def test_golden_generation_prompt_with_an_empty_block():
   assert runs(e, t) == ['one<|im_end|>', 'two<|im_end|>']
 
 
+def test_golden_qwen25_with_tools():
+  """One example of all turns: calls are supervised with a turn's words, tools' answers are not."""
+  t = make(QWEN25)
+  call = {'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1, 'b': 'é'}}}
+  messages = (
+    {'role': 'user', 'content': 'sum?'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [call, call]},
+    {'role': 'tool', 'content': '3'},
+    {'role': 'tool', 'content': '4'},
+    {'role': 'assistant', 'content': 'Once more.', 'tool_calls': [call]},
+    {'role': 'tool', 'content': '5'},
+    {'role': 'assistant', 'content': 'It is 5.'},
+  )
+  chat = Chat(messages, ({'name': 'add'},))
+  e = one(chat, t)
+  written = '\n<call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</call>'
+  assert runs(e, t) == [
+    f'{written[1:]}{written}<|im_end|>',
+    f'Once more.{written}<|im_end|>',
+    'It is 5.<|im_end|>',
+  ]
+  text = t.decode(e.tokens, skip_special=False)
+  assert text.startswith(
+    '<|im_start|>system\nYou are Q.\n\nTools:\n{"name": "add"}<|im_end|>\n<|im_start|>user\nsum?'
+  )
+  assert (
+    '<|im_start|>user\n<result>\n3\n</result>\n<result>\n4\n</result><|im_end|>\n<|im_start|>as'
+    in text
+  )
+  for k in (1, 4, 6):  # what sampling starts from is what training saw
+    prompt = encode_prompt(Chat(messages[:k], chat.tools), t)
+    assert e.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_golden_qwen25_without_tools():
+  t = make(QWEN25, bos=None)
+  e = one(talk('a', 'b', 'c', 'd', system='s'), t)
+  assert t.decode(e.tokens, skip_special=False).startswith('<|im_start|>system\ns<|im_end|>\n')
+  assert runs(e, t) == ['b<|im_end|>', 'd<|im_end|>']
+  assert t.bos_id is None and t.token(turn_end(t)) == '<|im_end|>'
+  assert t.decode(encode_prompt(talk('a'), t), skip_special=False) == (
+    '<|im_start|>system\nYou are Q.<|im_end|>\n<|im_start|>user\na<|im_end|>\n'
+    '<|im_start|>assistant\n'
+  )
+
+
+def test_masks_hold_where_the_tokenizer_normalizes():
+  """Qwen2.5's does NFC: e + U+0301 is one character after it, and spans count those before."""
+  files = tiny_files(QWEN25)
+  model = json.loads(files['tokenizer.json'])
+  files['tokenizer.json'] = json.dumps(model | {'normalizer': {'type': 'NFC'}}).encode()
+  t = Tokenizer(files, name='tiny')
+  e = one(talk('e\u0301' * 3, 'ye\u0301s', 'e\u0301', 'no e\u0301'), t)
+  assert runs(e, t) == ['y\u00e9s<|im_end|>', 'no \u00e9<|im_end|>'] and e.straddled == 0
+
+
 def test_template_without_stop_token_is_refused_by_name():
   (bad,) = encode([talk('q', 'yes')], make(NO_STOP), 'assistant')
   assert isinstance(bad, Bad)
@@ -162,12 +268,13 @@ def test_assistant_first_needs_a_template_that_can():
 
 
 def test_random_conversations():
-  """Supervised text == assistant text + stop token, for 1,000 conversations and two templates."""
+  """Supervised text == assistant text + stop token, for 1,500 conversations and three templates."""
   rng = random.Random(0)
   alphabet = [*'ab .,\n\t1é日😀', 'hello', ' world', '\n\n', '  ', 'The', '<', '|>']
   words = lambda: 'x' + ''.join(rng.choice(alphabet) for _ in range(rng.randint(0, 12))) + 'y'  # noqa: E731
   for template, stop, more in (
     (SMOLLM2, '<|im_end|>', {}),
+    (QWEN25, '<|im_end|>', {'bos': None}),
     (LLAMA3, '<|eot_id|>', {'bos': '<|endoftext|>', 'adds_bos': True, 'extra_special': EXTRA}),
   ):
     t = make(template, eos=stop, **more)

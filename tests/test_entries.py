@@ -14,6 +14,8 @@ import tiny_run
 from ftjax.hf import load
 from ftjax.models.architecture import from_hf
 
+pytestmark = pytest.mark.usefixtures('users_programs')
+
 TRAIN = ['--config=tiny_sft']
 
 

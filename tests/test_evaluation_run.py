@@ -169,6 +169,14 @@ def test_a_model_that_says_nan_is_no_evaluation():
     _run(_task('choice'), Toy(), score=broken)
 
 
+def test_a_number_is_found_in_what_is_said():
+  task = _task('math', 3)
+  said = iter(['It is 7.', '#### 8', 'nothing'])
+  results = _run(task, Toy(), decode=lambda _: next(said), batch_size=1)
+  assert sorted(r.right for r in results) == [False, False, True]
+  assert all(r.scores == () for r in results)
+
+
 def test_generated_text_is_matched_after_normalizing():
   task = _task('match', 3)
   said = {6: '"7."', 7: '77', 8: ' 7 '}

@@ -18,7 +18,7 @@ from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError, NonFiniteError
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
-MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope')
+MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied')
 
 
 def load_all(path, dtype=np.float32):

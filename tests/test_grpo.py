@@ -4,15 +4,18 @@ The runs at the end are those of a user, one of them killed between two updates 
 tests/exhaustive_grpo_kill.py does every step.
 """
 
+import dataclasses
+import logging
+
 import jax
 import numpy as np
 import pytest
 import tiny_rollouts
 import tiny_run
 
-from ftjax import episodes, grpo
+from ftjax import compare, episodes, grpo
 from ftjax import sampled as sampled_rows
-from ftjax.rollout.engine import Completion, Rollout
+from ftjax.rollout.completion import Completion, Rollout, stops
 from ftjax.runtime.errors import ConfigError
 
 
@@ -34,6 +37,21 @@ def twice(tmp_path_factory):
   settings = {'rollout.updates': 2, 'rollout.minibatches': 2, 'rollout.temperature': 0.6}
   s = tiny_rollouts.Steps(tmp_path_factory.mktemp('twice'), **settings)
   return s, [tiny_rollouts.host(s.batch(step)) for step in range(4)]
+
+
+def test_neither_rollouts_nor_evaluations_hold_ids_that_the_tokenizer_does_not_know(tmp_path):
+  """The model has four times the rows: left alone it would draw three unknown ids of four."""
+  run = tiny_rollouts.start(tmp_path)
+  known, arch = run.model.tokenizer.vocab_size, dataclasses.replace(run.arch, vocab_size=1024)
+  run.model = dataclasses.replace(run.model, arch=arch)
+  params, prompts = run.load_params('', 'float32'), [run.data.prompt(n) for n in range(4)]
+  source = tiny_rollouts.episodes_of(run)
+  found = source.sample(params, prompts, range(4), seed=0, group=4)
+  drawn = [t for row in found.completions for c in row for t in c.tokens]
+  assert len(drawn) > 16 and max(drawn) < known == 259
+  judge = compare.Judge(run)._functions(params)
+  answers = judge.generate([p.ids for p in prompts], 8)
+  assert max(max(a) for a in answers if a) < known
 
 
 # The first update.
@@ -64,6 +82,16 @@ def test_sampler_and_trainer_agree_at_any_temperature(usual, twice):
     assert np.abs(batch['old_logp'] - batch['sampler_logp'])[counts].max() < 1e-5
   (_, values), *_ = s.rows
   assert 0 < values['mismatch/max'] < 1e-5
+
+
+def test_the_gap_is_told_beside_what_rounding_makes_of_the_trainer_alone(tmp_path, caplog):
+  s = tiny_rollouts.Steps(tmp_path, **{'rollout.updates': 2})
+  with caplog.at_level(logging.INFO):
+    s.batch()
+    s.source.take(s.state, 2)  # of the second rollout: told once
+  (told,) = [r for r in caplog.records if 'another batch size' in r.getMessage()]
+  mean, largest, noise, most = told.args
+  assert 0 < mean <= largest < 1e-5 and 0 <= noise <= most < 1e-5
 
 
 # Rewards to advantages.
@@ -315,11 +343,17 @@ def test_the_coefficient_follows_its_target_and_is_saved():
   s.arrays.update(ref_logp=np.full((4, 8), -2, np.float32))
   lesson = teacher.teach(s)
   assert (lesson.arrays['kl_coef'] == np.float32(0.1)).all() and lesson.metrics['kl'] == 2
-  assert teacher.saved() == {'kl_coef': pytest.approx(0.1 * 1.02)}  # a fifth of a tenth more
+  # A fifth of a tenth more.
+  assert teacher.saved() == {'kl_coef': pytest.approx(0.1 * 1.02), 'kl_begun': 0.1}
   again = grpo.GroupTeacher(c)
   again.restore(teacher.saved())
   assert (again.teach(s).arrays['kl_coef'] == np.float32(0.1 * 1.02)).all()
   assert grpo.GroupTeacher(tiny_rollouts.tiny(**{'policy.kl_coef': 0.1})).saved() == {}
+  saved = teacher.saved()
+  c.policy.kl_coef = 0.3  # changed for the resume
+  other = grpo.GroupTeacher(c)
+  other.restore(saved)
+  assert (other.teach(s).arrays['kl_coef'] == np.float32(0.3)).all()
 
 
 # Stops.
@@ -328,10 +362,10 @@ def test_the_coefficient_follows_its_target_and_is_saved():
 def test_stop_texts_may_begin_within_a_token(usual):
   s, *_ = usual
   tokenizer = s.run.model.tokenizer
-  ended = episodes.stops(('\n\n', 'END'), tokenizer)
+  ended = stops(('\n\n', 'END'), tokenizer)
   for text, told in (('a\n', False), ('a\n\n', True), ('the EN', False), ('x END', True)):
     assert ended(tokenizer.encode(text)) == told, text
-  assert episodes.stops((), tokenizer) is None
+  assert stops((), tokenizer) is None
 
 
 def test_spread_tells_right_answers_from_wrong_ones():
@@ -355,7 +389,7 @@ def test_spread_tells_right_answers_from_wrong_ones():
     ({'rollout.minibatches': 3}, 'must divide the 16 rows'),
     ({'grad_accum': 3}, 'must divide rows per update=16'),
     ({'policy.correction': 'token_mask', 'rollout.top_p': 0.9}, 'left tokens out'),
-    ({'policy.correction_low': 1.5}, 'must hold 1'),
+    ({'policy.correction': 'token_mask', 'policy.correction_low': 1.5}, 'must hold 1'),
     ({'policy.dual_clip': 1.1}, 'policy.dual_clip'),
     ({'policy.surrogate': 'reinforce', 'rollout.updates': 2}, 'first update alone'),
     ({'policy.overlong': 9}, 'policy.overlong=9'),

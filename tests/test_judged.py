@@ -192,6 +192,20 @@ def test_a_pair_is_a_row_of_two_segments(tmp_path):
         assert batch['weights'][row][at].tolist() == [*mask[1:].tolist(), 0]
 
 
+@pytest.mark.parametrize('batch_size', [2, 3, 6])
+def test_an_answer_is_mismatched_with_the_next_one_in_any_batch(batch_size, tmp_path):
+  rows = [{'prompt': f'q{i}', 'completion': f' {"no " * i}', 'label': True} for i in range(1, 8)]
+  corpus = build(tmp_path, write(tmp_path / 'a.jsonl', rows), shape='label', seq_len=96)
+  found = []
+  for batch in eval_batches(corpus, batch_size, 96, packed=False):
+    for tokens, segments in zip(batch['tokens'], batch['segments'], strict=True):
+      found += [tokens[segments == 2].tolist()] if segments.any() else []
+  assert len(found) == 7
+  for i, got in enumerate(found):
+    (own, mask), (other, theirs) = corpus.example(i), corpus.example((i + 1) % 7)
+    assert got == [*own[: mask.argmax()].tolist(), *other[theirs.argmax() :].tolist()]
+
+
 def test_shape_and_value_are_part_of_what_a_corpus_is(tmp_path):
   first = build(tmp_path, write(tmp_path / 'a.jsonl', PAIRS), shape='pair')
   other = [r | {'margin': 9} for r in PAIRS]

@@ -35,8 +35,10 @@ WIRING = (
   'forecast',
   'pairs',
   'preference_loss',
+  'reference_cache',
   'rollout_files',
   'sampled',
+  'trained_reward',
   'episodes',
   'policy_gradient',
 )
@@ -163,6 +165,13 @@ def test_templates_render_in_the_sandbox_of_one_file():
   assert any('Sandboxed' in n for n in called(tree) + bases)
   plain = {'Environment', 'Template', 'NativeEnvironment'}
   assert not [n for n in called(tree) if n.split('.')[-1] in plain]
+
+
+def test_test_files_have_names_of_their_own():
+  """pytest imports those outside of packages by these alone."""
+  tests = pathlib.Path(__file__).parent
+  outside = [p.name for p in tests.rglob('test_*.py') if not (p.parent / '__init__.py').exists()]
+  assert len(outside) == len(set(outside))
 
 
 def test_no_drawers():

@@ -40,6 +40,24 @@ def test_a_projection_is_an_einsum(inputs, outputs, axes, out, einsum, context, 
   np.testing.assert_allclose(y, np.einsum(einsum, x, np.asarray(weights['w'])), atol=1e-5)
 
 
+@pytest.mark.parametrize('context', [1, 2])
+def test_a_bias_is_added_in_the_compute_dtype(context, use_mesh):
+  use_mesh(context=context)
+  out = ('batch', 'seq', 'heads', 'head_dim')
+  module, weights = fill(
+    layers.Linear((6,), (4, 2), ('embed', 'heads', 'head_dim'), out, bias=True)
+  )
+  assert module.b.axes == ('heads', 'head_dim') and (module.b.fan_in, module.b.constant) == (0, 0)
+  x, b = normal((2, 4, 6)), np.asarray(weights['b'])
+  y = jax.jit(module.__call__)(jnp.asarray(x))
+  np.testing.assert_allclose(
+    y, np.einsum('BTD,DNH->BTNH', x, np.asarray(weights['w'])) + b, atol=1e-5
+  )
+  half = jax.jit(module.__call__)(jnp.zeros((2, 4, 6), jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(half, np.broadcast_to(b.astype(jnp.bfloat16), half.shape))
+
+
 def test_fan_in_counts_all_inputs():
   definition = layers.Linear((4, 2), (6,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'norm'))
   assert definition.w.fan_in == 8 and layers.RMSNorm(6, 1e-5).scale.fan_in == 0

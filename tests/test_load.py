@@ -21,7 +21,7 @@ from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
-MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope')
+MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied')
 
 
 def one_device(arch):
@@ -101,6 +101,21 @@ def test_blocks_of_rows_make_the_same_leaves(monkeypatch):
 def test_strict_in_both_directions(tmp_path, change, message):
   path = rewrite(tmp_path / 'm', GOLDEN / 'llama_tied', change)
   with pytest.raises(DataError, match=message):
+    load_all(path)
+
+
+def test_a_missing_bias_is_named(tmp_path):
+  name = 'model.layers.1.self_attn.v_proj.bias'
+  drop = lambda t: {k: v for k, v in t.items() if k != name}  # noqa: E731
+  path = rewrite(tmp_path / 'm', GOLDEN / 'qwen2_tied', drop)
+  with pytest.raises(DataError, match=rf'missing {name} \(parameter stack0/block0/attn/v/b\)'):
+    load_all(path)
+
+
+def test_a_bias_that_the_family_does_not_have_is_named(tmp_path):
+  more = {'model.layers.0.self_attn.o_proj.bias': np.ones(32, np.float32)}
+  path = rewrite(tmp_path / 'm', GOLDEN / 'qwen2_tied', lambda t: t | more)
+  with pytest.raises(DataError, match=r'no parameter takes .*o_proj\.bias'):
     load_all(path)
 
 

@@ -26,6 +26,9 @@ ARCH = Architecture(
 )
 
 
+QWEN2 = dataclasses.replace(ARCH, family='qwen2', qkv_bias=True)
+
+
 class Memory:
   """A tensor source of arrays, which notes how many numbers were read."""
 
@@ -41,9 +44,9 @@ class Memory:
     return part
 
 
-def source():
+def source(arch=ARCH):
   rng = np.random.default_rng(1)
-  shapes = {b.hf: b.hf_shape for b in names.bindings(ARCH)}
+  shapes = {b.hf: b.hf_shape for b in names.bindings(arch)}
   return Memory({name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
 
 
@@ -52,8 +55,9 @@ def whole(binding):
 
 
 @pytest.mark.parametrize('tied', [False, True])
-def test_every_parameter_is_counted_once(tied):
-  arch = dataclasses.replace(ARCH, tied=tied)
+@pytest.mark.parametrize('arch', [ARCH, QWEN2])
+def test_every_parameter_is_counted_once(arch, tied):
+  arch = dataclasses.replace(arch, tied=tied)
   assert sum(np.prod(s) for s in names.leaf_shapes(arch).values()) == arch.num_params()
   assert sum(np.prod(b.hf_shape) for b in names.bindings(arch)) == arch.num_params()
   assert len({b.hf for b in names.bindings(arch)}) == len(names.bindings(arch))
@@ -80,6 +84,16 @@ def test_the_leaves_by_hand():
   }
 
 
+def test_qwen2_has_three_leaves_more():
+  block = 'stack0/block0/'
+  more = names.leaf_shapes(QWEN2).items() - names.leaf_shapes(ARCH).items()
+  assert dict(more) == {
+    block + 'attn/q/b': (3, 4, 2),
+    block + 'attn/k/b': (3, 2, 2),
+    block + 'attn/v/b': (3, 2, 2),
+  }
+
+
 def test_layers_follow_layer_slots():
   (q,) = [b for b in names.bindings(ARCH) if b.hf == 'model.layers.2.self_attn.q_proj.weight']
   assert (q.leaf, q.layer) == ('stack0/block0/attn/q/w', 2)
@@ -98,17 +112,30 @@ def test_layout_by_hand():
   np.testing.assert_array_equal(names.read(s, down, whole(down)), s.values[down.hf].T)
 
 
-def test_export_is_the_inverse_of_import():
-  s = source()
-  for b in names.bindings(ARCH):
+def test_a_bias_by_hand():
+  s = source(QWEN2)
+  by_name = {b.hf: b for b in names.bindings(QWEN2)}
+  q = by_name['model.layers.1.self_attn.q_proj.bias']
+  assert (q.hf_shape, q.leaf, q.layer) == ((8,), 'stack0/block0/attn/q/b', 1)
+  assert names.read(s, q, whole(q))[3, 1] == s.values[q.hf][3 * 2 + 1]
+  s.count = 0
+  names.read(s, q, (slice(1, 3), slice(0, 1)))
+  assert s.count == 2 * 2, 'heads 1 and 2 alone are read'
+
+
+@pytest.mark.parametrize('arch', [ARCH, QWEN2])
+def test_export_is_the_inverse_of_import(arch):
+  s = source(arch)
+  for b in names.bindings(arch):
     value = names.read(s, b, whole(b))
     assert value.shape == b.shape
     np.testing.assert_array_equal(names.to_hf(b, value), s.values[b.hf])
 
 
-def test_a_part_equals_the_part_of_the_whole():
-  s, rng = source(), np.random.default_rng(2)
-  for b in names.bindings(ARCH):
+@pytest.mark.parametrize('arch', [ARCH, QWEN2])
+def test_a_part_equals_the_part_of_the_whole(arch):
+  s, rng = source(arch), np.random.default_rng(2)
+  for b in names.bindings(arch):
     full = names.read(s, b, whole(b))
     for _ in range(20):
       ends = [sorted(rng.integers(0, n + 1, 2)) for n in b.shape]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import TINY, UNTIED
+from tiny_model import QWEN2, TINY, UNTIED
 
+from ftjax import config
 from ftjax.models import transformer
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
@@ -20,20 +21,23 @@ STEPS, B1, B2, EPS = 5, 0.9, 0.99, 1e-8
 
 # Wide enough for adafactor to factor (128), heads on either side of the split.
 DECLARED = {
-  'embed/w': ((160, 128), ('vocab', 'embed'), 128),
-  'final_norm/scale': ((128,), ('norm',), 0),
-  'stack0/block0/attn/o/w': ((3, 4, 32, 128), ('layers', 'heads', 'head_dim', 'embed'), 128),
-  'stack0/block0/attn/q/w': ((3, 128, 4, 32), ('layers', 'embed', 'heads', 'head_dim'), 128),
-  'stack0/block0/attn_norm/scale': ((3, 128), ('layers', 'norm'), 0),
-  'stack0/block0/mlp/up/w': ((3, 128, 136), ('layers', 'embed', 'ffn'), 128),
+  'embed/w': ((160, 128), ('vocab', 'embed'), 128, 0.0),
+  'final_norm/scale': ((128,), ('norm',), 0, 1.0),
+  'stack0/block0/attn/o/w': ((3, 4, 32, 128), ('layers', 'heads', 'head_dim', 'embed'), 128, 0.0),
+  'stack0/block0/attn/q/w': ((3, 128, 4, 32), ('layers', 'embed', 'heads', 'head_dim'), 128, 0.0),
+  'stack0/block0/attn_norm/scale': ((3, 128), ('layers', 'norm'), 0, 1.0),
+  'stack0/block0/mlp/up/w': ((3, 128, 136), ('layers', 'embed', 'ffn'), 128, 0.0),
+  # As large as a matrix that adafactor would factor and muon turn.
+  'stack0/block0/attn/q/b': ((3, 128, 130), ('layers', 'heads', 'head_dim'), 0, 0.0),
 }
 INFO = optimizer.leaves(DECLARED, [('stack0/block0', i) for i in range(3)])
 MATRIX = {'attn/o/w': (128, 128), 'attn/q/w': (128, 128), 'mlp/up/w': (128, 136)}
 
-DECAY = (('.*norm/scale', 0.0), ('layer1/.*', 0.5), ('.*', 1.0))
+DECAY = (('.*(norm/scale|/b)', 0.0), ('layer1/.*', 0.5), ('.*', 1.0))
 MULTIPLIERS = (('layer0/.*', 0.25), ('layer2/attn/.*', 3.0), ('.*', 1.0))
 FREEZE = (('layer1/attn/q/w', True), ('.*', False))
 NOTHING = (('.*', False),)
+ALL = (('.*', 1.0),)
 
 
 def schedule(k):
@@ -52,7 +56,7 @@ def numbers(seed, declared=DECLARED):
   rng = np.random.default_rng(seed)
   return {
     n: rng.normal(size=s).astype(np.float32) * (1 + i)
-    for i, (n, (s, _, _)) in enumerate(declared.items())
+    for i, (n, (s, *_)) in enumerate(declared.items())
   }
 
 
@@ -107,7 +111,7 @@ def expected(r):
   for layer, p in unstack(numbers(0)).items():
     kind = layer.split('/', 1)[1]
     is_matrix = layer.startswith('layer') and kind in MATRIX
-    view = MATRIX[kind] if is_matrix else p.shape
+    view = MATRIX[kind] if is_matrix else (-1,) if kind == 'attn/q/b' else p.shape
     gradients = np.stack([unstack(g)[layer].reshape(view) for g in GRADIENTS])
     factor = first_match(r.multipliers, layer) * (1 - first_match(r.freeze, layer))
     decay = r.weight_decay * first_match(r.decay, layer)
@@ -150,7 +154,7 @@ def finals(name, freeze=FREEZE):
 def test_stacked_equals_every_layer_alone(name):
   r = recipe(name)
   got, want, start = unstack(finals(name)), expected(r), unstack(numbers(0))
-  assert got.keys() == want.keys() and len(got) == 2 + 4 * 3
+  assert got.keys() == want.keys() and len(got) == 2 + 5 * 3
   for layer in want:
     # Relative to how far the parameter moved, else a wrong update would hide behind a large weight.
     moved = np.abs(want[layer] - start[layer]).max()
@@ -254,7 +258,7 @@ def test_names_of_layers_follow_the_pattern():
   slots = [('stack0/block0', 0), ('stack0/block1', 0), ('stack0/block0', 1), ('stack0/block1', 1)]
   slots += [('stack1/block0', 0)]
   declared = {
-    f'{block}/mlp/up/w': ((n, 8, 16), ('layers', 'embed', 'ffn'), 8)
+    f'{block}/mlp/up/w': ((n, 8, 16), ('layers', 'embed', 'ffn'), 8, 0.0)
     for block, n in (('stack0/block0', 2), ('stack0/block1', 2), ('stack1/block0', 1))
   }
   info = optimizer.leaves(declared, slots)
@@ -263,21 +267,34 @@ def test_names_of_layers_follow_the_pattern():
   assert info['stack1/block0/mlp/up/w'].names == ('layer4/mlp/up/w',)
 
 
-@pytest.mark.parametrize('arch', [TINY, UNTIED])
+@pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_the_decoder_as_an_optimizer_sees_it(arch):
   info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
-  for name, (shape, _, _) in transformer.declared(arch).items():
+  for name, (shape, *_) in transformer.declared(arch).items():
     leaf = info[name]
     dims = shape[1:] if leaf.stacked else shape
     assert leaf.stacked == name.startswith('stack') and len(leaf.names) == (
       arch.num_layers if leaf.stacked else 1
     )
     assert leaf.table == (name in ('embed/w', 'head/w'))
-    if 'norm' in name:
+    if 'norm' in name or name.endswith('/b'):
       assert leaf.split == 0
     elif leaf.stacked:  # [in, out] of HF's nn.Linear
       inside = {'attn/o': 32, 'mlp/down': 64}.get('/'.join(name.split('/')[2:4]), arch.model_dim)
       assert int(np.prod(dims[: leaf.split])) == inside
+
+
+@pytest.mark.parametrize('arch', [UNTIED, QWEN2])
+def test_norm_scales_and_biases_do_not_decay_by_default(arch):
+  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
+  r = recipe('sgd', b1=0.0, decay=config.default().optim.decay, multipliers=ALL, freeze=NOTHING)
+  start = {n: np.ones(p.shape, np.float32) for n, p in transformer.declared(arch).items()}
+  tx, params = optimizer.make_optimizer(r, info, info), trees.unflatten(start)
+  zero = jax.tree.map(np.zeros_like, params)
+  moved = trees.flatten(tx.update(zero, tx.init(params), params)[0])
+  still = {n.removeprefix('stack0/block0/') for n, u in moved.items() if not np.asarray(u).any()}
+  biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.qkv_bias else set()
+  assert still == {'attn_norm/scale', 'mlp_norm/scale', 'final_norm/scale'} | biases
 
 
 @pytest.mark.parametrize('key', ['decay', 'multipliers', 'freeze'])

@@ -213,6 +213,18 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
     ({'checkpoint.best_metric': 'eval/loss'}, 'which ppo measures'),
     ({'ppo.value_clip': -1.0}, 'ppo.value_clip'),
     ({'policy.kl_target': 1.0}, 'policy.kl_coef=0'),
+    ({'policy.kl': 'k2'}, 'policy.kl does nothing with policy.kl_coef=0'),
+    ({'policy.kl_coef': 0.1, 'policy.kl_gain': 0.2}, 'nothing with policy.kl_target=0'),
+    ({'policy.kl_coef': 0.1, 'policy.kl_target': 1.0, 'policy.kl_gain': 6.0}, 'at most 1'),
+    ({'policy.correction_low': 0.5}, 'policy.correction_low does nothing'),
+    ({'policy.correction_high': 3.0}, 'policy.correction_high does nothing'),
+    ({'policy.surrogate': 'cispo', 'policy.clip_low': 0.1}, 'policy.clip_low does nothing'),
+    ({'policy.surrogate': 'reinforce', 'policy.clip_high': 0.1}, 'policy.clip_high does nothing'),
+    ({'policy.clip_low': 1.1}, 'expected at most 1'),
+    ({'rollout.reward_limit': 0.0}, 'rollout.reward_limit=0'),
+    ({'rollout.function_limit': 0.0}, 'rollout.function_limit=0'),
+    ({'data.packing': False}, 'data.packing=False does nothing'),
+    ({'data.loss_on': 'all'}, 'data.loss_on=all does nothing'),
   ],
 )
 def test_settings_that_cannot_be(settings, told):

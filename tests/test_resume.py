@@ -21,6 +21,8 @@ from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import sharding, trees
 
+pytestmark = pytest.mark.usefixtures('users_programs')
+
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):

@@ -12,7 +12,7 @@ import pytest
 import tiny_pairs
 from tiny_model import place
 
-from ftjax import experiment, pairs, reward_model
+from ftjax import experiment, forward, pairs, reward_model
 from ftjax.data import batches
 from ftjax.hf import export, load
 from ftjax.losses import preference
@@ -34,7 +34,7 @@ def start():
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _scores(arch, params, batch, dtype='float32'):
-  return reward_model.scores(arch, params, batch, jnp.dtype(dtype), 'none', 2)
+  return forward.answer_scores(arch, params, batch, jnp.dtype(dtype), 'none', 2)
 
 
 def scores(batch, dtype='float32'):
@@ -228,6 +228,12 @@ def test_the_export_is_a_classifier_of_one_label_with_a_pad_that_ends_nothing(ex
   assert tokenizer.pad_id == config['pad_token_id']
   names = load.open_source(folder).tensors
   assert names['score.weight'].shape == (1, 32) and 'lm_head.weight' not in names
+
+
+def test_a_qwen2_becomes_a_reward_model_of_its_own_class():
+  model = experiment.open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, labels=1)
+  assert model.config['architectures'] == ['Qwen2ForSequenceClassification']
+  assert from_hf(model.config) == model.arch and model.arch.qkv_bias and model.arch.num_labels == 1
 
 
 def test_a_reward_model_starts_from_one_and_writes_no_text(exported, tmp_path):

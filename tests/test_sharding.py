@@ -101,7 +101,7 @@ def test_fsdp_and_tensor_split_all_matrices(use_mesh):
 
 def check(mesh):
   flat = transformer.declared(TINY)
-  axes, shapes = {n: a for n, (_, a, _) in flat.items()}, {n: s for n, (s, _, _) in flat.items()}
+  axes, shapes = {n: p.axes for n, p in flat.items()}, {n: p.shape for n, p in flat.items()}
   sharding.check_divides(axes, shapes, mesh)
 
 

@@ -84,6 +84,7 @@ def test_rows_with_choices_of_their_own_have_no_classes(tmp_path):
     ('match', MATCH | {'messages': [{'role': 'user'}]}, r'"messages"\[0\]'),
     ('match', MATCH | {'messages': [{'role': 'robot', 'content': 'x'}]}, 'robot'),
     ('match', MATCH | {'messages': [{'role': 'assistant', 'content': 'x'}]}, 'leave it out'),
+    ('math', MATCH | {'answer': 'so it is\n#### '}, 'no answer to compare with'),
   ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, row, reason):
@@ -115,3 +116,24 @@ def test_files_that_cannot_be_used(tmp_path):
     tasks.load_task('t', 'choice', str(tmp_path / 'latin.jsonl'))
   with pytest.raises(ConfigError, match='twice'):
     tasks.load_tasks(['a=match:x', 'a=choice:y'])
+
+
+@pytest.mark.parametrize(
+  ('said', 'flexible', 'strict'),
+  [
+    ('First 6 + 12.\n#### 18', True, True),
+    ('So it is \\boxed{18}.', True, True),
+    ('She has 18 apples.', True, False),
+    ('#### 18 and some more\n', True, False),
+    ('It is 18 or 19', False, False),
+    ('#### 19', False, False),
+    ('', False, False),
+    ('How many? #### 18?', False, False),
+  ],
+)
+def test_mathematics_is_judged_as_by_the_reward(tmp_path, said, flexible, strict):
+  row = {'messages': [{'role': 'user', 'content': 'How many?'}], 'answer': 'Six and 12.\n#### 18'}
+  path = _file(tmp_path, row)
+  for kind, right in (('math', flexible), ('math_strict', strict)):
+    task = tasks.load_task('t', kind, path)
+    assert tasks.is_right(kind, task.rows[0], said) == right

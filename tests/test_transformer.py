@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from tiny_model import (
+  QWEN2,
   TINY,
   UNTIED,
   ids,
@@ -66,7 +67,7 @@ def packed_and_padded():
   return packed, right, left, starts
 
 
-@pytest.mark.parametrize('arch', [TINY, UNTIED])
+@pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_packed_is_padded_on_either_side(arch):
   params = init(arch)
   packed, right, left, starts = packed_and_padded()
@@ -225,6 +226,14 @@ def test_init_has_variance_one_over_fan_in(drawn):
       assert np.std(x) * 4 == pytest.approx(1, abs=5 / np.sqrt(2 * x.size)), name
 
 
+def test_init_of_biases_is_zero_and_leaves_the_rest_as_it_was(drawn):
+  biased = dataclasses.replace(SMALL, qkv_bias=True)
+  got = trees.flatten(transformer.init(biased, jax.random.key(0)))
+  for name, x in got.items():
+    np.testing.assert_array_equal(x, 0 if name.endswith('/b') else drawn[name], err_msg=name)
+  assert {n[-8:] for n in got.keys() - drawn.keys()} == {'attn/q/b', 'attn/k/b', 'attn/v/b'}
+
+
 def test_init_is_the_same_on_every_mesh(drawn, use_mesh):
   use_mesh(fsdp=2, tensor=2)
   for name, x in trees.flatten(transformer.init(SMALL, jax.random.key(0))).items():
@@ -283,14 +292,26 @@ def left_padded():
   return ids(B, T), segments
 
 
-def test_cache_is_the_full_forward(params):
+@pytest.mark.parametrize('arch', [TINY, QWEN2])
+def test_cache_is_the_full_forward(arch):
+  params = init(arch)
   tokens, segments = left_padded()
   inside = segments > 0
   np.testing.assert_allclose(
-    decoded(TINY, params, tokens, segments, 10)[inside],
-    full(TINY, params, tokens, segments)[inside],
+    decoded(arch, params, tokens, segments, 10)[inside],
+    full(arch, params, tokens, segments)[inside],
     atol=1e-5,
   )
+
+
+@pytest.mark.parametrize('leaf', ['q', 'k', 'v'])
+def test_every_bias_matters(leaf):
+  params, tokens = init(QWEN2), ids(B, T)
+  flat = trees.flatten(params)
+  name = f'stack0/block0/attn/{leaf}/b'
+  other = trees.unflatten(flat | {name: -flat[name]})
+  before, after = (full(QWEN2, p, tokens, ONE_EACH) for p in (params, other))
+  assert np.abs(after - before)[:, 1:].max() > 1e-3
 
 
 class Patterned(Architecture):

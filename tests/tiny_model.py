@@ -29,6 +29,7 @@ TINY = Architecture(
   max_len=128,
 )
 UNTIED = dataclasses.replace(TINY, tied=False)
+QWEN2 = dataclasses.replace(TINY, family='qwen2', qkv_bias=True)
 
 
 def place(array, *names):
@@ -53,15 +54,15 @@ def ids(batch, length, seed=0, vocab=TINY.vocab_size):
 
 
 def init(arch, seed=0):
-  """Random parameters on the current mesh, of numpy, which compiles nothing. Norm scales are drawn
-  too: no factor is 1 by luck.
+  """Random parameters on the current mesh, of numpy, which compiles nothing. Norm scales and biases
+  are drawn too: no factor is 1, no summand 0 by luck.
   """
   rng = np.random.default_rng(seed)
   leaves = {}
-  for name, (shape, axes, fan_in) in sorted(transformer.declared(arch).items()):
-    x = rng.normal(size=shape)
-    x = x * fan_in**-0.5 if fan_in else 1 + 0.1 * x
-    leaves[name] = place(x.astype(np.float32), *axes)
+  for name, p in sorted(transformer.declared(arch).items()):
+    x = rng.normal(size=p.shape)
+    x = x * p.fan_in**-0.5 if p.fan_in else p.constant + 0.1 * x
+    leaves[name] = place(x.astype(np.float32), *p.axes)
   return trees.unflatten(leaves)
 
 

@@ -40,10 +40,17 @@ def arguments(workdir, *overrides):
   return ['--config=tiny_sft', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
 
 
+def xla_flags(devices=1):
+  """Those of this process, but for so many devices."""
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  kept = [f for f in flags if 'device_count' not in f]
+  return ' '.join([*kept, f'--xla_force_host_platform_device_count={devices}'])
+
+
 def launch(entry, arguments, log):
   """Starts `python -m ftjax.<entry>`; both its outputs go to the end of the file `log`."""
-  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-  environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  environment['XLA_FLAGS'] = xla_flags()
   with open(log, 'ab') as out:
     return subprocess.Popen(
       [sys.executable, '-m', f'ftjax.{entry}', *arguments],
@@ -70,7 +77,8 @@ def run(entry, arguments):
 def share_programs(source, target):
   """Gives the workdir `target` the compiled programs of `source`."""
   pathlib.Path(target).mkdir(parents=True, exist_ok=True)
-  shutil.copytree(pathlib.Path(source) / 'xla_cache', pathlib.Path(target) / 'xla_cache')
+  programs = (pathlib.Path(w) / 'xla_cache' for w in (source, target))
+  shutil.copytree(*programs, dirs_exist_ok=True)
 
 
 def kill_when(process, is_time, delay=0.0, number=9, timeout=300.0):

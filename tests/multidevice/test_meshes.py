@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny_model import TINY, ids, init, tokens_at
+from tiny_model import QWEN2, TINY, ids, init, tokens_at
 
 from ftjax import config, sft
 from ftjax.models import transformer
@@ -60,13 +60,13 @@ def batches():
   return [micro_batches(i) for i in range(STEPS)]
 
 
-def train(mesh, batches):
+def train(mesh, batches, arch=TINY):
   """Losses of STEPS steps of AdamW, the gradient of the first, the parameters before and after, as
   numpy arrays by name.
   """
-  params = init(TINY)
+  params = init(arch)
   start = trees.flatten(jax.tree.map(np.asarray, params))
-  info = optimizer.leaves(transformer.declared(TINY), TINY.layer_slots())
+  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
   recipe = optimizer.Recipe(
     name='adamw',
     schedule=lambda k: RATE,
@@ -81,13 +81,13 @@ def train(mesh, batches):
   )
   rule = optimizer.make_optimizer(recipe, info, info)
   abstract = jax.eval_shape(lambda p: state.create(p, {}, rule, False), params)
-  places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(TINY)), mesh)
+  places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(arch)), mesh)
   current = jax.jit(lambda p: state.create(p, {}, rule, False), out_shardings=places)(params)
   c = config.default()
   with c.unlocked():
     c.loss.z_loss = 1e-3
   run = step.make_step(
-    sft.make_loss(TINY, c),
+    sft.make_loss(arch, c),
     rule,
     places,
     mask=optimizer.layer_mask(recipe, info, info),
@@ -125,8 +125,12 @@ def distance(a, b):
 
 @pytest.mark.parametrize('sizes', MESHES, ids=name)
 def test_five_steps_are_those_of_one_device(sizes, use_mesh, batches, one_device):
-  losses, gradient, _, params = train(use_mesh(**sizes), batches)
-  expected_losses, expected_gradient, start, expected = one_device
+  check(train(use_mesh(**sizes), batches), one_device)
+
+
+def check(found, expected):
+  losses, gradient, _, params = found
+  expected_losses, expected_gradient, start, expected = expected
   np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
   assert distance(gradient, expected_gradient) <= 2e-6
   for n, leaf in expected.items():
@@ -135,6 +139,26 @@ def test_five_steps_are_those_of_one_device(sizes, use_mesh, batches, one_device
   should = {n: expected[n] - start[n] for n in start}
   # Adam divides by the gradient's own size, so rounding weighs more where it is small.
   assert distance(moved, should) <= 1e-4
+
+
+@pytest.fixture(scope='module')
+def qwen2_on_one_device(batches):
+  return train(jax.sharding.get_mesh(), batches, QWEN2)
+
+
+@pytest.mark.parametrize(
+  'sizes', [dict(tensor=2, fsdp=2), dict(context=2, tensor=2, data=2)], ids=name
+)
+def test_biases_are_sharded_with_their_heads(sizes, use_mesh, batches, qwen2_on_one_device):
+  """Biases that are not zero, their gradients too."""
+  mesh = use_mesh(**sizes)
+  check(train(mesh, batches, QWEN2), qwen2_on_one_device)
+  start = qwen2_on_one_device[2]
+  for part, heads in (('q', 4), ('k', 2), ('v', 2)):
+    leaf = f'stack0/block0/attn/{part}/b'
+    assert (start[leaf] != 0).all() and qwen2_on_one_device[1][leaf].any()
+    placed = trees.flatten(init(QWEN2))[leaf]
+    assert placed.addressable_shards[0].data.shape == (3, heads // 2, 8)
 
 
 def test_all_meshes_are_tried():

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import tiny_run
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEVICES = 4  # of all processes together
 STEPS = 8
@@ -46,11 +48,10 @@ class Processes:
     logs.mkdir(parents=True, exist_ok=True)
     self.logs = [logs / f'{i}.log' for i in range(count)]
     port, self.all = free_port(), []
-    base = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    base |= {
+    base = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES // count}',
+      'XLA_FLAGS': tiny_run.xla_flags(DEVICES // count),
     }
     for i in range(count):
       several = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={i}']

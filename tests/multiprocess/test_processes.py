@@ -25,6 +25,21 @@ def one(tmp_path_factory):
   return workdir
 
 
+@pytest.fixture(scope='module')
+def several(tmp_path_factory):
+  """{processes: (workdir of their run, what it said)}."""
+  workdirs = {count: tmp_path_factory.mktemp(f'of_{count}') for count in (2, 4)}
+  return {n: (w, run(n, arguments(w), w / 'logs')) for n, w in workdirs.items()}
+
+
+@pytest.fixture
+def workdir(several, tmp_path):
+  """With the programs of those runs."""
+  for made, _ in several.values():
+    tiny_run.share_programs(made, tmp_path)
+  return tmp_path
+
+
 LIMIT = 25.0  # seconds without progress; programs of the evaluation are compiled within it
 
 
@@ -47,41 +62,41 @@ def saved(workdir):
 
 
 @pytest.mark.parametrize('count', [2, 4])
-def test_several_processes_train_like_one(count, one, tmp_path):
-  said = run(count, arguments(tmp_path), tmp_path / 'logs')
-  check(tmp_path, one)
-  rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+def test_several_processes_train_like_one(count, one, several):
+  workdir, said = several[count]
+  check(workdir, one)
+  rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   rows = [row for row in rows if row['split'] == 'train']
   assert all(0 <= row['goodput'] <= 1 for row in rows) and rows[-1]['goodput'] > 0
   assert all(0 < row['host_s_min'] <= row['host_s_max'] for row in rows[1:])
   assert {row['host_slowest'] for row in rows} <= set(range(count))
   assert said.count('process 0 of ') == 1 and 'Answers before and after' in said
   # One host logs: the others say nothing of steps, data or results.
-  for log in sorted((tmp_path / 'logs').iterdir())[1:]:
+  for log in sorted((workdir / 'logs').iterdir())[1:]:
     assert 'step compiled' not in log.read_text() and 'Answers' not in log.read_text()
 
 
-def test_a_process_is_killed_and_another_number_goes_on(one, tmp_path):
+def test_a_process_is_killed_and_another_number_goes_on(one, workdir):
   """SIGKILL to one of two: both end soon; four go on from the newest checkpoint."""
-  with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
-    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
+  with Processes(2, arguments(workdir), workdir / 'logs', flags=['--heartbeat_s=10']) as both:
+    both.until(lambda: tiny_run.logged(workdir) >= 4 and saved(workdir) >= 2)
     both.all[1].kill()
     codes = both.wait(timeout=60)
     assert codes[1] == -9 and codes[0] in (75, 134, -6), f'{codes}\n{both.said()}'
-  newest = saved(tmp_path)
-  assert not (tmp_path / 'export').exists()
-  said = run(4, arguments(tmp_path), tmp_path / 'again')
+  newest = saved(workdir)
+  assert not (workdir / 'export').exists()
+  said = run(4, arguments(workdir), workdir / 'again')
   assert f'resuming after step {newest} of {STEPS}' in said
-  check(tmp_path, one)
+  check(workdir, one)
 
 
-def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
+def test_a_process_hangs_and_all_end_within_the_limit(one, workdir):
   """SIGSTOP to one of two, with limits of 25 s: 75 or 134 for both, and nothing after the newest
   checkpoint is lost.
   """
   limits = [f'watchdog.{phase}={LIMIT}' for phase in ('step', 'evaluate', 'save')]
-  with Processes(2, arguments(tmp_path, *limits), tmp_path / 'logs') as both:
-    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
+  with Processes(2, arguments(workdir, *limits), workdir / 'logs') as both:
+    both.until(lambda: tiny_run.logged(workdir) >= 4 and saved(workdir) >= 2)
     both.all[1].send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     assert both.all[0].wait(timeout=60) in (75, 134, -6), both.said()
@@ -89,23 +104,23 @@ def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
     both.all[1].send_signal(signal.SIGCONT)
     assert both.all[1].wait(timeout=30) in (75, 134, -6), both.said()
     assert 'error: no progress in phase' in both.said() and 'most recent call' in both.said()
-  newest = saved(tmp_path)
-  said = run(2, arguments(tmp_path), tmp_path / 'again')
+  newest = saved(workdir)
+  said = run(2, arguments(workdir), workdir / 'again')
   assert f'resuming after step {newest} of {STEPS}' in said
-  check(tmp_path, one)
+  check(workdir, one)
 
 
-def test_sigterm_to_one_saves_the_same_step_in_all(one, tmp_path):
-  settings = arguments(tmp_path, 'checkpoint.every=0', 'eval.every=0', 'steps=200', 'epochs=0.0')
-  with Processes(2, settings, tmp_path / 'logs') as both:
-    both.until(lambda: tiny_run.logged(tmp_path) >= 3)
+def test_sigterm_to_one_saves_the_same_step_in_all(one, workdir):
+  settings = arguments(workdir, 'checkpoint.every=0', 'eval.every=0', 'steps=200', 'epochs=0.0')
+  with Processes(2, settings, workdir / 'logs') as both:
+    both.until(lambda: tiny_run.logged(workdir) >= 3)
     both.all[1].send_signal(signal.SIGTERM)
     assert both.wait(timeout=60) == [75, 75], both.said()
     told = [line for line in both.said().splitlines() if 'stopped after step' in line]
-  at = saved(tmp_path)
+  at = saved(workdir)
   assert told and all(f'stopped after step {at} of 200' in line for line in told)
-  assert at == tiny_run.logged(tmp_path) < 200
-  said = run(2, [*settings, f'--config.steps={at + 2}'], tmp_path / 'again')
+  assert at == tiny_run.logged(workdir) < 200
+  said = run(2, [*settings, f'--config.steps={at + 2}'], workdir / 'again')
   assert f'resuming after step {at}' in said
 
 

@@ -19,7 +19,12 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+  AutoModelForCausalLM,
+  AutoModelForSequenceClassification,
+  AutoTokenizer,
+  GenerationConfig,
+)
 
 from parity.mixed_strings import mixed_strings
 
@@ -43,6 +48,39 @@ export.export(params, arch, target, source_config=config, tokenizer_files=files,
   stop_ids=(2,), max_shard_bytes=int(shard))
 """
 
+MAKE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from ftjax import experiment
+from ftjax.forward import token_scores
+from ftjax.hf import export, names
+from ftjax.models import head, transformer
+from ftjax.models.attention import Tokens
+from ftjax.runtime import sharding, trees
+family, labels, target = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update('jax_default_matmul_precision', 'highest')
+jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1]))
+sizes = dict(model_type=family, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+  num_key_value_heads=2, intermediate_size=48, rope_theta=1e6)
+model = experiment.open_model('', sizes, 0, labels=labels)
+rng, arch = np.random.default_rng(0), model.arch
+params = trees.unflatten({n: jnp.asarray(rng.normal(size=s) * 0.25, jnp.float32)
+  for n, s in names.leaf_shapes(arch).items()})
+ids = rng.integers(0, 200, (1, 40), np.int32)
+arrays = dict(tokens=jnp.asarray(ids), segments=jnp.ones_like(ids),
+  positions=jnp.arange(40, dtype=jnp.int32)[None])
+if labels:
+  out = token_scores(arch, params, arrays, jnp.float32, 'none')[:, -1:]
+else:
+  x = transformer.apply(arch, params, arrays['tokens'], Tokens(arrays['segments'],
+    arrays['positions']), dtype=jnp.float32)
+  out = head.logits(x[0], transformer.head_weights(arch, params))
+config = model.config if labels else None  # then architecture.to_hf makes it
+export.export(params, arch, target, source_config=config, tokenizer_files=model.files,
+  dtype=np.float32, stop_ids=model.stop_ids)
+np.savez(target + '.npz', ids=ids, out=out)
+"""
+
 failures = []
 
 
@@ -52,8 +90,8 @@ def report(name: str, good: bool, detail: str = '') -> None:
     failures.append(name)
 
 
-def model(folder: Path, **options):
-  loaded, info = AutoModelForCausalLM.from_pretrained(
+def model(folder: Path, kind=AutoModelForCausalLM, **options):
+  loaded, info = kind.from_pretrained(
     folder, dtype=torch.float32, output_loading_info=True, **options
   )
   left = {key: value for key, value in info.items() if value}
@@ -77,6 +115,23 @@ def check_tiny(python: str, name: str, folder: Path) -> None:
     np.array_equal(logits, stored['logits']),
     f'max |delta| {np.abs(logits - stored["logits"]).max()}',
   )
+
+
+def check_made(python: str, family: str, labels: int, folder: Path) -> None:
+  """A random model without a HF folder behind it, a language or a reward model: transformers takes
+  the exported folder for the right class and computes what ftjax does.
+  """
+  name = f'{family}_made_{labels}'
+  command = [python, '-c', MAKE, family, str(labels), str(folder / name)]
+  subprocess.run(command, check=True, cwd=ROOT)
+  kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+  loaded, left = model(folder / name, kind)
+  stored = np.load(folder / f'{name}.npz')
+  with torch.no_grad():
+    out = loaded(torch.tensor(stored['ids'].astype(np.int64))).logits.numpy().reshape(-1)
+  error = np.abs(out - stored['out'].reshape(-1)).max() / np.abs(out).max()
+  report(f'{name}: {type(loaded).__name__}, nothing missing or unexpected', not left, str(left))
+  report(f'{name}: equal within 1e-5', error <= 1e-5, f'max |delta| / max {error}')
 
 
 def check_smollm2(python: str, folder: Path) -> None:
@@ -193,8 +248,11 @@ def check_tokenizer(folder: Path) -> None:
 
 if __name__ == '__main__':
   with tempfile.TemporaryDirectory() as temp:
-    for tiny in ('llama_tied', 'llama_untied_gqa', 'llama3_rope'):
+    for tiny in ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied'):
       check_tiny(sys.argv[1], tiny, Path(temp))
+    for family in ('llama', 'qwen2'):
+      for labels in (0, 1):
+        check_made(sys.argv[1], family, labels, Path(temp))
     if (CACHE / 'smollm2').exists():
       check_smollm2(sys.argv[1], Path(temp))
       check_tokenizer(Path(temp))

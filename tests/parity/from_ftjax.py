@@ -24,8 +24,9 @@ def pairs(x: dict[str, jax.Array]) -> tuple[preference.Pairs, preference.Pairs]:
     return preference.Pairs(*split, chosen_nll=nll)
 
   return (
-    made(preference.nll_per_token(summed[:count], tokens[:count].mean())),
-    made(preference.nll_per_token(whole, chosen_real.mean())),
+    # TRL's mean over the tokens of the batch; ftjax trains on nll_per_pair.
+    made(-summed[:count] / tokens[:count].mean()),
+    made(-whole / chosen_real.mean()),
   )
 
 

@@ -1,10 +1,10 @@
 """Makes tests/parity/golden/ with torch and transformers. Run by hand, from the repository's root,
 where both are installed:
 
-  PYTHONPATH=tests PYTHON tests/parity/make_goldens.py [tiny] [tokenizers] [smollm2]
+  PYTHONPATH=tests PYTHON tests/parity/make_goldens.py [llama] [qwen2] [tokenizers] [smollm2]
 
 `smollm2` needs .cache/SmolLM2-135M-Instruct.Q4_1.gguf (demo/assets.py). The tests read the files
-and never import torch. Written with torch 2.13.0 and transformers 5.23.0.
+and never import torch. Written with torch 2.13.0 and transformers 5.23.0, `qwen2` with 5.24.0.
 """
 
 import os
@@ -18,7 +18,14 @@ import torch
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+  AutoModelForCausalLM,
+  AutoTokenizer,
+  LlamaConfig,
+  LlamaForCausalLM,
+  Qwen2Config,
+  Qwen2ForCausalLM,
+)
 
 from parity.mixed_strings import mixed_strings
 from parity.toy_gguf import Toy, write_toy
@@ -34,7 +41,7 @@ LLAMA3 = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 32,
 }
-TINY = {
+LLAMA = {
   'llama_tied': {'tie_word_embeddings': True, 'num_key_value_heads': 4},
   'llama_untied_gqa': {
     'tie_word_embeddings': False,
@@ -43,6 +50,15 @@ TINY = {
   },
   # 96 tokens are three times the original context: the scaled frequencies matter.
   'llama3_rope': {'tie_word_embeddings': True, 'num_key_value_heads': 1, 'rope_parameters': LLAMA3},
+}
+# Published models have theta 1e6, epsilon 1e-6 and grouped keys.
+QWEN2 = {
+  'qwen2_tied': {'tie_word_embeddings': True, 'num_key_value_heads': 2},
+  'qwen2_untied': {
+    'tie_word_embeddings': False,
+    'num_key_value_heads': 1,
+    'num_hidden_layers': 3,
+  },
 }
 PROMPTS = (
   'The capital of France is',
@@ -70,35 +86,61 @@ QUESTIONS = (
 )
 
 
-def tiny():
+SETTINGS = {
+  'vocab_size': 128,
+  'hidden_size': 32,
+  'intermediate_size': 48,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'max_position_embeddings': 128,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+}
+
+
+def draw(model):
+  """Random parameters, norms around 1; and ids int64[2, 96] of a text."""
+  with torch.no_grad():
+    for key, value in model.named_parameters():
+      value.copy_(torch.randn(value.shape) * 0.25 + (1.0 if 'norm' in key else 0.0))
+  return torch.randint(0, 128, (2, 96))
+
+
+def llama():
   """Random HF models in HF folders, each with logits float32[B, T, V] for ids int32[B, T]."""
-  for name, changes in TINY.items():
-    settings = {
-      'vocab_size': 128,
-      'hidden_size': 32,
-      'intermediate_size': 48,
-      'num_hidden_layers': 2,
-      'num_attention_heads': 4,
-      'head_dim': 8,
-      'max_position_embeddings': 128,
-      'rms_norm_eps': 1e-5,
-      'bos_token_id': 1,
-      'eos_token_id': 2,
-    }
+  for name, changes in LLAMA.items():
     torch.manual_seed(len(name))
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval()
+    settings = SETTINGS | {'head_dim': 8, 'rms_norm_eps': 1e-5} | changes
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    ids = draw(model)
     with torch.no_grad():
-      for key, value in model.named_parameters():
-        value.copy_(torch.randn(value.shape) * 0.25 + (1.0 if 'norm' in key else 0.0))
-      ids = torch.randint(0, 128, (2, 96))
-      logits = model(ids).logits.numpy()
-    model.save_pretrained(GOLDEN / name)
-    np.savez_compressed(
-      GOLDEN / name / 'logits.npz', ids=ids.numpy().astype(np.int32), logits=logits
-    )
-    print(
-      name, 'max |logit|', np.abs(logits).max(), sorted(p.name for p in (GOLDEN / name).iterdir())
-    )
+      save(model, name, ids, logits=model(ids).logits.numpy())
+
+
+def qwen2():
+  """The same of Qwen2, and the loss of one step with its gradient: the mean of -log p of each next
+  token, by HF's own `labels`.
+  """
+  for name, changes in QWEN2.items():
+    torch.manual_seed(len(name))
+    settings = SETTINGS | {'rope_theta': 1e6, 'rms_norm_eps': 1e-6} | changes
+    model = Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
+    ids = draw(model)
+    found = model(ids, labels=ids)
+    found.loss.backward()
+    gradient = {f'gradient/{k}': p.grad.numpy() for k, p in model.named_parameters()}
+    logits = found.logits.detach().numpy()
+    save(model, name, ids, logits=logits, loss=found.loss.item(), **gradient)
+
+
+def save(model, name: str, ids, **arrays):
+  """The model as a HF folder, and what was computed of ids beside it."""
+  model.save_pretrained(GOLDEN / name)
+  np.savez_compressed(GOLDEN / name / 'logits.npz', ids=ids.numpy().astype(np.int32), **arrays)
+  print(
+    *(name, 'max |logit|', np.abs(arrays['logits']).max()),
+    sorted(p.name for p in (GOLDEN / name).iterdir()),
+  )
 
 
 def pack(rows: list[list[int]]) -> dict[str, np.ndarray]:
@@ -210,5 +252,6 @@ def greedy(model, prompt: list[int], count: int) -> tuple[list[int], list[float]
 
 
 if __name__ == '__main__':
-  for task in sys.argv[1:] or ['tiny', 'tokenizers', 'smollm2']:
-    {'tiny': tiny, 'tokenizers': tokenizers, 'smollm2': smollm2}[task]()
+  tasks = {'llama': llama, 'qwen2': qwen2, 'tokenizers': tokenizers, 'smollm2': smollm2}
+  for task in sys.argv[1:] or tasks:
+    tasks[task]()

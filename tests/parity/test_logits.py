@@ -1,4 +1,6 @@
-"""Logits of imported models against HF torch's (golden/, made by make_goldens.py), in float32."""
+"""Logits and gradients of imported models against HF torch's (golden/, made by make_goldens.py), in
+float32.
+"""
 
 import functools
 from pathlib import Path
@@ -9,13 +11,14 @@ import numpy as np
 import pytest
 from tiny_model import logits, place, tokens_at
 
-from ftjax.hf import load
+from ftjax.hf import load, names
 from ftjax.models import head, transformer
 from ftjax.models.architecture import from_hf
 from ftjax.rollout.sampler import Sampler, Sampling
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 
 GOLDEN = Path(__file__).parent / 'golden'
+TINY = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied')
 SMOLLM2 = Path(__file__).parents[2] / '.cache' / 'smollm2'
 
 
@@ -25,7 +28,7 @@ def open_model(folder):
   return arch, load.load_params(folder, arch, places, np.float32)
 
 
-@pytest.mark.parametrize('name', ['llama_tied', 'llama_untied_gqa', 'llama3_rope'])
+@pytest.mark.parametrize('name', TINY)
 def test_tiny_models(name):
   """96 tokens; llama3_rope was made for 32, so two thirds lie beyond its original context."""
   arch, params = open_model(GOLDEN / name)
@@ -35,7 +38,7 @@ def test_tiny_models(name):
   assert name != 'llama3_rope' or arch.rope_scaling.original_len == 32
 
 
-@pytest.mark.parametrize('name', ['llama_tied', 'llama_untied_gqa', 'llama3_rope'])
+@pytest.mark.parametrize('name', TINY)
 def test_greedy_continuations_of_tiny_models(name):
   """The cache, against the likeliest tokens of HF's logits for the second half of each text."""
   arch, params = open_model(GOLDEN / name)
@@ -44,6 +47,36 @@ def test_greedy_continuations_of_tiny_models(name):
   prompts = [row[:n].tolist() for row in stored['ids'] for n in (33, 64, 96)]
   expected = [row[n - 1].argmax() for row in stored['logits'] for n in (33, 64, 96)]
   assert sampler.generate(params, prompts, 1, Sampling()) == [[e] for e in expected]
+
+
+@pytest.mark.parametrize('name', ['qwen2_tied', 'qwen2_untied'])
+def test_loss_and_gradient_of_tiny_models(name):
+  """Of the mean over each next token, as HF's `labels` has it; by every tensor of the file."""
+  arch, params = open_model(GOLDEN / name)
+  stored = np.load(GOLDEN / name / 'logits.npz')
+  weights = np.ones(stored['ids'].shape, np.float32)
+  weights[:, -1] = 0  # nothing follows
+  tokens, labels, weights = (
+    place(a, 'batch', 'seq') for a in (stored['ids'], np.roll(stored['ids'], -1, 1), weights)
+  )
+  where = tokens_at(np.ones_like(stored['ids']))
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(params):
+    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+    table = transformer.head_weights(arch, params)
+    return head.cross_entropy_sums(x, table, labels, weights, head.Terms())[0] / weights.sum()
+
+  loss, gradient = run(params)
+  assert float(loss) == pytest.approx(float(stored['loss']), rel=1e-6)
+  leaves = {n: np.asarray(g) for n, g in trees.flatten(gradient).items()}
+  bindings = names.bindings(arch)
+  assert {f'gradient/{b.hf}' for b in bindings} == {k for k in stored if k.startswith('gradient/')}
+  for b in bindings:
+    got = names.to_hf(b, leaves[b.leaf] if b.layer is None else leaves[b.leaf][b.layer])
+    expected = stored[f'gradient/{b.hf}']
+    assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max() and expected.any(), b.hf
 
 
 @pytest.fixture(scope='module')
