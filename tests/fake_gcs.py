@@ -139,18 +139,21 @@ class _Handler(RequestHandler):
   def _serve(self, method):
     if self._fake.hangs:
       time.sleep(30)
-    connection, self._headers_to_add, self._body = self.rfile, {}, b''
+    connection, self._headers_to_add, self._body = (self.rfile, self.wfile), {}, b''
     if length := int(self.headers.get('Content-Length') or 0):
       # Not every handler reads the body, and what it leaves would be taken for the next request.
-      self._body = connection.read(length)
+      self._body = self.rfile.read(length)
       self.rfile = io.BytesIO(self._body)
+    self.wfile = answer = io.BytesIO()
     try:
       self._handle(method)
     finally:
-      self.rfile = connection
+      self.rfile, self.wfile = connection
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+      self.wfile.write(answer.getbuffer())  # without the lock: who does not read stops no other
 
   def _handle(self, method):
-    with self._fake.lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    with self._fake.lock:
       url = urlparse(self.path)
       query = {k: v[0] for k, v in parse_qs(url.query).items()}
       permissions, key = _classify(method, url.path, query)

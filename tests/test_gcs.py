@@ -2,6 +2,7 @@
 docs/gcs.md gives in their place.
 """
 
+import gc
 import json
 import os
 import signal
@@ -99,6 +100,21 @@ def test_a_stream_makes_an_object_only_when_it_is_closed_well(bucket):
     out.write(b'half')
     raise ZeroDivisionError
   assert bucket.read('run/a') == 3 * BYTES
+
+
+@pytest.mark.parametrize('size', [4, 1 << 26])  # the second has sent a piece before it is refused
+def test_what_a_stream_could_not_write_is_not_written_later(bucket, size):
+  def write():
+    with (gcs.GcsPath(RUN) / 'a').open('wb') as out:
+      out.write(bytes(size))
+      bucket.deny = {'objects.create'}
+
+  with pytest.raises(PermissionError):
+    write()
+  bucket.deny = set()
+  count = len(bucket.requests)
+  gc.collect()  # the client's file closes itself
+  assert len(bucket.requests) == count and not bucket.names()
 
 
 def test_refusals_are_os_errors_that_name_the_object(bucket):

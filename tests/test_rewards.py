@@ -54,10 +54,11 @@ def dies(completions):
     sys.exit(3)
   return [1.0] * len(completions)
 def forks(completions):
-  p = multiprocessing.get_context('fork').Process(target=hangs, args=(['hang'],))
-  p.start()
-  p.terminate()
-  p.join()
+  for _ in range(50):
+    p = multiprocessing.get_context('fork').Process(target=hangs, args=(['hang'],))
+    p.start()
+    p.terminate()  # as early as can be
+    p.join()
   return [1.0] * len(completions)
 def leaves(completions):
   p = subprocess.Popen(['sleep', '600'])

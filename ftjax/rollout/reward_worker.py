@@ -130,14 +130,35 @@ def _answer(request: dict, loaded: list) -> dict:
   return {'scores': _call(loaded[index].score, *values)}
 
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
 def _handle(action: Any) -> None:
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in _STOPS:
     signal.signal(number, action)
 
 
-if __name__ == '__main__':
-  # A stop that is sent to every process of a job (SLURM's) leaves it here to answer until the
-  # parent is gone. What a user's function starts or forks must end when it is told to.
+def _outlive_stops() -> None:
+  """A stop that is sent to every process of a job (SLURM's) leaves this one to answer until the
+  parent is gone. What a user's function starts or forks must end when it is told to, from its first
+  instruction on: until the child has its own handlers, a stop waits.
+  """
   _handle(lambda *_: None)
-  os.register_at_fork(after_in_child=lambda: _handle(signal.SIG_DFL))
+
+  def release():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+  def release_child():
+    _handle(signal.SIG_DFL)
+    release()
+
+  os.register_at_fork(
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS),
+    after_in_parent=release,
+    after_in_child=release_child,
+  )
+
+
+if __name__ == '__main__':
+  _outlive_stops()
   serve(Connection(int(sys.argv[1])))

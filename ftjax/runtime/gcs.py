@@ -362,9 +362,20 @@ class Writer:
     """Nothing: what is not closed is not there."""
 
   def close(self) -> None:
-    with as_os_errors(self._path):
-      self._file.close()
+    try:
+      with as_os_errors(self._path):
+        self._file.close()
+    except BaseException:
+      self._give_up()
+      raise
     self._path._stat = None
+
+  def _give_up(self) -> None:
+    """No object, now or later."""
+    with contextlib.suppress(Exception):
+      self._file.terminate()
+    # The client's file closes itself when it is collected, which uploads what it still holds.
+    self._file._buffer.close()
 
   def __enter__(self) -> Writer:
     return self
@@ -372,10 +383,8 @@ class Writer:
   def __exit__(self, kind, *_) -> None:
     if kind is None:
       self.close()
-      return
-    # Closing would make an object of the half that was written.
-    with contextlib.suppress(Exception):
-      self._file.terminate()
+    else:
+      self._give_up()
 
 
 class Pace:
