@@ -16,6 +16,7 @@ from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.rollout.scorer import Scorer
 from ftjax.runtime import files, peers
 from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.manifest import digest
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Judge:
     c = run.config
     self.run = run
     self.tasks = tasks.load_tasks(tuple(c.eval.tasks))
+    # Every process makes the batches, each puts its own part of them on its devices.
+    peers.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
     self.folder = files.join(run.workdir, 'eval')
     self._dtype = jnp.dtype(c.model.compute_dtype)
     tokenizer = run.model.tokenizer

@@ -36,7 +36,7 @@ def default() -> ml_collections.ConfigDict:
 
   c.model = ml_collections.ConfigDict()
   c.model.path = ''  # HF folder, or GGUF file
-  c.model.param_dtype = 'float32'  # of master parameters and optimizer moments
+  c.model.param_dtype = 'float32'  # of master parameters; optimizer moments are float32
   c.model.compute_dtype = 'float32'  # of activations and matrix products: float32 or bfloat16
   # Instead of a path: {'vocab_size': ..., ...} in the keys of a HF config.json, random weights, a
   # byte tokenizer made on the spot.

@@ -189,19 +189,21 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
     DataError: model or data files that cannot be used.
   """
-  files.probe(workdir)
-  workdir = files.absolute(workdir)  # Orbax takes no relative path
-  _check_shared(c, workdir)
+  watchdog = Watchdog(c.watchdog.to_dict())
+  with watchdog.phase('restore'):
+    files.probe(workdir)
+    workdir = files.absolute(workdir)  # Orbax takes no relative path
+    _check_shared(c, workdir)
   configure_jax(c)
   if c.compile_cache:
     _keep_programs(files.join(workdir, 'xla_cache'))
   mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
   jax.set_mesh(mesh)
-  watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
     random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
     model = open_model(c.model.path, random, c.seed, labels=labels)
-    peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path)]))
+    beside = [model.tokenizer.fingerprint, model.stop_ids]
+    peers.check_same('model.path', digest([model.fingerprint, load.outline(c.model.path), *beside]))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:

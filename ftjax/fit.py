@@ -22,7 +22,8 @@ from ftjax.hf import export as hf_export
 from ftjax.hf import load
 from ftjax.runtime import files, manifest, peers, redaction
 from ftjax.runtime.checkpoint import Checkpoints, Retention
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, attempt
+from ftjax.runtime.manifest import digest
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, find_peak
 from ftjax.trainer import Trainer
@@ -123,10 +124,12 @@ class _Session:
 
 
 def _check_source(workdir: str) -> None:
-  if load.exported(workdir) is None:
+  export = load.exported(workdir)
+  if export is None:
     raise ConfigError(
       f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
     )
+  peers.check_same('init_from', digest(load.outline(export)))
 
 
 def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
@@ -187,10 +190,10 @@ def _models_beside(run: Run) -> dict[str, str]:
     out['reference'] = first_fingerprint(run)
   if algorithms.has_value_model(c) and c.ppo.value_from:
     out['value'] = peers.from_main(lambda: load.fingerprint(c.ppo.value_from))
-    peers.check_same('ppo.value_from', load.outline(c.ppo.value_from))
+    peers.check_same('ppo.value_from', digest(load.outline(c.ppo.value_from)))
   if c.algorithm in algorithm_config.ON_ROLLOUTS and c.rollout.reward_model:
     out['reward model'] = peers.from_main(lambda: load.fingerprint(c.rollout.reward_model))
-    peers.check_same('rollout.reward_model', load.outline(c.rollout.reward_model))
+    peers.check_same('rollout.reward_model', digest(load.outline(c.rollout.reward_model)))
   return out
 
 
@@ -212,24 +215,39 @@ def fit(
     source: of batches; None: the rows of run.data.
   """
   locks = []  # one, held by process 0
-  peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
+  with run.watchdog.phase('restore'):
+    peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
   try:
     c = run.config
     retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
-    _fit(
-      _Session(
+    folder = files.join(run.workdir, 'checkpoints')
+    with run.watchdog.phase('restore'):
+      session = _Session(
         trainer=Trainer(run, loss_fn),
         source=source or Rows(run),
         eval_loss=eval_loss,
         watch=watch,
-        checkpoints=Checkpoints(files.join(run.workdir, 'checkpoints'), retention),
+        checkpoints=Checkpoints(folder, retention, c.watchdog.save),
         judge=compare.Judge(run),
         fingerprints=_fingerprints(run),
       )
-    )
+    try:
+      _fit(session)
+    except Exception:
+      _let_save_end(session)
+      raise
   finally:
     for lock in locks:
-      lock.release()
+      attempt('releasing the workdir', lock.release)
+
+
+def _let_save_end(s: _Session) -> None:
+  """Of a run that ends with an error: the interpreter's end would tear a save that is under way.
+  With others it is waited for where all have agreed to end.
+  """
+  if peers.is_alone() or peers.have_agreed():
+    with s.trainer.run.watchdog.phase('save'):
+      attempt('the last save', s.checkpoints.wait)
 
 
 def _fingerprints(run: Run) -> dict[str, str]:
@@ -247,7 +265,8 @@ def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
     if c.init_from:
       _check_source(c.init_from)
     return None, None
-  saved = s.checkpoints.meta(start)
+  with run.watchdog.phase('restore'):
+    saved = s.checkpoints.meta(start)
   _check_resume(saved, run, s.fingerprints)
   if saved['cursor'] != run.cursor(start) and saved['config'].get('batch_size') == c.batch_size:
     raise DataError(
@@ -328,19 +347,24 @@ def _fit(s: _Session) -> None:
   s.judge.tuned(params)
 
 
+def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter:
+  with run.watchdog.phase('restore'):  # a tracker may hang
+    return MetricsWriter(
+      run.workdir,
+      restored_step=start if saved else None,
+      drop_eval=bool(saved) and saved['progress']['owed'],
+      config=config_lib.plain(run.config),
+      sinks=run.config.log.sinks,
+      is_main=peers.is_main(),
+    )
+
+
 def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) -> State:
   """The loop with its writers, from `start` steps done."""
   trainer, run, c = s.trainer, s.trainer.run, s.trainer.run.config
   with run.watchdog.phase('compile'):
     compiled = trainer.compile()
-  writer = MetricsWriter(
-    run.workdir,
-    restored_step=start if saved else None,
-    drop_eval=bool(saved) and saved['progress']['owed'],
-    config=config_lib.plain(c),
-    sinks=c.log.sinks,
-    is_main=peers.is_main(),
-  )
+  writer = _writer(run, start, saved)
   printed = program_text(compiled)
   executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
   made_of = manifest.build(
@@ -397,11 +421,16 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
   kept = saved.get('source', {}) if saved else {}
   try:
     s.source.begin(trainer, lambda step, x: writer.write(step, 'rollout', x), start, kept)
-    return loop.run(state, start, s.source.take, progress)
+    state = loop.run(state, start, s.source.take, progress)
+  except BaseException:
+    attempt('closing the metrics', writer.close)
+    raise
+  else:
+    writer.close()
+    return state
   finally:
     s.source.end()
-    writer.close()
-    traces.push()
+    attempt('keeping the profile', traces.push)
     traces.close()
 
 

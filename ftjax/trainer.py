@@ -45,6 +45,11 @@ class Trainer:
 
   def __init__(self, run: Run, loss_fn: LossFn):
     c = run.config
+    if c.model.param_dtype == 'bfloat16':
+      log.warning(
+        'model.param_dtype=bfloat16: steps smaller than about 1/256 of a weight change nothing, '
+        'and with a usual optim.lr most are; float32 trains better where memory allows it'
+      )
     self.run = run
     self._has_reference = algorithms.reference_in_step(c)
     info = _leaves(run)

@@ -42,13 +42,16 @@ class Request:
 
 
 class FakeGcs:
-  """The server; a context manager. `deny` holds permissions, such as 'objects.create'."""
+  """The server; a context manager. `deny` holds permissions, such as 'objects.create';
+  `unavailable` how often a request is answered 503 whose path has the key in it.
+  """
 
   def __init__(self):
     self.storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, self.storage)
     self.deny: set[str] = set()
     self.hangs = False
+    self.unavailable: dict[str, int] = {}
     self.requests: list[Request] = []
     self.lock = threading.RLock()
     self._server = _Server(('127.0.0.1', 0), functools.partial(_Handler, self, self.storage))
@@ -72,7 +75,7 @@ class FakeGcs:
     """An empty bucket that refuses nothing."""
     with self.lock:
       self.storage.wipe(keep_buckets=True)
-      self.deny, self.hangs = set(), False
+      self.deny, self.hangs, self.unavailable = set(), False, {}
       self.requests.clear()
 
   def object(self, key: str) -> dict | None:
@@ -139,6 +142,8 @@ class _Handler(RequestHandler):
   def _serve(self, method):
     if self._fake.hangs:
       time.sleep(30)
+      self.close_connection = True  # whoever asked has given up
+      return
     connection, self._headers_to_add, self._body = (self.rfile, self.wfile), {}, b''
     if length := int(self.headers.get('Content-Length') or 0):
       # Not every handler reads the body, and what it leaves would be taken for the next request.
@@ -154,6 +159,10 @@ class _Handler(RequestHandler):
 
   def _handle(self, method):
     with self._fake.lock:
+      for part, left in self._fake.unavailable.items():
+        if left and part in self.path:
+          self._fake.unavailable[part] -= 1
+          return self._answer(503, 'Backend Error')
       url = urlparse(self.path)
       query = {k: v[0] for k, v in parse_qs(url.query).items()}
       permissions, key = _classify(method, url.path, query)

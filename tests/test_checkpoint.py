@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ftjax.runtime import checkpoint
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import DataError
 from ftjax.training.state import create
@@ -159,6 +161,63 @@ def test_the_newest_finalized_step_wins(opened, tmp_path):
   equal_bits(again.restore(4, abstract(state_of())), state_of(4))
 
 
+def test_files_are_on_the_disk_before_a_step_counts(opened, tmp_path, monkeypatch):
+  """Else a machine that loses its power may leave a finished step of empty files."""
+  synced, before_rename = set(), []
+  fsync, rename = os.fsync, os.rename
+
+  def seen(number):
+    synced.add(os.fstat(number).st_ino)
+    fsync(number)
+
+  def renamed(source, target, **settings):
+    if os.fspath(target).endswith('checkpoints/1'):
+      before_rename.append(set(synced))
+    rename(source, target, **settings)
+
+  monkeypatch.setattr(os, 'fsync', seen)
+  monkeypatch.setattr(os, 'rename', renamed)
+  c = opened()
+  save(c, 1)
+  found = [p for p in (tmp_path / 'checkpoints' / '1').rglob('*') if not p.is_dir()]
+  (early,) = before_rename
+  late = {p.name for p in found if p.stat().st_ino not in early}
+  assert late <= {'commit_success.txt', '_CHECKPOINT_METADATA'}  # Orbax writes these last
+  assert (tmp_path / 'checkpoints').stat().st_ino in synced
+  assert {p.stat().st_ino for p in found} <= synced
+
+
+@pytest.mark.parametrize('name', ['_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA'])
+@pytest.mark.parametrize('content', ['', '{"a": [1, ', None])
+def test_a_torn_newest_step_gives_way_to_the_one_before(opened, tmp_path, caplog, name, content):
+  c = opened()
+  save(c, 1)
+  save(c, 2)
+  c.close()
+  folder = tmp_path / 'checkpoints'
+  if content is None:
+    (folder / '2' / name).unlink()
+  else:
+    (folder / '2' / name).write_text(content)
+  again = opened()
+  assert again.latest() == 1 and again.steps() == [1]
+  assert f'2 cannot be read ({name}' in caplog.text
+  (aside,) = folder.glob('torn.2.*')
+  assert (aside / 'state').is_dir()
+  equal_bits(again.restore(1, abstract(state_of())), state_of(1))
+  save(again, 2)
+  equal_bits(opened().restore(2, abstract(state_of())), state_of(2))
+
+
+def test_where_no_step_can_be_read_nothing_begins_anew(opened, tmp_path):
+  c = opened()
+  save(c, 1)
+  (tmp_path / 'checkpoints' / '1' / 'meta' / 'metadata').write_text('')
+  with pytest.raises(DataError, match=r'1 cannot be read .*begin anew'):
+    c.latest()
+  assert (tmp_path / 'checkpoints' / '1').is_dir()
+
+
 def test_a_missing_step_is_told_with_those_that_are_there(opened, tmp_path):
   c = opened()
   save(c, 1)
@@ -215,6 +274,67 @@ def test_two_failed_commits_in_a_row_end_the_run(opened, monkeypatch):
   c.save(3, state_of(3), {'step': 3}, None)
   with pytest.raises(OSError, match='the disk is full'):
     c.save(4, state_of(4), {'step': 4}, None)
+
+
+@pytest.mark.parametrize('error', [TimeoutError('slow'), KeyError('a client of its own kind')])
+def test_any_failed_commit_is_forgiven_once(opened, monkeypatch, error):
+  c = opened()
+  save(c, 1)
+
+  def broken(folder):
+    raise error
+
+  monkeypatch.setattr(checkpoint, '_sync', broken)
+  c.save(2, state_of(2), {'step': 2}, None)
+  c.save(3, state_of(3), {'step': 3}, None)
+  with pytest.raises(type(error)):
+    c.save(4, state_of(4), {'step': 4}, None)
+  monkeypatch.undo()
+  save(c, 5)
+  assert c.steps() == [1, 5]
+
+
+def test_a_step_that_cannot_be_removed_is_no_failed_save(opened, monkeypatch, caplog):
+  from orbax.checkpoint._src.path import deleter
+
+  def busy(self, path, **settings):
+    raise OSError(errno.ENOTEMPTY, 'Directory not empty', str(path))
+
+  monkeypatch.setattr(deleter.PathDeleter, 'delete', busy)
+  c = opened(Retention(keep=1, metric='', mode='min'))
+  for step in range(1, 6):
+    save(c, step)
+  assert c.steps() == [1, 2, 3, 4, 5] and 'tidying up failed' in caplog.text
+  assert 'not committed' not in caplog.text
+
+
+def test_a_refusal_to_clear_up_at_the_start_ends_no_run(opened, tmp_path, monkeypatch, caplog):
+  def refused(path, **settings):
+    raise OSError(errno.EACCES, 'Permission denied', str(path))
+
+  (tmp_path / 'checkpoints' / '3.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
+  monkeypatch.setattr(shutil, 'rmtree', refused)
+  c = opened()
+  monkeypatch.undo()
+  assert 'could not be removed' in caplog.text
+  save(c, 4)
+  assert c.latest() == 4
+
+
+@pytest.mark.parametrize('limit, seconds', [(0.5, 1), (5400.0, 5400), (0.0, 30 * 24 * 3600)])
+def test_the_limit_of_a_save_is_the_configs(opened, monkeypatch, tmp_path, limit, seconds):
+  """Orbax's own twenty minutes would let no large or slow save come to its end."""
+  from orbax.checkpoint._src.checkpointers import async_checkpointer
+
+  made, seen = async_checkpointer._AsyncManager.__init__, []
+
+  def init(self, **settings):
+    seen.append(settings['timeout_secs'])
+    made(self, **settings)
+
+  monkeypatch.setattr(async_checkpointer._AsyncManager, '__init__', init)
+  Checkpoints(str(tmp_path / 'checkpoints'), LAST_TWO, limit).close()
+  assert seen == [seconds]
 
 
 def test_a_step_is_not_saved_twice(opened):

@@ -231,7 +231,7 @@ def test_settings_are_checked(tmp_path):
 
 
 def _race(tmp_path, barrier, results):
-  barrier.wait()
+  barrier.wait(60)
   corpus = build(tmp_path, Spec(str(tmp_path / 'a.jsonl')))
   results.put((os.getpid(), corpus.fingerprint, len(corpus)))
 
@@ -240,7 +240,9 @@ def test_racing_builders_end_with_one_whole_cache(tmp_path):
   write(tmp_path / 'a.jsonl', chat_rows(1500))
   context = multiprocessing.get_context('spawn')
   barrier, results = context.Barrier(2), context.Queue()
-  racers = [context.Process(target=_race, args=(tmp_path, barrier, results)) for _ in range(2)]
+  racers = [
+    context.Process(target=_race, args=(tmp_path, barrier, results), daemon=True) for _ in range(2)
+  ]
   for racer in racers:
     racer.start()
   found = {results.get(timeout=60)[1:] for _ in racers}

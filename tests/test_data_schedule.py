@@ -68,9 +68,9 @@ def test_seek_equals_iterate():
 def test_seek_is_quick():
   s = SourceSchedule(lengths(200_000), T, fingerprint='f', seed=0, packed=True)
   s.row(0)
-  started = time.monotonic()
+  started = time.process_time()
   s.row(10**12 + 7)  # 10 million epochs on; one permutation
-  far = time.monotonic() - started
+  far = time.process_time() - started
   assert far < 1.0
 
 

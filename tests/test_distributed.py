@@ -69,6 +69,15 @@ def test_slurm_is_detected_by_itself():
       find(None, None, None)
 
 
+def test_a_cluster_that_does_not_answer_is_no_process_alone(monkeypatch):
+  for key in ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID'):
+    monkeypatch.setenv(key, 'nonsense')
+  monkeypatch.setenv('SLURM_LOCALID', '0')
+  with pytest.raises(ConfigError, match=r'of a cluster \(slurm\).*--num_processes=1'):
+    find(None, None, None)
+  assert find(None, 1, None) is None
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [
@@ -115,7 +124,7 @@ def test_all_meet_and_the_port_is_free_again(address):
 
 
 def test_everybody_learns_who_is_missing(address):
-  errors = attend([Launch(address, 5, i) for i in (0, 2, 3)], 1)
+  errors = attend([Launch(address, 5, i) for i in (0, 2, 3)], 4)
   for error in errors:
     assert isinstance(error, StoppedEarly) and 'missing: process 1, 4.' in str(error)
     assert '--init_timeout_s' in str(error) and 'loopback' in str(error)
@@ -177,7 +186,7 @@ def test_a_process_that_is_started_anew_is_no_second_one(address):
 
 
 def test_a_process_that_has_died_again_is_missing(address):
-  with after_a_death(address, 2) as out:
+  with after_a_death(address, 6) as out:
     pass
   assert isinstance(out[0], StoppedEarly) and 'missing: process 1, 2.' in str(out[0])
 

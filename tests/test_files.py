@@ -84,7 +84,7 @@ def test_every_function_refuses_another_object_store_clearly(call):
 
 def test_probe_makes_the_folder_and_leaves_it_empty(tmp_path):
   workdir = tmp_path / 'runs' / 'new'
-  assert 0 <= files.probe(workdir) < 5
+  assert 0 <= files.probe(workdir) < 30
   assert files.listdir(workdir) == []
 
 

@@ -302,6 +302,21 @@ def test_an_export_killed_in_the_swap_is_no_model_until_the_next_one(bucket, mon
   assert not [k for k in bucket.names() if 'partial' in k]
 
 
+def test_a_hiccup_of_the_store_ends_no_swap(bucket):
+  write(f'{ROOT}/export', limit=256)
+  bucket.unavailable = {'rewriteTo': 2}
+  write(f'{ROOT}/export', 2.0, limit=256)
+  assert bucket.unavailable == {'rewriteTo': 0} and stored_value(f'{ROOT}/export') == 2.0
+
+
+def test_a_swap_that_is_refused_keeps_the_new_export_beside(bucket, monkeypatch):
+  write(f'{ROOT}/export', limit=256)
+  monkeypatch.setattr(gcs.GcsPath, 'copy_to', lambda *_: files.read_text(f'{ROOT}/none'))
+  with pytest.raises(OSError, match=r'the new one is whole in gs://bucket/\.export\.partial'):
+    write(f'{ROOT}/export', 2.0, limit=256)
+  assert stored_value(f'{ROOT}/.export.partial') == 2.0
+
+
 def test_what_is_no_model_folder_is_not_replaced(bucket):
   files.write_text(f'{ROOT}/export/thesis.tex', 'x')
   with pytest.raises(DataError, match=r'thesis\.tex'):
@@ -349,3 +364,29 @@ def test_checkpoints_are_kept_found_and_restored(bucket):
   opened.wait()
   np.testing.assert_array_equal(opened.restore(5, abstract)['a'], state(6)['a'])
   opened.close()
+
+
+def test_opening_checkpoints_deletes_only_what_a_crash_tore(bucket):
+  folder, retention = f'{ROOT}/run/checkpoints', Retention(1, '', 'min')
+  saved = Checkpoints(folder, retention)
+  saved.save(3, {'a': jax.numpy.arange(3.0)}, {}, None)
+  saved.wait()
+  saved.close()
+  mine = [f'{folder}/before_sweep/1/state/d/0', f'{folder}/notes.txt']
+  for path in (*mine, f'{folder}/4/state/d/0'):
+    files.write_text(path, 'x')
+  opened = Checkpoints(folder, retention)
+  assert opened.latest() == 3
+  opened.close()
+  assert all(files.exists(path) for path in mine) and not files.exists(f'{folder}/4')
+
+
+def test_the_outline_tells_revisions_apart(bucket, tmp_path):
+  for name, value in (('a', 1.0), ('same', 1.0), ('b', 2.0)):
+    write(tmp_path / name, value)
+  one, same, other = (load.outline(tmp_path / name) for name in ('a', 'same', 'b'))
+  assert one == same != other and [x[:2] for x in one] == [x[:2] for x in other]
+  write(f'{ROOT}/model')
+  first = load.outline(f'{ROOT}/model')
+  write(f'{ROOT}/model', 2.0)
+  assert load.outline(f'{ROOT}/model') != first

@@ -63,16 +63,16 @@ def test_reward_and_tasks_read_the_same_number(gsm8k, tmp_path):
   rows = read(tmp_path / 'test.jsonl')[:4]
   wanted = [r['answer'].rpartition(' ')[2] for r in rows]
   said = [rows[0]['answer'], f'#### {wanted[1]}.', f'It is {wanted[2]}', f'#### {wanted[3]}0']
-  scored = rewards.Rewards(rewards.parse(c.rollout.rewards), ['answer']).score(
-    rewards.Batch(
-      prompts=[r['messages'][0]['content'] for r in rows],
-      completions=said,
-      columns={'answer': [r['answer'] for r in rows]},
-      prompt_ids=[[1]] * 4,
-      token_ids=[[1]] * 4,
-      is_truncated=[False] * 4,
-    )
+  batch = rewards.Batch(
+    prompts=[r['messages'][0]['content'] for r in rows],
+    completions=said,
+    columns={'answer': [r['answer'] for r in rows]},
+    prompt_ids=[[1]] * 4,
+    token_ids=[[1]] * 4,
+    is_truncated=[False] * 4,
   )
+  with rewards.Rewards(rewards.parse(c.rollout.rewards), ['answer']) as judges:
+    scored = judges.score(batch)
   found = {}
   for spec in c.eval.tasks:
     name, kind, _ = tasks.parse_spec(spec)

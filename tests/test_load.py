@@ -307,6 +307,9 @@ def big_model(tmp_path_factory):
   return folder, arch
 
 
+SLACK = 16 << 20  # bytes, of allocators
+
+
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads /proc')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_memory_is_the_parameters_and_one_stacked_leaf(tmp_path, big_model, dtype):
@@ -317,7 +320,7 @@ def test_memory_is_the_parameters_and_one_stacked_leaf(tmp_path, big_model, dtyp
   item = np.dtype(dtype).itemsize
   leaf = max(int(np.prod(shape)) for shape in names.leaf_shapes(arch).values()) * item
   params = arch.num_params() * item
-  assert loaded - empty <= params + leaf, (loaded - empty, params, leaf)
+  assert loaded - empty <= params + leaf + SLACK, (loaded - empty, params, leaf)
   tensor = max(info.nbytes for info in names.hf_tensors(arch, np.dtype(dtype)).values())
   assert exported - loaded <= 2 * tensor
   assert params > 80e6

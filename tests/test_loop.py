@@ -127,7 +127,7 @@ def run(
     checkpoints=record,
     throughput=record,
     signals=Signals(jax.sharding.get_mesh()),
-    watchdog=Watchdog(dict.fromkeys(('step', 'evaluate', 'save'), 60.0)),
+    watchdog=Watchdog(dict.fromkeys(('step', 'evaluate', 'save'), 0.0)),
     profile_dir='unused',
   )
   state = record.error = None

@@ -244,3 +244,19 @@ def test_a_resumed_run_goes_on_under_its_tracker_id(tmp_path, monkeypatch):
     _writer(tmp_path, step, sinks=('wandb',)).close()
   first, resumed, fresh = (c['id'] for c in calls)
   assert first == resumed != fresh
+
+
+def test_a_tracker_whose_server_is_away_ends_no_run(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, 'wandb', _fake_wandb([]))
+
+  def away(*_):
+    raise ConnectionError('no route to host')
+
+  writer = _writer(tmp_path, sinks=('wandb',))
+  monkeypatch.setattr(_FakeRun, 'log', away)
+  monkeypatch.setattr(_FakeRun, 'finish', away)
+  writer.write(1, 'train', {'loss': 0.5})
+  writer.write(2, 'train', {'loss': 0.25})
+  writer.close()
+  assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
+  assert caplog.text.count('Wandb: ConnectionError: no route to host') == 1

@@ -234,6 +234,27 @@ def test_adamw_as_in_torch():
     np.testing.assert_allclose(got['w'], golden[count - 1], rtol=2e-6)
 
 
+def test_moments_of_bfloat16_parameters_are_those_of_float32():
+  """In bfloat16 an average that forgets a thousandth a step would keep its largest value."""
+  wide = {'final_norm/scale': np.full(128, 1.0, np.float32)}
+  info = {n: INFO[n] for n in wide}
+  make = optimizer.make_optimizer(
+    recipe('adamw', b2=0.999, decay=ALL, multipliers=ALL, freeze=NOTHING), info, info
+  )
+  moments = {}
+  for dtype in (jnp.float32, jnp.bfloat16):
+    params = jax.tree.map(lambda x, d=dtype: jnp.asarray(x, d), wide)
+    state = make.init(params)
+    for size in (4.0, *[0.25] * 400):
+      _, state = make.update(
+        jax.tree.map(lambda p, s=size: jnp.full_like(p, s), params), state, params
+      )
+    moments[dtype] = [np.asarray(x) for x in jax.tree.leaves(state) if x.ndim]
+  for got, want in zip(moments[jnp.bfloat16], moments[jnp.float32], strict=True):
+    np.testing.assert_array_equal(got, want)
+  assert max(m.max() for m in moments[jnp.float32]) < 0.25 + 0.016 * 0.9
+
+
 def test_sgd_without_momentum_keeps_no_buffer():
   tx = optimizer.make_optimizer(recipe('sgd', b1=0.0), INFO, INFO)
   state = tx.init(trees.unflatten(numbers(0)))

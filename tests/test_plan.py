@@ -387,7 +387,7 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
   whole = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
   with jax.set_mesh(whole):
     run = experiment.without_data(c, whole, arch)
-    run.watchdog = experiment.Watchdog({'restore': 60.0})
+    run.watchdog = experiment.Watchdog({'restore': 0.0})
     params = run.load_params('', 'float32')
   copy = weights.rollout_params(params, arch, weights.rollout_mesh(whole), jnp.float32)
   assert found.rollout.weights == one_device(copy)

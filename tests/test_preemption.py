@@ -71,6 +71,16 @@ def test_maintenance_that_ends_the_machine_is_told(metadata):
   assert hear(address) == ['maintenance-event=TERMINATE_ON_HOST_MAINTENANCE']
 
 
+def test_maintenance_that_was_announced_before_the_start_is_waited_for(metadata, caplog):
+  address, answers, _ = metadata
+  answers['maintenance-event'] = ['TERMINATE_ON_HOST_MAINTENANCE']
+  answers['preempted'] = ['FALSE', 'FALSE', 'TRUE']
+  assert hear(address) == ['preempted=TRUE']
+  answers['preempted'] = ['TRUE']  # of a machine that has half a minute left, at once
+  answers['maintenance-event'] = ['NONE']
+  assert hear(address) == ['preempted=TRUE']
+
+
 def test_only_machines_of_that_cloud_ask(monkeypatch, tmp_path):
   monkeypatch.delenv('GCE_METADATA_HOST', raising=False)
   product = tmp_path / 'product_name'

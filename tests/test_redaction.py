@@ -15,7 +15,7 @@ from ftjax.runtime.redaction import REDACTED, is_secret_name, redact, redact_tex
   [
     'token', 'hf_token', 'hub.token', 'HF_TOKEN', 'accessToken', 'token_value', 'secret',
     'password', 'client_secret', 'DB_PASSWORD', 'api_key', 'apiKey', 'apikey', 'WANDB_API_KEY',
-    'credentials',
+    'credentials', 'upload_id',
     'aws_secret_access_key', 'private-key', 'authorization',
   ],
 )  # fmt: skip

@@ -35,11 +35,11 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def killed(reference, tmp_path_factory):
-  """(workdir of a run killed after step 18, in its third epoch, and run again; what that said)."""
+  """(workdir of a run killed after step 17, in its third epoch, and run again; what that said)."""
   workdir = tmp_path_factory.mktemp('killed')
   tiny_run.share_programs(reference, workdir)
   process = tiny_run.launch('train', tiny_run.arguments(workdir), workdir / 'log')
-  assert tiny_run.kill_when(process, lambda: tiny_run.logged(workdir) >= 18)
+  assert tiny_run.kill_when(process, lambda: tiny_run.logged(workdir) >= 17)
   assert process.returncode == -9
   finished = [int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
   assert finished and max(finished) < STEPS and not (workdir / 'export').exists()

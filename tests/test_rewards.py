@@ -204,14 +204,15 @@ def test_an_exception_is_counted_and_not_paid(functions):
 
 
 def test_a_function_that_hangs_or_dies_is_started_again(functions):
-  with Rewards(parse('my_rewards:hangs@1,my_rewards:dies@1'), (), call_limit=1.0) as r:
+  with Rewards(parse('my_rewards:hangs@1,my_rewards:dies@1'), (), call_limit=5.0) as r:
     start = time.monotonic()
     got = r.score(batch('hang', 'die'))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     np.testing.assert_array_equal(got.parts, np.zeros((2, 2)))
     assert got.failures == {'hangs': 2, 'dies': 2}
     assert 'out of time' in got.reasons['hangs'] and '-9' in got.reasons['dies']
-    assert r.score(batch('exit', 'b')).failures == {'hangs': 0, 'dies': 2}
+    got = r.score(batch('exit', 'b'))
+    assert got.failures == {'hangs': 0, 'dies': 2} and 'exit code 3' in got.reasons['dies']
     np.testing.assert_array_equal(r.score(batch('a', 'b')).parts, np.ones((2, 2)))
 
 
@@ -231,16 +232,25 @@ def test_a_stop_of_the_whole_job_leaves_it_to_answer(functions, tmp_path):
   assert not found[0].failures['slow']
 
 
+def runs(pid):
+  """False for a dead one that its new parent has not yet buried, too."""
+  try:
+    with open(f'/proc/{pid}/stat') as f:
+      return f.read().rpartition(')')[2].split()[0] not in 'ZX'
+  except FileNotFoundError:
+    return False
+
+
 def test_what_it_starts_ends_when_told_to_and_with_it(functions, tmp_path):
   with Rewards(parse('my_rewards:forks@1,my_rewards:leaves@1'), (), call_limit=30.0) as r:
     got = r.score(batch('a', 'b'))
     assert not any(got.failures.values()), got.reasons
     pid = int((tmp_path / 'left').read_text())
     os.kill(pid, 0)
-  with pytest.raises(ProcessLookupError):
-    for _ in range(100):  # its new parent takes a moment to bury it
-      os.kill(pid, 0)
-      time.sleep(0.05)
+  deadline = time.monotonic() + 30
+  while runs(pid):
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
 
 
 def test_what_was_killed_is_asked_once_more(functions, tmp_path):
@@ -299,11 +309,11 @@ def test_math_is_isolated_and_the_order_kept():
   shifted = batch(*texts, answer=[str(i + 1) for i in range(13)])
   # A gold of its kind lets a tower through to sympy, which would compute for ever.
   towers = batch('\\boxed{9^{9^{9^8}}}', '7', answer=['9^{9^{9^9}}', '7'])
-  with Rewards(parse('math'), ('answer',), workers=2) as r:
+  with Rewards(parse('math'), ('answer',), completion_limit=5.0, workers=2) as r:
     np.testing.assert_array_equal(r.score(b).total, np.ones(13))
     start = time.monotonic()
     got = r.score(towers)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 60
     np.testing.assert_array_equal(got.total, [0, 1])
     assert got.failures == {'math': 1} and got.reasons == {'math': 'out of time'}
     np.testing.assert_array_equal(r.score(shifted).total, np.zeros(13))
@@ -313,11 +323,11 @@ def test_math_is_isolated_and_the_order_kept():
 def test_a_hanging_pattern_costs_one_completion(tmp_path):
   path = tmp_path / 's.json'
   path.write_text('{"type": "string", "pattern": "^(a+)+$"}')
-  with Rewards(parse((f'json_schema:{path}',)), (), completion_limit=0.5, workers=2) as r:
+  with Rewards(parse((f'json_schema:{path}',)), (), completion_limit=3.0, workers=2) as r:
     for _ in range(2):
       start = time.monotonic()
       got = r.score(batch('"aaa"', json.dumps('a' * 60 + '!'), '"aa"', '"b"'))
-      assert time.monotonic() - start < 5
+      assert time.monotonic() - start < 60
       np.testing.assert_array_equal(got.total, [1, 0, 1, 0])
       assert got.failures == {'json_schema': 1}
 

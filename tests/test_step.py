@@ -213,6 +213,7 @@ def test_bfloat16_parameters_train(ragged, name, micro):
   step = make_step(sft.make_loss(TINY, c), optimizer, shardings, **SETTINGS)
   compiled = compile_step(step, with_shardings(abstract, shardings), like)
   state, losses = jax.jit(make, out_shardings=shardings)(params), []
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.opt) if x.dtype != jnp.int32)
   for _ in range(6):
     state, metrics = compiled(state, batch)
     losses.append(float(metrics['loss']))

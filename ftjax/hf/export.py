@@ -89,22 +89,30 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 def _whole_prefix(target: Path) -> Iterator[Path]:
   """`whole_folder` in a bucket: the block writes below another prefix, and what it wrote is copied
   inside the store. While that goes on the target has no config.json, and no reader takes it for a
-  model; who is killed there leaves it so, and the next export makes it whole.
+  model; who is killed there, or refused, leaves it so and the new one whole below the other prefix.
+  The next export makes it whole.
   """
   temp = target.with_name(f'.{target.name}.partial')
   temp.remove_tree()
   try:
     yield temp
-    new = {p.name: p for p in temp.iterdir()}
-    old = {p.name: p for p in target.iterdir()} if target.is_dir() else {}
-    marks = ('config.json', INDEX_FILE)  # in the order of going; they come in the reverse
+  except BaseException:
+    temp.remove_tree()
+    raise
+  new = {p.name: p for p in temp.iterdir()}
+  old = {p.name: p for p in target.iterdir()} if target.is_dir() else {}
+  marks = ('config.json', INDEX_FILE)  # in the order of going; they come in the reverse
+  try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
-      old[name].unlink()
+      with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
+        old[name].unlink()
     late = [m for m in reversed(marks) if m in new]
     for name in (*sorted(new.keys() - {*late}), *late):
       new[name].copy_to(target / name)
-  finally:
-    temp.remove_tree()
+  except OSError as error:
+    text = f'could not be replaced ({error}); the new one is whole in {temp}'
+    raise OSError(5, text, str(target)) from error
+  temp.remove_tree()
 
 
 def write_model(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
   import jax
 
 _BLOCK_BYTES = 32 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions apart
 
 
 def _gguf_file(path: Path) -> Path | None:
@@ -232,11 +233,27 @@ def _fill_tensor(
     out[tuple(place)] = names.read(source, binding, tuple(index))
 
 
-def outline(path: str | os.PathLike) -> list[tuple[str, int]]:
-  """(name, bytes) of the weight files, without reading them; [] for no path."""
+def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
+  """(name, bytes, what tells revisions apart) of the weight files, to be compared between hosts;
+  [] for no path. The last is an object's generation, or a hash over some blocks of a local file.
+  """
   if not path:
     return []
-  return [(p.name, p.stat().st_size) for p in _weight_files(path)]
+  remote = files.is_remote(path)
+  return [
+    (p.name, p.stat().st_size, str(p.stat().generation) if remote else _sample(p))
+    for p in _weight_files(path)
+  ]
+
+
+def _sample(path: Path) -> str:
+  """SHA-256, in hex, of evenly spaced blocks of a file, its first and last among them."""
+  digest, last = hashlib.sha256(), max(0, path.stat().st_size - _SAMPLE_BYTES)
+  with path.open('rb') as f:
+    for i in range(_SAMPLES):
+      f.seek(last * i // (_SAMPLES - 1))
+      digest.update(f.read(_SAMPLE_BYTES))
+  return digest.hexdigest()
 
 
 def exported(workdir: str | os.PathLike) -> str | None:

@@ -70,6 +70,9 @@ class Worker:
       try:
         return json.loads(self.link.recv_bytes())
       except (EOFError, OSError):
+        # On its way out, after sys.exit say, it closes the link first: its own code is to be told.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          self._process.wait(timeout=5)
         self.stop()
         code = self._process.returncode
         answer = {'failure': f'its process ended with exit code {code}', 'killed': code < 0}

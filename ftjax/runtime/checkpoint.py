@@ -1,20 +1,29 @@
 """Checkpoints of a run: sharded state and a small JSON, saved asynchronously by Orbax.
 
-Kept are the latest n together with the best one. The newest step that Orbax finalized is the one
-that counts, whatever a crash left beside it; it is found by listing the directory, never from
-memory."""
+Kept are the latest n together with the best one. The newest step that Orbax finalized and that can
+be read is the one that counts, whatever a crash left beside it; it is found by listing the
+directory, never from memory. Before a step counts and older ones go, its files are on the disk."""
 
+import contextlib
 import dataclasses
+import json
 import logging
 import math
+import os
+import shutil
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ftjax.runtime.errors import DataError
+from ftjax.runtime import files, gcs, peers
+from ftjax.runtime.errors import DataError, caught
 
 log = logging.getLogger(__name__)
+
+_FOR_EVER = 30 * 24 * 3600  # seconds; Orbax wants a number
+# JSON of a step without which it cannot be read.
+_INDEXES = ('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +40,18 @@ class Retention:
 class Checkpoints:
   """The checkpoints of one workdir."""
 
-  def __init__(self, directory: str, retention: Retention):
-    """Opens or creates `directory`. Finalized steps in it stay; saves that a crash tore go."""
+  def __init__(self, directory: str, retention: Retention, limit: float = 0.0):
+    """Opens or creates `directory`. Finalized steps in it stay; saves that a crash tore go.
+
+    Args:
+      directory: local, or gs://.
+      retention: what stays.
+      limit: seconds that a save may take in the background; 0: no limit.
+    """
+    self._directory, self._is_remote = directory, files.is_remote(directory)
     self._metric, self._has_failed = retention.metric, False
+    self._begun: int | None = None  # the step of the newest save
+    peers.from_main(lambda: _remove_torn(directory))
     keep: Any = checkpoint_managers.LatestN(n=retention.keep)
     value = None
     if retention.metric:
@@ -54,7 +72,13 @@ class Checkpoints:
         best_fn=value,
         best_mode=retention.mode,
         enable_async_checkpointing=True,
-        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(
+          timeout_secs=math.ceil(limit) or _FOR_EVER,
+          # Called in one process, when all have written and before the step gets its name.
+          post_finalization_callback=None if self._is_remote else self._sync_begun,
+        ),
+        # In a bucket it would take every folder without a mark for torn, the user's among them.
+        cleanup_tmp_directories=False,
       ),
     )
 
@@ -67,8 +91,40 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def latest(self) -> int | None:
-    """The newest finalized step."""
-    return max(self.steps(), default=None)
+    """The newest finalized step. Those that cannot be read (a machine lost its power) are put aside
+    where an older one can. By process 0 alone.
+
+    Raises:
+      DataError: there are steps, and none can be read.
+    """
+    steps, torn = self.steps(), {}
+    while steps and (reason := self._torn(steps[-1])):
+      torn[steps.pop()] = reason
+    if torn and not steps:
+      newest = max(torn)
+      raise DataError(
+        f'{self._directory}/{newest} cannot be read ({torn[newest]}), and there is no other '
+        'checkpoint; give another --workdir, or delete that folder to begin anew'
+      )
+    for step, reason in torn.items():
+      aside = f'torn.{step}.{os.getpid()}'
+      os.rename(files.join(self._directory, str(step)), files.join(self._directory, aside))
+      log.error(
+        '%s/%d cannot be read (%s): renamed to %s; going on from step %d',
+        *(self._directory, step, reason, aside, steps[-1]),
+      )
+    return steps[-1] if steps else None
+
+  def _torn(self, step: int) -> str:
+    """Why a step cannot be read; '' where nothing speaks against it. An object is whole or not
+    there.
+    """
+    for name in () if self._is_remote else _INDEXES:
+      try:
+        json.loads(files.read_text(files.join(self._directory, str(step), name)))
+      except (OSError, ValueError) as error:
+        return f'{name}: {error}'
+    return ''
 
   def best(self) -> int | None:
     """The finalized step with the best metric, or None."""
@@ -80,16 +136,15 @@ class Checkpoints:
     A save whose background part failed is reported here or in `wait`, and does not count: the next
     save happens all the same. Two failures in a row are raised: a run that cannot save must not go
     on."""
-    try:
-      self._manager.wait_until_finished()
-      self._has_failed = False
-    except (OSError, ValueError, RuntimeError) as error:
-      if self._has_failed:
-        raise
-      self._has_failed = True
+    error = self._error_of_last()
+    if error and self._has_failed:
+      raise error
+    self._has_failed = bool(error)
+    if error:
       log.error('an earlier checkpoint was not committed: %s; saving step %d instead', error, step)
     if step in self.steps():
       return
+    self._begun = step
     self._manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
@@ -125,9 +180,62 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
   def wait(self) -> None:
-    """Blocks until everything begun is finalized; raises what a background save raised."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    """Blocks until everything begun is finalized and on the disk; raises what a background save
+    raised.
+    """
+    if error := self._error_of_last():
+      raise error
+    if self._begun is not None and not self._is_remote and peers.is_main():
+      _sync(files.join(self._directory, str(self._begun)))
+      _sync_folder(self._directory)
+
+  def _error_of_last(self) -> Exception | None:
+    """Why the last save did not come to its end, of a disk or of any of a bucket's clients. It is
+    none where the step is there, and what failed was to remove older ones.
+    """
+    error = caught(self._manager.wait_until_finished) or caught(self._manager.check_for_errors)
+    if error and (self._begun is None or self._begun in self.steps()):
+      log.warning('%s: tidying up failed: %s', self._directory, error)
+      return None
+    return error
+
+  def _sync_begun(self) -> None:
+    """The files of the step that is about to get its name."""
+    for name in os.listdir(self._directory):
+      if name.startswith(f'{self._begun}.'):
+        _sync(files.join(self._directory, name))
 
   def close(self) -> None:
     self._manager.close()
+
+
+def _remove_torn(directory: str) -> None:
+  """Removes the saves that a crash tore. What cannot be removed ends no run."""
+  with contextlib.suppress(FileNotFoundError):
+    for name in files.listdir(directory):
+      path = files.as_path(files.join(directory, name))
+      try:
+        if isinstance(path, gcs.GcsPath):
+          if name.isdigit() and not (path / 'commit_success.txt').is_file():
+            path.remove_tree()
+        elif '.orbax-checkpoint-tmp' in name:
+          shutil.rmtree(path)
+      except OSError as error:
+        log.warning('%s: a torn save could not be removed: %s', path, error)
+
+
+def _sync(folder: str) -> None:
+  """All files below a folder, and the folders, to the disk."""
+  for place, _, names in os.walk(folder):
+    for name in names:
+      with open(os.path.join(place, name), 'rb') as f:
+        os.fsync(f.fileno())
+    _sync_folder(place)
+
+
+def _sync_folder(folder: str) -> None:
+  number = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)

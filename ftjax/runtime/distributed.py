@@ -62,9 +62,12 @@ def find(
     environment: variables of the process.
 
   Raises:
-    ConfigError: flags that are incomplete or contradict each other.
+    ConfigError: flags that are incomplete or contradict each other, or a cluster that does not
+      answer.
   """
   if coordinator is None:
+    if num_processes == 1 and not process_id:
+      return None
     if num_processes is not None or process_id is not None:
       raise ConfigError(
         f'--num_processes={num_processes}, --process_id={process_id}: they need '
@@ -121,6 +124,7 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
     known = [c for c in known if c.name != 'slurm']
   if 'JOB_COMPLETION_INDEX' not in environment:  # a pod of its own
     known = [c for c in known if c.name != 'k8s']
+  found = None
   try:
     found = next((c for c in known if c.is_env_present()), None)
     if found is None or (size := found.get_process_count()) == 1:
@@ -130,6 +134,13 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
     )
     launch = Launch(address, size, found.get_process_id(), _own_devices(environment))
   except (OSError, RuntimeError, ValueError, KeyError) as error:
+    if found is not None:
+      # Going on alone, each of many would train a run of its own.
+      raise ConfigError(
+        f'this is a machine of a cluster ({found.name}), but who else takes part could not be '
+        f'found out ({type(error).__name__}: {error}); try again, give --coordinator=HOST:PORT, or '
+        '--num_processes=1 for a run of this process alone'
+      ) from error
     log.warning('looking for other processes of this run failed (%s); it goes on alone', error)
     return _alone(environment)
   nodes = int(environment.get('SLURM_JOB_NUM_NODES', '1'))

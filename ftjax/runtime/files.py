@@ -200,8 +200,9 @@ class _KernelLock:
         f'--workdir={os.fspath(folder)} is in use by {holder}; wait for it, stop it, or give '
         'another --workdir'
       ) from error
-    except OSError:
-      return  # a file system without locks
+    except OSError as error:
+      log.warning('%s: no lock can be had (%s): start no second run there', path, error)
+      return
     self._file.truncate(0)
     self._file.write(f'process {os.getpid()} on {socket.gethostname()}')
     self._file.flush()

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.redaction import redact_text
 
 SCHEME = 'gs://'
 _PIECE = 8 << 20  # bytes of one range request; a large read is several at once
@@ -84,24 +85,24 @@ def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
   from google.auth.exceptions import GoogleAuthError
   from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
-  place = os.fspath(path)
+  place, told = os.fspath(path), lambda text: redact_text(text[-300:])
   try:
     yield
   except exceptions.NotFound as error:
     raise FileNotFoundError(2, 'No such object', place) from error
   except exceptions.Forbidden as error:
-    raise PermissionError(13, f'Forbidden ({error.message[-300:]})', place) from error
+    raise PermissionError(13, f'Forbidden ({told(error.message)})', place) from error
   except InvalidResponse as error:  # a resumable upload's own kind
     kind = PermissionError if error.response.status_code == 403 else OSError
-    told = f'HTTP {error.response.status_code} ({error.response.text[-300:]})'
-    raise kind(13 if kind is PermissionError else 5, told, place) from error
+    text = f'HTTP {error.response.status_code} ({told(error.response.text)})'
+    raise kind(13 if kind is PermissionError else 5, text, place) from error
   except (
     exceptions.GoogleAPIError,
     DataCorruption,
     requests.RequestException,
     GoogleAuthError,
   ) as error:
-    raise OSError(5, f'{type(error).__name__}: {str(error)[-300:]}', place) from error
+    raise OSError(5, f'{type(error).__name__}: {told(str(error))}', place) from error
 
 
 class Stat(NamedTuple):
@@ -283,10 +284,13 @@ class GcsPath:
 
   def copy_to(self, target: GcsPath) -> None:
     """Within the store; no byte passes through this machine."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
     with as_os_errors(self):
       source, blob, token = self.blob(), target.blob(), ''
       while token is not None:  # large objects need several calls
-        token, _, _ = blob.rewrite(source, token=token or None)
+        # Usually it does not try again; to copy twice what stays as it is does no harm.
+        token, _, _ = blob.rewrite(source, token=token or None, retry=DEFAULT_RETRY)
     target._stat = None
 
   def remove_tree(self) -> None:

@@ -3,8 +3,8 @@
 The holder makes `.lock` on the condition that no such object exists, and writes it anew every 15 s
 on the condition that it is still its own. Another process that finds it takes it over when its
 holder is known to be dead (same machine, no such process), or has written nothing for a minute:
-clocks are not compared, the object's generation is watched. This keeps two runs out of one folder;
-it does not stop a holder that was frozen for a minute and wakes up: that one logs an error.
+clocks are not compared, the object's generation is watched. A holder that was cut off for a minute,
+and finds its lock in other hands when it is back, ends: two runs must not write one folder.
 """
 
 import json
@@ -14,14 +14,16 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 
 from ftjax.runtime import gcs
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, StoppedEarly
 
 log = logging.getLogger(__name__)
 
 BEAT = 15.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one after which a lock is nobody's
+_GRACE = 15.0  # seconds to tell the other processes
 
 
 def _machine() -> str:
@@ -43,14 +45,36 @@ def _started(process: int) -> str:
   return '' if fields[0] in 'ZX' else fields[19]
 
 
+def _end(message: str) -> None:
+  from ftjax.runtime import peers  # which imports jax; files.py is for those too who do without
+
+  code = StoppedEarly.exit_code
+  peers.exit_within(_GRACE, code)
+  peers.end(code, message)
+  os._exit(code)  # alone
+
+
 class Lease:
   """The lock of a folder; see the top of this file.
+
+  Args:
+    folder: gs://...
+    beat, patience: seconds.
+    lost: called with a message, in another thread, where another process has taken the folder; the
+      usual one ends this run.
 
   Raises:
     ConfigError: another process holds it; names that process.
   """
 
-  def __init__(self, folder: str | os.PathLike, beat: float = BEAT, patience: float = PATIENCE):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    beat: float = BEAT,
+    patience: float = PATIENCE,
+    lost: Callable[[str], None] = _end,
+  ):
+    self._lost = lost
     self._folder, self._path = folder, gcs.GcsPath(f'{os.fspath(folder).rstrip("/")}/.lock')
     self._nonce, self._beat = uuid.uuid4().hex, beat
     self._generation = self._take(0)
@@ -84,15 +108,18 @@ class Lease:
 
   def _holder(self) -> tuple[int, dict]:
     """(generation, what it says); (0, {}) where there is no lock."""
-    path = gcs.GcsPath(self._path)
-    try:
-      generation = path.stat().generation
-      found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-      return 0, {}
-    except ValueError:
-      found = {}
-    return generation, found if isinstance(found, dict) else {}
+    while True:
+      path, generation = gcs.GcsPath(self._path), 0
+      try:
+        generation = path.stat().generation
+        found = json.loads(path.read_bytes())
+      except FileNotFoundError:
+        if generation:  # renewed in between
+          continue
+        return 0, {}
+      except ValueError:
+        found = {}
+      return generation, found if isinstance(found, dict) else {}
 
   def _take_over(self, patience: float) -> int:
     first, holder = self._holder()
@@ -119,12 +146,15 @@ class Lease:
   def _live(self) -> None:
     while not self._released.wait(self._beat):
       try:
-        generation = self._take(self._generation)
+        # Somebody may have deleted it by hand.
+        generation = self._take(self._generation) or self._take(0)
       except OSError as error:
         log.warning('%s: could not be renewed: %s', self._path, error)
         continue
       if not generation:
-        log.error('%s: another process took this run for dead and holds the folder', self._path)
+        message = f'{self._path}: another process took this run for dead and holds the folder'
+        log.error('%s', message)
+        self._lost(message)
         return
       self._generation = generation
 

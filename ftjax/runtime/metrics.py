@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ftjax.runtime import files
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, caught
 from ftjax.runtime.redaction import redact
 from ftjax.runtime.trees import flatten
 
@@ -183,6 +183,7 @@ class MetricsWriter:
       raise ConfigError(f'log.sinks: got {sorted(unknown)}, expected some of {sorted(_SINKS)}')
     self._is_main = is_main
     self._trackers: list[Tracker] = []
+    self._is_tracker_away = False
     if not is_main:
       return
     workdir = os.fspath(workdir)
@@ -263,7 +264,14 @@ class MetricsWriter:
     if self._events.is_due():
       self._push()
     for tracker in self._trackers:
-      tracker.log(step, finite)
+      self._tell(tracker, lambda t: t.log(step, finite))
+
+  def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+    """A tracker holds a copy of the rows: that its server is away ends no run."""
+    error = caught(lambda: call(tracker))
+    if error and not self._is_tracker_away:
+      logging.warning('%s: %s: %s', type(tracker).__name__[1:], type(error).__name__, error)
+    self._is_tracker_away = bool(error)
 
   def close(self) -> None:
     """Flushes everything; the trackers' runs end."""
@@ -274,7 +282,7 @@ class MetricsWriter:
     self._board.close()
     self._events.close()
     for tracker in self._trackers:
-      tracker.close()
+      self._tell(tracker, lambda t: t.close())
     self._trackers = []
 
 

@@ -6,6 +6,7 @@ Process 0 is the main one: it writes the small files and logs. A process that en
 tells the others, which end with the same code: nobody waits for the dead."""
 
 import atexit
+import contextlib
 import faulthandler
 import itertools
 import json
@@ -27,9 +28,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-_MAIN_LEAVES_AFTER = 3.0  # seconds: the service that tells the others lives in process 0
+_LEAVES_WITHIN = 300.0  # seconds to close files, trackers' among them, once all have agreed to end
+_MAIN_WAITS = 10.0  # seconds: the service that tells the others lives in process 0
 _numbers = itertools.count()
-_ended = 'ftjax/ended'
+_ended, _heard = 'ftjax/ended', 'ftjax/heard'
 _together = threading.Event()  # all processes have agreed to leave
 
 
@@ -127,10 +129,18 @@ def wait_for_all() -> None:
 
 def leave_together() -> None:
   """Called by every process before it ends for a reason that all agree on: each then closes its
-  files in peace, and `end` waits for all.
+  files in peace, and `end` waits for all. Nothing else watches from here on: who is not done in
+  time ends all the same.
   """
   wait_for_all()
   _together.set()
+  if not is_alone():
+    exit_within(_LEAVES_WITHIN + is_main() * _MAIN_WAITS, StoppedEarly.exit_code)
+
+
+def have_agreed() -> bool:
+  """Whether all processes have come to `leave_together`."""
+  return _together.is_set()
 
 
 def end(code: int, message: str) -> None:
@@ -155,13 +165,32 @@ def exit_within(seconds: float, code: int) -> None:
   timer.start()
 
 
-def _leave(code: int) -> None:
-  exit_within(4 * _MAIN_LEAVES_AFTER, code)  # flushing waits for whoever writes, maybe for ever
+def _leave(code: int, message: str = '') -> None:
+  exit_within(2 * _MAIN_WAITS, code)  # who reads what is written may do so never
+  if message:
+    print(message, file=sys.stderr)
   sys.stdout.flush()
   sys.stderr.flush()
   if is_main():
-    time.sleep(_MAIN_LEAVES_AFTER)
+    _wait_until_heard()
+  else:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      _client().key_value_set(f'{_heard}/{_service().process_id}', '')
   os._exit(code)  # the orderly way waits for the others, which wait for us
+
+
+def _wait_until_heard() -> None:
+  """Until all others are leaving too, those at least that live: without the service they would
+  abort, with another exit code.
+  """
+  left, end = set(range(1, _service().num_processes)), time.monotonic() + _MAIN_WAITS
+  while left and time.monotonic() < end:
+    for process in tuple(left):
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # not yet
+        _client().key_value_try_get(f'{_heard}/{process}')
+        left.discard(process)
+    time.sleep(0.1)
+  time.sleep(0.5)  # between the word and the end
 
 
 def watch() -> None:
@@ -182,11 +211,8 @@ def watch() -> None:
       except jax.errors.JaxRuntimeError:  # nobody has ended
         continue
       if told['process'] != _service().process_id and not _together.is_set():
-        print(
-          f'process {_service().process_id}: process {told["process"]} ended: {told["text"]}',
-          file=sys.stderr,
-        )
-        _leave(told['code'])
+        own = _service().process_id
+        _leave(told['code'], f'process {own}: process {told["process"]} ended: {told["text"]}')
 
   threading.Thread(target=listen, daemon=True, name='peers').start()
   atexit.register(done.set)

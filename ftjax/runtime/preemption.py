@@ -37,7 +37,8 @@ def server() -> str | None:
 
 def listen(host: str, notice: Callable[[str], None]) -> None:
   """Calls `notice` with the reason, once, when the machine is about to be taken; in threads that
-  die with the process.
+  die with the process. Maintenance that was announced before is only logged: it may be an hour
+  away, and a run that ended at once whenever it is started would get nowhere.
 
   Args:
     host: from `server`.
@@ -47,7 +48,7 @@ def listen(host: str, notice: Callable[[str], None]) -> None:
 
   def ask(question: str, alarming: tuple[str, ...]) -> None:
     url = f'http://{host}/computeMetadata/v1/instance/{question}'
-    etag, pause = '0', threading.Event()
+    etag, pause, is_first = '0', threading.Event(), True
     while not told.is_set():
       # With an old etag the server answers when the value changes, or after the time given.
       request = urllib.request.Request(
@@ -61,7 +62,11 @@ def listen(host: str, notice: Callable[[str], None]) -> None:
         log.debug('%s: %s', url, error)
         pause.wait(5)
         continue
-      if value in alarming and not told.is_set():
+      is_old = is_first and question == 'maintenance-event'
+      is_first = False
+      if value in alarming and is_old:
+        log.warning('%s=%s was announced before this start: going on until then', question, value)
+      elif value in alarming and not told.is_set():
         told.set()
         notice(f'{question}={value}')
 

@@ -23,6 +23,7 @@ _SECRET_PAIRS = {
   ('private', 'key'),
   ('secret', 'key'),
   ('auth', 'key'),
+  ('upload', 'id'),  # of a resumable upload: whoever has it may write the object
 }
 # Words beside `token` that make it a piece of text and not a right of access: eos_token, token_ids,
 # per_token.

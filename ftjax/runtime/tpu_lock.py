@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.redaction import redact_text
 
 LOCKFILE = '/tmp/libtpu_lockfile'
 _DEVICES = ('/dev/accel', '/dev/vfio/')
@@ -39,7 +40,7 @@ def explain(error: RuntimeError) -> None:
   text = str(error)
   if 'lockfile' not in text and 'already in use' not in text:
     return
-  who = '; '.join(f'process {n}: {command[:200]}' for n, command in holders())
+  who = '; '.join(f'process {n}: {redact_text(command[:200])}' for n, command in holders())
   raise ConfigError(
     f'the TPU is in use by {who or "a process that this user may not see (try sudo)"}. End it, or '
     f'where none runs, delete {LOCKFILE}. libtpu says: {text.splitlines()[0][:300]}'

@@ -125,9 +125,9 @@ class Watchdog:
 
 
 def _end(message: str) -> None:
-  print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
   code = StoppedEarly.exit_code
-  peers.exit_within(_GRACE, code)  # process 0 may be what hangs
+  peers.exit_within(_GRACE, code)  # process 0 may be what hangs, or whoever reads stderr
+  print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
   with contextlib.suppress(OSError, ValueError):  # a notebook's stderr is no file
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
   peers.end(code, message)

@@ -253,4 +253,18 @@ def make_optimizer(
   )
   parts.append(_scale_by({n: rates[n] * (1 - frozen[n]) for n in trained}))
   parts.append(optax.scale_by_learning_rate(recipe.schedule))
-  return optax.chain(*parts)
+  return _in_float32(optax.chain(*parts))
+
+
+def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Moments and arithmetic in float32 whatever the parameters are: a bfloat16 average that forgets
+  a thousandth a step never forgets.
+  """
+
+  def wide(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  return optax.GradientTransformation(
+    lambda params: transform.init(wide(params)),
+    lambda updates, state, params: transform.update(wide(updates), state, wide(params)),
+  )

@@ -117,8 +117,6 @@ def make_step(
     """New (params, opt, ema) where ok, the old ones elsewhere."""
     updates, opt = optimizer.update(gradient, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
-    # optax promotes some bfloat16 moments; the state keeps the dtypes it was compiled with.
-    opt = jax.tree.map(lambda new, old: new.astype(old.dtype), opt, state.opt)
     ema = (
       jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
       if ema_decay

@@ -41,10 +41,10 @@ def arguments(workdir, *overrides):
 
 class Processes:
   """`count` processes of one run; what they say goes to <logs>/<number>.log. `own`: arguments of
-  each.
+  each; `folders`: from which each is started.
   """
 
-  def __init__(self, count, arguments, logs, flags=(), own=None):
+  def __init__(self, count, arguments, logs, flags=(), own=None, folders=None):
     logs.mkdir(parents=True, exist_ok=True)
     self.logs = [logs / f'{i}.log' for i in range(count)]
     port, self.all = free_port(), []
@@ -60,7 +60,7 @@ class Processes:
         self.all.append(
           subprocess.Popen(
             command + (several if count > 1 else []),
-            cwd=ROOT,
+            cwd=folders[i] if folders else ROOT,
             env=base,
             stdin=subprocess.DEVNULL,
             stdout=out,

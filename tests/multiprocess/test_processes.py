@@ -4,7 +4,9 @@ dies, hangs or is told to stop.
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -14,7 +16,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 
 import tiny_run
-from cluster import STEPS, Processes, arguments, run
+from cluster import ROOT, STEPS, Processes, arguments, free_port, run
 
 
 @pytest.fixture(scope='module')
@@ -111,21 +113,21 @@ def test_a_process_hangs_and_all_end_within_the_limit(one, workdir):
 
 
 def test_sigterm_to_one_saves_the_same_step_in_all(one, workdir):
-  settings = arguments(workdir, 'checkpoint.every=0', 'eval.every=0', 'steps=200', 'epochs=0.0')
+  settings = arguments(workdir, 'checkpoint.every=0', 'eval.every=0', 'steps=2000', 'epochs=0.0')
   with Processes(2, settings, workdir / 'logs') as both:
     both.until(lambda: tiny_run.logged(workdir) >= 3)
     both.all[1].send_signal(signal.SIGTERM)
     assert both.wait(timeout=60) == [75, 75], both.said()
     told = [line for line in both.said().splitlines() if 'stopped after step' in line]
   at = saved(workdir)
-  assert told and all(f'stopped after step {at} of 200' in line for line in told)
-  assert at == tiny_run.logged(workdir) < 200
+  assert told and all(f'stopped after step {at} of 2000' in line for line in told)
+  assert at == tiny_run.logged(workdir) < 2000
   said = run(2, [*settings, f'--config.steps={at + 2}'], workdir / 'again')
   assert f'resuming after step {at}' in said
 
 
 def test_who_does_not_come_is_named(tmp_path):
-  flags = ['--init_timeout_s=3']
+  flags = ['--init_timeout_s=15']
   with Processes(3, arguments(tmp_path), tmp_path / 'logs', flags=flags) as three:
     three.all[2].kill()
     codes = three.wait(timeout=60)
@@ -155,3 +157,66 @@ def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
   with Processes(2, arguments(tmp_path), tmp_path / 'logs', own=own) as both:
     assert both.wait(timeout=100) == [2, 2], both.said()
     assert 'is another folder on process 1' in both.said()
+
+
+OTHER_REVISION = """
+from configs import tiny_sft
+def get_config():
+  c = tiny_sft.get_config()
+  c.model.random = {}
+  c.model.path = 'model'
+  return c
+"""
+
+
+@pytest.mark.parametrize('what', ['eval.tasks', 'model.path'])
+def test_hosts_that_read_other_files_by_one_name_are_refused(what, one, tmp_path):
+  """Tasks or weights on each machine's own disk, of another revision on one: each host would put
+  its part into the batch, or into the model, of all.
+  """
+  folders = [tmp_path / str(i) for i in range(2)]
+  for i, folder in enumerate(folders):
+    shutil.copytree(one / 'export', folder / 'model')
+    rows = [
+      {'prompt': f'{n}+1=', 'answer': str(n + (i if what == 'eval.tasks' else 0))} for n in (3, 4)
+    ]
+    (folder / 'tasks.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    if what == 'model.path':
+      weights = folder / 'model' / 'model.safetensors'
+      data = bytearray(weights.read_bytes())
+      data[-1] ^= i
+      weights.write_bytes(data)
+  (tmp_path / 'config.py').write_text(OTHER_REVISION)
+  settings = arguments(tmp_path / 'run', 'eval.tasks=("sums=match:tasks.jsonl",)')
+  settings[0] = f'--config={tmp_path / "config.py"}'
+  with Processes(2, settings, tmp_path / 'logs', folders=folders) as both:
+    assert both.wait(timeout=100) == [3, 3], both.said()
+    assert f'{what}: process 0 has' in both.said()
+
+
+STUCK_AFTER_ALL_AGREED = """
+import sys, time
+import jax
+from ftjax.runtime import peers
+jax.distributed.initialize(
+  sys.argv[1], 2, int(sys.argv[2]), cluster_detection_method='deactivate')
+peers.watch()
+peers._LEAVES_WITHIN = 3.0
+peers.leave_together()
+if sys.argv[2] == '1':
+  time.sleep(300)  # a tracker that does not close
+peers.end(4, 'the loss was not finite')
+"""
+
+
+def test_who_hangs_after_all_have_agreed_to_end_ends_too():
+  address = f'127.0.0.1:{free_port()}'
+  command = [sys.executable, '-c', STUCK_AFTER_ALL_AGREED, address]
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  both = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
+  try:
+    codes = [p.wait(timeout=90) for p in both]
+  finally:
+    for process in both:
+      process.kill()
+  assert set(codes) <= {75, 134, -6, 4}, codes
