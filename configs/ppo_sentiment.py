@@ -16,7 +16,7 @@ def get_config():
   c.data.on_overlength = 'drop'
   c.seq_len = 48
   c.batch_size = 16  # prompts a rollout
-  c.steps = 30
+  c.steps = 20
   c.remat = 'none'
   c.rollout.group = 4
   c.rollout.max_tokens = 3
