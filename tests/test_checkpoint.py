@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import checkpoint
+from ftjax.runtime import checkpoint, files
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import DataError
 from ftjax.training.state import create
@@ -207,6 +207,22 @@ def test_a_torn_newest_step_gives_way_to_the_one_before(opened, tmp_path, caplog
   equal_bits(again.restore(1, abstract(state_of())), state_of(1))
   save(again, 2)
   equal_bits(opened().restore(2, abstract(state_of())), state_of(2))
+
+
+def test_a_step_that_cannot_be_read_just_now_stays(opened, tmp_path, monkeypatch):
+  """A mount that hiccups, a right that is missing: nothing is wrong with the file."""
+  c = opened()
+  save(c, 1)
+  save(c, 2)
+
+  def refused(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  monkeypatch.setattr(files, 'read_text', refused)
+  with pytest.raises(PermissionError):
+    c.latest()
+  monkeypatch.undo()
+  assert c.latest() == 2
 
 
 def test_where_no_step_can_be_read_nothing_begins_anew(opened, tmp_path):

@@ -122,7 +122,7 @@ class Checkpoints:
     for name in () if self._is_remote else _INDEXES:
       try:
         json.loads(files.read_text(files.join(self._directory, str(step), name)))
-      except (OSError, ValueError) as error:
+      except (FileNotFoundError, ValueError) as error:  # another error says nothing of the file
         return f'{name}: {error}'
     return ''
 
