@@ -195,7 +195,9 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     _check_shared(c, workdir)
   configure_jax(c)
-  if c.compile_cache:
+  # On CPUs of several processes a step that was read from the cache waits for ever in its first
+  # collective (jax 0.12).
+  if c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu'):
     _keep_programs(files.join(workdir, 'xla_cache'))
   mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
   jax.set_mesh(mesh)

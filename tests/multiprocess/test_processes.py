@@ -34,14 +34,6 @@ def several(tmp_path_factory):
   return {n: (w, run(n, arguments(w), w / 'logs')) for n, w in workdirs.items()}
 
 
-@pytest.fixture
-def workdir(several, tmp_path):
-  """With the programs of those runs."""
-  for made, _ in several.values():
-    tiny_run.share_programs(made, tmp_path)
-  return tmp_path
-
-
 LIMIT = 25.0  # seconds without progress; programs of the evaluation are compiled within it
 
 
@@ -78,27 +70,27 @@ def test_several_processes_train_like_one(count, one, several):
     assert 'step compiled' not in log.read_text() and 'Answers' not in log.read_text()
 
 
-def test_a_process_is_killed_and_another_number_goes_on(one, workdir):
+def test_a_process_is_killed_and_another_number_goes_on(one, tmp_path):
   """SIGKILL to one of two: both end soon; four go on from the newest checkpoint."""
-  with Processes(2, arguments(workdir), workdir / 'logs', flags=['--heartbeat_s=10']) as both:
-    both.until(lambda: tiny_run.logged(workdir) >= 4 and saved(workdir) >= 2)
+  with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
     both.all[1].kill()
     codes = both.wait(timeout=60)
     assert codes[1] == -9 and codes[0] in (75, 134, -6), f'{codes}\n{both.said()}'
-  newest = saved(workdir)
-  assert not (workdir / 'export').exists()
-  said = run(4, arguments(workdir), workdir / 'again')
+  newest = saved(tmp_path)
+  assert not (tmp_path / 'export').exists()
+  said = run(4, arguments(tmp_path), tmp_path / 'again')
   assert f'resuming after step {newest} of {STEPS}' in said
-  check(workdir, one)
+  check(tmp_path, one)
 
 
-def test_a_process_hangs_and_all_end_within_the_limit(one, workdir):
+def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
   """SIGSTOP to one of two, with limits of 25 s: 75 or 134 for both, and nothing after the newest
   checkpoint is lost.
   """
   limits = [f'watchdog.{phase}={LIMIT}' for phase in ('step', 'evaluate', 'save')]
-  with Processes(2, arguments(workdir, *limits), workdir / 'logs') as both:
-    both.until(lambda: tiny_run.logged(workdir) >= 4 and saved(workdir) >= 2)
+  with Processes(2, arguments(tmp_path, *limits), tmp_path / 'logs') as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
     both.all[1].send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     assert both.all[0].wait(timeout=60) in (75, 134, -6), both.said()
@@ -106,23 +98,23 @@ def test_a_process_hangs_and_all_end_within_the_limit(one, workdir):
     both.all[1].send_signal(signal.SIGCONT)
     assert both.all[1].wait(timeout=30) in (75, 134, -6), both.said()
     assert 'error: no progress in phase' in both.said() and 'most recent call' in both.said()
-  newest = saved(workdir)
-  said = run(2, arguments(workdir), workdir / 'again')
+  newest = saved(tmp_path)
+  said = run(2, arguments(tmp_path), tmp_path / 'again')
   assert f'resuming after step {newest} of {STEPS}' in said
-  check(workdir, one)
+  check(tmp_path, one)
 
 
-def test_sigterm_to_one_saves_the_same_step_in_all(one, workdir):
-  settings = arguments(workdir, 'checkpoint.every=0', 'eval.every=0', 'steps=2000', 'epochs=0.0')
-  with Processes(2, settings, workdir / 'logs') as both:
-    both.until(lambda: tiny_run.logged(workdir) >= 3)
+def test_sigterm_to_one_saves_the_same_step_in_all(one, tmp_path):
+  settings = arguments(tmp_path, 'checkpoint.every=0', 'eval.every=0', 'steps=2000', 'epochs=0.0')
+  with Processes(2, settings, tmp_path / 'logs') as both:
+    both.until(lambda: tiny_run.logged(tmp_path) >= 3)
     both.all[1].send_signal(signal.SIGTERM)
     assert both.wait(timeout=60) == [75, 75], both.said()
     told = [line for line in both.said().splitlines() if 'stopped after step' in line]
-  at = saved(workdir)
+  at = saved(tmp_path)
   assert told and all(f'stopped after step {at} of 2000' in line for line in told)
-  assert at == tiny_run.logged(workdir) < 2000
-  said = run(2, [*settings, f'--config.steps={at + 2}'], workdir / 'again')
+  assert at == tiny_run.logged(tmp_path) < 2000
+  said = run(2, [*settings, f'--config.steps={at + 2}'], tmp_path / 'again')
   assert f'resuming after step {at}' in said
 
 

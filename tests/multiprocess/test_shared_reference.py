@@ -44,7 +44,6 @@ def test_two_processes_make_one_cache_and_train_like_one(tmp_path):
       if name in ours[key]:
         np.testing.assert_allclose(ours[key][name], theirs[key][name], rtol=1e-3, atol=1e-6)
   # The second process has a folder of its own, and takes what the first one finds.
-  tiny_run.share_programs(tmp_path / 'two', tmp_path / 'again')
   caches = [[f'--config.data.cache={tmp_path / n}'] for n in ('one_cache', 'own_cache')]
   run(2, arguments(tmp_path / 'again', ''), tmp_path / 'again_logs', own=caches)
   told = ''.join(p.read_text() for p in (tmp_path / 'again_logs').iterdir())
