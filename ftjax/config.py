@@ -120,7 +120,7 @@ def default() -> ml_collections.ConfigDict:
   # Seconds without progress that end all processes with code 75, to be started again; 0: never
   c.watchdog = ml_collections.ConfigDict()
   c.watchdog.tokenize = 24 * 3600.0  # one source
-  c.watchdog.restore = 3600.0  # weights or a checkpoint
+  c.watchdog.restore = 3600.0  # weights, a checkpoint, and what has no limit of its own
   c.watchdog.compile = 3600.0
   c.watchdog.step = 600.0  # or ten times the median step, where that is longer
   c.watchdog.rollout = 3600.0  # next tokens of a rollout, or its rewards

@@ -194,14 +194,13 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     files.probe(workdir)
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     _check_shared(c, workdir)
-  configure_jax(c)
-  # On CPUs of several processes a step that was read from the cache waits for ever in its first
-  # collective (jax 0.12).
-  if c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu'):
-    _keep_programs(files.join(workdir, 'xla_cache'))
-  mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
-  jax.set_mesh(mesh)
-  with watchdog.phase('restore'):
+    configure_jax(c)
+    # On CPUs of several processes a step that was read from the cache waits for ever in its first
+    # collective (jax 0.12).
+    if c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu'):
+      _keep_programs(files.join(workdir, 'xla_cache'))
+    mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
+    jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
     model = open_model(c.model.path, random, c.seed, labels=labels)
     beside = [model.tokenizer.fingerprint, model.stop_ids]

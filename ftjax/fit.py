@@ -214,31 +214,36 @@ def fit(
     watch: is shown (steps done, metrics) of every step.
     source: of batches; None: the rows of run.data.
   """
-  locks = []  # one, held by process 0
-  with run.watchdog.phase('restore'):
+  with run.watchdog.phase('restore'):  # of all that has no phase of its own
+    locks = []  # one, held by process 0
     peers.from_main(lambda: locks.append(files.Lock(run.workdir)))
-  try:
-    c = run.config
-    retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
-    folder = files.join(run.workdir, 'checkpoints')
-    with run.watchdog.phase('restore'):
-      session = _Session(
-        trainer=Trainer(run, loss_fn),
-        source=source or Rows(run),
-        eval_loss=eval_loss,
-        watch=watch,
-        checkpoints=Checkpoints(folder, retention, c.watchdog.save),
-        judge=compare.Judge(run),
-        fingerprints=_fingerprints(run),
-      )
     try:
-      _fit(session)
-    except Exception:
-      _let_save_end(session)
-      raise
-  finally:
-    for lock in locks:
-      attempt('releasing the workdir', lock.release)
+      session = _opened(run, loss_fn, eval_loss, watch, source)
+      try:
+        _fit(session)
+      except Exception:
+        _let_save_end(session)
+        raise
+    finally:
+      for lock in locks:
+        attempt('releasing the workdir', lock.release)
+
+
+def _opened(
+  run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Tell, source: Source | None
+) -> _Session:
+  c = run.config
+  retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
+  folder = files.join(run.workdir, 'checkpoints')
+  return _Session(
+    trainer=Trainer(run, loss_fn),
+    source=source or Rows(run),
+    eval_loss=eval_loss,
+    watch=watch,
+    checkpoints=Checkpoints(folder, retention, c.watchdog.save),
+    judge=compare.Judge(run),
+    fingerprints=_fingerprints(run),
+  )
 
 
 def _let_save_end(s: _Session) -> None:
@@ -259,14 +264,12 @@ def _fingerprints(run: Run) -> dict[str, str]:
 def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
   """(steps done, what was saved with them) of the checkpoint to go on from; None without one."""
   run, c = s.trainer.run, s.trainer.run.config
-  with run.watchdog.phase('restore'):
-    start = peers.from_main(s.checkpoints.latest)
+  start = peers.from_main(s.checkpoints.latest)
   if start is None:
     if c.init_from:
       _check_source(c.init_from)
     return None, None
-  with run.watchdog.phase('restore'):
-    saved = s.checkpoints.meta(start)
+  saved = s.checkpoints.meta(start)
   _check_resume(saved, run, s.fingerprints)
   if saved['cursor'] != run.cursor(start) and saved['config'].get('batch_size') == c.batch_size:
     raise DataError(
@@ -283,8 +286,7 @@ def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
 
 def _resumed(s: _Session, start: int, saved: dict[str, Any]) -> State:
   run = s.trainer.run
-  with run.watchdog.phase('restore'):
-    state = s.trainer.restore(s.checkpoints, start)
+  state = s.trainer.restore(s.checkpoints, start)
   s.judge.forget_answers_after(start)
   log.info(
     'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
@@ -329,8 +331,7 @@ def _fit(s: _Session) -> None:
   if best is not None and best != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
-    with run.watchdog.phase('restore'):
-      state = checkpoints.restore(best, trainer.saved(trainer.abstract))
+    state = checkpoints.restore(best, trainer.saved(trainer.abstract))
   checkpoints.close()
   params = trainer.model(state)
   del state
@@ -348,15 +349,14 @@ def _fit(s: _Session) -> None:
 
 
 def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter:
-  with run.watchdog.phase('restore'):  # a tracker may hang
-    return MetricsWriter(
-      run.workdir,
-      restored_step=start if saved else None,
-      drop_eval=bool(saved) and saved['progress']['owed'],
-      config=config_lib.plain(run.config),
-      sinks=run.config.log.sinks,
-      is_main=peers.is_main(),
-    )
+  return MetricsWriter(
+    run.workdir,
+    restored_step=start if saved else None,
+    drop_eval=bool(saved) and saved['progress']['owed'],
+    config=config_lib.plain(run.config),
+    sinks=run.config.log.sinks,
+    is_main=peers.is_main(),
+  )
 
 
 def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) -> State:

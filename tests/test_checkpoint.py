@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import checkpoint, files
+from ftjax.runtime import files
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import DataError
 from ftjax.training.state import create
@@ -300,7 +300,7 @@ def test_any_failed_commit_is_forgiven_once(opened, monkeypatch, error):
   def broken(folder):
     raise error
 
-  monkeypatch.setattr(checkpoint, '_sync', broken)
+  monkeypatch.setattr(files, 'sync_tree', broken)
   c.save(2, state_of(2), {'step': 2}, None)
   c.save(3, state_of(3), {'step': 3}, None)
   with pytest.raises(type(error)):
@@ -332,7 +332,7 @@ def test_a_refusal_to_clear_up_at_the_start_ends_no_run(opened, tmp_path, monkey
   monkeypatch.setattr(shutil, 'rmtree', refused)
   c = opened()
   monkeypatch.undo()
-  assert 'could not be removed' in caplog.text
+  assert 'a torn save, failed' in caplog.text
   save(c, 4)
   assert c.latest() == 4
 

@@ -321,8 +321,8 @@ def test_init_from_starts_with_other_weights_and_a_fresh_optimizer(finished, tmp
 
 ENDS_AS_IT_SAVES = """
 import runpy, sys, time
-from ftjax.runtime import checkpoint, metrics
-sync, write = checkpoint._sync, metrics.MetricsWriter.write
+from ftjax.runtime import files, metrics
+sync, write = files.sync_tree, metrics.MetricsWriter.write
 def slow(folder):
   time.sleep(3)
   sync(folder)
@@ -330,7 +330,7 @@ def full(self, step, split, values):
   if step > 2:
     raise OSError(28, 'the disk of the metrics is full')
   write(self, step, split, values)
-checkpoint._sync, metrics.MetricsWriter.write = slow, full
+files.sync_tree, metrics.MetricsWriter.write = slow, full
 sys.argv = ['ftjax.train', *sys.argv[1:]]
 runpy.run_module('ftjax.train', run_name='__main__')
 """

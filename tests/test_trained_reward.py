@@ -26,10 +26,10 @@ SIZES = dict(
 )
 
 
-def write(folder, labels=1, **sizes):
+def write(folder, labels=1, key=5, **sizes):
   """(architecture, parameters) of a model in `folder`."""
   model = experiment.open_model('', SIZES | sizes, 0, labels=labels)
-  params = transformer.init(model.arch, jax.random.key(5))
+  params = transformer.init(model.arch, jax.random.key(key))
   export.export(
     params,
     model.arch,
@@ -89,17 +89,7 @@ def test_a_resume_knows_the_reward_model_again(judge, tmp_path):
   run.config.rollout.reward_model = str(other)
   assert fit._fingerprints(run)['reward model'] == known, 'the same content'
   shutil.rmtree(other)
-  model = experiment.open_model('', SIZES, 0, labels=1)
-  params = transformer.init(model.arch, jax.random.key(6))
-  export.export(
-    params,
-    model.arch,
-    other,
-    source_config=model.config,
-    tokenizer_files=model.files,
-    dtype=np.dtype(np.float32),
-    stop_ids=model.stop_ids,
-  )
+  write(other, key=6)
   assert fit._fingerprints(run)['reward model'] != known
 
 

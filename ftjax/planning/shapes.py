@@ -17,32 +17,32 @@ _LLAMA3_ROPE = {
 }
 
 
-def _llama(dim, layers, heads, kv_heads, ffn, vocab=128256, **more) -> dict:
+def _sizes(dim, layers, heads, kv_heads, ffn, vocab) -> dict:
   return {
-    'model_type': 'llama',
     'hidden_size': dim,
     'num_hidden_layers': layers,
     'num_attention_heads': heads,
     'num_key_value_heads': kv_heads,
     'intermediate_size': ffn,
     'vocab_size': vocab,
+  }
+
+
+def _llama(dim, layers, heads, kv_heads, ffn, vocab=128256, **more) -> dict:
+  return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
+    'model_type': 'llama',
     'rms_norm_eps': 1e-5,
     'rope_theta': 500000.0,
     'rope_scaling': _LLAMA3_ROPE,
     'max_position_embeddings': 131072,
     'tie_word_embeddings': False,
-  } | more
+    **more,
+  }
 
 
 def _qwen2(dim, layers, heads, kv_heads, ffn, vocab=151936, tied=True) -> dict:
-  return {
+  return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
     'model_type': 'qwen2',
-    'hidden_size': dim,
-    'num_hidden_layers': layers,
-    'num_attention_heads': heads,
-    'num_key_value_heads': kv_heads,
-    'intermediate_size': ffn,
-    'vocab_size': vocab,
     'rms_norm_eps': 1e-6,
     'rope_theta': 1000000.0,
     # All instruct models; the base models of 1.5B and 7B say 131072.

@@ -4,20 +4,19 @@ Kept are the latest n together with the best one. The newest step that Orbax fin
 be read is the one that counts, whatever a crash left beside it; it is found by listing the
 directory, never from memory. Before a step counts and older ones go, its files are on the disk."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
-import shutil
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ftjax.runtime import files, gcs, peers
-from ftjax.runtime.errors import DataError, caught
+from ftjax.runtime import files, peers
+from ftjax.runtime.errors import DataError, attempt, caught
 
 log = logging.getLogger(__name__)
 
@@ -185,9 +184,8 @@ class Checkpoints:
     """
     if error := self._error_of_last():
       raise error
-    if self._begun is not None and not self._is_remote and peers.is_main():
-      _sync(files.join(self._directory, str(self._begun)))
-      _sync_folder(self._directory)
+    if self._begun is not None and peers.is_main():
+      files.sync_tree(files.join(self._directory, str(self._begun)))
 
   def _error_of_last(self) -> Exception | None:
     """Why the last save did not come to its end, of a disk or of any of a bucket's clients. It is
@@ -203,7 +201,7 @@ class Checkpoints:
     """The files of the step that is about to get its name."""
     for name in os.listdir(self._directory):
       if name.startswith(f'{self._begun}.'):
-        _sync(files.join(self._directory, name))
+        files.sync_tree(files.join(self._directory, name))
 
   def close(self) -> None:
     self._manager.close()
@@ -211,31 +209,11 @@ class Checkpoints:
 
 def _remove_torn(directory: str) -> None:
   """Removes the saves that a crash tore. What cannot be removed ends no run."""
-  with contextlib.suppress(FileNotFoundError):
-    for name in files.listdir(directory):
-      path = files.as_path(files.join(directory, name))
-      try:
-        if isinstance(path, gcs.GcsPath):
-          if name.isdigit() and not (path / 'commit_success.txt').is_file():
-            path.remove_tree()
-        elif '.orbax-checkpoint-tmp' in name:
-          shutil.rmtree(path)
-      except OSError as error:
-        log.warning('%s: a torn save could not be removed: %s', path, error)
-
-
-def _sync(folder: str) -> None:
-  """All files below a folder, and the folders, to the disk."""
-  for place, _, names in os.walk(folder):
-    for name in names:
-      with open(os.path.join(place, name), 'rb') as f:
-        os.fsync(f.fileno())
-    _sync_folder(place)
-
-
-def _sync_folder(folder: str) -> None:
-  number = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)
+  for name in files.listdir(directory) if files.exists(directory) else ():
+    path = files.join(directory, name)
+    if files.is_remote(path):
+      torn = name.isdigit() and not files.exists(files.join(path, 'commit_success.txt'))
+    else:
+      torn = '.orbax-checkpoint-tmp' in name
+    if torn:
+      attempt(f'removing {path}, a torn save,', functools.partial(files.remove_tree, path))

@@ -94,11 +94,27 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     if os.path.exists(temporary):
       os.remove(temporary)
     raise
-  folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+  _sync_folder(os.path.dirname(path) or '.')  # else the rename may be lost with the power
+
+
+def _sync_folder(path: str | os.PathLike) -> None:
+  number = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(folder)  # without it the rename itself may be lost with the power
+    os.fsync(number)
   finally:
-    os.close(folder)
+    os.close(number)
+
+
+def sync_tree(path: str | os.PathLike) -> None:
+  """All files below a folder, the folders and its own name, to the disk; objects are there."""
+  if _is_gcs(path):
+    return
+  for place, _, names in os.walk(path):
+    for name in names:
+      with open(os.path.join(place, name), 'rb') as f:
+        os.fsync(f.fileno())
+    _sync_folder(place)
+  _sync_folder(os.path.dirname(os.fspath(path)) or '.')
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -124,6 +140,14 @@ def remove(path: str | os.PathLike) -> None:
     gcs.GcsPath(path).unlink()
   else:
     os.remove(path)
+
+
+def remove_tree(path: str | os.PathLike) -> None:
+  """A folder with all that is in it."""
+  if _is_gcs(path):
+    gcs.GcsPath(path).remove_tree()
+  else:
+    shutil.rmtree(path)
 
 
 def to_disk(file) -> None:

@@ -17,13 +17,12 @@ import uuid
 from collections.abc import Callable
 
 from ftjax.runtime import gcs
-from ftjax.runtime.errors import ConfigError, StoppedEarly
+from ftjax.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 BEAT = 15.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one after which a lock is nobody's
-_GRACE = 15.0  # seconds to tell the other processes
 
 
 def _machine() -> str:
@@ -48,10 +47,7 @@ def _started(process: int) -> str:
 def _end(message: str) -> None:
   from ftjax.runtime import peers  # which imports jax; files.py is for those too who do without
 
-  code = StoppedEarly.exit_code
-  peers.exit_within(_GRACE, code)
-  peers.end(code, message)
-  os._exit(code)  # alone
+  peers.give_up(message)
 
 
 class Lease:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
+GRACE = 15.0  # seconds to tell the others, of a process that gives up
 _LEAVES_WITHIN = 300.0  # seconds to close files, trackers' among them, once all have agreed to end
 _MAIN_WAITS = 10.0  # seconds: the service that tells the others lives in process 0
 _numbers = itertools.count()
@@ -156,6 +157,15 @@ def end(code: int, message: str) -> None:
   except jax.errors.JaxRuntimeError as error:  # another was first, or the service is gone
     log.debug('%s', error)
   _leave(code)
+
+
+def give_up(message: str) -> None:
+  """Ends this process and all others with 75, to be started again; alone too. Does not return, and
+  is done in 15 s whatever another process does.
+  """
+  exit_within(GRACE, StoppedEarly.exit_code)
+  end(StoppedEarly.exit_code, message)
+  os._exit(StoppedEarly.exit_code)  # alone
 
 
 def exit_within(seconds: float, code: int) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
-import os
 import statistics
 import sys
 import threading
@@ -20,7 +19,6 @@ from ftjax.runtime.errors import StoppedEarly
 
 log = logging.getLogger(__name__)
 
-_GRACE = 15.0  # seconds to tell the others
 _SLOWER = 10  # times the median step, where that is longer than the limit
 _KEPT = 101  # steps for the median
 _STOPPED = 5.0  # seconds in which this process's own clock did not tick: it stood still
@@ -125,10 +123,9 @@ class Watchdog:
 
 
 def _end(message: str) -> None:
-  code = StoppedEarly.exit_code
-  peers.exit_within(_GRACE, code)  # process 0 may be what hangs, or whoever reads stderr
+  # Process 0 may be what hangs, or whoever reads stderr.
+  peers.exit_within(peers.GRACE, StoppedEarly.exit_code)
   print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
   with contextlib.suppress(OSError, ValueError):  # a notebook's stderr is no file
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
-  peers.end(code, message)
-  os._exit(code)  # alone
+  peers.give_up(message)
