@@ -63,6 +63,15 @@ def test_rates_by_hand_and_the_first_step_is_left_out():
   assert meter.read() == {}
 
 
+def test_more_than_the_peak_is_no_share_of_it():
+  """A newcomer's machine that was busy when its peak was measured: 135 % would be shown."""
+  clock = Clock()
+  meter = _throughput(clock, Peak(1e5, 'made up'))
+  _step(meter, clock)
+  _step(meter, clock)
+  assert meter.read().keys() == {'tokens_per_s', 'supervised_tokens_per_s', 'step_s', 'input_wait'}
+
+
 def test_after_a_restart_the_first_step_is_left_out_again():
   clock = Clock()
   meter = _throughput(clock)

@@ -188,6 +188,7 @@ class Throughput:
       input_wait: share of the time spent waiting for a batch.
       mfu: model FLOPs (see `train_flops`, causal-aware attention) / seconds / peak.
       mfu_6n: the same without attention, 6 P tokens: the older convention.
+      Neither where more than the peak was reached: it was measured while others had the cores.
     """
     seconds = self._clock() - self._since - self._paused
     if not self._steps or seconds <= 0:
@@ -200,8 +201,9 @@ class Throughput:
     }
     if self._peak is not None:
       full = seconds * self._peak.flops_per_s
-      out['mfu'] = self._flops(self._tokens, self._attended) / full
-      out['mfu_6n'] = self._flops(self._tokens, 0) / full
+      mfu = self._flops(self._tokens, self._attended) / full
+      if mfu <= 1:
+        out |= {'mfu': mfu, 'mfu_6n': self._flops(self._tokens, 0) / full}
     self.trained_s += max(seconds - self._waited, 0.0)
     self._reset()
     return out
