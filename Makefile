@@ -4,7 +4,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 
-.PHONY: env assets demo test optimized lint lock
+# One shard of the long tests, for CI: SHARD=I/N.
+SHARD ?= 0/1
+PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: env assets demo test test-all test-shard optimized lint lock
 env: $(VENV)/.ready
 
 $(VENV)/.ready: third_party/requirements.txt
@@ -21,11 +25,18 @@ demo: assets
 	@$(RUN) -m ftjax.train --config=configs/sft_sentiment.py --workdir=$(WORKDIR)
 
 test: env
-	@$(RUN) -m pytest -q -n 2 --dist loadfile
+	@$(PYTEST)
+
+# Also what takes long: every mesh, every kill, learning runs.
+test-all: env
+	@$(PYTEST) --full
+
+test-shard: env
+	@$(PYTEST) --shard=$(SHARD)
 
 # What computes, compiled as users' programs are.
 optimized: env
-	@XLA_FLAGS= $(RUN) -m pytest -q -n 2 --dist loadfile tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
+	@XLA_FLAGS= $(PYTEST) tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .

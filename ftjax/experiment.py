@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator
 
@@ -195,9 +196,11 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     _check_shared(c, workdir)
     configure_jax(c)
-    # On CPUs of several processes a step that was read from the cache waits for ever in its first
-    # collective (jax 0.12).
-    if c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu'):
+    if not peers.is_alone() and jax.default_backend() == 'cpu':
+      # On CPUs of several processes a step that was read from the cache waits for ever in its first
+      # collective (jax 0.12).
+      jax.config.update('jax_enable_compilation_cache', False)
+    elif c.compile_cache:
       _keep_programs(files.join(workdir, 'xla_cache'))
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
@@ -261,9 +264,11 @@ _random_params = jax.jit(transformer.init, static_argnums=(0, 2))
 
 
 def _keep_programs(folder: str) -> None:
-  """The compile cache."""
-  jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  """Keeps compiled programs in `folder`, or where JAX's own environment variables say."""
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    jax.config.update('jax_compilation_cache_dir', folder)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
   jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')

@@ -3,7 +3,10 @@
 Nothing may import jax before this file does. `tiny_model.py` holds the model most tests use.
 """
 
+import hashlib
 import os
+import shutil
+import tempfile
 from importlib import metadata
 
 # Programs this small take far longer to compile than to run, so XLA is told to do little to them;
@@ -17,7 +20,18 @@ os.environ['XLA_FLAGS'] = os.environ.get(
 )
 os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
 
+# Programs are compiled once a session, also for the processes that tests start; FTJAX_TEST_CACHE
+# names a folder to keep them in from session to session. JAX's keys hold the versions of jax and
+# jaxlib, the flags of XLA and the devices, so one folder serves all.
+if 'FTJAX_TEST_SESSION' not in os.environ:  # in the first process: xdist's workers inherit it
+  _FOLDER = os.environ.get('FTJAX_TEST_CACHE') or tempfile.mkdtemp(prefix='ftjax-test-cache-')
+  os.environ['FTJAX_TEST_SESSION'] = str(os.getpid())
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _FOLDER
+  # Writing an entry costs some 10 ms.
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.05'
+
 import math
+import pathlib
 
 import jax
 import pytest
@@ -25,7 +39,66 @@ import pytest
 from ftjax.runtime import sharding
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+# Files that take longest come first, so that no worker is left alone with one of them at the end.
+_LONGEST = (
+  'multiprocess/test_processes.py',
+  'test_algorithm_resume.py',
+  'test_entries.py',
+  'multiprocess/test_rollouts.py',
+  'multidevice/test_meshes.py',
+  'test_resume.py',
+  'test_gcs_run.py',
+)
+
+
+def pytest_addoption(parser):
+  parser.addoption('--full', action='store_true', help='also the tests marked `full`')
+  parser.addoption(
+    '--shard', metavar='I/N', help='of the tests marked `full` alone, part I (from 0) of N'
+  )
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'full: longer than the everyday suite allows: make test-all')
+
+
+def pytest_unconfigure(config):
+  if os.environ.get('FTJAX_TEST_SESSION') == str(os.getpid()) and not (
+    os.environ.get('FTJAX_TEST_CACHE')
+  ):
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+
+def _is_in_shard(item, index, count):
+  digest = hashlib.sha256(item.nodeid.encode()).digest()
+  return int.from_bytes(digest[:4], 'big') % count == index
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what the options do not ask for, and puts the longest files first."""
+
+  def is_wanted(item):
+    is_full = item.get_closest_marker('full') is not None
+    if shard := config.getoption('--shard'):
+      index, count = map(int, shard.split('/'))
+      return is_full and _is_in_shard(item, index, count)
+    return not is_full or config.getoption('--full')
+
+  left_out = [item for item in items if not is_wanted(item)]
+  if left_out:
+    config.hook.pytest_deselected(items=left_out)
+  kept = [item for item in items if is_wanted(item)]
+  tests = pathlib.Path(__file__).parent
+  places = {name: place for place, name in enumerate(_LONGEST)}
+  items[:] = sorted(
+    kept,
+    key=lambda item: places.get(item.path.relative_to(tests).as_posix(), len(places)),
+  )
 
 
 def _set(sizes):

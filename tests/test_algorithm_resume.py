@@ -3,6 +3,8 @@ losses and exported bits are those of an uninterrupted run, though a reference i
 Those of SFT and GRPO are in test_resume.py and test_grpo.py.
 """
 
+import functools
+
 import pytest
 import tiny_rollouts
 import tiny_run
@@ -27,18 +29,34 @@ def arguments(algorithm, workdir):
   return [*entry, *(f'--config.{s}' for s in PAIRS)]
 
 
-@pytest.fixture(scope='module', params=('dpo', 'cached', 'reward_model', *SETTINGS))
-def reference(request, tmp_path_factory):
-  """(algorithm, workdir of an uninterrupted run)."""
-  workdir = tmp_path_factory.mktemp(request.param)
-  code, told = tiny_run.run('train', arguments(request.param, workdir))
-  assert code == 0, told
-  return request.param, workdir
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  """Returns the workdir of an algorithm's run without a kill; each is run once."""
+
+  @functools.cache
+  def run(algorithm):
+    workdir = tmp_path_factory.mktemp(algorithm)
+    code, told = tiny_run.run('train', arguments(algorithm, workdir), share_cache=False)
+    assert code == 0, told
+    return workdir
+
+  return run
 
 
-@pytest.mark.parametrize('k', [1, 4])
-def test_killed_after_step_k_it_ends_bitwise_like_uninterrupted(k, reference, tmp_path):
-  algorithm, whole = reference
+# Half of the cases: every kind of state that lives beside the policy, and both moments of a kill.
+EVERY_DAY = {('dpo', 4), ('cached', 1), ('ppo', 4), ('online_dpo', 1)}
+CASES = [
+  pytest.param(a, k, marks=[] if (a, k) in EVERY_DAY else [pytest.mark.full])
+  for a in ('dpo', 'cached', 'reward_model', *SETTINGS)
+  for k in (1, 4)
+]
+
+
+@pytest.mark.parametrize(('algorithm', 'k'), CASES)
+def test_killed_after_step_k_it_ends_bitwise_like_uninterrupted(
+  algorithm, k, uninterrupted, tmp_path
+):
+  whole = uninterrupted(algorithm)
   tiny_run.share_programs(whole, tmp_path)
   process = tiny_run.launch('train', arguments(algorithm, tmp_path), tmp_path / 'log')
   assert tiny_run.kill_when(process, (tmp_path / 'checkpoints' / str(k)).exists)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,10 +19,9 @@ TRAIN = ['--config=tiny_sft']
 
 
 def quick(entry, *arguments):
-  """(exit code, what it said, seconds) where nothing should be imported that takes time."""
-  begin = time.monotonic()
+  """(exit code, what it printed)."""
   code, told = tiny_run.run(entry, list(arguments))
-  return code, told.strip(), time.monotonic() - begin
+  return code, told.strip()
 
 
 # Exit code 2, before jax
@@ -31,14 +29,13 @@ def quick(entry, *arguments):
 
 @pytest.mark.parametrize('entry', ['train', 'evaluate', 'preview'])
 def test_a_misspelt_key_is_told_at_once(entry, tmp_path):
-  code, told, seconds = quick(
+  code, told = quick(
     entry, *TRAIN, f'--workdir={tmp_path / "run"}', '--config.optim.warmup_step=3'
   )
   assert code == 2
   assert told == (
     'error: --config.optim.warmup_step: there is no such key; did you mean optim.warmup_steps?'
   )
-  assert seconds < 20
   assert not (tmp_path / 'run').exists()
 
 
@@ -71,15 +68,15 @@ def test_jax_is_not_imported_for_a_flag_that_is_wrong(entry):
 )
 def test_bad_flags_end_with_2(arguments, told, tmp_path):
   arguments = [a.replace('=X', f'={tmp_path / "run"}') for a in arguments]
-  code, said, seconds = quick('train', *arguments)
-  assert code == 2 and seconds < 20
+  code, said = quick('train', *arguments)
+  assert code == 2
   assert said.startswith('error: ') and told in said and 'Traceback' not in said
   assert not (tmp_path / 'run').exists()
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
   (tmp_path / 'file').write_text('')
-  code, told, _ = quick('train', *TRAIN, f'--workdir={tmp_path / "file"}')
+  code, told = quick('train', *TRAIN, f'--workdir={tmp_path / "file"}')
   assert code == 2 and 'cannot create the folder' in told
 
 
@@ -91,7 +88,7 @@ def test_bad_rows_end_with_3_and_nothing_is_written(tmp_path):
   good = {'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}
   rows.write_text('\n'.join([json.dumps(good), '{"messages": [', json.dumps({'other': 1})]) + '\n')
   workdir = tmp_path / 'run'
-  code, told, _ = quick('train', *TRAIN, f'--workdir={workdir}', f'--config.data.train={rows}')
+  code, told = quick('train', *TRAIN, f'--workdir={workdir}', f'--config.data.train={rows}')
   assert code == 3 and 'Traceback' not in told
   assert f'{rows}:2' in told and f'{rows}:3' in told
   files = [p for p in workdir.rglob('*') if p.is_file()] if workdir.exists() else []
@@ -99,7 +96,7 @@ def test_bad_rows_end_with_3_and_nothing_is_written(tmp_path):
 
 
 def test_a_missing_data_file_ends_with_3(tmp_path):
-  code, told, _ = quick('preview', *TRAIN, f'--config.data.train={tmp_path / "none.jsonl"}')
+  code, told = quick('preview', *TRAIN, f'--config.data.train={tmp_path / "none.jsonl"}')
   assert code == 3 and 'none.jsonl' in told and 'Traceback' not in told
 
 
@@ -265,7 +262,6 @@ def test_preview_shows_the_first_rows_and_writes_nothing():
 
 def test_training_that_is_not_finite_ends_with_4(finished, tmp_path):
   workdir = tmp_path / 'run'
-  tiny_run.share_programs(finished[0], workdir)
   settings = ['optim.lr=1e30', 'optim.warmup_steps=0', 'optim.clip_norm=0.0', 'eval.prompts=()']
   code, told = tiny_run.run(
     'train', [*TRAIN, f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
@@ -279,9 +275,7 @@ def test_training_that_is_not_finite_ends_with_4(finished, tmp_path):
 
 def test_sigterm_saves_ends_with_75_and_the_next_run_completes(finished, tmp_path):
   workdir = tmp_path / 'run'
-  tiny_run.share_programs(finished[0], workdir)
   log = tmp_path / 'log'
-  # A constant rate, so that the compiled step does not depend on the number of steps.
   settings = ['steps=400', 'optim.schedule=constant', 'eval.prompts=()']
   arguments = [*TRAIN, f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
   process = tiny_run.launch('train', arguments, log)
@@ -302,7 +296,6 @@ def test_sigterm_saves_ends_with_75_and_the_next_run_completes(finished, tmp_pat
 
 def test_init_from_starts_with_other_weights_and_a_fresh_optimizer(finished, tmp_path):
   base, workdir = finished[0], tmp_path / 'run'
-  tiny_run.share_programs(base, workdir)
   settings = [f'init_from={base}', 'steps=2', 'eval.prompts=()', 'data.train=sums:100']
   code, told = tiny_run.run(
     'train', [*TRAIN, f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]

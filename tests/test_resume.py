@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures('users_programs')
 def reference(tmp_path_factory):
   """The workdir of an uninterrupted run."""
   workdir = tmp_path_factory.mktemp('reference')
-  code, told = tiny_run.run('train', tiny_run.arguments(workdir))
+  code, told = tiny_run.run('train', tiny_run.arguments(workdir), share_cache=False)
   assert code == 0, told
   return workdir
 

@@ -5,19 +5,22 @@ The run of `arguments` trains 26 steps with packing, accumulation and EMA; an ep
 checkpoint is begun every 4, the loss is evaluated every 6.
 """
 
+import functools
 import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 
+import entry_server
 import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS, EPOCH_STEPS, SAVE_EVERY, BATCH = 26, 8, 4, 8
+
+# What jax reads of the session's compile cache; see conftest.py.
+CACHE_VARIABLES = ('JAX_COMPILATION_CACHE_DIR', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
 
 # What depends on the clock or the machine's load is left out.
 TRAIN_KEYS = ('loss', 'nll', 'grad_norm', 'lr', 'ok', 'skipped', 'bad_streak', 'supervised_tokens')
@@ -47,26 +50,33 @@ def xla_flags(devices=1):
   return ' '.join([*kept, f'--xla_force_host_platform_device_count={devices}'])
 
 
-def launch(entry, arguments, log):
-  """Starts `python -m ftjax.<entry>`; both its outputs go to the end of the file `log`."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  environment['XLA_FLAGS'] = xla_flags()
-  with open(log, 'ab') as out:
-    return subprocess.Popen(
-      [sys.executable, '-m', f'ftjax.{entry}', *arguments],
-      cwd=ROOT,
-      env=environment,
-      stdin=subprocess.DEVNULL,
-      stdout=out,
-      stderr=subprocess.STDOUT,
-    )
+@functools.cache
+def _server(pid):
+  """Of this process; a fork of it must not share the connection."""
+  return entry_server.Server()
 
 
-def run(entry, arguments):
-  """(exit code, what it said) of an entry run to its end."""
+def launch(entry, arguments, log, *, folder=ROOT, devices=1, share_cache=False, **environment):
+  """Starts `python -m ftjax.<entry>`; both its outputs go to the end of the file `log`.
+
+  Args:
+    devices: of the CPU backend.
+    share_cache: whether compiled programs come from the cache of the whole test session. A run that
+      is killed, one of several processes, and one whose own cache is looked at must not.
+    environment: variables on top of this process's.
+  """
+  variables = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+  variables |= {'XLA_FLAGS': xla_flags(devices)} | environment
+  if not share_cache:
+    variables = {k: v for k, v in variables.items() if k not in CACHE_VARIABLES}
+  return _server(os.getpid()).launch(entry, arguments, log, variables, folder)
+
+
+def run(entry, arguments, share_cache=True):
+  """(exit code, what it printed) of an entry run to its end; see `launch`."""
   with tempfile.TemporaryDirectory() as folder:
     log = pathlib.Path(folder) / 'log'
-    process = launch(entry, arguments, log)
+    process = launch(entry, arguments, log, share_cache=share_cache)
     try:
       code = process.wait(timeout=300)
     finally:

@@ -24,6 +24,20 @@ MESHES = [
   if np.prod(sizes) == 8
 ]
 
+# Every pair of axes is split together in one of these; the others are for make test-all.
+EVERY_DAY = (
+  dict(data=2, fsdp=2, context=2),
+  dict(data=2, tensor=2, expert=2),
+  dict(fsdp=2, tensor=2, expert=2),
+  dict(context=2, tensor=2, expert=2),
+  dict(fsdp=8),
+  dict(context=8),
+  dict(fsdp=4, tensor=2),
+  dict(data=2, context=4),
+  dict(data=4, expert=2),
+  dict(fsdp=2, expert=4),
+)
+
 
 def name(sizes):
   return '-'.join(f'{axis}{n}' for axis, n in sizes.items() if n > 1)
@@ -123,7 +137,17 @@ def distance(a, b):
   return np.sqrt(squares / sum((b[n].astype(np.float64) ** 2).sum() for n in b))
 
 
-@pytest.mark.parametrize('sizes', MESHES, ids=name)
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    pytest.param(
+      sizes,
+      marks=[] if {k: v for k, v in sizes.items() if v > 1} in EVERY_DAY else [pytest.mark.full],
+    )
+    for sizes in MESHES
+  ],
+  ids=name,
+)
 def test_five_steps_are_those_of_one_device(sizes, use_mesh, batches, one_device):
   check(train(use_mesh(**sizes), batches), one_device)
 
@@ -161,8 +185,10 @@ def test_biases_are_sharded_with_their_heads(sizes, use_mesh, batches, qwen2_on_
     assert placed.addressable_shards[0].data.shape == (3, heads // 2, 8)
 
 
-def test_all_meshes_are_tried():
+def test_all_meshes_are_tried_and_every_day_each_pair_of_axes():
   assert len(MESHES) == 30
+  pairs = {pair for sizes in EVERY_DAY for pair in itertools.combinations(sorted(sizes), 2)}
+  assert pairs == set(itertools.combinations(sorted(sharding.AXES), 2))
 
 
 def test_the_loss_moves_and_every_parameter_with_it(one_device):

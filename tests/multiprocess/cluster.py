@@ -2,11 +2,8 @@
 them.
 """
 
-import os
 import pathlib
 import socket
-import subprocess
-import sys
 import time
 
 import tiny_run
@@ -48,25 +45,14 @@ class Processes:
     logs.mkdir(parents=True, exist_ok=True)
     self.logs = [logs / f'{i}.log' for i in range(count)]
     port, self.all = free_port(), []
-    base = os.environ | {
-      'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': str(ROOT),
-      'XLA_FLAGS': tiny_run.xla_flags(DEVICES // count),
-    }
     for i in range(count):
       several = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={i}']
-      command = [sys.executable, '-m', 'ftjax.train', *arguments, *flags, *(own[i] if own else ())]
-      with open(self.logs[i], 'wb') as out:
-        self.all.append(
-          subprocess.Popen(
-            command + (several if count > 1 else []),
-            cwd=folders[i] if folders else ROOT,
-            env=base,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-          )
-        )
+      command = [*arguments, *flags, *(own[i] if own else ()), *(several if count > 1 else ())]
+      folder = folders[i] if folders else ROOT
+      # A shared compile cache is for runs of one process: see experiment.start.
+      self.all.append(
+        tiny_run.launch('train', command, self.logs[i], folder=folder, devices=DEVICES // count)
+      )
 
   def __enter__(self):
     return self

@@ -27,13 +27,6 @@ def one(tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(scope='module')
-def several(tmp_path_factory):
-  """{processes: (workdir of their run, what it said)}."""
-  workdirs = {count: tmp_path_factory.mktemp(f'of_{count}') for count in (2, 4)}
-  return {n: (w, run(n, arguments(w), w / 'logs')) for n, w in workdirs.items()}
-
-
 LIMIT = 25.0  # seconds without progress; programs of the evaluation are compiled within it
 
 
@@ -55,9 +48,10 @@ def saved(workdir):
   return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
 
 
-@pytest.mark.parametrize('count', [2, 4])
-def test_several_processes_train_like_one(count, one, several):
-  workdir, said = several[count]
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.full)])
+def test_several_processes_train_like_one(count, one, tmp_path):
+  workdir = tmp_path
+  said = run(count, arguments(workdir), workdir / 'logs')
   check(workdir, one)
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   rows = [row for row in rows if row['split'] == 'train']
@@ -70,8 +64,9 @@ def test_several_processes_train_like_one(count, one, several):
     assert 'step compiled' not in log.read_text() and 'Answers' not in log.read_text()
 
 
-def test_a_process_is_killed_and_another_number_goes_on(one, tmp_path):
-  """SIGKILL to one of two: both end soon; four go on from the newest checkpoint."""
+@pytest.mark.parametrize('count', [1, pytest.param(4, marks=pytest.mark.full)])
+def test_a_process_is_killed_and_another_number_goes_on(count, one, tmp_path):
+  """SIGKILL to one of two: both end soon; `count` go on from the newest checkpoint."""
   with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
     both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)
     both.all[1].kill()
@@ -79,11 +74,12 @@ def test_a_process_is_killed_and_another_number_goes_on(one, tmp_path):
     assert codes[1] == -9 and codes[0] in (75, 134, -6), f'{codes}\n{both.said()}'
   newest = saved(tmp_path)
   assert not (tmp_path / 'export').exists()
-  said = run(4, arguments(tmp_path), tmp_path / 'again')
+  said = run(count, arguments(tmp_path), tmp_path / 'again')
   assert f'resuming after step {newest} of {STEPS}' in said
   check(tmp_path, one)
 
 
+@pytest.mark.full
 def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
   """SIGSTOP to one of two, with limits of 25 s: 75 or 134 for both, and nothing after the newest
   checkpoint is lost.
@@ -119,7 +115,7 @@ def test_sigterm_to_one_saves_the_same_step_in_all(one, tmp_path):
 
 
 def test_who_does_not_come_is_named(tmp_path):
-  flags = ['--init_timeout_s=15']
+  flags = ['--init_timeout_s=8']
   with Processes(3, arguments(tmp_path), tmp_path / 'logs', flags=flags) as three:
     three.all[2].kill()
     codes = three.wait(timeout=60)
@@ -161,7 +157,7 @@ def get_config():
 """
 
 
-@pytest.mark.parametrize('what', ['eval.tasks', 'model.path'])
+@pytest.mark.parametrize('what', [pytest.param('eval.tasks', marks=pytest.mark.full), 'model.path'])
 def test_hosts_that_read_other_files_by_one_name_are_refused(what, one, tmp_path):
   """Tasks or weights on each machine's own disk, of another revision on one: each host would put
   its part into the batch, or into the model, of all.
@@ -201,6 +197,7 @@ peers.end(4, 'the loss was not finite')
 """
 
 
+@pytest.mark.full
 def test_who_hangs_after_all_have_agreed_to_end_ends_too():
   address = f'127.0.0.1:{free_port()}'
   command = [sys.executable, '-c', STUCK_AFTER_ALL_AGREED, address]

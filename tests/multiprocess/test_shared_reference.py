@@ -4,6 +4,7 @@ import os
 import sys
 
 import numpy as np
+import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
@@ -29,6 +30,7 @@ def arguments(workdir, cache):
   return ['--config=tiny_dpo', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)]
 
 
+@pytest.mark.full
 def test_two_processes_make_one_cache_and_train_like_one(tmp_path):
   for name, count in (('one', 1), ('two', 2)):
     run(count, arguments(tmp_path / name, tmp_path / f'{name}_cache'), tmp_path / f'{name}_logs')

@@ -104,6 +104,7 @@ def test_smollm2_logits(smollm2):
   assert np.abs(got[tuple(stored['points'].T)] - stored['point_logits']).max() <= bar
 
 
+@pytest.mark.full
 def test_smollm2_greedy_continuations(smollm2):
   """20 prompts, 24 tokens each, all identical; they run on past <|im_end|>, as the golden ones."""
   arch, params = smollm2
