@@ -8,6 +8,7 @@ stderr. Nothing is timed but whole updates: no import, no compilation, no tokeni
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -100,17 +101,25 @@ def run_ftjax(job: dict, workdir: str) -> None:
   trainer = Trainer(run, sft.make_loss(run.arch, c))
   compiled, state = trainer.compile(), trainer.fresh()
   make, updates = _ftjax_batches(job, run)
-  feed = iter(Feed(make, run.batch_shardings(micro=True), 0, c.steps))
+  counts = {}
+
+  def counted(step: int) -> dict:
+    host = make(step)
+    real, supervised = int((host['segments'] > 0).sum()), int(host['weights'].sum())
+    counts[step] = real, supervised, host['tokens'].size
+    return host
+
+  feed = Feed(counted, run.batch_shardings(micro=True), 0, c.steps)
   jax.block_until_ready(state)
   rounds.ready()
-  while True:
+  for first in itertools.count(0, updates):
     rounds.begin()
-    for _ in range(updates):
-      _, batch, host = next(feed)
-      state, _ = compiled(state, batch)
-      rounds.tokens += int((host['segments'] > 0).sum())
-      rounds.supervised += int(host['weights'].sum())
-      rounds.padded += host['tokens'].size
+    for step in range(first, first + updates):
+      state, _ = compiled(state, feed.take(step))
+      tokens, supervised, padded = counts.pop(step)
+      rounds.tokens += tokens
+      rounds.supervised += supervised
+      rounds.padded += padded
     jax.block_until_ready(state)
     rounds.end(updates)
 

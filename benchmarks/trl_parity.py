@@ -67,8 +67,8 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
         tokens, supervised = run.data.corpora[source].example(example)
         rows.append({'input_ids': tokens.tolist(), 'completion_mask': supervised.tolist()})
     feed = Feed(run.batch, run.batch_shardings(micro=True), 0, steps)
-    for _, batch, _ in feed:
-      state, values = compiled(state, batch)
+    for step in range(steps):
+      state, values = compiled(state, feed.take(step))
       metrics.append({k: np.asarray(v).item() for k, v in jax.device_get(values).items()})
       print(json.dumps(metrics[-1]), file=sys.stderr, flush=True)
     feed.close()

@@ -129,7 +129,9 @@ def default() -> ml_collections.ConfigDict:
   c.watchdog.export = 7200.0
 
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
-  c.compile_cache = True  # keep compiled programs: in JAX_COMPILATION_CACHE_DIR, else in the workdir
+  c.compile_cache = (
+    True  # keep compiled programs: in JAX_COMPILATION_CACHE_DIR, else in the workdir
+  )
   # (name, value) pairs over the table of runtime/compiler_options.py; '' takes one away
   c.compiler_options = ()
   return c.lock()

@@ -75,6 +75,7 @@ class Server:
 
   def launch(self, entry: str, arguments, log, environment, folder) -> Process:
     """Starts `python -m ftjax.<entry>`; stdout and stderr are appended to the file `log`."""
+    pathlib.Path(log).touch()  # it is there even if the process is killed at once
     request = {
       'entry': entry,
       'arguments': [str(a) for a in arguments],

@@ -29,9 +29,7 @@ def quick(entry, *arguments):
 
 @pytest.mark.parametrize('entry', ['train', 'evaluate', 'preview'])
 def test_a_misspelt_key_is_told_at_once(entry, tmp_path):
-  code, told = quick(
-    entry, *TRAIN, f'--workdir={tmp_path / "run"}', '--config.optim.warmup_step=3'
-  )
+  code, told = quick(entry, *TRAIN, f'--workdir={tmp_path / "run"}', '--config.optim.warmup_step=3')
   assert code == 2
   assert told == (
     'error: --config.optim.warmup_step: there is no such key; did you mean optim.warmup_steps?'

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ftjax.data import made
+from ftjax.hf import export
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
@@ -30,6 +32,21 @@ TINY = Architecture(
 )
 UNTIED = dataclasses.replace(TINY, tied=False)
 QWEN2 = dataclasses.replace(TINY, family='qwen2', qkv_bias=True)
+
+
+def write_folder(folder, arch=None):
+  """A HF folder of a random model with the byte tokenizer; its path as text."""
+  arch = arch or dataclasses.replace(TINY, vocab_size=made.VOCAB_SIZE, max_len=512)
+  export.export(
+    init(arch),
+    arch,
+    folder,
+    source_config=None,
+    tokenizer_files=made.byte_tokenizer(),
+    dtype=np.float32,
+    stop_ids=(),
+  )
+  return str(folder)
 
 
 def place(array, *names):

@@ -1,0 +1,180 @@
+"""Every script of benchmarks/ and demo/ runs, on inputs of seconds; its figures are made elsewhere."""
+
+import json
+import pathlib
+import runpy
+import sys
+
+import pytest
+import tiny_model
+import tiny_run
+
+from ftjax.data import made
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'demo').glob('*.py')])
+# What other scripts import, or start as a process of their own.
+PARTS = {'contest.py', 'sft_speed_worker.py', 'rollout_speed_worker.py'}
+
+
+def test_every_script_is_run_here():
+  text = pathlib.Path(__file__).read_text()
+  elsewhere = {'gsm8k.py'}  # test_gsm8k.py
+  for path in SCRIPTS:
+    assert path.name in PARTS | elsewhere or f"'{path.stem}'" in text, path.name
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  return tiny_model.write_folder(tmp_path_factory.mktemp('model') / 'tiny')
+
+
+@pytest.fixture
+def script(monkeypatch):
+  """Loads a script as a module whose `main` reads the given arguments."""
+
+  def load(folder, name, *arguments):
+    monkeypatch.syspath_prepend(str(ROOT / folder))
+    monkeypatch.setenv('XLA_FLAGS', tiny_run.xla_flags(1))  # of workers
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+    return runpy.run_path(str(ROOT / folder / f'{name}.py'))
+
+  return load
+
+
+def lines(text):
+  return [json.loads(line) for line in text.splitlines() if line.startswith('{')]
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  return path
+
+
+def test_sft_speed(script, model, tmp_path, capfd):
+  rows = write(tmp_path / 'chat.jsonl', made.sums(8))
+  settings = ['--rounds=1', '--warmup=0', '--full-updates=1', '--chat-rows=4', '--chat-len=64']
+  files = [f'--model={model}', f'--chat-data={rows}', f'--ours=ftjax={sys.executable}']
+  script('benchmarks', 'sft_speed', *settings, *files)['main']()
+  told = {row['case']: row for row in lines(capfd.readouterr().out) if 'tokens_per_s' in row}
+  assert told['full']['tokens'] == 4 * 256 and told['chat']['updates'] == 1
+  assert 0 < told['chat']['tokens'] < 2 * 64
+
+
+def test_rollout_speed(script, model, capfd):
+  settings = [f'--model={model}', '--rounds=1', '--warmup=0', f'--ours={sys.executable}']
+  settings += ['--cases', 'fixed', '--contestants', 'ftjax-float32']
+  script('benchmarks', 'rollout_speed', *settings)['main']()
+  (row,) = lines(capfd.readouterr().out)
+  assert row['tokens'] == 16 * 128 and row['tokens_per_s'] > 0
+
+
+def test_trl_parity(script, model, tmp_path, capsys):
+  rows = write(tmp_path / 'rows.jsonl', made.sums(40))
+  ours = tmp_path / 'ours.json'
+  files = [ours, f'--model={model}', f'--data={rows}', '--batch-size=8']
+  module = script('benchmarks', 'trl_parity', 'ftjax', *files)
+  module['CASES'].clear()
+  module['CASES']['plain'] = 4, 1
+  module['main']()
+  found = json.loads(ours.read_text())['cases']['plain']
+  assert len(found['losses']) == 4 and len(found['rows']) == 32
+  module = script('benchmarks', 'trl_parity', 'compare', ours, ours)
+  module['CASES'].clear()
+  module['CASES']['plain'] = 4, 1
+  module['main']()
+  assert lines(capsys.readouterr().out)[-1]['agrees']
+
+
+def test_plan_table(script, tmp_path):
+  module = script('benchmarks', 'plan_table', '--write')
+  key = ('tiny_sft', 'cpu:1', '')
+  row = module['plan'](key)
+  assert 'error' not in row, row
+  # Capacity and peak of a CPU are not known.
+  row['capacity'] = 2**30
+  row['cost'] |= {'seconds': 1.0, 'mfu': 0.5, 'bound': 'compute'}
+  page = tmp_path / 'plans.md'
+  marks = [f'<!-- {n} -->\nold\n<!-- end of {n} -->' for n in ('table', 'rollouts', 'ratios')]
+  page.write_text('\n\n'.join(marks) + '\n')
+  names = module['write'].__globals__
+  names['ROWS'], names['PAGE'] = (key,), page
+  module['write']({key: row})
+  assert '| tiny_sft | cpu:1 | one device |' in page.read_text() and 'old' not in page.read_text()
+
+
+def test_reward_curves(script, tmp_path):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  values = dict(split='rollout', reward=0.5, truncated=0.1, length=7.0)
+  write(workdir / 'metrics.jsonl', [{'step': s} | values for s in (1, 2, 3)])
+  out = tmp_path / 'out.svg'
+  script('benchmarks', 'reward_curves')['main'](out, [workdir])
+  assert '</svg>' in out.read_text()
+
+
+def sentiment_rows(count):
+  asked = 'Is this review positive or negative?\n\nsentence '
+  return [
+    {
+      'messages': [
+        {'role': 'user', 'content': f'{asked}{n}'},
+        {'role': 'assistant', 'content': ('positive', 'negative')[n % 2]},
+      ]
+    }
+    for n in range(count)
+  ]
+
+
+def test_sentiment_rewards(script, tmp_path, capsys):
+  folder = tmp_path / 'data' / 'sentiment'
+  folder.mkdir(parents=True)
+  for name, count in (('train', 310), ('test', 4)):
+    write(folder / f'{name}.jsonl', sentiment_rows(count))
+  script('demo', 'sentiment_rewards')['main'](tmp_path)
+  told = {p.name: len(p.read_text().splitlines()) for p in tmp_path.rglob('sentiment_rewards/*')}
+  assert told == {
+    'prompts.jsonl': 10,
+    'pairs.jsonl': 300,
+    'test_match.jsonl': 4,
+    'test_choice.jsonl': 4,
+    'test_pairs.jsonl': 4,
+  }
+
+
+def test_preference_data(script, model, tmp_path, monkeypatch, capsys):
+  module = script('demo', 'preference_data')
+  rows = [
+    {'prompt': f'{n} + 1 =', 'chosen': str(n + 1), 'rejected': 'x' * (300 if n == 3 else 1)}
+    for n in range(6)
+  ]
+  source = write(tmp_path / 'pairs.jsonl', [*rows, rows[0], {'no': 'pair'}])
+  (tmp_path / '.cache').mkdir()
+  (tmp_path / '.cache' / 'smollm2').symlink_to(model)
+  monkeypatch.chdir(tmp_path)
+  module['main'].__globals__['TRAIN'] = 3
+  module['main'](str(source), tmp_path / 'out')
+  told = capsys.readouterr().out
+  assert 'train.jsonl: 3 pairs' in told and 'test.jsonl: 2 pairs' in told and '1 rows' in told
+
+
+def test_assets(script, tmp_path, capsys):
+  """The split of the sentences, and a second start, which finds everything there."""
+  module = script('demo', 'assets')
+  text = ''.join(
+    f'{n}\t{(2.0, -2.0, 0.1)[n % 3]}\tsentence {n if n % 10 else 0}\n' for n in range(1200)
+  )
+  train, test = module['split'](text)
+  assert len(test) == 400 and not {s for s, _ in train} & {s for s, _ in test}
+  assert [label for _, label in test].count('positive') == 200
+  wording = module['hashlib'].sha256(
+    json.dumps([module['SYSTEM'], module['PROMPT'], module['NUM_TEST']]).encode()
+  )
+  for name in (module['GGUF'], 'smollm2/config.json', f'data/.{wording.hexdigest()[:8]}'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('')
+  for name in ('train', 'test'):
+    (tmp_path / 'data' / 'sentiment').mkdir(exist_ok=True)
+    write(tmp_path / 'data' / 'sentiment' / f'{name}.jsonl', [{}] * 3)
+  assert module['main'](['assets.py', str(tmp_path)]) == 0
+  assert '(3 train, 3 test sentences)' in capsys.readouterr().out
