@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ and demo/ runs, on inputs of seconds; its figures are made elsewhere."""
+"""Every script of benchmarks/ and demo/ runs on inputs of seconds; figures are made elsewhere."""
 
 import json
 import pathlib
