@@ -4,6 +4,7 @@ may stand in them, and what may not stand together. config.py puts them in and c
 import ml_collections
 from ml_collections import config_dict
 
+from ftjax.config_section import Section
 from ftjax.runtime.errors import ConfigError
 
 ALGORITHMS = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo')
@@ -108,7 +109,7 @@ _NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'
 
 def add(c: ml_collections.ConfigDict) -> None:
   """Puts the sections into a config."""
-  c.dpo = ml_collections.ConfigDict()
+  c.dpo = Section()
   # sigmoid (DPO), sigmoid_norm, ipo, hinge, robust, simpo, cpo, orpo, kto: docs/preference.md
   c.dpo.loss = 'sigmoid'
   c.dpo.beta = 0.1  # strength of the pull to the reference
@@ -120,11 +121,11 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.dpo.desirable = 1.0  # weight of good answers in kto
   c.dpo.undesirable = 1.0  # of bad ones
 
-  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model = Section()
   c.reward_model.objective = 'pairs'  # pairs: Bradley-Terry; scores: squared error
   c.reward_model.centring = 0.0  # weight of (sum of a pair's rewards)^2; 0.01 is usual
 
-  c.rollout = ml_collections.ConfigDict()  # of algorithms that train on what the model says
+  c.rollout = Section()  # of algorithms that train on what the model says
   c.rollout.group = 8  # completions a prompt
   c.rollout.max_tokens = 256  # of a completion
   c.rollout.temperature = 1.0  # of sampling, and of the log-probs that are trained
@@ -145,7 +146,7 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.rollout.minibatches = 1  # optimizer updates per pass
   c.rollout.samples = 8  # completions of a rollout that are kept in rollouts/<number>.jsonl
 
-  c.policy = ml_collections.ConfigDict()  # the policy-gradient loss
+  c.policy = Section()  # the policy-gradient loss
   c.policy.surrogate = 'clip'  # clip (PPO's), cispo, reinforce
   c.policy.level = 'token'  # what a ratio is taken over: token, sequence (GSPO), trajectory
   c.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
@@ -164,11 +165,11 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.policy.correction_high = 2.0
   c.policy.overlong = 0  # last tokens before max_tokens that cost reward, up to 1; 0: none
 
-  c.grpo = ml_collections.ConfigDict()
+  c.grpo = Section()
   # grpo, dr_grpo, rloo, reinforce_pp_baseline: relative to the prompt's group; reinforce_pp
   c.grpo.advantage = 'grpo'
 
-  c.ppo = ml_collections.ConfigDict()
+  c.ppo = Section()
   # Reward model that the value model starts from: an export folder; '': the policy, with value 0
   c.ppo.value_from = ''
   c.ppo.gamma = 1.0  # discount per token
@@ -177,7 +178,7 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.ppo.value_coef = 0.1  # weight of the value loss beside the policy's
   c.ppo.value_clip = 0.2  # how far a value moves on one rollout; 0: as far as it likes
 
-  c.best_of_n = ml_collections.ConfigDict()
+  c.best_of_n = Section()
   c.best_of_n.keep = 1  # completions of a prompt that are trained on, the best ones
   c.best_of_n.min_reward = -1e9  # those that earn less are left out
 
@@ -241,7 +242,7 @@ def check(c: ml_collections.ConfigDict) -> None:
 
 def _check_idle(c: ml_collections.ConfigDict) -> None:
   """A setting that says nothing is a misunderstanding."""
-  usual = ml_collections.ConfigDict()
+  usual = Section()
   add(usual)
 
   def is_set(key: str) -> bool:

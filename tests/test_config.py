@@ -103,8 +103,7 @@ def test_a_good_override_is_not_blamed_for_the_file(parse, tmp_path):
     '  return c\n'
   )
   told = parse(f'--config={path}', '--config.steps=3')
-  assert told.startswith(f'error: {path}:4: AttributeError: Key "stepz" does not exist')
-  assert told.endswith('Did you mean "steps" instead of "stepz"?') and len(told) < 300
+  assert told == f'error: {path}:4: stepz: there is no such key; did you mean steps?'
   path.write_text('from ftjax import config\ndef get_config()\n')
   assert 'SyntaxError' in parse(f'--config={path}', '--config.steps=3')
 
@@ -112,8 +111,8 @@ def test_a_good_override_is_not_blamed_for_the_file(parse, tmp_path):
 @pytest.mark.parametrize(
   ('override', 'told'),
   [
-    ('--config.steps=many', "--config.steps=many: invalid literal for int() with base 10: 'many'"),
-    ('--config.optim.lr=fast', 'could not convert string to float'),
+    ('--config.steps=many', '--config.steps=many; expected an integer like the default, 0'),
+    ('--config.optim.lr=fast', '--config.optim.lr=fast; expected a number like the default, 2e-05'),
     ('--config.data.packing=maybe', '--config.data.packing=maybe'),
     ('--config.model.random.hiden_size=3', 'did you mean model.random.hidden_size?'),
     ('--config.optim=3', '--config.optim=3'),
@@ -221,8 +220,8 @@ def test_steps_or_epochs():
 )
 def test_a_random_model_is_checked_before_it_is_made(random, told):
   c = valid()
-  c.model.path, c.model.random = '', random
   with pytest.raises(ConfigError, match=told):
+    c.model.path, c.model.random = '', random
     config.validate(c)
 
 
