@@ -27,111 +27,122 @@ HERE = pathlib.Path(__file__).resolve().parent
 def default() -> Section:
   """The config that every experiment starts from."""
   c = Section()
-  c.algorithm = 'sft'  # one of algorithm_config.ALGORITHMS
+  c.algorithm = 'sft'  # what is trained, and on what kind of rows
   c.seed = 0  # of data order, noise and random initialization
-  c.steps = 0  # optimizer updates; 0: follow `epochs`
-  c.epochs = 1.0  # passes over the training rows, when steps is 0
-  c.batch_size = 16  # rows per optimizer update, over all devices; pairs; prompts
-  c.seq_len = 1024  # tokens per row; both sides of a pair share one
-  c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
+  c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
+  c.epochs = 1.0  # passes over the training data, when steps is 0
+  # Global, per optimizer update over all devices and micro-batches: packed sequences for sft, pairs
+  # for preferences, prompts for rollouts.
+  c.batch_size = 16
+  c.seq_len = 1024  # tokens of a packed sequence; the two sides of a pair share one
+  # Micro-batches that batch_size is divided into: less memory, the same loss. It does not multiply
+  # batch_size.
+  c.grad_accum = 1
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
-  c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
+  # What the backward pass recomputes to save memory: nothing, all but matrix products, everything.
+  c.remat = 'dots'
 
   c.model = Section()
-  c.model.path = ''  # HF folder, or GGUF file
+  c.model.path = ''  # Hugging Face folder, or GGUF file
   c.model.param_dtype = 'float32'  # of master parameters; optimizer moments are float32
   c.model.compute_dtype = 'float32'  # of activations and matrix products: float32 or bfloat16
-  # Instead of a path: {'vocab_size': ..., ...} in the keys of a HF config.json, random weights, a
-  # byte tokenizer made on the spot.
+  # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
+  # a Hugging Face config.json.
   c.model.random = Section()
 
   c.data = Section()
-  # path[::format][@weight], comma-separated or a tuple; a weight is a share of rows
+  # Training data, path[::format][@weight], comma-separated or a tuple; a weight is a share of rows.
   c.data.train = config_dict.FieldReference('', field_type=object)
-  # the same without weights; '' with eval_fraction > 0: split off the training data
+  # Evaluation data in the same form, without weights; '' with eval_fraction > 0: split off the
+  # training data.
   c.data.eval = config_dict.FieldReference('', field_type=object)
-  c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, kept for evaluation
-  c.data.packing = True  # several examples in a row, kept apart; False: one each, padded
-  c.data.on_overlength = 'error'  # error, drop, truncate_left, truncate_right
-  c.data.loss_on = 'assistant'  # assistant (every turn), completion (the last one), all
-  c.data.cache = ''  # folder of tokenized data; '': data_cache in the workdir
+  c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, held out for evaluation
+  # Several examples in one sequence, without influence on each other; False: one each, padded.
+  c.data.packing = True
+  c.data.on_overlength = 'error'  # what happens to examples of more than seq_len tokens
+  # Tokens that are supervised: every turn of the assistant, its last turn (completion), all tokens.
+  c.data.loss_on = 'assistant'
+  c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
 
+  # decay, multipliers and freeze are tables of (regex, value) over per-layer names: embed/w,
+  # final_norm/scale, head/w, layer0/attn/q/w, ... The first row that matches a whole name counts;
+  # every name must be matched, and every row must match a name that no earlier row does.
   c.optim = Section()
-  c.optim.name = 'adamw'  # adamw, adafactor, lion, muon, sgd
+  c.optim.name = 'adamw'  # the optimizer
   c.optim.lr = 2e-5  # peak learning rate
-  c.optim.schedule = 'cosine'  # constant, linear, cosine, wsd, inverse_sqrt
-  c.optim.warmup_steps = 0  # updates of linear rise from 0
-  c.optim.end_fraction = 0.0  # end value of linear, cosine and wsd as a share of lr
-  c.optim.decay_steps = 0  # updates of the final fall of wsd
-  c.optim.weight_decay = 0.0  # decoupled, times the learning rate
-  c.optim.b1 = 0.9  # first moment; momentum of sgd and muon
-  c.optim.b2 = 0.999  # second moment
-  c.optim.eps = 1e-8
-  c.optim.clip_norm = 1.0  # global L2 norm of the gradient; 0: no clipping
-  c.optim.ema_decay = (
-    0.0  # moving average of the parameters, evaluated and exported instead of them; 0: none
-  )
-  # Tables of (regex, value) over per-layer names: embed/w, final_norm/scale, head/w,
-  # layer0/attn/q/w, ... The first row that matches a whole name decides; every name must be
-  # matched, and every row must decide something.
-  # Times weight_decay; norm scales and biases are left alone.
+  c.optim.schedule = 'cosine'  # course of the learning rate after the warmup
+  c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0
+  c.optim.end_fraction = 0.0  # last learning rate of linear, cosine and wsd, as a share of lr
+  c.optim.decay_steps = 0  # updates of the final decay of wsd
+  c.optim.weight_decay = 0.0  # decoupled; multiplied by the learning rate
+  c.optim.b1 = 0.9  # decay of the first moment; momentum of sgd and muon
+  c.optim.b2 = 0.999  # decay of the second moment
+  c.optim.eps = 1e-8  # added to the root of the second moment
+  c.optim.clip_norm = 1.0  # largest global L2 norm of the gradient; 0: no clipping
+  # Decay of a moving average of the parameters, which is evaluated and exported in place of them;
+  # 0: none.
+  c.optim.ema_decay = 0.0
+  # Factors of weight_decay; norm scales and biases have none.
   c.optim.decay = (('.*(norm/scale|/b)', 0.0), ('.*', 1.0))
-  c.optim.multipliers = (('.*', 1.0),)  # times the learning rate
-  c.optim.freeze = (('.*', False),)  # not trained
+  c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
+  c.optim.freeze = (('.*', False),)  # True: not trained
 
   c.loss = Section()
-  c.loss.label_smoothing = 0.0  # share of the target spread over the vocabulary
+  c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
-  c.loss.neftune = (
-    0.0  # alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 5 is usual
-  )
+  # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
+  c.loss.neftune = 0.0
 
   algorithm_config.add(c)
 
-  c.mesh = Section()  # sizes; one may be -1, for the rest of the devices
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
-  c.mesh.context = 1
-  c.mesh.tensor = 1
-  c.mesh.expert = 1
+  # Devices along each axis; one may be -1, for all devices that the others leave.
+  c.mesh = Section()
+  c.mesh.data = 1  # copies of the parameters, each with its share of the batch
+  c.mesh.fsdp = -1  # parameters, optimizer and batch sharded
+  c.mesh.context = 1  # each sequence split
+  c.mesh.tensor = 1  # each matrix split
+  c.mesh.expert = 1  # experts of a mixture spread
 
   c.checkpoint = Section()
-  c.checkpoint.every = 100  # steps; the last step is always saved; 0: only that
-  c.checkpoint.keep = 2  # the latest so many stay, and the best one
-  c.checkpoint.best_metric = ''  # e.g. eval/loss: its best checkpoint is kept and exported
-  c.checkpoint.best_mode = 'min'  # min or max
+  c.checkpoint.every = 100  # steps between checkpoints; the last step is always saved; 0: only that
+  c.checkpoint.keep = 2  # number of latest checkpoints that are kept, beside the best one
+  c.checkpoint.best_metric = ''  # such as eval/loss: its best checkpoint is kept and exported
+  c.checkpoint.best_mode = 'min'  # whether a smaller or a larger best_metric is better
   c.checkpoint.patience = 0  # evaluations without a better best_metric that end training; 0: never
 
   c.eval = Section()
   c.eval.every = 0  # steps between evaluations of the loss; the last step is always evaluated
-  c.eval.batch_size = 16  # rows
-  # 'name=kind:path', kind choice, match, math or math_strict: base against tuned, at the end
+  c.eval.batch_size = 16  # sequences of an evaluation batch, over all devices
+  # 'name=kind:path', kind choice, match, math or math_strict: base and tuned are compared on these
+  # at the end.
   c.eval.tasks = ()
-  c.eval.prompts = ()  # answered greedily at every evaluation
-  c.eval.max_tokens = 64  # of an answer
+  c.eval.prompts = ()  # texts that are completed greedily at every evaluation
+  c.eval.max_tokens = 64  # most tokens of such a completion
 
   c.log = Section()
-  c.log.every = 1  # steps
-  c.log.sinks = ()  # of wandb, mlflow; metrics.jsonl and TensorBoard are always written
+  c.log.every = 1  # steps between logged metrics
+  c.log.sinks = ()  # wandb, mlflow; metrics.jsonl and TensorBoard are always written
 
-  c.profile = Section()  # a jax profiler trace from step start to step stop; equal: none
-  c.profile.start = 0
-  c.profile.stop = 0
+  # A jax profiler trace; start = stop: none.
+  c.profile = Section()
+  c.profile.start = 0  # first step of the trace
+  c.profile.stop = 0  # the step after its last one
 
-  # Seconds without progress that end all processes with code 75, to be started again; 0: never
+  # Seconds without progress after which all processes end with exit code 75, to be started again;
+  # 0: never.
   c.watchdog = Section()
-  c.watchdog.tokenize = 24 * 3600.0  # one source
-  c.watchdog.restore = 3600.0  # weights, a checkpoint, and what has no limit of its own
-  c.watchdog.compile = 3600.0
-  c.watchdog.step = 600.0  # or ten times the median step, where that is longer
-  c.watchdog.rollout = 3600.0  # next tokens of a rollout, or its rewards
-  c.watchdog.evaluate = 3600.0  # one batch of rows
-  c.watchdog.save = 1200.0  # a checkpoint
-  c.watchdog.export = 7200.0
+  c.watchdog.tokenize = 24 * 3600.0  # one data source
+  c.watchdog.restore = 3600.0  # reading weights or a checkpoint, and phases without a limit
+  c.watchdog.compile = 3600.0  # compiling the step
+  c.watchdog.step = 600.0  # one update; ten times the median update, where that is longer
+  c.watchdog.rollout = 3600.0  # the next tokens of a rollout, or its rewards
+  c.watchdog.evaluate = 3600.0  # one evaluation batch
+  c.watchdog.save = 1200.0  # saving a checkpoint
+  c.watchdog.export = 7200.0  # writing the exported model
 
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
   c.compile_cache = True  # keep compiled programs in the workdir
-  # (name, value) pairs over the table of runtime/compiler_options.py; '' takes one away
+  # (name, value) pairs added to the table of runtime/compiler_options.py; '' removes one.
   c.compiler_options = ()
   return c.lock()
 
@@ -147,7 +158,7 @@ CHOICES = algorithm_config.CHOICES | {
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
 }
-_POSITIVE = (
+POSITIVE = (
   *algorithm_config.POSITIVE,
   'batch_size',
   'seq_len',
@@ -158,7 +169,7 @@ _POSITIVE = (
   'eval.max_tokens',
   'max_bad_steps',
 )
-_NOT_NEGATIVE = (
+NOT_NEGATIVE = (
   *algorithm_config.NOT_NEGATIVE,
   'steps',
   'optim.warmup_steps',
@@ -201,10 +212,10 @@ def _validate(c: Section) -> None:
   for key, allowed in CHOICES.items():
     if values[key] not in allowed:
       raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}')
-  for key in _POSITIVE:
+  for key in POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
+  for key in (*NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:

@@ -151,7 +151,7 @@ def _number(text: str, shown: str, usual: int | float) -> int | float:
   except (ValueError, OverflowError):
     pass
   what = 'an integer' if isinstance(usual, int) else 'a number'
-  raise ConfigError(f'{shown}; expected {what} like the default, {usual!r}')
+  raise ConfigError(f'{shown}; expected {what} such as {usual!r}')
 
 
 def _literal(text: str, shown: str, wants: str) -> Any:
