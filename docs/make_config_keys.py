@@ -18,18 +18,20 @@ TARGET = ROOT / 'docs' / 'config_keys.md'
 _SOURCES = ('config.py', 'algorithm_config.py')
 _HEAD = """# Config keys
 
-Made by `python docs/make_config_keys.py` from the comments in [ftjax/config.py](../ftjax/config.py) and
-[ftjax/algorithm_config.py](../ftjax/algorithm_config.py); edit those. How a config file looks and how keys are changed on the command line stands
-in [config.md](config.md).
+Made by `python docs/make_config_keys.py` from the comments in
+[ftjax/config.py](../ftjax/config.py) and
+[ftjax/algorithm_config.py](../ftjax/algorithm_config.py): edit those. How a config file looks, and
+how keys are changed on the command line, is described in [config.md](config.md).
 
-`batch_size` is global: the number of sequences, pairs or prompts of one optimizer update over all devices. `grad_accum` divides it
-into micro-batches and does not multiply it.
+`batch_size` is global: the number of packed sequences, pairs or prompts of one optimizer update,
+over all devices. `grad_accum` divides it into micro-batches and does not multiply it.
 """
 _NAMES_HEAD = """
 ## Names in other tools
 
-What users of TRL and the Hugging Face Trainer, LLaMA-Factory, Axolotl, Tunix and MaxText type, and the key that has the meaning here. Typing
-one of these names, on the command line or in a config file, is an error that names the key.
+What users of TRL and the Hugging Face Trainer, LLaMA-Factory, Axolotl, Tunix and MaxText type, and
+the key that has the meaning here. One of these names, on the command line or in a config file, is
+an error that names the key.
 
 | their name | here | note |
 |---|---|---|

@@ -28,7 +28,7 @@ def default() -> Section:
   """The config that every experiment starts from."""
   c = Section()
   c.algorithm = 'sft'  # what is trained, and on what kind of rows
-  c.seed = 0  # of data order, noise and random initialization
+  c.seed = 0  # seed of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
   c.epochs = 1.0  # passes over the training data, when steps is 0
   # Global, per optimizer update over all devices and micro-batches: packed sequences for sft, pairs
@@ -44,8 +44,8 @@ def default() -> Section:
 
   c.model = Section()
   c.model.path = ''  # Hugging Face folder, or GGUF file
-  c.model.param_dtype = 'float32'  # of master parameters; optimizer moments are float32
-  c.model.compute_dtype = 'float32'  # of activations and matrix products: float32 or bfloat16
+  c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
+  c.model.compute_dtype = 'float32'  # dtype of activations and matrix products
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
   # a Hugging Face config.json.
   c.model.random = Section()

@@ -41,7 +41,7 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def _is_gcs(path: str | os.PathLike) -> bool:
-  """Whether a path lies in a bucket. Raises ConfigError for any other scheme, and for gs:/BUCKET."""
+  """Whether a path lies in a bucket. Raises ConfigError for another scheme, and for gs:/BUCKET."""
   text = os.fspath(path)
   if not is_remote(text):
     if text.startswith(gcs.SCHEME[:4]):  # what pathlib makes of gs://

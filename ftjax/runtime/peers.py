@@ -134,8 +134,8 @@ def check_same_values(name: str, values: Mapping[str, Any]) -> None:
   if found := differences(gather(own)):
     more = f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
     raise ConfigError(
-      f'{name} differs between the processes: {"; ".join(found[:_SHOWN])}{more}. Give every process '
-      'the same command'
+      f'{name} differs between the processes: {"; ".join(found[:_SHOWN])}{more}. Give every '
+      'process the same command'
     )
 
 
