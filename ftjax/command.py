@@ -114,7 +114,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _check_words(words: list[str]) -> None:
   """Raises ConfigError for slips that absl would take for something else."""
-  for word, following in zip(words, [*words[1:], ''], strict=True):
+  for word, following in itertools.pairwise([*words, '--']):
     if word == '--':
       return
     if word[:1] in ('\u2010', '\u2011', '\u2012', '\u2013', '\u2014', '\u2212'):
@@ -124,7 +124,7 @@ def _check_words(words: list[str]) -> None:
       continue
     if following.startswith('='):
       raise ConfigError(f'{word} {following}: write {word}=VALUE, without blanks')
-    if not FLAGS[name].boolean and (not following or following.startswith('--')):
+    if not FLAGS[name].boolean and following.startswith('--'):
       raise ConfigError(f'{word} has no value; write {word}=VALUE ({FLAGS[name].help})')
 
 
@@ -154,19 +154,18 @@ def _location(name: str, value: str) -> str:
 def _unexpected(word: str) -> str:
   """The message for a word that is no flag."""
   name, equals, value = word.removeprefix('config.').partition('=')
-  if equals and 'config' in FLAGS and (key := _config_key(name)):
-    return f'unexpected argument {word!r}; did you mean --config.{key}={value}?'
   if equals and name in FLAGS:
     return f'unexpected argument {word!r}; did you mean --{word}?'
+  if equals and 'config' in FLAGS and (key := _config_key(name)):
+    return f'unexpected argument {word!r}; did you mean --config.{key}={value}?'
   return f'unexpected argument {word!r}; flags are written --name=value'
 
 
 def _config_key(name: str) -> str:
   """The config key that a name means, '' where none is near."""
   usual = config_lib.default()
-  if name in config_section.flat(usual):
-    return name
-  return config_section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
+  found = config_section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
+  return next((k for k in (name, found) if k in config_section.flat(usual)), '')
 
 
 def _flag_error(error: Exception) -> str:
@@ -194,13 +193,10 @@ def _hint_with_flag(name: str) -> str:
 def _help() -> str:
   """What --help prints: what the entry does, and its flags."""
   lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
-  own = [
-    flag
-    for module, found in FLAGS.flags_by_module_dict().items()
-    if module.startswith('ftjax') or module == sys.argv[0]
-    for flag in found
-  ]
-  for flag in sorted(own, key=lambda f: f.name):
+  for name in sorted(FLAGS):
+    flag = FLAGS[name]
+    if (FLAGS.find_module_defining_flag(name) or '').startswith('absl'):
+      continue
     usual = '' if flag.default in (None, '', []) else f' (default: {flag.default})'
     lines.append(f'  --{flag.name}  {flag.help}{usual}')
   if 'config' in FLAGS:

@@ -81,7 +81,7 @@ def apply(c: config_section.Section, overrides: list[Override]) -> None:
   joined: dict[str, tuple] = {}
   for override in overrides:
     value = _read(c, override)
-    if isinstance(value, tuple) and isinstance(c[override.key], tuple):
+    if isinstance(value, tuple) and not _is_object(c, override.key):
       value = joined[override.key] = joined.get(override.key, ()) + value
     _set(c, override, value)
 
@@ -114,7 +114,7 @@ def _read(c: config_section.Section, override: Override) -> Any:
     return _bool(text, shown)
   if isinstance(usual, int | float):
     return _number(text, shown, usual)
-  if isinstance(c[key], tuple):
+  if isinstance(usual, tuple) and not _is_object(c, key):
     return _tuple(key, text, shown)
   if text in ('None', 'null'):
     raise ConfigError(f'{shown}; expected a text; an empty one, --config.{key}=, means none')

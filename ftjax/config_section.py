@@ -108,7 +108,7 @@ class Section(ml_collections.ConfigDict):
     is_random = name in RANDOM_KEYS
     if self.is_locked and key not in self._fields and not is_random:
       raise NoSuchKey(name, self.root())
-    if name == 'model.random' and isinstance(value, Mapping | ml_collections.ConfigDict):
+    if name == 'model.random' and key in self._fields:
       value = self._random_section(value)
     elif is_random:
       _check_plain(name, value)
@@ -128,6 +128,10 @@ class Section(ml_collections.ConfigDict):
 
   def _random_section(self, value: Mapping[str, Any]) -> 'Section':
     """A model.random of these keys; NoSuchKey for another."""
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+      raise ConfigError(
+        f'model.random={_shown(value)}; expected a dict with the keys {", ".join(RANDOM_REQUIRED)}'
+      )
     out = Section()
     for key, item in value.items():
       if f'model.random.{key}' not in RANDOM_KEYS:

@@ -242,6 +242,88 @@ def test_sources_as_a_text_or_a_tuple(parse):
   assert parse('--config=tiny_sft', "--config.data.train=('a.jsonl', 'b.jsonl')") == ''
 
 
+# Numbers that do not go together
+
+
+@pytest.mark.parametrize(
+  ('settings', 'told'),
+  [
+    (
+      {'optim.warmup_steps': 10},
+      'optim.warmup_steps=10 with steps=10: the learning rate would not',
+    ),
+    ({'optim.warmup_steps': 100}, 'optim.warmup_steps=100 with steps=10'),
+    (
+      {'optim.schedule': 'wsd', 'optim.decay_steps': 8, 'optim.warmup_steps': 3},
+      'optim.decay_steps=8 and optim.warmup_steps=3 are more than steps=10',
+    ),
+    (
+      {'checkpoint.best_metric': 'eval/loss', 'data.eval': 'a', 'eval.every': 11},
+      'eval.every=11 with steps=10: checkpoint.best_metric=eval/loss would be measured once',
+    ),
+    (
+      {
+        'checkpoint.best_metric': 'eval/loss',
+        'data.eval': 'a',
+        'eval.every': 3,
+        'checkpoint.patience': 4,
+      },
+      'checkpoint.patience=4 can never stop a run of 4 evaluations',
+    ),
+  ],
+)
+def test_lengths_that_do_not_go_together(settings, told):
+  c = valid()
+  c.update_from_flattened_dict(settings)
+  with pytest.raises(ConfigError, match=told):
+    config.validate(c)
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'optim.warmup_steps': 9},
+    {'optim.warmup_steps': 100, 'steps': 0},
+    {'checkpoint.every': 1000},
+    {'epochs': 3.0},
+    {'eval.every': 100, 'data.eval': 'a'},
+    {
+      'checkpoint.best_metric': 'eval/loss',
+      'data.eval': 'a',
+      'eval.every': 10,
+    },
+    {
+      'checkpoint.best_metric': 'eval/loss',
+      'data.eval': 'a',
+      'eval.every': 3,
+      'checkpoint.patience': 3,
+    },
+  ],
+)
+def test_lengths_that_go_together(settings):
+  c = valid()
+  c.update_from_flattened_dict(settings)
+  config.validate(c)
+
+
+@pytest.mark.parametrize(
+  ('train', 'evaluation', 'count'),
+  [
+    ('a.jsonl', 'a.jsonl', 1),
+    ('a.jsonl@0.5,b.jsonl@2', 'b.jsonl', 1),
+    (('a.jsonl', 'b.jsonl'), ('c.jsonl', 'a.jsonl'), 1),
+    ('a.jsonl', 'b.jsonl', 0),
+    ('a.jsonl', '', 0),
+  ],
+)
+def test_evaluation_on_training_data_is_warned_of(train, evaluation, count):
+  c = valid()
+  c.data.train, c.data.eval = train, evaluation
+  lines = config.warnings(c)
+  assert len(lines) == count
+  assert all('is also in data.train: its loss measures what was memorized' in x for x in lines)
+
+
 # Files
 
 
