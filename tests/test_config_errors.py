@@ -216,8 +216,12 @@ GOOD = [
   (body('c.optim = config.default().optim', 'c.optim.lr = 3.0'), 'optim.lr', 3.0),
   (body('c.model.random.hidden_size = 8'), 'model.random', {'hidden_size': 8}),
   (body(end='  return c.copy_and_resolve_references()\n'), 'steps', 0),
-  ('import ml_collections as m\ndef get_config():\n  return m.ConfigDict(dict(steps=4))\n', 'steps', 4),
-]  # fmt: skip
+  (
+    'import ml_collections as m\ndef get_config():\n  return m.ConfigDict(dict(seed=4))\n',
+    'seed',
+    4,
+  ),
+]
 
 
 @pytest.mark.parametrize(('text', 'key', 'value'), GOOD, ids=[t for t, _, _ in GOOD])
@@ -230,7 +234,7 @@ def test_what_a_file_may_write(tmp_path, text, key, value):
 
 def test_a_config_that_is_no_python_file(tmp_path):
   (tmp_path / 'a.yaml').write_text('steps: 3')
-  with pytest.raises(ConfigError, match='a config is a Python file .*; got a .yaml file'):
+  with pytest.raises(ConfigError, match=r'a config is a Python file .*; got a .yaml file'):
     config.find(str(tmp_path / 'a.yaml'))
   with pytest.raises(ConfigError, match='is a folder; give a Python file with get_config'):
     config.find(str(tmp_path))
