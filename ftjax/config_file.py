@@ -111,8 +111,7 @@ def _check_function(path: str, make: Any, names: dict[str, Any]) -> None:
     raise ConfigError(f'{place}: there is no get_config() in this file; {remedy}')
   if not callable(make):
     raise ConfigError(
-      f'{path}:1: get_config is of the type {type(make).__name__}; expected a function that returns '
-      'a config'
+      f'{path}:1: get_config is of the type {type(make).__name__}; expected a function'
     )
   needed = [
     p.name
