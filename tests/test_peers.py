@@ -43,7 +43,7 @@ def configs(monkeypatch):
     ),
     (
       ({}, {'data.train': ('a', 'b'), 'seed': 5}),
-      ["data.train='' on process 0, ['a', 'b'] on process 1", 'seed=0 on process 0, 5 on process 1'],
+      ["data.train='' on process 0, ['a', 'b'] on process 1", 'seed=0 on process 0, 5 on'],
     ),
     (
       ({'model.random': {'hidden_size': 8}}, {'model.random': {'hidden_size': 16}}),
