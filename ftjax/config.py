@@ -211,7 +211,9 @@ def _validate(c: Section) -> None:
       raise ConfigError(f'{key}={value}; expected a finite number')
   for key, allowed in CHOICES.items():
     if values[key] not in allowed:
-      raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}')
+      near = difflib.get_close_matches(values[key], allowed, n=1)
+      hint = f'; did you mean {near[0]}?' if near else ''
+      raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}{hint}')
   for key in POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')

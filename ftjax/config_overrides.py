@@ -92,6 +92,7 @@ def _set(c: config_section.Section, override: Override, value: Any) -> None:
     (c[section] if section else c)[name] = value
   except ConfigError as error:
     raise ConfigError(f'--config.{override.key}: {error}') from error
+  c.places()[override.key] = ''  # no line of a file
 
 
 def _read(c: config_section.Section, override: Override) -> Any:

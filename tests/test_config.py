@@ -163,6 +163,8 @@ def test_a_plain_config_is_valid():
     ('remat', 'half', r"remat='half'"),
     ('optim.name', 'adam', r"optim.name='adam'; expected one of \('adamw'"),
     ('optim.schedule', 'step', r"optim.schedule='step'"),
+    ('optim.name', 'adamW', r'expected one of .*; did you mean adamw\?'),
+    ('data.on_overlength', 'truncate-left', r'did you mean truncate_left\?'),
     ('data.on_overlength', 'cut', r"data.on_overlength='cut'"),
     ('data.loss_on', 'prompt', r"data.loss_on='prompt'"),
     ('model.param_dtype', 'float16', r"model.param_dtype='float16'"),
