@@ -111,7 +111,7 @@ class Section(ml_collections.ConfigDict):
     if name == 'model.random' and key in self._fields:
       value = self._random_section(value)
     elif is_random:
-      _check_plain(name, value)
+      _check_random(name, value)
       if isinstance(value, Mapping):
         value = ml_collections.ConfigDict(value)
     elif key in self._fields and self.is_type_safe:
@@ -136,7 +136,7 @@ class Section(ml_collections.ConfigDict):
     for key, item in value.items():
       if f'model.random.{key}' not in RANDOM_KEYS:
         raise NoSuchKey(f'model.random.{key}', self.root())
-      _check_plain(f'model.random.{key}', item)
+      _check_random(f'model.random.{key}', item)
       out[key] = item
     return out
 
@@ -198,7 +198,7 @@ def _remedy(value: Any, kind: type, usual: Any) -> str:
       return f' like the default, {usual!r}'
   if kind is int and isinstance(value, float) and value.is_integer():
     return f': write {int(value)}'
-  if kind is bool and value in (0, 1):
+  if kind is bool and isinstance(value, int) and value in (0, 1):
     return f': write {bool(value)}'
   if kind is tuple and isinstance(value, str):
     return f': write ({value!r},), with a comma'
@@ -237,6 +237,12 @@ def _check_plain(name: str, value: Any) -> None:
   raise ConfigError(
     f'{name}={_shown(value)}; expected texts, numbers, True, False, and tuples of these{remedy}'
   )
+
+
+def _check_random(name: str, value: Any) -> None:
+  """`_check_plain` for the keys of a config.json, where null is a value."""
+  if value is not None:
+    _check_plain(name, value)
 
 
 def is_library_code(filename: str) -> bool:

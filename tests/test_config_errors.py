@@ -42,6 +42,10 @@ VALUES = [
   ('c.optim.lr = max', 'optim.lr=max (a builtin_function_or_method); expected a number'),
   ('c.data.packing = "no"', "data.packing='no'; expected True or False, without quotes: False"),
   ('c.data.packing = 1', 'data.packing=1; expected True or False: write True'),
+  ('c.data.packing = __import__("numpy").zeros(2)', 'data.packing=<a ndarray>; expected True or'),
+  ('c.steps = __import__("numpy").zeros(2)', 'steps=<a ndarray>; expected an integer'),
+  ('c.optim.lr = 1j', 'optim.lr=<a complex>; expected a number'),
+  ('c.model.path = b"x"', 'model.path=<a bytes>; expected a text'),
   ('c.model.path = 5', 'model.path=5; expected a text'),
   ('c.model.path = ("a", "b")', "model.path=('a', 'b'); expected a text"),
   ('c.model.path = "a",', "model.path=('a',); expected a text: a comma at the end of the line"),
@@ -214,6 +218,7 @@ GOOD = [
   (body('c.update(dict(optim=dict(lr=0.25)))'), 'optim.lr', 0.25),
   (body('c.eval.every = c.get_ref("steps")', 'c.steps = 9'), 'eval.every', 9),
   (body('c.optim = config.default().optim', 'c.optim.lr = 3.0'), 'optim.lr', 3.0),
+  (body('c.model.random = dict(rope_scaling=None)'), 'model.random', {'rope_scaling': None}),
   (body('c.model.random.hidden_size = 8'), 'model.random', {'hidden_size': 8}),
   (body(end='  return c.copy_and_resolve_references()\n'), 'steps', 0),
   (
