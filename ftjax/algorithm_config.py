@@ -4,6 +4,7 @@ may stand in them, and what may not stand together. config.py puts them in and c
 import ml_collections
 from ml_collections import config_dict
 
+from ftjax.config_section import Section
 from ftjax.runtime.errors import ConfigError
 
 ALGORITHMS = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo')
@@ -108,78 +109,82 @@ _NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'
 
 def add(c: ml_collections.ConfigDict) -> None:
   """Puts the sections into a config."""
-  c.dpo = ml_collections.ConfigDict()
-  # sigmoid (DPO), sigmoid_norm, ipo, hinge, robust, simpo, cpo, orpo, kto: docs/preference.md
-  c.dpo.loss = 'sigmoid'
+  c.dpo = Section()
+  c.dpo.loss = 'sigmoid'  # sigmoid is DPO's; the others are described in docs/preference.md
   c.dpo.beta = 0.1  # strength of the pull to the reference
-  # Where its log-probs come from: step (computed in it), cache (once, before the first step)
+  # Where the reference's log-probs come from: computed in each step, or once before the first one.
   c.dpo.reference = 'step'
   c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
   c.dpo.gamma = 0.0  # margin of simpo, in rewards
-  c.dpo.nll_coef = 0.0  # weight of the chosen answer's likelihood in cpo and simpo
-  c.dpo.desirable = 1.0  # weight of good answers in kto
-  c.dpo.undesirable = 1.0  # of bad ones
+  c.dpo.nll_coef = 0.0  # weight of the chosen completion's likelihood in cpo and simpo
+  c.dpo.desirable = 1.0  # weight of desirable completions in kto
+  c.dpo.undesirable = 1.0  # weight of undesirable completions in kto
 
-  c.reward_model = ml_collections.ConfigDict()
+  c.reward_model = Section()
   c.reward_model.objective = 'pairs'  # pairs: Bradley-Terry; scores: squared error
   c.reward_model.centring = 0.0  # weight of (sum of a pair's rewards)^2; 0.01 is usual
 
-  c.rollout = ml_collections.ConfigDict()  # of algorithms that train on what the model says
-  c.rollout.group = 8  # completions a prompt
-  c.rollout.max_tokens = 256  # of a completion
+  # For algorithms that train on completions of the model.
+  c.rollout = Section()
+  c.rollout.group = 8  # completions of each prompt
+  c.rollout.max_tokens = 256  # most tokens of a completion
   c.rollout.temperature = 1.0  # of sampling, and of the log-probs that are trained
-  c.rollout.top_k = 0  # the likeliest so many tokens alone; 0: all
-  c.rollout.top_p = 1.0  # the smallest set of likeliest tokens with so much probability; 1: all
+  c.rollout.top_k = 0  # sample among the k likeliest tokens; 0: all
+  c.rollout.top_p = 1.0  # sample among the likeliest tokens of this probability in all; 1: all
   c.rollout.slots = 64  # sequences decoded at once
   c.rollout.stop = ()  # texts that end a completion
-  # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2'; docs/rewards.md
+  # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2': docs/rewards.md.
   c.rollout.rewards = config_dict.FieldReference((), field_type=object)
-  # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none
+  # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none.
   c.rollout.reward_model = ''
-  c.rollout.reward_limit = 1.0  # seconds for one completion by a built-in reward that may hang
+  c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
-  # Times that prompts whose completions all earned the same give way to others (DAPO's dynamic
-  # sampling); so many batches of prompts are set aside for a rollout
+  # Times that prompts with a zero-variance group are replaced by others (DAPO's dynamic sampling);
+  # so many batches of prompts are reserved for each rollout.
   c.rollout.redraws = 0
   c.rollout.updates = 1  # passes over a rollout
-  c.rollout.minibatches = 1  # optimizer updates per pass
+  c.rollout.minibatches = 1  # optimizer updates in each pass
   c.rollout.samples = 8  # completions of a rollout that are kept in rollouts/<number>.jsonl
 
-  c.policy = ml_collections.ConfigDict()  # the policy-gradient loss
-  c.policy.surrogate = 'clip'  # clip (PPO's), cispo, reinforce
+  # The policy-gradient loss.
+  c.policy = Section()
+  c.policy.surrogate = 'clip'  # form of the loss; clip is PPO's
   c.policy.level = 'token'  # what a ratio is taken over: token, sequence (GSPO), trajectory
   c.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
-  c.policy.clip_high = 0.2  # and below 1 + clip_high
+  c.policy.clip_high = 0.2  # the ratio stays below 1 + clip_high
   c.policy.dual_clip = 0.0  # largest ratio with a negative advantage; 0: none
-  c.policy.aggregate = 'token'  # mean over tokens, over completions' means (sequence), constant
-  c.policy.kl = 'k3_is'  # loss term k2, k3 or k3_is; reward: k1, taken off the reward
-  c.policy.kl_coef = 0.0  # of the divergence from the initial model; 0: no copy of it is held
-  c.policy.kl_target = 0.0  # nats a token: the coefficient follows it, once a rollout; 0: fixed
-  c.policy.kl_gain = 0.1  # largest relative change of the coefficient is a fifth of it
-  c.policy.entropy_coef = 0.0  # of the entropy, which is rewarded
-  # Weights against a sampler that is not the trainer: none, token_truncate, token_mask,
-  # sequence_truncate, sequence_mask
+  # Mean over all tokens, over the means of the completions (sequence), or by a constant length.
+  c.policy.aggregate = 'token'
+  # Divergence from the initial model: a loss term k2, k3 or k3_is; reward: k1, subtracted from the
+  # reward.
+  c.policy.kl = 'k3_is'
+  c.policy.kl_coef = 0.0  # weight of that divergence; 0: no copy of the initial model is held
+  # Nats per token that the weight is adapted to, once a rollout; 0: the weight is fixed.
+  c.policy.kl_target = 0.0
+  c.policy.kl_gain = 0.1  # speed of that adaptation; a change is at most a fifth of it
+  c.policy.entropy_coef = 0.0  # weight of the entropy bonus
+  # Importance weights for a sampler whose log-probs differ from the trainer's.
   c.policy.correction = 'none'
-  c.policy.correction_low = 0.0  # bounds of that weight
-  c.policy.correction_high = 2.0
-  c.policy.overlong = 0  # last tokens before max_tokens that cost reward, up to 1; 0: none
+  c.policy.correction_low = 0.0  # lower bound of that weight
+  c.policy.correction_high = 2.0  # upper bound of that weight
+  c.policy.overlong = 0  # last tokens before max_tokens with a penalty, up to 1; 0: none
 
-  c.grpo = ml_collections.ConfigDict()
-  # grpo, dr_grpo, rloo, reinforce_pp_baseline: relative to the prompt's group; reinforce_pp
+  c.grpo = Section()
+  # How advantages are computed: all but reinforce_pp are relative to the prompt's group.
   c.grpo.advantage = 'grpo'
 
-  c.ppo = ml_collections.ConfigDict()
-  # Reward model that the value model starts from: an export folder; '': the policy, with value 0
+  c.ppo = Section()
+  # Reward model that the value model starts from, an export folder; '': the policy, with value 0.
   c.ppo.value_from = ''
   c.ppo.gamma = 1.0  # discount per token
-  c.ppo.lam = 0.95  # of generalized advantage estimation
-  c.ppo.whiten = True  # advantages of a rollout have mean 0 and variance 1
-  c.ppo.value_coef = 0.1  # weight of the value loss beside the policy's
-  c.ppo.value_clip = 0.2  # how far a value moves on one rollout; 0: as far as it likes
+  c.ppo.lam = 0.95  # lambda of generalized advantage estimation
+  c.ppo.whiten = True  # advantages of a rollout are scaled to mean 0 and variance 1
+  c.ppo.value_coef = 0.1  # weight of the value loss
+  c.ppo.value_clip = 0.2  # largest change of a value on one rollout; 0: no limit
 
-  c.best_of_n = ml_collections.ConfigDict()
-  c.best_of_n.keep = 1  # completions of a prompt that are trained on, the best ones
-  c.best_of_n.min_reward = -1e9  # those that earn less are left out
+  c.best_of_n = Section()
+  c.best_of_n.keep = 1  # completions of each prompt that are trained on, the best ones
+  c.best_of_n.min_reward = -1e9  # completions with a smaller reward are left out
 
 
 def steps_per_batch(c: ml_collections.ConfigDict) -> int:
@@ -241,7 +246,7 @@ def check(c: ml_collections.ConfigDict) -> None:
 
 def _check_idle(c: ml_collections.ConfigDict) -> None:
   """A setting that says nothing is a misunderstanding."""
-  usual = ml_collections.ConfigDict()
+  usual = Section()
   add(usual)
 
   def is_set(key: str) -> bool:

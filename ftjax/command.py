@@ -1,23 +1,24 @@
-"""How an entry is run: flags and config parsed before jax is imported, errors told in one line,
+"""How an entry is run: flags and config parsed before jax is imported, errors reported in one line,
 exit codes kept.
 
 See ftjax/runtime/errors.py for the codes.
 """
 
 import importlib
+import itertools
 import logging
-import runpy
+import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from types import ModuleType
 
 from absl import app, flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from ftjax import config as config_lib
+from ftjax import config_file, config_overrides, config_section
+from ftjax.runtime import locations
 from ftjax.runtime.errors import ConfigError, RunError, StoppedEarly
 
 FLAGS = flags.FLAGS
@@ -25,8 +26,8 @@ FLAGS = flags.FLAGS
 
 def define_config() -> None:
   """Declares --config=FILE_OR_NAME with --config.KEY=VALUE overrides."""
-  config_flags.DEFINE_config_file(
-    'config', None, 'A config file, or the name of a shipped one.', lock_config=True
+  flags.DEFINE_string(
+    'config', None, 'A config file, or the name of a shipped one; --config.KEY=VALUE changes a key.'
   )
   flags.mark_flag_as_required('config')
 
@@ -77,89 +78,131 @@ def algorithm(name: str) -> ModuleType:
   return importlib.import_module(f'ftjax.{name}')
 
 
-def _resolve(argv: list[str]) -> list[str]:
-  """The arguments with the path of the config in place of its name."""
-  out, names = [], iter(argv)
-  for argument in names:
-    flag, equals, name = argument.partition('=')
-    if flag in ('--config', '-config'):
-      name = name if equals else next(names, '')
-      argument = f'--config={config_lib.find(name)}'
-    out.append(argument)
-  return out
-
-
-def _told(error: Exception) -> str:
-  """An error's text, without the listing of all keys that ml_collections puts in the middle."""
-  text = str(error.args[0] if error.args else error)
-  head, _, listed = text.partition(' Other fields present')
-  hint = listed[at:] if (at := listed.rfind('Did you mean')) >= 0 else ''
-  return f'{head} {hint}'.strip(' \'"')
-
-
-def _file_error(path: str) -> str:
-  """What is wrong with a config file on its own, with its line; '' where it can be read."""
-  try:
-    runpy.run_path(path)['get_config']()
-  except _MISTAKES as error:
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if f.filename == path]
-    place = f'{path}:{lines[-1]}' if lines else path
-    return f'{place}: {type(error).__name__}: {_told(error)}'
-  return ''
-
-
-def _override_error(argument: str, error: Exception) -> str:
-  """What is wrong with one --config.KEY=VALUE."""
-  key, _, value = argument.lstrip('-').removeprefix('config.').partition('=')
-  known = config_lib.flat(config_lib.default())
-  if key in known:
-    return (
-      f'--config.{key}={value}: expected a value like the default, {known[key]!r} ({_told(error)})'
-    )
-  if key in config_lib.RANDOM_KEYS:
-    return f'--config.{key}: the config does not set this key ({_told(error)})'
-  return f'--config.{key}: there is no such key{config_lib.nearest(key, config_lib.default())}'
-
-
-# What Python and ml_collections raise for a mistake in a config file or an override.
-_MISTAKES = (
-  AttributeError,
-  KeyError,
-  TypeError,
-  ValueError,
-  OSError,
-  SyntaxError,
-  NameError,
-  ImportError,
-  IndexError,
-  ArithmeticError,
-  AssertionError,
-)
+_HELP = ('--help', '-help', '-h', '--h', '-?')
+# Flags whose value is a folder or file that this command reads or writes.
+_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's parser, with exit code 2 for everything that a user may have got wrong."""
+  """absl's parser, with exit code 2 for everything that a user may have got wrong; the value of
+  --config becomes the config itself.
+  """
   try:
-    argv = [argv[0], *_resolve(argv[1:])]
-    rest = FLAGS(argv)
+    words = FLAGS.read_flags_from_files(argv[1:])
+    if any(w in _HELP for w in words):
+      print(_help())
+      sys.exit(0)
+    _check_words(words)
+    c = None
+    if 'config' in FLAGS:
+      words, overrides = config_overrides.split(words)
+      if path := _config_path(words):
+        c = config_file.load(config_lib.find(path))
+        config_overrides.apply(c, overrides)
+    rest = FLAGS([argv[0], *words])
     if len(rest) > 1:
-      raise ConfigError(f'unexpected argument {rest[1]!r}; flags are written --name=value')
+      raise ConfigError(_unexpected(rest[1]))
+    for name in _LOCATIONS:
+      if name in FLAGS and FLAGS[name].value is not None:
+        FLAGS[name].value = _location(name, FLAGS[name].value)
+    if c is not None:
+      FLAGS['config'].value = c
   except (ConfigError, flags.Error) as error:
-    _leave(str(error), ConfigError.exit_code)
-  except _MISTAKES as error:
-    paths = [a.removeprefix('--config=') for a in argv if a.startswith('--config=')]
-    if wrong_file := next(filter(None, map(_file_error, paths)), ''):
-      _leave(wrong_file, ConfigError.exit_code)
-    overrides = [a for a in argv if a.lstrip('-').startswith('config.')]
-    known = {*config_lib.flat(config_lib.default()), *config_lib.RANDOM_KEYS}
-    wrong = [
-      a for a in overrides if a.lstrip('-').removeprefix('config.').partition('=')[0] not in known
-    ]
-    if wrong or len(overrides) == 1:
-      _leave(_override_error((wrong or overrides)[0], error), ConfigError.exit_code)
-    _leave(f'--config: {type(error).__name__}: {_told(error)}', ConfigError.exit_code)
+    _leave(_flag_error(error), ConfigError.exit_code)
   return rest
+
+
+def _check_words(words: list[str]) -> None:
+  """Raises ConfigError for slips that absl would take for something else."""
+  for word, following in itertools.pairwise([*words, '--']):
+    if word == '--':
+      return
+    if word[:1] in ('\u2010', '\u2011', '\u2012', '\u2013', '\u2014', '\u2212'):
+      raise ConfigError(f'{word} begins with a dash; a flag begins with two hyphens, --')
+    name = word.lstrip('-')
+    if not word.startswith('-') or '=' in word or name not in FLAGS:
+      continue
+    if following.startswith('='):
+      raise ConfigError(f'{word} {following}: write {word}=VALUE, without blanks')
+    if not FLAGS[name].boolean and following.startswith('--'):
+      raise ConfigError(f'{word} has no value; write {word}=VALUE ({FLAGS[name].help})')
+
+
+def _config_path(words: list[str]) -> str:
+  """The value of --config, '' where it is not given.
+
+  Raises:
+    ConfigError: it is empty, or there are two different ones.
+  """
+  given = [w.partition('=')[2] for w in words if w.startswith(('--config=', '-config='))]
+  given += [v for w, v in itertools.pairwise(words) if w in ('--config', '-config')]
+  if '' in given:
+    raise ConfigError('--config= has no value; give a file, or the name of a shipped config')
+  if len(set(given)) > 1:
+    raise ConfigError(f'--config is given twice, {given[0]} and {given[1]}; give one of them')
+  return given[0] if given else ''
+
+
+def _location(name: str, value: str) -> str:
+  """The value of a flag that names a folder or a file; '~' becomes the user's home."""
+  if not value.strip():
+    raise ConfigError(f'--{name}= is empty; give a folder')
+  locations.check(f'--{name}', value)
+  return os.path.expanduser(value)
+
+
+def _unexpected(word: str) -> str:
+  """The message for a word that is no flag."""
+  name, equals, value = word.removeprefix('config.').partition('=')
+  if equals and name in FLAGS:
+    return f'unexpected argument {word!r}; did you mean --{word}?'
+  if equals and 'config' in FLAGS and (key := _config_key(name)):
+    return f'unexpected argument {word!r}; did you mean --config.{key}={value}?'
+  return f'unexpected argument {word!r}; flags are written --name=value'
+
+
+def _config_key(name: str) -> str:
+  """The config key that a name means, '' where none is near."""
+  usual = config_lib.default()
+  found = config_section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
+  return next((k for k in (name, found) if k in config_section.flat(usual)), '')
+
+
+def _flag_error(error: Exception) -> str:
+  """The text of an error in the words of this command line."""
+  text = ' '.join(str(error).split())
+  if isinstance(error, flags.UnrecognizedFlagError) and 'config' in FLAGS:
+    name = error.flagname.lstrip('-')
+    if name in config_section.flat(config_lib.default()):
+      value = str(error.flagvalue).partition('=')[2] or 'VALUE'
+      return f'--{name} is a key of the config: write --config.{name}={value}'
+    if 'Did you mean' not in text:
+      return f'{text}{_hint_with_flag(name)}'
+  for name in FLAGS:
+    if text.startswith(f'flag --{name}=None: '):
+      return f'--{name} is missing: {FLAGS[name].help} See --help'
+  return text
+
+
+def _hint_with_flag(name: str) -> str:
+  """The hint for a name that is no key, with the flag that sets the key."""
+  found = config_section.hint(name, config_lib.default())
+  return found.replace('did you mean ', 'did you mean --config.')
+
+
+def _help() -> str:
+  """What --help prints: what the entry does, and its flags."""
+  lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
+  for name in sorted(FLAGS):
+    flag = FLAGS[name]
+    if (FLAGS.find_module_defining_flag(name) or '').startswith('absl'):
+      continue
+    usual = '' if flag.default in (None, '', []) else f' (default: {flag.default})'
+    lines.append(f'  --{flag.name}  {flag.help}{usual}')
+  if 'config' in FLAGS:
+    lines += ['', f'Shipped configs: {", ".join(config_lib.shipped())}']
+    lines.append('Keys of a config: docs/config_keys.md')
+  return '\n'.join(lines)
 
 
 def _leave(message: str, code: int) -> None:

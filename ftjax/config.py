@@ -6,138 +6,149 @@ second default anywhere. Only layers 5 and 6 see this object."""
 
 import difflib
 import importlib.util
-import json
 import math
+import os
 import pathlib
 import re
 from typing import Any
 
-import ml_collections
 from ml_collections import config_dict
 
 from ftjax import algorithm_config
+from ftjax.config_section import RANDOM_REQUIRED, Section, flat, place_of
+from ftjax.config_section import nearest as nearest
+from ftjax.config_section import plain as plain
+from ftjax.runtime import locations
 from ftjax.runtime.errors import ConfigError
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> Section:
   """The config that every experiment starts from."""
-  c = ml_collections.ConfigDict()
-  c.algorithm = 'sft'  # one of algorithm_config.ALGORITHMS
-  c.seed = 0  # of data order, noise and random initialization
-  c.steps = 0  # optimizer updates; 0: follow `epochs`
-  c.epochs = 1.0  # passes over the training rows, when steps is 0
-  c.batch_size = 16  # rows per optimizer update, over all devices; pairs; prompts
-  c.seq_len = 1024  # tokens per row; both sides of a pair share one
-  c.grad_accum = 1  # micro-batches an update is cut into: less memory, the same loss
+  c = Section()
+  c.algorithm = 'sft'  # what is trained, and on what kind of rows
+  c.seed = 0  # seed of data order, noise and random initialization
+  c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
+  c.epochs = 1.0  # passes over the training data, when steps is 0
+  # Global, per optimizer update over all devices and micro-batches: packed sequences for sft, pairs
+  # for preferences, prompts for rollouts.
+  c.batch_size = 16
+  c.seq_len = 1024  # tokens of a packed sequence; the two sides of a pair share one
+  # Micro-batches that batch_size is divided into: less memory, the same loss. It does not multiply
+  # batch_size.
+  c.grad_accum = 1
   c.init_from = ''  # a workdir: start from its weights, with fresh optimizer and data
-  c.remat = 'dots'  # what the backward pass recomputes: none, dots (all but projections), full
+  # What the backward pass recomputes to save memory: nothing, all but matrix products, everything.
+  c.remat = 'dots'
 
-  c.model = ml_collections.ConfigDict()
-  c.model.path = ''  # HF folder, or GGUF file
-  c.model.param_dtype = 'float32'  # of master parameters; optimizer moments are float32
-  c.model.compute_dtype = 'float32'  # of activations and matrix products: float32 or bfloat16
-  # Instead of a path: {'vocab_size': ..., ...} in the keys of a HF config.json, random weights, a
-  # byte tokenizer made on the spot.
-  c.model.random = ml_collections.ConfigDict()
+  c.model = Section()
+  c.model.path = ''  # Hugging Face folder, or GGUF file
+  c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
+  c.model.compute_dtype = 'float32'  # dtype of activations and matrix products
+  # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
+  # a Hugging Face config.json.
+  c.model.random = Section()
 
-  c.data = ml_collections.ConfigDict()
-  # path[::format][@weight], comma-separated or a tuple; a weight is a share of rows
+  c.data = Section()
+  # Training data, path[::format][@weight], comma-separated or a tuple; a weight is a share of rows.
   c.data.train = config_dict.FieldReference('', field_type=object)
-  # the same without weights; '' with eval_fraction > 0: split off the training data
+  # Evaluation data in the same form, without weights; '' with eval_fraction > 0: split off the
+  # training data.
   c.data.eval = config_dict.FieldReference('', field_type=object)
-  c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, kept for evaluation
-  c.data.packing = True  # several examples in a row, kept apart; False: one each, padded
-  c.data.on_overlength = 'error'  # error, drop, truncate_left, truncate_right
-  c.data.loss_on = 'assistant'  # assistant (every turn), completion (the last one), all
-  c.data.cache = ''  # folder of tokenized data; '': data_cache in the workdir
+  c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, held out for evaluation
+  # Several examples in one sequence, without influence on each other; False: one each, padded.
+  c.data.packing = True
+  c.data.on_overlength = 'error'  # what happens to examples of more than seq_len tokens
+  # Tokens that are supervised: every turn of the assistant, its last turn (completion), all tokens.
+  c.data.loss_on = 'assistant'
+  c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
 
-  c.optim = ml_collections.ConfigDict()
-  c.optim.name = 'adamw'  # adamw, adafactor, lion, muon, sgd
+  # decay, multipliers and freeze are tables of (regex, value) over per-layer names: embed/w,
+  # final_norm/scale, head/w, layer0/attn/q/w, ... The first row that matches a whole name counts;
+  # every name must be matched, and every row must match a name that no earlier row does.
+  c.optim = Section()
+  c.optim.name = 'adamw'  # the optimizer
   c.optim.lr = 2e-5  # peak learning rate
-  c.optim.schedule = 'cosine'  # constant, linear, cosine, wsd, inverse_sqrt
-  c.optim.warmup_steps = 0  # updates of linear rise from 0
-  c.optim.end_fraction = 0.0  # end value of linear, cosine and wsd as a share of lr
-  c.optim.decay_steps = 0  # updates of the final fall of wsd
-  c.optim.weight_decay = 0.0  # decoupled, times the learning rate
-  c.optim.b1 = 0.9  # first moment; momentum of sgd and muon
-  c.optim.b2 = 0.999  # second moment
-  c.optim.eps = 1e-8
-  c.optim.clip_norm = 1.0  # global L2 norm of the gradient; 0: no clipping
-  c.optim.ema_decay = (
-    0.0  # moving average of the parameters, evaluated and exported instead of them; 0: none
-  )
-  # Tables of (regex, value) over per-layer names: embed/w, final_norm/scale, head/w,
-  # layer0/attn/q/w, ... The first row that matches a whole name decides; every name must be
-  # matched, and every row must decide something.
-  # Times weight_decay; norm scales and biases are left alone.
+  c.optim.schedule = 'cosine'  # course of the learning rate after the warmup
+  c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0
+  c.optim.end_fraction = 0.0  # last learning rate of linear, cosine and wsd, as a share of lr
+  c.optim.decay_steps = 0  # updates of the final decay of wsd
+  c.optim.weight_decay = 0.0  # decoupled; multiplied by the learning rate
+  c.optim.b1 = 0.9  # decay of the first moment; momentum of sgd and muon
+  c.optim.b2 = 0.999  # decay of the second moment
+  c.optim.eps = 1e-8  # added to the root of the second moment
+  c.optim.clip_norm = 1.0  # largest global L2 norm of the gradient; 0: no clipping
+  # Decay of a moving average of the parameters, which is evaluated and exported in place of them;
+  # 0: none.
+  c.optim.ema_decay = 0.0
+  # Factors of weight_decay; norm scales and biases have none.
   c.optim.decay = (('.*(norm/scale|/b)', 0.0), ('.*', 1.0))
-  c.optim.multipliers = (('.*', 1.0),)  # times the learning rate
-  c.optim.freeze = (('.*', False),)  # not trained
+  c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
+  c.optim.freeze = (('.*', False),)  # True: not trained
 
-  c.loss = ml_collections.ConfigDict()
-  c.loss.label_smoothing = 0.0  # share of the target spread over the vocabulary
+  c.loss = Section()
+  c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
-  c.loss.neftune = (
-    0.0  # alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 5 is usual
-  )
+  # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
+  c.loss.neftune = 0.0
 
   algorithm_config.add(c)
 
-  c.mesh = ml_collections.ConfigDict()  # sizes; one may be -1, for the rest of the devices
-  c.mesh.data = 1
-  c.mesh.fsdp = -1
-  c.mesh.context = 1
-  c.mesh.tensor = 1
-  c.mesh.expert = 1
+  # Devices along each axis; one may be -1, for all devices that the others leave.
+  c.mesh = Section()
+  c.mesh.data = 1  # copies of the parameters, each with its share of the batch
+  c.mesh.fsdp = -1  # parameters, optimizer and batch sharded
+  c.mesh.context = 1  # each sequence split
+  c.mesh.tensor = 1  # each matrix split
+  c.mesh.expert = 1  # experts of a mixture spread
 
-  c.checkpoint = ml_collections.ConfigDict()
-  c.checkpoint.every = 100  # steps; the last step is always saved; 0: only that
-  c.checkpoint.keep = 2  # the latest so many stay, and the best one
-  c.checkpoint.best_metric = ''  # e.g. eval/loss: its best checkpoint is kept and exported
-  c.checkpoint.best_mode = 'min'  # min or max
+  c.checkpoint = Section()
+  c.checkpoint.every = 100  # steps between checkpoints; the last step is always saved; 0: only that
+  c.checkpoint.keep = 2  # number of latest checkpoints that are kept, beside the best one
+  c.checkpoint.best_metric = ''  # such as eval/loss: its best checkpoint is kept and exported
+  c.checkpoint.best_mode = 'min'  # whether a smaller or a larger best_metric is better
   c.checkpoint.patience = 0  # evaluations without a better best_metric that end training; 0: never
 
-  c.eval = ml_collections.ConfigDict()
+  c.eval = Section()
   c.eval.every = 0  # steps between evaluations of the loss; the last step is always evaluated
-  c.eval.batch_size = 16  # rows
-  # 'name=kind:path', kind choice, match, math or math_strict: base against tuned, at the end
+  c.eval.batch_size = 16  # sequences of an evaluation batch, over all devices
+  # 'name=kind:path', kind choice, match, math or math_strict: base and tuned are compared on these
+  # at the end.
   c.eval.tasks = ()
-  c.eval.prompts = ()  # answered greedily at every evaluation
-  c.eval.max_tokens = 64  # of an answer
+  c.eval.prompts = ()  # texts that are completed greedily at every evaluation
+  c.eval.max_tokens = 64  # most tokens of such a completion
 
-  c.log = ml_collections.ConfigDict()
-  c.log.every = 1  # steps
-  c.log.sinks = ()  # of wandb, mlflow; metrics.jsonl and TensorBoard are always written
+  c.log = Section()
+  c.log.every = 1  # steps between logged metrics
+  c.log.sinks = ()  # wandb, mlflow; metrics.jsonl and TensorBoard are always written
 
-  c.profile = (
-    ml_collections.ConfigDict()
-  )  # a jax profiler trace from step start to step stop; equal: none
-  c.profile.start = 0
-  c.profile.stop = 0
+  # A jax profiler trace; start = stop: none.
+  c.profile = Section()
+  c.profile.start = 0  # first step of the trace
+  c.profile.stop = 0  # the step after its last one
 
-  # Seconds without progress that end all processes with code 75, to be started again; 0: never
-  c.watchdog = ml_collections.ConfigDict()
-  c.watchdog.tokenize = 24 * 3600.0  # one source
-  c.watchdog.restore = 3600.0  # weights, a checkpoint, and what has no limit of its own
-  c.watchdog.compile = 3600.0
-  c.watchdog.step = 600.0  # or ten times the median step, where that is longer
-  c.watchdog.rollout = 3600.0  # next tokens of a rollout, or its rewards
-  c.watchdog.evaluate = 3600.0  # one batch of rows
-  c.watchdog.save = 1200.0  # a checkpoint
-  c.watchdog.export = 7200.0
+  # Seconds without progress after which all processes end with exit code 75, to be started again;
+  # 0: never.
+  c.watchdog = Section()
+  c.watchdog.tokenize = 24 * 3600.0  # one data source
+  c.watchdog.restore = 3600.0  # reading weights or a checkpoint, and phases without a limit
+  c.watchdog.compile = 3600.0  # compiling the step
+  c.watchdog.step = 600.0  # one update; ten times the median update, where that is longer
+  c.watchdog.rollout = 3600.0  # the next tokens of a rollout, or its rewards
+  c.watchdog.evaluate = 3600.0  # one evaluation batch
+  c.watchdog.save = 1200.0  # saving a checkpoint
+  c.watchdog.export = 7200.0  # writing the exported model
 
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
-  c.compile_cache = (
-    True  # keep compiled programs: in JAX_COMPILATION_CACHE_DIR, else in the workdir
-  )
-  # (name, value) pairs over the table of runtime/compiler_options.py; '' takes one away
+  # Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the workdir.
+  c.compile_cache = True
+  # (name, value) pairs added to the table of runtime/compiler_options.py; '' removes one.
   c.compiler_options = ()
   return c.lock()
 
 
-_CHOICES = algorithm_config.CHOICES | {
+CHOICES = algorithm_config.CHOICES | {
   'algorithm': algorithm_config.ALGORITHMS,
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
@@ -148,7 +159,7 @@ _CHOICES = algorithm_config.CHOICES | {
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
 }
-_POSITIVE = (
+POSITIVE = (
   *algorithm_config.POSITIVE,
   'batch_size',
   'seq_len',
@@ -159,7 +170,7 @@ _POSITIVE = (
   'eval.max_tokens',
   'max_bad_steps',
 )
-_NOT_NEGATIVE = (
+NOT_NEGATIVE = (
   *algorithm_config.NOT_NEGATIVE,
   'steps',
   'optim.warmup_steps',
@@ -173,77 +184,48 @@ _NOT_NEGATIVE = (
   'eval.every',
   'profile.start',
 )
+_LOCATIONS = ('init_from', 'data.cache', 'ppo.value_from', 'rollout.reward_model')
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
-# Of model.random, in the keys of a HF config.json.
-_RANDOM_REQUIRED = (
-  'hidden_size',
-  'num_hidden_layers',
-  'num_attention_heads',
-  'intermediate_size',
-)
-_RANDOM_OPTIONAL = (
-  'model_type',
-  'vocab_size',
-  'num_key_value_heads',
-  'head_dim',
-  'rms_norm_eps',
-  'rope_theta',
-  'rope_scaling',
-  'tie_word_embeddings',
-  'max_position_embeddings',
-)
-RANDOM_KEYS = tuple(f'model.random.{k}' for k in (*_RANDOM_REQUIRED, *_RANDOM_OPTIONAL))
 
 
-def flat(c: ml_collections.ConfigDict) -> dict[str, Any]:
-  """{dotted key: value}."""
-  out = {}
-  for key, value in c.items():
-    if isinstance(value, ml_collections.ConfigDict) and key != 'random':
-      out |= {f'{key}.{k}': v for k, v in flat(value).items()}
-    else:
-      out[key] = value
-  return out
-
-
-def nearest(key: str, c: ml_collections.ConfigDict) -> str:
-  """The known key that looks most like a misspelt one, for a message; '' when none does."""
-  known = [*flat(c), *RANDOM_KEYS]
-  known += [k for k, v in c.items() if isinstance(v, ml_collections.ConfigDict)]
-  found = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-  if not found:
-    last = key.rsplit('.', 1)[-1]
-    found = [
-      k for k in known if difflib.get_close_matches(last, [k.rsplit('.', 1)[-1]], cutoff=0.75)
-    ][:1]
-  return f'; did you mean {found[0]}?' if found else ''
-
-
-def validate(c: ml_collections.ConfigDict) -> None:
+def validate(c: Section) -> None:
   """Checks what can be checked without devices or data.
 
   Raises:
-    ConfigError: naming the key, what was got, and what was expected.
+    ConfigError: naming the key, what was got, and what was expected; begins with FILE:LINE where
+      the key was set by a config file.
   """
+  try:
+    _validate(c)
+  except ConfigError as error:
+    if place := place_of(str(error), c):
+      raise ConfigError(f'{place}: {error}') from error
+    raise
+
+
+def _validate(c: Section) -> None:
   values, usual = flat(c), flat(default())
   for key, value in values.items():
     if value is None:
       raise ConfigError(f'{key}=None; expected a value like the default, {usual[key]!r}')
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{key}={value}; expected a finite number')
-  for key, allowed in _CHOICES.items():
+  for key, allowed in CHOICES.items():
     if values[key] not in allowed:
-      raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}')
-  for key in _POSITIVE:
+      near = difflib.get_close_matches(values[key], allowed, n=1)
+      hint = f'; did you mean {near[0]}?' if near else ''
+      raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}{hint}')
+  for key in POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
+  for key in (*NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:
     _check_table(key, values[key])
   for key in ('data.train', 'data.eval'):
     _check_sources(key, values[key])
+  _check_locations(c)
   if c.eval.every and not (c.data.eval or c.data.eval_fraction or c.eval.prompts):
     raise ConfigError(
       f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
@@ -291,6 +273,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     )
   if c.profile.stop < c.profile.start:
     raise ConfigError(f'profile.stop={c.profile.stop} lies before profile.start={c.profile.start}')
+  _check_lengths(c)
 
 
 def _check_sinks(sinks: Any) -> None:
@@ -330,36 +313,106 @@ def _check_sources(key: str, sources: Any) -> None:
     raise ConfigError(f'{key}: {wrong[0]!r}; expected a text, or a tuple of texts')
 
 
-def _check_random(c: ml_collections.ConfigDict) -> None:
+def _check_locations(c: Section) -> None:
+  """Every key that names a folder or a file, before anything is read or made."""
+  for key in _LOCATIONS:
+    locations.check(key, c[key])
+    if c[key].startswith('~'):
+      raise ConfigError(f'{key}={c[key]}: write the whole path, {os.path.expanduser(c[key])}')
+  locations.check('model.path', c.model.path)
+  for key in ('data.train', 'data.eval'):
+    for source in _entries(c[key]):
+      locations.check(key, source)
+  for task in c.eval.tasks:
+    if isinstance(task, str):
+      locations.check('eval.tasks', task.partition('=')[2].partition(':')[2])
+
+
+def _entries(sources: str | tuple[str, ...] | list[str]) -> list[str]:
+  """The entries of data.train or data.eval."""
+  return [s.strip() for s in (sources.split(',') if isinstance(sources, str) else sources)]
+
+
+def _check_lengths(c: Section) -> None:
+  """Numbers of steps that do not go together, where `steps` is known before the data."""
+  if not c.steps:
+    return
+  if c.optim.warmup_steps >= c.steps:
+    raise ConfigError(
+      f'optim.warmup_steps={c.optim.warmup_steps} with steps={c.steps}: the learning rate would '
+      'not reach optim.lr before the end; expected fewer warmup steps than steps'
+    )
+  if c.optim.schedule == 'wsd' and c.optim.warmup_steps + c.optim.decay_steps > c.steps:
+    raise ConfigError(
+      f'optim.decay_steps={c.optim.decay_steps} and optim.warmup_steps={c.optim.warmup_steps} are '
+      f'more than steps={c.steps}'
+    )
+  if c.checkpoint.best_metric and c.eval.every > c.steps:
+    raise ConfigError(
+      f'eval.every={c.eval.every} with steps={c.steps}: checkpoint.best_metric='
+      f'{c.checkpoint.best_metric} would be measured once, at the end; expected at most {c.steps}'
+    )
+  evaluations = -(-c.steps // max(1, c.eval.every))
+  if c.checkpoint.patience and c.checkpoint.patience >= evaluations:
+    raise ConfigError(
+      f'checkpoint.patience={c.checkpoint.patience} can never stop a run of {evaluations} '
+      f'evaluations (steps={c.steps}, eval.every={c.eval.every}); expected fewer, or 0 for none'
+    )
+
+
+def warnings(c: Section) -> list[str]:
+  """What is allowed, and seldom meant, as lines for the start of the log."""
+  out = []
+  train = {s.rpartition('@')[0] or s for s in _entries(c.data.train)}
+  if same := sorted(train & set(_entries(c.data.eval)) - {''}):
+    out.append(
+      f'data.eval={same[0]} is also in data.train: its loss measures what was memorized; give rows '
+      'that are not trained on, or data.eval_fraction'
+    )
+  return out
+
+
+def _check_random(c: Section) -> None:
   if not len(c.model.random):
     return
-  for name in (f'model.random.{k}' for k in c.model.random):
-    if name not in RANDOM_KEYS:
-      raise ConfigError(f'{name}: there is no such key{nearest(name, default())}')
-  if missing := [k for k in _RANDOM_REQUIRED if k not in c.model.random]:
+  if missing := [k for k in RANDOM_REQUIRED if k not in c.model.random]:
     raise ConfigError(f'model.random lacks {", ".join(missing)}')
 
 
-def plain(c: ml_collections.ConfigDict) -> dict[str, Any]:
-  """`flat` in JSON values, for config.json and for comparing."""
-  return json.loads(json.dumps(flat(c), default=lambda v: v.to_dict()))
+def shipped() -> list[str]:
+  """Names of the configs that come with ftjax."""
+  return sorted({p.stem for f in _folders() if f.is_dir() for p in f.glob('*.py')})
+
+
+def _folders() -> list[pathlib.Path]:
+  """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
+  return [HERE / 'configs', HERE.parent / 'configs']
 
 
 def find(name: str) -> str:
   """Path of a config: an existing path wins, else the shipped configs/NAME.py.
 
   Raises:
-    ConfigError: neither exists; tells the shipped names.
+    ConfigError: neither exists, or it is no Python file; lists the nearest or the shipped names.
   """
-  if pathlib.Path(name).is_file():
-    return name
-  folders = [HERE / 'configs', HERE.parent / 'configs']
-  for folder in folders:
-    path = folder / (name if name.endswith('.py') else name + '.py')
-    if '/' not in name and path.is_file():
-      return str(path)
-  shipped = sorted({p.stem for f in folders if f.is_dir() for p in f.glob('*.py')})
+  path = pathlib.Path(os.path.expanduser(name))
+  if path.is_file():
+    if path.suffix not in ('', '.py'):
+      raise ConfigError(
+        f'--config={name}: a config is a Python file with get_config(); got a {path.suffix} file'
+      )
+    return str(path)
+  for folder in _folders():
+    inside = folder / (name if name.endswith('.py') else name + '.py')
+    if '/' not in name and inside.is_file():
+      return str(inside)
+  if path.is_dir():
+    inside = sorted(p.name for p in path.glob('*.py'))
+    example = f', such as {path}/{inside[0]}' if inside else ''
+    raise ConfigError(f'--config={name} is a folder; give a Python file with get_config(){example}')
+  near = difflib.get_close_matches(path.stem, shipped(), n=1) if '/' not in name else []
+  hint = f'; did you mean {near[0]}?' if near else locations.nearest(path)
   raise ConfigError(
     f'--config={name}: no such file, and no shipped config of this name; '
-    f'shipped: {", ".join(shipped)}'
+    f'shipped: {", ".join(shipped())}{hint}'
   )

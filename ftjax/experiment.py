@@ -223,13 +223,13 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   """All processes must see one workdir and mean one config.
 
   Raises:
-    ConfigError: another process's workdir is another folder. DataError: configs differ.
+    ConfigError: configs differ, or another process's workdir is another folder.
   """
   if peers.is_alone():
     return
   own = ('data.cache', 'log.')  # may differ from host to host
   plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
-  peers.check_same('config', digest(plain))
+  peers.check_same_values('the config', plain)
   name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
   peers.from_main(lambda: files.write_text(name, ''))
   blind = [p for p, sees in enumerate(peers.gather(files.exists(name))) if not sees]

@@ -3,6 +3,8 @@
 Trains, resuming by itself when DIR holds a checkpoint, then scores base and tuned on eval.tasks.
 The next file to read is the algorithm's, for example sft.py."""
 
+import logging
+
 from absl import flags
 
 from ftjax import command, config
@@ -21,6 +23,8 @@ def main() -> None:
   # jax is imported from here on: a misspelt key is told before.
   algorithm = command.algorithm(c.algorithm)
   command.join()
+  for line in config.warnings(c):
+    logging.warning(line)
   algorithm.run(c, _WORKDIR.value)
 
 

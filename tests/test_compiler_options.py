@@ -74,8 +74,9 @@ def test_another_failure_stays_its_own():
 @pytest.mark.parametrize('wrong', [('xla_a',), (('xla_a', True, 1),), ((1, 2),), (('a', None),)])
 def test_what_is_no_pair_is_refused(wrong):
   c = config.default()
-  c.model.path, c.data.train, c.compiler_options = 'm', 'd', wrong
+  c.model.path, c.data.train = 'm', 'd'
   with pytest.raises(ConfigError, match='compiler_options'):
+    c.compiler_options = wrong
     config.validate(c)
 
 

@@ -21,8 +21,12 @@ FOLDERS = {
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'command'}
 # Layer 5 in the order in which its files may import each other: data, wiring, training, algorithms.
 WIRING = (
+  'config_hints',
+  'config_section',
   'algorithm_config',
   'config',
+  'config_file',
+  'config_overrides',
   'algorithms',
   'forward',
   'examples',

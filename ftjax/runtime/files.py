@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ftjax.runtime import gcs, gcs_probe, lease
+from ftjax.runtime import gcs, gcs_probe, lease, locations
 from ftjax.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,14 @@ def absolute(path: str | os.PathLike) -> str:
 
 
 def _is_gcs(path: str | os.PathLike) -> bool:
-  """Whether a path lies in a bucket. Raises ConfigError for any other scheme."""
+  """Whether a path lies in a bucket. Raises ConfigError for another scheme, and for gs:/BUCKET."""
   text = os.fspath(path)
   if not is_remote(text):
+    if text.startswith(gcs.SCHEME[:4]):  # what pathlib makes of gs://
+      locations.check('path', text)
     return False
   if not text.startswith(gcs.SCHEME):
+    locations.check('path', text)
     raise ConfigError(f'{text!r}: only local paths and gs:// work; copy it to one of them')
   return True
 

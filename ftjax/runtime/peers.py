@@ -16,13 +16,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 
 from ftjax.runtime import errors
-from ftjax.runtime.errors import DataError, RunError, StoppedEarly
+from ftjax.runtime.errors import ConfigError, DataError, RunError, StoppedEarly
+from ftjax.runtime.manifest import digest
+from ftjax.runtime.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ T = TypeVar('T')
 GRACE = 15.0  # seconds to tell the others, of a process that gives up
 _LEAVES_WITHIN = 300.0  # seconds to close files, trackers' among them, once all have agreed to end
 _MAIN_WAITS = 10.0  # seconds: the service that tells the others lives in process 0
+_SHOWN = 10  # keys that differ between processes, in one message
 _numbers = itertools.count()
 _ended, _heard = 'ftjax/ended', 'ftjax/heard'
 _together = threading.Event()  # all processes have agreed to leave
@@ -121,6 +124,51 @@ def check_same(name: str, value: str) -> None:
       f'{name}: process 0 has {values[0]}, process {others[0]} has {values[others[0]]} '
       f'({len(others)} of {len(values)} differ); do all hosts see the same files?'
     )
+
+
+def check_same_values(name: str, values: Mapping[str, Any]) -> None:
+  """Raises ConfigError, in every process, where JSON values under the same keys differ; names the
+  keys, and each value with the processes that have it. Secrets are compared and not shown.
+  """
+  own = {k: (digest(v), redact(v, k)) for k, v in values.items()}
+  if found := differences(gather(own)):
+    more = f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
+    raise ConfigError(
+      f'{name} differs between the processes: {"; ".join(found[:_SHOWN])}{more}. Give every '
+      'process the same command'
+    )
+
+
+def differences(of_processes: Sequence[Mapping[str, tuple[str, Any]]]) -> list[str]:
+  """Lines like 'optim.lr=1e-05 on process 0, 2e-05 on processes 1, 2', a line for each key whose
+  digests differ; `of_processes` holds {key: (digest of the value, the value as it is shown)}.
+  """
+  lines = []
+  for key in dict.fromkeys(k for values in of_processes for k in values):
+    holders: dict[str, tuple[Any, list[int]]] = {}
+    for process, values in enumerate(of_processes):
+      code, shown = values.get(key, ('', None))
+      holders.setdefault(code, (shown, []))[1].append(process)
+    if len(holders) == 1:
+      continue
+    groups = [
+      f'{_as_shown(shown) if code else "missing"} on {_named(processes)}'
+      for code, (shown, processes) in holders.items()
+    ]
+    lines.append(f'{key}={", ".join(groups)}')
+  return lines
+
+
+def _as_shown(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 200 else f'{text[:197]}...'
+
+
+def _named(processes: list[int]) -> str:
+  """'process 0', 'processes 1, 2', or for many of them 'processes 1, 2, 3, 4 and 60 more'."""
+  first = ', '.join(map(str, processes[:4]))
+  more = f' and {len(processes) - 4} more' if len(processes) > 4 else ''
+  return f'process{"es" if len(processes) > 1 else ""} {first}{more}'
 
 
 def wait_for_all() -> None:
