@@ -67,6 +67,7 @@ def convert(source: str, target: str, dtype: str | None):
   from ftjax.hf import export, load, names
   from ftjax.hf.safetensors import TensorInfo
   from ftjax.models.architecture import from_hf
+  from ftjax.models.config_keys import check_unquantized
 
   path = local_source(source)
   if files_lib.absolute(target) == files_lib.absolute(path) or (
@@ -77,6 +78,7 @@ def convert(source: str, target: str, dtype: str | None):
     raise ConfigError(f'--target={target} is the source itself')
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
+  check_unquantized(config)
   if path.suffix == '.gguf' or config.get('model_type') in names.FAMILIES:
     load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
