@@ -25,7 +25,7 @@ from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
 from ftjax.models import config_keys
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import files, trees
+from ftjax.runtime import files, snapshots, trees
 from ftjax.runtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -294,6 +294,21 @@ def exported(workdir: str | os.PathLike) -> str | None:
   """
   folder = files.join(workdir, 'export')
   return folder if files.exists(files.join(folder, 'config.json')) else None
+
+
+def newest_export(workdir: str) -> str | None:
+  """Returns the export of a workdir; None without one, or where a newer checkpoint is there: a run
+  that ended and was continued.
+  """
+  export = exported(workdir)
+  if export is None:
+    return None
+  steps = snapshots.steps(workdir)
+  written = (files.as_path(export) / 'config.json').stat().st_mtime_ns
+  if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
+    log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
+    return None
+  return export
 
 
 def fingerprint(path: str | os.PathLike) -> str:

@@ -65,7 +65,7 @@ def gguf_file(path: Path) -> Path | None:
       )
     return path
   if not path.is_dir():
-    raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file{_remedy(path)}')
+    raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file{remedy(path)}')
   found = sorted(path.glob('*.gguf'))
   tensors = sorted(path.glob('*.safetensors'))
   if tensors and found:
@@ -86,7 +86,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-  """What to do about a path where nothing is."""
+  """Returns what to do about a path where nothing is, to be put behind a message; perhaps ''."""
   text = os.fspath(path)
   if files.is_remote(path):
     return ''
