@@ -85,7 +85,7 @@ def gguf_file(path: Path) -> Path | None:
   return found[0] if found else None
 
 
-def _remedy(path: Path) -> str:
+def remedy(path: Path) -> str:
   """Returns what to do about a path where nothing is, to be put behind a message; perhaps ''."""
   text = os.fspath(path)
   if files.is_remote(path):
