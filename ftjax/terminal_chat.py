@@ -172,7 +172,8 @@ def run(respond: Respond, system: str = '', history: str = '') -> None:
   if readline is None or not history:
     chat.run()
     return
-  _history(readline.read_history_file, history)
+  if os.path.exists(os.path.expanduser(history)):
+    _history(readline.read_history_file, history)
   try:
     chat.run()
   finally:
@@ -192,7 +193,5 @@ def _history(action: Callable[[str], None], file: str) -> None:
   """Reads or writes the history; a chat goes on without."""
   try:
     action(os.path.expanduser(file))
-  except FileNotFoundError:
-    return  # the first chat with this file
   except OSError as error:
     _hint(f'--history={file}: {error.strerror}')
