@@ -1,12 +1,19 @@
 """Converts a model to a HF folder: python -m ftjax.convert --source=SRC --target=DIR
 [--dtype=float32|bfloat16].
 
-SRC is a HF folder, a .gguf file, a workdir of ftjax.train (its `export/` is copied), or, if no such
-path is there, a hub id, which is fetched through huggingface_hub if that is installed (that last
-path is not exercised by the tests: they run without a network). Without --dtype tensors stay as
-they are stored; GGUF weights become float32, which holds them exactly. Needs numpy, no jax.
+SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or, if no
+such path is there, a hub id, which is fetched through huggingface_hub if that is installed (that
+last path is not exercised by the tests: they run without a network). Without --dtype tensors stay
+as they are stored; GGUF weights become float32, which holds them exactly.
+
+Of a workdir, `export/` is copied. Where the run has not ended, or was continued after its export,
+its newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and
+WORKDIR@best name a checkpoint. The run may be alive: nothing in its workdir changes. Only that
+needs jax, and uses CPUs alone; the parameters have to fit into the memory of the host.
 """
 
+import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +22,7 @@ from absl import app, flags
 from ftjax.runtime import files as files_lib
 from ftjax.runtime.errors import ConfigError, DataError, RunError
 
-_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir or hub id')
+_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id')
 _TARGET = flags.DEFINE_string('target', None, 'folder to write; replaced if it is a model folder')
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored'
@@ -23,14 +30,14 @@ _DTYPE = flags.DEFINE_enum(
 
 
 def local_source(source: str) -> Path:
-  """The path of a model on this machine: itself, a workdir's export, or a hub snapshot.
+  """The path of a model on this machine: itself, or a hub snapshot.
 
   Raises:
     DataError: neither a path nor a hub id that can be fetched.
   """
+  from ftjax.hf import model_folder
+
   path = files_lib.as_path(source)
-  if (path / 'export' / 'config.json').is_file():
-    return path / 'export'
   if path.exists():
     return path
   # A hub id is NAME or OWNER/NAME: anything else was meant as a path.
@@ -39,8 +46,9 @@ def local_source(source: str) -> Path:
     or source.count('/') > 1
     or source.startswith(('.', '/', '~'))
     or source.endswith('.gguf')
+    or os.path.isdir(os.path.dirname(source))
   ):
-    raise DataError(f'--source={source}: no such file or folder')
+    raise DataError(f'--source={source}: no such file or folder{model_folder.remedy(path)}')
   try:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -52,7 +60,8 @@ def local_source(source: str) -> Path:
   try:
     return Path(
       snapshot_download(
-        source, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model', '*.txt']
+        source,
+        allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model*', '*.tiktoken', '*.txt'],
       )
     )
   except (HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
@@ -61,22 +70,70 @@ def local_source(source: str) -> Path:
 
 def convert(source: str, target: str, dtype: str | None):
   """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored)."""
+  from ftjax.hf import load
+  from ftjax.runtime import snapshots
+
+  workdir, which = snapshots.parse(source)
+  if which and not snapshots.is_workdir(workdir):
+    raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
+  export = None if which else load.newest_export(workdir)
+  _check_target(target, export or source)
+  if export is None and snapshots.is_workdir(workdir):
+    _convert_checkpoint(workdir, which, target, dtype)
+  else:
+    _convert_files(export or source, target, dtype)
+
+
+def _check_target(target: str, source: str):
+  is_remote = files_lib.is_remote(target) or files_lib.is_remote(source)
+  if files_lib.absolute(target) == files_lib.absolute(source) or (
+    not is_remote and Path(target).resolve() == Path(source).resolve()
+  ):
+    raise ConfigError(f'--target={target} is the source itself')
+
+
+def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
+  """As a run exports its model at its end, from the checkpoint `which`; '' is the newest one."""
+  # Its devices are perhaps held by the run itself.
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+  import numpy as np
+
+  from ftjax import saved_model
+  from ftjax.hf import export
+
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def write(saved: saved_model.SavedModel):
+    model = saved.model
+    export.export(
+      saved.load(lambda name: device, saved.param_dtype),
+      model.arch,
+      target,
+      source_config=model.config,
+      tokenizer_files=model.files,
+      dtype=np.dtype(dtype or saved.param_dtype),
+      stop_ids=model.stop_ids,
+    )
+    return saved.step
+
+  step = saved_model.with_step(workdir, which, write)
+  print(f'{target}: the model of {workdir} after step {step}')
+
+
+def _convert_files(source: str, target: str, dtype: str | None):
   import ml_dtypes
   import numpy as np
 
   from ftjax.hf import export, load, names
   from ftjax.hf.safetensors import TensorInfo
   from ftjax.models.architecture import from_hf
+  from ftjax.models.config_keys import check_unquantized
 
   path = local_source(source)
-  if files_lib.absolute(target) == files_lib.absolute(path) or (
-    not files_lib.is_remote(target)
-    and not files_lib.is_remote(path)
-    and Path(target).resolve() == path.resolve()
-  ):
-    raise ConfigError(f'--target={target} is the source itself')
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
+  check_unquantized(config)
   if path.suffix == '.gguf' or config.get('model_type') in names.FAMILIES:
     load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
@@ -99,6 +156,8 @@ def convert(source: str, target: str, dtype: str | None):
 
 def main(argv: list[str]):
   del argv
+  for noisy in ('absl', 'orbax', 'jax'):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
   try:
     if not _SOURCE.value or not _TARGET.value:
       raise ConfigError('--source and --target are needed; see --help')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ from tiny_model import QWEN2, TINY, UNTIED
 
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, RopeScaling, from_hf, to_hf
+from ftjax.models.config_keys import notices
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
@@ -75,9 +77,9 @@ def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
     ({'head_dim': None}, 'head_dim', 8),
     ({'tie_word_embeddings': False}, 'tied', False),
     ({'rope_theta': 500000}, 'rope_theta', 500000.0),
-    ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 5.0}}, 'rope_theta', 5.0),
+    ({'rope_theta': None, 'rope_parameters': {'rope_theta': 5.0}}, 'rope_theta', 5.0),
     ({'rope_scaling': {'type': 'default'}}, 'rope_scaling', None),
-    ({'attention_bias': None, 'mlp_bias': False, 'pretraining_tp': 1}, 'num_layers', 3),
+    ({'attention_bias': None, 'mlp_bias': False, 'pretraining_tp': 2}, 'num_layers', 3),
   ],
 )
 def test_settings(changes, field, value):
@@ -94,7 +96,7 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
     'high_freq_factor': 4.0,
     'original_max_position_embeddings': 8192,
   }
-  arch = from_hf(CONFIG | {key: rule})
+  arch = from_hf(CONFIG | {key: rule, 'rope_theta': None})
   assert (arch.rope_scaling, arch.rope_theta) == (LLAMA3, 7.0)
 
 
@@ -106,7 +108,6 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
     ({'hidden_act': 'gelu'}, 'hidden_act'),
     ({'attention_bias': True}, 'attention_bias'),
     ({'mlp_bias': True}, 'mlp_bias'),
-    ({'pretraining_tp': 2}, 'pretraining_tp'),
     ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'yarn'),
     ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
     ({'head_dim': 7}, 'head_dim'),
@@ -149,6 +150,208 @@ def test_a_missing_size_is_named(missing):
 def test_an_incomplete_rope_rule_is_named():
   with pytest.raises(DataError, match='low_freq_factor'):
     from_hf(CONFIG | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}})
+
+
+RULE = {
+  'rope_type': 'llama3',
+  'factor': 8.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': 8192,
+}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'named'),
+  [
+    # transformers 5 saved the first, a user added the second
+    (
+      {
+        'rope_theta': None,
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000},
+        'rope_scaling': RULE | {'factor': 8, 'original_max_position_embeddings': 16},
+      },
+      'rope_parameters=.*rope_scaling=.*two different',
+    ),
+    ({'rope_parameters': RULE, 'rope_scaling': {'type': 'default'}}, 'two different'),
+    ({'rope_parameters': RULE, 'rope_scaling': RULE | {'factor': 4.0}}, 'two different'),
+    (
+      {
+        'rope_theta': None,
+        'rope_parameters': {'rope_theta': 5e5, 'rope_type': 'default'},
+        'rope_scaling': {'type': 'default'},  # whose theta is then the default, 10000
+      },
+      'two different',
+    ),
+    ({'rope_parameters': {'rope_theta': 5e5}}, 'rope_theta=10000.0 and rope_parameters has'),
+    ({'rope_scaling': RULE | {'rope_theta': 5e5}}, 'rope_theta=10000.0 and rope_scaling has'),
+    ({'rope_scaling': RULE | {'type': 'yarn'}}, "rope_type='llama3' and type='yarn'"),
+    ({'rope_scaling': {'rope_type': 'default', 'factor': 8.0}}, 'factor=8.0'),
+    ({'rope_parameters': RULE | {'partial_rotary_factor': 0.5}}, 'partial_rotary_factor=0.5'),
+    ({'rope_scaling': RULE, 'original_max_position_embeddings': 64}, '=64 and rope_scaling has'),
+    ({'rope_scaling': RULE | {'high_freq_factor': 1.0}}, 'high_freq_factor=1.0'),
+    ({'rope_scaling': RULE | {'factor': '8'}}, r"rope_scaling.factor='8' is text"),
+    ({'rope_scaling': 'llama3'}, "rope_scaling='llama3' is text"),
+    ({'rope_parameters': {'full_attention': RULE}}, 'full_attention='),
+  ],
+)
+def test_two_rotary_embeddings_are_refused_by_name(changes, named):
+  with pytest.raises(DataError, match=named):
+    from_hf(CONFIG | changes)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'rope_parameters': RULE | {'rope_theta': 10000.0}, 'rope_scaling': RULE},
+    {'rope_theta': None, 'rope_parameters': RULE, 'rope_scaling': RULE | {'rope_theta': 10000}},
+    {'rope_scaling': RULE | {'type': 'llama3'}, 'rope_parameters': {}},
+    {'rope_scaling': RULE, 'rope_parameters': None, 'original_max_position_embeddings': 8192},
+  ],
+)
+def test_equal_rotary_embeddings_under_two_keys_are_one(changes):
+  arch = from_hf(CONFIG | changes)
+  assert (arch.rope_scaling, arch.rope_theta) == (LLAMA3, 10000.0)
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('quantization_config', {'quant_method': 'gptq', 'bits': 4}),
+    ('quantization_config', {'quant_method': 'bitsandbytes', 'load_in_4bit': True}),
+    ('quantization_config', {'quant_method': 'fp8'}),
+    ('quantization', {'group_size': 64, 'bits': 4}),
+    ('compression_config', {'format': 'pack-quantized'}),
+  ],
+)
+@pytest.mark.parametrize('config', [CONFIG, QWEN], ids=['llama', 'qwen2'])
+def test_quantized_weights_are_refused_with_what_to_do(config, key, value):
+  with pytest.raises(DataError, match=rf'{key}.*quantized.*dequantize'):
+    from_hf(config | {key: value})
+  assert from_hf(config | {key: None}) == from_hf(config)
+
+
+# The defaults of LlamaConfig and Qwen2Config in transformers 5.
+@pytest.mark.parametrize(
+  ('key', 'field', 'llama', 'qwen2'),
+  [
+    ('rms_norm_eps', 'norm_eps', 1e-6, 1e-6),
+    ('rope_theta', 'rope_theta', 10000.0, 10000.0),
+    ('max_position_embeddings', 'max_len', 2048, 32768),
+    ('num_key_value_heads', 'num_kv_heads', 4, 4),
+    ('head_dim', 'head_dim', 8, 8),
+    ('tie_word_embeddings', 'tied', False, False),
+    ('hidden_act', 'num_layers', 3, 3),
+    ('attention_bias', 'qkv_bias', False, True),
+    ('mlp_bias', 'num_layers', 3, 3),
+    ('layer_types', 'num_layers', 3, 3),
+    ('sliding_window', 'num_layers', 3, 3),
+    ('use_sliding_window', 'num_layers', 3, 3),
+    ('pretraining_tp', 'num_layers', 3, 3),
+    ('rope_scaling', 'rope_scaling', None, None),
+    ('attention_dropout', 'num_layers', 3, 3),
+    ('architectures', 'num_labels', 0, 0),
+  ],
+)
+def test_a_null_key_has_the_default_of_its_family(key, field, llama, qwen2):
+  without = {k: v for k, v in CONFIG.items() if k != key}
+  assert getattr(from_hf(CONFIG | {key: None}), field) == llama
+  assert from_hf(CONFIG | {key: None}) == from_hf(without)
+  assert getattr(from_hf(QWEN | {key: None}), field) == qwen2
+
+
+@pytest.mark.parametrize('key', ['vocab_size', 'hidden_size', 'num_attention_heads'])
+def test_a_size_that_is_null_is_named(key):
+  with pytest.raises(DataError, match=f'{key} is missing or null'):
+    from_hf(CONFIG | {key: None})
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('rope_theta', '10000'),
+    ('rope_theta', -1.0),
+    ('rope_theta', float('nan')),
+    ('rms_norm_eps', '1e-5'),
+    ('rms_norm_eps', True),
+    ('max_position_embeddings', 128.0),
+    ('max_position_embeddings', 0),
+    ('hidden_size', '32'),
+    ('num_hidden_layers', [3]),
+    ('num_key_value_heads', -2),
+    ('head_dim', 8.5),
+    ('tie_word_embeddings', 'false'),
+    ('tie_word_embeddings', 1),
+    ('mlp_bias', 'no'),
+    ('hidden_act', 3),
+    ('layer_types', 'full_attention'),
+    ('layer_types', ['full_attention']),
+    ('sliding_window', 'wide'),
+    ('architectures', 'LlamaForCausalLM'),
+    ('attention_dropout', '0.5'),
+    ('attention_dropout', 1.5),
+    ('rope_parameters', [1]),
+  ],
+)
+def test_a_value_of_another_type_is_named(key, value):
+  with pytest.raises(DataError, match=rf'config\.json: {key}\b'):
+    from_hf(CONFIG | {key: value})
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('attn_logit_softcapping', 50.0),
+    ('partial_rotary_factor', 0.5),
+    ('embedding_multiplier', 12),
+    ('logit_scale', 0.0625),
+    ('qk_norm', True),
+    ('no_rope_layers', [1, 0, 1]),
+    ('hidden_activation', 'gelu_pytorch_tanh'),
+    ('norm_type', 'layernorm'),
+    ('layer_norm_eps', 1e-5),
+    ('moe', {'experts': 8}),
+    ('pruned_heads', {'0': [1]}),
+    ('sliding_window', 64),
+  ],
+)
+def test_an_unknown_key_that_may_change_the_computation_is_refused_by_name(key, value):
+  with pytest.raises(DataError, match=key):
+    from_hf(CONFIG | {key: value})
+
+
+@pytest.mark.parametrize(
+  'more',
+  [
+    {'attn_logit_softcapping': None, 'partial_rotary_factor': 1.0, 'qk_norm': False},
+    {'logit_scale': 1, 'moe': {}, 'no_rope_layers': [], 'norm_type': ''},
+    {'rope_interleaved': False, 'is_llama_config': True, 'transformers.js_config': {'a': 1}},
+    {'_name_or_path': 'x', 'unsloth_fixed': True, 'unsloth_version': '2025.1', 'my_note': 'hello'},
+    {'bos_token_id': 1, 'eos_token_id': [2, 3], 'use_cache': True, 'temperature': 0.6},
+    {'sliding_window': 4096, 'max_window_layers': 28, 'use_sliding_window': False},
+    {'sliding_window': 128, 'initializer_range': 0.02, 'dtype': 'bfloat16'},
+  ],
+)
+def test_keys_that_change_nothing_are_accepted(more):
+  assert from_hf(CONFIG | more) == TINY
+
+
+@pytest.mark.parametrize(
+  ('more', 'lines'),
+  [
+    ({'attention_dropout': 0.5}, ['attention_dropout=0.5 is not applied']),
+    ({'hidden_dropout_prob': 0.1, 'resid_pdrop': 0.2}, ['hidden_dropout_prob=0.1', 'resid_pdrop']),
+    ({'attention_dropout': 0.0, 'classifier_dropout': None}, []),
+    ({'auto_map': {'AutoModelForCausalLM': 'own.Own'}}, ['auto_map.*own.Own']),
+    ({'auto_map': {'AutoTokenizer': 'own.Own'}}, []),
+  ],
+)
+def test_what_is_read_but_not_applied_is_reported(more, lines):
+  assert from_hf(CONFIG | more) == TINY
+  found = notices(CONFIG | more)
+  assert len(found) == len(lines)
+  for line, wanted in zip(found, lines, strict=True):
+    assert re.search(wanted, line)
 
 
 @pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])

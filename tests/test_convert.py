@@ -41,6 +41,28 @@ def test_a_hf_folder_is_copied_exactly(tmp_path):
     assert (tmp_path / 'out' / name).read_bytes() == (GOLDEN / 'llama3_rope' / name).read_bytes()
 
 
+def test_further_chat_templates_are_converted_byte_for_byte(tmp_path):
+  source = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'in')
+  names = 'additional_chat_templates/rag.jinja', 'vocab.txt', 'spiece.model'
+  for name in names:
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_bytes(b'\xff\r\n' + name.encode())
+  for _ in range(2):
+    convert.convert(str(source), str(tmp_path / 'out'), 'bfloat16')
+    assert all((tmp_path / 'out' / n).read_bytes() == b'\xff\r\n' + n.encode() for n in names)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2'])
+def test_quantized_weights_are_not_converted(tmp_path, family):
+  source = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'in')
+  config = json.loads((source / 'config.json').read_text())
+  config |= {'model_type': family, 'quantization_config': {'quant_method': 'awq', 'bits': 4}}
+  (source / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(DataError, match=r"quantization_config \(quant_method='awq'\)"):
+    convert.convert(str(source), str(tmp_path / 'out'), None)
+  assert not (tmp_path / 'out').exists()
+
+
 def test_a_gguf_file_becomes_a_hf_folder(tmp_path):
   write_toy(tmp_path / 'toy.gguf', Toy(types=('Q8_0', 'Q4_1', 'F16')), 'gpt2')
   convert.convert(str(tmp_path / 'toy.gguf'), str(tmp_path / 'out'), None)

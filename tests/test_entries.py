@@ -252,9 +252,10 @@ def test_generate_from_a_workdir(finished, tmp_path):
   )
   assert code == 0, told
   rows = [json.loads(line) for line in told.splitlines() if line.startswith('{')]
-  assert len(rows) == 2 and rows[0]['answer'] == rows[1]['answer'] and rows[1]['id'] == 'b'
+  assert len(rows) == 2 and rows[0]['completion'] == rows[1]['completion']
+  assert rows[1]['id'] == 'b'
   samples = (workdir / 'samples.jsonl').read_text().splitlines()
-  assert rows[0]['answer'].strip() == json.loads(samples[-1])['answer']
+  assert rows[0]['completion'].strip() == json.loads(samples[-1])['answer']
 
 
 def test_generate_tells_a_bad_prompt_file(finished, tmp_path):

@@ -72,6 +72,64 @@ def test_tokenizer_files_stay_byte_for_byte(tmp_path):
     assert (out / name).read_bytes() == content
 
 
+SIDE_FILES = {
+  'additional_chat_templates/rag.jinja': b'{{ messages }}\r\n',
+  'additional_chat_templates/tool_use.jinja': b'\xff raw bytes',
+  'vocab.txt': b'[PAD]\n',
+  'merges.txt': b'#version: 0.2\n',
+  'spiece.model': b'\x00\x01',
+  'tokenizer.model.v3': b'\x02',
+  'tekken.json': b'{"a" : 1}',
+  'qwen.tiktoken': b'IQ== 0\n',
+  'preprocessor_config.json': b'{}',
+  'tool_template.jinja': b'{}',
+}
+
+
+def with_side_files(folder):
+  shutil.copytree(GOLDEN / 'llama_tied', folder)
+  for name, content in SIDE_FILES.items():
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+  (folder / 'README.md').write_text('of the model it was')
+  return folder
+
+
+def test_further_templates_and_vocabularies_are_exported_byte_for_byte(tmp_path):
+  """S14; twice, since the second export replaces a folder that has them."""
+  source = with_side_files(tmp_path / 'in')
+  for _ in range(2):
+    out = export_as(tmp_path / 'out', source)
+    found = {n: (out / n).read_bytes() for n in SIDE_FILES}
+    assert found == SIDE_FILES
+    assert not (out / 'README.md').exists()
+  bare = export_as(tmp_path / 'out', GOLDEN / 'llama_tied')
+  assert not (bare / 'additional_chat_templates').exists()
+
+
+def test_further_templates_are_exported_to_a_bucket(bucket, tmp_path):
+  source = with_side_files(tmp_path / 'in')
+  for _ in range(2):
+    export_as('gs://bucket/out', source)
+    assert load.tokenizer_files('gs://bucket/out').items() >= SIDE_FILES.items()
+  export_as('gs://bucket/out', GOLDEN / 'llama_tied')
+  assert not [n for n in bucket.names() if 'additional' in n or n.endswith('.tiktoken')]
+
+
+def test_further_templates_may_not_be_links_to_the_outside(tmp_path):
+  source = with_side_files(tmp_path / 'in')
+  (tmp_path / 'secret').write_text('secret')
+  (source / 'additional_chat_templates' / 'x.jinja').symlink_to('../../secret')
+  with pytest.raises(DataError, match='leaves the model folder'):
+    load.tokenizer_files(source)
+
+
+def test_a_templates_folder_with_folders_in_it_is_not_replaced(tmp_path):
+  (tmp_path / 'out' / 'additional_chat_templates' / 'mine').mkdir(parents=True)
+  with pytest.raises(DataError, match='additional_chat_templates'):
+    export_as(tmp_path / 'out', GOLDEN / 'llama_tied')
+
+
 @pytest.mark.parametrize(('key', 'value'), [('dtype', 'float32'), ('torch_dtype', 'float32')])
 def test_only_the_dtype_key_of_the_config_changes(tmp_path, key, value):
   source = shutil.copytree(GOLDEN / 'llama3_rope', tmp_path / 'in')

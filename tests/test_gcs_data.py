@@ -19,7 +19,7 @@ from ftjax import convert
 from ftjax.data import cache, sources
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import export, gguf, load, names, safetensors
+from ftjax.hf import export, gguf_files, load, names, safetensors
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo
 from ftjax.models.architecture import from_hf
@@ -202,7 +202,7 @@ def test_folders_without_usable_weights_say_so(bucket, tmp_path):
 
 @pytest.mark.parametrize('header', [4096, 16 << 20])
 def test_a_gguf_file_is_read_by_ranges(bucket, tmp_path, monkeypatch, header):
-  monkeypatch.setattr(gguf, '_HEADER_BYTES', header)
+  monkeypatch.setattr(gguf_files, '_HEADER_BYTES', header)
   path = tmp_path / 'model' / 'toy.gguf'
   path.parent.mkdir()
   write_toy(path, Toy(tied=False, types=('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0')), 'gpt2')

@@ -1,6 +1,7 @@
 """GGUF files are presented as HF would store the model; what is not understood is refused."""
 
 import json
+import os
 import shutil
 
 import gguf
@@ -152,6 +153,83 @@ def test_a_folder_with_one_gguf_is_a_model(toy, tmp_path):
   shutil.copy(toy, tmp_path / 'x.gguf')
   assert load.read_config(tmp_path) == load.read_config(toy)
   assert load.tokenizer_files(tmp_path) == load.tokenizer_files(toy)
+
+
+# Models in parts
+
+
+@pytest.fixture
+def parts(tmp_path):
+  """The first of three parts of the toy model."""
+  whole = Toy(tied=False, types=('F32', 'Q8_0', 'F16'))
+  write_toy(tmp_path / 'whole.gguf', whole, 'gpt2')
+  (tmp_path / 'parts').mkdir()
+  write_toy(tmp_path / 'parts' / 'toy.gguf', whole, 'gpt2', split=8)
+  names = sorted(p.name for p in (tmp_path / 'parts').iterdir())
+  assert names == [f'toy-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
+  return tmp_path / 'parts' / names[0]
+
+
+def test_a_model_in_parts_is_the_model_in_one_file(parts, tmp_path):
+  """S11: by its first part, and by its folder."""
+  whole = GGUFSource(tmp_path / 'whole.gguf')
+  for path in (parts, parts.parent):
+    source = load.open_source(path)
+    assert source.tensors == whole.tensors
+    for name in whole.tensors:
+      np.testing.assert_array_equal(source.read(name), whole.read(name))
+    assert load.read_config(path) == whole.config()
+    assert load.tokenizer_files(path) == load.tokenizer_files(tmp_path / 'whole.gguf')
+    load.check_tensors(source, from_hf(load.read_config(path)))
+    assert [name for name, _, _ in load.outline(path)] == sorted(os.listdir(parts.parent))
+
+
+def test_every_part_counts_for_the_fingerprint(parts):
+  before = load.fingerprint(parts)
+  last = parts.with_name('toy-00003-of-00003.gguf')
+  content = bytearray(last.read_bytes())
+  content[-1] ^= 1
+  last.write_bytes(content)
+  assert load.fingerprint(parts) != before
+
+
+@pytest.mark.parametrize('number', [2, 3])
+def test_a_missing_part_and_a_later_part_are_named(parts, number):
+  later = parts.with_name(f'toy-0000{number}-of-00003.gguf')
+  with pytest.raises(
+    DataError, match=f'part {number} of 3; give the first part, toy-00001-of-0000'
+  ):
+    load.read_config(later)
+  later.unlink()
+  for path in (parts, parts.parent):
+    with pytest.raises(DataError, match=f'part {number} of 3, {later.name}, is missing'):
+      load.open_source(path)
+
+
+def test_a_folder_without_the_first_part_names_it(parts):
+  parts.unlink()
+  with pytest.raises(DataError, match=r'part 1 of 3, toy-00001-of-00003\.gguf, is missing'):
+    load.open_source(parts.parent)
+
+
+def test_parts_of_two_models_are_refused(parts, tmp_path):
+  second, third = (parts.with_name(f'toy-0000{i}-of-00003.gguf') for i in (2, 3))
+  shutil.copy(third, second)
+  with pytest.raises(DataError, match=r'says part 3 of 3; expected part 2 of 3'):
+    load.open_source(parts)
+  shutil.copy(tmp_path / 'whole.gguf', parts.with_name('other.gguf'))
+  with pytest.raises(DataError, match='holds 4 GGUF files'):
+    load.open_source(parts.parent)
+  write_toy(tmp_path / 'b.gguf', Toy(tied=False, num_layers=1), 'gpt2', split=5)
+  shutil.copy(tmp_path / 'b-00002-of-00003.gguf', second)
+  with pytest.raises(DataError, match=r'tensors, split\.tensors\.count=21'):
+    load.open_source(parts)
+
+
+def test_a_renamed_part_asks_for_its_name(parts):
+  other = parts.rename(parts.with_name('mine.gguf'))
+  with pytest.raises(DataError, match=r'part 2 of 3, mine-00002-of-00003\.gguf, is missing'):
+    load.open_source(other)
 
 
 # Llama 3.1, 3.2, and one with four rotary frequencies on the ramp.

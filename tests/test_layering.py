@@ -43,6 +43,9 @@ WIRING = (
   'trained_reward',
   'episodes',
   'policy_gradient',
+  'saved_model',
+  'terminal_chat',
+  'generator',
 )
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 

@@ -180,6 +180,117 @@ def test_paths_that_are_no_model(tmp_path):
     load.open_source(tmp_path)
 
 
+def test_a_gguf_file_beside_safetensors_is_refused(tmp_path):
+  model = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'm')
+  (model / 'x.Q4_0.gguf').write_bytes(b'')
+  for call in (load.open_source, load.read_config, load.tokenizer_files, load.fingerprint):
+    with pytest.raises(DataError, match=r'holds model\.safetensors and x\.Q4_0\.gguf, two models'):
+      call(model)
+
+
+@pytest.mark.parametrize(
+  ('path', 'remedy'),
+  [
+    ('.cache/smollm2', '`make assets` makes it'),
+    ('ROOT/.cache/smollm2', '`make assets` makes it'),
+    ('.cache/SmolLM2-135M-Instruct.Q4_1.gguf', '`make assets` makes it'),
+    ('meta-llama/Llama-3.2-1B', r'`hf download meta-llama/Llama-3.2-1B --local-dir DIR`'),
+    ('Qwen/Qwen2.5-0.5B@main', '`hf download Qwen/Qwen2.5-0.5B --revision main --local-dir DIR`'),
+    ('ROOT/models/lama-3', 'Did you mean ROOT/models/llama-3'),
+    ('ROOT/modles/llama-3', 'Did you mean ROOT/models/llama-3'),
+    ('ROOT/models/LLAMA-3', 'Did you mean ROOT/models/llama-3'),
+    ('ROOT/models/toy-q8.guf', r'Did you mean ROOT/models/toy-q8\.gguf'),
+    ('~/no such model', 'not expanded here: write /'),
+  ],
+)
+def test_a_path_where_no_model_is_comes_with_the_remedy(tmp_path, path, remedy, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'models' / 'llama-3').mkdir(parents=True)
+  (tmp_path / 'models' / 'toy-q8.gguf').write_bytes(b'')
+  path, remedy = (t.replace('ROOT', str(tmp_path)) for t in (path, remedy))
+  with pytest.raises(DataError, match=rf'no such model.*{remedy}'):
+    load.read_config(path)
+
+
+def test_a_path_like_nothing_there_has_no_suggestion(tmp_path):
+  (tmp_path / 'abc').mkdir()
+  with pytest.raises(DataError) as error:
+    load.read_config(tmp_path / 'zzzzz')
+  assert str(error.value).endswith('expected a HF folder or a .gguf file')
+
+
+@pytest.mark.parametrize(
+  ('files', 'remedy'),
+  [
+    ({}, 'the folder is empty'),
+    ({'tokenizer.json': '{}', 'a.txt': ''}, r'It holds a\.txt, tokenizer\.json; expected config'),
+    ({'inner/config.json': '{}'}, 'inner has one; give that folder'),
+    ({'refs/main': '', 'snapshots/0a1b/config.json': '{}'}, 'snapshots/0a1b has one'),
+    ({'adapter_config.json': '{}'}, 'LoRA adapter.*merge_and_unload'),
+    ({'params.json': '{}', 'consolidated.00.pth': ''}, "authors' own format"),
+    ({'model.safetensors': ''}, r'It holds model\.safetensors'),
+  ],
+)
+def test_a_folder_without_a_config_names_what_it_is(tmp_path, files, remedy):
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+  with pytest.raises(DataError, match=rf'config\.json is missing.*{remedy}'):
+    load.read_config(tmp_path)
+
+
+def test_a_workdir_is_no_model_folder(tmp_path):
+  (tmp_path / 'config.json').write_text('{"algorithm": "sft", "model.path": "x"}')
+  with pytest.raises(DataError, match=r'is a workdir.*/export.*ftjax\.convert --source='):
+    load.read_config(tmp_path)
+
+
+def test_dropout_in_a_config_is_reported_once(tmp_path, caplog):
+  """S19."""
+  model = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'm')
+  config = json.loads((model / 'config.json').read_text())
+  (model / 'config.json').write_text(json.dumps(config | {'attention_dropout': 0.5}))
+  for _ in range(3):
+    from_hf(load.read_config(model))
+  assert [r.getMessage() for r in caplog.records] == [
+    f'{model}/config.json: attention_dropout=0.5 is not applied: training here uses no dropout'
+  ]
+
+
+@pytest.mark.parametrize(
+  ('files', 'warned'),
+  [
+    ({'chat_template.jinja': 'a', 'tokenizer_config.json': '{"chat_template": "b"}'}, True),
+    ({'chat_template.jinja': 'a\n', 'tokenizer_config.json': '{"chat_template": "a"}'}, False),
+    (
+      {
+        'chat_template.jinja': 'a',
+        'tokenizer_config.json': '{"chat_template": [{"name": "default", "template": "b"}]}',
+      },
+      True,
+    ),
+    (
+      {
+        'tokenizer_config.json': '{"chat_template": "a"}',
+        'chat_template.json': '{"chat_template": "b"}',
+      },
+      True,
+    ),
+    ({'chat_template.jinja': 'a', 'tokenizer_config.json': '{}'}, False),
+  ],
+)
+def test_two_chat_templates_that_differ_are_reported_once(tmp_path, caplog, files, warned):
+  for name, text in files.items():
+    (tmp_path / name).write_text(text)
+  for _ in range(2):
+    assert load.tokenizer_files(tmp_path).keys() == files.keys()
+  lines = [r.getMessage() for r in caplog.records]
+  assert len(lines) == warned
+  if warned:
+    first, second = files
+    assert f'{first} and the chat_template of {second} differ; {first} is used' in lines[0]
+
+
 def test_tokenizer_files_are_the_bytes_and_links_stay_inside(tmp_path):
   (tmp_path / 'm').mkdir()
   (tmp_path / 'm' / 'tokenizer.json').write_bytes(b'{"a":\r\n 1}')

@@ -224,9 +224,58 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
   write(tmp_path, {'x': np.ones(2, np.float32)})
   for name in ('p.safetensors', 'q.safetensors'):
     (tmp_path / name).write_bytes((tmp_path / 'model.safetensors').read_bytes())
+  (tmp_path / 'model.safetensors').unlink()
   index = {'weight_map': {'x': 'p.safetensors', 'y': 'q.safetensors'}}
   (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
   with pytest.raises(DataError, match='x is also in p'):
+    SafetensorsFolder(tmp_path)
+
+
+def index_of(folder, weight_map):
+  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
+
+
+@pytest.mark.parametrize('has_shards', [True, False])
+def test_a_single_file_beside_the_index_of_other_shards_is_refused(tmp_path, has_shards):
+  """S9: the older index would win, and the older weights with it."""
+  shards = 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'
+  write(tmp_path)
+  index_of(tmp_path, {'a': shards[0], 'b': shards[1]})
+  for name in shards if has_shards else ():
+    (tmp_path / name).write_bytes((tmp_path / 'model.safetensors').read_bytes())
+  named = r'holds model\.safetensors and model\.safetensors\.index\.json, which names model-00001'
+  with pytest.raises(DataError, match=named):
+    SafetensorsFolder(tmp_path)
+
+
+def test_an_index_that_names_the_single_file_is_one_model(tmp_path):
+  write(tmp_path)
+  index_of(tmp_path, dict.fromkeys(TENSORS, 'model.safetensors'))
+  assert SafetensorsFolder(tmp_path).tensors.keys() == TENSORS.keys()
+
+
+def test_an_index_whose_shards_are_not_there_names_them(tmp_path):
+  index_of(tmp_path, {c: f'model-0000{i}-of-00005.safetensors' for i, c in enumerate('abcde', 1)})
+  (tmp_path / 'model-00002-of-00005.safetensors').write_bytes(b'')
+  with pytest.raises(
+    DataError, match=r'names 5 files, of which model-00001.* and 1 more are missing'
+  ):
+    SafetensorsFolder(tmp_path)
+
+
+def test_shards_without_their_index_are_named(tmp_path):
+  (tmp_path / 'model-00001-of-00002.safetensors').write_bytes(b'')
+  with pytest.raises(DataError, match=r'model-00001-of-00002\.safetensors, but neither'):
+    SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['adapter_config.json', 'adapter_model.safetensors'])
+def test_an_adapter_is_never_left_out_silently(tmp_path, name):
+  (tmp_path / name).write_bytes(b'{}')
+  with pytest.raises(DataError, match=r'LoRA adapter, not a whole model.*merge_and_unload'):
+    SafetensorsFolder(tmp_path)
+  write(tmp_path)
+  with pytest.raises(DataError, match=rf'a whole model and a LoRA adapter \({name}\)'):
     SafetensorsFolder(tmp_path)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.hf import names
+from ftjax.hf import model_folder, names
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import (
   INDEX_FILE,
@@ -43,7 +43,12 @@ _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 
 def is_ours(path: Path) -> bool:
   """Whether a model folder consists of such files, so that replacing it loses nothing else."""
-  return path.is_file() and (path.name in MODEL_FILES or bool(_WEIGHTS.fullmatch(path.name)))
+  if path.name == model_folder.TEMPLATES and path.is_dir():
+    return all(p.is_file() for p in path.iterdir())
+  if not path.is_file():
+    return False
+  known = path.name in MODEL_FILES or model_folder.is_side_file(path.name)
+  return known or bool(_WEIGHTS.fullmatch(path.name))
 
 
 @contextlib.contextmanager
@@ -99,8 +104,7 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
   except BaseException:
     temp.remove_tree()
     raise
-  new = {p.name: p for p in temp.iterdir()}
-  old = {p.name: p for p in target.iterdir()} if target.is_dir() else {}
+  new, old = _objects(temp), _objects(target)
   marks = ('config.json', INDEX_FILE)  # in the order of going; they come in the reverse
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
@@ -113,6 +117,15 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     text = f'could not be replaced ({error}); the new one is whole in {temp}'
     raise OSError(5, text, str(target)) from error
   temp.remove_tree()
+
+
+def _objects(folder: Path) -> dict[str, Path]:
+  """The objects of a model folder in a bucket, by their names below it."""
+  found = {p.name: p for p in folder.iterdir()} if folder.is_dir() else {}
+  if model_folder.TEMPLATES not in found:
+    return found
+  inner = found.pop(model_folder.TEMPLATES)
+  return found | {f'{inner.name}/{p.name}': p for p in inner.iterdir()}
 
 
 def write_model(
@@ -130,7 +143,9 @@ def write_model(
   """
   with whole_folder(target) as folder:
     for name, content in files.items():
-      (folder / name).write_bytes(content)
+      place = folder / name
+      place.parent.mkdir(exist_ok=True)
+      place.write_bytes(content)
     write_folder(folder, tensors, read, max_shard_bytes)
 
 

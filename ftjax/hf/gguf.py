@@ -6,23 +6,19 @@ architecture stores Q and K for interleaved rotary embedding; they are put back 
 half-rotation order here. The tokenizer is in `gguf_tokenizer.py`.
 """
 
-import functools
 import math
 import os
 import re
-import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ftjax.hf import gguf_files
 from ftjax.hf.safetensors import Index, TensorInfo, full_index
 from ftjax.models.architecture import Architecture, RopeScaling, to_hf
 from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
-
-_HEADER_BYTES = 16 << 20  # of a file in a bucket, read at first; most headers are shorter
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 
@@ -43,32 +39,21 @@ _LAYER_NAMES = {
   'ffn_down': 'mlp.down_proj',
 }
 _ROPE_TENSOR = 'rope_freqs.weight'
-# What a broken or hostile file makes the reader of the `gguf` package raise.
-_READ_ERRORS = (
-  ValueError,
-  KeyError,
-  IndexError,
-  TypeError,
-  OverflowError,
-  UnicodeError,
-  struct.error,
-  MemoryError,
-)
 
 
 class GGUFSource:
-  """A tensor source over one GGUF file of the `llama` architecture. All tensors are presented as
-  float32.
+  """A tensor source over one GGUF file of the `llama` architecture, or over the first part of one
+  with its other parts beside it. All tensors are presented as float32.
 
   Raises:
-    DataError: not a GGUF file, damaged, another architecture, or a tensor type or name that is not
-      supported.
+    DataError: not a GGUF file, damaged, a part is missing, another architecture, or a tensor type
+      or name that is not supported.
   """
 
   def __init__(self, path: str | os.PathLike):
     self.place = str(path)
-    self._path = files.as_path(path)
-    self._reader = _reader(self._path)
+    parts = gguf_files.open_parts(files.as_path(path))
+    self._reader = parts[0].reader
     self.metadata = {k: v for k, v in self._reader.fields.items() if not k.startswith('GGUF.')}
     arch = self.field('general.architecture')
     if arch != 'llama':
@@ -76,24 +61,29 @@ class GGUFSource:
         f'{path}: general.architecture={arch!r} is not supported; supported: llama. Other families '
         'are read from their HF folder'
       )
-    self._stored: dict[str, Any] = {}
+    self._stored: dict[str, tuple[Path, Any]] = {}  # (file, tensor of the reader)
     self.tensors: dict[str, TensorInfo] = {}
     self._rope_factors: np.ndarray | None = None
-    for tensor in self._reader.tensors:
-      kind = tensor.tensor_type.name
-      if kind not in TYPES:
-        raise DataError(
-          f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to '
-          'Q8_0'
-        )
-      if tensor.name == _ROPE_TENSOR:
-        self._rope_factors = self._dequantize(tensor, slice(None))
-        continue
-      name = _hf_name(tensor.name, self.place)
-      self._stored[name] = tensor
-      # GGUF lists the fastest axis first.
-      shape = tuple(int(n) for n in reversed(tensor.shape))
-      self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
+    for part in parts:
+      for tensor in part.reader.tensors:
+        self._add(part.path, tensor)
+
+  def _add(self, path: Path, tensor: Any) -> None:
+    kind = tensor.tensor_type.name
+    if kind not in TYPES:
+      raise DataError(
+        f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to Q8_0'
+      )
+    if tensor.name == _ROPE_TENSOR:
+      self._rope_factors = self._dequantize((path, tensor), slice(None))
+      return
+    name = _hf_name(tensor.name, str(path))
+    if name in self._stored:
+      raise DataError(f'{path}: {tensor.name} is also in {self._stored[name][0].name}')
+    self._stored[name] = path, tensor
+    # GGUF lists the fastest axis first.
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
 
   def field(self, key: str, default: Any = None) -> Any:
     """A metadata value as Python sees it, or `default`."""
@@ -101,7 +91,7 @@ class GGUFSource:
       return default
     try:
       return self.metadata[key].contents()
-    except _READ_ERRORS as e:
+    except gguf_files.READ_ERRORS as e:
       raise DataError(f'{self.place}: metadata {key} cannot be read: {e}') from e
 
   def need(self, key: str) -> Any:
@@ -142,24 +132,25 @@ class GGUFSource:
     rows = half_rotation(rows, head_dim)
     return np.ascontiguousarray(rows[(slice(begin - first, end - first), *index[1:])])
 
-  def _dequantize(self, tensor, rows: slice) -> np.ndarray:
+  def _dequantize(self, stored_in: tuple[Path, Any], rows: slice) -> np.ndarray:
     from gguf import dequantize
 
-    stored = self._stored_rows(tensor, rows)
+    path, tensor = stored_in
+    stored = self._stored_rows(path, tensor, rows)
     # A broken f16 scale may overflow; the non-finite value is found by the check on export.
     with np.errstate(over='ignore', invalid='ignore'):
       return np.array(dequantize(stored, tensor.tensor_type), np.float32)
 
-  def _stored_rows(self, tensor, rows: slice) -> np.ndarray:
-    if not files.is_remote(self._path):
+  def _stored_rows(self, path: Path, tensor: Any, rows: slice) -> np.ndarray:
+    if not files.is_remote(path):
       return tensor.data[rows]
     shape, dtype = tensor.data.shape, tensor.data.dtype  # of the zeros that stand for it locally
     begin, end, _ = rows.indices(shape[0])
     out = np.empty((max(0, end - begin), *shape[1:]), dtype)
-    with self._path.open('rb', buffering=0) as file:
+    with path.open('rb', buffering=0) as file:
       file.seek(tensor.data_offset + begin * (tensor.data.nbytes // shape[0]))
       if file.readinto(out.reshape(-1).view(np.uint8)) != out.nbytes:
-        raise DataError(f'{self.place}: {tensor.name} ends with the file; truncated download?')
+        raise DataError(f'{path}: {tensor.name} ends with the file; truncated download?')
     return out
 
   def _head_dim(self) -> int:
@@ -221,55 +212,6 @@ TOKEN_ID_KEYS = {
   'eos_token_id': 'eos_token_id',
   'pad_token_id': 'padding_token_id',
 }
-
-
-def _reader(path: Path):
-  try:
-    stat = path.stat()
-  except OSError as e:
-    raise DataError(f'{path}: {e.strerror}') from e
-  return _cached_reader(path, stat.st_size, stat.st_mtime_ns)
-
-
-# The reader walks through every token of the vocabulary, some seconds: config, tokenizer and
-# weights share one.
-@functools.lru_cache(maxsize=1)
-def _cached_reader(path: Path, size: int, mtime_ns: int):
-  from gguf import GGUFReader
-
-  try:
-    return _remote_reader(path, size) if files.is_remote(path) else GGUFReader(path)
-  except _READ_ERRORS as e:
-    raise DataError(
-      f'{path}: not a readable GGUF file ({type(e).__name__}: {e}); truncated download?'
-    ) from e
-
-
-def _remote_reader(path: Path, size: int):
-  """A reader of the header alone: the package maps a local file, so it is given one with a hole in
-  place of the tensors.
-  """
-  from gguf import GGUFReader
-
-  known = 0
-  while known < size:
-    known = min(size, max(_HEADER_BYTES, 4 * known))
-    with (
-      tempfile.NamedTemporaryFile(suffix='.gguf') as file,
-      path.open('rb', buffering=0) as source,
-    ):
-      file.write(source.read(known))
-      file.truncate(size)
-      file.flush()
-      try:
-        reader = GGUFReader(file.name)
-      except _READ_ERRORS:  # also what a header that is cut looks like
-        if known == size:
-          raise
-        continue
-    if reader.data_offset <= known:
-      return reader
-  raise ValueError('the header is as long as the file')
 
 
 def _hf_name(name: str, place: str) -> str:

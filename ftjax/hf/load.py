@@ -8,7 +8,9 @@ for the way out.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -18,69 +20,98 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.hf import gguf_tokenizer, names, safetensors
+from ftjax.hf import gguf_files, gguf_tokenizer, model_folder, names, safetensors, weight_files
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
+from ftjax.models import config_keys
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import files, trees
+from ftjax.runtime import files, snapshots, trees
 from ftjax.runtime.errors import DataError
 
 if TYPE_CHECKING:
   # Converting files needs no jax and should start quickly; `load_params` imports it.
   import jax
 
+log = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 32 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions apart
 
 
-def _gguf_file(path: Path) -> Path | None:
-  """The GGUF file that `path` is or holds; None for a HF folder."""
-  if path.is_file():
-    if path.suffix != '.gguf':
-      raise DataError(
-        f'{path}: a model is a HF folder or a .gguf file; for a safetensors file give its folder'
-      )
-    return path
-  if not path.is_dir():
-    raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file')
-  if any(path.glob('*.safetensors')) or (path / safetensors.INDEX_FILE).exists():
-    return None
-  found = sorted(path.glob('*.gguf'))
-  if len(found) > 1:
-    raise DataError(
-      f'{path}: holds {len(found)} GGUF files ({found[0].name}, {found[1].name}, ...); name one of '
-      'them'
-    )
-  return found[0] if found else None
-
-
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF file."""
-  file = _gguf_file(files.as_path(path))
+  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model."""
+  file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-  """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file."""
-  file = _gguf_file(files.as_path(path))
+  """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file.
+
+  What it says and nothing here applies (dropout) is logged once.
+  """
+  folder = files.as_path(path)
+  file = model_folder.gguf_file(folder)
   if file is not None:
     return GGUFSource(file).config()
-  place = safetensors.file_inside(files.as_path(path), 'config.json')
+  if not (folder / 'config.json').is_file():
+    raise model_folder.no_config(folder)
+  place = weight_files.file_inside(folder, 'config.json')
   config = parse_json(place.read_bytes(), str(place))
   if not isinstance(config, dict):
     raise DataError(f'{place}: expected a JSON object')
+  if 'model_type' not in config and 'algorithm' in config:
+    raise DataError(
+      f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
+      f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
+      f'--source={path} --target=DIR'
+    )
+  for line in config_keys.notices(config):
+    _warn_once(f'{folder}/{line}')
   return config
 
 
+@functools.cache
+def _warn_once(line: str) -> None:
+  """Logs a line once a process, however often a model is opened."""
+  log.warning('%s', line)
+
+
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """The tokenizer's files by name, and config.json; of a GGUF file: made from its metadata."""
-  file = _gguf_file(files.as_path(path))
+  """The tokenizer's files by name, and config.json; of a GGUF file: made from its metadata.
+
+  Names of further chat templates begin with 'additional_chat_templates/'.
+  """
+  file = model_folder.gguf_file(files.as_path(path))
   if file is not None:
     source = GGUFSource(file)
     return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
   folder = files.as_path(path)
-  present = [n for n in (*safetensors.TOKENIZER_FILES, 'config.json') if (folder / n).exists()]
-  return {name: safetensors.file_inside(folder, name).read_bytes() for name in present}
+  config = ['config.json'] if (folder / 'config.json').exists() else []
+  found = [*model_folder.side_files(folder), *config]
+  out = {name: model_folder.read(folder, name) for name in found}
+  _compare_templates(str(folder), out)
+  return out
+
+
+def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
+  """Warns of chat templates that differ; which one is used is what transformers uses, the first."""
+  texts = {}
+  if 'chat_template.jinja' in found:
+    texts['chat_template.jinja'] = found['chat_template.jinja'].decode(errors='replace')
+  for name in ('tokenizer_config.json', 'chat_template.json'):
+    if name in found:
+      content = parse_json(found[name], f'{place}/{name}')
+      text = content.get('chat_template') if isinstance(content, dict) else None
+      if isinstance(text, list):
+        text = next((t.get('template') for t in text if t.get('name') == 'default'), None)
+      if isinstance(text, str):
+        texts[name] = text
+  if len({text.removesuffix('\n') for text in texts.values()}) > 1:
+    used, *others = texts
+    _warn_once(
+      f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
+      'in transformers. Delete the other one if that is right'
+    )
 
 
 def check_tensors(source: TensorSource, arch: Architecture):
@@ -265,6 +296,21 @@ def exported(workdir: str | os.PathLike) -> str | None:
   return folder if files.exists(files.join(folder, 'config.json')) else None
 
 
+def newest_export(workdir: str) -> str | None:
+  """Returns the export of a workdir; None without one, or where a newer checkpoint is there: a run
+  that ended and was continued.
+  """
+  export = exported(workdir)
+  if export is None:
+    return None
+  steps = snapshots.steps(workdir)
+  written = (files.as_path(export) / 'config.json').stat().st_mtime_ns
+  if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
+    log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
+    return None
+  return export
+
+
 def fingerprint(path: str | os.PathLike) -> str:
   """SHA-256, in hex, over name, size and content of the weight files."""
   digest = hashlib.sha256()
@@ -276,5 +322,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  file = _gguf_file(files.as_path(path))
-  return safetensors.weight_files(files.as_path(path)) if file is None else [file]
+  file = model_folder.gguf_file(files.as_path(path))
+  if file is None:
+    return weight_files.weight_files(files.as_path(path))
+  return gguf_files.weight_files(file)

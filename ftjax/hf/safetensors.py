@@ -16,6 +16,14 @@ from typing import Any, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
+from ftjax.hf.weight_files import (
+  INDEX_FILE,
+  MAX_HEADER_BYTES,
+  SINGLE_FILE,
+  parse_json,
+  weight_files,
+  weight_map,
+)
 from ftjax.runtime import files
 from ftjax.runtime.errors import DataError, NonFiniteError
 
@@ -34,10 +42,7 @@ TOKENIZER_FILES = (
   'chat_template.json',
   'generation_config.json',
 )
-INDEX_FILE = 'model.safetensors.index.json'
-SINGLE_FILE = 'model.safetensors'
 MODEL_FILES = (*TOKENIZER_FILES, 'config.json', INDEX_FILE)
-MAX_HEADER_BYTES = 100_000_000
 MAX_SHARD_BYTES = 5_000_000_000
 _HEADER_BUFFER = 1 << 16
 # Reads that are not whole rows pass through a buffer of this size.
@@ -93,36 +98,6 @@ class _Entry(NamedTuple):
 
 def _is_count(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> Any:
-  if path.stat().st_size > limit:
-    raise DataError(
-      f'{path}: {path.stat().st_size} bytes; a JSON of at most {limit} bytes was expected'
-    )
-  return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(text: bytes, place: str) -> Any:
-  """`json.loads` whose failure is a DataError with place and line; repeated keys are refused."""
-
-  def no_repeats(pairs):
-    out = dict(pairs)
-    if len(out) != len(pairs):
-      names = [key for key, _ in pairs]
-      raise DataError(
-        f'{place}: the key {next(n for n in names if names.count(n) > 1)!r} stands twice'
-      )
-    return out
-
-  try:
-    return json.loads(text.decode(), object_pairs_hook=no_repeats)
-  except UnicodeDecodeError as e:
-    raise DataError(f'{place}: not UTF-8 at byte {e.start}') from e
-  except json.JSONDecodeError as e:
-    raise DataError(f'{place}:{e.lineno}: not JSON: {e.msg}') from e
-  except RecursionError as e:
-    raise DataError(f'{place}: JSON nested too deep') from e
 
 
 def read_header(path: Path) -> dict[str, _Entry]:
@@ -187,69 +162,6 @@ def _entry(path: Path, name: str, row: Any, start: int) -> _Entry:
   return _Entry(path, start + offsets[0], info)
 
 
-def file_inside(folder: Path, name: Any) -> Path:
-  """The file of a name that a model folder gives, refused unless it is a plain name inside the
-  folder.
-
-  A symbolic link may leave the folder in one case, the hub's cache: `CACHE/snapshots/REVISION/x`
-  points into `CACHE/blobs/`, and both ends are checked after all links are resolved.
-  """
-  ok = isinstance(name, str) and name not in ('', '.', '..') and not any(c in name for c in '/\\\0')
-  if not ok:
-    raise DataError(
-      f'{folder}: file name {name!r} is refused; a plain name, without folders, is expected'
-    )
-  path = folder / name
-  if not path.is_file():
-    raise DataError(f'{folder}: {name} is missing (unfinished download?)')
-  if files.is_remote(path):
-    return path  # a plain name below a prefix; buckets have no links
-  real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-  # Only a folder named snapshots/REVISION has a blobs folder of its own: elsewhere "../../blobs" is
-  # nobody's cache.
-  in_hub_cache = home.parent.name == 'snapshots' and real.parent == home.parent.parent / 'blobs'
-  if real.parent != home and not in_hub_cache:
-    raise DataError(
-      f'{path}: the link leaves the model folder, to {real}; refused. Copy the file into the folder'
-    )
-  return path
-
-
-def weight_files(folder: Path) -> list[Path]:
-  """The safetensors files of a HF folder: model.safetensors, or the shards that its index names, in
-  name order.
-
-  Raises:
-    DataError: none there (with what to do about `.bin` files), a bad index, or a shard name that is
-      refused.
-  """
-  index = folder / INDEX_FILE
-  if (folder / SINGLE_FILE).exists() and not index.exists():
-    return [file_inside(folder, SINGLE_FILE)]
-  if index.exists():
-    names = list(_weight_map(folder).values())
-    return sorted({file_inside(folder, name) for name in names})
-  if any(folder.glob('*.bin')) or any(folder.glob('*.pth')):
-    raise DataError(
-      f'{folder}: only pickled weights (.bin, .pth), which can run code when loaded and are never '
-      'read here. Convert '
-      'once, where torch is installed: '
-      'AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR, '
-      'safe_serialization=True)'
-    )
-  raise DataError(f'{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there')
-
-
-def _weight_map(folder: Path) -> dict[str, Any]:
-  path = folder / INDEX_FILE
-  file_inside(folder, INDEX_FILE)
-  index = _read_json(path)
-  weight_map = index.get('weight_map') if isinstance(index, dict) else None
-  if not isinstance(weight_map, dict) or not weight_map:
-    raise DataError(f'{path}: weight_map is missing or empty; expected {{tensor: file}}')
-  return weight_map
-
-
 class SafetensorsFolder:
   """A tensor source over the safetensors files of a HF folder.
 
@@ -272,7 +184,7 @@ class SafetensorsFolder:
     self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
   def _check_index(self, root: Path):
-    told = _weight_map(root)
+    told = weight_map(root)
     found = {name: entry.path.name for name, entry in self._entries.items()}
     if wrong := sorted(n for n in told.keys() | found.keys() if told.get(n) != found.get(n)):
       n = wrong[0]

@@ -6,10 +6,10 @@ follow: `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats. Whic
 parameter stands in hf/names.py."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from ftjax.models import config_keys as keys
 from ftjax.runtime.errors import DataError
 
 # model_type of config.json: what transformers' classes of that family begin with.
@@ -84,95 +84,185 @@ class Architecture:
     return (self.num_labels or self.vocab_size) * d + self.num_layers * layer
 
 
-def _want(config: Mapping[str, Any], key: str, *allowed, default=None):
-  value = config.get(key, default)
-  if value not in allowed:
-    raise DataError(
-      f'config.json: {key}={value!r} is not supported here; expected one of {allowed}'
-    )
-
-
-def _need(config: Mapping[str, Any], key: str):
-  if config.get(key) is None:
-    raise DataError(f'config.json: {key} is missing or null')
-  return config[key]
-
-
 def from_hf(config: Mapping[str, Any]) -> Architecture:
   """Reads a HF config.json (Llama 2, 3, 3.1+, SmolLM2, Qwen2, Qwen2.5) given as a dict.
 
+  Keys that are absent or null have the default of the family's class in transformers; see
+  config_keys.py, also for the keys that may stand there.
+
   Raises:
-    DataError: another model_type, or a setting that this decoder does not compute.
+    DataError: another model_type, a value of another type, or a setting that this decoder does not
+      compute.
   """
   family = config.get('model_type')
   if family not in _CLASSES:
     raise DataError(
       f'config.json: model_type={family!r} is not supported; supported: {", ".join(_CLASSES)}'
     )
+  keys.check_unquantized(config)
+  keys.check_names(config)
+  defaults = keys.DEFAULTS[family]
   _check_settings(config, family)
-  # transformers 5 writes {rope_theta, rope_type, ...} under rope_parameters; 4 wrote rope_theta
-  # beside rope_scaling.
-  rope = dict(config.get('rope_parameters') or config.get('rope_scaling') or {})
-  rope_type = rope.get('rope_type', rope.get('type', 'default'))
-  if rope_type == 'llama3':
-    scaling = RopeScaling(
-      factor=float(_need(rope, 'factor')),
-      low_freq_factor=float(_need(rope, 'low_freq_factor')),
-      high_freq_factor=float(_need(rope, 'high_freq_factor')),
-      original_len=int(_need(rope, 'original_max_position_embeddings')),
-    )
-  elif rope_type == 'default':
-    scaling = None
-  else:
+  theta, scaling = _rope(config, defaults['rope_theta'])
+  heads, dim = keys.count(config, 'num_attention_heads'), keys.count(config, 'hidden_size')
+  if config.get('head_dim') is None and dim % heads:
     raise DataError(
-      f'config.json: rope_type={rope_type!r} is not supported; supported: default, llama3'
+      f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
+      'is not given'
     )
-  theta = rope.get('rope_theta', config.get('rope_theta', 10000.0))
-  heads, dim = _need(config, 'num_attention_heads'), _need(config, 'hidden_size')
-  head_dim = config.get('head_dim') or dim // heads
-  if head_dim % 2 or not math.isfinite(theta):
-    raise DataError(f'config.json: head_dim={head_dim} must be even and rope_theta={theta} finite')
+  head_dim = keys.count(config, 'head_dim', dim // heads)
+  if head_dim % 2:
+    raise DataError(f'config.json: head_dim={head_dim} must be even')
   return Architecture(
     family=family,
-    vocab_size=_need(config, 'vocab_size'),
+    vocab_size=keys.count(config, 'vocab_size'),
     model_dim=dim,
-    num_layers=_need(config, 'num_hidden_layers'),
+    num_layers=keys.count(config, 'num_hidden_layers'),
     num_heads=heads,
-    num_kv_heads=config.get('num_key_value_heads') or heads,
+    num_kv_heads=keys.count(config, 'num_key_value_heads', heads),
     head_dim=head_dim,
-    ffn_dim=_need(config, 'intermediate_size'),
-    norm_eps=config.get('rms_norm_eps', 1e-6),
-    rope_theta=float(theta),
+    ffn_dim=keys.count(config, 'intermediate_size'),
+    norm_eps=keys.number(config, 'rms_norm_eps', defaults['rms_norm_eps']),
+    rope_theta=theta,
     rope_scaling=scaling,
-    tied=bool(config.get('tie_word_embeddings', False)),
-    max_len=config.get('max_position_embeddings', 2048),
+    tied=keys.flag(config, 'tie_word_embeddings', defaults['tie_word_embeddings']),
+    max_len=keys.count(config, 'max_position_embeddings', defaults['max_position_embeddings']),
     num_labels=_num_labels(config),
     qkv_bias=family == 'qwen2',
   )
 
 
 def _check_settings(config: Mapping[str, Any], family: str):
-  _want(config, 'hidden_act', 'silu', default='silu')
-  # Llama's flag puts a bias on the output projection too. Qwen2 has no flag: its class always adds
-  # biases to q, k and v alone.
-  _want(config, 'attention_bias', *((True, None) if family == 'qwen2' else (False, None)))
-  _want(config, 'mlp_bias', False, None)
-  _want(config, 'pretraining_tp', 1, None, default=1)
-  # Without it `sliding_window` and `max_window_layers` mean nothing, and published configs have
-  # them.
-  _want(config, 'use_sliding_window', False, None)
-  for kind in config.get('layer_types') or ():
+  defaults = keys.DEFAULTS[family]
+  act = defaults['hidden_act'] if config.get('hidden_act') is None else config['hidden_act']
+  if act not in ('silu', 'swish'):  # two names of one function in transformers
+    raise DataError(f"config.json: hidden_act={act!r} is not supported; expected 'silu'")
+  # Llama's attention_bias puts a bias on the output projection too. Qwen2 has no such key: its
+  # class always adds biases to q, k and v alone.
+  for key in ('attention_bias', 'mlp_bias', 'use_sliding_window'):
+    if (value := keys.flag(config, key, defaults[key])) != defaults[key]:
+      raise DataError(
+        f'config.json: {key}={value!r} is not supported for model_type={family!r}; expected '
+        f'{defaults[key]!r}'
+      )
+  if config.get('sliding_window') is not None:
+    window = keys.count(config, 'sliding_window')
+    # Qwen2's class reads it only with use_sliding_window, and published configs have it. Llama's
+    # class has no such key: whoever put it there may mean a window.
+    longest = keys.count(config, 'max_position_embeddings', defaults['max_position_embeddings'])
+    if family != 'qwen2' and 'use_sliding_window' not in config and window < longest:
+      raise DataError(
+        f'config.json: sliding_window={window} is not supported for model_type={family!r}: every '
+        'layer attends to all positions. If the model was trained so, delete the key'
+      )
+  _check_layer_types(config)
+
+
+def _check_layer_types(config: Mapping[str, Any]):
+  types = config.get('layer_types')
+  if types is None:
+    return
+  if not isinstance(types, list):
+    raise DataError(f"config.json: layer_types={types!r}; expected a list of 'full_attention'")
+  for kind in types:
     if kind != 'full_attention':
       raise DataError(
         f'config.json: layer_types has {kind!r}, which is not supported here; expected '
         "'full_attention' in every layer"
       )
+  layers = keys.count(config, 'num_hidden_layers')
+  if len(types) != layers:
+    raise DataError(
+      f'config.json: layer_types has {len(types)} entries and num_hidden_layers={layers}'
+    )
+
+
+_LLAMA3 = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+
+def _rope(config: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
+  """(theta, scaling) of a config.json.
+
+  transformers 5 writes {rope_theta, rope_type, ...} under rope_parameters; 4 wrote rope_theta
+  beside rope_scaling. Where a file has several of them they must mean the same: transformers 5
+  would take rope_scaling, transformers 4 does not know rope_parameters.
+
+  Raises:
+    DataError: they differ (names the keys), or a rule that is not computed here.
+  """
+  beside = config.get('rope_theta')
+  beside = beside if beside is None else keys.number(config, 'rope_theta')
+  found: dict[str, tuple[float, RopeScaling | None]] = {}
+  for key in ('rope_parameters', 'rope_scaling'):
+    if rule := keys.mapping(config, key):
+      theta = keys.number(rule, 'rope_theta', beside or default)
+      if beside is not None and theta != beside:
+        raise DataError(
+          f'config.json: rope_theta={beside} and {key} has rope_theta={theta}; delete the wrong one'
+        )
+      found[key] = theta, _scaling(key, rule, config)
+  if len(found) == 2 and found['rope_parameters'] != found['rope_scaling']:
+    both = ' and '.join(f'{k}={dict(config[k])}' for k in found)
+    raise DataError(
+      f'config.json: {both} are two different rotary embeddings; transformers 5 takes '
+      'rope_scaling. Delete the one that the model was not trained with'
+    )
+  return next(iter(found.values()), (beside or default, None))
+
+
+def _scaling(key: str, rule: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+  """The scaling rule under rope_parameters or rope_scaling; None for the plain embedding."""
+  kinds = {rule[k] for k in ('rope_type', 'type') if isinstance(rule.get(k), str)}
+  if len(kinds) > 1:
+    raise DataError(
+      f'config.json: {key} has rope_type={rule["rope_type"]!r} and type={rule["type"]!r}'
+    )
+  kind = next(iter(kinds), 'default')
+  if kind not in ('default', 'llama3'):
+    raise DataError(
+      f'config.json: {key} has rope_type={kind!r}, which is not supported; supported: default, '
+      'llama3'
+    )
+  known = ('rope_type', 'type', 'rope_theta', 'original_max_position_embeddings')
+  known += _LLAMA3 if kind == 'llama3' else ()
+  if other := [k for k, v in rule.items() if k not in known and not keys.is_neutral(v)]:
+    raise DataError(
+      f'config.json: {key} has {other[0]}={rule[other[0]]!r}, which is not computed with '
+      f'rope_type={kind!r}'
+    )
+  if kind == 'default':
+    return None
+  place = {f'{key}.{k}': rule.get(k) for k in _LLAMA3}
+  scaling = RopeScaling(
+    factor=keys.number(place, f'{key}.factor'),
+    low_freq_factor=keys.number(place, f'{key}.low_freq_factor'),
+    high_freq_factor=keys.number(place, f'{key}.high_freq_factor'),
+    original_len=keys.count(place, f'{key}.original_max_position_embeddings'),
+  )
+  if scaling.low_freq_factor >= scaling.high_freq_factor:
+    raise DataError(
+      f'config.json: {key} has low_freq_factor={scaling.low_freq_factor}, expected less than '
+      f'high_freq_factor={scaling.high_freq_factor}'
+    )
+  top = config.get('original_max_position_embeddings')
+  if top is not None and top != scaling.original_len:
+    raise DataError(
+      f'config.json: original_max_position_embeddings={top!r} and {key} has '
+      f'{scaling.original_len}; delete the wrong one'
+    )
+  return scaling
 
 
 def _num_labels(config: Mapping[str, Any]) -> int:
-  if not any('ForSequenceClassification' in a for a in config.get('architectures') or ()):
+  classes = config.get('architectures') or []
+  if not isinstance(classes, list) or not all(isinstance(a, str) for a in classes):
+    raise DataError(f'config.json: architectures={classes!r}; expected a list of class names')
+  if not any('ForSequenceClassification' in a for a in classes):
     return 0
-  labels = len(config.get('id2label') or {}) or config.get('num_labels', 2)  # transformers' default
+  named = len(keys.mapping(config, 'id2label'))
+  labels = keys.count(config, 'num_labels', named or 2)  # transformers' default
+  if named and named != labels:
+    raise DataError(f'config.json: num_labels={labels} and id2label has {named} entries')
   if labels != 1:
     raise DataError(
       f'config.json: a classifier of {labels} labels; only reward models, of 1, are read'

@@ -99,14 +99,20 @@ CORPUS = [text for text in mixed_strings(60, ()) for _ in range(2)] + [
 
 
 def write_toy(
-  path: Path, toy: Toy, vocabulary: str, pre: str = 'gpt-2', **fields: int | bool | str
+  path: Path,
+  toy: Toy,
+  vocabulary: str,
+  pre: str = 'gpt-2',
+  split: int = 0,
+  **fields: int | bool | str,
 ) -> None:
   """Writes a toy model with a 'gpt2' (byte-level, pre-tokenizer `pre`) or 'llama' (SentencePiece)
   vocabulary.
 
-  `fields` are added to the metadata, with '.' written as '__': llama__rope__scaling__type.
+  With `split`, in parts of so many tensors. `fields` are added to the metadata, with '.' written as
+  '__': llama__rope__scaling__type.
   """
-  writer = gguf.GGUFWriter(str(path), 'llama')
+  writer = gguf.GGUFWriter(str(path), 'llama', split_max_tensors=split)
   writer.add_context_length(256)
   writer.add_embedding_length(toy.model_dim)
   writer.add_block_count(toy.num_layers)

@@ -1,0 +1,158 @@
+"""What a model path is: a HF folder, or a GGUF file; and what to do where it is neither.
+
+Also which small files of a HF folder belong to its tokenizer: those go byte for byte into every
+folder that is written from it. safetensors.py reads the weights of a folder, gguf.py those of a
+file.
+"""
+
+import difflib
+import fnmatch
+import os
+import re
+from pathlib import Path
+
+from ftjax.hf import gguf_files, safetensors, weight_files
+from ftjax.runtime import files
+from ftjax.runtime.errors import DataError
+
+# Of the tokenizer, or how to run the model. What is of several templates lies in the subfolder.
+_SIDE_FILES = (
+  *safetensors.TOKENIZER_FILES,
+  *('tokenizer*.json', '*.model', '*.model.v*', '*.tiktoken', '*.jinja', 'chat_template*'),
+  *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
+  *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
+)
+TEMPLATES = 'additional_chat_templates'
+
+_HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?')
+
+
+def is_side_file(name: str) -> bool:
+  """Whether a file of this name, directly in a model folder, belongs to the tokenizer."""
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
+
+
+def side_files(folder: Path) -> list[str]:
+  """Returns the names of such files in a folder, and 'additional_chat_templates/NAME', sorted.
+
+  Raises:
+    DataError: a name that is no plain file.
+  """
+  found = sorted(p.name for p in folder.iterdir() if is_side_file(p.name))
+  if (folder / TEMPLATES).is_dir():
+    inner = sorted(p.name for p in (folder / TEMPLATES).iterdir() if p.is_file())
+    found += [f'{TEMPLATES}/{name}' for name in inner]
+  return found
+
+
+def read(folder: Path, name: str) -> bytes:
+  """Returns the content of a file that `side_files` named."""
+  inside, _, plain = name.rpartition('/')
+  return weight_files.file_inside(folder, plain, inside).read_bytes()
+
+
+def gguf_file(path: Path) -> Path | None:
+  """Returns the GGUF file that `path` is or holds (of several parts, the first); None for a HF
+  folder.
+
+  Raises:
+    DataError: neither, or a folder with two models.
+  """
+  if path.is_file():
+    if path.suffix != '.gguf':
+      raise DataError(
+        f'{path}: a model is a HF folder or a .gguf file; for a safetensors file give its folder'
+      )
+    return path
+  if not path.is_dir():
+    raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file{remedy(path)}')
+  found = sorted(path.glob('*.gguf'))
+  tensors = sorted(path.glob('*.safetensors'))
+  if tensors and found:
+    raise DataError(
+      f'{path}: holds {tensors[0].name} and {found[0].name}, two models. Give the .gguf file '
+      'itself, or move it out of the folder to use the safetensors'
+    )
+  if tensors or (path / weight_files.INDEX_FILE).exists():
+    return None
+  if (first := gguf_files.first_part(found)) is not None:
+    return first
+  if len(found) > 1:
+    raise DataError(
+      f'{path}: holds {len(found)} GGUF files ({found[0].name}, {found[1].name}, ...); name one of '
+      'them'
+    )
+  return found[0] if found else None
+
+
+def remedy(path: Path) -> str:
+  """Returns what to do about a path where nothing is, to be put behind a message; perhaps ''."""
+  text = os.fspath(path)
+  if files.is_remote(path):
+    return ''
+  if text.startswith('~'):
+    return f'. ~ is not expanded here: write {os.path.expanduser(text)}'
+  if path.name in ('smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf') and '.cache' in path.parts:
+    return '. `make assets` makes it'
+  near = _nearest(path)
+  hint = f'. Did you mean {near}?' if near else ''
+  if _HUB_ID.fullmatch(text) and not text.endswith('.gguf') and not path.parent.is_dir():
+    name, _, revision = text.partition('@')
+    command = f'hf download {name}{f" --revision {revision}" if revision else ""} --local-dir DIR'
+    hint += (
+      f'. If it is a hub id: those are not read yet; run `{command}` (in older versions '
+      '`huggingface-cli download`) and give DIR'
+    )
+  return hint
+
+
+def _nearest(path: Path) -> str:
+  """The existing path that looks most like one whose first missing part is misspelt; '' if none."""
+  here, rest = path, []
+  while not here.parent.is_dir():
+    if here.parent == here:
+      return ''
+    rest.append(here.name)
+    here = here.parent
+  try:
+    names = [p.name for p in here.parent.iterdir() if p.is_dir() or p.suffix == '.gguf']
+  except OSError:
+    return ''
+  # Letters of either case first: names of models differ in their digits, which count.
+  folded = {n.lower(): n for n in names}
+  for name in difflib.get_close_matches(here.name.lower(), folded, n=3, cutoff=0.7):
+    found = here.parent.joinpath(folded[name], *reversed(rest))
+    if found.exists():
+      return str(found)
+  return ''
+
+
+def no_config(folder: Path) -> DataError:
+  """The error for a folder without config.json: what it is instead, and what to give."""
+  names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+  text = f'{folder}: config.json is missing'
+  if 'adapter_config.json' in names:
+    return DataError(f'{text}: {weight_files.ADAPTER_ALONE}')
+  if 'params.json' in names and any(n.startswith('consolidated') for n in names):
+    return DataError(
+      f"{text}: these are the weights in their authors' own format. Take the folder in "
+      "transformers' format, which has config.json and model.safetensors"
+    )
+  inner = [*(folder / n for n in names), *_snapshots(folder)]
+  inner = [p for p in inner if p.is_dir() and (p / 'config.json').is_file()]
+  if inner:
+    return DataError(f'{text}, but {inner[0]} has one; give that folder')
+  if not names:
+    return DataError(f'{text}: the folder is empty; expected a HF folder')
+  shown = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+  return DataError(
+    f'{text} (unfinished download?). It holds {shown}; expected config.json, model.safetensors and '
+    'the files of the tokenizer'
+  )
+
+
+def _snapshots(folder: Path) -> list[Path]:
+  """Of a folder models--ORG--NAME of the hub's cache: its snapshots."""
+  if files.is_remote(folder) or not (folder / 'snapshots').is_dir():
+    return []
+  return sorted((folder / 'snapshots').iterdir())
