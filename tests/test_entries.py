@@ -81,13 +81,13 @@ def test_a_mistake_in_a_config_file_ends_with_2(tmp_path):
     '  c.batch_size = "8"\n'
     '  return c\n'
   )
-  code, said, _ = quick('train', f'--config={path}', f'--workdir={tmp_path / "run"}')
+  code, said = quick('train', f'--config={path}', f'--workdir={tmp_path / "run"}')
   assert code == 2 and not (tmp_path / 'run').exists()
   assert said == f"error: {path}:4: batch_size='8'; expected an integer, without quotes: 8"
 
 
 def test_a_mangled_bucket_as_workdir_ends_with_2():
-  code, said, _ = quick('train', *TRAIN, '--workdir=gs:/bucket/run1')
+  code, said = quick('train', *TRAIN, '--workdir=gs:/bucket/run1')
   assert code == 2 and said.startswith('error: --workdir=gs:/bucket/run1: write gs://bucket/run1')
   assert not (tiny_run.ROOT / 'gs:').exists()
 
