@@ -264,10 +264,41 @@ def _compile(template: str) -> jinja2.Template:
   return jinja2.Template.from_code(_ENVIRONMENT, code, _ENVIRONMENT.make_globals(None))
 
 
+@functools.lru_cache(maxsize=16)
+def find_tags(template: str) -> tuple[str, ...]:
+  """Returns the texts that a template looks for inside other texts (`'</think>' in content`,
+  `content.split('x')`), of two characters or more, without mere names; sorted."""
+  try:
+    tree = _ENVIRONMENT.parse(template)
+  except jinja2.exceptions.TemplateError:  # rendering will say so
+    return ()
+  found: list[nodes.Node] = []
+  for compare in tree.find_all(nodes.Compare):
+    if any(op.op in ('in', 'notin') for op in compare.ops):
+      found.append(compare.expr)
+  for call in tree.find_all(nodes.Call):
+    if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEEKING:
+      found += call.args[:1]
+  for filtered in tree.find_all(nodes.Filter):
+    if filtered.name == 'replace':
+      found += filtered.args[:1]
+  texts = {n.value for n in found if isinstance(n, nodes.Const) and isinstance(n.value, str)}
+  return tuple(sorted(t for t in texts if len(t) > 1 and t.strip() and not t.isidentifier()))
+
+
 def name_template(template: str) -> str:
   """How messages call a template: its first characters and a hash."""
   start = ' '.join(template[:48].split())
   return f'chat template {start!r}... (sha256 {hashlib.sha256(template.encode()).hexdigest()[:12]})'
+
+
+# Methods of texts whose first argument is looked for.
+_SEEKING = frozenset(
+  (
+    *('split', 'rsplit', 'partition', 'rpartition', 'replace', 'removeprefix', 'removesuffix'),
+    *('startswith', 'endswith', 'find', 'rfind', 'index', 'rindex', 'count'),
+  )
+)
 
 
 # What a rendering sets itself, or what has a meaning in templates.

@@ -42,6 +42,7 @@ class Chat:
   messages: tuple[dict[str, Any], ...]
   tools: tuple[dict[str, Any], ...] | None = None
   trained: tuple[bool, ...] | None = None
+  template_kwargs: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
