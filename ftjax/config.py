@@ -50,6 +50,8 @@ def default() -> ml_collections.ConfigDict:
   c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, kept for evaluation
   c.data.packing = True  # several examples in a row, kept apart; False: one each, padded
   c.data.on_overlength = 'error'  # error, drop, truncate_left, truncate_right
+  # Content of a row that the chat template does not render: error; warn: train without it, counted.
+  c.data.on_unrendered = 'error'
   c.data.loss_on = 'assistant'  # assistant (every turn), completion (the last one), all
   c.data.cache = ''  # folder of tokenized data; '': data_cache in the workdir
 
@@ -142,6 +144,7 @@ _CHOICES = algorithm_config.CHOICES | {
   'model.compute_dtype': ('float32', 'bfloat16'),
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_overlength': ('error', 'drop', 'truncate_left', 'truncate_right'),
+  'data.on_unrendered': ('error', 'warn'),
   'data.loss_on': ('assistant', 'completion', 'all'),
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
