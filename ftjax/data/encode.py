@@ -36,6 +36,8 @@ class Encoded:
       in a chat, and tokenized apart in a completion.
     boundary: of a pair, where its second side begins; else 0. See judged.py, also for
     value: what a row says of its answers, a number.
+    unrendered: places of content that the rendering does not contain, as in
+      'messages[1].reasoning_content'.
   """
 
   tokens: np.ndarray
@@ -44,6 +46,7 @@ class Encoded:
   straddled: int = 0
   boundary: int = 0
   value: float = 0.0
+  unrendered: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
