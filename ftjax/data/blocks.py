@@ -6,7 +6,6 @@ same. `corpus_builder.py` puts them together, `tokenize_pool.py` gives them to p
 """
 
 import dataclasses
-import itertools
 import json
 import marshal
 import os
@@ -18,10 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, judged, sources
+from ftjax.data import encode, formats, judged
 from ftjax.data.counts import Counts, Reasons
 from ftjax.data.formats import Bad
-from ftjax.data.sources import Row
 from ftjax.data.tokenizer import Tokenizer
 
 BLOCK_ROWS = 1000
@@ -30,6 +28,9 @@ _CHUNK_ROWS = 250  # tokenized at once: some 600 bytes of memory a character
 _CHUNK_BYTES = 250_000
 # Version 2 writes no references between values: the same row has the same size in every process.
 _MARSHAL = 2
+
+
+Row = dict[str, Any]
 
 # Arrays of a block; `digest` is what its examples add to the corpus's fingerprint.
 _PARTS = {
@@ -80,7 +81,7 @@ class Block:
 
   def request(self) -> dict[str, Any]:
     """What a process needs to tokenize it, for `marshal`."""
-    return dataclasses.asdict(self)
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 def file_name(number: int) -> str:
@@ -145,7 +146,7 @@ def unpack(packed: bytes) -> tuple[int, int, Row | Bad]:
 def split(
   rows: Iterable[tuple[int, int, Row | Bad]], form: str | None, shape: str
 ) -> Iterator[Block]:
-  """Cuts `sources.scan`'s rows into blocks.
+  """Cuts `sources.scan`'s rows into blocks, which are read one at a time.
 
   Args:
     rows: of a whole source.
@@ -407,12 +408,3 @@ def read(path: Path) -> TokenBlock | None:
     return TokenBlock(tuple(head['first']), tuple(head['last']), counts, head['refused'], arrays)
   except (OSError, ValueError, KeyError, TypeError):
     return None
-
-
-def scan(spec: sources.Spec, policy: Policy, rows: int | None = None) -> Iterator[Block]:
-  """The blocks of a source, or of its first rows, read one at a time.
-
-  Raises:
-    DataError: a file that cannot be read on after this point.
-  """
-  return split(itertools.islice(sources.scan(spec), rows), policy.format, policy.shape)

@@ -160,7 +160,8 @@ class Build:
     """Whether the source is small, and its blocks."""
     self.folder.mkdir(exist_ok=True)
     self.folder.chmod(0o755)
-    source = blocks.scan(self.spec, self.policy, self.rows)
+    rows = itertools.islice(sources.scan(self.spec), self.rows)
+    source = blocks.split(rows, self.policy.format, self.policy.shape)
     first = list(itertools.islice(source, _FEW_BLOCKS + 1))
     return len(first) <= _FEW_BLOCKS, itertools.chain(first, source)
 
