@@ -72,6 +72,11 @@ def over(pair: Encoded, seq_len: int) -> tuple[bool, bool]:
   return n > seq_len and pair.boundary > half, n > seq_len and n - pair.boundary > half
 
 
+def is_identical(pair: Encoded) -> bool:
+  """Returns whether both sides of a pair are the same tokens, which no loss can tell apart."""
+  return np.array_equal(pair.tokens[: pair.boundary], pair.tokens[pair.boundary :])
+
+
 def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
   """Applies the over-length policy to a pair, whose two sides share a row of `seq_len` tokens.
 

@@ -64,12 +64,13 @@ class Tokenizer:
       those of BOS and EOS are always there, '' where there is none.
     dialects: of the template, filled by dialect.py.
     fingerprint: sha256 hex of tokenizer.json and of everything read from the other files.
+    files: as given; another process makes the same tokenizer of them.
   """
 
   def __init__(self, files: Mapping[str, bytes], name: str = 'tokenizer'):
     if 'tokenizer.json' not in files:
       raise DataError(f'{name}: no tokenizer.json; got {sorted(files)}')
-    self.name = name
+    self.name, self.files = name, files
     model = _parse(files, 'tokenizer.json')
     config = _parse(files, 'tokenizer_config.json')
     special = _parse(files, 'special_tokens_map.json')
