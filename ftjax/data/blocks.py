@@ -212,12 +212,12 @@ class BlockTokenizer:
   def _parse(self, row: Row | Bad) -> formats.Example | judged.Pair | judged.Judged | Bad:
     if isinstance(row, Bad):
       return row
-    policy = self._policy
+    policy, has_template = self._policy, self._tokenizer.template is not None
     try:
       if policy.shape != 'text':
-        return judged.parse(row, policy.shape, policy.format)
+        return judged.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
-      return formats.parse(row, self._form, self._tokenizer.template is not None)
+      return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
     except ValueError as error:
       return Bad(str(error))
 

@@ -57,6 +57,9 @@ def _join(chosen: Encoded | Bad, rejected: Encoded | Bad, margin: float) -> list
     straddled=chosen.straddled + rejected.straddled,
     boundary=len(chosen.tokens),
     value=margin,
+    unrendered=tuple(dict.fromkeys(chosen.unrendered + rejected.unrendered)),
+    bos=min(chosen.bos, n),
+    head=min(chosen.head, rejected.head, n),
   )
   return [pair]
 
@@ -80,7 +83,8 @@ def is_identical(pair: Encoded) -> bool:
 def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
   """Applies the over-length policy to a pair, whose two sides share a row of `seq_len` tokens.
 
-  'truncate_left' takes the same tokens from the beginning of both prompts, no more than needed.
+  'truncate_left' takes the same tokens from both prompts, no more than needed: those behind BOS and,
+  where they suffice and it fits into half a side's room, the system turn (`encode.head_length`).
   'truncate_right' shortens the end of the longer answer, or of both down to half a row.
 
   Returns:
@@ -104,20 +108,24 @@ def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
     )
   if on_overlength == 'truncate_left':
     cut = -(-(n - seq_len) // 2)
-    if cut >= prompt:
+    heads = (encode_lib.head_length(pair, seq_len // 2), pair.bos)
+    head = next((h for h in heads if cut < prompt - h), None)
+    if head is None:
       return None
-    kept = [slice(cut, a), slice(a + cut, n)]
+    kept = [np.r_[start : start + head, start + head + cut : end] for start, end in ((0, a), (a, n))]
   else:
     half = seq_len // 2
     keep_a = min(a, max(half, seq_len - b))
     keep_b = min(b, max(half, seq_len - a))
     if min(keep_a, keep_b) <= prompt:
       return None
-    kept = [slice(0, keep_a), slice(a, a + keep_b)]
+    head = min(pair.head, prompt)
+    kept = [np.r_[0:keep_a], np.r_[a : a + keep_b]]
   tokens = [pair.tokens[k] for k in kept]
   return dataclasses.replace(
     pair,
     tokens=np.concatenate(tokens),
     supervised=np.concatenate([pair.supervised[k] for k in kept]),
     boundary=len(tokens[0]),
+    head=head,
   )
