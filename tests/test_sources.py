@@ -123,7 +123,9 @@ def test_folder_saved_by_datasets_itself(tmp_path):
     ('a.csv', b'a,b\n1,"2\n', r'a\.csv:\d+: not CSV'),
     ('a.csv', b'a,b\n1,\xff\n', r'a\.csv:\d+ or later: not UTF-8'),
     ('a.parquet', b'PAR1nope', r'a\.parquet:1: not readable Parquet'),
-    ('a.txt', b'x', 'unknown kind of file'),
+    ('a.xlsx', b'x', 'unknown kind of file'),
+    ('a.csv', b'a,b,a\n1,2,3\n', r"a\.csv:1: the header names the column 'a' twice"),
+    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' stands twice"),
   ],
 )
 def test_faults_name_their_place(tmp_path, name, content, message):
@@ -132,7 +134,7 @@ def test_faults_name_their_place(tmp_path, name, content, message):
     read(tmp_path / name)
 
 
-@pytest.mark.parametrize('name', ['part-1.jsonl.zst', 'part-2.csv.gz', 'sub/part.jsonl'])
+@pytest.mark.parametrize('name', ['part-1.tar', 'part-2.parquet.gz', 'sub/part.jsonl'])
 def test_a_folder_leaves_nothing_out_silently(tmp_path, name):
   (tmp_path / 'part-0.jsonl').write_text('{"text": "a"}\n')
   (tmp_path / 'README.md').write_text('about')

@@ -83,8 +83,9 @@ def is_identical(pair: Encoded) -> bool:
 def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
   """Applies the over-length policy to a pair, whose two sides share a row of `seq_len` tokens.
 
-  'truncate_left' takes the same tokens from both prompts, no more than needed: those behind BOS and,
-  where they suffice and it fits into half a side's room, the system turn (`encode.head_length`).
+  'truncate_left' takes the same tokens from both prompts, no more than needed: those behind BOS
+  and, where they suffice and it fits into half a side's room, the system turn
+  (`encode.head_length`).
   'truncate_right' shortens the end of the longer answer, or of both down to half a row.
 
   Returns:
@@ -112,7 +113,9 @@ def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
     head = next((h for h in heads if cut < prompt - h), None)
     if head is None:
       return None
-    kept = [np.r_[start : start + head, start + head + cut : end] for start, end in ((0, a), (a, n))]
+    kept = [
+      np.r_[start : start + head, start + head + cut : end] for start, end in ((0, a), (a, n))
+    ]
   else:
     half = seq_len // 2
     keep_a = min(a, max(half, seq_len - b))

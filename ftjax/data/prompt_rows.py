@@ -90,6 +90,16 @@ def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Pr
   )
 
 
+def ends_with_assistant(row: Mapping, form: str | None = None) -> bool:
+  """Returns whether a row's messages end with the assistant, so that nothing is left to answer.
+
+  Raises:
+    ValueError: as `prompt_key`.
+  """
+  value = row.get(prompt_key(row, form))
+  return isinstance(value, list) and bool(value) and _role(value[-1]) == 'assistant'
+
+
 def _role(message: Any) -> str | None:
   """The role of an unchecked message; None where it cannot be seen."""
   try:
