@@ -129,6 +129,13 @@ def _expand(path: Path) -> list[File]:
   return list_archive(path, None) if path.name.endswith(ARCHIVE) else [File(path)]
 
 
+def _without_notes(found: Sequence[tuple[str, File]]) -> list[tuple[str, File]]:
+  """Leaves out .txt files beside files of rows: a licence, notes. A compressed one is no note."""
+  if all((kind_of(f.name) or ('',))[0] == '.txt' for _, f in found):
+    return list(found)
+  return [(name, f) for name, f in found if not f.name.endswith('.txt')]
+
+
 def list_archive(path: Path, split: str | None) -> list[File]:
   """The files of rows in a zip archive.
 
@@ -146,14 +153,12 @@ def list_archive(path: Path, split: str | None) -> list[File]:
     raise DataError(f'{path}: {locked[0]!r} is encrypted; unpack the archive')
   names = sorted(m.filename for m in members)
   found = [n for n in names if kind_of(n) and PurePosixPath(n).name not in _METADATA]
-  if any(not n.endswith('.txt') for n in found):
-    found = [n for n in found if not n.endswith('.txt')]
   lost = [n for n in names if n not in found and _DATA_LIKE & {*PurePosixPath(n).suffixes}]
   if lost := [n for n in lost if PurePosixPath(n).name not in _METADATA]:
     raise DataError(f'{path}: {lost[0]!r} in it would not be read; kinds: {describe_kinds()}')
   if not found:
     raise DataError(f'{path}: no data file in it; expected one of {describe_kinds()}')
-  return _choose(str(path), [(n, File(path, n)) for n in found], split)
+  return _choose(str(path), _without_notes([(n, File(path, n)) for n in found]), split)
 
 
 def list_folder(folder: Path, split: str | None = None) -> list[File]:
@@ -175,8 +180,6 @@ def list_folder(folder: Path, split: str | None = None) -> list[File]:
     return _saved_dataset_files(folder)
   shown = _visible(folder)
   direct = [p for p in shown if _is_rows(p)]
-  if any(not p.name.endswith('.txt') for p in direct):
-    direct = [p for p in direct if not p.name.endswith('.txt')]  # a licence, notes
   nested = {
     p: _walk(p, f'{p.name}/', _DEPTH)
     for p in shown
@@ -184,7 +187,7 @@ def list_folder(folder: Path, split: str | None = None) -> list[File]:
   }
   nested = {p: inner for p, inner in nested.items() if inner}
   found = [(p.name, f) for p in direct for f in _expand(p)]
-  found += [entry for inner in nested.values() for entry in inner]
+  found = _without_notes([*found, *(entry for inner in nested.values() for entry in inner)])
   others = [p for p in shown if p not in direct and p not in nested and p.name not in _METADATA]
   if not found:
     _refuse_empty(folder, others)
@@ -217,8 +220,6 @@ def _match(pattern: str) -> list[Path]:
 def _list_pattern(pattern: str) -> list[File]:
   matched = [p for p in _match(pattern) if not p.name.startswith('.')]
   direct = [p for p in matched if p.is_file() and _is_rows(p)]
-  if all_others := [p for p in direct if not p.name.endswith('.txt')]:
-    direct = all_others if not pattern.endswith('.txt') else direct
   others = [p for p in matched if p not in direct and p.name not in _METADATA]
   if lost := sorted(str(p) for p in others if p.is_dir() or _DATA_LIKE & {*p.suffixes}):
     raise DataError(f'{pattern}: matches {lost[0]!r}, which is not read; narrow the pattern')

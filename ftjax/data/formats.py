@@ -302,6 +302,16 @@ def is_bool(value: Any) -> bool:
   )
 
 
+def _as_number(value: Any) -> float | None:
+  """A number, in CSV the text of one; else None."""
+  if isinstance(value, bool) or not isinstance(value, int | float | str):
+    return None
+  try:
+    return float(value)
+  except ValueError:
+    return None
+
+
 def judged_reason(row: Mapping) -> str | None:
   """Returns why a row is one that judges answers, and which algorithm reads it; else None.
 
@@ -325,11 +335,10 @@ def judged_reason(row: Mapping) -> str | None:
         f'{key!r} is {row[key]!r}: rows that label answers good or bad are for KTO: set '
         f"algorithm='dpo' with dpo.loss='kto'; {override}"
       )
-  score = row.get('score')
-  is_number = isinstance(score, int | float) and not isinstance(score, bool)
-  if has_answer and is_number and (has_completion or score < 0):
+  score = _as_number(row.get('score'))
+  if has_answer and score is not None and (has_completion or score < 0):
     return (
-      f"'score' is {score!r}: rows that score answers are for algorithm='reward_model' with "
+      f"'score' is {row['score']!r}: rows that score answers are for algorithm='reward_model' with "
       f"reward_model.objective='scores'; {override}"
     )
   return None
