@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,23 +73,6 @@ class Prompts:
   def columns(self) -> tuple[str, ...]:
     """Names of the columns that every row has, sorted."""
     return tuple(sorted(set.intersection(*(set(p.columns) for p in self.rows))))
-
-
-def shared_columns(found: Sequence[Prompts]) -> tuple[str, ...]:
-  """Returns the columns that every row of all sources has, sorted."""
-  return tuple(sorted(set.intersection(*(set(s.columns) for s in found)))) if found else ()
-
-
-def lacking(found: Sequence[Prompts], column: str) -> str | None:
-  """Returns which source lacks a column and which ones it has, for messages; None if none does."""
-  source = next((s for s in found if column not in s.columns), None)
-  if source is None:
-    return None
-  row = next(p for p in source.rows if column not in p.columns)
-  some = any(column in p.columns for p in source.rows)
-  where = f'not every row of {source.name} has' if some else f'{source.name} does not have'
-  listed = ', '.join(sorted(row.columns)) or 'no columns beside the prompt'
-  return f'{where} the column {column!r}; {row.place} has: {listed}'
 
 
 class _Reader:
