@@ -85,8 +85,17 @@ def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
     head = view.head(found[0][0] if wanted else len(view.text))
     out = (Piece(view.text, found, loss_on != 'all', head),)
   else:
-    out = tuple(view.rewritten(wanted))
+    try:
+      out = tuple(view.rewritten(wanted))
+    except ValueError as error:
+      raise ValueError(with_places(str(error), view.unrendered([]))) from error
   return Rendered(out, view.unrendered([p.text for p in out if p.text is not view.text]))
+
+
+def with_places(reason: str, places: Sequence[str]) -> str:
+  """Returns a reason that also names the places of a row that are not rendered."""
+  more = f' and {len(places) - 5} more' if len(places) > 5 else ''
+  return f'{reason}. It does not render {", ".join(places[:5])}{more}' if places else reason
 
 
 def prompt(example: Chat, tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
