@@ -161,7 +161,7 @@ def _encode_chats(chats: Sequence[Chat], tokenizer: Tokenizer, loss_on: str):
         found = [dataclasses.replace(e, unrendered=plan.unrendered) for e in found]
       out.append(found)
     except ValueError as error:
-      out.append(Bad(str(error)))
+      out.append(Bad(spans.with_places(str(error), plan.unrendered)))
   return out
 
 

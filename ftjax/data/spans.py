@@ -85,8 +85,17 @@ def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
     head = view.head(found[0][0] if wanted else len(view.text))
     out = (Piece(view.text, found, loss_on != 'all', head),)
   else:
-    out = tuple(view.rewritten(wanted))
+    try:
+      out = tuple(view.rewritten(wanted))
+    except ValueError as error:
+      raise ValueError(with_places(str(error), view.unrendered([]))) from error
   return Rendered(out, view.unrendered([p.text for p in out if p.text is not view.text]))
+
+
+def with_places(reason: str, places: Sequence[str]) -> str:
+  """Returns a reason that also names the places of a row that are not rendered."""
+  more = f' and {len(places) - 5} more' if len(places) > 5 else ''
+  return f'{reason}. It does not render {", ".join(places[:5])}{more}' if places else reason
 
 
 def prompt(example: Chat, tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
@@ -122,6 +131,10 @@ class _View:
           raise DataError(self._user_first(begun)) from error
       raise
 
+  def _opens(self, k: int) -> bool:
+    """Whether nobody but the system comes before message k."""
+    return all(m['role'] in ('system', 'developer') for m in self._messages[:k])
+
   def _user_first(self, k: int) -> str:
     return (
       f'{self._dialect.name}: messages[{k}] is an assistant message, and this template wants a '
@@ -144,7 +157,7 @@ class _View:
     try:
       return self._dialect.render(messages[:k], tools, prompt=True), whole
     except DataError as error:
-      if all(m['role'] in ('system', 'developer') for m in messages[:k]):
+      if self._opens(k):
         raise DataError(self._user_first(k)) from error
       raise
 
@@ -155,11 +168,12 @@ class _View:
       if not whole.startswith(before):
         pairs = enumerate(zip(before + '\0', whole + '\1', strict=False))
         same = next(i for i, (a, b) in pairs if a != b)
-        hint = ' (begin the row with a system or user message)' if k == 0 else ''
+        if self._opens(k):
+          raise ValueError(self._user_first(k))
         raise ValueError(
           f'{self._dialect.name}: what it renders as the prompt of messages[{k}] is not how '
           f'the conversation with messages[{k}] begins: {before[same : same + 40]!r} against '
-          f'{whole[same : same + 40]!r} after {same} characters{hint}'
+          f'{whole[same : same + 40]!r} after {same} characters'
         )
       yield Piece(whole, ((len(before), len(whole)),), True, self.head(len(before), whole))
 
