@@ -209,6 +209,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   data = None
   if with_data:
     with watchdog.phase('tokenize'):
+      if not peers.is_alone():
+        share = (jax.process_index(), jax.process_count())
+        examples.tokenize_share(c, model.tokenizer, workdir, *share)
+        peers.wait_for_all()
       # The others find in the shared cache what the first process made.
       data = peers.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       peers.check_same('data', digest(data.fingerprints()))

@@ -181,6 +181,12 @@ def _chat(raw: list, tools: tuple[dict, ...] | None, first_trained: int = 0) -> 
   return Chat(tuple(messages), tools, tuple(trained))
 
 
+def unread(row: Mapping, form: str) -> set[str]:
+  """Returns the columns of a row, not null, that the reader of a format does not look at."""
+  known = (*_READERS[form][0], 'tools', 'system', 'input', 'history')
+  return {str(k) for k, v in row.items() if v is not None and k not in known}
+
+
 def parse_prompt(messages: list) -> list[dict[str, Any]]:
   """Checks the messages of a conversation that the assistant answers next.
 

@@ -8,6 +8,7 @@ All prompts are kept in memory. `schedule.py` orders them, one a row.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -107,7 +108,9 @@ def _encode(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], dict[
   return ids, columns, said
 
 
-def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Prompts:
+def read(
+  spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str, limit: int | None = None
+) -> Prompts:
   """All prompts of a source.
 
   Args:
@@ -115,6 +118,7 @@ def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Pro
     tokenizer: with a template where there are messages.
     room: tokens that a prompt may have.
     on_overlength: 'error' or 'drop'.
+    limit: most rows that are read; None: all.
 
   Raises:
     ConfigError: another policy, or a format that holds no prompts.
@@ -131,7 +135,7 @@ def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Pro
     )
   names, rows, bad, dropped = sources.source_names(spec), [], [], 0
   digest = hashlib.sha256(b'ftjax prompts 1\n')
-  for number, line, row in sources.scan(spec):
+  for number, line, row in itertools.islice(sources.scan(spec), limit):
     place = f'{names[number]}:{line}'
     try:
       if isinstance(row, Bad):
