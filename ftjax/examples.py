@@ -106,28 +106,26 @@ def _log_source(corpus: cache.Corpus, schedule: SourceSchedule | None) -> None:
 
 
 def _check_batch(c: ml_collections.ConfigDict, mixture: Mixture, unit: str) -> None:
-  """Refuses a batch that holds what one epoch has more than once.
+  """Refuses a batch that holds what one epoch has more than once; warns of one nearly so large.
 
   Raises:
     ConfigError: naming both counts and the batch_size that fits.
   """
-  have, per_batch = mixture.rows_per_epoch, algorithm_config.prompts_per_rollout(c)
-  if per_batch <= have // 2:
-    return
-  factor = per_batch // c.batch_size
-  fits = max(1, have // factor // c.grad_accum) * c.grad_accum
-  taken = f'batch_size={c.batch_size}'
-  if factor > 1:
-    taken += f' with rollout.redraws={factor - 1} takes up to {per_batch} {unit} at once'
-  if per_batch > have:
+  have, taken = mixture.rows_per_epoch, f'batch_size={c.batch_size}'
+  if c.batch_size > have:
+    fits = have // c.grad_accum * c.grad_accum or have
     raise ConfigError(
       f'{taken}, but an epoch has only {have} {unit}: a batch would hold the same ones more than '
       f'once; set batch_size to at most {fits}, or give more data (data.train)'
     )
-  log.warning(
-    '%s is nearly as much as the %d %s of an epoch: an epoch is only %.1f batches',
-    *(taken, have, unit, have / per_batch),
-  )
+  most = algorithm_config.prompts_per_rollout(c)
+  if most > c.batch_size:
+    taken += f' with rollout.redraws={c.rollout.redraws} (up to {most} {unit} at once)'
+  if 2 * most > have:
+    log.warning(
+      '%s is nearly as much as, or more than, the %d %s of an epoch: an epoch is only %.1f batches',
+      *(taken, have, unit, have / most),
+    )
 
 
 def cache_folder(c: ml_collections.ConfigDict, workdir: str) -> str:

@@ -228,7 +228,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   """
   if peers.is_alone():
     return
-  own = ('data.cache', 'log.')  # may differ from host to host
+  own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
   plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
   peers.check_same('config', digest(plain))
   name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))

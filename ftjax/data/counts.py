@@ -67,11 +67,12 @@ def listing(reasons: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
   """
   lines = []
   for entry in reasons[:_MAX_LISTED]:
-    first, *others = [f'{names[file]}:{line}' for file, line in entry['places']]
-    line, more = f'  {first}: {entry["reason"]}', entry['rows'] - 1
+    (file, number), *others = entry['places']
+    line, more = f'  {names[file]}:{number}: {entry["reason"]}', entry['rows'] - 1
     if more:
-      listed = ', '.join(others) + (', ...' if more > len(others) else '')
-      line += f' ({entry["rows"]:,} rows, also {listed})'
+      also = [str(n) if f == file else f'{n} of {names[f]}' for f, n in others]
+      listed = ', '.join(also) + (', ...' if more > len(others) else '')
+      line += f' ({entry["rows"]:,} rows, also line{"s" if more > 1 else ""} {listed})'
     lines.append(line)
   if hidden := reasons[_MAX_LISTED:]:
     rows = sum(entry['rows'] for entry in hidden)

@@ -22,7 +22,7 @@ def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
     segments = batch['segments'][row]
     used = int((segments > 0).sum())
     supervised = np.concatenate([[False], batch['weights'][row, :-1] > 0])
-    lines += [f'row {row}: {used} tokens, {len(segments) - used} padding']
+    lines += [f'packed sequence {row}: {used} tokens, {len(segments) - used} padding']
     lines += [f'{"id":>8}  {"token":<24} {"supervised":<10} {"segment":>7} {"position":>8}']
     for t in range(used):
       token = int(batch['tokens'][row, t])
@@ -50,7 +50,7 @@ def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
     share = corpus.supervised / corpus.tokens
     lines += [
       f'{corpus.name}: {len(corpus):,} examples of {counts.rows:,} rows read',
-      f'  {corpus.tokens:,} tokens, {corpus.supervised:,} of them supervised ({share:.1%})',
+      f'  {corpus.tokens:,} tokens, {corpus.supervised:,} supervised ({share:.1%})',
       f'  lengths: {_percentiles(corpus.lengths)}',
       f'  over seq_len: {counts.dropped:,} dropped, {counts.truncated:,} truncated, '
       f'{counts.unsupervised:,} dropped as no supervised token was left',
