@@ -52,8 +52,11 @@ def default() -> ml_collections.ConfigDict:
   c.data.on_overlength = 'error'  # error, drop, truncate_left, truncate_right
   # Content of a row that the chat template does not render: error; warn: train without it, counted.
   c.data.on_unrendered = 'error'
+  # Rows that cannot be read or encoded: error; drop: leave them out, counted and listed.
+  c.data.on_bad_row = 'error'
   c.data.loss_on = 'assistant'  # assistant (every turn), completion (the last one), all
   c.data.cache = ''  # folder of tokenized data; '': data_cache in the workdir
+  c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
   c.optim = ml_collections.ConfigDict()
   c.optim.name = 'adamw'  # adamw, adafactor, lion, muon, sgd
@@ -145,6 +148,7 @@ _CHOICES = algorithm_config.CHOICES | {
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_overlength': ('error', 'drop', 'truncate_left', 'truncate_right'),
   'data.on_unrendered': ('error', 'warn'),
+  'data.on_bad_row': ('error', 'drop'),
   'data.loss_on': ('assistant', 'completion', 'all'),
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
@@ -163,6 +167,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
   *algorithm_config.NOT_NEGATIVE,
   'steps',
+  'data.workers',
   'optim.warmup_steps',
   'optim.decay_steps',
   'optim.weight_decay',

@@ -187,7 +187,8 @@ class BlockTokenizer:
     self._clear()
 
   def _clear(self) -> None:
-    self._counts, self._bad, self._refused, self._fields = Counts(), Reasons(), Reasons(), Reasons()
+    self._counts, self._bad, self._refused = Counts(), Reasons(), Reasons()
+    self._fields, self._columns = Reasons(), Reasons()
     self._kept: list[tuple[encode.Encoded, int, int]] = []
 
   def tokenize(self, block: Block) -> 'TokenBlock':
@@ -203,6 +204,7 @@ class BlockTokenizer:
     counts = self._counts
     counts.bad, counts.bad_reasons = self._bad.rows, self._bad.as_list()
     counts.unrendered_fields = self._fields.as_list()
+    counts.unread_columns = self._columns.as_list()
     made = TokenBlock(
       block.first, block.last, counts, self._refused.as_list(), _arrays(self._kept, self._policy)
     )
@@ -221,6 +223,12 @@ class BlockTokenizer:
     except ValueError as error:
       return Bad(str(error))
 
+  def _note_unread(self, row: Row, file: int, line: int) -> None:
+    shape = self._policy.shape
+    found = formats.unread(row, self._form) if shape == 'text' else judged.unread(row, shape)
+    for column in sorted(found):
+      self._columns.add(column, (file, line))
+
   def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
     parsed = [(file, line, self._parse(row)) for file, line, row in rows]
     good = [example for _, _, example in parsed if not isinstance(example, Bad)]
@@ -230,12 +238,13 @@ class BlockTokenizer:
       else judged.encode(good, self._tokenizer)
     )
     encoded = iter(found)
-    for file, line, example in parsed:
+    for (_, _, row), (file, line, example) in zip(rows, parsed, strict=True):
       self._counts.rows += 1
       result = example if isinstance(example, Bad) else next(encoded)
       if isinstance(result, Bad):
         self._bad.add(result.reason, (file, line))
       elif self._shows_all(result, file, line):
+        self._note_unread(row, file, line)
         self._counts.see_row(
           {
             'place': [file, line],

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.data import counts as counts_lib
 from ftjax.data import encode, sources
 from ftjax.data.blocks import Policy
 from ftjax.data.corpus_builder import DTYPES, Build, Writer
@@ -130,6 +131,10 @@ class Corpus:
     """(file number, line) of example i; examples of one row have the same."""
     file, line = self._places[self._at(i)]
     return int(file), int(line)
+
+  def notes(self) -> list[str]:
+    """Rows of the whole source that were left out or changed, one text for each kind."""
+    return counts_lib.notes(self.name, self.counts, self._file_names)
 
   def view(self, index: np.ndarray) -> 'Corpus':
     """Some of the examples, given by their numbers int[n], in that order."""

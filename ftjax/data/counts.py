@@ -67,11 +67,12 @@ def listing(reasons: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
   """
   lines = []
   for entry in reasons[:_MAX_LISTED]:
-    first, *others = [f'{names[file]}:{line}' for file, line in entry['places']]
-    line, more = f'  {first}: {entry["reason"]}', entry['rows'] - 1
+    (file, number), *others = entry['places']
+    line, more = f'  {names[file]}:{number}: {entry["reason"]}', entry['rows'] - 1
     if more:
-      listed = ', '.join(others) + (', ...' if more > len(others) else '')
-      line += f' ({entry["rows"]:,} rows, also {listed})'
+      also = [str(n) if f == file else f'{n} of {names[f]}' for f, n in others]
+      listed = ', '.join(also) + (', ...' if more > len(others) else '')
+      line += f' ({entry["rows"]:,} rows, also line{"s" if more > 1 else ""} {listed})'
     lines.append(line)
   if hidden := reasons[_MAX_LISTED:]:
     rows = sum(entry['rows'] for entry in hidden)
@@ -83,9 +84,9 @@ def listing(reasons: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 class Counts:
   """What became of a source's rows. Examples and tokens are those kept.
 
-  `bad_reasons` and `unrendered_fields` are lists as of `Reasons.as_list`. `largest` is the row that
-  became most examples, {'place': [file number, line], 'examples': n, 'tokens': n}; {} where no row
-  became more than one.
+  `bad_reasons`, `unrendered_fields` and `unread_columns` (those that the reader of the format does
+  not look at) are lists as of `Reasons.as_list`. `largest` is the row that became most examples,
+  {'place': [file number, line], 'examples': n, 'tokens': n}; {} where no row became more than one.
   """
 
   rows: int = 0
@@ -106,6 +107,7 @@ class Counts:
   unrendered: int = 0  # rows with content that the template does not show, kept by 'warn'
   bad_reasons: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   unrendered_fields: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  unread_columns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   largest: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def update(self, later: 'Counts') -> None:
@@ -125,16 +127,51 @@ class Counts:
     if row.get('examples', 1) > self.largest.get('examples', 1):
       self.largest = row
 
-  def is_lossless(self) -> bool:
-    """Returns whether every row was kept whole."""
-    return not (
-      self.dropped
-      or self.truncated
-      or self.unsupervised
-      or self.bad
-      or self.identical
-      or self.unrendered
+
+def notes(name: str, counts: Counts, names: Sequence[str]) -> list[str]:
+  """Returns what a user should know of a source: rows left out or changed, with reasons, places.
+
+  Args:
+    name: of the source.
+    counts: of all its rows.
+    names: of its files.
+  """
+  out = []
+  if counts.bad:
+    out.append(
+      f"{name}: data.on_bad_row='drop': {counts.bad:,} of {counts.rows:,} rows left out:\n"
+      + listing(counts.bad_reasons, names)
     )
+  lost = counts.dropped + counts.unsupervised
+  if lost + counts.truncated:
+    of = counts.examples + lost
+    out.append(
+      f'{name}: over seq_len: {lost:,} of {of:,} examples dropped ({lost / of:.1%}), '
+      f'{counts.truncated:,} truncated ({counts.truncated / of:.1%}) (data.on_overlength)'
+    )
+  if counts.chosen_over or counts.rejected_over:
+    out.append(
+      f'{name}: of pairs over seq_len, {counts.chosen_over:,} chosen and {counts.rejected_over:,} '
+      'rejected sides are longer than half of seq_len'
+    )
+  if counts.identical:
+    out.append(
+      f'{name}: {counts.identical:,} pairs left out: their chosen and rejected sides have the same '
+      'tokens'
+    )
+  if counts.unrendered:
+    out.append(
+      f"{name}: data.on_unrendered='warn': {counts.unrendered:,} of {counts.rows:,} rows have "
+      'content that the chat template does not render:\n' + listing(counts.unrendered_fields, names)
+    )
+  if counts.largest.get('examples', 1) >= MANY_EXAMPLES:
+    file, line = counts.largest['place']
+    out.append(
+      f'{name}: the chat template rewrites history, so every assistant turn is an example of its '
+      f'own: {names[file]}:{line} became {counts.largest["examples"]:,} examples of '
+      f"{counts.largest['tokens']:,} tokens; data.loss_on='completion' trains only the last turn"
+    )
+  return out
 
 
 def check(name: str, counts: Counts, loss_on: str) -> None:

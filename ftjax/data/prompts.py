@@ -7,6 +7,7 @@ the prompt (a last message by the assistant, `completion`, `output`), its text b
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 from typing import Any
@@ -180,6 +181,8 @@ def read(
   tokenizer: Tokenizer,
   room: int,
   on_overlength: str,
+  limit: int | None = None,
+  *,
   on_bad_row: str = 'error',
   on_unrendered: str = 'error',
 ) -> Prompts:
@@ -190,6 +193,7 @@ def read(
     tokenizer: with a template where there are messages.
     room: tokens that a prompt may have.
     on_overlength: 'error' or 'drop'.
+    limit: most rows that are read; None: all.
     on_bad_row: what becomes of rows that cannot be used: 'error', or 'drop', counted and listed.
     on_unrendered: what becomes of rows whose content the template does not show: 'error', or 'warn'
       to use the rest of them, counted.
@@ -204,7 +208,7 @@ def read(
   _check_policies(spec, policies)
   names = sources.source_names(spec)
   reader = _Reader(spec, tokenizer, room, policies)
-  for number, line, row in sources.scan(spec):
+  for number, line, row in itertools.islice(sources.scan(spec), limit):
     reader.add(row, (number, line), f'{names[number]}:{line}')
   errors = Reasons(reader.refused.as_list())
   if on_bad_row == 'error':
