@@ -17,6 +17,9 @@ from ftjax.losses.cross_entropy import Terms
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 
+# Columns that the prompt of a row was rendered with, and is again.
+_AGAIN = ('tools', 'chat_template_kwargs')
+
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   """loss(params, batch, keys) -> (sum of loss, tokens of the completions, {'nll': sums})."""
@@ -80,7 +83,7 @@ class BestTeacher(episodes.Teacher):
       row = {'prompt': said, 'completion': answer}
     else:
       row = {'messages': [*said, {'role': 'assistant', 'content': answer}]}
-      row |= {k: v for k, v in s.prompts[i].columns.items() if k == 'tools'}
+      row |= {k: v for k, v in s.prompts[i].columns.items() if k in _AGAIN}
     return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place.rpartition('/')[2]}
 
 

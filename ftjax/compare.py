@@ -8,7 +8,7 @@ import logging
 
 import jax.numpy as jnp
 
-from ftjax.data import encode, formats
+from ftjax.data import encode, formats, prompt_rows
 from ftjax.evaluation import report, tasks
 from ftjax.evaluation import run as evaluation
 from ftjax.experiment import Run
@@ -60,17 +60,12 @@ class Judge:
     )
 
   def _encode_row(self, row: tasks.Row) -> list[int]:
-    if row.messages is None:
-      return encode.encode_prompt(row.prompt, self.run.model.tokenizer)
-    return encode.encode_prompt(formats.Chat(tuple(row.messages), None), self.run.model.tokenizer)
+    return encode.encode_prompt(row.asked, self.run.model.tokenizer)
 
   def _encode_choice(self, row: tasks.Row, choice: str) -> list[int]:
     """Ids that follow the prompt when the assistant says `choice`, with the token that ends it."""
     tokenizer = self.run.model.tokenizer
-    if row.messages is None:
-      example = formats.Completion(row.prompt, choice)
-    else:
-      example = formats.Chat((*row.messages, {'role': 'assistant', 'content': choice}))
+    example = prompt_rows.with_answer(row.asked, choice)
     (found,) = encode.encode([example], tokenizer, 'completion')
     if isinstance(found, formats.Bad):
       raise DataError(f'{row.place}: the choice {choice!r} cannot be rendered: {found.reason}')

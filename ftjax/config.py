@@ -60,9 +60,14 @@ def default() -> Section:
   # Several examples in one sequence, without influence on each other; False: one each, padded.
   c.data.packing = True
   c.data.on_overlength = 'error'  # what happens to examples of more than seq_len tokens
+  # Content of a row that the chat template does not render: an error, or a warning with its count.
+  c.data.on_unrendered = 'error'
+  # Rows that cannot be read or encoded: an error, or left out (drop), counted and listed.
+  c.data.on_bad_row = 'error'
   # Tokens that are supervised: every turn of the assistant, its last turn (completion), all tokens.
   c.data.loss_on = 'assistant'
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
+  c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
   # decay, multipliers and freeze are tables of (regex, value) over per-layer names: embed/w,
   # final_norm/scale, head/w, layer0/attn/q/w, ... The first row that matches a whole name counts;
@@ -155,6 +160,8 @@ CHOICES = algorithm_config.CHOICES | {
   'model.compute_dtype': ('float32', 'bfloat16'),
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_overlength': ('error', 'drop', 'truncate_left', 'truncate_right'),
+  'data.on_unrendered': ('error', 'warn'),
+  'data.on_bad_row': ('error', 'drop'),
   'data.loss_on': ('assistant', 'completion', 'all'),
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
@@ -173,6 +180,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   *algorithm_config.NOT_NEGATIVE,
   'steps',
+  'data.workers',
   'optim.warmup_steps',
   'optim.decay_steps',
   'optim.weight_decay',

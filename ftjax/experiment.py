@@ -212,6 +212,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   data = None
   if with_data:
     with watchdog.phase('tokenize'):
+      if not peers.is_alone():
+        share = (jax.process_index(), jax.process_count())
+        examples.tokenize_share(c, model.tokenizer, workdir, *share)
+        peers.wait_for_all()
       # The others find in the shared cache what the first process made.
       data = peers.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       peers.check_same('data', digest(data.fingerprints()))
@@ -227,7 +231,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   """
   if peers.is_alone():
     return
-  own = ('data.cache', 'log.')  # may differ from host to host
+  own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
   plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
   peers.check_same_values('the config', plain)
   name = files.join(workdir, peers.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))

@@ -368,7 +368,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
   printed = program_text(compiled)
   executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
   made_of = manifest.build(
-    config_lib.plain(c), s.fingerprints, executable, trainer.compiler_options
+    config_lib.plain(c), s.fingerprints, executable, trainer.compiler_options, run.data.counts()
   )
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')

@@ -1,17 +1,22 @@
-"""python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N]
+"""python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N] [--all]
 
-Shows what a config would train on: sources with counts and lengths, the share of supervised tokens,
-and the first rows as a table of token | supervised | segment | position; of prompts to sample from,
-the first ones with their columns. Loads no weights and writes nothing but the token cache."""
+Shows what a config would train on: counts, lengths and the share of supervised tokens of each
+source, and packed sequences as a table of token | supervised | segment | position; of prompts to
+sample from, the first ones with their columns. Without --all only the first rows of each source are
+read, whatever its size; with it all rows, and what is shown is the first batch of the run. Loads no
+weights and writes nothing but the token cache."""
 
 import tempfile
 
 from absl import flags
 
-from ftjax import command, config
+from ftjax import algorithm_config, command, config
 
 command.define_config()
-_ROWS = flags.DEFINE_integer('rows', 1, 'How many rows of the first batch to print.', lower_bound=0)
+_ROWS = flags.DEFINE_integer('rows', 1, 'How many packed sequences to print.', lower_bound=0)
+_ALL = flags.DEFINE_bool('all', False, 'Read all rows: full counts, and the first batch of a run.')
+# Rows of each source that are read without --all, for each packed sequence and at least.
+_ROWS_PER_SEQUENCE, _MIN_ROWS = 50, 200
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the token cache is kept; a temporary folder by default.'
 )
@@ -31,15 +36,25 @@ def main() -> None:
     weights=False,
     labels=algorithms.num_labels(c),
   )
+  rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:
-    data = examples.open_data(c, model.tokenizer, _WORKDIR.value or scratch)
-    if isinstance(data, examples.PromptData):
-      first = [data.prompt(n) for n in range(min(_ROWS.value, c.batch_size))]
+    workdir = _WORKDIR.value or scratch
+    limit = None if _ALL.value else max(_MIN_ROWS, _ROWS_PER_SEQUENCE * _ROWS.value)
+    if c.algorithm in algorithm_config.ON_ROLLOUTS:
+      data = examples.open_prompts(c, model.tokenizer, workdir, limit)
+      first = [data.prompt(n) for n in range(rows)]
       print(describe.prompts(data.sources, first, model.tokenizer))
-      return
-    print(describe.summary(data.corpora, data.mixture))
-    rows = range(min(_ROWS.value, c.batch_size))
-    print(describe.table(data.stream.batch(0), model.tokenizer, rows))
+    elif _ALL.value:
+      data = examples.open_rows(c, model.tokenizer, workdir)
+      print(describe.summary(data.corpora, data.mixture))
+      print(describe.table(data.stream.batch(0), model.tokenizer, range(rows)))
+    else:
+      for corpus, batch in examples.first_rows(c, model.tokenizer, scratch, limit):
+        print(describe.opening(corpus))
+        used = int((batch['segments'] > 0).any(1).sum())
+        print(describe.table(batch, model.tokenizer, range(min(rows, used))))
+  if not _ALL.value:
+    print(f'read: at most {limit} rows of each source; --all reads all of them and counts')
 
 
 if __name__ == '__main__':

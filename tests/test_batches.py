@@ -138,4 +138,4 @@ def test_summary(tmp_path):
   text = describe.summary(corpora, mixture)
   assert '0.jsonl: 30 examples of 30 rows read' in text
   assert f'{corpora[1].tokens:,} tokens, {corpora[1].supervised:,} supervised' in text
-  assert f'mixture: {mixture.rows_per_epoch} rows an epoch' in text
+  assert f'mixture: {mixture.rows_per_epoch} packed sequences per epoch' in text

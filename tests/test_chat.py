@@ -63,6 +63,96 @@ def test_what_templates_use():
   assert render('  {% if true %}\nx\n  {% endif %}\n') == 'x\n'  # trim_blocks and lstrip_blocks
 
 
+# Expressions that templates of real models use, alone and inside of a loop, block and macro.
+EXPRESSIONS = {
+  "' /think a'.replace('/think', '')": '  a',
+  "'aa'.replace('a', 'b', 1)": 'ba',
+  "'aa' | replace('a', 'b', 1)": 'ba',
+  "', '.join(['a', 'b'])": 'a, b',
+  "'-'.join(messages | map(attribute='role'))": 'user-assistant',
+  "['a', 'b'] | join('-')": 'a-b',
+  "messages | join(', ', attribute='role')": 'user, assistant',
+  "'a</x>b'.split('</x>')[-1]": 'b',
+  "'a b c'.split(' ', 1) | last": 'b c',
+  "'a.b.c'.rsplit('.', maxsplit=1)[0]": 'a.b',
+  "'xay'.strip('xy') ~ ' a'.lstrip() ~ 'a\n'.rstrip('\n')": 'aaa',
+  "'ab'.startswith(('a', 'x')) and 'ab'.endswith('b')": 'True',
+  "'7'.zfill(3) ~ 'a'.ljust(3) ~ '|' ~ 'a'.rjust(2) ~ 'a'.center(3)": '007a  | a a ',
+  "'a\tb'.expandtabs(2)": 'a b',
+  "'aB'.upper() ~ 'aB'.lower() ~ 'ab'.capitalize() ~ 'a b'.title()": 'ABabAbA B',
+  "'a,b'.partition(',')[2] ~ 'ab'.removeprefix('a') ~ 'ab'.find('b')": 'bb1',
+  "'abc'.isalpha() ~ '12'.isdigit() ~ 'aa'.count('a')": 'TrueTrue2',
+  "'a\nb'.splitlines() | length": '2',
+  "'{}-{b}'.format('a', b='c')": 'a-c',
+  "'**{}** {{x}} 2024: {:>3}{:*^5}'.format('a', 1, 2)": '**a** {x} 2024:   1**2**',
+  "'{a}'.format_map({'a': 1})": '1',
+  "'10000 %s *%d*' % ('a', 3)": '10000 a *3*',
+  "'%s %s' | format('a', 'b')": 'a b',
+  "'%.2f%%' | format(1.234)": '1.23%',
+  "{'a': 1}.items() | list | length ~ ({'a': 1}.get('b', 2) | string)": '12',
+  "dict(a=1, b=2) | dictsort | map('first') | join": 'ab',
+  "dict.fromkeys(['a', 'b'], 0) | tojson": '{"a": 0, "b": 0}',
+  "[1, 2, 3] | batch(2) | map('length') | join(' ')": '2 1',
+  "[1, 2, 3] | slice(2) | map('length') | join(' ')": '2 1',
+  '[3, 1] | sort | first ~ ([1, 2] | sum) ~ ([1, 2] | max)': '132',
+  "['b', 'a', 'b'] | unique | list | tojson": '["b", "a"]',
+  "messages | selectattr('role', 'equalto', 'user') | list | length": '1',
+  "messages | rejectattr('role', 'in', ['user']) | map(attribute='role') | first": 'assistant',
+  "messages | map(attribute='name', default='-') | join": '--',
+  "(messages | groupby('role') | first)[0]": 'assistant',
+  "messages[0] | attr('role') ~ messages[0]['role'] ~ messages[0].get('role')": 'useruser',
+  "'a' is string and messages[0] is mapping and [] is iterable and 1 is number": 'True',
+  "1.0.is_integer() ~ (3 | round(1)) ~ ('3' | int) ~ (2 // 2) ~ (5 % 3)": 'True3312',
+  "'a b' | urlencode ~ ('abcdef' | truncate(4, true, '.', 0))": 'a%20babc.',
+  "'a\n\nb\n' | indent(2, first=true, blank=true)": '  a\n  \n  b\n  ',
+  "'<b>x</b>' | striptags ~ ('a' | center(3)) ~ ('A b' | wordcount)": 'x a 2',
+  "(' a ' | trim) ~ ('aba' | trim('a')) ~ ('ab' | list | tojson)": 'ab["a", "b"]',
+  "{'b': 1, 'a': [1]} | tojson(indent=2, separators=(',', ':'), sort_keys=true)": (
+    '{\n  "a":[\n    1\n  ],\n  "b":1\n}'
+  ),
+  "range(1, 7, 2) | list | reverse | join(',')": '5,3,1',
+  "(cycler('a', 'b')).next() ~ namespace(a=1).a": 'a1',
+  "'a' if messages[-1].role != 'user' else 'b'": 'a',
+  "undefined_name | default('x') ~ (none | default('y', true))": 'xy',
+}
+AROUND = (
+  '{{ X }}',
+  '{% for m in messages[:1] %}{{ X }}{% endfor %}',
+  '{% for m in messages[:1] %}{% set v = X %}{{ v }}{% endfor %}',
+  '{% for m in messages[:1] %}{% for n in messages[:1] %}{{ X }}{% endfor %}{% endfor %}',
+  '{% block b scoped %}{{ X }}{% endblock %}',
+  '{% macro f() %}{% for m in messages[:1] %}{{ X }}{% endfor %}{% endmacro %}{{ f() }}',
+  '{% set n = namespace(v="") %}{% for m in messages[:1] %}{% set n.v = X %}{% endfor %}{{ n.v }}',
+)
+
+
+@pytest.mark.parametrize('around', AROUND)
+def test_valid_expressions_are_never_refused(around):
+  for expression, expected in EXPRESSIONS.items():
+    assert render(around.replace('X', expression)) == expected, expression
+  for given, expected in (('/no_think a', ' a'), ('a/think', 'a/think'), ('', '')):
+    loop = "{% for m in messages %}{{ m.content.replace('/no_think', '') }}{% endfor %}"
+    assert render(loop, [{'role': 'user', 'content': given}]) == expected
+
+
+def test_arguments_of_the_template():
+  template = '{{ date_string }}{{ documents | tojson }}{{ style.a }}{{ pad_token }}'
+  kwargs = {'date_string': 'now', 'documents': [{'title': 't'}], 'style': {'a': 1}}
+  found = chat.render(
+    template,
+    TALK,
+    generation_prompt=False,
+    bos_token='',
+    eos_token='',
+    special_tokens={'pad_token': '<p>'},
+    kwargs=kwargs,
+  )
+  assert found == 'now[{"title": "t"}]1<p>'
+  for name in ('messages', 'tools', 'add_generation_prompt', 'eos_token', 'range', 'loop', '_x'):
+    with pytest.raises(DataError, match=f'chat_template_kwargs: {name!r} is set by the rendering'):
+      chat.check_kwargs({name: 1})
+
+
 def test_the_date_is_fixed():
   assert render("{{ strftime_now('%d %b %Y') }}") == '26 Jul 2024'
 
@@ -143,6 +233,14 @@ LIST_ENDS = ('{{ n.x | tojson }}', '{{ n.x }}', '{{ n.x | string }}', "{{ '' ~ n
     "{{ '{:{w}}'.format(1, w=999999999) }}",
     "{{ 'a' | indent(999999999) | indent(999999999) ~ ('a' * 64000001) }}",
     '{{ 9 ** (9 ** 9) }}',
+    "{{ 'a'.zfill(999999999) }}",
+    "{{ 'a'.expandtabs(9) ~ '\t'.expandtabs(999999999) }}",
+    "{{ ('a' * 60000).translate({97: 'b' * 60000}) }}",
+    '{{ [1] | slice(999999999) | list | length }}',
+    "{{ '%999999999d' | format(1) }}",
+    "{{ '{:*^999999999}'.format(1) }}",
+    "{{ [[[1]]] | tojson(indent='x' * 99999) }}",
+    "{{ 'a' | center(-5) | center(999999999) }}",
     *(DOUBLING % step for step in STRING_STEPS),
     *(NESTING % end for end in LIST_ENDS),
     '{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}',

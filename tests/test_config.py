@@ -167,6 +167,7 @@ def test_a_plain_config_is_valid():
     ('data.on_overlength', 'truncate-left', r'did you mean truncate_left\?'),
     ('data.on_overlength', 'cut', r"data.on_overlength='cut'"),
     ('data.loss_on', 'prompt', r"data.loss_on='prompt'"),
+    ('data.on_unrendered', 'drop', r"data.on_unrendered='drop'"),
     ('model.param_dtype', 'float16', r"model.param_dtype='float16'"),
     ('checkpoint.best_mode', 'low', r"checkpoint.best_mode='low'"),
     ('batch_size', 0, r'batch_size=0; expected at least 1'),

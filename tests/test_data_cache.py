@@ -1,5 +1,6 @@
 """The tokenized cache: same content in and out, keyed by all that matters, whole or absent."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import CHATML, tiny_files
 
-from ftjax.data import cache, encode
+from ftjax.data import blocks, cache, corpus_builder, encode, formats
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
@@ -49,7 +50,7 @@ def test_content_survives(tmp_path):
   t = Tokenizer(tiny_files())
   corpus = build(tmp_path, write(tmp_path / 'a.jsonl', rows))
   assert len(corpus) == corpus.counts.rows == corpus.counts.examples == 1100
-  parsed = [cache.formats.parse(r, 'messages', True) for r in rows]
+  parsed = [formats.parse(r, 'messages', True) for r in rows]
   for i, (want,) in enumerate(encode.encode(parsed, t, 'assistant')):
     tokens, supervised = corpus.example(i)
     assert tokens.tolist() == want.tokens.tolist()
@@ -65,7 +66,7 @@ def test_content_survives(tmp_path):
 def test_second_open_reads_no_row(tmp_path, monkeypatch):
   spec = write(tmp_path / 'a.jsonl', chat_rows(5))
   first = build(tmp_path, spec)
-  monkeypatch.setattr(cache.sources, 'scan', None)
+  monkeypatch.setattr(corpus_builder.sources, 'scan', None)
   again = build(tmp_path, spec)
   assert again.fingerprint == first.fingerprint and again.counts == first.counts
 
@@ -117,11 +118,135 @@ def test_bad_rows_are_listed_and_nothing_stays(tmp_path):
   assert caught.value.exit_code == 3 and folders(tmp_path) == []
 
 
-def test_at_most_twenty_bad_rows_are_listed(tmp_path):
-  spec = write(tmp_path / 'a.jsonl', chat_rows(1) + [{'messages': []}] * 50)
-  with pytest.raises(DataError, match='there may be more') as caught:
+BAD = ({'messages': []}, {'text': 7}, {'messages': [{'role': 'bot', 'content': 'x'}]})
+
+
+@pytest.mark.parametrize('row', BAD)
+def test_the_same_reason_is_listed_once_with_its_count(tmp_path, row):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(1) + [row] * 50)
+  with pytest.raises(DataError, match='50 of 51 rows read') as caught:
     build(tmp_path, spec)
-  assert str(caught.value).count('a.jsonl:') == 1 + 20 and 'a.jsonl:21' in str(caught.value)
+  first, *others = str(caught.value).splitlines()
+  assert 'data.on_bad_row' in first and len(others) == 1
+  assert 'a.jsonl:2: ' in others[0] and '(50 rows, also lines 3, 4, ...)' in others[0]
+
+
+def test_reasons_that_differ_in_numbers_only_are_one(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(1) + chat_rows(9, words=40))
+  with pytest.raises(
+    DataError, match=r'a\.jsonl:2: \d+ tokens.*\(9 rows, also lines 3, 4'
+  ) as caught:
+    build(tmp_path, spec)
+  assert len(str(caught.value).splitlines()) == 2
+
+
+def test_at_most_twenty_reasons_are_listed(tmp_path):
+  rows = [{'messages': [{'role': 'r' * n, 'content': 'x'}]} for n in range(1, 150)]
+  spec = write(tmp_path / 'a.jsonl', chat_rows(1) + rows)
+  with pytest.raises(DataError, match='149 of 150 rows') as caught:
+    build(tmp_path, spec)
+  assert str(caught.value).count('a.jsonl:') == 1 + 20
+  assert '129 rows, are not listed' in str(caught.value)
+
+
+@pytest.mark.parametrize('row', BAD)
+def test_bad_rows_may_be_dropped_and_are_counted(tmp_path, row):
+  rows = chat_rows(6)
+  spec = write(tmp_path / 'a.jsonl', [*rows[:3], row, *rows[3:], row])
+  with open(spec.path, 'a') as file:
+    file.write('{"messages": \n')
+  corpus = build(tmp_path, spec, on_bad_row='drop')
+  assert (corpus.counts.rows, corpus.counts.examples, corpus.counts.bad) == (9, 6, 3)
+  assert [e['rows'] for e in corpus.counts.bad_reasons] == [2, 1]
+  (note,) = corpus.notes()
+  assert '3 of 9 rows left out' in note and 'a.jsonl:4: ' in note and 'a.jsonl:9: not JSON' in note
+  clean = build(tmp_path, write(tmp_path / 'b.jsonl', rows))
+  assert corpus.fingerprint == clean.fingerprint and clean.notes() == []
+  with pytest.raises(DataError, match='3 of 9 rows read'):  # the other policy's cache is its own
+    build(tmp_path, spec)
+
+
+def test_all_rows_bad_is_an_error_whatever_the_policy(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', list(BAD))
+  with pytest.raises(DataError, match=r'none of the 3 rows read can be used:\n.*a\.jsonl:1: '):
+    build(tmp_path, spec, on_bad_row='drop')
+
+
+def test_dropping_bad_rows_leaves_long_ones_to_their_own_policy(tmp_path):
+  spec = write(tmp_path / 'a.jsonl', [*chat_rows(2), BAD[0], *chat_rows(1, words=40)])
+  with pytest.raises(DataError, match=r'a\.jsonl:4: \d+ tokens, more than seq_len=64') as caught:
+    build(tmp_path, spec, on_bad_row='drop')
+  assert 'a.jsonl:3' not in str(caught.value)
+
+
+def pair(chosen, rejected):
+  return {'prompt': 'hello', 'chosen': chosen, 'rejected': rejected}
+
+
+@pytest.mark.parametrize(
+  'row, on_overlength',
+  [
+    (pair('yes', 'yes'), 'error'),
+    (pair('yes' + ' a' * 60, 'yes' + ' a' * 60 + ' b'), 'truncate_right'),
+    (pair('1 + 1', '1 + 1'), 'drop'),
+  ],
+)
+def test_pairs_with_equal_sides_are_left_out_and_counted(tmp_path, row, on_overlength):
+  spec = write(tmp_path / 'a.jsonl', [pair('yes', 'no'), row])
+  corpus = build(tmp_path, spec, shape='pair', on_overlength=on_overlength)
+  assert (len(corpus), corpus.counts.identical) == (1, 1)
+  assert any('1 pairs left out' in note for note in corpus.notes())
+  alone = write(tmp_path / 'b.jsonl', [row])
+  with pytest.raises(
+    DataError, match='1 pairs whose chosen and rejected sides have the same tokens'
+  ):
+    build(tmp_path, alone, shape='pair', on_overlength=on_overlength)
+
+
+def _unrendered(monkeypatch):
+  """Rows whose text has an exclamation mark have content that is not rendered."""
+  plain = encode.encode
+
+  def marked(rows, *rest):
+    for row, found in zip(rows, plain(rows, *rest), strict=True):
+      places = ('messages[1].reasoning',) if '!' in row.messages[1]['content'] else ()
+      yield [dataclasses.replace(e, unrendered=places) for e in found]
+
+  monkeypatch.setattr(encode, 'encode', marked)
+  reason = lambda places, _: f'not rendered: {places[0]}'  # noqa: E731
+  monkeypatch.setattr(encode, 'unrendered_reason', reason, raising=False)
+
+
+def test_content_that_is_not_rendered_is_an_error_or_counted(tmp_path, monkeypatch):
+  _unrendered(monkeypatch)
+  spec = write(tmp_path / 'a.jsonl', [ask('a', 'b'), ask('c', 'd!'), ask('e', 'f!')])
+  with pytest.raises(DataError, match=r'2 of 3 rows(.|\n)*a\.jsonl:2: not rendered: messages'):
+    build(tmp_path, spec, on_bad_row='drop')
+  corpus = build(tmp_path, spec, on_unrendered='warn')
+  assert (len(corpus), corpus.counts.unrendered) == (3, 2)
+  (note,) = corpus.notes()
+  assert '2 of 3 rows' in note and 'a.jsonl:2: messages[1].reasoning (2 rows, also line 3)' in note
+
+
+def test_columns_that_no_reader_knows_are_listed_with_counts(tmp_path):
+  rows = [ask('a', 'b') | {'id': 1, 'source': 'x'}, ask('c', 'd') | {'id': 2, 'source': None}]
+  found = build(tmp_path, write(tmp_path / 'a.jsonl', rows)).counts.unread_columns
+  assert {e['reason']: e['rows'] for e in found} == {'id': 2, 'source': 1}
+
+
+@pytest.mark.parametrize('turns, is_reported', [(2, False), (40, True)])
+def test_a_row_that_becomes_many_examples_is_reported(tmp_path, turns, is_reported):
+  from test_encode import THINK
+
+  turn = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+  spec = write(tmp_path / 'a.jsonl', [{'messages': turn}, {'messages': turn * turns}])
+  tokenizer = Tokenizer(tiny_files(THINK))
+  corpus = build(tmp_path, spec, tokenizer=tokenizer, seq_len=4000)
+  assert len(corpus) == 1 + turns
+  tokens = corpus.lengths[1:].sum()
+  assert corpus.counts.largest == {'place': [0, 2], 'examples': turns, 'tokens': tokens}
+  notes = [n for n in corpus.notes() if f'a.jsonl:2 became {turns} examples of {tokens:,}' in n]
+  assert bool(notes) is is_reported
 
 
 def test_long_rows_by_policy(tmp_path):
@@ -200,7 +325,7 @@ def test_long_rows_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
   whole = build(tmp_path, spec)
   sizes = []
   encode_all = encode.encode
-  monkeypatch.setattr(cache, '_CHUNK_CHARACTERS', 500)
+  monkeypatch.setattr(blocks, '_CHUNK_BYTES', 500)
   monkeypatch.setattr(
     encode, 'encode', lambda rows, *a: sizes.append(len(rows)) or encode_all(rows, *a)
   )

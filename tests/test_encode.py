@@ -327,14 +327,16 @@ def test_completion_border_inside_a_token():
   assert runs(e, t) == ['ld<|im_end|>']
 
 
-def test_chat_border_inside_a_token_is_counted():
+def test_chat_border_inside_a_token_is_counted_or_refused():
   template = CHATML.replace('assistant\n', 'assistant wor').replace(
     "+ '\n' + message['content']",
     "+ (' wor' if message['role'] == 'assistant' else '\n') + message['content']",
   )
   t = make(template)
-  e = one(talk('q', 'ld'), t)
-  assert e.straddled == 1 and runs(e, t) == ['<|im_end|>']
+  e = one(talk('q', 'ld wide'), t)
+  assert e.straddled == 1 and runs(e, t) == [' wide<|im_end|>']
+  (bad,) = encode([talk('q', 'ld')], t, 'assistant')  # its only token is the prompt's as well
+  assert 'nothing but the stop token' in bad.reason and "'ld' shares a token" in bad.reason
 
 
 def test_text_rows():
@@ -393,12 +395,14 @@ def test_what_the_tokenizer_lacks_is_named():
     encode([], make(), 'user')
 
 
-def test_tools_must_be_shown_by_the_template():
+def test_tools_that_the_template_does_not_show_are_named():
   tools = Chat(talk('q', 'a').messages, ({'name': 'f'},))
-  assert 'never shows' in encode([tools], make(), 'assistant')[0].reason
-  call = {'role': 'assistant', 'content': '', 'tool_calls': [{'function': {'name': 'f'}}]}
+  assert one(tools, make()).unrendered == ('tools[0].name',)
+  call = {'role': 'assistant', 'content': 'x', 'tool_calls': [{'function': {'name': 'f'}}]}
   calls = Chat((talk('q').messages[0], call))
-  assert 'never shows' in encode([calls], make(), 'assistant')[0].reason
+  assert one(calls, make()).unrendered == ('messages[1].tool_calls[0].function.name',)
+  silent = Chat((talk('q').messages[0], call | {'content': ''}))
+  assert 'nothing but the stop token' in encode([silent], make(), 'assistant')[0].reason
 
 
 def test_kinds_mix_in_order():

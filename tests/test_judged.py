@@ -1,5 +1,8 @@
 """Pairs and judged answers: which rows are read, equal prompts whatever is cut, their batches."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from test_data_cache import build, write
@@ -44,6 +47,136 @@ def test_forms_of_a_pair(row, sides):
   assert judged.parse(row, 'pair', 'preference').margin == 0.0
 
 
+TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
+ALPACA = {'instruction': 'Why?', 'input': 'Sky.'}
+SKY = {'role': 'user', 'content': 'Why?\n\nSky.'}
+
+
+@pytest.mark.parametrize(
+  ('row', 'prompt'),
+  [
+    # UltraFeedback: the prompt as a text, repeated by both sides; and all of one side once more.
+    ({'prompt': 'Why?', 'chosen': [U, GOOD], 'rejected': [U, BAD]}, (U,)),
+    ({'prompt': ' Why?\n', 'chosen': [U, GOOD], 'rejected': [U, BAD], 'score_chosen': 8.0}, (U,)),
+    ({'prompt': 'Why?', 'messages': [U, GOOD], 'chosen': [U, GOOD], 'rejected': [U, BAD]}, (U,)),
+    ({'chosen': [U, GOOD], 'rejected': [U, BAD], 'messages': [U, GOOD]}, (U,)),
+    (
+      {'prompt': 'Why?', 'chosen': [U, BAD, SKY, GOOD], 'rejected': [U, BAD, SKY, BAD]},
+      (U, BAD, SKY),
+    ),
+    # Messages before texts, a message, or both sides whole.
+    ({'prompt': [U], 'chosen': 'Because.', 'rejected': 'No.'}, (U,)),
+    ({'prompt': [U], 'chosen': GOOD, 'rejected': [BAD]}, (U,)),
+    ({'prompt': [U], 'chosen': [U, GOOD], 'rejected': [U, BAD]}, (U,)),
+    # LLaMA-Factory.
+    (ALPACA | {'chosen': 'Because.', 'rejected': 'No.'}, (SKY,)),
+    (ALPACA | {'output': ['Because.', 'No.']}, (SKY,)),
+    ({'instruction': 'Why?', 'chosen': 'Because.', 'rejected': 'No.', 'input': ''}, (U,)),
+    ({'messages': [U], 'chosen': GOOD, 'rejected': BAD}, (U,)),
+    (
+      {
+        'conversations': [
+          {'from': 'human', 'value': 'Why?'},
+          {'from': 'function_call', 'value': '{"name": "add", "arguments": {}}'},
+          {'from': 'observation', 'value': '3'},
+        ],
+        'chosen': {'from': 'gpt', 'value': 'Because.'},
+        'rejected': {'role': 'assistant', 'content': 'No.'},
+      },
+      (
+        U,
+        {
+          'role': 'assistant',
+          'content': '',
+          'tool_calls': [{'type': 'function', 'function': {'name': 'add', 'arguments': {}}}],
+        },
+        {'role': 'tool', 'content': '3'},
+      ),
+    ),
+  ],
+)
+def test_pairs_as_people_have_them(row, prompt):
+  found = judged.parse(row | {'tools': TOOLS, 'system': 'S'}, 'pair', None)
+  system = {'role': 'system', 'content': 'S'}
+  assert found.chosen.messages == (system, *prompt, GOOD)
+  assert found.rejected.messages == (system, *prompt, BAD)
+  for side in (found.chosen, found.rejected):
+    assert side.tools == tuple(TOOLS) and side.trained[-1] and not any(side.trained[:-1])
+
+
+@pytest.mark.parametrize(
+  ('chosen', 'rejected', 'sides'),
+  [
+    # As TRL's extract_prompt.
+    ('The sky is blue.', 'The sky is green.', ('The sky is', ' blue.', ' green.')),
+    # Never inside of a word.
+    ('The sky is green.', 'The sky is grey.', ('The sky is', ' green.', ' grey.')),
+    ('Q: 1+1?\nA: 2', 'Q: 1+1?\nA: 21', ('Q: 1+1?\nA:', ' 2', ' 21')),
+    ('Why?\nBecause.', 'Why?\nNo.', ('Why?\n', 'Because.', 'No.')),
+    ('Say yes', 'Say yes please', ('Say', ' yes', ' yes please')),
+  ],
+)
+def test_two_texts_with_one_beginning(chosen, rejected, sides):
+  found = judged.parse({'chosen': chosen, 'rejected': rejected}, 'pair', None)
+  prompt, good, bad = sides
+  assert found.chosen == Completion(prompt, good) and found.rejected == Completion(prompt, bad)
+
+
+def test_alpaca_pairs_without_a_template_take_the_published_layout():
+  row = ALPACA | {'chosen': 'Because.', 'rejected': 'No.'}
+  found = judged.parse(row, 'pair', None, has_template=False)
+  assert found.chosen.prompt == found.rejected.prompt
+  assert found.chosen.prompt.endswith('### Input:\nSky.\n\n### Response:')
+
+
+def test_tools_reach_the_prompts_of_every_judged_row():
+  """R1: on a template that prints them."""
+  template = (
+    '{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}'
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+  )
+  tokenizer = Tokenizer(tiny_files(template))
+  rows = {
+    'pair': {'prompt': [U], 'chosen': [GOOD], 'rejected': [BAD]},
+    'label': {'messages': [U, GOOD], 'label': True},
+    'score': {'prompt': [U], 'completion': [GOOD], 'score': 1},
+  }
+  for shape, row in rows.items():
+    for tools in (TOOLS, json.dumps(TOOLS)):
+      ((found,),) = judged.encode([judged.parse(row | {'tools': tools}, shape, None)], tokenizer)
+      for start in (0, found.boundary):
+        assert tokenizer.decode(found.tokens[start:]).startswith(json.dumps(TOOLS[0]))
+
+
+@pytest.mark.parametrize(
+  ('row', 'shape', 'unread'),
+  [
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', 'margin': 1, 'id': 3}, 'pair', {'id'}),
+    (
+      {'prompt': 'Why?', 'messages': [], 'chosen': [U, GOOD], 'rejected': [U, BAD]},
+      'pair',
+      {'messages'},
+    ),
+    (ALPACA | {'output': ['a', 'b'], 'meta': {}}, 'pair', {'meta'}),
+    ({'messages': [U, GOOD], 'label': True, 'tools': [], 'prompt': 'q'}, 'label', {'prompt'}),
+    ({'prompt': 'a', 'completion': 'b', 'score': 1, 'source': 'x'}, 'score', {'source'}),
+  ],
+)
+def test_columns_that_are_not_read(row, shape, unread):
+  assert judged.unread(row, shape) == unread
+
+
+def test_judged_answers_in_other_forms():
+  alpaca = {'instruction': 'Why?', 'output': 'No.', 'kto_tag': False}
+  turns = [{'from': 'human', 'value': 'Why?'}, {'from': 'gpt', 'value': 'No.'}]
+  for row in (alpaca, {'conversations': turns, 'label': 'false'}):
+    found = judged.parse(row, 'label', None)
+    assert found.answer.messages == (U, BAD) and found.value == 0.0
+  text = {'prompt': 'Why?', 'completion': ' No.', 'score': '-1.5'}  # CSV
+  assert judged.parse(text, 'score', None) == judged.Judged(TEXTS[1], -1.5)
+
+
 def test_judged_answers():
   row = {'prompt': 'Why?', 'completion': ' Because.'}
   assert judged.parse(row | {'label': True}, 'label', None) == judged.Judged(TEXTS[0], 1.0)
@@ -65,6 +198,27 @@ def test_judged_answers():
     ({'prompt': 'a', 'completion': 'b', 'label': 'yes'}, 'label', None, 'expected true'),
     ({'prompt': 'a', 'completion': 'b', 'score': True}, 'score', None, 'finite number'),
     ({'prompt': 'a', 'completion': 'b', 'score': 1}, 'score', 'preference', 'gives no score'),
+    ({'prompt': 'Why?', 'chosen': [BAD, GOOD], 'rejected': [BAD, BAD]}, 'pair', None, 'repeat the'),
+    (
+      {'question': 'q', 'chosen': 'Go a', 'rejected': 'Go b'},
+      'pair',
+      None,
+      "the row has 'question'",
+    ),
+    ({'system': 'q', 'chosen': 'Go a', 'rejected': 'Go b'}, 'pair', None, "the row has 'system'"),
+    (
+      {'prompt': 'a', 'conversations': [], 'chosen': 'b', 'rejected': 'c'},
+      'pair',
+      None,
+      'keep one',
+    ),
+    ({'prompt': 'a', 'chosen': ' b', 'rejected': None}, 'pair', None, "'rejected' is None"),
+    ({'prompt': [U], 'chosen': [GOOD, U, GOOD], 'rejected': [BAD]}, 'pair', None, 'one answer'),
+    ({'messages': [U, GOOD]}, 'pair', None, "one answer and no judgement .* algorithm='sft'"),
+    ({'prompt': 'a', 'completion': 'b', 'label': True}, 'pair', None, "with dpo.loss='kto'"),
+    ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}, 'label', None, 'the row has pairs'),
+    ({'prompt': 'a', 'completion': 'b', 'score': 1}, 'label', None, "objective='scores'"),
+    ({'label': True, 'text': 'a'}, 'label', None, 'expected an answer in'),
   ],
 )
 def test_refused_with_a_reason(row, shape, form, reason):
@@ -158,6 +312,36 @@ def test_whatever_is_cut_prompts_stay_equal_and_no_more_goes_than_must():
         whole_answer = tokens[mask].tolist() == list(range(start, start + length))
         assert whole_answer if policy == 'truncate_left' else tokens[0] == 0
   assert min(kept.values()) > 100
+
+
+@pytest.mark.parametrize(('bos', 'head', 'kept'), [(1, 1, 1), (1, 4, 4), (1, 30, 1), (0, 0, 0)])
+def test_a_left_cut_keeps_the_head_of_both_sides(bos, head, kept):
+  """BOS always, the system turn where it takes no more than half of a side's room."""
+  pair = dataclasses.replace(made(40, 5, 8), bos=bos, head=head)
+  found = judged.fit(pair, 53, 'truncate_left')
+  a, prompt = found.boundary, int(found.supervised.argmax())
+  for side, answer in ((found.tokens[:a], 1000), (found.tokens[a:], 2000)):
+    assert side[:prompt].tolist() == [*range(kept), *range(20 + kept, 40)]
+    assert side[prompt] == answer
+  assert found.head == kept
+
+
+def test_the_system_turn_goes_before_the_question():
+  pair = dataclasses.replace(made(12, 5, 5), bos=1, head=8)
+  found = judged.fit(pair, 34 - 2 * 4, 'truncate_left')  # room for no more than four of them
+  assert found.head == 1 and found.tokens[: int(found.supervised.argmax())].tolist()[0] == 0
+  assert judged.fit(pair, 34 - 2 * 11, 'truncate_left') is None  # BOS is no prompt
+
+
+def test_equal_sides_are_seen_also_after_a_cut():
+  same = made(4, 3, 3)
+  same.tokens[same.boundary :] = same.tokens[: same.boundary]
+  assert judged.is_identical(same) and not judged.is_identical(made(4, 3, 3))
+  longer = np.r_[same.tokens[: same.boundary], [5], same.tokens[same.boundary :], [6]]
+  mask = np.r_[same.supervised[: same.boundary], True, same.supervised[same.boundary :], True]
+  pair = Encoded(longer, mask, False, 0, same.boundary + 1)
+  assert not judged.is_identical(pair)
+  assert judged.is_identical(judged.fit(pair, 14, 'truncate_right'))
 
 
 PAIRS = [

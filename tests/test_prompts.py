@@ -1,8 +1,12 @@
 """Prompts with columns: what of a row is read, what is paid for, what is too long."""
 
+import datetime
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tiny_tokenizer import tiny_files
 
 from ftjax.data import encode, made, prompts
 from ftjax.data.formats import Chat
@@ -14,10 +18,10 @@ TOKENIZER = Tokenizer(made.byte_tokenizer())
 USER = {'role': 'user', 'content': 'hi'}
 
 
-def read(tmp_path, rows, room=100, policy='error', form=None):
+def read(tmp_path, rows, room=100, policy='error', form=None, tokenizer=TOKENIZER, **policies):
   path = tmp_path / 'rows.jsonl'
   path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
-  return prompts.read(Spec(str(path), form), TOKENIZER, room, policy)
+  return prompts.read(Spec(str(path), form), tokenizer, room, policy, **policies)
 
 
 def chat(*messages):
@@ -43,6 +47,83 @@ def test_each_kind_of_row(tmp_path):
   assert found.rows[0].columns == {'answer': '1', 'level': 3}
   assert found.columns == ('answer',)  # that all rows have
   assert found.rows[3].place.endswith('rows.jsonl:4')
+
+
+TEMPLATE = (
+  '{% if tools %}<|im_start|>{{ tools | tojson }}<|im_end|>{% endif %}{% if style is defined %}'
+  '<|im_start|>{{ style }}<|im_end|>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n'
+  '{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n'
+  '{% endif %}'
+)
+SHOWS_ALL = Tokenizer(tiny_files(TEMPLATE))
+TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
+
+
+def test_columns_of_the_conversation_are_rendered(tmp_path):
+  kwargs = {'style': 'dry'}
+  rows = [
+    {'prompt': [USER], 'system': 'S', 'tools': TOOLS, 'chat_template_kwargs': kwargs},
+    {'messages': [{'role': 'system', 'content': 'S'}, USER], 'tools': json.dumps(TOOLS),
+     'chat_template_kwargs': json.dumps(kwargs)},
+    {'conversations': [{'from': 'human', 'value': 'hi'}, {'from': 'gpt', 'value': 'yo'}],
+     'system': 'S', 'tools': TOOLS, 'chat_template_kwargs': kwargs},
+    {'instruction': 'hi', 'output': 'yo', 'input': '', 'system': 'S', 'tools': TOOLS,
+     'chat_template_kwargs': kwargs},
+  ]  # fmt: skip
+  found = read(tmp_path, rows, tokenizer=SHOWS_ALL).rows
+  text = SHOWS_ALL.decode(found[0].ids, skip_special=False)
+  assert '"name": "add"' in text and 'dry' in text and 'system\nS' in text
+  for prompt in found:
+    assert prompt.ids == found[0].ids
+    assert prompt.said == [{'role': 'system', 'content': 'S'}, USER]
+  # What renders the prompt again stays with the row, the prompt itself does not.
+  assert set(found[3].columns) == {'output', 'tools', 'chat_template_kwargs', 'answer'}
+  assert [p.columns.get('answer') for p in found] == [None, None, 'yo', 'yo']
+
+
+def test_content_that_the_template_does_not_show(tmp_path):
+  rows = [
+    {'prompt': [USER]},
+    {'prompt': [USER], 'tools': TOOLS},
+    {'prompt': [USER | {'mood': 'x'}]},
+  ]
+  with pytest.raises(
+    DataError, match=r"rows.jsonl:2: .*does not render tools.*on_unrendered='warn'"
+  ):
+    read(tmp_path, rows)
+  found = read(tmp_path, rows, on_unrendered='warn')
+  assert (found.unrendered, len(found.rows)) == (2, 3)
+  assert found.rows[0].ids == found.rows[1].ids == found.rows[2].ids
+  with pytest.raises(DataError, match='does not render'):  # another policy than that of bad rows
+    read(tmp_path, rows, on_bad_row='drop')
+
+
+def test_bad_rows_are_left_out_counted_and_listed(tmp_path, caplog):
+  caplog.set_level('INFO')
+  rows = [{'prompt': 'a'}, {'prompt': 3}, {'prompt': 4}, {'question': 'a'}, {'prompt': 'b'}]
+  found = read(tmp_path, rows, on_bad_row='drop')
+  assert ([p.said for p in found.rows], found.bad) == (['a', 'b'], 3)
+  assert [(r['rows'], r['places']) for r in found.bad_reasons] == [
+    (2, [[0, 2], [0, 3]]), (1, [[0, 4]]),
+  ]  # fmt: skip
+  assert "rows.jsonl:2: 'prompt' is int" in caplog.text and '(2 rows, also' in caplog.text
+  assert 'columns for rewards: none' in caplog.text
+  with pytest.raises(DataError, match=r'3 of 5:') as error:
+    read(tmp_path, rows)
+  assert str(error.value).count("'prompt' is int") == 1
+  with pytest.raises(DataError, match=r'no prompt in it .* 1 could not be used'):
+    read(tmp_path, [{'prompt': 3}], on_bad_row='drop')
+  for key, value in (('on_bad_row', 'warn'), ('on_unrendered', 'drop')):
+    with pytest.raises(ConfigError, match=f'data.{key}='):
+      read(tmp_path, rows, **{key: value})
+
+
+def test_columns_that_are_no_json_reach_no_reward(tmp_path, caplog):
+  table = pa.table({'prompt': ['a'], 'image': [b'\x89'], 'when': [datetime.date(2024, 5, 1)]})
+  pq.write_table(table, tmp_path / 'a.parquet')
+  found = prompts.read(Spec(str(tmp_path / 'a.parquet')), TOKENIZER, 9, 'error')
+  assert found.rows[0].columns == {'when': '2024-05-01'} and found.unread == ('image',)
+  assert 'columns not read: image' in caplog.text
 
 
 def test_prompts_without_room(tmp_path):

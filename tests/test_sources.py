@@ -1,7 +1,12 @@
 """Reading rows: every kind of file gives the same rows; faults name file, line, reason."""
 
+import bz2
+import datetime
+import decimal
 import gzip
 import json
+import lzma
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,7 +128,9 @@ def test_folder_saved_by_datasets_itself(tmp_path):
     ('a.csv', b'a,b\n1,"2\n', r'a\.csv:\d+: not CSV'),
     ('a.csv', b'a,b\n1,\xff\n', r'a\.csv:\d+ or later: not UTF-8'),
     ('a.parquet', b'PAR1nope', r'a\.parquet:1: not readable Parquet'),
-    ('a.txt', b'x', 'unknown kind of file'),
+    ('a.xlsx', b'x', 'unknown kind of file'),
+    ('a.csv', b'a,b,a\n1,2,3\n', r"a\.csv:1: the header names the column 'a' twice"),
+    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' stands twice"),
   ],
 )
 def test_faults_name_their_place(tmp_path, name, content, message):
@@ -132,7 +139,7 @@ def test_faults_name_their_place(tmp_path, name, content, message):
     read(tmp_path / name)
 
 
-@pytest.mark.parametrize('name', ['part-1.jsonl.zst', 'part-2.csv.gz', 'sub/part.jsonl'])
+@pytest.mark.parametrize('name', ['part-1.tar', 'part-2.parquet.gz', 'sub/part.jsonl'])
 def test_a_folder_leaves_nothing_out_silently(tmp_path, name):
   (tmp_path / 'part-0.jsonl').write_text('{"text": "a"}\n')
   (tmp_path / 'README.md').write_text('about')
@@ -185,3 +192,255 @@ def test_fingerprint_is_of_content(tmp_path):
   one, same, other = (sources.fingerprint(Spec(f'{tmp_path}/{n}.jsonl')) for n in 'abc')
   assert one == same != other
   assert sources.fingerprint(Spec(f'{tmp_path}/a.jsonl', 'text', 2.0)) == one
+
+
+LINES = ''.join(json.dumps(r) + '\n' for r in ROWS).encode()
+
+
+def zipped(**members):
+  def write(path):
+    with zipfile.ZipFile(path, 'w') as archive:
+      for name, content in members.items():
+        archive.writestr(name.replace('__', '/').replace('_', '.'), content)
+
+  return write
+
+
+@pytest.mark.parametrize(
+  ('name', 'write'),
+  [
+    ('a.jsonl.zst', lambda p: p.write_bytes(pa.compress(LINES, 'zstd', asbytes=True))),
+    ('a.jsonl.bz2', lambda p: p.write_bytes(bz2.compress(LINES))),
+    ('a.jsonl.xz', lambda p: p.write_bytes(lzma.compress(LINES))),
+    ('a.json.gz', lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode()))),
+    ('a.csv.gz', lambda p: p.write_bytes(gzip.compress(csv_of(ROWS).encode()))),
+    ('a.tsv.bz2', lambda p: p.write_bytes(bz2.compress(csv_of(ROWS, '\t').encode()))),
+    ('a.zip', zipped(a_jsonl=LINES)),
+    ('a.zip', zipped(data__a_jsonl_gz=gzip.compress(LINES), README_md='x')),
+  ],
+)  # fmt: skip
+def test_compressed_files_and_archives(tmp_path, name, write):
+  write(tmp_path / name)
+  assert [row for _, row in read(tmp_path / name)] == ROWS
+  assert [row for _, row in read(tmp_path)] == ROWS  # also in a folder
+
+
+def csv_of(rows, delimiter=','):
+  out = [delimiter.join(rows[0])]
+  out += [delimiter.join('"' + v.replace('"', '""') + '"' for v in r.values()) for r in rows]
+  return '\n'.join(out) + '\n'
+
+
+def test_places_inside_of_archives_and_their_fingerprint(tmp_path):
+  zipped(b_jsonl='{"n": 1}\n\n{"n": 2}\n', a_jsonl='{"n": 0}\n')(tmp_path / 'x.zip')
+  found = read(tmp_path / 'x.zip')
+  assert [place.removeprefix(f'{tmp_path}/') for place, _ in found] == [
+    'x.zip/a.jsonl:1', 'x.zip/b.jsonl:1', 'x.zip/b.jsonl:3',
+  ]  # fmt: skip
+  first = sources.fingerprint(Spec(str(tmp_path / 'x.zip')))
+  zipped(b_jsonl='{"n": 1}\n', a_jsonl='{"n": 0}\n')(tmp_path / 'y.zip')
+  assert sources.fingerprint(Spec(str(tmp_path / 'y.zip'))) != first
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.jsonl.zst', pa.compress(LINES, 'zstd', asbytes=True)[:-5], r'zst:1: cannot be read: Trunc'),
+    ('a.jsonl.zst', b'{"a": 1}', 'cannot be read'),
+    ('a.jsonl.xz', lzma.compress(LINES)[:-9], 'cannot be read'),
+    ('a.jsonl.bz2', b'BZh9x', 'cannot be read'),
+    ('a.csv.gz', b'a,b', r'csv\.gz:2 or later: cannot be read'),
+    ('a.json.gz', b'[]', r'json\.gz: cannot be read'),
+    ('a.zip', b'PK', 'cannot be read'),
+  ],
+)
+def test_damaged_archives_name_themselves(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(DataError, match=message):
+    read(tmp_path / name)
+
+
+def test_archives_leave_nothing_out_silently(tmp_path):
+  zipped(a_jsonl=LINES, b_tar='x')(tmp_path / 'a.zip')
+  with pytest.raises(DataError, match=r"'b\.tar' in it would not be read"):
+    read(tmp_path / 'a.zip')
+  zipped(README_md='x')(tmp_path / 'b.zip')
+  with pytest.raises(DataError, match='no data file in it'):
+    read(tmp_path / 'b.zip')
+
+
+def test_text_files_are_documents_or_lines(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone\ntwo\r\n\nthree')
+  (tmp_path / 'b.txt.gz').write_bytes(gzip.compress(b'four\n'))
+  path = str(tmp_path / 'a.txt')
+  assert list(sources.rows(Spec(path))) == [(f'{path}:1', {'text': 'one\ntwo\r\n\nthree'})]
+  assert [r for _, r in sources.rows(Spec(str(tmp_path), 'text'))] == [
+    {'text': 'one\ntwo\r\n\nthree'}, {'text': 'four\n'}
+  ]  # fmt: skip
+  spec = parse_spec(f'{path}::lines')
+  assert [(p.rpartition(':')[2], r['text']) for p, r in sources.rows(spec)] == [
+    ('1', 'one'), ('2', 'two'), ('4', 'three'),
+  ]  # fmt: skip
+  with pytest.raises(ConfigError, match=r'name the format text .* or lines'):
+    list(sources.rows(Spec(path, 'messages')))
+  (tmp_path / 'c.jsonl').write_text('{"text": "a"}\n')
+  with pytest.raises(ConfigError, match=r'c\.jsonl is no \.txt'):
+    list(sources.rows(Spec(str(tmp_path / 'c.jsonl'), 'lines')))
+  # Beside rows, a .txt is a licence, and a compressed one is data.
+  assert [r['text'] for _, r in read(tmp_path)] == ['four\n', 'a']
+
+
+def test_patterns(tmp_path, monkeypatch):
+  for name in ('b.jsonl', 'a.jsonl', 'c.csv', 'd[1].jsonl'):
+    (tmp_path / name).write_text('n\n9\n' if name == 'c.csv' else f'{{"n": "{name[0]}"}}\n')
+  assert [r['n'] for _, r in read(tmp_path / '?.jsonl')] == ['a', 'b']
+  assert [r['n'] for _, r in read(tmp_path / '[bc].*')] == ['b', '9']
+  assert [r['n'] for _, r in read(tmp_path / 'd[1].jsonl')] == ['d']  # a file by that name
+  with pytest.raises(DataError, match='no data file matches this pattern'):
+    read(tmp_path / '*.parquet')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert [r['n'] for _, r in read('~/b.jsonl')] == ['b']
+  assert [r['n'] for _, r in read('~/?.jsonl')] == ['a', 'b']
+  (tmp_path / 'sub').mkdir()
+  (tmp_path / 'sub' / 'e.jsonl').write_text('{"n": "e"}\n')
+  assert [r['n'] for _, r in read(tmp_path / '**' / '[ae].jsonl')] == ['a', 'e']
+  with pytest.raises(DataError, match='narrow the pattern'):
+    read(tmp_path / '*')
+  assert not sources.list_files(Spec('org/name')) and not sources.list_files(Spec('org/name:test'))
+
+
+@pytest.mark.parametrize(
+  ('names', 'splits', 'chosen'),
+  [
+    (('train-00000-of-00001.parquet', 'validation-00000-of-00001.parquet',
+      'test-00000-of-00001.parquet'), "['test', 'train', 'validation']", {'train': 1, 'val': 1}),
+    (('train.jsonl', 'test.jsonl'), "['test', 'train']", {'train': 1, 'test': 1}),
+    (('train.jsonl.zst', 'dev.jsonl', 'README.md'), "['dev', 'train']", {'validation': 1}),
+    (('train-1.csv', 'train-2.csv', 'eval.csv'), "['eval', 'train']", {'train': 2}),
+    (('data/train-00000-of-00003.parquet', 'data/train-00001-of-00003.parquet',
+      'data/test-00000-of-00001.parquet', 'README.md'), "['test', 'train']", {'train': 2}),
+    (('train/a.jsonl', 'train/b.jsonl', 'test/a.jsonl'), "['test', 'train']", {'train': 2}),
+    (('data/train_sft-00000-of-00001.parquet', 'data/test_sft-00000-of-00001.parquet',
+      'data/train_gen-00000-of-00001.parquet'), "['test_sft', 'train_gen', 'train_sft']",
+     {'train_sft': 1, 'test': 1}),
+    (('gsm8k_train.jsonl', 'gsm8k_test.jsonl'), "['test', 'train']", {'train': 1}),
+    (('rows.jsonl', 'rows_test.jsonl'), "['test'] beside 1 files of none", {'test': 1}),
+    (('x.zip',), "['test', 'train']", {'train': 1}),
+  ],
+)  # fmt: skip
+def test_a_folder_of_several_splits_is_no_source(tmp_path, names, splits, chosen):
+  folder = tmp_path / 'd'
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    if name.endswith('.parquet'):
+      pq.write_table(pa.table({'n': [name]}), path)
+    elif name.endswith('.zip'):
+      zipped(train_jsonl='{"n": "train"}\n', deep__test__a_jsonl='{"n": "test"}\n')(path)
+      folder = path
+    else:
+      text = f'n\n{name}\n' if name.endswith('.csv') else json.dumps({'n': name}) + '\n'
+      data = text.encode()
+      path.write_bytes(pa.compress(data, 'zstd', asbytes=True) if 'zst' in name else data)
+  with pytest.raises(DataError) as error:
+    read(folder)
+  assert f'{folder}: holds the splits {splits}' in str(error.value)
+  assert f'name one of them, as in {folder}:' in str(error.value)
+  for split, count in chosen.items():
+    found = read(f'{folder}:{split}')
+    assert len(found) == count
+    word = 'dev' if (split, 'dev.jsonl' in names) == ('validation', True) else split
+    assert all(word in row['n'] for _, row in found)
+  with pytest.raises(DataError, match="no split 'gold' in it; it holds"):
+    read(f'{folder}:gold')
+
+
+def test_a_folder_of_one_split_and_words_that_are_none(tmp_path):
+  for name in ('train-0.jsonl', 'train-1.jsonl', 'latest.jsonl', 'contest.jsonl', 'intrain.jsonl'):
+    (tmp_path / name).write_text('{"n": 1}\n')
+  assert len(read(tmp_path)) == 5
+  with pytest.raises(DataError, match='name one of them'):
+    (tmp_path / 'test.jsonl').write_text('{"n": 1}\n')
+    read(tmp_path / '*.jsonl')
+  assert len(read(tmp_path / 'train-*.jsonl')) == 2
+
+
+def test_folders_of_configurations_are_named(tmp_path):
+  for name in ('main', 'socratic'):
+    (tmp_path / name).mkdir()
+    pq.write_table(pa.table({'n': [1]}), tmp_path / name / 'train-00000-of-00001.parquet')
+  with pytest.raises(DataError, match=r'name one, as in .*/main'):
+    read(tmp_path)
+  assert len(read(tmp_path / 'main')) == len(read(f'{tmp_path}/main:train')) == 1
+
+
+def test_a_split_of_a_saved_dataset(tmp_path):
+  datasets = pytest.importorskip('datasets')
+  datasets.disable_progress_bars()
+  one = datasets.Dataset.from_list(ROWS)
+  datasets.DatasetDict({'train': one, 'test': one.select([1])}).save_to_disk(tmp_path / 'd')
+  with pytest.raises(
+    DataError, match=r"splits \['test', 'train'\]; name one of them, as in .*:test"
+  ):
+    read(tmp_path / 'd')
+  assert [r for _, r in read(f'{tmp_path}/d:test')] == ROWS[1:2]
+  assert [r for _, r in read(tmp_path / 'd' / 'train')] == ROWS
+
+
+def test_values_that_json_does_not_know(tmp_path):
+  moment = datetime.datetime(2024, 5, 1, 12, 30)
+  table = pa.table(
+    {
+      'when': pa.array([moment], pa.timestamp('us')),
+      'day': pa.array([moment.date()]),
+      'price': pa.array([decimal.Decimal('1.50')]),
+      'count': pa.array([decimal.Decimal('7')]),
+      'tags': pa.array([[('a', None), ('b', 1)]], pa.map_(pa.string(), pa.int64())),
+      'many': pa.array([[{'x': None, 'y': 'z'}, None]], pa.large_list(pa.struct(
+        [('x', pa.int32()), ('y', pa.dictionary(pa.int8(), pa.string()))]))),
+      'json': pa.array(['{"x": null}'], pa.json_()),
+      'image': pa.array([b'\x89PNG']),
+    }
+  )  # fmt: skip
+  pq.write_table(table, tmp_path / 'a.parquet')
+  ((_, row),) = read(tmp_path)
+  assert row == {
+    'when': '2024-05-01T12:30:00',
+    'day': '2024-05-01',
+    'price': 1.5,
+    'count': 7,
+    'tags': {'a': None, 'b': 1},  # a map's keys are the row's own
+    'many': [{'y': 'z'}, None],
+    'json': {'x': None},  # what JSON says itself stays
+    'image': b'\x89PNG',
+  }
+
+
+def test_json_columns_of_a_library_that_does_not_know_the_type(tmp_path):
+  """Their name then stands in the field's metadata alone."""
+  field = pa.field('a', pa.string(), metadata={'ARROW:extension:name': 'arrow.json'})
+  table = pa.table([pa.array(['{"x": 1}', '{'])], schema=pa.schema([field]))
+  pq.write_table(table, tmp_path / 'a.parquet')
+  found = [row for _, _, row in sources.scan(Spec(str(tmp_path)))]
+  assert found[0] == {'a': {'x': 1}} and 'is no JSON' in found[1].reason
+
+
+def test_rows_of_a_hub_are_those_of_its_files(monkeypatch):
+  datasets = pytest.importorskip('datasets')
+  rows = [
+    {'arguments': {'city': 'Paris'}, 'n': 1},
+    {'arguments': {'a': None, 'b': 2}, 'n': None},
+    {'arguments': {}, 'n': 3},
+  ]
+  plain = datasets.Dataset.from_list(rows)
+  monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: plain)
+  found = [row for _, row in sources.rows(Spec('org/name'))]
+  assert found == [{'arguments': {'city': 'Paris'}, 'n': 1}, {'arguments': {'b': 2}}, rows[2]]
+
+
+def test_two_columns_of_one_name(tmp_path):
+  table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=['a', 'a'])
+  with pa.ipc.new_stream(tmp_path / 'a.arrow', table.schema) as out:
+    out.write_table(table)
+  with pytest.raises(DataError, match='two columns have one name'):
+    read(tmp_path / 'a.arrow')

@@ -64,7 +64,7 @@ def test_rows_with_choices_of_their_own_have_no_classes(tmp_path):
   ('kind', 'row', 'reason'),
   [
     ('choice', '{"prompt": ', 'Expecting value'),
-    ('choice', '[1]', 'expected an object, got list'),
+    ('choice', '[1]', 'a JSON list, expected an object'),
     ('choice', CHOICE | {'label': 'perhaps'}, r"label.*\['yes', 'no'\].*'perhaps'"),
     ('choice', CHOICE | {'label': 2}, 'label'),
     ('choice', CHOICE | {'label': -1}, 'label'),
@@ -81,7 +81,7 @@ def test_rows_with_choices_of_their_own_have_no_classes(tmp_path):
     ('match', {'prompt': 'x', 'answer': 42}, 'answer.*42'),
     ('match', {'prompt': 'x'}, 'answer.*nothing'),
     ('match', MATCH | {'messages': []}, 'messages'),
-    ('match', MATCH | {'messages': [{'role': 'user'}]}, r'"messages"\[0\]'),
+    ('match', MATCH | {'messages': [{'role': 'user'}]}, r"messages\[0\]: no key 'content'"),
     ('match', MATCH | {'messages': [{'role': 'robot', 'content': 'x'}]}, 'robot'),
     ('match', MATCH | {'messages': [{'role': 'assistant', 'content': 'x'}]}, 'leave it out'),
     ('math', MATCH | {'answer': 'so it is\n#### '}, 'no answer to compare with'),
@@ -105,14 +105,14 @@ def test_several_bad_rows_are_told_at_once(tmp_path):
 
 
 def test_files_that_cannot_be_used(tmp_path):
-  with pytest.raises(DataError, match='No such file'):
+  with pytest.raises(DataError, match=r"no such file or folder .*task 't'"):
     tasks.load_task('t', 'choice', str(tmp_path / 'none.jsonl'))
   with pytest.raises(DataError, match='no rows'):
     tasks.load_task('t', 'choice', _file(tmp_path, '', ' '))
   with pytest.raises(DataError, match=r"test\.jsonl:2: id 'a' stands on line 1"):
     tasks.load_task('t', 'choice', _file(tmp_path, CHOICE | {'id': 'a'}, CHOICE | {'id': 'a'}))
   (tmp_path / 'latin.jsonl').write_bytes(b'{"prompt": "\xe9"}\n')
-  with pytest.raises(DataError, match=r'latin\.jsonl:1: .*utf-8'):
+  with pytest.raises(DataError, match=r'latin\.jsonl:1: not UTF-8'):
     tasks.load_task('t', 'choice', str(tmp_path / 'latin.jsonl'))
   with pytest.raises(ConfigError, match='twice'):
     tasks.load_tasks(['a=match:x', 'a=choice:y'])
@@ -137,3 +137,63 @@ def test_mathematics_is_judged_as_by_the_reward(tmp_path, said, flexible, strict
   for kind, right in (('math', flexible), ('math_strict', strict)):
     task = tasks.load_task('t', kind, path)
     assert tasks.is_right(kind, task.rows[0], said) == right
+
+
+TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
+
+
+def test_rows_ask_as_rows_of_training_do(tmp_path):
+  user = {'role': 'user', 'content': 'Capital of France?'}
+  more = {
+    'system': 'S',
+    'tools': TOOLS,
+    'chat_template_kwargs': {'style': 'dry'},
+    'answer': 'Paris',
+  }
+  path = _file(
+    tmp_path,
+    {'messages': [user]} | more,
+    {'prompt': [user]} | more | {'tools': json.dumps(TOOLS), 'source': 'x'},
+    {'conversations': [{'from': 'human', 'value': user['content']}]} | more,
+    {'prompt': 'Capital of France?', 'answer': 'Paris'},
+  )
+  *chats, plain = tasks.load_task('t', 'match', path).rows
+  for row in chats:
+    assert row.asked.messages == ({'role': 'system', 'content': 'S'}, user)
+    assert row.asked.tools == tuple(TOOLS) and row.asked.template_kwargs == {'style': 'dry'}
+  assert plain.asked == plain.prompt == 'Capital of France?'
+
+
+def test_columns_that_are_not_read_are_listed_once(tmp_path, caplog):
+  caplog.set_level('INFO')
+  tasks.load_task('t', 'match', _file(tmp_path, MATCH | {'source': 'x'}, MATCH | {'level': 3}))
+  assert caplog.text.count('columns not read: level, source') == 1
+
+
+@pytest.mark.parametrize(
+  ('row', 'reason'),
+  [
+    (MATCH | {'system': 'S', 'messages': [{'role': 'system', 'content': 's'}]}, "'system' stands"),
+    ({'prompt': 'q', 'answer': 'a', 'system': 'S'}, "'system' belongs to a conversation"),
+    (MATCH | {'messages': [*MATCH['messages'], {'role': 'assistant', 'content': 'P'}]},
+     '"messages" ends with the assistant'),
+    (MATCH | {'tools': '['}, "'tools' is a string but not JSON"),
+    ({'conversations': [{'from': 'gpt', 'value': 'a'}], 'answer': 'a'}, 'leave it out'),
+  ],
+)  # fmt: skip
+def test_rows_that_do_not_ask_are_refused(tmp_path, row, reason):
+  with pytest.raises(DataError, match=rf'test\.jsonl:1: .*{reason}'):
+    tasks.load_task('t', 'match', _file(tmp_path, row))
+
+
+def test_choices_in_csv_and_tasks_of_several_files(tmp_path):
+  for name, label in (('a', 'no'), ('b', '1')):
+    (tmp_path / f'{name}.csv').write_text(
+      f'prompt,choices,label,id\nIs it?,"[""yes"", ""no""]",{label},\n'
+    )
+  task = tasks.load_task('t', 'choice', str(tmp_path))
+  assert [(r.answer, r.id) for r in task.rows] == [('no', 'a.csv:2'), ('no', 'b.csv:2')]
+  assert tasks.load_task('t', 'choice', f'{tmp_path}/*.csv').digest == task.digest
+  assert tasks.load_task('t', 'choice', f'{tmp_path}/a.csv').rows[0].id == '2'
+  with pytest.raises(ConfigError, match='leave the @weight out'):
+    tasks.load_task('t', 'choice', f'{tmp_path}@2')

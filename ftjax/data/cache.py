@@ -3,29 +3,34 @@ memmap.
 
 A cache folder is made beside its final name and renamed when it is whole, so that whatever carries
 the name is complete, also when several processes build at once: the first one wins, the others use
-its folder. A cache in a bucket has a mirror on each machine, which is what is read: a machine
-without it downloads what another one built, or builds it and uploads it. `schedule.py` orders the
-examples, `batches.py` reads them.
+its folder. What a killed process had finished of it is used by the next one (corpus_builder.py). A
+cache in a bucket has a mirror on each machine, which is what is read: a machine without it
+downloads what another one built, or builds it and uploads it. `schedule.py` orders the examples,
+`batches.py` reads them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ftjax.data import counts, encode, formats, judged, sources
+from ftjax.data import counts as counts_lib
+from ftjax.data import encode, sources
+from ftjax.data.blocks import Policy
+from ftjax.data.corpus_builder import DTYPES, Build, Writer
 from ftjax.data.counts import Counts
-from ftjax.data.formats import Bad
 from ftjax.data.sources import Spec
+from ftjax.data.tokenize_pool import Gone
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
@@ -34,20 +39,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 3  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is whole
-_CHUNK = 1000  # rows tokenized at once
-_CHUNK_CHARACTERS = 4_000_000  # or so many characters
-_MAX_REPORTED = 20  # bad rows listed in one message
+_BUILDING = 'building-'  # begins the names of folders that are no caches yet
 _ABANDONED = 24 * 3600  # seconds
-
-_DTYPES = {
-  'tokens': '<i4',  # [all tokens]
-  'supervised': '|u1',  # [all tokens]
-  'offsets': '<i8',  # [examples + 1]
-  'supervised_lengths': '<i4',  # [examples]
-  'places': '<i8',  # [examples, 2]: file number, line
-  'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
-  'values': '<f4',  # [examples]: margin, label or score, else 0
-}
 
 
 class Corpus:
@@ -82,7 +75,7 @@ class Corpus:
       ) from error
     self.counts, self.shape = Counts(**meta['counts']), meta['shape']
     arrays = {}
-    for part, dtype in _DTYPES.items():
+    for part, dtype in DTYPES.items():
       path = folder / f'{part}.bin'
       if not path.is_file() or path.stat().st_size != meta['bytes'][part]:
         raise DataError(
@@ -139,6 +132,10 @@ class Corpus:
     file, line = self._places[self._at(i)]
     return int(file), int(line)
 
+  def notes(self) -> list[str]:
+    """Rows of the whole source that were left out or changed, one text for each kind."""
+    return counts_lib.notes(self.name, self.counts, self._file_names)
+
   def view(self, index: np.ndarray) -> 'Corpus':
     """Some of the examples, given by their numbers int[n], in that order."""
     index = np.asarray(index, np.int64)
@@ -146,251 +143,175 @@ class Corpus:
     return Corpus(self._folder, self.name, self._file_names, index)
 
 
-class _Writer:
-  """Appends examples to the files of a cache folder under construction."""
-
-  def __init__(self, folder: Path, shape: str):
-    self._folder, self._shape = folder, shape
-    self._files = {part: open(folder / f'{part}.bin', 'wb') for part in _DTYPES}  # noqa: SIM115
-    self._digest = hashlib.sha256(b'ftjax corpus 1\n')
-    self.counts = Counts()
-    self._put('offsets', np.zeros(1))
-
-  def _put(self, part: str, values) -> None:
-    self._files[part].write(np.ascontiguousarray(values, _DTYPES[part]).tobytes())
-
-  def add(self, example: encode.Encoded, file: int, line: int) -> None:
-    counts, n = self.counts, len(example.tokens)
-    supervised = int(example.supervised.sum())
-    counts.examples += 1
-    counts.tokens += n
-    counts.supervised += supervised
-    counts.straddled += example.straddled
-    if example.is_chat:
-      counts.chat_examples += 1
-      counts.chat_tokens += n
-      counts.chat_supervised += supervised
-    self._put('tokens', example.tokens)
-    self._put('supervised', example.supervised)
-    self._put('offsets', [counts.tokens])
-    self._put('supervised_lengths', [supervised])
-    self._put('places', [file, line])
-    self._put('boundaries', [example.boundary])
-    self._put('values', [example.value])
-    self._digest.update(np.int64(n).tobytes())
-    self._digest.update(example.tokens.astype('<i4').tobytes())
-    self._digest.update(np.packbits(example.supervised).tobytes())
-    if self._shape != 'text':
-      self._digest.update(np.array([example.boundary, example.value], '<f8').tobytes())
-
-  def close(self) -> None:
-    for file in self._files.values():
-      file.close()
-
-  def finish(self) -> None:
-    """Flushes the arrays to disk, then writes meta.json, the mark of a whole folder."""
-    for file in self._files.values():
-      file.flush()
-      os.fsync(file.fileno())
-    self.close()
-    meta = {
-      'schema': SCHEMA,
-      'shape': self._shape,
-      'fingerprint': self._digest.hexdigest(),
-      'counts': dataclasses.asdict(self.counts),
-      'bytes': {part: (self._folder / f'{part}.bin').stat().st_size for part in _DTYPES},
-    }
-    with open(self._folder / 'meta.json', 'w') as file:
-      file.write(json.dumps(meta, indent=1))
-      file.flush()
-      os.fsync(file.fileno())
+ON_BAD_ROW = ('error', 'drop')
 
 
-@dataclasses.dataclass
-class _Build:
-  """One pass over a source: parse, encode, fit, write; bad rows are collected."""
-
-  spec: Spec
-  tokenizer: Tokenizer
-  seq_len: int
-  loss_on: str
-  on_overlength: str
-  shape: str
-  names: list[str]
-  writer: _Writer
-  form: str | None = None
-  bad: list[str] = dataclasses.field(default_factory=list)
-
-  def _reject(self, file: int, line: int, reason: str) -> None:
-    self.bad.append(f'{self.names[file]}:{line}: {reason}')
-
-  def _parse(self, row) -> formats.Example | judged.Pair | judged.Judged | Bad:
-    if isinstance(row, Bad):
-      return row
-    try:
-      if self.shape != 'text':
-        return judged.parse(row, self.shape, self.spec.format)
-      self.form = self.form or self.spec.format or formats.detect(row)
-      return formats.parse(row, self.form, self.tokenizer.template is not None)
-    except ValueError as error:
-      return Bad(str(error))
-
-  def add_rows(self, chunk: list[tuple[int, int, sources.Row | Bad]]) -> None:
-    parsed = [(file, line, self._parse(row)) for file, line, row in chunk]
-    good = [example for _, _, example in parsed if not isinstance(example, Bad)]
-    found = (
-      encode.encode(good, self.tokenizer, self.loss_on)
-      if self.shape == 'text'
-      else judged.encode(good, self.tokenizer)
-    )
-    encoded = iter(found)
-    for file, line, example in parsed:
-      self.writer.counts.rows += 1
-      result = example if isinstance(example, Bad) else next(encoded)
-      if isinstance(result, Bad):
-        self._reject(file, line, result.reason)
-        continue
-      for one in result:
-        self._add(one, file, line)
-
-  def _add(self, example: encode.Encoded, file: int, line: int) -> None:
-    seen = self.writer.counts
-    fit = judged.fit if example.boundary else encode.fit
-    if example.boundary:
-      chosen, rejected = judged.over(example, self.seq_len)
-      seen.chosen_over += chosen
-      seen.rejected_over += rejected
-    try:
-      kept = fit(example, self.seq_len, self.on_overlength)
-    except ValueError as error:
-      self._reject(file, line, str(error))
-      return
-    if kept is not None:
-      seen.truncated += len(kept.tokens) < len(example.tokens)
-      self.writer.add(kept, file, line)
-    elif self.on_overlength == 'drop':
-      seen.dropped += 1
-    else:
-      seen.unsupervised += 1
+def _check_settings(loss_on: str, on_overlength: str, on_bad_row: str, seq_len: int) -> None:
+  encode.check_loss_on(loss_on)
+  for key, value, allowed in (
+    ('on_overlength', on_overlength, encode.ON_OVERLENGTH),
+    ('on_bad_row', on_bad_row, ON_BAD_ROW),
+  ):
+    if value not in allowed:
+      raise ConfigError(f'data.{key}={value!r}; expected one of {list(allowed)}')
+  if seq_len < 2:
+    raise ConfigError(f'seq_len={seq_len}; expected at least 2')
 
 
-def _chunks(rows: Iterator, size: int) -> Iterator[list]:
-  """Lists of `size` rows, or of fewer long ones: tokenizing takes some 600 bytes a character."""
-  chunk, weight = [], 0
-  for row in rows:
-    chunk.append(row)
-    weight += len(repr(row)) if isinstance(row[-1], dict) else 0
-    if len(chunk) == size or weight > _CHUNK_CHARACTERS:
-      yield chunk
-      chunk, weight = [], 0
-  if chunk:
-    yield chunk
-
-
-def _build(build: _Build, progress: bool) -> None:
-  rows = sources.scan(build.spec)
-  name = build.spec.path.rstrip('/').rpartition('/')[2]
-  with tqdm(desc=f'tokenize {name}', unit=' rows', disable=not progress, leave=False) as bar:
-    for chunk in _chunks(rows, _CHUNK):
-      build.add_rows(chunk)
-      bar.update(len(chunk))
-      if len(build.bad) >= _MAX_REPORTED:
-        break
-  if build.bad:
-    more = ' (there may be more)' if len(build.bad) >= _MAX_REPORTED else ''
-    listed = '\n  '.join(build.bad[:_MAX_REPORTED])
-    raise DataError(f'{build.spec.path}: rows that cannot be used{more}:\n  {listed}')
-  counts.check(build.spec.path, build.writer.counts, build.loss_on)
-
-
-def cache_key(
-  spec: Spec, tokenizer: Tokenizer, seq_len: int, loss_on: str, on_overlength: str, shape: str
-) -> str:
-  """Hex name of the cache of these settings: content, tokenizer, template, policy, schema."""
+def cache_key(spec: Spec, tokenizer: Tokenizer, policy: Policy) -> str:
+  """Hex name of the tokens of these settings: content, tokenizer, template, policy, schema."""
   facts = {
     'schema': SCHEMA,
     'content': sources.fingerprint(spec),
     'tokenizer': tokenizer.fingerprint,
-    'format': spec.format,
-    'seq_len': seq_len,
-    'loss_on': loss_on,
-    'on_overlength': on_overlength,
-    'shape': shape,
-  }
+  } | dataclasses.asdict(policy)
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def build_or_open(
-  spec: Spec,
-  tokenizer: Tokenizer,
-  *,
-  cache_dir: str | Path,
-  seq_len: int,
-  loss_on: str,
-  on_overlength: str,
-  progress: bool,
-  shape: str = 'text',
-) -> Corpus:
-  """Tokenizes a source, or opens what an earlier run tokenized.
+def _build(build: Build, writer: Writer) -> None:
+  """Fills the writer's folder."""
+  build.merge(writer)
+  writer.finish(SCHEMA)
 
-  Args:
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A source and what its tokens depend on; they are made once and then read.
+
+  Attributes:
     spec: the source; its weight does not matter here.
     tokenizer: with its template.
     cache_dir: folder of all caches, made if missing; may be gs://.
     seq_len: most tokens of an example.
     loss_on: see `encode.encode`.
     on_overlength: 'error', 'drop', 'truncate_left' (keeps the end) or 'truncate_right'.
-    progress: show a bar while tokenizing.
+    on_bad_row: 'error', or 'drop': rows that cannot be used are left out, counted and listed.
+    on_unrendered: 'error', or 'warn': rows with content that the template does not show are kept
+      and counted.
     shape: what the rows must be: 'text', or one of judged.SHAPES, which ignore `loss_on`.
+    workers: processes that tokenize; 0: one for each core. They change no byte of the result.
+    progress: show a bar while tokenizing.
+  """
+
+  spec: Spec
+  tokenizer: Tokenizer
+  cache_dir: str | Path
+  seq_len: int
+  loss_on: str
+  on_overlength: str
+  progress: bool
+  on_bad_row: str = 'error'
+  on_unrendered: str = 'error'
+  shape: str = 'text'
+  workers: int = 0
+
+  def policy(self) -> Policy:
+    """What the tokens of a row depend on.
+
+    Raises:
+      ConfigError: an unknown policy.
+    """
+    _check_settings(self.loss_on, self.on_overlength, self.on_bad_row, self.seq_len)
+    return Policy(
+      *(self.spec.format, self.seq_len, self.loss_on, self.on_overlength),
+      *(self.on_unrendered, self.shape),
+    )
+
+  def _folders(self) -> tuple[Path, Build]:
+    """Where the finished tokens lie, and how they are built."""
+    policy = self.policy()
+    root = files.local_mirror(self.cache_dir)
+    key = cache_key(self.spec, self.tokenizer, policy)
+    # Blocks are the same whether bad rows are left out or not: they outlive a run that meets some.
+    blocks = root / f'{_BUILDING}{key}'
+    drop_bad = self.on_bad_row == 'drop'
+    if drop_bad:
+      key = hashlib.sha256(f'{key} drop'.encode()).hexdigest()[:32]
+    settings = (drop_bad, blocks, self.workers, self.progress)
+    return root / key, Build(self.spec, self.tokenizer, policy, *settings)
+
+  def open(self) -> Corpus:
+    """Tokenizes the source, or opens what an earlier run tokenized.
+
+    Raises:
+      ConfigError: an unknown policy. DataError: rows that cannot be used (reasons with their count
+      and first places), nothing left to train on, or a mask that covers nothing or everything.
+    """
+    folder, build = self._folders()
+    remote = files.join(self.cache_dir, folder.name)
+    while not folder.is_dir():
+      _prepare(folder.parent, build.folder)
+      with contextlib.suppress(Gone):  # another process was first, or found bad rows: look again
+        _make(folder, build, remote)
+    corpus = Corpus(folder, self.spec.path, sources.source_names(self.spec))
+    try:
+      files.put_folder(folder, remote, _MARK)
+    except (OSError, DataError) as error:  # the tokens are here all the same
+      log.warning('%s: tokens were not uploaded for other machines: %s', remote, error)
+    return corpus
+
+  def tokenize_share(self, number: int, count: int) -> None:
+    """Tokenizes part `number` of `count` of a large source into a cache folder that several hosts
+    share; `open` then puts the parts together. Nothing where the tokens are there, or in a bucket.
+    """
+    folder, build = self._folders()
+    if files.is_remote(self.cache_dir) or folder.is_dir():
+      return
+    _prepare(folder.parent, build.folder)
+    with contextlib.suppress(Gone):
+      build.share(number, count)
+
+
+def build_or_open(spec: Spec, tokenizer: Tokenizer, **settings: Any) -> Corpus:
+  """Returns `Source(spec, tokenizer, **settings).open()`."""
+  return Source(spec, tokenizer, **settings).open()
+
+
+def _prepare(root: Path, blocks: Path) -> None:
+  root.mkdir(parents=True, exist_ok=True)
+  _sweep(root, blocks)
+
+
+def _make(folder: Path, build: Build, remote: str) -> None:
+  """Downloads a cache folder, or builds it, and gives it its name."""
+  scratch = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent))
+  scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
+  try:
+    if not files.fetch_folder(remote, scratch, _MARK):
+      with contextlib.closing(Writer(scratch, build.policy.shape)) as writer:
+        _build(build, writer)
+    try:
+      os.rename(scratch, folder)
+    except OSError:
+      if not folder.is_dir():  # else another process was first, with the same content
+        raise
+    shutil.rmtree(build.folder, ignore_errors=True)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def head(source: Source, rows: int) -> Corpus:
+  """Tokenizes the first rows of a source alone, into `cache_dir` (not in a bucket), for a look.
 
   Raises:
-    ConfigError: an unknown policy. DataError: rows that cannot be used (up to 20 listed with file,
-    line and reason), nothing left to train on, or a mask that covers nothing or everything. Nothing
-    stays on disk then.
+    as `Source.open`.
   """
-  encode.check_loss_on(loss_on)
-  if on_overlength not in encode.ON_OVERLENGTH:
-    raise ConfigError(
-      f'data.on_overlength={on_overlength!r}; expected one of {list(encode.ON_OVERLENGTH)}'
-    )
-  if seq_len < 2:
-    raise ConfigError(f'seq_len={seq_len}; expected at least 2')
-  names = sources.source_names(spec)
-  root = files.local_mirror(cache_dir)
-  folder = root / cache_key(spec, tokenizer, seq_len, loss_on, on_overlength, shape)
-  remote = files.join(cache_dir, folder.name)
-  if not folder.is_dir():
-    root.mkdir(parents=True, exist_ok=True)
-    _sweep(root)
-    scratch = Path(tempfile.mkdtemp(prefix='building-', dir=root))
-    scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
-    try:
-      if not files.fetch_folder(remote, scratch, _MARK):
-        writer = _Writer(scratch, shape)
-        policy = (seq_len, loss_on, on_overlength, shape)
-        try:
-          _build(_Build(spec, tokenizer, *policy, names, writer), progress)
-          writer.finish()
-        finally:
-          writer.close()
-      try:
-        os.rename(scratch, folder)
-      except OSError:
-        if not folder.is_dir():  # else another process was first, with the same content
-          raise
-    finally:
-      shutil.rmtree(scratch, ignore_errors=True)
-  corpus = Corpus(folder, spec.path, names)
-  try:
-    files.put_folder(folder, remote, _MARK)
-  except (OSError, DataError) as error:  # the tokens are here all the same
-    log.warning('%s: tokens were not uploaded for other machines: %s', remote, error)
-  return corpus
+  folder = Path(source.cache_dir) / f'head-{secrets.token_hex(8)}'
+  folder.mkdir(parents=True)
+  settings = (source.on_bad_row == 'drop', folder / 'blocks', 1, False, rows)
+  build = Build(source.spec, source.tokenizer, source.policy(), *settings)
+  with contextlib.closing(Writer(folder, source.shape)) as writer:
+    _build(build, writer)
+  return Corpus(folder, source.spec.path, sources.source_names(source.spec))
 
 
-def _sweep(root: Path) -> None:
-  """Removes what nobody has written to for a day: a killed process was building it."""
-  for folder in root.glob('building-*'):
+def _sweep(root: Path, own: Path) -> None:
+  """Removes what nobody has written to for a day, as a killed process was building it; but not
+  `own`, where this build goes on.
+  """
+  for folder in root.glob(f'{_BUILDING}*'):
+    if folder == own:
+      continue
     try:
       touched = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
     except OSError:  # another process is at it

@@ -7,7 +7,7 @@ import numpy as np
 from ftjax.data.batches import Batch
 from ftjax.data.cache import Corpus
 from ftjax.data.prompts import Prompt, Prompts
-from ftjax.data.schedule import Mixture
+from ftjax.data.schedule import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
 
 
@@ -22,7 +22,7 @@ def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
     segments = batch['segments'][row]
     used = int((segments > 0).sum())
     supervised = np.concatenate([[False], batch['weights'][row, :-1] > 0])
-    lines += [f'row {row}: {used} tokens, {len(segments) - used} padding']
+    lines += [f'packed sequence {row}: {used} tokens, {len(segments) - used} padding']
     lines += [f'{"id":>8}  {"token":<24} {"supervised":<10} {"segment":>7} {"position":>8}']
     for t in range(used):
       token = int(batch['tokens'][row, t])
@@ -41,7 +41,9 @@ def _percentiles(lengths: np.ndarray) -> str:
 
 
 def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
-  """Per source: examples, tokens, lengths, share supervised, what was dropped; then the mixture."""
+  """Returns per source: examples, tokens, lengths, share supervised, what was left out; then the
+  mixture.
+  """
   lines = []
   for corpus, schedule, quota in zip(corpora, mixture.sources, mixture.quotas, strict=True):
     counts = corpus.counts
@@ -51,14 +53,39 @@ def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
       f'  {corpus.tokens:,} tokens, {corpus.supervised:,} supervised ({share:.1%})',
       f'  lengths: {_percentiles(corpus.lengths)}',
       f'  over seq_len: {counts.dropped:,} dropped, {counts.truncated:,} truncated, '
-      f'{counts.unsupervised:,} dropped as nothing supervised was left',
-      f'  {schedule.rows_per_epoch:,} rows an epoch, {schedule.fill:.1%} full; '
-      f'{quota / sum(mixture.quotas):.1%} of the rows of the mixture',
+      f'{counts.unsupervised:,} dropped as no supervised token was left',
+      f'  {_packing(schedule)}; {quota / sum(mixture.quotas):.1%} of the mixture',
     ]
     if counts.straddled:
-      lines.append(f'  {counts.straddled:,} tokens on a border of prompt and answer')
-  lines.append(f'mixture: {mixture.rows_per_epoch:,} rows an epoch')
+      lines.append(f'  {counts.straddled:,} tokens on a border of prompt and completion')
+    if counts.unread_columns:
+      lines.append(f'  columns not read: {unread_columns(corpus)}')
+    lines += [f'  {line}' for note in corpus.notes() for line in note.splitlines()]
+  lines.append(f'mixture: {mixture.rows_per_epoch:,} packed sequences per epoch')
   return '\n'.join(lines)
+
+
+def _packing(schedule: SourceSchedule) -> str:
+  use = f'{schedule.fill:.1%} token utilization ({1 - schedule.fill:.1%} padding)'
+  return f'{schedule.rows_per_epoch:,} packed sequences per epoch, {use}'
+
+
+def opening(corpus: Corpus) -> str:
+  """Returns counts of the first rows of a source, as of `cache.head`."""
+  lines = [
+    f'{corpus.name}: first {corpus.counts.rows:,} rows: {len(corpus):,} examples, '
+    f'{corpus.tokens:,} tokens, {corpus.supervised / corpus.tokens:.1%} supervised',
+    f'  lengths: {_percentiles(corpus.lengths)}',
+  ]
+  if corpus.counts.unread_columns:
+    lines.append(f'  columns not read: {unread_columns(corpus)}')
+  return '\n'.join(lines + [f'  {line}' for note in corpus.notes() for line in note.splitlines()])
+
+
+def unread_columns(corpus: Corpus) -> str:
+  """Returns the columns of a source's rows that its format does not read, with their counts."""
+  found = corpus.counts.unread_columns
+  return ', '.join(f'{entry["reason"]} ({entry["rows"]:,} rows)' for entry in found)
 
 
 def prompts(sources: Sequence[Prompts], first: Sequence[Prompt], tokenizer: Tokenizer) -> str:

@@ -1,10 +1,7 @@
 """Examples to tokens and masks: which token of a conversation, completion or document is
 supervised.
 
-Masks come from character spans of the rendered text, never from searching for tokens. For an
-assistant turn k the span begins where the generation prompt after messages[:k] ends and ends where
-messages[:k+1] ends. A template that rewrites history (drops earlier reasoning, say) has no such
-spans; then every supervised turn becomes an example of its own, exactly as it would be sampled.
+Masks come from character spans of the rendered text (spans.py), never from searching for tokens.
 The turn's end-of-turn token is supervised, white space that the template writes after it is not.
 
 `cache.py` calls this over chunks of rows; generation and evaluation call `encode_prompt`.
@@ -15,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.data import chat
+from ftjax.data import dialect, spans
 from ftjax.data.formats import Bad, Chat, Completion, Example, Text
+from ftjax.data.spans import Piece
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -36,6 +34,10 @@ class Encoded:
       in a chat, and tokenized apart in a completion.
     boundary: of a pair, where its second side begins; else 0. See judged.py, also for
     value: what a row says of its answers, a number.
+    unrendered: places of content of the row that its rendering does not contain, such as
+      'messages[1].reasoning_content'.
+    bos: 1 where the first token is BOS, else 0. head: tokens up to the end of the system turn, BOS
+      included; never less than `bos`. A left cut keeps them, see `fit`.
   """
 
   tokens: np.ndarray
@@ -44,15 +46,9 @@ class Encoded:
   straddled: int = 0
   boundary: int = 0
   value: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-  """A rendered text and the (start, end) spans of characters that are the assistant's."""
-
-  text: str
-  spans: tuple[tuple[int, int], ...]
-  cut: bool  # whether spans end at a stop token
+  bos: int = 0
+  head: int = 0
+  unrendered: tuple[str, ...] = ()
 
 
 def check_loss_on(loss_on: str) -> None:
@@ -61,83 +57,43 @@ def check_loss_on(loss_on: str) -> None:
     raise ConfigError(f'data.loss_on={loss_on!r}; expected one of {list(LOSS_ON)}')
 
 
-def _render(tokenizer: Tokenizer, messages, tools, generation_prompt: bool) -> str:
-  if tokenizer.template is None:
-    raise DataError(
-      f'{tokenizer.name} has no chat template, and the data holds conversations. Put a '
-      'chat_template.jinja into the model folder (that of the instruct model of the same family, '
-      'for example), or give prompt/completion or text rows'
-    )
-  return chat.render(
-    tokenizer.template,
-    messages,
-    generation_prompt=generation_prompt,
-    bos_token=tokenizer.bos_token,
-    eos_token=tokenizer.eos_token,
-    tools=tools,
+def _template_name(tokenizer: Tokenizer) -> str:
+  return dialect.of(tokenizer).name
+
+
+def unrendered_reason(places: Sequence[str], tokenizer: Tokenizer) -> str:
+  """Returns one line that says which places of a row a template does not render, and what to do."""
+  shown = ', '.join(places[:5]) + (f' and {len(places) - 5} more' if len(places) > 5 else '')
+  return (
+    f'the {_template_name(tokenizer)} does not render {shown}; remove it from the row, use a '
+    "template that renders it, or set data.on_unrendered='warn' to train without it"
   )
 
 
-def _template_name(tokenizer: Tokenizer) -> str:
-  return f'{chat.name_template(tokenizer.template or "")} of {tokenizer.name}'
+def expansion_note(rows: int, examples: int, tokens: int) -> str:
+  """Returns one line about rows that a template which rewrites history turned into many examples.
+
+  Args:
+    rows: such rows, those for which `encode` returned more than one example.
+    examples, tokens: of all of them.
+  """
+  return (
+    f'{rows} row{"s" if rows > 1 else ""} became {examples} examples of {tokens:,} tokens: the '
+    'chat template renders earlier turns differently once others follow (it drops their reasoning, '
+    "say), so every supervised turn is an example of its own; data.loss_on='completion' trains "
+    'only the last one'
+  )
 
 
-def _check_template(example: Chat, tokenizer: Tokenizer) -> None:
-  """Refuses rows of which a template would silently show nothing."""
-  template = tokenizer.template or ''
-  if example.tools and 'tools' not in template:
-    raise ValueError(f'the row offers tools, which the {_template_name(tokenizer)} never shows')
-  if any(m.get('tool_calls') for m in example.messages) and 'tool_calls' not in template:
-    raise ValueError(f'the row calls a tool, which the {_template_name(tokenizer)} never shows')
-
-
-def _turns(example: Chat, loss_on: str) -> list[int]:
-  """Indices of the assistant messages to be supervised."""
-  trained = example.trained or tuple(m['role'] == 'assistant' for m in example.messages)
-  turns = [i for i, t in enumerate(trained) if t and example.messages[i]['role'] == 'assistant']
-  if loss_on == 'completion':
-    last = max(i for i, m in enumerate(example.messages) if m['role'] == 'assistant')
-    turns = [i for i in turns if i == last]
-  if not turns:
-    raise ValueError(f'no assistant message is supervised with data.loss_on={loss_on!r}')
-  return turns
-
-
-def _pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> list[_Piece]:
-  """Renders a conversation: one piece where prefixes hold, else one per supervised turn."""
-  _check_template(example, tokenizer)
-  messages, tools = example.messages, example.tools
-  full = _render(tokenizer, messages, tools, False)
-  if loss_on == 'all':
-    return [_Piece(full, ((0, len(full)),), cut=False)]
-  turns = _turns(example, loss_on)
-  rendered = []
-  for k in turns:
-    prompt = _render(tokenizer, messages[:k], tools, True)
-    whole = full if k + 1 == len(messages) else _render(tokenizer, messages[: k + 1], tools, False)
-    rendered.append((prompt, whole))
-  if all(full.startswith(whole) and whole.startswith(prompt) for prompt, whole in rendered):
-    return [_Piece(full, tuple((len(p), len(w)) for p, w in rendered), cut=True)]
-  for k, (prompt, whole) in zip(turns, rendered, strict=True):
-    if not whole.startswith(prompt):
-      same = next(i for i, (a, b) in enumerate(zip(prompt + '\0', whole + '\1')) if a != b)  # noqa: B905
-      hint = ' (begin the row with a system or user message)' if k == 0 else ''
-      raise ValueError(
-        f'{_template_name(tokenizer)}: what it renders as the prompt of messages[{k}] is not how '
-        f'the conversation with messages[{k}] begins: {prompt[same : same + 40]!r} against '
-        f'{whole[same : same + 40]!r} after {same} characters{hint}'
-      )
-  return [_Piece(whole, ((len(prompt), len(whole)),), cut=True) for prompt, whole in rendered]
-
-
-def _mask(piece: _Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
+def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
   """Supervises the tokens that lie inside the piece's spans, each up to its stop token."""
   supervised = np.zeros(len(ids), bool)
   straddled = 0
-  special = np.isin(ids, list(tokenizer.special_ids))
+  special = tokenizer.is_special[ids]
   for start, end in piece.spans:
     inside = (starts >= start) & (ends <= end) & (ends > start)
-    straddled += int(np.sum((starts < start) & (ends > start)))
+    across = int(np.sum((starts < start) & (ends > start)))
+    straddled += across
     if piece.cut:
       stops = np.flatnonzero(inside & special)
       if not len(stops) or piece.text[ends[stops[-1]] : end].strip():
@@ -148,16 +104,33 @@ def _mask(piece: _Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
           'or give prompt/completion rows'
         )
       inside[stops[-1] + 1 :] = False
+      if int(inside.sum()) == 1:
+        text = piece.text[start : starts[stops[-1]]]
+        why = (
+          f'its text {text[:30]!r} shares a token with what stands before it'
+          if across
+          else 'the template renders nothing else of it'
+        )
+        raise ValueError(
+          f'{_template_name(tokenizer)}: of an assistant turn nothing but the stop token would be '
+          f'supervised; {why}'
+        )
     supervised |= inside
-  return _finish(ids, supervised, tokenizer, straddled)
+  head = int(np.searchsorted(ends, piece.head, 'right')) if piece.head else 0
+  return _finish(ids, supervised, tokenizer, straddled, head)
 
 
-def _finish(ids, supervised, tokenizer: Tokenizer, straddled: int) -> Encoded:
+def _finish(ids, supervised, tokenizer: Tokenizer, straddled: int, head: int) -> Encoded:
   """Leaves one BOS where the text begins with two, and nothing supervised before position 1."""
   if _doubled_bos(ids, tokenizer):
-    ids, supervised = ids[1:], supervised[1:].copy()
+    ids, supervised, head = ids[1:], supervised[1:].copy(), max(head - 1, 0)
   supervised[:1] = False  # nothing predicts the first token
-  return Encoded(ids, supervised, True, straddled)
+  bos = _count_bos(ids, tokenizer)
+  return Encoded(ids, supervised, True, straddled, bos=bos, head=max(bos, head))
+
+
+def _count_bos(ids, tokenizer: Tokenizer) -> int:
+  return int(len(ids) > 0 and tokenizer.bos_id is not None and ids[0] == tokenizer.bos_id)
 
 
 def _doubled_bos(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bool:
@@ -166,27 +139,36 @@ def _doubled_bos(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bool:
 
 def _encode_chats(chats: Sequence[Chat], tokenizer: Tokenizer, loss_on: str):
   """Per conversation its examples, or Bad."""
-  planned: list[list[_Piece] | Bad] = []
+  planned: list[spans.Rendered | Bad] = []
   for example in chats:
     try:
-      planned.append(_pieces(example, tokenizer, loss_on))
+      planned.append(spans.pieces(example, tokenizer, loss_on))
     except ValueError as error:
       if tokenizer.template is None:
         raise
       planned.append(Bad(str(error)))
-  pieces = [p for plan in planned if not isinstance(plan, Bad) for p in plan]
-  spans = iter(tokenizer.encode_spans([p.text for p in pieces]))
+  pieces = [p for plan in planned if not isinstance(plan, Bad) for p in plan.pieces]
+  tokens = iter(tokenizer.encode_spans([p.text for p in pieces]))
   out: list[list[Encoded] | Bad] = []
   for plan in planned:
     if isinstance(plan, Bad):
       out.append(plan)
       continue
-    encoded = [(p, next(spans)) for p in plan]
+    encoded = [(p, next(tokens)) for p in plan.pieces]
     try:
-      out.append([_mask(piece, tokenizer, *found) for piece, found in encoded])
+      found = [_mask(piece, tokenizer, *ids) for piece, ids in encoded]
+      if plan.unrendered:
+        found = [dataclasses.replace(e, unrendered=plan.unrendered) for e in found]
+      out.append(found)
     except ValueError as error:
-      out.append(Bad(str(error)))
+      out.append(Bad(spans.with_places(str(error), plan.unrendered)))
   return out
+
+
+_NOTHING_BUT_STOP = (
+  'of the completion nothing but the stop token would be supervised; it holds no other token of '
+  'its own'
+)
 
 
 def _require_eos(tokenizer: Tokenizer) -> int:
@@ -213,13 +195,44 @@ def _once(tokenizer: Tokenizer, ids, end: Sequence[int] = ()) -> np.ndarray:
 def _split_ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer):
   """Per (prompt, answer): ids of the prompt as it stands alone, ids of the answer, and whether the
   two had to be tokenized apart.
+
+  Both together decode to prompt + answer. Where no ids of the answer do that behind the prompt's
+  own, the prompt's are those of the joint text up to the token that holds the border, which goes
+  with the prompt.
   """
   prompts = tokenizer.encode_batch([prompt for prompt, _ in texts])
   wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in texts])
-  for (_, answer), prompt, whole in zip(texts, prompts, wholes, strict=True):
+  for (text, answer), prompt, whole in zip(texts, prompts, wholes, strict=True):
     n = len(prompt)
-    apart = len(whole) < n or not np.array_equal(whole[:n], prompt)
-    yield prompt, (np.array(tokenizer.encode(answer), np.int32) if apart else whole[n:]), apart
+    if len(whole) >= n and np.array_equal(whole[:n], prompt):
+      yield prompt, whole[n:], False
+      continue
+    found = _continuation(tokenizer, prompt, whole, answer)
+    if found is None:
+      ((whole, starts, _),) = tokenizer.encode_spans([text + answer])
+      n = int(np.searchsorted(starts, len(text)))
+      prompt, found = whole[:n], whole[n:]
+    yield prompt, found, True
+
+
+# Texts behind which a tokenizer takes no start of a text: an answer's ids are cut off after them.
+_ANCHORS = ('', '\n', '.', 'a', '0', ')', '\t')
+
+
+def _continuation(tokenizer: Tokenizer, prompt, whole, answer: str) -> np.ndarray | None:
+  """Ids of an answer that decode to it behind a prompt's ids; None if none are found.
+
+  A tokenizer may put a space before every text (SentencePiece's U+2581), which an answer that goes
+  on in the middle of a word must not have.
+  """
+  wanted = tokenizer.decode(whole, skip_special=False)
+  for anchor in _ANCHORS:
+    ((ids, starts, _),) = tokenizer.encode_spans([anchor + answer])
+    n = int(np.searchsorted(starts, len(anchor)))
+    found = ids[n:]
+    if tokenizer.decode([*prompt, *found], skip_special=False) == wanted:
+      return found
+  return None
 
 
 def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_on: str):
@@ -232,7 +245,10 @@ def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_o
     ids = np.concatenate([before, answer, end]).astype(np.int32)
     supervised = np.arange(len(ids)) >= (0 if loss_on == 'all' else len(before))
     supervised[:1] = False
-    out.append([Encoded(ids, supervised, False, int(apart))])
+    bos = _count_bos(ids, tokenizer)
+    found = Encoded(ids, supervised, False, int(apart), bos=bos, head=bos)
+    empty = loss_on != 'all' and len(answer) + len(end) < 2
+    out.append(Bad(_NOTHING_BUT_STOP) if empty else [found])
   return out
 
 
@@ -242,7 +258,8 @@ def _encode_texts(rows: Sequence[Text], tokenizer: Tokenizer):
   out: list[list[Encoded] | Bad] = []
   for ids in tokenizer.encode_batch([r.text for r in rows]):
     ids = _once(tokenizer, ids, [eos])
-    out.append([Encoded(ids, np.arange(len(ids)) > 0, False)])
+    bos = _count_bos(ids, tokenizer)
+    out.append([Encoded(ids, np.arange(len(ids)) > 0, False, bos=bos, head=bos)])
   return out
 
 
@@ -290,24 +307,35 @@ def encode_answers(
   Raises:
     DataError: the tokenizer lacks what all rows of a kind need (a template, an EOS).
   """
-  texts: list[tuple[str, str] | Bad] = []
+  texts: list[tuple[str, str, int] | Bad] = []
+  places: list[tuple[str, ...]] = []
   for example in examples:
+    places.append(())
     if isinstance(example, Completion):
-      texts.append((example.prompt, example.completion))
+      texts.append((example.prompt, example.completion, 0))
       continue
     try:
-      (piece,) = _pieces(example, tokenizer, 'completion')
+      found = spans.pieces(example, tokenizer, 'completion')
+      (piece,) = found.pieces
       ((start, end),) = piece.spans
-      texts.append((piece.text[:start], piece.text[start:end]))
+      texts.append((piece.text[:start], piece.text[start:end], piece.head))
+      places[-1] = found.unrendered
     except ValueError as error:
       texts.append(Bad(str(error)))
-  ids = _split_ids([t for t in texts if not isinstance(t, Bad)], tokenizer)
+  ids = _split_ids([t[:2] for t in texts if not isinstance(t, Bad)], tokenizer)
   out: list[Encoded | Bad] = []
-  for example, text in zip(examples, texts, strict=True):
+  for example, text, unrendered in zip(examples, texts, places, strict=True):
     if isinstance(text, Bad):
       out.append(text)
-    else:
-      out.append(_answer(example, *next(ids), tokenizer))
+      continue
+    found = _answer(example, *next(ids), tokenizer)
+    if not isinstance(found, Bad):
+      head = found.bos
+      if text[2]:
+        ((_, _, ends),) = tokenizer.encode_spans([text[0]])
+        head = max(head, int(np.searchsorted(ends, text[2], 'right')))
+      found = dataclasses.replace(found, head=head, unrendered=unrendered)
+    out.append(found)
   return out
 
 
@@ -316,7 +344,7 @@ def _answer(example: Chat | Completion, prompt, answer, apart: bool, tokenizer: 
   is_chat = isinstance(example, Chat)
   if is_chat:
     prompt = prompt[1:] if _doubled_bos(prompt, tokenizer) else prompt
-    stops = np.flatnonzero(np.isin(answer, list(tokenizer.special_ids)))
+    stops = np.flatnonzero(tokenizer.is_special[answer])
     if not len(stops):
       return Bad(
         f'{_template_name(tokenizer)}: the answer ends without a special token, so where it is '
@@ -326,19 +354,30 @@ def _answer(example: Chat | Completion, prompt, answer, apart: bool, tokenizer: 
   else:
     eos, prompt = _require_eos(tokenizer), _once(tokenizer, prompt)
     answer = answer if len(answer) and answer[-1] == eos else np.append(answer, eos)
+  if len(answer) < 2:
+    return Bad(_NOTHING_BUT_STOP)
   ids = np.concatenate([prompt, answer]).astype(np.int32)
   supervised = np.arange(len(ids)) >= max(len(prompt), 1)
-  if not supervised.any():
-    return Bad('no token of this row is supervised')
-  return Encoded(ids, supervised, is_chat, int(apart))
+  return Encoded(ids, supervised, is_chat, int(apart), bos=_count_bos(ids, tokenizer))
 
 
-def encode_prompt(prompt: Chat | str, tokenizer: Tokenizer) -> list[int]:
-  """Ids to sample from, by the same rules as in training: a conversation so far, or plain text."""
+def encode_prompt(
+  prompt: Chat | str, tokenizer: Tokenizer, on_unrendered: str = 'error'
+) -> list[int]:
+  """Ids to sample from, by the same rules as in training: a conversation so far, or plain text.
+
+  Args:
+    on_unrendered: 'error', or 'warn' to leave out what the template does not render.
+
+  Raises:
+    ValueError: the template refuses the conversation, or does not render all of it.
+  """
   if isinstance(prompt, str):
     return _once(tokenizer, tokenizer.encode(prompt)).tolist()
-  _check_template(prompt, tokenizer)
-  ids = tokenizer.encode(_render(tokenizer, prompt.messages, prompt.tools, True))
+  text, unrendered = spans.prompt(prompt, tokenizer)
+  if unrendered and on_unrendered == 'error':
+    raise ValueError(unrendered_reason(unrendered, tokenizer))
+  ids = tokenizer.encode(text)
   return ids[1:] if _doubled_bos(ids, tokenizer) else ids
 
 
@@ -356,8 +395,21 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
   return int(found[-1].tokens[np.flatnonzero(found[-1].supervised)[-1]])
 
 
+def head_length(example: Encoded, seq_len: int) -> int:
+  """Returns how many tokens at the beginning a left cut to `seq_len` tokens keeps.
+
+  BOS, and the system turn where it takes no more than half of `seq_len`. For a pair, `seq_len` is
+  the room of one side.
+  """
+  return example.head if example.head <= seq_len // 2 else example.bos
+
+
 def fit(example: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
   """Applies the over-length policy; the caller counts by comparing lengths.
+
+  'truncate_left' keeps BOS, the system turn of a conversation where it fits (`head_length`), and
+  the end; 'truncate_right' keeps the beginning. A system turn that was cut shows in `head`, which
+  is then less than before.
 
   Returns:
     the example, a shorter one, or None where it is dropped (policy 'drop', or nothing supervised is
@@ -376,9 +428,15 @@ def fit(example: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
       f'{n} tokens, more than seq_len={seq_len}; raise seq_len, or set data.on_overlength to '
       "'drop', 'truncate_left' or 'truncate_right'"
     )
-  kept = slice(n - seq_len, n) if on_overlength == 'truncate_left' else slice(0, seq_len)
-  supervised = example.supervised[kept].copy()
+  head = min(example.head, seq_len)
+  kept = np.arange(seq_len)
+  if on_overlength == 'truncate_left':
+    head = head_length(example, seq_len)
+    kept[head:] += n - seq_len
+  supervised = example.supervised[kept]
   supervised[:1] = False
+  if on_overlength == 'truncate_left':
+    supervised[head : head + 1] = False  # what stood before it is gone
   if not supervised.any():
     return None
-  return dataclasses.replace(example, tokens=example.tokens[kept], supervised=supervised)
+  return dataclasses.replace(example, tokens=example.tokens[kept], supervised=supervised, head=head)

@@ -1,26 +1,31 @@
 """Prompts to sample from, with the columns of their rows for the rewards.
 
-A row has `prompt` (a text, or messages) or `messages`, and any other columns. Messages that end
-with an assistant's turn, and `prompt` with `completion`, are rows of supervised tuning: the prompt
-is what stands before, and the text of the answer becomes the column `answer` unless there is one.
-All prompts are kept in memory. `schedule.py` orders them, one a row.
+A row has a prompt as prompt_rows.py reads it, and any other columns. Where an answer stands behind
+the prompt (a last message by the assistant, `completion`, `output`), its text becomes the column
+`answer` unless there is one. All prompts are kept in memory. `schedule.py` orders them, one a row.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import logging
 from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, sources
-from ftjax.data.formats import Bad, Chat
+from ftjax.data import counts, encode, prompt_rows, sources
+from ftjax.data.counts import Reasons
+from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
+
 ON_OVERLENGTH = ('error', 'drop')
-_MAX_REPORTED = 20  # bad rows listed in one message
+# Of the row's prompt, but wanted again where the row is written anew with another answer.
+_KEPT = ('tools', 'chat_template_kwargs')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +44,26 @@ class Prompt:
 class Prompts:
   """The prompts of one source, in its order.
 
-  dropped: rows left out for their length. fingerprint: sha256 hex of ids and columns in order.
+  Attributes:
+    name: of the source.
+    rows: its prompts.
+    dropped: rows left out for their length.
+    fingerprint: sha256 hex of ids and columns in order.
+    bad: rows left out by data.on_bad_row='drop', and why: `Reasons.as_list`.
+    unrendered: rows with content that the template does not show, kept by 'warn'.
+    unread: columns that are no JSON values and so reach no reward, sorted.
+    file_names: of the places in `bad`.
   """
 
   name: str
   rows: tuple[Prompt, ...]
   dropped: int
   fingerprint: str
+  bad: int = 0
+  bad_reasons: tuple[dict[str, Any], ...] = ()
+  unrendered: int = 0
+  unread: tuple[str, ...] = ()
+  file_names: tuple[str, ...] = ()
 
   @property
   def lengths(self) -> np.ndarray:
@@ -58,102 +76,181 @@ class Prompts:
     return tuple(sorted(set.intersection(*(set(p.columns) for p in self.rows))))
 
 
-def _split(messages: list) -> tuple[list, str | None]:
-  """(the conversation up to where the assistant speaks, the answer that stood there)."""
-  last = messages[-1] if messages else None
-  if not isinstance(last, dict) or last.get('role') != 'assistant':
-    return messages, None
-  said = last.get('content')
-  return messages[:-1], said if isinstance(said, str) else None
+class _Reader:
+  """One pass over the rows of a source."""
+
+  def __init__(self, spec: Spec, tokenizer: Tokenizer, room: int, policies: dict[str, str]):
+    self._spec, self._tokenizer, self._room, self._policies = spec, tokenizer, room, policies
+    self.rows: list[Prompt] = []
+    self.bad, self.refused = Reasons(), Reasons()
+    self.dropped = self.unrendered = self.seen = 0
+    self.unread: set[str] = set()
+    self._digest = hashlib.sha256(b'ftjax prompts 1\n')
+
+  @property
+  def fingerprint(self) -> str:
+    return self._digest.hexdigest()
+
+  def add(self, row: sources.Row | Bad, at: tuple[int, int], place: str) -> None:
+    """Reads one row; `at` is its (file number, line)."""
+    self.seen += 1
+    if isinstance(row, Bad):
+      self.bad.add(row.reason, at)
+      return
+    try:
+      found = prompt_rows.read_prompt(row, self._tokenizer.template is not None, self._spec.format)
+      ids, hidden = self._encode(found.asked)
+      if not ids:
+        raise ValueError('the prompt has no tokens')
+    except ValueError as error:
+      self.bad.add(str(error), at)
+      return
+    if hidden:
+      if self._policies['on_unrendered'] == 'error':
+        self.refused.add(hidden, at)
+        return
+      self.unrendered += 1
+    if len(ids) > self._room:
+      self._too_long(len(ids), at)
+      return
+    columns, line = self._columns(row, found, ids)
+    said = list(found.asked.messages) if isinstance(found.asked, Chat) else found.asked
+    self.rows.append(Prompt(ids, columns, place, said))
+    self._digest.update(line.encode() + b'\n')
+
+  def _encode(self, asked: Chat | str) -> tuple[list[int], str | None]:
+    """(ids, why the template does not show all of it)."""
+    try:
+      return encode.encode_prompt(asked, self._tokenizer), None
+    except ValueError as error:
+      # What the template refuses altogether it refuses again; what it leaves out is another policy.
+      return encode.encode_prompt(asked, self._tokenizer, on_unrendered='warn'), str(error)
+
+  def _too_long(self, tokens: int, at: tuple[int, int]) -> None:
+    if self._policies['on_overlength'] == 'drop':
+      self.dropped += 1
+      return
+    self.refused.add(
+      f'a prompt of {tokens} tokens leaves no room: {self._room} tokens beside rollout.max_tokens; '
+      "raise seq_len or set data.on_overlength='drop'",
+      at,
+    )
+
+  def _columns(
+    self, row: sources.Row, found: prompt_rows.Prompt, ids: list[int]
+  ) -> tuple[dict[str, Any], str]:
+    """(columns for the rewards, the line of the fingerprint)."""
+    columns = {
+      k: v for k, v in row.items() if (k not in found.read and k != 'prompt') or k in _KEPT
+    }
+    if found.answer is not None:
+      columns.setdefault('answer', found.answer)
+    try:
+      return columns, json.dumps([ids, columns], sort_keys=True)
+    except (TypeError, ValueError):  # bytes of an image, say
+      good = {k: v for k, v in columns.items() if _is_json(v)}
+      self.unread |= columns.keys() - good.keys()
+      return good, json.dumps([ids, good], sort_keys=True)
 
 
-def _parse(row: dict[str, Any]) -> tuple[str | list, dict[str, Any]]:
-  """(prompt, columns) of a raw row."""
-  columns = {k: v for k, v in row.items() if k not in ('prompt', 'messages')}
-  if 'prompt' in row:
-    prompt, answer = row['prompt'], row.get('completion')
-    if not isinstance(prompt, str | list):
-      raise ValueError(f"'prompt' is {type(prompt).__name__}, expected a text or messages")
-  elif 'messages' in row:
-    if not isinstance(row['messages'], list):
-      raise ValueError(f"'messages' is {type(row['messages']).__name__}, expected a list")
-    prompt, answer = _split(row['messages'])
-  else:
-    raise ValueError(f"neither 'prompt' nor 'messages'; got keys {sorted(map(str, row))}")
-  if isinstance(answer, list):
-    answer = _split(answer)[1]
-  if isinstance(answer, str):
-    columns.setdefault('answer', answer)
-  return prompt, columns
+def _is_json(value: Any) -> bool:
+  try:
+    json.dumps(value)
+  except (TypeError, ValueError):
+    return False
+  return True
 
 
-def _encode(row: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], dict[str, Any], Any]:
-  """(ids, columns, the prompt as it was said)."""
-  prompt, columns = _parse(row)
-  said = prompt
-  if isinstance(prompt, list):
-    if not prompt:
-      raise ValueError('there is no message before the answer')
-    messages = formats.parse_prompt(prompt)
-    if messages[-1]['role'] == 'assistant':
-      raise ValueError('the prompt ends with a turn of the assistant, who is to speak next')
-    tools = row.get('tools') or None
-    if tools is not None and not isinstance(tools, list):
-      raise ValueError(f"'tools' is {type(tools).__name__}, expected a list")
-    prompt = Chat(tuple(messages), tuple(tools) if tools else None)
-  ids = encode.encode_prompt(prompt, tokenizer)
-  if not ids:
-    raise ValueError('the prompt has no tokens')
-  return ids, columns, said
+def _check_policies(spec: Spec, policies: dict[str, str]) -> None:
+  if (got := policies['on_overlength']) not in ON_OVERLENGTH:
+    raise ConfigError(
+      f'data.on_overlength={got!r}; prompts are not cut, expected one of {ON_OVERLENGTH}'
+    )
+  for key, choices in (('on_bad_row', ('error', 'drop')), ('on_unrendered', ('error', 'warn'))):
+    if policies[key] not in choices:
+      raise ConfigError(f'data.{key}={policies[key]!r}; expected one of {choices}')
+  if spec.format not in (None, *PROMPT_KEYS):
+    raise ConfigError(
+      f"data: {spec.path}::{spec.format} holds no prompts; expected rows with 'prompt' or "
+      f"'messages', or one of the formats {list(PROMPT_KEYS)}"
+    )
 
 
-def read(spec: Spec, tokenizer: Tokenizer, room: int, on_overlength: str) -> Prompts:
+def read(
+  spec: Spec,
+  tokenizer: Tokenizer,
+  room: int,
+  on_overlength: str,
+  limit: int | None = None,
+  *,
+  on_bad_row: str = 'error',
+  on_unrendered: str = 'error',
+) -> Prompts:
   """All prompts of a source.
 
   Args:
-    spec: a source; formats other than those above are refused.
+    spec: a source; formats other than those of PROMPT_KEYS are refused.
     tokenizer: with a template where there are messages.
     room: tokens that a prompt may have.
     on_overlength: 'error' or 'drop'.
+    limit: most rows that are read; None: all.
+    on_bad_row: what becomes of rows that cannot be used: 'error', or 'drop', counted and listed.
+    on_unrendered: what becomes of rows whose content the template does not show: 'error', or 'warn'
+      to use the rest of them, counted.
 
   Raises:
     ConfigError: another policy, or a format that holds no prompts.
-    DataError: rows that cannot be used, by file and line; no prompt left.
+    DataError: rows that cannot be used, by reason, file and line; no prompt left.
   """
-  if on_overlength not in ON_OVERLENGTH:
-    raise ConfigError(
-      f'data.on_overlength={on_overlength!r}; prompts are not cut, expected one of {ON_OVERLENGTH}'
+  policies = {
+    'on_overlength': on_overlength, 'on_bad_row': on_bad_row, 'on_unrendered': on_unrendered
+  }  # fmt: skip
+  _check_policies(spec, policies)
+  names = sources.source_names(spec)
+  reader = _Reader(spec, tokenizer, room, policies)
+  for number, line, row in itertools.islice(sources.scan(spec), limit):
+    reader.add(row, (number, line), f'{names[number]}:{line}')
+  errors = Reasons(reader.refused.as_list())
+  if on_bad_row == 'error':
+    errors.update(reader.bad)
+  if errors.rows:
+    found = sorted(errors.as_list(), key=lambda entry: entry['places'][0])
+    raise DataError(
+      f'{spec.path}: rows that cannot be used: {errors.rows:,} of {reader.seen:,}:\n'
+      + counts.listing(found, names)
     )
-  if spec.format not in (None, 'messages', 'prompt_completion'):
-    raise ConfigError(
-      f"data: {spec.path}::{spec.format} holds no prompts; expected rows with 'prompt' or "
-      "'messages'"
+  reasons = reader.bad.as_list()
+  if not reader.rows:
+    listed = '\n' + counts.listing(reasons, names) if reasons else ''
+    raise DataError(
+      f'{spec.path}: no prompt in it ({reader.dropped} were longer than {room} tokens, '
+      f'{reader.bad.rows} could not be used){listed}'
     )
-  names, rows, bad, dropped = sources.source_names(spec), [], [], 0
-  digest = hashlib.sha256(b'ftjax prompts 1\n')
-  for number, line, row in sources.scan(spec):
-    place = f'{names[number]}:{line}'
-    try:
-      if isinstance(row, Bad):
-        raise ValueError(row.reason)
-      ids, columns, said = _encode(row, tokenizer)
-      if len(ids) > room and on_overlength == 'error':
-        raise ValueError(
-          f'a prompt of {len(ids)} tokens leaves no room: {room} tokens beside rollout.max_tokens; '
-          "raise seq_len or set data.on_overlength='drop'"
-        )
-    except ValueError as error:
-      bad.append(f'{place}: {error}')
-      if len(bad) == _MAX_REPORTED:
-        break
-      continue
-    if len(ids) > room:
-      dropped += 1
-      continue
-    rows.append(Prompt(ids, columns, place, said))
-    digest.update(json.dumps([ids, columns], sort_keys=True, default=str).encode() + b'\n')
-  if bad:
-    raise DataError('rows that cannot be used:\n  ' + '\n  '.join(bad))
-  if not rows:
-    raise DataError(f'{spec.path}: no prompt in it ({dropped} were longer than {room} tokens)')
-  return Prompts(spec.path, tuple(rows), dropped, digest.hexdigest())
+  result = Prompts(
+    spec.path,
+    tuple(reader.rows),
+    reader.dropped,
+    reader.fingerprint,
+    bad=reader.bad.rows,
+    bad_reasons=tuple(reasons),
+    unrendered=reader.unrendered,
+    unread=tuple(sorted(reader.unread)),
+    file_names=tuple(names),
+  )
+  _log(result)
+  return result
+
+
+def _log(found: Prompts) -> None:
+  """Says what of the source's rows reaches the rewards, and what was left out."""
+  log.info('%s: columns for rewards: %s', found.name, ', '.join(found.columns) or 'none')
+  if found.unread:
+    log.warning('%s: columns not read: %s', found.name, ', '.join(found.unread))
+  if found.unrendered:
+    log.warning(
+      "%s: data.on_unrendered='warn': the chat template does not render all content of %d prompts",
+      *(found.name, found.unrendered),
+    )
+  if found.bad:
+    listed = counts.listing(found.bad_reasons, found.file_names)
+    log.warning("%s: data.on_bad_row='drop': %d rows left out:\n%s", found.name, found.bad, listed)

@@ -8,6 +8,7 @@ used, so that no run needs a model library to read a vocabulary.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -57,14 +58,19 @@ class Tokenizer:
     special_ids: ids of tokens flagged special, and the stop ids.
     prefix_ids, suffix_ids: what the tokenizer's own post-processor puts around a text (usually BOS,
       nothing).
+    is_special: bool[vocab_size], the same by id.
     template: the chat template or None; template_place: which file it stands in.
+    special_texts: texts of the special tokens by the names that templates use, 'pad_token' say;
+      those of BOS and EOS are always there, '' where there is none.
+    dialects: of the template, filled by dialect.py.
     fingerprint: sha256 hex of tokenizer.json and of everything read from the other files.
+    files: as given; another process makes the same tokenizer of them.
   """
 
   def __init__(self, files: Mapping[str, bytes], name: str = 'tokenizer'):
     if 'tokenizer.json' not in files:
       raise DataError(f'{name}: no tokenizer.json; got {sorted(files)}')
-    self.name = name
+    self.name, self.files = name, files
     model = _parse(files, 'tokenizer.json')
     config = _parse(files, 'tokenizer_config.json')
     special = _parse(files, 'special_tokens_map.json')
@@ -97,7 +103,15 @@ class Tokenizer:
     self.pad_id = next(i for i in (pad, self.eos_id, 0) if i is not None)
     added = self._tokens.get_added_tokens_decoder()
     self.special_ids = frozenset(i for i, t in added.items() if t.special) | set(self.stop_ids)
+    self.is_special = np.zeros(self.vocab_size, bool)
+    self.is_special[[i for i in self.special_ids if i < self.vocab_size]] = True
     self.template, self.template_place = _template(files, config)
+    self.special_texts = {
+      name: value['content'] if isinstance(value, dict) else value
+      for name in ('unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
+      if (value := config.get(name) or special.get(name)) is not None
+    } | {'bos_token': self.bos_token, 'eos_token': self.eos_token}
+    self.dialects: dict[tuple, Any] = {}
     facts = [self.bos_id, self.eos_id, self.pad_id, self.stop_ids, self.template]
     digest = hashlib.sha256(b'ftjax tokenizer 1\n')
     digest.update(hashlib.sha256(files['tokenizer.json']).digest())

@@ -1,27 +1,33 @@
 """What a model is asked and what counts as right: `eval.tasks` read into rows.
 
 A task is named in the config as 'name=kind:path', for example
-'sentiment=choice:.cache/sentiment/test.jsonl'. The file holds one JSON object a line:
+'sentiment=choice:.cache/sentiment/test.jsonl'. The path is any source that data.train could name;
+its rows are:
 
   choice   {"messages": [...], "choices": ["yes", "no"], "label": "yes"}   label: or its index
   match    {"messages": [...], "answer": "Paris"}
   math, math_strict   {"messages": [...], "answer": "18"}   or a rationale that ends in "#### 18"
 
-`"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does).
+`"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does). What
+asks (messages, conversations, system, tools, chat_template_kwargs) means what it means in rows of
+training: data/prompt_rows.py reads both.
 run.py asks the model; statistics.py and report.py compare two of them.
 """
 
 import dataclasses
 import hashlib
-import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftjax.data import messages, prompt_rows, sources
+from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
 from ftjax.evaluation.metrics import normalized_match
 from ftjax.rollout.math_answers import Math
-from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
 VERSION = 1
@@ -33,8 +39,8 @@ KINDS = ('choice', 'match', 'math', 'math_strict')
 _MATH = {'math': Math(symbolic='off'), 'math_strict': Math('strict', symbolic='off')}
 
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
-_ROLES = ('system', 'user', 'assistant', 'tool')
 _SHOWN = 5
+_KNOWN = ('id', 'choices', 'label', 'answer')  # columns beside what asks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Row:
     prompt: plain text that the model goes on with.
     choices: of a choice row, else empty.
     answer: the right text; of a choice row, the right choice.
+    tools, template_kwargs: of a conversation, see formats.Chat.
   """
 
   id: str
@@ -56,6 +63,17 @@ class Row:
   prompt: str | None
   choices: tuple[str, ...]
   answer: str
+  tools: tuple[dict[str, Any], ...] | None = None
+  template_kwargs: Mapping[str, Any] | None = None
+
+  @property
+  def asked(self) -> Chat | str:
+    """What the model is asked, for `encode.encode_prompt`."""
+    if self.messages is None:
+      return self.prompt or ''
+    return Chat(
+      tuple(dict(m) for m in self.messages), self.tools, template_kwargs=self.template_kwargs
+    )
 
   @property
   def label(self) -> int:
@@ -68,7 +86,7 @@ class Task:
   """A named file of rows.
 
   Attributes:
-    digest: sha256 of the file.
+    digest: sha256 of the file, or of a source of several.
     classes: the choices, sorted, where every row offers the same ones; else None: precision, recall
       and F1 then mean nothing.
   """
@@ -127,23 +145,28 @@ def load_task(name: str, kind: str, path: str) -> Task:
   Raises:
     DataError: no such file, no rows, or bad rows: the first few with file, line and reason.
   """
+  spec = sources.parse_spec(path)
+  if spec.weight is not None:
+    raise ConfigError(f'eval.tasks: {path!r} has a weight; leave the @weight out')
+  rows, bad, places, unread = [], [], {}, set()
   try:
-    data = files.read_bytes(path)
-  except OSError as e:
-    raise DataError(f'{path}: {e.strerror} (eval.tasks, task {name!r})') from e
-  rows, bad, lines = [], [], {}
-  for number, line in enumerate(data.removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
-    if not line.strip():
-      continue
-    place = f'{path}:{number}'
+    names = sources.source_names(spec)
+  except DataError as e:
+    raise DataError(f'{e} (task {name!r})') from e
+  for file, number, found in sources.scan(spec):
+    place = f'{names[file]}:{number}'
+    usual_id = number if len(names) == 1 else place.rpartition('/')[2]
     try:
-      row = _read_row(line, kind, number, place)
-      if row.id in lines:
-        raise ValueError(f'id {row.id!r} stands on line {lines[row.id]} too')
+      if isinstance(found, Bad):
+        raise ValueError(found.reason)
+      row, others = _read_row(found, kind, usual_id, place, spec.format)
+      if row.id in places:
+        raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
       bad.append(f'{place}: {e}')
       continue
-    lines[row.id] = number
+    places[row.id] = f'line {number}' if len(names) == 1 else place
+    unread |= others
     rows.append(row)
   if bad:
     more = f'\n... and {len(bad) - _SHOWN} more bad rows' if len(bad) > _SHOWN else ''
@@ -152,26 +175,43 @@ def load_task(name: str, kind: str, path: str) -> Task:
     raise DataError(f'{path}: no rows (eval.tasks, task {name!r})')
   offered = {tuple(sorted(r.choices)) for r in rows}
   classes = next(iter(offered)) if kind == 'choice' and len(offered) == 1 else None
-  return Task(name, kind, path, tuple(rows), hashlib.sha256(data).hexdigest(), classes)
+  if unread:
+    log.info('eval.tasks %s: columns not read: %s', name, ', '.join(sorted(unread)))
+  return Task(name, kind, path, tuple(rows), _digest(spec), classes)
 
 
-def _read_row(line: bytes, kind: str, number: int, place: str) -> Row:
-  """Raises ValueError with the reason; json's and UTF-8's errors are ValueErrors too."""
-  row = json.loads(line.decode('utf-8'))
-  if not isinstance(row, dict):
-    raise ValueError(f'expected an object, got {type(row).__name__}')
-  given = [k for k in ('messages', 'prompt') if row.get(k) is not None]
-  if len(given) != 1:
+def _digest(spec: sources.Spec) -> str:
+  found = sources.list_files(spec)
+  if len(found) == 1 and found[0].member is None:
+    return hashlib.sha256(found[0].path.read_bytes()).hexdigest()
+  return sources.fingerprint(spec)
+
+
+def _read_row(
+  row: Mapping[str, Any], kind: str, usual_id: int | str, place: str, form: str | None
+) -> tuple[Row, set[str]]:
+  """(the question, columns that are not read). Raises ValueError with the reason."""
+  given = [k for k in PROMPT_KEYS.values() if row.get(k) is not None]
+  if form is None and len(given) != 1:
     raise ValueError(f'expected one of "messages" and "prompt", got {given or "neither"}')
-  messages = _read_messages(row['messages']) if given == ['messages'] else None
-  prompt = _read_text(row, 'prompt') if given == ['prompt'] else None
+  if prompt_rows.ends_with_assistant(row, form):
+    key = prompt_rows.prompt_key(row, form)
+    raise ValueError(f'"{key}" ends with the assistant; the model is to answer: leave it out')
+  found = prompt_rows.read_prompt(row, True, form)
+  if isinstance(found.asked, str) and not found.asked.strip():
+    _read_text(row, 'prompt')
   choices, answer = _read_choices(row) if kind == 'choice' else ((), _read_text(row, 'answer'))
   if kind in _MATH:
     _MATH[kind].score('', '', answer)  # refuses an answer that nothing can equal
-  name = row.get('id', number)
+  name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')
-  return Row(str(name), place, messages, prompt, choices, answer)
+  unread = {str(k) for k, v in row.items() if v is not None and k not in (*_KNOWN, *found.read)}
+  if isinstance(found.asked, str):
+    return Row(str(name), place, None, found.asked, choices, answer), unread
+  asked = found.asked
+  shared = asked.tools, asked.template_kwargs
+  return Row(str(name), place, asked.messages, None, choices, answer, *shared), unread
 
 
 def _read_text(row: Mapping[str, Any], key: str) -> str:
@@ -182,21 +222,12 @@ def _read_text(row: Mapping[str, Any], key: str) -> str:
   return value
 
 
-def _read_messages(value: Any) -> tuple[Mapping[str, Any], ...]:
-  if not isinstance(value, list) or not value:
-    raise ValueError(f'"messages": expected a list that is not empty, got {str(value)[:60]!r}')
-  for i, message in enumerate(value):
-    if not isinstance(message, dict) or not isinstance(message.get('content'), str):
-      raise ValueError(f'"messages"[{i}]: expected {{"role": .., "content": text}}')
-    if message.get('role') not in _ROLES:
-      raise ValueError(f'"messages"[{i}]: role {message.get("role")!r}, expected one of {_ROLES}')
-  if value[-1]['role'] == 'assistant':
-    raise ValueError('"messages" ends with the assistant; the model is to answer: leave it out')
-  return tuple(value)
-
-
 def _read_choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
   choices, label = row.get('choices'), row.get('label')
+  if isinstance(choices, str):  # of CSV
+    choices = messages.parse_json(choices, 'choices', 'a list of texts')
+    if isinstance(label, str) and label not in choices and label.isdigit():
+      label = int(label)
   is_texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
   if not is_texts or len(choices) < 2 or len(set(choices)) < len(choices):
     raise ValueError(f'"choices": expected two or more different texts, got {choices!r}')

@@ -60,6 +60,7 @@ def build(
   fingerprints: dict[str, str],
   executable: str,
   compiler_options: dict[str, Any],
+  data: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
   """The manifest of a run.
 
@@ -68,6 +69,7 @@ def build(
     fingerprints: sha256 of model, tokenizer and each data source.
     executable: sha256 of the compiled step's text.
     compiler_options: that the step was compiled with.
+    data: of each source, what became of its rows: read, kept, dropped and why.
   """
   devices = jax.devices()
   return {
@@ -77,6 +79,7 @@ def build(
     'packages': {name: metadata.version(name) for name in PACKAGES},
     'config': digest(config),
     'fingerprints': fingerprints,
+    'data': data or {},
     'devices': {
       'kind': devices[0].device_kind,
       'count': len(devices),

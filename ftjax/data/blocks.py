@@ -1,0 +1,419 @@
+"""Blocks of a source: some hundred consecutive rows, tokenized together and kept in one file.
+
+Where a block ends depends on its rows alone, and what it becomes depends on nothing outside it, so
+blocks can be tokenized in any order, by any process, and again after a kill: the bytes are the
+same. `corpus_builder.py` puts them together, `tokenize_pool.py` gives them to processes.
+"""
+
+import dataclasses
+import json
+import marshal
+import os
+import socket
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftjax.data import encode, formats, judged
+from ftjax.data.counts import Counts, Reasons
+from ftjax.data.formats import Bad
+from ftjax.data.tokenizer import Tokenizer
+
+BLOCK_ROWS = 1000
+BLOCK_BYTES = 4_000_000  # of its rows as `_pack` writes them
+_CHUNK_ROWS = 250  # tokenized at once: some 600 bytes of memory a character
+_CHUNK_BYTES = 250_000
+# Version 2 writes no references between values: the same row has the same size in every process.
+_MARSHAL = 2
+
+
+Row = dict[str, Any]
+
+# Arrays of a block; `digest` is what its examples add to the corpus's fingerprint.
+_PARTS = {
+  'tokens': '<i4',  # [all tokens]
+  'supervised': '|u1',  # [all tokens]
+  'lengths': '<i8',  # [examples]
+  'supervised_lengths': '<i4',  # [examples]
+  'places': '<i8',  # [examples, 2]: file number, line
+  'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
+  'values': '<f4',  # [examples]: margin, label or score, else 0
+  'digest': '|u1',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """What becomes of rows: see `cache.build_or_open`. JSON values."""
+
+  format: str | None
+  seq_len: int
+  loss_on: str
+  on_overlength: str
+  on_unrendered: str
+  shape: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Consecutive rows of a source.
+
+  Attributes:
+    number: 0, 1, ... in the order of the source.
+    first, last: (file number, line) of its ends.
+    packed: each row as `unpack` reads it.
+    form: the row format that rows before it have settled, if any.
+  """
+
+  number: int
+  first: tuple[int, int]
+  last: tuple[int, int]
+  packed: list[bytes]
+  form: str | None
+
+  @property
+  def name(self) -> str:
+    """Name of its file."""
+    return file_name(self.number)
+
+  def request(self) -> dict[str, Any]:
+    """What a process needs to tokenize it, for `marshal`."""
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def file_name(number: int) -> str:
+  """Returns the name of a block's file."""
+  return f'block-{number:08d}'
+
+
+class _StandIn:
+  """A value that `marshal` cannot carry (a date of a Parquet column): its type's name and texts,
+  which is all that messages and templates see of it.
+  """
+
+  def __init__(self, text: str, shown: str):
+    self._text, self._shown = text, shown
+
+  def __str__(self) -> str:
+    return self._text
+
+  def __repr__(self) -> str:
+    return self._shown
+
+
+def _portable(value: Any) -> Any:
+  """The same value for `marshal`; rows hold no tuples, so a tuple can mean a stand-in."""
+  if isinstance(value, dict):
+    return {str(k): _portable(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [_portable(v) for v in value]
+  if value is None or isinstance(value, str | bool | int | float | bytes):
+    return value
+  return (type(value).__name__, str(value), repr(value))
+
+
+def _restored(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {k: _restored(v) for k, v in value.items()}
+  if isinstance(value, list):
+    return [_restored(v) for v in value]
+  if isinstance(value, tuple):
+    return type(value[0], (_StandIn,), {})(*value[1:])
+  return value
+
+
+def _pack(file: int, line: int, row: Row | Bad) -> bytes:
+  """A row as bytes for another process of this program; never read from a file."""
+  if isinstance(row, Bad):
+    return marshal.dumps((file, line, None, row.reason), _MARSHAL)
+  try:
+    return marshal.dumps((file, line, row, False), _MARSHAL)
+  except ValueError:  # a type that it does not know
+    return marshal.dumps((file, line, _portable(row), True), _MARSHAL)
+
+
+def unpack(packed: bytes) -> tuple[int, int, Row | Bad]:
+  """(file number, line, row or Bad) of a block's row."""
+  file, line, row, note = marshal.loads(packed)
+  if row is None:
+    return file, line, Bad(note)
+  return file, line, _restored(row) if note else row
+
+
+def split(
+  rows: Iterable[tuple[int, int, Row | Bad]], form: str | None, shape: str
+) -> Iterator[Block]:
+  """Cuts `sources.scan`'s rows into blocks, which are read one at a time.
+
+  Args:
+    rows: of a whole source.
+    form: the format that the config names, or None: that of the first row with a known one.
+    shape: as in Policy.
+  """
+  number, packed, size, form_before = 0, [], 0, form
+  first = last = (0, 0)
+  for file, line, row in rows:
+    if not packed:
+      first = (file, line)
+    last = (file, line)
+    packed.append(_pack(file, line, row))
+    size += len(packed[-1])
+    if form is None and shape == 'text' and not isinstance(row, Bad):
+      form = _detected(row)
+    if len(packed) >= BLOCK_ROWS or size >= BLOCK_BYTES:
+      yield Block(number, first, last, packed, form_before)
+      number, packed, size, form_before = number + 1, [], 0, form
+  if packed:
+    yield Block(number, first, last, packed, form_before)
+
+
+def _detected(row: Row) -> str | None:
+  try:
+    return formats.detect(row)
+  except ValueError:
+    return None
+
+
+class BlockTokenizer:
+  """Tokenizes blocks: parse, encode, fit to seq_len, count."""
+
+  def __init__(self, policy: Policy, tokenizer: Tokenizer):
+    """Takes what is the same for all blocks."""
+    self._policy, self._tokenizer = policy, tokenizer
+    self._form: str | None = None
+    self._clear()
+
+  def _clear(self) -> None:
+    self._counts, self._bad, self._refused = Counts(), Reasons(), Reasons()
+    self._fields, self._columns = Reasons(), Reasons()
+    self._kept: list[tuple[encode.Encoded, int, int]] = []
+
+  def tokenize(self, block: Block) -> 'TokenBlock':
+    """Tokens and counts of a block's rows.
+
+    Raises:
+      DataError: the tokenizer lacks what all rows need (a template, an EOS).
+    """
+    self._clear()
+    self._form = block.form
+    for chunk in _chunks(block.packed):
+      self._add_rows([unpack(p) for p in chunk])
+    counts = self._counts
+    counts.bad, counts.bad_reasons = self._bad.rows, self._bad.as_list()
+    counts.unrendered_fields = self._fields.as_list()
+    counts.unread_columns = self._columns.as_list()
+    made = TokenBlock(
+      block.first, block.last, counts, self._refused.as_list(), _arrays(self._kept, self._policy)
+    )
+    self._clear()
+    return made
+
+  def _parse(self, row: Row | Bad) -> formats.Example | judged.Pair | judged.Judged | Bad:
+    if isinstance(row, Bad):
+      return row
+    policy, has_template = self._policy, self._tokenizer.template is not None
+    try:
+      if policy.shape != 'text':
+        return judged.parse(row, policy.shape, policy.format, has_template)
+      self._form = self._form or policy.format or formats.detect(row)
+      return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
+    except ValueError as error:
+      return Bad(str(error))
+
+  def _note_unread(self, row: Row, file: int, line: int) -> None:
+    shape = self._policy.shape
+    found = formats.unread(row, self._form) if shape == 'text' else judged.unread(row, shape)
+    for column in sorted(found):
+      self._columns.add(column, (file, line))
+
+  def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
+    parsed = [(file, line, self._parse(row)) for file, line, row in rows]
+    good = [example for _, _, example in parsed if not isinstance(example, Bad)]
+    found = (
+      encode.encode(good, self._tokenizer, self._policy.loss_on)
+      if self._policy.shape == 'text'
+      else judged.encode(good, self._tokenizer)
+    )
+    encoded = iter(found)
+    for (_, _, row), (file, line, example) in zip(rows, parsed, strict=True):
+      self._counts.rows += 1
+      result = example if isinstance(example, Bad) else next(encoded)
+      if isinstance(result, Bad):
+        self._bad.add(result.reason, (file, line))
+      elif self._shows_all(result, file, line):
+        self._note_unread(row, file, line)
+        self._counts.see_row(
+          {
+            'place': [file, line],
+            'examples': len(result),
+            'tokens': sum(len(e.tokens) for e in result),
+          }
+        )
+        for one in result:
+          self._add(one, file, line)
+
+  def _shows_all(self, row: list[encode.Encoded], file: int, line: int) -> bool:
+    """Whether a row is kept, as the template shows all of it, or by data.on_unrendered='warn'."""
+    places = tuple(dict.fromkeys(place for example in row for place in example.unrendered))
+    if not places:
+      return True
+    if self._policy.on_unrendered == 'error':
+      self._refused.add(encode.unrendered_reason(places, self._tokenizer), (file, line))
+      return False
+    self._counts.unrendered += 1
+    for place in places:
+      self._fields.add(place, (file, line))
+    return True
+
+  def _add(self, example: encode.Encoded, file: int, line: int) -> None:
+    counts, policy = self._counts, self._policy
+    fit = judged.fit if example.boundary else encode.fit
+    if example.boundary:
+      chosen, rejected = judged.over(example, policy.seq_len)
+      counts.chosen_over += chosen
+      counts.rejected_over += rejected
+    try:
+      kept = fit(example, policy.seq_len, policy.on_overlength)
+    except ValueError as error:
+      self._refused.add(str(error), (file, line))
+      return
+    if kept is None:
+      if policy.on_overlength == 'drop':
+        counts.dropped += 1
+      else:
+        counts.unsupervised += 1
+      return
+    if kept.boundary and judged.is_identical(kept):
+      counts.identical += 1
+      return
+    counts.truncated += len(kept.tokens) < len(example.tokens)
+    self._keep(kept, file, line)
+
+  def _keep(self, example: encode.Encoded, file: int, line: int) -> None:
+    counts, n = self._counts, len(example.tokens)
+    supervised = int(np.count_nonzero(example.supervised))
+    counts.examples += 1
+    counts.tokens += n
+    counts.supervised += supervised
+    counts.straddled += example.straddled
+    if example.is_chat:
+      counts.chat_examples += 1
+      counts.chat_tokens += n
+      counts.chat_supervised += supervised
+    self._kept.append((example, file, line))
+
+
+def _chunks(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
+  """Parts of a block that are tokenized at once."""
+  chunk, size = [], 0
+  for row in packed:
+    chunk.append(row)
+    size += len(row)
+    if len(chunk) >= _CHUNK_ROWS or size >= _CHUNK_BYTES:
+      yield chunk
+      chunk, size = [], 0
+  if chunk:
+    yield chunk
+
+
+def _arrays(
+  kept: Sequence[tuple[encode.Encoded, int, int]], policy: Policy
+) -> dict[str, np.ndarray]:
+  """The arrays of _PARTS."""
+  examples = [example for example, _, _ in kept]
+  joined: dict[str, Any] = {
+    'tokens': np.concatenate([e.tokens for e in examples]) if examples else [],
+    'supervised': np.concatenate([e.supervised for e in examples]) if examples else [],
+    'lengths': [len(e.tokens) for e in examples],
+    'supervised_lengths': [np.count_nonzero(e.supervised) for e in examples],
+    'places': [[file, line] for _, file, line in kept],
+    'boundaries': [e.boundary for e in examples],
+    'values': [e.value for e in examples],
+  }
+  digest = []
+  for e in examples:
+    digest.append(np.int64(len(e.tokens)).tobytes())
+    digest.append(e.tokens.astype('<i4', copy=False).tobytes())
+    digest.append(np.packbits(e.supervised).tobytes())
+    if policy.shape != 'text':
+      digest.append(np.array([e.boundary, e.value], '<f8').tobytes())
+  joined['digest'] = np.frombuffer(b''.join(digest), np.uint8)
+  return {part: np.ascontiguousarray(joined[part], dtype) for part, dtype in _PARTS.items()}
+
+
+@dataclasses.dataclass
+class TokenBlock:
+  """A tokenized block.
+
+  Attributes:
+    first, last: as of its Block.
+    counts: of its rows; unusable rows are counted as left out, whatever data.on_bad_row.
+    refused: `Reasons.as_list` of rows that a policy makes an error, whatever data.on_bad_row.
+    arrays: see _PARTS.
+  """
+
+  first: tuple[int, int]
+  last: tuple[int, int]
+  counts: Counts
+  refused: list[dict[str, Any]]
+  arrays: dict[str, np.ndarray]
+
+  def write(self, path: Path) -> None:
+    """Writes the block's file; whatever carries the name is whole.
+
+    Raises:
+      OSError: among others FileNotFoundError, where another process was first and has removed the
+        folder.
+    """
+    content = b''.join(self.arrays[part].tobytes() for part in _PARTS)
+    head = {
+      'first': self.first,
+      'last': self.last,
+      'counts': dataclasses.asdict(self.counts),
+      'refused': self.refused,
+      'bytes': {part: self.arrays[part].nbytes for part in _PARTS},
+      'crc32': zlib.crc32(content),
+    }
+    scratch = path.with_name(f'.{path.name}.{socket.gethostname()}.{os.getpid()}')
+    try:
+      with open(scratch, 'wb') as file:
+        file.write(json.dumps(head).encode() + b'\n')
+        file.write(content)
+      os.replace(scratch, path)
+    except BaseException:
+      scratch.unlink(missing_ok=True)
+      raise
+
+
+def is_finished(path: Path, block: Block) -> bool:
+  """Whether an earlier start, or another process, has left this block whole."""
+  if not path.is_file():
+    return False
+  found = read(path)
+  return (
+    found is not None
+    and (found.first, found.last) == (block.first, block.last)
+    and found.counts.rows == len(block.packed)
+  )
+
+
+def read(path: Path) -> TokenBlock | None:
+  """A block's file; None where it is missing or damaged (a machine that lost power)."""
+  try:
+    with open(path, 'rb') as file:
+      head = json.loads(file.readline())
+      content = file.read()
+    if zlib.crc32(content) != head['crc32']:
+      return None
+    arrays, start = {}, 0
+    for part, dtype in _PARTS.items():
+      end = start + head['bytes'][part]
+      arrays[part] = np.frombuffer(content[start:end], dtype)
+      start = end
+    counts = Counts(**head['counts'])
+    return TokenBlock(tuple(head['first']), tuple(head['last']), counts, head['refused'], arrays)
+  except (OSError, ValueError, KeyError, TypeError):
+    return None

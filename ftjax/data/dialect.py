@@ -1,0 +1,331 @@
+"""What a tokenizer's chat template can show, found by probing, and how a row is put to it.
+
+Templates differ in the roles they know, the key of a message they read reasoning from, and whether
+they want the arguments of a tool call as an object or as JSON text. `Dialect.translate` renames and
+converts what a row holds in another form; `Dialect.form` tells what of a conversation its rendering
+would not contain. Nothing is decided by searching the template's source.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ftjax.data import chat, sentinels
+from ftjax.data.sentinels import REASONING, Path, Sentinels
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime.errors import DataError
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+_MOST_FORMS = 20_000  # kept per dialect
+SHORT = 8  # messages of a conversation whose spans depend on its form alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What probing found.
+
+  Attributes:
+    developer: the role that a developer message takes.
+    reasoning: keys of a message that are rendered as reasoning; reasoning_parts: whether a content
+      part of type 'thinking' is, where no key is.
+    arguments: 'object' or 'text' where only one form of a call's arguments comes out right, 'any'
+      where both or neither do.
+    tools: 'function' ({'type': 'function', 'function': {...}}) or 'bare' ({'name': ...}) where only
+      this form is shown, else 'any'.
+  """
+
+  developer: str
+  reasoning: tuple[str, ...]
+  reasoning_parts: bool
+  arguments: str
+  tools: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """What is known of all conversations of one shape.
+
+  Attributes:
+    missing: paths of content that no rendering contains. by_value: the sentinel conversation is
+      refused, so that only the row's own rendering can tell.
+    dropped: messages of which a part is rendered as long as nothing, or less, follows.
+    prompts: per message the text that opens the assistant's turn, where prefixes are known to hold;
+      else None. Only of short conversations.
+  """
+
+  missing: tuple[Path, ...]
+  by_value: bool
+  dropped: frozenset[int]
+  prompts: tuple[str | None, ...]
+
+
+class Dialect:
+  """One template with its arguments, as the tokenizer renders it. Made by `of`."""
+
+  def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, Any] | None):
+    if tokenizer.template is None:
+      raise DataError(
+        f'{tokenizer.name} has no chat template, and the data holds conversations. Put a '
+        'chat_template.jinja into the model folder (that of the instruct model of the same family, '
+        'for example), or give prompt/completion or text rows'
+      )
+    self._template, self._kwargs = tokenizer.template, kwargs
+    self._special = tokenizer.special_texts
+    self.name = f'{chat.name_template(tokenizer.template)} of {tokenizer.name}'
+    self.tags = sentinels.tag_pattern(chat.find_tags(tokenizer.template))
+    self._forms: dict[Any, Form] = {}
+
+  def trace(self, messages: Messages, tools: Tools, prompt: bool = False) -> chat.Traced:
+    """Renders a conversation and records where its messages begin; `prompt`: open the next turn."""
+    return chat.trace(
+      self._template,
+      messages,
+      generation_prompt=prompt,
+      special_tokens=self._special,
+      tools=tools,
+      kwargs=self._kwargs,
+    )
+
+  def render(self, messages: Messages, tools: Tools, prompt: bool = False) -> str:
+    """Renders a conversation; `prompt`: open the assistant's next turn."""
+    return self.trace(messages, tools, prompt).text
+
+  def _try(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
+    try:
+      return self.render(messages, tools, prompt)
+    except DataError:
+      return ''
+
+  @functools.cached_property
+  def facts(self) -> Facts:
+    """Renders some thirty small conversations, once."""
+    keys = tuple(k for k in REASONING if self._shows_reasoning({k: 'zqreason'}, 'zqanswer'))
+    parts = [{'type': 'thinking', 'thinking': 'zqreason'}, {'type': 'text', 'text': 'zqanswer'}]
+    return Facts(
+      developer=self._developer(),
+      reasoning=keys,
+      reasoning_parts=not keys and self._shows_reasoning({}, parts),
+      arguments=self._arguments(),
+      tools=self._tools(),
+    )
+
+  def _developer(self) -> str:
+    def shown(role: str) -> bool:
+      first, user = {'role': role, 'content': 'zqsystem'}, {'role': 'user', 'content': 'zquser'}
+      return 'zqsystem' in self._try([first, user], prompt=True)
+
+    return 'system' if not shown('developer') and shown('system') else 'developer'
+
+  def _shows_reasoning(self, more: Mapping[str, Any], content: Any) -> bool:
+    user, end = {'role': 'user', 'content': 'zquser'}, {'role': 'assistant', 'content': 'zqend'}
+    plain = {'role': 'assistant', 'content': content, **more}
+    calling = plain | {'tool_calls': [_call({'zqkey': 'zqvalue'})]}
+    result = {'role': 'tool', 'content': 'zqresult', 'tool_call_id': 'zqcallids'}
+    for talk in ([user, plain], [user, plain, user, end], [user, calling, result, end]):
+      text = self._try(talk)
+      # A list printed as it stands is not shown as reasoning.
+      if 'zqreason' in text and not re.search(r"""['"]thinking['"]: ['"]zqreason""", text):
+        return True
+    return False
+
+  def _arguments(self) -> str:
+    tools = [_tool(bare=False)]
+    as_object, as_text = False, False
+    user, result = {'role': 'user', 'content': 'zquser'}, {'role': 'tool', 'content': 'zqresult'}
+    result |= {'tool_call_id': 'zqcallids', 'name': 'zqname'}
+    for content in ('', 'zqanswer'):
+      for offered in (tools, None):
+        for end in ([], [result, {'role': 'assistant', 'content': 'zqend'}]):
+          for given in ({'zqkey': 'zqvalue'}, '{"zqkey": "zqvalue"}'):
+            calls = [_call(given)]
+            turn = {'role': 'assistant', 'content': content, 'tool_calls': calls}
+            text = self._try([user, turn, *end], offered)
+            if isinstance(given, str):
+              as_text |= '"zqkey": "zqvalue"' in text
+            else:
+              as_object |= 'zqkey' in text and 'zqvalue' in text and "{'zqkey'" not in text
+    return 'any' if as_object == as_text else 'object' if as_object else 'text'
+
+  def _tools(self) -> str:
+    user, answer = {'role': 'user', 'content': 'zquser'}, {'role': 'assistant', 'content': 'zqend'}
+    system = {'role': 'system', 'content': 'zqsystem'}
+    words = ('zqname', 'zqabout', 'zqparam', 'zqhint')
+    shown = []
+    for bare in (False, True):
+      texts = [
+        self._try(talk, [_tool(bare)], prompt=talk[-1] is user)
+        for talk in ([user], [system, user], [user, answer])
+      ]
+      shown.append(max(sum(w in text for w in words) for text in texts))
+    return 'any' if shown[0] == shown[1] else 'function' if shown[0] > shown[1] else 'bare'
+
+  def translate(self, messages: Messages, tools: Tools) -> tuple[list[Mapping[str, Any]], Tools]:
+    """Returns the conversation in the form that the template renders; what fits stays as it is."""
+    out = [
+      self._message(m)
+      if len(m) > 2 or m['role'] == 'developer'  # else: role and content alone
+      else m
+      for m in messages
+    ]
+    if tools is not None and self.facts.tools != 'any':
+      tools = [_tool_form(t, self.facts.tools) for t in tools]
+    return out, tools
+
+  def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    facts = self.facts
+    if message['role'] == 'developer':
+      message = {**message, 'role': facts.developer}
+    if any(k in message for k in REASONING):
+      message = self._reasoning(message)
+    if isinstance(message.get('tool_calls'), list) and facts.arguments != 'any':
+      calls = [_convert_call(c, facts.arguments) for c in message['tool_calls']]
+      message = {**message, 'tool_calls': calls}
+    return message
+
+  def _reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One key of reasoning, the one that is rendered; keys that contradict each other all stay."""
+    given = {k: message[k] for k in REASONING if message.get(k)}
+    values = list(given.values())
+    if not given or any(v != values[0] for v in values):
+      return message
+    facts = self.facts
+    rest = {k: v for k, v in message.items() if k not in REASONING}
+    if facts.reasoning:
+      key = next((k for k in given if k in facts.reasoning), facts.reasoning[0])
+      return rest | {key: values[0]}
+    if facts.reasoning_parts and isinstance(values[0], str) and isinstance(rest['content'], str):
+      text = [{'type': 'text', 'text': rest['content']}] if rest['content'] else []
+      return rest | {'content': [{'type': 'thinking', 'thinking': values[0]}, *text]}
+    return rest | {next(iter(given)): values[0]}
+
+  def form(self, messages: Messages, tools: Tools, prompt: bool = False) -> Form:
+    """Returns what is known of conversations of this shape, after `translate`.
+
+    Args:
+      prompt: whether the rendering opens the assistant's next turn.
+    """
+    shape = tuple([sentinels.message_shape(m, self.tags) for m in messages])
+    key = (
+      prompt,
+      shape,
+      sentinels.ids_shape(messages),
+      None if tools is None else sentinels.tools_shape(tools, self.tags),
+    )
+    found = self._forms.get(key)
+    if found is None:
+      if len(self._forms) >= _MOST_FORMS:
+        self._forms.clear()
+      found = self._forms[key] = self._learn(messages, tools, prompt)
+    return found
+
+  def _learn(self, messages: Messages, tools: Tools, prompt: bool) -> Form:
+    marked = Sentinels(messages, tools, self.tags)
+    nothing = (None,) * len(messages)
+    try:
+      traced = self.trace(marked.messages, marked.tools, prompt)
+    except DataError:
+      return Form((), True, frozenset(), nothing)
+    missing, dropped = [], set()
+    prefixes: dict[int, frozenset[Path]] = {}
+    kinds: dict[Any, bool] = {}  # whether what is missing of a kind is in the rendering of a prefix
+    for path in marked.missing(traced.text):
+      k = path[1]
+      if path[0] != 'messages' or k + 1 == len(messages):
+        missing.append(path)
+        continue
+      kind = (messages[k]['role'], tuple(messages[k]), path[2:])
+      if kind not in kinds:
+        if k not in prefixes:
+          text = self._try(marked.messages[: k + 1], marked.tools)
+          prefixes[k] = frozenset(marked.missing(text))
+        kinds[kind] = path not in prefixes[k]
+      if kinds[kind]:
+        dropped.add(k)
+      else:
+        missing.append(path)
+    prompts = nothing
+    if len(messages) <= SHORT and not prompt:
+      prompts = tuple(self._prompt(marked, traced, k) for k in range(len(messages)))
+    return Form(tuple(missing), False, frozenset(dropped), prompts)
+
+  def _prompt(self, marked: Sentinels, traced: chat.Traced, k: int) -> str | None:
+    if marked.messages[k]['role'] != 'assistant':
+      return None
+    return self.check_turn(marked.messages, marked.tools, traced, k)
+
+  def check_turn(self, messages: Messages, tools: Tools, traced: chat.Traced, k: int) -> str | None:
+    """Returns the text that opens turn k where the rendered prefixes agree with the trace.
+
+    None where they do not: the prompt of turn k, or the conversation up to its end, is not how the
+    whole begins, or ends elsewhere than the trace says.
+    """
+    start, end = span_of(traced, k)
+    if start is None or end is None:
+      return None
+    prompt = self._try(messages[:k], tools, prompt=True)
+    whole = traced.text if k + 1 == len(messages) else self._try(messages[: k + 1], tools)
+    if len(whole) != end or len(prompt) < start or not traced.text.startswith(whole):
+      return None
+    return prompt[start:] if whole.startswith(prompt) else None
+
+
+def span_of(traced: chat.Traced, k: int) -> tuple[int | None, int | None]:
+  """Returns where message k begins and ends, as far as the trace knows."""
+  last = k + 1 == len(traced.starts)
+  return traced.starts[k], len(traced.text) if last else traced.starts[k + 1]
+
+
+def of(tokenizer: Tokenizer, kwargs: Mapping[str, Any] | None = None) -> Dialect:
+  """Returns the dialect of a tokenizer's template; made once per template and arguments.
+
+  Raises:
+    DataError: no template.
+  """
+  key = (tokenizer.template, json.dumps(kwargs, sort_keys=True, default=str) if kwargs else '')
+  found = tokenizer.dialects.get(key)
+  if found is None:
+    found = tokenizer.dialects[key] = Dialect(tokenizer, kwargs)
+  return found
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+  function = {'name': 'zqname', 'arguments': arguments}
+  return {'type': 'function', 'id': 'zqcallids', 'function': function}
+
+
+def _tool(bare: bool) -> dict[str, Any]:
+  properties = {'zqparam': {'type': 'string', 'description': 'zqhint'}}
+  parameters = {'type': 'object', 'properties': properties, 'required': ['zqparam']}
+  function = {'name': 'zqname', 'description': 'zqabout', 'parameters': parameters}
+  return function if bare else {'type': 'function', 'function': function}
+
+
+def _tool_form(tool: Mapping[str, Any], form: str) -> Mapping[str, Any]:
+  inner = tool.get('function')
+  if form == 'function' and inner is None and 'name' in tool:
+    return {
+      'type': 'function',
+      'function': {k: v for k, v in tool.items() if (k, v) != ('type', 'function')},
+    }
+  if form == 'bare' and isinstance(inner, Mapping):
+    return inner
+  return tool
+
+
+def _convert_call(call: Any, form: str) -> Any:
+  """A tool call with its arguments as an object or as JSON text; what is neither stays."""
+  if not isinstance(call, Mapping):
+    return call
+  if isinstance(call.get('function'), Mapping):
+    return {**call, 'function': _convert_call(call['function'], form)}
+  arguments = call.get('arguments')
+  if form == 'object' and isinstance(arguments, str):
+    found = sentinels.as_object(arguments)
+    return call if found is None else {**call, 'arguments': found}
+  if form == 'text' and isinstance(arguments, Mapping):
+    return {**call, 'arguments': json.dumps(arguments, ensure_ascii=False)}
+  return call

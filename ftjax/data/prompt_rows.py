@@ -1,0 +1,116 @@
+"""Rows that ask: the prompts of rollouts, the questions of evaluation tasks, rows to answer.
+
+Columns mean what they mean in rows of training, see formats.py; an answer that stands in the row
+is told apart from what asks for it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ftjax.data import formats
+from ftjax.data import messages as messages_lib
+from ftjax.data.formats import SHARED, Chat, Completion
+
+_ANSWER_KEYS = {'prompt': 'completion', 'instruction': 'output'}
+
+
+class Prompt(NamedTuple):
+  """What a row asks.
+
+  Attributes:
+    asked: a conversation that the assistant answers next, or plain text to go on with.
+    answer: the text that stood after it in the row; None without one, or where it is no text.
+    is_answered: whether anything stood after it.
+    read: the columns that `asked` was made of, SHARED among them.
+  """
+
+  asked: Chat | str
+  answer: str | None
+  is_answered: bool
+  read: frozenset[str]
+
+
+def prompt_key(row: Mapping, form: str | None = None) -> str:
+  """Returns the column that holds a row's prompt, as `form` names it or the only one there is.
+
+  Raises:
+    ValueError: none or several, of which one does not repeat the other.
+  """
+  if form is not None:
+    return formats.PROMPT_KEYS[form]
+  given = [k for k in formats.PROMPT_KEYS.values() if formats.has(row, k)]
+  if not given:
+    raise ValueError(f"neither 'prompt' nor 'messages'; got keys {sorted(map(str, row))}")
+  if 'messages' in given and 'prompt' in given and isinstance(row['prompt'], str):
+    listed = row['messages'] if isinstance(row['messages'], list) else []
+    if formats.asks(listed, row['prompt']):  # a copy of the first question, as in many data sets
+      given.remove('prompt')
+  if len(given) > 1:
+    raise ValueError(
+      f'the columns {given} all hold a prompt; name the format of the right one, as in '
+      f'PATH::{next(f for f, k in formats.PROMPT_KEYS.items() if k == given[0])}'
+    )
+  return given[0]
+
+
+def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Prompt:
+  """Reads what a row asks: its messages up to a last one by the assistant, or its plain text.
+
+  Args:
+    row: with one of the columns of formats.PROMPT_KEYS.
+    has_template: as for `parse`.
+    form: the format that the config names, or None.
+
+  Raises:
+    ValueError: the row holds no usable prompt.
+  """
+  key = prompt_key(row, form)
+  if not formats.has(row, key):
+    raise ValueError(f'no key {key!r}; got keys {sorted(map(str, row))}')
+  rest, prompt = formats.opening(row, key, has_template)
+  answer: Any = row.get(_ANSWER_KEYS.get(key, ''))
+  read = {key, 'system', *(('input',) if key == 'instruction' else ())}
+  if isinstance(prompt, str):
+    formats.refuse_shared(rest, key)
+    text = answer if isinstance(answer, str) else None
+    return Prompt(prompt, text, answer is not None, frozenset(read))
+  messages = list(prompt.messages)
+  if key in ('messages', 'conversations') and messages and _role(messages[-1]) == 'assistant':
+    answer = messages_lib.check(messages.pop(), f'{key}[{len(messages)}]')
+  if not messages:
+    raise ValueError('there is no message before the answer')
+  asked = formats.chat(rest, [prompt._replace(messages=messages)])
+  if asked.messages[-1]['role'] == 'assistant':
+    raise ValueError('the prompt ends with a turn of the assistant, who is to speak next')
+  said = answer[-1] if isinstance(answer, list) and answer else answer
+  said = said.get('content') if isinstance(said, Mapping) else said
+  return Prompt(
+    asked, said if isinstance(said, str) else None, answer is not None, frozenset(read | {*SHARED})
+  )
+
+
+def ends_with_assistant(row: Mapping, form: str | None = None) -> bool:
+  """Returns whether a row's messages end with the assistant, so that nothing is left to answer.
+
+  Raises:
+    ValueError: as `prompt_key`.
+  """
+  value = row.get(prompt_key(row, form))
+  return isinstance(value, list) and bool(value) and _role(value[-1]) == 'assistant'
+
+
+def _role(message: Any) -> str | None:
+  """The role of an unchecked message; None where it cannot be seen."""
+  try:
+    return messages_lib.check(message, '')['role']
+  except ValueError:
+    return None
+
+
+def with_answer(asked: Chat | str, answer: str) -> Chat | Completion:
+  """Returns what a row asks, answered with a text."""
+  if isinstance(asked, str):
+    return Completion(asked, answer)
+  messages = (*asked.messages, {'role': 'assistant', 'content': answer})
+  return dataclasses.replace(asked, messages=messages)

@@ -1,0 +1,305 @@
+"""Rendered conversations with the character spans that the assistant is to learn.
+
+For an assistant turn k the span begins where the generation prompt after messages[:k] ends and ends
+where messages[:k+1] ends. One rendering of the whole conversation, traced, proposes all spans; they
+count where rendered prefixes agree: of a short conversation for its form, once (`Dialect.form`), of
+a long one for turns of each kind and for some between them, so that the work stays linear. Else
+every prefix is rendered; and where a template rewrites history (drops earlier reasoning, say), so
+that prefixes do not hold, every supervised turn becomes a piece of its own, as it would be sampled.
+
+`encode.py` turns pieces into tokens and masks.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ftjax.data import chat, dialect, sentinels
+from ftjax.data.dialect import Dialect, Form, Messages, Tools
+from ftjax.data.formats import Chat
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime.errors import DataError
+
+_MOST_CHECKED = (
+  24  # turns of one long conversation, beyond those of each kind, rendered as prefixes
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A rendered text and what is supervised of it.
+
+  Attributes:
+    text: the rendering.
+    spans: (start, end) characters that are the assistant's.
+    cut: whether spans end at a stop token.
+    head: characters up to the end of the system turn; 0 where there is none, or where it is not
+      known to stand alone.
+  """
+
+  text: str
+  spans: tuple[tuple[int, int], ...]
+  cut: bool
+  head: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+  """pieces: of one row. unrendered: places of the row that they do not contain."""
+
+  pieces: tuple[Piece, ...]
+  unrendered: tuple[str, ...]
+
+
+def turns(example: Chat, loss_on: str) -> list[int]:
+  """Returns indices of the assistant messages to be supervised.
+
+  Raises:
+    ValueError: there is none.
+  """
+  trained = example.trained or tuple(m['role'] == 'assistant' for m in example.messages)
+  found = [i for i, t in enumerate(trained) if t and example.messages[i]['role'] == 'assistant']
+  if loss_on == 'completion':
+    last = max(i for i, m in enumerate(example.messages) if m['role'] == 'assistant')
+    found = [i for i in found if i == last]
+  if not found:
+    raise ValueError(f'no assistant message is supervised with data.loss_on={loss_on!r}')
+  return found
+
+
+def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
+  """Renders a conversation: one piece where prefixes hold, else one per supervised turn.
+
+  Args:
+    loss_on: 'assistant', 'completion' or 'all'; see `encode.encode`.
+
+  Raises:
+    ValueError: the template refuses the conversation, or renders it in a way that shows no turns.
+  """
+  own = dialect.of(tokenizer, example.template_kwargs)
+  messages, tools = own.translate(example.messages, example.tools)
+  wanted = [] if loss_on == 'all' else turns(example, loss_on)
+  view = _View(own, messages, tools)
+  found = ((0, len(view.text)),) if loss_on == 'all' else view.spans(wanted)
+  if found is not None:
+    head = view.head(found[0][0] if wanted else len(view.text))
+    out = (Piece(view.text, found, loss_on != 'all', head),)
+  else:
+    try:
+      out = tuple(view.rewritten(wanted))
+    except ValueError as error:
+      raise ValueError(with_places(str(error), view.unrendered([]))) from error
+  return Rendered(out, view.unrendered([p.text for p in out if p.text is not view.text]))
+
+
+def with_places(reason: str, places: Sequence[str]) -> str:
+  """Returns a reason that also names the places of a row that are not rendered."""
+  more = f' and {len(places) - 5} more' if len(places) > 5 else ''
+  return f'{reason}. It does not render {", ".join(places[:5])}{more}' if places else reason
+
+
+def prompt(example: Chat, tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
+  """Renders what the assistant answers next: (text, places that it does not contain).
+
+  Raises:
+    ValueError: the template refuses the conversation.
+  """
+  own = dialect.of(tokenizer, example.template_kwargs)
+  messages, tools = own.translate(example.messages, example.tools)
+  view = _View(own, messages, tools, prompt=True)
+  return view.text, view.unrendered([])
+
+
+class _View:
+  """One conversation, translated and rendered."""
+
+  def __init__(self, own: Dialect, messages: Messages, tools: Tools, prompt: bool = False):
+    self._dialect, self._messages, self._tools = own, messages, tools
+    self._traced = self._render(prompt)
+    self.text = self._traced.text
+    self._form: Form = own.form(messages, tools, prompt)
+
+  def _render(self, prompt: bool) -> chat.Traced:
+    try:
+      return self._dialect.trace(self._messages, self._tools, prompt)
+    except DataError as error:
+      roles = [m['role'] for m in self._messages]
+      begun = next((i for i, r in enumerate(roles) if r not in ('system', 'developer')), 0)
+      if roles[begun] == 'assistant':
+        opened = [*self._messages[:begun], _OPENING, *self._messages[begun:]]
+        if self._dialect._try(opened, self._tools, prompt):
+          raise DataError(self._user_first(begun)) from error
+      raise
+
+  def _opens(self, k: int) -> bool:
+    """Whether nobody but the system comes before message k."""
+    return all(m['role'] in ('system', 'developer') for m in self._messages[:k])
+
+  def _user_first(self, k: int) -> str:
+    return (
+      f'{self._dialect.name}: messages[{k}] is an assistant message, and this template wants a '
+      'user turn first; begin the row with a system or user message'
+    )
+
+  def spans(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """Spans of turns in the whole rendering; None where the template rewrites history."""
+    found = self._proposed(wanted)
+    if found is not None:
+      return found
+    exact = [self._exact(k) for k in wanted]
+    holds = all(self.text.startswith(w) and w.startswith(p) for p, w in exact)
+    return tuple((len(p), len(w)) for p, w in exact) if holds else None
+
+  def _exact(self, k: int) -> tuple[str, str]:
+    """(prompt of turn k, the conversation up to its end), rendered."""
+    messages, tools = self._messages, self._tools
+    whole = self.text if k + 1 == len(messages) else self._dialect.render(messages[: k + 1], tools)
+    try:
+      return self._dialect.render(messages[:k], tools, prompt=True), whole
+    except DataError as error:
+      if self._opens(k):
+        raise DataError(self._user_first(k)) from error
+      raise
+
+  def rewritten(self, wanted: Sequence[int]) -> Iterator[Piece]:
+    """A piece per turn, each rendered as if nothing followed."""
+    for k in wanted:
+      before, whole = self._exact(k)
+      if not whole.startswith(before):
+        pairs = enumerate(zip(before + '\0', whole + '\1', strict=False))
+        same = next(i for i, (a, b) in pairs if a != b)
+        if self._opens(k):
+          raise ValueError(self._user_first(k))
+        raise ValueError(
+          f'{self._dialect.name}: what it renders as the prompt of messages[{k}] is not how '
+          f'the conversation with messages[{k}] begins: {before[same : same + 40]!r} against '
+          f'{whole[same : same + 40]!r} after {same} characters'
+        )
+      yield Piece(whole, ((len(before), len(whole)),), True, self.head(len(before), whole))
+
+  def _proposed(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
+    """Spans as the trace proposes them, where what was checked confirms each; else None."""
+    short = len(self._messages) <= dialect.SHORT
+    opens = dict(enumerate(self._form.prompts)) if short else self._checked(wanted)
+    if opens is None:
+      return None
+    found, extra = [], 0
+    for k in wanted:
+      start, end = dialect.span_of(self._traced, k)
+      if opens[k] is None or start is None or end is None:
+        return None
+      begin = start + len(opens[k])
+      if begin > end or not self.text.startswith(opens[k], start):
+        return None
+      if not self._holds_message(k, begin, end):
+        # What the template changes in a message it may also move to another place.
+        extra += 1
+        if extra > _MOST_CHECKED or self._check(k) != opens[k]:
+          return None
+      found.append((begin, end))
+    return tuple(found)
+
+  def _check(self, k: int) -> str | None:
+    return self._dialect.check_turn(self._messages, self._tools, self._traced, k)
+
+  def _checked(self, wanted: Sequence[int]) -> dict[int, str] | None:
+    """Per turn the text that opens it, rendered as prefixes for some turns: the first of each kind,
+    the last, and some in geometric distance."""
+    last = len(wanted) - 1
+    chosen, at = {wanted[last]}, last
+    while at:
+      at //= 2
+      chosen.add(wanted[at])
+    opens: dict[Any, str] = {}
+    kinds = {k: self._kind(k) for k in wanted}
+    for k, kind in kinds.items():
+      if kind not in opens or k in chosen:
+        found = self._check(k)
+        if found is None or opens.setdefault(kind, found) != found:
+          return None
+    return {k: opens[kind] for k, kind in kinds.items()}
+
+  def _kind(self, k: int) -> Any:
+    """What a template may tell turn k by: its keys, and those of its neighbours."""
+    neighbours = self._messages[max(k - 1, 0) : k + 2]
+    tags = self._dialect.tags
+    return (
+      k == 0,
+      *(
+        (
+          m['role'],
+          tuple(m),
+          sentinels.text_shape(m['content'], tags) if isinstance(m.get('content'), str) else None,
+          bool(m.get('tool_calls')),
+        )
+        for m in neighbours
+      ),
+    )
+
+  def _holds_message(self, k: int, start: int, end: int) -> bool:
+    """Whether the texts of message k stand in a part of the rendering as they are."""
+    message = self._messages[k]
+    for key in ('content', *sentinels.REASONING):
+      value = message.get(key)
+      if isinstance(value, str):
+        for part in self._dialect.tags.split(value)[::2]:
+          if self.text.find(part.strip(), start, end) < 0:
+            return False
+      elif value is not None:
+        return False
+    return True
+
+  def head(self, most: int, text: str | None = None) -> int:
+    """Characters up to the end of the system turn, at most `most`; 0 where that is not known."""
+    first = next(
+      (i for i, m in enumerate(self._messages) if m['role'] not in ('system', 'developer')), 0
+    )
+    end = self._traced.starts[first]
+    if not first or end is None or end > most:
+      return 0
+    if text is not None and not text.startswith(self.text[:end]):
+      return 0
+    contents = [m.get('content') for m in self._messages[:first]]
+    return end if all(isinstance(c, str) and c.strip() in self.text[:end] for c in contents) else 0
+
+  def unrendered(self, others: Sequence[str]) -> tuple[str, ...]:
+    """Places of content that neither the rendering nor one of the `others` contains."""
+    texts = [self.text, *others]
+    paths = list(self._form.missing)
+    messages, tools = self._messages, self._tools
+    if self._form.by_value:
+      every = sentinels.Sentinels(messages, tools, self._dialect.tags).places
+      for path in dict.fromkeys(path for path, _ in every):
+        if not self._survives(sentinels.find_value(path, messages, tools), texts):
+          paths.append(path)
+    else:
+      paths += self._cut_texts(texts, {p[1] for p in paths if p[0] == 'messages'})
+    names = [sentinels.name_place(p, messages, tools) for p in paths]
+    return tuple(dict.fromkeys(names))
+
+  def _cut_texts(self, texts: Sequence[str], known: set[Any]) -> Iterator[sentinels.Path]:
+    """Contents of which a part is lost though contents of this form are rendered: a template that
+    cuts, or shows only certain values."""
+    at = 0
+    for k, message in enumerate(self._messages):
+      if k in known or k in self._form.dropped:
+        continue
+      for key in (*sentinels.REASONING, 'content'):
+        value = message.get(key)
+        if not isinstance(value, str):
+          continue
+        found = self.text.find(value.strip(), at)
+        if found >= 0:
+          at = found + (len(value.strip()) if key == 'content' else 0)
+        elif not self._survives(value, texts):
+          yield ('messages', k, key)
+
+  def _survives(self, value: Any, texts: Sequence[str]) -> bool:
+    if isinstance(value, str):
+      return any(not sentinels.lost_words(value, t, self._dialect.tags) for t in texts)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      return True
+    return any(str(value) in t for t in texts)
+
+
+_OPENING: Mapping[str, Any] = {'role': 'user', 'content': 'zquser'}
