@@ -30,6 +30,7 @@ class Settings(NamedTuple):
 
 CHATML = {'bos': '<|im_start|>', 'eos': '<|im_end|>'}
 LLAMA = {'bos': '<|begin|>', 'eos': '<|eot_id|>'}
+DEEPSEEK = ('<\uff5cbegin\uff5c>', '<\uff5cend\uff5c>')
 SYSTEM = {'developer': 'system'}
 OBJECT = {'arguments': 'object'}
 FUNCTION = {'tools': 'function'}
@@ -60,9 +61,9 @@ SETTINGS = {
   'smollm2': Settings(**CHATML),
   'smollm3': Settings(**CHATML, **SYSTEM, **OBJECT),
   'deepseek_v2': Settings(**SYSTEM),
-  'deepseek_v3': Settings('<｜begin｜>', '<｜end｜>', **SYSTEM, arguments='text'),
-  'deepseek_r1': Settings('<｜begin｜>', '<｜end｜>', **SYSTEM),
-  'deepseek_v31': Settings('<｜begin｜>', '<｜end｜>', **SYSTEM, **FUNCTION),
+  'deepseek_v3': Settings(*DEEPSEEK, **SYSTEM, arguments='text'),
+  'deepseek_r1': Settings(*DEEPSEEK, **SYSTEM),
+  'deepseek_v31': Settings(*DEEPSEEK, **SYSTEM, **FUNCTION),
   'command_r': Settings('<BOS>', '<|END_OF_TURN_TOKEN|>', **SYSTEM, **OBJECT, tools='bare'),
   'command_a': Settings('<BOS>', '<|END_OF_TURN_TOKEN|>', **SYSTEM, **THINKS, **OBJECT, **FUNCTION),
   'granite3': Settings('<|endoftext|>', '<|end_of_text|>', **SYSTEM, **OBJECT),
@@ -86,10 +87,6 @@ SETTINGS = {
   'jamba': Settings('<s>', '<|eom|>', **OBJECT, **FUNCTION),
 }
 
-# Tokens of their own, for every template the same.
-_MARKS = re.compile(r'<\|?[A-Za-z_/0-9]+\|?>|<｜[A-Za-z_]+｜>|\[/?[A-Z_]{3,}\]|\[\|[a-z]+\|\]')
-_PLAIN = ('<think>', '</think>', '<tools>', '</tools>', '<functions>', '</functions>')
-
 
 def source(name: str, tagged: bool = False) -> str:
   """Returns a template, with or without its generation tags."""
@@ -109,17 +106,26 @@ def specials() -> tuple[str, ...]:
 def files(name: str, tagged: bool = False) -> dict[str, bytes]:
   """Returns a tokenizer folder: bytes and special tokens, the template, BOS and EOS."""
   settings = SETTINGS[name]
-  return tiny_files(
+  found = tiny_files(
     source(name, tagged),
     bos=settings.bos,
     eos=settings.eos,
     extra_special=specials(),
     vocab_size=256 + 3 + len(specials()),
   )
+  if name == 'phi3':  # two tokens end a turn, as its generation_config.json says
+    ids = {t['content']: t['id'] for t in json.loads(found['tokenizer.json'])['added_tokens']}
+    stops = [ids['<|endoftext|>'], ids['<|end|>']]
+    found['generation_config.json'] = json.dumps({'eos_token_id': stops}).encode()
+  return found
 
 
 def _call(i, name, arguments):
-  return {'id': f'call0000{i}', 'type': 'function', 'function': {'name': name, 'arguments': arguments}}
+  return {
+    'id': f'call0000{i}',
+    'type': 'function',
+    'function': {'name': name, 'arguments': arguments},
+  }
 
 
 def _user(text):

@@ -6,7 +6,7 @@ import pytest
 from test_encode import QWEN25, THINK, make, one, runs, talk
 from tiny_tokenizer import CHATML
 
-from ftjax.data import dialect, encode, spans
+from ftjax.data import dialect, encode, sentinels, spans
 from ftjax.data.formats import Bad, Chat
 
 USER = {'role': 'user', 'content': '12 + 30 ='}
@@ -304,7 +304,11 @@ def test_one_shape_is_learned_once(monkeypatch):
 
 
 def test_one_reason_a_line():
-  places = [f'messages[{i}].name' for i in range(7)]
+  places = [f'messages[{i}].name' for i in range(11)]
   reason = encode.unrendered_reason(places, make())
-  assert 'messages[4].name and 2 more' in reason and '\n' not in reason
+  assert 'messages[7].name and 3 more' in reason and '\n' not in reason
+  places = [f'messages[1].tool_calls[{i}].function.arguments.city' for i in range(6)]
+  assert sentinels.list_places([*places, 'tools[0].function.name']) == (
+    'messages[1].tool_calls, tools[0]'
+  )
   assert spans.turns(Chat((USER, ANSWER)), 'assistant') == [1]

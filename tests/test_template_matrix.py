@@ -23,9 +23,14 @@ REFUSED = (
   # The prompt opens a block of reasoning that the conversation does not have.
   *(('qwq', c, _PROMPT) for c in cases.CONVERSATIONS if c != 'reasoning inside'),
   ('deepseek_r1', None, _PROMPT),
+  # Words beside a call are not rendered, so where the turn begins is not known.
+  ('mistral_v3', 'call with words', 'It does not render messages[0].content, messages[2].content'),
 )
-# The prompt brings the end of an empty block of reasoning, which a tag counts as the answer's.
-SUPPLIED = (('qwen3', 'no thinking'), ('qwen3_5', 'no thinking'), ('glm4_5', 'no thinking'))
+# The prompt brings a block of reasoning, or its beginning, which a tag counts as the answer's.
+SUPPLIED = (
+  *((name, 'no thinking') for name in ('qwen3', 'qwen3_5', 'glm4_5')),
+  ('qwq', 'reasoning inside'),
+)
 
 
 @functools.cache
@@ -45,8 +50,16 @@ def refusal(template, conversation):
 
 def places(unrendered):
   """'messages[1].tool_calls' of 'messages[1].tool_calls[0].function.name'."""
-  found = {re.match(r'tools\[\d+\]|messages\[\d+\]\.\w+', p).group() for p in unrendered}
-  return {re.sub('reasoning_content|thinking', 'reasoning', p) for p in found}
+  found = [re.match(r'tools\[\d+\]|messages\[\d+\]\.\w+', p) for p in unrendered]
+  return {re.sub('reasoning_content|thinking', 'reasoning', m.group()) for m in found if m}
+
+
+def says_nothing(golden, messages):
+  """Whether nothing of an assistant turn is rendered."""
+  return any(
+    not m['content'] and f'messages[{i}].tool_calls' in golden.get('lost', ())
+    for i, m in enumerate(messages)
+  )
 
 
 def check_masks(found, golden):
@@ -71,22 +84,23 @@ def test_ids_and_masks_are_those_of_transformers(name):
     golden = goldens()[name][conversation]
     why = (name, conversation, golden, found)
     reason = refusal(name, conversation)
-    if any(len(range(*map(int, run.split('-')))) == 1 for _, m in golden.get('turns', ()) for run in m.split()):
+    if says_nothing(golden, example.messages):
       reason = reason or 'nothing but the stop token'
-      assert all(p in found.reason for p in golden['lost']), why
+      assert places(golden['lost']) <= places(found.reason.split()), why
     if 'error' in golden or reason is not None:
       assert isinstance(found, Bad), why
       assert reason is None or reason in found.reason, why
       continue
     assert not isinstance(found, Bad), why
     if (name, conversation) in SUPPLIED:
-      assert digest(found[0].tokens) == golden['turns'][0][0]
-      start = int(found[0].supervised.argmax())
-      assert digest(found[0].tokens[:start]) == golden['prompt']
-      assert found[0].supervised[start:-1].all()
+      start = int(found[-1].supervised.argmax())
+      assert digest(found[-1].tokens[:start]) == golden['prompt']
+      assert [digest(e.tokens) for e in found] == [ids for ids, _ in golden['turns']]
+      end = golden['turns'][-1][1].split('-')[-1]
+      assert runs(found[-1].supervised.astype(int).tolist()) == f'{start}-{end}'
     else:
       check_masks(found, golden)
-    assert places(found[0].unrendered) == set(golden['lost']), why
+    assert places(found[0].unrendered) == places(golden['lost']), why
     last = max(i for i, m in enumerate(example.messages) if m['role'] == 'assistant')
     prompt = Chat(example.messages[:last], example.tools, None, example.template_kwargs)
     assert digest(encode.encode_prompt(prompt, t, 'warn')) == golden['prompt'], why

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.data import dialect, spans
+from ftjax.data import dialect, sentinels, spans
 from ftjax.data.formats import Bad, Chat, Completion, Example, Text
 from ftjax.data.spans import Piece
 from ftjax.data.tokenizer import Tokenizer
@@ -63,10 +63,10 @@ def _template_name(tokenizer: Tokenizer) -> str:
 
 def unrendered_reason(places: Sequence[str], tokenizer: Tokenizer) -> str:
   """Returns one line that says which places of a row a template does not render, and what to do."""
-  shown = ', '.join(places[:5]) + (f' and {len(places) - 5} more' if len(places) > 5 else '')
   return (
-    f'the {_template_name(tokenizer)} does not render {shown}; remove it from the row, use a '
-    "template that renders it, or set data.on_unrendered='warn' to train without it"
+    f'the {_template_name(tokenizer)} does not render {sentinels.list_places(places)}; remove it '
+    "from the row, use a template that renders it, or set data.on_unrendered='warn' to train "
+    'without it'
   )
 
 
@@ -104,7 +104,8 @@ def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
           'or give prompt/completion rows'
         )
       inside[stops[-1] + 1 :] = False
-      if int(inside.sum()) == 1:
+      words = np.flatnonzero(inside & ~np.isin(ids, tokenizer.stop_ids))
+      if not any(piece.text[starts[i] : ends[i]].strip() for i in words if i != stops[-1]):
         text = piece.text[start : starts[stops[-1]]]
         why = (
           f'its text {text[:30]!r} shares a token with what stands before it'

@@ -254,6 +254,18 @@ def name_place(
   return name
 
 
+_MOST_LISTED = 5
+_CONTAINER = re.compile(r'messages\[\d+\]\.[^.\[]+|tools\[\d+\]')
+
+
+def list_places(places: Sequence[str]) -> str:
+  """Returns places for a message; many of them by the key of the message, or the tool, alone."""
+  if len(places) > _MOST_LISTED:
+    places = list(dict.fromkeys(_CONTAINER.match(p).group() for p in places))
+  more = f' and {len(places) - 8} more' if len(places) > 8 else ''
+  return ', '.join(places[:8]) + more
+
+
 def find_value(
   path: Path, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None
 ) -> Any:

@@ -80,22 +80,20 @@ def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
   messages, tools = own.translate(example.messages, example.tools)
   wanted = [] if loss_on == 'all' else turns(example, loss_on)
   view = _View(own, messages, tools)
-  found = ((0, len(view.text)),) if loss_on == 'all' else view.spans(wanted)
-  if found is not None:
-    head = view.head(found[0][0] if wanted else len(view.text))
-    out = (Piece(view.text, found, loss_on != 'all', head),)
-  else:
-    try:
-      out = tuple(view.rewritten(wanted))
-    except ValueError as error:
-      raise ValueError(with_places(str(error), view.unrendered([]))) from error
-  return Rendered(out, view.unrendered([p.text for p in out if p.text is not view.text]))
+  try:
+    if loss_on == 'all':
+      whole = ((0, len(view.text)),)
+      out = [Piece(view.text, whole, False, view.head(len(view.text)))]
+    else:
+      out = view.pieces(wanted)
+  except ValueError as error:
+    raise ValueError(with_places(str(error), view.unrendered([]))) from error
+  return Rendered(tuple(out), view.unrendered([p.text for p in out if p.text is not view.text]))
 
 
 def with_places(reason: str, places: Sequence[str]) -> str:
   """Returns a reason that also names the places of a row that are not rendered."""
-  more = f' and {len(places) - 5} more' if len(places) > 5 else ''
-  return f'{reason}. It does not render {", ".join(places[:5])}{more}' if places else reason
+  return f'{reason}. It does not render {sentinels.list_places(places)}' if places else reason
 
 
 def prompt(example: Chat, tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
@@ -141,41 +139,56 @@ class _View:
       'user turn first; begin the row with a system or user message'
     )
 
-  def spans(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
-    """Spans of turns in the whole rendering; None where the template rewrites history."""
+  def pieces(self, wanted: Sequence[int]) -> list[Piece]:
+    """One piece where the turns stand in the whole rendering as they would be sampled, else one per
+    turn, rendered as if nothing followed."""
     found = self._proposed(wanted)
-    if found is not None:
-      return found
-    exact = [self._exact(k) for k in wanted]
-    holds = all(self.text.startswith(w) and w.startswith(p) for p, w in exact)
-    return tuple((len(p), len(w)) for p, w in exact) if holds else None
+    if found is None:
+      exact = [self._exact(k) for k in wanted]
+      if not all(self.text.startswith(whole) for _, whole in exact):
+        return [Piece(w, ((start, len(w)),), True, self.head(start, w)) for start, w in exact]
+      found = tuple((start, len(whole)) for start, whole in exact)
+    return [Piece(self.text, found, True, self.head(found[0][0]))]
 
-  def _exact(self, k: int) -> tuple[str, str]:
-    """(prompt of turn k, the conversation up to its end), rendered."""
+  def _exact(self, k: int) -> tuple[int, str]:
+    """(where turn k begins, the conversation up to its end), from rendered prefixes."""
     messages, tools = self._messages, self._tools
     whole = self.text if k + 1 == len(messages) else self._dialect.render(messages[: k + 1], tools)
     try:
-      return self._dialect.render(messages[:k], tools, prompt=True), whole
+      before = self._dialect.render(messages[:k], tools, prompt=True)
     except DataError as error:
       if self._opens(k):
         raise DataError(self._user_first(k)) from error
       raise
+    if whole.startswith(before):
+      return len(before), whole
+    start = self._traced_start(k, before, whole)
+    if start is not None:
+      return start, whole
+    pairs = enumerate(zip(before + '\0', whole + '\1', strict=False))
+    same = next(i for i, (a, b) in pairs if a != b)
+    if self._opens(k):
+      raise ValueError(self._user_first(k))
+    raise ValueError(
+      f'{self._dialect.name}: what it renders as the prompt of messages[{k}] is not how '
+      f'the conversation with messages[{k}] begins: {before[same : same + 40]!r} against '
+      f'{whole[same : same + 40]!r} after {same} characters'
+    )
 
-  def rewritten(self, wanted: Sequence[int]) -> Iterator[Piece]:
-    """A piece per turn, each rendered as if nothing followed."""
-    for k in wanted:
-      before, whole = self._exact(k)
-      if not whole.startswith(before):
-        pairs = enumerate(zip(before + '\0', whole + '\1', strict=False))
-        same = next(i for i, (a, b) in pairs if a != b)
-        if self._opens(k):
-          raise ValueError(self._user_first(k))
-        raise ValueError(
-          f'{self._dialect.name}: what it renders as the prompt of messages[{k}] is not how '
-          f'the conversation with messages[{k}] begins: {before[same : same + 40]!r} against '
-          f'{whole[same : same + 40]!r} after {same} characters'
-        )
-      yield Piece(whole, ((len(before), len(whole)),), True, self.head(len(before), whole))
+  def _traced_start(self, k: int, before: str, whole: str) -> int | None:
+    """Where turn k begins though its prompt is no prefix: of a template that renders what stands
+    before a turn otherwise once the turn follows (without a line break, say), and opens the turn
+    itself in the same way."""
+    messages, tools = self._messages, self._tools
+    history = self._dialect._try(messages[:k], tools)
+    start = self._dialect.trace(messages[: k + 1], tools).starts[k]
+    if not history or start is None or not before.startswith(history):
+      return None
+    opening = before[len(history) :]
+    if not whole.startswith(opening, start):
+      return None
+    start += len(opening)
+    return start if self._holds_message(k, start, len(whole), whole) else None
 
   def _proposed(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
     """Spans as the trace proposes them, where what was checked confirms each; else None."""
@@ -236,14 +249,14 @@ class _View:
       ),
     )
 
-  def _holds_message(self, k: int, start: int, end: int) -> bool:
+  def _holds_message(self, k: int, start: int, end: int, text: str | None = None) -> bool:
     """Whether the texts of message k stand in a part of the rendering as they are."""
-    message = self._messages[k]
+    message, text = self._messages[k], self.text if text is None else text
     for key in ('content', *sentinels.REASONING):
       value = message.get(key)
       if isinstance(value, str):
         for part in self._dialect.tags.split(value)[::2]:
-          if self.text.find(part.strip(), start, end) < 0:
+          if text.find(part.strip(), start, end) < 0:
             return False
       elif value is not None:
         return False

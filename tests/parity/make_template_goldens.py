@@ -31,7 +31,8 @@ def digest(ids) -> str:
 
 def runs(mask) -> str:
   """'4-7 12-15' of a mask."""
-  edges = [i for i in range(len(mask) + 1) if (mask[i - 1] if i else 0) != (mask + [0])[i]]
+  padded = [0, *mask, 0]
+  edges = [i for i in range(len(mask) + 1) if padded[i] != padded[i + 1]]
   return ' '.join(f'{a}-{b}' for a, b in zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -126,7 +127,11 @@ def cell(tokenizer, name, conversation):
     )['input_ids']
   except Exception as error:  # what the template or jinja says
     return {'error': str(error)[:60]}
-  return {'turns': prefixes, 'prompt': digest(prompt[twice:]), 'lost': vanished(messages, tools, texts)}
+  return {
+    'turns': prefixes,
+    'prompt': digest(prompt[twice:]),
+    'lost': vanished(messages, tools, texts),
+  }
 
 
 def main() -> None:
