@@ -331,10 +331,14 @@ class Math:
     if self.isolated:
       symbolic_equal('\\sqrt{4}', '2')
 
+  def check(self, gold) -> None:
+    """Raises ValueError for a gold answer that cannot be used."""
+    self._gold(gold)
+
   def score(self, completion: str, prompt: str, gold) -> float:
     """Raises ValueError for a gold answer that cannot be used."""
     wanted = self._gold(gold)
-    text = final_answer(completion)
+    text = final_answer(completion, prompt)
     if text is None or (len(text) >= _ECHO_CHARS and text in prompt):
       return 0.0
     given = statements(text, self.mode)
