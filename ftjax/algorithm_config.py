@@ -63,6 +63,7 @@ NOT_NEGATIVE = (
   'reward_model.centring',
   'rollout.top_k',
   'rollout.samples',
+  'rollout.max_failed',
   'rollout.redraws',
   'ppo.value_coef',
   'ppo.value_clip',
@@ -138,6 +139,7 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.rollout.reward_model = ''
   c.rollout.reward_limit = 1.0  # seconds for one completion by a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
+  c.rollout.max_failed = 3  # rollouts in a row whose every completion failed end the run; 0: never
   # Times that prompts whose completions all earned the same give way to others (DAPO's dynamic
   # sampling); so many batches of prompts are set aside for a rollout
   c.rollout.redraws = 0

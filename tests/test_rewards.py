@@ -76,7 +76,7 @@ def slow(completions):
 def short(completions): return [1.0]
 def none(completions): return None
 def words(completions): return ['one'] * len(completions)
-def holes(completions): return [1.0, None]
+def lone(completions): return 1.0
 def nan(completions): return [1.0, float('nan')]
 def huge(completions): return [1.0, 1e39]
 def truths(completions): return [True, False]
@@ -263,7 +263,7 @@ def test_what_was_killed_is_asked_once_more(functions, tmp_path):
 
 @pytest.mark.parametrize(
   ('name', 'match'),
-  [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'), ('holes', 'list of 2'),
+  [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'), ('lone', "returned float '1.0'"),
    ('nan', 'nan for completion 1'), ('huge', r'1e\+39')],
 )  # fmt: skip
 def test_wrong_results_name_the_function(functions, name, match):
