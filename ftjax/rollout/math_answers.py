@@ -265,6 +265,8 @@ def _equal(answer: str, gold: str, symbolic: bool) -> bool:
   given, wanted = split_list(answer), split_list(gold)
   if given and wanted:
     return _equal_items(given, wanted, symbolic)
+  if (given or wanted or ' ')[0] == '':  # several answers are not one
+    return False
   return symbolic and symbolic_equal(answer, gold)
 
 

@@ -29,6 +29,7 @@ _COMMANDS = frozenset(
     r'\displaystyle\ln\log\exp\sin\cos\tan\cot\sec\csc\arcsin\arccos\arctan\sinh\cosh\tanh'
   )
 )
+_TEXT = re.compile(r'\\(?:text[a-z]*|mbox)\s?\{')
 _ENVIRONMENT = re.compile(r'\\(?:begin|end)\{\w{1,20}\}')
 # One spelling each; of an order, either direction: 3 <= x is x >= 3.
 _SPELLINGS = (
@@ -67,6 +68,9 @@ def symbolic_equal(answer: str, gold: str) -> bool:
   plain, wanted = _spelt(answer), _spelt(gold)
   commands = set(_COMMAND.findall(plain)) - _COMMANDS
   if not commands <= set(_COMMAND.findall(wanted)):
+    return False
+  # The grammar drops words: `5 \\text{ or 6}` would be 5.
+  if bool(_TEXT.search(plain)) != bool(_TEXT.search(wanted)):
     return False
   if any(mark in plain and mark not in wanted for mark in _RELATIONS):
     return False
