@@ -214,7 +214,7 @@ class Rewards:
       if missing:
         raise ConfigError(
           f'{KEY}: {part.spec} asks for {", ".join(missing)}, which the data lacks'
-          f'{verifiers.nearest(missing[0], known)} {source or "Its columns"}'
+          f'{verifiers.nearest(missing[0], known) or "."} {source or "Its columns"}'
           f'{" has the columns" if source else ""}: {", ".join(sorted(names)) or "none"}; always '
           f'there: {", ".join(GIVEN)}'
         )
@@ -246,8 +246,8 @@ class Rewards:
     if len(lines) > _MAX_REPORTED:
       lines[_MAX_REPORTED:] = [f'... and {len(lines) - _MAX_REPORTED} more']
     raise DataError(
-      f'{KEY}: {count} rows have no answer that a completion could be compared with; mend them or '
-      'name another column (column=NAME):\n  ' + '\n  '.join(lines)
+      f'{KEY}: {count} {"row has" if count == 1 else "rows have"} no answer to compare completions '
+      'with; correct the data, or name another column (column=NAME):\n  ' + '\n  '.join(lines)
     )
 
   def score(self, batch: Batch) -> Scores:

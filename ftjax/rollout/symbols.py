@@ -69,7 +69,7 @@ def symbolic_equal(answer: str, gold: str) -> bool:
   commands = set(_COMMAND.findall(plain)) - _COMMANDS
   if not commands <= set(_COMMAND.findall(wanted)):
     return False
-  # The grammar drops words: `5 \\text{ or 6}` would be 5.
+  # The grammar drops words: `5 \text{ or 6}` would be 5.
   if bool(_TEXT.search(plain)) != bool(_TEXT.search(wanted)):
     return False
   if any(mark in plain and mark not in wanted for mark in _RELATIONS):
