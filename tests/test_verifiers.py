@@ -466,6 +466,10 @@ def test_all_of_gsm8k(mode):
 # Gold and answer through one normalization: (gold, answer) pairs, compared both ways.
 
 SAME = [
+  ('5000000', '5\\text{ million}'),
+  ('8', '8 apples'),
+  ('5 m', '5\\text{ meters}'),
+  ('5 m/s', '5\\text{ m/s}'),
   ('13', '\\text{13}'),
   ('13', '\\textbf{13}'),
   ('13', '\\mathrm{13}'),
@@ -534,6 +538,11 @@ SAME = [
   ('(-\\infty,3)', '(-∞, 3)'),
 ]
 DIFFERENT = [
+  ('2ab', '2'),
+  ('3m', '3'),
+  ('5 million', '5'),
+  ('8 dozen', '8'),
+  ('5\\text{ m/s}', '5\\text{ km/h}'),
   ('CAB', 'ABC'),
   ('ABC', 'CBA'),
   ('no', 'on'),
@@ -580,6 +589,10 @@ DIFFERENT = [
   ('72', '71,72'),
 ]
 SAME_FORMULAS = [
+  ('1,000,000', '10^6'),
+  ('2ab', '2ba'),
+  ('\\varnothing', '\\emptyset'),
+  ('\\frac{1}{\\sqrt2}', '\\frac{\\sqrt2}{2}'),
   ('\\log_2 8', '3'),
   ('3', '\\log_{2} 8'),
   ('\\sqrt2', '\\sqrt{2}'),
@@ -602,6 +615,11 @@ SAME_FORMULAS = [
   ('(-\\infty,1)\\cup(2,\\infty)', '(-∞,1)\u222a(2,∞)'),
 ]
 DIFFERENT_FORMULAS = [
+  ('2x', '2xm'),
+  ('x', 'X'),
+  ('0', '\\left(\\frac12\\right)^{100}'),
+  ('2^{1000}', '2^{1000}+1'),
+  ('\\frac{\\pi}{6}', '30°'),
   ('\\left(\\frac12\\right)^{100}', '\\left(\\frac13\\right)^{100}'),
   ('10^{-20}', '2\\times10^{-20}'),
   ('10^{-20}x', '2\\cdot10^{-20}x'),

@@ -36,6 +36,8 @@ _CHARACTERS = {
 _CHARACTER = re.compile('|'.join(_CHARACTERS))
 # Between a digit and exactly three more, these separate thousands.
 _THOUSANDS = re.compile(r'(?<=[0-9])(?:\\[,!: ]|\{,\}|~|\u00a0|\u2009|\u202f)(?=[0-9]{3}(?![0-9]))')
+# A word in \text{..} or without it.
+_WORD = r'\s?(?:\\text\{{\s?{0}\s?\}}|{0})'
 # In this order.
 _SPELLINGS = tuple(
   (re.compile(pattern), spelling)
@@ -54,6 +56,11 @@ _SPELLINGS = tuple(
     (r'\\r(?:brace)(?![A-Za-z])', r'\\}'),
     (r'\\(?:mathbf|mathrm|boldsymbol|bm)\{([A-Za-z0-9.]{1,60})\}(?=.)', r'\1'),
     (r'\s?percent$', '%'),
+    (r'\\varnothing(?![A-Za-z])', r'\\emptyset'),
+    (rf'(?<=[0-9]){_WORD.format("thousand")}$', r' \\times 10^{3}'),
+    (rf'(?<=[0-9]){_WORD.format("million")}$', r' \\times 10^{6}'),
+    (rf'(?<=[0-9]){_WORD.format("billion")}$', r' \\times 10^{9}'),
+    (rf'(?<=[0-9]){_WORD.format("trillion")}$', r' \\times 10^{12}'),
     (r'\s+', ' '),
   )
 )
@@ -158,11 +165,15 @@ _POWER = r'(?:\^\{?(?P<power>[23])\}?)?'
 _TEXT_UNIT = re.compile(
   rf'\\(?:text|mathrm|mbox|textrm|operatorname)\{{(?P<unit>[^{{}}]{{0,60}})\}}{_POWER}$'
 )
+# `5m` is a product, `5 m` a length.
 _PLAIN_UNIT = re.compile(
-  r'(?<![\\A-Za-z{])(?P<unit>(?:(?:square|cubic|sq|cu)\.? )?[A-Za-z]{2,12}(?:/[A-Za-z]{1,8})?)'
-  rf'{_POWER}$'
+  r'(?<![\\A-Za-z{])(?P<unit>(?:(?:square|cubic|sq|cu)\.? )?'
+  rf'(?:[A-Za-z]{{2,12}}|[A-Za-z]{{1,12}}/[A-Za-z]{{1,8}}|(?<=[0-9] )[A-Za-z])){_POWER}$'
 )
-_NO_UNIT = re.compile(r'\b(?:or|and|not|maybe|perhaps|to)\b|[=<>,;?]|[04-9]|\d\d', re.IGNORECASE)
+_NO_UNIT = re.compile(
+  r'\b(?:or|and|not|maybe|perhaps|to|hundreds?|thousands?|[mbtr]+illions?|dozens?|times)\b|[=<>,;?]|[04-9]|\d\d',
+  re.IGNORECASE,
+)
 _OF_ANGLES = re.compile(r'\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)')
 _DEGREES = '^{\\circ}'
 
@@ -171,15 +182,15 @@ def split_unit(text: str) -> tuple[str, str]:
   r"""Returns (value, unit) of a normalized answer: '5', 'cm' of '5 \text{cm}'. The unit is '' where
   there is none.
 
-  Any words in \text{..} behind a value count as a unit; without it only known units of two letters
-  and more do, since '5 x' is a product.
+  Any words in \text{..} behind a value count as a unit; without it only known units do, and words
+  of four letters and more behind a space ('8 apples'): others are products.
   """
   found = _TEXT_UNIT.search(text)
   if found and (_NO_UNIT.search(found['unit']) or not text[: found.start()].strip()):
     return text, ''
   if not found:
     found = _PLAIN_UNIT.search(text)
-    if found and (not _is_value(text[: found.start()]) or not _is_known(found['unit'])):
+    if found and (not _is_value(text[: found.start()]) or not _may_be_unit(found)):
       found = None
   value, unit = text, ''
   if found:
@@ -192,6 +203,12 @@ def split_unit(text: str) -> tuple[str, str]:
 def _is_value(text: str) -> bool:
   """Whether a number ends a text."""
   return re.search(r'[0-9})]\s?$', text) is not None
+
+
+def _may_be_unit(m: re.Match) -> bool:
+  """Whether plain letters behind a value are a known unit, or a word that is no product."""
+  is_word = re.search(r'[0-9] $', m.string[: m.start()]) and re.fullmatch('[a-z]{4,}', m['unit'])
+  return _is_known(m['unit']) or bool(is_word and not _NO_UNIT.search(m['unit']))
 
 
 def _is_known(unit: str) -> bool:
@@ -221,7 +238,7 @@ def units_differ(first: str, second: str) -> bool:
 
 _OPENING = {'(': '(', '[': '[', '\\{': '{'}
 _CLOSING = {')': ')', ']': ']', '\\}': '}'}
-_SEPARATOR = re.compile(r'\\text\{,?\s?(?:and|or)\s?\}|(?<![A-Za-z]) ?(?:and|or) (?![A-Za-z])')
+_SEPARATOR = re.compile(r'\\text\{,?\s?(?:and|or)\s?\}|(?<=[^A-Za-z ]) (?:and|or) ')
 
 
 def split_list(text: str) -> tuple[str, list[str]] | None:

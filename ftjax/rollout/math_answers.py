@@ -83,6 +83,12 @@ class Number:
     share, plain = (self, other) if self.percent else (other, self)
     return plain.value in (share.value, share.value / 100)
 
+  def latex(self) -> str:
+    """Returns the value without separators: 1000000, \\frac{1}{3}."""
+    top, bottom = abs(self.value.numerator), self.value.denominator
+    sign = '-' if self.value < 0 else ''
+    return f'{sign}{top}' if bottom == 1 else f'{sign}\\frac{{{top}}}{{{bottom}}}'
+
 
 def _plain(text: str) -> Fraction:
   return Fraction(re.sub(r'\{,\}|\\[,!]|,', '', text))
@@ -262,11 +268,15 @@ def _equal(answer: str, gold: str, symbolic: bool) -> bool:
   given, wanted = words(answer), words(gold)
   if given and wanted:
     return same_words(given, wanted)
-  given, wanted = split_list(answer), split_list(gold)
+  given = None if ours else split_list(answer)
+  wanted = None if theirs else split_list(gold)
   if given and wanted:
     return _equal_items(given, wanted, symbolic)
   if (given or wanted or ' ')[0] == '':  # several answers are not one
     return False
+  answer, gold = (
+    n.latex() if n and not n.percent else t for n, t in ((ours, answer), (theirs, gold))
+  )
   return symbolic and symbolic_equal(answer, gold)
 
 

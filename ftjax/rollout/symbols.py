@@ -7,6 +7,7 @@ hang or use much memory; rewards.py runs it in a worker that has limits.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -184,7 +185,13 @@ def _same_symbols(answer: str, gold: str) -> bool:
   import math_verify
 
   logging.getLogger('math_verify').setLevel(logging.ERROR)
-  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
+  # Its removal of units would take 2ab for 2; latex.py has removed them.
+  usual = math_verify.LatexExtractionConfig().normalization_config
+  config = [
+    math_verify.LatexExtractionConfig(
+      boxed_match_priority=0, normalization_config=dataclasses.replace(usual, units=False)
+    )
+  ]
 
   def read(text):
     if _OF_ANGLES.search(text):  # else 60 degrees would be read as 60
