@@ -64,6 +64,7 @@ NOT_NEGATIVE = (
   'reward_model.centring',
   'rollout.top_k',
   'rollout.samples',
+  'rollout.max_failed',
   'rollout.redraws',
   'ppo.value_coef',
   'ppo.value_clip',
@@ -139,6 +140,7 @@ def add(c: ml_collections.ConfigDict) -> None:
   c.rollout.reward_model = ''
   c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
+  c.rollout.max_failed = 3  # rollouts in a row without one reward that end the run; 0: never
   # Times that prompts with a zero-variance group are replaced by others (DAPO's dynamic sampling);
   # so many batches of prompts are reserved for each rollout.
   c.rollout.redraws = 0

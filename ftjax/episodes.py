@@ -31,16 +31,19 @@ from ftjax.data.prompts import Prompt
 from ftjax.experiment import Run
 from ftjax.fit import Source, Tell
 from ftjax.forward import model_of, readout
-from ftjax.rollout import rewards, weights
+from ftjax.rollout import rewards, stop_texts, weights
 from ftjax.rollout.completion import Rollout, stops
 from ftjax.rollout.engine import Engine
+from ftjax.rollout.reward_alarms import RewardAlarms
+from ftjax.rollout.reward_batch import sample_rows
 from ftjax.rollout.sampler import Sampling
+from ftjax.rollout.transcript import Transcripts
 from ftjax.rollout_files import RolloutFiles
 from ftjax.runtime import peers
 from ftjax.runtime.errors import CheckError, ConfigError
 from ftjax.runtime.sharding import BATCH, spec, zigzag
-from ftjax.sampled import Sampled, flat_groups, rows, spread, with_groups
-from ftjax.trained_reward import TrainedReward
+from ftjax.sampled import Sampled, fill_unscored, flat_groups, rows, spread, with_groups
+from ftjax.trained_reward import TrainedReward, check_tokens
 from ftjax.trainer import Trainer
 from ftjax.training.feed import place
 from ftjax.training.state import State
@@ -111,17 +114,23 @@ class Episodes(Source):
     self._updates = steps_per_batch(c)
     self.files = RolloutFiles(run.workdir, self._updates)
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
+    texts = tuple(c.rollout.stop)
+    stop_texts.check(texts, model.tokenizer, c.rollout.max_tokens, 'rollout.stop')
+    if c.algorithm == 'ppo' and c.ppo.value_from:
+      check_tokens('ppo.value_from', c.ppo.value_from, run)
+    stop_ids = (*model.stop_ids, *stop_texts.token_ids(texts, model.tokenizer))
+    self._transcripts = Transcripts(model.tokenizer, stop_ids)
     self._engine = Engine(
       run.arch,
       self._dtype,
-      model.stop_ids,
+      tuple(dict.fromkeys(stop_ids)),
       model.tokenizer.pad_id,
       slots=c.rollout.slots,
       vocab_size=model.tokenizer.vocab_size,
     )
     self._sampling = Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p)
     self._mesh = weights.rollout_mesh(run.mesh)
-    self._ended = stops(tuple(c.rollout.stop), model.tokenizer)
+    self._ended = stops(texts, model.tokenizer)
     self._wants_ref = algorithms.reference_beside(c)
     self._wants_old = algorithms.wants_old_logp(c)
     self._measures = {
@@ -135,26 +144,29 @@ class Episodes(Source):
     self._is_checked = self._is_warned = False
     self._rewards: rewards.Rewards | None = None
     self._parts = rewards.parse(c.rollout.rewards)
+    self._alarms = RewardAlarms({p.name: p.weight for p in self._parts}, c.rollout.max_failed)
     if c.rollout.reward_model and not any(part.spec == 'model' for part in self._parts):
       raise ConfigError(
-        f'rollout.reward_model={c.rollout.reward_model} pays nothing: rollout.rewards='
+        f'rollout.reward_model={c.rollout.reward_model} does nothing: rollout.rewards='
         f"{c.rollout.rewards!r} has no part 'model'"
       )
     self._trained = TrainedReward(run) if c.rollout.reward_model else None
     self._judged = np.zeros(0, np.float32)
+    self._rollout = 0  # the last one that was made
     peers.from_main(self._start_rewards)
 
   def _start_rewards(self) -> None:
     c, data = self.run.config, self.run.data
-    columns = [set(s.columns) for s in (*data.sources, *data.evaluation)]
+    sources = (*data.sources, *data.evaluation)
     self._rewards = rewards.Rewards(
       self._parts,
-      sorted(set.intersection(*columns)),
+      {s.name: sorted(set().union(*(p.columns for p in s.rows))) for s in sources},
       # All processes must run the model, only this one has the rewards: it is asked before.
       model=(lambda *_: self._judged) if self._trained else None,
       completion_limit=c.rollout.reward_limit,
       call_limit=c.rollout.function_limit,
     )
+    self._rewards.check_rows((p.place, p.columns) for s in sources for p in s.rows)
 
   def __enter__(self) -> 'Episodes':
     return self
@@ -188,7 +200,8 @@ class Episodes(Source):
     if self._held is None or self._held[0] != number:
       with self.run.watchdog.phase('rollout'):
         if update:
-          self._held = number, self.files.read_arrays(number)
+          names = self.run.batch_shardings(micro=True)
+          self._held = number, self.files.read_arrays(number, names)
         else:
           self._held = None  # two rollouts need not be held
           self._held = number, self._make(number, state, step)
@@ -225,7 +238,9 @@ class Episodes(Source):
       found = len(lesson.arrays['tokens'])
       raise CheckError(f'rollout {number} has {found} rows, expected {rows_per_rollout(c)}')
     if c.rollout.redraws:
-      metrics |= {'redrawn': drawn / c.batch_size - 1, 'flat_left': len(flat_groups(sampled))}
+      left = len(flat_groups(sampled))
+      self._alarms.report_redraws(left, c.batch_size, c.rollout.redraws)
+      metrics |= {'redrawn': drawn / c.batch_size - 1, 'flat_left': left}
     self._write(step + 1, metrics | lesson.metrics)
     self.files.write_rows(f'kept-{number}', lesson.kept)
     if self._updates > 1:
@@ -369,43 +384,36 @@ class Episodes(Source):
   def _reward(
     self, prompts: Sequence[Prompt], found: Rollout, number: int | None
   ) -> tuple[np.ndarray, dict[str, float]]:
-    """(float32[R], metrics); `number` of the rollout whose samples are kept, None for none."""
+    """(float32[R], metrics); `number` of the rollout whose samples are kept, None for none.
+
+    A completion that no reward scored gets the mean of its group, so that its advantage is 0.
+    """
     pairs = [(p, c) for p, cs in zip(prompts, found.completions, strict=True) for c in cs]
     if self._trained:
       self._judged = self._trained(pairs)
     told = peers.from_main(lambda: self._reward_here(pairs, number))
-    totals = np.array(told['totals'], np.float32)
+    totals = fill_unscored(np.array(told['totals'], np.float32), len(found.completions))
     return totals, told['metrics'] | spread(totals, found)
 
   def _reward_here(self, pairs: Sequence[tuple], number: int | None) -> dict[str, Any]:
-    tokenizer = self.run.model.tokenizer
-    texts = {p.place: tokenizer.decode(p.ids) for p, _ in pairs}
-    names = set.intersection(*(set(p.columns) for p, _ in pairs))
-    batch = rewards.Batch(
-      prompts=[texts[p.place] for p, _ in pairs],
-      completions=[tokenizer.decode(c.tokens) for _, c in pairs],
-      prompt_ids=[p.ids for p, _ in pairs],
-      token_ids=[c.tokens for _, c in pairs],
-      is_truncated=[c.truncated for _, c in pairs],
-      columns={n: [p.columns[n] for p, _ in pairs] for n in names},
-    )
+    batch = self._transcripts.batch(pairs, self._progress(number))
     scores = self._rewards.score(batch)
-    for name, reason in scores.reasons.items():
-      log.warning('reward %s failed %d times: %s', name, scores.failures[name], reason)
+    what = 'redrawn prompts or an evaluation' if number is None else f'rollout {number}'
+    self._alarms.report_failures(scores, what)
     if number is not None:
-      self._keep_samples(batch, scores, number)
+      # To be read: a model that cheats its rewards shows it here first.
+      samples = sample_rows(batch, scores, self.run.config.rollout.samples)
+      self.files.write_rows(str(number), samples)
+      self._alarms.see(scores, self.run.config.rollout.group, number)
     return {'totals': scores.total.tolist(), 'metrics': scores.metrics()}
 
-  def _keep_samples(self, batch: rewards.Batch, scores: rewards.Scores, number: int) -> None:
-    """rollouts/<number>.jsonl: the first completions with what each part paid, to be read: a model
-    that cheats its rewards shows it here first."""
-    rows = []
-    for i in range(min(self.run.config.rollout.samples, len(scores.total))):
-      paid = {n: float(x) for n, x in zip(scores.names, scores.parts[i], strict=True)}
-      row = {'prompt': batch.prompts[i], 'completion': batch.completions[i]}
-      row |= {'reward': float(scores.total[i]), 'parts': paid}
-      rows.append(row | {'truncated': batch.is_truncated[i]})
-    self.files.write_rows(str(number), rows)
+  def _progress(self, number: int | None) -> dict[str, float]:
+    """Returns what TRL's trainer_state says of a run, for reward functions that ask for it."""
+    if number is not None:
+      self._rollout = number
+    step, steps = self._rollout * self._updates, self.run.steps
+    rows = self.run.data.mixture.rows_per_epoch
+    return {'global_step': step, 'max_steps': steps, 'epoch': self.run.cursor(step) / rows}
 
   def evaluate(self, params: dict, is_cancelled: Callable[[], bool]) -> dict[str, float] | None:
     """Rewards of one greedy completion for every prompt of data.eval; empty without such prompts,

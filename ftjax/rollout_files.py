@@ -4,7 +4,10 @@ and the arrays that a run needs to go on between two updates on a rollout."""
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,13 +74,24 @@ class RolloutFiles:
       if found and int(found[1]) < number and int(found[1]) not in needed:
         files.remove(files.join(self._folder, name))
 
-  def read_arrays(self, number: int) -> dict[str, np.ndarray]:
-    """Raises DataError where they are gone."""
+  def read_arrays(self, number: int, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of these names of rollout `number`.
+
+    Raises:
+      DataError: the file is gone or damaged.
+    """
     path = self._path(number)
+    remedy = (
+      'The checkpoint lies between two updates on that rollout. Bring the file back, or remove '
+      f'this checkpoint from {self._checkpoints} to go on from an earlier one: from the start of a '
+      f'rollout (steps divisible by {self._updates}) the file is made anew'
+    )
     if not files.exists(path):
-      raise DataError(
-        f'{path} is missing: the checkpoint lies between two updates on that rollout; bring the '
-        'file back, or remove this checkpoint to go on from an earlier one'
-      )
-    with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as found:
-      return {k: found[k] for k in found.files}
+      raise DataError(f'{path} is missing. {remedy}')
+    try:
+      with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as found:
+        return {name: found[name] for name in names}
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+      raise DataError(f'{path} is damaged ({type(error).__name__}: {error}). {remedy}') from error
+    except NotImplementedError as error:  # a compression method that no zip file here has
+      raise DataError(f'{path} is damaged ({error}). {remedy}') from error

@@ -48,6 +48,17 @@ def rows(
   return out
 
 
+def fill_unscored(totals: np.ndarray, groups: int) -> np.ndarray:
+  """Returns rewards float32[R] of `groups` groups with the mean of its group in place of each NaN,
+  0 where a group has nothing else: such a completion has no advantage over its group.
+  """
+  rows = totals.reshape(groups, -1)
+  is_scored = ~np.isnan(rows)
+  sums, counts = np.where(is_scored, rows, 0).sum(1), is_scored.sum(1)
+  means = (sums / np.maximum(counts, 1)).astype(np.float32)
+  return np.where(is_scored, rows, means[:, None]).reshape(-1)
+
+
 def flat_groups(s: Sampled) -> np.ndarray:
   """int[n]: prompts whose completions all earned the same."""
   groups = s.rewards.reshape(-1, s.group)

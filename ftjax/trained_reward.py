@@ -38,6 +38,29 @@ def architecture(path: str) -> Architecture:
   return arch
 
 
+def check_tokens(key: str, path: str, run: Run) -> None:
+  """Raises ConfigError where the model in a folder, which reads the policy's token ids, has other
+  tokens than the policy.
+
+  Args:
+    key: of the config, that names the folder: 'ppo.value_from'.
+    path: the folder.
+    run: of the policy.
+  """
+  found, own = Tokenizer(load.tokenizer_files(path), path), run.model.tokenizer
+  if own.same_tokens(found):
+    return
+  different = f'{found.vocab_size} and {own.vocab_size} tokens'
+  pairs = ((own.token(i), found.token(i)) for i in range(min(own.vocab_size, found.vocab_size)))
+  if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+    different += f', for example {other[1]!r} in place of {other[0]!r}'
+  raise ConfigError(
+    f'{key}={path} has another tokenizer than the policy {run.config.model.path or own.name}: '
+    f'{different}. It would read other tokens than the policy wrote; train it from a model of the '
+    'same family'
+  )
+
+
 class TrainedReward:
   """Scores of completions; the same on every process, which all must ask.
 
@@ -53,12 +76,7 @@ class TrainedReward:
   def __init__(self, run: Run):
     c, path = run.config, run.config.rollout.reward_model
     self._run, arch = run, architecture(path)
-    found = Tokenizer(load.tokenizer_files(path), path)
-    if not run.model.tokenizer.same_tokens(found):
-      raise ConfigError(
-        f'{KEY}={path} has another tokenizer than the policy: it would read other tokens than the '
-        'policy wrote. Train the reward model from a model of the same family'
-      )
+    check_tokens(KEY, path, run)
     if arch.max_len < c.seq_len:
       raise ConfigError(f'{KEY}={path} was made for {arch.max_len} positions, seq_len={c.seq_len}')
     with run.watchdog.phase('restore'):

@@ -16,7 +16,8 @@ import tiny_run
 from ftjax import compare, episodes, grpo
 from ftjax import sampled as sampled_rows
 from ftjax.rollout.completion import Completion, Rollout, stops
-from ftjax.runtime.errors import ConfigError
+from ftjax.rollout_files import RolloutFiles
+from ftjax.runtime.errors import CheckError, ConfigError, DataError
 
 
 @pytest.fixture(scope='module')
@@ -410,6 +411,111 @@ def test_a_missing_column_is_told_before_training(tmp_path):
   run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
     episodes.Episodes(run, grpo.GroupTeacher(run.config))
+
+
+def source_of(tmp_path, train='', evaluation='', **settings):
+  for key, rows in (('train', train), ('eval', evaluation)):
+    if rows:
+      (tmp_path / f'{key}.jsonl').write_text(rows)
+      settings[f'data.{key}'] = str(tmp_path / f'{key}.jsonl')
+  run = tiny_rollouts.start(tmp_path, **settings)
+  return episodes.Episodes(run, grpo.GroupTeacher(run.config))
+
+
+ROWS = '{"prompt": "1 + 1 =", "answer": "2"}\n' * 4
+
+
+@pytest.mark.parametrize(
+  ('train', 'evaluation', 'error', 'told'),
+  [
+    ('{"prompt": "1 + 1 =", "answer": ["2"]}\n', '', DataError, r'train\.jsonl:1: math'),
+    (ROWS + '{"prompt": "1 + 2 ="}\n', '', DataError, r"train\.jsonl:5: math.*no column 'answer'"),
+    (ROWS, '{"prompt": "a", "answer": null}\n', DataError, r'eval\.jsonl:1: math.* got None'),
+    (ROWS, '{"prompt": "a", "gold": "2"}\n', ConfigError, r'eval\.jsonl has the columns: gold'),
+    (ROWS, '{"prompt": "a"}\n', ConfigError, r'eval\.jsonl has the columns: none'),
+  ],
+)
+def test_answers_that_cannot_be_compared_are_found_before_training(
+  tmp_path, train, evaluation, error, told
+):
+  with pytest.raises(error, match=told):
+    source_of(tmp_path, train, evaluation, **{'rollout.rewards': 'math:symbolic=off'})
+
+
+def test_a_reward_that_always_raises_ends_the_run(tmp_path, monkeypatch, caplog):
+  (tmp_path / 'raising_rewards.py').write_text('def raises(completions): raise RuntimeError(12)')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  settings = {'rollout.rewards': 'raising_rewards:raises', 'rollout.max_failed': 2}
+  s = tiny_rollouts.Steps(tmp_path, **settings)
+  with s.source:
+    s.batch(0)
+    with pytest.raises(CheckError, match='raises failed for every completion of 2 rollouts'):
+      s.batch(1)
+  assert sum('RuntimeError: 12' in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_completion_without_a_reward_gets_the_mean_of_its_group():
+  nan = np.nan
+  filled = sampled_rows.fill_unscored(
+    np.float32([1, nan, 0, 1, nan, nan, nan, nan, 0, 0, nan, 1]), 3
+  )
+  np.testing.assert_allclose(filled, [1, 2 / 3, 0, 1, 0, 0, 0, 0, 0, 0, 1 / 3, 1], rtol=1e-6)
+  out, *_ = taught(tiny_rollouts.tiny(), sampled(filled[:4], 4, [3] * 4))
+  assert out[1, 0] == pytest.approx(0, abs=1e-6) and out[0, 0] > 0 > out[2, 0]
+
+
+def test_a_special_token_as_stop_text_stops_on_the_device(tmp_path):
+  with source_of(tmp_path, **{'rollout.stop': ('<|im_start|>', '\n')}) as source:
+    [start] = source.run.model.tokenizer.encode('<|im_start|>')
+    assert start in source._engine.stop_ids and source._ended([5, 6, start])
+
+
+def test_a_stop_that_cannot_occur_is_refused_at_the_start(tmp_path):
+  with pytest.raises(ConfigError, match=r'rollout\.stop.*cannot occur'):
+    source_of(tmp_path, **{'rollout.stop': ('a', 'x' * 500)})
+
+
+def damage(path, how):
+  data = path.read_bytes()
+  path.write_bytes(
+    {'empty': b'', 'cut': data[: len(data) // 2], 'text': b'not a zip'}.get(how, data)
+  )
+  if how == 'a byte':
+    at = len(data) // 3
+    path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+  if how == 'missing':
+    np.savez_compressed(path, tokens=np.zeros(3))
+
+
+@pytest.mark.parametrize('how', ['empty', 'cut', 'text', 'a byte', 'missing', 'gone'])
+def test_a_damaged_rollout_is_told_with_its_file(tmp_path, how):
+  kept = RolloutFiles(str(tmp_path), 2)
+  kept.begin(0)
+  arrays = {
+    'tokens': np.arange(600).reshape(2, 300),
+    'weights': np.random.default_rng(0).random(99),
+  }
+  kept.write_arrays(0, arrays)
+  found = kept.read_arrays(0, arrays)
+  assert all((found[k] == arrays[k]).all() for k in arrays)
+  path = tmp_path / 'rollouts' / '0.npz'
+  damage(path, how) if how != 'gone' else path.unlink()
+  with pytest.raises(DataError, match=r'rollouts/0\.npz is (damaged|missing).*earlier one'):
+    kept.read_arrays(0, arrays)
+
+
+def test_a_damaged_rollout_is_made_anew_at_its_start(twice):
+  s, batches = twice
+  path = s.source.files._path(0)
+  with open(path, 'wb') as file:
+    file.write(b'damaged')
+  s.source._held = None
+  with pytest.raises(DataError, match=r'0\.npz is damaged'):
+    s.source.take(s.state, 1)
+  for step in range(2):
+    again = tiny_rollouts.host(s.source.take(s.state, step))
+    assert all((again[k] == batches[step][k]).all() for k in again)
+    s.source._held = None  # the next step reads the file that the first has written
 
 
 # Runs of a user.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_rollouts
+import tiny_tokenizer
 
 from ftjax import algorithms, episodes, experiment, policy_gradient, ppo, sampled
 from ftjax.forward import readout
@@ -197,9 +198,20 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
     stop_ids=model.stop_ids,
   )
   run = tiny_rollouts.start(tmp_path, 'ppo', **{'ppo.value_from': str(tmp_path / 'rm')})
+  tiny_rollouts.episodes_of(run).__exit__()
   found = trees.flatten(run.load_beside('', 'float32')['value'])
   for name, x in trees.flatten(params).items():
     np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(x), err_msg=name)
+
+
+@pytest.mark.parametrize('files', [{'vocab_size': 300}, {'extra_special': ('<pad>',)}])
+def test_a_value_model_with_other_tokens_is_refused(tmp_path, files):
+  for name, data in tiny_tokenizer.tiny_files(**files).items():
+    (tmp_path / name).write_bytes(data)
+  run = tiny_rollouts.start(tmp_path, 'ppo', **{'ppo.value_from': str(tmp_path)})
+  told = rf'ppo\.value_from={tmp_path} has another tokenizer than the policy model\.random'
+  with pytest.raises(ConfigError, match=told):
+    tiny_rollouts.episodes_of(run)
 
 
 @pytest.mark.parametrize(

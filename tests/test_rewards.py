@@ -76,7 +76,7 @@ def slow(completions):
 def short(completions): return [1.0]
 def none(completions): return None
 def words(completions): return ['one'] * len(completions)
-def holes(completions): return [1.0, None]
+def lone(completions): return 1.0
 def nan(completions): return [1.0, float('nan')]
 def huge(completions): return [1.0, 1e39]
 def truths(completions): return [True, False]
@@ -263,7 +263,8 @@ def test_what_was_killed_is_asked_once_more(functions, tmp_path):
 
 @pytest.mark.parametrize(
   ('name', 'match'),
-  [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'), ('holes', 'list of 2'),
+  [('short', '1 scores for 2'), ('none', 'None'), ('words', 'one'),
+   ('lone', "returned float '1.0'"),
    ('nan', 'nan for completion 1'), ('huge', r'1e\+39')],
 )  # fmt: skip
 def test_wrong_results_name_the_function(functions, name, match):
@@ -276,6 +277,48 @@ def test_a_bad_gold_is_a_failure_of_its_row():
   got = score('exact', batch('a', 'b', 'c', answer=['a', None, ['c', 'd']]))
   np.testing.assert_array_equal(got.total, [1, 0, 1])
   assert got.failures == {'exact': 1} and 'answer' in got.reasons['exact']
+
+
+def check_rows(spec, *golds):
+  rows = [(f'train.jsonl:{i}', {'answer': g}) for i, g in enumerate(golds, 1)]
+  with Rewards(parse(spec), ('answer',)) as r:
+    r.check_rows(rows)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'bad', 'match'),
+  [('math:symbolic=off', ['2'], r"train.jsonl:2: .*expected a text or a number, got \['2'\]"),
+   ('exact', {'a': 1}, 'train.jsonl:2: exact'), ('choice:ABCD', 'E', 'none of the letters ABCD'),
+   ('label:yes,no,column=answer', '1', r"none of \('yes', 'no'\)"), ('exact', None, 'got None'),
+   ('length:at_most=9@1,normalized@0.5', '', 'train.jsonl:2: normalized')],
+)  # fmt: skip
+def test_golds_that_nothing_could_equal_are_found_before_training(spec, bad, match):
+  good = {'label': 'yes', 'choic': 'B'}.get(spec[:5], '1')
+  check_rows(spec, good, good)
+  with pytest.raises(DataError, match=match) as e:
+    check_rows(spec, good, bad, good)
+  assert '1 row has' in str(e.value) and DataError.exit_code == 3
+
+
+def test_one_reason_is_told_once_with_its_count_and_missing_columns_by_row():
+  with pytest.raises(DataError, match=r'train.jsonl:1: exact: .*got None \(and 99 more rows\)'):
+    check_rows('exact', *[None] * 100)
+  with pytest.raises(DataError, match='100 rows have') as e:
+    check_rows('exact', *[{'n': i} for i in range(100)])
+  assert str(e.value).count('\n') == 21 and '80 more' in str(e.value)
+  refused = pytest.raises(DataError, match=r"b\.jsonl:7: exact: no column 'answer'")
+  with Rewards(parse('exact'), ('answer',)) as r, refused:
+    r.check_rows([('b.jsonl:6', {'answer': 'x'}), ('b.jsonl:7', {'other': 'x'})])
+
+
+def test_the_source_without_the_column_is_named_with_its_columns(functions):
+  sources = {'train.jsonl': ['answer', 'id'], 'eval.jsonl': ['gold'], 'other.jsonl': []}
+  with pytest.raises(ConfigError, match=r'lacks\. eval\.jsonl has the columns: gold'):
+    Rewards(parse('exact'), sources)
+  del sources['eval.jsonl']
+  for spec in ('exact', 'my_rewards:same'):
+    with pytest.raises(ConfigError, match=r'other\.jsonl has the columns: none'):
+      Rewards(parse(spec), sources)
 
 
 def test_columns_that_cannot_be_used(functions):

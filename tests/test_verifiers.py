@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ftjax.rollout import math_answers, verifiers
-from ftjax.rollout.final_answer import final_answer
+from ftjax.rollout.final_answer import final_answer, opened
 from ftjax.rollout.verifiers import build
 from ftjax.runtime.errors import ConfigError
 
@@ -20,7 +20,8 @@ def needs(package):
   return pytest.mark.skipif(missing, reason=f'{package} is not installed')
 
 
-SHARED = pathlib.Path('/work/shared/data/gsm8k_train.jsonl.gz')
+# Outside of the repository, where a checkout has it.
+SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared' / 'data' / 'gsm8k_train.jsonl.gz'
 QUESTION = (
   'A farm has 72 hens and sells half of them on Monday. How many hens are left at the farm?'
 )
@@ -437,13 +438,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize('mode', math_answers.MODES)
-def test_gsm8k(mode):
-  """Every gold rationale is paid for its own question, and for no neighbour's of another answer."""
-  rows = list(ROWS)
-  if SHARED.exists():
-    with gzip.open(SHARED, 'rt') as lines:
-      rows += [json.loads(line) for i, line in enumerate(lines) if i % 10 == 0]
+def assert_each_rationale_is_right_for_its_own_question_alone(rows, mode):
   m = build('math', f'{mode},symbolic=off')
   golds = [r['answer'].rpartition('#### ')[2].replace(',', '') for r in rows]
   wrong = 0
@@ -453,3 +448,311 @@ def test_gsm8k(mode):
       wrong += 1
       assert m.score(row['answer'], row['question'], rows[i - 1]['answer']) == 0, row
   assert wrong > len(rows) / 2
+
+
+@pytest.mark.parametrize('mode', math_answers.MODES)
+def test_gsm8k(mode):
+  assert_each_rationale_is_right_for_its_own_question_alone(ROWS, mode)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason='GSM8K is not beside the repository')
+@pytest.mark.parametrize('mode', math_answers.MODES)
+def test_all_of_gsm8k(mode):
+  with gzip.open(SHARED, 'rt') as lines:
+    rows = [json.loads(line) for i, line in enumerate(lines) if i % 10 == 0]
+  assert_each_rationale_is_right_for_its_own_question_alone(rows, mode)
+
+
+# Gold and answer through one normalization: (gold, answer) pairs, compared both ways.
+
+SAME = [
+  ('5000000', '5\\text{ million}'),
+  ('8', '8 apples'),
+  ('5 m', '5\\text{ meters}'),
+  ('5 m/s', '5\\text{ m/s}'),
+  ('13', '\\text{13}'),
+  ('13', '\\textbf{13}'),
+  ('13', '\\mathrm{13}'),
+  ('13', '$13$.'),
+  ('13', '\\boxed{13}'),
+  ('Yes', '\\text{Yes}'),
+  ('Yes', 'yes'),
+  ('No', '\\textbf{no}'),
+  ('New York', '\\text{New York}'),
+  ('Evelyn', '\\text{Evelyn}.'),
+  ('CAB', '\\text{CAB}'),
+  ('(B)', 'B'),
+  ('B', '\\text{(B)}'),
+  ('B', '\\mathrm{B}'),
+  ('B', '\\textbf{(B)}'),
+  ('5', '5\\ \\text{cm}'),
+  ('5', '5~\\text{cm}'),
+  ('5 cm', '5\\,\\mathrm{centimeters}'),
+  ('5', '5 inches'),
+  ('12', '12\\text{ cm}^2'),
+  ('12 square feet', '12\\text{ ft}^{2}'),
+  ('60', '60\\text{ km/h}'),
+  ('90^\\circ', '90°'),
+  ('90^\\circ', '90'),
+  ('90', '90^{\\circ}'),
+  ('90^\\circ', '90\\text{ degrees}'),
+  ('20^\\circ\\text{C}', '20°\\text{C}'),
+  ('50\\%', '50%'),
+  ('50%', '50 percent'),
+  ('\\$5', '5'),
+  ('\\$18.90', '18.90 dollars'),
+  ('1234', '1,234'),
+  ('1234', '1{,}234'),
+  ('1234', '1\\,234'),
+  ('1234567', '1\u202f234\u202f567'),
+  ('1234', '1\\ 234'),
+  ('\\frac12', '\\dfrac{1}{2}'),
+  ('\\frac12', '0.5'),
+  ('\\frac{1}{2}', '1/2'),
+  ('3.5', '3\\frac{1}{2}'),
+  ('3.5', '3½'),
+  ('0.50', '.5'),
+  ('\\frac1{20}', '0.05'),
+  ('-\\frac{1}{2}', '\\frac{-1}{2}'),
+  ('-3', '\u22123'),
+  ('1200', '1.2\\times10^{3}'),
+  ('1200', '1.2 \\cdot 10^3'),
+  ('1200', '1.2\u00d710³'),
+  ('1200', '1.2e3'),
+  ('2', '2.000'),
+  ('x=5', '5'),
+  ('5', 'x = 5'),
+  ('x=5', 'x = 5.0'),
+  ('\\theta=5', '5'),
+  ('\\{1,2,3\\}', '\\{3, 1, 2\\}'),
+  ('1,2', '2, 1'),
+  ('\\{1,2\\}', '1, 2'),
+  ('1,2', 'x=1 \\text{ or } x=2'),
+  ('2,-2', '\\pm 2'),
+  ('(1,2)', '\\left( 1, 2 \\right)'),
+  ('(0,1]', '\\left(0, 1\\right]'),
+  ('\\left(\\frac12, 3\\right)', '(0.5, 3)'),
+  ('x=1,y=2', 'y=2, x=1'),
+  ('[-2,7]', 'x \\in [-2,7]'),
+  ('(1,2),(3,4)', '(3,4),(1,2)'),
+  ('(-\\infty,3)', '(-∞, 3)'),
+]
+DIFFERENT = [
+  ('2ab', '2'),
+  ('3m', '3'),
+  ('5 million', '5'),
+  ('8 dozen', '8'),
+  ('5\\text{ m/s}', '5\\text{ km/h}'),
+  ('CAB', 'ABC'),
+  ('ABC', 'CBA'),
+  ('no', 'on'),
+  ('Yes', 'No'),
+  ('Yes', '\\text{Yse}'),
+  ('cat', 'act'),
+  ('Anna', 'Nana'),
+  ('AB', 'ab'),
+  ('A', 'B'),
+  ('B', 'b'),
+  ('5 cm', '5\\text{ m}'),
+  ('5 cm', '5\\text{ cm}^2'),
+  ('90^\\circ', '90\\text{ radians}'),
+  ('5', '5x'),
+  ('5', '5\\text{ or 6}'),
+  ('20 dollars', '20 cents'),
+  ('50%', '5'),
+  ('1234', '1,23,4'),
+  ('72', '7 2'),
+  ('72', '\uff17\uff12'),
+  ('72', '7\\,2'),
+  ('1234', '12,34'),
+  ('\\frac12', '\\frac21'),
+  ('0.333', '1/3'),
+  ('3.5', '3\\cdot\\frac{1}{2}'),
+  ('1e-300', '2e-300'),
+  ('100000000000000000000', '100000000000000000001'),
+  ('1.2e3', '1.2e-3'),
+  ('-3', '3'),
+  ('x=5', 'y=5'),
+  ('x=5', '6'),
+  ('5', 'x=4=5'),
+  ('(1,2)', '(2,1)'),
+  ('(1,2)', '[1,2]'),
+  ('(0,1]', '[0,1)'),
+  ('(1,2)', '\\{1,2\\}'),
+  ('\\{1,2\\}', '\\{1,3\\}'),
+  ('\\{1,2\\}', '\\{1,1\\}'),
+  ('1,2', '1,2,3'),
+  ('1,2', '(1,2)'),
+  ('x=1,y=2', 'x=2,y=1'),
+  ('2', '\\pm 2'),
+  ('72', '71 or 72'),
+  ('72', '71,72'),
+]
+SAME_FORMULAS = [
+  ('1,000,000', '10^6'),
+  ('2ab', '2ba'),
+  ('\\varnothing', '\\emptyset'),
+  ('\\frac{1}{\\sqrt2}', '\\frac{\\sqrt2}{2}'),
+  ('\\log_2 8', '3'),
+  ('3', '\\log_{2} 8'),
+  ('\\sqrt2', '\\sqrt{2}'),
+  ('\\sqrt2', '√2'),
+  ('\\sqrt{8}', '2\\sqrt2'),
+  ('2\\pi', '2π'),
+  ('\\left(\\frac12\\right)^{100}', '2^{-100}'),
+  ('1000', '10^3'),
+  ('\\frac{\\sqrt3}{2}', '\\sin 60^\\circ'),
+  ('x^2+1', '1+x²'),
+  ('\\frac{x}{2}', '0.5x'),
+  ('(\\sqrt2,\\pi)', '(2^{1/2}, \\pi)'),
+  ('\\{\\sqrt2,-\\sqrt2\\}', '\\pm\\sqrt{2}'),
+  ('xyz(x+y)', '(x+y)xyz'),
+  ('x\\cdot y', 'yx'),
+  ('AB+CD', 'CD+AB'),
+  ('10^{-20}', '\\frac{1}{10^{20}}'),
+  ('3\\pi \\text{ cm}^2', '3\\pi'),
+  ('e^{2}', '\\mathrm{e}^2'),
+  ('(-\\infty,1)\\cup(2,\\infty)', '(-∞,1)\u222a(2,∞)'),
+]
+DIFFERENT_FORMULAS = [
+  ('2x', '2xm'),
+  ('x', 'X'),
+  ('0', '\\left(\\frac12\\right)^{100}'),
+  ('2^{1000}', '2^{1000}+1'),
+  ('\\frac{\\pi}{6}', '30°'),
+  ('\\left(\\frac12\\right)^{100}', '\\left(\\frac13\\right)^{100}'),
+  ('10^{-20}', '2\\times10^{-20}'),
+  ('10^{-20}x', '2\\cdot10^{-20}x'),
+  ('10^{20}', '10^{20}+1'),
+  ('e^{-50}', 'e^{-51}'),
+  ('0.5^{100}', '0.25^{100}'),
+  ('(2^{-80},1)', '(3^{-80},1)'),
+  ('\\begin{pmatrix}2^{-80}\\\\1\\end{pmatrix}', '\\begin{pmatrix}3^{-80}\\\\1\\end{pmatrix}'),
+  ('\\sqrt2', '1.414214'),
+  ('\\angle CAB', '\\angle ABC'),
+  ('\\log_2 8', '\\log_3 8'),
+  ('1010_2', '1010_3'),
+  ('10^{-30}\\pi', '10^{-31}\\pi'),
+  ('\\frac{22}{7}', '\\pi'),
+  ('x^2', 'x^3'),
+  ('\\cos 60^\\circ', '\\cos 60'),
+  ('x > 10^{-20}', 'x > 10^{-21}'),
+  ('e^{100}', 'e^{100}+1'),
+  ('ABC + 1', 'CAB + 1'),
+]
+
+
+def unexpected(rows, wanted, symbolic):
+  both = [*rows, *((answer, gold) for gold, answer in rows)]
+  return [(g, a) for g, a in both if math_answers.equal(a, g, symbolic) is not wanted]
+
+
+@pytest.mark.parametrize('symbolic', [False, pytest.param(True, marks=needs('math_verify'))])
+def test_numbers_words_and_lists_in_other_spellings(symbolic):
+  assert unexpected(SAME, True, symbolic) == []
+  assert unexpected(DIFFERENT, False, symbolic) == []
+
+
+@needs('math_verify')
+def test_formulas_in_other_spellings_and_of_any_size():
+  assert unexpected(SAME_FORMULAS, True, True) == []
+  assert unexpected(DIFFERENT_FORMULAS, False, True) == []
+
+
+@pytest.mark.parametrize(
+  ('gold', 'answer', 'reward'),
+  [('Yes', '\\boxed{\\text{Yes}}', 1), ('Yes', 'Yes.', 1), ('Yes', '\\boxed{No}', 0),
+   ('13', '\\boxed{\\text{13}}', 1), ('5', 'so \\boxed{5\\ \\text{cm}}', 1),
+   ('90^\\circ', '\\boxed{90°}', 1), ('CAB', '\\boxed{ABC}', 0), ('CAB', '\\boxed{CAB}', 1),
+   ('$\\boxed{\\frac12}$', '0.5', 1), ('B', '\\boxed{\\text{(B)}}', 1)],
+)  # fmt: skip
+def test_completions_in_other_spellings(gold, answer, reward):
+  assert build('math', 'symbolic=off').score(answer, '', gold) == reward
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['The answer is \\(B\\).', '\\(\\boxed{B}\\)', '\\boxed{\\textbf{(B)}}', '**\\(B\\)**',
+   '\\[\\boxed{\\text{B}}\\]', 'The answer is $\\mathrm{B}$', '\\(B\\)'],
+)  # fmt: skip
+def test_choices_in_latex(text):
+  choice = build('choice', 'ABCD')
+  for gold in ('B', '(B)', 'B.', '$B$', '\\text{B}'):
+    assert choice.score(text, gold) == 1
+  assert choice.score(text, 'A') == 0
+  assert choice.score(text.replace('B', 'B or C'), 'B') == 0
+
+
+# What the end of the prompt opens.
+
+TURN = '<|im_start|>user\nUse <think> and <answer>.<|im_end|>\n<|im_start|>assistant\n'
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'wanted'),
+  [(TURN, ''), (TURN + '<think>\n', '<think>\n'), (TURN + '<think>\nOkay', '<think>\nOkay'),
+   (TURN + '<think>\n\n</think>\n\n', ''), ('Use <think> tags.', ''), ('Q\n<think>\n', '<think>\n'),
+   ('Q <reasoning>', '<reasoning>'), ('Q\n<answer>', '<answer>'), ('Q[THINK]', '[THINK]'),
+   ('<\uff5cUser\uff5c>a<\uff5cAssistant\uff5c><think>\n', '<think>\n'), ('a < b > c', ''),
+   ('<think>x</think>\n<answer>', '<answer>'), ('Q\n<plan>\n<think>', '<plan>\n<think>'),
+   ('True or [FALSE]', ''), ('[INST] <think> [/INST]', ''), ('', '')],
+)  # fmt: skip
+def test_tags_that_a_prompt_opens(prompt, wanted):
+  assert opened(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'completion', 'reward'),
+  [(TURN + '<think>\n', 'so 60+12 = 72', 0),
+   (TURN + '<think>\n', 'so 72.\n</think>\n<answer>72</answer>', 1),
+   (TURN + '<think>\n', 'so 71.\n</think>\n72', 1),
+   (TURN + '<think>\n', 'so <think>a</think>72', 0),
+   (TURN + '<think>\n', '</think>72', 0), (TURN + '<think>\nOkay', '</think>72', 1),
+   (TURN, 'so 60+12 = 72', 1), ('Q\n<answer>', '72</answer>', 1), ('Q\n<answer>', '72', 0),
+   ('Q\n<reasoning>\n', '60+12=72', 0), ('Q\n<reasoning>\n', '60+12</reasoning>72', 1),
+   ('Q\n<plan>', 'add: 72', 0), ('Q\n<plan>', 'add</plan>72', 1), ('Q[THINK]', 'so 72', 0),
+   ('Q[THINK]', 'so[/THINK]72', 1), ('Q\n<solution>', '72</solution>', 1),
+   ('<|start|>assistant', '<|channel|>analysis<|message|>so 72', 0),
+   ('<|start|>assistant',
+    '<|channel|>analysis<|message|>soassistant<|channel|>final<|message|>72', 1)],
+)  # fmt: skip
+def test_an_answer_stands_behind_the_thought_that_the_prompt_began(prompt, completion, reward):
+  assert build('math', 'symbolic=off').score(completion, prompt, '72') == reward
+  assert build('exact', '').score(completion, '72', prompt) <= reward
+
+
+def test_form_counts_with_what_the_prompt_opened():
+  closed = 'so 72.\n</think>\n<answer>72</answer>'
+  for spec in ('format:think,answer', 'format:think,answer,only=true'):
+    assert make(spec).score(closed, TURN + '<think>\n') == 1
+    assert make(spec).score(closed, TURN) == make(spec).score('so 72', TURN + '<think>\n') == 0
+  assert make('format:answer').score(closed, TURN + '<think>\n') == 1
+  assert make('format:reasoning,answer').score('a</reasoning><answer>1</answer>', 'Q <reasoning>')
+
+
+@needs('re2')
+def test_a_pattern_may_begin_with_what_the_prompt_opened():
+  for pattern in ('(?s)<think>.*</think>72', '(?s).*</think>72'):
+    assert build('regex', pattern).score('so\n</think>72', TURN + '<think>\n') == 1
+  assert build('regex', '(?s)<think>.*</think>72').score('so\n</think>72', TURN) == 0
+
+
+@needs('jsonschema')
+def test_a_schema_with_a_pattern_that_is_none(tmp_path):
+  for i, schema in enumerate(
+    ({'pattern': '('}, {'properties': {'a': {'patternProperties': {'[': {}}}}})
+  ):
+    path = tmp_path / f'{i}.json'
+    path.write_text(json.dumps(schema))
+    with pytest.raises(ConfigError, match=f'{i}.json'):
+      build('json_schema', str(path))
+
+
+@pytest.mark.parametrize(
+  ('spec', 'bad'),
+  [('math:', ['2']), ('math:', None), ('math:', ' '), ('math:', True), ('exact:', {'a': 1}),
+   ('exact:', []), ('choice:ABCD', 'E'), ('choice:ABCD', 4), ('label:yes,no', 'maybe')],
+)  # fmt: skip
+def test_golds_are_checked_as_they_are_scored(spec, bad):
+  with pytest.raises(ValueError, match='column'):
+    make(spec).check(bad)

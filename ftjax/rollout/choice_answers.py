@@ -6,10 +6,14 @@ import re
 from typing import Any
 
 from ftjax.rollout.final_answer import final_answer, gold_text
+from ftjax.rollout.latex import normalize
 from ftjax.runtime.errors import ConfigError
 
 # So often may one completion state its choice.
 _MAX_STATEMENTS = 3
+# Around a letter they say nothing: \(B\), \textbf{(B)}.
+_DELIMITERS = re.compile(r'\\[()\[\]]')
+_STYLED = re.compile(r'\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf)\s?\{([^{}]{1,60})\}')
 # Directly behind a letter; and the beginning of a sentence behind the last statement, which then
 # names another letter.
 _DENIED = re.compile(
@@ -51,14 +55,18 @@ class Choice:
   def warm(self) -> None:
     """Nothing to import."""
 
-  def score(self, completion: str, gold: Any) -> float:
+  def check(self, gold: Any) -> None:
+    """Raises ValueError for a gold that is none of the options."""
+    self._gold(gold)
+
+  def score(self, completion: str, gold: Any, prompt: str = '') -> float:
     """Raises ValueError for a gold that is none of the options."""
     wanted = self._gold(gold)
-    text = final_answer(completion)
+    text = final_answer(completion, prompt)
     return float(text is not None and committed_letter(text, self.letters) == wanted)
 
   def _gold(self, value: Any) -> str:
-    text = gold_text(value, self.column).strip('()')
+    text = normalize(gold_text(value, self.column)).strip('()')
     if text.isascii() and text.isdigit() and int(text) < len(self.letters):
       return self.letters[int(text)]
     if text not in self.letters or len(text) != 1:
@@ -73,8 +81,8 @@ def committed_letter(text: str, letters: str) -> str | None:
   begins with its letter: 'B', '(B)', '**B**', 'B. Paris', where no other line begins with a letter.
   Letters are capitals. What is taken back afterwards is no commitment.
   """
-  one = f'[{letters}]'
-  marked = rf'(?:\\(?:text|mathrm)\{{)?[\s(\[*$"\'`{{]{{0,5}}({one})(?![\w\'\u2019])'
+  one, text = f'[{letters}]', _STYLED.sub(r'\1', _DELIMITERS.sub('', text))
+  marked = rf'[\s(\[*$"\'`{{]{{0,5}}({one})(?![\w\'\u2019])'
   says = r'(?:\b[Aa]nswer|\bANSWER|\b[Cc]hoice|\b[Oo]ption)\b(?:\*\*)?\s?(?:is\b\s?:?|:|=)'
   says += rf'\s{{0,3}}(?:\*\*)?\s?(?:[Oo]ption\s|[Cc]hoice\s)?{marked}'
   # 'Is option A correct?' is asked on the way to an answer that is marked as one.

@@ -58,16 +58,15 @@ class Unfinished:
 
 
 def stops(texts: tuple[str, ...], tokenizer) -> Callable[[list[int]], bool] | None:
-  """Whether one of `texts` ends a completion; None without any. A text may begin and end within
-  tokens."""
+  """Returns whether one of `texts` ends a completion; None without any. A text may begin and end
+  within tokens, and may be a special token. stop_texts.py refuses those that cannot occur."""
   if not texts:
     return None
-  # A token that is not special holds a byte at least, so this tail holds every text that the last
-  # token completes.
+  # A token holds a byte at least, so this tail holds every text that the last token completes.
   tail = 2 * max(len(t.encode()) for t in texts)
 
   def ended(tokens: list[int]) -> bool:
-    said = tokenizer.decode(tokens[-tail:])
-    return any(t in said for t in texts)
+    text = tokenizer.decode(tokens[-tail:], skip_special=False)
+    return any(t in text for t in texts)
 
   return ended

@@ -1,22 +1,24 @@
 r"""Answers to mathematical questions: found in a text, read as exact numbers, compared.
 
-Numbers are rationals, so 1,234 == 1234.0 == \frac{2468}{2} without a tolerance. What is no number
-(\sqrt{2}, x+1, intervals) goes to `math-verify`, and to its LaTeX grammar alone: its reader of
-plain expressions calls Python's eval, and even the grammar passes its numbers on to sympy's, which
-`_without_eval` replaces. `symbolic_equal` may hang or eat memory; rewards.py runs it in a worker
-that has limits.
+Gold and answer go through one normalization (latex.py). Numbers are rationals, so 1,234 == 1234.0
+== \frac{2468}{2} without a tolerance. Tuples, sets, intervals and lists are compared item by item,
+words letter by letter. What is left (\sqrt{2}, x+1) goes to symbols.py.
 """
 
-import contextlib
 import dataclasses
-import functools
-import importlib.util
-import logging
 import re
-from collections.abc import Iterator
 from fractions import Fraction
 
 from ftjax.rollout.final_answer import MARK, final_answer, gold_text
+from ftjax.rollout.latex import (
+  normalize,
+  same_words,
+  split_list,
+  split_unit,
+  units_differ,
+  words,
+)
+from ftjax.rollout.symbols import can_do_symbols, symbolic_equal
 from ftjax.runtime.errors import ConfigError
 
 MODES = ('strict', 'flexible')
@@ -30,6 +32,7 @@ _TAIL_CHARS = 1000
 # A completion at least so long that stands in the prompt word for word is a copy, no answer.
 _ECHO_CHARS = 40
 _MAX_EXPONENT = 300
+_MAX_ITEMS = 20
 
 # Only ASCII digits: [0-9], where \d would take look-alikes of other scripts.
 _PLAIN = (
@@ -44,13 +47,9 @@ _NUMBER = re.compile(
   rf'(?:(?P<sign>[-+\u2212])\s?)?(?:{_CURRENCY}\s?)?(?P<sign2>[-+\u2212])?'
   rf'(?:(?:(?P<whole>[0-9]{{1,30}})\s?)?{_LATEX}|(?P<mixed>[0-9]{{1,30}})\s(?P<up>[0-9]{{1,30}})/'
   rf'(?P<down>[0-9]{{1,30}})(?![0-9])|(?P<top>{_PLAIN})(?:\s?/\s?(?P<bottom>{_PLAIN}))?'
-  r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|\u00d7)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
+  r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|\\cdot|\u00d7)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
   r'(?P<percent>\s?\\?%)?'
 )
-_UNIT = re.compile(r'\\(?:text|mathrm|mbox|textrm)\{([^{}]{0,60})\}(?:\^\{?[23]\}?)?$')
-_NO_UNIT = re.compile(r'\b(?:or|and|not|maybe|perhaps|to)\b|[=<>,;?]|[04-9]|\d\d', re.IGNORECASE)
-_BOLD_FORMULA = re.compile(r'\\(?:mathbf|textbf|boldsymbol)\{([^{}]{1,60})\}')
-_THIN = re.compile(r'\\(?:[,;:!]|q?quad(?![A-Za-z]))')
 # Directly before a number it is then no answer; nor is one of several.
 _DENIED = re.compile(
   r"(?:(?:\b(?:not|never|maybe|perhaps|possibly|probably)|n['\u2019]t)(?: (?:be|equal(?: to)?))?"
@@ -58,27 +57,9 @@ _DENIED = re.compile(
   r'|almost|nearly|exceeds?|or)) (?:(?:an?|the) )?[(\[]?$',
   re.IGNORECASE,
 )
-# What a formula may be made of though the gold has none of it: arithmetic, functions, layout.
-_COMMAND = re.compile(r'\\([A-Za-z]+)')
-_COMMANDS = frozenset(
-  _COMMAND.findall(
-    r'\frac\dfrac\tfrac\cfrac\sqrt\cdot\times\div\pi\circ\infty\binom\left\right\big\Big\bigl\bigr'
-    r'\displaystyle\ln\log\exp\sin\cos\tan\cot\sec\csc\arcsin\arccos\arctan\sinh\cosh\tanh'
-  )
-)
-_ENVIRONMENT = re.compile(r'\\(?:begin|end)\{\w{1,20}\}')
-# One spelling each; of an order, either direction: 3 <= x is x >= 3.
-_SPELLINGS = (
-  (re.compile(r'\\(?:[lr]vert|mid)(?![A-Za-z])'), '|'),
-  (re.compile(r'\\(?:le|ge)(?:q|qslant)?(?![A-Za-z])|[\u2264\u2265]'), r'\\le'),
-  (re.compile(r'\\[lg]t(?![A-Za-z])|>'), '<'),
-  (re.compile(r'\\neq?(?![A-Za-z])'), r'\\ne'),
-)
-# Between two things, of which one may be wrong; all else is checked as a command.
-_RELATIONS = ('=', '<', ',', ';', '|', '?', '~', ':', '&', '{\\}', '\\%')
-_WORD = re.compile(r'[A-Za-z]{4,}')
-_INDEX = re.compile(r'_\{?(\w+)')
 _NAMED = re.compile(r'(?:[A-Za-z]|\\[a-z]{2,8})(?:_\{?\w{1,8}\}?)?\s?(?:=|\\in(?![A-Za-z]))\s?')
+# `7 2` is not 72.
+_SPACE = re.compile(r'(?<![0-9])\s+|\s+(?![0-9])')
 _BOLD = re.compile(r'(?<![\w)\]}*])\*\*([^*\n]{1,100})\*\*(?![\w*])')
 _INLINE = re.compile(r'(?:\$([^$\n]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])[.\s]{0,9}$')
 _SAYS = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
@@ -86,8 +67,6 @@ _SAYS = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
 _LIST = re.compile(
   r'[\s,;/|&()\[\]{}"\'*.$:?_-]*(?:(?:or|and|to|maybe|perhaps|either|possibly)\b[\s,;/|&()"\'*.$-]*)*'
 )
-# Powers of powers, long exponents and factorials, which no honest answer writes out.
-_TOWER = re.compile(r'\*\*|\^[^+=]{0,20}\^|\^\s*\{?\s*-?[0-9]{4}|[0-9]{4}\s*!|!.{0,9}!')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +82,12 @@ class Number:
       return self.value == other.value
     share, plain = (self, other) if self.percent else (other, self)
     return plain.value in (share.value, share.value / 100)
+
+  def latex(self) -> str:
+    """Returns the value without separators: 1000000, \\frac{1}{3}."""
+    top, bottom = abs(self.value.numerator), self.value.denominator
+    sign = '-' if self.value < 0 else ''
+    return f'{sign}{top}' if bottom == 1 else f'{sign}\\frac{{{top}}}{{{bottom}}}'
 
 
 def _plain(text: str) -> Fraction:
@@ -135,26 +120,17 @@ def _value(m: re.Match) -> Number | None:
   return Number(-value if signs and signs[0] != '+' else value, m['percent'] is not None)
 
 
-def _unwrap(text: str) -> str:
-  """Without the marks around a number: $..$, \\(..\\), **..**, braces, a unit, a final point."""
-  text = text.strip().rstrip('.').strip()
-  for start, end in (('\\(', '\\)'), ('\\[', '\\]'), ('**', '**'), ('$', '$'), ('{', '}')):
-    if len(text) > len(start + end) and text.startswith(start) and text.endswith(end):
-      text = text[len(start) : -len(end)].strip()
-  text = _BOLD_FORMULA.sub(r'\1', text)
-  unit = _UNIT.search(text)
-  if unit and text[: unit.start()].strip() and not _NO_UNIT.search(unit[1]):
-    text = text[: unit.start()]
-  text = re.sub(r'(?:\s|\\[,;:!]|\\q?quad)+$', '', text)
-  return re.sub(r'(?<!\\)\\ ', ' ', text).strip()
-
-
 def parse_number(text: str) -> Number | None:
-  """A whole text as one number: sign, currency, thousands separators, decimals, fractions (also
-  mixed and LaTeX), exponents up to 300, percent. None for anything else, 'nan' and 'inf' too."""
+  """Returns a whole text as one number: sign, currency, thousands separators, decimals, fractions
+  (also mixed and LaTeX), exponents up to 300, percent; a unit behind it does not count. None for
+  anything else, 'nan' and 'inf' too."""
   if len(text) > _MAX_STATEMENT_CHARS:
     return None
-  match = _NUMBER.fullmatch(_unwrap(text))
+  return _number(split_unit(normalize(text))[0])
+
+
+def _number(text: str) -> Number | None:
+  match = _NUMBER.fullmatch(text)
   return _value(match) if match else None
 
 
@@ -232,7 +208,8 @@ def statements(text: str, mode: str) -> list[str]:
   r"""What a text gives as its answer, each time it does; empty where it does not.
 
   strict: one \boxed{..}, or one `#### ANSWER` as the last line. flexible: every \boxed{..} and
-  every `####`; without them a text that is a number, a formula at the end, or the last number.
+  every `####`; without them a text that is a number or words alone, a formula at the end, or the
+  last number.
   """
   boxes = boxed(text)
   if boxes is None:
@@ -248,7 +225,7 @@ def statements(text: str, mode: str) -> list[str]:
     return boxes + lines
   if len(_SAYS.findall(text)) > _MAX_STATEMENTS:
     return []
-  if parse_number(text):
+  if parse_number(text) or (len(text) <= _MAX_STATEMENT_CHARS and words(normalize(text))):
     return [text]
   formula = _INLINE.search(text[-2 * _MAX_STATEMENT_CHARS :])
   if formula and _is_denied(text[: text.rindex(formula.group().strip())]):
@@ -259,107 +236,71 @@ def statements(text: str, mode: str) -> list[str]:
   return [number] if number else []
 
 
-@functools.cache
-def can_do_symbols() -> bool:
-  """Whether math-verify is installed."""
-  return importlib.util.find_spec('math_verify') is not None
-
-
-def symbolic_equal(answer: str, gold: str) -> bool:
-  """Whether math-verify finds two LaTeX texts equal.
-
-  Refused before, since its rules take 71=72 and 72 \\approx 71 for 72 and a word for a product of
-  letters: commands, relations and lists that the gold has none of, words, and towers of powers.
-  """
-  if any(len(t) > _MAX_STATEMENT_CHARS for t in (answer, gold)):
-    return False
-  if _TOWER.search(answer) and not _TOWER.search(gold):
-    return False
-  plain, wanted = _spelt(answer), _spelt(gold)
-  commands = set(_COMMAND.findall(plain)) - _COMMANDS
-  if not commands <= set(_COMMAND.findall(wanted)):
-    return False
-  if any(mark in plain and mark not in wanted for mark in _RELATIONS):
-    return False
-  if plain.count('=') > wanted.count('=') or set(_INDEX.findall(plain)) != set(
-    _INDEX.findall(wanted)
-  ):
-    return False
-  if any(not c.isascii() and c not in wanted for c in plain):
-    return False
-  if set(_words(plain)) != set(_words(wanted)):
-    return False
-  with _without_eval():
-    return _same_symbols(answer, gold)
-
-
-def _spelt(text: str) -> str:
-  """LaTeX in one of its spellings, without small spaces."""
-  text = _THIN.sub('', text)
-  for pattern, spelling in _SPELLINGS:
-    text = pattern.sub(spelling, text)
-  return text
-
-
-def _words(text: str) -> list[str]:
-  """Runs of letters too long for a product, which a grammar of formulas would take them for."""
-  text = _COMMAND.sub('|', _ENVIRONMENT.sub('|', text))
-  return _WORD.findall(''.join(text.split()))
-
-
-@contextlib.contextmanager
-def _without_eval() -> Iterator[None]:
-  """sympy reads strings by eval. Within, a number is made directly and everything else refused."""
-  import sympy
-  from sympy.parsing import sympy_parser
-
-  def number(code: str, *names) -> sympy.Number:
-    found = re.fullmatch(r"(Integer|Float) ?\( ?'?([0-9.]{1,100})'? ?\)", code)
-    if not found:
-      raise ValueError(f'not evaluated: {code[:60]!r}')
-    return {'Integer': sympy.Integer, 'Float': sympy.Float}[found[1]](found[2])
-
-  kept = sympy_parser.eval_expr
-  sympy_parser.eval_expr = number
-  try:
-    yield
-  finally:
-    sympy_parser.eval_expr = kept
-
-
-def _same_symbols(answer: str, gold: str) -> bool:
-  import math_verify
-
-  logging.getLogger('math_verify').setLevel(logging.ERROR)
-  config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-
-  def read(text):
-    # Their time limits need the main thread's signals; ours is the worker's.
-    found = math_verify.parse(
-      f'\\boxed{{{text}}}', config, fallback_mode='no_fallback', parsing_timeout=None
-    )
-    return [f for f in found if not isinstance(f, str)]
-
-  wanted, got = read(gold), read(answer)
-  return bool(wanted and got) and bool(
-    # Its usual rounding to 6 places would be a tolerance.
-    math_verify.verify(wanted, got, float_rounding=15, timeout_seconds=None)
-  )
-
-
 def equal(answer: str, gold: str, symbolic: bool) -> bool:
-  """Whether a statement says what the gold says: as numbers, letter by letter, or as symbols."""
+  """Whether a statement gives the gold answer: as a number, item by item, letter by letter, or as
+  symbols. Units only count where both have a known one; so do names: x=5 is 5, and not y=5.
+  """
   if len(answer) > _MAX_STATEMENT_CHARS:
     return False
-  if not _NAMED.match(gold):
-    answer = _NAMED.sub('', _unwrap(answer), count=1) if _NAMED.match(_unwrap(answer)) else answer
-  ours, theirs = parse_number(answer), parse_number(gold)
+  (answer, unit), (gold, wanted_unit) = (split_unit(normalize(t)) for t in (answer, gold))
+  if units_differ(unit, wanted_unit):
+    return False
+  names = [_name(t) for t in (answer, gold)]
+  if all(names) and len({re.sub(r'\s', '', m.group()) for m in names}) > 1:
+    return False
+  answer, gold = (t[m.end() :] if m else t for t, m in zip((answer, gold), names, strict=True))
+  return _equal(answer, gold, symbolic)
+
+
+def _name(text: str) -> re.Match | None:
+  """Returns the `x=` before a text; None where each item of a list has its own."""
+  found = _NAMED.match(text)
+  items = split_list(text) if found else None
+  return None if items and any(_NAMED.match(item) for item in items[1][1:]) else found
+
+
+def _equal(answer: str, gold: str, symbolic: bool) -> bool:
+  ours, theirs = _number(answer), _number(gold)
   if ours and theirs:
     return ours.equals(theirs)
-  left, right = (''.join(_unwrap(t).split()) for t in (answer, gold))
-  if left and left == right:
+  if _SPACE.sub('', answer) == _SPACE.sub('', gold) != '':
     return True
-  return symbolic and symbolic_equal(_unwrap(answer), _unwrap(gold))
+  given, wanted = words(answer), words(gold)
+  if given and wanted:
+    return same_words(given, wanted)
+  given = None if ours else split_list(answer)
+  wanted = None if theirs else split_list(gold)
+  if given and wanted:
+    return _equal_items(given, wanted, symbolic)
+  if (given or wanted or ' ')[0] == '':  # several answers are not one
+    return False
+  answer, gold = (
+    n.latex() if n and not n.percent else t for n, t in ((ours, answer), (theirs, gold))
+  )
+  return symbolic and symbolic_equal(answer, gold)
+
+
+def _equal_items(
+  given: tuple[str, list[str]], wanted: tuple[str, list[str]], symbolic: bool
+) -> bool:
+  """Whether two results of `split_list` are the same: sets and lists without brackets in any order,
+  tuples and intervals in theirs.
+  """
+  (ours, answers), (theirs, golds) = given, wanted
+  unordered = ('', '{}')
+  if len(answers) != len(golds) or len(golds) > _MAX_ITEMS:
+    return False
+  if ours != theirs and not (ours in unordered and theirs in unordered):
+    return False
+  if theirs not in unordered:
+    return all(equal(a, g, symbolic) for a, g in zip(answers, golds, strict=True))
+  left = list(golds)
+  for answer in answers:
+    found = next((g for g in left if equal(answer, g, symbolic)), None)
+    if found is None:
+      return False
+    left.remove(found)
+  return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,10 +343,14 @@ class Math:
     if self.isolated:
       symbolic_equal('\\sqrt{4}', '2')
 
+  def check(self, gold) -> None:
+    """Raises ValueError for a gold answer that cannot be used."""
+    self._gold(gold)
+
   def score(self, completion: str, prompt: str, gold) -> float:
     """Raises ValueError for a gold answer that cannot be used."""
     wanted = self._gold(gold)
-    text = final_answer(completion)
+    text = final_answer(completion, prompt)
     if text is None or (len(text) >= _ECHO_CHARS and text in prompt):
       return 0.0
     given = statements(text, self.mode)

@@ -4,12 +4,17 @@ It takes one request after the other from the socket FD, JSON each, and answers 
 (workers.py) kills it when an answer is late. What a reward function prints goes to standard error.
 
   {"load": {"verifiers": [[name, arguments], ..], "memory": bytes}}     -> {"ready": null}
-  {"load": {"function": "module:function"}}                    -> {"ready": [[name, required], ..]}
-  {"score": [verifier index, values]}  or  {"score": {parameter: values}, "n": n}  -> {"scores": ..}
+  {"load": {"function": "module:function"}}
+      -> {"ready": {"parameters": [[name, required], ..], "takes_all": bool}}
+  {"score": [verifier index, values]}                                   -> {"scores": number}
+  {"score": {parameter: values}, "n": n, "state": {..}}
+      -> {"scores": [number or null, ..], "metrics": {name: mean}, "extra": {name: values}}
 
 Else {"failure": text} where the reward raised, and {"wrong": text} where it cannot be used at all.
 """
 
+import asyncio
+import functools
 import importlib
 import inspect
 import json
@@ -19,7 +24,8 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping, Set
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -48,49 +54,124 @@ def _call(function: Callable, *args: Any) -> Any:
     raise Failed(text[:500]) from error
 
 
-def load_function(path: str) -> tuple[Callable, list[tuple[str, bool]]]:
-  """A user's function, and its parameters as (name, required).
+# What TRL's trainer passes beside the columns, and we make here.
+_STATE = 'trainer_state'
+_LOGGERS = ('log_metric', 'log_extra')
 
-  Raises:
-    Wrong: no such module or function, or a parameter that has no name.
+
+class Function:
+  """A user's reward function.
+
+  Attributes:
+    parameters: (name, required) of those that it names, without what this process provides.
+    takes_all: whether it has **kwargs, and so gets every column.
   """
+
+  def __init__(self, path: str):
+    """Raises Wrong: no such module or function, or a parameter that has no name."""
+    self._call = _find(path)
+    bound = self._call.keywords if isinstance(self._call, functools.partial) else {}
+    try:
+      found = list(inspect.signature(self._call).parameters.values())
+    except (TypeError, ValueError) as error:
+      raise Wrong(f'its parameters cannot be read: {error}') from error
+    if nameless := [p.name for p in found if p.kind is p.POSITIONAL_ONLY]:
+      raise Wrong(f'parameter {nameless[0]} must be taken by name')
+    named = [p for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    self.takes_all = any(p.kind is p.VAR_KEYWORD for p in found)
+    provided = (_STATE, *_LOGGERS)
+    self._provided = provided if self.takes_all else {p.name for p in named} & {*provided}
+    self.parameters = [
+      (p.name, p.default is p.empty) for p in named if p.name not in (*bound, *provided)
+    ]
+
+  def run(self, values: Mapping[str, list], n: int, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the answer to a request for the scores of a batch of n.
+
+    Raises:
+      Failed: the function raised.
+      Wrong: it did not return n finite numbers, or None in their places.
+    """
+    logged: dict[str, list[float]] = {}
+    extra: dict[str, list] = {}
+    provided = {
+      _STATE: types.SimpleNamespace(**state),
+      'log_metric': lambda name, value: logged.setdefault(str(name), []).append(float(value)),
+      'log_extra': lambda name, column: extra.update({str(name): list(column)}),
+    }
+    given = dict(values) | {k: provided[k] for k in self._provided}
+    scores = _scores(_call(lambda: _result(self._call, given)), n)
+    means = {k: sum(v) / len(v) for k, v in logged.items()}
+    return {
+      'scores': scores,
+      'metrics': {k: v for k, v in means.items() if math.isfinite(v)},
+      'extra': {k: v for k, v in extra.items() if len(v) == n},
+    }
+
+
+def _find(path: str) -> Callable:
+  """Returns what `module:name` names; the name may have dots."""
   module_name, _, name = path.partition(':')
   try:
     module = _call(importlib.import_module, module_name)
   except Failed as error:
     raise Wrong(f'cannot import {module_name}: {error}') from error
-  function = vars(module).get(name)
+  function: Any = module
+  for part in name.split('.'):
+    function = getattr(function, part, None)
   if not callable(function):
     known = [k for k, v in vars(module).items() if callable(v) and not k.startswith('_')]
     hint = verifiers.nearest(name, known) or f'; it has {sorted(known)}'
     raise Wrong(f'{module_name} has no function {name}{hint}')
-  out = []
-  for p in inspect.signature(function).parameters.values():
-    if p.kind is p.POSITIONAL_ONLY:
-      raise Wrong(f'parameter {p.name} must be taken by name')
-    if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
-      out.append((p.name, p.default is p.empty))
-  return function, out
+  return function
 
 
-def run_function(function: Callable, values: Mapping[str, list], n: int) -> list[float]:
-  """Scores of a batch of n.
+def _result(function: Callable, values: Mapping[str, Any]) -> Any:
+  """Returns what a function returns, awaited where it is `async def`; a generator as a list."""
+  result = function(**values)
+  if inspect.isawaitable(result):
+
+    async def wait():
+      return await result
+
+    result = asyncio.run(wait())
+  return list(result) if inspect.isgenerator(result) else result
+
+
+def _scores(result: Any, n: int) -> list[float | None]:
+  """Returns the n numbers of a function's result; None stays: no reward for that completion.
 
   Raises:
-    Failed: the function raised.
-    Wrong: not n finite numbers.
+    Wrong: a mapping, a set, a text, an array that is not flat, another length, or what is no finite
+      number.
   """
-  result = _call(lambda: function(**values))
+  kind = f'returned {type(result).__name__} {str(result)[:80]!r}'
+  wanted = f'expected a list of {n} numbers, one for each completion'
+  if isinstance(result, (Mapping, Set, str, bytes)) or not isinstance(result, Iterable):
+    raise Wrong(f'{kind}; {wanted}')
+  if len(shape := tuple(getattr(result, 'shape', (n,)))) != 1:
+    raise Wrong(f'returned an array of the shape {shape}; expected ({n},)')
+  values = list(result)
+  if len(values) != n:
+    raise Wrong(f'returned {len(values)} scores for {n} completions; {wanted}')
+  return [_score(value, i) for i, value in enumerate(values)]
+
+
+def _score(value: Any, i: int) -> float | None:
+  if value is None:
+    return None
   try:
-    scores = [float(x) for x in result]
-  except (TypeError, ValueError) as error:
-    raise Wrong(f'returned {str(result)[:80]!r}; expected a list of {n} numbers') from error
-  if len(scores) != n:
-    raise Wrong(f'returned {len(scores)} scores for {n} completions')
-  for i, x in enumerate(scores):
-    if not math.isfinite(x) or abs(x) > _LARGEST_FLOAT32:
-      raise Wrong(f'returned {x} for completion {i}; expected finite float32 numbers')
-  return scores
+    score = None if isinstance(value, (str, bytes)) else float(value)
+  except (TypeError, ValueError, RuntimeError):
+    score = None
+  if score is None:
+    raise Wrong(f'returned {str(value)[:80]!r} for completion {i}; expected a number or None')
+  if not math.isfinite(score) or abs(score) > _LARGEST_FLOAT32:
+    raise Wrong(
+      f'returned {score} for completion {i}; expected finite float32 numbers, or None for a '
+      'completion without a reward'
+    )
+  return score
 
 
 def serve(link: Connection) -> None:
@@ -110,22 +191,21 @@ def serve(link: Connection) -> None:
     except Wrong as error:
       answer = {'wrong': str(error)}
     signal.alarm(0)
-    link.send_bytes(json.dumps(answer).encode())
+    link.send_bytes(json.dumps(answer, default=str).encode())
 
 
 def _answer(request: dict, loaded: list) -> dict:
   if load := request.get('load'):
     if 'function' in load:
-      function, parameters = load_function(load['function'])
-      loaded[:] = [function]
-      return {'ready': parameters}
+      loaded[:] = [Function(load['function'])]
+      return {'ready': {'parameters': loaded[0].parameters, 'takes_all': loaded[0].takes_all}}
     loaded[:] = [verifiers.build(name, text) for name, text in load['verifiers']]
     for verifier in loaded:
       verifier.warm()
     resource.setrlimit(resource.RLIMIT_AS, (load['memory'], load['memory']))
     return {'ready': None}
   if 'n' in request:
-    return {'scores': run_function(loaded[0], request['score'], request['n'])}
+    return loaded[0].run(request['score'], request['n'], request['state'])
   index, values = request['score']
   return {'scores': _call(loaded[index].score, *values)}
 

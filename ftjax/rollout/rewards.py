@@ -4,27 +4,33 @@ A reward is a built-in (verifiers.py), a user's function `module:function` over 
 `model`: a callable that the caller passes in. docs/rewards.md tells users about it.
 """
 
+import collections
 import dataclasses
+import json
+import logging
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ftjax.rollout import verifiers
+from ftjax.rollout.reward_batch import GIVEN, Batch, Scores
 from ftjax.rollout.workers import Pool
 from ftjax.runtime.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
+
 KEY = 'rollout.rewards'
-# What a function may ask for beside columns of the data.
-GIVEN = ('prompts', 'completions', 'token_ids', 'token_counts', 'is_truncated')
+# Bad rows listed in one message.
+_MAX_REPORTED = 20
 # Bytes of address space of a worker that runs built-ins.
 _MEMORY = 4 << 30
 _MAX_WORKERS = 8
 _WEIGHTED = re.compile(r'@([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?:,|$)')
-_FUNCTION = re.compile(r'[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
+_FUNCTION = re.compile(r'[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*')
 
 # (prompt token ids, completion token ids) -> a finite number for each of the n completions.
 Model = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], np.ndarray]
@@ -37,7 +43,7 @@ class Part:
   Attributes:
     name: in logs, unique.
     spec: as written: 'format:think,answer'.
-    weight: at least 0; 0 is logged and not paid.
+    weight: at least 0; 0 is logged alone.
     verifier: of a built-in, else None.
   """
 
@@ -45,62 +51,6 @@ class Part:
   spec: str
   weight: float
   verifier: verifiers.Verifier | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """n completions. All sequences have n entries.
-
-  Attributes:
-    prompts, completions: texts, decoded without special tokens.
-    prompt_ids, token_ids: their tokens; the stop token belongs to the completion.
-    is_truncated: no stop token within the limit.
-    columns: of the data rows, each row's value once per completion.
-  """
-
-  prompts: Sequence[str]
-  completions: Sequence[str]
-  prompt_ids: Sequence[Sequence[int]]
-  token_ids: Sequence[Sequence[int]]
-  is_truncated: Sequence[bool]
-  columns: Mapping[str, Sequence[Any]]
-
-  def values(self, name: str) -> Sequence[Any]:
-    """What stands under one of GIVEN, or a column."""
-    if name == 'token_counts':
-      return [len(ids) for ids in self.token_ids]
-    given = {
-      'prompts': self.prompts,
-      'completions': self.completions,
-      'token_ids': self.token_ids,
-      'is_truncated': self.is_truncated,
-    }
-    return given[name] if name in given else self.columns[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Rewards of a batch of n by P parts.
-
-  Attributes:
-    total: float32[n], the weighted sum.
-    parts: float32[n, P], before weights; 0 where a part failed.
-    names: P names.
-    failures: {name: completions whose part raised or ran out of time}.
-    reasons: {name: what the first failure said}, of parts that had one.
-  """
-
-  total: np.ndarray
-  parts: np.ndarray
-  names: tuple[str, ...]
-  failures: Mapping[str, int]
-  reasons: Mapping[str, str]
-
-  def metrics(self) -> dict[str, float]:
-    """{'reward': mean, 'reward/NAME': mean before its weight, 'reward/NAME/failures': count}."""
-    means = {f'reward/{n}': float(m) for n, m in zip(self.names, self.parts.mean(0), strict=True)}
-    counts = {f'reward/{n}/failures': float(c) for n, c in self.failures.items()}
-    return {'reward': float(self.total.mean())} | means | counts
 
 
 def parse(value: Any) -> tuple[Part, ...]:
@@ -126,7 +76,7 @@ def parse(value: Any) -> tuple[Part, ...]:
     seen[name] = seen.get(name, 0) + 1
     parts.append(Part(name if seen[name] == 1 else f'{name}_{seen[name]}', spec, weight, verifier))
   if not any(p.weight for p in parts):
-    raise ConfigError(f'{KEY}: every weight is 0, so that nothing is paid')
+    raise ConfigError(f'{KEY}: every weight is 0, so that every reward is 0')
   return tuple(parts)
 
 
@@ -176,7 +126,7 @@ class Rewards:
 
   Args:
     parts: from `parse`.
-    columns: of the data rows.
+    columns: names of the data's columns, or {source: names of its columns}.
     model: of the part `model`; its exceptions end the run.
     completion_limit: seconds for one completion by a built-in that may hang.
     call_limit: seconds for one call of a user's function, a whole batch.
@@ -190,7 +140,7 @@ class Rewards:
   def __init__(
     self,
     parts: Sequence[Part],
-    columns: Sequence[str],
+    columns: Sequence[str] | Mapping[str, Sequence[str]],
     *,
     model: Model | None = None,
     completion_limit: float = 1.0,
@@ -198,9 +148,11 @@ class Rewards:
     workers: int = 0,
   ):
     self.parts = tuple(parts)
-    self._columns, self._model = tuple(columns), model
+    self._columns = dict(columns) if isinstance(columns, Mapping) else {'': columns}
+    self._model = model
     self._pools: dict[str, Pool] = {}
     self._inputs: dict[str, tuple[str, ...]] = {}
+    self._is_warned: set[str] = set()  # of columns that no function can be given
     self._isolated = [p.name for p in self.parts if p.verifier and p.verifier.isolated]
     try:
       self._start(completion_limit, call_limit, workers)
@@ -223,7 +175,9 @@ class Rewards:
   def _start(self, completion_limit: float, call_limit: float, workers: int) -> None:
     for part in self.parts:
       if part.verifier:
-        self._check(part, [(name, True) for name in part.verifier.inputs])
+        inputs = part.verifier.inputs
+        more = ('prompts',) if 'completions' in inputs and 'prompts' not in inputs else ()
+        self._check(part, [(name, True) for name in (*inputs, *more)])
       elif part.spec == 'model' and self._model is None:
         raise ConfigError(
           f'{KEY}: the part model needs a reward model: name its folder in rollout.reward_model'
@@ -242,24 +196,65 @@ class Rewards:
         raise ConfigError(f'{KEY}: {spec}: {reason}')
     for part in self.parts:
       if part.name in self._pools:
-        self._check(part, self._pools[part.name].ready)
+        ready = self._pools[part.name].ready
+        self._check(part, ready['parameters'])
+        if ready['takes_all']:
+          known = ('prompts', 'completions', 'completion_ids', *self._names())
+          self._inputs[part.name] = tuple(dict.fromkeys((*self._inputs[part.name], *known)))
+
+  def _names(self) -> list[str]:
+    """Returns the columns of all sources."""
+    return sorted({name for names in self._columns.values() for name in names})
 
   def _check(self, part: Part, parameters: Sequence[tuple[str, bool]]) -> None:
     """Remembers what a part asks for; a column that only has a default may be missing."""
-    known = (*GIVEN, *self._columns)
-    missing = [name for name, required in parameters if required and name not in known]
-    if missing:
-      raise ConfigError(
-        f'{KEY}: {part.spec} asks for {", ".join(missing)}, which the data lacks'
-        f'{verifiers.nearest(missing[0], known)} Its columns: '
-        f'{", ".join(self._columns) or "none"}; always there: {", ".join(GIVEN)}'
-      )
+    for source, names in self._columns.items():
+      known = (*GIVEN, *names)
+      missing = [name for name, required in parameters if required and name not in known]
+      if missing:
+        raise ConfigError(
+          f'{KEY}: {part.spec} asks for {", ".join(missing)}, which the data lacks'
+          f'{verifiers.nearest(missing[0], known) or "."} {source or "Its columns"}'
+          f'{" has the columns" if source else ""}: {", ".join(sorted(names)) or "none"}; always '
+          f'there: {", ".join(GIVEN)}'
+        )
+    known = (*GIVEN, *self._names())
     self._inputs[part.name] = tuple(name for name, _ in parameters if name in known)
 
-  def score(self, batch: Batch) -> Scores:
-    """Rewards of n completions.
+  def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Checks the gold answer of every row by the built-in that compares with it.
 
-    A part that raises or runs out of time scores 0 there, and is counted.
+    Args:
+      rows: (place like 'train.jsonl:17', columns).
+
+    Raises:
+      DataError: rows without the column, or whose value no completion could equal, by place.
+    """
+    checked = [p for p in self.parts if p.verifier and p.verifier.column]
+    places: dict[str, list[str]] = collections.defaultdict(list)
+    for place, columns in rows if checked else ():
+      for part in checked:
+        if reason := _fault(part.verifier, columns):
+          places[f'{part.spec}: {reason}'].append(place)
+    if not places:
+      return
+    count = len({place for some in places.values() for place in some})
+    lines = [
+      f'{some[0]}: {reason}' + (f' (and {len(some) - 1} more rows)' if len(some) > 1 else '')
+      for reason, some in places.items()
+    ]
+    if len(lines) > _MAX_REPORTED:
+      lines[_MAX_REPORTED:] = [f'... and {len(lines) - _MAX_REPORTED} more']
+    raise DataError(
+      f'{KEY}: {count} {"row has" if count == 1 else "rows have"} no answer to compare completions '
+      'with; correct the data, or name another column (column=NAME):\n  ' + '\n  '.join(lines)
+    )
+
+  def score(self, batch: Batch) -> Scores:
+    """Returns the rewards of n completions.
+
+    A part that raises or runs out of time scores 0 there, and is counted. A part that returns None
+    is left out of that completion's sum.
 
     Raises:
       ConfigError: a function that did not return n finite numbers.
@@ -269,41 +264,62 @@ class Rewards:
     parts = np.zeros((n, len(self.parts)), np.float32)
     failures: dict[str, int] = {p.name: 0 for p in self.parts}
     reasons: dict[str, str] = {}
+    logged: dict[str, float] = {}
+    extra: dict[str, list[Any]] = {}
     for i, part in enumerate(self.parts):
-      if part.spec == 'model':
-        values: list[float | str] = self._by_model(batch)
-      else:
-        columns = {k: self._column(batch, k, n) for k in self._inputs[part.name]}
-        values = self._run(part, columns, n)
-      for row, value in enumerate(values):
+      answer = self._run(part, batch, n)
+      logged |= {f'reward/{part.name}/{k}': v for k, v in answer.get('metrics', {}).items()}
+      extra |= answer.get('extra', {})
+      for row, value in enumerate(answer['scores']):
         if isinstance(value, str):
           failures[part.name] += 1
           reasons.setdefault(part.name, value)
         else:
-          parts[row, i] = value
-    weights = np.asarray([p.weight for p in self.parts], np.float64)
-    total = (parts.astype(np.float64) @ weights).astype(np.float32)
-    if not np.isfinite(total).all():
+          parts[row, i] = np.nan if value is None else value
+    total = _total(parts, [p.weight for p in self.parts])
+    if np.isinf(total).any():
       raise ConfigError(f'{KEY}: the weighted sum leaves the range of float32; lower the weights')
-    return Scores(total, parts, tuple(p.name for p in self.parts), failures, reasons)
+    return Scores(total, parts, tuple(p.name for p in self.parts), failures, reasons, logged, extra)
 
-  def _column(self, batch: Batch, name: str, n: int) -> list[Any]:
-    values = list(batch.values(name))
+  def _column(self, batch: Batch, name: str, as_given: bool) -> list[Any]:
+    n = len(batch.completions)
+    values = list(batch.as_given(name) if as_given else batch.values(name))
     if len(values) != n:
       raise DataError(f'{KEY}: {name} has {len(values)} values for {n} completions')
-    return [[int(t) for t in v] for v in values] if name == 'token_ids' else values
+    is_ids = name in ('token_ids', 'completion_ids')
+    return [[int(t) for t in v] for v in values] if is_ids else values
 
-  def _run(self, part: Part, columns: Mapping[str, list[Any]], n: int) -> list[float | str]:
-    """A number per completion, or the reason of its failure."""
+  def _run(self, part: Part, batch: Batch, n: int) -> dict[str, Any]:
+    """Returns {'scores': for each completion a number, None, or the reason of its failure}, and
+    what a function logged.
+    """
+    if part.spec == 'model':
+      return {'scores': self._by_model(batch)}
     if part.verifier is None:
-      [answer] = self._ask(part, part.name, [{'score': columns, 'n': n}])
-      return answer['scores'] if 'scores' in answer else [answer['failure']] * n
-    rows = list(zip(*columns.values(), strict=True))
+      request = {'score': self._arguments(part, batch), 'n': n, 'state': dict(batch.state)}
+      [answer] = self._ask(part, part.name, [request])
+      return answer if 'scores' in answer else {'scores': [answer['failure']] * n}
+    columns = [self._column(batch, k, as_given=False) for k in self._inputs[part.name]]
+    rows = list(zip(*columns, strict=True))
     if part.name in self._isolated:
       index = self._isolated.index(part.name)
       answers = self._ask(part, '', [{'score': [index, row]} for row in rows])
-      return [a['scores'] if 'scores' in a else a['failure'] for a in answers]
-    return [_safely(part.verifier, row) for row in rows]
+      return {'scores': [a['scores'] if 'scores' in a else a['failure'] for a in answers]}
+    return {'scores': [_safely(part.verifier, row) for row in rows]}
+
+  def _arguments(self, part: Part, batch: Batch) -> dict[str, list[Any]]:
+    """Returns what a function is called with. A column that it only takes by **kwargs is left out
+    where it is no JSON.
+    """
+    named = {name for name, _ in self._pools[part.name].ready['parameters']}
+    out = {k: self._column(batch, k, as_given=True) for k in self._inputs[part.name]}
+    for name in [k for k in out if k not in named and k not in GIVEN]:
+      if not _is_json(out[name]):
+        del out[name]
+        if name not in self._is_warned:
+          log.warning('%s: no function gets column %s, which holds what is no JSON', KEY, name)
+        self._is_warned.add(name)
+    return out
 
   def _ask(self, part: Part, pool: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
@@ -322,6 +338,35 @@ class Rewards:
         f'{bool(np.isfinite(scores).all())}; expected {len(batch.completions)} finite numbers'
       )
     return scores.tolist()
+
+
+def _total(parts: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+  """Returns float32[n], the sums of float32[n, P] times float[P] over what is not NaN; NaN where
+  that is nothing, or has no weight.
+  """
+  weights = np.asarray(weights, np.float64)
+  total = (np.nan_to_num(parts.astype(np.float64)) @ weights).astype(np.float32)
+  is_scored = (~np.isnan(parts) & (weights > 0)).any(1)
+  return np.where(is_scored, total, np.float32(np.nan))
+
+
+def _is_json(value: Any) -> bool:
+  try:
+    json.dumps(value)
+  except (TypeError, ValueError):
+    return False
+  return True
+
+
+def _fault(verifier: verifiers.Verifier, columns: Mapping[str, Any]) -> str:
+  """Returns why a row's gold answer cannot be used, '' where it can."""
+  if verifier.column not in columns:
+    return f'no column {verifier.column!r}'
+  try:
+    verifier.check(columns[verifier.column])
+  except ValueError as error:
+    return str(error)
+  return ''
 
 
 def _safely(verifier: verifiers.Verifier, row: Sequence[Any]) -> float | str:

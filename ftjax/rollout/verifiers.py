@@ -5,7 +5,10 @@ What checks an answer pays 0 or 1. What shapes a text (length, repetition) is a 
 arguments, with
 
   inputs    names of what `score` takes, in order: completions, prompts, token_ids, token_counts,
-            is_truncated, or a column of the data
+            is_truncated, or a column of the data; one that takes completions is also given the
+            prompts, last: they may have opened a tag (final_answer.py)
+  column    the one column among them; '' without one
+  check     ValueError for a value of that column that no completion could equal
   isolated  whether it may hang, and so runs in a worker process with a time limit (rewards.py)
   warm      imports what the first score needs
   score     one completion's reward; ValueError where the data row is at fault
@@ -19,14 +22,13 @@ import functools
 import importlib.util
 import json
 import re
-import string
-import unicodedata
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ftjax.rollout.choice_answers import Choice
-from ftjax.rollout.final_answer import MAX_CHARS, final_answer, gold_text, says_something
+from ftjax.rollout.final_answer import MAX_CHARS, final_answer, gold_text, opened, says_something
 from ftjax.rollout.math_answers import Math
+from ftjax.rollout.squad import normalize
 from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError
 
@@ -35,7 +37,10 @@ class Verifier(Protocol):
   """What every built-in is; see the top of the file."""
 
   inputs: tuple[str, ...]
+  column: str
   isolated: bool
+
+  def check(self, gold: Any) -> None: ...
 
   def warm(self) -> None: ...
 
@@ -57,7 +62,14 @@ def _golds(value: Any, column: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Quick:
-  """A verifier that takes linear time and needs no worker."""
+  """A verifier that takes linear time and needs no worker, and asks for no column."""
+
+  @property
+  def column(self) -> str:
+    return ''
+
+  def check(self, gold: Any) -> None:
+    """Nothing to check."""
 
   @property
   def isolated(self) -> bool:
@@ -77,55 +89,26 @@ class Answer(Quick):
   def inputs(self) -> tuple[str, ...]:
     return ('completions', self.column)
 
+  def check(self, gold: Any) -> None:
+    """Raises ValueError where it is neither a text or number nor a list of them."""
+    _golds(gold, self.column)
+
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Answer):
   """1 where the answer equals a gold one letter by letter, but for white space around."""
 
-  def score(self, completion: str, gold: Any) -> float:
-    text = final_answer(completion)
+  def score(self, completion: str, gold: Any, prompt: str = '') -> float:
+    text = final_answer(completion, prompt)
     return float(text is not None and text in _golds(gold, self.column))
-
-
-_ARTICLES = frozenset({'a', 'an', 'the'})
-
-
-_THOUSANDS = re.compile(r'(?<=\d),(?=\d{3}(?!\d))')
-_BEFORE_NUMBER = re.compile(r'\s?[$\u20ac\u00a3\u00a5]?\.?\d')
-_GRADE = re.compile(r'(?<![^\W\d_])[a-z]{1,2}-(?!\w)')  # A-, AB-
-
-
-def _counts(text: str, i: int) -> bool:
-  """Whether the mark text[i] changes what a text says."""
-  char, before, after = text[i], text[max(i - 1, 0) : i], text[i + 1 : i + 2]
-  if char == '-' and any(_GRADE.match(text, max(i - n, 0)) for n in (1, 2)):
-    return True
-  if char in '-<>' and not before.isalnum():
-    return _BEFORE_NUMBER.match(text, i + 1) is not None
-  if char in '+#':
-    return before.isalpha() or before in ('+', '#') or (before.isdigit() and after.isdigit())
-  return char == '%' or (after.isdigit() and (before.isdigit() or char == '.'))
-
-
-def normalize(text: str) -> str:
-  """SQuAD's normalization, which keeps what changes a number's value.
-
-  Lower case, no ASCII punctuation, no articles, single spaces (Rajpurkar et al. 2016,
-  arXiv:1606.05250, evaluate-v1.1). Kept: a sign or point before a digit, what stands between digits
-  but a thousands separator (1/2, 10^2), + and # behind a letter (C++), the - of A-, %. Unicode is
-  composed (NFC), never folded: look-alike letters stay other letters.
-  """
-  text = _THOUSANDS.sub('', unicodedata.normalize('NFC', text).lower())
-  kept = [c for i, c in enumerate(text) if c not in string.punctuation or _counts(text, i)]
-  return ' '.join(word for word in ''.join(kept).split() if word not in _ARTICLES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalized(Answer):
   """1 where the answer equals a gold one after `normalize`."""
 
-  def score(self, completion: str, gold: Any) -> float:
-    text = final_answer(completion)
+  def score(self, completion: str, gold: Any, prompt: str = '') -> float:
+    text = final_answer(completion, prompt)
     if text is None:
       return 0.0
     given = normalize(text)
@@ -147,11 +130,19 @@ class Label(Answer):
   column: str = 'label'
   labels: tuple[str, ...] = ()
 
-  def score(self, completion: str, gold: Any) -> float:
-    wanted = gold_text(gold, self.column)
+  def check(self, gold: Any) -> None:
+    """Raises ValueError for a gold that is none of the labels."""
+    self._gold(gold)
+
+  def _gold(self, value: Any) -> str:
+    wanted = gold_text(value, self.column)
     if self.labels and wanted not in self.labels:
       raise ValueError(f'column {self.column!r}: {wanted!r} is none of {self.labels}')
-    text = final_answer(completion)
+    return wanted
+
+  def score(self, completion: str, gold: Any, prompt: str = '') -> float:
+    wanted = self._gold(gold)
+    text = final_answer(completion, prompt)
     if text is None:
       return 0.0
     given, wanted = (t.strip(' \t\n.,:;!*_`"\'').casefold() for t in (text, wanted))
@@ -176,8 +167,8 @@ def _compile(pattern: str):
 
 @dataclasses.dataclass(frozen=True)
 class Regex(Quick):
-  """1 where the whole completion, stripped, matches a pattern of RE2 (linear time). A blank
-  completion is paid by no pattern."""
+  """1 where the whole completion, stripped, matches a pattern of RE2 (linear time), as it stands or
+  behind the tags that the end of the prompt opened. A blank completion matches no pattern."""
 
   pattern: str
 
@@ -188,11 +179,12 @@ class Regex(Quick):
   def inputs(self) -> tuple[str, ...]:
     return ('completions',)
 
-  def score(self, completion: str) -> float:
+  def score(self, completion: str, prompt: str = '') -> float:
     text = completion.strip()
     if not text or len(text) > MAX_CHARS:
       return 0.0
-    return float(_compile(self.pattern).fullmatch(text) is not None)
+    texts = dict.fromkeys((text, (opened(prompt) + completion).strip()))
+    return float(any(_compile(self.pattern).fullmatch(t) is not None for t in texts))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,6 +216,21 @@ def read_json(text: str) -> Any:
   return out
 
 
+def _compile_patterns(schema: Any) -> None:
+  """Raises re.error for a pattern that no text could be compared with; check_schema reads none."""
+  if isinstance(schema, list):
+    for item in schema:
+      _compile_patterns(item)
+  elif isinstance(schema, dict):
+    if isinstance(schema.get('pattern'), str):
+      re.compile(schema['pattern'])
+    if isinstance(schema.get('patternProperties'), dict):
+      for pattern in schema['patternProperties']:
+        re.compile(pattern)
+    for value in schema.values():
+      _compile_patterns(value)
+
+
 @functools.lru_cache(maxsize=16)
 def _validator(path: str):
   need('jsonschema', 'the reward json_schema')
@@ -234,7 +241,8 @@ def _validator(path: str):
     schema = json.loads(files.read_bytes(path))
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     kind.check_schema(schema)
-  except (OSError, ValueError, jsonschema.SchemaError) as error:
+    _compile_patterns(schema)
+  except (OSError, ValueError, re.error, jsonschema.SchemaError) as error:
     raise ConfigError(f'the reward json_schema: {path}: {error}') from error
   # An empty registry of our own: the default one fetches a remote $ref.
   return kind(schema, registry=referencing.Registry())
@@ -255,14 +263,21 @@ class JsonSchema:
     return ('completions',)
 
   @property
+  def column(self) -> str:
+    return ''
+
+  def check(self, gold: Any) -> None:
+    """Nothing to check."""
+
+  @property
   def isolated(self) -> bool:
     return True
 
   def warm(self) -> None:
     self.score('{}')
 
-  def score(self, completion: str) -> float:
-    text = final_answer(completion)
+  def score(self, completion: str, prompt: str = '') -> float:
+    text = final_answer(completion, prompt)
     if text is None:
       return 0.0
     try:
@@ -343,17 +358,20 @@ class Format(Quick):
   def inputs(self) -> tuple[str, ...]:
     return ('completions',)
 
-  def score(self, completion: str) -> float:
+  def score(self, completion: str, prompt: str = '') -> float:
     if len(completion) > MAX_CHARS:
       return 0.0
+    begun = opened(prompt)
+    if any(f'<{tag}>' in begun for tag in self.tags):
+      completion = begun + completion
     rest, outside = completion, ''
     for tag in self.tags:
       start, end = f'<{tag}>', f'</{tag}>'
       if completion.count(start) != 1 or completion.count(end) != 1:
         return 0.0
-      before, opened, after = rest.partition(start)
+      before, found, after = rest.partition(start)
       inside, closed, rest = after.partition(end)
-      if not (opened and closed and says_something(inside)):
+      if not (found and closed and says_something(inside)):
         return 0.0
       outside += before
     return float(not (self.only and (outside + rest).strip()))
