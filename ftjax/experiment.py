@@ -23,7 +23,7 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import classifier, load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.runtime import files, peers, sharding, trees
+from ftjax.runtime import files, peers, program_cache, sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
 from ftjax.runtime.watchdog import Watchdog
@@ -195,10 +195,8 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     _check_shared(c, workdir)
     configure_jax(c)
-    # On CPUs of several processes a step that was read from the cache waits for ever in its first
-    # collective (jax 0.12).
-    if c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu'):
-      _keep_programs(files.join(workdir, 'xla_cache'))
+    if keeps_programs(c):
+      _keep_programs(program_folder(workdir))
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
@@ -260,8 +258,21 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
 _random_params = jax.jit(transformer.init, static_argnums=(0, 2))
 
 
+def keeps_programs(c: ml_collections.ConfigDict) -> bool:
+  """Whether the run has a compile cache. On CPUs of several processes a step that was read from one
+  waits for ever in its first collective (jax 0.12).
+  """
+  return c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu')
+
+
+def program_folder(workdir: str) -> str:
+  """Where compiled programs are kept."""
+  return files.join(workdir, 'xla_cache')
+
+
 def _keep_programs(folder: str) -> None:
-  """The compile cache."""
+  """The compile cache, without entries that are damaged."""
+  peers.from_main(lambda: program_cache.check(folder))
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
