@@ -3,6 +3,7 @@ here, compare.py judges it.
 """
 
 import dataclasses
+import fractions
 import json
 import logging
 import math
@@ -50,6 +51,19 @@ class Model:
   fingerprint: str
 
 
+def batches_in(epochs: float, rows: int, batch_size: int) -> int:
+  """Returns how many batches hold `epochs` passes over `rows`, at least 1; the last may go over.
+
+  `epochs` counts as the simplest fraction that is the same float: 1.1 as 11/10 and 5/3 as 5/3, so
+  that 1.1 epochs of 100 rows in batches of 10 are 11 batches, not the 12 of 110.00000000000001 rows.
+  """
+  limits = (10**digits for digits in range(1, 17))
+  exact = fractions.Fraction(epochs)
+  simple = (exact.limit_denominator(limit) for limit in limits)
+  chosen = next((f for f in simple if float(f) == epochs), exact)
+  return max(1, math.ceil(chosen * rows / batch_size))
+
+
 @dataclasses.dataclass
 class Run:
   """A config brought to a machine, or to several."""
@@ -71,9 +85,8 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    rows = c.epochs * self.data.mixture.rows_per_epoch
-    batches = math.ceil(rows / algorithm_config.prompts_per_rollout(c))
-    return c.steps or max(1, batches) * algorithm_config.steps_per_batch(c)
+    rows, taken = self.data.mixture.rows_per_epoch, algorithm_config.prompts_per_rollout(c)
+    return c.steps or batches_in(c.epochs, rows, taken) * algorithm_config.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
     """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
