@@ -55,7 +55,7 @@ def batches_in(epochs: float, rows: int, batch_size: int) -> int:
   """Returns how many batches hold `epochs` passes over `rows`, at least 1; the last may go over.
 
   `epochs` counts as the simplest fraction that is the same float: 1.1 as 11/10 and 5/3 as 5/3, so
-  that 1.1 epochs of 100 rows in batches of 10 are 11 batches, not the 12 of 110.00000000000001 rows.
+  that 1.1 epochs of 100 rows in batches of 10 are 11 batches; in floats 1.1 * 100 is above 110.
   """
   limits = (10**digits for digits in range(1, 17))
   exact = fractions.Fraction(epochs)

@@ -48,7 +48,20 @@ def test_a_folder_that_does_not_answer_has_a_limit(tmp_path, monkeypatch):
   assert 'watchdog.restore' in told[0]
 
 
-EPOCHS = ('1.1', '2.2', '0.1', '3.3', '1/3', '5/3', '0.7', '1.15', '0.29', '1', '4.35', '0.123456789')
+EPOCHS = (
+  '1.1',
+  '2.2',
+  '0.1',
+  '3.3',
+  '1/3',
+  '5/3',
+  '0.7',
+  '1.15',
+  '0.29',
+  '1',
+  '4.35',
+  '0.123456789',
+)
 
 
 @pytest.mark.parametrize('epochs', EPOCHS)

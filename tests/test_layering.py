@@ -29,6 +29,7 @@ WIRING = (
   'forward',
   'examples',
   'experiment',
+  'resume',
   'compare',
   'trainer',
   'fit',

@@ -85,6 +85,31 @@ def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
   return total / jnp.where(weight == 0, 1.0, weight)
 
 
+def _make_update(
+  optimizer: optax.GradientTransformation, shardings: State, ema_decay: float
+) -> Callable:
+  """Returns (gradient, bool[], state) -> (params, opt, ema): the new ones where that is True, else
+  the old ones.
+  """
+
+  def update(gradient, is_made, state: State):
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = (
+      jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+      if ema_decay
+      else {}
+    )
+    old = (state.params, state.opt, state.ema)
+    return jax.tree.map(lambda new, old: jnp.where(is_made, new, old), (params, opt, ema), old)
+
+  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
+  # lays out.
+  return jax.sharding.auto_axes(
+    update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
+  )
+
+
 def make_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
@@ -122,23 +147,7 @@ def make_step(
   the weights, and the schedule would run ahead. `step` alone counts it, with `no_signal`.
   """
 
-  def update(gradient, ok, state: State):
-    """New (params, opt, ema) where ok, the old ones elsewhere."""
-    updates, opt = optimizer.update(gradient, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = (
-      jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-      if ema_decay
-      else {}
-    )
-    old = (state.params, state.opt, state.ema)
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, opt, ema), old)
-
-  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
-  # lays out.
-  update = jax.sharding.auto_axes(
-    update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
-  )
+  update = _make_update(optimizer, shardings, ema_decay)
 
   def step(state: State, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
