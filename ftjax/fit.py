@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import compare, resume
+from ftjax import compare, resume, summary
 from ftjax import config as config_lib
-from ftjax.experiment import Run
+from ftjax.experiment import Run, keeps_programs, program_folder
 from ftjax.forward import BESIDE
 from ftjax.hf import export as hf_export
-from ftjax.runtime import files, manifest, peers, redaction
+from ftjax.runtime import files, manifest, peers, program_cache, redaction
 from ftjax.runtime.checkpoint import Checkpoints, Retention
+from ftjax.runtime.console import Console
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, find_peak
@@ -99,6 +101,7 @@ class _Session:
   watch: Tell
   checkpoints: Checkpoints
   judge: compare.Judge
+  console: Console
   fingerprints: dict[str, str]
 
 
@@ -147,6 +150,7 @@ def _opened(
     watch=watch,
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Judge(run),
+    console=summary.make_console(c),
     fingerprints=resume.fingerprints(run),
   )
 
@@ -187,15 +191,7 @@ def _resumed(s: _Session, start: int, saved: dict[str, Any]) -> State:
   run = s.trainer.run
   state = s.trainer.restore(s.checkpoints, start)
   s.judge.forget_answers_after(start)
-  log.info(
-    'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
-    start,
-    run.steps,
-    saved['cursor'] / run.data.mixture.rows_per_epoch,
-    saved['cursor'],
-    run.data.mixture.row(saved['cursor']),
-    s.fingerprints['data order'][:12],
-  )
+  log.info(summary.resumed(run, start, saved['cursor'], s.fingerprints['data order']))
   return state
 
 
@@ -212,7 +208,7 @@ def _begun(s: _Session) -> State:
 
 def _fit(s: _Session) -> None:
   run, trainer, checkpoints = s.trainer.run, s.trainer, s.checkpoints
-  c = run.config
+  c, begun = run.config, time.perf_counter()
   start, saved = _newest(s)
   plain = redaction.redact(config_lib.plain(c))
   if peers.is_main():
@@ -222,12 +218,14 @@ def _fit(s: _Session) -> None:
     (start or 0) < run.steps or owed
   )
   if goes_on:
+    log.info(summary.start(trainer, start or 0))
     s.source.prepare(trainer)
   state = _begun(s) if saved is None else _resumed(s, start, saved)
   if goes_on:
     state = _train(s, state, start or 0, saved)
   best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
-  if best is not None and best != latest:
+  exported = latest if best is None else best
+  if exported != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
     state = checkpoints.restore(best, trainer.saved(trainer.abstract))
@@ -245,6 +243,10 @@ def _fit(s: _Session) -> None:
       stop_ids=run.model.stop_ids,
     )
   s.judge.tuned(params)
+  if keeps_programs(c):
+    peers.from_main(lambda: program_cache.record(program_folder(run.workdir)))
+  seconds = time.perf_counter() - begun
+  log.info(summary.end(run, s.console, exported, latest, seconds))
 
 
 def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter:
@@ -275,16 +277,19 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
   # beside this one leave out some that are.
   alone = set(trainer.abstract.frozen).isdisjoint(BESIDE) and len(run.parts()) == 1
   arch, peak = run.arch, find_peak() if alone and not trainer.frozen else None
-  log.info(
-    'MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s',
-    peak.source if peak else 'unknown',
-  )
+  if peak:
+    log.info('MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s', peak.source)
 
   def evaluate(state, step, is_cancelled):
     values = s.eval_loss(trainer.averaged(state), is_cancelled)
     if values is not None:
       s.judge.answer(trainer.model(state), step)
     return values
+
+  def write_rollout(step, values):
+    writer.write(step, 'rollout', values)
+    for warning in s.console.rollout(step, values):
+      log.warning(warning)
 
   def meta(step):
     return {
@@ -312,14 +317,16 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     writer=writer,
     checkpoints=s.checkpoints,
     throughput=throughput,
+    console=s.console,
     signals=Signals(run.mesh),
     watchdog=run.watchdog,
     profile_dir=traces.folder,
   )
   progress = Progress(**saved['progress']) if saved else Progress()
+  s.console.restore(progress.console)
   kept = saved.get('source', {}) if saved else {}
   try:
-    s.source.begin(trainer, lambda step, x: writer.write(step, 'rollout', x), start, kept)
+    s.source.begin(trainer, write_rollout, start, kept)
     state = loop.run(state, start, s.source.take, progress)
   except BaseException:
     attempt('closing the metrics', writer.close)

@@ -32,6 +32,7 @@ WIRING = (
   'resume',
   'compare',
   'trainer',
+  'summary',
   'fit',
   'forecast',
   'pairs',

@@ -313,8 +313,8 @@ class Console:
     return [
       f'step {step}: every completion of the last {flat} rollouts had the same reward, '
       f'{figure("reward", values["reward"])}: there is nothing to learn from. Read the completions '
-      'in rollouts/*.jsonl of the workdir, and check rollout.rewards, the answers in data.train and '
-      'rollout.max_tokens'
+      'in rollouts/*.jsonl of the workdir, and check rollout.rewards, the answers in data.train '
+      'and rollout.max_tokens'
     ]
 
   # Evaluations.

@@ -358,7 +358,8 @@ class Loop:
     if values:
       self._writer.write(done, 'eval', values)
       line, warnings = self._console.evaluation(done, values)
-      log.info(line)
+      if line:
+        log.info(line)
       for warning in warnings:
         log.warning(warning)
     return values
