@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import compare, resume, summary
+from ftjax import compare, data_check, resume, summary
 from ftjax import config as config_lib
 from ftjax.experiment import Run, keeps_programs, program_folder
 from ftjax.forward import BESIDE
@@ -141,6 +141,7 @@ def _opened(
   run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Tell, source: Source | None
 ) -> _Session:
   c = run.config
+  data_check.check(run)
   retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
   folder = files.join(run.workdir, 'checkpoints')
   return _Session(

@@ -30,6 +30,7 @@ WIRING = (
   'examples',
   'experiment',
   'resume',
+  'data_check',
   'compare',
   'trainer',
   'summary',

@@ -11,6 +11,7 @@ from typing import Any
 
 _RISING = 3  # evaluations in a row worse than the best that are warned of
 _FLAT = 3  # rollouts in a row whose completions all had one reward that are warned of
+_ZEROS = 5  # steps in a row with a loss of exactly 0 that are warned of
 _WINDOW = 32  # steps that a loss is compared with
 _LABEL = 10  # width of the labels of a block
 
@@ -87,7 +88,7 @@ def visible(text: str, limit: int = 0) -> str:
 
 def sample(step: int, prompt: str, completion: str) -> str:
   """Returns the line of a completion to one of eval.prompts."""
-  shown = visible(completion, 120) or '(empty)'
+  shown = visible(completion, 120).rstrip() or '(empty)'
   return f'sample  step {step}  {visible(prompt, 60)} -> {shown}'
 
 
@@ -204,7 +205,8 @@ class Plan:
       length += f'; {count(self.start)} of them are done'
     batch = f'batch: {count(self.batch)} {self.unit}'
     if self.completions:
-      batch += f' x {self.completions} completions per rollout, {self.updates} steps on each'
+      batch += f' x {self.completions} completions per rollout, {self.updates} step'
+      batch += 's on each' if self.updates > 1 else ' on each'
     else:
       batch += f' per step over all devices, at most {count(self.row_tokens)} tokens'
     if self.grad_accum > 1:
@@ -265,6 +267,12 @@ class Console:
     loss = values['loss']
     if self.headline.from_rollouts:  # their loss is not comparable from batch to batch
       return []
+    zeros = self.state['zeros'] = self.state.get('zeros', 0) + 1 if loss == 0 else 0
+    if zeros == _ZEROS:
+      return [
+        f'step {done}: the loss has been exactly 0 for {zeros} steps: there is nothing left to '
+        'learn from these examples. Look at them with python -m ftjax.preview, or end the run'
+      ]
     window, out = self._losses, []
     if len(window) == _WINDOW and done >= self._quiet_until:
       usual, spread = statistics.median(window), statistics.pstdev(window)
@@ -347,10 +355,12 @@ class Console:
     if better and math.isfinite(value):
       self.state |= {'best': value, 'best_step': step, 'worse': 0}
       return ('' if best is None else '; best so far'), []
-    equal = value == best
-    worse = self.state['worse'] = 0 if equal else self.state.get('worse', 0) + 1
     if best is None:
       return '', [f'step {step}: eval {self.watched} is {value}']
+    if value == best:
+      self.state['worse'] = 0
+      return f'; equal to the best, of step {self.state["best_step"]}', []
+    worse = self.state['worse'] = self.state.get('worse', 0) + 1
     mark = f'; best {figure(self.watched, best)} at step {self.state["best_step"]}'
     if worse != _RISING:
       return mark, []
@@ -375,7 +385,8 @@ class Console:
     text = f'step {exported}, the last one'
     if self._metric and state.get('best_step') == exported:
       return f'{text}, and the best by {self._metric}'
-    if state.get('best_step', exported) == exported:
+    last = state.get('last', {}).get(self.watched)
+    if state.get('best_step', exported) == exported or last == state['best']:
       return text
     return (
       f'{text}; the best eval {self.watched} was {figure(self.watched, state["best"])} at step '
@@ -391,7 +402,9 @@ class Console:
         first = figure('reward', state['first_reward'])
         out.append(f'reward {figure("reward", state["rollout"]["reward"])} (first {first})')
     else:
-      out.append(', '.join(f'{n.rpartition("/")[2]} {figure(n, v)}' for n, v in train.items()))
+      out.append(
+        'train ' + ', '.join(f'{n.rpartition("/")[2]} {figure(n, v)}' for n, v in train.items())
+      )
     if last := state.get('last'):
       out.append('eval ' + ', '.join(f'{n} {figure(n, v)}' for n, v in last.items()))
     return '; '.join(x for x in out if x)
