@@ -25,6 +25,5 @@ def get_config():
   c.eval.batch_size = 8
   c.eval.prompts = ('7 + 5 =',)
   c.eval.max_tokens = 8
-  c.log.every = 10
   c.checkpoint.every = 200
   return c

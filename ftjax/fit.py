@@ -218,6 +218,11 @@ def _fit(s: _Session) -> None:
   goes_on = not (saved and resume.has_ended(saved, c.checkpoint.patience)) and (
     (start or 0) < run.steps or owed
   )
+  if saved:
+    s.console.restore(Progress(**saved['progress']).console)
+  if saved and not goes_on:
+    why = 'all steps are done' if start == run.steps else 'it was stopped early by its patience'
+    log.info('nothing is left to train after step %d of %d: %s', start, run.steps, why)
   if goes_on:
     log.info(summary.start(trainer, start or 0))
     s.source.prepare(trainer)

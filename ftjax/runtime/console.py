@@ -401,7 +401,7 @@ class Console:
       if 'reward' in state.get('rollout', {}):
         first = figure('reward', state['first_reward'])
         out.append(f'reward {figure("reward", state["rollout"]["reward"])} (first {first})')
-    else:
+    elif train:
       out.append(
         'train ' + ', '.join(f'{n.rpartition("/")[2]} {figure(n, v)}' for n, v in train.items())
       )
