@@ -14,7 +14,7 @@ from ftjax.evaluation import run as evaluation
 from ftjax.experiment import Run
 from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.rollout.scorer import Scorer
-from ftjax.runtime import files, peers
+from ftjax.runtime import console, files, peers
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
 
@@ -169,7 +169,7 @@ class Judge:
     rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in said]
     self._write([r for r in self._samples() if r['step'] < step] + rows)
     for row in rows:
-      log.info('step %d  %s -> %s', step, row['prompt'][:60], row['answer'][:120])
+      log.info(console.sample(step, row['prompt'], row['answer']))
 
   def _say(self, params: dict) -> list[str]:
     """Greedy answers to eval.prompts."""

@@ -60,5 +60,5 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
   cached = algorithms.reference_cached(c)
   source = reference_cache.RowsWithReference(r) if cached else fit.Rows(r)
-  alarm = preference_loss.Alarm(cached)
+  alarm = preference_loss.Alarm(c, cached)
   fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, alarm, source)

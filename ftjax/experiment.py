@@ -3,6 +3,7 @@ here, compare.py judges it.
 """
 
 import dataclasses
+import fractions
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import classifier, load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.runtime import files, peers, sharding, trees
+from ftjax.runtime import files, peers, program_cache, sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
 from ftjax.runtime.watchdog import Watchdog
@@ -51,6 +52,19 @@ class Model:
   fingerprint: str
 
 
+def batches_in(epochs: float, rows: int, batch_size: int) -> int:
+  """Returns how many batches hold `epochs` passes over `rows`, at least 1; the last may go over.
+
+  `epochs` counts as the simplest fraction that is the same float: 1.1 as 11/10 and 5/3 as 5/3, so
+  that 1.1 epochs of 100 rows in batches of 10 are 11 batches; in floats 1.1 * 100 is above 110.
+  """
+  limits = (10**digits for digits in range(1, 17))
+  exact = fractions.Fraction(epochs)
+  simple = (exact.limit_denominator(limit) for limit in limits)
+  chosen = next((f for f in simple if float(f) == epochs), exact)
+  return max(1, math.ceil(chosen * rows / batch_size))
+
+
 @dataclasses.dataclass
 class Run:
   """A config brought to a machine, or to several."""
@@ -72,9 +86,8 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    rows = c.epochs * self.data.mixture.rows_per_epoch
-    batches = math.ceil(rows / algorithm_config.prompts_per_rollout(c))
-    return c.steps or max(1, batches) * algorithm_config.steps_per_batch(c)
+    rows, taken = self.data.mixture.rows_per_epoch, algorithm_config.prompts_per_rollout(c)
+    return c.steps or batches_in(c.epochs, rows, taken) * algorithm_config.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
     """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
@@ -196,12 +209,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     _check_shared(c, workdir)
     configure_jax(c)
-    if not peers.is_alone() and jax.default_backend() == 'cpu':
-      # On CPUs of several processes a step that was read from the cache waits for ever in its first
-      # collective (jax 0.12).
+    if keeps_programs(c):
+      _keep_programs(program_folder(workdir))
+    elif not peers.is_alone():
       jax.config.update('jax_enable_compilation_cache', False)
-    elif c.compile_cache:
-      _keep_programs(files.join(workdir, 'xla_cache'))
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
@@ -267,10 +278,22 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
 _random_params = jax.jit(transformer.init, static_argnums=(0, 2))
 
 
+def keeps_programs(c: ml_collections.ConfigDict) -> bool:
+  """Whether the run has a compile cache. On CPUs of several processes a step that was read from one
+  waits for ever in its first collective (jax 0.12).
+  """
+  return c.compile_cache and (peers.is_alone() or jax.default_backend() != 'cpu')
+
+
+def program_folder(workdir: str) -> str:
+  """Where compiled programs are kept: JAX's own environment variable wins."""
+  return os.environ.get('JAX_COMPILATION_CACHE_DIR') or files.join(workdir, 'xla_cache')
+
+
 def _keep_programs(folder: str) -> None:
-  """Keeps compiled programs in `folder`, or where JAX's own environment variables say."""
-  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-    jax.config.update('jax_compilation_cache_dir', folder)
+  """Keeps compiled programs in `folder`; entries that are damaged are removed first."""
+  peers.from_main(lambda: program_cache.check(folder))
+  jax.config.update('jax_compilation_cache_dir', folder)
   if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import algorithm_config, algorithms, compare
+from ftjax import compare, data_check, resume, summary
 from ftjax import config as config_lib
-from ftjax.experiment import Run
+from ftjax.experiment import Run, keeps_programs, program_folder
 from ftjax.forward import BESIDE
 from ftjax.hf import export as hf_export
-from ftjax.hf import load
-from ftjax.runtime import files, manifest, peers, redaction
+from ftjax.runtime import files, manifest, peers, program_cache, redaction
 from ftjax.runtime.checkpoint import Checkpoints, Retention
+from ftjax.runtime.console import Console
 from ftjax.runtime.errors import ConfigError, DataError, attempt
-from ftjax.runtime.manifest import digest
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, find_peak
 from ftjax.trainer import Trainer
@@ -34,25 +34,6 @@ from ftjax.training.state import State
 from ftjax.training.step import LossFn, program_text
 
 log = logging.getLogger(__name__)
-
-# What may not change between a checkpoint and its resume: the order of the data, and the shape of
-# the state.
-_FIXED = (
-  'algorithm',
-  'seed',
-  'batch_size',
-  'seq_len',
-  'data.packing',
-  'data.loss_on',
-  'data.on_overlength',
-)
-_FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
-_FIXED += ('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches')
-
-# Nor, between two updates on a rollout, what its arrays hold.
-_IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.value_from')
-_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
-_IN_ROLLOUT += ('rollout.rewards', 'rollout.reward_model', 'ppo.gamma', 'ppo.lam', 'ppo.whiten')
 
 EvalLoss = Callable[[dict, Callable[[], bool]], dict[str, float] | None]
 Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
@@ -120,81 +101,8 @@ class _Session:
   watch: Tell
   checkpoints: Checkpoints
   judge: compare.Judge
+  console: Console
   fingerprints: dict[str, str]
-
-
-def _check_source(workdir: str) -> None:
-  export = load.exported(workdir)
-  if export is None:
-    raise ConfigError(
-      f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
-    )
-  peers.check_same('init_from', digest(load.outline(export)))
-
-
-def _check_resume(saved: dict, run: Run, fingerprints: dict[str, str]) -> None:
-  """Refuses to go on with other data or another state shape than the checkpoint's; tells of the
-  other changes.
-  """
-  now = redaction.redact(config_lib.plain(run.config))
-  changed = [k for k in now if saved['config'].get(k) != now[k]]
-  within = saved['step'] % algorithm_config.steps_per_batch(run.config)
-  kept = (*_FIXED, *_IN_ROLLOUT) if within else _FIXED
-  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
-  fixed += [
-    f'{k}: other content' for k, v in saved['fingerprints'].items() if fingerprints.get(k) != v
-  ]
-  if saved['config'].get('checkpoint.best_metric'):  # its values stand in the checkpoints
-    watched = ('checkpoint.best_metric', 'checkpoint.best_mode')
-    fixed += [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in watched]
-  if bool(saved['config'].get('optim.ema_decay')) != bool(now['optim.ema_decay']):
-    fixed.append('optim.ema_decay switched on or off')
-  if fixed:
-    raise ConfigError(
-      f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '
-      f'{"; ".join(fixed)}. Undo that, or give another --workdir '
-      '(with --config.init_from=OLD_WORKDIR to start from its weights)'
-    )
-  if changed:
-    log.warning('changed since the checkpoint: %s', ', '.join(f'{k}={now[k]!r}' for k in changed))
-
-
-def _has_ended(saved: dict, patience: int) -> bool:
-  """Whether early stopping ended the run for good: with more patience, or none, it goes on."""
-  return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
-
-
-def first_fingerprint(run: Run) -> str:
-  """sha256 of the model that a run starts from.
-
-  Raises:
-    ConfigError: it is not there.
-  """
-  c = run.config
-  if not c.init_from:
-    return run.model.fingerprint
-  _check_source(c.init_from)
-  export = files.join(c.init_from, 'export')
-  return peers.from_main(lambda: load.fingerprint(export))
-
-
-def _models_beside(run: Run) -> dict[str, str]:
-  """Fingerprints of the weights that the reference and a reward model, which a resume reads again,
-  and the value model come from.
-
-  Raises:
-    ConfigError: they are not there.
-  """
-  c, out = run.config, {}
-  if algorithms.has_reference(c):
-    out['reference'] = first_fingerprint(run)
-  if algorithms.has_value_model(c) and c.ppo.value_from:
-    out['value'] = peers.from_main(lambda: load.fingerprint(c.ppo.value_from))
-    peers.check_same('ppo.value_from', digest(load.outline(c.ppo.value_from)))
-  if c.algorithm in algorithm_config.ON_ROLLOUTS and c.rollout.reward_model:
-    out['reward model'] = peers.from_main(lambda: load.fingerprint(c.rollout.reward_model))
-    peers.check_same('rollout.reward_model', digest(load.outline(c.rollout.reward_model)))
-  return out
 
 
 def fit(
@@ -233,6 +141,7 @@ def _opened(
   run: Run, loss_fn: LossFn, eval_loss: EvalLoss, watch: Tell, source: Source | None
 ) -> _Session:
   c = run.config
+  data_check.check(run)
   retention = Retention(c.checkpoint.keep, c.checkpoint.best_metric, c.checkpoint.best_mode)
   folder = files.join(run.workdir, 'checkpoints')
   return _Session(
@@ -242,7 +151,8 @@ def _opened(
     watch=watch,
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Judge(run),
-    fingerprints=_fingerprints(run),
+    console=summary.make_console(c),
+    fingerprints=resume.fingerprints(run),
   )
 
 
@@ -255,22 +165,16 @@ def _let_save_end(s: _Session) -> None:
       attempt('the last save', s.checkpoints.wait)
 
 
-def _fingerprints(run: Run) -> dict[str, str]:
-  """Of all that a resume must find as it was."""
-  own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
-  return own | run.data.fingerprints() | _models_beside(run)
-
-
 def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
   """(steps done, what was saved with them) of the checkpoint to go on from; None without one."""
   run, c = s.trainer.run, s.trainer.run.config
   start = peers.from_main(s.checkpoints.latest)
   if start is None:
     if c.init_from:
-      _check_source(c.init_from)
+      resume.check_source(c.init_from)
     return None, None
   saved = s.checkpoints.meta(start)
-  _check_resume(saved, run, s.fingerprints)
+  resume.check(saved, run, s.fingerprints)
   if saved['cursor'] != run.cursor(start) and saved['config'].get('batch_size') == c.batch_size:
     raise DataError(
       f'{run.workdir}: checkpoint {start} has cursor {saved["cursor"]}, expected '
@@ -288,15 +192,7 @@ def _resumed(s: _Session, start: int, saved: dict[str, Any]) -> State:
   run = s.trainer.run
   state = s.trainer.restore(s.checkpoints, start)
   s.judge.forget_answers_after(start)
-  log.info(
-    'resuming after step %d of %d: epoch %.2f, %d rows consumed, next example %s, data order %s',
-    start,
-    run.steps,
-    saved['cursor'] / run.data.mixture.rows_per_epoch,
-    saved['cursor'],
-    run.data.mixture.row(saved['cursor']),
-    s.fingerprints['data order'][:12],
-  )
+  log.info(summary.resumed(run, start, saved['cursor'], s.fingerprints['data order']))
   return state
 
 
@@ -313,22 +209,29 @@ def _begun(s: _Session) -> State:
 
 def _fit(s: _Session) -> None:
   run, trainer, checkpoints = s.trainer.run, s.trainer, s.checkpoints
-  c = run.config
+  c, begun = run.config, time.perf_counter()
   start, saved = _newest(s)
   plain = redaction.redact(config_lib.plain(c))
   if peers.is_main():
     files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
   owed = bool(saved) and saved['progress']['owed']
-  goes_on = not (saved and _has_ended(saved, c.checkpoint.patience)) and (
+  goes_on = not (saved and resume.has_ended(saved, c.checkpoint.patience)) and (
     (start or 0) < run.steps or owed
   )
+  if saved:
+    s.console.restore(Progress(**saved['progress']).console)
+  if saved and not goes_on:
+    why = 'all steps are done' if start == run.steps else 'it was stopped early by its patience'
+    log.info('nothing is left to train after step %d of %d: %s', start, run.steps, why)
   if goes_on:
+    log.info(summary.start(trainer, start or 0))
     s.source.prepare(trainer)
   state = _begun(s) if saved is None else _resumed(s, start, saved)
   if goes_on:
     state = _train(s, state, start or 0, saved)
   best, latest = peers.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
-  if best is not None and best != latest:
+  exported = latest if best is None else best
+  if exported != latest:
     log.info('exporting the best checkpoint, of step %d', best)
     state = None  # two states may not fit
     state = checkpoints.restore(best, trainer.saved(trainer.abstract))
@@ -346,6 +249,10 @@ def _fit(s: _Session) -> None:
       stop_ids=run.model.stop_ids,
     )
   s.judge.tuned(params)
+  if keeps_programs(c):
+    peers.from_main(lambda: program_cache.record(program_folder(run.workdir)))
+  seconds = time.perf_counter() - begun
+  log.info(summary.end(run, s.console, exported, latest, seconds))
 
 
 def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter:
@@ -376,16 +283,19 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
   # beside this one leave out some that are.
   alone = set(trainer.abstract.frozen).isdisjoint(BESIDE) and len(run.parts()) == 1
   arch, peak = run.arch, find_peak() if alone and not trainer.frozen else None
-  log.info(
-    'MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s',
-    peak.source if peak else 'unknown',
-  )
+  if peak:
+    log.info('MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s', peak.source)
 
   def evaluate(state, step, is_cancelled):
     values = s.eval_loss(trainer.averaged(state), is_cancelled)
     if values is not None:
       s.judge.answer(trainer.model(state), step)
     return values
+
+  def write_rollout(step, values):
+    writer.write(step, 'rollout', values)
+    for warning in s.console.rollout(step, values):
+      log.warning(warning)
 
   def meta(step):
     return {
@@ -413,14 +323,16 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     writer=writer,
     checkpoints=s.checkpoints,
     throughput=throughput,
+    console=s.console,
     signals=Signals(run.mesh),
     watchdog=run.watchdog,
     profile_dir=traces.folder,
   )
   progress = Progress(**saved['progress']) if saved else Progress()
+  s.console.restore(progress.console)
   kept = saved.get('source', {}) if saved else {}
   try:
-    s.source.begin(trainer, lambda step, x: writer.write(step, 'rollout', x), start, kept)
+    s.source.begin(trainer, write_rollout, start, kept)
     state = loop.run(state, start, s.source.take, progress)
   except BaseException:
     attempt('closing the metrics', writer.close)

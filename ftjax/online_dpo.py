@@ -40,5 +40,5 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with episodes.Episodes(r, PairTeacher(c)) as source:
-    loss, alarm = make_loss(r.arch, c), preference_loss.Alarm()
+    loss, alarm = make_loss(r.arch, c), preference_loss.Alarm(c)
     fit.fit(r, loss, source.evaluate, alarm, source)

@@ -19,6 +19,9 @@ from ftjax.models.architecture import Architecture
 log = logging.getLogger(__name__)
 
 _ALARM_STEPS = 5
+# Relative rounding of a response's log-prob, by dtype of the activations: some units in the last
+# place of the float32 sum; with bfloat16 what is left of its errors in a mean over many tokens.
+_ROUNDING = {'float32': 2**-20, 'bfloat16': 2**-14}
 
 
 def settings(c: ml_collections.ConfigDict) -> preference.Settings:
@@ -100,29 +103,53 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
 
 
 class Alarm:
-  """Says it when the policy stays at the reference: it is then the same object, or not trained.
-  Of a cached reference it says how far it is from the policy of the first step, which it should be.
+  """Warns, once, when the reward margin stays at what rounding makes of equal numbers: then the
+  policy is not trained, or the two responses of a pair are equal. Of a cached reference it logs how
+  far it is from the policy of the first step, which it should be.
+
+  Rounding is relative to the log-probs that a margin is the difference of; a reward model has
+  scores in their place.
   """
 
-  def __init__(self, is_cached: bool = False):
-    self._is_told, self._is_cached = False, is_cached
+  def __init__(self, c: ml_collections.ConfigDict, is_cached: bool = False):
+    self._is_warned, self._is_cached = False, is_cached
+    self._steps = 0  # in a row with a margin no larger than rounding
+    self._lr, self._rounding = c.optim.lr, _ROUNDING[c.model.compute_dtype]
+    self._of_scores = c.algorithm == 'reward_model'
+    self._beta = 1.0 if self._of_scores else c.dpo.beta
 
   def __call__(self, done: int, values: dict[str, float]) -> None:
+    """Takes the metrics of every step, in order."""
     if self._is_cached and done == 1:
       log.info(
         'step 1: policy and reference are one model; rounding makes a reward of %.3g (chosen), '
         '%.3g (rejected), a margin of %.3g',
         *(values[f'rewards/{k}'] for k in ('chosen', 'rejected', 'margin')),
       )
-    updates = done - 1 - values['skipped']
-    margin = values.get('rewards/margin')
-    if not values.get('supervised_tokens', 1):
-      return  # no pair in it
-    if updates >= _ALARM_STEPS and margin == 0.0 and not self._is_told:
-      self._is_told = True
+    updates = done - 1 - values['skipped'] - values['no_signal']
+    if self._is_warned or updates < 1 or not values['has_signal']:
+      return
+    rewards = [values['rewards/chosen'], values['rewards/rejected']]
+    margin = values.get('rewards/margin', max(rewards, key=abs))  # KTO has no pairs
+    if not abs(margin) <= self._largest(values):
+      self._steps = 0
+    elif margin == 0 or self._of_scores or values['lr'] >= self._lr / 2:
+      self._steps += 1  # while the rate warms up, margins are small
+    if self._steps >= _ALARM_STEPS:
+      self._is_warned = True
       log.warning(
-        'step %d: after %d updates the reward margin is still exactly 0, so policy and reference '
-        'give the same log-probs. Look at optim.lr and optim.freeze, and with python -m '
-        'ftjax.preview at whether the two answers of a pair differ',
-        *(done, updates),
+        'step %d: for %d steps the reward margin has been no larger than rounding (%.2g; %s of '
+        '%.4g and %.4g). Check with python -m ftjax.preview that the two responses of a pair '
+        'differ, and that optim.lr and optim.freeze let the %s move',
+        *(done, self._steps, margin, 'scores' if self._of_scores else 'log-probs'),
+        *self._compared(values),
+        'model' if self._of_scores else 'policy away from the reference',
       )
+
+  def _compared(self, values: dict[str, float]) -> tuple[float, float]:
+    prefix = 'rewards' if self._of_scores else 'logps'
+    return values[f'{prefix}/chosen'], values[f'{prefix}/rejected']
+
+  def _largest(self, values: dict[str, float]) -> float:
+    """The largest margin that rounding explains, in rewards."""
+    return self._rounding * self._beta * sum(map(abs, self._compared(values)))

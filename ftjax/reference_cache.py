@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ftjax import examples, fit, pairs, preference_loss
+from ftjax import examples, fit, pairs, preference_loss, resume
 from ftjax.algorithms import REFERENCE_FIELDS
 from ftjax.data import batches
 from ftjax.data.cache import Corpus
@@ -106,7 +106,7 @@ def fill(run: Run, load_first: Callable[[], dict]) -> None:
   """
   home = examples.cache_folder(run.config, run.workdir)
   measure = _Measure(run, load_first)
-  weights = fit.first_fingerprint(run)
+  weights = resume.first_fingerprint(run)
   for corpus in (*run.data.corpora, *run.data.evaluation):
     shards = _Shards(home, _key(run, corpus, weights), len(corpus))
     parts, todo = [], 0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ftjax import experiment, fit, pairs
+from ftjax import experiment, fit, pairs, preference_loss
 from ftjax.forward import answer_scores
 from ftjax.losses import preference
 from ftjax.models.architecture import Architecture
@@ -81,4 +81,6 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, then export for AutoModelForSequenceClassification."""
   r = experiment.start(c, workdir)
   eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
-  fit.fit(r, make_loss(r.arch, c), eval_loss)
+  paired = c.reward_model.objective == 'pairs'
+  watch = [preference_loss.Alarm(c)] if paired else []
+  fit.fit(r, make_loss(r.arch, c), eval_loss, *watch)

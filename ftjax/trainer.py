@@ -8,17 +8,20 @@ came) and `value/` (a value model, trained and saved with the policy)."""
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from jax import monitoring
 
-from ftjax import algorithms
+from ftjax import algorithm_config, algorithms
 from ftjax.experiment import Run
 from ftjax.forward import model_of
 from ftjax.hf import load
+from ftjax.losses import policy
 from ftjax.models import transformer
-from ftjax.runtime import compiler_options, trees
+from ftjax.runtime import compiler_options, console, trees
 from ftjax.runtime.checkpoint import Checkpoints
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.schedule import make_schedule
@@ -40,6 +43,20 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   return out
 
 
+def _has_signal(c: ml_collections.ConfigDict) -> Callable[[dict], jax.Array] | None:
+  """`has_signal` of make_step: of a policy gradient whose loss has advantages alone in it."""
+  p = c.policy
+  in_loss = p.entropy_coef or (p.kl_coef and p.kl != 'reward')
+  if c.algorithm not in algorithm_config.POLICY_GRADIENT or in_loss:
+    return None
+
+  def has_signal(batch):
+    gap = batch['returns'] - batch['old_values'] if 'returns' in batch else None
+    return policy.has_signal(batch['weights'], batch['advantages'], gap)
+
+  return has_signal
+
+
 class Trainer:
   """The compiled step of a run with everything around it."""
 
@@ -52,7 +69,7 @@ class Trainer:
       )
     self.run = run
     self._has_reference = algorithms.reference_in_step(c)
-    info = _leaves(run)
+    info = self.leaves = _leaves(run)
     self.schedule = make_schedule(
       c.optim.schedule,
       c.optim.lr,
@@ -89,6 +106,7 @@ class Trainer:
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
       seed=c.seed,
+      has_signal=_has_signal(c),
     )
 
   @property
@@ -107,12 +125,12 @@ class Trainer:
   def compile(self) -> jax.stages.Compiled:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     batch, options = self.run.abstract_batch(), self.compiler_options
-    log.info('compiler options: %s', compiler_options.told(options) or 'none')
+    if options:
+      log.info('compiler options: %s', compiler_options.told(options))
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
-    log.info(
-      'step compiled in %.1f s; compile cache: %s', time.perf_counter() - begin, counts.close()
-    )
+    seconds, cache = time.perf_counter() - begin, counts.close()
+    log.info(console.compiled(seconds, cache, *_memory(compiled)))
     return compiled
 
   # Where a state comes from.
@@ -156,6 +174,18 @@ class Trainer:
   def model(self, state: State) -> dict:
     """The model that is evaluated and exported: of the moving average where there is one."""
     return model_of(self.averaged(state))
+
+
+def _memory(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:
+  """(bytes that a step takes on a device at its peak, bytes that the device has); None where the
+  compiler or the device does not say.
+  """
+  found = compiled.memory_analysis()
+  if found is None:
+    return None, None
+  sizes = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return sizes - found.alias_size_in_bytes, stats.get('bytes_limit')
 
 
 class _CacheCounts:

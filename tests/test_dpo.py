@@ -252,18 +252,70 @@ def test_the_reference_is_neither_trained_nor_saved():
   assert 'reference' in trainer.averaged(state)
 
 
-def test_the_alarm_tells_once_when_the_policy_does_not_move(caplog):
-  alarm = preference_loss.Alarm()
-  with caplog.at_level(logging.WARNING):
-    for done in range(1, 6):
-      alarm(done, {'rewards/margin': 0.0, 'skipped': 0})
-    alarm(6, {'rewards/margin': 0.0, 'skipped': 3})
-    alarm(7, {'rewards/margin': 1e-9, 'skipped': 0})
-    assert not caplog.records
-    alarm(6, {'rewards/margin': 0.0, 'skipped': 0})
-    alarm(7, {'rewards/margin': 0.0, 'skipped': 0})
-  (record,) = caplog.records
-  assert 'exactly 0' in record.getMessage()
+QUIET = {'skipped': 0, 'no_signal': 0, 'has_signal': True, 'lr': 1e-2}
+
+
+def alarmed(margins, algorithm='dpo', chosen=-120.0, rejected=-119.0, settings=(), **values):
+  """Texts of what the alarm logs of a run with these reward margins, one a step."""
+  alarm, records = preference_loss.Alarm(tiny_pairs.settings(algorithm, **dict(settings))), []
+  handler = logging.Handler()
+  handler.emit = lambda record: records.append(record.getMessage())
+  logger = logging.getLogger('ftjax.preference_loss')
+  logger.addHandler(handler)
+  try:
+    for done, margin in enumerate(margins, 1):
+      row = QUIET | {'logps/chosen': chosen, 'logps/rejected': rejected} | values
+      alarm(done, row | {f'rewards/{k}': margin for k in ('chosen', 'rejected', 'margin')})
+  finally:
+    logger.removeHandler(handler)
+  return records
+
+
+AT_ROUNDING = {
+  'exactly 0, the policy stays at the reference': ([0.0] * 9, {}),
+  'rounding of both signs': ([0.0, 3e-6, -9e-6, 1e-6, -2e-7, 0.0, 5e-6], {}),
+  'long responses round more': ([4e-4] * 8, dict(chosen=-4000.0, rejected=-4000.001)),
+  'bfloat16 rounds more': ([1e-3] * 8, dict(settings={'model__compute_dtype': 'bfloat16'})),
+  'a larger beta': ([4e-5] * 8, dict(settings={'dpo__beta': 0.5})),
+  'after some steps that moved': ([0.0, 0.3, 0.1, *[1e-7] * 5], {}),
+}
+
+
+@pytest.mark.parametrize('name', AT_ROUNDING)
+def test_the_alarm_warns_once_of_margins_at_the_level_of_rounding(name):
+  margins, rest = AT_ROUNDING[name]
+  (told,) = alarmed(margins, **rest)
+  assert 'no larger than rounding' in told
+  for remedy in ('ftjax.preview', 'optim.lr', 'optim.freeze'):
+    assert remedy in told
+
+
+QUIET_RUNS = {
+  'too few steps': ([0.0] * 5, {}),  # the first of them precedes every update
+  'a margin now and then': ([0.0, 0.0, 0.0, 0.0, 0.01] * 4, {}),
+  'small margins above rounding': ([2e-4] * 20, {}),
+  'a rate that still warms up': ([5e-6] * 20, dict(lr=1e-4)),
+  'no pair in the batch': ([0.0] * 20, dict(has_signal=False, no_signal=5)),
+  'not a number': ([float('nan')] * 20, {}),
+}
+
+
+@pytest.mark.parametrize('name', QUIET_RUNS)
+def test_the_alarm_is_silent_otherwise(name):
+  margins, rest = QUIET_RUNS[name]
+  assert alarmed(margins, **rest) == []
+
+
+def test_the_alarm_of_a_reward_model_compares_scores():
+  scores = {'rewards/chosen': 3.0, 'rewards/rejected': 3.0}
+  alarm = preference_loss.Alarm(tiny_pairs.settings('reward_model'))
+  for done in range(1, 8):
+    alarm(done, QUIET | scores | {'rewards/margin': 1e-6})
+  assert alarm._is_warned
+  alarm = preference_loss.Alarm(tiny_pairs.settings('reward_model'))
+  for done in range(1, 20):
+    alarm(done, QUIET | scores | {'rewards/rejected': 2.9999, 'rewards/margin': 1e-4})
+  assert not alarm._is_warned
 
 
 def test_the_names_of_the_losses_are_those_of_the_table():

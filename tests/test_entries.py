@@ -15,7 +15,9 @@ from ftjax.models.architecture import from_hf
 
 pytestmark = pytest.mark.usefixtures('users_programs')
 
-TRAIN = ['--config=tiny_sft']
+# Shorter than the shipped config, which trains until its sums are right.
+SHORT = ('steps=30', 'data.train=sums:400', 'eval.every=10', 'checkpoint.every=10')
+TRAIN = ['--config=tiny_sft', *(f'--config.{s}' for s in SHORT)]
 
 
 def quick(entry, *arguments):
@@ -207,6 +209,17 @@ def test_the_export_loads_and_is_trained(finished):
 def test_the_run_tells_the_comparison(finished):
   told = finished[1]
   assert 'sum: 6 examples' in told and 'Answers before and after' in told
+  for part in (
+    'sft: 30 steps = ',
+    '90,624 parameters trained (all)',
+    'expected peak memory of a step',
+    'eval  step 10  loss',
+    'eval  step 20  loss',
+    'exported   step 30, the last one',
+    f'generate --model={finished[0]} --prompt=',
+    'evaluate --config=tiny_sft --config.steps=30',
+  ):
+    assert part in told, part
   rows = [json.loads(x) for x in (finished[0] / 'samples.jsonl').read_text().splitlines()]
   assert [r['step'] for r in rows] == [0, 10, 20, 30]
   assert all(r['prompt'] == '7 + 5 =' for r in rows)
@@ -306,7 +319,7 @@ def test_sigterm_saves_ends_with_75_and_the_next_run_completes(finished, tmp_pat
   assert 12 <= stopped < 400
   assert max(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == stopped
   assert not (workdir / 'export').exists()
-  arguments[2] = f'--config.steps={stopped + 2}'
+  arguments.append(f'--config.steps={stopped + 2}')
   code, told = tiny_run.run('train', arguments)
   assert code == 0 and f'resuming after step {stopped} of {stopped + 2}' in told
   assert 'changed since the checkpoint: steps=' in told

@@ -1,7 +1,11 @@
 """What a config is brought to before anything is trained."""
 
+import fractions
+import math
 import os
 import threading
+
+import pytest
 
 from ftjax import config, experiment
 from ftjax.runtime import files, watchdog
@@ -42,3 +46,38 @@ def test_a_folder_that_does_not_answer_has_a_limit(tmp_path, monkeypatch):
   c.watchdog.restore = 0.5
   experiment.start(c, str(tmp_path))
   assert 'watchdog.restore' in told[0]
+
+
+EPOCHS = (
+  '1.1',
+  '2.2',
+  '0.1',
+  '3.3',
+  '1/3',
+  '5/3',
+  '0.7',
+  '1.15',
+  '0.29',
+  '1',
+  '4.35',
+  '0.123456789',
+)
+
+
+@pytest.mark.parametrize('epochs', EPOCHS)
+def test_fractions_of_epochs_are_counted_exactly(epochs):
+  """As if the config's number were the one that was written: no float error adds a batch."""
+  exact = fractions.Fraction(epochs)
+  for rows in (1, 7, 30, 100, 300, 990, 1000, 12345, 10**6, 3 * 10**9):
+    for batch_size in (1, 3, 8, 10, 64, 1000):
+      found = experiment.batches_in(float(exact), rows, batch_size)
+      assert found == max(1, math.ceil(exact * rows / batch_size)), (rows, batch_size)
+
+
+def test_the_steps_of_a_run_are_those_of_its_epochs(tmp_path):
+  c = tiny()
+  c.data.train, c.data.packing, c.batch_size = 'sums:400', False, 40
+  run = experiment.start(c, str(tmp_path))
+  for epochs, steps in ((1.1, 11), (2.2, 22), (0.1, 1), (3.3, 33), (0.7, 7), (1.0, 10)):
+    c.epochs = epochs
+    assert run.steps == steps

@@ -13,7 +13,7 @@ import pytest
 import tiny_rollouts
 import tiny_run
 
-from ftjax import compare, episodes, grpo
+from ftjax import compare, episodes, grpo, trainer
 from ftjax import sampled as sampled_rows
 from ftjax.rollout.completion import Completion, Rollout, stops
 from ftjax.rollout_files import RolloutFiles
@@ -126,6 +126,53 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
   assert float(metrics['loss']) == 0 and float(metrics['grad_norm']) == 0 and bool(metrics['ok'])
   after = tiny_rollouts.host(state.params)
   assert all((before[k] == after[k]).all() for k in before)
+
+
+def test_a_rollout_without_signal_after_a_good_one_moves_nothing(usual):
+  """Adam's momentum would: every completion of the second rollout has the same reward."""
+  s, arrays, *_ = usual
+  shardings = s.run.batch_shardings(micro=True)
+  good = {k: v.reshape(16, -1) for k, v in arrays.items()}
+  told = sampled_rows.Sampled(good, np.zeros(16, np.float32), np.ones(16, np.int32), 4)
+  advantages, weights, _ = taught(s.run.config, told)
+  flat = good | {'advantages': advantages, 'weights': weights}
+  place = lambda x: episodes.place({k: x[k][None] for k in shardings}, shardings)  # noqa: E731
+  state, _ = s.step(s.trainer.fresh(), place(good))
+  before = [np.array(x).tobytes() for x in jax.tree.leaves((state.params, state.opt))]
+  state, metrics = s.step(state, place(flat))
+  assert not metrics['has_signal'] and int(metrics['no_signal']) == 1
+  after = [np.array(x).tobytes() for x in jax.tree.leaves((state.params, state.opt))]
+  assert before == after
+
+
+@pytest.mark.parametrize(
+  ('settings', 'advantage', 'gap', 'expected'),
+  [
+    ({'grpo.advantage': 'reinforce_pp'}, 0.0, None, False),
+    ({'grpo.advantage': 'reinforce_pp'}, 1e-30, None, True),
+    ({'policy.kl': 'reward', 'policy.kl_coef': 0.5}, 0.0, None, False),
+    ({'algorithm': 'ppo'}, 0.0, 0.0, False),
+    ({'algorithm': 'ppo'}, 0.0, 1e-3, True),  # values have to learn all the same
+    ({'policy.kl_coef': 0.1}, 0.0, None, None),  # a loss that is never constant
+    ({'policy.entropy_coef': 0.1}, 0.0, None, None),
+    ({'algorithm': 'best_of_n'}, 0.0, None, None),  # its weight alone tells
+    ({'algorithm': 'online_dpo'}, 0.0, None, None),
+  ],
+)
+def test_when_a_policy_gradient_has_signal(settings, advantage, gap, expected):
+  settings = dict(settings)
+  found = trainer._has_signal(tiny_rollouts.tiny(settings.pop('algorithm', 'grpo'), **settings))
+  assert (found is None) == (expected is None)
+  if found is None:
+    return
+  weights = np.float32([[0, 1], [1, 0]])
+  batch = {'weights': weights, 'advantages': advantage * weights}
+  if gap is not None:
+    values = np.float32([[7, 2], [3, 4]])
+    batch |= {'old_values': values, 'returns': values + np.float32(gap) * weights}
+  assert bool(found({k: jax.numpy.asarray(v) for k, v in batch.items()})) == expected
+  idle = batch | {'advantages': 1 - weights}  # of tokens that do not count
+  assert bool(found({k: jax.numpy.asarray(v) for k, v in idle.items()})) == bool(gap)
 
 
 @pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline'])

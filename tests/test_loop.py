@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax.runtime.console import Console, Headline
 from ftjax.runtime.errors import NonFiniteError, StoppedEarly
 from ftjax.runtime.watchdog import Watchdog
 from ftjax.training.loop import Cadence, Loop, Progress, StopFlag
@@ -104,6 +105,7 @@ def run(
     metrics = dict(loss=jnp.float32(1.0 / done if losses is None else losses[done]))
     metrics |= dict(grad_norm=jnp.float32(1), ok=jnp.bool_(done not in bad))
     metrics |= dict(supervised_tokens=jnp.float32(4), bad_streak=jnp.int32(streak))
+    metrics |= dict(has_signal=jnp.bool_(True), no_signal=jnp.int32(0))
     metrics |= dict(skipped=jnp.int32(skipped), tokens=jnp.int32(5), attended=jnp.float32(7))
     return done, metrics
 
@@ -126,6 +128,7 @@ def run(
     writer=record,
     checkpoints=record,
     throughput=record,
+    console=Console(Headline()),
     signals=Signals(jax.sharding.get_mesh()),
     watchdog=Watchdog(dict.fromkeys(('step', 'evaluate', 'save'), 0.0)),
     profile_dir='unused',

@@ -241,6 +241,49 @@ def test_all_masked_is_no_loss_and_no_gradient():
   np.testing.assert_array_equal(after.params['a'], [1, -2, 0.5])
 
 
+OPTIMIZERS = {
+  'adam with momentum and decay': optax.adamw(0.1, weight_decay=0.5),
+  'sgd with momentum': optax.sgd(0.1, momentum=0.9),
+  'lion': optax.lion(0.1, weight_decay=0.5),
+  'a schedule': optax.adam(optax.linear_schedule(1.0, 0.0, 5)),
+}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('kind', ['all weights 0', 'constant loss'])
+def test_a_step_without_signal_changes_nothing_but_the_counts(name, kind):
+  """After a good step momentum, decay and the schedule's count would move on."""
+  schedule = optax.linear_schedule(1.0, 0.0, 5)
+  has_signal = (lambda batch: (batch['y'] != 99).any()) if kind == 'constant loss' else None
+  settings = dict(ema_decay=0.5, schedule=schedule, has_signal=has_signal)
+  state, step, batch = toy(2, optimizer=OPTIMIZERS[name], **settings)
+  state, first = step(state, batch)
+  assert bool(first['has_signal']) and int(first['no_signal']) == 0
+  before = host((state.params, state.opt, state.ema))
+  idle = {'w': batch['w'] * 0} if has_signal is None else {'y': batch['y'] * 0 + 99}
+  for count in (1, 2, 3):
+    state, metrics = step(state, batch | idle)
+    assert bool(metrics['ok']) and not bool(metrics['has_signal'])
+    assert (int(metrics['no_signal']), int(metrics['skipped'])) == (count, 0)
+  after = host((state.params, state.opt, state.ema))
+  for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    assert a.tobytes() == b.tobytes()
+  state, metrics = step(state, batch)
+  assert int(state.step) == 5 and int(state.no_signal) == 3
+  np.testing.assert_allclose(metrics['lr'], 0.8)  # the second update's, not the fifth's
+  assert not np.array_equal(state.params['a'], before[0]['a'])
+
+
+def test_a_step_without_signal_neither_ends_nor_adds_to_a_streak_of_bad_ones():
+  state, step, batch = toy()
+  bad = jax.device_put(spoil(batch, 'nan'), batch['x'].sharding)
+  streaks = []
+  for rows in (bad, batch | {'w': batch['w'] * 0}, bad, batch):
+    state, metrics = step(state, rows)
+    streaks.append(int(metrics['bad_streak']))
+  assert streaks == [1, 1, 2, 0]
+
+
 def test_metrics_of_micro_batches_are_divided_once():
   means = []
   for micro in (1, 2, 8):

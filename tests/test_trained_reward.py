@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_rollouts
 
-from ftjax import experiment, fit, forward
+from ftjax import experiment, forward, resume
 from ftjax.data.batches import ARRAYS
 from ftjax.hf import export
 from ftjax.models import transformer
@@ -83,14 +83,14 @@ def test_the_score_depends_on_prompt_and_completion_alone(judge, tmp_path):
 def test_a_resume_knows_the_reward_model_again(judge, tmp_path):
   folder = judge[0]
   run = tiny_rollouts.start(tmp_path, **settings(folder))
-  known = fit._fingerprints(run)['reward model']
+  known = resume.fingerprints(run)['reward model']
   other = tmp_path / 'other'
   write(other)
   run.config.rollout.reward_model = str(other)
-  assert fit._fingerprints(run)['reward model'] == known, 'the same content'
+  assert resume.fingerprints(run)['reward model'] == known, 'the same content'
   shutil.rmtree(other)
   write(other, key=6)
-  assert fit._fingerprints(run)['reward model'] != known
+  assert resume.fingerprints(run)['reward model'] != known
 
 
 def test_what_cannot_judge_is_refused(judge, tmp_path):

@@ -2,7 +2,8 @@
 
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with the label that says which, 'scores:N' with its
-distance from the right one. The tokenizer has one token a byte and a ChatML template."""
+distance from the right one. 'sums:N:BELOW', and likewise the others, takes terms below BELOW in
+place of 100. The tokenizer has one token a byte and a ChatML template."""
 
 import dataclasses
 import json
@@ -14,6 +15,7 @@ from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError
 
 _SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+BELOW = 100  # terms of the sums, unless a source says less
 VOCAB_SIZE = 256 + len(_SPECIAL)
 _TEMPLATE = (
   "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -22,14 +24,26 @@ _TEMPLATE = (
 )
 
 
-def sums(count: int) -> list[dict]:
-  """`count` conversations about a + b, all different, in a fixed order."""
+def sums(count: int, below: int = BELOW) -> list[dict]:
+  """Returns `count` conversations about a + b with 0 <= a, b < below, all different, in a fixed
+  order.
+
+  Raises:
+    ConfigError: there are not so many.
+  """
+  if not 0 < below <= BELOW:
+    raise ConfigError(
+      f'terms below {below}; expected 1 to {BELOW}, as in data.train=sums:90:10 for terms below 10'
+    )
   pairs = sorted(
-    ((a, b) for a in range(100) for b in range(100)),
+    ((a, b) for a in range(below) for b in range(below)),
     key=lambda p: (p[0] * 7919 + p[1] * 104729) % 10007,
   )
   if not 0 < count <= len(pairs):
-    raise ConfigError(f'{count} made rows; expected 1 to {len(pairs)}, as in data.train=sums:400')
+    raise ConfigError(
+      f'{count} made rows; expected 1 to {len(pairs)} with terms below {below}, as in '
+      'data.train=sums:400'
+    )
   return [
     {
       'messages': [
@@ -41,12 +55,12 @@ def sums(count: int) -> list[dict]:
   ]
 
 
-def _judged(kind: str, count: int) -> list[dict]:
+def _judged(kind: str, count: int, below: int) -> list[dict]:
   """The rows of `sums` with wrong, vague answers beside the right ones, or in place of every other
   one. A model that knows no sums can tell them by their first word.
   """
   rows = []
-  for i, row in enumerate(sums(count)):
+  for i, row in enumerate(sums(count, below)):
     prompt, right = row['messages'][:1], row['messages'][1]
     off = 1 + i % 9
     wrong = right | {'content': f'about {int(right["content"]) + off}'}
@@ -63,12 +77,15 @@ def resolve(spec: Spec, folder: str) -> Spec:
   """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
   this machine); others pass.
   """
-  kind, _, count = spec.path.partition(':')
-  if kind not in ('sums', 'pairs', 'labels', 'scores') or not count.isdigit():
+  kind, *sizes = spec.path.split(':')
+  is_made = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
+  if not is_made or not all(size.isdigit() for size in sizes):
     return spec
-  path = files.local_mirror(folder) / f'{kind}-{int(count)}.jsonl'
+  count, below = [*map(int, sizes), BELOW][:2]
+  name = f'{kind}-{count}' if below == BELOW else f'{kind}-{count}-below-{below}'
+  path = files.local_mirror(folder) / f'{name}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
-  rows = sums(int(count)) if kind == 'sums' else _judged(kind, int(count))
+  rows = sums(count, below) if kind == 'sums' else _judged(kind, count, below)
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return dataclasses.replace(spec, path=str(path))
 

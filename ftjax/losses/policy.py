@@ -324,6 +324,23 @@ def value_loss(
   return *masked.mean(0.5 * losses, weights), metrics
 
 
+def has_signal(
+  weights: jax.Array, advantages: jax.Array, value_gap: jax.Array | None = None
+) -> jax.Array:
+  """bool[]: whether a loss without divergence and entropy can depend on the parameters. It is
+  constant where every advantage is exactly 0 and, with a value model, every value is as the returns
+  say.
+
+  Args:
+    weights, advantages: of all micro-batches of a step, of one shape.
+    value_gap: returns - values at sampling, of the same shape; None without a value model.
+  """
+  found = advantages != 0
+  if value_gap is not None:
+    found = found | (value_gap != 0)
+  return (found & (weights != 0)).any()
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL:
   """Steers the coefficient of the divergence towards a target. Host side, Python floats.

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from ftjax.runtime import peers, preemption
 from ftjax.runtime.checkpoint import Checkpoints
+from ftjax.runtime.console import Console
 from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
 from ftjax.runtime.metrics import MetricsWriter
 from ftjax.runtime.throughput import Throughput, memory
@@ -29,6 +31,8 @@ from ftjax.training.signals import Signals
 from ftjax.training.state import State
 
 log = logging.getLogger(__name__)
+
+_LOG_FILE_S = 10.0  # seconds between updates of a bar that goes to a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Progress:
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
   after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
   owed: the evaluation of the saved step is still to be made. began: when the run was first started,
-  seconds since 1970. trained_s: seconds that went into the steps that count.
+  seconds since 1970. trained_s: seconds that went into the steps that count. console: what the
+  console remembers.
   """
 
   value: float | None = None
@@ -69,6 +74,7 @@ class Progress:
   owed: bool = False
   began: float = 0.0
   trained_s: float = 0.0
+  console: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def see(self, value: float, step: int, mode: str) -> bool:
     """Whether `value` is better than all before."""
@@ -121,6 +127,7 @@ class Loop:
     saved: state -> what of it is saved.
     watch: is shown the metrics of every step, as (steps done, metrics).
     writer, checkpoints, throughput: where results go.
+    console: makes the lines that are logged.
     signals: between processes.
     watchdog: has limits for step, evaluate and save.
     profile_dir: where traces go.
@@ -138,6 +145,7 @@ class Loop:
     writer: MetricsWriter,
     checkpoints: Checkpoints,
     throughput: Throughput,
+    console: Console,
     signals: Signals,
     watchdog: Watchdog,
     profile_dir: str,
@@ -145,6 +153,7 @@ class Loop:
     self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
     self._saved, self._watch = saved, watch
     self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
+    self._console, self._last_saved = console, 0
     self._signals, self._watchdog = signals, watchdog
     self._profile_dir = profile_dir
     self.progress = Progress()
@@ -173,7 +182,8 @@ class Loop:
       NonFiniteError: max_bad_steps non-finite steps in a row.
     """
     cadence, pending = self._cadence, None
-    self.progress = progress
+    self.progress, self._last_saved = progress, start
+    self._console.restore(progress.console)
     progress.began = progress.began or time.time()
     trace_from = max(start, cadence.profile_start)
     trace_to = min(cadence.profile_stop, cadence.steps)
@@ -181,7 +191,12 @@ class Loop:
     with (
       self._stop as stop,
       tqdm(
-        total=cadence.steps, initial=start, unit='step', disable=not peers.is_main()
+        total=cadence.steps,
+        initial=start,
+        unit='step',
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else _LOG_FILE_S,
+        disable=not peers.is_main(),
       ) as self._bar,
       contextlib.ExitStack() as trace,
       self._watchdog.phase('step'),
@@ -220,9 +235,7 @@ class Loop:
             raise self._stopped(done)
           self._free = time.perf_counter()
           if ended:
-            log.info(
-              'early stop: %s has not improved for %d evaluations', cadence.metric, cadence.patience
-            )
+            log.info(self._early_stop(done))
             break
     with self._watchdog.phase('save'):
       self._checkpoints.wait()
@@ -232,8 +245,22 @@ class Loop:
     """When every process has saved: the first one that leaves takes the others with it."""
     return _agreed(
       StoppedEarly,
-      f'stopped after step {done} of {self._cadence.steps}; run the same command again to go on',
+      f'stopped after step {done} of {self._cadence.steps}, and the state is saved; run the same '
+      'command again to go on from there',
     )
+
+  def _early_stop(self, done: int) -> str:
+    c, p = self._cadence, self.progress
+    return (
+      f'early stop after step {done} of {c.steps}: {c.metric} has not improved for {c.patience} '
+      f'evaluations (checkpoint.patience) since step {p.step}; its best checkpoint is exported'
+    )
+
+  def _where_to_go_on(self) -> str:
+    """What is left of a run that ends with an error."""
+    if not self._last_saved:
+      return 'No checkpoint was saved'
+    return f'The last checkpoint is of step {self._last_saved}'
 
   def _is_stopping(self) -> bool:
     return self._signals.is_wanted(self._stop.wanted)
@@ -251,25 +278,28 @@ class Loop:
       attended=values.pop('attended'),
     )
     if not values['ok']:
-      log.warning(
-        'step %d: loss %s, gradient norm %s; skipped', done, values['loss'], values['grad_norm']
-      )
+      log.warning(self._console.not_finite(done, values, cadence.max_bad_steps))
       if values['bad_streak'] >= cadence.max_bad_steps:
         self._writer.write(done, 'train', values)
         raise _agreed(
           NonFiniteError,
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
-          f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}); lower optim.lr, or look '
-          'at the rows with python -m ftjax.preview',
+          f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}). '
+          f'{self._where_to_go_on()}. Lower optim.lr, or look at the examples with python -m '
+          'ftjax.preview',
         )
       if values['skipped'] == done == cadence.steps:
         self._writer.write(done, 'train', values)
         raise _agreed(
-          NonFiniteError, f'all {done} updates were skipped: loss or gradient was never finite'
+          NonFiniteError,
+          f'all {done} updates were skipped: loss or gradient was never finite. Lower optim.lr, or '
+          'look at the examples with python -m ftjax.preview',
         )
-    else:
+    elif values['has_signal']:
       self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
       self.progress.losses += 1
+    for warning in self._console.step(done, values) if values['ok'] else ():
+      log.warning(warning)
     self._watch(done, values)
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
@@ -278,7 +308,7 @@ class Loop:
       trained = progress.trained_s + self._throughput.trained_s
       goodput = {'goodput': trained / max(time.time() - progress.began, 1e-9)}
       self._writer.write(done, 'train', values | speed | memory() | self._spread | goodput)
-      shown = {'loss': f'{values["loss"]:.4f}'}
+      shown = self._console.bar(values)
       if speed:
         shown |= {'tok/s': f'{speed["tokens_per_s"]:.0f}'}
         shown |= {'mfu': f'{speed["mfu"]:.0%}'} if 'mfu' in speed else {}
@@ -304,6 +334,7 @@ class Loop:
       self._writer.sync()  # rows before a checkpoint live as long as it
       with self._watchdog.phase('save'):
         self._checkpoints.save(done, self._saved(state), meta, metric)
+        self._last_saved = done
         if must_save or ended:
           self._checkpoints.wait()
     return ended
@@ -326,6 +357,11 @@ class Loop:
       progress.loss_sum, progress.losses = 0.0, 0
     if values:
       self._writer.write(done, 'eval', values)
+      line, warnings = self._console.evaluation(done, values)
+      if line:
+        log.info(line)
+      for warning in warnings:
+        log.warning(warning)
     return values
 
 

@@ -98,6 +98,11 @@ def frozen_names(table: Table, info: Mapping[str, Leaf]) -> set[str]:
   return frozen
 
 
+def frozen_shares(table: Table, info: Mapping[str, Leaf]) -> dict[str, float]:
+  """{leaf: share of its layers that `optim.freeze` freezes}."""
+  return {n: float((v != 0).mean()) for n, v in _by_leaf(table, info, 'optim.freeze').items()}
+
+
 def _scale_by(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
   """Multiplies each leaf by its number, or its layers by theirs."""
 

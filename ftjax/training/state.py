@@ -19,7 +19,8 @@ class State:
   the optimizer's.
 
   ema: moving average of params, or an empty dict. skipped int32[]: non-finite steps so far;
-  bad_streak int32[]: the last ones in a row."""
+  bad_streak int32[]: the last ones in a row. no_signal int32[]: steps so far whose batch held
+  nothing to train on. Neither kind updates params, opt or ema."""
 
   step: jax.Array
   params: dict
@@ -28,6 +29,7 @@ class State:
   ema: dict
   skipped: jax.Array
   bad_streak: jax.Array
+  no_signal: jax.Array
 
 
 def create(
@@ -38,7 +40,7 @@ def create(
   """
   zero = jnp.zeros((), jnp.int32)
   ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-  return State(zero, params, frozen, optimizer.init(params), ema, zero, zero)
+  return State(zero, params, frozen, optimizer.init(params), ema, zero, zero, zero)
 
 
 def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> State:

@@ -1,4 +1,5 @@
-"""One optimizer step: accumulate, clip, update; skipped when something is not finite.
+"""One optimizer step: accumulate, clip, update; no update when something is not finite, or when
+the batch has no signal.
 
 The loss function returns sums, not means; sums over all micro-batches and devices are divided once,
 here, by the summed weight. So a step does not depend on how its rows are cut into micro-batches.
@@ -84,6 +85,31 @@ def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
   return total / jnp.where(weight == 0, 1.0, weight)
 
 
+def _make_update(
+  optimizer: optax.GradientTransformation, shardings: State, ema_decay: float
+) -> Callable:
+  """Returns (gradient, bool[], state) -> (params, opt, ema): the new ones where that is True, else
+  the old ones.
+  """
+
+  def update(gradient, is_made, state: State):
+    updates, opt = optimizer.update(gradient, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = (
+      jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
+      if ema_decay
+      else {}
+    )
+    old = (state.params, state.opt, state.ema)
+    return jax.tree.map(lambda new, old: jnp.where(is_made, new, old), (params, opt, ema), old)
+
+  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
+  # lays out.
+  return jax.sharding.auto_axes(
+    update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
+  )
+
+
 def make_step(
   loss_fn: LossFn,
   optimizer: optax.GradientTransformation,
@@ -94,6 +120,7 @@ def make_step(
   clip_norm: float,
   ema_decay: float,
   seed: int,
+  has_signal: Callable[[dict], jax.Array] | None = None,
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
   """The step of an algorithm, to be compiled with `compile_step`.
 
@@ -106,30 +133,21 @@ def make_step(
     clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
     ema_decay: of the moving average of the parameters; 0 means none.
     seed: of the step's random keys, which are a function of (seed, step, row).
+    has_signal: batch -> bool[], False where the loss is constant although its weight is not 0; None
+      for losses that are constant only where their weight is 0.
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
     rows. Metrics hold loss (per unit of weight: a supervised token, or a pair), grad_norm (before
-    clipping), lr, ok, bad_streak, skipped, those of `fed`, and loss_fn's own, divided.
+    clipping), lr, ok (finite), bad_streak, skipped, has_signal, no_signal, those of `fed`, and
+    loss_fn's own, divided.
+
+  A step without signal (its weight is 0, or has_signal says so) leaves params, moments, moving
+  average and the optimizer's count as they are, bit for bit: momentum and weight decay would move
+  the weights, and the schedule would run ahead. `step` alone counts it, with `no_signal`.
   """
 
-  def update(gradient, ok, state: State):
-    """New (params, opt, ema) where ok, the old ones elsewhere."""
-    updates, opt = optimizer.update(gradient, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = (
-      jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
-      if ema_decay
-      else {}
-    )
-    old = (state.params, state.opt, state.ema)
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, opt, ema), old)
-
-  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
-  # lays out.
-  update = jax.sharding.auto_axes(
-    update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
-  )
+  update = _make_update(optimizer, shardings, ema_decay)
 
   def step(state: State, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -143,8 +161,11 @@ def make_step(
       gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
     loss = _ratio(total, weight)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt, ema = update(gradient, ok, state)
-    bad = (~ok).astype(jnp.int32)
+    signal = weight != 0
+    if has_signal:
+      signal = signal & has_signal(batch)
+    params, opt, ema = update(gradient, ok & signal, state)
+    bad, idle = (~ok).astype(jnp.int32), (ok & ~signal).astype(jnp.int32)
     new = State(
       step=state.step + 1,
       params=params,
@@ -152,13 +173,16 @@ def make_step(
       opt=opt,
       ema=ema,
       skipped=state.skipped + bad,
-      bad_streak=(state.bad_streak + bad) * bad,
+      bad_streak=(state.bad_streak + bad) * (bad | idle),  # an idle step says nothing of the next
+      no_signal=state.no_signal + idle,
     )
     out = {name: _ratio(*pair) for name, pair in metrics.items()} | fed(batch)
     # The optimizer counts the updates that were made.
-    rate = jnp.asarray(schedule(state.step - state.skipped), jnp.float32)
-    out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok)
-    return new, out | dict(skipped=new.skipped, bad_streak=new.bad_streak)
+    updates = state.step - state.skipped - state.no_signal
+    rate = jnp.asarray(schedule(updates), jnp.float32)
+    out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok, has_signal=signal)
+    out |= dict(skipped=new.skipped, bad_streak=new.bad_streak, no_signal=new.no_signal)
+    return new, out
 
   return step
 
