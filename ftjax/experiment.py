@@ -286,14 +286,17 @@ def keeps_programs(c: ml_collections.ConfigDict) -> bool:
 
 
 def program_folder(workdir: str) -> str:
-  """Where compiled programs are kept: JAX's own environment variable wins."""
-  return os.environ.get('JAX_COMPILATION_CACHE_DIR') or files.join(workdir, 'xla_cache')
+  """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+  return files.join(workdir, 'xla_cache')
 
 
 def _keep_programs(folder: str) -> None:
-  """Keeps compiled programs in `folder`; entries that are damaged are removed first."""
-  peers.from_main(lambda: program_cache.check(folder))
-  jax.config.update('jax_compilation_cache_dir', folder)
+  """Keeps compiled programs in `folder`; entries that are damaged are removed first. A folder of
+  the user's own is left as it is: other runs may be writing to it.
+  """
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    peers.from_main(lambda: program_cache.check(folder))
+    jax.config.update('jax_compilation_cache_dir', folder)
   if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)

@@ -1,4 +1,4 @@
-"""Every field of a row, in every container, for every algorithm: the same prompt, the same tokens."""
+"""Every field of a row, in every container, for every algorithm gives the same prompt and tokens."""
 
 import csv
 import io
@@ -210,9 +210,7 @@ def wanted():
 def test_a_field_means_the_same_in_every_container(algorithm, wanted, tmp_path, monkeypatch):
   found = {}
   for container in CONTAINERS:
-    found[container] = read(
-      algorithm, write(container, rows_of(algorithm), tmp_path, monkeypatch)
-    )
+    found[container] = read(algorithm, write(container, rows_of(algorithm), tmp_path, monkeypatch))
     for name, ids, (prompt, _) in zip(FIELDS, wanted, found[container], strict=True):
       assert prompt == ids, f'{container}: {name}: {TOKENIZER.decode(prompt, skip_special=False)}'
     assert found[container] == found['jsonl'], container
