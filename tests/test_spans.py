@@ -152,16 +152,6 @@ def test_a_turn_that_is_rendered_otherwise_later_is_found_wherever_it_stands():
   assert len(found) == 100 and found == from_prefixes(example, t)
 
 
-def test_rows_that_became_many_examples_are_reported():
-  t = make(THINK)
-  (found,) = encode.encode([talk(*'abcdef')], t, 'assistant')
-  note = encode.expansion_note(1, len(found), sum(len(e.tokens) for e in found))
-  assert note.startswith(f'1 row became 3 examples of {sum(len(e.tokens) for e in found)} tokens: ')
-  assert encode.expansion_note(2, 400, 3_400_000).startswith(
-    '2 rows became 400 examples of 3,400,000 tokens'
-  )
-
-
 ALTERNATES = (
   "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
   "{{ raise_exception('roles must alternate') }}{% endif %}"

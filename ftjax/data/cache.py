@@ -37,7 +37,7 @@ from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 3  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 4  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is whole
 _BUILDING = 'building-'  # begins the names of folders that are no caches yet
 _ABANDONED = 24 * 3600  # seconds

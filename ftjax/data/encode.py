@@ -70,21 +70,6 @@ def unrendered_reason(places: Sequence[str], tokenizer: Tokenizer) -> str:
   )
 
 
-def expansion_note(rows: int, examples: int, tokens: int) -> str:
-  """Returns one line about rows that a template which rewrites history turned into many examples.
-
-  Args:
-    rows: such rows, those for which `encode` returned more than one example.
-    examples, tokens: of all of them.
-  """
-  return (
-    f'{rows} row{"s" if rows > 1 else ""} became {examples} examples of {tokens:,} tokens: the '
-    'chat template renders earlier turns differently once others follow (it drops their reasoning, '
-    "say), so every supervised turn is an example of its own; data.loss_on='completion' trains "
-    'only the last one'
-  )
-
-
 def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
   """Supervises the tokens that lie inside the piece's spans, each up to its stop token."""
   supervised = np.zeros(len(ids), bool)

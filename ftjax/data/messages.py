@@ -171,7 +171,7 @@ def check(raw: Any, place: str) -> dict[str, Any]:
   if 'content' not in raw and not calls:
     raise ValueError(f"{place}: no key 'content'; got keys {sorted(map(str, raw))}")
   if role == 'assistant' and not content.strip() and not calls:
-    raise ValueError(f'{place}: the assistant says nothing')
+    raise ValueError(f'{place}: the assistant message has empty content')
   message |= {'role': role}
   message |= {'tool_calls': calls} if calls else {}
   message |= {'reasoning_content': reasoning} if reasoning else {}
