@@ -1,4 +1,4 @@
-"""Every field of a row, in every container, for every algorithm gives the same prompt and tokens."""
+"""Every field of a row, in every container, for every algorithm: one prompt, the same tokens."""
 
 import csv
 import io
