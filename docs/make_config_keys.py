@@ -74,13 +74,13 @@ def cell(text: str) -> str:
 
 def values(key: str, default: object) -> str:
   """What may stand under a key, where that is a short list or a bound."""
-  if key in config.CHOICES:
-    return ', '.join(f'`{v}`' for v in config.CHOICES[key])
+  if key in config._CHOICES:
+    return ', '.join(f'`{v}`' for v in config._CHOICES[key])
   if isinstance(default, bool):
     return '`True`, `False`'
-  if key in config.POSITIVE:
+  if key in config._POSITIVE:
     return 'at least 1'
-  if key in config.NOT_NEGATIVE or key.startswith('watchdog.'):
+  if key in config._NOT_NEGATIVE or key.startswith('watchdog.'):
     return 'at least 0'
   return ''
 

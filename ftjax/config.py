@@ -153,7 +153,7 @@ def default() -> Section:
   return c.lock()
 
 
-CHOICES = algorithm_config.CHOICES | {
+_CHOICES = algorithm_config.CHOICES | {
   'algorithm': algorithm_config.ALGORITHMS,
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
@@ -166,7 +166,7 @@ CHOICES = algorithm_config.CHOICES | {
   'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
   'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
 }
-POSITIVE = (
+_POSITIVE = (
   *algorithm_config.POSITIVE,
   'batch_size',
   'seq_len',
@@ -177,7 +177,7 @@ POSITIVE = (
   'eval.max_tokens',
   'max_bad_steps',
 )
-NOT_NEGATIVE = (
+_NOT_NEGATIVE = (
   *algorithm_config.NOT_NEGATIVE,
   'steps',
   'data.workers',
@@ -218,15 +218,15 @@ def _validate(c: Section) -> None:
       raise ConfigError(f'{key}=None; expected a value like the default, {usual[key]!r}')
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{key}={value}; expected a finite number')
-  for key, allowed in CHOICES.items():
+  for key, allowed in _CHOICES.items():
     if values[key] not in allowed:
       near = difflib.get_close_matches(values[key], allowed, n=1)
       hint = f'; did you mean {near[0]}?' if near else ''
       raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}{hint}')
-  for key in POSITIVE:
+  for key in _POSITIVE:
     if values[key] < 1:
       raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in (*NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
+  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
     if values[key] < 0:
       raise ConfigError(f'{key}={values[key]}; expected at least 0')
   for key in _TABLES:

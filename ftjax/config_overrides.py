@@ -181,7 +181,7 @@ def _tuple(key: str, text: str, shown: str) -> tuple:
 
 
 def _quoted(text: str) -> Any:
-  """The Python text, or tuple of texts, in quotes; what only begins with a quote as it stands."""
+  """Returns the Python text or tuple in quotes; a text that only begins with a quote, unchanged."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError):

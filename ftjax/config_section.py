@@ -209,7 +209,7 @@ _BOOLS = {'True': 1, 'true': 1, 'yes': 1, 'on': 1, 'False': 0, 'false': 0, 'no':
 
 
 def _shown(value: Any) -> str:
-  """A value in a message of one line; what is no number and no text by its type."""
+  """Returns a value as one line for a message; other than numbers, texts and lists by type."""
   if callable(value) or not isinstance(value, str | int | float | tuple | list | dict):
     name = getattr(value, '__name__', '')
     return f'{name} (a {type(value).__name__})' if name else f'<a {type(value).__name__}>'

@@ -30,9 +30,9 @@ def parse(capsys, monkeypatch):
     with contextlib.suppress(SystemExit):
       command._parse(['program', *arguments])
       c = own['config'].value
-    said = capsys.readouterr()
-    assert said.err.count('\n') <= 1
-    return c, (said.err or said.out).strip()
+    output = capsys.readouterr()
+    assert output.err.count('\n') <= 1
+    return c, (output.err or output.out).strip()
 
   yield run
   flags.FLAGS['config'].unparse()
@@ -116,11 +116,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(('key', 'text', 'told'), BAD)
-def test_a_value_that_cannot_be_meant(parse, key, text, told):
-  c, said = parse(*HEALTHY, f'--config.{key}={text}')
-  assert c is None and said.startswith(f'error: --config.{key}')
-  assert all(part in said for part in told.split('.*'))
+@pytest.mark.parametrize(('key', 'text', 'message'), BAD)
+def test_a_value_that_cannot_be_meant(parse, key, text, message):
+  c, output = parse(*HEALTHY, f'--config.{key}={text}')
+  assert c is None and output.startswith(f'error: --config.{key}')
+  assert all(part in output for part in message.split('.*'))
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_a_value_that_cannot_be_meant(parse, key, text, told):
 )
 def test_how_an_override_may_be_written(parse, arguments, key, value):
   for order in ((*HEALTHY, *arguments), (*arguments, *HEALTHY)):
-    c, said = parse(*order)
-    assert said == ''
+    c, output = parse(*order)
+    assert output == ''
     got = config.flat(c)[key]
     assert (got.to_dict() if key == 'model.random' else got) == value
 
@@ -154,7 +154,7 @@ def test_single_keys_of_a_random_model(parse):
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'told'),
+  ('arguments', 'message'),
   [
     ((), '--config is missing: A config file, or the name of a shipped one'),
     (('--config',), '--config has no value; write --config=VALUE'),
@@ -205,17 +205,17 @@ def test_single_keys_of_a_random_model(parse):
     ((*HEALTHY, '--workdir=s3://bucket/run'), '--workdir=s3://bucket/run: s3:// cannot be read'),
   ],
 )
-def test_a_slip_on_the_command_line(parse, arguments, told):
+def test_a_slip_on_the_command_line(parse, arguments, message):
   arguments = (arguments,) if isinstance(arguments, str) else arguments
-  c, said = parse(*arguments)
-  assert c is None and said.startswith('error: ') and told in said
+  c, output = parse(*arguments)
+  assert c is None and output.startswith('error: ') and message in output
 
 
 def test_a_file_with_a_mistake_is_blamed_before_a_missing_flag(parse, tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text('from ftjax import config\ndef get_config():\n  c = config.default()\n')
-  _, said = parse(f'--config={path}', '--workdir=x', '--config.steps=3')
-  assert said == f'error: {path}:2: get_config() returns None; end it with `return c`'
+  _, output = parse(f'--config={path}', '--workdir=x', '--config.steps=3')
+  assert output == f'error: {path}:2: get_config() returns None; end it with `return c`'
 
 
 def test_the_home_folder_is_expanded_in_flags(parse, monkeypatch):
@@ -234,9 +234,11 @@ def test_help_is_no_error(parse, word, monkeypatch):
 
 def test_help_names_flags_configs_and_keys(parse, monkeypatch):
   monkeypatch.setattr(sys.modules['__main__'], '__doc__', 'What it does.')
-  _, said = parse('--help')
-  assert said.startswith('What it does.')
-  assert '--config  A config file' in said and 'tiny_sft' in said and 'docs/config_keys.md' in said
+  _, output = parse('--help')
+  assert output.startswith('What it does.')
+  assert (
+    '--config  A config file' in output and 'tiny_sft' in output and 'docs/config_keys.md' in output
+  )
 
 
 def test_an_error_in_an_override_is_a_config_error():

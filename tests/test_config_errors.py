@@ -19,9 +19,9 @@ def load(tmp_path, text, name='mine.py'):
     c = config_file.load(str(path))
     return c, ''
   except ConfigError as error:
-    told = str(error)
-    assert '\n' not in told and len(told) < 500
-    return None, told.replace(f'{tmp_path}/', '')
+    message = str(error)
+    assert '\n' not in message and len(message) < 500
+    return None, message.replace(f'{tmp_path}/', '')
 
 
 def body(*lines, end='  return c\n'):
@@ -66,10 +66,10 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(('line', 'told'), VALUES, ids=[line for line, _ in VALUES])
-def test_a_wrong_value_in_a_file(tmp_path, line, told):
-  _, said = load(tmp_path, body('', line))
-  assert said.startswith('mine.py:5: ') and told in said
+@pytest.mark.parametrize(('line', 'message'), VALUES, ids=[line for line, _ in VALUES])
+def test_a_wrong_value_in_a_file(tmp_path, line, message):
+  _, output = load(tmp_path, body('', line))
+  assert output.startswith('mine.py:5: ') and message in output
 
 
 KEYS = [
@@ -93,10 +93,10 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize(('line', 'told'), KEYS, ids=[line for line, _ in KEYS])
-def test_a_misspelt_key_in_a_file(tmp_path, line, told):
-  _, said = load(tmp_path, body('', line))
-  assert said.startswith(f'mine.py:5: {told}')
+@pytest.mark.parametrize(('line', 'message'), KEYS, ids=[line for line, _ in KEYS])
+def test_a_misspelt_key_in_a_file(tmp_path, line, message):
+  _, output = load(tmp_path, body('', line))
+  assert output.startswith(f'mine.py:5: {message}')
 
 
 FILES = [
@@ -152,17 +152,17 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(('text', 'told'), FILES, ids=[t for _, t in FILES])
-def test_a_file_that_makes_no_config(tmp_path, text, told):
-  _, said = load(tmp_path, text)
-  assert said.startswith(told)
+@pytest.mark.parametrize(('text', 'message'), FILES, ids=[t for _, t in FILES])
+def test_a_file_that_makes_no_config(tmp_path, text, message):
+  _, output = load(tmp_path, text)
+  assert output.startswith(message)
 
 
 BASE = 'from mine_base import get_config as base\ndef get_config():\n  c = base()\n'
 
 
 @pytest.mark.parametrize(
-  ('base', 'mine', 'told'),
+  ('base', 'mine', 'message'),
   [
     (body('c.optim.lrr = 1.0'), BASE + '  return c\n', 'mine_base.py:4: optim.lrr: '),
     (body('c.steps = "3"'), BASE + '  return c\n', "mine_base.py:4: steps='3'; "),
@@ -172,18 +172,18 @@ BASE = 'from mine_base import get_config as base\ndef get_config():\n  c = base(
     (body(end=''), BASE + '  c.steps = 3\n', "mine.py:4: AttributeError: 'NoneType' object has no"),
   ],
 )
-def test_the_file_with_the_mistake_is_named_where_there_are_several(tmp_path, base, mine, told):
+def test_the_file_with_the_mistake_is_named_where_there_are_several(tmp_path, base, mine, message):
   (tmp_path / 'mine_base.py').write_text(base)
   try:
-    _, said = load(tmp_path, mine)
+    _, output = load(tmp_path, mine)
   finally:
     sys.modules.pop('mine_base', None)
-  assert said.startswith(told)
+  assert output.startswith(message)
   assert str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize(
-  ('lines', 'told'),
+  ('lines', 'message'),
   [
     (['c.optim.name = "adam"'], "mine.py:6: optim.name='adam'; expected one of"),
     (['c.batch_size = 6', 'c.grad_accum = 4'], 'mine.py:7: grad_accum=4 must divide batch_size=6'),
@@ -196,11 +196,11 @@ def test_the_file_with_the_mistake_is_named_where_there_are_several(tmp_path, ba
     ),
   ],
 )
-def test_a_value_that_the_checks_refuse_has_its_line(tmp_path, lines, told):
+def test_a_value_that_the_checks_refuse_has_its_line(tmp_path, lines, message):
   c, _ = load(tmp_path, body('c.model.path = "x"', 'c.data.train = "rows.jsonl"', *lines))
   with pytest.raises(ConfigError) as caught:
     config.validate(c)
-  assert str(caught.value).replace(f'{tmp_path}/', '').startswith(told)
+  assert str(caught.value).replace(f'{tmp_path}/', '').startswith(message)
 
 
 def test_a_value_that_no_file_set_has_no_line(tmp_path):
@@ -231,8 +231,8 @@ GOOD = [
 
 @pytest.mark.parametrize(('text', 'key', 'value'), GOOD, ids=[t for t, _, _ in GOOD])
 def test_what_a_file_may_write(tmp_path, text, key, value):
-  c, said = load(tmp_path, text)
-  assert said == ''
+  c, output = load(tmp_path, text)
+  assert output == ''
   assert config.plain(c)[key] == (list(value) if isinstance(value, tuple) else value)
   assert c.is_locked and config.plain(c).keys() == config.plain(config.default()).keys()
 
@@ -253,6 +253,6 @@ def test_a_config_that_is_no_python_file(tmp_path):
 
 
 def test_a_file_without_a_suffix_is_read(tmp_path):
-  c, said = load(tmp_path, body('c.steps = 3'), name='mine')
-  assert said == '' and c.steps == 3
+  c, output = load(tmp_path, body('c.steps = 3'), name='mine')
+  assert output == '' and c.steps == 3
   assert not (pathlib.Path(tmp_path) / '__pycache__').exists()

@@ -1,4 +1,4 @@
-"""Paths that cannot be meant, and what is said of a path that does not exist."""
+"""Paths that cannot be meant, and the hints for a path that does not exist."""
 
 import pathlib
 
@@ -42,11 +42,11 @@ GOOD = [
 KEYS = ['model.path', 'init_from', 'data.cache', 'data.train', 'data.eval', 'eval.tasks']
 
 
-@pytest.mark.parametrize(('path', 'told'), MANGLED)
-def test_a_path_that_cannot_be_meant(path, told):
+@pytest.mark.parametrize(('path', 'message'), MANGLED)
+def test_a_path_that_cannot_be_meant(path, message):
   with pytest.raises(ConfigError) as caught:
     locations.check('data.train', path)
-  assert str(caught.value).startswith(f'data.train={path}: ') and told in str(caught.value)
+  assert str(caught.value).startswith(f'data.train={path}: ') and message in str(caught.value)
 
 
 @pytest.mark.parametrize('path', GOOD)
@@ -95,7 +95,7 @@ def test_no_file_operation_takes_a_mangled_path(call, path, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-  ('path', 'told'),
+  ('path', 'message'),
   [
     ('data/trian.jsonl', '; did you mean data/train.jsonl?'),
     ('data/train.json', '; did you mean data/train.jsonl?'),
@@ -106,15 +106,15 @@ def test_no_file_operation_takes_a_mangled_path(call, path, tmp_path, monkeypatc
     ('.cache/data/x/train.jsonl', '; `make assets` fetches'),
   ],
 )
-def test_the_nearest_existing_name(path, told, tmp_path, monkeypatch):
+def test_the_nearest_existing_name(path, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'data').mkdir()
   (tmp_path / 'data' / 'train.jsonl').write_text('')
-  said = locations.nearest(path)
-  assert said == told if not told.startswith('; `make') else said.startswith(told)
+  output = locations.nearest(path)
+  assert output == message if not message.startswith('; `make') else output.startswith(message)
   absolute = locations.nearest(tmp_path / path)
-  if 'did you mean' in told:
-    assert absolute == told.replace('mean ', f'mean {tmp_path}/')
+  if 'did you mean' in message:
+    assert absolute == message.replace('mean ', f'mean {tmp_path}/')
 
 
 def test_where_relative_paths_are_looked_up(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What processes whose configs differ are told."""
+"""The error of processes whose configs differ."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def configs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('changed', 'told'),
+  ('changed', 'message'),
   [
     (
       ({'optim.lr': 1e-5}, {'optim.lr': 2e-5}),
@@ -60,10 +60,10 @@ def configs(monkeypatch):
     ),
   ],
 )  # fmt: skip
-def test_the_keys_that_differ_with_their_values_and_processes(configs, changed, told):
-  said = configs(*changed)
-  assert said.startswith('the config differs between the processes: ')
-  assert all(part in said for part in told)
+def test_the_keys_that_differ_with_their_values_and_processes(configs, changed, message):
+  output = configs(*changed)
+  assert output.startswith('the config differs between the processes: ')
+  assert all(part in output for part in message)
 
 
 def test_equal_configs_are_accepted(configs):
@@ -72,9 +72,9 @@ def test_equal_configs_are_accepted(configs):
 
 
 def test_secrets_are_compared_and_not_shown(configs):
-  said = configs({'model.path': SECRET}, {'model.path': SECRET[::-1] + 'x'})
-  assert 'model.path=' in said and 'on process 0' in said and 'on process 1' in said
-  assert SECRET not in said and '<redacted>' in said
+  output = configs({'model.path': SECRET}, {'model.path': SECRET[::-1] + 'x'})
+  assert 'model.path=' in output and 'on process 0' in output and 'on process 1' in output
+  assert SECRET not in output and '<redacted>' in output
   assert SECRET not in str(configs({'model.path': SECRET}, {'model.path': SECRET}))
 
 

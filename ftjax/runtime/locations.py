@@ -1,4 +1,4 @@
-"""What the text of a path may look like, and what to say of a path that does not exist.
+"""What the text of a path may look like, and hints for a path that does not exist.
 
 Python's pathlib makes `gs:/bucket` of `gs://bucket`, which would be a folder of this machine.
 """
