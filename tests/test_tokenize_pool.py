@@ -129,19 +129,21 @@ def test_a_worker_imports_no_jax():
 
 def kill_workers(monkeypatch, times):
   """Kills the process that is given block 2, the first so many times."""
-  take, left = tokenize_pool._Worker.take, [times]
+  send, left = tokenize_pool._Worker._send, [times]
 
   def and_kill(self, block):
     if block.number == 2 and left[0]:
       left[0] -= 1
       os.kill(self._process.pid, signal.SIGKILL)
       self._process.wait()
-    take(self, block)
+    send(self, block)
 
-  monkeypatch.setattr(tokenize_pool._Worker, 'take', and_kill)
+  monkeypatch.setattr(tokenize_pool._Worker, '_send', and_kill)
 
 
-def test_a_killed_worker_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize('at_once', [1, 2])
+def test_a_killed_worker_is_replaced(tmp_path, monkeypatch, at_once):
+  monkeypatch.setattr(tokenize_pool, '_BLOCKS_EACH', at_once)
   spec = write(tmp_path / 'a.jsonl', chat_rows(5 * BLOCK))
   want = fresh(spec, tmp_path)
   kill_workers(monkeypatch, 1)
@@ -163,6 +165,7 @@ def alive(parent):
 
 
 def test_rows_that_kill_every_worker_are_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenize_pool, '_BLOCKS_EACH', 1)
   spec = write(tmp_path / 'a.jsonl', chat_rows(5 * BLOCK))
   kill_workers(monkeypatch, 9)
   with pytest.raises(

@@ -22,7 +22,7 @@ from ftjax.data.counts import Counts, Reasons
 from ftjax.data.formats import Bad
 from ftjax.data.tokenizer import Tokenizer
 
-BLOCK_ROWS = 1000
+BLOCK_ROWS = 500
 BLOCK_BYTES = 4_000_000  # of its rows as `_pack` writes them
 _CHUNK_ROWS = 250  # tokenized at once: some 600 bytes of memory a character
 _CHUNK_BYTES = 250_000
@@ -245,13 +245,10 @@ class BlockTokenizer:
         self._bad.add(result.reason, (file, line))
       elif self._shows_all(result, file, line):
         self._note_unread(row, file, line)
-        self._counts.see_row(
-          {
-            'place': [file, line],
-            'examples': len(result),
-            'tokens': sum(len(e.tokens) for e in result),
-          }
-        )
+        if len(result) > 1:
+          tokens = sum(len(e.tokens) for e in result)
+          row = {'place': [file, line], 'examples': len(result), 'tokens': tokens}
+          self._counts.see_row(row)
         for one in result:
           self._add(one, file, line)
 

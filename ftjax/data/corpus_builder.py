@@ -31,7 +31,7 @@ from ftjax.runtime.errors import DataError
 log = logging.getLogger(__name__)
 
 # A source of fewer blocks is tokenized here: it takes no longer than starting processes.
-_FEW_BLOCKS = 4
+_FEW_BLOCKS = 8
 # Once rows have been found that make the build fail, so many more are looked for.
 _MAX_REFUSED = 1000
 _BLOCKS_AFTER_REFUSED = 100

@@ -19,6 +19,9 @@ from ftjax.data.blocks import Block, Policy
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
 
+# Given to a process at once: it has the next one when it is done with the first.
+_BLOCKS_EACH = 2
+
 
 def cores() -> int:
   """Returns the cores that this process may use; macOS knows only those of the machine."""
@@ -33,16 +36,16 @@ class Gone(Exception):
 
 
 class _Worker:
-  """One process, and the block that it has in hand."""
+  """One process, and the blocks that it was given, the first of which it has in hand."""
 
   def __init__(self, settings: int, block: Block):
     """Starts it; the block is sent when it is ready. `settings`: number of an open file."""
     self._settings = settings
-    self.block: Block | None = block
+    self.blocks = [block]
     self.start()
 
   def start(self) -> None:
-    self._is_ready = False
+    self.is_ready = False
     self.link, theirs = Pipe()
     environment = os.environ | {
       'PYTHONPATH': os.pathsep.join(p or os.getcwd() for p in sys.path),
@@ -60,21 +63,25 @@ class _Worker:
     )
     theirs.close()
 
-  def take(self, block: Block) -> None:
-    self.block = block
+  def give(self, block: Block) -> None:
+    self.blocks.append(block)
+    self._send(block)
+
+  def _send(self, block: Block) -> None:
     with contextlib.suppress(OSError):  # where it has died, `receive` says so
       self.link.send_bytes(marshal.dumps(block.request()))
 
   def receive(self) -> dict[str, Any] | None:
-    """Its answer about the block in hand; {} where it has none yet; None where it has died."""
+    """Its answer about the first block; {} where it has none yet; None where it has died."""
     try:
       answer = marshal.loads(self.link.recv_bytes())
     except (EOFError, OSError):
       return None
-    if self._is_ready:
+    if self.is_ready:
       return answer
-    self._is_ready = True
-    self.take(self.block)
+    self.is_ready = True
+    for block in self.blocks:
+      self._send(block)
     return {}
 
   def end(self) -> int:
@@ -133,15 +140,10 @@ class Pool:
     source = iter(blocks)
     following = next(source, None)
     failed: set[int] = set()
-    while following is not None or any(w.block for w in self._workers):
-      idle = [w for w in self._workers if w.block is None]
-      while following is not None and (idle or len(self._workers) < self._count):
-        if idle:
-          idle.pop().take(following)
-        else:
-          self._workers.append(_Worker(self._settings.fileno(), following))
+    while following is not None or any(w.blocks for w in self._workers):
+      while following is not None and self._give(following):
         following = next(source, None)
-      busy = {w.link: w for w in self._workers if w.block is not None}
+      busy = {w.link: w for w in self._workers if w.blocks}
       for link in wait(list(busy)):
         worker = busy[link]
         answer = worker.receive()
@@ -152,12 +154,23 @@ class Pool:
         elif 'gone' in answer:
           raise Gone
         elif 'done' in answer:
-          block, worker.block = worker.block, None
-          yield block
+          yield worker.blocks.pop(0)
+
+  def _give(self, block: Block) -> bool:
+    """Gives a block to the process with least to do; whether there is one with room for it."""
+    ready = [w for w in self._workers if w.is_ready and len(w.blocks) < _BLOCKS_EACH]
+    least = min(ready, key=lambda w: len(w.blocks), default=None)
+    if (least is None or least.blocks) and len(self._workers) < self._count:
+      self._workers.append(_Worker(self._settings.fileno(), block))
+    elif least is None:
+      return False
+    else:
+      least.give(block)
+    return True
 
   def _restart(self, worker: _Worker, failed: set[int]) -> None:
-    """Starts a process that has died anew, with the same block; once for each block."""
-    code, block = worker.exit_code(), worker.block
+    """Starts a process that has died anew, with the same blocks; once for each one in hand."""
+    code, block = worker.exit_code(), worker.blocks[0]
     if block.number in failed:
       reason = f'killed by signal {-code}' if code < 0 else f'ended with exit code {code}'
       raise DataError(

@@ -15,6 +15,7 @@ It ends when its parent does.
 
 import marshal
 import os
+import queue
 import sys
 import threading
 import time
@@ -58,16 +59,23 @@ def serve(link: Connection, settings: dict[str, Any]) -> None:
   tokenizer = Tokenizer(settings['tokenizer'], settings['name'])
   blocks = BlockTokenizer(Policy(**settings['policy']), tokenizer)
   folder = Path(settings['folder'])
+  requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+  threading.Thread(target=_receive, args=(link, requests), daemon=True, name='requests').start()
   link.send_bytes(marshal.dumps({'ready': True}))
-  while True:
-    try:
-      message = marshal.loads(link.recv_bytes())
-    except EOFError:
-      return
+  while (message := requests.get()) is not None:
     try:
       link.send_bytes(marshal.dumps(_answer(message, blocks, folder)))
     except BrokenPipeError:
       return
+
+
+def _receive(link: Connection, requests: queue.SimpleQueue) -> None:
+  """Takes requests at once, so that the parent never waits to send the next one; None ends them."""
+  try:
+    while True:
+      requests.put(marshal.loads(link.recv_bytes()))
+  except (EOFError, OSError):
+    requests.put(None)
 
 
 def main() -> None:
