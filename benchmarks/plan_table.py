@@ -162,8 +162,8 @@ def table(rows: dict[tuple, dict]) -> str:
 def rollouts(rows: dict[tuple, dict]) -> str:
   """Markdown of ROLLOUTS that are there."""
   out = [
-    '| config | model | slice | mesh | sequences x tokens / micro-batches | fits | peak GiB of the step '
-    '| during generation: other models + copy + cache, peak | a step, s '
+    '| config | model | slice | mesh | sequences x tokens / micro-batches | fits '
+    '| peak GiB of the step | during generation: other models + copy + cache, peak | a step, s '
     '| decoding a rollout, s at least |\n' + '|---' * 10 + '|'
   ]
   for key in ROLLOUTS:

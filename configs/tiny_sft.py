@@ -1,4 +1,6 @@
-"""SFT from nothing: a small random model learns sums made on the spot. Seconds on a CPU."""
+"""SFT from scratch: a small model with random initialization learns synthetic sums. Runs in seconds
+on a CPU.
+"""
 
 from ftjax import config
 
