@@ -1,6 +1,6 @@
-"""Best-of-n from scratch: a small model with random initialization is trained on the best four of its
-own completions, repeatedly, and learns to stop after about eight tokens. Well under a minute on a
-CPU.
+"""Best-of-n from scratch: a small model with random initialization is trained on the best four of
+its own completions, repeatedly, and learns to stop after about eight tokens. Well under a minute on
+a CPU.
 """
 
 from ftjax import config

@@ -1,5 +1,5 @@
-"""GRPO from scratch: a small model with random initialization learns to stop after about eight tokens,
-which is all that the reward measures. Well under a minute on a CPU.
+"""GRPO from scratch: a small model with random initialization learns to stop after about eight
+tokens, which is all that the reward measures. Well under a minute on a CPU.
 """
 
 from ftjax import config

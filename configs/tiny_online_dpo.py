@@ -1,6 +1,6 @@
-"""Online DPO from scratch: a small model with random initialization is trained to prefer the best of
-its own completions to the worst, and learns to stop after about eight tokens. Well under a minute
-on a CPU.
+"""Online DPO from scratch: a small model with random initialization is trained to prefer the best
+of its own completions to the worst, and learns to stop after about eight tokens. Well under a
+minute on a CPU.
 """
 
 from ftjax import config

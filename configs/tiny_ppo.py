@@ -1,5 +1,5 @@
-"""PPO with a value model, from scratch: a small model with random initialization learns to stop after
-about eight tokens, which is all that the reward measures. Well under a minute on a CPU.
+"""PPO with a value model, from scratch: a small model with random initialization learns to stop
+after about eight tokens, which is all that the reward measures. Well under a minute on a CPU.
 """
 
 from ftjax import config
