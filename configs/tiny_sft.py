@@ -1,6 +1,4 @@
-"""SFT from scratch: a small model with random initialization learns synthetic sums. Runs in seconds
-on a CPU.
-"""
+"""SFT from nothing: a small random model learns sums made on the spot. Seconds on a CPU."""
 
 from ftjax import config
 
