@@ -152,7 +152,7 @@ def line(row: dict) -> str:
 def table(rows: dict[tuple, dict]) -> str:
   """Markdown of ROWS that are there."""
   head = (
-    '| config | slice | mesh | rows x tokens / micro-batches, remat | attention | fits '
+    '| config | slice | mesh | sequences x tokens / micro-batches, remat | attention | fits '
     '| peak GiB a device | parameters + optimizer + gradients + the rest '
     '| step, tokens/s a device, MFU, bound by | compile s |\n' + '|---' * 10 + '|'
   )
@@ -162,8 +162,8 @@ def table(rows: dict[tuple, dict]) -> str:
 def rollouts(rows: dict[tuple, dict]) -> str:
   """Markdown of ROLLOUTS that are there."""
   out = [
-    '| config | model | slice | mesh | rows x tokens / micro-batches | fits | peak GiB of the step '
-    '| while it speaks: other models + copy + cache, peak | a step, s '
+    '| config | model | slice | mesh | sequences x tokens / micro-batches | fits '
+    '| peak GiB of the step | during generation: other models + copy + cache, peak | a step, s '
     '| decoding a rollout, s at least |\n' + '|---' * 10 + '|'
   ]
   for key in ROLLOUTS:

@@ -1,8 +1,8 @@
 """DPO of SmolLM2-135M-Instruct on 300 short pairs of HH-RLHF's harmlessness data.
 
 `python demo/preference_data.py hh_harmless_pairs.jsonl.gz .cache/data/harmless` picks the pairs,
-after demo/assets.py has put the model into .cache. It has not been run to its
-end yet.
+after demo/assets.py has put the model into .cache. It has not been run to the end
+yet.
 """
 
 from ftjax import config

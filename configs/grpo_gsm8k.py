@@ -1,7 +1,8 @@
-"""GRPO of Qwen2.5-0.5B-Instruct on GSM8K, full fine-tuning, paid for a right "#### NUMBER" alone.
+"""GRPO of Qwen2.5-0.5B-Instruct on GSM8K, full fine-tuning. The reward is 1 for a right
+"#### NUMBER" and 0 otherwise.
 
 `python demo/gsm8k.py data/gsm8k train.jsonl test.jsonl` makes the data; docs/rollout_tuning.md
-tells what it needs and what others reached. The same for 1.5B:
+lists what it needs and published results. The same for 1.5B:
 `--config.model.path=models/Qwen2.5-1.5B-Instruct`.
 """
 
@@ -15,9 +16,9 @@ def get_config():
   c.model.compute_dtype = 'bfloat16'
   c.data.train = 'data/gsm8k/train.jsonl'
   c.data.eval = 'data/gsm8k/dev.jsonl'
-  c.seq_len = 1024  # of prompt and completion; GSM8K's prompts are shorter than 400
-  c.batch_size = 256  # prompts a rollout
-  c.steps = 600  # of four on a rollout: 150 rollouts, five passes over the questions
+  c.seq_len = 1024  # prompt and completion; GSM8K's prompts are shorter than 400
+  c.batch_size = 256  # prompts per rollout
+  c.steps = 600  # four on each rollout: 150 rollouts, five passes over the questions
   c.remat = 'full'
   c.rollout.group = 8
   c.rollout.max_tokens = 512

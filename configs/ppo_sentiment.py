@@ -15,7 +15,7 @@ def get_config():
   c.data.train = f'{_DATA}/prompts.jsonl'
   c.data.on_overlength = 'drop'
   c.seq_len = 48
-  c.batch_size = 16  # prompts a rollout
+  c.batch_size = 16  # prompts per rollout
   c.steps = 20
   c.remat = 'none'
   c.rollout.group = 4

@@ -1,7 +1,7 @@
 """A reward model of SmolLM2-135M-Instruct on the sentiment of movie-review sentences.
 
-`make assets` and `python demo/sentiment_rewards.py .cache` make the data. What a run printed:
-docs/preference.md.
+`make assets` and `python demo/sentiment_rewards.py .cache` make the data. Results of a
+run: docs/preference.md.
 """
 
 from ftjax import config

@@ -1,7 +1,7 @@
-"""Full fine-tuning of Llama-3.2-3B on chats, 64 rows of 8,192 tokens a step.
+"""Full fine-tuning of Llama-3.2-3B on chats, 64 sequences of 8,192 tokens per step.
 
-`python -m ftjax.plan --config=sft_llama32_3b --topology=v5e:8x8` tells what it needs.
-Point model.path and data.train to your folders.
+`python -m ftjax.plan --config=sft_llama32_3b --topology=v5e:8x8` prints the memory it needs.
+Set model.path and data.train to your files.
 """
 
 from ftjax import config

@@ -1,7 +1,7 @@
-"""Full fine-tuning of Llama-3.1-8B on chats, 256 rows of 8,192 tokens a step.
+"""Full fine-tuning of Llama-3.1-8B on chats, 256 sequences of 8,192 tokens per step.
 
-`python -m ftjax.plan --config=sft_llama3_8b --topology=v5e:16x16` tells what it needs.
-Point model.path and data.train to your folders.
+`python -m ftjax.plan --config=sft_llama3_8b --topology=v5e:16x16` prints the memory it needs.
+Set model.path and data.train to your files.
 """
 
 from ftjax import config

@@ -1,5 +1,5 @@
-"""The demo: SmolLM2-135M-Instruct learns to tell the sentiment of movie-review sentences, in about
-eleven minutes on two CPU cores.
+"""The demo: SmolLM2-135M-Instruct learns to classify the sentiment of movie-review sentences, in
+about eleven minutes on two CPU cores.
 
 `make demo` runs it, after demo/assets.py has put the model and the sentences into .cache.
 """
@@ -14,7 +14,7 @@ def get_config():
   c.model.path = '.cache/smollm2'
   c.data.train = '.cache/data/sentiment/train.jsonl'
   c.steps = 160
-  c.batch_size = 2  # packed rows of several sentences each
+  c.batch_size = 2  # packed sequences of several sentences each
   c.seq_len = 256
   c.optim.lr = 1e-4
   c.optim.schedule = 'linear'

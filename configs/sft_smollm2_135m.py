@@ -1,7 +1,7 @@
-"""Full fine-tuning of SmolLM2-135M on chats, 64 rows of 2,048 tokens a step.
+"""Full fine-tuning of SmolLM2-135M on chats, 64 sequences of 2,048 tokens per step.
 
-`python -m ftjax.plan --config=sft_smollm2_135m --topology=v5e:2x4` tells what it needs.
-Point model.path and data.train to your folders.
+`python -m ftjax.plan --config=sft_smollm2_135m --topology=v5e:2x4` prints the memory it needs.
+Set model.path and data.train to your files.
 """
 
 from ftjax import config

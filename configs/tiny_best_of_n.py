@@ -1,5 +1,6 @@
-"""Best-of-n from nothing: a small random model is trained on the best four of its own completions,
-again and again, and learns to stop after about eight tokens. Well under a minute on a CPU.
+"""Best-of-n from scratch: a small model with random initialization is trained on the best four of
+its own completions, repeatedly, and learns to stop after about eight tokens. Well under a minute on
+a CPU.
 """
 
 from ftjax import config
@@ -9,7 +10,7 @@ def get_config():
   c = config.default()
   c.algorithm = 'best_of_n'
   c.steps = 24
-  c.batch_size = 8  # prompts a rollout
+  c.batch_size = 8  # prompts per rollout
   c.seq_len = 64
   c.model.random = dict(
     hidden_size=64,

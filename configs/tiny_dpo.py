@@ -1,5 +1,5 @@
-"""DPO from nothing: a small random model learns to prefer right sums to wrong ones. Seconds on a
-CPU.
+"""DPO from scratch: a small model with random initialization learns to prefer right sums to wrong
+ones. Runs in seconds on a CPU.
 """
 
 from ftjax import config

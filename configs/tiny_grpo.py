@@ -1,5 +1,5 @@
-"""GRPO from nothing: a small random model learns to stop after about eight tokens, which is all
-that is paid. Well under a minute on a CPU.
+"""GRPO from scratch: a small model with random initialization learns to stop after about eight
+tokens, which is all that the reward measures. Well under a minute on a CPU.
 """
 
 from ftjax import config
@@ -9,7 +9,7 @@ def get_config():
   c = config.default()
   c.algorithm = 'grpo'
   c.steps = 24
-  c.batch_size = 8  # prompts a rollout
+  c.batch_size = 8  # prompts per rollout
   c.seq_len = 64
   c.model.random = dict(
     hidden_size=64,

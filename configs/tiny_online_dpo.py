@@ -1,5 +1,6 @@
-"""Online DPO from nothing: a small random model prefers the best of its own completions to the
-worst, and learns to stop after about eight tokens. Well under a minute on a CPU.
+"""Online DPO from scratch: a small model with random initialization is trained to prefer the best
+of its own completions to the worst, and learns to stop after about eight tokens. Well under a
+minute on a CPU.
 """
 
 from ftjax import config
@@ -9,8 +10,8 @@ def get_config():
   c = config.default()
   c.algorithm = 'online_dpo'
   c.steps = 24
-  c.batch_size = 8  # prompts a rollout
-  c.seq_len = 128  # a row holds both completions
+  c.batch_size = 8  # prompts per rollout
+  c.seq_len = 128  # a sequence holds both completions
   c.model.random = dict(
     hidden_size=64,
     num_hidden_layers=2,

@@ -1,5 +1,5 @@
-"""PPO with a value model, from nothing: a small random model learns to stop after about eight
-tokens, which is all that is paid. Well under a minute on a CPU.
+"""PPO with a value model, from scratch: a small model with random initialization learns to stop
+after about eight tokens, which is all that the reward measures. Well under a minute on a CPU.
 """
 
 from ftjax import config
@@ -9,7 +9,7 @@ def get_config():
   c = config.default()
   c.algorithm = 'ppo'
   c.steps = 48  # two on each rollout
-  c.batch_size = 8  # prompts a rollout
+  c.batch_size = 8  # prompts per rollout
   c.seq_len = 64
   c.model.random = dict(
     hidden_size=64,

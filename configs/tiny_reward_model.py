@@ -1,5 +1,5 @@
-"""A reward model from nothing: a small random model learns to score right sums above wrong ones. On
-a CPU in seconds.
+"""A reward model from scratch: a small model with random initialization learns to score right sums
+above wrong ones. Runs in seconds on a CPU.
 """
 
 from ftjax import config
