@@ -321,6 +321,13 @@ def test_the_source_without_the_column_is_named_with_its_columns(functions):
       Rewards(parse(spec), sources)
 
 
+def test_columns_that_no_reward_can_see_are_told(caplog):
+  with Rewards(parse('exact'), {'a.jsonl': ['answer', 'prompts'], 'b.jsonl': ['answer']}):
+    pass
+  [record] = caplog.records
+  assert 'no reward sees the columns prompts' in record.getMessage()
+
+
 def test_columns_that_cannot_be_used(functions):
   with pytest.raises(DataError, match='no JSON'):
     score('my_rewards:same', batch('a', answer=[b'a']))

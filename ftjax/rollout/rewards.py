@@ -173,6 +173,12 @@ class Rewards:
     self._pools = {}
 
   def _start(self, completion_limit: float, call_limit: float, workers: int) -> None:
+    if hidden := sorted({*GIVEN}.intersection(self._names())):
+      log.warning(
+        '%s: no reward sees the columns %s of the data: these names mean what was sampled; rename '
+        'the columns',
+        *(KEY, ', '.join(hidden)),
+      )
     for part in self.parts:
       if part.verifier:
         inputs = part.verifier.inputs
