@@ -1,11 +1,13 @@
 """Prompts of generate, and the conversation on the terminal."""
 
 import builtins
+import functools
 import io
 import json
 import logging
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -15,7 +17,6 @@ from ftjax.data import made
 from ftjax.data.formats import Chat
 from ftjax.hf import export
 from ftjax.models.architecture import Architecture
-from ftjax.rollout.sampler import Sampling
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.terminal_chat import Reply, TerminalChat
 
@@ -127,7 +128,15 @@ def model(tmp_path_factory):
     dtype=np.float32,
     stop_ids=(2,),
   )
-  return lambda **settings: generator.Generator(str(folder), generator.Settings(**settings))
+  # One of each: every Generator compiles programs of its own.
+  made_once = functools.cache(lambda **s: generator.Generator(str(folder), generator.Settings(**s)))
+
+  def get(**settings):
+    found = made_once(**settings)
+    jax.set_mesh(jax.tree.leaves(found._params)[0].sharding.mesh)  # conftest sets another one
+    return found
+
+  return get
 
 
 def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(model):
@@ -138,8 +147,7 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(model):
 
 
 def test_a_conversation_that_is_too_long_is_told_and_the_chat_goes_on(model, capsys):
-  answers = model(max_tokens=8)
-  chat = TerminalChat(answers.respond)
+  chat = TerminalChat(model(max_tokens=4).respond)
   chat.run(lines('hello', 'x' * 90, 'hi'))
   assert 'the model was made for 96 positions: /reset begins a new one' in capsys.readouterr().err
   questions = [m['content'] for m in chat.messages if m['role'] == 'user']
@@ -149,8 +157,8 @@ def test_a_conversation_that_is_too_long_is_told_and_the_chat_goes_on(model, cap
 def test_what_ends_at_a_limit_is_told(model):
   question = [{'role': 'user', 'content': 'hello'}]
   shown = []
-  reply = model(max_tokens=3).respond(question, 0, shown.append)
-  assert reply.hint == '[cut after 3 tokens: --max_tokens]' and shown
+  reply = model(max_tokens=4).respond(question, 0, shown.append)
+  assert reply.hint == '[cut after 4 tokens: --max_tokens]' and shown
   assert 'the context is full' in model(max_tokens=500).respond(question, 0, shown.append).hint
 
 
@@ -162,13 +170,19 @@ def test_a_system_message_reaches_the_model_or_is_refused(model):
     model(system='Be brief.', raw=True)
 
 
-def test_sampled_answers_do_not_depend_on_the_batch(model):
-  rows = [(f'f:{i}', {'prompt': 'q' * i}) for i in range(1, 4)]
-  sampling = Sampling(temperature=1.0)
-  one, three = (
-    list(model(sampling=sampling, batch_size=n, max_tokens=4).answer_rows(rows)) for n in (1, 3)
-  )
-  assert one == three
+def test_rows_keep_their_random_numbers_in_any_batch(model, monkeypatch):
+  rows = [(f'f:{i}', {'prompt': 'q' * i}) for i in range(1, 6)]
+  for size in (2, 5):
+    answers, seen = model(batch_size=size, seed=7), []
+
+    def generate(params, prompts, most, sampling, *, seed, row_ids, seen=seen, **_):
+      seen += [(seed, i, len(p)) for i, p in zip(row_ids, prompts, strict=True)]
+      return [[] for _ in prompts]
+
+    monkeypatch.setattr(answers._sampler, 'generate', generate)
+    assert [r['completion'] for r in answers.answer_rows(rows)] == [''] * 5
+    lengths = [len(answers.encode(row)) for _, row in rows]
+    assert seen == [(7, i, n) for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize(

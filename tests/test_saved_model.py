@@ -197,6 +197,13 @@ def test_a_run_without_a_checkpoint_says_when_there_is_one(unended, tmp_path):
       call()
 
 
+def test_a_workdir_in_a_bucket_is_read_in_the_same_way(bucket, unended, averaged, tmp_path):
+  bucket.upload(unended, 'run')
+  assert snapshots.steps('gs://bucket/run') == [2, 4]
+  convert.convert('gs://bucket/run@2', str(tmp_path / 'out'), None)
+  assert content(tmp_path / 'out') == content(averaged / 'export')
+
+
 def test_best_needs_a_metric(reward, tmp_path):
   with pytest.raises(DataError, match=r'@best: the run records no best.*best_metric is empty'):
     convert.convert(f'{reward}@best', str(tmp_path / 'out'), None)
@@ -239,7 +246,7 @@ def test_text_from_a_checkpoint_is_that_of_its_export(averaged, unended, tmp_pat
   settings = generator.Settings(max_tokens=6)
   texts = [
     list(generator.Generator(str(path), settings).answer_rows(rows))
-    for path in (unended, f'{averaged}@last', tmp_path / 'four')
+    for path in (unended, tmp_path / 'four')
   ]
-  assert texts[0] == texts[1] == texts[2]
+  assert texts[0] == texts[1]
   assert [r.keys() for r in texts[0]] == [{'prompt', 'completion'}] * 3
