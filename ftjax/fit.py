@@ -189,10 +189,8 @@ def _newest(s: _Session) -> tuple[int | None, dict[str, Any] | None]:
 
 
 def _resumed(s: _Session, start: int, saved: dict[str, Any]) -> State:
-  run = s.trainer.run
   state = s.trainer.restore(s.checkpoints, start)
   s.judge.forget_answers_after(start)
-  log.info(summary.resumed(run, start, saved['cursor'], s.fingerprints['data order']))
   return state
 
 
@@ -225,6 +223,8 @@ def _fit(s: _Session) -> None:
     log.info('nothing is left to train after step %d of %d: %s', start, run.steps, why)
   if goes_on:
     log.info(summary.start(trainer, start or 0))
+    if saved:
+      log.info(summary.resumed(run, start, saved['cursor'], s.fingerprints['data order']))
     s.source.prepare(trainer)
   state = _begun(s) if saved is None else _resumed(s, start, saved)
   if goes_on:

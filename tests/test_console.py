@@ -233,11 +233,11 @@ def test_the_end_tells_the_best_step_and_the_final_figures():
   assert c.final() == 'train loss 0.0200, accuracy 100.0 %; eval accuracy 95.0 %, loss 0.5000'
   assert c.best(20, 20) == (
     'step 20, the last one; the best eval accuracy was 98.0 % at step 10 '
-    '(checkpoint.best_metric=eval/accuracy would export that)'
+    '(checkpoint.best_metric=eval/accuracy with checkpoint.best_mode=max would export that)'
   )
   watched = Console(PAIRS, 'eval/accuracy', 'max')
   watched.restore(c.state)
-  assert watched.best(10, 20) == 'step 10, of the best eval/accuracy'
+  assert watched.best(10, 20) == 'step 10, of the best eval/accuracy (98.0 %)'
   c.evaluation(30, {'accuracy': 0.99, 'loss': 0.5})
   assert c.best(30, 30) == 'step 30, the last one'
 

@@ -367,8 +367,7 @@ class Console:
     remedy = (
       'the best checkpoint is kept and will be exported'
       if self._metric
-      else f'to keep and export the best set checkpoint.best_metric=eval/{self.watched}, to stop '
-      'then also checkpoint.patience'
+      else f'to keep and export the best set {self._keys()}, to stop then also checkpoint.patience'
     )
     return mark, [
       f'step {step}: eval {self.watched} has been worse than its best for {worse} evaluations in a '
@@ -381,7 +380,10 @@ class Console:
     """Which step is exported and why. exported: its number; steps: of the last one."""
     state = self.state
     if self._metric and exported != steps:
-      return f'step {exported}, of the best {self._metric}'
+      value = (
+        f' ({figure(self.watched, state["best"])})' if self._watched and 'best' in state else ''
+      )
+      return f'step {exported}, of the best {self._metric}{value}'
     text = f'step {exported}, the last one'
     if self._metric and state.get('best_step') == exported:
       return f'{text}, and the best by {self._metric}'
@@ -390,8 +392,13 @@ class Console:
       return text
     return (
       f'{text}; the best eval {self.watched} was {figure(self.watched, state["best"])} at step '
-      f'{state["best_step"]} (checkpoint.best_metric=eval/{self.watched} would export that)'
+      f'{state["best_step"]} ({self._keys()} would export that)'
     )
+
+  def _keys(self) -> str:
+    """Settings that watch the metric."""
+    mode = ' with checkpoint.best_mode=max' if self._larger else ''
+    return f'checkpoint.best_metric=eval/{self.watched}{mode}'
 
   def final(self) -> str:
     """The last figures: of training or the last rollout, and of the last evaluation."""

@@ -194,7 +194,6 @@ class Loop:
         total=cadence.steps,
         initial=start,
         unit='step',
-        dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else _LOG_FILE_S,
         disable=not peers.is_main(),
       ) as self._bar,
