@@ -296,8 +296,9 @@ def test_corpora_that_cannot_be_meant(tmp_path):
   only_answers = Tokenizer(tiny_files(template))
   one_chat = write(tmp_path / 'c.jsonl', chat_rows(2))
   with pytest.raises(DataError, match=r"data\.loss_on='all'"):
-    build(tmp_path, one_chat, tokenizer=only_answers)
-  assert build(tmp_path, one_chat, tokenizer=only_answers, loss_on='all').supervised
+    build(tmp_path, one_chat, tokenizer=only_answers, on_unrendered='warn')
+  kept = dict(tokenizer=only_answers, loss_on='all', on_unrendered='warn')
+  assert build(tmp_path, one_chat, **kept).supervised
   assert folders(tmp_path) != [] and not any(f.startswith('building') for f in folders(tmp_path))
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import files, gcs, trees
 from ftjax.runtime.checkpoint import Checkpoints, Retention
-from ftjax.runtime.errors import DataError, NonFiniteError
+from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
 ROOT = f'gs://{BUCKET}'
@@ -53,6 +54,27 @@ def write_kinds(folder):
     stream.write_table(table)
   (arrow / 'state.json').write_text(json.dumps({'_data_files': [{'filename': 'x.arrow'}]}))
   (arrow / 'dataset_info.json').write_text('{}')
+
+
+def test_patterns_and_splits_of_a_bucket(bucket, tmp_path):
+  for name in ('train-0.jsonl', 'train-1.jsonl', 'test.jsonl'):
+    (tmp_path / name).write_text(json.dumps({'n': name}) + '\n')
+  with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as archive:
+    archive.writestr('a.jsonl', '{"n": "zip"}\n')
+  (tmp_path / 'y.jsonl.zst').write_bytes(pa.compress(b'{"n": "zst"}\n', 'zstd', asbytes=True))
+  bucket.upload(tmp_path, 'd')
+
+  def names(path):
+    return [row['n'] for _, row in sources.rows(Spec(f'{ROOT}/{path}'))]
+
+  assert names('d/train-*.jsonl') == names('d:train') == ['train-0.jsonl', 'train-1.jsonl']
+  assert names('d/x.zip') == ['zip'] and names('d/y.jsonl.zst') == ['zst']
+  with pytest.raises(DataError, match=r"holds the splits \['test', 'train'\]"):
+    names('d')
+  with pytest.raises(DataError, match='no data file matches'):
+    names('d/*.csv')
+  with pytest.raises(ConfigError, match='only the last part may be a pattern'):
+    names('*/a.jsonl')
 
 
 def test_every_kind_of_source_reads_the_same_rows(bucket, tmp_path):

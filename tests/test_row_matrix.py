@@ -1,4 +1,4 @@
-"""Every field of a row, in every container, for every algorithm: one prompt, the same tokens."""
+"""Every field of a row, in every container, for every algorithm: the same tokens."""
 
 import csv
 import io
@@ -7,12 +7,14 @@ import zipfile
 
 import pyarrow as pa
 import pytest
+from test_data_cache import build
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import encode, formats, judged, prompts, sources
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
+from ftjax.runtime.errors import DataError
 
 datasets = pytest.importorskip('datasets')
 datasets.disable_progress_bars()
@@ -222,3 +224,51 @@ def test_sharegpt_is_read_by_every_algorithm(algorithm, wanted, tmp_path, monkey
   for container in CONTAINERS:
     source = write(container, sharegpt_rows(algorithm), tmp_path, monkeypatch)
     assert [prompt for prompt, _ in read(algorithm, source)] == [ids], container
+
+
+KTO_ROWS = [
+  {'prompt': 'Why?', 'completion': ' So.', 'label': True},
+  {'prompt': 'Why?', 'completion': ' No.', 'label': False},
+]
+
+
+@pytest.mark.parametrize('container', ['jsonl', 'csv', 'parquet'])
+def test_judged_rows_are_trained_on_as_plain_ones_only_where_the_format_says_so(
+  container, tmp_path, monkeypatch
+):
+  source = write(container, KTO_ROWS, tmp_path, monkeypatch)
+  with pytest.raises(DataError, match=r"'label' is .*algorithm='dpo' with dpo\.loss='kto'"):
+    build(tmp_path, Spec(source))
+  with pytest.raises(DataError, match=r'2 of 2 rows'):
+    build(tmp_path, Spec(source))
+  assert len(build(tmp_path, Spec(source, 'prompt_completion'))) == 2
+  assert [build(tmp_path, Spec(source), shape='label').value(i) for i in (0, 1)] == [1.0, 0.0]
+
+
+def test_a_judged_row_behind_plain_ones_is_seen(tmp_path, monkeypatch):
+  plain = {'prompt': 'Why?', 'completion': ' So.'}
+  source = write('jsonl', [plain, plain, KTO_ROWS[1]], tmp_path, monkeypatch)
+  with pytest.raises(DataError, match=r"a\.jsonl:3: 'label' is False"):
+    build(tmp_path, Spec(source))
+  with pytest.raises(DataError, match=r"a\.jsonl:1: .* which is for algorithm='sft' \(2 rows"):
+    build(tmp_path, Spec(source), shape='pair')
+
+
+def test_columns_that_are_not_read_are_listed_for_every_algorithm(tmp_path, monkeypatch):
+  row = {'prompt': [USER], 'chosen': [ANSWER], 'rejected': [WORSE], 'source': 'x', 'tools': None}
+  source = write('jsonl', [row, row | {'id': 3}], tmp_path, monkeypatch)
+  found = build(tmp_path, Spec(source), shape='pair').counts.unread_columns
+  assert sorted(entry['reason'] for entry in found) == ['id', 'source']
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_named(tmp_path, monkeypatch):
+  """S12: on a template that wants a user turn first."""
+  wants = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with user') }}{% endif %}"
+  turns = [{'from': 'gpt', 'value': 'Welcome'}, {'from': 'human', 'value': 'q'}]
+  rows = [
+    {'conversations': [*turns[1:], {'from': 'gpt', 'value': 'a'}]},
+    {'conversations': [*turns, {'from': 'gpt', 'value': 'a'}]},
+  ]
+  source = write('jsonl', rows, tmp_path, monkeypatch)
+  with pytest.raises(DataError, match=r'a\.jsonl:2: .*user'):
+    build(tmp_path, Spec(source), tokenizer=Tokenizer(tiny_files(wants + TEMPLATE)))

@@ -207,7 +207,7 @@ def read_list(row: Mapping, key: str) -> list:
   if not isinstance(value, list):
     raise ValueError(f'{key!r} is {type(value).__name__}, expected a list of messages')
   if not value:
-    raise ValueError(f'{key!r}: the list of messages is empty')
+    raise ValueError(f'the list of messages is empty: {key!r}')
   return value
 
 

@@ -190,7 +190,7 @@ def _from_pair(row: Mapping, has_template: bool) -> Pair:
   else:
     rest, prompt = formats.opening(row, key, has_template)
     if isinstance(prompt, Part) and not prompt.messages:
-      raise ValueError(f'{key!r}: the list of messages is empty')
+      raise ValueError(f'the list of messages is empty: {key!r}')
     sides = _after(rest, prompt, chosen, 'chosen'), _after(rest, prompt, rejected, 'rejected')
   if isinstance(sides[0], Chat) and sides[0].messages[:-1] != sides[1].messages[:-1]:
     raise ValueError(
