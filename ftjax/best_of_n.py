@@ -16,6 +16,7 @@ from ftjax.forward import hidden_states
 from ftjax.losses.cross_entropy import Terms
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
+from ftjax.rollout.transcript import Transcripts
 
 # Columns that the prompt of a row was rendered with, and is again.
 _AGAIN = ('tools', 'chat_template_kwargs')
@@ -55,7 +56,7 @@ class BestTeacher(episodes.Teacher):
 
   def __init__(self, c: ml_collections.ConfigDict, tokenizer: Tokenizer):
     self._keep, self._min_reward = c.best_of_n.keep, c.best_of_n.min_reward
-    self._tokenizer = tokenizer
+    self._transcripts = Transcripts(tokenizer, tokenizer.stop_ids)
 
   def teach(self, sampled: Sampled) -> Lesson:
     """See episodes.Teacher."""
@@ -76,7 +77,7 @@ class BestTeacher(episodes.Teacher):
 
   def _row(self, s: Sampled, i: int) -> dict:
     """A row of supervised tuning; nothing where the answer is blank."""
-    said, answer = s.prompts[i].said, self._tokenizer.decode(s.completions[i].tokens)
+    said, answer = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
     if not answer.strip():
       return {}
     if isinstance(said, str):

@@ -14,6 +14,7 @@ from ftjax.evaluation import run as evaluation
 from ftjax.experiment import Run
 from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.rollout.scorer import Scorer
+from ftjax.rollout.transcript import Transcripts
 from ftjax.runtime import console, files, peers
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.runtime.manifest import digest
@@ -41,6 +42,7 @@ class Judge:
       *(run.arch, self._dtype, run.model.stop_ids, tokenizer.pad_id),
       vocab_size=tokenizer.vocab_size,
     )
+    self._transcripts = Transcripts(tokenizer, run.model.stop_ids)
     self._prompts = [self._encode(p) for p in c.eval.prompts]
     longest = max(map(len, self._prompts), default=0) + c.eval.max_tokens
     if self._prompts and longest > run.arch.max_len:
@@ -73,6 +75,7 @@ class Judge:
 
   def _functions(self, params: dict) -> evaluation.Functions:
     beat = self.run.watchdog.beat  # at every batch of rows
+    tokenizer = self.run.model.tokenizer
 
     def score(prompts, choices):
       beat()
@@ -91,7 +94,8 @@ class Judge:
       encode_choice=self._encode_choice,
       score=score,
       generate=generate,
-      decode=self.run.model.tokenizer.decode,
+      decode=self._transcripts.completion,
+      prompt_text=functools.partial(tokenizer.decode, skip_special=False),
     )
 
   def _score(
@@ -176,7 +180,7 @@ class Judge:
     most = self.run.config.eval.max_tokens
     with self.run.watchdog.phase('evaluate'):
       ids = self._sampler.generate(params, self._prompts, most, _GREEDY)
-    return [self.run.model.tokenizer.decode(i).strip() for i in ids]
+    return [self._transcripts.completion(i).strip() for i in ids]
 
   def forget_answers_after(self, step: int) -> None:
     """Drops the answers of steps that are trained again."""

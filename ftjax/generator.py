@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import experiment, saved_model, terminal_chat
-from ftjax.data import encode, formats
+from ftjax.data import encode, formats, prompt_rows
 from ftjax.hf import load
 from ftjax.models import transformer
+from ftjax.rollout import stop_texts
 from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.runtime import files, sharding, snapshots, trees
 from ftjax.runtime.errors import ConfigError, DataError
@@ -47,7 +48,8 @@ class Generator:
 
   Raises:
     DataError: there is no model.
-    ConfigError: a reward model, or a system message without a chat template.
+    ConfigError: a reward model, a system message without a chat template, or a stop text that
+      cannot occur.
   """
 
   def __init__(self, path: str, settings: Settings):
@@ -60,8 +62,11 @@ class Generator:
     jax.set_mesh(mesh)
     model, self._params = _load(path, mesh, dtype)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
+    most = settings.max_tokens or self._max_len
+    stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
+    ends = (*model.stop_ids, *stop_texts.token_ids(settings.stop, self.tokenizer))
     self._sampler = Sampler(
-      *(model.arch, dtype, model.stop_ids, self.tokenizer.pad_id),
+      *(model.arch, dtype, ends, self.tokenizer.pad_id),
       vocab_size=self.tokenizer.vocab_size,
     )
     if settings.system and not self._has_turns:
@@ -86,9 +91,14 @@ class Generator:
     return found
 
   def _text(self, ids: list[int]) -> str:
-    text = self.tokenizer.decode(ids)
-    cuts = [text.find(s) for s in self._settings.stop if s in text]
-    return text[: min(cuts)] if cuts else text
+    return stop_texts.text_before(ids, self._settings.stop, self.tokenizer)
+
+  def _is_stopped(self, ids: list[int]) -> bool:
+    """Whether a stop text is in an answer; asked after several tokens at once."""
+    if not self._settings.stop:
+      return False
+    text = self.tokenizer.decode(ids, skip_special=False)
+    return any(s in text for s in self._settings.stop)
 
   def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
     """Texts that follow the prompts, which leave room for one token at least."""
@@ -160,7 +170,7 @@ class Generator:
       self._settings.sampling,
       seed=self._settings.seed,
       row_ids=range(first_row, first_row + len(prompts)),
-      ended=lambda ids: any(s in self.tokenizer.decode(ids) for s in self._settings.stop),
+      ended=self._is_stopped,
       stream=stream,
     )
 
@@ -200,52 +210,30 @@ def _load(path: str, mesh, dtype) -> tuple:
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 
 
-def read_prompt(row: dict, has_turns: bool):
-  """Returns what a row asks: a formats.Chat, or the plain text to continue.
+def read_prompt(row: dict, has_turns: bool) -> formats.Chat | str:
+  """Returns what a row asks, by the rules of training rows: a conversation, or text to continue.
 
   Args:
-    row: with "prompt" (a text or messages) or "messages", and perhaps "tools" and "system".
+    row: with one of the columns of formats.PROMPT_KEYS.
     has_turns: whether a text is a user turn.
 
   Raises:
     ValueError: the row holds no prompt, or an answer already.
   """
-  given = [k for k in ('messages', 'prompt') if row.get(k) is not None]
-  if len(given) != 1:
-    raise ValueError(f'expected one of "messages" and "prompt", got {given or "neither"}')
   if row.get('completion') is not None:
     raise ValueError(
       'the row has a "completion", which the generated text would overwrite: it is a row for '
       'training. Leave the completion out or rename it'
     )
-  (key,) = given
-  value, system, tools = row[key], row.get('system'), row.get('tools')
-  if row.get('chat_template_kwargs'):
-    raise ValueError('"chat_template_kwargs" is not read here; leave it out')
-  if isinstance(tools, str) and tools.strip():
-    tools = json.loads(tools)
-  if tools and (not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools)):
-    raise ValueError('"tools": expected a list of objects')
-  if system is not None and not isinstance(system, str):
-    raise ValueError(f'"system": expected a text, got {system!r}')
-  if isinstance(value, str) and key == 'prompt' and value.strip():
-    if not has_turns:
-      if system or tools:
-        name = 'system' if system else 'tools'
-        raise ValueError(f'"{name}" belongs to a conversation, and here a text is continued')
-      return value
-    value = [{'role': 'user', 'content': value}]
-  if not isinstance(value, list) or not value:
-    expected = 'a list that is not empty' if key == 'messages' else 'a text, or messages'
-    raise ValueError(f'"{key}": expected {expected}, got {str(value)[:60]!r}')
-  messages = formats.parse_prompt(value)
-  if messages[-1]['role'] == 'assistant':
+  key = prompt_rows.prompt_key(row)
+  if prompt_rows.ends_with_assistant(row):
     raise ValueError(f'"{key}" ends with the assistant; the model is to answer: leave it out')
-  if system:
-    if messages[0]['role'] in ('system', 'developer'):
-      raise ValueError(f'"system" stands beside a {messages[0]["role"]} message; keep one of them')
-    messages = [{'role': 'system', 'content': system}, *messages]
-  return formats.Chat(tuple(messages), tuple(tools) if tools else None)
+  if isinstance(row[key], str) and not row[key].strip():
+    raise ValueError(f'"{key}" is empty')
+  if has_turns and key == 'prompt' and isinstance(row[key], str):
+    messages = [{'role': 'user', 'content': row[key]}]
+    row = {k: v for k, v in row.items() if k != 'prompt'} | {'messages': messages}
+  return prompt_rows.read_prompt(row, has_turns).asked
 
 
 def read_prompts(path: str) -> list[tuple[str, dict]]:

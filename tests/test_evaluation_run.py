@@ -73,6 +73,7 @@ def _functions(toy, **other):
       'score': toy.score,
       'generate': toy.generate,
       'decode': lambda ids: ' '.join(map(str, ids)),
+      'prompt_text': lambda ids: ' '.join(map(str, ids)),
       **other,
     }
   )

@@ -49,14 +49,14 @@ def test_an_answer_of_the_row_is_kept_beside_the_completion(model):
     ({'prompt': 'q', 'completion': 'a'}, 'has a "completion".*row for training'),
     ({'prompt': [USER], 'completion': [SAID]}, 'has a "completion"'),
     ({'messages': [USER], 'completion': ''}, 'has a "completion"'),
-    ({'prompt': 'q', 'messages': [USER]}, 'expected one of "messages" and "prompt"'),
-    ({'answer': '42'}, 'got neither'),
-    ({'prompt': ' '}, '"prompt": expected a text'),
-    ({'messages': []}, '"messages": expected a list'),
-    ({'messages': 'q'}, '"messages": expected a list'),
+    ({'prompt': 'other', 'messages': [USER]}, 'all hold a prompt'),
+    ({'answer': '42'}, "neither 'prompt' nor 'messages'"),
+    ({'prompt': ' '}, '"prompt" is empty'),
+    ({'messages': []}, 'list of messages is empty'),
+    ({'messages': 'q'}, 'expected a list of messages'),
     ({'messages': [{'role': 'boss', 'content': 'x'}]}, "role is 'boss'"),
-    ({'prompt': 'q', 'tools': 3}, '"tools"'),
-    ({'prompt': 'q', 'system': 3}, '"system"'),
+    ({'prompt': 'q', 'tools': 3}, "'tools' is no list"),
+    ({'prompt': 'q', 'system': 3}, "'system' is int"),
     ({'messages': [{'role': 'system', 'content': 's'}, USER], 'system': 't'}, 'keep one of them'),
   ],
 )
@@ -74,7 +74,7 @@ def test_columns_of_the_conversation_are_honoured():
     found = generator.read_prompt({'prompt': 'q', 'system': 's', 'tools': value}, True)
     assert found == Chat((system, USER), tuple(tools))
   assert generator.read_prompt({'prompt': 'q'}, False) == 'q'
-  with pytest.raises(ValueError, match='"tools" belongs to a conversation'):
+  with pytest.raises(ValueError, match="'tools' belongs to a conversation"):
     generator.read_prompt({'prompt': 'q', 'tools': tools}, False)
 
 

@@ -77,6 +77,9 @@ def test_reward_and_tasks_read_the_same_number(gsm8k, tmp_path):
   for spec in c.eval.tasks:
     name, kind, _ = tasks.parse_spec(spec)
     task = tasks.load_task(name, kind, str(tmp_path / 'test.jsonl'))
-    found[name] = [tasks.is_right(kind, r, text) for r, text in zip(task.rows, said, strict=False)]
+    found[name] = [
+      tasks.is_right(kind, r, text, r.messages[-1]['content'])
+      for r, text in zip(task.rows, said, strict=False)
+    ]
   assert found['strict'] == [bool(x) for x in scored.total] == [True, True, False, False]
   assert found['flexible'] == [True, True, True, False]

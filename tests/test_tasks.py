@@ -136,7 +136,15 @@ def test_mathematics_is_judged_as_by_the_reward(tmp_path, said, flexible, strict
   path = _file(tmp_path, row)
   for kind, right in (('math', flexible), ('math_strict', strict)):
     task = tasks.load_task('t', kind, path)
-    assert tasks.is_right(kind, task.rows[0], said) == right
+    assert tasks.is_right(kind, task.rows[0], said, '<user>How many?<assistant>') == right
+
+
+def test_a_thought_that_the_prompt_opened_is_no_answer(tmp_path):
+  row = {'messages': [{'role': 'user', 'content': 'How many?'}], 'answer': '18'}
+  (question,) = tasks.load_task('t', 'math', _file(tmp_path, row)).rows
+  prompt = '<user>How many?<assistant><think>\n'
+  assert not tasks.is_right('math', question, 'perhaps 6 + 12 = 18', prompt)
+  assert tasks.is_right('math', question, 'perhaps</think>\\boxed{18}', prompt)
 
 
 TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]

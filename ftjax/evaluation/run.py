@@ -33,7 +33,8 @@ class Functions:
       `batch_size` prompts with C choices each.
     generate: (prompts, max_tokens) -> for each the ids it says, greedily, without the stop token.
       Always `batch_size` prompts.
-    decode: ids -> text, special tokens left out.
+    decode: ids of an answer -> text, without the tokens that end or frame it.
+    prompt_text: ids of a prompt -> everything that the model reads.
   """
 
   encode_prompt: Callable[[Row], list[int]]
@@ -41,6 +42,7 @@ class Functions:
   score: Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]
   generate: Callable[[list[list[int]], int], list[list[int]]]
   decode: Callable[[list[int]], str]
+  prompt_text: Callable[[list[int]], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +145,10 @@ def _say(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
         said[i] = model.decode(ids).strip()
       bar.update(len(index))
   return [
-    Result(row.id, row.answer, text, tasks.is_right(task.kind, row, text), ())
-    for row, text in zip(task.rows, said, strict=True)
+    Result(
+      row.id, row.answer, text, tasks.is_right(task.kind, row, text, model.prompt_text(ids)), ()
+    )
+    for row, text, ids in zip(task.rows, said, prompts, strict=True)
   ]
 
 

@@ -30,7 +30,7 @@ from ftjax.runtime.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
-VERSION = 1
+VERSION = 2
 
 # choice: the choice with the largest log-probability of its tokens and the stop token after the
 #   prompt. The others: greedy generation; match: equal to the answer after `metrics.normalize`;
@@ -99,12 +99,18 @@ class Task:
   classes: tuple[str, ...] | None
 
 
-def is_right(kind: str, row: Row, said: str) -> bool:
-  """Whether a text that a model said counts, in a task of any kind but choice."""
+def is_right(kind: str, row: Row, said: str, prompt: str) -> bool:
+  """Returns whether a generated text counts, in a task of any kind but choice.
+
+  Args:
+    kind: of the task.
+    row: the question.
+    said: the text, with special tokens that carry content.
+    prompt: everything that the model read: its end may have opened a thought.
+  """
   if kind == 'match':
     return normalized_match(row.answer, said)
-  asked = row.prompt if row.messages is None else row.messages[-1]['content']
-  return _MATH[kind].score(said, asked, row.answer) == 1
+  return _MATH[kind].score(said, prompt, row.answer) == 1
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:

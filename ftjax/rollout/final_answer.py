@@ -40,6 +40,7 @@ _TAG = re.compile(
 _TURN = re.compile(
   r'<\|(?!channel\|>|message\|>|(?:START|END)_THINKING)[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>'
   r'|\[/?(?:INST|SYSTEM_PROMPT)\]|<(?:start|end)_of_turn>|</?s>|<[be]os>'
+  r'|</?(?:assistant|user|system|model|bot|human|gpt|ai)>'
 )
 
 
