@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,7 +198,9 @@ class Build:
     """Numbers of blocks as their files are finished, or were found so; not in order."""
     name = self.spec.path.rstrip('/').rpartition('/')[2]
     found: list[int] = []
-    with tqdm(desc=f'tokenize {name}', unit=' rows', disable=not self.progress, leave=False) as bar:
+    # A log file is no terminal: a line in it now and then.
+    often = {'mininterval': 0.2 if sys.stderr.isatty() else 30.0, 'disable': not self.progress}
+    with tqdm(desc=f'tokenize {name}', unit=' rows', leave=False, **often) as bar:
 
       def unfinished() -> Iterator[Block]:
         for block in source:
