@@ -5,7 +5,6 @@ killed goes on where it was. Several processes may fill one such folder at once;
 whoever makes it. What comes out does not depend on how many processes there were.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -146,16 +145,20 @@ class Build:
         shutil.rmtree(self.folder, ignore_errors=True)
       raise
 
-  def share(self, number: int, count: int) -> None:
+  def share(self, number: int, count: int) -> list[str]:
     """Tokenizes every `count`-th block, from block `number` on, for another process's `merge`.
 
     Nothing is done for a small source, and bad rows are left for `merge` to report.
+
+    Returns:
+      names of the blocks' files.
     """
     few, source = self._open()
-    if not few:
-      own = (block for block in source if block.number % count == number)
-      with contextlib.closing(self._finish(own, self.workers)) as found:
-        collections.deque(found, maxlen=0)
+    if few:
+      return []
+    own = (block for block in source if block.number % count == number)
+    with contextlib.closing(self._finish(own, self.workers)) as found:
+      return [blocks.file_name(number) for number in found]
 
   def _open(self) -> tuple[bool, Iterator[Block]]:
     """Whether the source is small, and its blocks."""
