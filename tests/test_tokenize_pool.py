@@ -123,6 +123,14 @@ def test_small_sources_start_no_process(tmp_path, monkeypatch):
   assert len(source(spec, tmp_path / 'cache', workers=2).open()) == 2 * BLOCK
 
 
+def test_few_but_long_rows_are_no_small_source(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus_builder, '_FEW_BYTES', 1000)
+  spec = write(tmp_path / 'a.jsonl', chat_rows(BLOCK))
+  monkeypatch.setattr(corpus_builder, 'Pool', None)
+  with pytest.raises(TypeError, match='not callable'):
+    source(spec, tmp_path / 'cache', workers=2).open()
+
+
 def test_a_worker_imports_no_jax():
   code = 'import sys, ftjax.data.tokenize_worker; sys.exit("jax" in sys.modules)'
   environment = os.environ | {'PYTHONPATH': str(HERE.parent)}

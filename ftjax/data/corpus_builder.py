@@ -30,8 +30,8 @@ from ftjax.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# A source of fewer blocks is tokenized here: it takes no longer than starting processes.
-_FEW_BLOCKS = 8
+# A source of no more blocks and bytes is tokenized here: starting processes would take as long.
+_FEW_BLOCKS, _FEW_BYTES = 8, 4_000_000
 # Once rows have been found that make the build fail, so many more are looked for.
 _MAX_REFUSED = 1000
 _BLOCKS_AFTER_REFUSED = 100
@@ -167,7 +167,8 @@ class Build:
     rows = itertools.islice(sources.scan(self.spec), self.rows)
     source = blocks.split(rows, self.policy.format, self.policy.shape)
     first = list(itertools.islice(source, _FEW_BLOCKS + 1))
-    return len(first) <= _FEW_BLOCKS, itertools.chain(first, source)
+    few = len(first) <= _FEW_BLOCKS and sum(b.size for b in first) <= _FEW_BYTES
+    return few, itertools.chain(first, source)
 
   def _check(self, seen: Counts, errors: Reasons) -> None:
     names = sources.source_names(self.spec)
