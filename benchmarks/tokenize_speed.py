@@ -28,42 +28,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_WORDS = [
-  'the',
-  'quick',
-  'brown',
-  'fox',
-  'jumps',
-  'over',
-  'lazy',
-  'dog',
-  'what',
-  'is',
-  'capital',
-  'of',
-  'france',
-  'it',
-  'paris',
-  'yes',
-  'course',
-  'can',
-  'help',
-  'you',
-  'with',
-  'that',
-  'here',
-  'are',
-  'steps',
-  'model',
-  'training',
-  'data',
-  'learning',
-  'rate',
-  'function',
-  'return',
-  'value',
-  'string',
-]
+_WORDS = (
+  'the quick brown fox jumps over lazy dog what is capital of france it paris yes course can help '
+  'you with that here are steps model training data learning rate function return value string'
+)
 
 _MAP = """
 import json, sys, time, resource
@@ -87,10 +55,10 @@ print(json.dumps({'seconds': seconds, 'cpu_seconds': cpu, 'tokens': tokens}))
 
 def write_rows(path: Path, count: int) -> None:
   """Writes `count` conversations as JSON lines."""
-  chance = random.Random(0)
+  chance, words = random.Random(0), _WORDS.split()
 
   def text(least: int, most: int) -> str:
-    return ' '.join(chance.choice(_WORDS) for _ in range(chance.randint(least, most)))
+    return ' '.join(chance.choice(words) for _ in range(chance.randint(least, most)))
 
   with path.open('w') as file:
     for i in range(count):

@@ -187,7 +187,7 @@ def tokenize_share(
 ) -> None:
   """Tokenizes part `number` of `count` of each large source; all hosts call it with their own
   number, and then `open_data` finds the parts. Nothing for prompts, for what is no file (synthetic
-  rows, hub names), or where the cache folder is no shared file system.
+  rows, hub names).
   """
   if c.algorithm in algorithm_config.ON_ROLLOUTS:
     return

@@ -293,12 +293,11 @@ def test_corpora_that_cannot_be_meant(tmp_path):
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
     '{% endif %}{% endfor %}'
   )
-  only_answers = Tokenizer(tiny_files(template))
+  only_answers = {'tokenizer': Tokenizer(tiny_files(template)), 'on_unrendered': 'warn'}
   one_chat = write(tmp_path / 'c.jsonl', chat_rows(2))
   with pytest.raises(DataError, match=r"data\.loss_on='all'"):
-    build(tmp_path, one_chat, tokenizer=only_answers, on_unrendered='warn')
-  kept = dict(tokenizer=only_answers, loss_on='all', on_unrendered='warn')
-  assert build(tmp_path, one_chat, **kept).supervised
+    build(tmp_path, one_chat, **only_answers)
+  assert build(tmp_path, one_chat, **only_answers, loss_on='all').supervised
   assert folders(tmp_path) != [] and not any(f.startswith('building') for f in folders(tmp_path))
 
 

@@ -14,12 +14,14 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_gcs import BUCKET
 from test_data_cache import chat_rows, write
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import blocks, cache, corpus_builder, tokenize_pool
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -119,6 +121,14 @@ def test_small_sources_start_no_process(tmp_path, monkeypatch):
   monkeypatch.setattr(corpus_builder, 'Pool', None)
   spec = write(tmp_path / 'a.jsonl', chat_rows(2 * BLOCK))
   assert len(source(spec, tmp_path / 'cache', workers=2).open()) == 2 * BLOCK
+
+
+def test_few_but_long_rows_are_no_small_source(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus_builder, '_FEW_BYTES', 1000)
+  spec = write(tmp_path / 'a.jsonl', chat_rows(BLOCK))
+  monkeypatch.setattr(corpus_builder, 'Pool', None)
+  with pytest.raises(TypeError, match='not callable'):
+    source(spec, tmp_path / 'cache', workers=2).open()
 
 
 def test_a_worker_imports_no_jax():
@@ -316,3 +326,22 @@ def test_what_a_row_holds_survives_the_way_to_a_process():
     assert (str(got), repr(got), type(got).__name__) == (str(want), repr(want), type(want).__name__)
     with pytest.raises(TypeError, match=f'Object of type {type(want).__name__} is not JSON'):
       json.dumps(got)
+
+
+def test_hosts_share_the_work_through_a_bucket(bucket, tmp_path, monkeypatch, counted):
+  spec = write(tmp_path / 'a.jsonl', chat_rows(6 * BLOCK))
+  want, cache_dir, machines = fresh(spec, tmp_path), f'gs://{BUCKET}/run/data_cache', []
+  for host in range(2):
+    machines.append(str(tmp_path / f'machine {host}'))
+    monkeypatch.setenv('FTJAX_CACHE', machines[-1])
+    source(spec, cache_dir).tokenize_share(host, 2)
+  assert len(bucket.names('run/data_cache')) == 3  # of the second host
+  counted.clear()
+  for machine in machines:  # the first one puts the parts together, the second one downloads them
+    monkeypatch.setenv('FTJAX_CACHE', machine)
+    source(spec, cache_dir).open()
+  assert not counted
+  assert {name.rpartition('/')[2] for name in bucket.names('run/data_cache')} == set(want)
+  mirror = files.local_mirror(cache_dir)
+  found = [p for p in mirror.iterdir() if not p.name.startswith('building')]
+  assert {p.name: p.read_bytes() for p in found[0].iterdir()} == want

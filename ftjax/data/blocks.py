@@ -79,6 +79,11 @@ class Block:
     """Name of its file."""
     return file_name(self.number)
 
+  @property
+  def size(self) -> int:
+    """Bytes of its rows."""
+    return sum(map(len, self.packed))
+
   def request(self) -> dict[str, Any]:
     """What a process needs to tokenize it, for `marshal`."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -9,6 +9,7 @@ downloads what another one built, or builds it and uploads it. `schedule.py` ord
 `batches.py` reads them.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -41,6 +42,7 @@ SCHEMA = 4  # raise it when the same rows would give other tokens, masks or file
 _MARK = 'meta.json'  # written last: a folder with it is whole
 _BUILDING = 'building-'  # begins the names of folders that are no caches yet
 _ABANDONED = 24 * 3600  # seconds
+_TRANSFERS = 8  # files at once
 
 
 class Corpus:
@@ -242,7 +244,7 @@ class Source:
     while not folder.is_dir():
       _prepare(folder.parent, build.folder)
       with contextlib.suppress(Gone):  # another process was first, or found bad rows: look again
-        _make(folder, build, remote)
+        _make(folder, build, self.cache_dir)
     corpus = Corpus(folder, self.spec.path, sources.source_names(self.spec))
     try:
       files.put_folder(folder, remote, _MARK)
@@ -251,15 +253,18 @@ class Source:
     return corpus
 
   def tokenize_share(self, number: int, count: int) -> None:
-    """Tokenizes part `number` of `count` of a large source into a cache folder that several hosts
-    share; `open` then puts the parts together. Nothing where the tokens are there, or in a bucket.
+    """Tokenizes part `number` of `count` of a large source into a cache folder, or bucket, that
+    several hosts share; `open` in the process of part 0 then puts the parts together. Nothing where
+    the tokens are there.
     """
     folder, build = self._folders()
-    if files.is_remote(self.cache_dir) or folder.is_dir():
+    if folder.is_dir() or files.exists(files.join(self.cache_dir, folder.name, _MARK)):
       return
     _prepare(folder.parent, build.folder)
     with contextlib.suppress(Gone):
-      build.share(number, count)
+      names = build.share(number, count)
+      if number and files.is_remote(self.cache_dir):
+        _copy_blocks(names, build.folder, files.join(self.cache_dir, build.folder.name))
 
 
 def build_or_open(spec: Spec, tokenizer: Tokenizer, **settings: Any) -> Corpus:
@@ -272,12 +277,30 @@ def _prepare(root: Path, blocks: Path) -> None:
   _sweep(root, blocks)
 
 
-def _make(folder: Path, build: Build, remote: str) -> None:
+def _copy_blocks(names: list[str], source: Any, target: str) -> None:
+  """Copies blocks between a bucket and this machine; one that is lost is tokenized once more."""
+
+  def copy(name: str) -> None:
+    files.write_bytes(files.join(target, name), files.read_bytes(files.join(source, name)))
+
+  try:
+    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
+      list(pool.map(copy, names))
+  except (OSError, DataError) as error:
+    log.warning('%s: blocks of tokens were not copied to %s: %s', source, target, error)
+
+
+def _make(folder: Path, build: Build, cache_dir: str | Path) -> None:
   """Downloads a cache folder, or builds it, and gives it its name."""
+  remote = files.join(cache_dir, folder.name)
+  shared = files.join(cache_dir, build.folder.name)  # blocks of other hosts
   scratch = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent))
   scratch.chmod(0o755)  # a cache may be shared; mkdtemp's folders are private
   try:
     if not files.fetch_folder(remote, scratch, _MARK):
+      if files.is_remote(shared) and files.exists(shared):
+        build.folder.mkdir(exist_ok=True)
+        _copy_blocks(files.listdir(shared), shared, os.fspath(build.folder))
       with contextlib.closing(Writer(scratch, build.policy.shape)) as writer:
         _build(build, writer)
     try:
@@ -286,6 +309,8 @@ def _make(folder: Path, build: Build, remote: str) -> None:
       if not folder.is_dir():  # else another process was first, with the same content
         raise
     shutil.rmtree(build.folder, ignore_errors=True)
+    if files.is_remote(shared) and files.exists(shared):
+      files.remove_tree(shared)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 

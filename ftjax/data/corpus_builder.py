@@ -5,7 +5,6 @@ killed goes on where it was. Several processes may fill one such folder at once;
 whoever makes it. What comes out does not depend on how many processes there were.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -14,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from ftjax.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# A source of fewer blocks is tokenized here: it takes no longer than starting processes.
-_FEW_BLOCKS = 8
+# A source of no more blocks and bytes is tokenized here: starting processes would take as long.
+_FEW_BLOCKS, _FEW_BYTES = 8, 4_000_000
 # Once rows have been found that make the build fail, so many more are looked for.
 _MAX_REFUSED = 1000
 _BLOCKS_AFTER_REFUSED = 100
@@ -145,16 +145,20 @@ class Build:
         shutil.rmtree(self.folder, ignore_errors=True)
       raise
 
-  def share(self, number: int, count: int) -> None:
+  def share(self, number: int, count: int) -> list[str]:
     """Tokenizes every `count`-th block, from block `number` on, for another process's `merge`.
 
     Nothing is done for a small source, and bad rows are left for `merge` to report.
+
+    Returns:
+      names of the blocks' files.
     """
     few, source = self._open()
-    if not few:
-      own = (block for block in source if block.number % count == number)
-      with contextlib.closing(self._finish(own, self.workers)) as found:
-        collections.deque(found, maxlen=0)
+    if few:
+      return []
+    own = (block for block in source if block.number % count == number)
+    with contextlib.closing(self._finish(own, self.workers)) as found:
+      return [blocks.file_name(number) for number in found]
 
   def _open(self) -> tuple[bool, Iterator[Block]]:
     """Whether the source is small, and its blocks."""
@@ -163,7 +167,8 @@ class Build:
     rows = itertools.islice(sources.scan(self.spec), self.rows)
     source = blocks.split(rows, self.policy.format, self.policy.shape)
     first = list(itertools.islice(source, _FEW_BLOCKS + 1))
-    return len(first) <= _FEW_BLOCKS, itertools.chain(first, source)
+    few = len(first) <= _FEW_BLOCKS and sum(b.size for b in first) <= _FEW_BYTES
+    return few, itertools.chain(first, source)
 
   def _check(self, seen: Counts, errors: Reasons) -> None:
     names = sources.source_names(self.spec)
@@ -197,7 +202,9 @@ class Build:
     """Numbers of blocks as their files are finished, or were found so; not in order."""
     name = self.spec.path.rstrip('/').rpartition('/')[2]
     found: list[int] = []
-    with tqdm(desc=f'tokenize {name}', unit=' rows', disable=not self.progress, leave=False) as bar:
+    # A log file is no terminal: a line in it now and then.
+    often = {'mininterval': 0.2 if sys.stderr.isatty() else 30.0, 'disable': not self.progress}
+    with tqdm(desc=f'tokenize {name}', unit=' rows', leave=False, **often) as bar:
 
       def unfinished() -> Iterator[Block]:
         for block in source:
