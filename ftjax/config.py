@@ -289,7 +289,9 @@ def _check_sinks(sinks: Any) -> None:
     if sink not in ('wandb', 'mlflow'):
       raise ConfigError(f'log.sinks: {sink!r}; expected wandb or mlflow')
     if importlib.util.find_spec(sink) is None:
-      raise ConfigError(f'log.sinks: {sink} is not installed; pip install ftjax[{sink}]')
+      raise ConfigError(
+        f"log.sinks: {sink} is not installed; pip install '.[{sink}]' in the checkout of ftjax"
+      )
 
 
 def _check_table(key: str, table: Any) -> None:

@@ -96,7 +96,7 @@ def _hub_rows(spec: Spec) -> Rows:
   except ImportError as error:
     raise ConfigError(
       f'data: {spec.path!r} is no file and looks like a hub name, which needs the `datasets` '
-      "library: pip install 'ftjax[datasets]', or give a path that exists"
+      "library: pip install '.[datasets]' in the checkout of ftjax, or give a path that exists"
     ) from error
   name, _, split = spec.path.partition(':')
   try:

@@ -50,7 +50,9 @@ class Verifier(Protocol):
 def need(package: str, what: str) -> None:
   """Raises ConfigError with the extra to install where a package is missing."""
   if importlib.util.find_spec(package) is None:
-    raise ConfigError(f'{what} needs the package {package}; pip install ftjax[rewards]')
+    raise ConfigError(
+      f"{what} needs the package {package}; pip install '.[rewards]' in the checkout of ftjax"
+    )
 
 
 def _golds(value: Any, column: str) -> list[str]:
