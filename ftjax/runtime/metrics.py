@@ -148,7 +148,7 @@ def _import(name: str):
   except ImportError as e:
     raise ConfigError(
       f'log.sinks: got {name!r}, which is not installed ({e}); '
-      f'pip install '.[{name}]' in the checkout of ftjax, or take it out of log.sinks'
+      f"pip install '.[{name}]' in the checkout of ftjax, or take it out of log.sinks"
     ) from e
 
 
