@@ -326,8 +326,8 @@ class Math:
         raise ConfigError(f'math: {name}={value!r}; expected one of {allowed}')
     if self.symbolic == 'on' and not can_do_symbols():
       raise ConfigError(
-        "math: symbolic=on needs math-verify; pip install '.[rewards]' in the checkout of ftjax, or "
-        'symbolic=off'
+        "math: symbolic=on needs math-verify; pip install '.[rewards]' in the checkout of ftjax, "
+        'or symbolic=off'
       )
 
   @property

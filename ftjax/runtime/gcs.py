@@ -44,7 +44,8 @@ def client() -> Any:
     from google.cloud import storage
   except ImportError as error:
     raise ConfigError(
-      f"gs:// paths need an extra that is not installed ({error}): pip install '.[gcs]' in the checkout of ftjax"
+      f"gs:// paths need an extra that is not installed ({error}): pip install '.[gcs]' in the "
+      'checkout of ftjax'
     ) from error
   import fsspec.config
 
