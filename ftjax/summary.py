@@ -19,7 +19,7 @@ from ftjax.training import optimizer
 def headline(c: ml_collections.ConfigDict) -> console.Headline:
   """The figures that count for a config's algorithm."""
   if c.algorithm in algorithm_config.ON_ROLLOUTS:
-    return console.Headline(('reward', 'reward_std', 'length'), ('reward',), True, True)
+    return console.Headline(('reward', 'length'), ('reward',), True, True)
   shape = algorithms.example_shape(c)
   if shape == 'pair':
     bar = ('loss', 'rewards/accuracy', 'rewards/margin')

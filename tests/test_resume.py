@@ -5,6 +5,7 @@ on.
 """
 
 import json
+import re
 import signal
 
 import jax
@@ -84,7 +85,8 @@ def test_the_resume_says_where_it_goes_on(killed):
   _, told, step = killed
   told = next(line for line in told.splitlines() if 'resuming' in line)
   assert f'after step {step} of {STEPS}: epoch {step / EPOCH_STEPS:.2f}' in told
-  assert f'{step * BATCH} rows consumed, next example' in told
+  assert f'{step * BATCH} packed sequences consumed' in told
+  assert re.search(r'the next example is \S*sums-108.jsonl:\d+$', told)
 
 
 def test_what_was_fed_is_the_schedule(reference):
