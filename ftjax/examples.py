@@ -45,8 +45,12 @@ class Data:
     """Logs a line on each source, and warnings on rows that were left out or changed."""
     schedules = [*self.mixture.sources, *(None for _ in self.evaluation)]
     told = set()
+    several = max(len(self.corpora), len(self.evaluation)) > 1  # of one the summary says all
     for corpus, schedule in zip((*self.corpora, *self.evaluation), schedules, strict=True):
-      _log_source(corpus, schedule)
+      if several:
+        _log_source(corpus, schedule)
+      if corpus.counts.unread_columns:
+        log.info('%s: columns not read: %s', corpus.name, describe.unread_columns(corpus))
       # Both sides of a split have the notes of their whole source.
       for note in corpus.notes():
         if note not in told:
@@ -96,7 +100,7 @@ class PromptData:
 
 
 def _log_source(corpus: cache.Corpus, schedule: SourceSchedule | None) -> None:
-  """Logs one line on a source, and one on columns that are not read."""
+  """Logs one line on a source."""
   use = (
     'for evaluation'
     if schedule is None
@@ -108,8 +112,6 @@ def _log_source(corpus: cache.Corpus, schedule: SourceSchedule | None) -> None:
     *(corpus.name, f'{len(corpus):,}', f'{corpus.tokens:,}'),
     *(100 * corpus.supervised / corpus.tokens, use),
   )
-  if corpus.counts.unread_columns:
-    log.info('%s: columns not read: %s', corpus.name, describe.unread_columns(corpus))
 
 
 def _check_batch(c: ml_collections.ConfigDict, mixture: Mixture, unit: str) -> None:

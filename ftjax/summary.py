@@ -100,7 +100,7 @@ def _data(run: Run) -> console.Data:
     seq_len=c.seq_len,
     eval_examples=examples['eval'],
     eval_tokens=tokens['eval'],
-    left_out=sum(n.dropped + n.unsupervised for n in counts),
+    left_out=sum(n.dropped + n.unsupervised + n.bad + n.identical for n in counts),
   )
 
 

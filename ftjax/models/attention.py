@@ -152,7 +152,7 @@ def _tell(name: str, p: Problem) -> None:
     return
   _told.add((p.platform, name))
   why = _obstacle(p) if p.platform in ('tpu', 'gpu') else ''
-  log.info('attention on %s: kernels/%s.py%s', p.platform, name, f' ({why})' if why else '')
+  log.info('attention kernel on %s: %s%s', p.platform, name, f' ({why})' if why else '')
 
 
 def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str, problem):
