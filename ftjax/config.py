@@ -49,7 +49,8 @@ def default() -> ml_collections.ConfigDict:
   c.data.eval = config_dict.FieldReference('', field_type=object)
   c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, kept for evaluation
   c.data.packing = True  # several examples in a row, kept apart; False: one each, padded
-  c.data.on_overlength = 'error'  # error, drop, truncate_left, truncate_right
+  # error, drop, truncate_left (keeps BOS and a system turn that fits), truncate_right
+  c.data.on_overlength = 'error'
   # Content of a row that the chat template does not render: error; warn: train without it, counted.
   c.data.on_unrendered = 'error'
   c.data.loss_on = 'assistant'  # assistant (every turn), completion (the last one), all
