@@ -59,7 +59,9 @@ def default() -> Section:
   c.data.eval_fraction = 0.0  # share of training rows, chosen by hash, held out for evaluation
   # Several examples in one sequence, without influence on each other; False: one each, padded.
   c.data.packing = True
-  c.data.on_overlength = 'error'  # what happens to examples of more than seq_len tokens
+  # What happens to examples of more than seq_len tokens; truncate_left keeps BOS, and the system
+  # turn where it takes at most half of seq_len.
+  c.data.on_overlength = 'error'
   # Content of a row that the chat template does not render: an error, or a warning with its count.
   c.data.on_unrendered = 'error'
   # Rows that cannot be read or encoded: an error, or left out (drop), counted and listed.

@@ -268,9 +268,28 @@ class Dialect:
       return None
     prompt = self._try(messages[:k], tools, prompt=True)
     whole = traced.text if k + 1 == len(messages) else self._try(messages[: k + 1], tools)
-    if len(whole) != end or len(prompt) < start or not traced.text.startswith(whole):
+    if len(whole) != end or not traced.text.startswith(whole):
       return None
-    return prompt[start:] if whole.startswith(prompt) else None
+    if len(prompt) >= start and whole.startswith(prompt):
+      return prompt[start:]
+    opening = self.opening(messages[:k], tools, prompt)
+    return opening if opening is not None and whole.startswith(opening, start) else None
+
+  def opening(self, messages: Messages, tools: Tools, prompt: str) -> str | None:
+    """Returns the text that a rendered prompt adds to its conversation; None where it does not add.
+
+    Empty only for templates that open no turn after anything.
+    """
+    history = self._try(messages, tools)
+    if not history or not prompt.startswith(history):
+      return None
+    added = prompt[len(history) :]
+    return added if added or not self._opens_turns else None
+
+  @functools.cached_property
+  def _opens_turns(self) -> bool:
+    user = [{'role': 'user', 'content': 'zquser'}]
+    return self._try(user) != self._try(user, prompt=True)
 
 
 def span_of(traced: chat.Traced, k: int) -> tuple[int | None, int | None]:

@@ -180,15 +180,13 @@ class _View:
     before a turn otherwise once the turn follows (without a line break, say), and opens the turn
     itself in the same way."""
     messages, tools = self._messages, self._tools
-    history = self._dialect._try(messages[:k], tools)
     start = self._dialect.trace(messages[: k + 1], tools).starts[k]
-    if not history or start is None or not before.startswith(history):
-      return None
-    opening = before[len(history) :]
-    if not whole.startswith(opening, start):
+    opening = self._dialect.opening(messages[:k], tools, before)
+    if start is None or opening is None or not whole.startswith(opening, start):
       return None
     start += len(opening)
-    return start if self._holds_message(k, start, len(whole), whole) else None
+    known = opening or self._holds_message(k, start, len(whole), whole)
+    return start if known else None
 
   def _proposed(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
     """Spans as the trace proposes them, where what was checked confirms each; else None."""
@@ -207,7 +205,7 @@ class _View:
       if not self._holds_message(k, begin, end):
         # What the template changes in a message it may also move to another place.
         extra += 1
-        if extra > _MOST_CHECKED or self._check(k) != opens[k]:
+        if extra > _MOST_CHECKED or not opens[k] or self._check(k) != opens[k]:
           return None
       found.append((begin, end))
     return tuple(found)
