@@ -87,7 +87,6 @@ def test_what_became_of_rows_is_logged_once_and_goes_into_the_manifest(tmp_path,
   text = caplog.text
   assert text.count('1 of 23 rows left out') == 1 and 'train.jsonl:21: ' in text
   assert '2 truncated (9.1%)' in text and 'columns not read: id (1 rows)' in text
-  n = data.mixture.rows_per_epoch
   assert 'token utilization' not in text  # of one source the summary of the run says it
   found = json.loads(json.dumps(data.counts()))
   assert found['data 0']['bad'] == 1 and found['data 0']['rows'] == 23
