@@ -69,6 +69,13 @@ def test_rollout_speed(script, model, capfd):
   assert row['tokens'] == 16 * 128 and row['tokens_per_s'] > 0
 
 
+def test_tokenize_speed(script, model, capfd):
+  settings = [f'--model={model}', '--rows=40', '--rounds=1']
+  script('benchmarks', 'tokenize_speed', *settings)['main']()
+  found = lines(capfd.readouterr().out)
+  assert len(found) == 3 and all(row['seconds'] > 0 for row in found[:2]), found
+
+
 def test_trl_parity(script, model, tmp_path, capsys):
   rows = write(tmp_path / 'rows.jsonl', made.sums(40))
   ours = tmp_path / 'ours.json'

@@ -31,8 +31,8 @@ def judged(kind, values):
   return [row | {key: value} for row, value in zip(rows, values, strict=True)]
 
 
-KTO = dict(dpo__loss='kto', seq_len=128)
-SCORES = {'reward_model__objective': 'scores'}
+KTO = dict(dpo__loss='kto', seq_len=128, batch_size=2)
+SCORES = {'reward_model__objective': 'scores', 'batch_size': 2}
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_evaluation_on_the_training_examples_is_told(algorithm, tmp_path, caplog
 
 def test_a_single_example_is_told(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
-    data_check.check(run(tmp_path, 'sft', made.sums(2)))
+    data_check.check(run(tmp_path, 'sft', made.sums(2), batch_size=1))
     assert not caplog.records
-    data_check.check(run(tmp_path, 'sft', made.sums(1)))
+    data_check.check(run(tmp_path, 'sft', made.sums(1), batch_size=1))
   assert 'one example alone' in caplog.text
 
 

@@ -486,7 +486,8 @@ def test_answers_that_cannot_be_compared_are_found_before_training(
   tmp_path, train, evaluation, error, told
 ):
   with pytest.raises(error, match=told):
-    source_of(tmp_path, train, evaluation, **{'rollout.rewards': 'math:symbolic=off'})
+    settings = {'rollout.rewards': 'math:symbolic=off', 'batch_size': 1}
+    source_of(tmp_path, train, evaluation, **settings)
 
 
 def test_a_reward_that_always_raises_ends_the_run(tmp_path, monkeypatch, caplog):
