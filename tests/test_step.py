@@ -192,7 +192,7 @@ def test_noise_on_embeddings_has_the_published_size():
 
 
 @pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion', 'muon', 'sgd'])
-@pytest.mark.parametrize('micro', [1, 4])
+@pytest.mark.parametrize('micro', [pytest.param(1, marks=pytest.mark.full), 4])
 def test_bfloat16_parameters_train(ragged, name, micro):
   """The state keeps its dtypes over steps, with every optimizer, and the loss falls."""
   c = config.default()
