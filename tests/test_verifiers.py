@@ -417,7 +417,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, schema):
   math_answers.can_do_symbols.cache_clear()
   try:
     for name, text in (('regex', 'b+'), ('json_schema', schema), ('math', 'symbolic=on')):
-      with pytest.raises(ConfigError, match=r'ftjax\[rewards\]'):
+      with pytest.raises(ConfigError, match=r"pip install '\.\[rewards\]'"):
         build(name, text)
     m = build('math', '')
     assert not m.isolated and m.score('\\boxed{\\frac{4}{2}}', '', '2') == 1
