@@ -94,9 +94,14 @@ class PromptData:
     return self.sources[row.source].rows[row.examples[0]]
 
   def tell(self) -> None:
-    """Logs a line on each source."""
+    """Logs a line on each source that the summary of the run does not say all of."""
+    several = len(self.sources) > 1
     for found in self.sources:
-      log.info('%s: %d prompts, %d longer ones dropped', found.name, len(found.rows), found.dropped)
+      if several or found.dropped:
+        log.info(
+          '%s: %d prompts, %d left out that are too long for seq_len',
+          *(found.name, len(found.rows), found.dropped),
+        )
 
 
 def _log_source(corpus: cache.Corpus, schedule: SourceSchedule | None) -> None:

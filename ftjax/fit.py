@@ -294,8 +294,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
 
   def write_rollout(step, values):
     writer.write(step, 'rollout', values)
-    for warning in s.console.rollout(step, values):
-      log.warning(warning)
+    s.console.rollout(values)
 
   def meta(step):
     return {

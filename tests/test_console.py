@@ -118,7 +118,7 @@ def test_the_bar_shows_what_counts_for_the_algorithm(headline, row, bar):
 def test_the_bar_of_rollouts_shows_their_reward_not_the_loss():
   c = Console(REWARDS)
   assert c.bar(values(0.1)) == {}
-  assert c.rollout(1, {'reward': 0.25, 'reward_std': 0.1, 'length': 9.5}) == []
+  c.rollout({'reward': 0.25, 'length': 9.5})
   assert c.bar(values(0.1)) == {'reward': '0.2500', 'length': '9.5000'}
 
 
@@ -178,16 +178,6 @@ def test_nan_is_never_the_best():
   assert 'best 1.0000 at step 20' in found[2][0]
 
 
-@pytest.mark.parametrize('reward', [0.0, 1.0, -0.5])
-def test_flat_rewards_are_warned_of(reward):
-  c = Console(REWARDS)
-  rows = [{'reward': reward, 'reward_std': s} for s in (0.0, 0.0, 0.1, 0.0, 0.0, 0.0, 0.0)]
-  told = [text for i, row in enumerate(rows, 1) for text in c.rollout(i, row)]
-  assert len(told) == 1 and told[0].startswith('step 6')
-  for part in (f'{reward:.4g}'[:3], 'last 3 rollouts', 'rollout.rewards', 'rollouts/*.jsonl'):
-    assert part in told[0]
-
-
 def test_a_spike_of_the_loss_is_warned_of_once():
   c = Console(Headline())
   losses = [2 - i / 50 + 0.05 * (-1) ** i for i in range(50)] + [9.0, 8.0, *[1.0] * 9]
@@ -244,8 +234,8 @@ def test_the_end_tells_the_best_step_and_the_final_figures():
 
 def test_the_end_of_rollouts_tells_the_reward():
   c = Console(REWARDS)
-  for i, reward in enumerate((-0.9, -0.5, 0.25), 1):
-    c.rollout(i, {'reward': reward, 'reward_std': 0.1})
+  for reward in (-0.9, -0.5, 0.25):
+    c.rollout({'reward': reward})
   assert c.final() == 'reward 0.2500 (first -0.9000)'
   assert Console(Headline()).final() == ''  # exported again, without a step
 

@@ -84,6 +84,18 @@ def test_no_signal_in_any_group_is_warned_of(caplog):
   assert 'all completions of a prompt had the same reward' in text and 'rollout.group' in text
 
 
+@pytest.mark.parametrize('value', [0.0, 1.0, -0.5])
+def test_a_reward_that_never_differs_is_warned_of_once(caplog, value):
+  """Also where several parts are constant: the flat groups say it."""
+  flat = scores({'math': [value] * 4, 'length': [-1.0] * 4})
+  see(alarms(), *[flat] * 12)
+  [text] = told(caplog)
+  assert 'the last 5 rollouts' in text and f'(mean {value - 1:g})' in text
+  caplog.clear()
+  see(alarms(), *[flat] * 5, scores({'math': [value] * 4, 'length': [-1, -2, -3, -4]}))
+  assert 'reward math was' in told(caplog)[-1]  # as soon as another part differs
+
+
 def test_redraws_that_were_not_enough_are_told_once(caplog):
   watch = alarms()
   with caplog.at_level(logging.WARNING):

@@ -219,6 +219,17 @@ def is_a_number(completions): return 1.0
 async def never_ends(completions):
   return {1.0, 2.0}
 def positional(completions, /): return [1.0, 1.0]
+def is_huge(completions): return [10**400] * 2
+def has_lines(completions): raise RuntimeError('first\\nsecond\\x1b[31m')
+def logs_nan(completions, log_extra):
+  log_extra('margin', [float('nan'), float('-inf')])
+  return [1, 2]
+def logs_too_few(completions, log_extra):
+  log_extra('margin', [1.0])
+  return [1, 2]
+def logs_a_known_name(completions, log_extra):
+  log_extra('reward', [1.0, 2.0])
+  return [1, 2]
 """
 
 
@@ -238,6 +249,7 @@ def run(name, **values):
    ('is_a_text', "returned str '12'"), ('is_bytes', 'returned bytes'),
    ('holds_texts', "returned '1' for completion 0"), ('is_a_matrix', r'the shape \(2, 1\)'),
    ('is_nested', 'for completion 0'), ('is_a_number', 'returned float'),
+   ('is_huge', 'returned .10000+'),
    ('generates_too_few', '1 scores for 2 completions'), ('never_ends', 'returned set')],
 )  # fmt: skip
 def test_what_is_no_list_of_numbers_is_refused(others, name, match):
@@ -250,6 +262,22 @@ def test_forms_of_results_that_are_taken(others):
   assert run('nothing') == [None, None]
   with pytest.raises(reward_worker.Wrong, match='taken by name'):
     run('positional')
+
+
+def test_a_failure_is_one_line(others):
+  with pytest.raises(reward_worker.Failed) as error:
+    run('has_lines')
+  assert str(error.value).startswith('RuntimeError: first⏎second [31m (')
+
+
+def test_extra_columns_are_json_and_never_vanish(others):
+  """Samples are JSON lines, which have no NaN."""
+  function = reward_worker.Function('other_rewards:logs_nan')
+  found = function.run({'completions': ['a', 'b']}, 2, {})
+  assert found['extra'] == {'margin': ['nan', '-inf']}
+  for name, match in (('logs_too_few', '1 values for 2'), ('logs_a_known_name', 'rename it')):
+    with pytest.raises(reward_worker.Failed, match=match):
+      run(name)
 
 
 def test_text_prompts_come_as_texts_and_our_own_names_stay(others):

@@ -417,7 +417,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, schema):
   math_answers.can_do_symbols.cache_clear()
   try:
     for name, text in (('regex', 'b+'), ('json_schema', schema), ('math', 'symbolic=on')):
-      with pytest.raises(ConfigError, match=r'ftjax\[rewards\]'):
+      with pytest.raises(ConfigError, match=r"pip install '\.\[rewards\]'"):
         build(name, text)
     m = build('math', '')
     assert not m.isolated and m.score('\\boxed{\\frac{4}{2}}', '', '2') == 1
@@ -488,6 +488,9 @@ SAME = [
   ('5', '5\\ \\text{cm}'),
   ('5', '5~\\text{cm}'),
   ('5 cm', '5\\,\\mathrm{centimeters}'),
+  ('12:00 PM', '12:00\\text{ p.m.}'),
+  ('10 a.m.', '10\\text{ AM}'),
+  ('3 pm', '3\\ \\text{PM}'),
   ('5', '5 inches'),
   ('12', '12\\text{ cm}^2'),
   ('12 square feet', '12\\text{ ft}^{2}'),
@@ -556,6 +559,9 @@ DIFFERENT = [
   ('5 cm', '5\\text{ m}'),
   ('5 cm', '5\\text{ cm}^2'),
   ('90^\\circ', '90\\text{ radians}'),
+  ('12:00 PM', '12:00\\text{ AM}'),
+  ('3 p.m.', '3 a.m.'),
+  ('7:30 am', '7:30 PM'),
   ('5', '5x'),
   ('5', '5\\text{ or 6}'),
   ('20 dollars', '20 cents'),

@@ -391,15 +391,6 @@ def unread(row: Mapping, form: str) -> set[str]:
   return {str(k) for k, v in row.items() if v is not None and k not in known}
 
 
-def parse_prompt(messages: list) -> list[dict[str, Any]]:
-  """Checks the messages of a conversation that the assistant answers next.
-
-  Raises:
-    ValueError: a message that cannot be used.
-  """
-  return list(chat({}, [Part('messages', messages)]).messages)
-
-
 # Columns that may hold messages, which CSV has as JSON text; columns whose empty cell is no null.
 _CELLS_WITH_MESSAGES = ('prompt', 'completion', 'chosen', 'rejected')
 _REQUIRED = frozenset(k for f in _FORMATS.values() for k in f.keys) | {'chosen', 'rejected'}

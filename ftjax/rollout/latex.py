@@ -56,6 +56,7 @@ _SPELLINGS = tuple(
     (r'\\r(?:brace)(?![A-Za-z])', r'\\}'),
     (r'\\(?:mathbf|mathrm|boldsymbol|bm)\{([A-Za-z0-9.]{1,60})\}(?=.)', r'\1'),
     (r'\s?percent$', '%'),
+    (r'(?<=[0-9])\s?([AaPp])\.\s?([Mm])\.?$', r' \1\2'),
     (r'\\varnothing(?![A-Za-z])', r'\\emptyset'),
     (rf'(?<=[0-9]){_WORD.format("thousand")}$', r' \\times 10^{3}'),
     (rf'(?<=[0-9]){_WORD.format("million")}$', r' \\times 10^{6}'),
@@ -140,6 +141,8 @@ _UNITS = {
     'month months',
     'year years',
     'degree degrees deg',
+    'am AM a.m A.M',  # `_name` takes off the last point
+    'pm PM p.m P.M',
     'radian radians rad',
     'dollar dollars',
     'cent cents',

@@ -74,9 +74,6 @@ class RewardAlarms:
     self._count_failed(
       {'': bool(np.isnan(scores.total).all())}, {'': 'every reward returned None'}, number
     )
-    for i, name in enumerate(scores.names):
-      if self._weights[name] and not failed[name]:
-        self._see_constant(name, scores.parts[:, i])
     groups = np.nan_to_num(scores.total).reshape(-1, group)
     is_flat = group > 1 and bool((groups.min(1) == groups.max(1)).all())
     self._flat = self._flat + 1 if is_flat else 0
@@ -87,6 +84,9 @@ class RewardAlarms:
         'add a reward that tells completions apart, or raise rollout.group or rollout.temperature',
         *(_FLAT_ROLLOUTS, scores.metrics()['reward'], number),
       )
+    for i, name in enumerate(scores.names):
+      if self._weights[name] and not failed[name]:
+        self._see_constant(name, scores.parts[:, i], is_flat)
 
   def _count_failed(
     self, failed: Mapping[str, bool], reasons: Mapping[str, str], number: int
@@ -101,7 +101,8 @@ class RewardAlarms:
           f'{self._max_failed} is the number of such rollouts that ends a run, 0 for never'
         )
 
-  def _see_constant(self, name: str, values: np.ndarray) -> None:
+  def _see_constant(self, name: str, values: np.ndarray, is_flat: bool) -> None:
+    """is_flat: no group of the rollout has variance, which is warned of by itself."""
     known = values[~np.isnan(values)]
     if not len(known) or known.min() != known.max():
       self._constant.pop(name, None)
@@ -110,7 +111,7 @@ class RewardAlarms:
     if name in self._constant and self._constant[name][0] == value:
       count += self._constant[name][1]
     self._constant[name] = value, count
-    if count == _FLAT_ROLLOUTS and self._once(f'constant {name}'):
+    if count >= _FLAT_ROLLOUTS and not is_flat and self._once(f'constant {name}'):
       log.warning(
         'reward %s was %.6g for every completion of the last %d rollouts: it gives no signal',
         *(name, value, count),

@@ -16,6 +16,8 @@ GIVEN = (
   'token_counts',
   'is_truncated',
 )
+# Columns of every sample row.
+SAMPLE_KEYS = ('prompt', 'completion', 'reward', 'parts', 'truncated')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,6 @@ def sample_rows(batch: Batch, scores: Scores, count: int) -> list[dict[str, Any]
     *parts, total = known
     row = {'prompt': batch.prompts[i], 'completion': batch.completions[i], 'reward': total}
     row |= {'parts': dict(zip(scores.names, parts, strict=True))}
-    row |= {name: values[i] for name, values in scores.extra.items() if name not in row}
+    row |= {name: values[i] for name, values in scores.extra.items()}
     rows.append(row | {'truncated': batch.is_truncated[i]})
   return rows

@@ -30,6 +30,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ftjax.rollout import verifiers
+from ftjax.rollout.reward_batch import SAMPLE_KEYS
+from ftjax.runtime.console import visible
 
 _LARGEST_FLOAT32 = 3.4028234e38
 # Seconds beyond the parent's limit at which the kernel ends an orphan that hangs in C.
@@ -51,7 +53,7 @@ def _call(function: Callable, *args: Any) -> Any:
   except Exception as error:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = f'{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})'
-    raise Failed(text[:500]) from error
+    raise Failed(visible(text, 500)) from error
 
 
 # What TRL's trainer passes beside the columns, and we make here.
@@ -97,7 +99,7 @@ class Function:
     provided = {
       _STATE: types.SimpleNamespace(**state),
       'log_metric': lambda name, value: logged.setdefault(str(name), []).append(float(value)),
-      'log_extra': lambda name, column: extra.update({str(name): list(column)}),
+      'log_extra': lambda name, column: extra.update({str(name): _column(name, column, n)}),
     }
     given = dict(values) | {k: provided[k] for k in self._provided}
     scores = _scores(_call(lambda: _result(self._call, given)), n)
@@ -105,7 +107,7 @@ class Function:
     return {
       'scores': scores,
       'metrics': {k: v for k, v in means.items() if math.isfinite(v)},
-      'extra': {k: v for k, v in extra.items() if len(v) == n},
+      'extra': extra,
     }
 
 
@@ -157,12 +159,25 @@ def _scores(result: Any, n: int) -> list[float | None]:
   return [_score(value, i) for i, value in enumerate(values)]
 
 
+def _column(name: Any, values: Iterable, n: int) -> list:
+  """Returns what a function gives to log_extra as a column of the samples, where JSON has no NaN.
+
+  Raises ValueError inside the function: another length, or a column that the samples have.
+  """
+  column = list(values)
+  if len(column) != n:
+    raise ValueError(f'log_extra({name!r}): {len(column)} values for {n} completions')
+  if name in SAMPLE_KEYS:
+    raise ValueError(f'log_extra({name!r}): the samples have a column of that name; rename it')
+  return [str(x) if isinstance(x, float) and not math.isfinite(x) else x for x in column]
+
+
 def _score(value: Any, i: int) -> float | None:
   if value is None:
     return None
   try:
     score = None if isinstance(value, (str, bytes)) else float(value)
-  except (TypeError, ValueError, RuntimeError):
+  except (TypeError, ValueError, RuntimeError, OverflowError):
     score = None
   if score is None:
     raise Wrong(f'returned {str(value)[:80]!r} for completion {i}; expected a number or None')

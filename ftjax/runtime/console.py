@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _RISING = 3  # evaluations in a row worse than the best that are warned of
-_FLAT = 3  # rollouts in a row whose completions all had one reward that are warned of
 _ZEROS = 5  # steps in a row with a loss of exactly 0 that are warned of
 _WINDOW = 32  # steps that a loss is compared with
 _LABEL = 10  # width of the labels of a block
@@ -294,8 +293,8 @@ class Console:
     else:
       why = 'nothing in the batch is supervised; look at it with python -m ftjax.preview'
     return [
-      f'step {done}: no signal, the weights stay as they are ({values["no_signal"]} such steps so '
-      f'far): {why}'
+      f'step {done}: no signal, the weights stay as they are (steps without signal so far: '
+      f'{values["no_signal"]}): {why}'
     ]
 
   def not_finite(self, done: int, values: Mapping[str, float], limit: int) -> str:
@@ -307,23 +306,11 @@ class Console:
       'the run)'
     )
 
-  def rollout(self, step: int, values: Mapping[str, float]) -> list[str]:
-    """Takes the metrics of every rollout; returns warnings."""
-    own = {k: v for k, v in values.items() if k in self.headline.bar}
-    self.state['rollout'] = own
-    if 'reward' not in values:
-      return []
-    self.state.setdefault('first_reward', values['reward'])
-    is_flat = values.get('reward_std') == 0
-    flat = self.state['flat'] = self.state.get('flat', 0) + 1 if is_flat else 0
-    if flat != _FLAT:
-      return []
-    return [
-      f'step {step}: every completion of the last {flat} rollouts had the same reward, '
-      f'{figure("reward", values["reward"])}: there is nothing to learn from. Read the completions '
-      'in rollouts/*.jsonl of the workdir, and check rollout.rewards, the answers in data.train '
-      'and rollout.max_tokens'
-    ]
+  def rollout(self, values: Mapping[str, float]) -> None:
+    """Takes the metrics of every rollout."""
+    self.state['rollout'] = {k: v for k, v in values.items() if k in self.headline.bar}
+    if 'reward' in values:
+      self.state.setdefault('first_reward', values['reward'])
 
   # Evaluations.
 
