@@ -456,7 +456,7 @@ def test_without_the_extra_a_path_names_it(package, bucket):
     f'files.probe({RUN!r})'
   )
   ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
-  assert ran.returncode and 'ConfigError' in ran.stderr and "'ftjax[gcs]'" in ran.stderr
+  assert ran.returncode and 'ConfigError' in ran.stderr and "'.[gcs]'" in ran.stderr
 
 
 def test_local_paths_import_nothing_of_google(tmp_path):

@@ -231,7 +231,7 @@ def test_what_the_gpu_kernel_cannot_take_is_told(
   assert attention.kernel(problem) == 'blocked'
   for queries in (8192, 4096):  # once, for all shapes
     attention._tell('blocked', dataclasses.replace(problem, queries=queries, keys=queries))
-  assert caplog.text.count('kernels/blocked.py') == 1 and why in caplog.text
+  assert caplog.text.count('kernel on gpu: blocked') == 1 and why in caplog.text
 
 
 def test_memory_of_the_blocked_kernel_grows_with_the_row():

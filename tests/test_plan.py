@@ -31,7 +31,7 @@ from ftjax.runtime.errors import ConfigError
 from ftjax.trainer import Trainer
 
 needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec('libtpu') is None, reason='needs libtpu: pip install ftjax[plan]'
+  importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install '.[plan]'"
 )
 
 

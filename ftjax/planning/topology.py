@@ -164,7 +164,7 @@ def devices(topology: Topology) -> Sequence:
       name = f'{topology.kind}:{"x".join(map(str, shape))}'
       found = topologies.get_topology_desc(platform='tpu', topology_name=name, **extra)
   except Exception as error:  # libtpu raises many kinds
-    package = 'ftjax[plan]' if platform == 'tpu' else 'jax[cuda13]'
+    package = 'libtpu' if platform == 'tpu' else 'jax[cuda13]'
     raise ConfigError(
       f'--topology={topology.name}: the compiler gives no such devices '
       f'({str(error).splitlines()[0][:300]}); is {package} installed, and is this a shape that '
