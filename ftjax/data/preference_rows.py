@@ -108,10 +108,6 @@ def _common_beginning(row: Mapping, chosen: str, rejected: str) -> int:
   return end
 
 
-def _as_list(value: Any, key: str) -> list:
-  return [value] if isinstance(value, Mapping) else read_list({key: value}, key)
-
-
 def _without_prompt(row: Mapping, chosen: Any, rejected: Any) -> tuple[Answer, Answer]:
   """Sides that hold their prompt: dialogues, texts or lists of messages with the same beginning."""
   if isinstance(chosen, str) and isinstance(rejected, str):
