@@ -19,7 +19,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.rollout.transcript import Transcripts
 
 # Columns that the prompt of a row was rendered with, and is again.
-_AGAIN = ('tools', 'chat_template_kwargs')
+_AGAIN = ('tools', 'functions', 'chat_template_kwargs')
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):

@@ -61,6 +61,7 @@ FIELDS = {
   'system as a column': ([USER], {'system': 'Be brief.'}),
   'tools': ([USER], {'tools': [WEATHER, CLOCK]}),
   'tools as text': ([USER], {'tools': json.dumps([WEATHER, CLOCK])}),
+  'tools as functions': ([USER], {'functions': [WEATHER['function'], CLOCK['function']]}),
   'style': ([USER], {'chat_template_kwargs': {'style': 'dry'}}),
   'style as text': ([USER], {'chat_template_kwargs': '{"style": "dry"}'}),
   'call': ([USER, call(tool_calls=CALLS), RESULT], {'tools': [WEATHER]}),

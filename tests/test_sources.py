@@ -444,3 +444,17 @@ def test_two_columns_of_one_name(tmp_path):
     out.write_table(table)
   with pytest.raises(DataError, match='two columns have one name'):
     read(tmp_path / 'a.arrow')
+
+
+def test_shards_with_a_hash_in_their_name_belong_to_the_whole_split(tmp_path):
+  folder = tmp_path / 'data'
+  folder.mkdir()
+  for split in ('train_sft', 'train_gen', 'test_sft'):
+    name = f'{split}-00000-of-00001-a3ecf92756993583.jsonl'
+    (folder / name).write_text('{"text": "a"}\n')
+  with pytest.raises(DataError, match="'test_sft', 'train_gen', 'train_sft'"):
+    sources.list_files(sources.Spec(str(tmp_path)))
+  (file,) = sources.list_files(sources.Spec(f'{tmp_path}:train_sft'))
+  assert file.name.startswith('train_sft-')
+  with pytest.raises(DataError, match="no split 'train'"):
+    sources.list_files(sources.Spec(f'{tmp_path}:train'))

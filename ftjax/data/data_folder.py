@@ -24,7 +24,8 @@ _SPLITS = {
   'eval': 'eval', 'evaluation': 'eval',
   'holdout': 'holdout', 'heldout': 'holdout',
 }  # fmt: skip
-_SHARD = re.compile(r'(.+)-\d+-of-\d+')
+# As `datasets` names shards: earlier versions put a hash behind the count.
+_SHARD = re.compile(r'(.+)-\d+-of-\d+(?:-[0-9a-f]{16})?')
 
 # What a folder of data may hold and we cannot read: left out silently it would be missing.
 _DATA_LIKE = {*KINDS, *COMPRESSIONS, ARCHIVE, '.tar', '.7z', '.feather', '.orc'} - {'.txt'}

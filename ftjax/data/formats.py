@@ -15,7 +15,7 @@ from ftjax.data import messages as messages_lib
 from ftjax.data.messages import looks_like_messages, parse_json, read_list, read_text
 
 # Columns that belong to any conversation, wherever its messages stand.
-SHARED = ('system', 'tools', 'chat_template_kwargs')
+SHARED = ('system', 'tools', 'functions', 'chat_template_kwargs')
 
 # The prompt layout published with the Alpaca data.
 _ALPACA_WITH_INPUT = (
@@ -82,14 +82,24 @@ class Part(NamedTuple):
 
 
 def _tools(row: Mapping) -> tuple[dict, ...] | None:
-  """The functions a row offers: a list, or a string with the list as JSON."""
-  value = row.get('tools')
+  """The functions a row offers: a list, or a string with the list as JSON. `functions` is OpenAI's
+  older column, whose entries are what `tools` has under 'function'."""
+  found = {key: _list_of_objects(row, key) for key in ('tools', 'functions')}
+  if all(found.values()):
+    raise ValueError("both 'tools' and 'functions'; keep one of them")
+  if found['functions']:
+    return tuple({'type': 'function', 'function': f} for f in found['functions'])
+  return found['tools']
+
+
+def _list_of_objects(row: Mapping, key: str) -> tuple[dict, ...] | None:
+  value = row.get(key)
   if isinstance(value, str) and value.strip():
-    value = parse_json(value, 'tools', 'a list of functions')
+    value = parse_json(value, key, 'a list of functions')
   if not value or isinstance(value, str):
     return None
   if not isinstance(value, list) or not all(isinstance(t, dict) for t in value):
-    raise ValueError("'tools' is no list of objects")
+    raise ValueError(f'{key!r} is no list of objects')
   return tuple(value)
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ON_OVERLENGTH = ('error', 'drop')
 # Of the row's prompt, but wanted again where the row is written anew with another answer.
-_KEPT = ('tools', 'chat_template_kwargs')
+_KEPT = ('tools', 'functions', 'chat_template_kwargs')
 
 
 @dataclasses.dataclass(frozen=True)
