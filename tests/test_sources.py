@@ -167,7 +167,7 @@ def test_nothing_there(tmp_path):
 
 def test_hub_name_without_datasets(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'datasets', None)
-  with pytest.raises(ConfigError, match=r'ftjax\[datasets\]'):
+  with pytest.raises(ConfigError, match=r'\.\[datasets\]'):
     list(sources.rows(Spec('org/name:test')))
 
 
