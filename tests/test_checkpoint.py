@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import files
+from ftjax.runtime import files, snapshots
 from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import DataError
 from ftjax.training.state import create
@@ -242,6 +242,23 @@ def test_a_missing_step_is_told_with_those_that_are_there(opened, tmp_path):
   half_written(folder, '7.orbax-checkpoint-tmp', folder / '2')
   with pytest.raises(DataError, match=r'step 7 is not a finalized checkpoint; there are \[1, 2\]'):
     c.restore(7, abstract(state_of()))
+
+
+@pytest.mark.parametrize('kept', [0, 50])
+def test_arrays_that_are_damaged_are_told_with_the_folder_to_remove(opened, tmp_path, kept):
+  c = opened()
+  save(c, 1)
+  save(c, 2)
+  state = tmp_path / 'checkpoints' / '2' / 'state'
+  for path in state.rglob('d/*'):
+    path.write_bytes(path.read_bytes()[:kept])
+  with pytest.raises(DataError, match='checkpoints/2') as error:
+    c.restore(2, abstract(state_of()))
+  assert 'Remove that folder to go on from step 1' in str(error.value)
+  assert len(str(error.value)) < 700 + len(str(tmp_path))
+  wanted = {'params': abstract(state_of()).params}
+  with pytest.raises(DataError, match=r'checkpoints/2/state cannot be read'):
+    snapshots.read(str(tmp_path), 2, wanted)
 
 
 def test_a_state_of_another_shape_is_refused(opened):

@@ -15,7 +15,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ftjax.runtime import files, peers
+from ftjax.runtime import files, peers, snapshots
 from ftjax.runtime.errors import DataError, attempt, caught
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class Checkpoints:
     of any mesh).
 
     Raises:
-      DataError: the step is not there, or its tree or shapes are others.
+      DataError: the step is not there or damaged, or its tree or shapes are others.
     """
     if step not in (have := self.steps()):
       raise DataError(
@@ -168,10 +168,19 @@ class Checkpoints:
     try:
       args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
       return self._manager.restore(step, args=args)['state']
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:
+      place = f'{self._manager.directory}/{step}'
+      if reason := snapshots.damage(error):
+        older = [s for s in have if s < step]
+        then = f'go on from step {older[-1]}' if older else 'begin anew'
+        raise DataError(
+          f'{place} is damaged ({reason}). Remove that folder to {then}, or give another --workdir'
+        ) from error
+      if not isinstance(error, (ValueError, KeyError, TypeError)):
+        raise
       raise DataError(
-        f'{self._manager.directory}/{step}: the saved state is not of this config (model, '
-        f'optim.name, optim.freeze, optim.ema_decay?): {str(error)[:500]}'
+        f'{place}: the saved state is not of this config (model, optim.name, optim.freeze, '
+        f'optim.ema_decay?): {str(error)[:500]}'
       ) from error
 
   def meta(self, step: int) -> dict[str, Any]:

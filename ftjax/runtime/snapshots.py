@@ -15,6 +15,8 @@ from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
 
 _AT = re.compile(r'(.+)@(\d+|last|best)')
+# Of TensorStore: a file is shorter than it was, of other content, or gone.
+_DAMAGE = re.compile(r'\b(?:OUT_OF_RANGE|DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION): ')
 _INDEXES = ('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA')
 
 
@@ -118,12 +120,22 @@ def read(workdir: str, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       return checkpointer.restore(_absolute(place), args=args)
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except Exception as error:
+    if not (damage(error) or isinstance(error, (OSError, ValueError, KeyError, TypeError))):
+      raise
     if not files.exists(place):
       raise DataError(
         f'{place} is gone: the run removed it (checkpoint.keep) while it was read'
       ) from error
-    raise DataError(f'{place} cannot be read: {str(error)[:500]}') from error
+    raise DataError(f'{place} cannot be read: {damage(error) or str(error)[:500]}') from error
+
+
+def damage(error: Exception) -> str:
+  """Returns what TensorStore found wrong with an array's file; '' for any other error. Orbax wraps
+  it in a bare Exception, at times, and adds pages of JSON.
+  """
+  text = str(error.__cause__ or error)
+  return text.partition(' [tensorstore_spec')[0][:300] if _DAMAGE.search(text) else ''
 
 
 def shapes(workdir: str, step: int) -> dict[str, Any]:
