@@ -62,6 +62,7 @@ FIELDS = {
   'tools': ([USER], {'tools': [WEATHER, CLOCK]}),
   'tools as text': ([USER], {'tools': json.dumps([WEATHER, CLOCK])}),
   'tools as functions': ([USER], {'functions': [WEATHER['function'], CLOCK['function']]}),
+  'tools as functions in the newer form': ([USER], {'functions': [WEATHER, CLOCK]}),
   'style': ([USER], {'chat_template_kwargs': {'style': 'dry'}}),
   'style as text': ([USER], {'chat_template_kwargs': '{"style": "dry"}'}),
   'call': ([USER, call(tool_calls=CALLS), RESULT], {'tools': [WEATHER]}),

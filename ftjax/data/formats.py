@@ -88,7 +88,9 @@ def _tools(row: Mapping) -> tuple[dict, ...] | None:
   if all(found.values()):
     raise ValueError("both 'tools' and 'functions'; keep one of them")
   if found['functions']:
-    return tuple({'type': 'function', 'function': f} for f in found['functions'])
+    return tuple(
+      f if 'function' in f else {'type': 'function', 'function': f} for f in found['functions']
+    )
   return found['tools']
 
 
