@@ -231,8 +231,8 @@ def test_arguments_are_put_into_the_form_that_is_printed(form, wrapped):
     assert unrendered(chat, template) == ()
 
 
-def test_arguments_that_are_no_json_stay_and_empty_ones_are_an_object():
-  for given, printed in (('', '{}'), ('{}', '{}'), ('not json', '"not json"'), ('[1]', '"[1]"')):
+def test_empty_arguments_are_an_object():
+  for given, printed in (('', '{}'), ('{}', '{}')):
     call = {'function': {'name': 'f', 'arguments': given}}
     chat = Chat((USER, {'role': 'assistant', 'content': '', 'tool_calls': [call]}))
     assert f'"arguments": {printed}}}' in text_of(chat, QWEN25)
@@ -312,3 +312,23 @@ def test_one_reason_a_line():
     'messages[1].tool_calls, tools[0]'
   )
   assert spans.turns(Chat((USER, ANSWER)), 'assistant') == [1]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'reason'),
+  [
+    ('{"a": 1, "a": 2}', "key 'a' twice"),
+    ('{"a": {"b": 1, "b": 1}}', "key 'b' twice"),
+    ('[1, 2]', 'is no JSON object'),
+    ('not json', 'is no JSON object'),
+    ('{"a": ', 'is no JSON object'),
+  ],
+)
+def test_arguments_that_have_no_form_are_refused(arguments, reason):
+  call = {'type': 'function', 'function': {'name': 'add', 'arguments': arguments}}
+  messages = (
+    {'role': 'user', 'content': 'q'},
+    {'role': 'assistant', 'content': '', 'tool_calls': [call]},
+  )
+  (found,) = encode.encode([Chat(messages)], make(QWEN25), 'assistant')
+  assert isinstance(found, Bad) and reason in found.reason

@@ -170,6 +170,13 @@ def test_the_older_function_call_is_a_tool_call(call):
   assert found[2] == {'role': 'tool', 'name': 'f', 'content': '2'}
 
 
+def test_a_bare_call_gets_the_form_of_the_others():
+  call = {'name': 'f', 'arguments': {'a': 1}, 'id': 'c1'}
+  found = parse({'messages': [U(), A(None, tool_calls=[call])]}, 'messages', True).messages
+  function = {'name': 'f', 'arguments': {'a': 1}}
+  assert found[1]['tool_calls'] == [{'type': 'function', 'function': function, 'id': 'c1'}]
+
+
 @pytest.mark.parametrize('key', ['reasoning_content', 'reasoning', 'thinking'])
 def test_reasoning_has_three_names(key):
   found = parse({'messages': [U(), A('a', **{key: 'why'})]}, 'messages', True)

@@ -164,7 +164,11 @@ class Dialect:
     return 'any' if shown[0] == shown[1] else 'function' if shown[0] > shown[1] else 'bare'
 
   def translate(self, messages: Messages, tools: Tools) -> tuple[list[Mapping[str, Any]], Tools]:
-    """Returns the conversation in the form that the template renders; what fits stays as it is."""
+    """Returns the conversation in the form that the template renders; what fits stays as it is.
+
+    Raises:
+      ValueError: arguments of a tool call that have no such form.
+    """
     out = [
       self._message(m)
       if len(m) > 2 or m['role'] == 'developer'  # else: role and content alone
@@ -344,7 +348,13 @@ def _convert_call(call: Any, form: str) -> Any:
   arguments = call.get('arguments')
   if form == 'object' and isinstance(arguments, str):
     found = sentinels.as_object(arguments)
-    return call if found is None else {**call, 'arguments': found}
+    if found is None:
+      shown = arguments if len(arguments) <= 60 else f'{arguments[:57]}...'
+      raise ValueError(
+        f'the arguments of the tool call {call.get("name")!r} are {shown!r}, which is no JSON '
+        'object, and the chat template renders an object'
+      )
+    return {**call, 'arguments': found}
   if form == 'text' and isinstance(arguments, Mapping):
     return {**call, 'arguments': json.dumps(arguments, ensure_ascii=False)}
   return call

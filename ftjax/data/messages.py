@@ -129,7 +129,17 @@ def _tool_calls(message: dict[str, Any], place: str) -> list[Any] | None:
     return _function_calls(old, place)
   if calls and not (isinstance(calls, list) and all(isinstance(c, Mapping) for c in calls)):
     raise ValueError(f"{place}: 'tool_calls' is no list of objects")
-  return calls or None
+  return [_wrapped(c) for c in calls] if calls else None
+
+
+def _wrapped(call: Mapping) -> Mapping:
+  """A call `{"name": ..., "arguments": ...}` in OpenAI's form; others stay as they are."""
+  if 'function' in call or 'name' not in call:
+    return call
+  function = {k: call[k] for k in ('name', 'arguments') if k in call}
+  return {'type': 'function', 'function': function} | {
+    k: v for k, v in call.items() if k not in function
+  }
 
 
 def _reasoning(message: dict[str, Any], place: str) -> str:

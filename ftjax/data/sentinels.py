@@ -163,7 +163,10 @@ class Sentinels:
 
   def _arguments(self, value: Any, path: Path) -> Any:
     if isinstance(value, str):  # JSON as text
-      found = as_object(value)
+      try:
+        found = as_object(value)
+      except ValueError:  # as it stands, where a template renders text
+        found = None
       if found is None:
         return self._text(value, path)
       # Places inside the text have no path of their own.
@@ -228,13 +231,28 @@ class Sentinels:
 
 
 def as_object(text: str) -> dict | None:
-  """Returns the object that a text holds as JSON; of an empty text the empty one; else None."""
+  """Returns the object that a text holds as JSON; of an empty text the empty one; else None.
+
+  Raises:
+    ValueError: a key that is there twice, of which JSON readers keep one.
+  """
   if not text.strip():
     return {}
+  twice: list[str] = []
+
+  def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+      names = [k for k, _ in pairs]
+      twice.append(next(k for k in names if names.count(k) > 1))
+    return out
+
   try:
-    found = json.loads(text)
+    found = json.loads(text, object_pairs_hook=build)
   except (ValueError, RecursionError):
     return None
+  if twice:
+    raise ValueError(f'the arguments of a tool call have the key {twice[0]!r} twice')
   return found if isinstance(found, dict) else None
 
 
