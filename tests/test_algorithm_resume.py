@@ -43,8 +43,8 @@ def uninterrupted(tmp_path_factory):
   return run
 
 
-# Half of the cases: every kind of state that lives beside the policy, and both moments of a kill.
-EVERY_DAY = {('dpo', 4), ('cached', 1), ('ppo', 4), ('online_dpo', 1)}
+# Both moments of a kill, pairs and rollouts; test_grpo.py and test_resume.py have others.
+EVERY_DAY = {('cached', 1), ('ppo', 4)}
 CASES = [
   pytest.param(a, k, marks=[] if (a, k) in EVERY_DAY else [pytest.mark.full])
   for a in ('dpo', 'cached', 'reward_model', *SETTINGS)

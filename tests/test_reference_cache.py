@@ -71,6 +71,7 @@ def logged(workdir, split='train'):
   return [r for r in rows if r['split'] == split]
 
 
+@pytest.mark.full
 def test_training_is_that_with_the_reference_in_the_step(tmp_path):
   for name in ('step', 'cache'):
     changes = [f'--config.{x}' for x in (*RUN, f'dpo.reference={name}')]

@@ -18,7 +18,8 @@ def arguments(algorithm, workdir):
   return tiny_rollouts.arguments(workdir, *settings, algorithm=algorithm)
 
 
-@pytest.mark.parametrize('algorithm', ['grpo', pytest.param('ppo', marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize('algorithm', ['grpo', 'ppo'])
 def test_two_processes_sample_and_train_like_one(algorithm, tmp_path):
   """The same completions and rewards of both rollouts, losses within rounding."""
   run(1, arguments(algorithm, tmp_path / 'one'), tmp_path / 'one_logs')
