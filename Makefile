@@ -36,7 +36,7 @@ test-shard: env
 
 # What computes, compiled as users' programs are.
 optimized: env
-	@XLA_FLAGS= $(PYTEST) tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
+	@XLA_FLAGS= $(PYTEST) --full tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .
