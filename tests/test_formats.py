@@ -170,6 +170,12 @@ def test_the_older_function_call_is_a_tool_call(call):
   assert found[2] == {'role': 'tool', 'name': 'f', 'content': '2'}
 
 
+def test_keys_that_stand_twice_in_json_text_are_refused():
+  tools = '[{"name": "f", "name": "g"}]'
+  with pytest.raises(ValueError, match="'tools'.*the key 'name' stands twice"):
+    parse({'messages': [U(), A()], 'tools': tools}, 'messages', True)
+
+
 def test_a_bare_call_gets_the_form_of_the_others():
   call = {'name': 'f', 'arguments': {'a': 1}, 'id': 'c1'}
   found = parse({'messages': [U(), A(None, tool_calls=[call])]}, 'messages', True).messages
@@ -254,6 +260,8 @@ KTO = r"algorithm='dpo' with dpo\.loss='kto'"
   'row, reason',
   [
     ({'prompt': 'a', 'completion': 'b', 'label': False}, KTO),
+    ({'prompt': 'a', 'completion': 'b', 'label': 0}, KTO),
+    ({'instruction': 'a', 'output': 'b', 'kto_tag': True}, 'PATH::alpaca'),
     ({'messages': [U(), A()], 'label': True}, KTO),
     ({'messages': [U(), A()], 'label': 'false'}, KTO),  # CSV
     ({'conversations': [], 'kto_tag': False}, KTO),
@@ -281,6 +289,8 @@ def test_metadata_is_no_judgement(more):
   assert detect(row) == 'messages'
   assert isinstance(parse(row, 'messages', True), Chat)
   assert unread(row, 'messages') == set(more)
+  others = {'prompt': 'a', 'completion': 'b', 'label': 1, 'source': 'web'}
+  assert detect(others) == 'prompt_completion'  # a class, say
 
 
 def test_a_named_format_reads_judged_rows_all_the_same():

@@ -466,6 +466,8 @@ def test_all_of_gsm8k(mode):
 # Gold and answer through one normalization: (gold, answer) pairs, compared both ways.
 
 SAME = [
+  ('1000000', '1 000 000'),
+  ('-12345.5', '-12 345.5'),
   ('5000000', '5\\text{ million}'),
   ('8', '8 apples'),
   ('5 m', '5\\text{ meters}'),
@@ -541,6 +543,8 @@ SAME = [
   ('(-\\infty,3)', '(-∞, 3)'),
 ]
 DIFFERENT = [
+  ('1000000', '1 00 0000'),
+  ('123', '1 23'),
   ('2ab', '2'),
   ('3m', '3'),
   ('5 million', '5'),

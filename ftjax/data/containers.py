@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from ftjax.data import formats
 from ftjax.data.formats import Bad
+from ftjax.data.messages import no_repeats
 from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
 
@@ -96,18 +97,9 @@ def opened(file: File, compression: str = '') -> Iterator[Any]:
     yield raw
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-  """A JSON object; of a key that stands twice, one value would vanish."""
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    names = [k for k, _ in pairs]
-    raise ValueError(f'the key {next(k for k in names if names.count(k) > 1)!r} stands twice')
-  return found
-
-
 def _json_object(line: bytes | str) -> Row | Bad:
   try:
-    row = json.loads(line, object_pairs_hook=_object)
+    row = json.loads(line, object_pairs_hook=no_repeats)
   except UnicodeDecodeError as error:
     return Bad(f'not UTF-8: {error.reason} at byte {error.start}')
   except RecursionError:
@@ -146,7 +138,7 @@ def _jsonl_rows(file: File, compression: str) -> Rows:
 
 def _json_rows(file: File, compression: str) -> Rows:
   try:
-    value = json.loads(_read_all(file, compression), object_pairs_hook=_object)
+    value = json.loads(_read_all(file, compression), object_pairs_hook=no_repeats)
   except (ValueError, RecursionError) as error:
     raise DataError(
       f'{file}: not JSON: {error}; one object per line belongs in a .jsonl'

@@ -327,12 +327,14 @@ def _as_number(value: Any) -> float | None:
 def judged_reason(row: Mapping) -> str | None:
   """Returns why a row is one that judges answers, and which algorithm reads it; else None.
 
-  A label counts only where it is true or false, and a score where it stands beside a prompt and one
-  completion, or is negative: other labels and scores are metadata.
+  A label counts only where it is true or false, or 0 or 1 beside a prompt and a completion alone,
+  and a score where it stands beside a prompt and one completion, or is negative: other labels and
+  scores are metadata.
   """
   pair = "rows of preference pairs are for algorithm='dpo' (or 'reward_model')"
+  plain = next((n for n, f in _FORMATS.items() if all(has(row, k) for k in f.keys)), 'messages')
   override = (
-    'to train on them as plain answers, name the format of the answers: data.train=PATH::messages'
+    f'to train on them as plain answers, name the format of the answers: data.train=PATH::{plain}'
   )
   if has(row, 'chosen') and has(row, 'rejected'):
     return f"the row has 'chosen' and 'rejected': {pair}: set algorithm='dpo'; {override}"
@@ -342,7 +344,8 @@ def judged_reason(row: Mapping) -> str | None:
   has_completion = has(row, 'prompt') and has(row, 'completion')
   has_answer = has_completion or any(has(row, k) for k in ('messages', 'conversations', 'output'))
   for key in ('label', 'kto_tag'):
-    if has_answer and is_bool(row.get(key)):
+    is_alone = has_completion and {*row} <= {'prompt', 'completion', key}
+    if has_answer and (is_bool(row.get(key)) or (is_alone and row.get(key) in (0, 1))):
       return (
         f'{key!r} is {row[key]!r}: rows that label answers good or bad are for KTO: set '
         f"algorithm='dpo' with dpo.loss='kto'; {override}"

@@ -34,6 +34,8 @@ _CHARACTERS = {
   '\u202f': ' ',
 }
 _CHARACTER = re.compile('|'.join(_CHARACTERS))
+# A number with spaces between groups of three digits, and nothing else.
+_SPACED = re.compile(r'[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?')
 # Between a digit and exactly three more, these separate thousands.
 _THOUSANDS = re.compile(r'(?<=[0-9])(?:\\[,!: ]|\{,\}|~|\u00a0|\u2009|\u202f)(?=[0-9]{3}(?![0-9]))')
 # A word in \text{..} or without it.
@@ -78,6 +80,8 @@ def normalize(text: str) -> str:
   for pattern, spelling in _SPELLINGS:
     text = pattern.sub(spelling, text)
   text = _unwrap(text)
+  if _SPACED.fullmatch(text):
+    return text.replace(' ', '')
   letter = re.fullmatch(r'\(?([A-Z])\)', text)  # the option (B) or B)
   return letter[1] if letter else text
 
