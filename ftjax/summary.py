@@ -4,6 +4,7 @@ runtime/console.py's."""
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -155,6 +156,11 @@ def _command_line() -> list[str]:
   return [shlex.quote(f) for f in flags] if any(f.startswith('--config') for f in flags) else []
 
 
+def typed_prompt(prompts: Sequence[str]) -> str:
+  """Returns one of eval.prompts, quoted for a shell, that is one line; '' where there are none."""
+  return shlex.quote(next((p for p in prompts if p.isprintable()), 'Hello')) if prompts else ''
+
+
 def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: float) -> str:
   """The block at the end. exported: step whose weights are exported; steps: done in all; seconds:
   of this start.
@@ -163,7 +169,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
   text = f'{console.count(steps)} steps, {console.count(state.get("tokens", 0))} tokens'
   idle = console.not_updated(state.get('no_signal', 0), state.get('skipped', 0))
   summary = files.join(run.workdir, 'eval', 'summary.json')
-  prompt = shlex.quote(c.eval.prompts[0]) if c.eval.prompts else ''
+  prompt = typed_prompt(c.eval.prompts)
   rows = [
     ('trained', f'{text}; this start took {console.duration(seconds)}'),
     ('no update', idle),

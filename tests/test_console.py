@@ -252,6 +252,11 @@ def test_a_run_that_goes_on_compares_with_what_was_before():
   assert second.state['tokens'] == 200
 
 
+def test_the_prompt_of_the_next_command_is_one_line():
+  assert summary.typed_prompt(('a\n\nb', 'a b')) == "'a b'"
+  assert summary.typed_prompt(('a\nb',)) == 'Hello' and summary.typed_prompt(()) == ''
+
+
 def test_the_next_commands():
   flags = ['--config=tiny_sft', '--workdir=w']
   assert console.next_commands('w', 'sft', "'a b'", flags, True) == [
