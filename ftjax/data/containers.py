@@ -28,8 +28,7 @@ import pyarrow.parquet as pq
 
 from ftjax.data import formats
 from ftjax.data.formats import Bad
-from ftjax.data.messages import no_repeats
-from ftjax.runtime import files
+from ftjax.runtime import files, strict_json
 from ftjax.runtime.errors import DataError
 
 Row = dict[str, Any]
@@ -99,7 +98,7 @@ def opened(file: File, compression: str = '') -> Iterator[Any]:
 
 def _json_object(line: bytes | str) -> Row | Bad:
   try:
-    row = json.loads(line, object_pairs_hook=no_repeats)
+    row = strict_json.loads(line)
   except UnicodeDecodeError as error:
     return Bad(f'not UTF-8: {error.reason} at byte {error.start}')
   except RecursionError:
@@ -138,7 +137,7 @@ def _jsonl_rows(file: File, compression: str) -> Rows:
 
 def _json_rows(file: File, compression: str) -> Rows:
   try:
-    value = json.loads(_read_all(file, compression), object_pairs_hook=no_repeats)
+    value = strict_json.loads(_read_all(file, compression))
   except (ValueError, RecursionError) as error:
     raise DataError(
       f'{file}: not JSON: {error}; one object per line belongs in a .jsonl'

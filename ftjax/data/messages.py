@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftjax.runtime import strict_json
+
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 
 # Names of one thing: what a model thinks before it answers. Messages keep the first.
@@ -55,19 +57,6 @@ def read_text(row: Mapping, key: str, empty: bool = False) -> str:
   return value
 
 
-def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns a JSON object from its pairs, for `json.loads`.
-
-  Raises:
-    ValueError: a key that stands twice, of which one value would vanish.
-  """
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    names = [k for k, _ in pairs]
-    raise ValueError(f'the key {next(k for k in names if names.count(k) > 1)!r} stands twice')
-  return found
-
-
 def parse_json(text: str, key: str, expected: str) -> Any:
   """Returns the value of a column or key that holds JSON as text.
 
@@ -75,7 +64,7 @@ def parse_json(text: str, key: str, expected: str) -> Any:
     ValueError: it is no JSON.
   """
   try:
-    return json.loads(text, object_pairs_hook=no_repeats)
+    return strict_json.loads(text)
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{key!r} is a string but not JSON: {error}; expected {expected}') from error
 
@@ -104,7 +93,7 @@ def _function_calls(value: Any, place: str) -> list[dict[str, Any]]:
   newer form."""
   if isinstance(value, str):
     try:
-      value = json.loads(value, object_pairs_hook=no_repeats)
+      value = strict_json.loads(value)
     except (ValueError, RecursionError) as error:
       raise ValueError(f'{place}: function_call is not JSON: {error}') from error
   calls = value if isinstance(value, list) else [value]

@@ -19,6 +19,7 @@ from ftjax.data.counts import Reasons
 from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime import strict_json
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -148,17 +149,9 @@ class _Reader:
     try:
       return columns, json.dumps([ids, columns], sort_keys=True)
     except (TypeError, ValueError):  # bytes of an image, say
-      good = {k: v for k, v in columns.items() if _is_json(v)}
+      good = {k: v for k, v in columns.items() if strict_json.is_json(v)}
       self.unread |= columns.keys() - good.keys()
       return good, json.dumps([ids, good], sort_keys=True)
-
-
-def _is_json(value: Any) -> bool:
-  try:
-    json.dumps(value)
-  except (TypeError, ValueError):
-    return False
-  return True
 
 
 def _check_policies(spec: Spec, policies: dict[str, str]) -> None:

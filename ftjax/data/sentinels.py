@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftjax.runtime import strict_json
+
 # Keys of a message that say how it is kept, not what it says.
 BOOKKEEPING = frozenset(
   (
@@ -238,21 +240,12 @@ def as_object(text: str) -> dict | None:
   """
   if not text.strip():
     return {}
-  twice: list[str] = []
-
-  def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-      names = [k for k, _ in pairs]
-      twice.append(next(k for k in names if names.count(k) > 1))
-    return out
-
   try:
-    found = json.loads(text, object_pairs_hook=build)
+    found = strict_json.loads(text)
+  except strict_json.RepeatedKey as error:
+    raise ValueError(f'in the arguments of a tool call {error}') from error
   except (ValueError, RecursionError):
     return None
-  if twice:
-    raise ValueError(f'the arguments of a tool call have the key {twice[0]!r} twice')
   return found if isinstance(found, dict) else None
 
 

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ftjax.runtime import files
+from ftjax.runtime import files, strict_json
 from ftjax.runtime.errors import DataError
 
 INDEX_FILE = 'model.safetensors.index.json'
@@ -27,20 +27,12 @@ def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> Any:
 
 def parse_json(text: bytes, place: str) -> Any:
   """`json.loads` whose failure is a DataError with place and line; repeated keys are refused."""
-
-  def no_repeats(pairs):
-    out = dict(pairs)
-    if len(out) != len(pairs):
-      names = [key for key, _ in pairs]
-      raise DataError(
-        f'{place}: the key {next(n for n in names if names.count(n) > 1)!r} stands twice'
-      )
-    return out
-
   try:
-    return json.loads(text.decode(), object_pairs_hook=no_repeats)
+    return strict_json.loads(text.decode())
   except UnicodeDecodeError as e:
     raise DataError(f'{place}: not UTF-8 at byte {e.start}') from e
+  except strict_json.RepeatedKey as e:
+    raise DataError(f'{place}: {e}') from e
   except json.JSONDecodeError as e:
     raise DataError(f'{place}:{e.lineno}: not JSON: {e.msg}') from e
   except RecursionError as e:

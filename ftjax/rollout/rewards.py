@@ -6,7 +6,6 @@ A reward is a built-in (verifiers.py), a user's function `module:function` over 
 
 import collections
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ import numpy as np
 from ftjax.rollout import verifiers
 from ftjax.rollout.reward_batch import GIVEN, Batch, Scores
 from ftjax.rollout.workers import Pool
+from ftjax.runtime import strict_json
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ class Rewards:
     named = {name for name, _ in self._pools[part.name].ready['parameters']}
     out = {k: self._column(batch, k, as_given=True) for k in self._inputs[part.name]}
     for name in [k for k in out if k not in named and k not in GIVEN]:
-      if not _is_json(out[name]):
+      if not strict_json.is_json(out[name]):
         del out[name]
         if name not in self._is_warned:
           log.warning('%s: no function gets column %s, which holds what is no JSON', KEY, name)
@@ -354,14 +354,6 @@ def _total(parts: np.ndarray, weights: Sequence[float]) -> np.ndarray:
   total = (np.nan_to_num(parts.astype(np.float64)) @ weights).astype(np.float32)
   is_scored = (~np.isnan(parts) & (weights > 0)).any(1)
   return np.where(is_scored, total, np.float32(np.nan))
-
-
-def _is_json(value: Any) -> bool:
-  try:
-    json.dumps(value)
-  except (TypeError, ValueError):
-    return False
-  return True
 
 
 def _fault(verifier: verifiers.Verifier, columns: Mapping[str, Any]) -> str:
