@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ftjax.experiment.model import open_model
+
 
 class Out:
   """Lines of JSON on the real stdout; whatever libraries print goes to stderr."""
@@ -46,17 +48,16 @@ def run_ftjax(job: dict, out: Out) -> None:
   import jax
   import jax.numpy as jnp
 
-  from ftjax import experiment
+  from ftjax.generation.engine import Engine
+  from ftjax.generation.sampler import Sampling
   from ftjax.hf import load
   from ftjax.models import transformer
-  from ftjax.rollout.engine import Engine
-  from ftjax.rollout.sampler import Sampling
   from ftjax.runtime import sharding
 
   dtype = jnp.dtype(job['dtype'])
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
   jax.set_mesh(mesh)
-  arch = experiment.open_model(job['model'], {}, 0, weights=False).arch
+  arch = open_model(job['model'], {}, 0, weights=False).arch
   where = sharding.shardings(mesh, transformer.axes(arch))
   params = load.load_params(job['model'], arch, where, dtype)
   engine = Engine(arch, dtype, (), 0, slots=job['slots'])

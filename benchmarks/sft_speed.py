@@ -68,7 +68,7 @@ def make_full(args: argparse.Namespace, folder: Path) -> dict:
 
 def make_chat(args: argparse.Namespace, folder: Path) -> dict:
   """Conversations spread evenly over the file: as rows for ftjax, as its tokens for the peers."""
-  from ftjax.data import cache, sources
+  from ftjax.data import sources, token_cache
   from ftjax.data.tokenizer import Tokenizer
   from ftjax.hf import load
 
@@ -76,7 +76,7 @@ def make_chat(args: argparse.Namespace, folder: Path) -> dict:
   picked = [found[i * len(found) // args.chat_rows] for i in range(args.chat_rows)]
   rows, tokens = folder / 'chat.jsonl', folder / 'chat.json'
   rows.write_text(''.join(json.dumps(row) + '\n' for row in picked))
-  corpus = cache.build_or_open(
+  corpus = token_cache.build_or_open(
     sources.Spec(str(rows)),
     Tokenizer(load.tokenizer_files(args.model)),
     cache_dir=folder / 'data_cache',

@@ -85,18 +85,20 @@ def run_ftjax(job: dict, workdir: str) -> None:
   """The run, trainer and feed of ftjax.train, with packed rows where the job has rows to pack."""
   import jax
 
-  from ftjax import config, experiment, sft
-  from ftjax.trainer import Trainer
-  from ftjax.training.feed import Feed
+  from ftjax.algorithms import sft
+  from ftjax.config import keys
+  from ftjax.experiment import run as experiment
+  from ftjax.experiment.trainer import Trainer
+  from ftjax.training.prefetch import Feed
 
   rounds = Rounds(('jax', 'jaxlib', 'flax', 'optax'))
-  c = config.default()
+  c = keys.default()
   c.model.path, c.model.compute_dtype = job['model'], job['dtype']
   c.data.train, c.data.on_overlength = job['rows'], 'truncate_right'
   c.seq_len, c.batch_size = job['seq_len'], job['packed_batch_size']
   c.steps, c.compile_cache = 10**6, False
   c.optim.lr, c.optim.schedule, c.optim.weight_decay = 1e-5, 'constant', 0.01
-  config.validate(c)
+  keys.validate(c)
   run = experiment.start(c, workdir, with_data=job['case'] == 'chat')
   trainer = Trainer(run, sft.make_loss(run.arch, c))
   compiled, state = trainer.compile(), trainer.fresh()

@@ -71,13 +71,13 @@ def write_rows(path: Path, count: int) -> None:
 
 def build(path: str, model: str, workers: int) -> dict[str, float]:
   """Tokenizes in this process, or with so many workers; seconds, CPU seconds and tokens."""
-  from ftjax.data import cache, sources
+  from ftjax.data import sources, token_cache
   from ftjax.data.tokenizer import Tokenizer
 
   names = [p for p in Path(model).iterdir() if p.suffix in ('.json', '.jinja')]
   tokenizer = Tokenizer({p.name: p.read_bytes() for p in names}, model)
   with tempfile.TemporaryDirectory() as folder:
-    source = cache.Source(
+    source = token_cache.Source(
       sources.Spec(path),
       tokenizer,
       cache_dir=folder,

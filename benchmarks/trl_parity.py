@@ -44,11 +44,13 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   import jax
   import numpy as np
 
-  from ftjax import config, experiment, sft
-  from ftjax.trainer import Trainer
-  from ftjax.training.feed import Feed
+  from ftjax.algorithms import sft
+  from ftjax.config import keys
+  from ftjax.experiment import run as experiment
+  from ftjax.experiment.trainer import Trainer
+  from ftjax.training.prefetch import Feed
 
-  c = config.default()
+  c = keys.default()
   c.model.path = args.model
   c.data.train, c.data.loss_on = args.data, args.loss_on
   c.data.packing, c.data.on_overlength = False, 'drop'
@@ -56,7 +58,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   c.steps, c.batch_size, c.grad_accum, c.seq_len = steps, args.batch_size, grad_accum, args.seq_len
   for name, value in SETTINGS.items():
     c.optim[name] = value
-  config.validate(c)
+  keys.validate(c)
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)

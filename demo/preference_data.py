@@ -1,6 +1,6 @@
 """Picks short pairs out of a preference file: python demo/preference_data.py SOURCE TARGET_DIR
 
-SOURCE holds rows of data/judged.py (HH-RLHF's dialogues, for example), as .jsonl or .jsonl.gz.
+SOURCE holds preference rows (HH-RLHF's dialogues, for example), as .jsonl or .jsonl.gz.
 Written are TARGET_DIR/{train,test}.jsonl: the first 300 and the next 200 pairs of which each side
 has at most 128 tokens under .cache/smollm2's tokenizer and template. No prompt is in both. The
 texts of HH-RLHF are offensive by design."""
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from ftjax.data import judged
+from ftjax.data import labeled_examples
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
 from ftjax.data.sources import parse_spec, scan
@@ -22,12 +22,12 @@ LONGEST, TRAIN, TEST = 128, 300, 200
 def encode(row: dict | Bad, tokenizer: Tokenizer) -> Encoded | Bad:
   """A row's pair in tokens, or why there is none."""
   try:
-    parsed = row if isinstance(row, Bad) else judged.parse(row, 'pair', None)
+    parsed = row if isinstance(row, Bad) else labeled_examples.parse(row, 'pair', None)
   except ValueError as error:
     return Bad(str(error))
   if isinstance(parsed, Bad):
     return parsed
-  (found,) = judged.encode([parsed], tokenizer)
+  (found,) = labeled_examples.encode([parsed], tokenizer)
   return found if isinstance(found, Bad) else found[0]
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/config_keys.md, a table of every config key, from ftjax/config.py and its comments.
+"""Writes docs/config_keys.md, a table of every config key, from the comments in ftjax/config/.
 
 python docs/make_config_keys.py; tests/test_config_keys.py fails while the file is out of date.
 """
@@ -12,16 +12,16 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ftjax import config, config_hints  # noqa: E402
+from ftjax.config import hints, keys  # noqa: E402
 
 TARGET = ROOT / 'docs' / 'config_keys.md'
-_SOURCES = ('config.py', 'algorithm_config.py')
+_SOURCES = ('config/keys.py', 'config/algorithm_keys.py')
 _HEAD = """# Config keys
 
 Made by `python docs/make_config_keys.py` from the comments in
-[ftjax/config.py](../ftjax/config.py) and
-[ftjax/algorithm_config.py](../ftjax/algorithm_config.py): edit those. How a config file looks, and
-how keys are changed on the command line, is described in [config.md](config.md).
+[ftjax/config/keys.py](../ftjax/config/keys.py) and
+[ftjax/config/algorithm_keys.py](../ftjax/config/algorithm_keys.py): edit those. How a config
+file looks, and how keys are changed on the command line, is described in [config.md](config.md).
 
 `batch_size` is global: the number of packed sequences, pairs or prompts of one optimizer update,
 over all devices. `grad_accum` divides it into micro-batches and does not multiply it.
@@ -74,20 +74,20 @@ def cell(text: str) -> str:
 
 def values(key: str, default: object) -> str:
   """What may stand under a key, where that is a short list or a bound."""
-  if key in config._CHOICES:
-    return ', '.join(f'`{v}`' for v in config._CHOICES[key])
+  if key in keys._CHOICES:
+    return ', '.join(f'`{v}`' for v in keys._CHOICES[key])
   if isinstance(default, bool):
     return '`True`, `False`'
-  if key in config._POSITIVE:
+  if key in keys._POSITIVE:
     return 'at least 1'
-  if key in config._NOT_NEGATIVE or key.startswith('watchdog.'):
+  if key in keys._NOT_NEGATIVE or key.startswith('watchdog.'):
     return 'at least 0'
   return ''
 
 
 def document() -> str:
   """The whole text of docs/config_keys.md."""
-  defaults, meanings = config.flat(config.default()), described()
+  defaults, meanings = keys.flat(keys.default()), described()
   sections = dict.fromkeys(k.rpartition('.')[0] for k in meanings if k in defaults or '.' in k)
   out = [_HEAD]
   for section in ('', *(s for s in sections if s)):
@@ -101,7 +101,7 @@ def document() -> str:
       row = (f'`{key}`', f'`{default!r}`', meanings[key].rstrip('.'), values(key, defaults[key]))
       out.append('| ' + ' | '.join(cell(x) for x in row) + ' |\n')
   out.append(_NAMES_HEAD)
-  for names, key, note in config_hints.ROWS:
+  for names, key, note in hints.ROWS:
     row = (', '.join(f'`{n}`' for n in names), f'`{key}`' if key else '', note)
     out.append('| ' + ' | '.join(cell(x) for x in row) + ' |\n')
   return ''.join(out)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from ftjax.runtime import files as files_lib
 from ftjax.runtime.errors import ConfigError, DataError, RunError
+from ftjax.storage import files as files_lib
 
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id')
 _TARGET = flags.DEFINE_string('target', None, 'folder to write; replaced if it is a model folder')
@@ -71,7 +71,7 @@ def local_source(source: str) -> Path:
 def convert(source: str, target: str, dtype: str | None):
   """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored)."""
   from ftjax.hf import load
-  from ftjax.runtime import snapshots
+  from ftjax.storage import snapshots
 
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
@@ -99,7 +99,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   import jax
   import numpy as np
 
-  from ftjax import saved_model
+  from ftjax.experiment import saved_model
   from ftjax.hf import export
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -125,7 +125,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
   import ml_dtypes
   import numpy as np
 
-  from ftjax.hf import export, load, names
+  from ftjax.hf import export, layout, load
   from ftjax.hf.safetensors import TensorInfo
   from ftjax.models.architecture import from_hf
   from ftjax.models.config_keys import check_unquantized
@@ -134,7 +134,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
   check_unquantized(config)
-  if path.suffix == '.gguf' or config.get('model_type') in names.FAMILIES:
+  if path.suffix == '.gguf' or config.get('model_type') in layout.FAMILIES:
     load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 

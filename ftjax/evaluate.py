@@ -7,23 +7,25 @@ import json
 
 from absl import flags
 
-from ftjax import command, config
+from ftjax import cli
+from ftjax.config import keys
 
-command.define_config()
-command.define_processes()
+cli.define_config()
+cli.define_processes()
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a finished run.', required=True)
 
 
 def main() -> None:
   """Loads the export and judges it; base results are cached."""
   c = flags.FLAGS.config
-  config.validate(c)
-  from ftjax import compare, experiment
+  keys.validate(c)
+  from ftjax.experiment import compare
+  from ftjax.experiment import run as experiment
   from ftjax.hf import load
-  from ftjax.runtime import files
   from ftjax.runtime.errors import ConfigError
+  from ftjax.storage import files
 
-  command.join()
+  cli.join()
   if not c.eval.tasks:
     raise ConfigError(
       'eval.tasks is empty; give tasks, for example '
@@ -48,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from ftjax import command
+from ftjax import cli
 from ftjax.runtime.errors import ConfigError
 
 _MODEL = flags.DEFINE_string(
@@ -52,8 +52,8 @@ def main() -> None:
   # Of slow compiles XLA would warn in the middle of an answer.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
-  from ftjax import generator, terminal_chat
-  from ftjax.rollout.sampler import Sampling
+  from ftjax.generation.sampler import Sampling
+  from ftjax.serving import generator, terminal_chat
 
   rows = [] if _PROMPTS.value is None else generator.read_prompts(_PROMPTS.value)
   model = generator.Generator(
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -12,12 +12,14 @@ import tempfile
 import ml_collections
 from absl import flags
 
-from ftjax import command, config
+from ftjax import cli
+from ftjax.config import keys
+from ftjax.experiment.model import random_config
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
 
-command.define_config()
+cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
   'topology',
   None,
@@ -170,22 +172,22 @@ def main() -> None:
 
 
 def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
-  config.validate(c)
+  keys.validate(c)
   os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
-  from ftjax import algorithms, experiment, forecast
+  from ftjax.config import algorithms
   from ftjax.models.architecture import from_hf
-  from ftjax.planning import shapes
+  from ftjax.planning import compile, known_models
 
   random = c.model.random.to_dict()
-  shape = shapes.read(c.model.path) if c.model.path else experiment.random_config(random)
-  make_loss = command.algorithm(c.algorithm).make_loss
+  shape = known_models.read(c.model.path) if c.model.path else random_config(random)
+  make_loss = cli.algorithm(c.algorithm).make_loss
   arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.num_labels(c))
   name = c.model.path or 'model.random'
-  found = forecast.make(c, where, arch, make_loss, dump)
+  found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None
   if _SUGGEST.value or (_SEARCH.value and not found.fits):
-    other = forecast.better(c, where, arch, make_loss, _TRIES.value, dump)
+    other = compile.better(c, where, arch, make_loss, _TRIES.value, dump)
     if other and (best is None or other.cost.seconds < best.cost.seconds):
       best = other
   if _JSON.value:
@@ -208,4 +210,4 @@ def _verdict(found, best) -> str:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

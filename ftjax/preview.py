@@ -10,9 +10,11 @@ import tempfile
 
 from absl import flags
 
-from ftjax import algorithm_config, command, config
+from ftjax import cli
+from ftjax.config import algorithm_keys, keys
+from ftjax.experiment.model import open_model
 
-command.define_config()
+cli.define_config()
 _ROWS = flags.DEFINE_integer('rows', 1, 'How many packed sequences to print.', lower_bound=0)
 _ALL = flags.DEFINE_bool('all', False, 'Read all rows: full counts, and the first batch of a run.')
 # Rows of each source that are read without --all, for each packed sequence and at least.
@@ -25,11 +27,12 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   """Prints the summary and the table."""
   c = flags.FLAGS.config
-  config.validate(c)
-  from ftjax import algorithms, examples, experiment
+  keys.validate(c)
+  from ftjax.config import algorithms
   from ftjax.data import describe
+  from ftjax.experiment import data as examples
 
-  model = experiment.open_model(
+  model = open_model(
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
@@ -40,7 +43,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as scratch:
     workdir = _WORKDIR.value or scratch
     limit = None if _ALL.value else max(_MIN_ROWS, _ROWS_PER_SEQUENCE * _ROWS.value)
-    if c.algorithm in algorithm_config.ON_ROLLOUTS:
+    if c.algorithm in algorithm_keys.ON_ROLLOUTS:
       data = examples.open_prompts(c, model.tokenizer, workdir, limit)
       first = [data.prompt(n) for n in range(rows)]
       print(describe.prompts(data.sources, first, model.tokenizer))
@@ -58,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -7,10 +7,11 @@ import logging
 
 from absl import flags
 
-from ftjax import command, config
+from ftjax import cli
+from ftjax.config import keys
 
-command.define_config()
-command.define_processes()
+cli.define_config()
+cli.define_processes()
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where everything of this run is kept; made if missing.', required=True
 )
@@ -19,14 +20,14 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   """Checks the config, then runs its algorithm."""
   c = flags.FLAGS.config
-  config.validate(c)
+  keys.validate(c)
   # jax is imported from here on: a misspelt key is told before.
-  algorithm = command.algorithm(c.algorithm)
-  command.join()
-  for line in config.warnings(c):
+  algorithm = cli.algorithm(c.algorithm)
+  cli.join()
+  for line in keys.warnings(c):
     logging.warning(line)
   algorithm.run(c, _WORKDIR.value)
 
 
 if __name__ == '__main__':
-  command.run(main)
+  cli.run(main)

@@ -24,7 +24,7 @@ from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler, Router
 from gcp_storage_emulator.storage import Storage
 
-from ftjax.runtime import gcs
+from ftjax.storage import gcs
 
 logging.getLogger('gcp_storage_emulator').setLevel(logging.CRITICAL)  # every 404 is an error to it
 BUCKET = 'bucket'

@@ -8,7 +8,7 @@ from tiny_tokenizer import tiny_files
 
 from ftjax.data import describe
 from ftjax.data.batches import Stream, empty, eval_batches, fill_row
-from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data.order import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
 
 T = 64

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 import tiny_run
 
-from ftjax.data import made
+from ftjax.data import synthetic
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'demo').glob('*.py')])
@@ -52,7 +52,7 @@ def write(path, rows):
 
 
 def test_sft_speed(script, model, tmp_path, capfd):
-  rows = write(tmp_path / 'chat.jsonl', made.sums(8))
+  rows = write(tmp_path / 'chat.jsonl', synthetic.sums(8))
   settings = ['--rounds=1', '--warmup=0', '--full-updates=1', '--chat-rows=4', '--chat-len=64']
   files = [f'--model={model}', f'--chat-data={rows}', f'--ours=ftjax={sys.executable}']
   script('benchmarks', 'sft_speed', *settings, *files)['main']()
@@ -77,7 +77,7 @@ def test_tokenize_speed(script, model, capfd):
 
 
 def test_trl_parity(script, model, tmp_path, capsys):
-  rows = write(tmp_path / 'rows.jsonl', made.sums(40))
+  rows = write(tmp_path / 'rows.jsonl', synthetic.sums(40))
   ours = tmp_path / 'ours.json'
   files = [ours, f'--model={model}', f'--data={rows}', '--batch-size=8']
   module = script('benchmarks', 'trl_parity', 'ftjax', *files)

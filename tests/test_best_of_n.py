@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny_rollouts
 
-from ftjax import best_of_n, rollout_files, sampled
-from ftjax.rollout.completion import Completion
+from ftjax.algorithms import best_of_n
+from ftjax.generation.completion import Completion
+from ftjax.rl import rollout_batch, rollout_files
 from ftjax.runtime.errors import ConfigError
 
 
@@ -17,7 +18,9 @@ def completions(*texts):
 
 
 def of(rewards, texts, group):
-  return sampled.Sampled({}, np.float32(rewards), np.int32([1] * len(texts)), group, (), texts)
+  return rollout_batch.Sampled(
+    {}, np.float32(rewards), np.int32([1] * len(texts)), group, (), texts
+  )
 
 
 def test_the_best_are_kept_once_each_and_ties_go_to_the_earlier():
@@ -84,7 +87,9 @@ def test_blank_and_cut_answers_are_no_rows_to_keep(kept):
   prompts = [s.run.data.prompt(0)] * 4
   arrays = {'weights': np.ones((4, 48), np.float32)}
   rewards = np.float32([1, 0.9, 0.8, 0])
-  found = sampled.Sampled(arrays, rewards, np.int32([1] * 4), 4, prompts, [done, stop, cut, cut])
+  found = rollout_batch.Sampled(
+    arrays, rewards, np.int32([1] * 4), 4, prompts, [done, stop, cut, cut]
+  )
   for keep, rows in ((2, 1), (3, 1)):
     teacher._keep = keep
     assert len(teacher.teach(found).kept) == rows

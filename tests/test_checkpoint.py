@@ -15,9 +15,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.runtime import files, snapshots
-from ftjax.runtime.checkpoint import Checkpoints, Retention
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files, snapshots
+from ftjax.storage.checkpoint import Checkpoints, Retention
 from ftjax.training.state import create
 
 LAST_TWO = Retention(keep=2, metric='', mode='min')

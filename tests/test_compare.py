@@ -4,7 +4,7 @@ import json
 
 import tiny_rollouts
 
-from ftjax import compare
+from ftjax.experiment import compare
 
 
 def test_tasks_on_one_file_are_said_once(tmp_path, monkeypatch):

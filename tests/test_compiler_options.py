@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 import tiny_run
 
-from ftjax import config
-from ftjax.runtime import compiler_options, manifest
+from ftjax.config import keys
+from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import ConfigError
+from ftjax.telemetry import manifest
 from ftjax.training.step import compile_step
 
 GATHER = 'xla_enable_async_all_gather'
@@ -73,11 +74,11 @@ def test_another_failure_stays_its_own():
 
 @pytest.mark.parametrize('wrong', [('xla_a',), (('xla_a', True, 1),), ((1, 2),), (('a', None),)])
 def test_what_is_no_pair_is_refused(wrong):
-  c = config.default()
+  c = keys.default()
   c.model.path, c.data.train = 'm', 'd'
   with pytest.raises(ConfigError, match='compiler_options'):
     c.compiler_options = wrong
-    config.validate(c)
+    keys.validate(c)
 
 
 def test_the_manifest_names_them():

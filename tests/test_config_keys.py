@@ -6,12 +6,12 @@ import runpy
 
 import pytest
 
-from ftjax import config, config_hints, config_section
+from ftjax.config import hints, keys, section
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MADE = runpy.run_path(str(ROOT / 'docs' / 'make_config_keys.py'))
-KEYS = list(config.flat(config.default()))
-NAMES = [name for names, _, _ in config_hints.ROWS for name in names]
+KEYS = list(keys.flat(keys.default()))
+NAMES = [name for names, _, _ in hints.ROWS for name in names]
 
 
 def test_the_table_of_keys_is_up_to_date():
@@ -50,10 +50,10 @@ def test_comments_belong_to_their_keys():
 
 
 def test_every_name_of_another_tool_leads_to_a_key_that_exists():
-  assert len(config_hints.ROWS) >= 80
+  assert len(hints.ROWS) >= 80
   assert not [name for name, n in collections.Counter(NAMES).items() if n > 1]
   assert not set(NAMES) & set(KEYS)
-  for names, key, note in config_hints.ROWS:
+  for names, key, note in hints.ROWS:
     assert names and (key in KEYS if key else note), names
 
 
@@ -95,7 +95,7 @@ def test_every_name_of_another_tool_leads_to_a_key_that_exists():
   ],
 )
 def test_a_name_of_another_tool_leads_to_its_key(typed, key):
-  hint = config_section.hint(typed, config.default())
+  hint = section.hint(typed, keys.default())
   assert hint.startswith(f'; did you mean {key}?')
 
 
@@ -114,12 +114,12 @@ def test_a_name_of_another_tool_leads_to_its_key(typed, key):
   ],
 )
 def test_a_difference_in_meaning_is_stated(typed, note):
-  assert note in config_section.hint(typed, config.default())
+  assert note in section.hint(typed, keys.default())
 
 
 def test_a_misspelt_key_is_not_taken_for_a_name_of_another_tool():
   """Every known name answers by the table, every other one by likeness."""
-  usual = config.default()
+  usual = keys.default()
   for name in NAMES:
-    assert config_section.hint(name, usual) == config_hints.find(name) != ''
-  assert config_hints.find('optim.lrr') == config_hints.find('stepz') == ''
+    assert section.hint(name, usual) == hints.find(name) != ''
+  assert hints.find('optim.lrr') == hints.find('stepz') == ''

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from ftjax import config, summary
-from ftjax.runtime import console
-from ftjax.runtime.console import Console, Headline
+from ftjax.config import keys
+from ftjax.experiment import summary
+from ftjax.telemetry import console
+from ftjax.telemetry.console import Console, Headline
 
 PAIRS = Headline(('loss', 'rewards/accuracy'), ('accuracy', 'margin', 'loss'), larger=True)
 REWARDS = Headline(('reward', 'length'), ('reward',), larger=True, from_rollouts=True)
@@ -280,7 +281,7 @@ def test_the_next_commands():
   ],
 )
 def test_the_headline_of_an_algorithm(changes, evaluation, larger):
-  c = config.default()
+  c = keys.default()
   c.update_from_flattened_dict(changes)
   found = summary.headline(c)
   assert (found.evaluation[0], found.larger) == (evaluation, larger)

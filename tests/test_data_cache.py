@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import CHATML, tiny_files
 
-from ftjax.data import blocks, cache, corpus_builder, encode, formats
+from ftjax.data import blocks, corpus_builder, encode, formats, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ def write(path, rows):
 
 def build(tmp_path, spec, *, tokenizer=None, **changes):
   settings = {'seq_len': 64, 'loss_on': 'assistant', 'on_overlength': 'error', 'progress': False}
-  return cache.build_or_open(
+  return token_cache.build_or_open(
     spec, tokenizer or Tokenizer(tiny_files()), cache_dir=tmp_path / 'cache', **(settings | changes)
   )
 
@@ -90,7 +90,7 @@ def test_key_depends_on_all_settings(tmp_path, monkeypatch):
   build(tmp_path, Spec(spec.path, 'messages'))
   build(tmp_path, spec, tokenizer=Tokenizer(tiny_files('{{ bos_token }}' + CHATML)))
   build(tmp_path, spec, tokenizer=Tokenizer(tiny_files(vocab_size=300)))
-  monkeypatch.setattr(cache, 'SCHEMA', cache.SCHEMA + 1)
+  monkeypatch.setattr(token_cache, 'SCHEMA', token_cache.SCHEMA + 1)
   build(tmp_path, spec)
   build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(6)))
   assert len(folders(tmp_path)) == 9
@@ -417,15 +417,15 @@ def sides(parts):
 def test_split_is_by_content(tmp_path):
   rows = chat_rows(400)
   corpus = build(tmp_path, write(tmp_path / 'a.jsonl', rows + rows[:100]))
-  train, held = cache.split(corpus, 0.2, seed=0)
+  train, held = token_cache.split(corpus, 0.2, seed=0)
   assert len(train) + len(held) == 500
   assert not sides((train, held))[0] & sides((train, held))[1]  # duplicates stay together
   assert abs(len(held) - 100) < 50
   shuffled = build(tmp_path, write(tmp_path / 'b.jsonl', rows[::-1]))
-  assert sides(cache.split(shuffled, 0.2, seed=0)) == sides((train, held))
-  assert sides(cache.split(shuffled, 0.2, seed=1)) != sides((train, held))
+  assert sides(token_cache.split(shuffled, 0.2, seed=0)) == sides((train, held))
+  assert sides(token_cache.split(shuffled, 0.2, seed=1)) != sides((train, held))
   fewer = build(tmp_path, write(tmp_path / 'c.jsonl', rows[:200]))
-  assert sides(cache.split(fewer, 0.2, seed=0))[1] <= sides((train, held))[1]
+  assert sides(token_cache.split(fewer, 0.2, seed=0))[1] <= sides((train, held))[1]
 
 
 def test_split_keeps_the_turns_of_a_row_together(tmp_path):
@@ -447,7 +447,7 @@ def test_split_keeps_the_turns_of_a_row_together(tmp_path):
     tokenizer=Tokenizer(tiny_files(THINK)), seq_len=200
   )  # fmt: skip
   assert len(corpus) == 120
-  train, held = cache.split(corpus, 0.5, seed=0)
+  train, held = token_cache.split(corpus, 0.5, seed=0)
   lines = [{p.where(i) for i in range(len(p))} for p in (train, held)]
   assert not lines[0] & lines[1] and all(lines)
 
@@ -455,6 +455,6 @@ def test_split_keeps_the_turns_of_a_row_together(tmp_path):
 def test_split_refuses_nonsense(tmp_path):
   corpus = build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(2)))
   with pytest.raises(ConfigError, match='between 0 and 1'):
-    cache.split(corpus, 1.5, seed=0)
+    token_cache.split(corpus, 1.5, seed=0)
   with pytest.raises(DataError, match='leaves one side'):
-    cache.split(corpus, 1e-9, seed=0)
+    token_cache.split(corpus, 1e-9, seed=0)

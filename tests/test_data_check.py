@@ -7,8 +7,11 @@ import pathlib
 import pytest
 import tiny_pairs
 
-from ftjax import data_check, examples, experiment
-from ftjax.data import made
+from ftjax.data import synthetic
+from ftjax.experiment import data as examples
+from ftjax.experiment import data_check
+from ftjax.experiment import run as experiment
+from ftjax.experiment.model import open_model
 from ftjax.runtime.errors import DataError
 
 
@@ -20,14 +23,14 @@ def run(folder, algorithm, train, held=None, **changes):
       path = folder / f'{key}.jsonl'
       path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
       c.data[key] = str(path)
-  model = experiment.open_model('', c.model.random.to_dict(), 0)
+  model = open_model('', c.model.random.to_dict(), 0)
   data = examples.open_data(c, model.tokenizer, str(folder))
   return experiment.Run(c, str(folder), None, model, data, None)
 
 
 def judged(kind, values):
   key = {'labels': 'label', 'scores': 'score'}[kind]
-  rows = [{'messages': row['messages']} for row in made.sums(len(values))]
+  rows = [{'messages': row['messages']} for row in synthetic.sums(len(values))]
   return [row | {key: value} for row, value in zip(rows, values, strict=True)]
 
 
@@ -58,7 +61,7 @@ def test_labels_or_scores_that_are_all_equal_are_refused(
 
 @pytest.mark.parametrize('algorithm', ['sft', 'dpo', 'grpo'])
 def test_evaluation_on_the_training_examples_is_told(algorithm, tmp_path, caplog):
-  rows = made._judged('pairs', 12, 100) if algorithm == 'dpo' else made.sums(12)
+  rows = synthetic._judged('pairs', 12, 100) if algorithm == 'dpo' else synthetic.sums(12)
   settings = dict(rollout__rewards='length:target=8', rollout__max_tokens=8)
   settings = {'grpo': settings, 'dpo': {'seq_len': 128}}.get(algorithm, {})
   with caplog.at_level(logging.WARNING):
@@ -70,9 +73,9 @@ def test_evaluation_on_the_training_examples_is_told(algorithm, tmp_path, caplog
 
 def test_a_single_example_is_told(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
-    data_check.check(run(tmp_path, 'sft', made.sums(2), batch_size=1))
+    data_check.check(run(tmp_path, 'sft', synthetic.sums(2), batch_size=1))
     assert 'one example alone' not in caplog.text
-    data_check.check(run(tmp_path, 'sft', made.sums(1), batch_size=1))
+    data_check.check(run(tmp_path, 'sft', synthetic.sums(1), batch_size=1))
   assert 'one example alone' in caplog.text
 
 
@@ -82,7 +85,7 @@ def test_a_single_example_is_told(tmp_path, caplog):
 def test_synthetic_sums_may_have_smaller_terms(source, rows, tmp_path):
   from ftjax.data.sources import parse_spec
 
-  found = made.resolve(parse_spec(source), str(tmp_path))
+  found = synthetic.resolve(parse_spec(source), str(tmp_path))
   lines = pathlib.Path(found.path).read_text().splitlines()
   assert len(lines) == len(set(lines)) == rows
   below = int(source.split(':')[2]) if source.count(':') == 2 else 100

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data.order import Mixture, SourceSchedule
 from ftjax.runtime.errors import ConfigError, DataError
 
 T = 32

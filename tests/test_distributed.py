@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from ftjax.runtime import distributed
-from ftjax.runtime.distributed import Launch, find, meet
+from ftjax.cluster import distributed
+from ftjax.cluster.distributed import Launch, find, meet
 from ftjax.runtime.errors import ConfigError, StoppedEarly
 
 SLURM = {'SLURM_NTASKS': '4', 'SLURM_PROCID': '3', 'SLURM_LOCALID': '1'}

@@ -9,8 +9,8 @@ import shlex
 import pytest
 from tiny_tokenizer import tiny_files
 
-from ftjax import config
-from ftjax.data import formats, judged, prompts
+from ftjax.config import keys
+from ftjax.data import formats, labeled_examples, prompts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -19,7 +19,7 @@ from ftjax.runtime.errors import ConfigError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CHANGELOG.md', *(ROOT / 'docs').glob('*.md')])
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
-KEYS = set(config.flat(config.default()))
+KEYS = set(keys.flat(keys.default()))
 SECTIONS = {k.partition('.')[0] for k in KEYS if '.' in k}
 
 _FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -93,7 +93,7 @@ def defined_flags(path, function=None):
     if is_definition and node.args and isinstance(node.args[0], ast.Constant):
       found.add(node.args[0].value)
     elif function is None and node.func.attr in ('define_config', 'define_processes'):
-      found |= defined_flags(ROOT / 'ftjax' / 'command.py', node.func.attr)
+      found |= defined_flags(ROOT / 'ftjax' / 'cli.py', node.func.attr)
   return found
 
 
@@ -109,7 +109,7 @@ def wrong_flag(entry, word):
     return f'{word}: {entry} has no such flag'
   if name == 'config' and not re.fullmatch(r'my_config\.py|[A-Z_]+|\.\.\.|…', value):
     try:
-      config.find(value)
+      keys.find(value)
     except ConfigError as error:
       return str(error)
   return ''
@@ -155,7 +155,7 @@ def test_commands_of_comments_in_configs():
     'python -m ftjax.train --config=tiny_sft --wrokdir=DIR',
     'python -m ftjax.train --config=tiny_sft --config.optim.rate=1',
     'python -m ftjax.train tiny_sft',
-    'python -m ftjax.config --config=tiny_sft',
+    'python -m ftjax.config.keys --config=tiny_sft',
   ],
 )
 def test_a_wrong_command_is_found(line):
@@ -233,7 +233,7 @@ def test_training_rows_of_the_docs_are_what_they_are_called():
 def test_preference_rows_of_the_docs_are_read():
   shapes = {'labelled': 'label', 'scored': 'score'}
   for name, row in rows_of('Preference rows'):
-    judged.parse(row, shapes.get(name, 'pair'), None)
+    labeled_examples.parse(row, shapes.get(name, 'pair'), None)
 
 
 def test_prompt_rows_of_the_docs_give_an_answer(tmp_path):

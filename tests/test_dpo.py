@@ -12,13 +12,17 @@ import pytest
 import tiny_pairs
 from tiny_model import place
 
-from ftjax import algorithm_config, algorithms, config, dpo, experiment, pairs, preference_loss
+from ftjax.algorithms import dpo, pair_metrics
+from ftjax.algorithms import preference as preference_loss
+from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import keys as config
+from ftjax.experiment import run as experiment
+from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
 from ftjax.models import transformer
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
-from ftjax.trainer import Trainer
 
 NAMES = tuple(preference.LOSSES)
 PAIRED = [n for n in NAMES if preference.LOSSES[n].paired]
@@ -150,7 +154,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   assert np.abs(m['first'] - m['ref_first']).min() > 1e-3  # the policy has moved
   coefficients = dict(beta=0.3, label_smoothing=0.1, gamma=0.2, nll_coef=0.5, desirable=1.5)
   # A config refuses those that the loss does not read.
-  idle = {k for k, _, names in algorithm_config._ONLY_WITH if name not in names}
+  idle = {k for k, _, names in algorithm_keys._ONLY_WITH if name not in names}
   changes = {f'dpo__{k}': v for k, v in coefficients.items() if f'dpo.{k}' not in idle}
   changes['dpo__loss'] = name
   metrics = forward(batch, **changes)
@@ -260,7 +264,7 @@ def alarmed(margins, algorithm='dpo', chosen=-120.0, rejected=-119.0, settings=(
   alarm, records = preference_loss.Alarm(tiny_pairs.settings(algorithm, **dict(settings))), []
   handler = logging.Handler()
   handler.emit = lambda record: records.append(record.getMessage())
-  logger = logging.getLogger('ftjax.preference_loss')
+  logger = logging.getLogger('ftjax.algorithms.preference')
   logger.addHandler(handler)
   try:
     for done, margin in enumerate(margins, 1):
@@ -358,7 +362,7 @@ def test_evaluation_is_over_all_rows_once(name, tmp_path):
   params = params | {'reference': params}
   measure = dpo.make_measure(run.arch, c)
   found = dpo.evaluate(measure, run, params, lambda: False)
-  rows = pairs.collect(measure, run, params, lambda: False)
+  rows = pair_metrics.collect(measure, run, params, lambda: False)
   assert len(rows['first']) == 11 and (rows['weights'] == 1).all()
   assert dpo.evaluate(measure, run, params, lambda: True) is None
   if name == 'sigmoid':

@@ -11,8 +11,8 @@ import pytest
 from scipy import special
 from tiny_model import QWEN2, TINY, ids, init, logits, logprobs, tokens_at
 
-from ftjax.rollout.engine import Engine
-from ftjax.rollout.sampler import Sampler, Sampling
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampler import Sampler, Sampling
 from ftjax.runtime.errors import ConfigError
 
 # Two buckets of length, and a prompt of one token, of which nothing is prefilled.

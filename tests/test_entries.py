@@ -228,7 +228,7 @@ def test_the_run_tells_the_comparison(finished):
 def test_no_torch_and_no_network_libraries_in_a_run():
   """What train imports; transformers in particular would cost seconds and bring torch."""
   script = (
-    'import sys, ftjax.sft, ftjax.train\n'
+    'import sys, ftjax.algorithms.sft, ftjax.train\n'
     'print(sorted({"torch", "transformers", "datasets", "requests", "pickle5", "tensorflow"}'
     ' & set(sys.modules)))'
   )

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ftjax.hf import export, load, names
+from ftjax.hf import export, layout, load
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.models.architecture import from_hf, to_hf
 from ftjax.runtime import trees
@@ -25,7 +25,7 @@ def load_all(path, dtype=np.float32):
   arch = from_hf(load.read_config(path))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return load.load_params(
-    path, arch, trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place)), dtype
+    path, arch, trees.unflatten(dict.fromkeys(layout.leaf_shapes(arch), place)), dtype
   ), arch
 
 

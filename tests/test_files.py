@@ -1,4 +1,4 @@
-"""runtime/files.py: files replaced whole or not at all; a workdir that refuses is found early."""
+"""storage/files.py: files replaced whole or not at all; a workdir that refuses is found early."""
 
 import errno
 import os
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files
 
 
 def test_write_replaces_whole_and_leaves_nothing_else(tmp_path):

@@ -4,16 +4,7 @@ import json
 
 import pytest
 
-from ftjax.data.formats import (
-  FORMATS,
-  Chat,
-  Completion,
-  Text,
-  detect,
-  from_cells,
-  parse,
-  unread,
-)
+from ftjax.data.formats import FORMATS, Chat, Completion, Text, detect, from_cells, parse, unread
 from ftjax.data.prompt_rows import ends_with_assistant, read_prompt, with_answer
 
 

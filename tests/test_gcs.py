@@ -13,8 +13,8 @@ import time
 import pytest
 from fake_gcs import BUCKET, PRINCIPAL
 
-from ftjax.runtime import files, gcs, gcs_probe, lease
 from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files, gcs, gcs_lock, gcs_probe
 
 # Line ends, boundaries and zeros that a careless upload would touch.
 BYTES = b'\r\n\0--boundary\r\rx\xff\xfe\n\n' * 1000 + b'\r'
@@ -237,7 +237,7 @@ def hold(bucket):
 
   def make(told=None):
     lost = [] if told is None else told
-    made.append(lease.Lease(RUN, beat=0.05, lost=lost.append))
+    made.append(gcs_lock.Lease(RUN, beat=0.05, lost=lost.append))
     return made[-1]
 
   yield make
@@ -250,7 +250,7 @@ def test_a_second_process_is_kept_out(bucket, hold):
   held = hold()
   start = time.monotonic()
   with pytest.raises(ConfigError, match=f'in use by process {os.getpid()} on') as e:
-    lease.Lease(RUN, beat=0.05, patience=30)
+    gcs_lock.Lease(RUN, beat=0.05, patience=30)
   assert e.value.exit_code == 2 and time.monotonic() - start < 25
   held.release()
   assert bucket.names() == []
@@ -277,28 +277,28 @@ def foreign_lock(**changes):
 def test_a_silent_lock_of_another_machine_is_taken_over_after_the_patience(bucket):
   foreign_lock()
   start = time.monotonic()
-  lease.Lease(RUN, patience=1.0).release()
+  gcs_lock.Lease(RUN, patience=1.0).release()
   assert time.monotonic() - start >= 1.0
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"process": "x"}'])
 def test_a_lock_that_says_nothing_is_taken_over_too(bucket, content):
   files.write_text(files.join(RUN, '.lock'), content)
-  lease.Lease(RUN, patience=0.2).release()
+  gcs_lock.Lease(RUN, patience=0.2).release()
 
 
 def test_of_two_that_take_over_one_wins(bucket, monkeypatch):
   foreign_lock()
-  real = lease.Lease._take
+  real = gcs_lock.Lease._take
 
   def late(self, generation):
     if generation:
       foreign_lock(host='third', nonce='y')  # somebody was quicker
     return real(self, generation)
 
-  monkeypatch.setattr(lease.Lease, '_take', late)
+  monkeypatch.setattr(gcs_lock.Lease, '_take', late)
   with pytest.raises(ConfigError, match='in use by'):
-    lease.Lease(RUN, patience=0.2)
+    gcs_lock.Lease(RUN, patience=0.2)
   assert json.loads(bucket.read('run/.lock'))['nonce'] == 'y'
 
 

@@ -17,16 +17,17 @@ from parity.toy_gguf import Toy, write_toy
 from tiny_tokenizer import tiny_files
 
 from ftjax import convert
-from ftjax.data import cache, sources
+from ftjax.data import sources, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import export, gguf_files, load, names, safetensors
+from ftjax.hf import export, gguf_files, layout, load, safetensors
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo
 from ftjax.models.architecture import from_hf
-from ftjax.runtime import files, gcs, trees
-from ftjax.runtime.checkpoint import Checkpoints, Retention
+from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
+from ftjax.storage import files, gcs
+from ftjax.storage.checkpoint import Checkpoints, Retention
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
 ROOT = f'gs://{BUCKET}'
@@ -67,14 +68,14 @@ def test_patterns_and_splits_of_a_bucket(bucket, tmp_path):
   def names(path):
     return [row['n'] for _, row in sources.rows(Spec(f'{ROOT}/{path}'))]
 
-  assert names('d/train-*.jsonl') == names('d:train') == ['train-0.jsonl', 'train-1.jsonl']
-  assert names('d/x.zip') == ['zip'] and names('d/y.jsonl.zst') == ['zst']
+  assert layout('d/train-*.jsonl') == layout('d:train') == ['train-0.jsonl', 'train-1.jsonl']
+  assert layout('d/x.zip') == ['zip'] and layout('d/y.jsonl.zst') == ['zst']
   with pytest.raises(DataError, match=r"holds the splits \['test', 'train'\]"):
-    names('d')
+    layout('d')
   with pytest.raises(DataError, match='no data file matches'):
-    names('d/*.csv')
+    layout('d/*.csv')
   with pytest.raises(ConfigError, match='only the last part may be a pattern'):
-    names('*/a.jsonl')
+    layout('*/a.jsonl')
 
 
 def test_every_kind_of_source_reads_the_same_rows(bucket, tmp_path):
@@ -112,7 +113,7 @@ def test_what_may_not_be_read_is_told(bucket):
 
 
 def corpus(tmp_path, spec):
-  return cache.build_or_open(
+  return token_cache.build_or_open(
     spec,
     Tokenizer(tiny_files()),
     cache_dir=f'{ROOT}/run/data_cache',
@@ -136,7 +137,7 @@ def test_tokens_built_on_one_machine_are_downloaded_by_another(bucket, tmp_path,
   def refuse(*_):
     raise AssertionError('tokenized again')
 
-  monkeypatch.setattr(cache, '_build', refuse)
+  monkeypatch.setattr(token_cache, '_build', refuse)
   second = corpus(tmp_path, spec)
   assert second.fingerprint == first.fingerprint and len(second) == 9
   np.testing.assert_array_equal(second.example(3)[0], first.example(3)[0])
@@ -163,7 +164,7 @@ def test_tokens_that_cannot_be_uploaded_are_used_all_the_same(bucket, tmp_path, 
 def load_all(path, shardings=None):
   arch = from_hf(load.read_config(path))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  places = trees.unflatten(shardings or dict.fromkeys(names.leaf_shapes(arch), one))
+  places = trees.unflatten(shardings or dict.fromkeys(layout.leaf_shapes(arch), one))
   return trees.flatten(load.load_params(path, arch, places, np.float32))
 
 

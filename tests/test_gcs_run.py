@@ -10,11 +10,11 @@ import pytest
 import tiny_run
 from fake_gcs import BUCKET
 
-from ftjax.data import made
+from ftjax.data import synthetic
 from ftjax.hf import export
 from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
-from ftjax.runtime import files
+from ftjax.storage import files
 
 ROOT = f'gs://{BUCKET}'
 RUN = f'{ROOT}/run'
@@ -48,7 +48,7 @@ def inputs(tmp_path_factory):
   arch = from_hf(
     {
       'model_type': 'llama',
-      'vocab_size': made.VOCAB_SIZE,
+      'vocab_size': synthetic.VOCAB_SIZE,
       'hidden_size': 64,
       'num_hidden_layers': 2,
       'num_attention_heads': 4,
@@ -64,12 +64,12 @@ def inputs(tmp_path_factory):
     arch,
     folder / 'model',
     source_config=None,
-    tokenizer_files=made.byte_tokenizer(),
+    tokenizer_files=synthetic.byte_tokenizer(),
     dtype=np.float32,
     stop_ids=(),
   )
   (folder / 'config.py').write_text(CONFIG)
-  rows = made.sums(100)
+  rows = synthetic.sums(100)
   (folder / 'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
   workdir = tmp_path_factory.mktemp('reference')
   code, told = tiny_run.run('train', arguments(workdir, folder, folder / 'config.py'))

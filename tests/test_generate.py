@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import tiny_model
 
-from ftjax import generator, terminal_chat
-from ftjax.data import made
+from ftjax.data import synthetic
 from ftjax.data.formats import Chat
 from ftjax.hf import export
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.terminal_chat import Reply, TerminalChat
+from ftjax.serving import generator, terminal_chat
+from ftjax.serving.terminal_chat import Reply, TerminalChat
 
 USER = {'role': 'user', 'content': 'q'}
 SAID = {'role': 'assistant', 'content': 'a'}
@@ -105,7 +105,7 @@ def model(tmp_path_factory):
   """Makes a Generator of a random model with 96 positions."""
   arch = Architecture(
     family='llama',
-    vocab_size=made.VOCAB_SIZE,
+    vocab_size=synthetic.VOCAB_SIZE,
     model_dim=32,
     num_layers=1,
     num_heads=4,
@@ -124,7 +124,7 @@ def model(tmp_path_factory):
     arch,
     folder,
     source_config=None,
-    tokenizer_files=made.byte_tokenizer(),
+    tokenizer_files=synthetic.byte_tokenizer(),
     dtype=np.float32,
     stop_ids=(2,),
   )

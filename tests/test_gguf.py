@@ -10,7 +10,7 @@ import pytest
 from parity.toy_gguf import Toy, toy_tensors, weight, write_toy
 from tokenizers import Tokenizer
 
-from ftjax.hf import gguf_tokenizer, load, names
+from ftjax.hf import gguf_tokenizer, layout, load
 from ftjax.hf.gguf import GGUFSource, half_rotation, llama3_factors, llama3_scaling
 from ftjax.models.architecture import RopeScaling, from_hf
 from ftjax.runtime.errors import DataError
@@ -145,7 +145,7 @@ def test_config_is_the_architecture(toy):
   assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (1, 2, 2)
   load.check_tensors(load.open_source(toy), arch)
   assert {n: s.shape for n, s in GGUFSource(toy).tensors.items()} == {
-    b.hf: b.hf_shape for b in names.bindings(arch)
+    b.hf: b.hf_shape for b in layout.bindings(arch)
   }
 
 
@@ -165,9 +165,9 @@ def parts(tmp_path):
   write_toy(tmp_path / 'whole.gguf', whole, 'gpt2')
   (tmp_path / 'parts').mkdir()
   write_toy(tmp_path / 'parts' / 'toy.gguf', whole, 'gpt2', split=8)
-  names = sorted(p.name for p in (tmp_path / 'parts').iterdir())
-  assert names == [f'toy-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
-  return tmp_path / 'parts' / names[0]
+  layout = sorted(p.name for p in (tmp_path / 'parts').iterdir())
+  assert layout == [f'toy-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
+  return tmp_path / 'parts' / layout[0]
 
 
 def test_a_model_in_parts_is_the_model_in_one_file(parts, tmp_path):

@@ -13,10 +13,12 @@ import pytest
 import tiny_rollouts
 import tiny_run
 
-from ftjax import compare, episodes, grpo, trainer
-from ftjax import sampled as sampled_rows
-from ftjax.rollout.completion import Completion, Rollout, stops
-from ftjax.rollout_files import RolloutFiles
+from ftjax.algorithms import grpo
+from ftjax.experiment import compare, trainer
+from ftjax.generation.completion import Completion, Rollout, stops
+from ftjax.rl import rollout_batch as sampled_rows
+from ftjax.rl import rollout_source
+from ftjax.rl.rollout_files import RolloutFiles
 from ftjax.runtime.errors import CheckError, ConfigError, DataError
 
 
@@ -121,7 +123,7 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
   assert (advantages == 0).all() and (weights == 0).all()
   shardings = s.run.batch_shardings(micro=True)
   flat = flat | {'advantages': advantages, 'weights': weights}
-  batch = episodes.place({k: flat[k][None] for k in shardings}, shardings)
+  batch = rollout_source.place({k: flat[k][None] for k in shardings}, shardings)
   state, metrics = s.step(s.trainer.fresh(), batch)
   assert float(metrics['loss']) == 0 and float(metrics['grad_norm']) == 0 and bool(metrics['ok'])
   after = tiny_rollouts.host(state.params)
@@ -136,7 +138,7 @@ def test_a_rollout_without_signal_after_a_good_one_moves_nothing(usual):
   told = sampled_rows.Sampled(good, np.zeros(16, np.float32), np.ones(16, np.int32), 4)
   advantages, weights, _ = taught(s.run.config, told)
   flat = good | {'advantages': advantages, 'weights': weights}
-  place = lambda x: episodes.place({k: x[k][None] for k in shardings}, shardings)  # noqa: E731
+  place = lambda x: rollout_source.place({k: x[k][None] for k in shardings}, shardings)  # noqa: E731
   state, _ = s.step(s.trainer.fresh(), place(good))
   before = [np.array(x).tobytes() for x in jax.tree.leaves((state.params, state.opt))]
   state, metrics = s.step(state, place(flat))
@@ -269,7 +271,7 @@ def jitted_loss(s):
   """(arrays [R, T]) -> the total of the loss at the first weights."""
   shardings = s.run.batch_shardings(micro=False)
   loss, params = jax.jit(grpo.make_loss(s.run.arch, s.run.config)), s.trainer.everything(s.state)
-  place = lambda arrays: episodes.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
+  place = lambda arrays: rollout_source.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
   return lambda arrays: float(loss(params, place(arrays), None)[0])
 
 
@@ -302,7 +304,7 @@ def test_accumulated_is_whole(usual, tmp_path):
   _, arrays, *_, metrics = usual
   cut = tiny_rollouts.Steps(tmp_path, **{'policy.kl_coef': 0.1, 'grad_accum': 4})
   shardings = cut.run.batch_shardings(micro=True)
-  batch = episodes.place({k: arrays[k].reshape(4, 4, -1) for k in shardings}, shardings)
+  batch = rollout_source.place({k: arrays[k].reshape(4, 4, -1) for k in shardings}, shardings)
   _, other = cut.step(cut.state, batch)
   assert float(other['loss']) == pytest.approx(metrics['loss'], abs=1e-6)
   assert float(other['grad_norm']) == pytest.approx(metrics['grad_norm'], rel=1e-5)
@@ -325,7 +327,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
   c = tiny_rollouts.tiny(**VARIANTS[name])
   batch = {k: v.reshape(16, -1) for k, v in arrays.items()}
   shardings = s.run.batch_shardings(micro=False)
-  placed = episodes.place({k: batch[k] for k in shardings}, shardings)
+  placed = rollout_source.place({k: batch[k] for k in shardings}, shardings)
   params = s.trainer.everything(s.state)
   total, weight, metrics = jax.jit(grpo.make_loss(s.run.arch, c))(params, placed, None)
   a, w = batch['advantages'], batch['weights']
@@ -457,7 +459,7 @@ def test_settings_that_cannot_be(settings, told):
 def test_a_missing_column_is_told_before_training(tmp_path):
   run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
-    episodes.Episodes(run, grpo.GroupTeacher(run.config))
+    rollout_source.Episodes(run, grpo.GroupTeacher(run.config))
 
 
 def source_of(tmp_path, train='', evaluation='', **settings):
@@ -466,7 +468,7 @@ def source_of(tmp_path, train='', evaluation='', **settings):
       (tmp_path / f'{key}.jsonl').write_text(rows)
       settings[f'data.{key}'] = str(tmp_path / f'{key}.jsonl')
   run = tiny_rollouts.start(tmp_path, **settings)
-  return episodes.Episodes(run, grpo.GroupTeacher(run.config))
+  return rollout_source.Episodes(run, grpo.GroupTeacher(run.config))
 
 
 ROWS = '{"prompt": "1 + 1 =", "answer": "2"}\n' * 4

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from ftjax.evaluation import tasks
-from ftjax.rollout import rewards
+from ftjax.grading import rewards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROWS = [

@@ -2,54 +2,15 @@
 
 import ast
 import pathlib
+import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / 'ftjax'
 FILES = sorted(ROOT.rglob('*.py'))
 
-# DESIGN section 3: a file imports from lower layers or its own folder.
-FOLDERS = {
-  'runtime': 0,
-  'losses': 0,
-  'data': 1,
-  'models': 2,
-  'hf': 3,
-  'rollout': 3,
-  'training': 4,
-  'evaluation': 4,
-  'planning': 4,
-}
-ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'command'}
-# Layer 5 in the order in which its files may import each other: data, wiring, training, algorithms.
-WIRING = (
-  'config_hints',
-  'config_section',
-  'algorithm_config',
-  'config',
-  'config_file',
-  'config_overrides',
-  'algorithms',
-  'forward',
-  'examples',
-  'experiment',
-  'resume',
-  'data_check',
-  'compare',
-  'trainer',
-  'summary',
-  'fit',
-  'forecast',
-  'pairs',
-  'preference_loss',
-  'reference_cache',
-  'rollout_files',
-  'sampled',
-  'trained_reward',
-  'episodes',
-  'policy_gradient',
-  'saved_model',
-  'terminal_chat',
-  'generator',
-)
+_TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
+IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
+ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
+TOP = ENTRIES | {'cli', '__init__', '__main__'}
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 
@@ -57,12 +18,9 @@ def name_of(path):
   return path.relative_to(ROOT).with_suffix('').as_posix()
 
 
-def layer(name):
-  """Of `training/step`, `sft`, `train`."""
-  folder, _, rest = name.partition('/')
-  if rest:
-    return FOLDERS[folder]
-  return 6 if folder in ENTRIES else 5
+def folder_of(name):
+  """The folder of a file like `training/step`; '' for an entry."""
+  return name.rpartition('/')[0].split('/')[0]
 
 
 def imports(path):
@@ -84,37 +42,48 @@ def own_imports(path):
   for module in imports(path):
     parts = module.split('.')
     if parts[0] == 'ftjax':
-      for end in (2, 3):
-        name = '/'.join(parts[1:end])
-        if name in known:
-          out.add(name)
+      longest = ('/'.join(parts[1:end]) for end in range(len(parts), 1, -1))
+      out |= set([name for name in longest if name in known][:1])
   return out
 
 
 def test_the_test_sees_the_house():
   names = {name_of(p) for p in FILES}
-  assert {'training/step', 'models/transformer', 'sft', 'train', 'config'} <= names
-  assert 'training/step' in own_imports(ROOT / 'fit.py')
-  assert 'ml_collections' in {m.split('.')[0] for m in imports(ROOT / 'config.py')}
+  assert {'training/step', 'models/transformer', 'algorithms/sft', 'train'} <= names
+  assert 'training/step' in own_imports(ROOT / 'experiment' / 'fit.py')
+  assert 'ml_collections' in {m.split('.')[0] for m in imports(ROOT / 'config' / 'keys.py')}
 
 
-def is_downward(name, other):
-  """Whether a file may import another one."""
-  same_folder = '/' in name and name.split('/')[0] == other.split('/')[0]
-  if same_folder or other == name:
-    return True
-  if name in ENTRIES and other in ('command', 'config'):
-    return True
-  if layer(name) == layer(other) == 5:
-    # An algorithm may import the wiring, the wiring what stands before it; no algorithm another.
-    return other in WIRING[: WIRING.index(name) if name in WIRING else len(WIRING)]
-  return layer(other) < layer(name)
+def test_the_table_names_every_folder_from_the_ground_up():
+  folders = {folder_of(name_of(p)) for p in FILES if p.read_text().strip()} - {''}
+  assert folders == set(IMPORTS)
+  for i, (folder, others) in enumerate(IMPORTS.items()):
+    assert set(others) <= set(list(IMPORTS)[:i]), f'{folder} imports a row below it'
 
 
-def test_imports_go_down():
-  files = [p for p in FILES if p.name != '__init__.py']
-  pairs = [(name_of(path), other) for path in files for other in own_imports(path)]
-  assert [f'{a} imports {b}' for a, b in pairs if not is_downward(a, b)] == []
+def test_files_beside_the_folders_are_entries():
+  assert {p.stem for p in ROOT.glob('*.py')} <= TOP
+
+
+def test_folders_import_what_the_table_allows():
+  wrong = []
+  for path in FILES:
+    name = name_of(path)
+    mine = folder_of(name)
+    for other in own_imports(path) - {'__init__'}:
+      theirs = folder_of(other)
+      allowed = theirs == mine or theirs in IMPORTS.get(mine, ()) or other == 'cli'
+      if not allowed and name not in TOP:
+        wrong.append(f'{name} imports {other}')
+  assert not wrong
+
+
+def test_no_files_import_each_other_in_a_circle():
+  files = {name_of(p): own_imports(p) - {name_of(p)} for p in FILES if p.name != '__init__.py'}
+  while ready := [name for name, others in files.items() if not others & files.keys()]:
+    for name in ready:
+      del files[name]
+  assert not files, f'a circle among {sorted(files)}'
 
 
 def test_nobody_imports_what_the_product_does_without():
@@ -126,8 +95,9 @@ def test_nobody_imports_what_the_product_does_without():
       assert not tops & {'jax', 'jaxlib', 'flax', 'optax'}, f'{path}: data/ is host code'
 
 
-def test_a_config_never_goes_below_layer_five():
-  for path in (p for p in FILES if layer(name_of(p)) < 5):
+def test_a_config_is_read_by_its_readers_alone():
+  readers = {'', *CONFIG_READERS}
+  for path in (p for p in FILES if folder_of(name_of(p)) not in readers):
     assert 'ml_collections' not in {m.split('.')[0] for m in imports(path)}, path
     assert 'ConfigDict' not in path.read_text(), path
 
@@ -166,9 +136,9 @@ def test_nobody_swallows_every_error():
 
 def test_templates_render_in_the_sandbox_of_one_file():
   for path in FILES:
-    if name_of(path) != 'data/chat':
+    if name_of(path) != 'data/chat_template':
       assert not any(m.split('.')[0] == 'jinja2' for m in imports(path)), path
-  tree = ast.parse((ROOT / 'data' / 'chat.py').read_text())
+  tree = ast.parse((ROOT / 'data' / 'chat_template.py').read_text())
   bases = [dotted(b) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases]
   assert any('Sandboxed' in n for n in called(tree) + bases)
   plain = {'Environment', 'Template', 'NativeEnvironment'}
@@ -192,6 +162,6 @@ def test_human_sizes():
     text = path.read_text()
     assert text.count('\n') <= 450, path
     for node in ast.walk(ast.parse(text)):
-      # config.default is a list of keys.
-      if isinstance(node, ast.FunctionDef) and name_of(path) != 'config':
+      # keys.default is a list of keys.
+      if isinstance(node, ast.FunctionDef) and name_of(path) != 'config/keys':
         assert node.end_lineno - node.lineno < 80, f'{path}:{node.lineno} {node.name}'

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ftjax.hf import load, names
+from ftjax.hf import layout, load
 from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo, write_folder
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
@@ -26,7 +26,7 @@ MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_
 
 def one_device(arch):
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place))
+  return trees.unflatten(dict.fromkeys(layout.leaf_shapes(arch), place))
 
 
 def load_all(path, dtype=np.float32):
@@ -48,11 +48,11 @@ def rewrite(target, source, change):
 def test_every_leaf_holds_its_tensors(model):
   source, leaves = SafetensorsFolder(GOLDEN / model), trees.flatten(load_all(GOLDEN / model))
   arch = from_hf(load.read_config(GOLDEN / model))
-  assert {n: x.shape for n, x in leaves.items()} == names.leaf_shapes(arch)
-  for b in names.bindings(arch):
+  assert {n: x.shape for n, x in leaves.items()} == layout.leaf_shapes(arch)
+  for b in layout.bindings(arch):
     leaf = np.asarray(leaves[b.leaf])
     part = leaf if b.layer is None else leaf[b.layer]
-    np.testing.assert_array_equal(names.to_hf(b, part), source.read(b.hf))
+    np.testing.assert_array_equal(layout.to_hf(b, part), source.read(b.hf))
 
 
 def test_target_dtype_is_rounded_once(tmp_path):
@@ -410,7 +410,7 @@ def big_model(tmp_path_factory):
   arch = from_hf(config)
   folder = tmp_path_factory.mktemp('big')
   (folder / 'config.json').write_text(json.dumps(config))
-  tensors = names.hf_tensors(arch, np.float32)
+  tensors = layout.hf_tensors(arch, np.float32)
   write_folder(
     folder, tensors, lambda name: np.full(tensors[name].shape, 0.5, np.float32), 60_000_000
   )
@@ -429,10 +429,10 @@ def test_memory_is_the_parameters_and_one_stacked_leaf(tmp_path, big_model, dtyp
   assert done.returncode == 0, done.stderr
   empty, loaded, exported = (int(n) * 1024 for n in done.stdout.split())
   item = np.dtype(dtype).itemsize
-  leaf = max(int(np.prod(shape)) for shape in names.leaf_shapes(arch).values()) * item
+  leaf = max(int(np.prod(shape)) for shape in layout.leaf_shapes(arch).values()) * item
   params = arch.num_params() * item
   assert loaded - empty <= params + leaf + SLACK, (loaded - empty, params, leaf)
-  tensor = max(info.nbytes for info in names.hf_tensors(arch, np.dtype(dtype)).values())
+  tensor = max(info.nbytes for info in layout.hf_tensors(arch, np.dtype(dtype)).values())
   assert exported - loaded <= 2 * tensor
   assert params > 80e6
 
@@ -471,7 +471,7 @@ def test_a_checkpoint_of_70b_shape_is_streamed(tmp_path):
   }
   arch = from_hf(config)
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  tensors = names.hf_tensors(arch, np.dtype('bfloat16'))
+  tensors = layout.hf_tensors(arch, np.dtype('bfloat16'))
   shards, index = np.array_split(list(tensors), 30), {}
   for i, part in enumerate(shards, 1):
     file, header, at = f'model-{i:05d}-of-00030.safetensors', {}, 0

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from ftjax import config
-from ftjax.runtime import files, locations
+from ftjax.config import keys
 from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files, locations
 
 MANGLED = [
   ('gs:/bucket/run1', 'write gs://bucket/run1'),
@@ -57,7 +57,7 @@ def test_a_path_that_is_fine(path):
 @pytest.mark.parametrize('key', [*KEYS, 'rollout.reward_model', 'ppo.value_from'])
 @pytest.mark.parametrize('path', ['gs:/bucket/x', 's3:/bucket/x', 'https://example.com/x'])
 def test_every_key_that_names_a_path_is_checked_at_the_start(key, path):
-  c = config.default()
+  c = keys.default()
   c.model.path, c.data.train = 'somewhere', 'rows.jsonl'
   if key == 'eval.tasks':
     c.eval.tasks = ('a=match:rows.jsonl', f'b=math:{path}')
@@ -65,24 +65,24 @@ def test_every_key_that_names_a_path_is_checked_at_the_start(key, path):
     section, _, name = key.rpartition('.')
     (c[section] if section else c)[name] = path
   with pytest.raises(ConfigError, match=f'{key}={path}: '):
-    config.validate(c)
+    keys.validate(c)
 
 
 @pytest.mark.parametrize(
   'sources', ['a.jsonl,gs:/b/c.jsonl@0.5', ('a.jsonl', 'gs:/b/c.jsonl::alpaca'), 'gs:/b/c.jsonl']
 )
 def test_every_source_is_checked(sources):
-  c = config.default()
+  c = keys.default()
   c.model.path, c.data.train = 'somewhere', sources
   with pytest.raises(ConfigError, match=r'data.train=gs:/b/c.jsonl.*: write gs://b/c.jsonl'):
-    config.validate(c)
+    keys.validate(c)
 
 
 def test_the_home_folder_is_not_expanded_in_keys():
-  c = config.default()
+  c = keys.default()
   c.model.path, c.data.train, c.init_from = 'somewhere', 'rows.jsonl', '~/runs/1'
   with pytest.raises(ConfigError, match=r'init_from=~/runs/1: write the whole path, /.*runs/1'):
-    config.validate(c)
+    keys.validate(c)
 
 
 @pytest.mark.parametrize('call', [files.probe, files.read_text, files.exists, files.makedirs])

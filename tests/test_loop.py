@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.runtime.console import Console, Headline
+from ftjax.cluster.step_sync import Signals
+from ftjax.cluster.watchdog import Watchdog
 from ftjax.runtime.errors import NonFiniteError, StoppedEarly
-from ftjax.runtime.watchdog import Watchdog
+from ftjax.telemetry.console import Console, Headline
 from ftjax.training.loop import Cadence, Loop, Progress, StopFlag
-from ftjax.training.signals import Signals
 
 QUIET = Cadence(
   steps=10,

@@ -10,7 +10,7 @@ import optax
 import pytest
 from tiny_model import QWEN2, TINY, UNTIED
 
-from ftjax import config
+from ftjax.config import keys
 from ftjax.models import transformer
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
@@ -308,7 +308,7 @@ def test_the_decoder_as_an_optimizer_sees_it(arch):
 @pytest.mark.parametrize('arch', [UNTIED, QWEN2])
 def test_norm_scales_and_biases_do_not_decay_by_default(arch):
   info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
-  r = recipe('sgd', b1=0.0, decay=config.default().optim.decay, multipliers=ALL, freeze=NOTHING)
+  r = recipe('sgd', b1=0.0, decay=keys.default().optim.decay, multipliers=ALL, freeze=NOTHING)
   start = {n: np.ones(p.shape, np.float32) for n, p in transformer.declared(arch).items()}
   tx, params = optimizer.make_optimizer(r, info, info), trees.unflatten(start)
   zero = jax.tree.map(np.zeros_like, params)

@@ -21,14 +21,17 @@ import tiny_run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax import algorithms, config, experiment, forecast, sft
+from ftjax.algorithms import sft
+from ftjax.config import algorithms, keys
+from ftjax.experiment import run as experiment
+from ftjax.experiment.model import random_config
+from ftjax.experiment.trainer import Trainer
+from ftjax.generation import weights
+from ftjax.generation.engine import Engine
 from ftjax.models.architecture import from_hf
-from ftjax.planning import account, communication, cost, hlo, shapes, suggest, topology
-from ftjax.rollout import weights
-from ftjax.rollout.engine import Engine
+from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.trainer import Trainer
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason="needs libtpu: pip install '.[plan]'"
@@ -97,7 +100,7 @@ HLO = re.sub(r'TRIPS(\d)', r'backend_config={"known_trip_count":{"n":"\1"}}', HL
 def test_collectives_by_hand():
   mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), devices=jax.devices())
   found = {
-    (c.kind, c.axes): c for c in communication.collectives(hlo.read(HLO), mesh, unknown_trips=7)
+    (c.kind, c.axes): c for c in collectives.collectives(hlo.read(HLO), mesh, unknown_trips=7)
   }
   inner = found['all-gather', 'fsdp+tensor']  # members 0 to 3 differ in both axes
   assert (inner.count, inner.bytes, inner.ways) == (15, 15 * 256, 4)
@@ -117,7 +120,7 @@ ENTRY %main (x: f32[8,4]) -> f32[2,4] {
 }
 """  # noqa: E501
   mesh = jax.make_mesh((4, 2), ('fsdp', 'tensor'), devices=jax.devices())
-  (found,) = communication.collectives(hlo.read(text), mesh)
+  (found,) = collectives.collectives(hlo.read(text), mesh)
   assert (found.kind, found.axes, found.bytes) == ('reduce-scatter', 'fsdp', (32 + 8) * 4)
   assert found.sent == 160 * 3 / 4
 
@@ -152,9 +155,7 @@ ENTRY %main (x: bf16[16,8]) -> bf16[16,8] {
 }
 """
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
-  found = {
-    c.kind: c.count for c in communication.collectives(hlo.read(text), mesh, unknown_trips=7)
-  }
+  found = {c.kind: c.count for c in collectives.collectives(hlo.read(text), mesh, unknown_trips=7)}
   assert found == {'all-gather': 24, 'all-reduce': 7}
 
 
@@ -175,7 +176,7 @@ ENTRY %main (x: bf16[4096,1024]) -> bf16[4096,1024] {
 }
 """  # noqa: E501
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
-  (found,) = communication.collectives(hlo.read(text), mesh)
+  (found,) = collectives.collectives(hlo.read(text), mesh)
   assert (found.kind, found.count, found.bytes) == ('all-reduce', 1, 4096 * 1024 * 2)
 
 
@@ -192,7 +193,7 @@ ENTRY %main (x: bf16[2816,1024]) -> bf16[2816,256] {
 }
 """  # noqa: E501
   mesh = jax.make_mesh((4,), ('fsdp',), devices=jax.devices()[:4])
-  (found,) = communication.collectives(hlo.read(text), mesh)
+  (found,) = collectives.collectives(hlo.read(text), mesh)
   assert (found.kind, found.count, found.bytes) == ('reduce-scatter', 1, 2816 * 1024 * 2)
   assert found.sent == found.bytes * 3 / 4
 
@@ -217,7 +218,7 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {
 """.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
   text = ''.join(fusion.format(i, channel) for i, channel in ((1, 7), (2, 7), (3, 7), (4, 8)))
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
-  (found,) = communication.collectives(hlo.read(text + body), mesh)
+  (found,) = collectives.collectives(hlo.read(text + body), mesh)
   assert (found.count, found.bytes) == (2 * 5, 2 * 5 * 32 * 8 * 2)
 
 
@@ -237,9 +238,9 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
 """
   text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
   mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
-  found = communication.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
+  found = collectives.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
   size = 5 * 36 * 8 * 2
-  assert communication.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
+  assert collectives.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
   assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
 
 
@@ -252,9 +253,9 @@ def test_a_group_across_hosts_goes_over_the_network():
     ('[2,4]<=[8]', 'fsdp', False),
   ):
     text = entry + line.format(groups) + '}\n'
-    (found,) = communication.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
+    (found,) = collectives.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
     assert (found.axes, found.network) == (axes, network)
-    assert not communication.collectives(hlo.read(text), mesh)[0].network  # on one host
+    assert not collectives.collectives(hlo.read(text), mesh)[0].network  # on one host
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_a_group_across_hosts_goes_over_the_network():
   ],
 )
 def test_groups_of_devices(text, rows):
-  found = communication.groups(f'%x), replica_groups={text}, to_apply=%add')
+  found = collectives.groups(f'%x), replica_groups={text}, to_apply=%add')
   np.testing.assert_array_equal(found, rows)
 
 
@@ -288,7 +289,7 @@ def test_collectives_of_a_compiled_scan():
   whole = jax.ShapeDtypeStruct((16, 3), jnp.float32, sharding=NamedSharding(mesh, P('tensor')))
   with jax.set_mesh(mesh):
     compiled = jax.jit(fn).lower(whole).compile()
-  (found,) = communication.collectives(hlo.read(compiled.as_text()), mesh)
+  (found,) = collectives.collectives(hlo.read(compiled.as_text()), mesh)
   assert (found.kind, found.axes, found.count) == ('all-gather', 'tensor', 6)
   assert found.bytes == 6 * 16 * 3 * 4
 
@@ -296,14 +297,14 @@ def test_collectives_of_a_compiled_scan():
 def test_a_replicated_parameter_is_told():
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
   leaf = lambda spec: jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
-  assert account.replicated({'a': leaf(P('fsdp')), 'b': leaf(P())}, mesh) == {'b': 64}
+  assert memory.replicated({'a': leaf(P('fsdp')), 'b': leaf(P())}, mesh) == {'b': 64}
 
 
 # A whole step
 
 
 def small():
-  c = config.default()
+  c = keys.default()
   c.model.random = dict(
     hidden_size=64,
     num_hidden_layers=3,
@@ -318,8 +319,8 @@ def small():
 
 
 def planned(c, name='cpu:8'):
-  arch = from_hf(experiment.random_config(c.model.random.to_dict()))
-  return forecast.make(c, topology.parse(name), arch, sft.make_loss), arch
+  arch = from_hf(random_config(c.model.random.to_dict()))
+  return compile.make(c, topology.parse(name), arch, sft.make_loss), arch
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
@@ -352,8 +353,8 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
         for shard in array.addressable_shards:
           live[shard.device] += shard.data.nbytes
   assert set(live.values()) == {found.memory.arguments}, live
-  assert account.shard_bytes((state, batch)) == found.memory.arguments
-  assert found.memory.parameters == account.shard_bytes(trainer.abstract.params)
+  assert memory.shard_bytes((state, batch)) == found.memory.arguments
+  assert found.memory.parameters == memory.shard_bytes(trainer.abstract.params)
   assert found.memory.optimizer >= 2 * found.memory.parameters
   assert found.memory.peak >= found.memory.arguments
   split = found.memory.gradients + found.memory.activations
@@ -366,10 +367,10 @@ def small_rollout(algorithm, **overrides):
   c.data.train, c.rollout.rewards = 'sums:20', 'exact'
   c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 16, 16
   c.update_from_flattened_dict(overrides)
-  config.validate(c)
-  arch = from_hf(experiment.random_config(c.model.random.to_dict()))
+  keys.validate(c)
+  arch = from_hf(random_config(c.model.random.to_dict()))
   make_loss = importlib.import_module(f'ftjax.{algorithm}').make_loss
-  return forecast.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
+  return compile.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
 
 
 def one_device(tree):
@@ -414,7 +415,7 @@ def test_what_the_rollout_wants_decides_too(monkeypatch):
 
 
 def test_the_cost_counts_every_model_of_the_step():
-  arch = from_hf(shapes.read('SmolLM2-135M'))
+  arch = from_hf(known_models.read('SmolLM2-135M'))
   value = dataclasses.replace(arch, num_labels=1)
   one = cost.model_flops([(arch, 3)], 4, 64)
   blocks = arch.matmul_params() - arch.vocab_size * arch.model_dim
@@ -424,7 +425,7 @@ def test_the_cost_counts_every_model_of_the_step():
   assert cost.model_flops([(arch, 3), (arch, 1)], 4, 64) == pytest.approx(one * 4 / 3)
   both = cost.model_flops([(arch, 3), (value, 3)], 4, 64)
   assert both == pytest.approx(one + 6 * (blocks + arch.model_dim) * 4 * 64 + attention)
-  c = config.default()
+  c = keys.default()
   for algorithm, kl, wanted in (
     ('sft', 0.0, [3]),
     ('dpo', 0.0, [3, 1]),
@@ -439,7 +440,7 @@ def test_candidates_leave_room_for_other_models():
   """PPO of 8B on v5e: one chip cannot hold policy, value model, reference and the copy that
   samples, so `tensor` must split that.
   """
-  arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:8x8')
+  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('v5e:8x8')
   alone = suggest.candidates(arch, where, 64, 2048, 2, 1)[0]
   held = suggest.Held(trained=2, copies=1, samples=True)
   assert alone.tensor == 1
@@ -497,9 +498,9 @@ def test_weights_gathered_before_the_loop_are_seen():
     with jax.set_mesh(mesh):
       whole = jax.shard_map(fn, mesh=mesh, **specs)
       text = jax.jit(whole).lower(params['stack0']['w'], x).compile().as_text()
-    found[fn] = account.gathering(hlo.read(text), params, mesh)
-  assert found[at_once] == account.Gathering((), ('stack0/w',), ('stack0/w',))
-  assert found[by_layer] == account.Gathering(('stack0/w',), (), ())
+    found[fn] = memory.gathering(hlo.read(text), params, mesh)
+  assert found[at_once] == memory.Gathering((), ('stack0/w',), ('stack0/w',))
+  assert found[by_layer] == memory.Gathering(('stack0/w',), (), ())
 
 
 def test_what_the_compiler_wrote_last_is_read_and_removed(tmp_path):
@@ -549,7 +550,7 @@ print('same:', len(printed))
 
 
 def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monkeypatch):
-  monkeypatch.setattr(forecast, 'program_text', lambda _: '')
+  monkeypatch.setattr(compile, 'program_text', lambda _: '')
   found, _ = planned(small())
   assert found.fits and found.collectives is None and found.gathering is None
   assert found.cost.links == found.cost.network == 0 or math.isnan(found.cost.links)
@@ -569,7 +570,7 @@ def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monk
 )
 def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
   """Messages of libtpu 0.0.52, and one that tells nothing."""
-  assert forecast._wanted(f'RESOURCE_EXHAUSTED: {text}') == gib * 2**30
+  assert compile._wanted(f'RESOURCE_EXHAUSTED: {text}') == gib * 2**30
 
 
 # What no mesh can do
@@ -628,17 +629,17 @@ def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change
   ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, billions):
-  assert from_hf(shapes.read(f'models/{name}-Instruct')).num_params() == round(billions * 1e9)
+  assert from_hf(known_models.read(f'models/{name}-Instruct')).num_params() == round(billions * 1e9)
 
 
 def test_an_unknown_model_names_the_known_ones():
   with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo.*Llama-3.1-8B'):
-    shapes.read('nowhere/Foo')
+    known_models.read('nowhere/Foo')
 
 
 def test_few_long_rows_on_a_large_slice_split_the_sequence():
   """64 rows of 8,192 tokens on 256 chips: one row is cut over 4 of them."""
-  arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
+  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
   found = suggest.candidates(arch, where, 64, 8192, 2, 6)
   assert {'context': 4, 'fsdp': 64}.items() <= dataclasses.asdict(found[0]).items()
   assert any(c.tensor == 2 and c.context == 2 for c in found)
@@ -647,7 +648,7 @@ def test_few_long_rows_on_a_large_slice_split_the_sequence():
 
 
 def test_candidates_divide():
-  arch, where = from_hf(shapes.read('Llama-3.1-8B')), topology.parse('2xv5e:16x16')
+  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('2xv5e:16x16')
   found = suggest.candidates(arch, where, 64, 8192, 2, 8)
   assert found
   for c in found:
@@ -684,9 +685,9 @@ def test_the_entry_prints_json():
 
 
 def test_a_folder_with_config_json_alone_is_enough(tmp_path):
-  shape = experiment.random_config(small().model.random.to_dict())
+  shape = random_config(small().model.random.to_dict())
   (tmp_path / 'config.json').write_text(json.dumps(shape))
-  assert shapes.read(str(tmp_path)) == shape
+  assert known_models.read(str(tmp_path)) == shape
   settings = ('seq_len=64', 'batch_size=8', 'eval.batch_size=8', f'model.path={tmp_path}')
   code, told = plan(
     '--config=sft_smollm2_135m', '--topology=cpu:2', *(f'--config.{s}' for s in settings)

@@ -7,12 +7,15 @@ import pytest
 import tiny_rollouts
 import tiny_tokenizer
 
-from ftjax import algorithms, episodes, experiment, policy_gradient, ppo, sampled
-from ftjax.forward import readout
+from ftjax.algorithms import policy_gradient, ppo
+from ftjax.config import algorithms
+from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
 from ftjax.models import transformer
 from ftjax.models.attention import Tokens
+from ftjax.models.forward import readout
+from ftjax.rl import rollout_batch, rollout_source
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
@@ -37,7 +40,7 @@ def flat(batch):
 
 def placed(s, arrays):
   shardings = s.run.batch_shardings(micro=False)
-  return episodes.place({k: arrays[k] for k in shardings}, shardings)
+  return rollout_source.place({k: arrays[k] for k in shardings}, shardings)
 
 
 # Values.
@@ -72,7 +75,7 @@ def test_advantages_and_returns_by_hand():
   weights = np.float32([[0, 1, 1, 0], [0, 1, 0, 0]])
   values = np.float32([[9, 0.5, 0.25, 9], [9, 0, 9, 9]])
   arrays = {'weights': weights, 'old_values': values, 'tokens': np.zeros((2, 4), np.int32)}
-  s = sampled.Sampled(arrays, np.float32([1, 2]), np.int32([2, 1]), 2)
+  s = rollout_batch.Sampled(arrays, np.float32([1, 2]), np.int32([2, 1]), 2)
   lesson = ppo.ValueTeacher(c).teach(s)
   # d = (0.25 - 0.5, 1 - 0.25); A = (-0.25 + 0.5 * 0.75, 0.75); R = A + V
   np.testing.assert_allclose(lesson.arrays['advantages'], [[0, 0.125, 0.75, 0], [0, 2, 0, 0]])
@@ -92,7 +95,7 @@ def test_the_divergence_is_charged_token_by_token():
   weights, gap = np.float32([[1, 1]]), np.float32([[0.3, 0.1]])
   arrays = {'weights': weights, 'old_values': np.zeros((1, 2), np.float32)}
   arrays |= {'old_logp': gap - 1, 'ref_logp': np.full((1, 2), -1, np.float32)}
-  s = sampled.Sampled(arrays, np.float32([1]), np.int32([2]), 1)
+  s = rollout_batch.Sampled(arrays, np.float32([1]), np.int32([2]), 1)
   lesson = ppo.ValueTeacher(tiny_rollouts.tiny('ppo', **settings)).teach(s)
   np.testing.assert_allclose(lesson.arrays['advantages'], [[0.8, 0.95]], atol=1e-6)
 
@@ -176,7 +179,7 @@ def test_on_a_mesh_the_update_is_the_same(usual, sizes, use_mesh, tmp_path):
 
 def placed_micro(s, batch):
   shardings = s.run.batch_shardings(micro=True)
-  return episodes.place({k: batch[k] for k in shardings}, shardings)
+  return rollout_source.place({k: batch[k] for k in shardings}, shardings)
 
 
 # Where the value model comes from.
@@ -187,7 +190,7 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   arch = algorithms.value_arch(s.run.arch)
   params = transformer.init(arch, jax.random.key(9))
   c = s.run.config
-  model = experiment.open_model('', c.model.random.to_dict(), c.seed, labels=1)
+  model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
   export.export(
     params,
     arch,

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ftjax.runtime import preemption, tpu_lock
+from ftjax.cluster import preemption, tpu_lock
 from ftjax.runtime.errors import ConfigError
 
 

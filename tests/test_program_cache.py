@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from ftjax.runtime import program_cache
+from ftjax.storage import program_cache
 
 WHOLE = zlib.compress(np.random.default_rng(0).bytes(4000))
 

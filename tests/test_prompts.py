@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import encode, made, prompts
+from ftjax.data import encode, prompts, synthetic
 from ftjax.data.formats import Chat
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
 
-TOKENIZER = Tokenizer(made.byte_tokenizer())
+TOKENIZER = Tokenizer(synthetic.byte_tokenizer())
 USER = {'role': 'user', 'content': 'hi'}
 
 

@@ -16,7 +16,9 @@ import pytest
 import tiny_run
 from tiny_run import BATCH, EPOCH_STEPS, STEPS
 
-from ftjax import config, examples, experiment
+from ftjax.config import keys
+from ftjax.experiment import data as examples
+from ftjax.experiment.model import open_model
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
@@ -94,7 +96,7 @@ def test_what_was_fed_is_the_schedule(reference):
   batch comes twice, also not in another epoch.
   """
   c = tiny_config(reference)
-  model = experiment.open_model('', c.model.random.to_dict(), c.seed, weights=False)
+  model = open_model('', c.model.random.to_dict(), c.seed, weights=False)
   data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)
@@ -110,7 +112,7 @@ def test_what_was_fed_is_the_schedule(reference):
 
 def tiny_config(workdir):
   """The config of a run, from its config.json."""
-  c = config.default()
+  c = keys.default()
   plain = json.loads((workdir / 'config.json').read_text())
   with c.unlocked():
     for key, value in plain.items():

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from ftjax.rollout.reward_alarms import RewardAlarms
-from ftjax.rollout.reward_batch import Scores
+from ftjax.grading.reward_alarms import RewardAlarms
+from ftjax.grading.reward_batch import Scores
 from ftjax.runtime.errors import CheckError
 
 

@@ -8,9 +8,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from ftjax.rollout import reward_worker
-from ftjax.rollout.reward_batch import Batch
-from ftjax.rollout.rewards import Rewards, parse
+from ftjax.grading import worker
+from ftjax.grading.reward_batch import Batch
+from ftjax.grading.rewards import Rewards, parse
 from ftjax.runtime.errors import ConfigError
 
 TRL = '''
@@ -239,7 +239,7 @@ def others(folder):
 
 
 def run(name, **values):
-  function = reward_worker.Function(f'other_rewards:{name}')
+  function = worker.Function(f'other_rewards:{name}')
   return function.run({'completions': ['a', 'bcd']} | values, 2, {})['scores']
 
 
@@ -253,30 +253,30 @@ def run(name, **values):
    ('generates_too_few', '1 scores for 2 completions'), ('never_ends', 'returned set')],
 )  # fmt: skip
 def test_what_is_no_list_of_numbers_is_refused(others, name, match):
-  with pytest.raises(reward_worker.Wrong, match=match):
+  with pytest.raises(worker.Wrong, match=match):
     run(name)
 
 
 def test_forms_of_results_that_are_taken(others):
   assert run('generates') == [1, 3] and run('yields') == [1, 1]
   assert run('nothing') == [None, None]
-  with pytest.raises(reward_worker.Wrong, match='taken by name'):
+  with pytest.raises(worker.Wrong, match='taken by name'):
     run('positional')
 
 
 def test_a_failure_is_one_line(others):
-  with pytest.raises(reward_worker.Failed) as error:
+  with pytest.raises(worker.Failed) as error:
     run('has_lines')
   assert str(error.value).startswith('RuntimeError: first⏎second [31m (')
 
 
 def test_extra_columns_are_json_and_never_vanish(others):
   """Samples are JSON lines, which have no NaN."""
-  function = reward_worker.Function('other_rewards:logs_nan')
+  function = worker.Function('other_rewards:logs_nan')
   found = function.run({'completions': ['a', 'b']}, 2, {})
   assert found['extra'] == {'margin': ['nan', '-inf']}
   for name, match in (('logs_too_few', '1 values for 2'), ('logs_a_known_name', 'rename it')):
-    with pytest.raises(reward_worker.Failed, match=match):
+    with pytest.raises(worker.Failed, match=match):
       run(name)
 
 

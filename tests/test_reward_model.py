@@ -12,16 +12,18 @@ import pytest
 import tiny_pairs
 from tiny_model import place
 
-from ftjax import experiment, forward, pairs, reward_model
+from ftjax.algorithms import pair_metrics, reward_model
 from ftjax.data import batches
+from ftjax.experiment import run as experiment
+from ftjax.experiment.model import open_model
+from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export, load
 from ftjax.losses import preference
-from ftjax.models import transformer
+from ftjax.models import forward, transformer
 from ftjax.models.architecture import from_hf
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.trainer import Trainer
 
 
 @functools.cache
@@ -193,7 +195,7 @@ def exported(tmp_path_factory):
   )
   measure = reward_model.make_measure(run.arch, c)
   found = reward_model.evaluate(measure, run, params, lambda: False)
-  rows = pairs.collect(measure, run, params, lambda: False)
+  rows = pair_metrics.collect(measure, run, params, lambda: False)
   return run, params, folder / 'export', found, rows
 
 
@@ -224,14 +226,14 @@ def test_the_export_is_a_classifier_of_one_label_with_a_pad_that_ends_nothing(ex
   assert config['architectures'] == ['LlamaForSequenceClassification']
   assert len(config['id2label']) == 1
   assert config['pad_token_id'] not in run.model.stop_ids
-  tokenizer = experiment.open_model(str(folder), {}, 0, labels=1).tokenizer
+  tokenizer = open_model(str(folder), {}, 0, labels=1).tokenizer
   assert tokenizer.pad_id == config['pad_token_id']
   names = load.open_source(folder).tensors
   assert names['score.weight'].shape == (1, 32) and 'lm_head.weight' not in names
 
 
 def test_a_qwen2_becomes_a_reward_model_of_its_own_class():
-  model = experiment.open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, labels=1)
+  model = open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, labels=1)
   assert model.config['architectures'] == ['Qwen2ForSequenceClassification']
   assert from_hf(model.config) == model.arch and model.arch.qkv_bias and model.arch.num_labels == 1
 
@@ -239,7 +241,7 @@ def test_a_qwen2_becomes_a_reward_model_of_its_own_class():
 def test_a_reward_model_starts_from_one_and_writes_no_text(exported, tmp_path):
   run, params, folder = exported[:3]
   with pytest.raises(ConfigError, match='is a reward model'):
-    experiment.open_model(str(folder), {}, 0)
+    open_model(str(folder), {}, 0)
   again = run.load_params(str(folder), 'float32')
   np.testing.assert_array_equal(again['score']['w'], params['score']['w'])
   other = tmp_path / 'two'
@@ -247,13 +249,13 @@ def test_a_reward_model_starts_from_one_and_writes_no_text(exported, tmp_path):
   config = json.loads((folder / 'config.json').read_text())
   (other / 'config.json').write_text(json.dumps(config | {'id2label': {'0': 'a', '1': 'b'}}))
   with pytest.raises(DataError, match='2 labels'):
-    experiment.open_model(str(other), {}, 0, labels=1)
+    open_model(str(other), {}, 0, labels=1)
 
 
 def test_a_language_model_lends_all_but_its_head(exported, tmp_path, use_mesh):
   """An untied one: the head goes, the score is drawn by the seed."""
   sizes = tiny_pairs.SIZES | {'tie_word_embeddings': False}
-  base = experiment.open_model('', sizes, 0)
+  base = open_model('', sizes, 0)
   use_mesh()
   params = transformer.init(base.arch, jax.random.key(7))
   export.export(
@@ -268,7 +270,7 @@ def test_a_language_model_lends_all_but_its_head(exported, tmp_path, use_mesh):
   c = tiny_pairs.settings('reward_model')
   with c.unlocked():
     c.model.path, c.model.random = str(tmp_path / 'lm'), {}
-  model = experiment.open_model(c.model.path, {}, 0, labels=1)
+  model = open_model(c.model.path, {}, 0, labels=1)
   run = experiment.without_data(c, jax.sharding.get_mesh(), model.arch)
   run.watchdog = experiment.Watchdog({'restore': 0.0})
   got = trees.flatten(run.load_params(c.model.path, 'float32'))

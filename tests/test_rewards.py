@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ftjax.rollout.rewards import Batch, Rewards, parse
+from ftjax.grading.rewards import Batch, Rewards, parse
 from ftjax.runtime.errors import ConfigError, DataError
 
 
@@ -393,7 +393,7 @@ def test_no_process_stays(functions):
 
 def test_the_import_is_light():
   code = (
-    'import sys, ftjax.rollout.rewards; print(sorted({"jax", "sympy", "re2", "jsonschema", '
+    'import sys, ftjax.grading.rewards; print(sorted({"jax", "sympy", "re2", "jsonschema", '
     '"math_verify"} & set(sys.modules)))'
   )
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_model import TINY, UNTIED, ids, init, logprobs, tokens_at
 
-from ftjax.rollout import weights
+from ftjax.generation import weights
 from ftjax.runtime import trees
 
 PROBE = ids(1, 11, seed=5)[0].tolist()

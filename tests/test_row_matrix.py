@@ -10,7 +10,7 @@ import pytest
 from test_data_cache import build
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import encode, formats, judged, prompts, sources
+from ftjax.data import encode, formats, labeled_examples, prompts, sources
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -188,7 +188,9 @@ def read(algorithm, source):
     found = encode.encode(parsed, TOKENIZER, 'completion')
   else:
     shape = {'dpo': 'pair', 'kto': 'label', 'reward_model': 'score'}[algorithm]
-    found = judged.encode([judged.parse(r, shape, None) for r in rows], TOKENIZER)
+    found = labeled_examples.encode(
+      [labeled_examples.parse(r, shape, None) for r in rows], TOKENIZER
+    )
   assert not [f for f in found if isinstance(f, formats.Bad)]
   out = []
   for (one,) in found:

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from tiny_model import TINY, UNTIED, ids, init, logits, tokens_at
 
-from ftjax.rollout import sampler
-from ftjax.rollout.sampler import Sampler, Sampling, choose
+from ftjax.generation import sampler
+from ftjax.generation.sampler import Sampler, Sampling, choose
 from ftjax.runtime.errors import ConfigError
 
 DRAWS = 4000

@@ -12,12 +12,15 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ftjax import config as config_lib
-from ftjax import convert, generator, saved_model
+from ftjax import convert
+from ftjax.config import keys as config_lib
+from ftjax.experiment import saved_model
 from ftjax.hf import load
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.runtime import files, sharding, snapshots
+from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.serving import generator
+from ftjax.storage import files, snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
 

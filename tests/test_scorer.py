@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_model import TINY, init, place, tokens_at
 
+from ftjax.generation.scorer import Scorer
 from ftjax.models import head, transformer
-from ftjax.rollout.scorer import Scorer
 from ftjax.runtime.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from test_chat import LLAMA3
 from test_encode import EXTRA, NO_THINK, QWEN25, SMOLLM2, THINK, make, one, runs, talk
 from tiny_tokenizer import CHATML
 
-from ftjax.data import chat, dialect, encode, spans
+from ftjax.data import chat_template, dialect, encode, spans
 from ftjax.data.encode import fit, head_length
 from ftjax.data.formats import Bad, Chat, Completion
 
@@ -106,14 +106,14 @@ def test_spans_of_tool_turns_are_those_of_the_prefixes():
 
 def written_characters(monkeypatch, example, tokenizer):
   written = []
-  inner = chat._render
+  inner = chat_template._render
 
   def counting(*args):
     text = inner(*args)
     written.append(len(text))
     return text
 
-  monkeypatch.setattr(chat, '_render', counting)
+  monkeypatch.setattr(chat_template, '_render', counting)
   spans.pieces(example, tokenizer, 'assistant')
   monkeypatch.undo()
   return sum(written)

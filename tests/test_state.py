@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny_model import TINY
 
-from ftjax import config
+from ftjax.config import keys
 from ftjax.models import transformer
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer
@@ -18,7 +18,7 @@ INFO = optimizer.leaves(transformer.declared(TINY), TINY.layer_slots())
 
 
 def make_optimizer(name):
-  c = config.default()
+  c = keys.default()
   r = optimizer.Recipe(
     name=name, schedule=lambda k: 0.1, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1,
     clip_norm=1.0, decay=c.optim.decay, multipliers=c.optim.multipliers, freeze=c.optim.freeze,

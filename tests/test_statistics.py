@@ -85,7 +85,7 @@ def test_bootstrap_is_deterministic_and_seeded():
 
 
 def test_chunks_do_not_change_the_draws(monkeypatch):
-  import ftjax.evaluation.statistics as module
+  from ftjax.evaluation import statistics as module
 
   x = np.random.default_rng(1).normal(size=37)
   whole = bootstrap(_mean, [x], seed=3, resamples=101)

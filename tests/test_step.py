@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_model import TINY, ids, init, place
 
-from ftjax import config, sft
+from ftjax.algorithms import sft
+from ftjax.config import keys as config
 from ftjax.models import transformer
 from ftjax.runtime import sharding
-from ftjax.training import feed
 from ftjax.training import optimizer as optimizer_lib
+from ftjax.training import prefetch
 from ftjax.training.state import create, state_shardings, with_shardings
 from ftjax.training.step import compile_step, fed, make_step
 
@@ -104,7 +105,7 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
   def count(**changes):
     mesh = jax.sharding.get_mesh()
     rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
-    placed = feed.place(arrays | changes, dict.fromkeys(arrays, rows))
+    placed = prefetch.place(arrays | changes, dict.fromkeys(arrays, rows))
     return {k: v.item() for k, v in jax.jit(fed)(placed).items()}
 
   for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):

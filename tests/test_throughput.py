@@ -1,10 +1,10 @@
-"""runtime/throughput.py: FLOPs by hand, windows of a clock that the test moves."""
+"""telemetry/throughput.py: FLOPs by hand, windows of a clock that the test moves."""
 
 import jax
 import pytest
 
-from ftjax.runtime import throughput
-from ftjax.runtime.throughput import Peak, Throughput
+from ftjax.telemetry import throughput
+from ftjax.telemetry.throughput import Peak, Throughput
 
 
 class Clock:

@@ -18,11 +18,11 @@ from fake_gcs import BUCKET
 from test_data_cache import chat_rows, write
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import blocks, cache, corpus_builder, tokenize_pool
+from ftjax.data import blocks, corpus_builder, token_cache, tokenize_pool
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 HERE = pathlib.Path(__file__).resolve().parent
 BLOCK = 20
@@ -38,7 +38,9 @@ def small_blocks(monkeypatch):
 def source(spec, cache_dir, **changes):
   settings = {'seq_len': 64, 'loss_on': 'assistant', 'on_overlength': 'error', 'progress': False}
   tokenizer = Tokenizer(tiny_files())
-  return cache.Source(spec, tokenizer, cache_dir=cache_dir, **(settings | {'workers': 1} | changes))
+  return token_cache.Source(
+    spec, tokenizer, cache_dir=cache_dir, **(settings | {'workers': 1} | changes)
+  )
 
 
 def content(cache_dir):
@@ -306,7 +308,7 @@ def test_the_first_rows_are_read_alone(tmp_path, monkeypatch):
   )
   for rows in (1, 7, 3 * BLOCK + 1):
     read.clear()
-    corpus = cache.head(source(spec, tmp_path / 'cache'), rows)
+    corpus = token_cache.head(source(spec, tmp_path / 'cache'), rows)
     assert len(corpus) == len(read) == corpus.counts.rows == rows
 
 

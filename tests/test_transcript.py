@@ -6,14 +6,13 @@ import pytest
 import tokenizers
 from tiny_tokenizer import CHATML, tiny_files
 
-from ftjax.data import encode
+from ftjax.data import encode, stop_texts
 from ftjax.data.formats import Chat
 from ftjax.data.prompts import Prompt
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.rollout import stop_texts
-from ftjax.rollout.completion import Completion, stops
-from ftjax.rollout.transcript import Transcripts
-from ftjax.rollout.verifiers import build
+from ftjax.experiment.transcript import Transcripts
+from ftjax.generation.completion import Completion, stops
+from ftjax.grading.verifiers import build
 from ftjax.runtime.errors import ConfigError
 
 TAGS = ('<think>', '</think>', '<answer>', '</answer>', '<tool_call>', '<|eot|>', '<pad>')

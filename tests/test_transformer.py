@@ -22,7 +22,7 @@ from tiny_model import (
   tokens_at,
 )
 
-from ftjax.models import cache, head, transformer
+from ftjax.models import head, kv_cache, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
@@ -259,7 +259,7 @@ def decoded(arch, params, tokens, segments, prompt):
   """
   positions = np.asarray(tokens_at(segments).positions)
   decode = jax.jit(functools.partial(transformer.decode, arch, dtype=jnp.float32))
-  memory = cache.empty(arch, B, T + 4, jnp.float32)
+  memory = kv_cache.empty(arch, B, T + 4, jnp.float32)
   parts, at = [], 0
   for length in [prompt] + [1] * (T - prompt):
     cut = slice(at, at + length)

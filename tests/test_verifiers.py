@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from ftjax.rollout import math_answers, verifiers
-from ftjax.rollout.final_answer import final_answer, opened
-from ftjax.rollout.verifiers import build
+from ftjax.grading import math_answers, verifiers
+from ftjax.grading.final_answer import final_answer, opened
+from ftjax.grading.verifiers import build
 from ftjax.runtime.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ftjax.runtime.watchdog import Watchdog
+from ftjax.cluster.watchdog import Watchdog
 
 
 class Clock:
@@ -79,7 +79,7 @@ def test_no_limit_and_no_such_phase(clock):
 
 def test_a_process_that_hangs_ends_with_75_and_its_stacks():
   code = (
-    'import time\nfrom ftjax.runtime.watchdog import Watchdog\n'
+    'import time\nfrom ftjax.cluster.watchdog import Watchdog\n'
     "def stuck():\n  time.sleep(60)\nwith Watchdog({'step': 0.5}).phase('step'):\n  stuck()\n"
   )
   begin = time.monotonic()

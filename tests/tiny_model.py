@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.data import made
+from ftjax.data import synthetic
 from ftjax.hf import export
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
@@ -36,13 +36,13 @@ QWEN2 = dataclasses.replace(TINY, family='qwen2', qkv_bias=True)
 
 def write_folder(folder, arch=None):
   """A HF folder of a random model with the byte tokenizer; its path as text."""
-  arch = arch or dataclasses.replace(TINY, vocab_size=made.VOCAB_SIZE, max_len=512)
+  arch = arch or dataclasses.replace(TINY, vocab_size=synthetic.VOCAB_SIZE, max_len=512)
   export.export(
     init(arch),
     arch,
     folder,
     source_config=None,
-    tokenizer_files=made.byte_tokenizer(),
+    tokenizer_files=synthetic.byte_tokenizer(),
     dtype=np.float32,
     stop_ids=(),
   )

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 from tiny_model import place
 
-from ftjax import algorithms, config, experiment
-from ftjax.runtime.watchdog import Watchdog
-from ftjax.training import feed
+from ftjax.cluster.watchdog import Watchdog
+from ftjax.config import algorithms, keys
+from ftjax.experiment import run as experiment
+from ftjax.experiment.model import open_model
+from ftjax.training import prefetch
 
 SIZES = dict(
   vocab_size=260,
@@ -25,7 +27,7 @@ ROWS, T = 8, 64
 
 def settings(algorithm='dpo', **changes):
   """A validated config of ROWS rows of T tokens; keys of `changes` have __ for dots."""
-  c = config.default()
+  c = keys.default()
   with c.unlocked():
     c.model.random = dict(SIZES)
   c.algorithm, c.data.train, c.steps = algorithm, 'pairs:64', 8
@@ -34,14 +36,12 @@ def settings(algorithm='dpo', **changes):
   for axis in ('data', 'fsdp', 'context', 'tensor', 'expert'):
     c.mesh[axis] = jax.sharding.get_mesh().shape[axis]
   c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
-  config.validate(c)
+  keys.validate(c)
   return c
 
 
 def architecture(c):
-  return experiment.open_model(
-    '', c.model.random.to_dict(), c.seed, labels=algorithms.num_labels(c)
-  ).arch
+  return open_model('', c.model.random.to_dict(), c.seed, labels=algorithms.num_labels(c)).arch
 
 
 def shapes_only(c):
@@ -79,7 +79,7 @@ def on_devices(batch, run):
   """[A, M, ...] arrays of a step on the run's mesh."""
   micro, shardings = run.config.grad_accum, run.batch_shardings(micro=True)
   split = {k: v.reshape(micro, len(v) // micro, *v.shape[1:]) for k, v in batch.items()}
-  return feed.place(split, {k: shardings[k] for k in split})
+  return prefetch.place(split, {k: shardings[k] for k in split})
 
 
 def flat_on_devices(batch):

@@ -7,17 +7,22 @@ import json
 import jax
 import numpy as np
 
-from ftjax import best_of_n, config, episodes, examples, experiment, grpo, online_dpo, ppo
+from ftjax.algorithms import best_of_n, grpo, online_dpo, ppo
+from ftjax.cluster.watchdog import Watchdog
+from ftjax.config import keys
+from ftjax.experiment import data as examples
+from ftjax.experiment import run as experiment
+from ftjax.experiment.model import open_model
+from ftjax.experiment.trainer import Trainer
+from ftjax.rl import rollout_source
 from ftjax.runtime import trees
-from ftjax.runtime.watchdog import Watchdog
-from ftjax.trainer import Trainer
 
 VOCAB_REWARDS = 'length:target=4'
 
 
 def tiny(algorithm='grpo', **overrides):
   """4 prompts of 4 completions of at most 8 tokens."""
-  c = config.default()
+  c = keys.default()
   c.algorithm, c.steps, c.batch_size, c.seq_len = algorithm, 8, 4, 48
   if algorithm == 'online_dpo':
     c.seq_len = 96
@@ -30,13 +35,13 @@ def tiny(algorithm='grpo', **overrides):
   c.rollout.stop = tuple('abcdefghijklmnopqrstuvwxyz0123456789')
   c.optim.lr = 1e-2
   c.update_from_flattened_dict(overrides)
-  config.validate(c)
+  keys.validate(c)
   return c
 
 
 def start(folder, algorithm='grpo', **overrides):
   c = tiny(algorithm, **overrides)
-  model = experiment.open_model('', c.model.random.to_dict(), c.seed)
+  model = open_model('', c.model.random.to_dict(), c.seed)
   data = examples.open_data(c, model.tokenizer, str(folder))
   mesh = jax.sharding.get_mesh()
   return experiment.Run(c, str(folder), mesh, model, data, Watchdog(c.watchdog.to_dict()))
@@ -47,13 +52,13 @@ def episodes_of(run):
   c = run.config
   if c.algorithm == 'ppo':
     measures = {'old_values': ppo.make_measure(run.arch, c)}
-    return episodes.Episodes(run, ppo.ValueTeacher(c), measures)
+    return rollout_source.Episodes(run, ppo.ValueTeacher(c), measures)
   teachers = {
     'grpo': lambda: grpo.GroupTeacher(c),
     'best_of_n': lambda: best_of_n.BestTeacher(c, run.model.tokenizer),
     'online_dpo': lambda: online_dpo.PairTeacher(c),
   }
-  return episodes.Episodes(run, teachers[c.algorithm]())
+  return rollout_source.Episodes(run, teachers[c.algorithm]())
 
 
 class Steps:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ftjax.data.cache import Corpus
-from ftjax.data.schedule import Mixture
+from ftjax.data.order import Mixture
+from ftjax.data.token_cache import Corpus
 
 Batch = dict[str, np.ndarray]
 

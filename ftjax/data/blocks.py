@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, judged
-from ftjax.data.counts import Counts, Reasons
+from ftjax.data import encode, formats, labeled_examples
 from ftjax.data.formats import Bad
+from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.tokenizer import Tokenizer
 
 BLOCK_ROWS = 500
@@ -216,13 +216,15 @@ class BlockTokenizer:
     self._clear()
     return made
 
-  def _parse(self, row: Row | Bad) -> formats.Example | judged.Pair | judged.Judged | Bad:
+  def _parse(
+    self, row: Row | Bad
+  ) -> formats.Example | labeled_examples.Pair | labeled_examples.Judged | Bad:
     if isinstance(row, Bad):
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
       if policy.shape != 'text':
-        return judged.parse(row, policy.shape, policy.format, has_template)
+        return labeled_examples.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
       return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
     except ValueError as error:
@@ -230,7 +232,9 @@ class BlockTokenizer:
 
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
-    found = formats.unread(row, self._form) if shape == 'text' else judged.unread(row, shape)
+    found = (
+      formats.unread(row, self._form) if shape == 'text' else labeled_examples.unread(row, shape)
+    )
     for column in sorted(found):
       self._columns.add(column, (file, line))
 
@@ -240,7 +244,7 @@ class BlockTokenizer:
     found = (
       encode.encode(good, self._tokenizer, self._policy.loss_on)
       if self._policy.shape == 'text'
-      else judged.encode(good, self._tokenizer)
+      else labeled_examples.encode(good, self._tokenizer)
     )
     encoded = iter(found)
     for (_, _, row), (file, line, example) in zip(rows, parsed, strict=True):
@@ -272,9 +276,9 @@ class BlockTokenizer:
 
   def _add(self, example: encode.Encoded, file: int, line: int) -> None:
     counts, policy = self._counts, self._policy
-    fit = judged.fit if example.boundary else encode.fit
+    fit = labeled_examples.fit if example.boundary else encode.fit
     if example.boundary:
-      chosen, rejected = judged.over(example, policy.seq_len)
+      chosen, rejected = labeled_examples.over(example, policy.seq_len)
       counts.chosen_over += chosen
       counts.rejected_over += rejected
     try:
@@ -288,7 +292,7 @@ class BlockTokenizer:
       else:
         counts.unsupervised += 1
       return
-    if kept.boundary and judged.is_identical(kept):
+    if kept.boundary and labeled_examples.is_identical(kept):
       counts.identical += 1
       return
     counts.truncated += len(kept.tokens) < len(example.tokens)

@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 
 from ftjax.data import formats
 from ftjax.data.formats import Bad
-from ftjax.runtime import files, strict_json
+from ftjax.runtime import strict_json
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | Bad]]

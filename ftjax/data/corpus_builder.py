@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.data import blocks, counts, sources
+from ftjax.data import blocks, row_counts, sources
 from ftjax.data.blocks import Block, BlockTokenizer, Policy, TokenBlock
-from ftjax.data.counts import Counts, Reasons
+from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.sources import Spec
 from ftjax.data.tokenize_pool import Gone, Pool, cores
 from ftjax.data.tokenizer import Tokenizer
@@ -178,13 +178,13 @@ class Build:
       remedy = '' if self.drop_bad else " (data.on_bad_row='drop' leaves out what cannot be parsed)"
       raise DataError(
         f'{path}: rows that cannot be used: {errors.rows:,} of {rows}{remedy}:\n'
-        + counts.listing(found, names)
+        + row_counts.listing(found, names)
       )
     if seen.bad and seen.bad == seen.rows:
       raise DataError(
-        f'{path}: none of the {rows} can be used:\n' + counts.listing(seen.bad_reasons, names)
+        f'{path}: none of the {rows} can be used:\n' + row_counts.listing(seen.bad_reasons, names)
       )
-    counts.check(path, seen, self.policy.loss_on)
+    row_counts.check(path, seen, self.policy.loss_on)
 
   def _path(self, number: int) -> Path:
     return self.folder / blocks.file_name(number)

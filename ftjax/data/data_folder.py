@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ftjax.data.containers import ARCHIVE, COMPRESSIONS, KINDS, File, describe_kinds, kind_of
-from ftjax.runtime import files
 from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.storage import files
 
 # Words of file names that say which split of a data set is in them, and what they mean.
 _SPLITS = {

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ftjax.data.batches import Batch
-from ftjax.data.cache import Corpus
+from ftjax.data.order import Mixture, SourceSchedule
 from ftjax.data.prompts import Prompt, Prompts
-from ftjax.data.schedule import Mixture, SourceSchedule
+from ftjax.data.token_cache import Corpus
 from ftjax.data.tokenizer import Tokenizer
 
 

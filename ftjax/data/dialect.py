@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftjax.data import chat, sentinels
+from ftjax.data import chat_template, sentinels
 from ftjax.data.sentinels import REASONING, Path, Sentinels
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
@@ -75,13 +75,13 @@ class Dialect:
       )
     self._template, self._kwargs = tokenizer.template, kwargs
     self._special = tokenizer.special_texts
-    self.name = f'{chat.name_template(tokenizer.template)} of {tokenizer.name}'
-    self.tags = sentinels.tag_pattern(chat.find_tags(tokenizer.template))
+    self.name = f'{chat_template.name_template(tokenizer.template)} of {tokenizer.name}'
+    self.tags = sentinels.tag_pattern(chat_template.find_tags(tokenizer.template))
     self._forms: dict[Any, Form] = {}
 
-  def trace(self, messages: Messages, tools: Tools, prompt: bool = False) -> chat.Traced:
+  def trace(self, messages: Messages, tools: Tools, prompt: bool = False) -> chat_template.Traced:
     """Renders a conversation and records where its messages begin; `prompt`: open the next turn."""
-    return chat.trace(
+    return chat_template.trace(
       self._template,
       messages,
       generation_prompt=prompt,
@@ -256,12 +256,14 @@ class Dialect:
       prompts = tuple(self._prompt(marked, traced, k) for k in range(len(messages)))
     return Form(tuple(missing), False, frozenset(dropped), prompts)
 
-  def _prompt(self, marked: Sentinels, traced: chat.Traced, k: int) -> str | None:
+  def _prompt(self, marked: Sentinels, traced: chat_template.Traced, k: int) -> str | None:
     if marked.messages[k]['role'] != 'assistant':
       return None
     return self.check_turn(marked.messages, marked.tools, traced, k)
 
-  def check_turn(self, messages: Messages, tools: Tools, traced: chat.Traced, k: int) -> str | None:
+  def check_turn(
+    self, messages: Messages, tools: Tools, traced: chat_template.Traced, k: int
+  ) -> str | None:
     """Returns the text that opens turn k where the rendered prefixes agree with the trace.
 
     None where they do not: the prompt of turn k, or the conversation up to its end, is not how the
@@ -296,7 +298,7 @@ class Dialect:
     return self._try(user) != self._try(user, prompt=True)
 
 
-def span_of(traced: chat.Traced, k: int) -> tuple[int | None, int | None]:
+def span_of(traced: chat_template.Traced, k: int) -> tuple[int | None, int | None]:
   """Returns where message k begins and ends, as far as the trace knows."""
   last = k + 1 == len(traced.starts)
   return traced.starts[k], len(traced.text) if last else traced.starts[k + 1]

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import counts, encode, prompt_rows, sources
-from ftjax.data.counts import Reasons
+from ftjax.data import encode, prompt_rows, row_counts, sources
 from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
+from ftjax.data.row_counts import Reasons
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime import strict_json
@@ -210,11 +210,11 @@ def read(
     found = sorted(errors.as_list(), key=lambda entry: entry['places'][0])
     raise DataError(
       f'{spec.path}: rows that cannot be used: {errors.rows:,} of {reader.seen:,}:\n'
-      + counts.listing(found, names)
+      + row_counts.listing(found, names)
     )
   reasons = reader.bad.as_list()
   if not reader.rows:
-    listed = '\n' + counts.listing(reasons, names) if reasons else ''
+    listed = '\n' + row_counts.listing(reasons, names) if reasons else ''
     raise DataError(
       f'{spec.path}: no prompt in it ({reader.dropped} were longer than {room} tokens, '
       f'{reader.bad.rows} could not be used){listed}'
@@ -245,5 +245,5 @@ def _log(found: Prompts) -> None:
       *(found.name, found.unrendered),
     )
   if found.bad:
-    listed = counts.listing(found.bad_reasons, found.file_names)
+    listed = row_counts.listing(found.bad_reasons, found.file_names)
     log.warning("%s: data.on_bad_row='drop': %d rows left out:\n%s", found.name, found.bad, listed)

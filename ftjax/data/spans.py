@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ftjax.data import chat, dialect, sentinels
+from ftjax.data import chat_template, dialect, sentinels
 from ftjax.data.dialect import Dialect, Form, Messages, Tools
 from ftjax.data.formats import Chat
 from ftjax.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ class _View:
     self.text = self._traced.text
     self._form: Form = own.form(messages, tools, prompt)
 
-  def _render(self, prompt: bool) -> chat.Traced:
+  def _render(self, prompt: bool) -> chat_template.Traced:
     try:
       return self._dialect.trace(self._messages, self._tools, prompt)
     except DataError as error:

@@ -18,7 +18,7 @@ from ftjax.evaluation.metrics import SCORES, classification, per_class
 from ftjax.evaluation.run import Result
 from ftjax.evaluation.statistics import bootstrap, mcnemar, wilson
 from ftjax.evaluation.tasks import Task
-from ftjax.runtime import files
+from ftjax.storage import files
 
 SEED = 0
 RESAMPLES = 2000

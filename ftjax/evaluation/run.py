@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from ftjax.cluster import processes
 from ftjax.evaluation import tasks
 from ftjax.evaluation.tasks import Row, Task
-from ftjax.runtime import files, peers
 from ftjax.runtime.errors import DataError, NonFiniteError
+from ftjax.storage import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _choose(task, model, batch_size, max_len, _, title) -> list[Result]:
   order = sorted(range(len(prompts)), key=lambda i: (len(choices[i]), len(prompts[i])))
   scores: list[tuple[float, ...]] = [()] * len(prompts)
   with tqdm(
-    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not peers.is_main()
+    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not processes.is_main()
   ) as bar:
     for _, group in itertools.groupby(order, key=lambda i: len(choices[i])):
       for index in _batches(list(group), batch_size):
@@ -136,7 +137,7 @@ def _say(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
   said = [''] * len(prompts)
   with tqdm(
-    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not peers.is_main()
+    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not processes.is_main()
   ) as bar:
     for index in _batches(order, batch_size):
       spare = [prompts[index[-1]]] * (batch_size - len(index))

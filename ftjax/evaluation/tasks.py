@@ -24,7 +24,7 @@ from typing import Any
 from ftjax.data import messages, prompt_rows, sources
 from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
 from ftjax.evaluation.metrics import normalized_match
-from ftjax.rollout.math_answers import Math
+from ftjax.grading.math_answers import Math
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

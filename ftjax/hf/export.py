@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.hf import model_folder, names
+from ftjax.hf import layout, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import (
   INDEX_FILE,
@@ -29,9 +29,9 @@ from ftjax.hf.safetensors import (
   write_folder,
 )
 from ftjax.models.architecture import Architecture, to_hf
-from ftjax.runtime import files as files_lib
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files as files_lib
 
 if TYPE_CHECKING:
   # `convert` writes through here without jax; only `export` needs it.
@@ -215,11 +215,11 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  from ftjax.runtime import peers  # which imports jax
+  from ftjax.cluster import processes  # which imports jax
 
   leaves, dtype = trees.flatten(params), np.dtype(dtype)
-  bindings = {b.hf: b for b in names.bindings(arch)}
-  wanted = names.leaf_shapes(arch)
+  bindings = {b.hf: b for b in layout.bindings(arch)}
+  wanted = layout.leaf_shapes(arch)
   found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
   if found != wanted:
     wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
@@ -231,9 +231,9 @@ def export(
   def read(name: str) -> np.ndarray:
     b = bindings[name]
     value = _on_host(leaves[b.leaf], b.layer)
-    return np.ascontiguousarray(names.to_hf(b, value)).astype(dtype, copy=False)
+    return np.ascontiguousarray(layout.to_hf(b, value)).astype(dtype, copy=False)
 
-  if not peers.is_main():
+  if not processes.is_main():
     for name in bindings:
       read(name)
     return
@@ -243,7 +243,7 @@ def export(
   generation = generation_file(files.get('generation_config.json'), config, stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
-  write_model(target, names.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+  write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
 def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:

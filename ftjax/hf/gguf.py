@@ -17,8 +17,8 @@ import numpy as np
 from ftjax.hf import gguf_files
 from ftjax.hf.safetensors import Index, TensorInfo, full_index
 from ftjax.models.architecture import Architecture, RopeScaling, to_hf
-from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 

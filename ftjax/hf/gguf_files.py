@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 _HEADER_BYTES = 16 << 20  # of a file in a bucket, read at first; most headers are shorter
 

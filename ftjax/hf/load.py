@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.hf import gguf_files, gguf_tokenizer, model_folder, names, safetensors, weight_files
+from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, safetensors, weight_files
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
 from ftjax.models import config_keys
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import files, snapshots, trees
+from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files, snapshots
 
 if TYPE_CHECKING:
   # Converting files needs no jax and should start quickly; `load_params` imports it.
@@ -121,13 +122,13 @@ def check_tensors(source: TensorSource, arch: Architecture):
     DataError: names every tensor that is missing, left over or of another shape; or a tied model's
       head differs from its embedding.
   """
-  need = {b.hf: b for b in names.bindings(arch)}
+  need = {b.hf: b for b in layout.bindings(arch)}
   have = dict(source.tensors)
-  embed, head = names.TIED[arch.family]
+  embed, head = layout.TIED[arch.family]
   if arch.tied and head in have:
     _check_tied(source, embed, head)
     del have[head]
-  unused = names.UNUSED[arch.family]
+  unused = layout.UNUSED[arch.family]
   left = sorted(name for name in have if name not in need and not unused.fullmatch(name))
   problems = [f'missing {name} (parameter {need[name].leaf})' for name in need if name not in have]
   problems += [f'no parameter takes {name} {list(have[name].shape)}' for name in left]
@@ -183,17 +184,17 @@ def load_params(
   Raises:
     DataError: see `check_tensors`.
   """
-  from ftjax.runtime import peers
+  from ftjax.cluster import processes
 
   source = open_source(path)
   check_tensors(source, arch)
-  shapes, places = names.leaf_shapes(arch), trees.flatten(shardings)
+  shapes, places = layout.leaf_shapes(arch), trees.flatten(shardings)
   if shapes.keys() != places.keys():
     raise ValueError(
       f'shardings differ from the parameters in {sorted(shapes.keys() ^ places.keys())}'
     )
-  rows: dict[str, list[names.Binding]] = {}
-  for b in names.bindings(arch):
+  rows: dict[str, list[layout.Binding]] = {}
+  for b in layout.bindings(arch):
     rows.setdefault(b.leaf, []).append(b)
   dtype = np.dtype(dtype)
   size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -202,7 +203,11 @@ def load_params(
   # else.
   order = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
   with tqdm(
-    total=size, unit='B', unit_scale=True, desc='weights', disable=size < 1e9 or not peers.is_main()
+    total=size,
+    unit='B',
+    unit_scale=True,
+    desc='weights',
+    disable=size < 1e9 or not processes.is_main(),
   ) as bar:
     for name in order:
       leaves[name] = _load_leaf(source, rows[name], shapes[name], places[name], dtype)
@@ -212,7 +217,7 @@ def load_params(
 
 def _load_leaf(
   source: TensorSource,
-  rows: list[names.Binding],
+  rows: list[layout.Binding],
   shape: tuple[int, ...],
   sharding: jax.sharding.Sharding,
   dtype: np.dtype,
@@ -234,7 +239,7 @@ def _load_leaf(
 
 
 def _fill(
-  source: TensorSource, rows: list[names.Binding], shape: tuple[int, ...], index, dtype
+  source: TensorSource, rows: list[layout.Binding], shape: tuple[int, ...], index, dtype
 ) -> np.ndarray:
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
   out = np.empty([len(r) for r in ranges], dtype)
@@ -247,7 +252,7 @@ def _fill(
 
 
 def _fill_tensor(
-  source: TensorSource, binding: names.Binding, ranges: list[range], out: np.ndarray
+  source: TensorSource, binding: layout.Binding, ranges: list[range], out: np.ndarray
 ):
   # Blocks run along the axis of ours that is HF's first, so that a block is a range of rows of the
   # file.
@@ -261,7 +266,7 @@ def _fill_tensor(
     index[axis] = slice(block.start, block.stop)
     place = [slice(None)] * out.ndim
     place[axis] = slice(begin, begin + len(block))
-    out[tuple(place)] = names.read(source, binding, tuple(index))
+    out[tuple(place)] = layout.read(source, binding, tuple(index))
 
 
 def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:

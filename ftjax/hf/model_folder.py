@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from ftjax.hf import gguf_files, safetensors, weight_files
-from ftjax.runtime import files
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 # Of the tokenizer, or how to run the model. What is of several templates lies in the subfolder.
 _SIDE_FILES = (

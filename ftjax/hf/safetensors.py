@@ -24,8 +24,8 @@ from ftjax.hf.weight_files import (
   weight_files,
   weight_map,
 )
-from ftjax.runtime import files
 from ftjax.runtime.errors import DataError, NonFiniteError
+from ftjax.storage import files
 
 Index = tuple[slice, ...]
 

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ftjax.runtime import files, strict_json
+from ftjax.runtime import strict_json
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 INDEX_FILE = 'model.safetensors.index.json'
 SINGLE_FILE = 'model.safetensors'

@@ -3,7 +3,7 @@
 A model is a list of stacks, `((pattern, repeats), ...)`: the pattern is a tuple of block kinds, and
 a stack scans over its repeats. Llama-style models are one stack of one kind. Parameter names
 follow: `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats. Which HF tensor is which
-parameter stands in hf/names.py."""
+parameter stands in hf/layout.py."""
 
 import dataclasses
 from collections.abc import Mapping

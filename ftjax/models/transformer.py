@@ -17,7 +17,7 @@ from flax import nnx
 from ftjax.models import rope
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens, attend
-from ftjax.models.cache import Cache
+from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Linear, RMSNorm, declare
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime import trees

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from ftjax.models.architecture import Architecture
-from ftjax.planning.account import Memory
-from ftjax.planning.communication import Collective
+from ftjax.planning.collectives import Collective
+from ftjax.planning.memory import Memory
 from ftjax.planning.topology import Topology
-from ftjax.runtime.throughput import train_flops
+from ftjax.telemetry.throughput import train_flops
 
 
 @dataclasses.dataclass(frozen=True)

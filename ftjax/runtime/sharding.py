@@ -185,7 +185,7 @@ def zigzag(length: int, ways: int) -> np.ndarray:
 
   Shard i of C holds chunks i and 2 C - 1 - i of the row's 2 C: under a causal mask every shard then
   has as much to compute. Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2. Rows are
-  brought into this order on the host (training/feed.py); segments and positions tell the rest.
+  brought into this order on the host (training/prefetch.py); segments and positions tell the rest.
 
   Raises:
     ValueError: a length that 2 C does not divide.

@@ -20,14 +20,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.runtime import peers, preemption
-from ftjax.runtime.checkpoint import Checkpoints
-from ftjax.runtime.console import Console
+from ftjax.cluster import preemption, processes
+from ftjax.cluster.step_sync import Signals
+from ftjax.cluster.watchdog import Watchdog
 from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
-from ftjax.runtime.metrics import MetricsWriter
-from ftjax.runtime.throughput import Throughput, memory
-from ftjax.runtime.watchdog import Watchdog
-from ftjax.training.signals import Signals
+from ftjax.storage.checkpoint import Checkpoints
+from ftjax.telemetry.console import Console
+from ftjax.telemetry.metrics_writer import MetricsWriter
+from ftjax.telemetry.throughput import Throughput, memory
 from ftjax.training.state import State
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Loop:
         initial=start,
         unit='step',
         mininterval=0.1 if sys.stderr.isatty() else _LOG_FILE_S,
-        disable=not peers.is_main(),
+        disable=not processes.is_main(),
       ) as self._bar,
       contextlib.ExitStack() as trace,
       self._watchdog.phase('step'),
@@ -366,7 +366,7 @@ class Loop:
 
 def _agreed(kind: type[RunError], message: str) -> RunError:
   """The error that every process raises now: each closes its files before any of them leaves."""
-  peers.leave_together()
+  processes.leave_together()
   return kind(message)
 
 

@@ -43,7 +43,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """An optimizer in numbers. See ftjax/config.py for the meaning of each."""
+  """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each."""
 
   name: str
   schedule: Callable

@@ -12,12 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny_model import TINY, place
 
-from ftjax import config, experiment, sft
+from ftjax.algorithms import sft
+from ftjax.config import keys as config
+from ftjax.experiment import run
 from ftjax.models import attention
 from ftjax.models.kernels import dense
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.training import feed
+from ftjax.training import prefetch
 
 B, T, N, K, H = 2, 1024, 2, 1, 16
 HEADS, KV, WHERE = (
@@ -124,7 +126,7 @@ def test_the_feed_brings_rows_into_order_and_moves_all_arrays_alike(use_mesh):
   mesh = use_mesh(context=4, data=2)
   where = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
   batch = {k: np.arange(64).reshape(2, 2, 16) + n for n, k in enumerate(('tokens', 'labels'))}
-  placed = feed.place(batch, dict.fromkeys(batch, where))
+  placed = prefetch.place(batch, dict.fromkeys(batch, where))
   np.testing.assert_array_equal(placed['tokens'], batch['tokens'][..., sharding.zigzag(16, 4)])
   np.testing.assert_array_equal(placed['labels'], np.asarray(placed['tokens']) + 1)
 
@@ -133,7 +135,7 @@ def test_a_row_length_that_cannot_be_cut_is_refused_before_anything_is_compiled(
   c = config.default()
   c.seq_len, c.batch_size, c.eval.batch_size = 20, 4, 4
   with pytest.raises(ConfigError, match=r'seq_len=20 is no multiple of 2 x mesh.context=8'):
-    experiment.check_sizes(c, TINY, use_mesh(context=4))
+    run.check_sizes(c, TINY, use_mesh(context=4))
 
 
 def test_noise_on_embeddings_goes_with_the_tokens(use_mesh):
@@ -143,7 +145,7 @@ def test_noise_on_embeddings_goes_with_the_tokens(use_mesh):
     mesh = use_mesh(context=ways)
     rows = NamedSharding(mesh, sharding.spec('batch', 'seq'))
     segments = np.repeat([[1, 1, 2, 0]], 8, axis=1).reshape(1, -1).astype(np.int32)
-    batch = feed.place({'segments': segments}, {'segments': rows})
+    batch = prefetch.place({'segments': segments}, {'segments': rows})
     keys = jax.random.split(jax.random.key(0), 1)
     made = jax.jit(lambda b, k: sft.embedding_noise(5.0, b, 16, k))(batch, keys)
     return np.asarray(made)[:, np.argsort(sharding.zigzag(32, ways))]

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 from tiny_model import QWEN2, TINY, ids, init, tokens_at
 
-from ftjax import config, sft
+from ftjax.algorithms import sft
+from ftjax.config import keys
+from ftjax.generation.sampler import Sampler, Sampling
 from ftjax.models import transformer
-from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.runtime import sharding, trees
-from ftjax.training import feed, optimizer, state, step
+from ftjax.training import optimizer, prefetch, state, step
 
 ACCUM, B, T, STEPS = 2, 8, 32, 5
 RATE = 1e-4
@@ -97,7 +98,7 @@ def train(mesh, batches, arch=TINY):
   abstract = jax.eval_shape(lambda p: state.create(p, {}, rule, False), params)
   places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(arch)), mesh)
   current = jax.jit(lambda p: state.create(p, {}, rule, False), out_shardings=places)(params)
-  c = config.default()
+  c = keys.default()
   with c.unlocked():
     c.loss.z_loss = 1e-3
   run = step.make_step(
@@ -111,7 +112,7 @@ def train(mesh, batches, arch=TINY):
     seed=0,
   )
   rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
-  placed = [feed.place(batch, dict.fromkeys(batch, rows)) for batch in batches]
+  placed = [prefetch.place(batch, dict.fromkeys(batch, rows)) for batch in batches]
   compiled = step.compile_step(
     run, state.with_shardings(jax.eval_shape(lambda s: s, current), places), placed[0]
   )

@@ -9,10 +9,11 @@ import optax
 import pytest
 from tiny_model import TINY, ids, init, place
 
-from ftjax import config, sft
+from ftjax.algorithms import sft
+from ftjax.config import keys
 from ftjax.models import transformer
 from ftjax.runtime import sharding, trees
-from ftjax.runtime.checkpoint import Checkpoints, Retention
+from ftjax.storage.checkpoint import Checkpoints, Retention
 from ftjax.training.state import create, state_shardings, with_shardings
 
 B, T = 8, 16
@@ -46,7 +47,7 @@ def loss_and_gradient(params):
     'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
   }
   batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
-  loss_fn = sft.make_loss(TINY, config.default())
+  loss_fn = sft.make_loss(TINY, keys.default())
 
   @jax.jit
   def both(params, batch):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tiny_model import logits, place, tokens_at
 
-from ftjax.hf import load, names
+from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.hf import layout, load
 from ftjax.models import head, transformer
 from ftjax.models.architecture import from_hf
-from ftjax.rollout.sampler import Sampler, Sampling
 from ftjax.runtime import sharding, trees
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -71,10 +71,10 @@ def test_loss_and_gradient_of_tiny_models(name):
   loss, gradient = run(params)
   assert float(loss) == pytest.approx(float(stored['loss']), rel=1e-6)
   leaves = {n: np.asarray(g) for n, g in trees.flatten(gradient).items()}
-  bindings = names.bindings(arch)
+  bindings = layout.bindings(arch)
   assert {f'gradient/{b.hf}' for b in bindings} == {k for k in stored if k.startswith('gradient/')}
   for b in bindings:
-    got = names.to_hf(b, leaves[b.leaf] if b.layer is None else leaves[b.leaf][b.layer])
+    got = layout.to_hf(b, leaves[b.leaf] if b.layer is None else leaves[b.leaf][b.layer])
     expected = stored[f'gradient/{b.hf}']
     assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max() and expected.any(), b.hf
 

@@ -1,0 +1,97 @@
+"""Best-of-n and rejection sampling, top to bottom: completions -> rewards -> the best of each
+prompt -> cross-entropy -> step -> run, again and again from the model as it then is.
+
+RAFT (Dong et al. 2023) with best_of_n.keep=1; STaR's filter (Zelikman et al. 2022) with a
+min_reward that right answers alone earn and keep=rollout.group. Completions that are the same count
+once. What was kept lands in rollouts/kept-<number>.jsonl, as rows of supervised tuning."""
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import fit
+from ftjax.experiment import run as experiment
+from ftjax.experiment.transcript import Transcripts
+from ftjax.losses.cross_entropy import Terms
+from ftjax.models import head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.forward import hidden_states
+from ftjax.rl import rollout_source
+from ftjax.rl.rollout_source import Lesson, Sampled
+
+# Columns that the prompt of a row was rendered with, and is again.
+_AGAIN = ('tools', 'functions', 'chat_template_kwargs')
+
+
+def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+  """loss(params, batch, keys) -> (sum of loss, tokens of the completions, {'nll': sums})."""
+  dtype, remat = jnp.dtype(c.model.compute_dtype), c.remat
+
+  def loss(params, batch, keys):
+    del keys
+    x = hidden_states(arch, params, batch, dtype, remat)
+    table, weight = transformer.head_weights(arch, params), batch['weights'].sum()
+    total, nll = head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], Terms())
+    return total, weight, {'nll': (nll, weight)}
+
+  return loss
+
+
+def choose(s: Sampled, keep: int, min_reward: float) -> list[list[int]]:
+  """Rows of the completions that are kept, for each prompt, the best first; of equal completions,
+  and of equal rewards, the earlier."""
+  out = []
+  for first in range(0, len(s.rewards), s.group):
+    rows, seen = [], set()
+    for row in sorted(range(first, first + s.group), key=lambda i: (-s.rewards[i], i)):
+      tokens = tuple(s.completions[row].tokens)
+      if s.rewards[row] >= min_reward and tokens not in seen and len(rows) < keep:
+        rows.append(row)
+        seen.add(tokens)
+    out.append(rows)
+  return out
+
+
+class BestTeacher(rollout_source.Teacher):
+  """Keeps the best completions of each prompt; a place without one is a row of padding."""
+
+  def __init__(self, c: ml_collections.ConfigDict, tokenizer: Tokenizer):
+    self._keep, self._min_reward = c.best_of_n.keep, c.best_of_n.min_reward
+    self._transcripts = Transcripts(tokenizer, tokenizer.stop_ids)
+
+  def teach(self, sampled: Sampled) -> Lesson:
+    """See episodes.Teacher."""
+    s, chosen = sampled, choose(sampled, self._keep, self._min_reward)
+    places, rows = [], []
+    for prompt, best in enumerate(chosen):
+      places += range(prompt * self._keep, prompt * self._keep + len(best))
+      rows += best
+    arrays = {}
+    for name, values in s.arrays.items():
+      arrays[name] = np.zeros((len(chosen) * self._keep, *values.shape[1:]), values.dtype)
+      arrays[name][places] = values[rows]
+    metrics = {'kept': len(rows) / len(s.rewards)}
+    if rows:
+      metrics['kept_reward'] = float(s.rewards[rows].mean())
+    whole = (self._row(s, i) for i in rows if not s.completions[i].truncated)
+    return Lesson(arrays, metrics, [row for row in whole if row])
+
+  def _row(self, s: Sampled, i: int) -> dict:
+    """A row of supervised tuning; nothing where the answer is blank."""
+    said, answer = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
+    if not answer.strip():
+      return {}
+    if isinstance(said, str):
+      row = {'prompt': said, 'completion': answer}
+    else:
+      row = {'messages': [*said, {'role': 'assistant', 'content': answer}]}
+      row |= {k: v for k, v in s.prompts[i].columns.items() if k in _AGAIN}
+    return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place.rpartition('/')[2]}
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs a config to its end: train, export, compare with the base."""
+  r = experiment.start(c, workdir)
+  with rollout_source.Episodes(r, BestTeacher(c, r.model.tokenizer)) as source:
+    fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)

@@ -1,0 +1,62 @@
+"""Rows of two segments and what is measured on a set of them, for dpo.py and reward_model.py.
+
+Segment 1 of a row is the prompt with the chosen answer, segment 2 with the rejected one (data/
+batches.py)."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.evaluation import statistics
+from ftjax.experiment.run import Run
+
+# jitted (parameters, batch) -> {name: float32[B], replicated}, with 'weights' 0 for padding rows.
+Measure = Callable[[dict, dict], dict[str, jax.Array]]
+
+
+def present(batch: dict) -> jax.Array:
+  """float32[B]: 1 for a row, 0 for padding."""
+  return (batch['segments'] == 1).any(-1).astype(jnp.float32)
+
+
+def side_sum(x: jax.Array, batch: dict, segment: int) -> jax.Array:
+  """float32[B]: the sum of x float32[B, T] over a segment of each row."""
+  return jnp.where(batch['segments'] == segment, x, 0.0).sum(-1)
+
+
+def replicated(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """The same arrays on every device, so that every process can read them."""
+  return {k: jax.sharding.reshard(v, jax.P()) for k, v in found.items()}
+
+
+def collect(
+  measure: Measure, run: Run, params: dict, is_cancelled: Callable[[], bool]
+) -> dict[str, np.ndarray] | None:
+  """What `measure` finds of all evaluation rows, float32[rows]; empty without rows; None when
+  cancelled.
+  """
+  parts = []
+  for batch in run.eval_batches():
+    if is_cancelled():
+      return None
+    found = {k: np.asarray(v) for k, v in measure(params, batch).items()}
+    parts.append({k: v[found['weights'] > 0] for k, v in found.items()})
+  return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else {}
+
+
+def accuracy(margins: np.ndarray) -> dict[str, float]:
+  """Share of pairs with a margin above 0, with the ends of its 95 % interval (Wilson), and the mean
+  margin.
+  """
+  right, n = int((margins > 0).sum()), len(margins)
+  low, high = statistics.wilson(right, n)
+  return {
+    'accuracy': right / n,
+    'accuracy_low': low,
+    'accuracy_high': high,
+    'margin': math.fsum(margins.tolist()) / n,
+    'pairs': n,
+  }

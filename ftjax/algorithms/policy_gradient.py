@@ -1,0 +1,136 @@
+"""What the algorithms of the policy gradient share: the loss of sampled tokens by `policy` of the
+config, and what a completion is charged for its length and its distance from the reference.
+
+The formulas are in losses/policy.py and losses/mismatch.py."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ftjax.config import algorithms
+from ftjax.losses import advantages, masked, mismatch, policy
+from ftjax.rl.rollout_source import Sampled, Teacher
+
+log = logging.getLogger(__name__)
+
+
+def objective(c: ml_collections.ConfigDict) -> policy.Objective:
+  """The loss of a config."""
+  p, in_loss = c.policy, c.policy.kl != 'reward'
+  return policy.Objective(
+    surrogate=p.surrogate,
+    level=p.level,
+    clip_low=p.clip_low,
+    clip_high=p.clip_high,
+    dual_clip=p.dual_clip,
+    kl=p.kl if in_loss else 'k3',
+    kl_coef=p.kl_coef if in_loss else 0.0,
+    entropy_coef=p.entropy_coef,
+    aggregate=p.aggregate,
+    constant=c.rollout.max_tokens,
+  )
+
+
+Loss = Callable[
+  [jax.Array, jax.Array, dict[str, jax.Array]],
+  tuple[jax.Array, jax.Array, dict[str, masked.Pair]],
+]
+
+
+def make_loss(c: ml_collections.ConfigDict) -> Loss:
+  """(log-probs float32[B, T], entropies float32[B, T], batch) -> (total, weight, metrics).
+
+  For the first update on a rollout the old log-probs are this pass's own: the ratio is 1, whatever
+  the sampler's rounding. With more updates the batch brings them.
+  """
+  goal, how = objective(c), c.policy.correction
+  bounds = dict(low=c.policy.correction_low, high=c.policy.correction_high)
+
+  def loss(logp, entropy, batch):
+    weights = batch['weights']
+    old_logp = batch.get('old_logp', jax.lax.stop_gradient(logp))
+    correction, more = mismatch.correct(
+      old_logp,
+      batch['sampler_logp'],
+      weights,
+      how='token_truncate' if how == 'none' else how,
+      **bounds,
+    )
+    if how == 'none':  # measured all the same
+      correction = jnp.ones_like(correction)
+      more = {k: more[k] for k in ('mismatch/abs_diff', 'mismatch/kl')}
+    rollout = policy.Rollout(
+      logp=logp,
+      old_logp=old_logp,
+      ref_logp=batch.get('ref_logp', jnp.zeros_like(logp)),
+      entropy=entropy,
+      correction=correction,
+      advantages=batch['advantages'],
+      weights=weights,
+    )
+    coefficient = batch['kl_coef'][:, None] if 'kl_coef' in batch else None
+    total, weight, metrics = policy.loss(rollout, goal, coefficient)
+    counted = jax.lax.stop_gradient(entropy).sum(), (weights != 0).sum().astype(jnp.float32)
+    return total, weight, metrics | more | {'entropy': counted}
+
+  return loss
+
+
+class PolicyTeacher(Teacher):
+  """Charges completions, and steers the coefficient of the divergence where there is a target."""
+
+  def __init__(self, c: ml_collections.ConfigDict):
+    self._config, p = c, c.policy
+    self._coef, self._has_reference = p.kl_coef, algorithms.has_reference(c)
+    self._steer = policy.AdaptiveKL(p.kl_target, p.kl_gain) if p.kl_target else None
+    self._cost = jax.jit(policy.kl_rewards)
+
+  def saved(self) -> dict[str, Any]:
+    """See Teacher."""
+    begun = self._config.policy.kl_coef
+    return {'kl_coef': self._coef, 'kl_begun': begun} if self._steer else {}
+
+  def restore(self, saved: Mapping[str, Any]) -> None:
+    """See Teacher."""
+    begun = self._config.policy.kl_coef
+    if self._steer and saved.get('kl_begun', begun) == begun:
+      self._coef = saved.get('kl_coef', begun)
+    elif self._steer:
+      log.warning(
+        'the coefficient of the divergence starts anew at policy.kl_coef=%g; it had begun at %g, '
+        'and was %g',
+        *(begun, saved['kl_begun'], saved['kl_coef']),
+      )
+
+  def charged(
+    self, s: Sampled
+  ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+    """(rewards of the completions less what their length costs float32[R], what each token is
+    charged for its distance from the reference float32[R, T], fields of the batch, metrics).
+    """
+    c, p, rewards, metrics = self._config, self._config.policy, s.rewards, {}
+    weights, fields = s.arrays['weights'], {}
+    if p.overlong:
+      penalty = advantages.overlong_penalty(s.lengths, c.rollout.max_tokens, p.overlong)
+      rewards = rewards + np.asarray(penalty)
+      metrics['overlong'] = float(np.mean(penalty))
+    paid = np.zeros_like(weights)
+    if not self._has_reference:
+      return rewards, paid, fields, metrics
+    a = s.arrays
+    ours = a['old_logp'] if 'old_logp' in a else a['sampler_logp']
+    gap = np.asarray(self._cost(ours, a['ref_logp'], weights))
+    kl = float(gap.sum() / weights.sum())
+    metrics |= {'kl': kl, 'kl_coef': self._coef}
+    if p.kl == 'reward':
+      paid = np.float32(self._coef) * gap
+    elif self._steer:
+      fields['kl_coef'] = np.full(len(weights), self._coef, np.float32)
+    if self._steer:
+      self._coef = self._steer.update(self._coef, kl)
+    return rewards, paid, fields, metrics

@@ -1,0 +1,155 @@
+"""The loss of preference tuning on rows of two segments, for dpo.py and online_dpo.py: log-probs of
+both answers under the policy and, where the loss compares with it, under the reference. That is the
+model as it was at the start, under `reference/` of the parameters, or its log-probs come with the
+batch (reference_cache.py). The formulas are the table in losses/preference.py."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ftjax.algorithms import pair_metrics
+from ftjax.config.algorithms import REFERENCE_FIELDS
+from ftjax.losses import masked, preference
+from ftjax.models import head, transformer
+from ftjax.models.architecture import Architecture
+from ftjax.models.forward import hidden_states, model_of
+
+log = logging.getLogger(__name__)
+
+_ALARM_STEPS = 5
+# Relative rounding of a response's log-prob, by dtype of the activations: some units in the last
+# place of the float32 sum; with bfloat16 what is left of its errors in a mean over many tokens.
+_ROUNDING = {'float32': 2**-20, 'bfloat16': 2**-14}
+
+
+def settings(c: ml_collections.ConfigDict) -> preference.Settings:
+  """The coefficients of a config."""
+  names = ('beta', 'label_smoothing', 'gamma', 'nll_coef', 'desirable', 'undesirable')
+  return preference.Settings(**{n: c.dpo[n] for n in names})
+
+
+def side_logps(
+  arch: Architecture, params: dict, batch: dict, dtype, remat: str
+) -> tuple[jax.Array, jax.Array]:
+  """(float32[B], float32[B]) nats: log pi of the answers in segments 1 and 2 of each row."""
+  x = hidden_states(arch, params, batch, dtype, remat)
+  table = transformer.head_weights(arch, params)
+  logp = head.token_logprobs(x, table, batch['labels'], batch['weights'])
+  return pair_metrics.side_sum(logp, batch, 1), pair_metrics.side_sum(logp, batch, 2)
+
+
+def measured(arch: Architecture, params: dict, batch: dict, dtype, remat, with_reference) -> dict:
+  """Per row: `first` and `second` log-probs, their `ref_`, `first_tokens`, `second_tokens`."""
+  first, second = side_logps(arch, model_of(params), batch, dtype, remat)
+  ref_first = ref_second = jnp.zeros_like(first)
+  if set(REFERENCE_FIELDS) <= set(batch):
+    ref_first, ref_second = (batch[k] for k in REFERENCE_FIELDS)
+  elif with_reference:
+    reference = jax.lax.stop_gradient(params['reference'])
+    ref_first, ref_second = side_logps(arch, reference, batch, dtype, remat)
+  return {
+    'first': first,
+    'second': second,
+    'ref_first': ref_first,
+    'ref_second': ref_second,
+    'first_tokens': pair_metrics.side_sum(batch['weights'], batch, 1),
+    'second_tokens': pair_metrics.side_sum(batch['weights'], batch, 2),
+    'values': batch['values'],
+    'weights': pair_metrics.present(batch),
+  }
+
+
+def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
+  """What a row of the loss table takes, from what `measured` found of all rows of a step."""
+  if preference.LOSSES[name].paired:
+    nll = preference.nll_per_pair(m['first'], m['first_tokens'])
+    return preference.Pairs(
+      m['first'],
+      m['second'],
+      m['ref_first'],
+      m['ref_second'],
+      m['first_tokens'],
+      m['second_tokens'],
+      nll,
+    )
+  # Segment 2 is the prompt with another row's answer.
+  mismatched = preference.kto_reference_point(m['second'], m['ref_second'], m['weights'])
+  z = preference.kto_z(*mismatched)
+  return preference.Singles(m['first'], m['ref_first'], m['values'] > 0, z)
+
+
+def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  dtype, coefficients, name = jnp.dtype(c.model.compute_dtype), settings(c), c.dpo.loss
+  row, remat = preference.LOSSES[name], c.remat
+
+  def loss(params, batch, keys):
+    del keys
+    m = measured(arch, params, batch, dtype, remat, row.needs_reference)
+    total, weight, metrics = preference.loss(name, table_batch(name, m), m['weights'], coefficients)
+    first, second = jax.lax.stop_gradient((m['first'], m['second']))
+    if row.paired:
+      metrics['logps/chosen'] = masked.mean(first, m['weights'])
+      metrics['logps/rejected'] = masked.mean(second, m['weights'])
+    else:
+      good = m['weights'] * m['values']
+      metrics['logps/chosen'] = masked.mean(first, good)
+      metrics['logps/rejected'] = masked.mean(first, m['weights'] - good)
+    return total, weight, metrics
+
+  return loss
+
+
+class Alarm:
+  """Warns, once, when the reward margin stays at what rounding makes of equal numbers: then the
+  policy is not trained, or the two responses of a pair are equal. Of a cached reference it logs how
+  far it is from the policy of the first step, which it should be.
+
+  Rounding is relative to the log-probs that a margin is the difference of; a reward model has
+  scores in their place.
+  """
+
+  def __init__(self, c: ml_collections.ConfigDict, is_cached: bool = False):
+    self._is_warned, self._is_cached = False, is_cached
+    self._steps = 0  # in a row with a margin no larger than rounding
+    self._lr, self._rounding = c.optim.lr, _ROUNDING[c.model.compute_dtype]
+    self._of_scores = c.algorithm == 'reward_model'
+    self._beta = 1.0 if self._of_scores else c.dpo.beta
+
+  def __call__(self, done: int, values: dict[str, float]) -> None:
+    """Takes the metrics of every step, in order."""
+    if self._is_cached and done == 1:
+      log.info(
+        'step 1: policy and reference are one model; rounding makes a reward of %.3g (chosen), '
+        '%.3g (rejected), a margin of %.3g',
+        *(values[f'rewards/{k}'] for k in ('chosen', 'rejected', 'margin')),
+      )
+    updates = done - 1 - values['skipped'] - values['no_signal']
+    if self._is_warned or updates < 1 or not values['has_signal']:
+      return
+    rewards = [values['rewards/chosen'], values['rewards/rejected']]
+    margin = values.get('rewards/margin', max(rewards, key=abs))  # KTO has no pairs
+    if not abs(margin) <= self._largest(values):
+      self._steps = 0
+    elif margin == 0 or self._of_scores or values['lr'] >= self._lr / 2:
+      self._steps += 1  # while the rate warms up, margins are small
+    if self._steps >= _ALARM_STEPS:
+      self._is_warned = True
+      log.warning(
+        'step %d: for %d steps the reward margin has been no larger than rounding (%.2g; %s of '
+        '%.4g and %.4g). Check with python -m ftjax.preview that the two responses of a pair '
+        'differ, and that optim.lr and optim.freeze let the %s move',
+        *(done, self._steps, margin, 'scores' if self._of_scores else 'log-probs'),
+        *self._compared(values),
+        'model' if self._of_scores else 'policy away from the reference',
+      )
+
+  def _compared(self, values: dict[str, float]) -> tuple[float, float]:
+    prefix = 'rewards' if self._of_scores else 'logps'
+    return values[f'{prefix}/chosen'], values[f'{prefix}/rejected']
+
+  def _largest(self, values: dict[str, float]) -> float:
+    """The largest margin that rounding explains, in rewards."""
+    return self._rounding * self._beta * sum(map(abs, self._compared(values)))

@@ -1,0 +1,91 @@
+"""Reward models, top to bottom: judged answers -> score of each -> loss -> step -> run.
+
+The score of an answer is forward.answer_scores; what rewards a policy with it is
+trained_reward.py."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ftjax.algorithms import pair_metrics
+from ftjax.algorithms import preference as preference_loss
+from ftjax.experiment import fit
+from ftjax.experiment import run as experiment
+from ftjax.losses import preference
+from ftjax.models.architecture import Architecture
+from ftjax.models.forward import answer_scores
+
+
+def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  dtype, remat, centring = jnp.dtype(c.model.compute_dtype), c.remat, c.reward_model.centring
+  paired = c.reward_model.objective == 'pairs'
+
+  def loss(params, batch, keys):
+    del keys
+    weights = pair_metrics.present(batch)
+    found = answer_scores(arch, params, batch, dtype, remat, 1 + paired)
+    if paired:
+      return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
+    return preference.reward_regression(*found, batch['values'], weights)
+
+  return loss
+
+
+def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
+  """jitted (params, batch) -> scores of each row."""
+  dtype, paired = jnp.dtype(c.model.compute_dtype), c.reward_model.objective == 'pairs'
+
+  @jax.jit
+  def measure(params, batch):
+    found = answer_scores(arch, params, batch, dtype, 'none', 1 + paired)
+    named = dict(zip(('first', 'second'), found, strict=False))
+    return pair_metrics.replicated(
+      named | {'values': batch['values'], 'weights': pair_metrics.present(batch)}
+    )
+
+  return measure
+
+
+def evaluate(
+  measure: pair_metrics.Measure,
+  run: experiment.Run,
+  params: dict,
+  is_cancelled: Callable[[], bool],
+) -> dict[str, float] | None:
+  """Of pairs the loss, accuracy with interval, margin and calibration error; of scored answers the
+  squared error, and how much of the scores' variance it leaves unexplained.
+  """
+  found = pair_metrics.collect(measure, run, params, is_cancelled)
+  if not found:
+    return found
+  rows = {k: jnp.asarray(v) for k, v in found.items()}
+  if run.config.reward_model.objective == 'scores':
+    total, weight, _ = preference.reward_regression(rows['first'], rows['values'], rows['weights'])
+    variance = float(np.var(found['values'].astype(np.float64)))
+    mse = float(total / weight)
+    return {'loss': mse, 'unexplained': mse / variance if variance else math.nan}
+  total, weight, _ = preference.bradley_terry(
+    rows['first'],
+    rows['second'],
+    rows['weights'],
+    margin=rows['values'],
+    centring=run.config.reward_model.centring,
+  )
+  margins = found['first'].astype(np.float64) - found['second']
+  out = {'loss': float(total / weight), 'ece': preference.calibration_error(margins)}
+  return out | pair_metrics.accuracy(margins)
+
+
+def run(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Runs a config to its end: train, then export for AutoModelForSequenceClassification."""
+  r = experiment.start(c, workdir)
+  eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
+  paired = c.reward_model.objective == 'pairs'
+  watch = [preference_loss.Alarm(c)] if paired else []
+  fit.fit(r, make_loss(r.arch, c), eval_loss, *watch)

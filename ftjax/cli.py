@@ -1,0 +1,264 @@
+"""How an entry is run: flags and config parsed before jax is imported, errors reported in one line,
+exit codes kept.
+
+See ftjax/runtime/errors.py for the codes.
+"""
+
+import importlib
+import itertools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from absl import app, flags
+from tqdm import tqdm
+
+from ftjax.config import config_file, section
+from ftjax.config import keys as config_lib
+from ftjax.config import overrides as config_overrides
+from ftjax.runtime.errors import ConfigError, RunError, StoppedEarly
+from ftjax.storage import locations
+
+FLAGS = flags.FLAGS
+
+
+def define_config() -> None:
+  """Declares --config=FILE_OR_NAME with --config.KEY=VALUE overrides."""
+  flags.DEFINE_string(
+    'config', None, 'A config file, or the name of a shipped one; --config.KEY=VALUE changes a key.'
+  )
+  flags.mark_flag_as_required('config')
+
+
+def define_processes() -> None:
+  """Declares the flags of a run of several processes; see cluster/distributed.py."""
+  flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0; Cloud TPUs and SLURM tell it without.'
+  )
+  flags.DEFINE_integer('num_processes', None, 'Processes in all.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Number of this one, from 0.', lower_bound=0)
+  flags.DEFINE_float(
+    'init_timeout_s', 1800.0, 'Seconds to wait for the other processes.', lower_bound=0
+  )
+  flags.DEFINE_integer(
+    'heartbeat_s', 100, 'Seconds of silence after which a process is lost.', lower_bound=1
+  )
+
+
+def join() -> None:
+  """Meets the other processes of the run, if there are any; then only process 0 logs and prints.
+
+  Raises:
+    ConfigError: flags that cannot be meant, or a TPU that another process holds.
+    StoppedEarly: somebody did not come.
+  """
+  import jax
+
+  from ftjax.cluster import distributed, processes, tpu_lock
+
+  launch = distributed.find(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  try:
+    if launch is None:
+      jax.devices()
+      return
+    distributed.initialize(launch, FLAGS.init_timeout_s, FLAGS.heartbeat_s)
+  except RuntimeError as error:
+    tpu_lock.explain(error)
+    raise
+  if not processes.is_main():
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+def algorithm(name: str) -> ModuleType:
+  """The file of an algorithm, one of algorithm_config.ALGORITHMS: it has `make_loss` and `run`.
+  Imports jax.
+  """
+  return importlib.import_module(f'ftjax.algorithms.{name}')
+
+
+_HELP = ('--help', '-help', '-h', '--h', '-?')
+# Flags whose value is a folder or file that this command reads or writes.
+_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """absl's parser, with exit code 2 for everything that a user may have got wrong; the value of
+  --config becomes the config itself.
+  """
+  try:
+    words = FLAGS.read_flags_from_files(argv[1:])
+    if any(w in _HELP for w in words):
+      print(_help())
+      sys.exit(0)
+    _check_words(words)
+    c = None
+    if 'config' in FLAGS:
+      words, overrides = config_overrides.split(words)
+      if path := _config_path(words):
+        c = config_file.load(config_lib.find(path))
+        config_overrides.apply(c, overrides)
+    rest = FLAGS([argv[0], *words])
+    if len(rest) > 1:
+      raise ConfigError(_unexpected(rest[1]))
+    for name in _LOCATIONS:
+      if name in FLAGS and FLAGS[name].value is not None:
+        FLAGS[name].value = _location(name, FLAGS[name].value)
+    if c is not None:
+      FLAGS['config'].value = c
+  except (ConfigError, flags.Error) as error:
+    _leave(_flag_error(error), ConfigError.exit_code)
+  return rest
+
+
+def _check_words(words: list[str]) -> None:
+  """Raises ConfigError for slips that absl would take for something else."""
+  for word, following in itertools.pairwise([*words, '--']):
+    if word == '--':
+      return
+    if word[:1] in ('\u2010', '\u2011', '\u2012', '\u2013', '\u2014', '\u2212'):
+      raise ConfigError(f'{word} begins with a dash; a flag begins with two hyphens, --')
+    name = word.lstrip('-')
+    if not word.startswith('-') or '=' in word or name not in FLAGS:
+      continue
+    if following.startswith('='):
+      raise ConfigError(f'{word} {following}: write {word}=VALUE, without blanks')
+    if not FLAGS[name].boolean and following.startswith('--'):
+      raise ConfigError(f'{word} has no value; write {word}=VALUE ({FLAGS[name].help})')
+
+
+def _config_path(words: list[str]) -> str:
+  """The value of --config, '' where it is not given.
+
+  Raises:
+    ConfigError: it is empty, or there are two different ones.
+  """
+  given = [w.partition('=')[2] for w in words if w.startswith(('--config=', '-config='))]
+  given += [v for w, v in itertools.pairwise(words) if w in ('--config', '-config')]
+  if '' in given:
+    raise ConfigError('--config= has no value; give a file, or the name of a shipped config')
+  if len(set(given)) > 1:
+    raise ConfigError(f'--config is given twice, {given[0]} and {given[1]}; give one of them')
+  return given[0] if given else ''
+
+
+def _location(name: str, value: str) -> str:
+  """The value of a flag that names a folder or a file; '~' becomes the user's home."""
+  if not value.strip():
+    raise ConfigError(f'--{name}= is empty; give a folder')
+  locations.check(f'--{name}', value)
+  return os.path.expanduser(value)
+
+
+def _unexpected(word: str) -> str:
+  """The message for a word that is no flag."""
+  name, equals, value = word.removeprefix('config.').partition('=')
+  if equals and name in FLAGS:
+    return f'unexpected argument {word!r}; did you mean --{word}?'
+  if equals and 'config' in FLAGS and (key := _config_key(name)):
+    return f'unexpected argument {word!r}; did you mean --config.{key}={value}?'
+  return f'unexpected argument {word!r}; flags are written --name=value'
+
+
+def _config_key(name: str) -> str:
+  """The config key that a name means, '' where none is near."""
+  usual = config_lib.default()
+  found = section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
+  return next((k for k in (name, found) if k in section.flat(usual)), '')
+
+
+def _flag_error(error: Exception) -> str:
+  """The text of an error in the words of this command line."""
+  text = ' '.join(str(error).split())
+  if isinstance(error, flags.UnrecognizedFlagError) and 'config' in FLAGS:
+    name = error.flagname.lstrip('-')
+    if name in section.flat(config_lib.default()):
+      value = str(error.flagvalue).partition('=')[2] or 'VALUE'
+      return f'--{name} is a key of the config: write --config.{name}={value}'
+    if 'Did you mean' not in text:
+      return f'{text}{_hint_with_flag(name)}'
+  for name in FLAGS:
+    if text.startswith(f'flag --{name}=None: '):
+      return f'--{name} is missing: {FLAGS[name].help} See --help'
+  return text
+
+
+def _hint_with_flag(name: str) -> str:
+  """The hint for a name that is no key, with the flag that sets the key."""
+  found = section.hint(name, config_lib.default())
+  return found.replace('did you mean ', 'did you mean --config.')
+
+
+def _help() -> str:
+  """What --help prints: what the entry does, and its flags."""
+  lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
+  for name in sorted(FLAGS):
+    flag = FLAGS[name]
+    if (FLAGS.find_module_defining_flag(name) or '').startswith('absl'):
+      continue
+    usual = '' if flag.default in (None, '', []) else f' (default: {flag.default})'
+    lines.append(f'  --{flag.name}  {flag.help}{usual}')
+  if 'config' in FLAGS:
+    lines += ['', f'Shipped configs: {", ".join(config_lib.shipped())}']
+    lines.append('Keys of a config: docs/config_keys.md')
+  return '\n'.join(lines)
+
+
+def _leave(message: str, code: int) -> None:
+  print(f'error: {message}', file=sys.stderr)
+  sys.exit(code)
+
+
+class _AboveBar(logging.Handler):
+  """Log lines on stderr, written so that a progress bar stays below them."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _configure_logging() -> None:
+  root = logging.getLogger()
+  handler = _AboveBar()
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  root.handlers = [handler]
+  root.setLevel(logging.INFO)
+  for noisy in ('absl', 'orbax', 'jax', 'tensorboardX'):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _tell_peers(error: RunError) -> None:
+  """In a run of several processes nobody waits for one that has ended: all end with its code."""
+  if 'ftjax.cluster.processes' in sys.modules:
+    from ftjax.cluster import processes
+
+    if not processes.is_alone():
+      print(f'error: {error}', file=sys.stderr)
+      processes.end(error.exit_code, str(error))
+
+
+def _stop(number, frame):
+  del number, frame
+  raise StoppedEarly('SIGTERM: stopped; run the same command again to go on')
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs `main` after parsing; a RunError becomes its message and exit code."""
+
+  def guarded(argv):
+    del argv
+    _configure_logging()
+    # The training loop has a gentler handler of its own, which saves first.
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+      main()
+    except RunError as error:
+      sys.stdout.flush()
+      _tell_peers(error)
+      _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+      _tell_peers(StoppedEarly('interrupted'))
+      _leave('interrupted; run the same command again to go on', StoppedEarly.exit_code)
+
+  app.run(guarded, flags_parser=_parse)

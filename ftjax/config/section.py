@@ -1,0 +1,320 @@
+"""The config object: sections of named values that refuse an unknown key, a wrong type and a value
+that no file can hold at the line where they are assigned, and remember that line.
+"""
+
+import difflib
+import json
+import numbers
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from ftjax.config import hints
+from ftjax.runtime.errors import ConfigError
+
+# Of model.random, in the keys of a HF config.json.
+RANDOM_REQUIRED = (
+  'hidden_size',
+  'num_hidden_layers',
+  'num_attention_heads',
+  'intermediate_size',
+)
+_RANDOM_OPTIONAL = (
+  'model_type',
+  'vocab_size',
+  'num_key_value_heads',
+  'head_dim',
+  'rms_norm_eps',
+  'rope_theta',
+  'rope_scaling',
+  'tie_word_embeddings',
+  'max_position_embeddings',
+)
+RANDOM_KEYS = tuple(f'model.random.{k}' for k in (*RANDOM_REQUIRED, *_RANDOM_OPTIONAL))
+
+_EXPECTED = {
+  bool: 'True or False',
+  int: 'an integer',
+  float: 'a number',
+  str: 'a text',
+  tuple: 'a tuple',
+}
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_PACKAGE = os.path.dirname(_HERE)
+_CONFIGS = os.path.join(_PACKAGE, 'configs')
+_LIBRARIES = tuple(
+  os.path.abspath(path) + os.sep
+  for path in {_PACKAGE, *(sysconfig.get_path(n) for n in ('stdlib', 'platstdlib', 'purelib'))}
+)
+
+
+class NoSuchKey(ConfigError, AttributeError, KeyError):
+  """A key or section that does not exist was read or assigned.
+
+  Attributes:
+    key: its dotted name.
+  """
+
+  def __init__(self, key: str, c: ml_collections.ConfigDict):
+    super().__init__(f'{key}: there is no such key{hint(key, c)}')
+    self.key = key
+
+  __str__ = ConfigError.__str__  # KeyError's is a repr
+
+
+class Section(ml_collections.ConfigDict):
+  """A ConfigDict whose mistakes are ConfigErrors with the dotted key, at the assignment."""
+
+  def __init__(self, initial_dictionary: Mapping[str, Any] | None = None, type_safe: bool = True):
+    for name, value in (('_parent', None), ('_name', ''), ('_places', {})):
+      object.__setattr__(self, name, value)
+    super().__init__(initial_dictionary, type_safe)
+
+  def root(self) -> 'Section':
+    """The whole config that this section is part of."""
+    return self if self._parent is None else self._parent.root()
+
+  def dotted(self, key: str) -> str:
+    """The name of one of its keys from the root."""
+    above = '' if self._parent is None else self._parent.dotted(self._name)
+    return f'{above}.{key}' if above else str(key)
+
+  def places(self) -> dict[str, str]:
+    """{dotted key: 'FILE:LINE' of the user's file that assigned it last}; '' from elsewhere."""
+    return self.root()._places
+
+  def __getattr__(self, attribute):
+    if attribute.startswith('_'):  # probes of copy, pickle and notebooks
+      raise AttributeError(attribute)
+    return self[attribute]
+
+  def __setattr__(self, attribute, value):
+    if attribute.startswith('_'):
+      raise NoSuchKey(self.dotted(attribute), self.root())
+    self[attribute] = value
+
+  def __getitem__(self, key):
+    if isinstance(key, str) and '.' not in key and key not in self._fields:
+      raise NoSuchKey(self.dotted(key), self.root())
+    return super().__getitem__(key)
+
+  def __setitem__(self, key, value):
+    name = self.dotted(key)
+    is_random = name in RANDOM_KEYS
+    if self.is_locked and key not in self._fields and not is_random:
+      raise NoSuchKey(name, self.root())
+    if name == 'model.random' and key in self._fields:
+      value = self._random_section(value)
+    elif is_random:
+      _check_random(name, value)
+      if isinstance(value, Mapping):
+        value = ml_collections.ConfigDict(value)
+    elif key in self._fields and self.is_type_safe:
+      value = self._checked(name, value, self._fields[key])
+    if is_random and self.is_locked:
+      with self.unlocked():
+        super().__setitem__(key, value)
+    else:
+      super().__setitem__(key, value)
+    if isinstance(value, Section):
+      object.__setattr__(value, '_parent', self)
+      object.__setattr__(value, '_name', key)
+    self.places()[name] = _assigned_at()
+
+  def _random_section(self, value: Mapping[str, Any]) -> 'Section':
+    """A model.random of these keys; NoSuchKey for another."""
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+      raise ConfigError(
+        f'model.random={_shown(value)}; expected a dict with the keys {", ".join(RANDOM_REQUIRED)}'
+      )
+    out = Section()
+    for key, item in value.items():
+      if f'model.random.{key}' not in RANDOM_KEYS:
+        raise NoSuchKey(f'model.random.{key}', self.root())
+      _check_random(f'model.random.{key}', item)
+      out[key] = item
+    return out
+
+  @staticmethod
+  def _checked(name: str, value: Any, held: Any) -> Any:
+    """The value as it is kept, of the type of the one that is `held`."""
+    if isinstance(value, config_dict.FieldReference):
+      return value
+    kind = held.get_type() if isinstance(held, config_dict.FieldReference) else type(held)
+    if kind is Section:
+      if isinstance(value, Section) and set(value.keys()) == set(held.keys()):
+        return value
+      key = min(held.keys())
+      raise ConfigError(
+        f'{name} is a section: assign its keys one by one, such as {name}.{key} = {held[key]!r}'
+        f'{hints.find(name)}'
+      )
+    return checked(name, value, kind, held)
+
+
+def checked(name: str, value: Any, kind: type, usual: Any) -> Any:
+  """`value` as it is kept under the key `name`, whose values have the type `kind`.
+
+  Integers become floats, lists tuples, paths texts where those are wanted; nothing else does.
+
+  Raises:
+    ConfigError: another type; names the key, what was got and what was expected.
+  """
+  if value is None:
+    usual = usual.get() if isinstance(usual, config_dict.FieldReference) else usual
+    raise ConfigError(f'{name}=None; expected a value like the default, {usual!r}')
+  if kind is bool and isinstance(value, bool):
+    return value
+  if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    return int(value)
+  if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    return float(value)
+  if kind is str and isinstance(value, str | os.PathLike):
+    return os.fspath(value)
+  if kind is tuple and isinstance(value, tuple | list):
+    _check_plain(name, value)
+    return tuple(value)
+  if kind not in _EXPECTED:
+    _check_plain(name, value)
+    return value
+  raise ConfigError(
+    f'{name}={_shown(value)}; expected {_EXPECTED[kind]}{_remedy(value, kind, usual)}'
+  )
+
+
+def _remedy(value: Any, kind: type, usual: Any) -> str:
+  """What to write instead of a value of the wrong type, where that is plain."""
+  if isinstance(value, tuple) and len(value) == 1 and kind in (int, float, bool, str):
+    return ': a comma at the end of the line makes a tuple; remove it'
+  if isinstance(value, str) and kind in (int, float, bool):
+    try:
+      return f', without quotes: {kind(float(value)) if kind is not bool else bool(_BOOLS[value])}'
+    except (ValueError, OverflowError, KeyError):
+      return f' like the default, {usual!r}'
+  if kind is int and isinstance(value, float) and value.is_integer():
+    return f': write {int(value)}'
+  if kind is bool and isinstance(value, int) and value in (0, 1):
+    return f': write {bool(value)}'
+  if kind is tuple and isinstance(value, str):
+    return f': write ({value!r},), with a comma'
+  return f' like the default, {usual!r}'
+
+
+_BOOLS = {'True': 1, 'true': 1, 'yes': 1, 'on': 1, 'False': 0, 'false': 0, 'no': 0, 'off': 0}
+
+
+def _shown(value: Any) -> str:
+  """Returns a value as one line for a message; other than numbers, texts and lists by type."""
+  if callable(value) or not isinstance(value, str | int | float | tuple | list | dict):
+    name = getattr(value, '__name__', '')
+    return f'{name} (a {type(value).__name__})' if name else f'<a {type(value).__name__}>'
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def _check_plain(name: str, value: Any) -> None:
+  """Raises ConfigError for what config.json cannot hold: functions, arrays, sets, None inside."""
+  if isinstance(value, str | bool | int | float):
+    return
+  if isinstance(value, tuple | list):
+    for i, item in enumerate(value):
+      _check_plain(f'{name}[{i}]', item)
+    return
+  if isinstance(value, Mapping | ml_collections.ConfigDict):
+    for key, item in value.items():
+      _check_plain(f'{name}[{key!r}]', item)
+    return
+  remedy = ''
+  if callable(value):
+    remedy = "; name a function as the text 'module:function'"
+  elif isinstance(value, os.PathLike):
+    remedy = '; write str(path)'
+  raise ConfigError(
+    f'{name}={_shown(value)}; expected texts, numbers, True, False, and tuples of these{remedy}'
+  )
+
+
+def _check_random(name: str, value: Any) -> None:
+  """`_check_plain` for the keys of a config.json, where null is a value."""
+  if value is not None:
+    _check_plain(name, value)
+
+
+def is_library_code(filename: str) -> bool:
+  """Whether a file of a traceback is of Python, of a package, or of ftjax, and not the user's. The
+  shipped configs count as the user's.
+  """
+  path = os.path.abspath(filename)
+  if filename.startswith('<') or path.startswith(_CONFIGS + os.sep):
+    return filename.startswith('<')
+  return path.startswith(_LIBRARIES)
+
+
+def _assigned_at() -> str:
+  """FILE:LINE in the user's code of the assignment under way, '' where ftjax itself makes it."""
+  frame = sys._getframe(2)
+  while frame is not None:
+    name = frame.f_code.co_filename
+    if not is_library_code(name):
+      return f'{name}:{frame.f_lineno}'
+    if frame.f_code.co_name == 'default' and os.path.dirname(name) == _HERE:
+      return ''
+    frame = frame.f_back
+  return ''
+
+
+def place_of(message: str, c: Section) -> str:
+  """FILE:LINE that set the first key which a message of `validate` names, '' where none did."""
+  known = sorted(c.places(), key=len, reverse=True)
+  pattern = '|'.join(re.escape(k) for k in known if '.' in k)
+  pattern += '|(?:' + '|'.join(re.escape(k) for k in known if '.' not in k) + ')(?==)'
+  found = re.search(rf'(?<![\w.])({pattern})(?!\w|\.\w)', message) if known else None
+  return c.places().get(found[1], '') if found else ''
+
+
+def flat(c: ml_collections.ConfigDict) -> dict[str, Any]:
+  """{dotted key: value}."""
+  out = {}
+  for key, value in c.items():
+    if isinstance(value, ml_collections.ConfigDict) and key != 'random':
+      out |= {f'{key}.{k}': v for k, v in flat(value).items()}
+    else:
+      out[key] = value
+  return out
+
+
+def plain(c: ml_collections.ConfigDict) -> dict[str, Any]:
+  """`flat` in JSON values, for config.json and for comparing."""
+  return json.loads(json.dumps(flat(c), default=lambda v: v.to_dict()))
+
+
+def nearest(key: str, c: ml_collections.ConfigDict) -> str:
+  """The known key that looks most like a misspelt one, for a message; '' when none does."""
+  known = [*flat(c), *RANDOM_KEYS]
+  known += [k for k, v in c.items() if isinstance(v, ml_collections.ConfigDict)]
+  head, _, last = key.rpartition('.')
+  same = [k for k in known if k.rpartition('.')[2] == last]  # under another section
+  by_section = {k.rpartition('.')[0]: k for k in same}
+  if same:
+    section = difflib.get_close_matches(head, by_section, n=1, cutoff=0.5)
+    found = [by_section[section[0]]] if section else [by_section.get('', same[0])]
+  else:
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+  if not found:
+    found = [
+      k for k in known if difflib.get_close_matches(last, [k.rsplit('.', 1)[-1]], cutoff=0.75)
+    ][:1]
+  return f'; did you mean {found[0]}?' if found else ''
+
+
+def hint(key: str, c: ml_collections.ConfigDict) -> str:
+  """What to write for a name that is no key here: the key of that meaning where other tools have
+  the name, else the nearest one. '' for neither.
+  """
+  return hints.find(key) or nearest(key, c)

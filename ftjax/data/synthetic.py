@@ -1,0 +1,108 @@
+"""Rows and a tokenizer made on the spot, so that every algorithm can be tried from nothing.
+
+A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
+wrong answer to each, 'labels:N' one of the two with the label that says which, 'scores:N' with its
+distance from the right one. 'sums:N:BELOW', and likewise the others, takes terms below BELOW in
+place of 100. The tokenizer has one token a byte and a ChatML template."""
+
+import dataclasses
+import json
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ftjax.data.sources import Spec
+from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files
+
+_SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
+BELOW = 100  # terms of the sums, unless a source says less
+VOCAB_SIZE = 256 + len(_SPECIAL)
+_TEMPLATE = (
+  "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+  "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+
+
+def sums(count: int, below: int = BELOW) -> list[dict]:
+  """Returns `count` conversations about a + b with 0 <= a, b < below, all different, in a fixed
+  order.
+
+  Raises:
+    ConfigError: there are not so many.
+  """
+  if not 0 < below <= BELOW:
+    raise ConfigError(
+      f'terms below {below}; expected 1 to {BELOW}, as in data.train=sums:90:10 for terms below 10'
+    )
+  pairs = sorted(
+    ((a, b) for a in range(below) for b in range(below)),
+    key=lambda p: (p[0] * 7919 + p[1] * 104729) % 10007,
+  )
+  if not 0 < count <= len(pairs):
+    raise ConfigError(
+      f'{count} made rows; expected 1 to {len(pairs)} with terms below {below}, as in '
+      'data.train=sums:400'
+    )
+  return [
+    {
+      'messages': [
+        {'role': 'user', 'content': f'{a} + {b} ='},
+        {'role': 'assistant', 'content': str(a + b)},
+      ]
+    }
+    for a, b in pairs[:count]
+  ]
+
+
+def _judged(kind: str, count: int, below: int) -> list[dict]:
+  """The rows of `sums` with wrong, vague answers beside the right ones, or in place of every other
+  one. A model that knows no sums can tell them by their first word.
+  """
+  rows = []
+  for i, row in enumerate(sums(count, below)):
+    prompt, right = row['messages'][:1], row['messages'][1]
+    off = 1 + i % 9
+    wrong = right | {'content': f'about {int(right["content"]) + off}'}
+    if kind == 'pairs':
+      rows.append({'prompt': prompt, 'chosen': [right], 'rejected': [wrong]})
+      continue
+    is_right = i % 2 == 0
+    verdict = {'label': is_right} if kind == 'labels' else {'score': 0.0 if is_right else -off / 9}
+    rows.append({'messages': [*prompt, right if is_right else wrong]} | verdict)
+  return rows
+
+
+def resolve(spec: Spec, folder: str) -> Spec:
+  """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
+  this machine); others pass.
+  """
+  kind, *sizes = spec.path.split(':')
+  is_made = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
+  if not is_made or not all(size.isdigit() for size in sizes):
+    return spec
+  count, below = [*map(int, sizes), BELOW][:2]
+  name = f'{kind}-{count}' if below == BELOW else f'{kind}-{count}-below-{below}'
+  path = files.local_mirror(folder) / f'{name}.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  rows = sums(count, below) if kind == 'sums' else _judged(kind, count, below)
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return dataclasses.replace(spec, path=str(path))
+
+
+def byte_tokenizer() -> dict[str, bytes]:
+  """Files of a tokenizer with a token for each byte and three special ones."""
+  # ByteLevel shows every byte as one printable character; its alphabet in a fixed order is the
+  # vocabulary.
+  vocab = {s: i for i, s in enumerate(_SPECIAL)}
+  vocab |= {c: len(_SPECIAL) + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens(list(_SPECIAL))
+  config = {'eos_token': '<|im_end|>', 'pad_token': '<|endoftext|>', 'chat_template': _TEMPLATE}
+  config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+  return {
+    'tokenizer.json': tokenizer.to_str().encode(),
+    'tokenizer_config.json': json.dumps(config).encode(),
+  }

@@ -1,0 +1,269 @@
+"""What a run trains on and is judged by: tokenized rows by step, or prompts by number."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import ml_collections
+
+from ftjax.config import algorithm_keys, algorithms
+from ftjax.data import describe, prompts, sources, synthetic, token_cache
+from ftjax.data.batches import Batch, Stream, eval_batches
+from ftjax.data.order import Mixture, SourceSchedule
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Data:
+  """Training rows by step, and evaluation rows; see data/."""
+
+  stream: Stream
+  mixture: Mixture
+  corpora: list[token_cache.Corpus]
+  evaluation: list[token_cache.Corpus]
+
+  def fingerprints(self) -> dict[str, str]:
+    """sha256 of the order of training rows, and of each source."""
+    groups = {'data': self.corpora, 'eval': self.evaluation}
+    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    return {'data order': self.mixture.fingerprint} | named
+
+  def counts(self) -> dict[str, dict[str, Any]]:
+    """What became of each source's rows, for the manifest; JSON values."""
+    groups = {'data': self.corpora, 'eval': self.evaluation}
+    return {
+      f'{k} {i}': {'name': x.name, 'examples_used': len(x)} | dataclasses.asdict(x.counts)
+      for k, xs in groups.items()
+      for i, x in enumerate(xs)
+    }
+
+  def tell(self) -> None:
+    """Logs a line on each source, and warnings on rows that were left out or changed."""
+    schedules = [*self.mixture.sources, *(None for _ in self.evaluation)]
+    told = set()
+    several = max(len(self.corpora), len(self.evaluation)) > 1  # of one the summary says all
+    for corpus, schedule in zip((*self.corpora, *self.evaluation), schedules, strict=True):
+      if several:
+        _log_source(corpus, schedule)
+      if corpus.counts.unread_columns:
+        log.info('%s: columns not read: %s', corpus.name, describe.unread_columns(corpus))
+      # Both sides of a split have the notes of their whole source.
+      for note in corpus.notes():
+        if note not in told:
+          log.warning('%s', note)
+        told.add(note)
+
+
+@dataclasses.dataclass
+class PromptData:
+  """Prompts by number, and held-out ones; see data/prompts.py."""
+
+  mixture: Mixture
+  sources: list[prompts.Prompts]
+  evaluation: list[prompts.Prompts]
+
+  def fingerprints(self) -> dict[str, str]:
+    """sha256 of the order of prompts, and of each source."""
+    groups = {'data': self.sources, 'eval': self.evaluation}
+    named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    return {'data order': self.mixture.fingerprint} | named
+
+  def counts(self) -> dict[str, dict[str, Any]]:
+    """What became of each source's rows, for the manifest; JSON values."""
+    groups = {'data': self.sources, 'eval': self.evaluation}
+    return {
+      f'{k} {i}': {
+        'name': x.name,
+        'prompts': len(x.rows),
+        'dropped': x.dropped,
+        'bad': x.bad,
+        'bad_reasons': list(x.bad_reasons),
+        'unrendered': x.unrendered,
+      }
+      for k, xs in groups.items()
+      for i, x in enumerate(xs)
+    }
+
+  def prompt(self, number: int) -> prompts.Prompt:
+    """Prompt `number` since the start of training."""
+    row = self.mixture.row(number)
+    return self.sources[row.source].rows[row.examples[0]]
+
+  def tell(self) -> None:
+    """Logs a line on each source that the summary of the run does not say all of."""
+    several = len(self.sources) > 1
+    for found in self.sources:
+      if several or found.dropped:
+        log.info(
+          '%s: %d prompts, %d left out that are too long for seq_len',
+          *(found.name, len(found.rows), found.dropped),
+        )
+
+
+def _log_source(corpus: token_cache.Corpus, schedule: SourceSchedule | None) -> None:
+  """Logs one line on a source."""
+  use = (
+    'for evaluation'
+    if schedule is None
+    else f'{schedule.rows_per_epoch:,} packed sequences per epoch, '
+    f'{schedule.fill:.1%} token utilization'
+  )
+  log.info(
+    '%s: %s examples, %s tokens, %.1f %% supervised; %s',
+    *(corpus.name, f'{len(corpus):,}', f'{corpus.tokens:,}'),
+    *(100 * corpus.supervised / corpus.tokens, use),
+  )
+
+
+def _check_batch(c: ml_collections.ConfigDict, mixture: Mixture, unit: str) -> None:
+  """Refuses a batch that holds what one epoch has more than once; warns of one nearly so large.
+
+  Raises:
+    ConfigError: naming both counts and the batch_size that fits.
+  """
+  have, taken = mixture.rows_per_epoch, f'batch_size={c.batch_size}'
+  if c.batch_size > have:
+    fits = have // c.grad_accum * c.grad_accum or have
+    raise ConfigError(
+      f'{taken}, but an epoch has only {have} {unit}: a batch would hold the same ones more than '
+      f'once; set batch_size to at most {fits}, or give more data (data.train)'
+    )
+  most = algorithm_keys.prompts_per_rollout(c)
+  if most > c.batch_size:
+    taken += f' with rollout.redraws={c.rollout.redraws} (up to {most} {unit} at once)'
+  if 2 * most > have:
+    log.warning(
+      '%s is nearly as much as, or more than, the %d %s of an epoch: an epoch is only %.1f batches',
+      *(taken, have, unit, have / most),
+    )
+
+
+def cache_folder(c: ml_collections.ConfigDict, workdir: str) -> str:
+  """Where what is made of the data is kept."""
+  return c.data.cache or files.join(workdir, 'data_cache')
+
+
+def open_data(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
+) -> Data | PromptData:
+  """What the algorithm asks for."""
+  is_sampled = c.algorithm in algorithm_keys.ON_ROLLOUTS
+  return (open_prompts if is_sampled else open_rows)(c, tokenizer, workdir)
+
+
+def _sources(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, key: str
+) -> tuple[list[sources.Spec], list[token_cache.Source]]:
+  """What data.train or data.eval names."""
+  specs = sources.parse_specs(c.data[key]) if c.data[key] else []
+  if key == 'eval' and (weighted := [s for s in specs if s.weight is not None]):
+    raise ConfigError(
+      f'data.eval: {weighted[0].path} has weight {weighted[0].weight}; all evaluation rows count '
+      'alike: leave the @weight out'
+    )
+  specs = [synthetic.resolve(spec, cache_folder(c, workdir)) for spec in specs]
+  return specs, [_source(c, tokenizer, workdir, spec) for spec in specs]
+
+
+def _source(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, spec: sources.Spec
+) -> token_cache.Source:
+  shape = algorithms.example_shape(c)
+  return token_cache.Source(
+    spec,
+    tokenizer,
+    cache_dir=cache_folder(c, workdir),
+    # A labelled row also holds its prompt with another answer.
+    seq_len=c.seq_len // 2 if shape == 'label' else c.seq_len,
+    loss_on=c.data.loss_on,
+    on_overlength=c.data.on_overlength,
+    on_bad_row=c.data.on_bad_row,
+    on_unrendered=c.data.on_unrendered,
+    shape=shape,
+    workers=c.data.workers,
+    progress=True,
+  )
+
+
+def tokenize_share(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, number: int, count: int
+) -> None:
+  """Tokenizes part `number` of `count` of each large source; all hosts call it with their own
+  number, and then `open_data` finds the parts. Nothing for prompts, for what is no file (synthetic
+  rows, hub names).
+  """
+  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+    return
+  for value in (c.data.train, c.data.eval):
+    for spec in sources.parse_specs(value) if value else []:
+      if files.exists(spec.path):
+        _source(c, tokenizer, workdir, spec).tokenize_share(number, count)
+
+
+def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> Data:
+  """Tokenizes, or opens the cache, and schedules the rows."""
+  specs, found = _sources(c, tokenizer, workdir, 'train')
+  training = [source.open() for source in found]
+  evaluation = [source.open() for source in _sources(c, tokenizer, workdir, 'eval')[1]]
+  if c.data.eval_fraction and not evaluation:
+    sides = [token_cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
+    training, evaluation = ([side[i] for side in sides] for i in (0, 1))
+  mixture = _schedule(c, training, specs)
+  stream = Stream(mixture, training, c.seq_len, c.batch_size)
+  _check_batch(c, mixture, 'packed sequences' if algorithms.is_packed(c) else 'examples')
+  return Data(stream, mixture, training, evaluation)
+
+
+def _schedule(
+  c: ml_collections.ConfigDict, training: list[token_cache.Corpus], specs: list[sources.Spec]
+) -> Mixture:
+  settings = dict(seed=c.seed, packed=algorithms.is_packed(c))
+  schedules = [
+    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
+  ]
+  return Mixture(schedules, [s.weight for s in specs])
+
+
+def first_rows(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, rows: int
+) -> list[tuple[token_cache.Corpus, Batch]]:
+  """The first `rows` rows of each training source, and a batch [B, T] that holds the first of them
+  in order; no more of the sources is read. `workdir` is a local folder.
+  """
+  c = c.copy_and_resolve_references()
+  with c.unlocked():
+    c.data.cache = files.join(workdir, 'first_rows')
+  found = [token_cache.head(source, rows) for source in _sources(c, tokenizer, workdir, 'train')[1]]
+  shape, packed = (c.batch_size, c.seq_len), algorithms.is_packed(c)
+  return [(corpus, next(eval_batches(corpus, *shape, packed=packed))) for corpus in found]
+
+
+def open_prompts(
+  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, limit: int | None = None
+) -> PromptData:
+  """Reads prompts, of each source at most `limit` rows, and schedules them, one a row."""
+  folder = cache_folder(c, workdir)
+  room = algorithm_keys.max_example(c) - c.rollout.max_tokens
+  groups, weights = [], []
+  settings = dict(on_bad_row=c.data.on_bad_row, on_unrendered=c.data.on_unrendered)
+  for text in (c.data.train, c.data.eval):
+    specs = [synthetic.resolve(s, folder) for s in (sources.parse_specs(text) if text else [])]
+    weights.append([s.weight for s in specs])
+    groups.append(
+      [prompts.read(s, tokenizer, room, c.data.on_overlength, limit, **settings) for s in specs]
+    )
+  if any(w is not None for w in weights[1]):
+    raise ConfigError(f'data.eval: {c.data.eval!r} has weights; leave the @weight out')
+  training, evaluation = groups
+  schedules = [
+    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, seed=c.seed, packed=False)
+    for x in training
+  ]
+  mixture = Mixture(schedules, weights[0])
+  if limit is None:
+    _check_batch(c, mixture, 'prompts')
+  return PromptData(mixture, training, evaluation)

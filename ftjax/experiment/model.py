@@ -1,0 +1,72 @@
+"""A model before its weights: architecture, tokenizer and files, read from a folder or random."""
+
+import dataclasses
+import json
+
+from ftjax.cluster import processes
+from ftjax.data import encode, synthetic
+from ftjax.data.tokenizer import Tokenizer
+from ftjax.hf import load, reward_head
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.runtime.digest import digest
+from ftjax.runtime.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass
+class Model:
+  """A model before its weights: architecture, tokenizer, and the files they came from.
+
+  stop_ids: tokens that end an answer: the tokenizer's, and the one its template ends turns with.
+  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content
+  and of the architecture.
+  """
+
+  source: str
+  arch: Architecture
+  tokenizer: Tokenizer
+  stop_ids: tuple[int, ...]
+  config: dict
+  files: dict[str, bytes]
+  fingerprint: str
+
+
+def random_config(random: dict) -> dict:
+  """model.random as a HF config.json."""
+  return {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+
+
+def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
+  """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
+  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+
+  Raises:
+    ConfigError: a reward model where a language model is wanted.
+  """
+  if path:
+    found = load.tokenizer_files(path)
+    config = load.read_config(path)
+    # Of all the bytes, which one process reads for all.
+    fingerprint = processes.from_main(lambda: load.fingerprint(path)) if weights else ''
+  else:
+    found = synthetic.byte_tokenizer()
+    config = random_config(random)
+    found['config.json'] = json.dumps(config).encode()
+    fingerprint = digest([config, seed])
+  arch = from_hf(config)
+  if arch.num_labels and not labels:
+    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
+  arch = dataclasses.replace(arch, num_labels=labels)
+  # The same weights under another rope or another epsilon are another model. What follows from the
+  # family is left out, so that models of other families keep the fingerprint they had before it.
+  facts = {k: v for k, v in dataclasses.asdict(arch).items() if k != 'qkv_bias'}
+  fingerprint = digest([fingerprint, facts])
+  tokenizer = Tokenizer(found, path or 'model.random')
+  if tokenizer.vocab_size > arch.vocab_size:
+    raise DataError(
+      f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
+    )
+  end = encode.turn_end(tokenizer)
+  stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
+  if labels:
+    found, config = reward_head.describe(found, config, tokenizer, stops)
+  return Model(path, arch, tokenizer, stops, config, found, fingerprint)

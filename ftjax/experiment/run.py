@@ -1,0 +1,318 @@
+"""The one place that wires a config to mesh, tokenizer, model and data. fit.py trains what stands
+here, compare.py judges it.
+"""
+
+import dataclasses
+import fractions
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax.cluster import processes
+from ftjax.cluster.watchdog import Watchdog
+from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import keys as config_lib
+from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.experiment import data as examples
+from ftjax.experiment.model import Model, open_model
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.runtime import sharding, trees
+from ftjax.runtime.digest import digest
+from ftjax.runtime.errors import ConfigError
+from ftjax.storage import files, program_cache
+from ftjax.training.prefetch import local_rows, place
+
+log = logging.getLogger(__name__)
+
+
+def batches_in(epochs: float, rows: int, batch_size: int) -> int:
+  """Returns how many batches hold `epochs` passes over `rows`, at least 1; the last may go over.
+
+  `epochs` counts as the simplest fraction that is the same float: 1.1 as 11/10 and 5/3 as 5/3, so
+  that 1.1 epochs of 100 rows in batches of 10 are 11 batches; in floats 1.1 * 100 is above 110.
+  """
+  limits = (10**digits for digits in range(1, 17))
+  exact = fractions.Fraction(epochs)
+  simple = (exact.limit_denominator(limit) for limit in limits)
+  chosen = next((f for f in simple if float(f) == epochs), exact)
+  return max(1, math.ceil(chosen * rows / batch_size))
+
+
+@dataclasses.dataclass
+class Run:
+  """A config brought to a machine, or to several."""
+
+  config: ml_collections.ConfigDict
+  workdir: str
+  mesh: Mesh
+  model: Model
+  data: examples.Data | examples.PromptData | None  # None: the run trains nothing
+  watchdog: Watchdog
+
+  @property
+  def arch(self) -> Architecture:
+    return self.model.arch
+
+  @property
+  def steps(self) -> int:
+    """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
+    c = self.config
+    if self.data is None:
+      return c.steps or 1000
+    rows, taken = self.data.mixture.rows_per_epoch, algorithm_keys.prompts_per_rollout(c)
+    return c.steps or batches_in(c.epochs, rows, taken) * algorithm_keys.steps_per_batch(c)
+
+  def cursor(self, step: int) -> int:
+    """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
+    updates alone, for several may go over one batch.
+    """
+    c = self.config
+    taken = -(-step // algorithm_keys.steps_per_batch(c))
+    return taken * algorithm_keys.prompts_per_rollout(c)
+
+  def parts(self) -> dict[str, Architecture]:
+    """What is trained, by the prefix of its parameters' names: '' is the model."""
+    if not algorithms.has_value_model(self.config):
+      return {'': self.arch}
+    return {'': self.arch, 'value/': algorithms.value_arch(self.arch)}
+
+  def parameter_shardings(self) -> dict:
+    """Nested dict of NamedSharding, over all parts."""
+    return self._by_part(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+
+  def abstract_params(self) -> dict:
+    """Nested dict of ShapeDtypeStruct, over all parts."""
+    dtype = jnp.dtype(self.config.model.param_dtype)
+    return self._by_part(lambda arch: transformer.abstract(arch, dtype))
+
+  def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
+    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
+    return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
+
+  def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
+    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
+    axes = (None, 'batch') if micro else ('batch',)
+    by_token, by_row = algorithms.fields(self.config)
+    names = (*ARRAYS, *by_token)
+    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
+    return dict.fromkeys(names, where) | dict.fromkeys(
+      by_row, NamedSharding(self.mesh, sharding.spec(*axes))
+    )
+
+  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch of a step in shapes."""
+    c = self.config
+    shape = (c.grad_accum, algorithm_keys.rows_per_step(c) // c.grad_accum, c.seq_len)
+    by_token, by_row = algorithms.fields(c)
+    floats = ('weights', *by_token, *by_row)
+    return {
+      k: jax.ShapeDtypeStruct(
+        shape[:2] if k in by_row else shape,
+        jnp.float32 if k in floats else jnp.int32,
+        sharding=s,
+      )
+      for k, s in self.batch_shardings(micro=True).items()
+    }
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
+    c = self.config
+    shape = (c.grad_accum, c.batch_size // c.grad_accum)
+    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
+    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
+    batch = self.data.stream.batch(step, rows)
+    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
+
+  def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
+    """Device arrays [B, T] over the evaluation rows."""
+    c, where = self.config, self.batch_shardings(micro=False)
+    shape = (c.eval.batch_size, c.seq_len)
+    own = local_rows(where['tokens'], shape, 0)
+    for corpus in self.data.evaluation:
+      for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
+        yield place(batch, where)
+
+  def load_params(self, source: str, dtype: str) -> dict:
+    """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
+    with self.watchdog.phase('restore'):
+      return self._load(source, dtype, self.arch)
+
+  def load_beside(self, source: str, dtype: str) -> dict:
+    """{'value': weights of the value model} where there is one, else nothing.
+
+    It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
+    """
+    if not algorithms.has_value_model(self.config):
+      return {}
+    with self.watchdog.phase('restore'):
+      arch = algorithms.value_arch(self.arch)
+      params = self._load(self.config.ppo.value_from or source, dtype, arch)
+      if not self.config.ppo.value_from:
+        params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
+      return {'value': params}
+
+  def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
+    if source:
+      arch = from_hf(load.read_config(source)) if wanted.num_labels else wanted
+      if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
+        raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
+      where = sharding.shardings(self.mesh, transformer.axes(arch))
+      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      if arch.num_labels == wanted.num_labels:
+        return params
+      if source == self.config.ppo.value_from:
+        raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
+      # A language model becomes a reward model: its head goes, a random score comes.
+      make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
+      params = {k: v for k, v in params.items() if k != 'head'}
+      return params | {'score': make(jax.random.key(self.config.seed))}
+    return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
+
+
+def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
+  """Everything of a run but weights and state; the mesh is set for the process.
+
+  Raises:
+    ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
+    DataError: model or data files that cannot be used.
+  """
+  watchdog = Watchdog(c.watchdog.to_dict())
+  with watchdog.phase('restore'):
+    files.probe(workdir)
+    workdir = files.absolute(workdir)  # Orbax takes no relative path
+    _check_shared(c, workdir)
+    configure_jax(c)
+    if keeps_programs(c):
+      _keep_programs(program_folder(workdir))
+    elif not processes.is_alone():
+      jax.config.update('jax_enable_compilation_cache', False)
+    mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
+    jax.set_mesh(mesh)
+    random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
+    model = open_model(c.model.path, random, c.seed, labels=labels)
+    beside = [model.tokenizer.fingerprint, model.stop_ids]
+    processes.check_same(
+      'model.path', digest([model.fingerprint, load.outline(c.model.path), *beside])
+    )
+  check_sizes(c, model.arch, mesh)
+  data = None
+  if with_data:
+    with watchdog.phase('tokenize'):
+      if not processes.is_alone():
+        share = (jax.process_index(), jax.process_count())
+        examples.tokenize_share(c, model.tokenizer, workdir, *share)
+        processes.wait_for_all()
+      # The others find in the shared cache what the first process made.
+      data = processes.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
+      processes.check_same('data', digest(data.fingerprints()))
+    data.tell()
+  return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """All processes must see one workdir and mean one config.
+
+  Raises:
+    ConfigError: configs differ, or another process's workdir is another folder.
+  """
+  if processes.is_alone():
+    return
+  own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
+  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  processes.check_same_values('the config', plain)
+  name = files.join(workdir, processes.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
+  processes.from_main(lambda: files.write_text(name, ''))
+  blind = [p for p, sees in enumerate(processes.gather(files.exists(name))) if not sees]
+  if processes.is_main():
+    files.remove(name)
+  if blind:
+    raise ConfigError(
+      f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
+      'on a shared file system or gs://'
+    )
+
+
+def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
+  """A run of shapes alone, to compile its step; `mesh` is the current one.
+
+  Raises:
+    ConfigError: a size that does not divide.
+  """
+  check_sizes(c, arch, mesh)
+  return Run(
+    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+  )
+
+
+def configure_jax(c: ml_collections.ConfigDict) -> None:
+  """Process-wide: exact float32 products where float32 is asked for."""
+  precise = c.model.compute_dtype == 'float32'
+  jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
+
+
+_random_params = jax.jit(transformer.init, static_argnums=(0, 2))
+
+
+def keeps_programs(c: ml_collections.ConfigDict) -> bool:
+  """Whether the run has a compile cache. On CPUs of several processes a step that was read from one
+  waits for ever in its first collective (jax 0.12).
+  """
+  return c.compile_cache and (processes.is_alone() or jax.default_backend() != 'cpu')
+
+
+def program_folder(workdir: str) -> str:
+  """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+  return files.join(workdir, 'xla_cache')
+
+
+def _keep_programs(folder: str) -> None:
+  """Keeps compiled programs in `folder`; entries that are damaged are removed first. A folder of
+  the user's own is left as it is: other runs may be writing to it.
+  """
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    processes.from_main(lambda: program_cache.check(folder))
+    jax.config.update('jax_compilation_cache_dir', folder)
+  if not os.environ.get('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
+  jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
+  """Fails before anything is compiled when a size does not divide."""
+  declared = transformer.declared(arch)
+  sharding.check_divides(
+    {n: p.axes for n, p in declared.items()},
+    {n: p.shape for n, p in declared.items()},
+    mesh,
+  )
+  ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
+  for key, rows in (
+    ('batch_size / grad_accum', algorithm_keys.rows_per_step(c) // c.grad_accum),
+    ('eval.batch_size', c.eval.batch_size),
+  ):
+    if rows % ways:
+      raise ConfigError(
+        f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
+      )
+  ways = mesh.shape['context']
+  if ways > 1 and c.seq_len % (2 * ways):
+    raise ConfigError(
+      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * ways}: each device takes two '
+      'chunks of a row'
+    )
+  if c.seq_len > arch.max_len:
+    raise ConfigError(
+      f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'
+    )

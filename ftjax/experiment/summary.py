@@ -1,0 +1,184 @@
+"""What a run's console shows of its config, its state and its files; the texts are
+telemetry/console.py's."""
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+
+from ftjax.config import algorithm_keys, algorithms
+from ftjax.experiment.run import Run
+from ftjax.experiment.trainer import Trainer
+from ftjax.models import transformer
+from ftjax.storage import files
+from ftjax.telemetry import console
+from ftjax.training import optimizer
+
+
+def headline(c: ml_collections.ConfigDict) -> console.Headline:
+  """The figures that count for a config's algorithm."""
+  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+    return console.Headline(('reward', 'length'), ('reward',), True, True)
+  shape = algorithms.example_shape(c)
+  if shape == 'pair':
+    bar = ('loss', 'rewards/accuracy', 'rewards/margin')
+    return console.Headline(bar, ('accuracy', 'margin', 'loss'), larger=True)
+  if shape == 'label':
+    bar = ('loss', 'rewards/chosen', 'rewards/rejected')
+    return console.Headline(bar, ('loss', 'rewards/chosen', 'rewards/rejected'))
+  if shape == 'score':
+    return console.Headline(('loss', 'error/absolute'), ('loss', 'unexplained'))
+  return console.Headline()
+
+
+def make_console(c: ml_collections.ConfigDict) -> console.Console:
+  """The console of a run."""
+  return console.Console(headline(c), c.checkpoint.best_metric, c.checkpoint.best_mode)
+
+
+def _model(trainer: Trainer) -> console.Model:
+  run, c = trainer.run, trainer.run.config
+  total = frozen = 0
+  shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
+  for prefix, arch in run.parts().items():
+    for name, declared in transformer.declared(arch).items():
+      number = math.prod(declared.shape)
+      total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
+  beside = []
+  if algorithms.has_reference(c):
+    cached = ' (log-probs cached)' if algorithms.reference_cached(c) else ''
+    beside.append(f'a frozen reference model{cached}')
+  if algorithms.has_value_model(c):
+    beside.append('a value model, trained too')
+  if c.algorithm in algorithm_keys.ON_ROLLOUTS and c.rollout.reward_model:
+    beside.append(f'the reward model {c.rollout.reward_model}')
+  return console.Model(
+    source=c.init_from or run.model.source or 'model.random (random weights)',
+    family=run.model.config.get('model_type', 'a language model'),
+    layers=run.arch.num_layers,
+    trained=total - frozen,
+    frozen=frozen,
+    param_dtype=c.model.param_dtype,
+    compute_dtype=c.model.compute_dtype,
+    auxiliary=tuple(beside),
+  )
+
+
+def _unit(c: ml_collections.ConfigDict) -> str:
+  """What a batch_size counts."""
+  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+    return 'prompts'
+  if algorithms.is_packed(c):
+    return 'packed sequences'
+  return 'pairs' if algorithms.example_shape(c) == 'pair' else 'examples'
+
+
+def _data(run: Run) -> console.Data:
+  c, data = run.config, run.data
+  unit, per_epoch = _unit(c), data.mixture.rows_per_epoch
+  if unit == 'prompts':
+    train, held = ([len(p.ids) for s in x for p in s.rows] for x in (data.sources, data.evaluation))
+    left_out = sum(s.dropped for s in data.sources)
+    sizes = (len(held), sum(held), left_out)
+    return console.Data(len(train), sum(train), None, per_epoch, unit, None, c.seq_len, *sizes)
+  fill = None
+  if unit == 'packed sequences':
+    places = sum(s.rows_per_epoch for s in data.mixture.sources)
+    fill = sum(s.fill * s.rows_per_epoch for s in data.mixture.sources) / places
+  sides = {'train': data.corpora, 'eval': data.evaluation}
+  examples = {k: sum(map(len, x)) for k, x in sides.items()}
+  tokens = {k: sum(corpus.tokens for corpus in x) for k, x in sides.items()}
+  counts = [corpus.counts for corpus in data.corpora]
+  return console.Data(
+    examples=examples['train'],
+    tokens=tokens['train'],
+    supervised=sum(corpus.supervised for corpus in data.corpora),
+    per_epoch=per_epoch,
+    unit=unit,
+    utilization=fill,
+    seq_len=c.seq_len,
+    eval_examples=examples['eval'],
+    eval_tokens=tokens['eval'],
+    left_out=sum(n.dropped + n.unsupervised + n.bad + n.identical for n in counts),
+  )
+
+
+def start(trainer: Trainer, begun: int) -> str:
+  """The block at the start of training. begun: steps that are done."""
+  run, c = trainer.run, trainer.run.config
+  mesh = run.mesh
+  kind = mesh.devices.flat[0].device_kind
+  is_sampled = c.algorithm in algorithm_keys.ON_ROLLOUTS
+  plan = console.Plan(
+    algorithm=c.algorithm,
+    steps=run.steps,
+    start=begun,
+    per_epoch=run.data.mixture.rows_per_epoch,
+    batch=algorithm_keys.prompts_per_rollout(c),
+    unit=_unit(c),
+    grad_accum=c.grad_accum,
+    row_tokens=algorithm_keys.rows_per_step(c) * c.seq_len,
+    updates=algorithm_keys.steps_per_batch(c),
+    completions=c.rollout.group if is_sampled else 0,
+  )
+  rows = [
+    ('model', _model(trainer).text()),
+    ('devices', console.devices(kind, mesh.size, jax.process_count(), mesh.shape)),
+    *_data(run).rows(),
+    *plan.rows(),
+    ('workdir', run.workdir),
+  ]
+  return console.block('training', rows)
+
+
+def resumed(run: Run, step: int, cursor: int, order: str) -> str:
+  """The line of a run that goes on. cursor: batch rows taken; order: fingerprint of their order."""
+  mixture, unit = run.data.mixture, _unit(run.config)
+  text = (
+    f'resuming after step {step} of {run.steps}: epoch {cursor / mixture.rows_per_epoch:.2f}, '
+    f'{console.count(cursor)} {unit} consumed, data order {order[:12]}'
+  )
+  if step == run.steps:
+    return text
+  row = mixture.row(cursor)
+  if unit == 'prompts':
+    where = run.data.prompt(cursor).place
+  else:
+    where = run.data.corpora[row.source].where(row.examples[0])
+  return f'{text}; the next example is {where}'
+
+
+def _command_line() -> list[str]:
+  """Flags of this process with the config, quoted for a shell; none where it was not started so."""
+  flags = sys.argv[1:]
+  return [shlex.quote(f) for f in flags] if any(f.startswith('--config') for f in flags) else []
+
+
+def typed_prompt(prompts: Sequence[str]) -> str:
+  """Returns one of eval.prompts, quoted for a shell, that is one line; '' where there are none."""
+  return shlex.quote(next((p for p in prompts if p.isprintable()), 'Hello')) if prompts else ''
+
+
+def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: float) -> str:
+  """The block at the end. exported: step whose weights are exported; steps: done in all; seconds:
+  of this start.
+  """
+  c, state = run.config, printer.state
+  text = f'{console.count(steps)} steps, {console.count(state.get("tokens", 0))} tokens'
+  idle = console.not_updated(state.get('no_signal', 0), state.get('skipped', 0))
+  summary = files.join(run.workdir, 'eval', 'summary.json')
+  prompt = typed_prompt(c.eval.prompts)
+  rows = [
+    ('trained', f'{text}; this start took {console.duration(seconds)}'),
+    ('no update', idle),
+    ('final', printer.final()),
+    ('exported', printer.best(exported, steps)),
+    ('export', files.join(run.workdir, 'export')),
+    ('report', summary if files.exists(summary) else ''),
+    ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
+    *console.next_commands(run.workdir, c.algorithm, prompt, _command_line(), bool(c.eval.tasks)),
+  ]
+  return console.block('done', rows)

@@ -1,0 +1,91 @@
+"""Log-probabilities of several continuations of one prompt: the prompt is read once, each
+continuation from its cache.
+
+Prompts are padded on the left as in sampler.py; a continuation of K tokens needs the prompt's last
+hidden state and K - 1 more."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from ftjax.generation.sampler import check_decodable, left_pad
+from ftjax.models import head, transformer
+from ftjax.models import kv_cache as kv
+from ftjax.models.architecture import Architecture
+from ftjax.models.attention import Tokens
+from ftjax.runtime import sharding
+from ftjax.runtime.sharding import batch_ways, spec
+
+
+class Scorer:
+  """Scores continuations with one architecture; programs are compiled per (rows, prompt bucket,
+  continuations, their length).
+  """
+
+  def __init__(self, arch: Architecture, dtype: jnp.dtype, mesh: Mesh):
+    self.arch, self.dtype, self.mesh = arch, dtype, mesh
+    self._run = jax.jit(self._score)
+
+  def _score(self, params, tokens, where: Tokens, choices, weights):
+    """float32[B, C] of prompts int32[B, P], choices int32[C, B, K], weights float32[C, B, K]."""
+    batch, length = tokens.shape
+    count, _, size = choices.shape
+    memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    x, memory = transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
+    last, table = x[:, -1:], transformer.head_weights(self.arch, params)
+    at, totals = jnp.asarray(length, jnp.int32), []
+    for c in range(count):
+      # For one row, jax 0.12 forgets in indexing how the batch lies.
+      labels, weight = (
+        jax.sharding.reshard(a[c], spec('batch', 'seq')) for a in (choices, weights)
+      )
+      states = last
+      if size > 1:
+        begin = where.positions[:, -1:] + 1
+        positions = jax.sharding.reshard(
+          begin + jnp.arange(size - 1, dtype=jnp.int32)[None], spec('batch', 'seq')
+        )
+        inputs = jax.sharding.reshard(labels[:, :-1], spec('batch', 'seq'))
+        places = Tokens(jnp.ones_like(positions), positions)
+        x, _ = transformer.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
+        states = jnp.concatenate([last, x], axis=1)
+      totals.append(head.token_logprobs(states, table, labels, weight).sum(-1))
+    return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it
+
+  def score(
+    self, params: dict, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
+  ) -> np.ndarray:
+    """Summed log-probability in nats of each choice after its prompt.
+
+    Args:
+      params: nested dict.
+      prompts: token ids, B of them, none empty.
+      choices: for each prompt the same number C of continuations, token ids, none empty.
+
+    Returns:
+      float32[B, C].
+    """
+    check_decodable(self.mesh)
+    rows = -(-len(prompts) // batch_ways()) * batch_ways()
+    tokens, segments, positions = left_pad(prompts, rows, 0)
+    count = len(choices[0])
+    size = 1 << (max(len(ids) for row in choices for ids in row) - 1).bit_length()
+    ids, weights = (
+      np.zeros((count, rows, size), np.int32),
+      np.zeros((count, rows, size), np.float32),
+    )
+    for b, row in enumerate(choices):
+      for c, choice in enumerate(row):
+        ids[c, b, : len(choice)], weights[c, b, : len(choice)] = choice, 1
+
+    put = functools.partial(sharding.put, self.mesh)
+    prompt, chosen = ('batch', 'seq'), (None, 'batch', 'seq')
+    where = Tokens(put(segments, *prompt), put(positions, *prompt))
+    out = self._run(params, put(tokens, *prompt), where, put(ids, *chosen), put(weights, *chosen))
+    return np.asarray(out)[: len(prompts)]

@@ -1,0 +1,128 @@
+"""The phase in which the model speaks, of algorithms that train on it: what a device holds
+meanwhile beside the state, and how long decoding takes at least.
+
+The programs that read prompts and decode are compiled like the step, for the same devices."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampler import Sampling
+from ftjax.generation.weights import rollout_mesh
+from ftjax.models import transformer
+from ftjax.models.architecture import Architecture
+from ftjax.planning import memory
+from ftjax.runtime import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Of a rollout: prompts with `group` completions each, of at most prompt_tokens and max_tokens;
+  `slots` are decoded at once.
+  """
+
+  prompts: int
+  group: int
+  prompt_tokens: int
+  max_tokens: int
+  slots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Bytes of one device, and seconds.
+
+  beside: models that also stand while the step runs: a reference, a reward model.
+  weights: the copy that samples. cache: its keys and values. peak: all of it with the state and the
+  temporaries. seconds: of decoding alone, all completions of the greatest length, when every step
+  reads weights and cache once at the memory's full speed.
+  """
+
+  beside: int
+  weights: int
+  cache: int
+  peak: int
+  seconds: float
+
+
+def make(
+  arch: Architecture,
+  mesh: Mesh,
+  size: Size,
+  sampling: Sampling,
+  *,
+  dtype: jnp.dtype,
+  state: int,
+  beside: int,
+  bandwidth: float,
+) -> Phase:
+  """Compiles the programs of a rollout.
+
+  Args:
+    arch: of the policy.
+    mesh: of training.
+    size: of a rollout.
+    sampling: how tokens are chosen.
+    dtype: compute dtype.
+    state: bytes of one device that stay while the model speaks.
+    beside: the same, of other models.
+    bandwidth: bytes/s of a device's memory.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler ran out of the device's memory.
+  """
+  where = rollout_mesh(mesh)
+  engine = Engine(arch, dtype, (), 0, slots=size.slots)
+  params = _placed(arch, where, dtype)
+  with jax.set_mesh(where):
+    first = min(size.prompts, -(-size.slots // size.group))
+    found = engine.compile(
+      params,
+      prompts=first,
+      longest=size.prompt_tokens,
+      max_tokens=size.max_tokens,
+      sampling=sampling,
+    )
+  weights, cache = memory.shard_bytes(params), memory.shard_bytes(found.cache)
+  read = math.ceil(first / found.run) * _made(found.prefill)
+  most = max(
+    model_bytes(arch, mesh, dtype),  # in the trainer's layout, before it is moved
+    cache + read + _temporary(found.prefill),
+    cache + _temporary(found.decode),
+  )
+  steps = math.ceil(size.prompts * size.group / found.slots) * size.max_tokens
+  return Phase(
+    beside,
+    weights,
+    cache,
+    peak=state + beside + weights + most,
+    seconds=steps * (weights + cache) / bandwidth,
+  )
+
+
+def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
+  """Of one device, for one copy of a model on a mesh."""
+  return memory.shard_bytes(_placed(arch, mesh, dtype))
+
+
+def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
+  """Nested dict of ShapeDtypeStruct."""
+  where = sharding.shardings(mesh, transformer.axes(arch))
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    transformer.abstract(arch, dtype),
+    where,
+  )
+
+
+def _made(compiled: jax.stages.Compiled) -> int:
+  found = compiled.memory_analysis()
+  return found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def _temporary(compiled: jax.stages.Compiled) -> int:
+  return compiled.memory_analysis().temp_size_in_bytes

@@ -1,0 +1,271 @@
+"""Text from one model: of a prompt, of a file of prompts, of a conversation.
+
+The model is a folder, a file, or a checkpoint of a run (saved_model.py). generate.py is the entry,
+terminal_chat.py the conversation on a terminal.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.data import encode, formats, prompt_rows, stop_texts
+from ftjax.experiment import saved_model
+from ftjax.experiment.model import open_model
+from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.hf import load
+from ftjax.models import transformer
+from ftjax.runtime import sharding, trees
+from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.serving import terminal_chat
+from ftjax.storage import files, snapshots
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How text is generated; the flags of generate.py.
+
+  max_tokens: longest answer; 0: 256, or what fits. stop: strings that end an answer and are left
+  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
+  """
+
+  sampling: Sampling = dataclasses.field(default_factory=Sampling)
+  max_tokens: int = 0
+  stop: tuple[str, ...] = ()
+  seed: int = 0
+  system: str = ''
+  raw: bool = False
+  batch_size: int = 8
+  dtype: str = 'float32'
+
+
+class Generator:
+  """A model with its tokenizer, ready to answer.
+
+  Args:
+    path: HF folder, GGUF file, or workdir[@STEP].
+    settings: how it answers.
+
+  Raises:
+    DataError: there is no model.
+    ConfigError: a reward model, a system message without a chat template, or a stop text that
+      cannot occur.
+  """
+
+  def __init__(self, path: str, settings: Settings):
+    self._settings = settings
+    dtype = jnp.dtype(settings.dtype)
+    jax.config.update(
+      'jax_default_matmul_precision', 'highest' if dtype == jnp.float32 else 'default'
+    )
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
+    jax.set_mesh(mesh)
+    model, self._params = _load(path, mesh, dtype)
+    self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
+    most = settings.max_tokens or self._max_len
+    stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
+    ends = (*model.stop_ids, *stop_texts.token_ids(settings.stop, self.tokenizer))
+    self._sampler = Sampler(
+      *(model.arch, dtype, ends, self.tokenizer.pad_id),
+      vocab_size=self.tokenizer.vocab_size,
+    )
+    if settings.system and not self._has_turns:
+      raise ConfigError('--system needs a model with a chat template, and not --raw')
+
+  @property
+  def _has_turns(self) -> bool:
+    """Whether a text is a user turn, and not a text to continue."""
+    return self.tokenizer.template is not None and not self._settings.raw
+
+  def encode(self, row: dict) -> list[int]:
+    """Ids of a row with "prompt" or "messages".
+
+    Raises:
+      ValueError: a row that is no prompt, or that the template refuses.
+    """
+    return encode.encode_prompt(read_prompt(row, self._has_turns), self.tokenizer)
+
+  def encode_text(self, text: str) -> list[int]:
+    """Ids of --prompt. Raises DataError where the template refuses it."""
+    (found,) = self._encode_rows([('--prompt', {'prompt': text, 'system': self._settings.system})])
+    return found
+
+  def _text(self, ids: list[int]) -> str:
+    return stop_texts.text_before(ids, self._settings.stop, self.tokenizer)
+
+  def _is_stopped(self, ids: list[int]) -> bool:
+    """Whether a stop text is in an answer; asked after several tokens at once."""
+    if not self._settings.stop:
+      return False
+    text = self.tokenizer.decode(ids, skip_special=False)
+    return any(s in text for s in self._settings.stop)
+
+  def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
+    """Texts that follow the prompts, which leave room for one token at least."""
+    longest = max(map(len, prompts))
+    most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
+    return [self._text(ids) for ids in self._generate(prompts, first_row, most)]
+
+  def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
+    """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
+    out, room = [], self._max_len - max(1, self._settings.max_tokens)
+    for place, row in rows:
+      try:
+        ids = self.encode(row)
+      except ValueError as error:
+        raise DataError(f'{place}: {error}') from error
+      if not ids:
+        raise DataError(f'{place}: the prompt has no tokens')
+      if len(ids) > room:
+        raise DataError(
+          f'{place}: {len(ids)} tokens and --max_tokens={self._settings.max_tokens or 1} more; the '
+          f'model was made for {self._max_len} positions'
+        )
+      out.append(ids)
+    return out
+
+  def answer_rows(self, rows: Sequence[tuple[str, dict]]) -> Iterator[dict]:
+    """Yields the rows of `read_prompts`, each with the generated text under 'completion'.
+
+    Raises:
+      DataError: a row that cannot be rendered, before any is answered.
+    """
+    encoded, size = self._encode_rows(rows), self._settings.batch_size
+    for start in range(0, len(rows), size):
+      some = rows[start : start + size]
+      texts = self.answer(encoded[start : start + len(some)], start)
+      for (_, row), text in zip(some, texts, strict=True):
+        yield row | {'completion': text}
+
+  def respond(self, messages: list, number: int, show) -> terminal_chat.Reply:
+    """The next turn of a conversation; see terminal_chat.
+
+    Raises:
+      ValueError: no room is left for an answer, or the template refuses the conversation.
+    """
+    prompt = self.encode({'messages': messages} if self._has_turns else _transcript(messages))
+    room = self._max_len - len(prompt)
+    if room < 1:
+      raise ValueError(
+        f'the conversation has {len(prompt)} tokens, the model was made for {self._max_len} '
+        'positions: /reset begins a new one'
+      )
+    most = min(self._settings.max_tokens or 256, room)
+
+    def stream(answers):
+      show(_settled(self._text(answers[0]), self._settings.stop))
+
+    (ids,) = self._generate([prompt], number, most, stream)
+    hint = ''
+    if len(ids) >= most:
+      why = 'the context is full; /reset begins a new one' if most == room else '--max_tokens'
+      hint = f'[cut after {most} tokens: {why}]'
+    return terminal_chat.Reply(self._text(ids), hint)
+
+  def _generate(self, prompts, first_row: int, most: int, stream=None) -> list[list[int]]:
+    return self._sampler.generate(
+      self._params,
+      prompts,
+      most,
+      self._settings.sampling,
+      seed=self._settings.seed,
+      row_ids=range(first_row, first_row + len(prompts)),
+      ended=self._is_stopped,
+      stream=stream,
+    )
+
+
+def _transcript(messages: list) -> dict:
+  """A conversation for a model without a chat template: its texts in a row."""
+  return {'prompt': '\n'.join(m['content'] for m in messages)}
+
+
+def _settled(text: str, stops: tuple[str, ...]) -> str:
+  """The text so far without an end that the next token may change: half a character, or what may
+  become a stop string.
+  """
+  text = text.rstrip('\ufffd')
+  ends = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
+  return text[: len(text) - max(ends, default=0)]
+
+
+def _load(path: str, mesh, dtype) -> tuple:
+  """(experiment.Model, parameters) of --model."""
+
+  def places(model):
+    return sharding.shardings(mesh, transformer.axes(model.arch))
+
+  def from_checkpoint(saved):
+    saved_model.check_generates(saved.model, f'--model={path}')
+    found = trees.flatten(places(saved.model))
+    return saved.model, saved.load(found.__getitem__, dtype.name)
+
+  workdir, which = snapshots.parse(path)
+  if which and not snapshots.is_workdir(workdir):
+    raise DataError(f'--model={path}: {workdir} is not a workdir of ftjax.train')
+  export = None if which else load.newest_export(workdir)
+  if export is None and snapshots.is_workdir(workdir):
+    return saved_model.with_step(workdir, which, from_checkpoint)
+  model = open_model(export or path, {}, 0, weights=False)
+  return model, load.load_params(export or path, model.arch, places(model), dtype)
+
+
+def read_prompt(row: dict, has_turns: bool) -> formats.Chat | str:
+  """Returns what a row asks, by the rules of training rows: a conversation, or text to continue.
+
+  Args:
+    row: with one of the columns of formats.PROMPT_KEYS.
+    has_turns: whether a text is a user turn.
+
+  Raises:
+    ValueError: the row holds no prompt, or an answer already.
+  """
+  if row.get('completion') is not None:
+    raise ValueError(
+      'the row has a "completion", which the generated text would overwrite: it is a row for '
+      'training. Leave the completion out or rename it'
+    )
+  key = prompt_rows.prompt_key(row)
+  if prompt_rows.ends_with_assistant(row):
+    raise ValueError(f'"{key}" ends with the assistant; the model is to answer: leave it out')
+  if isinstance(row[key], str) and not row[key].strip():
+    raise ValueError(f'"{key}" is empty')
+  if has_turns and key == 'prompt' and isinstance(row[key], str):
+    messages = [{'role': 'user', 'content': row[key]}]
+    row = {k: v for k, v in row.items() if k != 'prompt'} | {'messages': messages}
+  return prompt_rows.read_prompt(row, has_turns).asked
+
+
+def read_prompts(path: str) -> list[tuple[str, dict]]:
+  """Returns (file:line, row) of every line of --prompts; a line of text is {'prompt': line}.
+
+  Raises:
+    DataError: a file or a line that cannot be read.
+  """
+  rows = []
+  try:
+    lines = files.read_text(path).removeprefix('\ufeff').split('\n')
+  except OSError as error:
+    raise DataError(f'--prompts={path}: {error.strerror}') from error
+  except UnicodeDecodeError as error:
+    raise DataError(f'--prompts={path}: not UTF-8 at byte {error.start}') from error
+  for number, line in enumerate(lines, 1):
+    line, place = line.removesuffix('\r'), f'{path}:{number}'
+    if not line.strip():
+      continue
+    row = {'prompt': line}
+    if line.lstrip().startswith('{'):
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        raise DataError(f'{place}: not JSON: {error}') from error
+    try:
+      read_prompt(row, has_turns=True)
+    except ValueError as error:
+      raise DataError(f'{place}: {error}') from error
+    rows.append((place, row))
+  if not rows:
+    raise DataError(f'--prompts={path}: no prompt in it')
+  return rows

@@ -1,0 +1,106 @@
+"""The folder of compiled programs: damaged entries are removed before jax sees them.
+
+jax reads an entry, fails, compiles, and then does not write, because the file is there: a damaged
+entry would be compiled again at every start. What is removed here is compiled once more and
+written anew."""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+
+from ftjax.runtime.errors import caught
+from ftjax.storage import files
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = '-cache'  # of jax's entries
+_SUMS = 'sha256.json'  # {entry: sha256 hex}
+_ZLIB, _ZSTD = 0x78, b'\x28\xb5\x2f\xfd'  # how the two formats begin
+
+
+def check(folder: str) -> list[str]:
+  """Removes damaged entries of a local folder, records the checksums of the others, and returns
+  the names of what was removed.
+
+  An entry is compared with its checksum; one without (its run was killed) must decompress. Objects
+  of a bucket are whole or not there: a gs:// folder is not read.
+  """
+  sums, damaged = _sums(folder), []
+  for name in _entries(folder):
+    content = files.read_bytes(files.join(folder, name))
+    found = hashlib.sha256(content).hexdigest()
+    if found != sums[name] if name in sums else not _decompresses(content):
+      damaged.append(name)
+      sums.pop(name, None)
+      files.remove(files.join(folder, name))
+      log.warning('%s/%s is damaged: removed, and compiled again', folder, name)
+    else:
+      sums[name] = found
+  _record(folder, sums)
+  return damaged
+
+
+def record(folder: str) -> None:
+  """Records the checksums of entries that have none yet; they are taken for whole."""
+  sums = _sums(folder)
+  for name in _entries(folder):
+    if name not in sums:
+      sums[name] = hashlib.sha256(files.read_bytes(files.join(folder, name))).hexdigest()
+  _record(folder, sums)
+
+
+def _entries(folder: str) -> list[str]:
+  if files.is_remote(folder) or not os.path.isdir(folder):
+    return []
+  return sorted(name for name in os.listdir(folder) if name.endswith(_SUFFIX))
+
+
+def _sums(folder: str) -> dict[str, str]:
+  """The recorded checksums of entries that are there; none where the record itself is damaged."""
+  known = _recorded(folder)
+  return {name: known[name] for name in _entries(folder) if name in known}
+
+
+def _recorded(folder: str) -> dict[str, str]:
+  path = files.join(folder, _SUMS)
+  if files.is_remote(folder) or not files.exists(path):
+    return {}
+  try:
+    known = json.loads(files.read_text(path))
+  except ValueError:
+    return {}
+  return known if isinstance(known, dict) else {}
+
+
+def _record(folder: str, sums: dict[str, str]) -> None:
+  """Those of entries that are gone go too: jax may write other bytes under the same name."""
+  if sums != _recorded(folder):
+    files.write_text(files.join(folder, _SUMS), json.dumps(sums, indent=1) + '\n')
+
+
+def _decompresses(content: bytes) -> bool:
+  """Whether an entry is whole, as far as its compression can tell."""
+  if content.startswith(_ZSTD):
+    decompress = _zstd()
+    return decompress is None or caught(lambda: decompress(content)) is None
+  if not content or content[0] != _ZLIB:
+    return False
+  reader = zlib.decompressobj()
+  return caught(lambda: reader.decompress(content)) is None and reader.eof
+
+
+def _zstd():
+  """What jax decompresses with where it is installed: of Python 3.14, else of zstandard; None
+  without either.
+  """
+  try:
+    from compression import zstd
+  except ImportError:
+    try:
+      import zstandard
+    except ImportError:
+      return None
+    return zstandard.ZstdDecompressor().decompress
+  return zstd.decompress

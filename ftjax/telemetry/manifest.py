@@ -1,0 +1,94 @@
+"""What a run was made of: code, versions, config, data, model, machine. Written beside the results
+as manifest.json.
+"""
+
+import os
+import pathlib
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from ftjax import __version__
+from ftjax.runtime.digest import digest
+
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'tokenizers',
+  'ml-collections',
+)
+
+
+def _git() -> dict[str, Any]:
+  """Commit and whether files differ from it; empty where the code is no checkout or git is not
+  installed.
+  """
+  here = pathlib.Path(__file__).resolve().parents[2]
+  if not (here / '.git').exists():
+    return {}
+
+  def ask(*words):
+    run = subprocess.run(
+      ['git', '-C', here, *words], capture_output=True, text=True, timeout=10, check=False
+    )
+    return run.stdout.strip()
+
+  try:
+    return {
+      'commit': ask('rev-parse', 'HEAD'),
+      'modified': bool(ask('status', '--porcelain', '-uno')),
+    }
+  except (OSError, subprocess.SubprocessError):
+    return {}
+
+
+def build(
+  config: dict[str, Any],
+  fingerprints: dict[str, str],
+  executable: str,
+  compiler_options: dict[str, Any],
+  data: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+  """The manifest of a run.
+
+  Args:
+    config: the resolved config as plain values.
+    fingerprints: sha256 of model, tokenizer and each data source.
+    executable: sha256 of the compiled step's text.
+    compiler_options: that the step was compiled with.
+    data: of each source, what became of its rows: read, kept, dropped and why.
+  """
+  devices = jax.devices()
+  return {
+    'ftjax': __version__,
+    'code': _git(),
+    'python': platform.python_version(),
+    'packages': {name: metadata.version(name) for name in PACKAGES},
+    'config': digest(config),
+    'fingerprints': fingerprints,
+    'data': data or {},
+    'devices': {
+      'kind': devices[0].device_kind,
+      'count': len(devices),
+      'processes': jax.process_count(),
+    },
+    'host_cores': _cores(),
+    'executable': executable,
+    'compiler_options': compiler_options,
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+  }
+
+
+def _cores() -> int:
+  """Cores that this process may use; macOS knows only those of the machine."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:
+    return os.cpu_count()
