@@ -89,7 +89,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
   from ftjax.config import keys
   from ftjax.experiment import run as experiment
   from ftjax.experiment.trainer import Trainer
-  from ftjax.training.prefetch import Feed
+  from ftjax.training.prefetch import Prefetch
 
   rounds = Rounds(('jax', 'jaxlib', 'flax', 'optax'))
   c = keys.default()
@@ -111,7 +111,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
     counts[step] = real, supervised, host['tokens'].size
     return host
 
-  feed = Feed(counted, run.batch_shardings(micro=True), 0, c.steps)
+  feed = Prefetch(counted, run.batch_shardings(micro=True), 0, c.steps)
   jax.block_until_ready(state)
   rounds.ready()
   for first in itertools.count(0, updates):

@@ -45,7 +45,7 @@ def main() -> None:
       f'--workdir={_WORKDIR.value} was trained from another {other[0]} than model.path='
       f'{c.model.path}; base and tuned would not belong together'
     )
-  judge = compare.Judge(run)
+  judge = compare.Evaluator(run)
   judge.tuned(run.load_params(export, c.model.param_dtype))
 
 

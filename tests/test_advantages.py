@@ -1,4 +1,4 @@
-"""Advantages: groups without a lesson, invariances, hand arithmetic, parity with plain loops.
+"""Advantages: groups without a built, invariances, hand arithmetic, parity with plain loops.
 
 Parity with TRL: parity/test_trl_losses.py."""
 
@@ -44,9 +44,9 @@ def random_rewards(prompts=5, completions=4, seed=0):
   ],
 )
 def test_by_hand(form, expected):
-  got, lesson = form(REWARDS, ALL)
+  got, built = form(REWARDS, ALL)
   np.testing.assert_allclose(got, [expected, [0.0, 0.0, 0.0]], rtol=1e-6)
-  np.testing.assert_array_equal(lesson, [True, False])
+  np.testing.assert_array_equal(built, [True, False])
 
 
 @EACH
@@ -55,9 +55,9 @@ def test_by_hand(form, expected):
 def test_constant_rewards_are_exactly_zero(form, value, completions):
   """Also where the mean of equal numbers is off by a rounding (0.1 three times)."""
   rewards = jnp.full((4, completions), value, jnp.float32)
-  got, lesson = form(rewards, jnp.ones_like(rewards, bool))
+  got, built = form(rewards, jnp.ones_like(rewards, bool))
   np.testing.assert_array_equal(got, np.zeros_like(rewards))
-  assert not lesson.any()
+  assert not built.any()
 
 
 @EACH
@@ -82,13 +82,13 @@ def test_what_is_not_scorable_is_as_if_it_were_not_there(form):
   rewards = random_rewards(3, 4)
   wider = jnp.concatenate([rewards, jnp.full((3, 2), jnp.nan)], axis=1)
   scorable = ~jnp.isnan(wider)
-  got, lesson = form(wider, scorable)
+  got, built = form(wider, scorable)
   np.testing.assert_allclose(got[:, :4], form(rewards, jnp.ones_like(rewards, bool))[0], rtol=1e-6)
   np.testing.assert_array_equal(got[:, 4:], 0.0)
-  assert lesson.all()
-  got, lesson = form(wider, scorable & False)
+  assert built.all()
+  got, built = form(wider, scorable & False)
   np.testing.assert_array_equal(got, 0.0)
-  assert not lesson.any()
+  assert not built.any()
 
 
 def test_rloo_is_the_loop():
@@ -103,14 +103,14 @@ def test_groups_to_keep():
   rewards = jnp.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0], [1.0, 1.0, 0.0]])
   scorable = jnp.ones_like(rewards, bool).at[3, 2].set(False)
   np.testing.assert_array_equal(
-    advantages.has_lesson(rewards, scorable), [False, False, True, False]
+    advantages.has_signal(rewards, scorable), [False, False, True, False]
   )
 
 
-def test_groups_without_a_lesson_can_be_left_out_of_the_variance():
+def test_zero_variance_groups_can_be_left_out_of_the_variance():
   rewards = jnp.concatenate([REWARDS[:1], jnp.full((9, 3), 7.0)])
   scorable = jnp.ones_like(rewards, bool)
-  kept = scorable & advantages.has_lesson(rewards, scorable)[:, None]
+  kept = scorable & advantages.has_signal(rewards, scorable)[:, None]
   alone = advantages.reinforce_pp_baseline(REWARDS[:1], ALL[:1])[0]
   got = advantages.reinforce_pp_baseline(rewards, kept)[0]
   np.testing.assert_array_equal(got[:1], alone)
@@ -245,9 +245,9 @@ def test_sharded_prompts_and_rows(use_mesh):
   use_mesh(data=2, fsdp=4)
   placed = place(rewards, 'batch', None), place(scorable, 'batch', None)
   for name, form in GROUP_FORMS.items():
-    got, lesson = form(*placed)
+    got, built = form(*placed)
     np.testing.assert_allclose(got, expected[name][0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(lesson, expected[name][1])
+    np.testing.assert_array_equal(built, expected[name][1])
     assert not got.sharding.is_fully_replicated
   rows = [place(a, 'batch', None) for a in (tokens, values, weights)]
   for got, e in zip(jax.jit(per_token)(*rows), expected_tokens, strict=True):

@@ -3,7 +3,7 @@ tables."""
 
 import numpy as np
 import pytest
-from test_data_cache import build, chat_rows, write
+from test_token_cache import build, chat_rows, write
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import describe

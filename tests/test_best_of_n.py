@@ -18,7 +18,7 @@ def completions(*texts):
 
 
 def of(rewards, texts, group):
-  return rollout_batch.Sampled(
+  return rollout_batch.RolloutBatch(
     {}, np.float32(rewards), np.int32([1] * len(texts)), group, (), texts
   )
 
@@ -80,20 +80,20 @@ def test_nothing_kept_moves_nothing(tmp_path):
 
 def test_blank_and_cut_answers_are_no_rows_to_keep(kept):
   s, _ = kept
-  teacher = s.source._teacher
+  batch_builder = s.source._batch_builder
   done = Completion([5], np.zeros(1), np.zeros(1), False)
   stop = Completion(list(s.run.model.stop_ids[:1]), np.zeros(1), np.zeros(1), False)
   cut = Completion([6, 7], np.zeros(2), np.zeros(2), True)
   prompts = [s.run.data.prompt(0)] * 4
   arrays = {'weights': np.ones((4, 48), np.float32)}
   rewards = np.float32([1, 0.9, 0.8, 0])
-  found = rollout_batch.Sampled(
+  found = rollout_batch.RolloutBatch(
     arrays, rewards, np.int32([1] * 4), 4, prompts, [done, stop, cut, cut]
   )
   for keep, rows in ((2, 1), (3, 1)):
-    teacher._keep = keep
-    assert len(teacher.teach(found).kept) == rows
-  teacher._keep = 2
+    batch_builder._keep = keep
+    assert len(batch_builder.build(found).kept) == rows
+  batch_builder._keep = 2
 
 
 def test_rows_of_rollouts_to_be_made_again_are_removed(tmp_path):

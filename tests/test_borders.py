@@ -69,7 +69,7 @@ def test_a_completion_decodes_to_prompt_and_answer(kind, prompt, answer):
     assert apart
   for (found,) in (encode.encode([row], t, 'assistant')[0], encode.encode_answers([row], t)[:1]):
     assert t.decode(found.tokens) == prompt + answer
-    assert found.straddled == apart
+    assert found.boundary_tokens == apart
     assert found.tokens[:n].tolist() == t.encode(prompt)  # what sampling starts from
     assert found.supervised.tolist() == [i >= max(n, 1) for i in range(len(found.tokens))]
     if not apart:
@@ -85,7 +85,7 @@ def test_answers_of_a_pair_share_the_ids_of_their_prompt(kind):
   n = len(t.encode('12 + 3'))
   assert np.array_equal(chosen[:n], rejected[:n])
   assert (t.decode(chosen), t.decode(rejected)) == ('12 + 30 = 42', '12 + 3 = 42')
-  assert found[0].straddled == 1
+  assert found[0].boundary_tokens == 1
 
 
 def test_nothing_but_the_stop_token():

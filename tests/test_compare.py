@@ -15,7 +15,7 @@ def test_tasks_on_one_file_are_said_once(tmp_path, monkeypatch):
   run = tiny_rollouts.start(
     tmp_path, **{'eval.tasks': names, 'eval.batch_size': 2, 'eval.max_tokens': 4}
   )
-  loads, asked, load, judge = [], [], run.load_params, compare.Judge(run)
+  loads, asked, load, judge = [], [], run.load_params, compare.Evaluator(run)
   generate = judge._sampler.generate
   monkeypatch.setattr(run, 'load_params', lambda *a: loads.append(a) or load(*a))
   monkeypatch.setattr(

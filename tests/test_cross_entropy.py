@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax.losses.cross_entropy import Terms, label_logits, logsumexp, loss_and_gradient
+from ftjax.losses.cross_entropy import LossConfig, label_logits, logsumexp, loss_and_gradient
 
 
 def split(logits, parts):
@@ -26,7 +26,7 @@ def run(logits, labels, weights, terms=None, parts=1):
 
   @functools.partial(jax.vmap, axis_name='tensor', out_axes=(None, None, 1))
   def one(piece, offset):
-    return loss_and_gradient(piece, labels, weights, terms or Terms(), 'tensor', offset)
+    return loss_and_gradient(piece, labels, weights, terms or LossConfig(), 'tensor', offset)
 
   loss, nll, gradient = one(*split(logits, parts))
   return float(loss), float(nll), np.asarray(gradient).reshape(logits.shape)
@@ -38,7 +38,7 @@ def example(n=7, vocab=12, seed=0):
   return logits, rng.integers(0, vocab, n), rng.uniform(0.2, 2, n).astype(np.float32)
 
 
-TERMS = [Terms(), Terms(0.1), Terms(0.0, 1e-2), Terms(0.3, 1e-2)]
+TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.3, 1e-2)]
 
 
 @pytest.mark.parametrize('terms', TERMS, ids=str)
@@ -68,7 +68,7 @@ def test_label_smoothing_is_optax_with_smoothed_labels():
   logits, labels, weights = example()
   targets = optax.smooth_labels(jax.nn.one_hot(labels, 12), 0.1)
   expected = float((optax.softmax_cross_entropy(jnp.asarray(logits), targets) * weights).sum())
-  assert run(logits, labels, weights, Terms(0.1))[0] == pytest.approx(expected, rel=2e-6)
+  assert run(logits, labels, weights, LossConfig(0.1))[0] == pytest.approx(expected, rel=2e-6)
 
 
 def test_by_hand():
@@ -78,7 +78,7 @@ def test_by_hand():
   logsumexp of (log 2, 0, 0) = log 4.
   """
   log2 = math.log(2)
-  loss, nll, gradient = run([[log2, 0.0, 0.0]], [1], [3.0], Terms(0.3, 0.1))
+  loss, nll, gradient = run([[log2, 0.0, 0.0]], [1], [3.0], LossConfig(0.3, 0.1))
   assert nll == pytest.approx(3 * 2 * log2, rel=1e-6)
   expected = 0.7 * 2 * log2 + 0.3 * 5 / 3 * log2 + 0.1 * (2 * log2) ** 2
   assert loss == pytest.approx(3 * expected, rel=1e-6)
@@ -93,14 +93,14 @@ def test_a_uniform_guess_costs_log_v():
 
 def test_gradients_of_a_token_sum_to_zero_without_z_loss():
   logits, labels, weights = example()
-  for terms in (Terms(), Terms(0.2)):
+  for terms in (LossConfig(), LossConfig(0.2)):
     assert np.abs(run(logits, labels, weights, terms)[2].sum(-1)).max() <= 1e-6
 
 
 def test_a_weight_of_zero_is_no_loss_and_no_gradient():
   logits, labels, weights = example()
   weights[2] = 0
-  gradient = run(logits, labels, weights, Terms(0.1, 0.01))[2]
+  gradient = run(logits, labels, weights, LossConfig(0.1, 0.01))[2]
   assert (gradient[2] == 0).all() and (gradient[3] != 0).any()
 
 

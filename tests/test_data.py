@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from test_data_cache import chat_rows, write
+from test_token_cache import chat_rows, write
 from tiny_tokenizer import tiny_files
 
 from ftjax.config import keys

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from test_chat import LLAMA3
+from test_chat_template import LLAMA3
 from tiny_tokenizer import CHATML, tiny_files
 
 from ftjax.data.encode import Encoded, encode, encode_prompt, fit, turn_end
@@ -244,7 +244,7 @@ def test_masks_hold_where_the_tokenizer_normalizes():
   files['tokenizer.json'] = json.dumps(model | {'normalizer': {'type': 'NFC'}}).encode()
   t = Tokenizer(files, name='tiny')
   e = one(talk('e\u0301' * 3, 'ye\u0301s', 'e\u0301', 'no e\u0301'), t)
-  assert runs(e, t) == ['y\u00e9s<|im_end|>', 'no \u00e9<|im_end|>'] and e.straddled == 0
+  assert runs(e, t) == ['y\u00e9s<|im_end|>', 'no \u00e9<|im_end|>'] and e.boundary_tokens == 0
 
 
 def test_template_without_stop_token_is_refused_by_name():
@@ -285,7 +285,7 @@ def test_random_conversations():
     for chat, result in zip(chats, encode(chats, t, 'assistant'), strict=True):
       answers = [m['content'] + stop for m in chat.messages if m['role'] == 'assistant']
       assert runs(result[0], t) == answers
-      assert result[0].straddled == 0
+      assert result[0].boundary_tokens == 0
 
 
 def test_untrained_turns_are_context():
@@ -322,7 +322,7 @@ def test_completion_border_inside_a_token():
   t = make()
   assert t.encode(' world')[: len(t.encode(' wor'))] != t.encode(' wor')
   e = one(Completion(' wor', 'ld'), t)
-  assert e.straddled == 1
+  assert e.boundary_tokens == 1
   assert e.tokens.tolist() == [*t.encode(' wor'), *t.encode('ld'), t.eos_id]
   assert runs(e, t) == ['ld<|im_end|>']
 
@@ -334,7 +334,7 @@ def test_chat_border_inside_a_token_is_counted_or_refused():
   )
   t = make(template)
   e = one(talk('q', 'ld wide'), t)
-  assert e.straddled == 1 and runs(e, t) == [' wide<|im_end|>']
+  assert e.boundary_tokens == 1 and runs(e, t) == [' wide<|im_end|>']
   (bad,) = encode([talk('q', 'ld')], t, 'assistant')  # its only token is the prompt's as well
   assert 'nothing but the stop token' in bad.reason and "'ld' shares a token" in bad.reason
 

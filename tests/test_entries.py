@@ -346,7 +346,8 @@ def test_init_from_starts_with_other_weights_and_a_fresh_optimizer(finished, tmp
 
 ENDS_AS_IT_SAVES = """
 import runpy, sys, time
-from ftjax.runtime import files, metrics
+from ftjax.storage import files
+from ftjax.telemetry import metrics_writer as metrics
 sync, write = files.sync_tree, metrics.MetricsWriter.write
 def slow(folder):
   time.sleep(3)

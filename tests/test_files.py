@@ -125,7 +125,7 @@ def test_probe_notices_a_listing_that_hides_files(tmp_path, monkeypatch):
 
 def test_a_second_process_is_kept_out_of_a_folder_in_use(tmp_path):
   held = files.Lock(tmp_path)
-  code = f'from ftjax.runtime import files; files.Lock({str(tmp_path)!r})'
+  code = f'from ftjax.storage import files; files.Lock({str(tmp_path)!r})'
   again = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert again.returncode and f'in use by process {os.getpid()}' in again.stderr
   held.release()
@@ -134,7 +134,7 @@ def test_a_second_process_is_kept_out_of_a_folder_in_use(tmp_path):
 
 def test_the_lock_goes_with_a_killed_process(tmp_path):
   code = (
-    'import os, signal; from ftjax.runtime import files; '
+    'import os, signal; from ftjax.storage import files; '
     f'held = files.Lock({str(tmp_path)!r}); os.kill(os.getpid(), signal.SIGKILL)'
   )
   subprocess.run([sys.executable, '-c', code], check=False)

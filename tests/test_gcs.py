@@ -259,7 +259,7 @@ def test_a_second_process_is_kept_out(bucket, hold):
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(bucket):
   code = (
-    'import os, signal; from ftjax.runtime import files; '
+    'import os, signal; from ftjax.storage import files; '
     f'held = files.Lock({RUN!r}); os.kill(os.getpid(), signal.SIGKILL)'
   )
   killed = subprocess.run([sys.executable, '-c', code], check=False)
@@ -452,7 +452,7 @@ def test_who_asks_is_never_a_token(bucket, monkeypatch):
 def test_without_the_extra_a_path_names_it(package, bucket):
   code = (
     f'import sys; sys.modules[{package!r}] = None\n'
-    'from ftjax.runtime import files\n'
+    'from ftjax.storage import files\n'
     f'files.probe({RUN!r})'
   )
   ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
@@ -461,7 +461,7 @@ def test_without_the_extra_a_path_names_it(package, bucket):
 
 def test_local_paths_import_nothing_of_google(tmp_path):
   code = (
-    'import sys; from ftjax.runtime import files\n'
+    'import sys; from ftjax.storage import files\n'
     f'files.probe({str(tmp_path)!r}); files.Lock({str(tmp_path)!r}); files.exists("/x")\n'
     'print([m for m in sys.modules if m.startswith(("google.", "gcsfs", "requests"))])'
   )

@@ -165,9 +165,9 @@ def parts(tmp_path):
   write_toy(tmp_path / 'whole.gguf', whole, 'gpt2')
   (tmp_path / 'parts').mkdir()
   write_toy(tmp_path / 'parts' / 'toy.gguf', whole, 'gpt2', split=8)
-  layout = sorted(p.name for p in (tmp_path / 'parts').iterdir())
-  assert layout == [f'toy-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
-  return tmp_path / 'parts' / layout[0]
+  parts = sorted(p.name for p in (tmp_path / 'parts').iterdir())
+  assert parts == [f'toy-0000{i}-of-00003.gguf' for i in (1, 2, 3)]
+  return tmp_path / 'parts' / parts[0]
 
 
 def test_a_model_in_parts_is_the_model_in_one_file(parts, tmp_path):

@@ -52,7 +52,7 @@ def test_neither_rollouts_nor_evaluations_hold_ids_that_the_tokenizer_does_not_k
   found = source.sample(params, prompts, range(4), seed=0, group=4)
   drawn = [t for row in found.completions for c in row for t in c.tokens]
   assert len(drawn) > 16 and max(drawn) < known == 259
-  judge = compare.Judge(run)._functions(params)
+  judge = compare.Evaluator(run)._functions(params)
   answers = judge.generate([p.ids for p in prompts], 8)
   assert max(max(a) for a in answers if a) < known
 
@@ -104,13 +104,13 @@ def sampled(rewards, group, lengths):
   rewards = np.float32(rewards)
   weights = np.arange(8) < np.int32(lengths)[:, None]
   arrays = {'weights': weights.astype(np.float32)}
-  return sampled_rows.Sampled(arrays, rewards, np.int32(lengths), group)
+  return sampled_rows.RolloutBatch(arrays, rewards, np.int32(lengths), group)
 
 
 def taught(c, sampled):
   """(advantages, weights, metrics) of a rollout."""
-  lesson = grpo.GroupTeacher(c).teach(sampled)
-  return lesson.arrays['advantages'], lesson.arrays['weights'], lesson.metrics
+  built = grpo.GroupAdvantages(c).build(sampled)
+  return built.arrays['advantages'], built.arrays['weights'], built.metrics
 
 
 def test_equal_rewards_teach_nothing_and_move_nothing(usual):
@@ -118,7 +118,7 @@ def test_equal_rewards_teach_nothing_and_move_nothing(usual):
   s, arrays, before, *_ = usual
   flat = {k: v.reshape(16, -1) for k, v in arrays.items()}
   levels = np.repeat(np.float32([0.3, 0.7, -1, 0]), 4)
-  told = sampled_rows.Sampled(flat, levels, np.ones(16, np.int32), 4)
+  told = sampled_rows.RolloutBatch(flat, levels, np.ones(16, np.int32), 4)
   advantages, weights, _ = taught(s.run.config, told)
   assert (advantages == 0).all() and (weights == 0).all()
   shardings = s.run.batch_shardings(micro=True)
@@ -135,7 +135,7 @@ def test_a_rollout_without_signal_after_a_good_one_moves_nothing(usual):
   s, arrays, *_ = usual
   shardings = s.run.batch_shardings(micro=True)
   good = {k: v.reshape(16, -1) for k, v in arrays.items()}
-  told = sampled_rows.Sampled(good, np.zeros(16, np.float32), np.ones(16, np.int32), 4)
+  told = sampled_rows.RolloutBatch(good, np.zeros(16, np.float32), np.ones(16, np.int32), 4)
   advantages, weights, _ = taught(s.run.config, told)
   flat = good | {'advantages': advantages, 'weights': weights}
   place = lambda x: rollout_source.place({k: x[k][None] for k in shardings}, shardings)  # noqa: E731
@@ -204,7 +204,7 @@ def test_long_completions_cost_reward():
   assert metrics['overlong'] == pytest.approx(-0.375)
 
 
-def test_a_divergence_alone_is_no_lesson():
+def test_a_divergence_alone_is_no_signal():
   settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5}
   s = sampled([1, 1], 2, [2, 2])
   gap = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
@@ -378,7 +378,7 @@ def test_flat_prompts_are_redrawn_from_those_set_aside(tmp_path):
   ]
   assert same == [g not in flat for g in range(4)]
   left = [g for g in range(4) if not other['weights'][0, 4 * g : 4 * g + 4].any()]
-  assert metrics['flat_left'] == len(left)
+  assert metrics['zero_variance_left'] == len(left)
   starts = {tuple(r[:12]) for n in range(12) for r in [s.run.data.prompt(n).ids]}
   assert all(any(tuple(row[: len(p)]) == p for p in starts) for row in other['tokens'][0])
 
@@ -388,22 +388,22 @@ def test_flat_prompts_are_redrawn_from_those_set_aside(tmp_path):
 
 def test_the_coefficient_follows_its_target_and_is_saved():
   c = tiny_rollouts.tiny(**{'policy.kl_coef': 0.1, 'policy.kl_target': 0.5})
-  teacher, s = grpo.GroupTeacher(c), sampled([1, 0, 1, 0], 4, [2, 2, 2, 2])
+  batch_builder, s = grpo.GroupAdvantages(c), sampled([1, 0, 1, 0], 4, [2, 2, 2, 2])
   s.arrays.update(sampler_logp=np.zeros((4, 8), np.float32))
   s.arrays.update(ref_logp=np.full((4, 8), -2, np.float32))
-  lesson = teacher.teach(s)
-  assert (lesson.arrays['kl_coef'] == np.float32(0.1)).all() and lesson.metrics['kl'] == 2
+  built = batch_builder.build(s)
+  assert (built.arrays['kl_coef'] == np.float32(0.1)).all() and built.metrics['kl'] == 2
   # A fifth of a tenth more.
-  assert teacher.saved() == {'kl_coef': pytest.approx(0.1 * 1.02), 'kl_begun': 0.1}
-  again = grpo.GroupTeacher(c)
-  again.restore(teacher.saved())
-  assert (again.teach(s).arrays['kl_coef'] == np.float32(0.1 * 1.02)).all()
-  assert grpo.GroupTeacher(tiny_rollouts.tiny(**{'policy.kl_coef': 0.1})).saved() == {}
-  saved = teacher.saved()
+  assert batch_builder.saved() == {'kl_coef': pytest.approx(0.1 * 1.02), 'kl_begun': 0.1}
+  again = grpo.GroupAdvantages(c)
+  again.restore(batch_builder.saved())
+  assert (again.build(s).arrays['kl_coef'] == np.float32(0.1 * 1.02)).all()
+  assert grpo.GroupAdvantages(tiny_rollouts.tiny(**{'policy.kl_coef': 0.1})).saved() == {}
+  saved = batch_builder.saved()
   c.policy.kl_coef = 0.3  # changed for the resume
-  other = grpo.GroupTeacher(c)
+  other = grpo.GroupAdvantages(c)
   other.restore(saved)
-  assert (other.teach(s).arrays['kl_coef'] == np.float32(0.3)).all()
+  assert (other.build(s).arrays['kl_coef'] == np.float32(0.3)).all()
 
 
 # Stops.
@@ -421,8 +421,8 @@ def test_stop_texts_may_begin_within_a_token(usual):
 def test_spread_tells_right_answers_from_wrong_ones():
   one = lambda n, cut: Completion([1] * n, np.zeros(n), np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
-  out = sampled_rows.spread(np.float32([1, 0, 0, 0]), found)
-  assert out['flat_groups'] == 0.5 and out['truncated'] == 0.75 and out['length'] == 4.5
+  out = sampled_rows.rollout_statistics(np.float32([1, 0, 0, 0]), found)
+  assert out['zero_variance_groups'] == 0.5 and out['truncated'] == 0.75 and out['length'] == 4.5
   assert out['length/better'] == 2 and out['length/worse'] == pytest.approx(16 / 3)
 
 
@@ -459,7 +459,7 @@ def test_settings_that_cannot_be(settings, told):
 def test_a_missing_column_is_told_before_training(tmp_path):
   run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
-    rollout_source.Episodes(run, grpo.GroupTeacher(run.config))
+    rollout_source.RolloutSource(run, grpo.GroupAdvantages(run.config))
 
 
 def source_of(tmp_path, train='', evaluation='', **settings):
@@ -468,7 +468,7 @@ def source_of(tmp_path, train='', evaluation='', **settings):
       (tmp_path / f'{key}.jsonl').write_text(rows)
       settings[f'data.{key}'] = str(tmp_path / f'{key}.jsonl')
   run = tiny_rollouts.start(tmp_path, **settings)
-  return rollout_source.Episodes(run, grpo.GroupTeacher(run.config))
+  return rollout_source.RolloutSource(run, grpo.GroupAdvantages(run.config))
 
 
 ROWS = '{"prompt": "1 + 1 =", "answer": "2"}\n' * 4

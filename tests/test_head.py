@@ -9,11 +9,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from tiny_model import TINY, init, place, tokens_at
 
-from ftjax.losses.cross_entropy import Terms
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, transformer
 
 B, T, D, V = 2, 160, 32, 256  # 320 tokens: two chunks of 128 and a half one
-TERMS = [Terms(), Terms(0.1), Terms(0.0, 1e-2), Terms(0.2, 1e-2)]
+TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.2, 1e-2)]
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +90,10 @@ def test_loss_and_gradients_are_those_of_dense_logits(terms):
 def test_unsupervised_tokens_have_no_gradient_and_their_labels_no_meaning():
   x, w, labels = example()
   weights = ragged()
-  sums, (dx, dw) = both(*on_mesh(x, w, labels, weights), Terms(0.1, 0.01))
+  sums, (dx, dw) = both(*on_mesh(x, w, labels, weights), LossConfig(0.1, 0.01))
   assert (np.asarray(dx)[weights == 0] == 0).all()
   assert (np.abs(np.asarray(dx)[weights != 0]).max(-1) > 0).all()
-  other = both(*on_mesh(x, w, np.where(weights, labels, -7), weights), Terms(0.1, 0.01))
+  other = both(*on_mesh(x, w, np.where(weights, labels, -7), weights), LossConfig(0.1, 0.01))
   jax.tree.map(np.testing.assert_array_equal, (sums, (dx, dw)), other)
 
 
@@ -101,7 +101,7 @@ def test_the_gradient_is_scaled_by_its_cotangent_and_the_nll_has_none():
   arrays = on_mesh(*example(), MASKS['all'])
 
   def scaled(x, w, factor):
-    loss, nll = head.cross_entropy_sums(x, w, *arrays[2:], Terms())
+    loss, nll = head.cross_entropy_sums(x, w, *arrays[2:], LossConfig())
     return factor * loss + 5 * jax.lax.stop_gradient(nll)
 
   gradient = jax.jit(jax.grad(scaled, argnums=(0, 1)))
@@ -114,9 +114,9 @@ def test_bfloat16_states_have_float32_sums():
   """Loss and gradient of bfloat16 states and a float32 table, near those of the rounded numbers."""
   x, w, labels = example()
   rounded = [np.float32(jnp.asarray(a, jnp.bfloat16)) for a in (x, w)]
-  expected = dense_both(*rounded, labels, MASKS['all'], Terms())
+  expected = dense_both(*rounded, labels, MASKS['all'], LossConfig())
   arrays = on_mesh(x.astype(jnp.bfloat16), w, labels, MASKS['all'])
-  (loss, _), (dx, dw) = both(*arrays, Terms())
+  (loss, _), (dx, dw) = both(*arrays, LossConfig())
   assert (loss.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
   assert float(loss) == pytest.approx(float(expected[0][0]), rel=2e-6)
   for g, e in zip((dx, dw), expected[1], strict=True):
@@ -141,12 +141,12 @@ def dense_readout(x, w, labels, weights, temperature):
   return jnp.where(weights != 0, picked, 0), jnp.where(weights != 0, entropy, 0)
 
 
-def readout_sum(readout):
+def readout_sum(logprobs_and_entropy):
   """A number that every log-prob and entropy counts in differently, with its gradient."""
   p, h = np.random.default_rng(2).normal(size=(2, B, T)).astype(np.float32)
 
   def value(x, w, labels, weights, temperature):
-    logp, entropy = readout(x, w, labels, weights, temperature)
+    logp, entropy = logprobs_and_entropy(x, w, labels, weights, temperature)
     spread = [jax.sharding.reshard(jnp.asarray(a), jax.typeof(logp).sharding.spec) for a in (p, h)]
     return (logp * spread[0] + entropy * spread[1]).sum(), (logp, entropy)
 
@@ -174,8 +174,8 @@ def test_logprobs_without_entropy_have_the_same_gradient():
   weights = ragged()
   scale = np.random.default_rng(3).normal(size=(B, T)).astype(np.float32)
 
-  def value(readout, x, w, labels, scale):
-    return (jnp.where(weights != 0, readout(x, w, labels, weights), 0) * scale).sum()
+  def value(logprobs_and_entropy, x, w, labels, scale):
+    return (jnp.where(weights != 0, logprobs_and_entropy(x, w, labels, weights), 0) * scale).sum()
 
   args = on_mesh(x, w, np.where(weights, labels, -7), weights)
   grad = jax.jit(jax.grad(value, argnums=(1, 2)), static_argnums=0)
@@ -216,10 +216,10 @@ def test_on_a_mesh_as_on_one_device(sizes, use_mesh):
   """Each shard sorts and counts its own tokens: one row has none."""
   x, w, labels = example()
   weights = ragged() * np.float32([[0], [1]])
-  expected = both(*on_mesh(x, w, labels, weights), Terms(0.1, 0.01))
+  expected = both(*on_mesh(x, w, labels, weights), LossConfig(0.1, 0.01))
   logp = jax.jit(head.token_logprobs)(*on_mesh(x, w, labels, weights))
   use_mesh(**sizes)
-  got = both(*on_mesh(x, w, labels, weights), Terms(0.1, 0.01))
+  got = both(*on_mesh(x, w, labels, weights), LossConfig(0.1, 0.01))
   np.testing.assert_allclose(got[0], expected[0], rtol=2e-6)
   for g, e in zip(got[1], expected[1], strict=True):
     np.testing.assert_allclose(g, e, atol=2e-6 * np.abs(e).max())
@@ -251,7 +251,9 @@ def sft(arch, rows, length=64):
 
   def loss(params, tokens, where, labels, weights):
     x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
-    return head.cross_entropy_sums(x, params['embed']['w'], labels, weights, Terms(0.1, 1e-3))[0]
+    return head.cross_entropy_sums(x, params['embed']['w'], labels, weights, LossConfig(0.1, 1e-3))[
+      0
+    ]
 
   tokens = place(np.zeros((rows, length), np.int32), 'batch', 'seq')
   weights = place(np.ones((rows, length), np.float32), 'batch', 'seq')
@@ -286,7 +288,7 @@ def test_no_array_of_tokens_by_vocabulary_is_traced():
   # The same walk sees them where they are.
   shapes = ((16, 64, D), (8192, D), (16, 64), (16, 64))
   arrays = [np.zeros(s, t) for s, t in zip(shapes, 'ffif', strict=True)]
-  dense_fn = jax.value_and_grad(lambda *a: dense(*a, Terms())[0], argnums=(0, 1))
+  dense_fn = jax.value_and_grad(lambda *a: dense(*a, LossConfig())[0], argnums=(0, 1))
   assert largest(jax.make_jaxpr(dense_fn)(*arrays).jaxpr) == 1024 * WIDE.vocab_size
 
 

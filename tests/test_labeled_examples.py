@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_data_cache import build, write
+from test_token_cache import build, write
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import encode, labeled_examples, sources
@@ -176,17 +176,19 @@ def test_judged_answers_in_other_forms():
     found = labeled_examples.parse(row, 'label', None)
     assert found.answer.messages == (U, BAD) and found.value == 0.0
   text = {'prompt': 'Why?', 'completion': ' No.', 'score': '-1.5'}  # CSV
-  assert labeled_examples.parse(text, 'score', None) == labeled_examples.Judged(TEXTS[1], -1.5)
+  assert labeled_examples.parse(text, 'score', None) == labeled_examples.LabeledExample(
+    TEXTS[1], -1.5
+  )
 
 
 def test_judged_answers():
   row = {'prompt': 'Why?', 'completion': ' Because.'}
-  assert labeled_examples.parse(row | {'label': True}, 'label', None) == labeled_examples.Judged(
-    TEXTS[0], 1.0
-  )
-  assert labeled_examples.parse(row | {'score': -1.5}, 'score', None) == labeled_examples.Judged(
-    TEXTS[0], -1.5
-  )
+  assert labeled_examples.parse(
+    row | {'label': True}, 'label', None
+  ) == labeled_examples.LabeledExample(TEXTS[0], 1.0)
+  assert labeled_examples.parse(
+    row | {'score': -1.5}, 'score', None
+  ) == labeled_examples.LabeledExample(TEXTS[0], -1.5)
   assert (
     labeled_examples.parse({'messages': [U, BAD], 'label': False}, 'label', None).answer == CHATS[1]
   )

@@ -319,7 +319,7 @@ EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
-from ftjax.hf import export, load, names
+from ftjax.hf import export, load, layout as names
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 path, target = sys.argv[1:]
@@ -379,7 +379,7 @@ LOAD_AND_MEASURE = f"""
 import sys
 import jax, ml_dtypes, numpy as np
 jax.block_until_ready(jax.device_put(np.ones(3)) + 1)
-from ftjax.hf import export, load, names
+from ftjax.hf import export, load, layout as names
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 empty = {PEAK}

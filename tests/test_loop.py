@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.cluster.step_sync import Signals
+from ftjax.cluster.step_sync import StepSync
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.runtime.errors import NonFiniteError, StoppedEarly
 from ftjax.telemetry.console import Console, Headline
@@ -129,7 +129,7 @@ def run(
     checkpoints=record,
     throughput=record,
     console=Console(Headline()),
-    signals=Signals(jax.sharding.get_mesh()),
+    signals=StepSync(jax.sharding.get_mesh()),
     watchdog=Watchdog(dict.fromkeys(('step', 'evaluate', 'save'), 0.0)),
     profile_dir='unused',
   )
@@ -302,7 +302,7 @@ def test_a_stop_saves_first_and_owes_the_evaluation(last):
   )
   assert isinstance(record.error, StoppedEarly) and f'evaluate {last}' not in record.events
   told = record.saved[last][1]['progress']
-  assert told['owed']
+  assert told['eval_pending']
   again, state = run(settings, start=last, evals=evals, progress=Progress(**told))
   assert state == 10 and again.events[:2] == [f'evaluate {last}', f'eval {last}']
   whole, _ = run(settings, evals=evals)
@@ -332,7 +332,7 @@ def test_a_stop_waits_for_the_evaluation_that_the_best_checkpoint_needs():
     settings, evals=evals, at_step=lambda s: s == 5 and signal.raise_signal(signal.SIGTERM)
   )
   assert record.of('eval') == [5] and record.saved[5][2] == 1.0
-  assert not record.saved[5][1]['progress']['owed']
+  assert not record.saved[5][1]['progress']['eval_pending']
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -1,4 +1,4 @@
-"""telemetry/metrics_writer.py: exact floats, strict JSON, rows cut at resume, no secret in files."""
+"""telemetry/metrics_writer.py: exact floats, strict JSON, rows cut at resume, no secrets."""
 
 import json
 import math

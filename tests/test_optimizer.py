@@ -15,7 +15,7 @@ from ftjax.models import transformer
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
-from ftjax.training.optimizer import NAMES, Leaf, Recipe
+from ftjax.training.optimizer import NAMES, Leaf, OptimizerConfig
 
 STEPS, B1, B2, EPS = 5, 0.9, 0.99, 1e-8
 
@@ -49,7 +49,7 @@ def recipe(name, **changes):
     schedule=schedule, b1=B1, b2=B2, eps=EPS, weight_decay=0.1, clip_norm=0.0, decay=DECAY
   )
   settings |= dict(multipliers=MULTIPLIERS, freeze=FREEZE)
-  return Recipe(name=name, **(settings | changes))
+  return OptimizerConfig(name=name, **(settings | changes))
 
 
 def numbers(seed, declared=DECLARED):

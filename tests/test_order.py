@@ -1,92 +1,150 @@
-"""Learning rates by update number: hand values, HF's conventions, optax's own schedules."""
+"""The order of rows: each example once an epoch, another order each epoch, any row at once."""
 
-import math
+import collections
+import time
 
 import numpy as np
-import optax
 import pytest
 
-from ftjax.runtime.errors import ConfigError
-from ftjax.training.lr_schedule import NAMES, make_schedule
+from ftjax.data.order import Mixture, SourceSchedule
+from ftjax.runtime.errors import ConfigError, DataError
 
-STEPS, WARM, LR = 20, 4, 0.5
-
-
-def rates(name, *, steps=STEPS, warmup=WARM, end=0.0, decay=6, count=STEPS + 1):
-  schedule = make_schedule(
-    name, LR, steps, warmup_steps=warmup, end_fraction=end, decay_steps=decay
-  )
-  return np.array([float(schedule(k)) for k in range(count)])
+T = 32
+PINNED = [(3, 4), (6,), (2, 5), (0, 1), (0, 4), (3,), (5, 2), (6, 1)]
 
 
-def hf(name, k):
-  """What transformers' schedulers multiply the peak rate with at update k."""
-  if k < WARM:
-    return k / WARM
-  if name == 'linear':
-    return max(0.0, (STEPS - k) / (STEPS - WARM))
-  if name == 'cosine':
-    return 0.5 * (1 + math.cos(math.pi * (k - WARM) / (STEPS - WARM)))
-  if name == 'inverse_sqrt':
-    return 1 / math.sqrt(k / WARM)
-  return 1.0
+def lengths(n, seed=0):
+  return np.random.default_rng(seed).integers(1, T + 1, n).astype(np.int32)
 
 
-@pytest.mark.parametrize('name', ['constant', 'linear', 'cosine', 'inverse_sqrt'])
-def test_as_in_hf(name):
-  expected = [LR * hf(name, k) for k in range(STEPS + 1)]
-  np.testing.assert_allclose(rates(name), expected, rtol=1e-6, atol=1e-8)
-
-
-def test_cosine_as_in_optax():
-  theirs = optax.warmup_cosine_decay_schedule(0.0, LR, WARM, STEPS, 0.1 * LR)
-  expected = [float(theirs(k)) for k in range(STEPS + 1)]
-  np.testing.assert_allclose(rates('cosine', end=0.1), expected, rtol=1e-6)
-
-
-def test_wsd_by_hand():
-  expected = [0, 1, 2, 3] + [4] * 11 + [4 * (6 - i) / 6 for i in range(1, 7)]
-  np.testing.assert_allclose(rates('wsd'), LR * np.array(expected) / 4, atol=1e-7)
-
-
-@pytest.mark.parametrize('name', ['linear', 'cosine', 'wsd'])
-def test_the_end_value_comes_after_the_last_update(name):
-  got = rates(name, end=0.25, count=STEPS + 5)
-  last = got[STEPS - 1]
-  assert last > 0.25 * LR + 1e-4 if name != 'wsd' else last > 0
-  end = 0.25 * LR
-  np.testing.assert_allclose(got[STEPS:], end, rtol=1e-6)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_without_warmup_the_first_update_has_the_whole_rate(name):
-  assert rates(name, warmup=0)[0] == pytest.approx(LR)
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_warmup_starts_at_zero_and_ends_at_the_peak(name):
-  got = rates(name)
-  np.testing.assert_allclose(got[: WARM + 1], LR * np.arange(WARM + 1) / WARM, rtol=1e-6)
-  assert got.max() == pytest.approx(LR)
-
-
-@pytest.mark.parametrize('name', ['constant', 'linear', 'cosine', 'inverse_sqrt'])
-def test_warmup_may_fill_the_run(name):
-  np.testing.assert_allclose(
-    rates(name, steps=4, warmup=4, count=4), LR * np.arange(4) / 4, rtol=1e-6
+def source(n=200, *, data_seed=0, seed=1, packed=True, fingerprint='f', **more):
+  return SourceSchedule(
+    lengths(n, data_seed), T, fingerprint=fingerprint, seed=seed, packed=packed, **more
   )
 
 
-@pytest.mark.parametrize(
-  ('settings', 'told'),
-  [
-    (dict(name='step'), "optim.schedule='step'"),
-    (dict(name='linear', warmup=21), 'optim.warmup_steps=21'),
-    (dict(name='cosine', warmup=-1), 'optim.warmup_steps=-1'),
-    (dict(name='wsd', decay=0), 'optim.decay_steps=0'),
-    (dict(name='wsd', decay=17), 'optim.decay_steps=17'),
-  ],
-)
-def test_what_cannot_be_is_refused(settings, told):
-  with pytest.raises(ConfigError, match=told):
-    rates(**settings)
+def epoch_of(s, epoch):
+  r = s.rows_per_epoch
+  return [s.row(i) for i in range(epoch * r, (epoch + 1) * r)]
+
+
+@pytest.mark.parametrize('packed, limit', [(True, None), (True, 2), (False, None)])
+@pytest.mark.parametrize('n', [1, 2, 77, 500])
+def test_every_example_once_per_epoch(n, packed, limit):
+  s, sizes = source(n, packed=packed, max_per_row=limit), lengths(n)
+  for epoch in (0, 1, 5):
+    rows = epoch_of(s, epoch)
+    assert all(e == epoch for e, _ in rows)
+    assert sorted(i for _, ids in rows for i in ids) == list(range(n))
+    assert all(sizes[list(ids)].sum() <= T for _, ids in rows)
+    assert all(len(ids) <= (limit or n) for _, ids in rows)
+    if not packed:
+      assert all(len(ids) == 1 for _, ids in rows)
+
+
+def test_epochs_differ_in_rows_and_in_their_order():
+  s = source()
+  first, second = (epoch_of(s, e) for e in (0, 1))
+  assert [ids for _, ids in first] != [ids for _, ids in second]
+  together = [{frozenset(ids) for _, ids in rows} for rows in (first, second)]
+  assert len(together[0] & together[1]) < len(together[0]) / 2
+
+
+def test_same_inputs_same_order_and_each_input_matters():
+  base = epoch_of(source(), 0)
+  assert epoch_of(source(), 0) == base
+  for other in (source(seed=2), source(fingerprint='g'), source(max_per_row=2)):
+    assert epoch_of(other, 0) != base
+
+
+def test_seek_equals_iterate():
+  s = source()
+  iterated = [s.row(i) for i in range(4 * s.rows_per_epoch)]
+  fresh = source()
+  for i in np.random.default_rng(0).permutation(len(iterated)):
+    assert fresh.row(int(i)) == iterated[i]
+
+
+def test_seek_is_quick():
+  s = SourceSchedule(lengths(200_000), T, fingerprint='f', seed=0, packed=True)
+  s.row(0)
+  started = time.process_time()
+  s.row(10**12 + 7)  # 10 million epochs on; one permutation
+  far = time.process_time() - started
+  assert far < 1.0
+
+
+def test_pinned_order():
+  """The order is part of a checkpoint's meaning: these numbers may never change."""
+  s = SourceSchedule(
+    np.array([3, 1, 2, 3, 1, 2, 3], np.int32), 4, fingerprint='pinned', seed=7, packed=True
+  )
+  assert [s.row(i)[1] for i in range(2 * s.rows_per_epoch)] == PINNED
+
+
+def test_positions_are_uniform():
+  """Over many epochs each example comes first about equally often."""
+  s = SourceSchedule(np.full(5, T, np.int32), T, fingerprint='u', seed=0, packed=True)
+  first = collections.Counter(s.row(5 * e)[1][0] for e in range(2000))
+  assert all(abs(first[i] - 400) < 5 * 18 for i in range(5))  # 18 is one standard deviation
+
+
+def test_empty_source():
+  with pytest.raises(DataError, match='without examples'):
+    SourceSchedule(np.zeros(0, np.int32), T, fingerprint='f', seed=0, packed=True)
+
+
+def test_mixture_without_weights_has_every_row_once():
+  sources = [source(50), source(200, data_seed=3, fingerprint='g'), source(7, fingerprint='h')]
+  m = Mixture(sources, [None, None, None])
+  assert m.rows_per_epoch == sum(s.rows_per_epoch for s in sources)
+  for epoch in (0, 1, 3):
+    rows = [m.row(epoch * m.rows_per_epoch + i) for i in range(m.rows_per_epoch)]
+    assert all(r.epoch == epoch for r in rows)
+    for k, n in enumerate((50, 200, 7)):
+      assert sorted(e for r in rows if r.source == k for e in r.examples) == list(range(n))
+
+
+def test_mixture_is_even():
+  """Any stretch of rows holds each source's share, give or take two rows."""
+  m = Mixture([source(300), source(100, fingerprint='g')], [3.0, 1.0])
+  picks = np.array([m.row(i).source for i in range(3 * m.rows_per_epoch)])
+  for width in (4, 10, 50):
+    share = np.convolve(picks == 1, np.ones(width), 'valid')
+    assert np.abs(share - width / 4).max() <= 2
+
+
+def test_weighted_mixture_counts_epochs_apart_and_drops_nothing():
+  sources = [source(20), source(200, fingerprint='g')]
+  m = Mixture(sources, [1.0, 1.0])
+  rows = [m.row(i) for i in range(6 * m.rows_per_epoch)]
+  for k, s in enumerate(sources):
+    mine = [(r.epoch, r.examples) for r in rows if r.source == k]
+    assert mine == [s.row(i) for i in range(len(mine))]
+  small = max(r.epoch for r in rows if r.source == 0)
+  large = max(r.epoch for r in rows if r.source == 1)
+  assert small > 3 * large
+
+
+def test_mixture_seeks():
+  m = Mixture([source(30), source(80, fingerprint='g')], [0.3, 0.7])
+  rows = [m.row(i) for i in range(500)]
+  assert [m.row(i) for i in reversed(range(500))] == rows[::-1]
+
+
+def test_tiny_weights_still_get_a_row():
+  m = Mixture([source(100), source(5, fingerprint='g')], [1.0, 1e-9])
+  assert min(m.quotas) == 1
+
+
+def test_all_weights_or_none():
+  with pytest.raises(ConfigError, match='every source a weight'):
+    Mixture([source(3), source(4)], [1.0, None])
+
+
+def test_fingerprints_tell_mixtures_apart():
+  a, b = source(30), source(80, fingerprint='g')
+  prints = [
+    Mixture(s, w).fingerprint for s, w in (((a, b), [1, 2]), ((b, a), [1, 2]), ((a, b), [2, 1]))
+  ]
+  assert len(set(prints)) == 3

@@ -369,7 +369,7 @@ def small_rollout(algorithm, **overrides):
   c.update_from_flattened_dict(overrides)
   keys.validate(c)
   arch = from_hf(random_config(c.model.random.to_dict()))
-  make_loss = importlib.import_module(f'ftjax.{algorithm}').make_loss
+  make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
   return compile.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
 
 
@@ -526,11 +526,12 @@ from ftjax.planning import topology
 where, dump = topology.parse('v5e:2x2'), tempfile.mkdtemp()
 os.environ.update(topology.environment(where, dump))
 import jax
-from ftjax import experiment, sft
+from ftjax.experiment import run as experiment
+from ftjax.algorithms import sft
 from ftjax.models.architecture import from_hf
-from ftjax.planning import communication, hlo
+from ftjax.planning import collectives as communication, hlo
 from ftjax.runtime import sharding
-from ftjax.trainer import Trainer
+from ftjax.experiment.trainer import Trainer
 c = config.default()
 c.model.random = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
                       num_key_value_heads=2, intermediate_size=512, vocab_size=512)

@@ -12,7 +12,7 @@ import pytest
 from tiny_model import place
 
 from ftjax.losses import masked, mismatch, policy
-from ftjax.losses.policy import KL_TERMS, Objective, Rollout
+from ftjax.losses.policy import KL_TERMS, PolicyLossConfig, Rollout
 
 
 def rollout(logp, old_logp=None, advantages=1.0, weights=None, **rest):
@@ -176,7 +176,7 @@ def test_values_of_the_estimators():
 def test_the_loss_has_that_gradient():
   """The whole path in float32: five rows of one token each, weighted by their probability."""
   ref = log_probs(REFERENCE).astype(jnp.float32)
-  objective = Objective(kl='k3_is', kl_coef=1.0)
+  objective = PolicyLossConfig(kl='k3_is', kl_coef=1.0)
 
   def total(logits):
     logp = log_probs(logits)
@@ -198,14 +198,14 @@ def test_the_loss_has_that_gradient():
 def test_on_policy_the_ratio_is_one_and_every_surrogate_is_reinforce(surrogate, level):
   r = random_rollout()
   r = r._replace(old_logp=r.logp, ref_logp=r.logp, correction=jnp.ones_like(r.logp))
-  objective = Objective(surrogate=surrogate, level=level, kl_coef=0.5, aggregate='sequence')
+  objective = PolicyLossConfig(surrogate=surrogate, level=level, kl_coef=0.5, aggregate='sequence')
   total, weight, metrics = compute(r, objective)
   tokens = float(r.weights.sum())
   assert [float(x) for x in metrics['ratio']] == [tokens, tokens]
   for name in ('kl', 'approx_kl', 'clip/low', 'clip/high'):
     assert float(metrics[name][0]) == 0.0
   if level == 'token':
-    expected = gradient(r, Objective(surrogate='reinforce', aggregate='sequence'))
+    expected = gradient(r, PolicyLossConfig(surrogate='reinforce', aggregate='sequence'))
     np.testing.assert_allclose(gradient(r, objective), expected, atol=1e-7)
   if surrogate == 'clip':
     rows = masked.row_means(r.advantages * jnp.ones_like(r.logp), r.weights)[0]
@@ -216,7 +216,7 @@ def test_on_policy_the_ratio_is_one_and_every_surrogate_is_reinforce(surrogate, 
 @pytest.mark.parametrize('aggregate', policy.AGGREGATIONS)
 def test_no_advantage_no_gradient(surrogate, aggregate):
   r = random_rollout()._replace(advantages=jnp.zeros((6, 1)))
-  objective = Objective(surrogate=surrogate, aggregate=aggregate, constant=9)
+  objective = PolicyLossConfig(surrogate=surrogate, aggregate=aggregate, constant=9)
   np.testing.assert_array_equal(gradient(r, objective), 0.0)
 
 
@@ -236,7 +236,7 @@ def test_no_advantage_no_gradient(surrogate, aggregate):
 )
 def test_clipping_by_hand(ratio, advantage, loss, flows):
   r = rollout([[math.log(ratio)]], [[0.0]], advantage)
-  objective = Objective(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+  objective = PolicyLossConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
   assert float(mean(r, objective)) == pytest.approx(loss, rel=1e-6)
   expected = -ratio * advantage if flows else 0.0
   assert gradient(r, objective)[0, 0] == pytest.approx(expected, rel=1e-6)
@@ -244,12 +244,12 @@ def test_clipping_by_hand(ratio, advantage, loss, flows):
 
 def test_without_dual_clip_the_loss_grows_with_the_ratio():
   r = rollout([[math.log(9.0)]], [[0.0]], -2.0)
-  assert float(mean(r, Objective())) == pytest.approx(18.0, rel=1e-6)
+  assert float(mean(r, PolicyLossConfig())) == pytest.approx(18.0, rel=1e-6)
 
 
 def test_cispo_by_hand():
   """min(ratio, 1.3) A is a constant weight of log pi: a held ratio still teaches."""
-  objective = Objective(surrogate='cispo', clip_high=0.3)
+  objective = PolicyLossConfig(surrogate='cispo', clip_high=0.3)
   for ratio, bounded in ((0.5, 0.5), (2.0, 1.3)):
     r = rollout([[math.log(ratio)]], [[0.0]], -2.0)
     assert float(mean(r, objective)) == pytest.approx(2 * bounded * math.log(ratio), rel=1e-6)
@@ -294,7 +294,7 @@ def numpy_loss(r, aggregate, constant):
 @pytest.mark.parametrize('aggregate', policy.AGGREGATIONS)
 def test_against_numpy(aggregate):
   r = random_rollout()
-  got = float(mean(r, Objective(clip_high=0.28, aggregate=aggregate, constant=11)))
+  got = float(mean(r, PolicyLossConfig(clip_high=0.28, aggregate=aggregate, constant=11)))
   assert got == pytest.approx(numpy_loss(r, aggregate, 11), rel=1e-6)
 
 
@@ -307,7 +307,7 @@ EVERYTHING = dict(clip_high=0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.01,
   ('aggregate', 'level'), list(zip(policy.AGGREGATIONS, policy.LEVELS, strict=True))
 )
 def test_micro_batches_add_up(aggregate, level):
-  r, objective = random_rollout(), Objective(level=level, aggregate=aggregate, **EVERYTHING)
+  r, objective = random_rollout(), PolicyLossConfig(level=level, aggregate=aggregate, **EVERYTHING)
   total, weight, metrics = compute(r, objective)
   perm = np.array([4, 0, 5, 2, 1, 3])
   parts = [
@@ -324,7 +324,7 @@ def test_micro_batches_add_up(aggregate, level):
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, 1e30])
 def test_what_does_not_count_is_never_seen(aggregate, bad):
   """Masked tokens hold anything; a row without tokens neither counts nor dilutes."""
-  objective = Objective(aggregate=aggregate, level='sequence', **EVERYTHING)
+  objective = PolicyLossConfig(aggregate=aggregate, level='sequence', **EVERYTHING)
   r = random_rollout()
   r = r._replace(weights=r.weights.at[2].set(0.0))
   spoiled = Rollout(
@@ -343,7 +343,7 @@ def test_what_does_not_count_is_never_seen(aggregate, bad):
 @pytest.mark.parametrize('level', policy.LEVELS)
 def test_far_ratios_stay_finite(surrogate, level):
   r = rollout([[0.0, -900.0], [-900.0, 0.0]], [[-900.0, 0.0]] * 2, [[-1.0], [0.0]])
-  objective = Objective(surrogate=surrogate, level=level, dual_clip=3.0, kl_coef=0.1)
+  objective = PolicyLossConfig(surrogate=surrogate, level=level, dual_clip=3.0, kl_coef=0.1)
   assert np.isfinite(mean(r, objective)) and np.isfinite(gradient(r, objective)).all()
   assert np.isfinite(mean(r._replace(weights=r.weights * 0), objective))
 
@@ -351,7 +351,7 @@ def test_far_ratios_stay_finite(surrogate, level):
 @pytest.mark.parametrize('aggregate', policy.AGGREGATIONS)
 def test_sharded_rows_and_tokens(use_mesh, aggregate):
   """On 8 devices with Explicit axes, rows and tokens spread, loss and gradient are the same."""
-  objective = Objective(level='sequence', aggregate=aggregate, **EVERYTHING)
+  objective = PolicyLossConfig(level='sequence', aggregate=aggregate, **EVERYTHING)
   r = random_rollout(8, 6)
   expected, expected_grad = float(mean(r, objective)), gradient(r, objective)
   use_mesh(data=2, fsdp=2, context=2)
@@ -375,7 +375,7 @@ def test_sharded_rows_and_tokens(use_mesh, aggregate):
 )
 def test_impossible_objectives_are_refused(changes, named):
   with pytest.raises(ValueError, match=named):
-    Objective(**changes)
+    PolicyLossConfig(**changes)
 
 
 # Value loss, controller.

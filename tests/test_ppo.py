@@ -14,7 +14,7 @@ from ftjax.hf import export
 from ftjax.losses import policy
 from ftjax.models import transformer
 from ftjax.models.attention import Tokens
-from ftjax.models.forward import readout
+from ftjax.models.forward import logprobs_and_entropy
 from ftjax.rl import rollout_batch, rollout_source
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
@@ -75,13 +75,13 @@ def test_advantages_and_returns_by_hand():
   weights = np.float32([[0, 1, 1, 0], [0, 1, 0, 0]])
   values = np.float32([[9, 0.5, 0.25, 9], [9, 0, 9, 9]])
   arrays = {'weights': weights, 'old_values': values, 'tokens': np.zeros((2, 4), np.int32)}
-  s = rollout_batch.Sampled(arrays, np.float32([1, 2]), np.int32([2, 1]), 2)
-  lesson = ppo.ValueTeacher(c).teach(s)
+  s = rollout_batch.RolloutBatch(arrays, np.float32([1, 2]), np.int32([2, 1]), 2)
+  built = ppo.ValueAdvantages(c).build(s)
   # d = (0.25 - 0.5, 1 - 0.25); A = (-0.25 + 0.5 * 0.75, 0.75); R = A + V
-  np.testing.assert_allclose(lesson.arrays['advantages'], [[0, 0.125, 0.75, 0], [0, 2, 0, 0]])
-  np.testing.assert_allclose(lesson.arrays['returns'], [[0, 0.625, 1, 0], [0, 2, 0, 0]])
+  np.testing.assert_allclose(built.arrays['advantages'], [[0, 0.125, 0.75, 0], [0, 2, 0, 0]])
+  np.testing.assert_allclose(built.arrays['returns'], [[0, 0.625, 1, 0], [0, 2, 0, 0]])
   error, spread = np.float64([0.125, 0.75, 2]), np.float64([0.625, 1, 2])
-  assert lesson.metrics['explained_variance'] == pytest.approx(1 - error.var() / spread.var())
+  assert built.metrics['explained_variance'] == pytest.approx(1 - error.var() / spread.var())
 
 
 def test_whitened_advantages_have_mean_zero_and_variance_one(usual):
@@ -95,9 +95,9 @@ def test_the_divergence_is_charged_token_by_token():
   weights, gap = np.float32([[1, 1]]), np.float32([[0.3, 0.1]])
   arrays = {'weights': weights, 'old_values': np.zeros((1, 2), np.float32)}
   arrays |= {'old_logp': gap - 1, 'ref_logp': np.full((1, 2), -1, np.float32)}
-  s = rollout_batch.Sampled(arrays, np.float32([1]), np.int32([2]), 1)
-  lesson = ppo.ValueTeacher(tiny_rollouts.tiny('ppo', **settings)).teach(s)
-  np.testing.assert_allclose(lesson.arrays['advantages'], [[0.8, 0.95]], atol=1e-6)
+  s = rollout_batch.RolloutBatch(arrays, np.float32([1]), np.int32([2]), 1)
+  built = ppo.ValueAdvantages(tiny_rollouts.tiny('ppo', **settings)).build(s)
+  np.testing.assert_allclose(built.arrays['advantages'], [[0.8, 0.95]], atol=1e-6)
 
 
 # The loss and the update.
@@ -113,7 +113,9 @@ def test_the_loss_is_the_policys_and_the_values(usual):
   total, weight, metrics = jax.jit(ppo.make_loss(s.run.arch, c))(params, on_device, None)
   read = dict(temperature=1.0, dtype=jnp.float32, remat='none')
   of_tokens = policy_gradient.make_loss(c)
-  logp, entropy = jax.jit(lambda p, b: readout(s.run.arch, p, b, **read))(params, on_device)
+  logp, entropy = jax.jit(lambda p, b: logprobs_and_entropy(s.run.arch, p, b, **read))(
+    params, on_device
+  )
   expected, tokens, _ = of_tokens(logp, entropy, on_device)
   values = jax.jit(ppo.make_measure(s.run.arch, c))(params, on_device)
   of_values, *_ = policy.value_loss(

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax.training.prefetch import Feed, local_rows, place
+from ftjax.training.prefetch import Prefetch, local_rows, place
 
 
 def make(step):
@@ -25,7 +25,7 @@ def feeds():
 
 
 def test_steps_in_order_from_start_to_stop():
-  feed = Feed(make, shardings(), 3, 7)
+  feed = Prefetch(make, shardings(), 3, 7)
   for step in (3, 4, 5, 6):
     device = feed.take(step)
     assert isinstance(device['tokens'], jax.Array)
@@ -36,8 +36,8 @@ def test_steps_in_order_from_start_to_stop():
 
 def test_nothing_to_do_ends_at_once():
   with pytest.raises(ValueError, match='up to 5 were taken'):
-    Feed(make, shardings(), 5, 5).take(5)
-  feed = Feed(make, shardings(), 0, 5)
+    Prefetch(make, shardings(), 5, 5).take(5)
+  feed = Prefetch(make, shardings(), 0, 5)
   with pytest.raises(ValueError, match='step 3 was asked for, the next one is 0'):
     feed.take(3)
   feed.close()
@@ -59,7 +59,7 @@ def test_only_a_few_are_made_ahead():
     made.append(step)
     return make(step)
 
-  feed = Feed(count, shardings(), 0, 100, ahead=2)
+  feed = Prefetch(count, shardings(), 0, 100, ahead=2)
   time.sleep(0.5)
   assert len(made) <= 3  # two in the queue, one in hand
   for i in range(5):
@@ -75,7 +75,7 @@ def test_an_error_while_making_a_batch_reaches_the_loop():
       raise ValueError('row 17 is broken')
     return make(step)
 
-  feed = Feed(fail, shardings(), 0, 5)
+  feed = Prefetch(fail, shardings(), 0, 5)
   seen = []
   with pytest.raises(ValueError, match='row 17'):
     for step in range(5):
@@ -87,7 +87,7 @@ def test_an_error_while_making_a_batch_reaches_the_loop():
 
 
 def test_close_ends_a_thread_that_waits():
-  feed = Feed(make, shardings(), 0, 1000)
+  feed = Prefetch(make, shardings(), 0, 1000)
   feed.take(0)
   begin = time.monotonic()
   feed.close()
@@ -96,7 +96,7 @@ def test_close_ends_a_thread_that_waits():
 
 def test_a_feed_holds_no_state_of_its_own():
   """Started in the middle it gives what one from the beginning gives there."""
-  whole, late = Feed(make, shardings(), 0, 6), Feed(make, shardings(), 4, 6)
+  whole, late = Prefetch(make, shardings(), 0, 6), Prefetch(make, shardings(), 4, 6)
   expected = [whole.take(step)['tokens'] for step in range(6)]
   for step in (4, 5):
     np.testing.assert_array_equal(late.take(step)['tokens'], expected[step])

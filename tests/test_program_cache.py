@@ -85,7 +85,7 @@ STARTS = """
 import pathlib, sys
 import jax, jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
-from ftjax.runtime import program_cache
+from ftjax.storage import program_cache
 folder = pathlib.Path(sys.argv[1])
 jax.config.update('jax_compilation_cache_dir', str(folder))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -80,7 +80,7 @@ def ngram_penalty(completions, ngram_size, max_penalty, **kwargs):
 
 repetition = functools.partial(ngram_penalty, ngram_size=3, max_penalty=-1.0)
 
-class Judge:
+class Evaluator:
   __name__ = "judge"
   def __init__(self, bonus):
     self.bonus = bonus
@@ -89,7 +89,7 @@ class Judge:
   def method(self, completions, **kwargs):
     return tuple(self.bonus for _ in completions)
 
-judge = Judge(0.25)
+judge = Evaluator(0.25)
 
 class AsyncJudge:
   async def __call__(self, completions, **kwargs):

@@ -36,7 +36,7 @@ def start():
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _scores(arch, params, batch, dtype='float32'):
-  return forward.answer_scores(arch, params, batch, jnp.dtype(dtype), 'none', 2)
+  return forward.sequence_rewards(arch, params, batch, jnp.dtype(dtype), 'none', 2)
 
 
 def scores(batch, dtype='float32'):

@@ -58,7 +58,7 @@ def test_a_completion_earns_the_score_at_its_last_token(judge, tmp_path):
   folder, arch, params = judge
   s = tiny_rollouts.Steps(tmp_path, **settings(folder))
   batch = {k: v[0] for k, v in s.batch().items()}
-  [wanted] = forward.answer_scores(
+  [wanted] = forward.sequence_rewards(
     arch, params, {k: batch[k] for k in ARRAYS}, jnp.float32, 'none', 1
   )
   (_, values), *_ = s.rows

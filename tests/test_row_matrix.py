@@ -7,7 +7,7 @@ import zipfile
 
 import pyarrow as pa
 import pytest
-from test_data_cache import build
+from test_token_cache import build
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import encode, formats, labeled_examples, prompts, sources

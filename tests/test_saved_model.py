@@ -47,7 +47,7 @@ def tiny(name, **changes):
 
 
 def train(c, workdir):
-  importlib.import_module(f'ftjax.{c.algorithm}').run(c, str(workdir))
+  importlib.import_module(f'ftjax.algorithms.{c.algorithm}').run(c, str(workdir))
   one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(one)  # the run's mesh of all devices would stay for the first test
   return workdir

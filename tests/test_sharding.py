@@ -74,11 +74,11 @@ def test_gathered_gives_up_fsdp_alone():
 
 
 def test_batch_ways(use_mesh):
-  assert sharding.batch_ways() == 1
+  assert sharding.batch_axis_size() == 1
   use_mesh(data=2, fsdp=2, tensor=2)
-  assert sharding.batch_ways() == 4
+  assert sharding.batch_axis_size() == 4
   use_mesh(context=4, tensor=2)
-  assert sharding.batch_ways() == 1
+  assert sharding.batch_axis_size() == 1
 
 
 @pytest.mark.parametrize('arch', [TINY, UNTIED])

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from test_chat import LLAMA3
+from test_chat_template import LLAMA3
 from test_encode import EXTRA, NO_THINK, QWEN25, SMOLLM2, THINK, make, one, runs, talk
 from tiny_tokenizer import CHATML
 

@@ -200,7 +200,7 @@ def test_bfloat16_parameters_train(ragged, name, micro):
   info = optimizer_lib.leaves(transformer.declared(TINY), TINY.layer_slots())
   names = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm', 'decay', 'multipliers', 'freeze')
   rate = 3e-2 if name in ('sgd', 'muon') else 3e-3
-  recipe = optimizer_lib.Recipe(name, lambda _: rate, **{n: c.optim[n] for n in names})
+  recipe = optimizer_lib.OptimizerConfig(name, lambda _: rate, **{n: c.optim[n] for n in names})
   optimizer = optimizer_lib.make_optimizer(recipe, info, info)
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), init(TINY))
   mesh = jax.sharding.get_mesh()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_gcs import BUCKET
-from test_data_cache import chat_rows, write
+from test_token_cache import chat_rows, write
 from tiny_tokenizer import tiny_files
 
 from ftjax.data import blocks, corpus_builder, token_cache, tokenize_pool

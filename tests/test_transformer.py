@@ -115,7 +115,7 @@ def test_gradients_cross_no_border_exactly(params):
     def loss(noise):
       x = transformer.apply(TINY, params, placed, where, dtype=jnp.float32, noise=noise)
       table = transformer.head_weights(TINY, params)
-      return head.cross_entropy_sums(x, table, labels, weights, head.Terms())[0]
+      return head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0]
 
     return jax.grad(loss)(noise)
 
@@ -153,7 +153,7 @@ def loss_of(arch, remat):
   def loss(params, tokens, where, weights):
     x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
     return head.cross_entropy_sums(
-      x, transformer.head_weights(arch, params), tokens, weights, head.Terms()
+      x, transformer.head_weights(arch, params), tokens, weights, head.LossConfig()
     )[0]
 
   return jax.value_and_grad(loss)

@@ -91,7 +91,7 @@ def test_a_process_that_hangs_ends_with_75_and_its_stacks():
 def test_it_ends_where_nobody_reads_what_it_says():
   """A log shipper that is stuck, Ctrl-S at a terminal: stderr is a full pipe."""
   code = (
-    'import os, time\nfrom ftjax.runtime import peers, watchdog\npeers.GRACE = 1.0\n'
+    'import os, time\nfrom ftjax.cluster import processes as peers, watchdog\npeers.GRACE = 1.0\n'
     'os.set_blocking(2, False)\ntry:\n  while True:\n    os.write(2, bytes(4096))\n'
     'except BlockingIOError:\n  os.set_blocking(2, True)\n'
     "with watchdog.Watchdog({'step': 0.5}).phase('step'):\n  time.sleep(300)\n"

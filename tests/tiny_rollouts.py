@@ -52,13 +52,13 @@ def episodes_of(run):
   c = run.config
   if c.algorithm == 'ppo':
     measures = {'old_values': ppo.make_measure(run.arch, c)}
-    return rollout_source.Episodes(run, ppo.ValueTeacher(c), measures)
+    return rollout_source.RolloutSource(run, ppo.ValueAdvantages(c), measures)
   teachers = {
-    'grpo': lambda: grpo.GroupTeacher(c),
-    'best_of_n': lambda: best_of_n.BestTeacher(c, run.model.tokenizer),
-    'online_dpo': lambda: online_dpo.PairTeacher(c),
+    'grpo': lambda: grpo.GroupAdvantages(c),
+    'best_of_n': lambda: best_of_n.BestCompletions(c, run.model.tokenizer),
+    'online_dpo': lambda: online_dpo.PairBuilder(c),
   }
-  return rollout_source.Episodes(run, teachers[c.algorithm]())
+  return rollout_source.RolloutSource(run, teachers[c.algorithm]())
 
 
 class Steps:
@@ -67,7 +67,7 @@ class Steps:
   def __init__(self, folder, algorithm='grpo', **overrides):
     self.run = start(folder, algorithm, **overrides)
     self.rows = []
-    make_loss = importlib.import_module(f'ftjax.{algorithm}').make_loss
+    make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
     self.trainer = Trainer(self.run, make_loss(self.run.arch, self.run.config))
     self.source = episodes_of(self.run)
     self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0, {})

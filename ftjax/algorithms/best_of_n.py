@@ -13,12 +13,12 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.experiment.transcript import Transcripts
-from ftjax.losses.cross_entropy import Terms
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import hidden_states
 from ftjax.rl import rollout_source
-from ftjax.rl.rollout_source import Lesson, Sampled
+from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
 
 # Columns that the prompt of a row was rendered with, and is again.
 _AGAIN = ('tools', 'functions', 'chat_template_kwargs')
@@ -32,13 +32,13 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     del keys
     x = hidden_states(arch, params, batch, dtype, remat)
     table, weight = transformer.head_weights(arch, params), batch['weights'].sum()
-    total, nll = head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], Terms())
+    total, nll = head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], LossConfig())
     return total, weight, {'nll': (nll, weight)}
 
   return loss
 
 
-def choose(s: Sampled, keep: int, min_reward: float) -> list[list[int]]:
+def choose(s: RolloutBatch, keep: int, min_reward: float) -> list[list[int]]:
   """Rows of the completions that are kept, for each prompt, the best first; of equal completions,
   and of equal rewards, the earlier."""
   out = []
@@ -53,15 +53,15 @@ def choose(s: Sampled, keep: int, min_reward: float) -> list[list[int]]:
   return out
 
 
-class BestTeacher(rollout_source.Teacher):
+class BestCompletions(rollout_source.BatchBuilder):
   """Keeps the best completions of each prompt; a place without one is a row of padding."""
 
   def __init__(self, c: ml_collections.ConfigDict, tokenizer: Tokenizer):
     self._keep, self._min_reward = c.best_of_n.keep, c.best_of_n.min_reward
     self._transcripts = Transcripts(tokenizer, tokenizer.stop_ids)
 
-  def teach(self, sampled: Sampled) -> Lesson:
-    """See episodes.Teacher."""
+  def build(self, sampled: RolloutBatch) -> TrainBatch:
+    """See episodes.BatchBuilder."""
     s, chosen = sampled, choose(sampled, self._keep, self._min_reward)
     places, rows = [], []
     for prompt, best in enumerate(chosen):
@@ -75,9 +75,9 @@ class BestTeacher(rollout_source.Teacher):
     if rows:
       metrics['kept_reward'] = float(s.rewards[rows].mean())
     whole = (self._row(s, i) for i in rows if not s.completions[i].truncated)
-    return Lesson(arrays, metrics, [row for row in whole if row])
+    return TrainBatch(arrays, metrics, [row for row in whole if row])
 
-  def _row(self, s: Sampled, i: int) -> dict:
+  def _row(self, s: RolloutBatch, i: int) -> dict:
     """A row of supervised tuning; nothing where the answer is blank."""
     said, answer = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
     if not answer.strip():
@@ -93,5 +93,5 @@ class BestTeacher(rollout_source.Teacher):
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
-  with rollout_source.Episodes(r, BestTeacher(c, r.model.tokenizer)) as source:
+  with rollout_source.RolloutSource(r, BestCompletions(c, r.model.tokenizer)) as source:
     fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)

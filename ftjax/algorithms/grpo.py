@@ -16,9 +16,9 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import advantages
 from ftjax.models.architecture import Architecture
-from ftjax.models.forward import readout
+from ftjax.models.forward import logprobs_and_entropy
 from ftjax.rl import rollout_source
-from ftjax.rl.rollout_source import Lesson, Sampled
+from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
 
 _RELATIVE = {
   'grpo': advantages.grpo,
@@ -31,7 +31,7 @@ _RELATIVE = {
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   """loss(params, batch, keys) -> (total, weight, metrics) of rows of one completion each."""
   read = functools.partial(
-    readout,
+    logprobs_and_entropy,
     arch,
     temperature=c.rollout.temperature,
     dtype=jnp.dtype(c.model.compute_dtype),
@@ -46,8 +46,8 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   return loss
 
 
-class GroupTeacher(policy_gradient.PolicyTeacher):
-  """Advantages of every token by `grpo.advantage`; groups without a lesson get weight 0."""
+class GroupAdvantages(policy_gradient.AdvantageEstimator):
+  """Advantages of every token by `grpo.advantage`; zero-variance groups get weight 0."""
 
   def __init__(self, c: ml_collections.ConfigDict):
     super().__init__(c)
@@ -56,25 +56,25 @@ class GroupTeacher(policy_gradient.PolicyTeacher):
     self._whitened = jax.jit(advantages.reinforce_pp)
     self._relative = jax.jit(_RELATIVE.get(self._name, advantages.dr_grpo))
 
-  def teach(self, sampled: Sampled) -> Lesson:
-    """See episodes.Teacher."""
+  def build(self, sampled: RolloutBatch) -> TrainBatch:
+    """See episodes.BatchBuilder."""
     s, weights = sampled, sampled.arrays['weights']
     rewards, paid, fields, metrics = self.charged(s)
     if self._name == 'reinforce_pp':
       out = self._whitened(np.asarray(self._last(rewards, weights)) - paid, weights)
-      return Lesson(s.arrays | fields | {'advantages': np.asarray(out)}, metrics)
-    # A divergence alone, which is never the same twice, is no lesson.
+      return TrainBatch(s.arrays | fields | {'advantages': np.asarray(out)}, metrics)
+    # A divergence alone, which is never the same twice, is no signal.
     earned = rewards.reshape(-1, s.group)
-    lesson = np.repeat(earned.min(1) != earned.max(1), s.group)[:, None]
+    has_signal = np.repeat(earned.min(1) != earned.max(1), s.group)[:, None]
     earned = earned - paid.sum(-1).reshape(earned.shape)
     found = self._relative(earned, np.ones(earned.shape, bool))
-    out = np.asarray(found.advantages).reshape(-1, 1) * weights * lesson
-    fields |= {'advantages': out, 'weights': weights * lesson}
-    return Lesson(s.arrays | fields, metrics)
+    out = np.asarray(found.advantages).reshape(-1, 1) * weights * has_signal
+    fields |= {'advantages': out, 'weights': weights * has_signal}
+    return TrainBatch(s.arrays | fields, metrics)
 
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
-  with rollout_source.Episodes(r, GroupTeacher(c)) as source:
+  with rollout_source.RolloutSource(r, GroupAdvantages(c)) as source:
     fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)

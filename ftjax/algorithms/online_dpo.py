@@ -13,20 +13,20 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_batch import side
-from ftjax.rl.rollout_source import Lesson, Sampled
+from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
 
 make_loss = preference.make_loss
 
 
-class PairTeacher(rollout_source.Teacher):
+class PairBuilder(rollout_source.BatchBuilder):
   """A row of two segments for each prompt; prompts whose completions all earned the same are rows
   of padding, and of equal rewards the earlier completion counts."""
 
   def __init__(self, c: ml_collections.ConfigDict):
     self._seq_len = c.seq_len
 
-  def teach(self, sampled: Sampled) -> Lesson:
-    """See episodes.Teacher."""
+  def build(self, sampled: RolloutBatch) -> TrainBatch:
+    """See episodes.BatchBuilder."""
     s, rewards = sampled, sampled.rewards.reshape(-1, sampled.group)
     arrays = batches.empty(len(rewards), self._seq_len, 'pair')
     best, worst = rewards.argmax(1), rewards.argmin(1)
@@ -36,12 +36,12 @@ class PairTeacher(rollout_source.Teacher):
       sides = [side(s.prompts[row], s.completions[row]) for row in rows]
       batches.fill_row(arrays, prompt, sides)
     metrics = {'pairs': float((gap > 0).sum()), 'reward_gap': float(gap.mean())}
-    return Lesson(arrays, metrics)
+    return TrainBatch(arrays, metrics)
 
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
-  with rollout_source.Episodes(r, PairTeacher(c)) as source:
+  with rollout_source.RolloutSource(r, PairBuilder(c)) as source:
     loss, alarm = make_loss(r.arch, c), preference.Alarm(c)
     fit.fit(r, loss, source.evaluate, alarm, source)

@@ -14,15 +14,15 @@ import numpy as np
 
 from ftjax.config import algorithms
 from ftjax.losses import advantages, masked, mismatch, policy
-from ftjax.rl.rollout_source import Sampled, Teacher
+from ftjax.rl.rollout_source import BatchBuilder, RolloutBatch
 
 log = logging.getLogger(__name__)
 
 
-def objective(c: ml_collections.ConfigDict) -> policy.Objective:
+def objective(c: ml_collections.ConfigDict) -> policy.PolicyLossConfig:
   """The loss of a config."""
   p, in_loss = c.policy, c.policy.kl != 'reward'
-  return policy.Objective(
+  return policy.PolicyLossConfig(
     surrogate=p.surrogate,
     level=p.level,
     clip_low=p.clip_low,
@@ -81,7 +81,7 @@ def make_loss(c: ml_collections.ConfigDict) -> Loss:
   return loss
 
 
-class PolicyTeacher(Teacher):
+class AdvantageEstimator(BatchBuilder):
   """Charges completions, and steers the coefficient of the divergence where there is a target."""
 
   def __init__(self, c: ml_collections.ConfigDict):
@@ -91,12 +91,12 @@ class PolicyTeacher(Teacher):
     self._cost = jax.jit(policy.kl_rewards)
 
   def saved(self) -> dict[str, Any]:
-    """See Teacher."""
+    """See BatchBuilder."""
     begun = self._config.policy.kl_coef
     return {'kl_coef': self._coef, 'kl_begun': begun} if self._steer else {}
 
   def restore(self, saved: Mapping[str, Any]) -> None:
-    """See Teacher."""
+    """See BatchBuilder."""
     begun = self._config.policy.kl_coef
     if self._steer and saved.get('kl_begun', begun) == begun:
       self._coef = saved.get('kl_coef', begun)
@@ -108,7 +108,7 @@ class PolicyTeacher(Teacher):
       )
 
   def charged(
-    self, s: Sampled
+    self, s: RolloutBatch
   ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
     """(rewards of the completions less what their length costs float32[R], what each token is
     charged for its distance from the reference float32[R, T], fields of the batch, metrics).

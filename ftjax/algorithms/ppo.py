@@ -18,9 +18,9 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import advantages, masked, policy
 from ftjax.models.architecture import Architecture
-from ftjax.models.forward import readout, token_scores
+from ftjax.models.forward import logprobs_and_entropy, token_scores
 from ftjax.rl import rollout_source
-from ftjax.rl.rollout_source import Lesson, Sampled
+from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
@@ -28,7 +28,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   policy's loss + ppo.value_coef times the value's, both per token.
   """
   how = dict(dtype=jnp.dtype(c.model.compute_dtype), remat=c.remat)
-  read = functools.partial(readout, arch, temperature=c.rollout.temperature, **how)
+  read = functools.partial(logprobs_and_entropy, arch, temperature=c.rollout.temperature, **how)
   value_arch, of_tokens = algorithms.value_arch(arch), policy_gradient.make_loss(c)
   clip, coefficient = c.ppo.value_clip, c.ppo.value_coef
 
@@ -50,7 +50,7 @@ def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> rollout_so
   return lambda params, batch: token_scores(value_arch, params['value'], batch, dtype, 'none')
 
 
-class ValueTeacher(policy_gradient.PolicyTeacher):
+class ValueAdvantages(policy_gradient.AdvantageEstimator):
   """Advantages and returns of every token by generalized advantage estimation."""
 
   def __init__(self, c: ml_collections.ConfigDict):
@@ -60,8 +60,8 @@ class ValueTeacher(policy_gradient.PolicyTeacher):
     self._gae = jax.jit(functools.partial(advantages.gae, gamma=c.ppo.gamma, lam=c.ppo.lam))
     self._whiten = jax.jit(masked.whiten)
 
-  def teach(self, sampled: Sampled) -> Lesson:
-    """See episodes.Teacher."""
+  def build(self, sampled: RolloutBatch) -> TrainBatch:
+    """See episodes.BatchBuilder."""
     a, weights = sampled.arrays, sampled.arrays['weights']
     rewards, paid, fields, metrics = self.charged(sampled)
     earned = np.asarray(self._last(rewards, weights)) - paid
@@ -76,12 +76,12 @@ class ValueTeacher(policy_gradient.PolicyTeacher):
     }
     if self._whitens:
       found = np.asarray(self._whiten(found, weights))
-    return Lesson(a | fields | {'advantages': found, 'returns': returns}, metrics)
+    return TrainBatch(a | fields | {'advantages': found, 'returns': returns}, metrics)
 
 
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export the policy, compare with the base."""
   r = experiment.start(c, workdir)
   measures = {'old_values': make_measure(r.arch, c)}
-  with rollout_source.Episodes(r, ValueTeacher(c), measures) as source:
+  with rollout_source.RolloutSource(r, ValueAdvantages(c), measures) as source:
     fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)

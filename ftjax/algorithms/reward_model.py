@@ -1,6 +1,6 @@
 """Reward models, top to bottom: judged answers -> score of each -> loss -> step -> run.
 
-The score of an answer is forward.answer_scores; what rewards a policy with it is
+The score of an answer is forward.sequence_rewards; what rewards a policy with it is
 trained_reward.py."""
 
 import functools
@@ -18,7 +18,7 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import preference
 from ftjax.models.architecture import Architecture
-from ftjax.models.forward import answer_scores
+from ftjax.models.forward import sequence_rewards
 
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
@@ -29,7 +29,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   def loss(params, batch, keys):
     del keys
     weights = pair_metrics.present(batch)
-    found = answer_scores(arch, params, batch, dtype, remat, 1 + paired)
+    found = sequence_rewards(arch, params, batch, dtype, remat, 1 + paired)
     if paired:
       return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
     return preference.reward_regression(*found, batch['values'], weights)
@@ -43,7 +43,7 @@ def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pair_metri
 
   @jax.jit
   def measure(params, batch):
-    found = answer_scores(arch, params, batch, dtype, 'none', 1 + paired)
+    found = sequence_rewards(arch, params, batch, dtype, 'none', 1 + paired)
     named = dict(zip(('first', 'second'), found, strict=False))
     return pair_metrics.replicated(
       named | {'values': batch['values'], 'weights': pair_metrics.present(batch)}

@@ -14,7 +14,7 @@ import ml_collections
 
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
-from ftjax.losses.cross_entropy import Terms
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import hidden_states
@@ -33,7 +33,7 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
     ]
   )
   scale = alpha / jnp.sqrt(same.sum(-1) * dim)
-  order = sharding.zigzag(segments.shape[1], sharding.ways('context'))
+  order = sharding.zigzag(segments.shape[1], sharding.axis_size('context'))
 
   def draw(key):
     return jax.random.uniform(key, (segments.shape[1], dim), minval=-1.0)[order]
@@ -46,7 +46,7 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
 
 def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   """loss(params, batch, keys) -> (sum of loss, supervised tokens, {'nll': sums})."""
-  dtype, terms = jnp.dtype(c.model.compute_dtype), Terms(c.loss.label_smoothing, c.loss.z_loss)
+  dtype, terms = jnp.dtype(c.model.compute_dtype), LossConfig(c.loss.label_smoothing, c.loss.z_loss)
   alpha, remat = c.loss.neftune, c.remat
 
   def loss(params, batch, keys):

@@ -23,7 +23,7 @@ class Seen:
   stop: bool
   host_s: np.ndarray
 
-  def spread(self) -> dict[str, float]:
+  def host_metrics(self) -> dict[str, float]:
     """For the log of a run of several: the quickest and the slowest host's seconds, and which the
     slowest is.
     """
@@ -36,7 +36,7 @@ class Seen:
     }
 
 
-class Signals:
+class StepSync:
   """The exchange over all devices of a mesh; every process calls in the same order."""
 
   def __init__(self, mesh: Mesh):

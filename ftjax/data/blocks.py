@@ -218,7 +218,7 @@ class BlockTokenizer:
 
   def _parse(
     self, row: Row | Bad
-  ) -> formats.Example | labeled_examples.Pair | labeled_examples.Judged | Bad:
+  ) -> formats.Example | labeled_examples.Pair | labeled_examples.LabeledExample | Bad:
     if isinstance(row, Bad):
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
@@ -304,7 +304,7 @@ class BlockTokenizer:
     counts.examples += 1
     counts.tokens += n
     counts.supervised += supervised
-    counts.straddled += example.straddled
+    counts.boundary_tokens += example.boundary_tokens
     if example.is_chat:
       counts.chat_examples += 1
       counts.chat_tokens += n

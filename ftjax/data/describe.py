@@ -56,8 +56,8 @@ def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
       f'{counts.unsupervised:,} dropped as no supervised token was left',
       f'  {_packing(schedule)}; {quota / sum(mixture.quotas):.1%} of the mixture',
     ]
-    if counts.straddled:
-      lines.append(f'  {counts.straddled:,} tokens on a border of prompt and completion')
+    if counts.boundary_tokens:
+      lines.append(f'  {counts.boundary_tokens:,} tokens on a border of prompt and completion')
     if counts.unread_columns:
       lines.append(f'  columns not read: {unread_columns(corpus)}')
     lines += [f'  {line}' for note in corpus.notes() for line in note.splitlines()]

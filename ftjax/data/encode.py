@@ -30,8 +30,8 @@ class Encoded:
     tokens: int32[n].
     supervised: bool[n]; True where the loss is charged for predicting this token. Never the first.
     is_chat: whether a template rendered it.
-    straddled: tokens that hold the end of a prompt and the start of an answer at once; unsupervised
-      in a chat, and tokenized apart in a completion.
+    boundary_tokens: number of tokens that hold the end of a prompt and the start of an answer;
+      unsupervised in a chat, and tokenized apart in a completion.
     boundary: of a pair, where its second side begins; else 0. See judged.py, also for
     value: what a row says of its answers, a number.
     unrendered: places of content of the row that its rendering does not contain, such as
@@ -43,7 +43,7 @@ class Encoded:
   tokens: np.ndarray
   supervised: np.ndarray
   is_chat: bool
-  straddled: int = 0
+  boundary_tokens: int = 0
   boundary: int = 0
   value: float = 0.0
   bos: int = 0
@@ -73,12 +73,12 @@ def unrendered_reason(places: Sequence[str], tokenizer: Tokenizer) -> str:
 def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
   """Supervises the tokens that lie inside the piece's spans, each up to its stop token."""
   supervised = np.zeros(len(ids), bool)
-  straddled = 0
+  boundary_tokens = 0
   special = tokenizer.is_special[ids]
   for start, end in piece.spans:
     inside = (starts >= start) & (ends <= end) & (ends > start)
     across = int(np.sum((starts < start) & (ends > start)))
-    straddled += across
+    boundary_tokens += across
     if piece.cut:
       stops = np.flatnonzero(inside & special)
       if not len(stops) or piece.text[ends[stops[-1]] : end].strip():
@@ -103,16 +103,16 @@ def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
         )
     supervised |= inside
   head = int(np.searchsorted(ends, piece.head, 'right')) if piece.head else 0
-  return _finish(ids, supervised, tokenizer, straddled, head)
+  return _finish(ids, supervised, tokenizer, boundary_tokens, head)
 
 
-def _finish(ids, supervised, tokenizer: Tokenizer, straddled: int, head: int) -> Encoded:
+def _finish(ids, supervised, tokenizer: Tokenizer, boundary_tokens: int, head: int) -> Encoded:
   """Leaves one BOS where the text begins with two, and nothing supervised before position 1."""
   if _doubled_bos(ids, tokenizer):
     ids, supervised, head = ids[1:], supervised[1:].copy(), max(head - 1, 0)
   supervised[:1] = False  # nothing predicts the first token
   bos = _count_bos(ids, tokenizer)
-  return Encoded(ids, supervised, True, straddled, bos=bos, head=max(bos, head))
+  return Encoded(ids, supervised, True, boundary_tokens, bos=bos, head=max(bos, head))
 
 
 def _count_bos(ids, tokenizer: Tokenizer) -> int:

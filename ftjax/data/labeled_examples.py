@@ -16,15 +16,18 @@ import numpy as np
 from ftjax.data import encode as encode_lib
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
-from ftjax.data.preference_rows import FORMATS, SHAPES, Judged, Pair, parse, unread
+from ftjax.data.preference_rows import FORMATS, SHAPES, LabeledExample, Pair, parse, unread
 from ftjax.data.tokenizer import Tokenizer
 
 __all__ = [
-  'FORMATS', 'SHAPES', 'Judged', 'Pair', 'encode', 'fit', 'is_identical', 'over', 'parse', 'unread',
+  'FORMATS', 'SHAPES', 'LabeledExample', 'Pair', 'encode', 'fit', 'is_identical', 'over', 'parse',
+  'unread',
 ]  # fmt: skip
 
 
-def encode(rows: Sequence[Pair | Judged], tokenizer: Tokenizer) -> list[list[Encoded] | Bad]:
+def encode(
+  rows: Sequence[Pair | LabeledExample], tokenizer: Tokenizer
+) -> list[list[Encoded] | Bad]:
   """Tokens of rows, the answers supervised: per row a list of one example, or Bad."""
   sides = [
     s for r in rows for s in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r.answer,))
@@ -32,7 +35,7 @@ def encode(rows: Sequence[Pair | Judged], tokenizer: Tokenizer) -> list[list[Enc
   found = iter(encode_lib.encode_answers(sides, tokenizer))
   out: list[list[Encoded] | Bad] = []
   for row in rows:
-    if isinstance(row, Judged):
+    if isinstance(row, LabeledExample):
       answer = next(found)
       out.append(
         answer if isinstance(answer, Bad) else [dataclasses.replace(answer, value=row.value)]
@@ -54,7 +57,7 @@ def _join(chosen: Encoded | Bad, rejected: Encoded | Bad, margin: float) -> list
     tokens=np.concatenate([chosen.tokens, rejected.tokens]),
     supervised=np.concatenate([chosen.supervised, rejected.supervised]),
     is_chat=chosen.is_chat,
-    straddled=chosen.straddled + rejected.straddled,
+    boundary_tokens=chosen.boundary_tokens + rejected.boundary_tokens,
     boundary=len(chosen.tokens),
     value=margin,
     unrendered=tuple(dict.fromkeys(chosen.unrendered + rejected.unrendered)),

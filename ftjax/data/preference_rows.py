@@ -29,7 +29,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class LabeledExample:
   """An answer and its value: a score, or 1 for good and 0 for bad."""
 
   answer: Answer
@@ -227,7 +227,7 @@ class _Format(NamedTuple):
   shape: str
   keys: tuple[tuple[str, ...], ...]
   others: tuple[str, ...]
-  read: Callable[[Mapping, bool], Pair | Judged]
+  read: Callable[[Mapping, bool], Pair | LabeledExample]
   algorithm: str
 
 
@@ -243,14 +243,14 @@ _FORMATS = {
     'label',
     (('label', 'kto_tag'),),
     (),
-    lambda row, has_template: Judged(_single(row, has_template), _label(row)),
+    lambda row, has_template: LabeledExample(_single(row, has_template), _label(row)),
     "answers labelled good or bad (algorithm='dpo' with dpo.loss='kto')",
   ),
   'scored': _Format(
     'score',
     (('score',),),
     (),
-    lambda row, has_template: Judged(_single(row, has_template), _number(row, 'score')),
+    lambda row, has_template: LabeledExample(_single(row, has_template), _number(row, 'score')),
     "answers with a score (algorithm='reward_model' with reward_model.objective='scores')",
   ),
 }
@@ -295,7 +295,9 @@ def _is_plain(row: Mapping) -> bool:
   return True
 
 
-def parse(row: Mapping, shape: str, form: str | None, has_template: bool = True) -> Pair | Judged:
+def parse(
+  row: Mapping, shape: str, form: str | None, has_template: bool = True
+) -> Pair | LabeledExample:
   """A raw row as a pair or a judged answer.
 
   Args:

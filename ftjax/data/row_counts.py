@@ -98,7 +98,7 @@ class Counts:
   unsupervised: int = 0  # shortened until nothing supervised was left, and dropped
   chosen_over: int = 0  # of pairs over seq_len: sides longer than half a row
   rejected_over: int = 0
-  straddled: int = 0  # tokens on a border of prompt and answer
+  boundary_tokens: int = 0  # tokens on a border of prompt and answer
   chat_tokens: int = 0
   chat_supervised: int = 0
   chat_examples: int = 0

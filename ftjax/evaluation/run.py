@@ -85,7 +85,7 @@ def evaluate(
     DataError: a row longer than max_len.
     NonFiniteError: a log-probability that is no number.
   """
-  answer = _choose if task.kind == 'choice' else _say
+  answer = _choose if task.kind == 'choice' else _generate
   return answer(task, model, batch_size, max_len, max_tokens, title)
 
 
@@ -130,7 +130,7 @@ def _check_length(row: Row, length: int, max_len: int) -> None:
     )
 
 
-def _say(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
+def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
   prompts = [model.encode_prompt(row) for row in task.rows]
   for row, prompt in zip(task.rows, prompts, strict=True):
     _check_length(row, len(prompt) + max_tokens, max_len)

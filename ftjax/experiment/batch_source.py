@@ -9,7 +9,7 @@ import jax
 
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
-from ftjax.training.prefetch import Feed
+from ftjax.training.prefetch import Prefetch
 from ftjax.training.state import State
 
 Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
@@ -54,7 +54,7 @@ class Rows(Source):
 
   def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     run = self._run
-    self._feed = Feed(run.batch, run.batch_shardings(micro=True), start, run.steps)
+    self._feed = Prefetch(run.batch, run.batch_shardings(micro=True), start, run.steps)
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
     return self._feed.take(step)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _GREEDY = Sampling()
 
 
-class Judge:
+class Evaluator:
   """Scores one run's models. The base is scored once and kept under a hash of all that its scores
   depend on.
   """
@@ -169,7 +169,7 @@ class Judge:
     c = self.run.config
     if not self._prompts:
       return
-    said = zip(c.eval.prompts, self._say(params), strict=True)
+    said = zip(c.eval.prompts, self._generate(params), strict=True)
     if not processes.is_main():
       return
     rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in said]
@@ -177,7 +177,7 @@ class Judge:
     for row in rows:
       log.info(console.sample(step, row['prompt'], row['answer']))
 
-  def _say(self, params: dict) -> list[str]:
+  def _generate(self, params: dict) -> list[str]:
     """Greedy answers to eval.prompts."""
     most = self.run.config.eval.max_tokens
     with self.run.watchdog.phase('evaluate'):
@@ -209,5 +209,5 @@ class Judge:
     )
     if c.init_from or not before or not self._prompts:
       return []
-    after = zip(c.eval.prompts, self._say(params), strict=True)
+    after = zip(c.eval.prompts, self._generate(params), strict=True)
     return [report.Answer(p, before[p], text) for p, text in after if p in before]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.cluster.step_sync import Signals
+from ftjax.cluster.step_sync import StepSync
 from ftjax.config import keys as config_lib
 from ftjax.experiment import compare, data_check, resume, summary
 from ftjax.experiment.batch_source import Rows, Source, Tell
@@ -49,7 +49,7 @@ class _Session:
   eval_loss: EvalLoss
   watch: Tell
   checkpoints: Checkpoints
-  judge: compare.Judge
+  judge: compare.Evaluator
   console: Console
   fingerprints: dict[str, str]
 
@@ -99,7 +99,7 @@ def _opened(
     eval_loss=eval_loss,
     watch=watch,
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
-    judge=compare.Judge(run),
+    judge=compare.Evaluator(run),
     console=summary.make_console(c),
     fingerprints=resume.fingerprints(run),
   )
@@ -161,9 +161,9 @@ def _fit(s: _Session) -> None:
   plain = redaction.redact(config_lib.plain(c))
   if processes.is_main():
     files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
-  owed = bool(saved) and saved['progress']['owed']
+  eval_pending = bool(saved) and saved['progress']['eval_pending']
   goes_on = not (saved and resume.has_ended(saved, c.checkpoint.patience)) and (
-    (start or 0) < run.steps or owed
+    (start or 0) < run.steps or eval_pending
   )
   if saved:
     s.console.restore(Progress(**saved['progress']).console)
@@ -208,7 +208,7 @@ def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter
   return MetricsWriter(
     run.workdir,
     restored_step=start if saved else None,
-    drop_eval=bool(saved) and saved['progress']['owed'],
+    drop_eval=bool(saved) and saved['progress']['eval_pending'],
     config=config_lib.plain(run.config),
     sinks=run.config.log.sinks,
     is_main=processes.is_main(),
@@ -272,7 +272,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     checkpoints=s.checkpoints,
     throughput=throughput,
     console=s.console,
-    signals=Signals(run.mesh),
+    signals=StepSync(run.mesh),
     watchdog=run.watchdog,
     profile_dir=traces.folder,
   )

@@ -90,7 +90,7 @@ class Trainer:
       'multipliers',
       'freeze',
     )
-    recipe = optimizer_lib.Recipe(schedule=self.schedule, **{n: c.optim[n] for n in names})
+    recipe = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
     self.frozen = optimizer_lib.frozen_names(recipe.freeze, info)
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
     self.optimizer = optimizer_lib.make_optimizer(recipe, info, trained)

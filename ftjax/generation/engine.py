@@ -40,7 +40,7 @@ from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.runtime.sharding import batch_ways, spec
+from ftjax.runtime.sharding import batch_axis_size, spec
 
 # Prompts are read in runs of so many rows (times the ways that the batch is split): few programs,
 # and no rows to spare but in the last run of a split batch.
@@ -196,7 +196,7 @@ class Engine:
       where = jax.sharding.NamedSharding(mesh, spec(*names))
       return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where)
 
-    mesh, ways = jax.tree.leaves(params)[0].sharding.mesh, batch_ways()
+    mesh, ways = jax.tree.leaves(params)[0].sharding.mesh, batch_axis_size()
     run, slots = _run(prompts, ways), -(-self.slots // ways) * ways
     tokens = shaped((run, bucket(max(longest - 1, 1))), 'batch', 'seq')
     cache, device = jax.eval_shape(
@@ -287,7 +287,7 @@ class _Call:
     self.engine, self.params, self.mesh, self.prompts = engine, params, mesh, prompts
     self.ids, self.most = ids, most
     self.sampling, self.seed, self.ended = sampling
-    self.ways = batch_ways()
+    self.ways = batch_axis_size()
     self.batch = -(-engine.slots // self.ways) * self.ways
     self.queue = collections.deque((p, c) for p in range(len(prompts)) for c in range(group))
     self.done: list[list[Completion | None]] = [[None] * group for _ in prompts]

@@ -22,7 +22,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.runtime.sharding import batch_ways, spec
+from ftjax.runtime.sharding import batch_axis_size, spec
 
 TOKENS_PER_DISPATCH = 16
 
@@ -275,7 +275,7 @@ class Sampler:
       raise ConfigError('generate: every prompt needs at least one token')
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     check_decodable(mesh)
-    batch = -(-count // batch_ways()) * batch_ways()
+    batch = -(-count // batch_axis_size()) * batch_axis_size()
     steps = -(-max(max_tokens - 1, 0) // TOKENS_PER_DISPATCH)
     tokens, segments, positions = left_pad(prompts, batch, self.pad_id)
     ids = np.zeros(batch, np.int32)

@@ -19,7 +19,7 @@ from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding
-from ftjax.runtime.sharding import batch_ways, spec
+from ftjax.runtime.sharding import batch_axis_size, spec
 
 
 class Scorer:
@@ -72,7 +72,7 @@ class Scorer:
       float32[B, C].
     """
     check_decodable(self.mesh)
-    rows = -(-len(prompts) // batch_ways()) * batch_ways()
+    rows = -(-len(prompts) // batch_axis_size()) * batch_axis_size()
     tokens, segments, positions = left_pad(prompts, rows, 0)
     count = len(choices[0])
     size = 1 << (max(len(ids) for row in choices for ids in row) - 1).bit_length()

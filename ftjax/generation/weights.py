@@ -15,7 +15,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.checksum import checksum
-from ftjax.runtime.sharding import AXES, batch_ways, spec
+from ftjax.runtime.sharding import AXES, batch_axis_size, spec
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
@@ -89,7 +89,7 @@ def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dt
     # The sequence may be split: padded to a length that all ways divide.
     ways = mesh.shape['context']
     length = -(-len(tokens) // ways) * ways
-    rows = np.zeros((4, batch_ways(), length), np.int32)
+    rows = np.zeros((4, batch_axis_size(), length), np.int32)
     rows[0, :, : len(tokens)], rows[1, :, : len(tokens) - 1] = tokens, tokens[1:]
     rows[2, :, : len(tokens)], rows[3] = 1, np.arange(length)
     arrays = (sharding.put(mesh, r, 'batch', 'seq') for r in rows)

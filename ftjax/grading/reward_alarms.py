@@ -122,6 +122,6 @@ class RewardAlarms:
     if left and self._once('redraws'):
       log.warning(
         'after rollout.redraws=%d the completions of %d of %d prompts still have equal rewards: '
-        'these prompts carry no signal (flat_left in the metrics counts them)',
+        'these prompts carry no signal (zero_variance_left in the metrics counts them)',
         *(redraws, left, total),
       )

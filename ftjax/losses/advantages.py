@@ -5,7 +5,7 @@ jit on arrays sharded over P or B (C and T whole), but `group_rows`, which is nu
 lays ragged groups out as [P, C]. Advantages are constants: none has a gradient.
 
 A group teaches something only if two of its completions have different rewards. Every group
-function returns exactly 0 for the others and says which they are (`has_lesson`): a caller gives
+function returns exactly 0 for the others and says which they are (`has_signal`): a caller gives
 their tokens weight 0, so that they neither count in the loss's weight nor get a KL term, or draws
 other prompts in their place (DAPO, Yu et al. 2025, section 3.2, 'dynamic sampling').
 """
@@ -24,7 +24,7 @@ class Advantages(NamedTuple):
   """Of groups. What is not scorable has 0."""
 
   advantages: jax.Array  # float32[P, C]
-  has_lesson: jax.Array  # bool[P]
+  has_signal: jax.Array  # bool[P]
 
 
 def group_rows(group_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def group_rows(group_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.nd
   return index, is_there
 
 
-def has_lesson(rewards: jax.Array, scorable: jax.Array) -> jax.Array:
+def has_signal(rewards: jax.Array, scorable: jax.Array) -> jax.Array:
   """bool[P]: whether two scorable completions of a group have different rewards, bit by bit.
 
   This is DAPO's mask of groups to keep (Yu et al. 2025, eq. 11) for rewards that are right or
@@ -70,11 +70,11 @@ def _centred(rewards: jax.Array, scorable: jax.Array) -> tuple[jax.Array, jax.Ar
   return (rewards - mean) * weights, weights, count
 
 
-def _with_lesson(advantages: jax.Array, rewards: jax.Array, scorable: jax.Array) -> Advantages:
+def _masked_by_signal(advantages: jax.Array, rewards: jax.Array, scorable: jax.Array) -> Advantages:
   # By the rewards themselves: the mean of equal numbers may differ from them by a rounding.
-  lesson = has_lesson(rewards, scorable)
-  out = jnp.where(lesson[:, None] & scorable, advantages, 0.0)
-  return Advantages(jax.lax.stop_gradient(out), lesson)
+  has_signal_N = has_signal(rewards, scorable)
+  out = jnp.where(has_signal_N[:, None] & scorable, advantages, 0.0)
+  return Advantages(jax.lax.stop_gradient(out), has_signal_N)
 
 
 def grpo(rewards: jax.Array, scorable: jax.Array, epsilon: float = 1e-4) -> Advantages:
@@ -92,13 +92,13 @@ def grpo(rewards: jax.Array, scorable: jax.Array, epsilon: float = 1e-4) -> Adva
   centred, _, count = _centred(rewards, scorable)
   squares = jnp.square(centred).sum(-1, keepdims=True)
   std = jnp.sqrt(masked.divide(squares, jnp.maximum(count - 1.0, 0.0)))
-  return _with_lesson(centred / (std + epsilon), rewards, scorable)
+  return _masked_by_signal(centred / (std + epsilon), rewards, scorable)
 
 
 def dr_grpo(rewards: jax.Array, scorable: jax.Array) -> Advantages:
   """r - mean of the group: Dr. GRPO, Liu et al. 2025, section 3; TRL's scale_rewards 'none'.
   Arguments as in `grpo`."""
-  return _with_lesson(_centred(rewards, scorable)[0], rewards, scorable)
+  return _masked_by_signal(_centred(rewards, scorable)[0], rewards, scorable)
 
 
 def rloo(rewards: jax.Array, scorable: jax.Array) -> Advantages:
@@ -109,7 +109,7 @@ def rloo(rewards: jax.Array, scorable: jax.Array) -> Advantages:
   """
   centred, _, count = _centred(rewards, scorable)
   scale = masked.divide(count, jnp.maximum(count - 1.0, 0.0))
-  return _with_lesson(centred * scale, rewards, scorable)
+  return _masked_by_signal(centred * scale, rewards, scorable)
 
 
 def reinforce_pp_baseline(
@@ -118,16 +118,16 @@ def reinforce_pp_baseline(
   """(r - mean of the group) / sqrt(variance over the batch + epsilon): REINFORCE++ with baseline.
 
   Hu et al. 2025, section 3. The batch's mean of r - mean of the group is 0, so none is taken off:
-  a group without a lesson stays at exactly 0. The variance is over all scorable completions
-  (number - 1), groups without a lesson included, as in the paper; to leave those out give
-  `scorable & has_lesson(rewards, scorable)[:, None]`. It couples all prompts: give it the whole
+  a zero-variance group stays at exactly 0. The variance is over all scorable completions
+  (number - 1), zero-variance groups included, as in the paper; to leave those out give
+  `scorable & has_signal(rewards, scorable)[:, None]`. It couples all prompts: give it the whole
   step's rewards. TRL has no such form (its scale_rewards 'batch' divides by the deviation of the
   rewards themselves); verl and OpenRLHF whiten per token what is here per completion.
   """
   centred, weights, _ = _centred(rewards, scorable)
   squares, count = masked.mean(jnp.square(centred), weights)
   variance = masked.divide(squares, jnp.maximum(count - 1.0, 0.0))
-  return _with_lesson(centred * jax.lax.rsqrt(variance + epsilon), rewards, scorable)
+  return _masked_by_signal(centred * jax.lax.rsqrt(variance + epsilon), rewards, scorable)
 
 
 def reinforce_pp(rewards: jax.Array, weights: jax.Array) -> jax.Array:

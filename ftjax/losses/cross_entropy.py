@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class LossConfig:
   """Which terms the training loss has.
 
   loss = nll + label_smoothing * (mean over the vocabulary of -log p - nll) + z_loss * logsumexp^2,
@@ -87,7 +87,7 @@ def loss_and_gradient(
   logits: jax.Array,
   labels: jax.Array,
   weights: jax.Array,
-  terms: Terms,
+  terms: LossConfig,
   axis: str | None,
   offset: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

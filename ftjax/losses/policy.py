@@ -2,7 +2,7 @@
 reference, value loss. The correction for another sampler's log-probs is in `mismatch.py`.
 
 Axes: B completions, T tokens. `weights` float32[B, T] is 1 for the tokens the policy sampled, 0 for
-prompt, padding and tools' answers; completions of groups without a lesson (see `advantages.py`)
+prompt, padding and tools' answers; completions of zero-variance groups (see `advantages.py`)
 have weight 0 too, so they neither count nor dilute. All functions are jnp, elementwise and
 reductions, and run under jit on arrays sharded over B. Log-probs are in nats.
 
@@ -24,7 +24,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class PolicyLossConfig:
   """What a policy is trained on.
 
   surrogate: a name of SURROGATES.
@@ -116,7 +116,7 @@ LEVELS = {
 
 
 def _clip(
-  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: Objective
+  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: PolicyLossConfig
 ) -> jax.Array:
   clipped = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
   gain = jnp.minimum(ratio * advantages, clipped * advantages)
@@ -126,14 +126,14 @@ def _clip(
 
 
 def _cispo(
-  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: Objective
+  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: PolicyLossConfig
 ) -> jax.Array:
   bounded = jnp.minimum(ratio, 1 + objective.clip_high)
   return -jax.lax.stop_gradient(bounded) * advantages * logp
 
 
 def _reinforce(
-  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: Objective
+  ratio: jax.Array, logp: jax.Array, advantages: jax.Array, objective: PolicyLossConfig
 ) -> jax.Array:
   return -advantages * logp
 
@@ -232,7 +232,7 @@ AGGREGATIONS = {
 
 
 def loss(
-  rollout: Rollout, objective: Objective, kl_coef: jax.Array | None = None
+  rollout: Rollout, objective: PolicyLossConfig, kl_coef: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
   """A micro-batch's policy loss: surrogate times correction, + kl_coef KL - entropy_coef entropy.
 
@@ -278,7 +278,7 @@ def _ratio_metrics(
   to_old: jax.Array,
   advantages: jax.Array,
   weights: jax.Array,
-  objective: Objective,
+  objective: PolicyLossConfig,
 ) -> dict[str, masked.Pair]:
   ratio, to_old = jax.lax.stop_gradient((ratio, to_old))
   low = (ratio < 1 - objective.clip_low) & (advantages < 0)

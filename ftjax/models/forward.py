@@ -28,7 +28,7 @@ def hidden_states(
   )
 
 
-def readout(
+def logprobs_and_entropy(
   arch: Architecture, params: dict, batch: dict, *, temperature: float, dtype, remat: str
 ) -> tuple[jax.Array, jax.Array]:
   """(log-probs, entropies) float32[B, T] of a batch's labels under the model of all parameters, in
@@ -49,7 +49,7 @@ def token_scores(arch: Architecture, params: dict, batch: dict, dtype, remat: st
   return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
 
 
-def answer_scores(
+def sequence_rewards(
   arch: Architecture, params: dict, batch: dict, dtype, remat: str, segments: int
 ) -> list[jax.Array]:
   """float32[B] for each of the first `segments` segments of the rows: the score at the last token,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses import cross_entropy
-from ftjax.losses.cross_entropy import Terms
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.runtime.sharding import BATCH, gather, index, is_alone, island, scatter_sum, spec, total
 
 # Bytes of one chunk's float32 logits, per device: large enough for full-speed matrix products.
@@ -80,7 +80,7 @@ class _Chunks:
     )
 
 
-def _train_local(x, w, labels, weights, *, terms: Terms):
+def _train_local(x, w, labels, weights, *, terms: LossConfig):
   chunks = _Chunks(x, w, labels, weights)
 
   def body(i, carry):
@@ -106,7 +106,7 @@ def _train_local(x, w, labels, weights, *, terms: Terms):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sums(
-  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, terms: Terms
+  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, terms: LossConfig
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums of the loss over all tokens of all devices.
 

@@ -73,7 +73,7 @@ class Block(nnx.Module):
     return x + self.mlp(self.mlp_norm(x)), memory
 
 
-class Frame(nnx.Module):
+class EmbedAndHead(nnx.Module):
   """What stands around the blocks: embedding table, last norm, and the head when it is not tied."""
 
   def __init__(self, arch: Architecture):
@@ -113,7 +113,7 @@ class Declared(NamedTuple):
 def declared(arch: Architecture) -> dict[str, Declared]:
   """Flat {name: what is declared} of the whole model."""
   out = {}
-  for name, p in _definition(Frame, arch)[1].items():
+  for name, p in _definition(EmbedAndHead, arch)[1].items():
     out[name] = Declared(p.get_value().shape, p.axes, p.fan_in, p.constant)
   for i, (pattern, repeats) in enumerate(arch.stacks):
     for j in range(len(pattern)):
@@ -226,7 +226,7 @@ def apply(
 
 def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
   frame = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
-  return nnx.merge(_definition(Frame, arch)[0], frame).final_norm(x)
+  return nnx.merge(_definition(EmbedAndHead, arch)[0], frame).final_norm(x)
 
 
 def decode(

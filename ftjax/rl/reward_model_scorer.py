@@ -14,7 +14,7 @@ from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.models.forward import answer_scores
+from ftjax.models.forward import sequence_rewards
 from ftjax.rl.rollout_batch import side
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
@@ -86,7 +86,7 @@ class TrainedReward:
 
     @jax.jit
     def score(params, batch):
-      [out] = answer_scores(arch, params, batch, dtype, 'none', 1)
+      [out] = sequence_rewards(arch, params, batch, dtype, 'none', 1)
       return jax.sharding.reshard(out, sharding.spec(None))
 
     self._score = score

@@ -11,7 +11,7 @@ from ftjax.generation.completion import Completion, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class RolloutBatch:
   """A rollout on the host: R rows, one completion each, those of a prompt side by side.
 
   arrays: tokens, labels, segments, positions int32[R, T]; weights float32[R, T], 1 where the label
@@ -37,7 +37,7 @@ def side(prompt: Prompt, completion: Completion) -> tuple[np.ndarray, np.ndarray
 def rows(
   prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], seq_len: int
 ) -> dict[str, np.ndarray]:
-  """Arrays [R, T] of completions[prompt][index], in this order; see `Sampled`."""
+  """Arrays [R, T] of completions[prompt][index], in this order; see `RolloutBatch`."""
   pairs = [(p, c) for p, cs in zip(prompts, completions, strict=True) for c in cs]
   out = batches.empty(len(pairs), seq_len)
   out['sampler_logp'] = np.zeros((len(pairs), seq_len), np.float32)
@@ -59,13 +59,13 @@ def fill_unscored(totals: np.ndarray, groups: int) -> np.ndarray:
   return np.where(is_scored, rows, means[:, None]).reshape(-1)
 
 
-def flat_groups(s: Sampled) -> np.ndarray:
+def zero_variance_groups(s: RolloutBatch) -> np.ndarray:
   """int[n]: prompts whose completions all earned the same."""
   groups = s.rewards.reshape(-1, s.group)
   return np.flatnonzero(groups.min(1) == groups.max(1))
 
 
-def with_groups(s: Sampled, other: Sampled, places: np.ndarray) -> Sampled:
+def with_groups(s: RolloutBatch, other: RolloutBatch, places: np.ndarray) -> RolloutBatch:
   """`s` with the groups of `other` at `places`."""
   at = (places[:, None] * s.group + np.arange(s.group)).reshape(-1)
 
@@ -80,7 +80,7 @@ def with_groups(s: Sampled, other: Sampled, places: np.ndarray) -> Sampled:
       out[i] = x
     return out
 
-  return Sampled(
+  return RolloutBatch(
     {k: put(v, other.arrays[k]) for k, v in s.arrays.items()},
     put(s.rewards, other.rewards),
     put(s.lengths, other.lengths),
@@ -90,7 +90,7 @@ def with_groups(s: Sampled, other: Sampled, places: np.ndarray) -> Sampled:
   )
 
 
-def spread(totals: np.ndarray, found: Rollout) -> dict[str, float]:
+def rollout_statistics(totals: np.ndarray, found: Rollout) -> dict[str, float]:
   """Metrics of rewards float32[R] and lengths; 'better' than the mean are the right answers, where
   rewards are 0 and 1.
   """
@@ -103,7 +103,7 @@ def spread(totals: np.ndarray, found: Rollout) -> dict[str, float]:
     'truncated': float(np.mean(truncated)),
   }
   if groups.shape[1] > 1:
-    out['flat_groups'] = float((groups.min(1) == groups.max(1)).mean())
+    out['zero_variance_groups'] = float((groups.min(1) == groups.max(1)).mean())
   mean = totals.mean()
   for name, which in (('better', totals > mean), ('worse', totals < mean)):
     if which.any():

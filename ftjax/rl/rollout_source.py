@@ -5,9 +5,9 @@ updates, steps i U to i U + U - 1. It is a function of the seed, i, and the weig
 so a run that goes on from there makes it again, bit for bit. Between two rollouts the weights it
 came from are gone: then its arrays are read back from rollouts/<i>.npz.
 
-Shared by the algorithms that train on what the model says: each gives a `Teacher`, which turns a
-rollout with its rewards into rows to train on, and its loss. Rewards run in process 0; everything
-else is done, and comes out alike, in all processes."""
+Shared by the algorithms that train on completions of the model: each gives a `BatchBuilder`, which
+turns a rollout with its rewards into rows to train on, and its loss. Rewards run in process 0;
+everything else is computed alike in all processes."""
 
 import hashlib
 import logging
@@ -41,9 +41,10 @@ from ftjax.generation.sampler import Sampling
 from ftjax.grading import rewards
 from ftjax.grading.reward_alarms import RewardAlarms
 from ftjax.grading.reward_batch import sample_rows
-from ftjax.models.forward import model_of, readout
+from ftjax.models.forward import logprobs_and_entropy, model_of
+from ftjax.rl import rollout_batch
 from ftjax.rl.reward_model_scorer import TrainedReward, check_tokens
-from ftjax.rl.rollout_batch import Sampled, fill_unscored, flat_groups, rows, spread, with_groups
+from ftjax.rl.rollout_batch import RolloutBatch, with_groups, zero_variance_groups
 from ftjax.rl.rollout_files import RolloutFiles
 from ftjax.runtime.errors import CheckError, ConfigError
 from ftjax.runtime.sharding import BATCH, spec, zigzag
@@ -57,7 +58,7 @@ _ALARM = 0.05
 _CHECKED_LEAVES = 8
 
 
-class Lesson(NamedTuple):
+class TrainBatch(NamedTuple):
   """What a rollout teaches.
 
   arrays: algorithm_config.rows_per_rollout rows, with every field of a batch. metrics: by name.
@@ -69,10 +70,10 @@ class Lesson(NamedTuple):
   kept: Sequence[dict[str, Any]] = ()
 
 
-class Teacher:
+class BatchBuilder:
   """What an algorithm makes of rollouts; what it remembers between them is saved with the run."""
 
-  def teach(self, sampled: Sampled) -> Lesson:
+  def build(self, sampled: RolloutBatch) -> TrainBatch:
     """Of one rollout; called once for each, in order."""
     raise NotImplementedError
 
@@ -98,21 +99,23 @@ def order(count: int, *names: int | str) -> np.ndarray:
   return np.array(sorted(range(count), key=keys.__getitem__), np.int64)
 
 
-class Episodes(Source):
+class RolloutSource(Source):
   """The source of a run's batches, for fit.fit; use it in a `with`.
 
   Args:
     run: from experiment.start.
-    teacher: of the algorithm.
+    builder: of the algorithm.
     measures: what else it wants to know of every token, by name.
 
   Raises:
     ConfigError: rewards that cannot be had.
   """
 
-  def __init__(self, run: Run, teacher: Teacher, measures: Mapping[str, Measure] | None = None):
+  def __init__(
+    self, run: Run, builder: BatchBuilder, measures: Mapping[str, Measure] | None = None
+  ):
     c = run.config
-    self.run, self._teacher = run, teacher
+    self.run, self._batch_builder = run, builder
     self._updates = steps_per_batch(c)
     self.files = RolloutFiles(run.workdir, self._updates)
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
@@ -170,7 +173,7 @@ class Episodes(Source):
     )
     self._rewards.check_rows((p.place, p.columns) for s in sources for p in s.rows)
 
-  def __enter__(self) -> 'Episodes':
+  def __enter__(self) -> 'RolloutSource':
     return self
 
   def __exit__(self, *error: Any) -> None:
@@ -182,7 +185,7 @@ class Episodes(Source):
   def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     """See fit.Source."""
     self._trainer, self._write = trainer, write
-    self._teacher.restore(saved)
+    self._batch_builder.restore(saved)
     self.files.begin(start)
     if self._wants_ref:
       self._reference = trainer.first()  # not in the state: it never changes
@@ -190,7 +193,7 @@ class Episodes(Source):
   def saving(self, step: int) -> dict[str, Any]:
     """See fit.Source."""
     self.files.saving(step)
-    return self._teacher.saved()
+    return self._batch_builder.saved()
 
   def end(self) -> None:
     """See fit.Source."""
@@ -230,29 +233,29 @@ class Episodes(Source):
     sampled, metrics = self._draw(params, range(first, first + c.batch_size), number)
     drawn = c.batch_size
     for again in range(1, c.rollout.redraws + 1):
-      flat = flat_groups(sampled)
+      flat = zero_variance_groups(sampled)
       if not len(flat):
         break
       more, _ = self._draw(params, [first + again * c.batch_size + i for i in flat], None)
       sampled, drawn = with_groups(sampled, more, flat), drawn + len(flat)
-    lesson = self._teacher.teach(sampled)
-    if len(lesson.arrays['tokens']) != rows_per_rollout(c):
-      found = len(lesson.arrays['tokens'])
+    train_batch = self._batch_builder.build(sampled)
+    if len(train_batch.arrays['tokens']) != rows_per_rollout(c):
+      found = len(train_batch.arrays['tokens'])
       raise CheckError(f'rollout {number} has {found} rows, expected {rows_per_rollout(c)}')
     if c.rollout.redraws:
-      left = len(flat_groups(sampled))
+      left = len(zero_variance_groups(sampled))
       self._alarms.report_redraws(left, c.batch_size, c.rollout.redraws)
-      metrics |= {'redrawn': drawn / c.batch_size - 1, 'flat_left': left}
-    self._write(step + 1, metrics | lesson.metrics)
-    self.files.write_rows(f'kept-{number}', lesson.kept)
+      metrics |= {'redrawn': drawn / c.batch_size - 1, 'zero_variance_left': left}
+    self._write(step + 1, metrics | train_batch.metrics)
+    self.files.write_rows(f'kept-{number}', train_batch.kept)
     if self._updates > 1:
       wanted = self.run.batch_shardings(micro=True)
-      self.files.write_arrays(number, {k: lesson.arrays[k] for k in wanted})
-    return lesson.arrays
+      self.files.write_arrays(number, {k: train_batch.arrays[k] for k in wanted})
+    return train_batch.arrays
 
   def _draw(
     self, params: dict, numbers: Sequence[int], rollout: int | None
-  ) -> tuple[Sampled, dict[str, float]]:
+  ) -> tuple[RolloutBatch, dict[str, float]]:
     """Completions of the prompts of these numbers, with their rewards."""
     c, prompts = self.run.config, [self.run.data.prompt(n) for n in numbers]
     found = self.sample(params, prompts, numbers, seed=c.seed, group=c.rollout.group)
@@ -296,10 +299,10 @@ class Episodes(Source):
 
   def score(
     self, params: dict, prompts: Sequence[Prompt], found: Rollout, number: int | None
-  ) -> tuple[Sampled, dict[str, float]]:
+  ) -> tuple[RolloutBatch, dict[str, float]]:
     """Rewards, and log-probs of the trainer and the reference where they are wanted."""
     c = self.run.config
-    arrays = rows(prompts, found.completions, c.seq_len)
+    arrays = rollout_batch.rows(prompts, found.completions, c.seq_len)
     totals, metrics = self._reward(prompts, found, number)
     metrics |= {f'engine/{k}': v for k, v in found.metrics.items()}
     if self._wants_old or not self._is_checked:
@@ -324,7 +327,7 @@ class Episodes(Source):
     lengths = arrays['weights'].sum(-1).astype(np.int32)
     group = len(found.completions[0])
     return (
-      Sampled(
+      RolloutBatch(
         arrays,
         totals,
         lengths,
@@ -363,7 +366,7 @@ class Episodes(Source):
   def _logp(self, params: dict, batch: dict) -> jax.Array:
     c = self.run.config
     how = dict(temperature=c.rollout.temperature, dtype=self._dtype, remat='none')
-    return readout(self.run.arch, params, batch, **how)[0]
+    return logprobs_and_entropy(self.run.arch, params, batch, **how)[0]
 
   def _measure(
     self, name: str, params: dict, arrays: dict[str, np.ndarray], size: int = 0
@@ -394,8 +397,10 @@ class Episodes(Source):
     if self._trained:
       self._judged = self._trained(pairs)
     told = processes.from_main(lambda: self._reward_here(pairs, number))
-    totals = fill_unscored(np.array(told['totals'], np.float32), len(found.completions))
-    return totals, told['metrics'] | spread(totals, found)
+    totals = rollout_batch.fill_unscored(
+      np.array(told['totals'], np.float32), len(found.completions)
+    )
+    return totals, told['metrics'] | rollout_batch.rollout_statistics(totals, found)
 
   def _reward_here(self, pairs: Sequence[tuple], number: int | None) -> dict[str, Any]:
     batch = self._transcripts.batch(pairs, self._progress(number))

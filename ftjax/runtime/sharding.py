@@ -169,13 +169,13 @@ def index(axis: str) -> jax.Array:
   return jnp.zeros((), jnp.int32) if is_alone() else jax.lax.axis_index(axis)
 
 
-def batch_ways() -> int:
+def batch_axis_size() -> int:
   """How many shards the batch axis has on the current mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[a] for a in BATCH)
 
 
-def ways(axis: str) -> int:
+def axis_size(axis: str) -> int:
   """Members of an axis of the current mesh."""
   return jax.sharding.get_abstract_mesh().shape[axis]
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ftjax.cluster import preemption, processes
-from ftjax.cluster.step_sync import Signals
+from ftjax.cluster.step_sync import StepSync
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.runtime.errors import NonFiniteError, RunError, StoppedEarly
 from ftjax.storage.checkpoint import Checkpoints
@@ -61,9 +61,9 @@ class Progress:
 
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
   after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
-  owed: the evaluation of the saved step is still to be made. began: when the run was first started,
-  seconds since 1970. trained_s: seconds that went into the steps that count. console: what the
-  console remembers.
+  eval_pending: the evaluation of the saved step is still to be made. began: when the run was first
+  started, seconds since 1970. trained_s: seconds that went into the steps that
+  count. console: what the console remembers.
   """
 
   value: float | None = None
@@ -71,7 +71,7 @@ class Progress:
   evals_since: int = 0
   loss_sum: float = 0.0
   losses: int = 0
-  owed: bool = False
+  eval_pending: bool = False
   began: float = 0.0
   trained_s: float = 0.0
   console: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -110,7 +110,7 @@ class StopFlag:
 
   def _handle(self, number, frame):
     del frame
-    log.warning('%s: stopping after this step', signal.Signals(number).name)
+    log.warning('%s: stopping after this step', signal.StepSync(number).name)
     self.wanted = True
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
@@ -146,7 +146,7 @@ class Loop:
     checkpoints: Checkpoints,
     throughput: Throughput,
     console: Console,
-    signals: Signals,
+    signals: StepSync,
     watchdog: Watchdog,
     profile_dir: str,
   ):
@@ -158,7 +158,7 @@ class Loop:
     self._profile_dir = profile_dir
     self.progress = Progress()
     self._latest: dict[str, float] = {}
-    self._spread: dict[str, float] = {}
+    self._host_metrics: dict[str, float] = {}
     self._free = 0.0
     self._bar: tqdm | None = None
     self._stop = StopFlag()
@@ -201,10 +201,10 @@ class Loop:
       self._watchdog.phase('step'),
     ):
       self._free = time.perf_counter()
-      if progress.owed:
+      if progress.eval_pending:
         with self._throughput.paused():
           self._look(state, start)
-        if progress.owed:
+        if progress.eval_pending:
           raise self._stopped(start)
       for done in range(start + 1, cadence.steps + 1):
         if done - 1 == trace_from < trace_to:
@@ -217,7 +217,7 @@ class Loop:
         if pending:
           self._read(*pending)
         seen = self._signals.receive(sent, stop.wanted)
-        self._spread = seen.spread()
+        self._host_metrics = seen.host_metrics()
         pending = (done, metrics)
         if done == trace_to > trace_from:
           jax.block_until_ready(metrics)
@@ -230,7 +230,7 @@ class Loop:
           with self._throughput.paused():
             ended = self._rest(state, done, evaluate, last or halt)
           # A signal may have come while the evaluation ran.
-          if halt or self.progress.owed or ((last or ended) and self._is_stopping()):
+          if halt or self.progress.eval_pending or ((last or ended) and self._is_stopping()):
             raise self._stopped(done)
           self._free = time.perf_counter()
           if ended:
@@ -306,7 +306,7 @@ class Loop:
       progress = self.progress
       trained = progress.trained_s + self._throughput.trained_s
       goodput = {'goodput': trained / max(time.time() - progress.began, 1e-9)}
-      self._writer.write(done, 'train', values | speed | memory() | self._spread | goodput)
+      self._writer.write(done, 'train', values | speed | memory() | self._host_metrics | goodput)
       shown = self._console.bar(values)
       if speed:
         shown |= {'tok/s': f'{speed["tokens_per_s"]:.0f}'}
@@ -325,7 +325,7 @@ class Loop:
         metric = measured.get(cadence.metric)
         improved = metric is not None and self.progress.see(metric, done, cadence.mode)
         ended = bool(cadence.patience) and self.progress.evals_since >= cadence.patience
-      must_save = must_save or self.progress.owed
+      must_save = must_save or self.progress.eval_pending
     if must_save or improved or ended or _due(done, cadence.save_every):
       trained = self.progress.trained_s + self._throughput.trained_s
       progress = dataclasses.replace(self.progress, trained_s=trained)
@@ -339,7 +339,7 @@ class Loop:
     return ended
 
   def _look(self, state: State, done: int) -> dict[str, float]:
-    """Evaluates after step `done` and writes what was found, or leaves it owed."""
+    """Evaluates after step `done` and writes what was found, or leaves it eval_pending."""
     progress = self.progress
 
     def is_cancelled():
@@ -348,7 +348,7 @@ class Loop:
 
     with self._watchdog.phase('evaluate'):
       values = None if is_cancelled() else self._evaluate(state, done, is_cancelled)
-    progress.owed = values is None
+    progress.eval_pending = values is None
     if values is None:
       return {}
     if progress.losses and 'loss' in values:

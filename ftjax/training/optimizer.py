@@ -42,7 +42,7 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class OptimizerConfig:
   """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each."""
 
   name: str
@@ -123,7 +123,7 @@ def _scale_by(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation
 
 
 def layer_mask(
-  recipe: Recipe, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+  recipe: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
 ) -> Callable[[dict], dict]:
   """gradient -> gradient with zeros for the frozen layers of leaves that are trained in part.
 
@@ -202,7 +202,7 @@ def _split(
   return optax.GradientTransformation(init, update)
 
 
-def _direction(recipe: Recipe, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+def _direction(recipe: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
   """The part that differs by name: from the clipped gradient to a step of rate 1, before decay."""
   adam = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps)
   if recipe.name == 'adamw':
@@ -236,7 +236,7 @@ def _direction(recipe: Recipe, info: Mapping[str, Leaf]) -> optax.GradientTransf
 
 
 def make_optimizer(
-  recipe: Recipe, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+  recipe: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
 ) -> optax.GradientTransformation:
   """Direction, weight decay, multipliers and learning rate, over the leaves `trained` of all leaves
   `info`.

@@ -45,7 +45,7 @@ def _laid(rows: np.ndarray, sharding: NamedSharding) -> np.ndarray:
   return rows if ways == 1 else rows[..., zigzag(rows.shape[-1], ways)]
 
 
-class Feed:
+class Prefetch:
   """Gives the device batches of the steps from `start` to `stop`."""
 
   def __init__(
@@ -65,7 +65,7 @@ class Feed:
           self._put((step, place(make(step), shardings)))
           if self._stopping.is_set():
             return
-        self._put(ValueError(f'Feed: all steps up to {stop} were taken'))
+        self._put(ValueError(f'Prefetch: all steps up to {stop} were taken'))
       except BaseException as error:
         self._put(error)
 
@@ -86,7 +86,7 @@ class Feed:
       raise item
     made, batch = item
     if made != step:
-      raise ValueError(f'Feed: step {step} was asked for, the next one is {made}')
+      raise ValueError(f'Prefetch: step {step} was asked for, the next one is {made}')
     return batch
 
   def close(self):

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.runtime import compiler_options, trees
 from ftjax.runtime.checksum import checksum
-from ftjax.runtime.sharding import ways, zigzag
+from ftjax.runtime.sharding import axis_size, zigzag
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -61,7 +61,7 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
   return jax.lax.scan(body, zeros, (batch, keys))[0]
 
 
-def fed(batch: dict) -> dict[str, jax.Array]:
+def batch_stats(batch: dict) -> dict[str, jax.Array]:
   """What a batch [A, M, T] held, the same however its rows are spread: `tokens` int32[], those that
   are no padding; `supervised_tokens` float32[], the sum of their weights; `attended` float32[], the
   (query, key) pairs of causal attention within segments;
@@ -69,7 +69,7 @@ def fed(batch: dict) -> dict[str, jax.Array]:
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
   a, m, t = tokens.shape
-  order = zigzag(t, ways('context'))  # tokens lie in it; each counts with its place in the row
+  order = zigzag(t, axis_size('context'))  # tokens lie in it; each counts with its place in the row
   place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
   place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
   real = segments > 0
@@ -139,8 +139,8 @@ def make_step(
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
     rows. Metrics hold loss (per unit of weight: a supervised token, or a pair), grad_norm (before
-    clipping), lr, ok (finite), bad_streak, skipped, has_signal, no_signal, those of `fed`, and
-    loss_fn's own, divided.
+    clipping), lr, ok (finite), bad_streak, skipped, has_signal, no_signal, those of `batch_stats`,
+    and loss_fn's own, divided.
 
   A step without signal (its weight is 0, or has_signal says so) leaves params, moments, moving
   average and the optimizer's count as they are, bit for bit: momentum and weight decay would move
@@ -176,7 +176,7 @@ def make_step(
       bad_streak=(state.bad_streak + bad) * (bad | idle),  # an idle step says nothing of the next
       no_signal=state.no_signal + idle,
     )
-    out = {name: _ratio(*pair) for name, pair in metrics.items()} | fed(batch)
+    out = {name: _ratio(*pair) for name, pair in metrics.items()} | batch_stats(batch)
     # The optimizer counts the updates that were made.
     updates = state.step - state.skipped - state.no_signal
     rate = jnp.asarray(schedule(updates), jnp.float32)

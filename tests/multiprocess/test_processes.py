@@ -185,7 +185,7 @@ def test_hosts_that_read_other_files_by_one_name_are_refused(what, one, tmp_path
 STUCK_AFTER_ALL_AGREED = """
 import sys, time
 import jax
-from ftjax.runtime import peers
+from ftjax.cluster import processes as peers
 jax.distributed.initialize(
   sys.argv[1], 2, int(sys.argv[2]), cluster_detection_method='deactivate')
 peers.watch()

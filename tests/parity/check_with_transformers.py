@@ -35,7 +35,7 @@ CACHE, GGUF = ROOT / '.cache', 'SmolLM2-135M-Instruct.Q4_1.gguf'
 EXPORT = """
 import sys
 import jax, numpy as np
-from ftjax.hf import export, load, names
+from ftjax.hf import export, load, layout as names
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 path, target, shard = sys.argv[1:]
@@ -51,9 +51,9 @@ export.export(params, arch, target, source_config=config, tokenizer_files=files,
 MAKE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
-from ftjax import experiment
-from ftjax.forward import token_scores
-from ftjax.hf import export, names
+from ftjax.experiment import run as experiment
+from ftjax.models.forward import token_scores
+from ftjax.hf import export, layout as names
 from ftjax.models import head, transformer
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees

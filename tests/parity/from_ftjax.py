@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.losses import advantages, masked, mismatch, policy, preference
-from ftjax.losses.policy import Objective
+from ftjax.losses.policy import PolicyLossConfig
 from ftjax.losses.preference import Settings
 
 
@@ -66,21 +66,21 @@ def preferences(x: dict[str, jax.Array]) -> dict:
 
 
 OBJECTIVES = {
-  'grpo': Objective(clip_high=0.28, aggregate='sequence'),
-  'bnpo': Objective(clip_high=0.28),
-  'dr_grpo': Objective(clip_high=0.28, aggregate='constant', constant=12),
-  'dapo': Objective(clip_high=0.28),
-  'cispo': Objective(surrogate='cispo', clip_high=0.2),
-  'two_sided': Objective(clip_high=0.28, dual_clip=1.5),
-  'gspo': Objective(level='sequence', clip_low=0.05, clip_high=0.06, aggregate='sequence'),
-  'kl': Objective(clip_high=0.28, kl='k3_is', kl_coef=0.3),
-  'kl_plain': Objective(clip_high=0.28, kl='k3', kl_coef=0.3),
-  'kl_gspo': Objective(
+  'grpo': PolicyLossConfig(clip_high=0.28, aggregate='sequence'),
+  'bnpo': PolicyLossConfig(clip_high=0.28),
+  'dr_grpo': PolicyLossConfig(clip_high=0.28, aggregate='constant', constant=12),
+  'dapo': PolicyLossConfig(clip_high=0.28),
+  'cispo': PolicyLossConfig(surrogate='cispo', clip_high=0.2),
+  'two_sided': PolicyLossConfig(clip_high=0.28, dual_clip=1.5),
+  'gspo': PolicyLossConfig(level='sequence', clip_low=0.05, clip_high=0.06, aggregate='sequence'),
+  'kl': PolicyLossConfig(clip_high=0.28, kl='k3_is', kl_coef=0.3),
+  'kl_plain': PolicyLossConfig(clip_high=0.28, kl='k3', kl_coef=0.3),
+  'kl_gspo': PolicyLossConfig(
     level='sequence', clip_high=0.28, kl='k3_is', kl_coef=0.3, aggregate='sequence'
   ),
-  'entropy': Objective(clip_high=0.28, entropy_coef=0.1),
+  'entropy': PolicyLossConfig(clip_high=0.28, entropy_coef=0.1),
   # RLOO's loss is per completion: the same number at each of its tokens has it as its mean.
-  'rloo': Objective(level='trajectory', clip_high=0.28, aggregate='sequence'),
+  'rloo': PolicyLossConfig(level='trajectory', clip_high=0.28, aggregate='sequence'),
 }
 
 

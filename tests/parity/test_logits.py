@@ -66,7 +66,7 @@ def test_loss_and_gradient_of_tiny_models(name):
   def run(params):
     x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
     table = transformer.head_weights(arch, params)
-    return head.cross_entropy_sums(x, table, labels, weights, head.Terms())[0] / weights.sum()
+    return head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0] / weights.sum()
 
   loss, gradient = run(params)
   assert float(loss) == pytest.approx(float(stored['loss']), rel=1e-6)

@@ -74,7 +74,7 @@ def make_inputs() -> dict[str, np.ndarray]:
   x['ref_logp'] = x['logp'] + rng.normal(size=x['logp'].shape) * 0.5
   x['sampler_logp'] = x['old_logp'] + rng.normal(size=x['logp'].shape) * 0.4
   x['old_values'] = x['values'] + rng.normal(size=x['values'].shape) * 0.3
-  x['group_rewards'][1] = 0.5  # a group without a lesson
+  x['group_rewards'][1] = 0.5  # a group without a built
   x['group_rewards'][2, 1] = np.nan  # a completion that no reward function could score
   return {k: v.astype(np.float32) if v.dtype == np.float64 else v for k, v in x.items()}
 

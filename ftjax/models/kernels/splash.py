@@ -64,7 +64,7 @@ def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None,
   """(q [G, T, H], k [S, H], v [S, H], segments) -> [G, T, H], for the G heads of one key head and
   this device's T queries.
   """
-  ways = sharding.ways('context')
+  ways = sharding.axis_size('context')
   queries = length // ways
   # A block that holds queries of both chunks would skip little.
   block_q = _block(queries // 2 if ways > 1 and queries % 256 == 0 else queries)
