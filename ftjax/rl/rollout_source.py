@@ -87,6 +87,7 @@ class BatchBuilder:
 
 # (all parameters, batch of arrays [B, T]) -> float32[B, T], laid out like the batch.
 Measure = Callable[[dict, dict], jax.Array]
+Measures = Mapping[str, Measure]  # by the name of the array
 
 
 def _random(*names: int | str) -> bytes:
@@ -180,8 +181,6 @@ class RolloutSource(Source):
     if self._rewards:
       self._rewards.close()
 
-  # What fit.fit asks for.
-
   def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     """See fit.Source."""
     self._trainer, self._write = trainer, write
@@ -224,8 +223,6 @@ class RolloutSource(Source):
     shardings = self.run.batch_shardings(micro=True)
     rows = {k: arrays[k][which] for k in shardings}
     return place({k: v.reshape(*shape, *v.shape[1:]) for k, v in rows.items()}, shardings)
-
-  # A rollout.
 
   def _make(self, number: int, state: State, step: int) -> dict[str, np.ndarray]:
     c, params = self.run.config, self._trainer.everything(state)
