@@ -12,7 +12,6 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.config import algorithm_keys, keys
-from ftjax.experiment.model import open_model
 
 cli.define_config()
 _ROWS = flags.DEFINE_integer('rows', 1, 'How many packed sequences to print.', lower_bound=0)
@@ -31,6 +30,7 @@ def main() -> None:
   from ftjax.config import algorithms
   from ftjax.data import describe
   from ftjax.experiment import data as examples
+  from ftjax.experiment.model import open_model
 
   model = open_model(
     c.model.path,

@@ -315,8 +315,8 @@ def test_a_holder_that_was_taken_for_dead_says_so_and_leaves_the_lock_alone(buck
 
 def test_a_run_whose_folder_was_taken_over_ends(bucket):
   code = (
-    'import sys, time; from ftjax.runtime import lease; '
-    f'held = lease.Lease({RUN!r}, beat=0.05); print("held", flush=True); time.sleep(60)'
+    'import sys, time; from ftjax.storage import gcs_lock; '
+    f'held = gcs_lock.Lease({RUN!r}, beat=0.05); print("held", flush=True); time.sleep(60)'
   )
   with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as run:
     assert run.stdout.readline() == b'held\n'

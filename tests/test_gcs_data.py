@@ -68,8 +68,8 @@ def test_patterns_and_splits_of_a_bucket(bucket, tmp_path):
   def names(path):
     return [row['n'] for _, row in sources.rows(Spec(f'{ROOT}/{path}'))]
 
-  assert names('d/train-*.jsonl') == layout('d:train') == ['train-0.jsonl', 'train-1.jsonl']
-  assert names('d/x.zip') == ['zip'] and layout('d/y.jsonl.zst') == ['zst']
+  assert names('d/train-*.jsonl') == names('d:train') == ['train-0.jsonl', 'train-1.jsonl']
+  assert names('d/x.zip') == ['zip'] and names('d/y.jsonl.zst') == ['zst']
   with pytest.raises(DataError, match=r"holds the splits \['test', 'train'\]"):
     names('d')
   with pytest.raises(DataError, match='no data file matches'):

@@ -17,7 +17,7 @@ from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training import prefetch
 from ftjax.training.state import create, state_shardings, with_shardings
-from ftjax.training.step import compile_step, fed, make_step
+from ftjax.training.step import batch_stats, compile_step, make_step
 
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
 
@@ -83,7 +83,7 @@ def test_one_update_by_hand():
   assert float(metrics['supervised_tokens']) == host(batch)['w'].sum()
 
 
-# What was fed
+# What was batch_stats
 
 
 def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
@@ -106,7 +106,7 @@ def test_what_was_fed_is_counted_and_known_by_its_checksum(use_mesh):
     mesh = jax.sharding.get_mesh()
     rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
     placed = prefetch.place(arrays | changes, dict.fromkeys(arrays, rows))
-    return {k: v.item() for k, v in jax.jit(fed)(placed).items()}
+    return {k: v.item() for k, v in jax.jit(batch_stats)(placed).items()}
 
   for sizes in ({}, {'data': 2, 'fsdp': 2}, {'fsdp': 2, 'context': 2, 'tensor': 2}):
     use_mesh(**sizes)

@@ -110,7 +110,7 @@ class StopFlag:
 
   def _handle(self, number, frame):
     del frame
-    log.warning('%s: stopping after this step', signal.StepSync(number).name)
+    log.warning('%s: stopping after this step', signal.Signals(number).name)
     self.wanted = True
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
