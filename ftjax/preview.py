@@ -38,6 +38,7 @@ def main() -> None:
     c.seed,
     weights=False,
     labels=algorithms.num_labels(c),
+    family=c.model.family,
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.experiment.transcript import Transcripts
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import hidden_states
 from ftjax.rl import rollout_source
@@ -31,7 +31,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   def loss(params, batch, keys):
     del keys
     x = hidden_states(arch, params, batch, dtype, remat)
-    table, weight = transformer.head_weights(arch, params), batch['weights'].sum()
+    table, weight = kinds.head_weights(arch, params), batch['weights'].sum()
     total, nll = head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], LossConfig())
     return total, weight, {'nll': (nll, weight)}
 

@@ -12,7 +12,7 @@ import ml_collections
 from ftjax.algorithms import pair_metrics
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.losses import masked, preference
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import hidden_states, model_of
 
@@ -35,7 +35,7 @@ def side_logps(
 ) -> tuple[jax.Array, jax.Array]:
   """(float32[B], float32[B]) nats: log pi of the answers in segments 1 and 2 of each row."""
   x = hidden_states(arch, params, batch, dtype, remat)
-  table = transformer.head_weights(arch, params)
+  table = kinds.head_weights(arch, params)
   logp = head.token_logprobs(x, table, batch['labels'], batch['weights'])
   return pair_metrics.side_sum(logp, batch, 1), pair_metrics.side_sum(logp, batch, 2)
 

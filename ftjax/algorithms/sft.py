@@ -15,7 +15,7 @@ import ml_collections
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import hidden_states
 from ftjax.runtime import sharding
@@ -53,7 +53,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
     noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
     x = hidden_states(arch, params, batch, dtype, remat, noise)
     total, nll = head.cross_entropy_sums(
-      x, transformer.head_weights(arch, params), batch['labels'], batch['weights'], terms
+      x, kinds.head_weights(arch, params), batch['labels'], batch['weights'], terms
     )
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
@@ -69,7 +69,7 @@ def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
   def sums(params, batch):
     x = hidden_states(arch, params, batch, dtype)
     logp = head.token_logprobs(
-      x, transformer.head_weights(arch, params), batch['labels'], batch['weights']
+      x, kinds.head_weights(arch, params), batch['labels'], batch['weights']
     )
     return -(logp * batch['weights']).sum(), batch['weights'].sum()
 

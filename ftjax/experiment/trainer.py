@@ -19,7 +19,7 @@ from ftjax.config import algorithm_keys, algorithms
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.losses import policy
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.forward import model_of
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
@@ -36,7 +36,7 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   """What the optimizer must know of every parameter, those of a value model among them."""
   out = {}
   for prefix, arch in run.parts().items():
-    found = optimizer_lib.leaves(transformer.declared(arch), arch.layer_slots())
+    found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
       f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
       for n, leaf in found.items()

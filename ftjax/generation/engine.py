@@ -33,8 +33,8 @@ from ftjax.generation.sampler import (
   sample,
   token_keys,
 )
+from ftjax.models import kinds
 from ftjax.models import kv_cache as kv
-from ftjax.models import transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
@@ -121,7 +121,7 @@ class Engine:
     self.compilations += 1
     memory = kv.empty(self.arch, *tokens.shape, self.dtype)
     zero = jnp.zeros((), jnp.int32)
-    return transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)[1]
+    return kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)[1]
 
   def _enter_fn(self, memory: Cache, slots: _Slots, prompts: Cache, source, new: _Slots, at):
     self.compilations += 1
@@ -146,7 +146,7 @@ class Engine:
         jax.sharding.reshard(a[:, None], spec('batch', 'seq'))
         for a in (slots.token, alive.astype(jnp.int32), slots.position)
       )
-      x, memory = transformer.decode(
+      x, memory = kinds.decode(
         self.arch,
         params,
         token,

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
@@ -164,7 +164,7 @@ def is_stop(token: jax.Array, stop_ids: Sequence[int]) -> jax.Array:
 
 def next_logits(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
   """float32[B, V] of last hidden states [B, D], the vocabulary whole on every device."""
-  table = transformer.head_weights(arch, params)
+  table = kinds.head_weights(arch, params)
   return jax.sharding.reshard(head.logits(x, table), spec('batch', None))
 
 
@@ -217,7 +217,7 @@ class Sampler:
     memory = kv.empty(self.arch, batch, capacity, self.dtype)
     zero = jnp.zeros((), jnp.int32)
     where = Tokens(segments, positions)
-    x, memory = transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
+    x, memory = kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
     # For one row, jax 0.12 forgets in indexing how the batch lies.
     position = jax.sharding.reshard(positions[:, -1] + 1, spec('batch'))
     token = self._next(params, x[:, -1], rows, position, seed, sampling)
@@ -232,9 +232,7 @@ class Sampler:
         for a in (rows.token, jnp.ones_like(rows.token), rows.position)
       )
       where = Tokens(segment, position)
-      x, memory = transformer.decode(
-        self.arch, params, token, where, memory, rows.at, dtype=self.dtype
-      )
+      x, memory = kinds.decode(self.arch, params, token, where, memory, rows.at, dtype=self.dtype)
       token = self._next(params, x[:, 0], rows.row, rows.position + 1, seed, sampling)
       token = jnp.where(rows.done, self.pad_id, token)
       done = rows.done | is_stop(token, self.stop_ids)

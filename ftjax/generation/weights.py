@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
@@ -42,7 +42,7 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
   # Cast first, where the parameters lie: half the bytes travel.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
     small = _cast(params, jnp.dtype(dtype))
-  return jax.device_put(small, sharding.shardings(mesh, transformer.axes(arch)))
+  return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -99,7 +99,7 @@ def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dt
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _probe(arch, params, tokens, labels, segments, positions, dtype):
-  x = transformer.apply(arch, params, tokens, Tokens(segments, positions), dtype=dtype)
-  table = transformer.head_weights(arch, params)
+  x = kinds.apply(arch, params, tokens, Tokens(segments, positions), dtype=dtype)
+  table = kinds.head_weights(arch, params)
   weights = segments.astype(jnp.float32)
   return jax.sharding.reshard(head.token_logprobs(x, table, labels, weights), spec(None, None))

@@ -6,7 +6,7 @@ A run's parameters are the model's, with other models beside it under names of t
 import jax
 import jax.numpy as jnp
 
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 
@@ -23,9 +23,7 @@ def hidden_states(
 ) -> jax.Array:
   """dtype[B, T, D] of a batch of data/batches.py."""
   where = Tokens(batch['segments'], batch['positions'])
-  return transformer.apply(
-    arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
-  )
+  return kinds.apply(arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise)
 
 
 def logprobs_and_entropy(
@@ -36,7 +34,7 @@ def logprobs_and_entropy(
   """
   params = model_of(params)
   x = hidden_states(arch, params, batch, dtype, remat)
-  table = transformer.head_weights(arch, params)
+  table = kinds.head_weights(arch, params)
   return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
 
 

@@ -36,11 +36,11 @@ EXPORT = """
 import sys
 import jax, numpy as np
 from ftjax.hf import export, load, layout as names
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
 from ftjax.runtime import trees
 path, target, shard = sys.argv[1:]
 config, files = load.read_config(path), load.tokenizer_files(path)
-arch = from_hf(config)
+arch = families.architecture(config)
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 places = trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place))
 params = load.load_params(path, arch, places, np.float32)
