@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ftjax.config import algorithm_keys, algorithms, keys
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture, from_hf
 from ftjax.planning import collectives as communication
