@@ -170,7 +170,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   else:
     z = jnp.float32(max(0.0, float(np.mean(m['second'] - m['ref_second']))))
     table = preference.Singles(known['first'], known['ref_first'], batch['values'] > 0, z)
-  total, weight, expected = preference.loss(name, table, ones, preference.Settings(**coefficients))
+  total, weight, expected = preference.loss(row, table, ones, preference.Settings(**coefficients))
   assert float(weight) == tiny_pairs.ROWS
   assert metrics['loss'] == pytest.approx(float(total / weight), rel=2e-5)
   for key, (a, b) in expected.items():

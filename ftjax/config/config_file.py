@@ -154,6 +154,8 @@ def _checked(path: str, make: Callable, made: Any) -> config_section.Section:
   values, known = config_section.flat(made), config_section.flat(usual)
   places = made.places()
   for key in [*values, *known]:
+    if key.startswith('custom.'):  # the keys of the algorithm, which is not known yet
+      continue
     at = places.get(key) or place
     if key not in known:
       raise ConfigError(f'{at}: {config_section.NoSuchKey(key, usual)}')

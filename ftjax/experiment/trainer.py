@@ -25,7 +25,7 @@ from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
-from ftjax.training.lr_schedule import make_schedule
+from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
 from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
@@ -71,13 +71,9 @@ class Trainer:
     self.run = run
     self._has_reference = algorithms.place(c, 'reference') == 'state'
     info = self.leaves = _leaves(run)
+    numbers = ('lr', 'warmup_steps', 'end_fraction', 'decay_steps')
     self.schedule = make_schedule(
-      c.optim.schedule,
-      c.optim.lr,
-      run.steps,
-      warmup_steps=c.optim.warmup_steps,
-      end_fraction=c.optim.end_fraction,
-      decay_steps=c.optim.decay_steps,
+      c.optim.schedule, ScheduleConfig(steps=run.steps, **{n: c.optim[n] for n in numbers})
     )
     names = (
       'name',
@@ -90,10 +86,10 @@ class Trainer:
       'multipliers',
       'freeze',
     )
-    recipe = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
-    self.frozen = optimizer_lib.frozen_names(recipe.freeze, info)
+    config = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
+    self.frozen = optimizer_lib.frozen_names(config.freeze, info)
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    self.optimizer = optimizer_lib.make_optimizer(recipe, info, trained)
+    self.optimizer = optimizer_lib.make_optimizer(config, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
@@ -102,7 +98,7 @@ class Trainer:
       loss_fn,
       self.optimizer,
       shardings,
-      mask=optimizer_lib.layer_mask(recipe, info, trained),
+      mask=optimizer_lib.layer_mask(config, info, trained),
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
