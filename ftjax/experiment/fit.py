@@ -251,6 +251,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
       'cursor': run.cursor(step),
       'config': redaction.redact(section.plain(c)),
       'fingerprints': s.fingerprints,
+      'code': resume.user_code(c),
       'source': s.source.saving(step),
     }
 

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -94,11 +95,12 @@ def wrong(key: str, text: str, found: Any, expected: str) -> ConfigError:
 
 
 def fingerprint(text: str) -> str:
-  """Returns the sha256 of the source of the module that 'package.module:object' names, which was
-  loaded. Comments and formatting do not change it.
+  """Returns the sha256 of the source of the module that 'package.module' or 'package.module:object'
+  names. Comments and formatting do not change it; what the module imports does not count.
   """
-  path = sys.modules[text.partition(':')[0]].__file__ or ''
-  if not path.endswith('.py'):
+  spec = importlib.util.find_spec(text.partition(':')[0])
+  path = spec.origin if spec and spec.origin else ''
+  if not path.endswith('.py'):  # an extension module
     return digest([text])
   with open(path, encoding='utf-8') as file:
     return digest([text, ast.dump(ast.parse(file.read()))])
