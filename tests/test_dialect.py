@@ -112,7 +112,7 @@ def test_reasoning_cut_off_in_every_turn_is_named():
     ('one two three', "('' if 'two' in message['content'] else message['content'])", 1),
     (' one\n\n two  ', "message['content'] | trim | replace('\n', ' ')", 0),
     ('say "é" <b>', "message['content'] | tojson", 0),
-    ('say "é" <b>', "message['content'] | escape | string", 0),
+    ('say "é" <b>', "('' ~ message['content'] | escape)", 0),
     ('one /no_think', "message['content'] | replace('/no_think', '') | trim", 0),
   ],
 )
