@@ -100,7 +100,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
   c.optim.lr, c.optim.schedule, c.optim.weight_decay = 1e-5, 'constant', 0.01
   keys.validate(c)
   run = experiment.start(c, workdir, with_data=job['case'] == 'chat')
-  trainer = Trainer(run, sft.make_loss(run.arch, c))
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled, state = trainer.compile(), trainer.fresh()
   make, updates = _ftjax_batches(job, run)
   counts = {}

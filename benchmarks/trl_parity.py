@@ -62,7 +62,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)
-    trainer = Trainer(run, sft.make_loss(run.arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     state, compiled = trainer.fresh(), trainer.compile()
     for step in range(steps):
       for source, example, _ in run.data.stream.examples(step):

@@ -270,7 +270,7 @@ def test_a_reward_counts_for_its_completion_alone(usual):
 def jitted_loss(s):
   """(arrays [R, T]) -> the total of the loss at the first weights."""
   shardings = s.run.batch_shardings(micro=False)
-  loss, params = jax.jit(grpo.make_loss(s.run.arch, s.run.config)), s.trainer.everything(s.state)
+  loss, params = jax.jit(grpo.make_loss(s.run.forward, s.run.config)), s.trainer.everything(s.state)
   place = lambda arrays: rollout_source.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
   return lambda arrays: float(loss(params, place(arrays), None)[0])
 
@@ -329,7 +329,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
   shardings = s.run.batch_shardings(micro=False)
   placed = rollout_source.place({k: batch[k] for k in shardings}, shardings)
   params = s.trainer.everything(s.state)
-  total, weight, metrics = jax.jit(grpo.make_loss(s.run.arch, c))(params, placed, None)
+  total, weight, metrics = jax.jit(grpo.make_loss(s.run.forward, c))(params, placed, None)
   a, w = batch['advantages'], batch['weights']
   tokens = w.sum(-1)
   expected = {

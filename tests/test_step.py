@@ -13,6 +13,7 @@ from tiny_model import TINY, ids, init, place
 from ftjax.algorithms import sft
 from ftjax.config import keys as config
 from ftjax.models import transformer
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training import prefetch
@@ -144,7 +145,7 @@ def sft_step(rows, micro, neftune=0.0):
   """(loss, gradient norm, parameters after a plain step of rate 1, supervised) of one update."""
   c = config.default()
   c.loss.neftune = neftune
-  loss_fn = sft.make_loss(TINY, c)
+  loss_fn = sft.make_loss(Forward(TINY, jnp.dtype(c.model.compute_dtype)), c)
   params = init(TINY)
   optimizer = optax.sgd(1.0)
   abstract = jax.eval_shape(lambda p: create(p, {}, optimizer, False), params)
@@ -211,7 +212,8 @@ def test_bfloat16_parameters_train(ragged, name, micro):
     k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in ragged.items()
   }
   like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in batch.items()}
-  step = make_step(sft.make_loss(TINY, c), optimizer, shardings, **SETTINGS)
+  loss = sft.make_loss(Forward(TINY, jnp.dtype(c.model.compute_dtype)), c)
+  step = make_step(loss, optimizer, shardings, **SETTINGS)
   compiled = compile_step(step, with_shardings(abstract, shardings), like)
   state, losses = jax.jit(make, out_shardings=shardings)(params), []
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.opt) if x.dtype != jnp.int32)

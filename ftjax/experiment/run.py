@@ -26,6 +26,7 @@ from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -62,6 +63,12 @@ class Run:
   @property
   def arch(self) -> Architecture:
     return self.model.arch
+
+  @property
+  def forward(self) -> Forward:
+    """The forward pass of the model as the config computes it."""
+    c = self.config
+    return Forward(self.arch, jnp.dtype(c.model.compute_dtype), c.remat)
 
   @property
   def steps(self) -> int:

@@ -16,11 +16,11 @@ import ml_collections
 from jax import monitoring
 
 from ftjax.config import algorithm_keys, algorithms
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.losses import policy
 from ftjax.models import transformer
-from ftjax.models.forward import model_of
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
