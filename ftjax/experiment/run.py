@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax.cluster import processes
@@ -130,15 +129,6 @@ class Run:
       )
       for k, s in self.batch_shardings(micro=True).items()
     }
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
-    c = self.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
-    batch = self.data.stream.batch(step, rows)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
