@@ -18,7 +18,7 @@ from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training import prefetch
 from ftjax.training.state import create, state_shardings, with_shardings
-from ftjax.training.step import batch_stats, compile_step, make_step
+from ftjax.training.step import SIGNAL, batch_stats, compile_step, make_step
 
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
 
@@ -31,6 +31,13 @@ def square_loss(params, rows, keys):
   drawn = jax.vmap(jax.random.uniform)(keys)
   metrics['draw'] = (drawn.sum(), jnp.float32(drawn.size))
   return (rows['w'] * error**2).sum(), weight, metrics
+
+
+def with_signal(params, rows, keys):
+  """The same loss, said to be constant where every y is 99."""
+  total, weight, metrics = square_loss(params, rows, keys)
+  found = (rows['y'] != 99).any().astype(jnp.float32)
+  return total, weight, metrics | {SIGNAL: (found, jnp.float32(1))}
 
 
 def build(loss_fn, params, frozen, optimizer, batch, **changes):
@@ -48,7 +55,7 @@ def build(loss_fn, params, frozen, optimizer, batch, **changes):
   return state, compile_step(step, with_shardings(abstract, shardings), like), batch
 
 
-def toy(micro=1, rows=8, optimizer=None, **changes):
+def toy(micro=1, rows=8, optimizer=None, loss_fn=square_loss, **changes):
   rng = np.random.default_rng(rows)
   batch = dict(x=rng.normal(size=(rows, 3)), y=rng.normal(size=rows), w=rng.integers(0, 2, rows))
   batch = {
@@ -58,7 +65,7 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
     batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
   batch['weights'] = np.stack([batch['w'], np.zeros_like(batch['w'])], -1)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
-  return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
+  return build(loss_fn, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 
 
 def host(tree):
@@ -257,13 +264,14 @@ OPTIMIZERS = {
 def test_a_step_without_signal_changes_nothing_but_the_counts(name, kind):
   """After a good step momentum, decay and the schedule's count would move on."""
   schedule = optax.linear_schedule(1.0, 0.0, 5)
-  has_signal = (lambda batch: (batch['y'] != 99).any()) if kind == 'constant loss' else None
-  settings = dict(ema_decay=0.5, schedule=schedule, has_signal=has_signal)
+  is_constant = kind == 'constant loss'
+  settings = dict(ema_decay=0.5, schedule=schedule)
+  settings |= dict(loss_fn=with_signal) if is_constant else {}
   state, step, batch = toy(2, optimizer=OPTIMIZERS[name], **settings)
   state, first = step(state, batch)
-  assert bool(first['has_signal']) and int(first['no_signal']) == 0
+  assert bool(first['has_signal']) and int(first['no_signal']) == 0 and SIGNAL not in first
   before = host((state.params, state.opt, state.ema))
-  idle = {'w': batch['w'] * 0} if has_signal is None else {'y': batch['y'] * 0 + 99}
+  idle = {'y': batch['y'] * 0 + 99} if is_constant else {'w': batch['w'] * 0}
   for count in (1, 2, 3):
     state, metrics = step(state, batch | idle)
     assert bool(metrics['ok']) and not bool(metrics['has_signal'])

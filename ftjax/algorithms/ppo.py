@@ -18,7 +18,7 @@ from ftjax.losses import advantages, masked, policy
 from ftjax.models.forward import Forward
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
-from ftjax.training.step import LossFn
+from ftjax.training.step import SIGNAL, LossFn
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
@@ -38,6 +38,9 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
     value_total, _, more = policy.value_loss(
       values, batch['old_values'], batch['returns'], batch['weights'], clip
     )
+    if SIGNAL in metrics:  # values have to learn where every advantage is 0, too
+      gap = batch['returns'] - batch['old_values']
+      more[SIGNAL] = policy_gradient.signal(batch, gap)
     return total + coefficient * value_total, weight, metrics | more
 
   return loss
