@@ -52,7 +52,7 @@ class Trainer:
         'and with a usual optim.lr most are; float32 trains better where memory allows it'
       )
     self.run = run
-    self._has_reference = algorithms.reference_in_step(c)
+    self._has_reference = algorithms.place(c, 'reference') == 'state'
     info = self.leaves = _leaves(run)
     self.schedule = make_schedule(
       c.optim.schedule,
