@@ -337,7 +337,7 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
     before = jax.live_arrays()  # held, so that no new array takes an old one's identity
     known = {id(a) for a in before}
     run = experiment.without_data(c, whole, arch)
-    trainer = Trainer(run, sft.make_loss(arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     step = trainer.compile()
     state, batch = trainer.fresh(), {}
     host = np.zeros((2, 8, 64), np.int32)
@@ -540,7 +540,8 @@ c.data.train, c.batch_size, c.seq_len, c.eval.batch_size = 'sums:20', 8, 256, 8
 mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
 with jax.set_mesh(mesh):
   arch = from_hf(experiment.random_config(c.model.random.to_dict()))
-  trainer = Trainer(experiment.without_data(c, mesh, arch), sft.make_loss(arch, c))
+  run = experiment.without_data(c, mesh, arch)
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled = trainer.compile()
 texts = compiled.as_text(), topology.written(dump)
 printed, written = (communication.collectives(hlo.read(t), mesh) for t in texts)

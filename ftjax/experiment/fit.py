@@ -18,11 +18,11 @@ from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section
 from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment.auxiliary import BESIDE
 from ftjax.experiment.batch_source import Rows, Source, Tell
 from ftjax.experiment.run import Run, keeps_programs, program_folder
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
-from ftjax.models.forward import BESIDE
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.storage import files, program_cache

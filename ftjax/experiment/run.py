@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax.cluster import processes
@@ -26,6 +25,7 @@ from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -62,6 +62,12 @@ class Run:
   @property
   def arch(self) -> Architecture:
     return self.model.arch
+
+  @property
+  def forward(self) -> Forward:
+    """The forward pass of the model as the config computes it."""
+    c = self.config
+    return Forward(self.arch, jnp.dtype(c.model.compute_dtype), c.remat)
 
   @property
   def steps(self) -> int:
@@ -123,15 +129,6 @@ class Run:
       )
       for k, s in self.batch_shardings(micro=True).items()
     }
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
-    c = self.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
-    batch = self.data.stream.batch(step, rows)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""

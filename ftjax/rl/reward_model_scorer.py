@@ -14,7 +14,7 @@ from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.models.forward import sequence_rewards
+from ftjax.models.forward import Forward
 from ftjax.rl.rollout_batch import side
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
@@ -82,11 +82,11 @@ class TrainedReward:
     with run.watchdog.phase('restore'):
       where = sharding.shardings(run.mesh, transformer.axes(arch))
       self._params = load.load_params(path, arch, where, jnp.dtype(c.model.param_dtype))
-    dtype = jnp.dtype(c.model.compute_dtype)
+    forward = Forward(arch, jnp.dtype(c.model.compute_dtype))
 
     @jax.jit
     def score(params, batch):
-      [out] = sequence_rewards(arch, params, batch, dtype, 'none', 1)
+      [out] = forward.sequence_rewards(params, batch, 1)
       return jax.sharding.reshard(out, sharding.spec(None))
 
     self._score = score
