@@ -49,7 +49,7 @@ def run_ftjax(job: dict, out: Out) -> None:
   import jax.numpy as jnp
 
   from ftjax.generation.engine import Engine
-  from ftjax.generation.sampler import Sampling
+  from ftjax.generation.sampling import Sampling
   from ftjax.hf import load
   from ftjax.models import transformer
   from ftjax.runtime import sharding

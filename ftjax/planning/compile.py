@@ -19,7 +19,7 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture, from_hf
 from ftjax.models.forward import Forward

@@ -38,7 +38,7 @@ from ftjax.experiment.transcript import Transcripts
 from ftjax.generation import weights
 from ftjax.generation.completion import Rollout, stops
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.grading import rewards
 from ftjax.grading.reward_alarms import RewardAlarms
 from ftjax.grading.reward_batch import sample_rows
