@@ -12,20 +12,19 @@ WORKDIR@best name a checkpoint. The run may be alive: nothing in its workdir cha
 needs jax, and uses CPUs alone; the parameters have to fit into the memory of the host.
 """
 
-import logging
 import os
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from ftjax.runtime.errors import ConfigError, DataError, RunError
+from ftjax import cli
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
-_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id')
-_TARGET = flags.DEFINE_string('target', None, 'folder to write; replaced if it is a model folder')
+_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
+_TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it is a model folder.')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored'
+  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
 )
 
 
@@ -154,30 +153,12 @@ def _convert_files(source: str, target: str, dtype: str | None):
   print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
-def main(argv: list[str]):
-  del argv
-  for noisy in ('absl', 'orbax', 'jax'):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-  try:
-    if not _SOURCE.value or not _TARGET.value:
-      raise ConfigError('--source and --target are needed; see --help')
-    convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
-  except RunError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(e.exit_code)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser with exit code 2 for bad flags, where absl itself exits 1."""
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise flags.Error(f'unexpected argument {rest[1]!r}; flags are --name=value')
-  except flags.Error as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(ConfigError.exit_code)
-  return rest
+def main() -> None:
+  """Converts --source to --target."""
+  if not _SOURCE.value or not _TARGET.value:
+    raise ConfigError('--source and --target are needed; see --help')
+  convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(main)

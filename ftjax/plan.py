@@ -14,7 +14,6 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.config import validation
-from ftjax.experiment.model import random_config
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
@@ -176,6 +175,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
   from ftjax.config import algorithms
+  from ftjax.experiment.model import random_config
   from ftjax.models.architecture import from_hf
   from ftjax.planning import compile, known_models
 

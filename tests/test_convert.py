@@ -137,7 +137,10 @@ def test_a_hub_id_without_huggingface_hub(monkeypatch):
   ('flags', 'code', 'message'),
   [
     (['--source=/no/such', '--target=OUT'], 3, 'error: --source=/no/such'),
-    (['--source=MODEL'], 2, 'error: --source and --target'),
+    (['--help'], 0, ''),
+    (['--source=MODEL'], 2, 'error: --source and --target are needed'),
+    (['--source=gs:/bucket/run', '--target=OUT'], 2, 'error: --source=gs:/bucket/run: write gs://'),
+    (['--source=MODEL', '--target=gs:/bucket'], 2, 'error: --target=gs:/bucket: write gs://bucket'),
     (['--source=MODEL', '--target=OUT', '--dtype=int3'], 2, 'int3'),
     (['--sorce=MODEL', '--target=OUT'], 2, 'sorce'),
     (['--source=MODEL', '--target=OUT', 'more'], 2, 'more'),
@@ -159,7 +162,7 @@ def test_exit_codes(tmp_path, flags, code, message):
   assert done.returncode == code, done.stderr
   assert message in done.stderr
   assert 'Traceback' not in done.stderr
-  assert (tmp_path / 'out').exists() == (code == 0)
+  assert (tmp_path / 'out').exists() == (code == 0 and flags != ['--help'])
 
 
 def test_converting_imports_neither_jax_nor_torch(tmp_path):
