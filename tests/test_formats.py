@@ -305,7 +305,7 @@ def test_detection_looks_past_null():
 def test_prompts_are_told_from_answers():
   row = {'messages': [U(), A('gold')], 'answer': 'x'}
   found = read_prompt(row, True)
-  assert (found.asked.messages, found.answer, found.is_answered) == ((U(),), 'gold', True)
+  assert (found.asked.messages, found.answer) == ((U(),), 'gold')
   assert ends_with_assistant(row) and not ends_with_assistant({'prompt': 'a'})
   plain = read_prompt({'prompt': 'a', 'completion': 'b'}, True)
   assert (plain.asked, plain.answer) == ('a', 'b')
