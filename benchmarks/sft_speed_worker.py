@@ -86,7 +86,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
   import jax
 
   from ftjax.algorithms import sft
-  from ftjax.config import keys
+  from ftjax.config import keys, validation
   from ftjax.experiment import run as experiment
   from ftjax.experiment.trainer import Trainer
   from ftjax.training.prefetch import Prefetch
@@ -98,7 +98,7 @@ def run_ftjax(job: dict, workdir: str) -> None:
   c.seq_len, c.batch_size = job['seq_len'], job['packed_batch_size']
   c.steps, c.compile_cache = 10**6, False
   c.optim.lr, c.optim.schedule, c.optim.weight_decay = 1e-5, 'constant', 0.01
-  keys.validate(c)
+  validation.validate(c)
   run = experiment.start(c, workdir, with_data=job['case'] == 'chat')
   trainer = Trainer(run, sft.make_loss(run.arch, c))
   compiled, state = trainer.compile(), trainer.fresh()

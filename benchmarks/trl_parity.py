@@ -45,7 +45,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   import numpy as np
 
   from ftjax.algorithms import sft
-  from ftjax.config import keys
+  from ftjax.config import keys, validation
   from ftjax.experiment import run as experiment
   from ftjax.experiment.trainer import Trainer
   from ftjax.training.prefetch import Prefetch
@@ -58,7 +58,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   c.steps, c.batch_size, c.grad_accum, c.seq_len = steps, args.batch_size, grad_accum, args.seq_len
   for name, value in SETTINGS.items():
     c.optim[name] = value
-  keys.validate(c)
+  validation.validate(c)
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)

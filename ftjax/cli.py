@@ -16,9 +16,9 @@ from types import ModuleType
 from absl import app, flags
 from tqdm import tqdm
 
-from ftjax.config import config_file, section
-from ftjax.config import keys as config_lib
+from ftjax.config import algorithms, config_file, keys, section
 from ftjax.config import overrides as config_overrides
+from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, RunError, StoppedEarly
 from ftjax.storage import locations
 
@@ -73,10 +73,15 @@ def join() -> None:
 
 
 def algorithm(name: str) -> ModuleType:
-  """The file of an algorithm, one of algorithm_config.ALGORITHMS: it has `make_loss` and `run`.
-  Imports jax.
+  """Returns the module that implements an algorithm, with `make_loss` and `run`. Imports jax.
+
+  Raises:
+    ConfigError: a module outside of ftjax that cannot be imported.
   """
-  return importlib.import_module(f'ftjax.algorithms.{name}')
+  module = algorithms.find(name).module
+  if named_object.is_named(name):
+    return named_object.module('algorithm', module)
+  return importlib.import_module(module)
 
 
 _HELP = ('--help', '-help', '-h', '--h', '-?')
@@ -98,7 +103,7 @@ def _parse(argv: list[str]) -> list[str]:
     if 'config' in FLAGS:
       words, overrides = config_overrides.split(words)
       if path := _config_path(words):
-        c = config_file.load(config_lib.find(path))
+        c = config_file.load(config_file.find(path))
         config_overrides.apply(c, overrides)
     rest = FLAGS([argv[0], *words])
     if len(rest) > 1:
@@ -164,7 +169,7 @@ def _unexpected(word: str) -> str:
 
 def _config_key(name: str) -> str:
   """The config key that a name means, '' where none is near."""
-  usual = config_lib.default()
+  usual = keys.default()
   found = section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
   return next((k for k in (name, found) if k in section.flat(usual)), '')
 
@@ -174,7 +179,7 @@ def _flag_error(error: Exception) -> str:
   text = ' '.join(str(error).split())
   if isinstance(error, flags.UnrecognizedFlagError) and 'config' in FLAGS:
     name = error.flagname.lstrip('-')
-    if name in section.flat(config_lib.default()):
+    if name in section.flat(keys.default()):
       value = str(error.flagvalue).partition('=')[2] or 'VALUE'
       return f'--{name} is a key of the config: write --config.{name}={value}'
     if 'Did you mean' not in text:
@@ -187,7 +192,7 @@ def _flag_error(error: Exception) -> str:
 
 def _hint_with_flag(name: str) -> str:
   """The hint for a name that is no key, with the flag that sets the key."""
-  found = section.hint(name, config_lib.default())
+  found = section.hint(name, keys.default())
   return found.replace('did you mean ', 'did you mean --config.')
 
 
@@ -201,7 +206,7 @@ def _help() -> str:
     usual = '' if flag.default in (None, '', []) else f' (default: {flag.default})'
     lines.append(f'  --{flag.name}  {flag.help}{usual}')
   if 'config' in FLAGS:
-    lines += ['', f'Shipped configs: {", ".join(config_lib.shipped())}']
+    lines += ['', f'Shipped configs: {", ".join(config_file.shipped())}']
     lines.append('Keys of a config: docs/config_keys.md')
   return '\n'.join(lines)
 

@@ -13,7 +13,7 @@ import ml_collections
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import keys
+from ftjax.config import validation
 from ftjax.experiment.model import random_config
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
-  keys.validate(c)
+  validation.validate(c)
   os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
   from ftjax.config import algorithms
@@ -182,7 +182,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   random = c.model.random.to_dict()
   shape = known_models.read(c.model.path) if c.model.path else random_config(random)
   make_loss = cli.algorithm(c.algorithm).make_loss
-  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.num_labels(c))
+  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.of(c).num_labels)
   name = c.model.path or 'model.random'
   found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None

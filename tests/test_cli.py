@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import keys
+from ftjax.config import keys, section
 from ftjax.config import overrides as config_overrides
 from ftjax.runtime.errors import ConfigError
 
@@ -82,7 +82,7 @@ def test_a_value_is_read_by_the_type_of_its_key(key, text, value):
   rest, overrides = config_overrides.split(['--config=x', f'--config.{key}={text}'])
   config_overrides.apply(c, overrides)
   assert rest == ['--config=x']
-  got = keys.flat(c)[key]
+  got = section.flat(c)[key]
   assert got == value and type(got) is type(value)
 
 
@@ -144,7 +144,7 @@ def test_how_an_override_may_be_written(parse, arguments, key, value):
   for order in ((*HEALTHY, *arguments), (*arguments, *HEALTHY)):
     c, output = parse(*order)
     assert output == ''
-    got = keys.flat(c)[key]
+    got = section.flat(c)[key]
     assert (got.to_dict() if key == 'model.random' else got) == value
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import tiny_run
 
-from ftjax.config import keys
+from ftjax.config import keys, validation
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import ConfigError
 from ftjax.telemetry import manifest
@@ -78,7 +78,7 @@ def test_what_is_no_pair_is_refused(wrong):
   c.model.path, c.data.train = 'm', 'd'
   with pytest.raises(ConfigError, match='compiler_options'):
     c.compiler_options = wrong
-    keys.validate(c)
+    validation.validate(c)
 
 
 def test_the_manifest_names_them():

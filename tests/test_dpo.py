@@ -14,8 +14,7 @@ from tiny_model import place
 
 from ftjax.algorithms import dpo, pair_metrics
 from ftjax.algorithms import preference as preference_loss
-from ftjax.config import algorithm_keys, algorithms
-from ftjax.config import keys as config
+from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
@@ -154,13 +153,13 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   assert np.abs(m['first'] - m['ref_first']).min() > 1e-3  # the policy has moved
   coefficients = dict(beta=0.3, label_smoothing=0.1, gamma=0.2, nll_coef=0.5, desirable=1.5)
   # A config refuses those that the loss does not read.
-  idle = {k for k, _, names in algorithm_keys._ONLY_WITH if name not in names}
+  idle = {k for k, _, names in choices.only_with() if name not in names}
   changes = {f'dpo__{k}': v for k, v in coefficients.items() if f'dpo.{k}' not in idle}
   changes['dpo__loss'] = name
   metrics = forward(batch, **changes)
   row, ones = preference.LOSSES[name], np.ones(tiny_pairs.ROWS, np.float32)
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**changes))
-  assert algorithms.reference_in_step(run.config) == row.needs_reference
+  assert (algorithms.place(run.config, 'reference') == 'state') == row.needs_reference
   known = {k: jnp.float32(v) for k, v in m.items()}
   if not row.needs_reference:
     known |= {k: jnp.zeros(tiny_pairs.ROWS) for k in ('ref_first', 'ref_second')}
@@ -327,7 +326,7 @@ def test_the_names_of_the_losses_are_those_of_the_table():
     assert preference_loss.settings(tiny_pairs.settings(dpo__loss=name)).beta == 0.1
   with pytest.raises(ConfigError, match=r'dpo\.loss='):
     tiny_pairs.settings(dpo__loss='ppo')
-  assert set(config._CHOICES['dpo.loss']) == set(NAMES)
+  assert set(choices.CHOICES['dpo.loss']) == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +336,7 @@ def test_the_names_of_the_losses_are_those_of_the_table():
     (dict(dpo__loss='kto', eval__batch_size=1), 'at least 2'),
     (dict(dpo__beta=0.0), 'dpo.beta'),
     (dict(dpo__label_smoothing=0.5), 'label_smoothing'),
-    (dict(loss__z_loss=1.0), 'loss.z_loss does nothing'),
+    (dict(loss__z_loss=1.0), 'loss.z_loss=1.0 does nothing'),
     (dict(algorithm='reward_model', eval__prompts=('a',)), 'eval.prompts'),
   ],
 )

@@ -447,7 +447,7 @@ def test_spread_tells_right_answers_from_wrong_ones():
     ({'rollout.redraws': 1, 'grpo.advantage': 'reinforce_pp'}, 'by their outcome'),
     ({'checkpoint.best_metric': 'eval/reward'}, 'best_mode=max'),
     ({'data.eval_fraction': 0.1}, 'splits no prompts'),
-    ({'data.on_overlength': 'truncate_left'}, 'prompts are not cut'),
+    ({'data.on_overlength': 'truncate_left'}, 'prompts are not truncated'),
     ({'rollout.stop': ('a', '')}, 'expected a tuple of texts'),
   ],
 )

@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ftjax.algorithms import sft
-from ftjax.config import algorithms, keys
+from ftjax.config import keys, validation
+from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import random_config
 from ftjax.experiment.trainer import Trainer
@@ -367,7 +368,7 @@ def small_rollout(algorithm, **overrides):
   c.data.train, c.rollout.rewards = 'sums:20', 'exact'
   c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 16, 16
   c.update_from_flattened_dict(overrides)
-  keys.validate(c)
+  validation.validate(c)
   arch = from_hf(random_config(c.model.random.to_dict()))
   make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
   return compile.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
@@ -433,7 +434,7 @@ def test_the_cost_counts_every_model_of_the_step():
     ('ppo', 0.1, [3, 3]),
   ):
     c.algorithm, c.policy.kl_coef = algorithm, kl
-    assert [times for _, times in algorithms.passes(c, arch)] == wanted
+    assert [times for _, times in auxiliary.passes(c, arch)] == wanted
 
 
 def test_candidates_leave_room_for_other_models():

@@ -8,7 +8,7 @@ import tiny_rollouts
 import tiny_tokenizer
 
 from ftjax.algorithms import policy_gradient, ppo
-from ftjax.config import algorithms
+from ftjax.experiment import auxiliary
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
@@ -30,7 +30,7 @@ def usual(tmp_path_factory):
 
 def nudged(s):
   """The parameters with another value model, whose values are not 0."""
-  value = transformer.init(algorithms.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
+  value = transformer.init(auxiliary.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
   return s.state.params | {'value': value}
 
 
@@ -49,7 +49,7 @@ def placed(s, arrays):
 def test_the_value_is_that_of_the_state_before_each_label(usual):
   """The score of a prefix, computed on that prefix alone."""
   s, batch, _ = usual
-  arch, params = algorithms.value_arch(s.run.arch), nudged(s)
+  arch, params = auxiliary.value_arch(s.run.arch), nudged(s)
   arrays = flat(batch)
   got = jax.jit(ppo.make_measure(s.run.arch, s.run.config))(params, placed(s, arrays))
   row = int(np.argmax(arrays['weights'].sum(-1)))
@@ -189,7 +189,7 @@ def placed_micro(s, batch):
 
 def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   s, *_ = usual
-  arch = algorithms.value_arch(s.run.arch)
+  arch = auxiliary.value_arch(s.run.arch)
   params = transformer.init(arch, jax.random.key(9))
   c = s.run.config
   model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
@@ -230,13 +230,13 @@ def test_a_value_model_with_other_tokens_is_refused(tmp_path, files):
     ({'checkpoint.best_metric': 'eval/loss'}, 'which ppo measures'),
     ({'ppo.value_clip': -1.0}, 'ppo.value_clip'),
     ({'policy.kl_target': 1.0}, 'policy.kl_coef=0'),
-    ({'policy.kl': 'k2'}, 'policy.kl does nothing with policy.kl_coef=0'),
+    ({'policy.kl': 'k2'}, 'policy.kl=k2 does nothing with policy.kl_coef=0'),
     ({'policy.kl_coef': 0.1, 'policy.kl_gain': 0.2}, 'nothing with policy.kl_target=0'),
     ({'policy.kl_coef': 0.1, 'policy.kl_target': 1.0, 'policy.kl_gain': 6.0}, 'at most 1'),
-    ({'policy.correction_low': 0.5}, 'policy.correction_low does nothing'),
-    ({'policy.correction_high': 3.0}, 'policy.correction_high does nothing'),
-    ({'policy.surrogate': 'cispo', 'policy.clip_low': 0.1}, 'policy.clip_low does nothing'),
-    ({'policy.surrogate': 'reinforce', 'policy.clip_high': 0.1}, 'policy.clip_high does nothing'),
+    ({'policy.correction_low': 0.5}, 'policy.correction_low=0.5 does nothing'),
+    ({'policy.correction_high': 3.0}, 'policy.correction_high=3.0 does nothing'),
+    ({'policy.surrogate': 'cispo', 'policy.clip_low': 0.1}, 'policy.clip_low=0.1 does nothing'),
+    ({'policy.surrogate': 'reinforce', 'policy.clip_high': 0.1}, 'clip_high=0.1 does nothing'),
     ({'policy.clip_low': 1.1}, 'expected at most 1'),
     ({'rollout.reward_limit': 0.0}, 'rollout.reward_limit=0'),
     ({'rollout.function_limit': 0.0}, 'rollout.function_limit=0'),

@@ -15,6 +15,7 @@ import tiny_run
 from ftjax.algorithms import dpo, preference, reference_logps
 from ftjax.config import algorithms
 from ftjax.data import batches
+from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.runtime import sharding
@@ -208,9 +209,9 @@ def test_one_model_is_held_and_planned():
 
   (c, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
   assert 'reference' not in trainer.abstract.frozen and 'reference' in two.abstract.frozen
-  assert [n for _, n in algorithms.passes(c, run.arch)] == [3]
-  assert [n for _, n in algorithms.passes(also, run.arch)] == [3, 1]
-  assert not algorithms.reference_beside(c) and algorithms.has_reference(c)
+  assert [n for _, n in auxiliary.passes(c, run.arch)] == [3]
+  assert [n for _, n in auxiliary.passes(also, run.arch)] == [3, 1]
+  assert algorithms.place(c, 'reference') == 'cache'
   assert trainer.compile().memory_analysis().argument_size_in_bytes < (
     two.compile().memory_analysis().argument_size_in_bytes
   )
@@ -219,11 +220,11 @@ def test_one_model_is_held_and_planned():
 @pytest.mark.parametrize(
   ('changes', 'told'),
   [
-    (dict(dpo__loss='simpo'), 'dpo.reference does nothing with dpo.loss=simpo'),
-    (dict(dpo__loss='kto'), 'dpo.reference does nothing with dpo.loss=kto'),
+    (dict(dpo__loss='simpo'), 'dpo.reference=cache does nothing with dpo.loss=simpo'),
+    (dict(dpo__loss='kto'), 'dpo.reference=cache does nothing with dpo.loss=kto'),
     (dict(algorithm='online_dpo', rollout__rewards='exact'), 'dpo.reference=cache: online_dpo'),
     (dict(dpo__reference='disk'), "dpo.reference='disk'"),
-    (dict(algorithm='sft'), 'dpo.reference does nothing with algorithm=sft'),
+    (dict(algorithm='sft'), 'dpo.reference=cache does nothing with algorithm=sft'),
   ],
   ids=str,
 )

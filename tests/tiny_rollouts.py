@@ -9,7 +9,7 @@ import numpy as np
 
 from ftjax.algorithms import best_of_n, grpo, online_dpo, ppo
 from ftjax.cluster.watchdog import Watchdog
-from ftjax.config import keys
+from ftjax.config import keys, validation
 from ftjax.experiment import data as examples
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
@@ -35,7 +35,7 @@ def tiny(algorithm='grpo', **overrides):
   c.rollout.stop = tuple('abcdefghijklmnopqrstuvwxyz0123456789')
   c.optim.lr = 1e-2
   c.update_from_flattened_dict(overrides)
-  keys.validate(c)
+  validation.validate(c)
   return c
 
 

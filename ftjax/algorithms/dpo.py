@@ -62,7 +62,7 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
-  cached = algorithms.reference_cached(c)
+  cached = algorithms.place(c, 'reference') == 'cache'
   source = reference_logps.RowsWithReference(r) if cached else batch_source.Rows(r)
   alarm = preference_loss.Alarm(c, cached)
   fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, alarm, source)

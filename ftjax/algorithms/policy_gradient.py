@@ -86,7 +86,7 @@ class AdvantageEstimator(BatchBuilder):
 
   def __init__(self, c: ml_collections.ConfigDict):
     self._config, p = c, c.policy
-    self._coef, self._has_reference = p.kl_coef, algorithms.has_reference(c)
+    self._coef, self._has_reference = p.kl_coef, bool(algorithms.place(c, 'reference'))
     self._steer = policy.AdaptiveKL(p.kl_target, p.kl_gain) if p.kl_target else None
     self._cost = jax.jit(policy.kl_rewards)
 

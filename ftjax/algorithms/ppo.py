@@ -13,8 +13,7 @@ import ml_collections
 import numpy as np
 
 from ftjax.algorithms import policy_gradient
-from ftjax.config import algorithms
-from ftjax.experiment import fit
+from ftjax.experiment import auxiliary, fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import advantages, masked, policy
 from ftjax.models.architecture import Architecture
@@ -29,7 +28,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   """
   how = dict(dtype=jnp.dtype(c.model.compute_dtype), remat=c.remat)
   read = functools.partial(logprobs_and_entropy, arch, temperature=c.rollout.temperature, **how)
-  value_arch, of_tokens = algorithms.value_arch(arch), policy_gradient.make_loss(c)
+  value_arch, of_tokens = auxiliary.value_arch(arch), policy_gradient.make_loss(c)
   clip, coefficient = c.ppo.value_clip, c.ppo.value_coef
 
   def loss(params, batch, keys):
@@ -46,7 +45,7 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
 
 def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> rollout_source.Measure:
   """Values of the state as it is when a rollout is made."""
-  value_arch, dtype = algorithms.value_arch(arch), jnp.dtype(c.model.compute_dtype)
+  value_arch, dtype = auxiliary.value_arch(arch), jnp.dtype(c.model.compute_dtype)
   return lambda params, batch: token_scores(value_arch, params['value'], batch, dtype, 'none')
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax.algorithms import pair_metrics
+from ftjax.config import algorithms
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.losses import masked, preference
 from ftjax.models import head, transformer
@@ -115,7 +116,7 @@ class Alarm:
     self._is_warned, self._is_cached = False, is_cached
     self._steps = 0  # in a row with a margin no larger than rounding
     self._lr, self._rounding = c.optim.lr, _ROUNDING[c.model.compute_dtype]
-    self._of_scores = c.algorithm == 'reward_model'
+    self._of_scores = algorithms.of(c).num_labels > 0
     self._beta = 1.0 if self._of_scores else c.dpo.beta
 
   def __call__(self, done: int, values: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from typing import Any
 
-from ftjax.config import keys as config_lib
+from ftjax.config import keys
 from ftjax.config import section as config_section
 from ftjax.runtime.errors import ConfigError
 
@@ -32,7 +32,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[Override]]:
   Raises:
     ConfigError: an override without a value, or with blanks around '='.
   """
-  kinds = {k: type(v) for k, v in config_section.flat(config_lib.default()).items()}
+  kinds = {k: type(v) for k, v in config_section.flat(keys.default()).items()}
   rest, overrides, words = [], [], list(arguments)
   while words:
     word = words.pop(0)

@@ -1,11 +1,11 @@
 """What a run that goes on from a checkpoint must find as it was: config keys, data and
 models."""
 
+import functools
 import logging
 
 from ftjax.cluster import processes
-from ftjax.config import algorithm_keys, algorithms
-from ftjax.config import keys as config_lib
+from ftjax.config import algorithms, section
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.runtime import redaction
@@ -15,24 +15,16 @@ from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
-# What may not change between a checkpoint and its resume: the order of the data, and the shape of
-# the state.
+# What may not change between a checkpoint and its resume, with any algorithm: the order of the
+# data, and the shape of the state.
 _FIXED = (
   'algorithm',
   'seed',
   'batch_size',
   'seq_len',
-  'data.packing',
-  'data.loss_on',
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
-_FIXED += ('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches')
-
-# Nor, between two updates on a rollout, what its arrays hold.
-_IN_ROLLOUT = ('rollout.temperature', 'grpo.advantage', 'best_of_n.keep', 'ppo.value_from')
-_IN_ROLLOUT += ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
-_IN_ROLLOUT += ('rollout.rewards', 'rollout.reward_model', 'ppo.gamma', 'ppo.lam', 'ppo.whiten')
 
 
 def check_source(workdir: str) -> None:
@@ -49,10 +41,11 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   """Refuses to go on with other data or another state shape than the checkpoint's; tells of the
   other changes.
   """
-  now = redaction.redact(config_lib.plain(run.config))
+  now = redaction.redact(section.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
-  within = saved['step'] % algorithm_keys.steps_per_batch(run.config)
-  kept = (*_FIXED, *_IN_ROLLOUT) if within else _FIXED
+  within = saved['step'] % algorithms.steps_per_batch(run.config)
+  record = algorithms.of(run.config)
+  kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
   fixed += [f'{k}: other content' for k, v in saved['fingerprints'].items() if found.get(k) != v]
   if saved['config'].get('checkpoint.best_metric'):  # its values stand in the checkpoints
@@ -97,14 +90,13 @@ def _models_beside(run: Run) -> dict[str, str]:
     ConfigError: they are not there.
   """
   c, out = run.config, {}
-  if algorithms.has_reference(c):
-    out['reference'] = first_fingerprint(run)
-  if algorithms.has_value_model(c) and c.ppo.value_from:
-    out['value'] = processes.from_main(lambda: load.fingerprint(c.ppo.value_from))
-    processes.check_same('ppo.value_from', digest(load.outline(c.ppo.value_from)))
-  if c.algorithm in algorithm_keys.ON_ROLLOUTS and c.rollout.reward_model:
-    out['reward model'] = processes.from_main(lambda: load.fingerprint(c.rollout.reward_model))
-    processes.check_same('rollout.reward_model', digest(load.outline(c.rollout.reward_model)))
+  values = section.flat(c)
+  for model in algorithms.of(c).auxiliary(c):
+    if source := values.get(model.source_key):
+      out[model.name] = processes.from_main(functools.partial(load.fingerprint, source))
+      processes.check_same(model.source_key, digest(load.outline(source)))
+    elif not model.is_trained:
+      out[model.name] = first_fingerprint(run)
   return out
 
 

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
-from ftjax.config import algorithm_keys, algorithms
-from ftjax.config import keys as config_lib
+from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.experiment import auxiliary
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load
@@ -69,22 +69,22 @@ class Run:
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    rows, taken = self.data.mixture.rows_per_epoch, algorithm_keys.prompts_per_rollout(c)
-    return c.steps or batches_in(c.epochs, rows, taken) * algorithm_keys.steps_per_batch(c)
+    rows, taken = self.data.mixture.rows_per_epoch, algorithms.prompts_per_rollout(c)
+    return c.steps or batches_in(c.epochs, rows, taken) * algorithms.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
     """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
     updates alone, for several may go over one batch.
     """
     c = self.config
-    taken = -(-step // algorithm_keys.steps_per_batch(c))
-    return taken * algorithm_keys.prompts_per_rollout(c)
+    taken = -(-step // algorithms.steps_per_batch(c))
+    return taken * algorithms.prompts_per_rollout(c)
 
   def parts(self) -> dict[str, Architecture]:
     """What is trained, by the prefix of its parameters' names: '' is the model."""
-    if not algorithms.has_value_model(self.config):
+    if not algorithms.place(self.config, 'value'):
       return {'': self.arch}
-    return {'': self.arch, 'value/': algorithms.value_arch(self.arch)}
+    return {'': self.arch, 'value/': auxiliary.value_arch(self.arch)}
 
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding, over all parts."""
@@ -102,7 +102,7 @@ class Run:
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
     """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
     axes = (None, 'batch') if micro else ('batch',)
-    by_token, by_row = algorithms.fields(self.config)
+    by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
     where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
     return dict.fromkeys(names, where) | dict.fromkeys(
@@ -112,8 +112,8 @@ class Run:
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a step in shapes."""
     c = self.config
-    shape = (c.grad_accum, algorithm_keys.rows_per_step(c) // c.grad_accum, c.seq_len)
-    by_token, by_row = algorithms.fields(c)
+    shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
+    by_token, by_row = algorithms.of(c).fields(c)
     floats = ('weights', *by_token, *by_row)
     return {
       k: jax.ShapeDtypeStruct(
@@ -152,10 +152,10 @@ class Run:
 
     It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
     """
-    if not algorithms.has_value_model(self.config):
+    if not algorithms.place(self.config, 'value'):
       return {}
     with self.watchdog.phase('restore'):
-      arch = algorithms.value_arch(self.arch)
+      arch = auxiliary.value_arch(self.arch)
       params = self._load(self.config.ppo.value_from or source, dtype, arch)
       if not self.config.ppo.value_from:
         params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
@@ -198,7 +198,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       jax.config.update('jax_enable_compilation_cache', False)
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
-    random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
+    random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     model = open_model(c.model.path, random, c.seed, labels=labels)
     beside = [model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same(
@@ -228,7 +228,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   if processes.is_alone():
     return
   own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
-  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  plain = {k: v for k, v in section.plain(c).items() if not k.startswith(own)}
   processes.check_same_values('the config', plain)
   name = files.join(workdir, processes.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
   processes.from_main(lambda: files.write_text(name, ''))
@@ -299,7 +299,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
-    ('batch_size / grad_accum', algorithm_keys.rows_per_step(c) // c.grad_accum),
+    ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
     if rows % ways:

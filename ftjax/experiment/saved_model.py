@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from ftjax.config import algorithms
-from ftjax.config import keys as config_lib
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import layout
 from ftjax.runtime import trees
@@ -124,11 +123,8 @@ def _open(workdir: str, step: int) -> SavedModel:
       'tokenizer are needed: run this in the folder where the training was started, or put the '
       'model back'
     )
-  c = config_lib.default()
-  c.algorithm = config['algorithm']
-  model = open_model(
-    path, dict(random), config['seed'], weights=False, labels=algorithms.num_labels(c)
-  )
+  labels = algorithms.find(config['algorithm']).num_labels
+  model = open_model(path, dict(random), config['seed'], weights=False, labels=labels)
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

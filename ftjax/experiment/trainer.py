@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax import monitoring
 
-from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import algorithms
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.losses import policy
@@ -48,7 +48,7 @@ def _has_signal(c: ml_collections.ConfigDict) -> Callable[[dict], jax.Array] | N
   """`has_signal` of make_step: of a policy gradient whose loss has advantages alone in it."""
   p = c.policy
   in_loss = p.entropy_coef or (p.kl_coef and p.kl != 'reward')
-  if c.algorithm not in algorithm_keys.POLICY_GRADIENT or in_loss:
+  if 'advantages' not in algorithms.of(c).fields(c)[0] or in_loss:
     return None
 
   def has_signal(batch):
@@ -69,7 +69,7 @@ class Trainer:
         'and with a usual optim.lr most are; float32 trains better where memory allows it'
       )
     self.run = run
-    self._has_reference = algorithms.reference_in_step(c)
+    self._has_reference = algorithms.place(c, 'reference') == 'state'
     info = self.leaves = _leaves(run)
     self.schedule = make_schedule(
       c.optim.schedule,

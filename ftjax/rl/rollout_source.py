@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.config import algorithms
-from ftjax.config.algorithm_keys import (
+from ftjax.config import algorithms, section
+from ftjax.config.algorithms import (
   prompts_per_rollout,
   rows_per_rollout,
   rows_per_step,
@@ -122,8 +122,9 @@ class RolloutSource(Source):
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
     texts = tuple(c.rollout.stop)
     stop_texts.check(texts, model.tokenizer, c.rollout.max_tokens, 'rollout.stop')
-    if c.algorithm == 'ppo' and c.ppo.value_from:
-      check_tokens('ppo.value_from', c.ppo.value_from, run)
+    for other in algorithms.of(c).auxiliary(c):
+      if other.is_trained and (source := section.flat(c)[other.source_key]):
+        check_tokens(other.source_key, source, run)
     stop_ids = (*model.stop_ids, *stop_texts.token_ids(texts, model.tokenizer))
     self._transcripts = Transcripts(model.tokenizer, stop_ids)
     self._engine = Engine(
@@ -137,8 +138,8 @@ class RolloutSource(Source):
     self._sampling = Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p)
     self._mesh = weights.rollout_mesh(run.mesh)
     self._ended = stops(texts, model.tokenizer)
-    self._wants_ref = algorithms.reference_beside(c)
-    self._wants_old = algorithms.wants_old_logp(c)
+    self._wants_ref = algorithms.place(c, 'reference') == 'rollout'
+    self._wants_old = algorithms.of(c).needs_old_logp(c)
     self._measures = {
       name: jax.jit(
         lambda params, batch, f=f: jax.sharding.reshard(f(params, batch), spec(None, None))
