@@ -163,7 +163,7 @@ def test_the_older_function_call_is_a_tool_call(call):
 
 def test_keys_that_stand_twice_in_json_text_are_refused():
   tools = '[{"name": "f", "name": "g"}]'
-  with pytest.raises(ValueError, match=r"'tools'.*the key 'name' stands twice"):
+  with pytest.raises(ValueError, match=r"'tools'.*the key 'name' occurs twice"):
     parse({'messages': [U(), A()], 'tools': tools}, 'messages', True)
 
 
