@@ -129,7 +129,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
-    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
+    f'compiler options: {compiler_options.format_flags(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:

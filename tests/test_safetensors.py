@@ -101,7 +101,7 @@ GOOD = {'x': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}
     (b'[1]', b'', None, 'expected a JSON object'),
     (b'\xff\xfe', b'', None, 'not UTF-8'),
     (b'[' * 50000, b'', None, 'nested too deep'),
-    (b'{"x":1,"x":2}', b'', None, "'x' stands twice"),
+    (b'{"x":1,"x":2}', b'', None, "'x' occurs twice"),
     (
       {'x': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 12]}},
       b'\0' * 12,

@@ -105,7 +105,7 @@ class Trainer:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     batch, options = self.run.abstract_batch(), self.compiler_options
     if options:
-      log.info('compiler options: %s', compiler_options.told(options))
+      log.info('compiler options: %s', compiler_options.format_flags(options))
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
     seconds, cache = time.perf_counter() - begin, counts.close()
