@@ -126,7 +126,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
   import numpy as np
 
   from ftjax.hf import export, layout, load
-  from ftjax.hf.safetensors import TensorInfo
+  from ftjax.hf.tensor_source import TensorInfo
   from ftjax.models.architecture import from_hf
   from ftjax.models.config_keys import check_unquantized
 

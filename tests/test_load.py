@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ftjax.hf import layout, load
-from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo, write_folder
+from ftjax.hf.safetensors import SafetensorsFolder, write_folder
+from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, safetensors, weight_files
+from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
-from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
+from ftjax.hf.safetensors import SafetensorsFolder
+from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.weight_files import parse_json
 from ftjax.models import config_keys
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -40,9 +42,35 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions ap
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model."""
+  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model.
+
+  A process opens the same files once: what their weights were hashed for is then known to whoever
+  asks for the fingerprint, and headers are read once.
+  """
+  return _cached_source(os.fspath(path), stamp(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_source(path: str, stamped: tuple) -> TensorSource:
+  del stamped  # files that changed are opened again
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
+
+
+def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
+  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
+
+  For a local file: name, size, inode, and times of modification and of change in ns. For an object
+  in a bucket: name, size and generation.
+  """
+  return tuple(_stamp(p) for p in _weight_files(path))
+
+
+def _stamp(path: Path) -> tuple[str | int, ...]:
+  stat = path.stat()
+  if files.is_remote(path):
+    return str(path), stat.st_size, stat.generation
+  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -155,7 +183,7 @@ def check_tensors(source: TensorSource, arch: Architecture):
 def _check_tied(source: TensorSource, embed: str, head: str):
   same = embed in source.tensors and source.tensors[embed] == source.tensors[head]
   if same:
-    blocks = safetensors.row_blocks(source.tensors[embed])
+    blocks = row_blocks(source.tensors[embed])
     # Bytes are compared: equal for NaN too, and that is another check's matter.
     same = all(
       source.read(embed, (b,)).tobytes() == source.read(head, (b,)).tobytes() for b in blocks
@@ -317,13 +345,11 @@ def newest_export(workdir: str) -> str | None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """SHA-256, in hex, over name, size and content of the weight files."""
-  digest = hashlib.sha256()
-  for weights in _weight_files(path):
-    digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
-    with weights.open('rb') as f:
-      digest.update(hashlib.file_digest(f, 'sha256').digest())
-  return digest.hexdigest()
+  """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
+
+  Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
+  """
+  return open_source(path).fingerprint()
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:

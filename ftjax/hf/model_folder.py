@@ -11,13 +11,27 @@ import os
 import re
 from pathlib import Path
 
-from ftjax.hf import gguf_files, safetensors, weight_files
+from ftjax.hf import gguf_files, weight_files
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
-# Of the tokenizer, or how to run the model. What is of several templates lies in the subfolder.
+# Small files of a HF folder that belong to the tokenizer, or say how to run the model.
+_TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
+MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+# Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
-  *safetensors.TOKENIZER_FILES,
+  *_TOKENIZER_FILES,
   *('tokenizer*.json', '*.model', '*.model.v*', '*.tiktoken', '*.jinja', 'chat_template*'),
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
   *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
