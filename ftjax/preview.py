@@ -36,7 +36,6 @@ def main() -> None:
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
-    weights=False,
     labels=algorithms.num_labels(c),
   )
   rows = min(_ROWS.value, c.batch_size)

@@ -359,7 +359,7 @@ def test_convert_reads_and_writes_buckets(bucket, tmp_path):
   for name, value in here.items():
     np.testing.assert_array_equal(there[name], value)
   with pytest.raises(DataError, match='no such file or folder'):
-    convert.local_source(f'{ROOT}/none')
+    convert.convert(f'{ROOT}/none', str(tmp_path / 'none'), None)
 
 
 # Checkpoints

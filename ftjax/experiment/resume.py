@@ -6,6 +6,7 @@ import logging
 from ftjax.cluster import processes
 from ftjax.config import algorithm_keys, algorithms
 from ftjax.config import keys as config_lib
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.runtime import redaction
@@ -86,7 +87,7 @@ def first_fingerprint(run: Run) -> str:
     return run.model.fingerprint
   check_source(c.init_from)
   export = files.join(c.init_from, 'export')
-  return processes.from_main(lambda: load.fingerprint(export))
+  return model_record.fingerprint(export, run.workdir)
 
 
 def _models_beside(run: Run) -> dict[str, str]:
@@ -100,10 +101,10 @@ def _models_beside(run: Run) -> dict[str, str]:
   if algorithms.has_reference(c):
     out['reference'] = first_fingerprint(run)
   if algorithms.has_value_model(c) and c.ppo.value_from:
-    out['value'] = processes.from_main(lambda: load.fingerprint(c.ppo.value_from))
+    out['value'] = model_record.fingerprint(c.ppo.value_from, run.workdir)
     processes.check_same('ppo.value_from', digest(load.outline(c.ppo.value_from)))
   if c.algorithm in algorithm_keys.ON_ROLLOUTS and c.rollout.reward_model:
-    out['reward model'] = processes.from_main(lambda: load.fingerprint(c.rollout.reward_model))
+    out['reward model'] = model_record.fingerprint(c.rollout.reward_model, run.workdir)
     processes.check_same('rollout.reward_model', digest(load.outline(c.rollout.reward_model)))
   return out
 

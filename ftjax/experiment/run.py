@@ -22,6 +22,7 @@ from ftjax.config import algorithm_keys, algorithms
 from ftjax.config import keys as config_lib
 from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.experiment import data as examples
+from ftjax.experiment import model_record
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load
 from ftjax.models import transformer
@@ -167,6 +168,8 @@ class Run:
       if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
         raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
       where = sharding.shardings(self.mesh, transformer.axes(arch))
+      if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
       params = load.load_params(source, arch, where, jnp.dtype(dtype))
       if arch.num_labels == wanted.num_labels:
         return params
@@ -199,11 +202,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
-    model = open_model(c.model.path, random, c.seed, labels=labels)
-    beside = [model.tokenizer.fingerprint, model.stop_ids]
-    processes.check_same(
-      'model.path', digest([model.fingerprint, load.outline(c.model.path), *beside])
-    )
+    _pin_models(c, workdir)
+    model = open_model(c.model.path, random, c.seed, labels=labels, workdir=workdir)
+    read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -217,6 +219,13 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       processes.check_same('data', digest(data.fingerprints()))
     data.tell()
   return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Puts the commits of hub models into the config."""
+  c.model.path = model_record.pin(c.model.path, workdir)
+  c.ppo.value_from = model_record.pin(c.ppo.value_from, workdir)
+  c.rollout.reward_model = model_record.pin(c.rollout.reward_model, workdir)
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
@@ -250,7 +259,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
   """
   check_sizes(c, arch, mesh)
   return Run(
-    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+    c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
   )
 
 

@@ -47,7 +47,8 @@ def open_source(path: str | os.PathLike) -> TensorSource:
   A process opens the same files once: what their weights were hashed for is then known to whoever
   asks for the fingerprint, and headers are read once.
   """
-  return _cached_source(os.fspath(path), stamp(path))
+  path = model_folder.locate(path, weights=True)
+  return _cached_source(path, stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -76,9 +77,9 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file.
 
-  What it says and nothing here applies (dropout) is logged once.
+  Keys that are not applied here (dropout) are logged once.
   """
-  folder = files.as_path(path)
+  folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)
   if file is not None:
     return GGUFSource(file).config()
@@ -110,11 +111,11 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  file = model_folder.gguf_file(folder)
   if file is not None:
     source = GGUFSource(file)
     return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
-  folder = files.as_path(path)
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
@@ -252,14 +253,29 @@ def _load_leaf(
 ) -> jax.Array:
   import jax
 
-  parts: dict[str, np.ndarray] = {}
+  indexes = sharding.addressable_devices_indices_map(shape).values()
+  boxes = {tuple((s.indices(n)[:2]) for s, n in zip(i, shape, strict=True)) for i in indexes}
+  around = tuple(
+    slice(min(b for b, _ in a), max(e for _, e in a)) for a in zip(*boxes, strict=True)
+  )
+  # Shards along HF's second axis are columns of the file, and each would read all rows. Where the
+  # shards of this process fill a box it is read once and cut; devices may hold copies of a part.
+  sizes = sum(math.prod(e - b for b, e in box) for box in boxes)
+  if sizes == math.prod(s.stop - s.start for s in around):
+    whole = _fill(source, rows, shape, around, dtype)
 
-  def fill(index):
-    # Devices may hold copies of a part: it is read once.
-    key = str(index)
-    if key not in parts:
-      parts[key] = _fill(source, rows, shape, index, dtype)
-    return parts[key]
+    def fill(index):
+      ranges = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+      cut = zip(ranges, around, strict=True)
+      return whole[tuple(slice(b - a.start, e - a.start) for (b, e, _), a in cut)]
+  else:
+    parts: dict[str, np.ndarray] = {}
+
+    def fill(index):
+      key = str(index)
+      if key not in parts:
+        parts[key] = _fill(source, rows, shape, index, dtype)
+      return parts[key]
 
   leaf = jax.make_array_from_callback(shape, sharding, fill)
   # The next leaf is read only when this one's buffer can go.
@@ -353,7 +369,8 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=True))
+  file = model_folder.gguf_file(folder)
   if file is None:
-    return weight_files.weight_files(files.as_path(path))
+    return weight_files.weight_files(folder)
   return gguf_files.weight_files(file)
