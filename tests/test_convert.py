@@ -122,15 +122,9 @@ def test_the_source_is_never_the_target(tmp_path):
 
 
 @pytest.mark.parametrize('source', ['/no/such', './no', 'no.gguf', 'a/b/c', '~/x'])
-def test_what_is_no_path_and_no_hub_id(source, monkeypatch):
+def test_what_is_no_path_and_no_hub_name(source, tmp_path):
   with pytest.raises(DataError, match='no such file or folder'):
-    convert.local_source(source)
-
-
-def test_a_hub_id_without_huggingface_hub(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(DataError, match='not installed'):
-    convert.local_source('owner/name')
+    convert.convert(source, str(tmp_path / 'out'), None)
 
 
 @pytest.mark.parametrize(

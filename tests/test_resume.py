@@ -96,7 +96,7 @@ def test_what_was_fed_is_the_schedule(reference):
   batch comes twice, also not in another epoch.
   """
   c = tiny_config(reference)
-  model = open_model('', c.model.random.to_dict(), c.seed, weights=False)
+  model = open_model('', c.model.random.to_dict(), c.seed)
   data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)

@@ -4,6 +4,7 @@ The state comes from, in this order: this workdir's newest checkpoint; the weigh
 the model's weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -51,7 +52,13 @@ class _Session:
   checkpoints: Checkpoints
   judge: compare.Evaluator
   console: Console
-  fingerprints: dict[str, str]
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """What a resume must find as it was. A fresh run asks for it when its weights are loaded: they
+    are hashed as they are read.
+    """
+    return resume.fingerprints(self.trainer.run)
 
 
 def fit(
@@ -101,7 +108,6 @@ def _opened(
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Evaluator(run),
     console=summary.make_console(c),
-    fingerprints=resume.fingerprints(run),
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from ftjax.data import batches
 from ftjax.data.batches import ARRAYS
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.models import transformer
@@ -81,6 +82,7 @@ class TrainedReward:
       raise ConfigError(f'{KEY}={path} was made for {arch.max_len} positions, seq_len={c.seq_len}')
     with run.watchdog.phase('restore'):
       where = sharding.shardings(run.mesh, transformer.axes(arch))
+      model_record.hash_while_loading(path, run.workdir)
       self._params = load.load_params(path, arch, where, jnp.dtype(c.model.param_dtype))
     forward = Forward(arch, jnp.dtype(c.model.compute_dtype))
 
