@@ -136,9 +136,9 @@ def test_nobody_swallows_every_error():
 
 def test_templates_render_in_the_sandbox_of_one_file():
   for path in FILES:
-    if name_of(path) != 'data/chat_template':
+    if name_of(path) not in ('data/chat_template', 'data/template_sandbox'):
       assert not any(m.split('.')[0] == 'jinja2' for m in imports(path)), path
-  tree = ast.parse((ROOT / 'data' / 'chat_template.py').read_text())
+  tree = ast.parse((ROOT / 'data' / 'template_sandbox.py').read_text())
   bases = [dotted(b) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases]
   assert any('Sandboxed' in n for n in called(tree) + bases)
   plain = {'Environment', 'Template', 'NativeEnvironment'}
@@ -162,6 +162,5 @@ def test_human_sizes():
     text = path.read_text()
     assert text.count('\n') <= 450, path
     for node in ast.walk(ast.parse(text)):
-      # keys.default is a list of keys.
-      if isinstance(node, ast.FunctionDef) and name_of(path) != 'config/keys':
+      if isinstance(node, ast.FunctionDef):
         assert node.end_lineno - node.lineno < 80, f'{path}:{node.lineno} {node.name}'

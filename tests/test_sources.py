@@ -130,7 +130,7 @@ def test_folder_saved_by_datasets_itself(tmp_path):
     ('a.parquet', b'PAR1nope', r'a\.parquet:1: not readable Parquet'),
     ('a.xlsx', b'x', 'unknown kind of file'),
     ('a.csv', b'a,b,a\n1,2,3\n', r"a\.csv:1: the header names the column 'a' twice"),
-    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' stands twice"),
+    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' occurs twice"),
   ],
 )
 def test_faults_name_their_place(tmp_path, name, content, message):

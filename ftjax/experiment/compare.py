@@ -9,6 +9,7 @@ import logging
 import jax.numpy as jnp
 
 from ftjax.cluster import processes
+from ftjax.config import task_specs
 from ftjax.data import encode, formats, prompt_rows
 from ftjax.evaluation import report, tasks
 from ftjax.evaluation import run as evaluation
@@ -35,7 +36,7 @@ class Evaluator:
   def __init__(self, run: Run):
     c = run.config
     self.run = run
-    self.tasks = tasks.load_tasks(tuple(c.eval.tasks))
+    self.tasks = tasks.load_tasks(task_specs.parse_all(c.eval.tasks))
     # Every process makes the batches, each puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
     self.folder = files.join(run.workdir, 'eval')

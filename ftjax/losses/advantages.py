@@ -1,8 +1,7 @@
 """Advantages of sampled completions: relative to their group, to the batch, or to a value model.
 
 Axes: P prompts, C completions per prompt, B completions, T tokens. Everything is jnp and runs under
-jit on arrays sharded over P or B (C and T whole), but `group_rows`, which is numpy on the host and
-lays ragged groups out as [P, C]. Advantages are constants: none has a gradient.
+jit on arrays sharded over P or B (C and T whole). Advantages are constants: none has a gradient.
 
 A group teaches something only if two of its completions have different rewards. Every group
 function returns exactly 0 for the others and says which they are (`has_signal`): a caller gives
@@ -10,12 +9,10 @@ their tokens weight 0, so that they neither count in the loss's weight nor get a
 other prompts in their place (DAPO, Yu et al. 2025, section 3.2, 'dynamic sampling').
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ftjax.losses import masked
 
@@ -25,28 +22,6 @@ class Advantages(NamedTuple):
 
   advantages: jax.Array  # float32[P, C]
   has_signal: jax.Array  # bool[P]
-
-
-def group_rows(group_ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where the completions of each prompt stand. Host side, numpy.
-
-  Args:
-    group_ids: int[B], the prompt of each completion, in any order; groups may differ in size.
-
-  Returns:
-    (index int32[P, C], is_there bool[P, C]): prompts in ascending order of id, completions in the
-    order given, C the largest group; index is 0 where is_there is False. So `rewards[index]` is
-    float[P, C], and `out[index[is_there]] = advantages[is_there]` puts them back.
-  """
-  ids = np.asarray(group_ids)
-  _, group, sizes = np.unique(ids, return_inverse=True, return_counts=True)
-  order = np.argsort(group, kind='stable')
-  column = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-  index = np.zeros((len(sizes), sizes.max(initial=0)), np.int32)
-  is_there = np.zeros(index.shape, bool)
-  index[group[order], column] = order
-  is_there[group[order], column] = True
-  return index, is_there
 
 
 def has_signal(rewards: jax.Array, scorable: jax.Array) -> jax.Array:

@@ -56,12 +56,6 @@ def row_means(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
   return divide(total, tokens), (tokens > 0).astype(jnp.float32)
 
 
-def largest(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """float32[]: the largest x >= 0 among what counts, 0 if nothing does. A maximum is no pair: take
-  it over the whole step."""
-  return keep(x.astype(jnp.float32), weights).max()
-
-
 def whiten(
   x: jax.Array, weights: jax.Array, *, shift: bool = True, epsilon: float = 1e-8
 ) -> jax.Array:

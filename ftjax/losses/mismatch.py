@@ -61,8 +61,7 @@ def correct(
   Returns:
     (float32[B, T], 0 where weights are 0; {metric: (total, weight)}). Metrics, means over tokens:
     mismatch/abs_diff (|old_logp - sampler_logp|, nats), mismatch/kl (k3 estimate of
-    KL(sampler || trainer)), mismatch/weight, mismatch/outside (share beyond the bounds). The
-    largest difference is no mean: `masked.largest(abs(old_logp - sampler_logp), weights)`.
+    KL(sampler || trainer)), mismatch/weight, mismatch/outside (share beyond the bounds).
 
   Raises:
     ValueError: for bounds that leave out 1.

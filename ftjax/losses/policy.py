@@ -151,16 +151,6 @@ SURROGATES = {
 }
 
 
-def k1(log_ratio: jax.Array) -> jax.Array:
-  """log pi - log pi_ref, of `log_ratio` = log pi - log pi_ref (any shape).
-
-  Its mean over the policy's samples is KL(pi || pi_ref), but the mean of its gradient is 0: as a
-  loss term it does nothing but add noise (bias of the gradient: -100 %). So it is no loss term
-  here; take it off the reward, see `kl_rewards`.
-  """
-  return log_ratio
-
-
 def k2(log_ratio: jax.Array) -> jax.Array:
   """(log pi - log pi_ref)^2 / 2: biased as a number, but on-policy the mean of its gradient is that
   of KL(pi || pi_ref) exactly."""

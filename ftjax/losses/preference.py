@@ -307,12 +307,12 @@ def _clean(batch: Pairs | Singles, weights: jax.Array) -> Pairs | Singles:
 
 
 def loss(
-  name: str, batch: Pairs | Singles, weights: jax.Array, settings: Settings
+  row: Row, batch: Pairs | Singles, weights: jax.Array, settings: Settings
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
   """A micro-batch's summed loss, the number of its pairs or answers, and metrics.
 
   Args:
-    name: of a row of LOSSES.
+    row: of LOSSES, or one like them.
     batch: Pairs for a paired loss, else Singles.
     weights: float32[P or N], 0 for padding.
     settings: coefficients.
@@ -323,7 +323,6 @@ def loss(
     of pairs whose chosen answer has the larger implicit reward; equal rewards count as wrong, so
     it is 0 where policy and reference are equal.
   """
-  row = LOSSES[name]
   batch = _clean(batch, weights)
   total, weight = masked.mean(row.function(batch, settings), weights)
   rewards = jax.lax.stop_gradient(row.reward(batch, settings))

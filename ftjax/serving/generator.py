@@ -213,7 +213,7 @@ def _load(path: str, mesh, dtype) -> tuple:
   export = None if which else load.newest_export(workdir)
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
-  model = open_model(export or path, {}, 0, weights=False)
+  model = open_model(export or path, {}, 0)
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 
 

@@ -412,11 +412,11 @@ def not_updated(no_signal: int, skipped: int) -> str:
 
 
 def next_commands(
-  workdir: str, algorithm: str, prompt: str, command_line: Sequence[str], has_tasks: bool
+  workdir: str, is_reward_model: bool, prompt: str, command_line: Sequence[str], has_tasks: bool
 ) -> list[tuple[str, str]]:
   """Rows of a block: what to type after a run. command_line: flags of this run, quoted."""
   python = 'python -m ftjax.'
-  if algorithm == 'reward_model':
+  if is_reward_model:
     return [('next', f'--config.rollout.reward_model={workdir}/export with algorithm grpo or ppo')]
   rows = [
     ('next', f'{python}generate --model={workdir}' + (f' --prompt={prompt}' if prompt else ''))

@@ -14,6 +14,9 @@ import jax
 from ftjax import __version__
 from ftjax.runtime.digest import digest
 
+# Keys that name a model; of a hub model the config holds the commit, org/name@COMMIT.
+_MODELS = ('model.path', 'init_from', 'ppo.value_from', 'rollout.reward_model')
+
 PACKAGES = (
   'jax',
   'jaxlib',
@@ -72,6 +75,7 @@ def build(
     'python': platform.python_version(),
     'packages': {name: metadata.version(name) for name in PACKAGES},
     'config': digest(config),
+    'models': {key: config[key] for key in _MODELS if config.get(key)},
     'fingerprints': fingerprints,
     'data': data or {},
     'devices': {

@@ -14,6 +14,7 @@ from ftjax.config import keys
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.models import transformer
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer, prefetch, state, step
 
@@ -103,7 +104,7 @@ def train(mesh, batches, arch=TINY):
   with c.unlocked():
     c.loss.z_loss = 1e-3
   run = step.make_step(
-    sft.make_loss(arch, c),
+    sft.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c),
     rule,
     places,
     mask=optimizer.layer_mask(recipe, info, info),
