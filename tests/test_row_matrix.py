@@ -10,7 +10,7 @@ import pytest
 from test_token_cache import build
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import encode, formats, labeled_examples, prompts, sources
+from ftjax.data import encode, formats, labeled_examples, preference_rows, prompts, sources
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -189,7 +189,7 @@ def read(algorithm, source):
   else:
     shape = {'dpo': 'pair', 'kto': 'label', 'reward_model': 'score'}[algorithm]
     found = labeled_examples.encode(
-      [labeled_examples.parse(r, shape, None) for r in rows], TOKENIZER
+      [preference_rows.parse(r, shape, None) for r in rows], TOKENIZER
     )
   assert not [f for f in found if isinstance(f, formats.Bad)]
   out = []
