@@ -16,6 +16,7 @@ from ftjax.data import (
   formats,
   hub_dataset,
   labeled_examples,
+  preference_rows,
   prompts,
   sources,
 )
@@ -199,7 +200,7 @@ def read(algorithm, source):
   else:
     shape = {'dpo': 'pair', 'kto': 'label', 'reward_model': 'score'}[algorithm]
     found = labeled_examples.encode(
-      [labeled_examples.parse(r, shape, None) for r in rows], TOKENIZER
+      [preference_rows.parse(r, shape, None) for r in rows], TOKENIZER
     )
   assert not [f for f in found if isinstance(f, formats.Bad)]
   out = []
