@@ -45,7 +45,7 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   import numpy as np
 
   from ftjax.algorithms import sft
-  from ftjax.config import keys
+  from ftjax.config import keys, validation
   from ftjax.experiment import run as experiment
   from ftjax.experiment.trainer import Trainer
   from ftjax.training.prefetch import Prefetch
@@ -58,17 +58,17 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   c.steps, c.batch_size, c.grad_accum, c.seq_len = steps, args.batch_size, grad_accum, args.seq_len
   for name, value in SETTINGS.items():
     c.optim[name] = value
-  keys.validate(c)
+  validation.validate(c)
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)
-    trainer = Trainer(run, sft.make_loss(run.arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     state, compiled = trainer.fresh(), trainer.compile()
     for step in range(steps):
       for source, example, _ in run.data.stream.examples(step):
         tokens, supervised = run.data.corpora[source].example(example)
         rows.append({'input_ids': tokens.tolist(), 'completion_mask': supervised.tolist()})
-    feed = Prefetch(run.batch, run.batch_shardings(micro=True), 0, steps)
+    feed = Prefetch(run.data.stream, run.abstract_batch(), 0, steps)
     for step in range(steps):
       state, values = compiled(state, feed.take(step))
       metrics.append({k: np.asarray(v).item() for k, v in jax.device_get(values).items()})

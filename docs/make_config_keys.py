@@ -12,16 +12,15 @@ import tokenize
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ftjax.config import hints, keys  # noqa: E402
+from ftjax.config import algorithms, choices, hints, keys, section, validation  # noqa: E402
 
 TARGET = ROOT / 'docs' / 'config_keys.md'
-_SOURCES = ('config/keys.py', 'config/algorithm_keys.py')
+_SOURCE = ROOT / 'ftjax' / 'config' / 'keys.py'
 _HEAD = """# Config keys
 
 Made by `python docs/make_config_keys.py` from the comments in
-[ftjax/config/keys.py](../ftjax/config/keys.py) and
-[ftjax/config/algorithm_keys.py](../ftjax/config/algorithm_keys.py): edit those. How a config
-file looks, and how keys are changed on the command line, is described in [config.md](config.md).
+[ftjax/config/keys.py](../ftjax/config/keys.py): edit those. How a config file looks, and how keys
+are changed on the command line, is described in [config.md](config.md).
 
 `batch_size` is global: the number of packed sequences, pairs or prompts of one optimizer update,
 over all devices. `grad_accum` divides it into micro-batches and does not multiply it.
@@ -61,9 +60,8 @@ def comments(text: str) -> dict[str, str]:
 def described() -> dict[str, str]:
   """{dotted key or section: its meaning}."""
   out = {}
-  for name in _SOURCES:
-    for target, text in comments((ROOT / 'ftjax' / name).read_text()).items():
-      out[target.removeprefix('c.')] = text
+  for target, text in comments(_SOURCE.read_text()).items():
+    out[target.removeprefix('c.')] = text
   return out
 
 
@@ -74,29 +72,31 @@ def cell(text: str) -> str:
 
 def values(key: str, default: object) -> str:
   """What may stand under a key, where that is a short list or a bound."""
-  if key in keys._CHOICES:
-    return ', '.join(f'`{v}`' for v in keys._CHOICES[key])
+  allowed = {'algorithm': algorithms.ALGORITHMS} | choices.CHOICES
+  if key in allowed:
+    more = ' or `module:object`' if key == 'algorithm' or key in choices.OBJECTS else ''
+    return ', '.join(f'`{v}`' for v in allowed[key]) + more
   if isinstance(default, bool):
     return '`True`, `False`'
-  if key in keys._POSITIVE:
+  if key in validation.POSITIVE:
     return 'at least 1'
-  if key in keys._NOT_NEGATIVE or key.startswith('watchdog.'):
+  if key in validation.NOT_NEGATIVE or key.startswith('watchdog.'):
     return 'at least 0'
   return ''
 
 
 def document() -> str:
   """The whole text of docs/config_keys.md."""
-  defaults, meanings = keys.flat(keys.default()), described()
+  defaults, meanings = section.flat(keys.default()), described()
   sections = dict.fromkeys(k.rpartition('.')[0] for k in meanings if k in defaults or '.' in k)
   out = [_HEAD]
-  for section in ('', *(s for s in sections if s)):
-    title = f'`{section}`' if section else 'Top level'
+  for head in ('', *(s for s in sections if s)):
+    title = f'`{head}`' if head else 'Top level'
     out.append(f'\n## {title}\n')
-    if about := meanings.get(section):
+    if about := meanings.get(head):
       out.append(f'\n{about[0].upper()}{about[1:]}\n')
     out.append('\n| key | default | meaning | values |\n|---|---|---|---|\n')
-    for key in (k for k in meanings if k in defaults and k.rpartition('.')[0] == section):
+    for key in (k for k in meanings if k in defaults and k.rpartition('.')[0] == head):
       default = {} if key == 'model.random' else defaults[key]
       row = (f'`{key}`', f'`{default!r}`', meanings[key].rstrip('.'), values(key, defaults[key]))
       out.append('| ' + ' | '.join(cell(x) for x in row) + ' |\n')

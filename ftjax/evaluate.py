@@ -8,7 +8,7 @@ import json
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import keys
+from ftjax.config import validation
 
 cli.define_config()
 cli.define_processes()
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a finished run.',
 def main() -> None:
   """Loads the export and judges it; base results are cached."""
   c = flags.FLAGS.config
-  keys.validate(c)
+  validation.validate(c)
   from ftjax.experiment import compare
   from ftjax.experiment import run as experiment
   from ftjax.hf import load

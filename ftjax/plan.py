@@ -13,8 +13,7 @@ import ml_collections
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import keys
-from ftjax.experiment.model import random_config
+from ftjax.config import validation
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
@@ -130,7 +129,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
-    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
+    f'compiler options: {compiler_options.format_flags(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:
@@ -172,10 +171,11 @@ def main() -> None:
 
 
 def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
-  keys.validate(c)
+  validation.validate(c)
   os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
   from ftjax.config import algorithms
+  from ftjax.experiment.model import random_config
   from ftjax.families import table
   from ftjax.planning import compile, known_models
 
@@ -184,7 +184,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   make_loss = cli.algorithm(c.algorithm).make_loss
   arch = table.architecture(shape, c.model.family)
   table.check_own(c.model.family, arch, f'model.path={c.model.path}')
-  arch = dataclasses.replace(arch, num_labels=algorithms.num_labels(c))
+  arch = dataclasses.replace(arch, num_labels=algorithms.of(c).num_labels)
   name = c.model.path or 'model.random'
   found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None

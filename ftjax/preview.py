@@ -11,7 +11,7 @@ import tempfile
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import algorithm_keys, keys
+from ftjax.config import algorithms, validation
 
 cli.define_config()
 _ROWS = flags.DEFINE_integer('rows', 1, 'How many packed sequences to print.', lower_bound=0)
@@ -26,8 +26,7 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   """Prints the summary and the table."""
   c = flags.FLAGS.config
-  keys.validate(c)
-  from ftjax.config import algorithms
+  validation.validate(c)
   from ftjax.data import describe
   from ftjax.experiment import data as examples
   from ftjax.experiment.model import open_model
@@ -36,15 +35,14 @@ def main() -> None:
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
-    weights=False,
-    labels=algorithms.num_labels(c),
+    labels=algorithms.of(c).num_labels,
     family=c.model.family,
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:
     workdir = _WORKDIR.value or scratch
     limit = None if _ALL.value else max(_MIN_ROWS, _ROWS_PER_SEQUENCE * _ROWS.value)
-    if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+    if algorithms.of(c).on_rollouts:
       data = examples.open_prompts(c, model.tokenizer, workdir, limit)
       first = [data.prompt(n) for n in range(rows)]
       print(describe.prompts(data.sources, first, model.tokenizer))

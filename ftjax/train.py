@@ -8,7 +8,7 @@ import logging
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import keys
+from ftjax.config import validation
 
 cli.define_config()
 cli.define_processes()
@@ -20,11 +20,11 @@ _WORKDIR = flags.DEFINE_string(
 def main() -> None:
   """Checks the config, then runs its algorithm."""
   c = flags.FLAGS.config
-  keys.validate(c)
+  validation.validate(c)
   # jax is imported from here on: a misspelt key is told before.
   algorithm = cli.algorithm(c.algorithm)
   cli.join()
-  for line in keys.warnings(c):
+  for line in validation.warnings(c):
     logging.warning(line)
   algorithm.run(c, _WORKDIR.value)
 

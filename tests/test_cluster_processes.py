@@ -3,7 +3,7 @@
 import pytest
 
 from ftjax.cluster import processes
-from ftjax.config import keys
+from ftjax.config import keys, section
 from ftjax.runtime.errors import ConfigError
 
 SECRET = 'hf_' + 'aB3dE5fG7hJ9kL1mN2pQ4'
@@ -19,7 +19,7 @@ def configs(monkeypatch):
       c = keys.default()
       c.update_from_flattened_dict(settings)
       monkeypatch.setattr(processes, 'gather', lambda own: seen.append(own) or [own])
-      processes.check_same_values('the config', keys.plain(c))
+      processes.check_same_values('the config', section.plain(c))
     monkeypatch.setattr(processes, 'gather', lambda own: seen)
     try:
       processes.check_same_values('the config', {})

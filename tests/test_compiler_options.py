@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import tiny_run
 
-from ftjax.config import keys
+from ftjax.config import keys, validation
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import ConfigError
 from ftjax.telemetry import manifest
@@ -50,7 +50,7 @@ def test_ones_own_lie_over_the_table():
   }
   assert list(found) == sorted(found)
   assert compiler_options.known('TPU v5e') == table  # and is not changed by it
-  assert compiler_options.told(found).startswith(f'xla_a=3 xla_b=true {GATHER}=false ')
+  assert compiler_options.format_flags(found).startswith(f'xla_a=3 xla_b=true {GATHER}=false ')
 
 
 def compiled(options):
@@ -62,7 +62,7 @@ def compiled(options):
 
 def test_the_compiler_is_given_them():
   assert compiled({'xla_cpu_enable_fast_math': True}).as_text()
-  with pytest.raises(ConfigError, match=r"xla_no_such.*take it away with \('NAME', ''\)"):
+  with pytest.raises(ConfigError, match=r"xla_no_such.*remove it with \('NAME', ''\)"):
     compiled({'xla_no_such': True})
   with pytest.raises(ConfigError, match=r'compiler_options: .*xla_cpu_enable_fast_math'):
     compiled({'xla_cpu_enable_fast_math': 'perhaps'})
@@ -78,7 +78,7 @@ def test_what_is_no_pair_is_refused(wrong):
   c.model.path, c.data.train = 'm', 'd'
   with pytest.raises(ConfigError, match='compiler_options'):
     c.compiler_options = wrong
-    keys.validate(c)
+    validation.validate(c)
 
 
 def test_the_manifest_names_them():

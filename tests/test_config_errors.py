@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ftjax.config import config_file, keys
+from ftjax.config import config_file, keys, section, validation
 from ftjax.runtime.errors import ConfigError
 
 HEAD = 'from ftjax import config\ndef get_config():\n  c = config.default()\n'
@@ -199,14 +199,14 @@ def test_the_file_with_the_mistake_is_named_where_there_are_several(tmp_path, ba
 def test_a_value_that_the_checks_refuse_has_its_line(tmp_path, lines, message):
   c, _ = load(tmp_path, body('c.model.path = "x"', 'c.data.train = "rows.jsonl"', *lines))
   with pytest.raises(ConfigError) as caught:
-    keys.validate(c)
+    validation.validate(c)
   assert str(caught.value).replace(f'{tmp_path}/', '').startswith(message)
 
 
 def test_a_value_that_no_file_set_has_no_line(tmp_path):
   c, _ = load(tmp_path, body('c.data.train = "rows.jsonl"'))
   with pytest.raises(ConfigError, match=r"^model.path=''"):
-    keys.validate(c)
+    validation.validate(c)
 
 
 GOOD = [
@@ -233,23 +233,23 @@ GOOD = [
 def test_what_a_file_may_write(tmp_path, text, key, value):
   c, output = load(tmp_path, text)
   assert output == ''
-  assert keys.plain(c)[key] == (list(value) if isinstance(value, tuple) else value)
-  assert c.is_locked and keys.plain(c).keys() == keys.plain(keys.default()).keys()
+  assert section.plain(c)[key] == (list(value) if isinstance(value, tuple) else value)
+  assert c.is_locked and section.plain(c).keys() == section.plain(keys.default()).keys()
 
 
 def test_a_config_that_is_no_python_file(tmp_path):
   (tmp_path / 'a.yaml').write_text('steps: 3')
   with pytest.raises(ConfigError, match=r'a config is a Python file .*; got a .yaml file'):
-    keys.find(str(tmp_path / 'a.yaml'))
+    config_file.find(str(tmp_path / 'a.yaml'))
   with pytest.raises(ConfigError, match='is a folder; give a Python file with get_config'):
-    keys.find(str(tmp_path))
+    config_file.find(str(tmp_path))
   (tmp_path / 'mine.py').write_text('')
   with pytest.raises(ConfigError, match=r'is a folder; .*such as .*/mine.py'):
-    keys.find(str(tmp_path))
+    config_file.find(str(tmp_path))
   with pytest.raises(ConfigError, match=r'no such file, .*did you mean .*/mine.py'):
-    keys.find(str(tmp_path / 'mien.py'))
-  with pytest.raises(ConfigError, match=r'no such file, .*did you mean tiny_sft\?'):
-    keys.find('tiny_stf')
+    config_file.find(str(tmp_path / 'mien.py'))
+  with pytest.raises(ConfigError, match=r'no such file, .*did you mean tiny_sft or '):
+    config_file.find('tiny_stf')
 
 
 def test_a_file_without_a_suffix_is_read(tmp_path):

@@ -10,7 +10,7 @@ from ftjax.config import hints, keys, section
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MADE = runpy.run_path(str(ROOT / 'docs' / 'make_config_keys.py'))
-KEYS = list(keys.flat(keys.default()))
+KEYS = list(section.flat(keys.default()))
 NAMES = [name for names, _, _ in hints.ROWS for name in names]
 
 

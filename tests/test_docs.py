@@ -9,8 +9,8 @@ import shlex
 import pytest
 from tiny_tokenizer import tiny_files
 
-from ftjax.config import keys
-from ftjax.data import formats, labeled_examples, prompts
+from ftjax.config import config_file, keys, section
+from ftjax.data import formats, preference_rows, prompts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -19,7 +19,7 @@ from ftjax.runtime.errors import ConfigError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CHANGELOG.md', *(ROOT / 'docs').glob('*.md')])
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
-KEYS = set(keys.flat(keys.default()))
+KEYS = set(section.flat(keys.default()))
 SECTIONS = {k.partition('.')[0] for k in KEYS if '.' in k}
 
 _FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -109,7 +109,7 @@ def wrong_flag(entry, word):
     return f'{word}: {entry} has no such flag'
   if name == 'config' and not re.fullmatch(r'my_config\.py|[A-Z_]+|\.\.\.|…', value):
     try:
-      keys.find(value)
+      config_file.find(value)
     except ConfigError as error:
       return str(error)
   return ''
@@ -233,7 +233,7 @@ def test_training_rows_of_the_docs_are_what_they_are_called():
 def test_preference_rows_of_the_docs_are_read():
   shapes = {'labelled': 'label', 'scored': 'score'}
   for name, row in rows_of('Preference rows'):
-    labeled_examples.parse(row, shapes.get(name, 'pair'), None)
+    preference_rows.parse(row, shapes.get(name, 'pair'), None)
 
 
 def test_prompt_rows_of_the_docs_give_an_answer(tmp_path):

@@ -14,13 +14,13 @@ from tiny_model import place
 
 from ftjax.algorithms import dpo, pair_metrics
 from ftjax.algorithms import preference as preference_loss
-from ftjax.config import algorithm_keys, algorithms
-from ftjax.config import keys as config
+from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
+from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
@@ -33,7 +33,7 @@ def _compiled(mesh, changes):
   """(run, trainer, compiled step), once for each mesh and config."""
   c = tiny_pairs.settings(**dict(changes))
   run = tiny_pairs.shapes_only(c)
-  trainer = Trainer(run, dpo.make_loss(run.arch, c))
+  trainer = Trainer(run, dpo.make_loss(run.forward, c))
   return run, trainer, trainer.compile()
 
 
@@ -77,7 +77,7 @@ def forward(batch, moved=True, **changes):
   params = policy if moved else reference
   if preference.LOSSES[c.dpo.loss].needs_reference:
     params = params | {'reference': reference}
-  loss = jax.jit(dpo.make_loss(arch, c))
+  loss = jax.jit(dpo.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c))
   total, weight, metrics = loss(params, tiny_pairs.flat_on_devices(batch), None)
   return {k: float(a / b) for k, (a, b) in (metrics | {'loss': (total, weight)}).items()}
 
@@ -154,13 +154,13 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   assert np.abs(m['first'] - m['ref_first']).min() > 1e-3  # the policy has moved
   coefficients = dict(beta=0.3, label_smoothing=0.1, gamma=0.2, nll_coef=0.5, desirable=1.5)
   # A config refuses those that the loss does not read.
-  idle = {k for k, _, names in algorithm_keys._ONLY_WITH if name not in names}
+  idle = {k for k, _, names in choices.only_with() if name not in names}
   changes = {f'dpo__{k}': v for k, v in coefficients.items() if f'dpo.{k}' not in idle}
   changes['dpo__loss'] = name
   metrics = forward(batch, **changes)
   row, ones = preference.LOSSES[name], np.ones(tiny_pairs.ROWS, np.float32)
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**changes))
-  assert algorithms.reference_in_step(run.config) == row.needs_reference
+  assert (algorithms.place(run.config, 'reference') == 'state') == row.needs_reference
   known = {k: jnp.float32(v) for k, v in m.items()}
   if not row.needs_reference:
     known |= {k: jnp.zeros(tiny_pairs.ROWS) for k in ('ref_first', 'ref_second')}
@@ -171,7 +171,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   else:
     z = jnp.float32(max(0.0, float(np.mean(m['second'] - m['ref_second']))))
     table = preference.Singles(known['first'], known['ref_first'], batch['values'] > 0, z)
-  total, weight, expected = preference.loss(name, table, ones, preference.Settings(**coefficients))
+  total, weight, expected = preference.loss(row, table, ones, preference.Settings(**coefficients))
   assert float(weight) == tiny_pairs.ROWS
   assert metrics['loss'] == pytest.approx(float(total / weight), rel=2e-5)
   for key, (a, b) in expected.items():
@@ -327,7 +327,7 @@ def test_the_names_of_the_losses_are_those_of_the_table():
     assert preference_loss.settings(tiny_pairs.settings(dpo__loss=name)).beta == 0.1
   with pytest.raises(ConfigError, match=r'dpo\.loss='):
     tiny_pairs.settings(dpo__loss='ppo')
-  assert set(config._CHOICES['dpo.loss']) == set(NAMES)
+  assert set(choices.CHOICES['dpo.loss']) == set(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_the_names_of_the_losses_are_those_of_the_table():
     (dict(dpo__loss='kto', eval__batch_size=1), 'at least 2'),
     (dict(dpo__beta=0.0), 'dpo.beta'),
     (dict(dpo__label_smoothing=0.5), 'label_smoothing'),
-    (dict(loss__z_loss=1.0), 'loss.z_loss does nothing'),
+    (dict(loss__z_loss=1.0), 'loss.z_loss=1.0 does nothing'),
     (dict(algorithm='reward_model', eval__prompts=('a',)), 'eval.prompts'),
   ],
 )
@@ -360,7 +360,7 @@ def test_evaluation_is_over_all_rows_once(name, tmp_path):
   run = experiment.start(c, str(tmp_path))
   params = run.load_params('', 'float32')
   params = params | {'reference': params}
-  measure = dpo.make_measure(run.arch, c)
+  measure = dpo.make_measure(run.forward, c)
   found = dpo.evaluate(measure, run, params, lambda: False)
   rows = pair_metrics.collect(measure, run, params, lambda: False)
   assert len(rows['first']) == 11 and (rows['weights'] == 1).all()

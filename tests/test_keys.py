@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import algorithm_keys
+from ftjax.config import algorithms, config_file, section, validation
 from ftjax.config import keys as config
 from ftjax.families import table as families
 from ftjax.runtime.errors import ConfigError
@@ -21,7 +21,7 @@ from ftjax.runtime.errors import ConfigError
 HERE = pathlib.Path(__file__).resolve().parent
 SHIPPED = sorted((HERE.parent / 'configs').glob('*.py'))
 GOLDEN = HERE / 'golden' / 'default_config.json'
-KEYS = [k for k in config.flat(config.default()) if k != 'model.random']
+KEYS = [k for k in section.flat(config.default()) if k != 'model.random']
 
 
 def load(path):
@@ -49,7 +49,7 @@ def misspelt(key):
 @pytest.mark.parametrize('key', KEYS)
 def test_the_nearest_name_of_a_misspelt_key(key):
   for wrong in misspelt(key):
-    told = config.nearest(wrong, config.default())
+    told = section.nearest(wrong, config.default())
     if key in ('optim.b1', 'optim.b2'):  # one letter from each other
       assert told in ('; did you mean optim.b1?', '; did you mean optim.b2?')
     else:
@@ -57,9 +57,9 @@ def test_the_nearest_name_of_a_misspelt_key(key):
 
 
 def test_the_nearest_name_without_its_section():
-  assert config.nearest('warmup_steps', config.default()) == '; did you mean optim.warmup_steps?'
-  assert config.nearest('opitm', config.default()) == '; did you mean optim?'
-  assert config.nearest('zzzzzzzz', config.default()) == ''
+  assert section.nearest('warmup_steps', config.default()) == '; did you mean optim.warmup_steps?'
+  assert section.nearest('opitm', config.default()) == '; did you mean optim?'
+  assert section.nearest('zzzzzzzz', config.default()) == ''
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['program', *arguments])  # where overrides are looked for
     try:
       with contextlib.suppress(SystemExit):
-        cli._parse(['program', *arguments])
+        cli._parse(['program', *arguments], '')
         return ''
       return capsys.readouterr().err.strip()
     finally:
@@ -129,6 +129,8 @@ def test_a_wrong_value_or_flag(parse, override, told):
 def test_a_missing_config(parse):
   assert 'no such file, and no shipped config of this name; shipped: ' in parse('--config=nothing')
   assert 'tiny_sft' in parse('--config=nothing') and 'tiny_sft' in parse('--config', 'nothing')
+  near = parse('--config=sft_smollm')
+  assert 'did you mean sft_smollm2_135m or ' in near and 'tiny_' not in near
 
 
 def test_a_config_by_name_or_path_in_one_word_or_two(parse):
@@ -144,18 +146,18 @@ def test_a_config_by_name_or_path_in_one_word_or_two(parse):
 
 def test_a_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert config.find('tiny_sft').endswith('configs/tiny_sft.py')
+  assert config_file.find('tiny_sft').endswith('configs/tiny_sft.py')
   (tmp_path / 'tiny_sft').write_text('')
-  assert config.find('tiny_sft') == 'tiny_sft'
+  assert config_file.find('tiny_sft') == 'tiny_sft'
   with pytest.raises(ConfigError):
-    config.find('elsewhere/tiny_sft')
+    config_file.find('elsewhere/tiny_sft')
 
 
 # Values
 
 
 def test_a_plain_config_is_valid():
-  config.validate(valid())
+  validation.validate(valid())
 
 
 @pytest.mark.parametrize(
@@ -204,16 +206,16 @@ def test_what_cannot_be_is_refused_by_name(key, value, told):
   with c.unlocked():
     c.update_from_flattened_dict({key: value})
   with pytest.raises(ConfigError, match=told):
-    config.validate(c)
+    validation.validate(c)
 
 
 def test_steps_or_epochs():
   c = valid()
   c.steps, c.epochs = 0, 0.0
   with pytest.raises(ConfigError, match='steps=0, epochs=0'):
-    config.validate(c)
+    validation.validate(c)
   c.epochs = 0.5
-  config.validate(c)
+  validation.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -227,22 +229,22 @@ def test_a_random_model_is_checked_before_it_is_made(random, told):
   c = valid()
   with pytest.raises(ConfigError, match=told):
     c.model.path, c.model.random = '', random
-    config.validate(c)
+    validation.validate(c)
 
 
 def test_a_path_and_a_random_model_exclude_each_other():
   c = valid()
   c.model.random = dict(hidden_size=8)
   with pytest.raises(ConfigError, match='model'):
-    config.validate(c)
+    validation.validate(c)
 
 
 def test_sources_as_a_text_or_a_tuple(parse):
   c = valid()
   for value in ('a.jsonl,b.jsonl@0.5', ('a.jsonl', 'b.jsonl@0.5'), ['a.jsonl']):
     c.data.train = value
-    config.validate(c)
-    assert config.plain(c)['data.train'] == (value if isinstance(value, str) else list(value))
+    validation.validate(c)
+    assert section.plain(c)['data.train'] == (value if isinstance(value, str) else list(value))
   assert parse('--config=tiny_sft', '--config.data.train=a.jsonl,b.jsonl') == ''
   assert parse('--config=tiny_sft', "--config.data.train=('a.jsonl', 'b.jsonl')") == ''
 
@@ -281,7 +283,7 @@ def test_lengths_that_do_not_go_together(settings, told):
   c = valid()
   c.update_from_flattened_dict(settings)
   with pytest.raises(ConfigError, match=told):
-    config.validate(c)
+    validation.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_lengths_that_do_not_go_together(settings, told):
 def test_lengths_that_go_together(settings):
   c = valid()
   c.update_from_flattened_dict(settings)
-  config.validate(c)
+  validation.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_lengths_that_go_together(settings):
 def test_evaluation_on_training_data_is_warned_of(train, evaluation, count):
   c = valid()
   c.data.train, c.data.eval = train, evaluation
-  lines = config.warnings(c)
+  lines = validation.warnings(c)
   assert len(lines) == count
   assert all('is also in data.train: its loss measures what was memorized' in x for x in lines)
 
@@ -335,8 +337,8 @@ def test_evaluation_on_training_data_is_warned_of(train, evaluation, count):
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_config_resolves(path):
   c = load(path)
-  config.validate(c)
-  json.dumps(config.plain(c))
+  validation.validate(c)
+  json.dumps(section.plain(c))
   assert len(path.read_text().splitlines()) <= 60
   assert c.is_locked
   if len(c.model.random):
@@ -344,8 +346,8 @@ def test_every_shipped_config_resolves(path):
 
 
 def test_every_algorithm_has_a_tiny_config():
-  for name in algorithm_keys.ALGORITHMS:
-    assert load(config.find(f'tiny_{name}')).algorithm == name
+  for name in algorithms.ALGORITHMS:
+    assert load(config_file.find(f'tiny_{name}')).algorithm == name
     importlib.import_module(f'ftjax.algorithms.{name}')
 
 
@@ -355,7 +357,7 @@ def test_the_defaults_are_the_golden_ones():
   To write it: python -c "import json; from ftjax import config as c;
   print(json.dumps(c.plain(c.default()), indent=1))" > tests/golden/default_config.json
   """
-  assert config.plain(config.default()) == json.loads(GOLDEN.read_text())
+  assert section.plain(config.default()) == json.loads(GOLDEN.read_text())
 
 
 def test_the_keys_that_scripts_rely_on():
@@ -377,9 +379,9 @@ def test_the_keys_that_scripts_rely_on():
 
 
 def test_every_key_is_explained_and_read():
-  files = [HERE.parent / 'ftjax' / 'config' / name for name in ('keys.py', 'algorithm_keys.py')]
-  text = ''.join(p.read_text().split('return c.lock()')[0] for p in files)
-  code = '\n'.join(p.read_text() for p in (HERE.parent / 'ftjax').rglob('*.py') if p not in files)
+  package = HERE.parent / 'ftjax'
+  text = (package / 'config' / 'keys.py').read_text()
+  code = '\n'.join(p.read_text() for p in package.rglob('*.py') if p.name != 'keys.py')
   for key in KEYS:
     assert f'  c.{key} = ' in text, key
     last = key.rsplit('.', 1)[-1]

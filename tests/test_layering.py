@@ -11,6 +11,7 @@ _TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
 IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
+TRANSFORMERS = {'runtime/transformers_library'}  # the file that imports it, in a function
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 
@@ -89,10 +90,9 @@ def test_no_files_import_each_other_in_a_circle():
 def test_nobody_imports_what_the_product_does_without():
   for path in FILES:
     tops = {m.split('.')[0] for m in imports(path)}
-    banned = {'torch', 'pickle', 'dill', 'cloudpickle', 'tensorflow', 'tests'}
+    banned = {'torch', 'transformers', 'pickle', 'dill', 'cloudpickle', 'tensorflow', 'tests'}
+    banned -= {'transformers'} if name_of(path) in TRANSFORMERS else set()
     assert not tops & banned, path
-    # Seconds to import: at one place, which imports it when a config.json leaves out a key.
-    assert 'transformers' not in tops or name_of(path) == 'families/hf_config', path
     if path.parent.name == 'data':
       assert not tops & {'jax', 'jaxlib', 'flax', 'optax'}, f'{path}: data/ is host code'
 
@@ -138,9 +138,9 @@ def test_nobody_swallows_every_error():
 
 def test_templates_render_in_the_sandbox_of_one_file():
   for path in FILES:
-    if name_of(path) != 'data/chat_template':
+    if name_of(path) not in ('data/chat_template', 'data/template_sandbox'):
       assert not any(m.split('.')[0] == 'jinja2' for m in imports(path)), path
-  tree = ast.parse((ROOT / 'data' / 'chat_template.py').read_text())
+  tree = ast.parse((ROOT / 'data' / 'template_sandbox.py').read_text())
   bases = [dotted(b) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases]
   assert any('Sandboxed' in n for n in called(tree) + bases)
   plain = {'Environment', 'Template', 'NativeEnvironment'}
@@ -164,6 +164,5 @@ def test_human_sizes():
     text = path.read_text()
     assert text.count('\n') <= 450, path
     for node in ast.walk(ast.parse(text)):
-      # keys.default is a list of keys.
-      if isinstance(node, ast.FunctionDef) and name_of(path) != 'config/keys':
+      if isinstance(node, ast.FunctionDef):
         assert node.end_lineno - node.lineno < 80, f'{path}:{node.lineno} {node.name}'

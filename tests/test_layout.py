@@ -8,7 +8,7 @@ from tiny_model import decoder, with_mixer
 
 from ftjax.families import llama
 from ftjax.hf import layout
-from ftjax.hf.safetensors import full_index
+from ftjax.hf.tensor_source import full_index
 from ftjax.models import counts
 
 ARCH = decoder(

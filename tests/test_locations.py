@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from ftjax.config import keys
+from ftjax.config import keys, validation
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files, locations
 
@@ -65,7 +65,7 @@ def test_every_key_that_names_a_path_is_checked_at_the_start(key, path):
     section, _, name = key.rpartition('.')
     (c[section] if section else c)[name] = path
   with pytest.raises(ConfigError, match=f'{key}={path}: '):
-    keys.validate(c)
+    validation.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_every_source_is_checked(sources):
   c = keys.default()
   c.model.path, c.data.train = 'somewhere', sources
   with pytest.raises(ConfigError, match=r'data.train=gs:/b/c.jsonl.*: write gs://b/c.jsonl'):
-    keys.validate(c)
+    validation.validate(c)
 
 
 def test_the_home_folder_is_not_expanded_in_keys():
   c = keys.default()
   c.model.path, c.data.train, c.init_from = 'somewhere', 'rows.jsonl', '~/runs/1'
   with pytest.raises(ConfigError, match=r'init_from=~/runs/1: write the whole path, /.*runs/1'):
-    keys.validate(c)
+    validation.validate(c)
 
 
 @pytest.mark.parametrize('call', [files.probe, files.read_text, files.exists, files.makedirs])

@@ -68,7 +68,7 @@ def test_updates_follow_the_reference_of_the_start(usual):
   [
     ({'dpo.loss': 'kto'}, 'makes pairs'),
     ({'rollout.group': 1}, 'expected at least 2'),
-    ({'rollout.max_tokens': 48}, 'two completions share a row'),
+    ({'rollout.max_tokens': 48}, '2 completions share a row'),
   ],
 )
 def test_settings_that_cannot_be(settings, told):

@@ -15,7 +15,7 @@ from ftjax.models import kinds
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
-from ftjax.training.optimizer import NAMES, Leaf, OptimizerConfig
+from ftjax.training.optimizer import OPTIMIZERS, Leaf, OptimizerConfig
 
 STEPS, B1, B2, EPS = 5, 0.9, 0.99, 1e-8
 
@@ -150,7 +150,7 @@ def finals(name, freeze=FREEZE):
   return run(recipe(name, freeze=freeze))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_stacked_equals_every_layer_alone(name):
   r = recipe(name)
   got, want, start = unstack(finals(name)), expected(r), unstack(numbers(0))
@@ -167,9 +167,9 @@ def test_stacked_equals_every_layer_alone(name):
 
 def test_the_cases_above_differ():
   """Each name and table has an effect that the comparison would see."""
-  ends = {n: finals(n)['stack0/block0/attn/q/w'] for n in NAMES}
-  for a in NAMES:
-    for b in NAMES:
+  ends = {n: finals(n)['stack0/block0/attn/q/w'] for n in OPTIMIZERS}
+  for a in OPTIMIZERS:
+    for b in OPTIMIZERS:
       assert a == b or np.abs(ends[a] - ends[b]).max() > 1e-3
   plain = run(recipe('adamw', decay=(('.*', 1.0),), multipliers=(('.*', 1.0),)))
   for name, p in finals('adamw').items():

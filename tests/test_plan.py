@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ftjax.algorithms import sft
-from ftjax.config import algorithms, keys
+from ftjax.config import keys, validation
+from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import random_config
 from ftjax.experiment.trainer import Trainer
@@ -337,7 +338,7 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
     before = jax.live_arrays()  # held, so that no new array takes an old one's identity
     known = {id(a) for a in before}
     run = experiment.without_data(c, whole, arch)
-    trainer = Trainer(run, sft.make_loss(arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     step = trainer.compile()
     state, batch = trainer.fresh(), {}
     host = np.zeros((2, 8, 64), np.int32)
@@ -368,7 +369,7 @@ def small_rollout(algorithm, **overrides):
   c.data.train, c.rollout.rewards = 'sums:20', 'exact'
   c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 16, 16
   c.update_from_flattened_dict(overrides)
-  keys.validate(c)
+  validation.validate(c)
   arch = families.architecture(random_config(c.model.random.to_dict()))
   make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
   return compile.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
@@ -435,7 +436,7 @@ def test_the_cost_counts_every_model_of_the_step():
     ('ppo', 0.1, [3, 3]),
   ):
     c.algorithm, c.policy.kl_coef = algorithm, kl
-    assert [times for _, times in algorithms.passes(c, arch)] == wanted
+    assert [times for _, times in auxiliary.passes(c, arch)] == wanted
 
 
 def test_candidates_leave_room_for_other_models():
@@ -542,7 +543,8 @@ c.data.train, c.batch_size, c.seq_len, c.eval.batch_size = 'sums:20', 8, 256, 8
 mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
 with jax.set_mesh(mesh):
   arch = families.architecture(experiment.random_config(c.model.random.to_dict()))
-  trainer = Trainer(experiment.without_data(c, mesh, arch), sft.make_loss(arch, c))
+  run = experiment.without_data(c, mesh, arch)
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled = trainer.compile()
 texts = compiled.as_text(), topology.written(dump)
 printed, written = (communication.collectives(hlo.read(t), mesh) for t in texts)
@@ -589,10 +591,10 @@ def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
     (
       dict(fsdp=8),
       dict(hidden_size=60, num_attention_heads=2),
-      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+      r'embed dimension of 60 .* 8 shards.*mesh.fsdp',
     ),
     (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
-    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
+    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 shards.*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(intermediate_size=129), r'ffn dimension of 129 .*mesh.tensor'),
     (dict(data=3), {}, r'8 devices are no multiple of 3'),
@@ -712,8 +714,8 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
   ('arguments', 'told'),
   [
     (['--topology=v5e'], r'--topology=v5e: expected'),
-    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split 3 ways'),
-    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split 4 ways'),
+    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split into 3 shards'),
+    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split into 4 shards'),
   ],
 )
 def test_the_entry_refuses(arguments, told):

@@ -8,13 +8,12 @@ import tiny_rollouts
 import tiny_tokenizer
 
 from ftjax.algorithms import policy_gradient, ppo
-from ftjax.config import algorithms
+from ftjax.experiment import auxiliary
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
-from ftjax.models.forward import logprobs_and_entropy
 from ftjax.rl import rollout_batch, rollout_source
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
@@ -30,7 +29,7 @@ def usual(tmp_path_factory):
 
 def nudged(s):
   """The parameters with another value model, whose values are not 0."""
-  value = kinds.init(algorithms.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
+  value = kinds.init(auxiliary.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
   return s.state.params | {'value': value}
 
 
@@ -49,9 +48,9 @@ def placed(s, arrays):
 def test_the_value_is_that_of_the_state_before_each_label(usual):
   """The score of a prefix, computed on that prefix alone."""
   s, batch, _ = usual
-  arch, params = algorithms.value_arch(s.run.arch), nudged(s)
+  arch, params = auxiliary.value_arch(s.run.arch), nudged(s)
   arrays = flat(batch)
-  got = jax.jit(ppo.make_measure(s.run.arch, s.run.config))(params, placed(s, arrays))
+  got = jax.jit(ppo.make_measure(s.run.forward))(params, placed(s, arrays))
   row = int(np.argmax(arrays['weights'].sum(-1)))
   for at in np.flatnonzero(arrays['weights'][row])[:3]:
     ids = jnp.asarray(arrays['tokens'][row, : at + 1][None])
@@ -110,14 +109,13 @@ def test_the_loss_is_the_policys_and_the_values(usual):
   arrays['returns'] = rng.normal(size=arrays['returns'].shape).astype(np.float32)
   arrays['old_values'] = rng.normal(size=arrays['returns'].shape).astype(np.float32)
   params, on_device = nudged(s), placed(s, arrays)
-  total, weight, metrics = jax.jit(ppo.make_loss(s.run.arch, c))(params, on_device, None)
-  read = dict(temperature=1.0, dtype=jnp.float32, remat='none')
+  total, weight, metrics = jax.jit(ppo.make_loss(s.run.forward, c))(params, on_device, None)
   of_tokens = policy_gradient.make_loss(c)
-  logp, entropy = jax.jit(lambda p, b: logprobs_and_entropy(s.run.arch, p, b, **read))(
+  logp, entropy = jax.jit(lambda p, b: s.run.forward.logprobs_and_entropy(p, b, 1.0))(
     params, on_device
   )
   expected, tokens, _ = of_tokens(logp, entropy, on_device)
-  values = jax.jit(ppo.make_measure(s.run.arch, c))(params, on_device)
+  values = jax.jit(ppo.make_measure(s.run.forward))(params, on_device)
   of_values, *_ = policy.value_loss(
     values, arrays['old_values'], arrays['returns'], arrays['weights'], c.ppo.value_clip
   )
@@ -133,7 +131,7 @@ def test_policy_and_value_model_do_not_touch_each_other(usual):
 
   def gradient(coefficient):
     c = tiny_rollouts.tiny('ppo', **{'ppo.value_coef': coefficient})
-    loss = ppo.make_loss(s.run.arch, c)
+    loss = ppo.make_loss(s.run.forward, c)
     g = jax.jit(jax.grad(lambda p: loss(p, on_device, None)[0]))(params)
     return {k: np.asarray(v) for k, v in trees.flatten(g).items()}
 
@@ -189,7 +187,7 @@ def placed_micro(s, batch):
 
 def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   s, *_ = usual
-  arch = algorithms.value_arch(s.run.arch)
+  arch = auxiliary.value_arch(s.run.arch)
   params = kinds.init(arch, jax.random.key(9))
   c = s.run.config
   model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
@@ -230,13 +228,13 @@ def test_a_value_model_with_other_tokens_is_refused(tmp_path, files):
     ({'checkpoint.best_metric': 'eval/loss'}, 'which ppo measures'),
     ({'ppo.value_clip': -1.0}, 'ppo.value_clip'),
     ({'policy.kl_target': 1.0}, 'policy.kl_coef=0'),
-    ({'policy.kl': 'k2'}, 'policy.kl does nothing with policy.kl_coef=0'),
+    ({'policy.kl': 'k2'}, 'policy.kl=k2 does nothing with policy.kl_coef=0'),
     ({'policy.kl_coef': 0.1, 'policy.kl_gain': 0.2}, 'nothing with policy.kl_target=0'),
     ({'policy.kl_coef': 0.1, 'policy.kl_target': 1.0, 'policy.kl_gain': 6.0}, 'at most 1'),
-    ({'policy.correction_low': 0.5}, 'policy.correction_low does nothing'),
-    ({'policy.correction_high': 3.0}, 'policy.correction_high does nothing'),
-    ({'policy.surrogate': 'cispo', 'policy.clip_low': 0.1}, 'policy.clip_low does nothing'),
-    ({'policy.surrogate': 'reinforce', 'policy.clip_high': 0.1}, 'policy.clip_high does nothing'),
+    ({'policy.correction_low': 0.5}, 'policy.correction_low=0.5 does nothing'),
+    ({'policy.correction_high': 3.0}, 'policy.correction_high=3.0 does nothing'),
+    ({'policy.surrogate': 'cispo', 'policy.clip_low': 0.1}, 'policy.clip_low=0.1 does nothing'),
+    ({'policy.surrogate': 'reinforce', 'policy.clip_high': 0.1}, 'clip_high=0.1 does nothing'),
     ({'policy.clip_low': 1.1}, 'expected at most 1'),
     ({'rollout.reward_limit': 0.0}, 'rollout.reward_limit=0'),
     ({'rollout.function_limit': 0.0}, 'rollout.function_limit=0'),

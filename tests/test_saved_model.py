@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ftjax import convert
-from ftjax.config import keys as config_lib
+from ftjax.config import validation
 from ftjax.experiment import saved_model
 from ftjax.hf import load
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -42,7 +42,7 @@ def tiny(name, **changes):
   }.items():
     part, _, last = key.rpartition('.')
     (c[part] if part else c)[last] = value
-  config_lib.validate(c)
+  validation.validate(c)
   return c
 
 

@@ -64,7 +64,7 @@ def test_moments_lie_like_their_parameters(use_mesh):
   assert jax.tree.structure(where) == jax.tree.structure(abstract)
 
 
-@pytest.mark.parametrize('name', optimizer.NAMES)
+@pytest.mark.parametrize('name', optimizer.OPTIMIZERS)
 def test_no_large_array_is_replicated(name, use_mesh):
   """What an optimizer holds of a parameter is spread over the devices as the parameter is."""
   mesh = use_mesh(fsdp=2, tensor=2)

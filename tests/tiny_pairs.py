@@ -7,7 +7,7 @@ import numpy as np
 from tiny_model import place
 
 from ftjax.cluster.watchdog import Watchdog
-from ftjax.config import algorithms, keys
+from ftjax.config import algorithms, keys, validation
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
 from ftjax.training import prefetch
@@ -36,12 +36,12 @@ def settings(algorithm='dpo', **changes):
   for axis in ('data', 'fsdp', 'context', 'tensor', 'expert'):
     c.mesh[axis] = jax.sharding.get_mesh().shape[axis]
   c.update_from_flattened_dict({k.replace('__', '.'): v for k, v in changes.items()})
-  keys.validate(c)
+  validation.validate(c)
   return c
 
 
 def architecture(c):
-  return open_model('', c.model.random.to_dict(), c.seed, labels=algorithms.num_labels(c)).arch
+  return open_model('', c.model.random.to_dict(), c.seed, labels=algorithms.of(c).num_labels).arch
 
 
 def shapes_only(c):

@@ -1,100 +1,408 @@
-"""What each algorithm asks of a run: the shape of its examples, the arrays of its batches, and the
-copies of the model that it holds."""
+"""The table of the training algorithms: one record each, with all that the rest of the program asks
+of an algorithm. Everything but this table is written without the name of an algorithm.
+
+An algorithm outside of this package is a record of its own, named `algorithm='module:RECORD'`."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_collections
 
-from ftjax.config.algorithm_keys import ON_ROLLOUTS, POLICY_GRADIENT, steps_per_batch
-from ftjax.losses import preference
-from ftjax.models.architecture import Architecture
+from ftjax.config import choices
+from ftjax.runtime import named_object
+from ftjax.runtime.errors import ConfigError
 
-# Of each row: log-probs of both answers under the reference, where they come with the batches.
+Config = ml_collections.ConfigDict
+
+# Log-probs of both completions of a row under the reference, where they come with the batches.
 REFERENCE_FIELDS = ('ref_first', 'ref_second')
 
 
-def example_shape(c: ml_collections.ConfigDict) -> str:
-  """What a training example is: 'text', or one of data.judged.SHAPES."""
-  if c.algorithm == 'online_dpo':
-    return 'pair'
-  if c.algorithm == 'dpo':
-    return 'pair' if preference.LOSSES[c.dpo.loss].paired else 'label'
-  if c.algorithm == 'reward_model':
-    return {'pairs': 'pair', 'scores': 'score'}[c.reward_model.objective]
-  return 'text'
+@dataclasses.dataclass(frozen=True)
+class Auxiliary:
+  """A model that a run needs beside the one it trains.
 
-
-def is_packed(c: ml_collections.ConfigDict) -> bool:
-  """Whether several examples share a row; judged ones and completions have each their own."""
-  return c.data.packing and example_shape(c) == 'text' and c.algorithm not in ON_ROLLOUTS
-
-
-def num_labels(c: ml_collections.ConfigDict) -> int:
-  """`Architecture.num_labels` of the model that a config trains."""
-  return int(c.algorithm == 'reward_model')
-
-
-def has_value_model(c: ml_collections.ConfigDict) -> bool:
-  """Whether a value model is trained beside the policy."""
-  return c.algorithm == 'ppo'
-
-
-def value_arch(arch: Architecture) -> Architecture:
-  """Of that value model: the policy's with a score for a head."""
-  return dataclasses.replace(arch, num_labels=1)
-
-
-def has_reference(c: ml_collections.ConfigDict) -> bool:
-  """Whether the policy is compared with the model as it was at the start."""
-  if c.algorithm in ('dpo', 'online_dpo'):
-    return preference.LOSSES[c.dpo.loss].needs_reference
-  return c.algorithm in POLICY_GRADIENT and c.policy.kl_coef > 0
-
-
-def reference_beside(c: ml_collections.ConfigDict) -> bool:
-  """Whether that reference is a model beside the state, which rollouts are shown to."""
-  return has_reference(c) and c.algorithm in POLICY_GRADIENT
-
-
-def reference_cached(c: ml_collections.ConfigDict) -> bool:
-  """Whether its log-probs come with the batches, and it stands in no memory at all."""
-  return c.algorithm == 'dpo' and has_reference(c) and c.dpo.reference == 'cache'
-
-
-def reference_in_step(c: ml_collections.ConfigDict) -> bool:
-  """Whether the training step itself reads it; it then stands in the state."""
-  return has_reference(c) and not reference_beside(c) and not reference_cached(c)
-
-
-def passes(
-  c: ml_collections.ConfigDict, arch: Architecture
-) -> tuple[tuple[Architecture, int], ...]:
-  """Models that a training step computes, each with 3 for forward and backward (which costs two
-  forwards), 1 for forward alone.
+  Attributes:
+    name: of its parameters in the state, where it stands there.
+    place: 'state': read by the training step, in its state; 'rollout': read when a rollout is made,
+      in memory beside the state; 'cache': its log-probs are computed once and come with the
+      batches.
+    source_key: config key that names its folder; '' or an empty value: the model that training
+      starts from.
+    is_trained: with the policy, in the same optimizer step.
   """
-  value = ((value_arch(arch), 3),) if has_value_model(c) else ()
-  reference = ((arch, 1),) if reference_in_step(c) else ()
-  return ((arch, 3), *value, *reference)
+
+  name: str
+  place: str
+  source_key: str = ''
+  is_trained: bool = False
 
 
-def fields(c: ml_collections.ConfigDict) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Float arrays of a batch beside those of data/batches.py: of each token, and of each row."""
-  if example_shape(c) != 'text':
-    return (), ('values', *(REFERENCE_FIELDS if reference_cached(c) else ()))
-  if c.algorithm not in POLICY_GRADIENT:
-    return (), ()
-  old = steps_per_batch(c) > 1
-  ref = has_reference(c) and c.policy.kl != 'reward'
-  by_token = ('advantages', 'sampler_logp', *['old_logp'] * old, *['ref_logp'] * ref)
-  if has_value_model(c):
-    by_token += ('returns', 'old_values')
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+  """What a config, an experiment and a plan ask of an algorithm.
+
+  Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
+
+  Attributes:
+    module: dotted name of the module that implements it, with `make_loss(arch, c)` and
+      `run(c, workdir)`.
+    measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
+    headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
+      of an evaluation begins, the most important one first).
+    reads: sections and keys of the config that this algorithm reads and not every other does.
+    example: shape of a training example: 'text', 'pair', 'label' or 'score'.
+    on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
+    rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
+    completions_per_row: completions that share one row of seq_len tokens.
+    is_relative: whether completions are compared with others of their prompt, so that prompts with
+      equal rewards may be replaced by others (rollout.redraws).
+    fields: float arrays of a batch beside those of data/batches.py: (of each token, of each row).
+    needs_old_logp: whether a rollout needs the trainer's own log-probs of its tokens before the
+      first update on it.
+    auxiliary: the other models of a run.
+    num_labels: Architecture.num_labels of the trained model; 1 for a reward model.
+    fixed: keys that may not change when a run resumes, beside those of every algorithm.
+    fixed_in_rollout: keys that may not change between two updates on one rollout.
+    check: raises ConfigError for settings that do not go together.
+    keys: hyperparameters of its own with their defaults. They are keys of the section `custom`.
+  """
+
+  module: str
+  measured: Callable[[Config], Mapping[str, str]]
+  headline: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]]
+  reads: tuple[str, ...] = ()
+  example: Callable[[Config], str] = lambda c: 'text'
+  on_rollouts: bool = False
+  rows_per_prompt: Callable[[Config], int] = lambda c: c.rollout.group
+  completions_per_row: int = 1
+  is_relative: Callable[[Config], bool] = lambda c: False
+  fields: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]] = lambda c: ((), ())
+  needs_old_logp: Callable[[Config], bool] = lambda c: False
+  auxiliary: Callable[[Config], tuple[Auxiliary, ...]] = lambda c: ()
+  num_labels: int = 0
+  fixed: tuple[str, ...] = ()
+  fixed_in_rollout: tuple[str, ...] = ()
+  check: Callable[[Config], None] = lambda c: None
+  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, usual in self.keys.items():
+      if not name.isidentifier() or not isinstance(usual, bool | int | float | str | tuple):
+        raise ConfigError(
+          f'{self.module}: keys has {name!r}: {usual!r}; expected a name with True, False, a '
+          'number, a text or a tuple as its default'
+        )
+
+
+# Parts that several rows share.
+
+_BY_SHAPE = {
+  'text': (('loss',), ('loss', 'perplexity')),
+  'pair': (('loss', 'rewards/accuracy', 'rewards/margin'), ('accuracy', 'margin', 'loss')),
+  'label': (
+    ('loss', 'rewards/chosen', 'rewards/rejected'),
+    ('loss', 'rewards/chosen', 'rewards/rejected'),
+  ),
+  'score': (('loss', 'error/absolute'), ('loss', 'unexplained')),
+}
+
+
+def _measured_on_examples(example: str) -> dict[str, str]:
+  of_pairs = {'accuracy': 'max', 'margin': 'max'} if example == 'pair' else {}
+  return {'loss': 'min', 'gap': 'min'} | of_pairs
+
+
+_TRAINED_ON_ROLLOUTS = dict(
+  on_rollouts=True,
+  measured=lambda c: {'reward': 'max'},
+  headline=lambda c: (('reward', 'length'), ('reward',)),
+  fixed=('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches'),
+)
+_ROLLOUT_ARRAYS = ('rollout.temperature', 'rollout.rewards', 'rollout.reward_model')
+_POLICY_ARRAYS = ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
+
+
+def _reward_model(c: Config) -> tuple[Auxiliary, ...]:
+  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model')
+  return (rewarder,) if c.rollout.reward_model else ()
+
+
+def _preference_reference(c: Config) -> tuple[Auxiliary, ...]:
+  place = {'step': 'state', 'cache': 'cache'}[c.dpo.reference]
+  reference = Auxiliary('reference', place)
+  return (reference,) if choices.preference_loss(c.dpo.loss).needs_reference else ()
+
+
+def _policy_reference(c: Config) -> tuple[Auxiliary, ...]:
+  return (Auxiliary('reference', 'rollout'),) if c.policy.kl_coef > 0 else ()
+
+
+def _policy_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  ref = c.policy.kl_coef > 0 and c.policy.kl != 'reward'
+  old = ('old_logp',) if steps_per_batch(c) > 1 else ()
+  by_token = ('advantages', 'sampler_logp', *old, *(('ref_logp',) if ref else ()))
   return by_token, ('kl_coef',) if ref and c.policy.kl_target else ()
 
 
-def wants_old_logp(c: ml_collections.ConfigDict) -> bool:
-  """Whether a rollout needs the trainer's own log-probs of its tokens before the first update on
-  it: that update's own pass gives them too late for a reward.
+def _policy_needs_old_logp(c: Config) -> bool:
+  return steps_per_batch(c) > 1 or (c.policy.kl_coef > 0 and c.policy.kl == 'reward')
+
+
+# Rows.
+
+_SFT = Algorithm(
+  module='ftjax.algorithms.sft',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('loss', 'data.packing', 'data.loss_on'),
+  fixed=('data.packing', 'data.loss_on'),
+)
+
+
+def _dpo_example(c: Config) -> str:
+  return 'pair' if choices.preference_loss(c.dpo.loss).paired else 'label'
+
+
+def _dpo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  is_cached = any(a.place == 'cache' for a in _preference_reference(c))
+  return (), ('values', *(REFERENCE_FIELDS if is_cached else ()))
+
+
+def _check_dpo(c: Config) -> None:
+  if choices.preference_loss(c.dpo.loss).paired:
+    return
+  if c.dpo.reference == 'cache':
+    raise ConfigError(
+      f'dpo.reference=cache is for losses of pairs, and dpo.loss={c.dpo.loss} is not one of them: '
+      'leave it at step'
+    )
+  if c.grad_accum > 1:
+    raise ConfigError(
+      f'dpo.loss={c.dpo.loss} with grad_accum={c.grad_accum}: its reference point is a mean over '
+      'the whole step; set grad_accum=1, and remat=full to save memory'
+    )
+  if c.batch_size < 2 or c.eval.batch_size < 2:
+    raise ConfigError(f'dpo.loss={c.dpo.loss} needs batch_size and eval.batch_size of at least 2')
+
+
+_DPO = Algorithm(
+  module='ftjax.algorithms.dpo',
+  measured=lambda c: _measured_on_examples(_dpo_example(c)),
+  headline=lambda c: _BY_SHAPE[_dpo_example(c)],
+  reads=('dpo',),
+  example=_dpo_example,
+  fields=_dpo_fields,
+  auxiliary=_preference_reference,
+  check=_check_dpo,
+)
+
+
+def _reward_model_example(c: Config) -> str:
+  return choices.REWARD_OBJECTIVES[c.reward_model.objective].example
+
+
+def _check_reward_model(c: Config) -> None:
+  if c.eval.tasks or c.eval.prompts:
+    raise ConfigError('eval.tasks and eval.prompts ask for text, which a reward model cannot write')
+
+
+_REWARD_MODEL = Algorithm(
+  module='ftjax.algorithms.reward_model',
+  measured=lambda c: _measured_on_examples(_reward_model_example(c)),
+  headline=lambda c: _BY_SHAPE[_reward_model_example(c)],
+  reads=('reward_model',),
+  example=_reward_model_example,
+  fields=lambda c: ((), ('values',)),
+  num_labels=1,
+  check=_check_reward_model,
+)
+
+
+def _grpo_is_relative(c: Config) -> bool:
+  return choices.ADVANTAGES[c.grpo.advantage].is_relative
+
+
+def _check_grpo(c: Config) -> None:
+  if c.rollout.group < 2 and _grpo_is_relative(c):
+    raise ConfigError(
+      f'rollout.group={c.rollout.group}: grpo.advantage={c.grpo.advantage} compares the '
+      'completions of a prompt; expected at least 2'
+    )
+
+
+_GRPO = Algorithm(
+  module='ftjax.algorithms.grpo',
+  reads=('rollout', 'policy', 'grpo'),
+  is_relative=_grpo_is_relative,
+  fields=_policy_fields,
+  needs_old_logp=_policy_needs_old_logp,
+  auxiliary=lambda c: (*_policy_reference(c), *_reward_model(c)),
+  fixed_in_rollout=(*_ROLLOUT_ARRAYS, *_POLICY_ARRAYS, 'grpo.advantage'),
+  check=_check_grpo,
+  **_TRAINED_ON_ROLLOUTS,
+)
+
+
+def _ppo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  by_token, by_row = _policy_fields(c)
+  return (*by_token, 'returns', 'old_values'), by_row
+
+
+def _ppo_auxiliary(c: Config) -> tuple[Auxiliary, ...]:
+  value = Auxiliary('value', 'state', 'ppo.value_from', is_trained=True)
+  return (*_policy_reference(c), value, *_reward_model(c))
+
+
+def _check_ppo(c: Config) -> None:
+  if not (0 < c.ppo.gamma <= 1 and 0 <= c.ppo.lam <= 1):
+    raise ConfigError(
+      f'ppo.gamma={c.ppo.gamma}, ppo.lam={c.ppo.lam}; expected gamma in (0, 1] and lam in [0, 1]'
+    )
+  if (c.policy.aggregate, c.policy.level) != ('token', 'token'):
+    raise ConfigError(
+      f'policy.aggregate={c.policy.aggregate}, policy.level={c.policy.level}: PPO has advantages '
+      'and a value loss of every token, so expected token for both'
+    )
+
+
+_PPO = Algorithm(
+  module='ftjax.algorithms.ppo',
+  reads=('rollout', 'policy', 'ppo'),
+  fields=_ppo_fields,
+  needs_old_logp=_policy_needs_old_logp,
+  auxiliary=_ppo_auxiliary,
+  fixed_in_rollout=(
+    *_ROLLOUT_ARRAYS,
+    *_POLICY_ARRAYS,
+    *('ppo.value_from', 'ppo.gamma', 'ppo.lam', 'ppo.whiten'),
+  ),
+  check=_check_ppo,
+  **_TRAINED_ON_ROLLOUTS,
+)
+
+
+def _check_chooses(c: Config, least: int) -> None:
+  if c.rollout.group < least:
+    raise ConfigError(
+      f'rollout.group={c.rollout.group}: {c.algorithm} chooses among the completions of a prompt; '
+      f'expected at least {least}'
+    )
+
+
+_BEST_OF_N = Algorithm(
+  module='ftjax.algorithms.best_of_n',
+  reads=('rollout', 'best_of_n'),
+  rows_per_prompt=lambda c: c.best_of_n.keep,
+  is_relative=lambda c: True,
+  auxiliary=_reward_model,
+  fixed_in_rollout=(*_ROLLOUT_ARRAYS, 'best_of_n.keep'),
+  check=lambda c: _check_chooses(c, c.best_of_n.keep),
+  **_TRAINED_ON_ROLLOUTS,
+)
+
+
+def _check_online_dpo(c: Config) -> None:
+  if c.dpo.reference == 'cache':
+    raise ConfigError(
+      'dpo.reference=cache: online_dpo makes its pairs during training; leave it at step'
+    )
+  if not choices.preference_loss(c.dpo.loss).paired:
+    raise ConfigError(f'dpo.loss={c.dpo.loss} takes single completions, and online_dpo makes pairs')
+  _check_chooses(c, 2)
+
+
+_ONLINE_DPO = Algorithm(
+  module='ftjax.algorithms.online_dpo',
+  reads=('rollout', 'dpo'),
+  example=lambda c: 'pair',
+  rows_per_prompt=lambda c: 1,
+  completions_per_row=2,
+  is_relative=lambda c: True,
+  fields=_dpo_fields,
+  auxiliary=lambda c: (*_preference_reference(c), *_reward_model(c)),
+  fixed_in_rollout=_ROLLOUT_ARRAYS,
+  check=_check_online_dpo,
+  **_TRAINED_ON_ROLLOUTS,
+)
+
+ALGORITHMS: dict[str, Algorithm] = {
+  'sft': _SFT,
+  'dpo': _DPO,
+  'reward_model': _REWARD_MODEL,
+  'grpo': _GRPO,
+  'ppo': _PPO,
+  'best_of_n': _BEST_OF_N,
+  'online_dpo': _ONLINE_DPO,
+}
+
+
+def find(name: str) -> Algorithm:
+  """Returns the record of a name in ALGORITHMS, or of a 'package.module:RECORD'.
+
+  Raises:
+    ConfigError: there is none.
   """
-  if c.algorithm not in POLICY_GRADIENT:
-    return False
-  return steps_per_batch(c) > 1 or (has_reference(c) and c.policy.kl == 'reward')
+  if name in ALGORITHMS:
+    return ALGORITHMS[name]
+  if not named_object.is_named(name):
+    raise ConfigError(f"algorithm={name!r}; expected one of {tuple(ALGORITHMS)} or 'module:RECORD'")
+  found = named_object.load('algorithm', name)
+  if not isinstance(found, Algorithm):
+    raise named_object.wrong('algorithm', name, found, 'a ftjax.config.algorithms.Algorithm')
+  return found
+
+
+def of(c: Config) -> Algorithm:
+  """Returns the record of a config's algorithm."""
+  return find(c.algorithm)
+
+
+def auxiliary(c: Config, name: str) -> Auxiliary | None:
+  """Returns a run's auxiliary model of this name; None where it has none."""
+  return next((a for a in of(c).auxiliary(c) if a.name == name), None)
+
+
+def place(c: Config, name: str) -> str:
+  """Returns `Auxiliary.place` of an auxiliary model; '' where a run has none of this name."""
+  found = auxiliary(c, name)
+  return found.place if found else ''
+
+
+def is_packed(c: Config) -> bool:
+  """Returns whether several examples share a row."""
+  return c.data.packing and 'data.packing' in of(c).reads
+
+
+def is_read(c: Config, key: str) -> bool:
+  """Returns whether the algorithm reads a section, or a key, that not every algorithm does."""
+  section = key.partition('.')[0]
+  return not {key, section}.isdisjoint(of(c).reads)
+
+
+def steps_per_batch(c: Config) -> int:
+  """Returns the optimizer updates on what one batch_size of rows or prompts gave."""
+  return c.rollout.updates * c.rollout.minibatches if of(c).on_rollouts else 1
+
+
+def rows_per_rollout(c: Config) -> int:
+  """Returns the rows of the arrays that a rollout trains on."""
+  return c.batch_size * of(c).rows_per_prompt(c)
+
+
+def prompts_per_rollout(c: Config) -> int:
+  """Returns the prompts, or rows, that are taken from the data for steps_per_batch updates."""
+  return c.batch_size * (1 + (c.rollout.redraws if of(c).on_rollouts else 0))
+
+
+def max_example(c: Config) -> int:
+  """Returns the most tokens that a prompt and its completion may have together."""
+  return c.seq_len // of(c).completions_per_row
+
+
+def rows_per_step(c: Config) -> int:
+  """Returns the rows of the arrays of an optimizer update; a micro-batch has R / grad_accum."""
+  if of(c).on_rollouts:
+    return rows_per_rollout(c) // c.rollout.minibatches
+  return c.batch_size

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import linecache
 import os
+import pathlib
 import re
 import runpy
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 
 import ml_collections
 
-from ftjax.config import keys as config_lib
+from ftjax.config import keys
 from ftjax.config import section as config_section
 from ftjax.runtime.errors import ConfigError
+from ftjax.storage import locations
 
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _LONGEST = 300  # characters of an error that is not ours
 
 
@@ -92,9 +95,7 @@ def _no_such_key(error: config_section.NoSuchKey) -> str:
   frames = _frames(error)
   line = linecache.getline(frames[-1].filename, frames[-1].lineno) if frames else ''
   found = re.search(rf'\b{re.escape(error.key)}((?:\.\w+)+)\s*=[^=]', line)
-  return str(
-    config_section.NoSuchKey(error.key + found[1], config_lib.default()) if found else error
-  )
+  return str(config_section.NoSuchKey(error.key + found[1], keys.default()) if found else error)
 
 
 def _check_function(path: str, make: Any, names: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def _checked(path: str, make: Callable, made: Any) -> config_section.Section:
       f'{place}: get_config() returns a {type(made).__name__}; expected what config.default() '
       'made, with keys changed'
     )
-  usual = config_lib.default()
+  usual = keys.default()
   if not isinstance(made, config_section.Section):  # made by other means: its values count
     try:
       usual.update(made.to_dict())
@@ -153,6 +154,8 @@ def _checked(path: str, make: Callable, made: Any) -> config_section.Section:
   values, known = config_section.flat(made), config_section.flat(usual)
   places = made.places()
   for key in [*values, *known]:
+    if key.startswith('custom.'):  # the keys of the algorithm, which is not known yet
+      continue
     at = places.get(key) or place
     if key not in known:
       raise ConfigError(f'{at}: {config_section.NoSuchKey(key, usual)}')
@@ -171,3 +174,44 @@ def _same_type(place: str, key: str, value: Any, usual: config_section.Section) 
     config_section.checked(key, value, kind, usual[key])
   except ConfigError as error:
     raise ConfigError(f'{place}: {error}') from error
+
+
+def shipped() -> list[str]:
+  """Names of the configs that come with ftjax."""
+  return sorted({p.stem for f in _folders() if f.is_dir() for p in f.glob('*.py')})
+
+
+def _folders() -> list[pathlib.Path]:
+  """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
+  return [_PACKAGE / 'configs', _PACKAGE.parent / 'configs']
+
+
+def find(name: str) -> str:
+  """Path of a config: an existing path wins, else the shipped configs/NAME.py.
+
+  Raises:
+    ConfigError: neither exists, or it is no Python file; names the nearest shipped configs, or
+      all of them where none is near.
+  """
+  path = pathlib.Path(os.path.expanduser(name))
+  if path.is_file():
+    if path.suffix not in ('', '.py'):
+      raise ConfigError(
+        f'--config={name}: a config is a Python file with get_config(); got a {path.suffix} file'
+      )
+    return str(path)
+  for folder in _folders():
+    inside = folder / (name if name.endswith('.py') else name + '.py')
+    if '/' not in name and inside.is_file():
+      return str(inside)
+  if path.is_dir():
+    inside = sorted(p.name for p in path.glob('*.py'))
+    example = f', such as {path}/{inside[0]}' if inside else ''
+    raise ConfigError(f'--config={name} is a folder; give a Python file with get_config(){example}')
+  near = difflib.get_close_matches(path.stem, shipped(), n=3) if '/' not in name else []
+  hint = (
+    f'did you mean {" or ".join(near)}? --help lists all of them'
+    if near
+    else f'shipped: {", ".join(shipped())}{locations.nearest(path)}'
+  )
+  raise ConfigError(f'--config={name}: no such file, and no shipped config of this name; {hint}')

@@ -1,32 +1,41 @@
-"""Every config key once, with its default, unit and meaning.
+"""Every config key once, with its default, unit and meaning, section by section.
 
 A config file is Python: `from ftjax import config; def get_config(): c = config.default(); c.steps
 = 100; return c`. Keys are locked, so a misspelt one is an error. Code reads `c.key`; there is no
-second default anywhere. Only layers 5 and 6 see this object."""
-
-import difflib
-import importlib.util
-import math
-import os
-import pathlib
-import re
-from typing import Any
+second default anywhere. layers.toml lists the folders that read this object."""
 
 from ml_collections import config_dict
 
-from ftjax.config import algorithm_keys
-from ftjax.config.section import RANDOM_REQUIRED, Section, flat, place_of
-from ftjax.config.section import nearest as nearest
-from ftjax.config.section import plain as plain
-from ftjax.runtime.errors import ConfigError
-from ftjax.storage import locations
-
-PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+from ftjax.config.section import Section
 
 
 def default() -> Section:
-  """The config that every experiment starts from."""
+  """Returns the config that every experiment starts from."""
   c = Section()
+  _add_run(c)
+  _add_model(c)
+  _add_data(c)
+  _add_optim(c)
+  _add_loss(c)
+  _add_dpo(c)
+  _add_reward_model(c)
+  _add_rollout(c)
+  _add_policy(c)
+  _add_grpo(c)
+  _add_ppo(c)
+  _add_best_of_n(c)
+  _add_custom(c)
+  _add_mesh(c)
+  _add_checkpoint(c)
+  _add_eval(c)
+  _add_log(c)
+  _add_profile(c)
+  _add_watchdog(c)
+  _add_limits(c)
+  return c.lock()
+
+
+def _add_run(c: Section) -> None:
   c.algorithm = 'sft'  # what is trained, and on what kind of rows
   c.seed = 0  # seed of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
@@ -42,6 +51,8 @@ def default() -> Section:
   # What the backward pass recomputes to save memory: nothing, all but matrix products, everything.
   c.remat = 'dots'
 
+
+def _add_model(c: Section) -> None:
   c.model = Section()
   c.model.path = ''  # Hugging Face folder, or GGUF file
   c.model.family = ''  # package.module:FAMILY, a model family of your own; '': by its model_type
@@ -51,6 +62,8 @@ def default() -> Section:
   # a Hugging Face config.json.
   c.model.random = Section()
 
+
+def _add_data(c: Section) -> None:
   c.data = Section()
   # Training data, path[::format][@weight], comma-separated or a tuple; a weight is a share of rows.
   c.data.train = config_dict.FieldReference('', field_type=object)
@@ -72,6 +85,8 @@ def default() -> Section:
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
   c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
+
+def _add_optim(c: Section) -> None:
   # decay, multipliers and freeze are tables of (regex, value) over per-layer names: embed/w,
   # final_norm/scale, head/w, layer0/attn/q/w, ... The first row that matches a whole name counts;
   # every name must be matched, and every row must match a name that no earlier row does.
@@ -95,14 +110,114 @@ def default() -> Section:
   c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
   c.optim.freeze = (('.*', False),)  # True: not trained
 
+
+def _add_loss(c: Section) -> None:
   c.loss = Section()
   c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
   # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
   c.loss.neftune = 0.0
 
-  algorithm_keys.add(c)
 
+def _add_dpo(c: Section) -> None:
+  c.dpo = Section()
+  c.dpo.loss = 'sigmoid'  # sigmoid is DPO's; the others are described in docs/preference.md
+  c.dpo.beta = 0.1  # strength of the pull to the reference
+  # Where the reference's log-probs come from: computed in each step, or once before the first one.
+  c.dpo.reference = 'step'
+  c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
+  c.dpo.gamma = 0.0  # margin of simpo, in rewards
+  c.dpo.nll_coef = 0.0  # weight of the chosen completion's likelihood in cpo and simpo
+  c.dpo.desirable = 1.0  # weight of desirable completions in kto
+  c.dpo.undesirable = 1.0  # weight of undesirable completions in kto
+
+
+def _add_reward_model(c: Section) -> None:
+  c.reward_model = Section()
+  c.reward_model.objective = 'pairs'  # pairs: Bradley-Terry; scores: squared error
+  c.reward_model.centring = 0.0  # weight of (sum of a pair's rewards)^2; 0.01 is usual
+
+
+def _add_rollout(c: Section) -> None:
+  # For algorithms that train on completions of the model.
+  c.rollout = Section()
+  c.rollout.group = 8  # completions of each prompt
+  c.rollout.max_tokens = 256  # most tokens of a completion
+  c.rollout.temperature = 1.0  # of sampling, and of the log-probs that are trained
+  c.rollout.top_k = 0  # sample among the k likeliest tokens; 0: all
+  c.rollout.top_p = 1.0  # sample among the likeliest tokens of this probability in all; 1: all
+  c.rollout.slots = 64  # sequences decoded at once
+  c.rollout.stop = ()  # texts that end a completion
+  # (name, weight) pairs, or one text like 'math@1,format:think,answer@0.2': docs/rewards.md.
+  c.rollout.rewards = config_dict.FieldReference((), field_type=object)
+  # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none.
+  c.rollout.reward_model = ''
+  c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
+  c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
+  c.rollout.max_failed = 3  # rollouts in a row without one reward that end the run; 0: never
+  # Times that prompts with a zero-variance group are replaced by others (DAPO's dynamic sampling);
+  # so many batches of prompts are reserved for each rollout.
+  c.rollout.redraws = 0
+  c.rollout.updates = 1  # passes over a rollout
+  c.rollout.minibatches = 1  # optimizer updates in each pass
+  c.rollout.samples = 8  # completions of a rollout that are kept in rollouts/<number>.jsonl
+
+
+def _add_policy(c: Section) -> None:
+  # The policy-gradient loss.
+  c.policy = Section()
+  c.policy.surrogate = 'clip'  # form of the loss; clip is PPO's
+  c.policy.level = 'token'  # what a ratio is taken over: token, sequence (GSPO), trajectory
+  c.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
+  c.policy.clip_high = 0.2  # the ratio stays below 1 + clip_high
+  c.policy.dual_clip = 0.0  # largest ratio with a negative advantage; 0: none
+  # Mean over all tokens, over the means of the completions (sequence), or by a constant length.
+  c.policy.aggregate = 'token'
+  # Divergence from the initial model: a loss term k2, k3 or k3_is; reward: k1, subtracted from the
+  # reward.
+  c.policy.kl = 'k3_is'
+  c.policy.kl_coef = 0.0  # weight of that divergence; 0: no copy of the initial model is held
+  # Nats per token that the weight is adapted to, once a rollout; 0: the weight is fixed.
+  c.policy.kl_target = 0.0
+  c.policy.kl_gain = 0.1  # speed of that adaptation; a change is at most a fifth of it
+  c.policy.entropy_coef = 0.0  # weight of the entropy bonus
+  # Importance weights for a sampler whose log-probs differ from the trainer's.
+  c.policy.correction = 'none'
+  c.policy.correction_low = 0.0  # lower bound of that weight
+  c.policy.correction_high = 2.0  # upper bound of that weight
+  c.policy.overlong = 0  # last tokens before max_tokens with a penalty, up to 1; 0: none
+
+
+def _add_grpo(c: Section) -> None:
+  c.grpo = Section()
+  # How advantages are computed: all but reinforce_pp are relative to the prompt's group.
+  c.grpo.advantage = 'grpo'
+
+
+def _add_ppo(c: Section) -> None:
+  c.ppo = Section()
+  # Reward model that the value model starts from, an export folder; '': the policy, with value 0.
+  c.ppo.value_from = ''
+  c.ppo.gamma = 1.0  # discount per token
+  c.ppo.lam = 0.95  # lambda of generalized advantage estimation
+  c.ppo.whiten = True  # advantages of a rollout are scaled to mean 0 and variance 1
+  c.ppo.value_coef = 0.1  # weight of the value loss
+  c.ppo.value_clip = 0.2  # largest change of a value on one rollout; 0: no limit
+
+
+def _add_best_of_n(c: Section) -> None:
+  c.best_of_n = Section()
+  c.best_of_n.keep = 1  # completions of each prompt that are trained on, the best ones
+  c.best_of_n.min_reward = -1e9  # completions with a smaller reward are left out
+
+
+def _add_custom(c: Section) -> None:
+  # The keys of an algorithm outside of ftjax (algorithm='module:RECORD'), which its record lists
+  # with their defaults.
+  c.custom = Section()
+
+
+def _add_mesh(c: Section) -> None:
   # Devices along each axis; one may be -1, for all devices that the others leave.
   c.mesh = Section()
   c.mesh.data = 1  # copies of the parameters, each with its share of the batch
@@ -111,6 +226,8 @@ def default() -> Section:
   c.mesh.tensor = 1  # each matrix split
   c.mesh.expert = 1  # experts of a mixture spread
 
+
+def _add_checkpoint(c: Section) -> None:
   c.checkpoint = Section()
   c.checkpoint.every = 100  # steps between checkpoints; the last step is always saved; 0: only that
   c.checkpoint.keep = 2  # number of latest checkpoints that are kept, beside the best one
@@ -118,6 +235,8 @@ def default() -> Section:
   c.checkpoint.best_mode = 'min'  # whether a smaller or a larger best_metric is better
   c.checkpoint.patience = 0  # evaluations without a better best_metric that end training; 0: never
 
+
+def _add_eval(c: Section) -> None:
   c.eval = Section()
   c.eval.every = 0  # steps between evaluations of the loss; the last step is always evaluated
   c.eval.batch_size = 16  # sequences of an evaluation batch, over all devices
@@ -127,15 +246,21 @@ def default() -> Section:
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
   c.eval.max_tokens = 64  # most tokens of such a completion
 
+
+def _add_log(c: Section) -> None:
   c.log = Section()
   c.log.every = 1  # steps between logged metrics
   c.log.sinks = ()  # wandb, mlflow; metrics.jsonl and TensorBoard are always written
 
+
+def _add_profile(c: Section) -> None:
   # A jax profiler trace; start = stop: none.
   c.profile = Section()
   c.profile.start = 0  # first step of the trace
   c.profile.stop = 0  # the step after its last one
 
+
+def _add_watchdog(c: Section) -> None:
   # Seconds without progress after which all processes end with exit code 75, to be started again;
   # 0: never.
   c.watchdog = Section()
@@ -148,284 +273,10 @@ def default() -> Section:
   c.watchdog.save = 1200.0  # saving a checkpoint
   c.watchdog.export = 7200.0  # writing the exported model
 
+
+def _add_limits(c: Section) -> None:
   c.max_bad_steps = 3  # non-finite steps in a row that end the run with exit code 4
   # Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or else in the workdir.
   c.compile_cache = True
   # (name, value) pairs added to the table of runtime/compiler_options.py; '' removes one.
   c.compiler_options = ()
-  return c.lock()
-
-
-_CHOICES = algorithm_keys.CHOICES | {
-  'algorithm': algorithm_keys.ALGORITHMS,
-  'remat': ('none', 'dots', 'full'),
-  'model.param_dtype': ('float32', 'bfloat16'),
-  'model.compute_dtype': ('float32', 'bfloat16'),
-  'checkpoint.best_mode': ('min', 'max'),
-  'data.on_overlength': ('error', 'drop', 'truncate_left', 'truncate_right'),
-  'data.on_unrendered': ('error', 'warn'),
-  'data.on_bad_row': ('error', 'drop'),
-  'data.loss_on': ('assistant', 'completion', 'all'),
-  'optim.name': ('adamw', 'adafactor', 'lion', 'muon', 'sgd'),
-  'optim.schedule': ('constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt'),
-}
-_POSITIVE = (
-  *algorithm_keys.POSITIVE,
-  'batch_size',
-  'seq_len',
-  'grad_accum',
-  'checkpoint.keep',
-  'eval.batch_size',
-  'log.every',
-  'eval.max_tokens',
-  'max_bad_steps',
-)
-_NOT_NEGATIVE = (
-  *algorithm_keys.NOT_NEGATIVE,
-  'steps',
-  'data.workers',
-  'optim.warmup_steps',
-  'optim.decay_steps',
-  'optim.weight_decay',
-  'optim.clip_norm',
-  'loss.z_loss',
-  'loss.neftune',
-  'checkpoint.every',
-  'checkpoint.patience',
-  'eval.every',
-  'profile.start',
-)
-_LOCATIONS = ('init_from', 'data.cache', 'ppo.value_from', 'rollout.reward_model')
-_TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
-
-
-def validate(c: Section) -> None:
-  """Checks what can be checked without devices or data.
-
-  Raises:
-    ConfigError: naming the key, what was got, and what was expected; begins with FILE:LINE where
-      the key was set by a config file.
-  """
-  try:
-    _validate(c)
-  except ConfigError as error:
-    if place := place_of(str(error), c):
-      raise ConfigError(f'{place}: {error}') from error
-    raise
-
-
-def _validate(c: Section) -> None:
-  values, usual = flat(c), flat(default())
-  for key, value in values.items():
-    if value is None:
-      raise ConfigError(f'{key}=None; expected a value like the default, {usual[key]!r}')
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ConfigError(f'{key}={value}; expected a finite number')
-  for key, allowed in _CHOICES.items():
-    if values[key] not in allowed:
-      near = difflib.get_close_matches(values[key], allowed, n=1)
-      hint = f'; did you mean {near[0]}?' if near else ''
-      raise ConfigError(f'{key}={values[key]!r}; expected one of {allowed}{hint}')
-  for key in _POSITIVE:
-    if values[key] < 1:
-      raise ConfigError(f'{key}={values[key]}; expected at least 1')
-  for key in (*_NOT_NEGATIVE, *(k for k in values if k.startswith('watchdog.'))):
-    if values[key] < 0:
-      raise ConfigError(f'{key}={values[key]}; expected at least 0')
-  for key in _TABLES:
-    _check_table(key, values[key])
-  for key in ('data.train', 'data.eval'):
-    _check_sources(key, values[key])
-  _check_locations(c)
-  if c.eval.every and not (c.data.eval or c.data.eval_fraction or c.eval.prompts):
-    raise ConfigError(
-      f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
-      'eval.prompts'
-    )
-  _check_options(c.compiler_options)
-  _check_random(c)
-  algorithm_keys.check(c)
-  if not c.steps and c.epochs <= 0:
-    raise ConfigError(f'steps={c.steps}, epochs={c.epochs}: one of them must be positive')
-  if bool(c.model.path) == bool(len(c.model.random)):
-    raise ConfigError(
-      f'model.path={c.model.path!r}: give the folder of a model (or model.random, not both)'
-    )
-  if not c.data.train:
-    raise ConfigError('data.train is empty: give the training data, path[::format][@weight]')
-  if c.checkpoint.patience and not c.checkpoint.best_metric:
-    raise ConfigError('checkpoint.patience needs checkpoint.best_metric, for example eval/loss')
-  if c.checkpoint.best_metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
-    raise ConfigError(
-      f'checkpoint.best_metric={c.checkpoint.best_metric} needs data.eval or data.eval_fraction'
-    )
-  if c.checkpoint.best_metric and not c.eval.every:
-    raise ConfigError(
-      f'checkpoint.best_metric={c.checkpoint.best_metric} needs eval.every: it is looked at when '
-      'the model is evaluated'
-    )
-  if not (0 <= c.optim.b1 < 1 and 0 <= c.optim.b2 < 1 and c.optim.eps > 0):
-    raise ConfigError(
-      f'optim.b1={c.optim.b1}, optim.b2={c.optim.b2}, optim.eps={c.optim.eps}; expected b1 and b2 '
-      'in [0, 1) and eps > 0'
-    )
-  if c.optim.lr <= 0:
-    raise ConfigError(f'optim.lr={c.optim.lr}; expected a positive number')
-  if c.optim.ema_decay and c.model.param_dtype != 'float32':
-    raise ConfigError('optim.ema_decay needs model.param_dtype=float32: its small steps vanish')
-  _check_sinks(c.log.sinks)
-  if (
-    not 0 <= c.optim.ema_decay < 1
-    or not 0 <= c.data.eval_fraction < 1
-    or not 0 <= c.loss.label_smoothing < 1
-  ):
-    raise ConfigError(
-      'optim.ema_decay, data.eval_fraction and loss.label_smoothing must lie in [0, 1)'
-    )
-  if c.profile.stop < c.profile.start:
-    raise ConfigError(f'profile.stop={c.profile.stop} lies before profile.start={c.profile.start}')
-  _check_lengths(c)
-
-
-def _check_sinks(sinks: Any) -> None:
-  for sink in sinks:
-    if sink not in ('wandb', 'mlflow'):
-      raise ConfigError(f'log.sinks: {sink!r}; expected wandb or mlflow')
-    if importlib.util.find_spec(sink) is None:
-      raise ConfigError(
-        f"log.sinks: {sink} is not installed; pip install '.[{sink}]' in the checkout of ftjax"
-      )
-
-
-def _check_table(key: str, table: Any) -> None:
-  for row in table:
-    if not isinstance(row, tuple | list) or len(row) != 2:
-      raise ConfigError(f'{key}: {row!r} is no row; expected pairs (regex, value)')
-    try:
-      re.compile(row[0])
-    except (re.error, TypeError) as error:
-      raise ConfigError(f'{key}: {row[0]!r} is no regular expression: {error}') from error
-    if not isinstance(row[1], int | float):
-      raise ConfigError(f'{key}: {row!r}; expected a number, or True or False')
-
-
-def _check_options(options: Any) -> None:
-  for row in options:
-    if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
-      raise ConfigError(
-        f'compiler_options: {row!r} is no option; expected pairs such as '
-        "('xla_gpu_enable_latency_hiding_scheduler', True)"
-      )
-    if not isinstance(row[1], bool | int | float | str):
-      raise ConfigError(f'compiler_options: {row!r}; expected a number, True, False or a text')
-
-
-def _check_sources(key: str, sources: Any) -> None:
-  entries = sources if isinstance(sources, tuple | list) else [sources]
-  if wrong := [e for e in entries if not isinstance(e, str)]:
-    raise ConfigError(f'{key}: {wrong[0]!r}; expected a text, or a tuple of texts')
-
-
-def _check_locations(c: Section) -> None:
-  """Every key that names a folder or a file, before anything is read or made."""
-  for key in _LOCATIONS:
-    locations.check(key, c[key])
-    if c[key].startswith('~'):
-      raise ConfigError(f'{key}={c[key]}: write the whole path, {os.path.expanduser(c[key])}')
-  locations.check('model.path', c.model.path)
-  for key in ('data.train', 'data.eval'):
-    for source in _entries(c[key]):
-      locations.check(key, source)
-  for task in c.eval.tasks:
-    if isinstance(task, str):
-      locations.check('eval.tasks', task.partition('=')[2].partition(':')[2])
-
-
-def _entries(sources: str | tuple[str, ...] | list[str]) -> list[str]:
-  """The entries of data.train or data.eval."""
-  return [s.strip() for s in (sources.split(',') if isinstance(sources, str) else sources)]
-
-
-def _check_lengths(c: Section) -> None:
-  """Numbers of steps that do not go together, where `steps` is known before the data."""
-  if not c.steps:
-    return
-  if c.optim.warmup_steps >= c.steps:
-    raise ConfigError(
-      f'optim.warmup_steps={c.optim.warmup_steps} with steps={c.steps}: the learning rate would '
-      'not reach optim.lr before the end; expected fewer warmup steps than steps'
-    )
-  if c.optim.schedule == 'wsd' and c.optim.warmup_steps + c.optim.decay_steps > c.steps:
-    raise ConfigError(
-      f'optim.decay_steps={c.optim.decay_steps} and optim.warmup_steps={c.optim.warmup_steps} are '
-      f'more than steps={c.steps}'
-    )
-  if c.checkpoint.best_metric and c.eval.every > c.steps:
-    raise ConfigError(
-      f'eval.every={c.eval.every} with steps={c.steps}: checkpoint.best_metric='
-      f'{c.checkpoint.best_metric} would be measured once, at the end; expected at most {c.steps}'
-    )
-  evaluations = -(-c.steps // max(1, c.eval.every))
-  if c.checkpoint.patience and c.checkpoint.patience >= evaluations:
-    raise ConfigError(
-      f'checkpoint.patience={c.checkpoint.patience} can never stop a run of {evaluations} '
-      f'evaluations (steps={c.steps}, eval.every={c.eval.every}); expected fewer, or 0 for none'
-    )
-
-
-def warnings(c: Section) -> list[str]:
-  """What is allowed, and seldom meant, as lines for the start of the log."""
-  out = []
-  train = {s.rpartition('@')[0] or s for s in _entries(c.data.train)}
-  if same := sorted(train & set(_entries(c.data.eval)) - {''}):
-    out.append(
-      f'data.eval={same[0]} is also in data.train: its loss measures what was memorized; give rows '
-      'that are not trained on, or data.eval_fraction'
-    )
-  return out
-
-
-def _check_random(c: Section) -> None:
-  if not len(c.model.random):
-    return
-  if missing := [k for k in RANDOM_REQUIRED if k not in c.model.random]:
-    raise ConfigError(f'model.random lacks {", ".join(missing)}')
-
-
-def shipped() -> list[str]:
-  """Names of the configs that come with ftjax."""
-  return sorted({p.stem for f in _folders() if f.is_dir() for p in f.glob('*.py')})
-
-
-def _folders() -> list[pathlib.Path]:
-  """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
-  return [PACKAGE / 'configs', PACKAGE.parent / 'configs']
-
-
-def find(name: str) -> str:
-  """Path of a config: an existing path wins, else the shipped configs/NAME.py.
-
-  Raises:
-    ConfigError: neither exists, or it is no Python file; lists the nearest or the shipped names.
-  """
-  path = pathlib.Path(os.path.expanduser(name))
-  if path.is_file():
-    if path.suffix not in ('', '.py'):
-      raise ConfigError(
-        f'--config={name}: a config is a Python file with get_config(); got a {path.suffix} file'
-      )
-    return str(path)
-  for folder in _folders():
-    inside = folder / (name if name.endswith('.py') else name + '.py')
-    if '/' not in name and inside.is_file():
-      return str(inside)
-  if path.is_dir():
-    inside = sorted(p.name for p in path.glob('*.py'))
-    example = f', such as {path}/{inside[0]}' if inside else ''
-    raise ConfigError(f'--config={name} is a folder; give a Python file with get_config(){example}')
-  near = difflib.get_close_matches(path.stem, shipped(), n=1) if '/' not in name else []
-  hint = f'; did you mean {near[0]}?' if near else locations.nearest(path)
-  raise ConfigError(
-    f'--config={name}: no such file, and no shipped config of this name; '
-    f'shipped: {", ".join(shipped())}{hint}'
-  )

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import algorithms
 from ftjax.data import describe, prompts, sources, synthetic, token_cache
 from ftjax.data.batches import Batch, Stream, eval_batches
 from ftjax.data.order import Mixture, SourceSchedule
@@ -132,7 +132,7 @@ def _check_batch(c: ml_collections.ConfigDict, mixture: Mixture, unit: str) -> N
       f'{taken}, but an epoch has only {have} {unit}: a batch would hold the same ones more than '
       f'once; set batch_size to at most {fits}, or give more data (data.train)'
     )
-  most = algorithm_keys.prompts_per_rollout(c)
+  most = algorithms.prompts_per_rollout(c)
   if most > c.batch_size:
     taken += f' with rollout.redraws={c.rollout.redraws} (up to {most} {unit} at once)'
   if 2 * most > have:
@@ -151,7 +151,7 @@ def open_data(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
 ) -> Data | PromptData:
   """What the algorithm asks for."""
-  is_sampled = c.algorithm in algorithm_keys.ON_ROLLOUTS
+  is_sampled = algorithms.of(c).on_rollouts
   return (open_prompts if is_sampled else open_rows)(c, tokenizer, workdir)
 
 
@@ -172,7 +172,7 @@ def _sources(
 def _source(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, spec: sources.Spec
 ) -> token_cache.Source:
-  shape = algorithms.example_shape(c)
+  shape = algorithms.of(c).example(c)
   return token_cache.Source(
     spec,
     tokenizer,
@@ -196,7 +196,7 @@ def tokenize_share(
   number, and then `open_data` finds the parts. Nothing for prompts, for what is no file (synthetic
   rows, hub names).
   """
-  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+  if algorithms.of(c).on_rollouts:
     return
   for value in (c.data.train, c.data.eval):
     for spec in sources.parse_specs(value) if value else []:
@@ -247,7 +247,7 @@ def open_prompts(
 ) -> PromptData:
   """Reads prompts, of each source at most `limit` rows, and schedules them, one a row."""
   folder = cache_folder(c, workdir)
-  room = algorithm_keys.max_example(c) - c.rollout.max_tokens
+  room = algorithms.max_example(c) - c.rollout.max_tokens
   groups, weights = [], []
   settings = dict(on_bad_row=c.data.on_bad_row, on_unrendered=c.data.on_unrendered)
   for text in (c.data.train, c.data.eval):

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import algorithms
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import data as examples
 from ftjax.experiment.run import Run
@@ -19,15 +19,16 @@ def check(run: Run) -> None:
     DataError: labels or scores that are all equal.
   """
   c, data = run.config, run.data
-  is_sampled = c.algorithm in algorithm_keys.ON_ROLLOUTS
+  record = algorithms.of(c)
+  is_sampled = record.on_rollouts
   training = data.sources if is_sampled else data.corpora
   _warn_of_equal_sources(training, data.evaluation)
   total = sum(len(s.rows) if is_sampled else len(s) for s in training)
   what = 'prompt' if is_sampled else 'example'
   if total == 1:
     log.warning('data.train holds one %s alone: the model will memorize it', what)
-  if algorithms.example_shape(c) in ('label', 'score'):
-    _check_values(data, algorithms.example_shape(c))
+  if record.example(c) in ('label', 'score'):
+    _check_values(data, record.example(c))
 
 
 def _warn_of_equal_sources(training: Sequence, evaluation: Sequence) -> None:

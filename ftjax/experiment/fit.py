@@ -4,6 +4,7 @@ The state comes from, in this order: this workdir's newest checkpoint; the weigh
 the model's weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -16,14 +17,14 @@ import numpy as np
 
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
-from ftjax.config import keys as config_lib
+from ftjax.config import section
 from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment.auxiliary import BESIDE
 from ftjax.experiment.batch_source import Rows, Source, Tell
 from ftjax.experiment.run import Run, keeps_programs, program_folder
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
 from ftjax.models import counts
-from ftjax.models.forward import BESIDE
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.storage import files, program_cache
@@ -52,7 +53,13 @@ class _Session:
   checkpoints: Checkpoints
   judge: compare.Evaluator
   console: Console
-  fingerprints: dict[str, str]
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """What a resume must find as it was. A fresh run asks for it when its weights are loaded: they
+    are hashed as they are read.
+    """
+    return resume.fingerprints(self.trainer.run)
 
 
 def fit(
@@ -102,7 +109,6 @@ def _opened(
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Evaluator(run),
     console=summary.make_console(c),
-    fingerprints=resume.fingerprints(run),
   )
 
 
@@ -159,7 +165,7 @@ def _fit(s: _Session) -> None:
   run, trainer, checkpoints = s.trainer.run, s.trainer, s.checkpoints
   c, begun = run.config, time.perf_counter()
   start, saved = _newest(s)
-  plain = redaction.redact(config_lib.plain(c))
+  plain = redaction.redact(section.plain(c))
   if processes.is_main():
     files.write_text(files.join(run.workdir, 'config.json'), json.dumps(plain, indent=1) + '\n')
   eval_pending = bool(saved) and saved['progress']['eval_pending']
@@ -210,7 +216,7 @@ def _writer(run: Run, start: int, saved: dict[str, Any] | None) -> MetricsWriter
     run.workdir,
     restored_step=start if saved else None,
     drop_eval=bool(saved) and saved['progress']['eval_pending'],
-    config=config_lib.plain(run.config),
+    config=section.plain(run.config),
     sinks=run.config.log.sinks,
     is_main=processes.is_main(),
   )
@@ -225,7 +231,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
   printed = program_text(compiled)
   executable = hashlib.sha256(printed.encode()).hexdigest() if printed else ''
   made_of = manifest.build(
-    config_lib.plain(c), s.fingerprints, executable, trainer.compiler_options, run.data.counts()
+    section.plain(c), s.fingerprints, executable, trainer.compiler_options, run.data.counts()
   )
   if processes.is_main():
     files.write_text(files.join(run.workdir, 'manifest.json'), json.dumps(made_of, indent=1) + '\n')
@@ -250,8 +256,9 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     return {
       'step': step,
       'cursor': run.cursor(step),
-      'config': redaction.redact(config_lib.plain(c)),
+      'config': redaction.redact(section.plain(c)),
       'fingerprints': s.fingerprints,
+      'code': resume.user_code(c),
       'source': s.source.saving(step),
     }
 

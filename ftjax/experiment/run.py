@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
-from ftjax.config import algorithm_keys, algorithms
-from ftjax.config import keys as config_lib
+from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.experiment import auxiliary, model_record
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import Model, open_model
 from ftjax.families import table
 from ftjax.hf import load
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -65,27 +65,33 @@ class Run:
     return self.model.arch
 
   @property
+  def forward(self) -> Forward:
+    """The forward pass of the model as the config computes it."""
+    c = self.config
+    return Forward(self.arch, jnp.dtype(c.model.compute_dtype), c.remat)
+
+  @property
   def steps(self) -> int:
     """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
     c = self.config
     if self.data is None:
       return c.steps or 1000
-    rows, taken = self.data.mixture.rows_per_epoch, algorithm_keys.prompts_per_rollout(c)
-    return c.steps or batches_in(c.epochs, rows, taken) * algorithm_keys.steps_per_batch(c)
+    rows, taken = self.data.mixture.rows_per_epoch, algorithms.prompts_per_rollout(c)
+    return c.steps or batches_in(c.epochs, rows, taken) * algorithms.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
     """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
     updates alone, for several may go over one batch.
     """
     c = self.config
-    taken = -(-step // algorithm_keys.steps_per_batch(c))
-    return taken * algorithm_keys.prompts_per_rollout(c)
+    taken = -(-step // algorithms.steps_per_batch(c))
+    return taken * algorithms.prompts_per_rollout(c)
 
   def parts(self) -> dict[str, Architecture]:
     """What is trained, by the prefix of its parameters' names: '' is the model."""
-    if not algorithms.has_value_model(self.config):
+    if not algorithms.place(self.config, 'value'):
       return {'': self.arch}
-    return {'': self.arch, 'value/': algorithms.value_arch(self.arch)}
+    return {'': self.arch, 'value/': auxiliary.value_arch(self.arch)}
 
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding, over all parts."""
@@ -103,7 +109,7 @@ class Run:
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
     """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
     axes = (None, 'batch') if micro else ('batch',)
-    by_token, by_row = algorithms.fields(self.config)
+    by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
     where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
     return dict.fromkeys(names, where) | dict.fromkeys(
@@ -113,8 +119,8 @@ class Run:
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch of a step in shapes."""
     c = self.config
-    shape = (c.grad_accum, algorithm_keys.rows_per_step(c) // c.grad_accum, c.seq_len)
-    by_token, by_row = algorithms.fields(c)
+    shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
+    by_token, by_row = algorithms.of(c).fields(c)
     floats = ('weights', *by_token, *by_row)
     return {
       k: jax.ShapeDtypeStruct(
@@ -124,15 +130,6 @@ class Run:
       )
       for k, s in self.batch_shardings(micro=True).items()
     }
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
-    c = self.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
-    batch = self.data.stream.batch(step, rows)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -153,10 +150,10 @@ class Run:
 
     It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
     """
-    if not algorithms.has_value_model(self.config):
+    if not algorithms.place(self.config, 'value'):
       return {}
     with self.watchdog.phase('restore'):
-      arch = algorithms.value_arch(self.arch)
+      arch = auxiliary.value_arch(self.arch)
       params = self._load(self.config.ppo.value_from or source, dtype, arch)
       if not self.config.ppo.value_from:
         params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
@@ -169,6 +166,8 @@ class Run:
       if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
         raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
       where = sharding.shardings(self.mesh, kinds.axes(arch))
+      if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
       params = load.load_params(source, arch, where, jnp.dtype(dtype), self.config.seed)
       if arch.num_labels == wanted.num_labels:
         return params
@@ -200,12 +199,12 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       jax.config.update('jax_enable_compilation_cache', False)
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
-    random, labels = c.model.random.to_dict(), algorithms.num_labels(c)
-    model = open_model(c.model.path, random, c.seed, labels=labels, family=c.model.family)
-    beside = [model.tokenizer.fingerprint, model.stop_ids]
-    processes.check_same(
-      'model.path', digest([model.fingerprint, load.outline(c.model.path), *beside])
-    )
+    random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
+    _pin_models(c, workdir)
+    own = dict(labels=labels, workdir=workdir, family=c.model.family)
+    model = open_model(c.model.path, random, c.seed, **own)
+    read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -221,6 +220,13 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   return Run(c, workdir, mesh, model, data, watchdog)
 
 
+def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Puts the commits of hub models into the config."""
+  c.model.path = model_record.pin(c.model.path, workdir)
+  c.ppo.value_from = model_record.pin(c.ppo.value_from, workdir)
+  c.rollout.reward_model = model_record.pin(c.rollout.reward_model, workdir)
+
+
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   """All processes must see one workdir and mean one config.
 
@@ -230,7 +236,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
   if processes.is_alone():
     return
   own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
-  plain = {k: v for k, v in config_lib.plain(c).items() if not k.startswith(own)}
+  plain = {k: v for k, v in section.plain(c).items() if not k.startswith(own)}
   processes.check_same_values('the config', plain)
   name = files.join(workdir, processes.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
   processes.from_main(lambda: files.write_text(name, ''))
@@ -252,7 +258,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
   """
   check_sizes(c, arch, mesh)
   return Run(
-    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+    c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
   )
 
 
@@ -301,7 +307,7 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
   )
   ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
-    ('batch_size / grad_accum', algorithm_keys.rows_per_step(c) // c.grad_accum),
+    ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
     if rows % ways:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import algorithms
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.models import kinds
@@ -20,18 +20,10 @@ from ftjax.training import optimizer
 
 def headline(c: ml_collections.ConfigDict) -> console.Headline:
   """The figures that count for a config's algorithm."""
-  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
-    return console.Headline(('reward', 'length'), ('reward',), True, True)
-  shape = algorithms.example_shape(c)
-  if shape == 'pair':
-    bar = ('loss', 'rewards/accuracy', 'rewards/margin')
-    return console.Headline(bar, ('accuracy', 'margin', 'loss'), larger=True)
-  if shape == 'label':
-    bar = ('loss', 'rewards/chosen', 'rewards/rejected')
-    return console.Headline(bar, ('loss', 'rewards/chosen', 'rewards/rejected'))
-  if shape == 'score':
-    return console.Headline(('loss', 'error/absolute'), ('loss', 'unexplained'))
-  return console.Headline()
+  record = algorithms.of(c)
+  bar, evaluation = record.headline(c)
+  is_larger_better = record.measured(c).get(evaluation[0]) == 'max'
+  return console.Headline(bar, evaluation, is_larger_better, record.on_rollouts)
 
 
 def make_console(c: ml_collections.ConfigDict) -> console.Console:
@@ -47,14 +39,15 @@ def _model(trainer: Trainer) -> console.Model:
     for name, declared in kinds.declared(arch).items():
       number = math.prod(declared.shape)
       total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
-  beside = []
-  if algorithms.has_reference(c):
-    cached = ' (log-probs cached)' if algorithms.reference_cached(c) else ''
-    beside.append(f'a frozen reference model{cached}')
-  if algorithms.has_value_model(c):
-    beside.append('a value model, trained too')
-  if c.algorithm in algorithm_keys.ON_ROLLOUTS and c.rollout.reward_model:
-    beside.append(f'the reward model {c.rollout.reward_model}')
+  texts = {
+    'reference': 'a frozen reference model',
+    'value': 'a value model, trained too',
+    'reward model': f'the reward model {c.rollout.reward_model}',
+  }
+  beside = [
+    texts.get(a.name, a.name) + (' (log-probs cached)' if a.place == 'cache' else '')
+    for a in algorithms.of(c).auxiliary(c)
+  ]
   return console.Model(
     source=c.init_from or run.model.source or 'model.random (random weights)',
     family=run.model.config.get('model_type', 'a language model'),
@@ -69,11 +62,11 @@ def _model(trainer: Trainer) -> console.Model:
 
 def _unit(c: ml_collections.ConfigDict) -> str:
   """What a batch_size counts."""
-  if c.algorithm in algorithm_keys.ON_ROLLOUTS:
+  if algorithms.of(c).on_rollouts:
     return 'prompts'
   if algorithms.is_packed(c):
     return 'packed sequences'
-  return 'pairs' if algorithms.example_shape(c) == 'pair' else 'examples'
+  return 'pairs' if algorithms.of(c).example(c) == 'pair' else 'examples'
 
 
 def _data(run: Run) -> console.Data:
@@ -111,17 +104,17 @@ def start(trainer: Trainer, begun: int) -> str:
   run, c = trainer.run, trainer.run.config
   mesh = run.mesh
   kind = mesh.devices.flat[0].device_kind
-  is_sampled = c.algorithm in algorithm_keys.ON_ROLLOUTS
+  is_sampled = algorithms.of(c).on_rollouts
   plan = console.Plan(
     algorithm=c.algorithm,
     steps=run.steps,
     start=begun,
     per_epoch=run.data.mixture.rows_per_epoch,
-    batch=algorithm_keys.prompts_per_rollout(c),
+    batch=algorithms.prompts_per_rollout(c),
     unit=_unit(c),
     grad_accum=c.grad_accum,
-    row_tokens=algorithm_keys.rows_per_step(c) * c.seq_len,
-    updates=algorithm_keys.steps_per_batch(c),
+    row_tokens=algorithms.rows_per_step(c) * c.seq_len,
+    updates=algorithms.steps_per_batch(c),
     completions=c.rollout.group if is_sampled else 0,
   )
   rows = [
@@ -179,6 +172,8 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     ('export', files.join(run.workdir, 'export')),
     ('report', summary if files.exists(summary) else ''),
     ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
-    *console.next_commands(run.workdir, c.algorithm, prompt, _command_line(), bool(c.eval.tasks)),
+    *console.next_commands(
+      run.workdir, bool(run.arch.num_labels), prompt, _command_line(), bool(c.eval.tasks)
+    ),
   ]
   return console.block('done', rows)

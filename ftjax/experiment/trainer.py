@@ -8,24 +8,21 @@ came) and `value/` (a value model, trained and saved with the policy)."""
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax import monitoring
 
-from ftjax.config import algorithm_keys, algorithms
+from ftjax.config import algorithms
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.losses import policy
 from ftjax.models import kinds
-from ftjax.models.forward import model_of
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
-from ftjax.training.lr_schedule import make_schedule
+from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
 from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
@@ -44,20 +41,6 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   return out
 
 
-def _has_signal(c: ml_collections.ConfigDict) -> Callable[[dict], jax.Array] | None:
-  """`has_signal` of make_step: of a policy gradient whose loss has advantages alone in it."""
-  p = c.policy
-  in_loss = p.entropy_coef or (p.kl_coef and p.kl != 'reward')
-  if c.algorithm not in algorithm_keys.POLICY_GRADIENT or in_loss:
-    return None
-
-  def has_signal(batch):
-    gap = batch['returns'] - batch['old_values'] if 'returns' in batch else None
-    return policy.has_signal(batch['weights'], batch['advantages'], gap)
-
-  return has_signal
-
-
 class Trainer:
   """The compiled step of a run with everything around it."""
 
@@ -69,15 +52,11 @@ class Trainer:
         'and with a usual optim.lr most are; float32 trains better where memory allows it'
       )
     self.run = run
-    self._has_reference = algorithms.reference_in_step(c)
+    self._has_reference = algorithms.place(c, 'reference') == 'state'
     info = self.leaves = _leaves(run)
+    numbers = ('lr', 'warmup_steps', 'end_fraction', 'decay_steps')
     self.schedule = make_schedule(
-      c.optim.schedule,
-      c.optim.lr,
-      run.steps,
-      warmup_steps=c.optim.warmup_steps,
-      end_fraction=c.optim.end_fraction,
-      decay_steps=c.optim.decay_steps,
+      c.optim.schedule, ScheduleConfig(steps=run.steps, **{n: c.optim[n] for n in numbers})
     )
     names = (
       'name',
@@ -90,10 +69,10 @@ class Trainer:
       'multipliers',
       'freeze',
     )
-    recipe = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
-    self.frozen = optimizer_lib.frozen_names(recipe.freeze, info)
+    config = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
+    self.frozen = optimizer_lib.frozen_names(config.freeze, info)
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    self.optimizer = optimizer_lib.make_optimizer(recipe, info, trained)
+    self.optimizer = optimizer_lib.make_optimizer(config, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
@@ -102,12 +81,11 @@ class Trainer:
       loss_fn,
       self.optimizer,
       shardings,
-      mask=optimizer_lib.layer_mask(recipe, info, trained),
+      mask=optimizer_lib.layer_mask(config, info, trained),
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
       seed=c.seed,
-      has_signal=_has_signal(c),
     )
 
   @property
@@ -127,7 +105,7 @@ class Trainer:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     batch, options = self.run.abstract_batch(), self.compiler_options
     if options:
-      log.info('compiler options: %s', compiler_options.told(options))
+      log.info('compiler options: %s', compiler_options.format_flags(options))
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
     seconds, cache = time.perf_counter() - begin, counts.close()

@@ -19,8 +19,12 @@ def named(name: str) -> Family:
   Raises:
     ConfigError: there is none.
   """
-  found = FAMILIES.get(name)
-  return named_object.load(name, Family, KEY) if found is None else found
+  if name in FAMILIES:
+    return FAMILIES[name]
+  found = named_object.load(KEY, name)
+  if not isinstance(found, Family):
+    raise named_object.wrong(KEY, name, found, 'a Family of ftjax/families/family.py')
+  return found
 
 
 def of(arch: Architecture) -> Family:

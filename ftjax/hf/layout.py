@@ -6,7 +6,7 @@ import numpy as np
 
 from ftjax.families import table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf.safetensors import Index, TensorInfo, TensorSource
+from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource
 from ftjax.models.architecture import Architecture
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import table
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.safetensors import parse_json
+from ftjax.hf.weight_files import parse_json
 from ftjax.runtime.errors import DataError
 
 

@@ -54,8 +54,12 @@ def of(arch: Architecture) -> Kind:
   Raises:
     ConfigError: no kind of this name.
   """
-  found = KINDS.get(arch.kind)
-  return named_object.load(arch.kind, Kind, 'the kind of a model') if found is None else found
+  if arch.kind in KINDS:
+    return KINDS[arch.kind]
+  found = named_object.load('the kind of a model', arch.kind)
+  if not isinstance(found, Kind):
+    raise named_object.wrong('the kind of a model', arch.kind, found, 'a Kind of models/kinds.py')
+  return found
 
 
 def declared(arch: Architecture) -> Mapping[str, Declared]:

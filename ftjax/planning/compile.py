@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
-from ftjax.config import algorithm_keys, algorithms, keys
+from ftjax.config import algorithms, validation
+from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.families import table
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, counts, head
 from ftjax.models.architecture import Architecture
+from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
 from ftjax.planning import memory as account
@@ -34,7 +36,7 @@ from ftjax.training.step import LossFn, program_text
 log = logging.getLogger(__name__)
 
 T = TypeVar('T')
-MakeLoss = Callable[[Architecture, ml_collections.ConfigDict], LossFn]
+MakeLoss = Callable[[Forward, ml_collections.ConfigDict], LossFn]
 
 # What a runtime keeps of a GPU's memory for itself.
 _USABLE = {'gpu': 0.95}
@@ -98,18 +100,18 @@ def make(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
-    trainer = Trainer(run, make_loss(arch, c))
+    trainer = Trainer(run, make_loss(run.forward, c))
     compiled, needed = _compiled(trainer.compile)
   dumped = topology.written(dump) if dump else ''
   chip, phase, refused = where.chip, None, '' if compiled else 'step'
-  if compiled and c.algorithm in algorithm_keys.ON_ROLLOUTS:
+  if compiled and algorithms.of(c).on_rollouts:
     phase, needed = _compiled(lambda: _phase(trainer, chip))
     refused = '' if phase else 'rollout'
   out = Forecast(
     slice=where.name,
     devices=mesh.size,
     settings=settings,
-    rows=algorithm_keys.rows_per_step(c),
+    rows=algorithms.rows_per_step(c),
     length=c.seq_len,
     parameters=counts.num_params(arch),
     attention=_kernel(c, mesh, arch, chip),
@@ -166,7 +168,7 @@ def _accounted(
     replicated=account.replicated(trainer.abstract.params, mesh),
     gathering=gathering,
     cost=estimate(
-      *(algorithms.passes(c, arch), where, held, moved or ()),
+      *(auxiliary.passes(c, arch), where, held, moved or ()),
       rows=out.rows,
       length=c.seq_len,
       remat=c.remat,
@@ -179,12 +181,11 @@ def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
   """Of a rollout with prompts and completions as long as the config lets them be."""
   run, c = trainer.run, trainer.run.config
   models = []
-  if algorithms.reference_beside(c):
+  if algorithms.place(c, 'reference') == 'rollout':
     models.append(run.arch)
   if path := c.rollout.reward_model:
-    models.append(
-      dataclasses.replace(table.architecture(known_models.read(path), c.model.family), num_labels=1)
-    )
+    reward = table.architecture(known_models.read(path), c.model.family)
+    models.append(dataclasses.replace(reward, num_labels=1))
   dtype = jnp.dtype(c.model.param_dtype)
   return phase_lib.make(
     run.arch,
@@ -192,7 +193,7 @@ def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
     phase_lib.Size(
       prompts=c.batch_size,
       group=c.rollout.group,
-      prompt_tokens=algorithm_keys.max_example(c) - c.rollout.max_tokens,
+      prompt_tokens=algorithms.max_example(c) - c.rollout.max_tokens,
       max_tokens=c.rollout.max_tokens,
       slots=c.rollout.slots,
     ),
@@ -237,14 +238,14 @@ def better(
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  models = algorithms.passes(c, arch)
+  models = auxiliary.passes(c, arch)
   trained = sum(times == 3 for _, times in models)
   held = suggest.Held(
     trained,
-    len(models) - trained + algorithms.reference_beside(c),
-    samples=c.algorithm in algorithm_keys.ON_ROLLOUTS,
+    len(models) - trained + (algorithms.place(c, 'reference') == 'rollout'),
+    samples=algorithms.of(c).on_rollouts,
   )
-  rows = algorithm_keys.rows_per_step(c)
+  rows = algorithms.rows_per_step(c)
   tried = suggest.candidates(arch, where, rows, c.seq_len, width, most, held)
   best = None
   for candidate in tried:
@@ -252,7 +253,7 @@ def better(
     other.update_from_flattened_dict(candidate.overrides())
     told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
     with contextlib.suppress(ConfigError):  # what does not divide is no candidate
-      keys.validate(other)
+      validation.validate(other)
       found = make(other, where, arch, make_loss, dump)
       log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
       quicker = found.fits and (

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.config import algorithms
-from ftjax.config.algorithm_keys import (
+from ftjax.config import algorithms, section
+from ftjax.config.algorithms import (
   prompts_per_rollout,
   rows_per_rollout,
   rows_per_step,
@@ -30,6 +30,7 @@ from ftjax.config.algorithm_keys import (
 from ftjax.data import stop_texts
 from ftjax.data.batches import ARRAYS
 from ftjax.data.prompts import Prompt
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.batch_source import Source, Tell
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
@@ -37,11 +38,10 @@ from ftjax.experiment.transcript import Transcripts
 from ftjax.generation import weights
 from ftjax.generation.completion import Rollout, stops
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.grading import rewards
 from ftjax.grading.reward_alarms import RewardAlarms
 from ftjax.grading.reward_batch import sample_rows
-from ftjax.models.forward import logprobs_and_entropy, model_of
 from ftjax.rl import rollout_batch
 from ftjax.rl.reward_model_scorer import TrainedReward, check_tokens
 from ftjax.rl.rollout_batch import RolloutBatch, with_groups, zero_variance_groups
@@ -122,8 +122,9 @@ class RolloutSource(Source):
     model, self._dtype = run.model, jnp.dtype(c.model.compute_dtype)
     texts = tuple(c.rollout.stop)
     stop_texts.check(texts, model.tokenizer, c.rollout.max_tokens, 'rollout.stop')
-    if c.algorithm == 'ppo' and c.ppo.value_from:
-      check_tokens('ppo.value_from', c.ppo.value_from, run)
+    for other in algorithms.of(c).auxiliary(c):
+      if other.is_trained and (source := section.flat(c)[other.source_key]):
+        check_tokens(other.source_key, source, run)
     stop_ids = (*model.stop_ids, *stop_texts.token_ids(texts, model.tokenizer))
     self._transcripts = Transcripts(model.tokenizer, stop_ids)
     self._engine = Engine(
@@ -137,8 +138,8 @@ class RolloutSource(Source):
     self._sampling = Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p)
     self._mesh = weights.rollout_mesh(run.mesh)
     self._ended = stops(texts, model.tokenizer)
-    self._wants_ref = algorithms.reference_beside(c)
-    self._wants_old = algorithms.wants_old_logp(c)
+    self._wants_ref = algorithms.place(c, 'reference') == 'rollout'
+    self._wants_old = algorithms.of(c).needs_old_logp(c)
     self._measures = {
       name: jax.jit(
         lambda params, batch, f=f: jax.sharding.reshard(f(params, batch), spec(None, None))
@@ -361,9 +362,8 @@ class RolloutSource(Source):
     self._alarm(values.get('mismatch/abs_diff', 0.0))
 
   def _logp(self, params: dict, batch: dict) -> jax.Array:
-    c = self.run.config
-    how = dict(temperature=c.rollout.temperature, dtype=self._dtype, remat='none')
-    return logprobs_and_entropy(self.run.arch, params, batch, **how)[0]
+    forward = self.run.forward.without_remat()
+    return forward.logprobs_and_entropy(params, batch, self.run.config.rollout.temperature)[0]
 
   def _measure(
     self, name: str, params: dict, arrays: dict[str, np.ndarray], size: int = 0

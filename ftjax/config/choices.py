@@ -1,0 +1,190 @@
+"""The values that a config key may take, as data without jax: which other keys each value reads,
+and the facts that checks need. The implementations are tables under the same names in losses/,
+training/ and data/; tests/test_choices.py compares the two."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from ftjax.runtime import named_object
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One value of a key.
+
+  reads: keys of the same section that this value reads and other values of the key do not.
+  """
+
+  reads: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceLoss(Choice):
+  """A row of losses/preference.py. paired: it trains on pairs, else on labelled examples."""
+
+  needs_reference: bool = True
+  paired: bool = True
+
+
+@runtime_checkable
+class PreferenceFacts(Protocol):
+  """What a config asks of a preference loss; losses.preference.Row has it."""
+
+  needs_reference: bool
+  paired: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage(Choice):
+  """A row of grpo.advantage. is_relative: it compares the completions of one prompt."""
+
+  is_relative: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlength(Choice):
+  """A row of data.on_overlength. truncates: it shortens examples, which prompts do not allow."""
+
+  truncates: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardObjective(Choice):
+  """A row of reward_model.objective. example: the shape of its training examples."""
+
+  example: str = 'pair'
+
+
+PREFERENCE_LOSSES = {
+  'sigmoid': PreferenceLoss(('label_smoothing', 'reference')),
+  'sigmoid_norm': PreferenceLoss(('reference',)),
+  'ipo': PreferenceLoss(('reference',)),
+  'hinge': PreferenceLoss(('reference',)),
+  'robust': PreferenceLoss(('label_smoothing', 'reference')),
+  'simpo': PreferenceLoss(('label_smoothing', 'gamma', 'nll_coef'), needs_reference=False),
+  'cpo': PreferenceLoss(('label_smoothing', 'nll_coef'), needs_reference=False),
+  'orpo': PreferenceLoss((), needs_reference=False),
+  'kto': PreferenceLoss(('desirable', 'undesirable'), paired=False),
+}
+REWARD_OBJECTIVES = {
+  'pairs': RewardObjective(('centring',)),
+  'scores': RewardObjective((), example='score'),
+}
+SURROGATES = {
+  'clip': Choice(('dual_clip', 'clip_low', 'clip_high', 'level')),
+  'cispo': Choice(('clip_high', 'level')),
+  'reinforce': Choice(),
+}
+LEVELS = dict.fromkeys(('token', 'sequence', 'trajectory'), Choice())
+AGGREGATIONS = dict.fromkeys(('token', 'sequence', 'constant'), Choice())
+# 'reward' is no term of the loss: the divergence is subtracted from the reward.
+DIVERGENCES = dict.fromkeys(('k2', 'k3', 'k3_is', 'reward'), Choice())
+_BOUNDS = Choice(('correction_low', 'correction_high'))
+CORRECTIONS = {
+  'none': Choice(),
+  'token_truncate': _BOUNDS,
+  'token_mask': _BOUNDS,
+  'sequence_truncate': _BOUNDS,
+  'sequence_mask': _BOUNDS,
+}
+ADVANTAGES = {
+  'grpo': Advantage(),
+  'dr_grpo': Advantage(),
+  'rloo': Advantage(),
+  'reinforce_pp_baseline': Advantage(),
+  'reinforce_pp': Advantage(is_relative=False),
+}
+OPTIMIZERS = {
+  'adamw': Choice(('b1', 'b2', 'eps')),
+  'adafactor': Choice(),
+  'lion': Choice(('b1', 'b2')),
+  'muon': Choice(('b1', 'b2', 'eps')),
+  'sgd': Choice(('b1',)),
+}
+SCHEDULES = {
+  'constant': Choice(),
+  'linear': Choice(('end_fraction',)),
+  'cosine': Choice(('end_fraction',)),
+  'wsd': Choice(('end_fraction', 'decay_steps')),
+  'inverse_sqrt': Choice(),
+}
+OVERLENGTH = {
+  'error': Overlength(),
+  'drop': Overlength(),
+  'truncate_left': Overlength(truncates=True),
+  'truncate_right': Overlength(truncates=True),
+}
+
+TABLES: dict[str, Mapping[str, Choice]] = {
+  'dpo.loss': PREFERENCE_LOSSES,
+  'reward_model.objective': REWARD_OBJECTIVES,
+  'policy.surrogate': SURROGATES,
+  'policy.level': LEVELS,
+  'policy.aggregate': AGGREGATIONS,
+  'policy.kl': DIVERGENCES,
+  'policy.correction': CORRECTIONS,
+  'grpo.advantage': ADVANTAGES,
+  'optim.name': OPTIMIZERS,
+  'optim.schedule': SCHEDULES,
+  'data.on_overlength': OVERLENGTH,
+}
+TASK_KINDS = ('choice', 'match', 'math', 'math_strict')
+
+# Keys with a few values and no more facts.
+_PLAIN = {
+  'dpo.reference': ('step', 'cache'),
+  'remat': ('none', 'dots', 'full'),
+  'model.param_dtype': ('float32', 'bfloat16'),
+  'model.compute_dtype': ('float32', 'bfloat16'),
+  'checkpoint.best_mode': ('min', 'max'),
+  'data.on_unrendered': ('error', 'warn'),
+  'data.on_bad_row': ('error', 'drop'),
+  'data.loss_on': ('assistant', 'completion', 'all'),
+}
+CHOICES: dict[str, tuple[str, ...]] = {k: tuple(t) for k, t in TABLES.items()} | _PLAIN
+
+# Keys that also take 'module:object', and the form of that object.
+OBJECTS = {
+  'dpo.loss': 'a ftjax.losses.preference.Row',
+  'optim.name': 'a function (OptimizerConfig, leaves) -> optax.GradientTransformation',
+  'optim.schedule': 'a function (ScheduleConfig) -> function of the update number',
+}
+
+
+def only_with() -> list[tuple[str, str, tuple[str, ...]]]:
+  """Returns (key, other key, values of the other key): the key is read with these values alone."""
+  out = []
+  for other, table in TABLES.items():
+    section = other.rpartition('.')[0]
+    for name in dict.fromkeys(n for row in table.values() for n in row.reads):
+      values = tuple(value for value, row in table.items() if name in row.reads)
+      out.append((f'{section}.{name}', other, values))
+  return out
+
+
+def preference_loss(name: str) -> PreferenceFacts:
+  """Returns the facts of the loss that dpo.loss names.
+
+  Raises:
+    ConfigError: a 'module:object' that cannot be imported, or is no loss.
+  """
+  if not named_object.is_named(name):
+    return PREFERENCE_LOSSES[name]
+  return checked_object('dpo.loss', name)
+
+
+def checked_object(key: str, name: str) -> Any:
+  """Returns the object that the text 'module:object' under one of the keys of OBJECTS names.
+
+  Raises:
+    ConfigError: it cannot be imported, or has another form.
+  """
+  found = named_object.load(key, name)
+  if key == 'dpo.loss':
+    is_usable = isinstance(found, PreferenceFacts) and not isinstance(found, type)
+  else:
+    is_usable = named_object.takes(found, 2 if key == 'optim.name' else 1)
+  if not is_usable:
+    raise named_object.wrong(key, name, found, OBJECTS[key])
+  return found

@@ -1,0 +1,176 @@
+"""Checks of the sections that only some algorithms read: what is set and read by nobody, and what
+does not go together."""
+
+import ml_collections
+
+from ftjax.config import algorithms, choices
+from ftjax.config.algorithms import max_example, rows_per_rollout, rows_per_step, steps_per_batch
+from ftjax.config.keys import default
+from ftjax.config.section import flat
+from ftjax.runtime import named_object
+from ftjax.runtime.errors import ConfigError
+
+# (key, other key): the key is read where the other one is not 0.
+_NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'))
+# What the training metrics of a checkpoint may be, of every algorithm.
+_TRAIN_METRICS = ('train/loss', 'train/grad_norm')
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+  """Checks a config by the record of its algorithm.
+
+  Raises:
+    ConfigError: naming the keys.
+  """
+  record = algorithms.of(c)
+  _check_idle(c)
+  _check_metric(c)
+  if 'dpo' in record.reads:
+    _check_dpo(c)
+  record.check(c)
+  if record.on_rollouts:
+    _check_rollout(c)
+  if 'policy' in record.reads:
+    _check_policy(c)
+  if rows_per_step(c) % c.grad_accum:
+    what = 'rows per update' if record.on_rollouts else 'batch_size'
+    raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+
+
+def _check_idle(c: ml_collections.ConfigDict) -> None:
+  """Refuses a setting that nothing reads: it is a misunderstanding."""
+  values, usual = flat(c), flat(default())
+  some_read = {k for record in algorithms.ALGORITHMS.values() for k in record.reads}
+  changed = [k for k in values if k in usual and values[k] != usual[k]]
+  for key in changed:
+    is_optional = key in some_read or key.partition('.')[0] in some_read
+    if is_optional and not algorithms.is_read(c, key):
+      raise ConfigError(
+        f'{key}={values[key]} does nothing with algorithm={c.algorithm}: leave it out'
+      )
+  for key, other, readers in choices.only_with():
+    chosen = values[other]
+    if key in changed and chosen not in readers and not named_object.is_named(chosen):
+      raise ConfigError(
+        f'{key}={values[key]} does nothing with {other}={chosen}; it is for {", ".join(readers)}: '
+        'leave it out'
+      )
+  for key, other in _NEEDS:
+    if key in changed and not values[other]:
+      raise ConfigError(
+        f'{key}={values[key]} does nothing with {other}=0: set {other}, or leave {key} out'
+      )
+
+
+def _check_metric(c: ml_collections.ConfigDict) -> None:
+  """Refuses a best_metric that is not measured, or is better in the other direction."""
+  metric, measured = c.checkpoint.best_metric, algorithms.of(c).measured(c)
+  known = (*(f'eval/{name}' for name in measured), *_TRAIN_METRICS)
+  if metric not in ('', *known):
+    raise ConfigError(
+      f'checkpoint.best_metric={metric!r}; expected one of {known}, which {c.algorithm} measures'
+    )
+  if measured.get(metric.removeprefix('eval/')) == 'max' and c.checkpoint.best_mode == 'min':
+    raise ConfigError(
+      f'checkpoint.best_metric={metric} is better when it is larger: set checkpoint.best_mode=max'
+    )
+  if metric.startswith('eval/') and not (c.data.eval or c.data.eval_fraction):
+    raise ConfigError(f'checkpoint.best_metric={metric} needs data.eval or data.eval_fraction')
+  if metric and not c.eval.every:
+    raise ConfigError(
+      f'checkpoint.best_metric={metric} needs eval.every: it is looked at when '
+      'the model is evaluated'
+    )
+
+
+def _check_dpo(c: ml_collections.ConfigDict) -> None:
+  if c.dpo.beta <= 0 or not 0 <= c.dpo.label_smoothing < 0.5:
+    raise ConfigError(
+      f'dpo.beta={c.dpo.beta}, dpo.label_smoothing={c.dpo.label_smoothing}; expected a positive '
+      'number, and one in [0, 0.5)'
+    )
+
+
+def _check_rollout(c: ml_collections.ConfigDict) -> None:
+  r = c.rollout
+  if not r.rewards:
+    raise ConfigError("rollout.rewards is empty: say what is paid, for example 'math@1'")
+  if isinstance(r.stop, str) or not all(isinstance(s, str) and s for s in r.stop):
+    raise ConfigError(f'rollout.stop={r.stop!r}; expected a tuple of texts')
+  if r.temperature <= 0:
+    raise ConfigError(
+      f'rollout.temperature={r.temperature}; expected more than 0: equal completions teach nothing'
+    )
+  for key in ('reward_limit', 'function_limit'):
+    if r[key] <= 0:
+      raise ConfigError(f'rollout.{key}={r[key]}; expected seconds, more than 0')
+  if not 0 < r.top_p <= 1:
+    raise ConfigError(f'rollout.top_p={r.top_p}; expected more than 0 and at most 1')
+  if r.max_tokens >= max_example(c):
+    shared = algorithms.of(c).completions_per_row
+    half = f' / {shared}: {shared} completions share a row' if shared > 1 else ''
+    raise ConfigError(
+      f'rollout.max_tokens={r.max_tokens} leaves no room for a prompt in seq_len={c.seq_len}{half}'
+    )
+  if c.data.eval_fraction:
+    raise ConfigError('data.eval_fraction splits no prompts: name the held-out ones in data.eval')
+  if choices.OVERLENGTH[c.data.on_overlength].truncates:
+    allowed = ' or '.join(k for k, row in choices.OVERLENGTH.items() if not row.truncates)
+    raise ConfigError(
+      f'data.on_overlength={c.data.on_overlength!r}: prompts are not truncated; expected {allowed}'
+    )
+  if r.redraws and (r.group < 2 or not algorithms.of(c).is_relative(c)):
+    raise ConfigError(
+      f'rollout.redraws={r.redraws}: prompts whose completions all earn the same may give way only '
+      'where completions are compared with others of their prompt; elsewhere that would choose '
+      'prompts by their outcome'
+    )
+  if rows_per_rollout(c) % r.minibatches:
+    raise ConfigError(
+      f'rollout.minibatches={r.minibatches} must divide the {rows_per_rollout(c)} rows of a rollout'
+    )
+
+
+def _check_policy(c: ml_collections.ConfigDict) -> None:
+  r, p = c.rollout, c.policy
+  if p.correction != 'none' and (r.top_k or r.top_p < 1):
+    raise ConfigError(
+      f'policy.correction={p.correction} with rollout.top_k={r.top_k}, top_p={r.top_p}: a ratio to '
+      'a sampler that left tokens out is none; set top_k=0 and top_p=1, or correction=none'
+    )
+  if not 0 <= p.correction_low <= 1 <= p.correction_high:
+    raise ConfigError(
+      f'policy.correction_low={p.correction_low}, correction_high={p.correction_high} must hold 1'
+    )
+  if p.kl_target and not p.kl_coef:
+    raise ConfigError(
+      f'policy.kl_target={p.kl_target} with policy.kl_coef=0: give the coefficient to begin with'
+    )
+  if p.clip_low > 1:
+    raise ConfigError(
+      f'policy.clip_low={p.clip_low}: the ratio stays above 1 - clip_low; expected at most 1'
+    )
+  if not 0 < p.kl_gain <= 1:
+    raise ConfigError(
+      f'policy.kl_gain={p.kl_gain}; expected more than 0 and at most 1, so that the coefficient '
+      'moves by at most a fifth'
+    )
+  if p.level == 'trajectory' and p.aggregate != 'sequence':
+    raise ConfigError(
+      f'policy.level=trajectory with policy.aggregate={p.aggregate} counts a completion by its '
+      'length squared: its ratio stands on every token; set aggregate=sequence'
+    )
+  if p.dual_clip and p.dual_clip <= 1 + p.clip_high:
+    raise ConfigError(
+      f'policy.dual_clip={p.dual_clip}; expected more than 1 + policy.clip_high = '
+      f'{1 + p.clip_high}, or 0 for none'
+    )
+  if p.overlong > r.max_tokens:
+    raise ConfigError(
+      f'policy.overlong={p.overlong} is more than rollout.max_tokens={r.max_tokens}'
+    )
+  if p.surrogate == 'reinforce' and steps_per_batch(c) > 1:
+    raise ConfigError(
+      'policy.surrogate=reinforce holds for the first update alone: set rollout.updates=1 and '
+      'rollout.minibatches=1, or take clip or cispo'
+    )
