@@ -69,7 +69,7 @@ def open_model(
     path: HF folder, GGUF file or hub name; '' for a random model.
     random: a HF config to make a random model from.
     seed: of the random weights.
-    labels: 1 makes a reward model of it, where it is none.
+    labels: 1 makes a reward model of a language model.
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
 

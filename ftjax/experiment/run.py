@@ -201,8 +201,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     _pin_models(c, workdir)
-    own = dict(labels=labels, workdir=workdir, family=c.model.family)
-    model = open_model(c.model.path, random, c.seed, **own)
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
     read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)

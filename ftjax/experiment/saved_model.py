@@ -132,8 +132,7 @@ def _open(workdir: str, step: int) -> SavedModel:
       'tokenizer are needed: run this in the folder where the training was started, or put the '
       'model back'
     )
-  labels = algorithms.find(config['algorithm']).num_labels
-  family = config.get('model.family', '')
+  labels, family = algorithms.find(config['algorithm']).num_labels, config.get('model.family', '')
   model = open_model(path, dict(random), config['seed'], labels=labels, family=family)
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):

@@ -19,12 +19,8 @@ def named(name: str) -> Family:
   Raises:
     ConfigError: there is none.
   """
-  if name in FAMILIES:
-    return FAMILIES[name]
-  found = named_object.load(KEY, name)
-  if not isinstance(found, Family):
-    raise named_object.wrong(KEY, name, found, 'a Family of ftjax/families/family.py')
-  return found
+  found = FAMILIES.get(name)
+  return named_object.instance(KEY, name, Family) if found is None else found
 
 
 def of(arch: Architecture) -> Family:

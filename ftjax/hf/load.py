@@ -78,7 +78,7 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
 
-  Keys that are not applied here (dropout) are logged once.
+  Settings that are read and not applied (dropout) are logged once.
   """
   folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)

@@ -54,12 +54,8 @@ def of(arch: Architecture) -> Kind:
   Raises:
     ConfigError: no kind of this name.
   """
-  if arch.kind in KINDS:
-    return KINDS[arch.kind]
-  found = named_object.load('the kind of a model', arch.kind)
-  if not isinstance(found, Kind):
-    raise named_object.wrong('the kind of a model', arch.kind, found, 'a Kind of models/kinds.py')
-  return found
+  found = KINDS.get(arch.kind)
+  return named_object.instance('the kind of a model', arch.kind, Kind) if found is None else found
 
 
 def declared(arch: Architecture) -> Mapping[str, Declared]:

@@ -84,7 +84,7 @@ def find_peak() -> Peak | None:
 def train_flops(
   tokens: float, attended: float, *, matmul_params: int, attention_width: int
 ) -> float:
-  """Computes the model FLOPs of a full training step: 6 P tokens + 12 L (N H) attended.
+  """Computes the model FLOPs of a full training step: 6 P tokens + 12 (L N H) attended.
 
   The first term is forward plus backward of every matrix a token is multiplied with, the head
   counted for every token although unsupervised ones are skipped, as published figures do. The
