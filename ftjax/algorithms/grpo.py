@@ -20,7 +20,7 @@ from ftjax.models.forward import logprobs_and_entropy
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
 
-_RELATIVE = {
+RELATIVE = {
   'grpo': advantages.grpo,
   'dr_grpo': advantages.dr_grpo,
   'rloo': advantages.rloo,
@@ -54,7 +54,7 @@ class GroupAdvantages(policy_gradient.AdvantageEstimator):
     self._name = c.grpo.advantage
     self._last = jax.jit(advantages.at_last_token)
     self._whitened = jax.jit(advantages.reinforce_pp)
-    self._relative = jax.jit(_RELATIVE.get(self._name, advantages.dr_grpo))
+    self._relative = jax.jit(RELATIVE.get(self._name, advantages.dr_grpo))
 
   def build(self, sampled: RolloutBatch) -> TrainBatch:
     """See episodes.BatchBuilder."""

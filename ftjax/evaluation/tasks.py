@@ -183,7 +183,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(scoring.read(found), scoring, usual_id, place, spec.format)
+      row, others = _read_row(_in_form(scoring, found), scoring, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -212,6 +212,16 @@ def _digest(spec: sources.Spec) -> str:
   if len(found) == 1 and found[0].member is None:
     return hashlib.sha256(found[0].path.read_bytes()).hexdigest()
   return sources.fingerprint(spec)
+
+
+def _in_form(kind: Kind, row: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns a row as the kind reads it. Raises ValueError, whatever a user's function raises."""
+  try:
+    return kind.read(row)
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(f'{type(error).__name__}: {error}') from error
 
 
 def _read_row(
