@@ -52,7 +52,7 @@ def main() -> None:
   # Of slow compiles XLA would warn in the middle of an answer.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
-  from ftjax.generation.sampler import Sampling
+  from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
 
   rows = [] if _PROMPTS.value is None else generator.read_prompts(_PROMPTS.value)

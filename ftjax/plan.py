@@ -14,7 +14,6 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.config import validation
-from ftjax.experiment.model import random_config
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
@@ -130,7 +129,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
-    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
+    f'compiler options: {compiler_options.format_flags(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:
@@ -179,6 +178,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   # Where a user's module has imported jax already, it has read JAX_PLATFORMS before.
   jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
   from ftjax.config import algorithms
+  from ftjax.experiment.model import random_config
   from ftjax.models.architecture import from_hf
   from ftjax.planning import compile, known_models
 

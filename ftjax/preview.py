@@ -35,7 +35,6 @@ def main() -> None:
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
-    weights=False,
     labels=algorithms.of(c).num_labels,
   )
   rows = min(_ROWS.value, c.batch_size)

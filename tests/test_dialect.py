@@ -317,8 +317,8 @@ def test_one_reason_a_line():
 @pytest.mark.parametrize(
   ('arguments', 'reason'),
   [
-    ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
-    ('{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+    ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+    ('{"a": {"b": 1, "b": 1}}', "the key 'b' occurs twice"),
     ('[1, 2]', 'is no JSON object'),
     ('not json', 'is no JSON object'),
     ('{"a": ', 'is no JSON object'),

@@ -20,6 +20,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
 from ftjax.models import transformer
 from ftjax.models.attention import Tokens
+from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
@@ -32,7 +33,7 @@ def _compiled(mesh, changes):
   """(run, trainer, compiled step), once for each mesh and config."""
   c = tiny_pairs.settings(**dict(changes))
   run = tiny_pairs.shapes_only(c)
-  trainer = Trainer(run, dpo.make_loss(run.arch, c))
+  trainer = Trainer(run, dpo.make_loss(run.forward, c))
   return run, trainer, trainer.compile()
 
 
@@ -76,7 +77,7 @@ def forward(batch, moved=True, **changes):
   params = policy if moved else reference
   if preference.LOSSES[c.dpo.loss].needs_reference:
     params = params | {'reference': reference}
-  loss = jax.jit(dpo.make_loss(arch, c))
+  loss = jax.jit(dpo.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c))
   total, weight, metrics = loss(params, tiny_pairs.flat_on_devices(batch), None)
   return {k: float(a / b) for k, (a, b) in (metrics | {'loss': (total, weight)}).items()}
 
@@ -359,7 +360,7 @@ def test_evaluation_is_over_all_rows_once(name, tmp_path):
   run = experiment.start(c, str(tmp_path))
   params = run.load_params('', 'float32')
   params = params | {'reference': params}
-  measure = dpo.make_measure(run.arch, c)
+  measure = dpo.make_measure(run.forward, c)
   found = dpo.evaluate(measure, run, params, lambda: False)
   rows = pair_metrics.collect(measure, run, params, lambda: False)
   assert len(rows['first']) == 11 and (rows['weights'] == 1).all()

@@ -14,6 +14,7 @@ import tiny_model
 
 from ftjax.data import synthetic
 from ftjax.data.formats import Chat
+from ftjax.generation.completion import Completion
 from ftjax.hf import export
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
@@ -175,11 +176,12 @@ def test_rows_keep_their_random_numbers_in_any_batch(model, monkeypatch):
   for size in (2, 5):
     answers, seen = model(batch_size=size, seed=7), []
 
-    def generate(params, prompts, most, sampling, *, seed, row_ids, seen=seen, **_):
-      seen += [(seed, i, len(p)) for i, p in zip(row_ids, prompts, strict=True)]
-      return [[] for _ in prompts]
+    def generate(params, prompts, *, seed, prompt_ids, seen=seen, own=answers._engine, **_):
+      seen += [(seed, i, len(p)) for i, p in zip(prompt_ids, prompts, strict=True)]
+      stop = own.stop_ids[0]
+      return [Completion([stop], np.zeros(1, np.float32), False) for _ in prompts]
 
-    monkeypatch.setattr(answers._sampler, 'generate', generate)
+    monkeypatch.setattr(answers._engine, 'generate_at_once', generate)
     assert [r['completion'] for r in answers.answer_rows(rows)] == [''] * 5
     lengths = [len(answers.encode(row)) for _, row in rows]
     assert seen == [(7, i, n) for i, n in enumerate(lengths)]

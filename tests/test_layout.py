@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ftjax.hf import layout
-from ftjax.hf.safetensors import full_index
+from ftjax.hf.tensor_source import full_index
 from ftjax.models.architecture import Architecture
 
 ARCH = Architecture(

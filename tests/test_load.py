@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ftjax.hf import layout, load
-from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo, write_folder
+from ftjax.hf.safetensors import SafetensorsFolder, write_folder
+from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
@@ -194,8 +195,7 @@ def test_a_gguf_file_beside_safetensors_is_refused(tmp_path):
     ('.cache/smollm2', '`make assets` makes it'),
     ('ROOT/.cache/smollm2', '`make assets` makes it'),
     ('.cache/SmolLM2-135M-Instruct.Q4_1.gguf', '`make assets` makes it'),
-    ('meta-llama/Llama-3.2-1B', r'`hf download meta-llama/Llama-3.2-1B --local-dir DIR`'),
-    ('Qwen/Qwen2.5-0.5B@main', '`hf download Qwen/Qwen2.5-0.5B --revision main --local-dir DIR`'),
+    ('models/llama-4', 'Did you mean models/llama-3'),  # no hub name: there is a folder `models`
     ('ROOT/models/lama-3', 'Did you mean ROOT/models/llama-3'),
     ('ROOT/modles/llama-3', 'Did you mean ROOT/models/llama-3'),
     ('ROOT/models/LLAMA-3', 'Did you mean ROOT/models/llama-3'),

@@ -337,7 +337,7 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
     before = jax.live_arrays()  # held, so that no new array takes an old one's identity
     known = {id(a) for a in before}
     run = experiment.without_data(c, whole, arch)
-    trainer = Trainer(run, sft.make_loss(arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     step = trainer.compile()
     state, batch = trainer.fresh(), {}
     host = np.zeros((2, 8, 64), np.int32)
@@ -540,7 +540,8 @@ c.data.train, c.batch_size, c.seq_len, c.eval.batch_size = 'sums:20', 8, 256, 8
 mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
 with jax.set_mesh(mesh):
   arch = from_hf(experiment.random_config(c.model.random.to_dict()))
-  trainer = Trainer(experiment.without_data(c, mesh, arch), sft.make_loss(arch, c))
+  run = experiment.without_data(c, mesh, arch)
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled = trainer.compile()
 texts = compiled.as_text(), topology.written(dump)
 printed, written = (communication.collectives(hlo.read(t), mesh) for t in texts)
@@ -587,10 +588,10 @@ def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
     (
       dict(fsdp=8),
       dict(hidden_size=60, num_attention_heads=2),
-      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+      r'embed dimension of 60 .* 8 shards.*mesh.fsdp',
     ),
     (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
-    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
+    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 shards.*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(intermediate_size=129), r'ffn dimension of 129 .*mesh.tensor'),
     (dict(data=3), {}, r'8 devices are no multiple of 3'),
@@ -702,8 +703,8 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
   ('arguments', 'told'),
   [
     (['--topology=v5e'], r'--topology=v5e: expected'),
-    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split 3 ways'),
-    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split 4 ways'),
+    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split into 3 shards'),
+    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split into 4 shards'),
   ],
 )
 def test_the_entry_refuses(arguments, told):

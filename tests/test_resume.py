@@ -96,17 +96,17 @@ def test_what_was_fed_is_the_schedule(reference):
   batch comes twice, also not in another epoch.
   """
   c = tiny_config(reference)
-  model = open_model('', c.model.random.to_dict(), c.seed, weights=False)
+  model = open_model('', c.model.random.to_dict(), c.seed)
   data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)
   fed = [rows['train', step + 1]['batch_checksum'] for step in range(STEPS)]
   assert fed == [tiny_run.checksum(data.stream.batch(s)['tokens']) for s in range(STEPS)]
   assert len(set(fed)) == STEPS
-  seen = [data.stream.examples(step) for step in range(STEPS)]
+  seen = [data.mixture.row(i) for i in range(STEPS * BATCH)]
   for epoch in range(STEPS // EPOCH_STEPS):
-    steps = seen[epoch * EPOCH_STEPS : (epoch + 1) * EPOCH_STEPS]
-    ids = [example for batch in steps for _, example, e in batch if e == epoch]
+    rows = seen[epoch * EPOCH_STEPS * BATCH : (epoch + 1) * EPOCH_STEPS * BATCH]
+    ids = [example for row in rows for example in row.examples if row.epoch == epoch]
     assert sorted(ids) == list(range(len(data.corpora[0])))  # each once an epoch
 
 

@@ -19,9 +19,10 @@ from ftjax.experiment.model import open_model
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export, load
 from ftjax.losses import preference
-from ftjax.models import forward, transformer
+from ftjax.models import transformer
 from ftjax.models.architecture import from_hf
 from ftjax.models.attention import Tokens
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -36,7 +37,7 @@ def start():
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _scores(arch, params, batch, dtype='float32'):
-  return forward.sequence_rewards(arch, params, batch, jnp.dtype(dtype), 'none', 2)
+  return Forward(arch, jnp.dtype(dtype)).sequence_rewards(params, batch, 2)
 
 
 def scores(batch, dtype='float32'):
@@ -116,7 +117,7 @@ def test_the_head_is_float32_whatever_the_rest_is():
 def _compiled(mesh, changes):
   c = tiny_pairs.settings('reward_model', **dict(changes))
   run = tiny_pairs.shapes_only(c)
-  trainer = Trainer(run, reward_model.make_loss(run.arch, c))
+  trainer = Trainer(run, reward_model.make_loss(run.forward, c))
   return run, trainer, trainer.compile()
 
 
@@ -164,7 +165,7 @@ def test_regression_on_scores():
   _, arch, params = start()
   batch = laid_out([t for _, _, t in texts(tiny_pairs.rows())][:8], 64)
   batch['values'] = np.linspace(-1, 1, 8, dtype=np.float32)
-  loss = jax.jit(reward_model.make_loss(arch, c))
+  loss = jax.jit(reward_model.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c))
   total, weight, metrics = loss(params, tiny_pairs.flat_on_devices(batch), None)
   error = scores(batch)[0] - batch['values']
   assert (float(total), float(weight)) == (pytest.approx((error**2).sum(), rel=1e-5), 8.0)
@@ -193,7 +194,7 @@ def exported(tmp_path_factory):
     dtype=np.dtype(np.float32),
     stop_ids=run.model.stop_ids,
   )
-  measure = reward_model.make_measure(run.arch, c)
+  measure = reward_model.make_measure(run.forward, c)
   found = reward_model.evaluate(measure, run, params, lambda: False)
   rows = pair_metrics.collect(measure, run, params, lambda: False)
   return run, params, folder / 'export', found, rows

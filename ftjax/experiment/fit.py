@@ -4,6 +4,7 @@ The state comes from, in this order: this workdir's newest checkpoint; the weigh
 the model's weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,11 +19,11 @@ from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section
 from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment.auxiliary import BESIDE
 from ftjax.experiment.batch_source import Rows, Source, Tell
 from ftjax.experiment.run import Run, keeps_programs, program_folder
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
-from ftjax.models.forward import BESIDE
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.storage import files, program_cache
@@ -51,7 +52,13 @@ class _Session:
   checkpoints: Checkpoints
   judge: compare.Evaluator
   console: Console
-  fingerprints: dict[str, str]
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """What a resume must find as it was. A fresh run asks for it when its weights are loaded: they
+    are hashed as they are read.
+    """
+    return resume.fingerprints(self.trainer.run)
 
 
 def fit(
@@ -101,7 +108,6 @@ def _opened(
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Evaluator(run),
     console=summary.make_console(c),
-    fingerprints=resume.fingerprints(run),
   )
 
 

@@ -1,11 +1,13 @@
 """A model before its weights: architecture, tokenizer and files, read from a folder or random."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 
-from ftjax.cluster import processes
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import model_record
 from ftjax.hf import load, reward_head
 from ftjax.models.architecture import Architecture, from_hf
 from ftjax.runtime.digest import digest
@@ -16,9 +18,9 @@ from ftjax.runtime.errors import ConfigError, DataError
 class Model:
   """A model before its weights: architecture, tokenizer, and the files they came from.
 
-  stop_ids: tokens that end an answer: the tokenizer's, and the one its template ends turns with.
-  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content
-  and of the architecture.
+  source: HF folder, GGUF file or hub name; '' for a random one.
+  stop_ids: tokens that end a completion: the tokenizer's, and the one its template ends turns with.
+  hash_weights: returns the SHA-256 of the weights' content.
   """
 
   source: str
@@ -27,17 +29,35 @@ class Model:
   stop_ids: tuple[int, ...]
   config: dict
   files: dict[str, bytes]
-  fingerprint: str
+  hash_weights: Callable[[], str]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """The SHA-256 of the weights' content and of the architecture; all processes ask for it.
+
+    The same weights under another rope or another epsilon are another model. Before the weights
+    are loaded this reads them; see model_record.py.
+    """
+    # What follows from the family is left out, so that models of other families keep the
+    # fingerprint they had before it.
+    facts = {k: v for k, v in dataclasses.asdict(self.arch).items() if k != 'qkv_bias'}
+    return digest([self.hash_weights(), facts])
 
 
 def random_config(random: dict) -> dict:
-  """model.random as a HF config.json."""
+  """Returns model.random as a HF config.json."""
   return {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
 
 
-def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
-  """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
-  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+def open_model(path: str, random: dict, seed: int, labels: int = 0, workdir: str = '') -> Model:
+  """Reads config and tokenizer of a model, and none of its weights.
+
+  Args:
+    path: HF folder, GGUF file or hub name; '' for a random model.
+    random: a HF config to make a random model from.
+    seed: of the random weights.
+    labels: 1 makes a reward model of it, where it is none.
+    workdir: whose record may hold the fingerprint of the weights.
 
   Raises:
     ConfigError: a reward model where a language model is wanted.
@@ -45,21 +65,16 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True, labels:
   if path:
     found = load.tokenizer_files(path)
     config = load.read_config(path)
-    # Of all the bytes, which one process reads for all.
-    fingerprint = processes.from_main(lambda: load.fingerprint(path)) if weights else ''
+    hash_weights = functools.partial(model_record.fingerprint, path, workdir)
   else:
     found = synthetic.byte_tokenizer()
     config = random_config(random)
     found['config.json'] = json.dumps(config).encode()
-    fingerprint = digest([config, seed])
+    hash_weights = functools.partial(digest, [config, seed])
   arch = from_hf(config)
   if arch.num_labels and not labels:
     raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
   arch = dataclasses.replace(arch, num_labels=labels)
-  # The same weights under another rope or another epsilon are another model. What follows from the
-  # family is left out, so that models of other families keep the fingerprint they had before it.
-  facts = {k: v for k, v in dataclasses.asdict(arch).items() if k != 'qkv_bias'}
-  fingerprint = digest([fingerprint, facts])
   tokenizer = Tokenizer(found, path or 'model.random')
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
@@ -69,4 +84,4 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True, labels:
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
   if labels:
     found, config = reward_head.describe(found, config, tokenizer, stops)
-  return Model(path, arch, tokenizer, stops, config, found, fingerprint)
+  return Model(path, arch, tokenizer, stops, config, found, hash_weights)

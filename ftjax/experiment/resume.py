@@ -1,13 +1,13 @@
 """What a run that goes on from a checkpoint must find as it was: config keys, data and
 models."""
 
-import functools
 import logging
 
 import ml_collections
 
 from ftjax.cluster import processes
 from ftjax.config import algorithms, choices, section, task_specs
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.runtime import named_object, redaction
@@ -108,7 +108,7 @@ def first_fingerprint(run: Run) -> str:
     return run.model.fingerprint
   check_source(c.init_from)
   export = files.join(c.init_from, 'export')
-  return processes.from_main(lambda: load.fingerprint(export))
+  return model_record.fingerprint(export, run.workdir)
 
 
 def _models_beside(run: Run) -> dict[str, str]:
@@ -122,7 +122,7 @@ def _models_beside(run: Run) -> dict[str, str]:
   values = section.flat(c)
   for model in algorithms.of(c).auxiliary(c):
     if source := values.get(model.source_key):
-      out[model.name] = processes.from_main(functools.partial(load.fingerprint, source))
+      out[model.name] = model_record.fingerprint(source, run.workdir)
       processes.check_same(model.source_key, digest(load.outline(source)))
     elif not model.is_trained:
       out[model.name] = first_fingerprint(run)

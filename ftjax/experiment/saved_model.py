@@ -17,7 +17,7 @@ from ftjax.experiment.model import Model, open_model
 from ftjax.hf import layout
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.storage import files, snapshots
+from ftjax.storage import files, hub, snapshots
 
 _TRIES = 5  # a live run removes old steps while this one reads
 T = TypeVar('T')
@@ -117,14 +117,14 @@ def _open(workdir: str, step: int) -> SavedModel:
   saved = snapshots.meta(workdir, step)
   config: Mapping[str, Any] = saved['config']
   path, random = config.get('model.path', ''), config.get('model.random') or {}
-  if path and not files.exists(path):
+  if path and not files.exists(path) and not hub.is_pinned(path):
     raise DataError(
       f'{workdir}: the run was started with model.path={path}, which is not there. Its config and '
       'tokenizer are needed: run this in the folder where the training was started, or put the '
       'model back'
     )
   labels = algorithms.find(config['algorithm']).num_labels
-  model = open_model(path, dict(random), config['seed'], weights=False, labels=labels)
+  model = open_model(path, dict(random), config['seed'], labels=labels)
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

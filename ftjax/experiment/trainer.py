@@ -8,19 +8,16 @@ came) and `value/` (a value model, trained and saved with the policy)."""
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax import monitoring
 
 from ftjax.config import algorithms
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.losses import policy
 from ftjax.models import transformer
-from ftjax.models.forward import model_of
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
@@ -42,20 +39,6 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
       for n, leaf in found.items()
     }
   return out
-
-
-def _has_signal(c: ml_collections.ConfigDict) -> Callable[[dict], jax.Array] | None:
-  """`has_signal` of make_step: of a policy gradient whose loss has advantages alone in it."""
-  p = c.policy
-  in_loss = p.entropy_coef or (p.kl_coef and p.kl != 'reward')
-  if 'advantages' not in algorithms.of(c).fields(c)[0] or in_loss:
-    return None
-
-  def has_signal(batch):
-    gap = batch['returns'] - batch['old_values'] if 'returns' in batch else None
-    return policy.has_signal(batch['weights'], batch['advantages'], gap)
-
-  return has_signal
 
 
 class Trainer:
@@ -103,7 +86,6 @@ class Trainer:
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
       seed=c.seed,
-      has_signal=_has_signal(c),
     )
 
   @property
@@ -123,7 +105,7 @@ class Trainer:
     """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
     batch, options = self.run.abstract_batch(), self.compiler_options
     if options:
-      log.info('compiler options: %s', compiler_options.told(options))
+      log.info('compiler options: %s', compiler_options.format_flags(options))
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
     seconds, cache = time.perf_counter() - begin, counts.close()

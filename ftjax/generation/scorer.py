@@ -1,7 +1,7 @@
 """Log-probabilities of several continuations of one prompt: the prompt is read once, each
 continuation from its cache.
 
-Prompts are padded on the left as in sampler.py; a continuation of K tokens needs the prompt's last
+Prompts are padded on the left as in padding.py; a continuation of K tokens needs the prompt's last
 hidden state and K - 1 more."""
 
 import functools
@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ftjax.generation.sampler import check_decodable, left_pad
+from ftjax.generation.padding import left_pad
+from ftjax.generation.weights import check_decodable
 from ftjax.models import head, transformer
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture

@@ -20,14 +20,9 @@ import numpy as np
 
 from ftjax.hf import layout, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.safetensors import (
-  INDEX_FILE,
-  MAX_SHARD_BYTES,
-  MODEL_FILES,
-  TensorInfo,
-  parse_json,
-  write_folder,
-)
+from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
+from ftjax.hf.tensor_source import TensorInfo
+from ftjax.hf.weight_files import INDEX_FILE, parse_json
 from ftjax.models.architecture import Architecture, to_hf
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
@@ -47,7 +42,7 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in MODEL_FILES or model_folder.is_side_file(path.name)
+  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.hf import gguf_files
-from ftjax.hf.safetensors import Index, TensorInfo, full_index
+from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
 from ftjax.models.architecture import Architecture, RopeScaling, to_hf
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
@@ -41,7 +41,7 @@ _LAYER_NAMES = {
 _ROPE_TENSOR = 'rope_freqs.weight'
 
 
-class GGUFSource:
+class GGUFSource(TensorSource):
   """A tensor source over one GGUF file of the `llama` architecture, or over the first part of one
   with its other parts beside it. All tensors are presented as float32.
 
@@ -51,6 +51,7 @@ class GGUFSource:
   """
 
   def __init__(self, path: str | os.PathLike):
+    super().__init__()
     self.place = str(path)
     parts = gguf_files.open_parts(files.as_path(path))
     self._reader = parts[0].reader
@@ -74,13 +75,14 @@ class GGUFSource:
       raise DataError(
         f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to Q8_0'
       )
-    if tensor.name == _ROPE_TENSOR:
-      self._rope_factors = self._dequantize((path, tensor), slice(None))
-      return
-    name = _hf_name(tensor.name, str(path))
+    is_rope = tensor.name == _ROPE_TENSOR
+    name = tensor.name if is_rope else _hf_name(tensor.name, str(path))
     if name in self._stored:
       raise DataError(f'{path}: {tensor.name} is also in {self._stored[name][0].name}')
     self._stored[name] = path, tensor
+    if is_rope:
+      self._rope_factors = self._dequantize(name, slice(None))
+      return
     # GGUF lists the fastest axis first.
     shape = tuple(int(n) for n in reversed(tensor.shape))
     self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
@@ -117,29 +119,49 @@ class GGUFSource:
     return _shortest(value)
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """See `TensorSource.read`: float32, only the rows that the index touches are dequantized."""
+    """Returns a tensor or a part of it as float32; dequantizes only the rows that it needs."""
     shape = self.tensors[name].shape
     index = full_index(shape, index)
     if not name.endswith(('.q_proj.weight', '.k_proj.weight')):
-      return np.ascontiguousarray(
-        self._dequantize(self._stored[name], index[0])[(slice(None), *index[1:])]
-      )
+      return np.ascontiguousarray(self._dequantize(name, index[0])[(slice(None), *index[1:])])
     head_dim = self._head_dim()
     begin, end, _ = index[0].indices(shape[0])
     # Rows move within a head only: read whole heads, undo the order, cut.
     first, last = begin // head_dim * head_dim, -(-end // head_dim) * head_dim
-    rows = self._dequantize(self._stored[name], slice(first, last))
+    rows = self._dequantize(name, slice(first, last))
     rows = half_rotation(rows, head_dim)
     return np.ascontiguousarray(rows[(slice(begin - first, end - first), *index[1:])])
 
-  def _dequantize(self, stored_in: tuple[Path, Any], rows: slice) -> np.ndarray:
+  def _dequantize(self, name: str, rows: slice) -> np.ndarray:
     from gguf import dequantize
 
-    path, tensor = stored_in
+    path, tensor = self._stored[name]
     stored = self._stored_rows(path, tensor, rows)
+    begin, _, _ = rows.indices(tensor.data.shape[0])
+    row_bytes = tensor.data.nbytes // max(1, tensor.data.shape[0])
+    self.was_read(name, begin * row_bytes, stored.reshape(-1).view(np.uint8))
     # A broken f16 scale may overflow; the non-finite value is found by the check on export.
     with np.errstate(over='ignore', invalid='ignore'):
       return np.array(dequantize(stored, tensor.tensor_type), np.float32)
+
+  def stored(self) -> dict[str, tuple[str, int]]:
+    """Returns (quantization and shape, bytes) of every tensor, by its HF name."""
+    return {
+      name: (f'{t.tensor_type.name} {[int(n) for n in t.shape]}', t.data.nbytes)
+      for name, (_, t) in self._stored.items()
+    }
+
+  def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
+    """Returns a range of a tensor's quantized bytes."""
+    path, tensor = self._stored[name]
+    if not files.is_remote(path):
+      return memoryview(tensor.data.reshape(-1).view(np.uint8)[begin:end])
+    with path.open('rb', buffering=0) as file:
+      file.seek(tensor.data_offset + begin)
+      out = file.read(end - begin)
+    if len(out) != end - begin:
+      raise DataError(f'{path}: {tensor.name} ends with the file; truncated download?')
+    return memoryview(out)
 
   def _stored_rows(self, path: Path, tensor: Any, rows: slice) -> np.ndarray:
     if not files.is_remote(path):

@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from ftjax.hf.safetensors import Index, TensorInfo, TensorSource
+from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource
 from ftjax.models.architecture import Architecture
 
 

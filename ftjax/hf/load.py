@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, safetensors, weight_files
+from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
-from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
+from ftjax.hf.safetensors import SafetensorsFolder
+from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.weight_files import parse_json
 from ftjax.models import config_keys
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -40,17 +42,44 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions ap
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model."""
+  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model.
+
+  A process opens the same files once: what their weights were hashed for is then known to whoever
+  asks for the fingerprint, and headers are read once.
+  """
+  path = model_folder.locate(path, weights=True)
+  return _cached_source(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_source(path: str, stamped: tuple) -> TensorSource:
+  del stamped  # files that changed are opened again
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
+
+
+def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
+  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
+
+  For a local file: name, size, inode, and times of modification and of change in ns. For an object
+  in a bucket: name, size and generation.
+  """
+  return tuple(_stamp(p) for p in _weight_files(path))
+
+
+def _stamp(path: Path) -> tuple[str | int, ...]:
+  stat = path.stat()
+  if files.is_remote(path):
+    return str(path), stat.st_size, stat.generation
+  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file.
 
-  What it says and nothing here applies (dropout) is logged once.
+  Keys that are not applied here (dropout) are logged once.
   """
-  folder = files.as_path(path)
+  folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)
   if file is not None:
     return GGUFSource(file).config()
@@ -82,11 +111,11 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  file = model_folder.gguf_file(folder)
   if file is not None:
     source = GGUFSource(file)
     return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
-  folder = files.as_path(path)
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
@@ -155,7 +184,7 @@ def check_tensors(source: TensorSource, arch: Architecture):
 def _check_tied(source: TensorSource, embed: str, head: str):
   same = embed in source.tensors and source.tensors[embed] == source.tensors[head]
   if same:
-    blocks = safetensors.row_blocks(source.tensors[embed])
+    blocks = row_blocks(source.tensors[embed])
     # Bytes are compared: equal for NaN too, and that is another check's matter.
     same = all(
       source.read(embed, (b,)).tobytes() == source.read(head, (b,)).tobytes() for b in blocks
@@ -224,14 +253,29 @@ def _load_leaf(
 ) -> jax.Array:
   import jax
 
-  parts: dict[str, np.ndarray] = {}
+  indexes = sharding.addressable_devices_indices_map(shape).values()
+  boxes = {tuple((s.indices(n)[:2]) for s, n in zip(i, shape, strict=True)) for i in indexes}
+  around = tuple(
+    slice(min(b for b, _ in a), max(e for _, e in a)) for a in zip(*boxes, strict=True)
+  )
+  # Shards along HF's second axis are columns of the file, and each would read all rows. Where the
+  # shards of this process fill a box it is read once and cut; devices may hold copies of a part.
+  sizes = sum(math.prod(e - b for b, e in box) for box in boxes)
+  if sizes == math.prod(s.stop - s.start for s in around):
+    whole = _fill(source, rows, shape, around, dtype)
 
-  def fill(index):
-    # Devices may hold copies of a part: it is read once.
-    key = str(index)
-    if key not in parts:
-      parts[key] = _fill(source, rows, shape, index, dtype)
-    return parts[key]
+    def fill(index):
+      ranges = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+      cut = zip(ranges, around, strict=True)
+      return whole[tuple(slice(b - a.start, e - a.start) for (b, e, _), a in cut)]
+  else:
+    parts: dict[str, np.ndarray] = {}
+
+    def fill(index):
+      key = str(index)
+      if key not in parts:
+        parts[key] = _fill(source, rows, shape, index, dtype)
+      return parts[key]
 
   leaf = jax.make_array_from_callback(shape, sharding, fill)
   # The next leaf is read only when this one's buffer can go.
@@ -317,17 +361,16 @@ def newest_export(workdir: str) -> str | None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """SHA-256, in hex, over name, size and content of the weight files."""
-  digest = hashlib.sha256()
-  for weights in _weight_files(path):
-    digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
-    with weights.open('rb') as f:
-      digest.update(hashlib.file_digest(f, 'sha256').digest())
-  return digest.hexdigest()
+  """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
+
+  Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
+  """
+  return open_source(path).fingerprint()
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=True))
+  file = model_folder.gguf_file(folder)
   if file is None:
-    return weight_files.weight_files(files.as_path(path))
+    return weight_files.weight_files(folder)
   return gguf_files.weight_files(file)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.safetensors import parse_json
+from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import hf_class
 from ftjax.runtime.errors import DataError
 

@@ -19,9 +19,10 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, head
 from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
 from ftjax.planning import memory as account
@@ -34,7 +35,7 @@ from ftjax.training.step import LossFn, program_text
 log = logging.getLogger(__name__)
 
 T = TypeVar('T')
-MakeLoss = Callable[[Architecture, ml_collections.ConfigDict], LossFn]
+MakeLoss = Callable[[Forward, ml_collections.ConfigDict], LossFn]
 
 # What a runtime keeps of a GPU's memory for itself.
 _USABLE = {'gpu': 0.95}
@@ -98,7 +99,7 @@ def make(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
-    trainer = Trainer(run, make_loss(arch, c))
+    trainer = Trainer(run, make_loss(run.forward, c))
     compiled, needed = _compiled(trainer.compile)
   dumped = topology.written(dump) if dump else ''
   chip, phase, refused = where.chip, None, '' if compiled else 'step'

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.generation.weights import rollout_mesh
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture

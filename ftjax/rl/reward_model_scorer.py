@@ -10,11 +10,12 @@ import numpy as np
 from ftjax.data import batches
 from ftjax.data.batches import ARRAYS
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.models.architecture import Architecture, from_hf
-from ftjax.models.forward import sequence_rewards
+from ftjax.models.forward import Forward
 from ftjax.rl.rollout_batch import side
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
@@ -81,12 +82,13 @@ class TrainedReward:
       raise ConfigError(f'{KEY}={path} was made for {arch.max_len} positions, seq_len={c.seq_len}')
     with run.watchdog.phase('restore'):
       where = sharding.shardings(run.mesh, transformer.axes(arch))
+      model_record.hash_while_loading(path, run.workdir)
       self._params = load.load_params(path, arch, where, jnp.dtype(c.model.param_dtype))
-    dtype = jnp.dtype(c.model.compute_dtype)
+    forward = Forward(arch, jnp.dtype(c.model.compute_dtype))
 
     @jax.jit
     def score(params, batch):
-      [out] = sequence_rewards(arch, params, batch, dtype, 'none', 1)
+      [out] = forward.sequence_rewards(params, batch, 1)
       return jax.sharding.reshard(out, sharding.spec(None))
 
     self._score = score

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.experiment import saved_model
 from ftjax.experiment.model import open_model
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.generation.batch import Conversation
+from ftjax.generation.completion import Completion, stops
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.hf import load
 from ftjax.models import transformer
 from ftjax.runtime import sharding, trees
@@ -67,10 +70,13 @@ class Generator:
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
     ends = (*model.stop_ids, *stop_texts.token_ids(settings.stop, self.tokenizer))
-    self._sampler = Sampler(
+    self._engine = Engine(
       *(model.arch, dtype, ends, self.tokenizer.pad_id),
+      slots=settings.batch_size,
       vocab_size=self.tokenizer.vocab_size,
     )
+    self._ended = stops(settings.stop, self.tokenizer)
+    self._conversation = Conversation()
     if settings.system and not self._has_turns:
       raise ConfigError('--system needs a model with a chat template, and not --raw')
 
@@ -92,21 +98,17 @@ class Generator:
     (found,) = self._encode_rows([('--prompt', {'prompt': text, 'system': self._settings.system})])
     return found
 
-  def _text(self, ids: list[int]) -> str:
-    return stop_texts.text_before(ids, self._settings.stop, self.tokenizer)
-
-  def _is_stopped(self, ids: list[int]) -> bool:
-    """Whether a stop text is in an answer; asked after several tokens at once."""
-    if not self._settings.stop:
-      return False
-    text = self.tokenizer.decode(ids, skip_special=False)
-    return any(s in text for s in self._settings.stop)
+  def _text(self, tokens: list[int]) -> str:
+    """Returns the text of a completion before its stop token or text."""
+    if tokens[-1] in self._engine.stop_ids:
+      tokens = tokens[:-1]
+    return stop_texts.text_before(tokens, self._settings.stop, self.tokenizer)
 
   def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
     """Texts that follow the prompts, which leave room for one token at least."""
     longest = max(map(len, prompts))
     most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
-    return [self._text(ids) for ids in self._generate(prompts, first_row, most)]
+    return [self._text(c.tokens) for c in self._generate(prompts, first_row, most)]
 
   def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
     """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
@@ -157,23 +159,26 @@ class Generator:
     def stream(answers):
       show(_settled(self._text(answers[0]), self._settings.stop))
 
-    (ids,) = self._generate([prompt], number, most, stream)
+    (found,) = self._generate([prompt], number, most, stream, self._conversation)
     hint = ''
-    if len(ids) >= most:
+    if found.truncated:
       why = 'the context is full; /reset begins a new one' if most == room else '--max_tokens'
       hint = f'[cut after {most} tokens: {why}]'
-    return terminal_chat.Reply(self._text(ids), hint)
+    return terminal_chat.Reply(self._text(found.tokens), hint)
 
-  def _generate(self, prompts, first_row: int, most: int, stream=None) -> list[list[int]]:
-    return self._sampler.generate(
+  def _generate(
+    self, prompts, first_row: int, most: int, stream=None, conversation=None
+  ) -> list[Completion]:
+    return self._engine.generate_at_once(
       self._params,
       prompts,
-      most,
-      self._settings.sampling,
+      max_tokens=most,
+      sampling=self._settings.sampling,
       seed=self._settings.seed,
-      row_ids=range(first_row, first_row + len(prompts)),
-      ended=self._is_stopped,
+      prompt_ids=range(first_row, first_row + len(prompts)),
+      ended=self._ended,
       stream=stream,
+      conversation=conversation,
     )
 
 
@@ -208,7 +213,7 @@ def _load(path: str, mesh, dtype) -> tuple:
   export = None if which else load.newest_export(workdir)
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
-  model = open_model(export or path, {}, 0, weights=False)
+  model = open_model(export or path, {}, 0)
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 
 

@@ -11,8 +11,10 @@ from tiny_model import QWEN2, TINY, ids, init, tokens_at
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.models import transformer
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer, prefetch, state, step
 
@@ -102,7 +104,7 @@ def train(mesh, batches, arch=TINY):
   with c.unlocked():
     c.loss.z_loss = 1e-3
   run = step.make_step(
-    sft.make_loss(arch, c),
+    sft.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c),
     rule,
     places,
     mask=optimizer.layer_mask(recipe, info, info),
@@ -203,7 +205,9 @@ PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 1, 12)]
 
 
 def answers():
-  return Sampler(TINY, jnp.float32, (), 0).generate(init(TINY), PROMPTS, 17, Sampling())
+  engine = Engine(TINY, jnp.float32, (), 0, slots=3)
+  found = engine.generate_at_once(init(TINY), PROMPTS, max_tokens=17, sampling=Sampling())
+  return [c.tokens for c in found]
 
 
 @pytest.fixture(scope='module')

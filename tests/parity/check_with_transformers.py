@@ -52,7 +52,7 @@ MAKE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from ftjax.experiment import run as experiment
-from ftjax.models.forward import token_scores
+from ftjax.models.forward import Forward
 from ftjax.hf import export, layout as names
 from ftjax.models import head, transformer
 from ftjax.models.attention import Tokens
@@ -70,7 +70,7 @@ ids = rng.integers(0, 200, (1, 40), np.int32)
 arrays = dict(tokens=jnp.asarray(ids), segments=jnp.ones_like(ids),
   positions=jnp.arange(40, dtype=jnp.int32)[None])
 if labels:
-  out = token_scores(arch, params, arrays, jnp.float32, 'none')[:, -1:]
+  out = Forward(arch, jnp.float32).token_scores(params, arrays)[:, -1:]
 else:
   x = transformer.apply(arch, params, arrays['tokens'], Tokens(arrays['segments'],
     arrays['positions']), dtype=jnp.float32)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tiny_model import logits, place, tokens_at
 
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.hf import layout, load
 from ftjax.models import head, transformer
 from ftjax.models.architecture import from_hf
@@ -26,6 +27,13 @@ def open_model(folder):
   arch = from_hf(load.read_config(folder))
   places = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
   return arch, load.load_params(folder, arch, places, np.float32)
+
+
+def complete(arch, params, prompts, most):
+  """Greedy completions without stop tokens."""
+  engine = Engine(arch, jnp.float32, (), 0, slots=len(prompts))
+  found = engine.generate_at_once(params, prompts, max_tokens=most, sampling=Sampling())
+  return [c.tokens for c in found]
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -43,10 +51,9 @@ def test_greedy_continuations_of_tiny_models(name):
   """The cache, against the likeliest tokens of HF's logits for the second half of each text."""
   arch, params = open_model(GOLDEN / name)
   stored = np.load(GOLDEN / name / 'logits.npz')
-  sampler = Sampler(arch, jnp.float32, (), 0)
   prompts = [row[:n].tolist() for row in stored['ids'] for n in (33, 64, 96)]
   expected = [row[n - 1].argmax() for row in stored['logits'] for n in (33, 64, 96)]
-  assert sampler.generate(params, prompts, 1, Sampling()) == [[e] for e in expected]
+  assert complete(arch, params, prompts, 1) == [[e] for e in expected]
 
 
 @pytest.mark.parametrize('name', ['qwen2_tied', 'qwen2_untied'])
@@ -111,5 +118,5 @@ def test_smollm2_greedy_continuations(smollm2):
   stored = np.load(GOLDEN / 'smollm2_greedy.npz')
   ends = np.cumsum(stored['prompt_lengths'].astype(np.int64))
   prompts = [p.tolist() for p in np.split(stored['prompt_ids'], ends[:-1])]
-  got = Sampler(arch, jnp.float32, (), 0).generate(params, prompts, 24, Sampling())
+  got = complete(arch, params, prompts, 24)
   np.testing.assert_array_equal(got, stored['continuations'])
