@@ -100,13 +100,13 @@ def find_kind(name: str) -> Kind:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One question. Exactly one of messages and prompt is given.
+  """One row of a task. Exactly one of messages and prompt is given.
 
   Attributes:
     id: unique in the task.
     place: file:line, for messages.
     messages: a conversation that the assistant answers next.
-    prompt: plain text that the model goes on with.
+    prompt: plain text that the model continues.
     choices: of a choice row, else empty.
     answer: the right text; of a choice row, the right choice.
     tools, template_kwargs: of a conversation, see formats.Chat.
@@ -123,7 +123,7 @@ class Row:
 
   @property
   def asked(self) -> Chat | str:
-    """What the model is asked, for `encode.encode_prompt`."""
+    """Returns the prompt, for `encode.encode_prompt`."""
     if self.messages is None:
       return self.prompt or ''
     return Chat(
@@ -132,7 +132,7 @@ class Row:
 
   @property
   def label(self) -> int:
-    """Index of the right choice."""
+    """Returns the index of the right choice."""
     return self.choices.index(self.answer)
 
 
@@ -164,7 +164,7 @@ def load_tasks(specs: Iterable[tuple[str, str, str]]) -> tuple[Task, ...]:
 
 
 def load_task(name: str, kind: str, path: str) -> Task:
-  """One task, every row checked before any is used.
+  """Returns one task, after checking all of its rows.
 
   Raises:
     DataError: no such file, no rows, or bad rows: the first few with file, line and reason.
