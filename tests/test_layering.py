@@ -11,7 +11,8 @@ _TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
 IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
-TRANSFORMERS = {'runtime/transformers_library'}  # the file that imports it, in a function
+# The files that import it, in a function.
+TRANSFORMERS = {'runtime/transformers_library', 'families/hf_config'}
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 

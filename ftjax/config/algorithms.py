@@ -349,10 +349,7 @@ def find(name: str) -> Algorithm:
     return ALGORITHMS[name]
   if not named_object.is_named(name):
     raise ConfigError(f"algorithm={name!r}; expected one of {tuple(ALGORITHMS)} or 'module:RECORD'")
-  found = named_object.load('algorithm', name)
-  if not isinstance(found, Algorithm):
-    raise named_object.wrong('algorithm', name, found, 'a ftjax.config.algorithms.Algorithm')
-  return found
+  return named_object.instance('algorithm', name, Algorithm)
 
 
 def of(c: Config) -> Algorithm:

@@ -92,10 +92,7 @@ def find_kind(name: str) -> Kind:
   """
   if name in KINDS:
     return KINDS[name]
-  found = named_object.load('eval.tasks', name)
-  if not isinstance(found, Kind):
-    raise named_object.wrong('eval.tasks', name, found, 'a ftjax.evaluation.tasks.Kind')
-  return found
+  return named_object.instance('eval.tasks', name, Kind)
 
 
 @dataclasses.dataclass(frozen=True)
