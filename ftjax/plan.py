@@ -173,7 +173,10 @@ def main() -> None:
 def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
   validation.validate(c)
   os.environ.update(topology.environment(where, dump))
-  # jax is imported from here on.
+  import jax
+
+  # Where a user's module has imported jax already, it has read JAX_PLATFORMS before.
+  jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
   from ftjax.config import algorithms
   from ftjax.experiment.model import random_config
   from ftjax.families import table

@@ -102,7 +102,8 @@ def wrong_flag(entry, word):
   name, _, value = word.removeprefix('--').partition('=')
   key = name.removeprefix('config.')
   if name != key:
-    return '' if key in KEYS or key == 'KEY' else f'{word}: no such config key'
+    is_known = key in KEYS or key == 'KEY' or key.startswith('custom.')
+    return '' if is_known else f'{word}: no such config key'
   if name == 'help':
     return ''
   if name not in defined_flags(ROOT / 'ftjax' / f'{entry}.py'):
