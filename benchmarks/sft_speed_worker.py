@@ -60,23 +60,25 @@ class Rounds:
 
 
 def _ftjax_batches(job: dict, run) -> tuple[Callable, int]:
-  """(step -> host batch [1, B, T], updates of a round): of the run's stream, or given tokens."""
+  """Returns ((step, rows) -> host batch [B, T], updates of a round): of the run's stream, or of
+  given tokens."""
   import numpy as np
 
   from ftjax.data import batches
 
   batch_size, seq_len = run.config.batch_size, run.config.seq_len
   if run.data:
-    return run.batch, -(-run.data.mixture.rows_per_epoch // batch_size)
+    return run.data.stream.batch, -(-run.data.mixture.rows_per_epoch // batch_size)
   rows = json.loads(Path(job['tokens']).read_text())
   updates = len(rows) // batch_size
 
-  def make(step: int) -> dict:
+  def make(step: int, rows_read) -> dict:
+    del rows_read
     batch, first = batches.empty(batch_size, seq_len), step % updates * batch_size
     for i, row in enumerate(rows[first : first + batch_size]):
       tokens, supervised = (np.asarray(row[k]) for k in ('input_ids', 'completion_mask'))
       batches.fill_row(batch, i, [(tokens, supervised.astype(bool))])
-    return {k: v[None] for k, v in batch.items()}
+    return batch
 
   return make, updates
 
@@ -100,18 +102,21 @@ def run_ftjax(job: dict, workdir: str) -> None:
   c.optim.lr, c.optim.schedule, c.optim.weight_decay = 1e-5, 'constant', 0.01
   validation.validate(c)
   run = experiment.start(c, workdir, with_data=job['case'] == 'chat')
-  trainer = Trainer(run, sft.make_loss(run.arch, c))
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled, state = trainer.compile(), trainer.fresh()
   make, updates = _ftjax_batches(job, run)
   counts = {}
 
-  def counted(step: int) -> dict:
-    host = make(step)
-    real, supervised = int((host['segments'] > 0).sum()), int(host['weights'].sum())
-    counts[step] = real, supervised, host['tokens'].size
-    return host
+  class Counted:
+    """The batches, counted on their way."""
 
-  feed = Prefetch(counted, run.batch_shardings(micro=True), 0, c.steps)
+    def batch(self, step: int, rows) -> dict:
+      host = make(step, rows)
+      real, supervised = int((host['segments'] > 0).sum()), int(host['weights'].sum())
+      counts[step] = real, supervised, host['tokens'].size
+      return host
+
+  feed = Prefetch(Counted(), run.abstract_batch(), 0, c.steps)
   jax.block_until_ready(state)
   rounds.ready()
   for first in itertools.count(0, updates):

@@ -62,13 +62,13 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
   rows, metrics = [], []
   with tempfile.TemporaryDirectory() as workdir:
     run = experiment.start(c, workdir)
-    trainer = Trainer(run, sft.make_loss(run.arch, c))
+    trainer = Trainer(run, sft.make_loss(run.forward, c))
     state, compiled = trainer.fresh(), trainer.compile()
     for step in range(steps):
       for source, example, _ in run.data.stream.examples(step):
         tokens, supervised = run.data.corpora[source].example(example)
         rows.append({'input_ids': tokens.tolist(), 'completion_mask': supervised.tolist()})
-    feed = Prefetch(run.batch, run.batch_shardings(micro=True), 0, steps)
+    feed = Prefetch(run.data.stream, run.abstract_batch(), 0, steps)
     for step in range(steps):
       state, values = compiled(state, feed.take(step))
       metrics.append({k: np.asarray(v).item() for k, v in jax.device_get(values).items()})

@@ -18,8 +18,9 @@ from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
+from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
@@ -32,7 +33,7 @@ def _compiled(mesh, changes):
   """(run, trainer, compiled step), once for each mesh and config."""
   c = tiny_pairs.settings(**dict(changes))
   run = tiny_pairs.shapes_only(c)
-  trainer = Trainer(run, dpo.make_loss(run.arch, c))
+  trainer = Trainer(run, dpo.make_loss(run.forward, c))
   return run, trainer, trainer.compile()
 
 
@@ -76,7 +77,7 @@ def forward(batch, moved=True, **changes):
   params = policy if moved else reference
   if preference.LOSSES[c.dpo.loss].needs_reference:
     params = params | {'reference': reference}
-  loss = jax.jit(dpo.make_loss(arch, c))
+  loss = jax.jit(dpo.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c))
   total, weight, metrics = loss(params, tiny_pairs.flat_on_devices(batch), None)
   return {k: float(a / b) for k, (a, b) in (metrics | {'loss': (total, weight)}).items()}
 
@@ -126,7 +127,7 @@ def plain_logps(arch, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(arch, params, tokens, where):
-  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
   table = jax.sharding.reshard(params['embed']['w'], jax.P(None, None))
   return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=jax.P())
 
@@ -170,7 +171,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   else:
     z = jnp.float32(max(0.0, float(np.mean(m['second'] - m['ref_second']))))
     table = preference.Singles(known['first'], known['ref_first'], batch['values'] > 0, z)
-  total, weight, expected = preference.loss(name, table, ones, preference.Settings(**coefficients))
+  total, weight, expected = preference.loss(row, table, ones, preference.Settings(**coefficients))
   assert float(weight) == tiny_pairs.ROWS
   assert metrics['loss'] == pytest.approx(float(total / weight), rel=2e-5)
   for key, (a, b) in expected.items():
@@ -359,7 +360,7 @@ def test_evaluation_is_over_all_rows_once(name, tmp_path):
   run = experiment.start(c, str(tmp_path))
   params = run.load_params('', 'float32')
   params = params | {'reference': params}
-  measure = dpo.make_measure(run.arch, c)
+  measure = dpo.make_measure(run.forward, c)
   found = dpo.evaluate(measure, run, params, lambda: False)
   rows = pair_metrics.collect(measure, run, params, lambda: False)
   assert len(rows['first']) == 11 and (rows['weights'] == 1).all()

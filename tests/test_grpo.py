@@ -5,6 +5,8 @@ tests/exhaustive_grpo_kill.py does every step.
 """
 
 import dataclasses
+import functools
+import importlib
 import logging
 
 import jax
@@ -14,12 +16,13 @@ import tiny_rollouts
 import tiny_run
 
 from ftjax.algorithms import grpo
-from ftjax.experiment import compare, trainer
+from ftjax.experiment import compare
 from ftjax.generation.completion import Completion, Rollout, stops
 from ftjax.rl import rollout_batch as sampled_rows
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_files import RolloutFiles
 from ftjax.runtime.errors import CheckError, ConfigError, DataError
+from ftjax.training.step import SIGNAL
 
 
 @pytest.fixture(scope='module')
@@ -163,18 +166,49 @@ def test_a_rollout_without_signal_after_a_good_one_moves_nothing(usual):
 )
 def test_when_a_policy_gradient_has_signal(settings, advantage, gap, expected):
   settings = dict(settings)
-  found = trainer._has_signal(tiny_rollouts.tiny(settings.pop('algorithm', 'grpo'), **settings))
-  assert (found is None) == (expected is None)
-  if found is None:
-    return
+  c = tiny_rollouts.tiny(settings.pop('algorithm', 'grpo'), **settings)
   weights = np.float32([[0, 1], [1, 0]])
-  batch = {'weights': weights, 'advantages': advantage * weights}
+  zeros = np.zeros_like(weights)
+  batch = {'weights': weights, 'advantages': advantage * weights, 'sampler_logp': zeros}
+  found = functools.partial(signal_of, c)
+  if expected is None:
+    assert found(batch) is None
+    return
   if gap is not None:
     values = np.float32([[7, 2], [3, 4]])
     batch |= {'old_values': values, 'returns': values + np.float32(gap) * weights}
-  assert bool(found({k: jax.numpy.asarray(v) for k, v in batch.items()})) == expected
+  assert found(batch) == expected
   idle = batch | {'advantages': 1 - weights}  # of tokens that do not count
-  assert bool(found({k: jax.numpy.asarray(v) for k, v in idle.items()})) == bool(gap)
+  assert found(idle) == bool(gap)
+
+
+class ZeroForward:
+  """A model whose numbers are all 0."""
+
+  def logprobs_and_entropy(self, params, batch, temperature):
+    zeros = jax.numpy.zeros_like(batch['weights'])
+    return zeros, zeros
+
+  def with_score(self):
+    return self
+
+  def cross_entropy(self, params, batch, config):
+    return jax.numpy.zeros(2)
+
+  def side_logprobs(self, params, batch, segments):
+    return [jax.numpy.zeros(len(batch['weights'])) for _ in segments]
+
+  def token_scores(self, params, batch):
+    return jax.numpy.zeros_like(batch['weights'])
+
+
+def signal_of(c, batch):
+  """What the loss of an algorithm says of a batch; None where it says nothing."""
+  make_loss = importlib.import_module(f'ftjax.algorithms.{c.algorithm}').make_loss
+  batch = batch | {'segments': np.ones((2, 2), np.int32), 'values': np.zeros(2, np.float32)}
+  batch = {k: jax.numpy.asarray(v) for k, v in batch.items()}
+  *_, metrics = make_loss(ZeroForward(), c)({'value': {}, 'reference': {}}, batch, None)
+  return bool(metrics[SIGNAL][0]) if SIGNAL in metrics else None
 
 
 @pytest.mark.parametrize('name', ['grpo', 'dr_grpo', 'rloo', 'reinforce_pp_baseline'])
@@ -235,8 +269,7 @@ def test_a_row_is_a_prompt_with_its_completion(usual):
   prompts = [s.run.data.prompt(n) for n in range(2)]
   said = [[[7, 8, 9], [5]], [[4], [3, 2]]]
   cs = [
-    [Completion(t, -np.arange(1.0, len(t) + 1, dtype=np.float32), None, False) for t in ts]
-    for ts in said
+    [Completion(t, -np.arange(1.0, len(t) + 1, dtype=np.float32), False) for t in ts] for ts in said
   ]
   rows = sampled_rows.rows(prompts, cs, 48)
   for i, (prompt, tokens) in enumerate(
@@ -270,7 +303,7 @@ def test_a_reward_counts_for_its_completion_alone(usual):
 def jitted_loss(s):
   """(arrays [R, T]) -> the total of the loss at the first weights."""
   shardings = s.run.batch_shardings(micro=False)
-  loss, params = jax.jit(grpo.make_loss(s.run.arch, s.run.config)), s.trainer.everything(s.state)
+  loss, params = jax.jit(grpo.make_loss(s.run.forward, s.run.config)), s.trainer.everything(s.state)
   place = lambda arrays: rollout_source.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
   return lambda arrays: float(loss(params, place(arrays), None)[0])
 
@@ -329,7 +362,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
   shardings = s.run.batch_shardings(micro=False)
   placed = rollout_source.place({k: batch[k] for k in shardings}, shardings)
   params = s.trainer.everything(s.state)
-  total, weight, metrics = jax.jit(grpo.make_loss(s.run.arch, c))(params, placed, None)
+  total, weight, metrics = jax.jit(grpo.make_loss(s.run.forward, c))(params, placed, None)
   a, w = batch['advantages'], batch['weights']
   tokens = w.sum(-1)
   expected = {
@@ -419,7 +452,7 @@ def test_stop_texts_may_begin_within_a_token(usual):
 
 
 def test_spread_tells_right_answers_from_wrong_ones():
-  one = lambda n, cut: Completion([1] * n, np.zeros(n), np.zeros(n), cut)  # noqa: E731
+  one = lambda n, cut: Completion([1] * n, np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
   out = sampled_rows.rollout_statistics(np.float32([1, 0, 0, 0]), found)
   assert out['zero_variance_groups'] == 0.5 and out['truncated'] == 0.75 and out['length'] == 4.5

@@ -12,9 +12,8 @@ from ftjax.experiment import auxiliary
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
-from ftjax.models.forward import logprobs_and_entropy
 from ftjax.rl import rollout_batch, rollout_source
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
@@ -30,7 +29,7 @@ def usual(tmp_path_factory):
 
 def nudged(s):
   """The parameters with another value model, whose values are not 0."""
-  value = transformer.init(auxiliary.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
+  value = kinds.init(auxiliary.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
   return s.state.params | {'value': value}
 
 
@@ -51,12 +50,12 @@ def test_the_value_is_that_of_the_state_before_each_label(usual):
   s, batch, _ = usual
   arch, params = auxiliary.value_arch(s.run.arch), nudged(s)
   arrays = flat(batch)
-  got = jax.jit(ppo.make_measure(s.run.arch, s.run.config))(params, placed(s, arrays))
+  got = jax.jit(ppo.make_measure(s.run.forward))(params, placed(s, arrays))
   row = int(np.argmax(arrays['weights'].sum(-1)))
   for at in np.flatnonzero(arrays['weights'][row])[:3]:
     ids = jnp.asarray(arrays['tokens'][row, : at + 1][None])
     where = Tokens(jnp.ones_like(ids), jnp.arange(at + 1, dtype=jnp.int32)[None])
-    x = transformer.apply(arch, params['value'], ids, where, dtype=jnp.float32)
+    x = kinds.apply(arch, params['value'], ids, where, dtype=jnp.float32)
     expected = np.asarray(x)[0, -1] @ np.asarray(params['value']['score']['w'])[0]
     assert np.asarray(got)[row, at] == pytest.approx(float(expected), abs=1e-5)
 
@@ -110,14 +109,13 @@ def test_the_loss_is_the_policys_and_the_values(usual):
   arrays['returns'] = rng.normal(size=arrays['returns'].shape).astype(np.float32)
   arrays['old_values'] = rng.normal(size=arrays['returns'].shape).astype(np.float32)
   params, on_device = nudged(s), placed(s, arrays)
-  total, weight, metrics = jax.jit(ppo.make_loss(s.run.arch, c))(params, on_device, None)
-  read = dict(temperature=1.0, dtype=jnp.float32, remat='none')
+  total, weight, metrics = jax.jit(ppo.make_loss(s.run.forward, c))(params, on_device, None)
   of_tokens = policy_gradient.make_loss(c)
-  logp, entropy = jax.jit(lambda p, b: logprobs_and_entropy(s.run.arch, p, b, **read))(
+  logp, entropy = jax.jit(lambda p, b: s.run.forward.logprobs_and_entropy(p, b, 1.0))(
     params, on_device
   )
   expected, tokens, _ = of_tokens(logp, entropy, on_device)
-  values = jax.jit(ppo.make_measure(s.run.arch, c))(params, on_device)
+  values = jax.jit(ppo.make_measure(s.run.forward))(params, on_device)
   of_values, *_ = policy.value_loss(
     values, arrays['old_values'], arrays['returns'], arrays['weights'], c.ppo.value_clip
   )
@@ -133,7 +131,7 @@ def test_policy_and_value_model_do_not_touch_each_other(usual):
 
   def gradient(coefficient):
     c = tiny_rollouts.tiny('ppo', **{'ppo.value_coef': coefficient})
-    loss = ppo.make_loss(s.run.arch, c)
+    loss = ppo.make_loss(s.run.forward, c)
     g = jax.jit(jax.grad(lambda p: loss(p, on_device, None)[0]))(params)
     return {k: np.asarray(v) for k, v in trees.flatten(g).items()}
 
@@ -156,7 +154,7 @@ def test_an_update_trains_both_and_the_export_holds_the_policy_alone(tmp_path):
   assert {'value/score/w', 'value/embed/w', 'embed/w'} <= changed
   assert s.rows[1][1]['value'] != 0
   model = s.trainer.model(s.state)
-  assert trees.flatten(model).keys() == transformer.declared(s.run.arch).keys()
+  assert trees.flatten(model).keys() == kinds.declared(s.run.arch).keys()
   export.export(
     model,
     s.run.arch,
@@ -190,7 +188,7 @@ def placed_micro(s, batch):
 def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   s, *_ = usual
   arch = auxiliary.value_arch(s.run.arch)
-  params = transformer.init(arch, jax.random.key(9))
+  params = kinds.init(arch, jax.random.key(9))
   c = s.run.config
   model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
   export.export(

@@ -16,34 +16,47 @@ def make(step):
   return {'tokens': np.full((2, 4), step, np.int32)}
 
 
-def shardings():
-  return {'tokens': NamedSharding(jax.sharding.get_mesh(), P())}
+class Stream:
+  """Batches of two rows, from a function of the step."""
+
+  def __init__(self, make=make):
+    self._make = make
+
+  def batch(self, step, rows):
+    assert sorted(rows) == [0, 1]
+    return self._make(step)
 
 
-def feeds():
-  return [t for t in threading.enumerate() if t.name == 'feed']
+def abstract():
+  """Two micro-batches of one row."""
+  where = NamedSharding(jax.sharding.get_mesh(), P())
+  return {'tokens': jax.ShapeDtypeStruct((2, 1, 4), np.int32, sharding=where)}
+
+
+def threads():
+  return [t for t in threading.enumerate() if t.name == 'prefetch']
 
 
 def test_steps_in_order_from_start_to_stop():
-  feed = Prefetch(make, shardings(), 3, 7)
+  prefetch = Prefetch(Stream(), abstract(), 3, 7)
   for step in (3, 4, 5, 6):
-    device = feed.take(step)
+    device = prefetch.take(step)
     assert isinstance(device['tokens'], jax.Array)
-    np.testing.assert_array_equal(device['tokens'], make(step)['tokens'])
-  feed.close()
-  assert not feeds()
+    np.testing.assert_array_equal(device['tokens'], make(step)['tokens'].reshape(2, 1, 4))
+  prefetch.close()
+  assert not threads()
 
 
 def test_nothing_to_do_ends_at_once():
   with pytest.raises(ValueError, match='up to 5 were taken'):
-    Prefetch(make, shardings(), 5, 5).take(5)
-  feed = Prefetch(make, shardings(), 0, 5)
+    Prefetch(Stream(), abstract(), 5, 5).take(5)
+  prefetch = Prefetch(Stream(), abstract(), 0, 5)
   with pytest.raises(ValueError, match='step 3 was asked for, the next one is 0'):
-    feed.take(3)
-  feed.close()
+    prefetch.take(3)
+  prefetch.close()
 
 
-def test_rows_are_spread_as_told(use_mesh):
+def test_rows_are_sharded(use_mesh):
   mesh = use_mesh(fsdp=2)
   where = {'tokens': NamedSharding(mesh, P('fsdp'))}
   placed = place({'tokens': np.arange(8).reshape(2, 4)}, where)['tokens']
@@ -59,14 +72,14 @@ def test_only_a_few_are_made_ahead():
     made.append(step)
     return make(step)
 
-  feed = Prefetch(count, shardings(), 0, 100, ahead=2)
+  prefetch = Prefetch(Stream(count), abstract(), 0, 100, ahead=2)
   time.sleep(0.5)
   assert len(made) <= 3  # two in the queue, one in hand
   for i in range(5):
-    feed.take(i)
+    prefetch.take(i)
   time.sleep(0.5)
   assert 5 <= len(made) <= 8
-  feed.close()
+  prefetch.close()
 
 
 def test_an_error_while_making_a_batch_reaches_the_loop():
@@ -75,28 +88,28 @@ def test_an_error_while_making_a_batch_reaches_the_loop():
       raise ValueError('row 17 is broken')
     return make(step)
 
-  feed = Prefetch(fail, shardings(), 0, 5)
+  prefetch = Prefetch(Stream(fail), abstract(), 0, 5)
   seen = []
   with pytest.raises(ValueError, match='row 17'):
     for step in range(5):
-      feed.take(step)
+      prefetch.take(step)
       seen.append(step)
   assert seen == [0, 1]
-  feed.close()
-  assert not feeds()
+  prefetch.close()
+  assert not threads()
 
 
 def test_close_ends_a_thread_that_waits():
-  feed = Prefetch(make, shardings(), 0, 1000)
-  feed.take(0)
+  prefetch = Prefetch(Stream(), abstract(), 0, 1000)
+  prefetch.take(0)
   begin = time.monotonic()
-  feed.close()
-  assert time.monotonic() - begin < 5 and not feeds()
+  prefetch.close()
+  assert time.monotonic() - begin < 5 and not threads()
 
 
-def test_a_feed_holds_no_state_of_its_own():
+def test_prefetch_holds_no_state_of_its_own():
   """Started in the middle it gives what one from the beginning gives there."""
-  whole, late = Prefetch(make, shardings(), 0, 6), Prefetch(make, shardings(), 4, 6)
+  whole, late = Prefetch(Stream(), abstract(), 0, 6), Prefetch(Stream(), abstract(), 4, 6)
   expected = [whole.take(step)['tokens'] for step in range(6)]
   for step in (4, 5):
     np.testing.assert_array_equal(late.take(step)['tokens'], expected[step])

@@ -12,12 +12,13 @@ import pytest
 import tiny_pairs
 import tiny_run
 
-from ftjax.algorithms import dpo, preference, reference_logps
+from ftjax.algorithms import dpo, reference_logps
 from ftjax.config import algorithms
 from ftjax.data import batches
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, NonFiniteError
 
@@ -108,7 +109,7 @@ def test_pairs_get_what_the_model_says_of_them(filled, use_mesh):
     corpus.columns = {}
     for i, batch in enumerate(batches.eval_batches(corpus, 8, T, packed=False)):
       placed = tiny_pairs.flat_on_devices(batch)
-      sides = preference.side_logps(run.arch, params, placed, jnp.float32, 'none')
+      sides = run.forward.side_logprobs(params, placed, (1, 2))
       np.testing.assert_allclose(np.stack(sides, 1), found[8 * i : 8 * i + 8], rtol=2e-6, atol=2e-5)
 
 
@@ -178,7 +179,7 @@ def test_bad_log_probs_name_the_pair(filled, monkeypatch):
   def broken(*_):
     return jnp.full(8, jnp.nan, out_sharding=jax.P(None)), jnp.zeros(8)
 
-  monkeypatch.setattr(preference, 'side_logps', broken)
+  monkeypatch.setattr(Forward, 'side_logprobs', broken)
   with pytest.raises(NonFiniteError, match=r'pairs.*:1: the reference gives log-probs \[nan'):
     filled()
 
@@ -205,7 +206,7 @@ def test_one_model_is_held_and_planned():
   def prepared(reference):
     c = tiny_pairs.settings(dpo__reference=reference)
     run = tiny_pairs.shapes_only(c)
-    return c, run, Trainer(run, dpo.make_loss(run.arch, c))
+    return c, run, Trainer(run, dpo.make_loss(run.forward, c))
 
   (c, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
   assert 'reference' not in trainer.abstract.frozen and 'reference' in two.abstract.frozen

@@ -13,7 +13,8 @@ from ftjax.data.batches import ARRAYS
 from ftjax.experiment import resume
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
-from ftjax.models import forward, transformer
+from ftjax.models import kinds
+from ftjax.models.forward import Forward
 from ftjax.runtime.errors import ConfigError
 
 # Another size than the policy's.
@@ -30,7 +31,7 @@ SIZES = dict(
 def write(folder, labels=1, key=5, **sizes):
   """(architecture, parameters) of a model in `folder`."""
   model = open_model('', SIZES | sizes, 0, labels=labels)
-  params = transformer.init(model.arch, jax.random.key(key))
+  params = kinds.init(model.arch, jax.random.key(key))
   export.export(
     params,
     model.arch,
@@ -58,9 +59,7 @@ def test_a_completion_earns_the_score_at_its_last_token(judge, tmp_path):
   folder, arch, params = judge
   s = tiny_rollouts.Steps(tmp_path, **settings(folder))
   batch = {k: v[0] for k, v in s.batch().items()}
-  [wanted] = forward.sequence_rewards(
-    arch, params, {k: batch[k] for k in ARRAYS}, jnp.float32, 'none', 1
-  )
+  [wanted] = Forward(arch, jnp.float32).sequence_rewards(params, {k: batch[k] for k in ARRAYS}, 1)
   (_, values), *_ = s.rows
   wanted = np.asarray(wanted, np.float64)
   assert len(set(wanted.tolist())) > 8

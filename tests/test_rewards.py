@@ -336,20 +336,14 @@ def test_columns_that_cannot_be_used(functions):
 
 
 def test_a_model_is_a_part():
-  seen = []
-
-  def model(prompt_ids, token_ids):
-    seen.append((prompt_ids, token_ids))
-    return np.array([sum(ids) for ids in token_ids], np.float32)
-
   b = batch('abc', 'a')
-  np.testing.assert_array_equal(score('model@0.5', b, model=model).total, [1.5, 0])
-  assert seen == [([[1], [1]], [[0, 1, 2], [0]])]
+  with Rewards(parse('model@0.5'), (), has_model=True) as r:
+    np.testing.assert_array_equal(r.score(b, np.float32([3, 0])).total, [1.5, 0])
+    for wrong in ([1.0], [1.0, np.nan]):
+      with pytest.raises(ConfigError, match='reward model returned'):
+        r.score(b, np.float32(wrong))
   with pytest.raises(ConfigError, match=r'name its folder in rollout\.reward_model'):
     score('model', b)
-  for wrong in ([1.0], [1.0, np.nan]):
-    with pytest.raises(ConfigError, match='reward model returned'):
-      score('model', b, model=lambda p, t, w=wrong: np.array(w))
 
 
 @needs('math_verify')

@@ -12,12 +12,13 @@ from tiny_model import TINY, ids, init, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys as config
-from ftjax.models import transformer
+from ftjax.models import kinds
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training import prefetch
 from ftjax.training.state import create, state_shardings, with_shardings
-from ftjax.training.step import batch_stats, compile_step, make_step
+from ftjax.training.step import SIGNAL, batch_stats, compile_step, make_step
 
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
 
@@ -30,6 +31,13 @@ def square_loss(params, rows, keys):
   drawn = jax.vmap(jax.random.uniform)(keys)
   metrics['draw'] = (drawn.sum(), jnp.float32(drawn.size))
   return (rows['w'] * error**2).sum(), weight, metrics
+
+
+def with_signal(params, rows, keys):
+  """The same loss, said to be constant where every y is 99."""
+  total, weight, metrics = square_loss(params, rows, keys)
+  found = (rows['y'] != 99).any().astype(jnp.float32)
+  return total, weight, metrics | {SIGNAL: (found, jnp.float32(1))}
 
 
 def build(loss_fn, params, frozen, optimizer, batch, **changes):
@@ -47,7 +55,7 @@ def build(loss_fn, params, frozen, optimizer, batch, **changes):
   return state, compile_step(step, with_shardings(abstract, shardings), like), batch
 
 
-def toy(micro=1, rows=8, optimizer=None, **changes):
+def toy(micro=1, rows=8, optimizer=None, loss_fn=square_loss, **changes):
   rng = np.random.default_rng(rows)
   batch = dict(x=rng.normal(size=(rows, 3)), y=rng.normal(size=rows), w=rng.integers(0, 2, rows))
   batch = {
@@ -57,7 +65,7 @@ def toy(micro=1, rows=8, optimizer=None, **changes):
     batch[key] = np.zeros((micro, rows // micro, 2), np.int32)
   batch['weights'] = np.stack([batch['w'], np.zeros_like(batch['w'])], -1)
   params, frozen = {'a': jnp.array([1.0, -2.0, 0.5])}, {'b': jnp.array(0.25)}
-  return build(square_loss, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
+  return build(loss_fn, params, frozen, optimizer or optax.sgd(0.1), batch, **changes)
 
 
 def host(tree):
@@ -144,12 +152,12 @@ def sft_step(rows, micro, neftune=0.0):
   """(loss, gradient norm, parameters after a plain step of rate 1, supervised) of one update."""
   c = config.default()
   c.loss.neftune = neftune
-  loss_fn = sft.make_loss(TINY, c)
+  loss_fn = sft.make_loss(Forward(TINY, jnp.dtype(c.model.compute_dtype)), c)
   params = init(TINY)
   optimizer = optax.sgd(1.0)
   abstract = jax.eval_shape(lambda p: create(p, {}, optimizer, False), params)
   mesh = jax.sharding.get_mesh()
-  where = sharding.shardings(mesh, transformer.axes(TINY))
+  where = sharding.shardings(mesh, kinds.axes(TINY))
   shardings = state_shardings(abstract, where, mesh)
   batch = {
     k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in rows.items()
@@ -197,7 +205,7 @@ def test_noise_on_embeddings_has_the_published_size():
 def test_bfloat16_parameters_train(ragged, name, micro):
   """The state keeps its dtypes over steps, with every optimizer, and the loss falls."""
   c = config.default()
-  info = optimizer_lib.leaves(transformer.declared(TINY), TINY.layer_slots())
+  info = optimizer_lib.leaves(kinds.declared(TINY), TINY.layer_slots())
   names = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm', 'decay', 'multipliers', 'freeze')
   rate = 3e-2 if name in ('sgd', 'muon') else 3e-3
   recipe = optimizer_lib.OptimizerConfig(name, lambda _: rate, **{n: c.optim[n] for n in names})
@@ -206,12 +214,13 @@ def test_bfloat16_parameters_train(ragged, name, micro):
   mesh = jax.sharding.get_mesh()
   make = lambda p: create(p, {}, optimizer, False)  # noqa: E731
   abstract = jax.eval_shape(make, params)
-  shardings = state_shardings(abstract, sharding.shardings(mesh, transformer.axes(TINY)), mesh)
+  shardings = state_shardings(abstract, sharding.shardings(mesh, kinds.axes(TINY)), mesh)
   batch = {
     k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in ragged.items()
   }
   like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in batch.items()}
-  step = make_step(sft.make_loss(TINY, c), optimizer, shardings, **SETTINGS)
+  loss = sft.make_loss(Forward(TINY, jnp.dtype(c.model.compute_dtype)), c)
+  step = make_step(loss, optimizer, shardings, **SETTINGS)
   compiled = compile_step(step, with_shardings(abstract, shardings), like)
   state, losses = jax.jit(make, out_shardings=shardings)(params), []
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.opt) if x.dtype != jnp.int32)
@@ -255,13 +264,14 @@ OPTIMIZERS = {
 def test_a_step_without_signal_changes_nothing_but_the_counts(name, kind):
   """After a good step momentum, decay and the schedule's count would move on."""
   schedule = optax.linear_schedule(1.0, 0.0, 5)
-  has_signal = (lambda batch: (batch['y'] != 99).any()) if kind == 'constant loss' else None
-  settings = dict(ema_decay=0.5, schedule=schedule, has_signal=has_signal)
+  is_constant = kind == 'constant loss'
+  settings = dict(ema_decay=0.5, schedule=schedule)
+  settings |= dict(loss_fn=with_signal) if is_constant else {}
   state, step, batch = toy(2, optimizer=OPTIMIZERS[name], **settings)
   state, first = step(state, batch)
-  assert bool(first['has_signal']) and int(first['no_signal']) == 0
+  assert bool(first['has_signal']) and int(first['no_signal']) == 0 and SIGNAL not in first
   before = host((state.params, state.opt, state.ema))
-  idle = {'w': batch['w'] * 0} if has_signal is None else {'y': batch['y'] * 0 + 99}
+  idle = {'y': batch['y'] * 0 + 99} if is_constant else {'w': batch['w'] * 0}
   for count in (1, 2, 3):
     state, metrics = step(state, batch | idle)
     assert bool(metrics['ok']) and not bool(metrics['has_signal'])

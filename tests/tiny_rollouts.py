@@ -51,7 +51,7 @@ def episodes_of(run):
   """The source of a run's batches."""
   c = run.config
   if c.algorithm == 'ppo':
-    measures = {'old_values': ppo.make_measure(run.arch, c)}
+    measures = {'old_values': ppo.make_measure(run.forward)}
     return rollout_source.RolloutSource(run, ppo.ValueAdvantages(c), measures)
   teachers = {
     'grpo': lambda: grpo.GroupAdvantages(c),
@@ -68,7 +68,7 @@ class Steps:
     self.run = start(folder, algorithm, **overrides)
     self.rows = []
     make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
-    self.trainer = Trainer(self.run, make_loss(self.run.arch, self.run.config))
+    self.trainer = Trainer(self.run, make_loss(self.run.forward, self.run.config))
     self.source = episodes_of(self.run)
     self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0, {})
     self.state = self.trainer.fresh()

@@ -5,7 +5,6 @@ RAFT (Dong et al. 2023) with best_of_n.keep=1; STaR's filter (Zelikman et al. 20
 min_reward that right answers alone earn and keep=rollout.group. Completions that are the same count
 once. What was kept lands in rollouts/kept-<number>.jsonl, as rows of supervised tuning."""
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -14,25 +13,23 @@ from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.experiment.transcript import Transcripts
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import hidden_states
+from ftjax.models.forward import Forward
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.training.step import LossFn
 
 # Columns that the prompt of a row was rendered with, and is again.
 _AGAIN = ('tools', 'functions', 'chat_template_kwargs')
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (sum of loss, tokens of the completions, {'nll': sums})."""
-  dtype, remat = jnp.dtype(c.model.compute_dtype), c.remat
+  del c
 
   def loss(params, batch, keys):
     del keys
-    x = hidden_states(arch, params, batch, dtype, remat)
-    table, weight = transformer.head_weights(arch, params), batch['weights'].sum()
-    total, nll = head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], LossConfig())
+    total, nll = forward.cross_entropy(params, batch, LossConfig())
+    weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
 
   return loss
@@ -94,4 +91,4 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with rollout_source.RolloutSource(r, BestCompletions(c, r.model.tokenizer)) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source=source)
+    fit.fit(r, make_loss(r.forward, c), source.evaluate, source=source)

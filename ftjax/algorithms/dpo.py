@@ -19,18 +19,18 @@ from ftjax.config import algorithms
 from ftjax.experiment import batch_source, fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import masked, preference
-from ftjax.models.architecture import Architecture
+from ftjax.models.forward import Forward
 
 make_loss = preference_loss.make_loss
 
 
-def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
+def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
   """jitted (params, batch) -> per row what `preference_loss.measured` tells."""
-  dtype, row = jnp.dtype(c.model.compute_dtype), preference.LOSSES[c.dpo.loss]
+  forward, row = forward.without_remat(), preference_loss.row(c)
 
   @jax.jit
   def measure(params, batch):
-    m = preference_loss.measured(arch, params, batch, dtype, 'none', row.needs_reference)
+    m = preference_loss.measured(forward, params, batch, row.needs_reference)
     return pair_metrics.replicated(m)
 
   return measure
@@ -46,14 +46,14 @@ def evaluate(
   found = pair_metrics.collect(measure, run, params, is_cancelled)
   if not found:
     return found
-  name, coefficients = run.config.dpo.loss, preference_loss.settings(run.config)
+  row, coefficients = preference_loss.row(run.config), preference_loss.settings(run.config)
   rows = {k: jnp.asarray(v) for k, v in found.items()}
-  batch = preference_loss.table_batch(name, rows)
-  total, weight, metrics = preference.loss(name, batch, rows['weights'], coefficients)
+  batch = preference_loss.table_batch(row, rows)
+  total, weight, metrics = preference.loss(row, batch, rows['weights'], coefficients)
   out = {'loss': float(total / weight)}
   out |= {k: float(masked.divide(*v)) for k, v in metrics.items() if k != 'rewards/accuracy'}
-  if preference.LOSSES[name].paired:
-    chosen, rejected = preference.LOSSES[name].reward(batch, coefficients)
+  if row.paired:
+    chosen, rejected = row.reward(batch, coefficients)
     out |= pair_metrics.accuracy(np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))
   return out
 
@@ -61,8 +61,8 @@ def evaluate(
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
+  eval_loss = functools.partial(evaluate, make_measure(r.forward, c), r)
   cached = algorithms.place(c, 'reference') == 'cache'
   source = reference_logps.RowsWithReference(r) if cached else batch_source.Rows(r)
   alarm = preference_loss.Alarm(c, cached)
-  fit.fit(r, preference_loss.make_loss(r.arch, c), eval_loss, alarm, source)
+  fit.fit(r, preference_loss.make_loss(r.forward, c), eval_loss, alarm, source)

@@ -4,10 +4,7 @@ One loss with settings: GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++ are
 in docs/rollout_tuning.md. Completions, rewards and resuming between updates are episodes.py's; the
 loss is policy_gradient.py's, advantages are in losses/advantages.py."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -15,10 +12,10 @@ from ftjax.algorithms import policy_gradient
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import advantages
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import logprobs_and_entropy
+from ftjax.models.forward import Forward
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.training.step import LossFn
 
 _RELATIVE = {
   'grpo': advantages.grpo,
@@ -28,20 +25,13 @@ _RELATIVE = {
 }
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (total, weight, metrics) of rows of one completion each."""
-  read = functools.partial(
-    logprobs_and_entropy,
-    arch,
-    temperature=c.rollout.temperature,
-    dtype=jnp.dtype(c.model.compute_dtype),
-    remat=c.remat,
-  )
-  of_tokens = policy_gradient.make_loss(c)
+  temperature, of_tokens = c.rollout.temperature, policy_gradient.make_loss(c)
 
   def loss(params, batch, keys):
     del keys
-    return of_tokens(*read(params, batch), batch)
+    return of_tokens(*forward.logprobs_and_entropy(params, batch, temperature), batch)
 
   return loss
 
@@ -77,4 +67,4 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with rollout_source.RolloutSource(r, GroupAdvantages(c)) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)
+    fit.fit(r, make_loss(r.forward, c), source.evaluate, source.watch, source)

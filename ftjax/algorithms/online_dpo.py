@@ -43,5 +43,5 @@ def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
   with rollout_source.RolloutSource(r, PairBuilder(c)) as source:
-    loss, alarm = make_loss(r.arch, c), preference.Alarm(c)
+    loss, alarm = make_loss(r.forward, c), preference.Alarm(c)
     fit.fit(r, loss, source.evaluate, alarm, source)

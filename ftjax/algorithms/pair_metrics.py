@@ -22,11 +22,6 @@ def present(batch: dict) -> jax.Array:
   return (batch['segments'] == 1).any(-1).astype(jnp.float32)
 
 
-def side_sum(x: jax.Array, batch: dict, segment: int) -> jax.Array:
-  """float32[B]: the sum of x float32[B, T] over a segment of each row."""
-  return jnp.where(batch['segments'] == segment, x, 0.0).sum(-1)
-
-
 def replicated(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
   """The same arrays on every device, so that every process can read them."""
   return {k: jax.sharding.reshard(v, jax.P()) for k, v in found.items()}

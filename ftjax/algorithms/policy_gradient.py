@@ -15,6 +15,7 @@ import numpy as np
 from ftjax.config import algorithms
 from ftjax.losses import advantages, masked, mismatch, policy
 from ftjax.rl.rollout_source import BatchBuilder, RolloutBatch
+from ftjax.training.step import SIGNAL
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,12 @@ def make_loss(c: ml_collections.ConfigDict) -> Loss:
 
   For the first update on a rollout the old log-probs are this pass's own: the ratio is 1, whatever
   the sampler's rounding. With more updates the batch brings them.
+
+  A loss of advantages alone, without divergence and entropy, gives the metric SIGNAL of
+  training/step.py.
   """
   goal, how = objective(c), c.policy.correction
+  is_of_advantages = not (goal.entropy_coef or goal.kl_coef)
   bounds = dict(low=c.policy.correction_low, high=c.policy.correction_high)
 
   def loss(logp, entropy, batch):
@@ -76,9 +81,17 @@ def make_loss(c: ml_collections.ConfigDict) -> Loss:
     coefficient = batch['kl_coef'][:, None] if 'kl_coef' in batch else None
     total, weight, metrics = policy.loss(rollout, goal, coefficient)
     counted = jax.lax.stop_gradient(entropy).sum(), (weights != 0).sum().astype(jnp.float32)
+    if is_of_advantages:
+      more[SIGNAL] = signal(batch)
     return total, weight, metrics | more | {'entropy': counted}
 
   return loss
+
+
+def signal(batch: dict[str, jax.Array], value_gap: jax.Array | None = None) -> masked.Pair:
+  """Returns the metric SIGNAL of a micro-batch; value_gap: see policy.has_signal."""
+  found = policy.has_signal(batch['weights'], batch['advantages'], value_gap)
+  return found.astype(jnp.float32), jnp.float32(1)
 
 
 class AdvantageEstimator(BatchBuilder):

@@ -8,45 +8,48 @@ value's is in losses/policy.py, advantages are in losses/advantages.py."""
 import functools
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from ftjax.algorithms import policy_gradient
-from ftjax.experiment import auxiliary, fit
+from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import advantages, masked, policy
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import logprobs_and_entropy, token_scores
+from ftjax.models.forward import Forward
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.training.step import SIGNAL, LossFn
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (total, weight, metrics) of rows of one completion each: the
   policy's loss + ppo.value_coef times the value's, both per token.
   """
-  how = dict(dtype=jnp.dtype(c.model.compute_dtype), remat=c.remat)
-  read = functools.partial(logprobs_and_entropy, arch, temperature=c.rollout.temperature, **how)
-  value_arch, of_tokens = auxiliary.value_arch(arch), policy_gradient.make_loss(c)
+  temperature, of_tokens = c.rollout.temperature, policy_gradient.make_loss(c)
+  value_forward = forward.with_score()
   clip, coefficient = c.ppo.value_clip, c.ppo.value_coef
 
   def loss(params, batch, keys):
     del keys
-    total, weight, metrics = of_tokens(*read(params, batch), batch)
-    values = token_scores(value_arch, params['value'], batch, **how)
+    total, weight, metrics = of_tokens(
+      *forward.logprobs_and_entropy(params, batch, temperature), batch
+    )
+    values = value_forward.token_scores(params['value'], batch)
     value_total, _, more = policy.value_loss(
       values, batch['old_values'], batch['returns'], batch['weights'], clip
     )
+    if SIGNAL in metrics:  # values have to learn where every advantage is 0, too
+      gap = batch['returns'] - batch['old_values']
+      more[SIGNAL] = policy_gradient.signal(batch, gap)
     return total + coefficient * value_total, weight, metrics | more
 
   return loss
 
 
-def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> rollout_source.Measure:
+def make_measure(forward: Forward) -> rollout_source.Measure:
   """Values of the state as it is when a rollout is made."""
-  value_arch, dtype = auxiliary.value_arch(arch), jnp.dtype(c.model.compute_dtype)
-  return lambda params, batch: token_scores(value_arch, params['value'], batch, dtype, 'none')
+  forward = forward.with_score().without_remat()
+  return lambda params, batch: forward.token_scores(params['value'], batch)
 
 
 class ValueAdvantages(policy_gradient.AdvantageEstimator):
@@ -81,6 +84,6 @@ class ValueAdvantages(policy_gradient.AdvantageEstimator):
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export the policy, compare with the base."""
   r = experiment.start(c, workdir)
-  measures = {'old_values': make_measure(r.arch, c)}
+  measures = {'old_values': make_measure(r.forward)}
   with rollout_source.RolloutSource(r, ValueAdvantages(c), measures) as source:
-    fit.fit(r, make_loss(r.arch, c), source.evaluate, source.watch, source)
+    fit.fit(r, make_loss(r.forward, c), source.evaluate, source.watch, source)

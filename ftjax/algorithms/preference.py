@@ -13,9 +13,9 @@ from ftjax.algorithms import pair_metrics
 from ftjax.config import algorithms
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.losses import masked, preference
-from ftjax.models import head, transformer
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import hidden_states, model_of
+from ftjax.models.forward import Forward, segment_sum
+from ftjax.runtime import named_object
+from ftjax.training.step import LossFn
 
 log = logging.getLogger(__name__)
 
@@ -31,40 +31,45 @@ def settings(c: ml_collections.ConfigDict) -> preference.Settings:
   return preference.Settings(**{n: c.dpo[n] for n in names})
 
 
-def side_logps(
-  arch: Architecture, params: dict, batch: dict, dtype, remat: str
-) -> tuple[jax.Array, jax.Array]:
-  """(float32[B], float32[B]) nats: log pi of the answers in segments 1 and 2 of each row."""
-  x = hidden_states(arch, params, batch, dtype, remat)
-  table = transformer.head_weights(arch, params)
-  logp = head.token_logprobs(x, table, batch['labels'], batch['weights'])
-  return pair_metrics.side_sum(logp, batch, 1), pair_metrics.side_sum(logp, batch, 2)
+def row(c: ml_collections.ConfigDict) -> preference.Row:
+  """Returns the loss that dpo.loss names: of the table, or 'module:ROW' of a user's module.
+
+  Raises:
+    ConfigError: a user's object of another type.
+  """
+  name = c.dpo.loss
+  if name in preference.LOSSES:
+    return preference.LOSSES[name]
+  found = named_object.load('dpo.loss', name)
+  if not isinstance(found, preference.Row):
+    raise named_object.wrong('dpo.loss', name, found, 'a ftjax.losses.preference.Row')
+  return found
 
 
-def measured(arch: Architecture, params: dict, batch: dict, dtype, remat, with_reference) -> dict:
+def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) -> dict:
   """Per row: `first` and `second` log-probs, their `ref_`, `first_tokens`, `second_tokens`."""
-  first, second = side_logps(arch, model_of(params), batch, dtype, remat)
+  first, second = forward.side_logprobs(params, batch, (1, 2))
   ref_first = ref_second = jnp.zeros_like(first)
   if set(REFERENCE_FIELDS) <= set(batch):
     ref_first, ref_second = (batch[k] for k in REFERENCE_FIELDS)
   elif with_reference:
     reference = jax.lax.stop_gradient(params['reference'])
-    ref_first, ref_second = side_logps(arch, reference, batch, dtype, remat)
+    ref_first, ref_second = forward.side_logprobs(reference, batch, (1, 2))
   return {
     'first': first,
     'second': second,
     'ref_first': ref_first,
     'ref_second': ref_second,
-    'first_tokens': pair_metrics.side_sum(batch['weights'], batch, 1),
-    'second_tokens': pair_metrics.side_sum(batch['weights'], batch, 2),
+    'first_tokens': segment_sum(batch['weights'], batch, 1),
+    'second_tokens': segment_sum(batch['weights'], batch, 2),
     'values': batch['values'],
     'weights': pair_metrics.present(batch),
   }
 
 
-def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
+def table_batch(form: preference.Row, m: dict) -> preference.Pairs | preference.Singles:
   """What a row of the loss table takes, from what `measured` found of all rows of a step."""
-  if preference.LOSSES[name].paired:
+  if form.paired:
     nll = preference.nll_per_pair(m['first'], m['first_tokens'])
     return preference.Pairs(
       m['first'],
@@ -81,17 +86,16 @@ def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
   return preference.Singles(m['first'], m['ref_first'], m['values'] > 0, z)
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
-  dtype, coefficients, name = jnp.dtype(c.model.compute_dtype), settings(c), c.dpo.loss
-  row, remat = preference.LOSSES[name], c.remat
+  coefficients, form = settings(c), row(c)
 
   def loss(params, batch, keys):
     del keys
-    m = measured(arch, params, batch, dtype, remat, row.needs_reference)
-    total, weight, metrics = preference.loss(name, table_batch(name, m), m['weights'], coefficients)
+    m = measured(forward, params, batch, form.needs_reference)
+    total, weight, metrics = preference.loss(form, table_batch(form, m), m['weights'], coefficients)
     first, second = jax.lax.stop_gradient((m['first'], m['second']))
-    if row.paired:
+    if form.paired:
       metrics['logps/chosen'] = masked.mean(first, m['weights'])
       metrics['logps/rejected'] = masked.mean(second, m['weights'])
     else:

@@ -15,11 +15,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.algorithms import pair_metrics, preference
+from ftjax.algorithms import pair_metrics
 from ftjax.cluster import processes
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.data import batches
@@ -144,12 +143,11 @@ class _Measure:
 
   def __init__(self, run: Run, load_first: Callable[[], dict]):
     self._run, self._load_first, self._params = run, load_first, None
-    c, arch = run.config, run.arch
-    dtype = jnp.dtype(c.model.compute_dtype)
+    forward = run.forward
 
     @jax.jit
     def sides(params, batch):
-      found = preference.side_logps(arch, params, batch, dtype, c.remat)
+      found = forward.side_logprobs(params, batch, (1, 2))
       return pair_metrics.replicated(dict(zip(REFERENCE_FIELDS, found, strict=True)))
 
     self._sides = sides

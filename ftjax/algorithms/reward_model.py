@@ -17,19 +17,18 @@ from ftjax.algorithms import preference as preference_loss
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses import preference
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import sequence_rewards
+from ftjax.models.forward import Forward
+from ftjax.training.step import LossFn
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
-  dtype, remat, centring = jnp.dtype(c.model.compute_dtype), c.remat, c.reward_model.centring
-  paired = c.reward_model.objective == 'pairs'
+  centring, paired = c.reward_model.centring, c.reward_model.objective == 'pairs'
 
   def loss(params, batch, keys):
     del keys
     weights = pair_metrics.present(batch)
-    found = sequence_rewards(arch, params, batch, dtype, remat, 1 + paired)
+    found = forward.sequence_rewards(params, batch, 1 + paired)
     if paired:
       return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
     return preference.reward_regression(*found, batch['values'], weights)
@@ -37,13 +36,13 @@ def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
   return loss
 
 
-def make_measure(arch: Architecture, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
+def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
   """jitted (params, batch) -> scores of each row."""
-  dtype, paired = jnp.dtype(c.model.compute_dtype), c.reward_model.objective == 'pairs'
+  forward, paired = forward.without_remat(), c.reward_model.objective == 'pairs'
 
   @jax.jit
   def measure(params, batch):
-    found = sequence_rewards(arch, params, batch, dtype, 'none', 1 + paired)
+    found = forward.sequence_rewards(params, batch, 1 + paired)
     named = dict(zip(('first', 'second'), found, strict=False))
     return pair_metrics.replicated(
       named | {'values': batch['values'], 'weights': pair_metrics.present(batch)}
@@ -85,7 +84,7 @@ def evaluate(
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, then export for AutoModelForSequenceClassification."""
   r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate, make_measure(r.arch, c), r)
+  eval_loss = functools.partial(evaluate, make_measure(r.forward, c), r)
   paired = c.reward_model.objective == 'pairs'
   watch = [preference_loss.Alarm(c)] if paired else []
-  fit.fit(r, make_loss(r.arch, c), eval_loss, *watch)
+  fit.fit(r, make_loss(r.forward, c), eval_loss, *watch)

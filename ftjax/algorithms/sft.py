@@ -15,10 +15,9 @@ import ml_collections
 from ftjax.experiment import fit
 from ftjax.experiment import run as experiment
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
-from ftjax.models.architecture import Architecture
-from ftjax.models.forward import hidden_states
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
+from ftjax.training.step import LossFn
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
@@ -44,33 +43,26 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
   return uniform * scale[..., None]
 
 
-def make_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (sum of loss, supervised tokens, {'nll': sums})."""
-  dtype, terms = jnp.dtype(c.model.compute_dtype), LossConfig(c.loss.label_smoothing, c.loss.z_loss)
-  alpha, remat = c.loss.neftune, c.remat
+  config, alpha = LossConfig(c.loss.label_smoothing, c.loss.z_loss), c.loss.neftune
 
   def loss(params, batch, keys):
-    noise = embedding_noise(alpha, batch, arch.model_dim, keys) if alpha else None
-    x = hidden_states(arch, params, batch, dtype, remat, noise)
-    total, nll = head.cross_entropy_sums(
-      x, transformer.head_weights(arch, params), batch['labels'], batch['weights'], terms
-    )
+    noise = embedding_noise(alpha, batch, forward.arch.model_dim, keys) if alpha else None
+    total, nll = forward.cross_entropy(params, batch, config, noise)
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
 
   return loss
 
 
-def make_eval_loss(arch: Architecture, c: ml_collections.ConfigDict):
+def make_eval_loss(forward: Forward):
   """jitted (params, batch) -> (sum of nll, supervised tokens), float32[]; plain."""
-  dtype = jnp.dtype(c.model.compute_dtype)
+  forward = forward.without_remat()
 
   @jax.jit
   def sums(params, batch):
-    x = hidden_states(arch, params, batch, dtype)
-    logp = head.token_logprobs(
-      x, transformer.head_weights(arch, params), batch['labels'], batch['weights']
-    )
+    logp = forward.token_logprobs(params, batch)
     return -(logp * batch['weights']).sum(), batch['weights'].sum()
 
   return sums
@@ -94,5 +86,5 @@ def evaluate_loss(
 def run(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Runs a config to its end: train, export, compare with the base."""
   r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate_loss, make_eval_loss(r.arch, c), r)
-  fit.fit(r, make_loss(r.arch, c), eval_loss)
+  eval_loss = functools.partial(evaluate_loss, make_eval_loss(r.forward), r)
+  fit.fit(r, make_loss(r.forward, c), eval_loss)

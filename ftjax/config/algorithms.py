@@ -87,6 +87,14 @@ class Algorithm:
   check: Callable[[Config], None] = lambda c: None
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    for name, usual in self.keys.items():
+      if not name.isidentifier() or not isinstance(usual, bool | int | float | str | tuple):
+        raise ConfigError(
+          f'{self.module}: keys has {name!r}: {usual!r}; expected a name with True, False, a '
+          'number, a text or a tuple as its default'
+        )
+
 
 # Parts that several rows share.
 

@@ -23,3 +23,10 @@ def passes(
   trained = [(value_arch(arch), 3) for a in found if a.is_trained]
   frozen = [(arch, 1) for a in found if not a.is_trained]
   return ((arch, 3), *trained, *frozen)
+
+
+BESIDE = ('reference', 'value')
+
+
+def model_of(params: dict) -> dict:
+  return {k: v for k, v in params.items() if k not in BESIDE}

@@ -54,7 +54,7 @@ class Rows(Source):
 
   def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
     run = self._run
-    self._feed = Prefetch(run.batch, run.batch_shardings(micro=True), start, run.steps)
+    self._feed = Prefetch(run.data.stream, run.abstract_batch(), start, run.steps)
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
     return self._feed.take(step)

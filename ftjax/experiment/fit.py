@@ -4,6 +4,7 @@ The state comes from, in this order: this workdir's newest checkpoint; the weigh
 the model's weights."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,11 +19,12 @@ from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section
 from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment.auxiliary import BESIDE
 from ftjax.experiment.batch_source import Rows, Source, Tell
 from ftjax.experiment.run import Run, keeps_programs, program_folder
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
-from ftjax.models.forward import BESIDE
+from ftjax.models import counts
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.storage import files, program_cache
@@ -51,7 +53,13 @@ class _Session:
   checkpoints: Checkpoints
   judge: compare.Evaluator
   console: Console
-  fingerprints: dict[str, str]
+
+  @functools.cached_property
+  def fingerprints(self) -> dict[str, str]:
+    """What a resume must find as it was. A fresh run asks for it when its weights are loaded: they
+    are hashed as they are read.
+    """
+    return resume.fingerprints(self.trainer.run)
 
 
 def fit(
@@ -101,7 +109,6 @@ def _opened(
     checkpoints=Checkpoints(folder, retention, c.watchdog.save),
     judge=compare.Evaluator(run),
     console=summary.make_console(c),
-    fingerprints=resume.fingerprints(run),
   )
 
 
@@ -251,13 +258,13 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
       'cursor': run.cursor(step),
       'config': redaction.redact(section.plain(c)),
       'fingerprints': s.fingerprints,
+      'code': resume.user_code(c),
       'source': s.source.saving(step),
     }
 
   throughput = Throughput(
-    matmul_params=arch.matmul_params(),
-    num_layers=arch.num_layers,
-    attention_dim=arch.num_heads * arch.head_dim,
+    matmul_params=counts.matmul_params(arch),
+    attention_width=counts.attention_width(arch),
     peak=peak,
   )
   traces = files.Staged(files.join(run.workdir, 'profile'))

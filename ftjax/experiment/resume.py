@@ -1,14 +1,16 @@
 """What a run that goes on from a checkpoint must find as it was: config keys, data and
 models."""
 
-import functools
 import logging
 
+import ml_collections
+
 from ftjax.cluster import processes
-from ftjax.config import algorithms, section
+from ftjax.config import algorithms, choices, section, task_specs
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.runtime import redaction
+from ftjax.runtime import named_object, redaction
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files
@@ -37,9 +39,29 @@ def check_source(workdir: str) -> None:
   processes.check_same('init_from', digest(load.outline(export)))
 
 
+def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns fingerprints of the code of a user's modules that a config names, by config key."""
+  names = {key: section.flat(c)[key] for key in choices.OBJECTS}
+  found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
+  if named_object.is_named(c.algorithm):
+    found['algorithm'] = [c.algorithm, algorithms.of(c).module]
+  kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
+  if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
+    found[task_specs.KEY] = own
+  return {key: digest(list(map(named_object.fingerprint, own))) for key, own in found.items()}
+
+
 def check(saved: dict, run: Run, found: dict[str, str]) -> None:
-  """Refuses to go on with other data or another state shape than the checkpoint's; tells of the
+  """Refuses to resume with other data or another state shape than the checkpoint's; warns of the
   other changes.
+
+  Args:
+    saved: what was saved with the checkpoint.
+    run: the run that resumes.
+    found: `fingerprints` of the run.
+
+  Raises:
+    ConfigError: names what changed.
   """
   now = redaction.redact(section.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
@@ -47,6 +69,9 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
+  code = user_code(run.config)
+  edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
+  fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]
   fixed += [f'{k}: other content' for k, v in saved['fingerprints'].items() if found.get(k) != v]
   if saved['config'].get('checkpoint.best_metric'):  # its values stand in the checkpoints
     watched = ('checkpoint.best_metric', 'checkpoint.best_mode')
@@ -58,6 +83,10 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '
       f'{"; ".join(fixed)}. Undo that, or give another --workdir '
       '(with --config.init_from=OLD_WORKDIR to start from its weights)'
+    )
+  if edited:
+    log.warning(
+      'edited since the checkpoint: the code of %s', ', '.join(f'{k}={now[k]}' for k in edited)
     )
   if changed:
     log.warning('changed since the checkpoint: %s', ', '.join(f'{k}={now[k]!r}' for k in changed))
@@ -79,7 +108,7 @@ def first_fingerprint(run: Run) -> str:
     return run.model.fingerprint
   check_source(c.init_from)
   export = files.join(c.init_from, 'export')
-  return processes.from_main(lambda: load.fingerprint(export))
+  return model_record.fingerprint(export, run.workdir)
 
 
 def _models_beside(run: Run) -> dict[str, str]:
@@ -93,7 +122,7 @@ def _models_beside(run: Run) -> dict[str, str]:
   values = section.flat(c)
   for model in algorithms.of(c).auxiliary(c):
     if source := values.get(model.source_key):
-      out[model.name] = processes.from_main(functools.partial(load.fingerprint, source))
+      out[model.name] = model_record.fingerprint(source, run.workdir)
       processes.check_same(model.source_key, digest(load.outline(source)))
     elif not model.is_trained:
       out[model.name] = first_fingerprint(run)

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
-from ftjax.experiment import auxiliary
+from ftjax.experiment import auxiliary, model_record
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import Model, open_model
+from ftjax.families import table
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models import kinds
+from ftjax.models.architecture import Architecture
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -64,6 +65,12 @@ class Run:
     return self.model.arch
 
   @property
+  def forward(self) -> Forward:
+    """The forward pass of the model as the config computes it."""
+    c = self.config
+    return Forward(self.arch, jnp.dtype(c.model.compute_dtype), c.remat)
+
+  @property
   def steps(self) -> int:
     """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
     c = self.config
@@ -88,12 +95,12 @@ class Run:
 
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding, over all parts."""
-    return self._by_part(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+    return self._by_part(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
 
   def abstract_params(self) -> dict:
     """Nested dict of ShapeDtypeStruct, over all parts."""
     dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_part(lambda arch: transformer.abstract(arch, dtype))
+    return self._by_part(lambda arch: kinds.abstract(arch, dtype))
 
   def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
     found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
@@ -123,15 +130,6 @@ class Run:
       )
       for k, s in self.batch_shardings(micro=True).items()
     }
-
-  def batch(self, step: int) -> dict[str, np.ndarray]:
-    """Host arrays [A, M, T] of an optimizer step; rows of other hosts' devices are padding."""
-    c = self.config
-    shape = (c.grad_accum, c.batch_size // c.grad_accum)
-    own = local_rows(self.batch_shardings(micro=True)['tokens'], (*shape, c.seq_len), 1)
-    rows = [a * shape[1] + m for a in range(shape[0]) for m in own]
-    batch = self.data.stream.batch(step, rows)
-    return {k: v.reshape(*shape, *v.shape[1:]) for k, v in batch.items()}
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Device arrays [B, T] over the evaluation rows."""
@@ -163,17 +161,20 @@ class Run:
 
   def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
     if source:
-      arch = from_hf(load.read_config(source)) if wanted.num_labels else wanted
+      family = self.config.model.family
+      arch = table.architecture(load.read_config(source), family) if wanted.num_labels else wanted
       if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
         raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
-      where = sharding.shardings(self.mesh, transformer.axes(arch))
-      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      where = sharding.shardings(self.mesh, kinds.axes(arch))
+      if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
+      params = load.load_params(source, arch, where, jnp.dtype(dtype), self.config.seed)
       if arch.num_labels == wanted.num_labels:
         return params
       if source == self.config.ppo.value_from:
         raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
       # A language model becomes a reward model: its head goes, a random score comes.
-      make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
+      make = jax.jit(lambda key: kinds.init(wanted, key, jnp.dtype(dtype))['score'])
       params = {k: v for k, v in params.items() if k != 'head'}
       return params | {'score': make(jax.random.key(self.config.seed))}
     return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
@@ -199,11 +200,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    model = open_model(c.model.path, random, c.seed, labels=labels)
-    beside = [model.tokenizer.fingerprint, model.stop_ids]
-    processes.check_same(
-      'model.path', digest([model.fingerprint, load.outline(c.model.path), *beside])
-    )
+    _pin_models(c, workdir)
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
+    read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -217,6 +217,13 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       processes.check_same('data', digest(data.fingerprints()))
     data.tell()
   return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Puts the commits of hub models into the config."""
+  c.model.path = model_record.pin(c.model.path, workdir)
+  c.ppo.value_from = model_record.pin(c.ppo.value_from, workdir)
+  c.rollout.reward_model = model_record.pin(c.rollout.reward_model, workdir)
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
@@ -250,7 +257,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
   """
   check_sizes(c, arch, mesh)
   return Run(
-    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+    c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
   )
 
 
@@ -260,7 +267,7 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
 
 
-_random_params = jax.jit(transformer.init, static_argnums=(0, 2))
+_random_params = jax.jit(kinds.init, static_argnums=(0, 2))
 
 
 def keeps_programs(c: ml_collections.ConfigDict) -> bool:
@@ -291,7 +298,7 @@ def _keep_programs(folder: str) -> None:
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
   """Fails before anything is compiled when a size does not divide."""
-  declared = transformer.declared(arch)
+  declared = kinds.declared(arch)
   sharding.check_divides(
     {n: p.axes for n, p in declared.items()},
     {n: p.shape for n, p in declared.items()},

@@ -8,24 +8,21 @@ came) and `value/` (a value model, trained and saved with the policy)."""
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax import monitoring
 
 from ftjax.config import algorithms
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.losses import policy
-from ftjax.models import transformer
-from ftjax.models.forward import model_of
+from ftjax.models import kinds
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
-from ftjax.training.lr_schedule import make_schedule
+from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
 from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
@@ -36,26 +33,12 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   """What the optimizer must know of every parameter, those of a value model among them."""
   out = {}
   for prefix, arch in run.parts().items():
-    found = optimizer_lib.leaves(transformer.declared(arch), arch.layer_slots())
+    found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
       f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
       for n, leaf in found.items()
     }
   return out
-
-
-def _has_signal(c: ml_collections.ConfigDict) -> Callable[[dict], jax.Array] | None:
-  """`has_signal` of make_step: of a policy gradient whose loss has advantages alone in it."""
-  p = c.policy
-  in_loss = p.entropy_coef or (p.kl_coef and p.kl != 'reward')
-  if 'advantages' not in algorithms.of(c).fields(c)[0] or in_loss:
-    return None
-
-  def has_signal(batch):
-    gap = batch['returns'] - batch['old_values'] if 'returns' in batch else None
-    return policy.has_signal(batch['weights'], batch['advantages'], gap)
-
-  return has_signal
 
 
 class Trainer:
@@ -71,13 +54,9 @@ class Trainer:
     self.run = run
     self._has_reference = algorithms.place(c, 'reference') == 'state'
     info = self.leaves = _leaves(run)
+    numbers = ('lr', 'warmup_steps', 'end_fraction', 'decay_steps')
     self.schedule = make_schedule(
-      c.optim.schedule,
-      c.optim.lr,
-      run.steps,
-      warmup_steps=c.optim.warmup_steps,
-      end_fraction=c.optim.end_fraction,
-      decay_steps=c.optim.decay_steps,
+      c.optim.schedule, ScheduleConfig(steps=run.steps, **{n: c.optim[n] for n in numbers})
     )
     names = (
       'name',
@@ -90,10 +69,10 @@ class Trainer:
       'multipliers',
       'freeze',
     )
-    recipe = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
-    self.frozen = optimizer_lib.frozen_names(recipe.freeze, info)
+    config = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
+    self.frozen = optimizer_lib.frozen_names(config.freeze, info)
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    self.optimizer = optimizer_lib.make_optimizer(recipe, info, trained)
+    self.optimizer = optimizer_lib.make_optimizer(config, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
@@ -102,12 +81,11 @@ class Trainer:
       loss_fn,
       self.optimizer,
       shardings,
-      mask=optimizer_lib.layer_mask(recipe, info, trained),
+      mask=optimizer_lib.layer_mask(config, info, trained),
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
       seed=c.seed,
-      has_signal=_has_signal(c),
     )
 
   @property

@@ -1,7 +1,7 @@
 """Rewards of sampled completions: named in the config, run with limits, summed with weights.
 
 A reward is a built-in (verifiers.py), a user's function `module:function` over a whole batch, or
-`model`: a callable that the caller passes in. docs/rewards.md tells users about it.
+`model`: scores of a reward model that the caller passes in. docs/rewards.md tells users about it.
 """
 
 import collections
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,6 @@ _MEMORY = 4 << 30
 _MAX_WORKERS = 8
 _WEIGHTED = re.compile(r'@([-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?)\s*(?:,|$)')
 _FUNCTION = re.compile(r'[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*')
-
-# (prompt token ids, completion token ids) -> a finite number for each of the n completions.
-Model = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +124,14 @@ class Rewards:
   Args:
     parts: from `parse`.
     columns: names of the data's columns, or {source: names of its columns}.
-    model: of the part `model`; its exceptions end the run.
+    has_model: whether `score` is given the scores of the part `model`.
     completion_limit: seconds for one completion by a built-in that may hang.
     call_limit: seconds for one call of a user's function, a whole batch.
     workers: processes for built-ins; 0: the machine's cores, at most 8.
 
   Raises:
-    ConfigError: a function that cannot be imported or used, a column that is not there, or `model`
-      without one.
+    ConfigError: a function that cannot be imported or used, a column that is not there, or the
+      part `model` without `has_model`.
   """
 
   def __init__(
@@ -142,14 +139,14 @@ class Rewards:
     parts: Sequence[Part],
     columns: Sequence[str] | Mapping[str, Sequence[str]],
     *,
-    model: Model | None = None,
+    has_model: bool = False,
     completion_limit: float = 1.0,
     call_limit: float = 60.0,
     workers: int = 0,
   ):
     self.parts = tuple(parts)
     self._columns = dict(columns) if isinstance(columns, Mapping) else {'': columns}
-    self._model = model
+    self._has_model = has_model
     self._pools: dict[str, Pool] = {}
     self._inputs: dict[str, tuple[str, ...]] = {}
     self._is_warned: set[str] = set()  # of columns that no function can be given
@@ -184,7 +181,7 @@ class Rewards:
         inputs = part.verifier.inputs
         more = ('prompts',) if 'completions' in inputs and 'prompts' not in inputs else ()
         self._check(part, [(name, True) for name in (*inputs, *more)])
-      elif part.spec == 'model' and self._model is None:
+      elif part.spec == 'model' and not self._has_model:
         raise ConfigError(
           f'{KEY}: the part model needs a reward model: name its folder in rollout.reward_model'
         )
@@ -256,14 +253,14 @@ class Rewards:
       'with; correct the data, or name another column (column=NAME):\n  ' + '\n  '.join(lines)
     )
 
-  def score(self, batch: Batch) -> Scores:
-    """Returns the rewards of n completions.
+  def score(self, batch: Batch, model_scores: np.ndarray | None = None) -> Scores:
+    """Returns the rewards of n completions; model_scores: float32[n] of the part `model`.
 
     A part that raises or runs out of time scores 0 there, and is counted. A part that returns None
     is left out of that completion's sum.
 
     Raises:
-      ConfigError: a function that did not return n finite numbers.
+      ConfigError: a function, or a reward model, that did not give n finite numbers.
       DataError: a column value that is no JSON, or sequences of different lengths.
     """
     n = len(batch.completions)
@@ -273,7 +270,10 @@ class Rewards:
     logged: dict[str, float] = {}
     extra: dict[str, list[Any]] = {}
     for i, part in enumerate(self.parts):
-      answer = self._run(part, batch, n)
+      if part.spec == 'model':
+        answer = {'scores': _checked(model_scores, n)}
+      else:
+        answer = self._run(part, batch, n)
       logged |= {f'reward/{part.name}/{k}': v for k, v in answer.get('metrics', {}).items()}
       extra |= answer.get('extra', {})
       for row, value in enumerate(answer['scores']):
@@ -299,8 +299,6 @@ class Rewards:
     """Returns {'scores': for each completion a number, None, or the reason of its failure}, and
     what a function logged.
     """
-    if part.spec == 'model':
-      return {'scores': self._by_model(batch)}
     if part.verifier is None:
       request = {'score': self._arguments(part, batch), 'n': n, 'state': dict(batch.state)}
       [answer] = self._ask(part, part.name, [request])
@@ -336,14 +334,15 @@ class Rewards:
       raise ConfigError(f'{KEY}: {part.spec} {wrong[0]}')
     return answers
 
-  def _by_model(self, batch: Batch) -> list[float]:
-    scores = np.asarray(self._model(batch.prompt_ids, batch.token_ids), np.float32)
-    if scores.shape != (len(batch.completions),) or not np.isfinite(scores).all():
-      raise ConfigError(
-        f'{KEY}: the reward model returned {scores.dtype}{list(scores.shape)}, finite: '
-        f'{bool(np.isfinite(scores).all())}; expected {len(batch.completions)} finite numbers'
-      )
-    return scores.tolist()
+
+def _checked(scores: np.ndarray, n: int) -> list[float]:
+  """Returns the scores of a reward model, which must be n finite numbers."""
+  if scores.shape != (n,) or not np.isfinite(scores).all():
+    raise ConfigError(
+      f'{KEY}: the reward model returned {scores.dtype}{list(scores.shape)}, finite: '
+      f'{bool(np.isfinite(scores).all())}; expected {n} finite numbers'
+    )
+  return scores.tolist()
 
 
 def _total(parts: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -1,67 +1,119 @@
-"""A batch through a model: what every algorithm's loss begins with.
+"""The forward pass of a batch: a model with the dtype and the recomputation it is run with.
 
-A run's parameters are the model's, with other models beside it under names of their own:
-`reference/` and `value/` (trainer.py)."""
+Every loss and every measurement begins with one of these methods. Axes: B rows, T tokens, D the
+width of the model."""
+
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from ftjax.models import head, transformer
+from ftjax.losses.cross_entropy import LossConfig
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 
-BESIDE = ('reference', 'value')
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+  """Computes what a model gives for batches of data/batches.py.
 
-def model_of(params: dict) -> dict:
-  """The model alone, without what stands beside it."""
-  return {k: v for k, v in params.items() if k not in BESIDE}
+  Attributes:
+    arch: architecture of the model.
+    dtype: compute dtype of activations and matrix products.
+    remat: what a backward pass recomputes; see kinds.apply.
 
-
-def hidden_states(
-  arch: Architecture, params: dict, batch: dict, dtype, remat='none', noise=None
-) -> jax.Array:
-  """dtype[B, T, D] of a batch of data/batches.py."""
-  where = Tokens(batch['segments'], batch['positions'])
-  return transformer.apply(
-    arch, params, batch['tokens'], where, dtype=dtype, remat=remat, noise=noise
-  )
-
-
-def logprobs_and_entropy(
-  arch: Architecture, params: dict, batch: dict, *, temperature: float, dtype, remat: str
-) -> tuple[jax.Array, jax.Array]:
-  """(log-probs, entropies) float32[B, T] of a batch's labels under the model of all parameters, in
-  nats, at the sampler's temperature; 0 where weights are 0.
+  The methods take `params`, a nested dict with the model's parameters. Entries of other models in
+  it (experiment/auxiliary.py) are not read.
   """
-  params = model_of(params)
-  x = hidden_states(arch, params, batch, dtype, remat)
-  table = transformer.head_weights(arch, params)
-  return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
+
+  arch: Architecture
+  dtype: jnp.dtype
+  remat: str = 'none'
+
+  def without_remat(self) -> 'Forward':
+    """Returns the same forward pass for use without a gradient."""
+    return dataclasses.replace(self, remat='none')
+
+  def with_score(self) -> 'Forward':
+    """Returns the forward pass of a reward or value model: this architecture with a score head."""
+    return dataclasses.replace(self, arch=dataclasses.replace(self.arch, num_labels=1))
+
+  def hidden_states(self, params: dict, batch: dict, noise: jax.Array | None = None) -> jax.Array:
+    """Returns the hidden states after the last norm, dtype[B, T, D].
+
+    noise: added to the embeddings, [B, T, D], or None.
+    """
+    where = Tokens(batch['segments'], batch['positions'])
+    return kinds.apply(
+      self.arch,
+      params,
+      batch['tokens'],
+      where,
+      dtype=self.dtype,
+      remat=self.remat,
+      noise=noise,
+    )
+
+  def cross_entropy(
+    self, params: dict, batch: dict, config: LossConfig, noise: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns (weighted sum of the loss, weighted sum of -log p(label)) over all tokens, float32[]
+    in nats; see head.cross_entropy_sums. Only the first is differentiable.
+    """
+    x = self.hidden_states(params, batch, noise)
+    table = kinds.head_weights(self.arch, params)
+    return head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], config)
+
+  def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
+    """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""
+    x = self.hidden_states(params, batch)
+    table = kinds.head_weights(self.arch, params)
+    return head.token_logprobs(x, table, batch['labels'], batch['weights'])
+
+  def logprobs_and_entropy(
+    self, params: dict, batch: dict, temperature: float
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns (log p(label), entropy of p), each float32[B, T] in nats, of p = softmax(logits /
+    temperature); 0 where weights are 0.
+    """
+    x = self.hidden_states(params, batch)
+    table = kinds.head_weights(self.arch, params)
+    return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
+
+  def side_logprobs(
+    self, params: dict, batch: dict, segments: Sequence[int]
+  ) -> tuple[jax.Array, ...]:
+    """Returns for each of `segments` the summed log p(label) of that segment of the rows:
+    float32[B], in nats.
+    """
+    logp = self.token_logprobs(params, batch)
+    return tuple(segment_sum(logp, batch, segment) for segment in segments)
+
+  def token_scores(self, params: dict, batch: dict) -> jax.Array:
+    """Returns the score of a reward or value model after each token, float32[B, T]. The product
+    with the score head is float32, whatever the compute dtype is.
+    """
+    x = self.hidden_states(params, batch)
+    w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
+    return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
+
+  def sequence_rewards(self, params: dict, batch: dict, segments: int) -> list[jax.Array]:
+    """Returns for each of the first `segments` segments of the rows its reward, float32[B]: the
+    score at the segment's last token, found by position and never by a token's id. A row without
+    the segment has reward 0.
+    """
+    found, out = self.token_scores(params, batch), []
+    for segment in range(1, segments + 1):
+      inside = batch['segments'] == segment
+      last = jnp.where(inside, batch['positions'], -1).max(-1)
+      at = inside & (batch['positions'] == last[:, None])
+      # One token of each row is left: the sum of its score and of zeros is exact.
+      out.append(jnp.where(at, found, 0.0).sum(-1))
+    return out
 
 
-def token_scores(arch: Architecture, params: dict, batch: dict, dtype, remat: str) -> jax.Array:
-  """float32[B, T]: what a model with a score for a head says after each token; a float32 product
-  whatever the compute dtype is.
-  """
-  x = hidden_states(arch, params, batch, dtype, remat)
-  w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
-  return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
-
-
-def sequence_rewards(
-  arch: Architecture, params: dict, batch: dict, dtype, remat: str, segments: int
-) -> list[jax.Array]:
-  """float32[B] for each of the first `segments` segments of the rows: the score at the last token,
-  found by its place in the segment and never by a token's id.
-
-  A row without the segment has score 0.
-  """
-  found, out = token_scores(arch, params, batch, dtype, remat), []
-  for segment in range(1, segments + 1):
-    inside = batch['segments'] == segment
-    last = jnp.where(inside, batch['positions'], -1).max(-1)
-    at = inside & (batch['positions'] == last[:, None])
-    # One token of each row is left: a sum of its score and of zeros is exact.
-    out.append(jnp.where(at, found, 0.0).sum(-1))
-  return out
+def segment_sum(x: jax.Array, batch: dict, segment: int) -> jax.Array:
+  """Returns the sum of x float32[B, T] over one segment of each row, float32[B]."""
+  return jnp.where(batch['segments'] == segment, x, 0.0).sum(-1)

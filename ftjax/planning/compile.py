@@ -19,9 +19,11 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.generation.sampler import Sampling
-from ftjax.models import attention, head
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.families import table
+from ftjax.generation.sampling import Sampling
+from ftjax.models import attention, counts, head
+from ftjax.models.architecture import Architecture
+from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
 from ftjax.planning import memory as account
@@ -34,7 +36,7 @@ from ftjax.training.step import LossFn, program_text
 log = logging.getLogger(__name__)
 
 T = TypeVar('T')
-MakeLoss = Callable[[Architecture, ml_collections.ConfigDict], LossFn]
+MakeLoss = Callable[[Forward, ml_collections.ConfigDict], LossFn]
 
 # What a runtime keeps of a GPU's memory for itself.
 _USABLE = {'gpu': 0.95}
@@ -98,7 +100,7 @@ def make(
   begin = time.perf_counter()
   with jax.set_mesh(mesh):
     run = experiment.without_data(c, mesh, arch)
-    trainer = Trainer(run, make_loss(arch, c))
+    trainer = Trainer(run, make_loss(run.forward, c))
     compiled, needed = _compiled(trainer.compile)
   dumped = topology.written(dump) if dump else ''
   chip, phase, refused = where.chip, None, '' if compiled else 'step'
@@ -111,7 +113,7 @@ def make(
     settings=settings,
     rows=algorithms.rows_per_step(c),
     length=c.seq_len,
-    parameters=arch.num_params(),
+    parameters=counts.num_params(arch),
     attention=_kernel(c, mesh, arch, chip),
     compiler_options=trainer.compiler_options,
     compile_seconds=time.perf_counter() - begin,
@@ -132,7 +134,7 @@ def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) 
     context=mesh.shape['context'],
     queries=c.seq_len,
     keys=c.seq_len,
-    head_dim=arch.head_dim,
+    head_dim=max(spec.mixer.head_dim for spec in arch.layers()),
     dtype=c.model.compute_dtype,
   )
   return attention.kernel(problem)
@@ -182,7 +184,9 @@ def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
   if algorithms.place(c, 'reference') == 'rollout':
     models.append(run.arch)
   if path := c.rollout.reward_model:
-    models.append(dataclasses.replace(from_hf(known_models.read(path)), num_labels=1))
+    models.append(
+      dataclasses.replace(table.architecture(known_models.read(path), c.model.family), num_labels=1)
+    )
   dtype = jnp.dtype(c.model.param_dtype)
   return phase_lib.make(
     run.arch,

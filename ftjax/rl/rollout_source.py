@@ -30,6 +30,7 @@ from ftjax.config.algorithms import (
 from ftjax.data import stop_texts
 from ftjax.data.batches import ARRAYS
 from ftjax.data.prompts import Prompt
+from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.batch_source import Source, Tell
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
@@ -37,11 +38,10 @@ from ftjax.experiment.transcript import Transcripts
 from ftjax.generation import weights
 from ftjax.generation.completion import Rollout, stops
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.grading import rewards
 from ftjax.grading.reward_alarms import RewardAlarms
 from ftjax.grading.reward_batch import sample_rows
-from ftjax.models.forward import logprobs_and_entropy, model_of
 from ftjax.rl import rollout_batch
 from ftjax.rl.reward_model_scorer import TrainedReward, check_tokens
 from ftjax.rl.rollout_batch import RolloutBatch, with_groups, zero_variance_groups
@@ -362,9 +362,8 @@ class RolloutSource(Source):
     self._alarm(values.get('mismatch/abs_diff', 0.0))
 
   def _logp(self, params: dict, batch: dict) -> jax.Array:
-    c = self.run.config
-    how = dict(temperature=c.rollout.temperature, dtype=self._dtype, remat='none')
-    return logprobs_and_entropy(self.run.arch, params, batch, **how)[0]
+    forward = self.run.forward.without_remat()
+    return forward.logprobs_and_entropy(params, batch, self.run.config.rollout.temperature)[0]
 
   def _measure(
     self, name: str, params: dict, arrays: dict[str, np.ndarray], size: int = 0

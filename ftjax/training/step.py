@@ -19,7 +19,10 @@ from ftjax.runtime.sharding import axis_size, zigzag
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
-#   {metric: (total, weight)})
+#   {metric: (total, weight)}). All are sums, which are added over the micro-batches of a step.
+# A loss that may be constant although its weight is not 0 gives the metric SIGNAL: its total is 0
+# where the micro-batch has nothing to train on.
+SIGNAL = 'signal'
 LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
 
 
@@ -120,7 +123,6 @@ def make_step(
   clip_norm: float,
   ema_decay: float,
   seed: int,
-  has_signal: Callable[[dict], jax.Array] | None = None,
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
   """The step of an algorithm, to be compiled with `compile_step`.
 
@@ -133,8 +135,6 @@ def make_step(
     clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
     ema_decay: of the moving average of the parameters; 0 means none.
     seed: of the step's random keys, which are a function of (seed, step, row).
-    has_signal: batch -> bool[], False where the loss is constant although its weight is not 0; None
-      for losses that are constant only where their weight is 0.
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
@@ -142,7 +142,7 @@ def make_step(
     clipping), lr, ok (finite), bad_streak, skipped, has_signal, no_signal, those of `batch_stats`,
     and loss_fn's own, divided.
 
-  A step without signal (its weight is 0, or has_signal says so) leaves params, moments, moving
+  A step without signal (its weight or the total of SIGNAL is 0) leaves params, moments, moving
   average and the optimizer's count as they are, bit for bit: momentum and weight decay would move
   the weights, and the schedule would run ahead. `step` alone counts it, with `no_signal`.
   """
@@ -162,8 +162,8 @@ def make_step(
     loss = _ratio(total, weight)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     signal = weight != 0
-    if has_signal:
-      signal = signal & has_signal(batch)
+    if SIGNAL in metrics:
+      signal = signal & (metrics[SIGNAL][0] != 0)
     params, opt, ema = update(gradient, ok & signal, state)
     bad, idle = (~ok).astype(jnp.int32), (ok & ~signal).astype(jnp.int32)
     new = State(
@@ -176,7 +176,8 @@ def make_step(
       bad_streak=(state.bad_streak + bad) * (bad | idle),  # an idle step says nothing of the next
       no_signal=state.no_signal + idle,
     )
-    out = {name: _ratio(*pair) for name, pair in metrics.items()} | batch_stats(batch)
+    out = {name: _ratio(*pair) for name, pair in metrics.items() if name != SIGNAL}
+    out |= batch_stats(batch)
     # The optimizer counts the updates that were made.
     updates = state.step - state.skipped - state.no_signal
     rate = jnp.asarray(schedule(updates), jnp.float32)

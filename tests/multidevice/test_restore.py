@@ -11,7 +11,8 @@ from tiny_model import TINY, ids, init, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
-from ftjax.models import transformer
+from ftjax.models import kinds
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.storage.checkpoint import Checkpoints, Retention
 from ftjax.training.state import create, state_shardings, with_shardings
@@ -31,8 +32,8 @@ def make(params):
 
 
 def abstract(mesh):
-  shapes = jax.eval_shape(make, transformer.abstract(TINY))
-  where = sharding.shardings(mesh, transformer.axes(TINY))
+  shapes = jax.eval_shape(make, kinds.abstract(TINY))
+  where = sharding.shardings(mesh, kinds.axes(TINY))
   return with_shardings(shapes, state_shardings(shapes, where, mesh))
 
 
@@ -47,7 +48,7 @@ def loss_and_gradient(params):
     'positions': np.tile(np.arange(T, dtype=np.int32), (B, 1)),
   }
   batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
-  loss_fn = sft.make_loss(TINY, keys.default())
+  loss_fn = sft.make_loss(Forward(TINY, jnp.float32), keys.default())
 
   @jax.jit
   def both(params, batch):
