@@ -153,7 +153,7 @@ class _Reader:
       columns.setdefault('answer', found.answer)
     try:
       return columns, json.dumps([ids, columns], sort_keys=True)
-    except (TypeError, ValueError):  # bytes of an image, say
+    except (TypeError, ValueError):  # for example bytes of an image
       good = {k: v for k, v in columns.items() if strict_json.is_json(v)}
       self.unread |= columns.keys() - good.keys()
       return good, json.dumps([ids, good], sort_keys=True)

@@ -1,4 +1,4 @@
-"""The jinja2 environment that renders chat templates, with limits on time and memory.
+"""Defines the jinja2 environment of chat templates, with limits on time and memory.
 
 A template comes with a model that a stranger published. jinja2's ImmutableSandboxedEnvironment
 refuses underscore attributes and changes of the values that it is given. This file adds a deadline
