@@ -86,10 +86,10 @@ def _convert_files(source: str, target: str, dtype: str | None):
   import ml_dtypes
   import numpy as np
 
-  from ftjax.hf import export, layout, load, model_folder
+  from ftjax.families import table
+  from ftjax.families.hf_config import check_unquantized
+  from ftjax.hf import export, load, model_folder
   from ftjax.hf.tensor_source import TensorInfo
-  from ftjax.models.architecture import from_hf
-  from ftjax.models.config_keys import check_unquantized
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
   if not path.exists():
@@ -97,8 +97,10 @@ def _convert_files(source: str, target: str, dtype: str | None):
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
   check_unquantized(config)
-  if path.suffix == '.gguf' or config.get('model_type') in layout.FAMILIES:
-    load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
+  if path.suffix == '.gguf' or table.is_known(config):
+    load.check_tensors(
+      weights, table.architecture(config)
+    )  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
   def kind(stored: np.dtype) -> np.dtype:

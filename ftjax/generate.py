@@ -40,6 +40,9 @@ _BATCH = flags.DEFINE_integer('batch_size', 8, 'Prompts per batch.', lower_bound
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a chat and of --prompt.')
 _HISTORY = flags.DEFINE_string('history', '', 'File for the input history of a chat.')
 _RAW = flags.DEFINE_bool('raw', False, 'Continue the text itself, without the chat template.')
+_FAMILY = flags.DEFINE_string(
+  'family', '', 'package.module:FAMILY, a model family of your own, as in model.family of a config.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute dtype.')
 
 
@@ -67,6 +70,7 @@ def main() -> None:
       raw=_RAW.value,
       batch_size=_BATCH.value,
       dtype=_DTYPE.value,
+      family=_FAMILY.value,
     ),
   )
   if _PROMPT.value is not None:

@@ -177,13 +177,15 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   # jax is imported from here on.
   from ftjax.config import algorithms
   from ftjax.experiment.model import random_config
-  from ftjax.models.architecture import from_hf
+  from ftjax.families import table
   from ftjax.planning import compile, known_models
 
   random = c.model.random.to_dict()
   shape = known_models.read(c.model.path) if c.model.path else random_config(random)
   make_loss = cli.algorithm(c.algorithm).make_loss
-  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.of(c).num_labels)
+  arch = table.architecture(shape, c.model.family)
+  table.check_own(c.model.family, arch, f'model.path={c.model.path}')
+  arch = dataclasses.replace(arch, num_labels=algorithms.of(c).num_labels)
   name = c.model.path or 'model.random'
   found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None

@@ -38,6 +38,7 @@ def main() -> None:
     c.model.random.to_dict(),
     c.seed,
     labels=algorithms.of(c).num_labels,
+    family=c.model.family,
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:

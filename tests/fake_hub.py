@@ -14,6 +14,10 @@ import time
 from http import HTTPStatus, server
 from urllib.parse import parse_qs, unquote, urlparse
 
+from ftjax.data import hub_dataset
+from ftjax.hf import model_folder
+from ftjax.storage import hub
+
 
 @dataclasses.dataclass
 class Repo:
@@ -78,12 +82,43 @@ class FakeHub:
     return name in self._begun
 
   def _handler(self):
-    hub = self
+    own = self
 
     class Handler(_Handler):
-      fake = hub
+      fake = own
 
     return Handler
+
+
+@contextlib.contextmanager
+def asked(tmp_path, monkeypatch):
+  """A hub that this process asks, with an empty cache; the working directory is empty too."""
+  import datasets
+  from huggingface_hub import constants
+
+  with FakeHub(tmp_path / 'hf') as fake:
+    monkeypatch.setattr(constants, 'ENDPOINT', fake.url)
+    template = fake.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(constants, 'HF_HOME', str(tmp_path / 'hf'))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf' / 'hub'))
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'hf' / 'token'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', fake.url)
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    forget()
+    yield fake
+    forget()
+
+
+def forget():
+  """What a new process does not know."""
+  hub.pin.cache_clear()
+  model_folder._snapshot.cache_clear()
+  hub_dataset.list_files.cache_clear()
 
 
 _API = re.compile(

@@ -18,7 +18,7 @@ from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
@@ -127,7 +127,7 @@ def plain_logps(arch, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(arch, params, tokens, where):
-  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
   table = jax.sharding.reshard(params['embed']['w'], jax.P(None, None))
   return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=jax.P())
 

@@ -108,7 +108,7 @@ def test_greedy_completions_of_a_group_are_all_alike():
 
 
 def test_log_probs_are_those_of_the_trainer_s_forward():
-  """transformer.apply and head.token_logprobs over the whole sequence, in float32."""
+  """kinds.apply and head.token_logprobs over the whole sequence, in float32."""
   rows, labels, weights, segments = whole_rows(usual())
   expected = logprobs(TINY, params(), rows, labels, weights, tokens_at(segments))
   np.testing.assert_allclose(scores(usual()), expected[weights > 0], atol=1e-5)
@@ -130,7 +130,7 @@ def test_temperature_and_truncation_in_log_probs(sampling):
 
 
 def test_greedy_completions_of_qwen2_are_the_likeliest_tokens_of_its_full_forward():
-  """Each token teacher-forced: the argmax of transformer.apply's logits over all before it."""
+  """Each token teacher-forced: the argmax of kinds.apply's logits over all before it."""
   params = init(QWEN2)
   own = Engine(QWEN2, jnp.float32, STOPS, 0, slots=2, tokens_per_dispatch=4)
   rollout = own.generate(params, PROMPTS, group=1, max_tokens=MOST, sampling=Sampling(), seed=0)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from tiny_model import TINY, UNTIED, ids, init, logits, tokens_at
 
+from ftjax.generation import batch
+from ftjax.generation.batch import Conversation
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.runtime.errors import ConfigError
@@ -178,3 +180,107 @@ def test_a_split_sequence_is_refused(use_mesh):
   use_mesh(context=2)
   with pytest.raises(ConfigError, match=r'mesh\.context=2'):
     generate(make(), init(TINY), PROMPTS, 4, GREEDY)
+
+
+# Conversations: each prompt continues the one before with its completion.
+
+TURNS = [PROMPTS[2], [7, 8, 9], [3], [1, 2] * 9]
+
+
+@pytest.fixture(scope='module')
+def own():
+  """Of a conversation; about one token in 13 ends a completion."""
+  return make(stops=tuple(range(0, 256, 13)))
+
+
+def say(own, params, prompt, number, conversation, **settings):
+  some = {'max_tokens': 8, 'sampling': WARM, 'prompt_ids': [number]} | settings
+  (found,) = own.generate_at_once(params, [prompt], conversation=conversation, **some)
+  return found.tokens
+
+
+def talk(own, params, turns=TURNS, conversation=None):
+  """[(prompt, tokens)]; without a conversation every prompt is read whole."""
+  prompt, out = [], []
+  for i, turn in enumerate(turns):
+    prompt = [*prompt, *turn]
+    found = say(own, params, prompt, i, conversation or Conversation())
+    out.append((prompt, found))
+    prompt = [*prompt, *found]
+  return out
+
+
+@pytest.fixture(scope='module')
+def read_whole(own, params):
+  return talk(own, params)
+
+
+def test_reading_whole_is_as_without_a_conversation(own, params, read_whole):
+  prompt, expected = read_whole[0]
+  assert say(own, params, prompt, 0, None) == expected
+
+
+def test_a_conversation_is_as_if_read_whole(own, params, read_whole):
+  assert {len(tokens) == 8 for _, tokens in read_whole} == {False, True}, 'cut and stopped'
+  conversation = Conversation()
+  assert talk(own, params, conversation=conversation) == read_whole
+  # Again, after another conversation that it shares no token or only some with.
+  for turns in ([PROMPTS[0]], [PROMPTS[2][:7], PROMPTS[2][2:]]):
+    talk(own, params, turns, conversation)
+    assert talk(own, params, conversation=conversation) == read_whole
+
+
+def test_a_turn_reads_only_what_is_new(own, params, monkeypatch):
+  conversation, sizes = Conversation(), []
+  read = own._programs.read
+
+  def spy(params, cache, tokens, where, *a, **k):
+    sizes.append((int(np.asarray(where.segments).sum()), cache is not None))
+    return read(params, cache, tokens, where, *a, **k)
+
+  monkeypatch.setattr(own._programs, 'read', spy)
+  talk(own, params, conversation=conversation)
+  # The last token of a completion was drawn, but not read.
+  assert sizes == [(len(TURNS[0]), False)] + [(1 + len(t), True) for t in TURNS[1:]]
+  talk(own, params, [PROMPTS[0]], conversation)
+  assert sizes[-1] == (len(PROMPTS[0]), False)
+
+
+def test_a_conversation_outgrows_its_cache(own, params, read_whole, monkeypatch):
+  """Then all of it is read into a larger one."""
+  monkeypatch.setattr(batch, '_LEAST_CAPACITY', 64)
+  conversation, sizes = Conversation(), []
+  for i, (prompt, expected) in enumerate(read_whole):
+    assert say(own, params, prompt, i, conversation) == expected
+    sizes.append(conversation.cache.tokens.segments.shape[1])
+    assert conversation.tokens == [*prompt, *expected[:-1]]
+  assert sizes[0] == 64 and sizes[-1] == 128
+
+
+def test_a_long_conversation_compiles_nothing_new(own, params, read_whole):
+  """Ten turns of growing length: the programs are those of the first two."""
+  turns = [ids(1, n, seed=n)[0].tolist() for n in (9, 4, 2, 6, 3, 5, 1, 2, 4, 3)]
+  talk(own, params, turns[:2], Conversation())
+  before = own.compilations
+  talk(own, params, turns, Conversation())
+  assert own.compilations == before
+
+
+def test_an_interrupted_turn_leaves_no_cache(own, params, read_whole):
+  def interrupt(_):
+    raise KeyboardInterrupt
+
+  conversation = Conversation()
+  talk(own, params, TURNS[:1], conversation)
+  assert conversation.cache is not None
+  with pytest.raises(KeyboardInterrupt):
+    say(own, params, read_whole[1][0], 1, conversation, stream=interrupt)
+  assert conversation.cache is None
+  assert talk(own, params, TURNS[:2], conversation) == read_whole[:2]
+
+
+def test_a_conversation_has_one_prompt_at_a_time(plain, params):
+  with pytest.raises(ConfigError, match='one prompt at a time, got 4'):
+    plain.generate_at_once(
+      params, PROMPTS, max_tokens=4, sampling=GREEDY, conversation=Conversation()
+    )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny_run
 
+from ftjax.families import table as families
 from ftjax.hf import load
-from ftjax.models.architecture import from_hf
 
 pytestmark = pytest.mark.usefixtures('users_programs')
 
@@ -185,17 +185,15 @@ def test_the_export_loads_and_is_trained(finished):
   import jax
   import jax.numpy as jnp
 
-  from ftjax.models import transformer
+  from ftjax.models import kinds
   from ftjax.runtime import sharding, trees
 
   export = str(finished[0] / 'export')
-  arch = from_hf(load.read_config(export))
+  arch = families.architecture(load.read_config(export))
   mesh = jax.sharding.get_mesh()
-  where = sharding.shardings(mesh, transformer.axes(arch))
+  where = sharding.shardings(mesh, kinds.axes(arch))
   params = trees.flatten(load.load_params(export, arch, where, jnp.float32))
-  base = trees.flatten(
-    jax.jit(lambda key: transformer.init(arch, key, jnp.float32))(jax.random.key(0))
-  )
+  base = trees.flatten(jax.jit(lambda key: kinds.init(arch, key, jnp.float32))(jax.random.key(0)))
   assert params.keys() == base.keys()
   for name in params:
     assert params[name].shape == base[name].shape

@@ -20,11 +20,11 @@ from ftjax import convert
 from ftjax.data import sources, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.families import table as families
 from ftjax.hf import export, gguf_files, layout, load, safetensors
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorInfo
-from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 from ftjax.storage import files, gcs
@@ -163,7 +163,7 @@ def test_tokens_that_cannot_be_uploaded_are_used_all_the_same(bucket, tmp_path, 
 
 
 def load_all(path, shardings=None):
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = trees.unflatten(shardings or dict.fromkeys(layout.leaf_shapes(arch), one))
   return trees.flatten(load.load_params(path, arch, places, np.float32))

@@ -16,7 +16,6 @@ from ftjax.data import synthetic
 from ftjax.data.formats import Chat
 from ftjax.generation.completion import Completion
 from ftjax.hf import export
-from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.serving import generator, terminal_chat
 from ftjax.serving.terminal_chat import Reply, TerminalChat
@@ -104,8 +103,7 @@ def test_lines_of_text_are_prompts(tmp_path):
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   """Makes a Generator of a random model with 96 positions."""
-  arch = Architecture(
-    family='llama',
+  arch = tiny_model.decoder(
     vocab_size=synthetic.VOCAB_SIZE,
     model_dim=32,
     num_layers=1,
@@ -113,10 +111,6 @@ def model(tmp_path_factory):
     num_kv_heads=2,
     head_dim=8,
     ffn_dim=32,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    tied=True,
     max_len=96,
   )
   folder = tmp_path_factory.mktemp('model') / 'm'

@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import fake_hub
 import pytest
 import tiny_model
-from fake_hub import FakeHub
 from test_saved_model import tiny
 
 from ftjax import convert
 from ftjax.data import synthetic
 from ftjax.experiment import model_record, run
-from ftjax.hf import load, model_folder, safetensors
+from ftjax.hf import load, safetensors
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.planning import known_models
 from ftjax.runtime.errors import ConfigError, DataError
@@ -36,28 +36,8 @@ def files_of(folder):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-  """A hub that this process asks, with an empty cache; the working directory is empty too."""
-  from huggingface_hub import constants
-
-  with FakeHub(tmp_path / 'hf') as fake:
-    monkeypatch.setattr(constants, 'ENDPOINT', fake.url)
-    template = fake.url + '/{repo_id}/resolve/{revision}/{filename}'
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf' / 'hub'))
-    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'hf' / 'token'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.delenv('HF_TOKEN', raising=False)
-    (tmp_path / 'here').mkdir()
-    monkeypatch.chdir(tmp_path / 'here')
-    forget()
+  with fake_hub.asked(tmp_path, monkeypatch) as fake:
     yield fake
-    forget()
-
-
-def forget():
-  """What a new process does not know."""
-  hub_lib.pin.cache_clear()
-  model_folder._snapshot.cache_clear()
 
 
 def sharded(folder):
@@ -95,7 +75,7 @@ def test_only_what_is_needed_is_downloaded_and_only_once(hub, tmp_path):
   assert source.fingerprint() == load.fingerprint(GOLDEN / 'llama_tied')
   assert source.place.endswith(f'models--org--m/snapshots/{commit}')
   hub.requests.clear()
-  forget()
+  fake_hub.forget()
   assert load.read_config(f'org/m@{commit}') and load.open_source(f'org/m@{commit}')
   assert not hub.requests, 'a commit in the cache needs no network'
 
@@ -162,7 +142,7 @@ def test_without_a_network_the_cache_is_used_or_the_reason_given(hub, monkeypatc
   load.read_config('org/m')
   hub.requests.clear()
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-  forget()
+  fake_hub.forget()
   assert load.read_config('org/m')['model_type'] == 'llama'
   with pytest.raises(DataError, match=r'not looked up \(HF_HUB_OFFLINE is set\)'):
     load.open_source('org/m')  # its weights were never wanted
@@ -171,7 +151,7 @@ def test_without_a_network_the_cache_is_used_or_the_reason_given(hub, monkeypatc
   assert not hub.requests
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
   hub.status = 503
-  forget()
+  fake_hub.forget()
   assert hub_lib.pin('org/m') == f'org/m@{commit}'
   assert 'Using cached commit hash' in caplog.text
   with pytest.raises(DataError, match=r'the answer was HTTP 503: try again later'):
@@ -206,7 +186,7 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub, tmp_path):
   assert c.model.path == started.model.source == f'org/m@{first}'
   known = started.model.fingerprint
   second = hub.repo('org/m').push(wider)
-  forget()
+  fake_hub.forget()
   for asked, commit in (('org/m', first), ('org/m@main', second), (f'org/m@{first}', first)):
     assert model_record.pin(asked, str(tmp_path / 'run')) == f'org/m@{commit}'
   c.model.path = 'org/m'

@@ -15,7 +15,7 @@ from absl import flags
 from ftjax import cli
 from ftjax.config import algorithms, config_file, section, validation
 from ftjax.config import keys as config
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
 from ftjax.runtime.errors import ConfigError
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -342,7 +342,7 @@ def test_every_shipped_config_resolves(path):
   assert len(path.read_text().splitlines()) <= 60
   assert c.is_locked
   if len(c.model.random):
-    from_hf({'model_type': 'llama', 'vocab_size': 300} | c.model.random.to_dict())
+    families.architecture({'model_type': 'llama', 'vocab_size': 300} | c.model.random.to_dict())
 
 
 def test_every_algorithm_has_a_tiny_config():

@@ -11,7 +11,7 @@ import pytest
 from tiny_model import QWEN2, TINY, UNTIED
 
 from ftjax.config import keys
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
@@ -290,8 +290,8 @@ def test_names_of_layers_follow_the_pattern():
 
 @pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_the_decoder_as_an_optimizer_sees_it(arch):
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
-  for name, (shape, *_) in transformer.declared(arch).items():
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
+  for name, (shape, *_) in kinds.declared(arch).items():
     leaf = info[name]
     dims = shape[1:] if leaf.stacked else shape
     assert leaf.stacked == name.startswith('stack') and len(leaf.names) == (
@@ -307,14 +307,14 @@ def test_the_decoder_as_an_optimizer_sees_it(arch):
 
 @pytest.mark.parametrize('arch', [UNTIED, QWEN2])
 def test_norm_scales_and_biases_do_not_decay_by_default(arch):
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   r = recipe('sgd', b1=0.0, decay=keys.default().optim.decay, multipliers=ALL, freeze=NOTHING)
-  start = {n: np.ones(p.shape, np.float32) for n, p in transformer.declared(arch).items()}
+  start = {n: np.ones(p.shape, np.float32) for n, p in kinds.declared(arch).items()}
   tx, params = optimizer.make_optimizer(r, info, info), trees.unflatten(start)
   zero = jax.tree.map(np.zeros_like, params)
   moved = trees.flatten(tx.update(zero, tx.init(params), params)[0])
   still = {n.removeprefix('stack0/block0/') for n, u in moved.items() if not np.asarray(u).any()}
-  biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.qkv_bias else set()
+  biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.layers()[0].mixer.qkv_bias else set()
   assert still == {'attn_norm/scale', 'mlp_norm/scale', 'final_norm/scale'} | biases
 
 

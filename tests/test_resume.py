@@ -19,9 +19,9 @@ from tiny_run import BATCH, EPOCH_STEPS, STEPS
 from ftjax.config import keys
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import open_model
+from ftjax.families import table as families
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 
 pytestmark = pytest.mark.usefixtures('users_programs')
@@ -126,8 +126,8 @@ def tiny_config(workdir):
 def test_the_average_is_what_is_exported(reference):
   """The moving average of the last checkpoint, bit by bit, and not its parameters."""
   export = str(reference / 'export')
-  arch = from_hf(load.read_config(export))
-  where = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  arch = families.architecture(load.read_config(export))
+  where = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
   exported = trees.flatten(load.load_params(export, arch, where, jnp.float32))
   with ocp.StandardCheckpointer() as checkpointer:
     saved = checkpointer.restore(reference / 'checkpoints' / str(STEPS) / 'state')

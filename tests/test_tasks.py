@@ -186,7 +186,10 @@ def test_columns_that_are_not_read_are_listed_once(tmp_path, caplog):
 @pytest.mark.parametrize(
   ('row', 'reason'),
   [
-    (MATCH | {'system': 'S', 'messages': [{'role': 'system', 'content': 's'}]}, "'system' stands"),
+    (
+      MATCH | {'system': 'S', 'messages': [{'role': 'system', 'content': 's'}]},
+      "the column 'system'",
+    ),
     ({'prompt': 'q', 'answer': 'a', 'system': 'S'}, "'system' belongs to a conversation"),
     (MATCH | {'messages': [*MATCH['messages'], {'role': 'assistant', 'content': 'P'}]},
      '"messages" ends with the assistant'),

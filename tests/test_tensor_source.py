@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from parity.toy_gguf import Toy, write_toy
 
+from ftjax.families import table as families
 from ftjax.hf import layout, load, safetensors, tensor_source
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorInfo
-from ftjax.models.architecture import from_hf
 from ftjax.runtime import trees
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
@@ -104,7 +104,7 @@ def test_a_load_and_the_fingerprint_read_the_weights_once(tmp_path, read, model,
   path = shutil.copytree(GOLDEN / model, tmp_path / 'm')
   known = SafetensorsFolder(GOLDEN / model).fingerprint()
   size = {n: info.nbytes for n, info in SafetensorsFolder(path).tensors.items()}
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   read.clear()
   load.open_source(path).hash_reads()
   load.load_params(path, arch, shardings(arch, axis), np.float32)
@@ -117,7 +117,7 @@ def test_a_load_and_the_fingerprint_read_the_weights_once(tmp_path, read, model,
 
 def test_a_load_that_needs_no_fingerprint_hashes_nothing(tmp_path, monkeypatch):
   path = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'm')
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   monkeypatch.setattr(tensor_source._Cursor, 'feed', None)
   load.load_params(path, arch, shardings(arch, None), np.float32)
 

@@ -33,8 +33,10 @@ def _compile(template: str) -> jinja2.Template:
 
 @functools.lru_cache(maxsize=16)
 def find_tags(template: str) -> tuple[str, ...]:
-  """Returns the texts that a template looks for inside other texts (`'</think>' in content`,
-  `content.split('x')`), of two characters or more, without mere names; sorted."""
+  """Returns the texts that a template searches for in other texts, sorted.
+
+  As in `'</think>' in content` or `content.split('x')`; of two characters or more, no identifiers.
+  """
   try:
     tree = ENVIRONMENT.parse(template)
   except jinja2.exceptions.TemplateError:  # rendering reports it
@@ -54,12 +56,12 @@ def find_tags(template: str) -> tuple[str, ...]:
 
 
 def name_template(template: str) -> str:
-  """Returns how messages name a template: its first characters and a hash."""
+  """Returns the name of a template for messages: its first characters and a hash."""
   start = ' '.join(template[:48].split())
   return f'chat template {start!r}... (sha256 {hashlib.sha256(template.encode()).hexdigest()[:12]})'
 
 
-# Methods of texts whose first argument is looked for.
+# Methods of str that search for their first argument.
 _SEEKING = frozenset(
   (
     *('split', 'rsplit', 'partition', 'rpartition', 'replace', 'removeprefix', 'removesuffix'),
@@ -68,17 +70,17 @@ _SEEKING = frozenset(
 )
 
 
-# What a rendering sets itself, or what has a meaning in templates.
+# Names that the rendering sets or that have a meaning in templates.
 _RESERVED = frozenset(
   {'messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token', 'loop', 'self', 'super'}
 ) | frozenset(ENVIRONMENT.globals)
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-  """Refuses arguments of a template that would change what the rendering itself passes.
+  """Checks that template arguments override none of the names that the rendering sets.
 
   Raises:
-    DataError: by name.
+    DataError: the message has the name.
   """
   for name in kwargs:
     if not isinstance(name, str) or name in _RESERVED or name.startswith('_'):

@@ -1,8 +1,8 @@
-"""A HF tokenizer folder's files as one object: ids, offsets, special and stop tokens, template,
-fingerprint.
+"""Presents the files of a HF tokenizer as one object: ids, offsets, special and stop tokens, chat
+template, fingerprint.
 
-`chat.py` renders messages to text; `encode.py` joins the two. Only the `tokenizers` library is
-used, so that no run needs a model library to read a vocabulary.
+The `tokenizers` library encodes and decodes. Vocabularies without a tokenizer.json are converted
+first, by vocabulary_files.py. chat_template.py renders messages to text; encode.py joins the two.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from ftjax.data import vocabulary_files
 from ftjax.runtime.errors import DataError, RunError
 
 
@@ -66,10 +67,15 @@ class Tokenizer:
       those of BOS and EOS are always there, '' where there is none.
     dialects: of the template, filled by dialect.py.
     fingerprint: sha256 hex of tokenizer.json and of everything read from the other files.
-    files: as given; another process makes the same tokenizer of them.
+    files: as given, with a tokenizer.json; another process makes the same tokenizer of them.
+
+  Raises:
+    DataError: no usable vocabulary, or files that contradict each other.
   """
 
   def __init__(self, files: Mapping[str, bytes], name: str = 'tokenizer'):
+    if 'tokenizer.json' not in files and vocabulary_files.is_convertible(files):
+      files = vocabulary_files.convert(files, name)
     if 'tokenizer.json' not in files:
       raise DataError(f'{name}: no tokenizer.json; got {sorted(files)}')
     self.name, self.files = name, files

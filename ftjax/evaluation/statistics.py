@@ -16,7 +16,7 @@ _CHUNK = 1 << 22  # indices held at once
 
 @dataclasses.dataclass(frozen=True)
 class McNemar:
-  """b: examples that only the first has right; c: only the second; p: exact, two-sided."""
+  """b: examples right only for the first model; c: only for the second; p: exact, two-sided."""
 
   b: int
   c: int
@@ -25,7 +25,7 @@ class McNemar:
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:
-  """value: the metric of the data; low, high: ends of its interval; p: two-sided, of "it is 0".
+  """value: the metric of the data; low, high: ends of its interval; p: two-sided, of value 0.
 
   Each float64[...] of the metric's own shape.
   """

@@ -24,6 +24,7 @@ from ftjax.experiment.batch_source import Rows, Source, Tell
 from ftjax.experiment.run import Run, keeps_programs, program_folder
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
+from ftjax.models import counts
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, attempt
 from ftjax.storage import files, program_cache
@@ -262,9 +263,8 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
     }
 
   throughput = Throughput(
-    matmul_params=arch.matmul_params(),
-    num_layers=arch.num_layers,
-    attention_dim=arch.num_heads * arch.head_dim,
+    matmul_params=counts.matmul_params(arch),
+    attention_width=counts.attention_width(arch),
     peak=peak,
   )
   traces = files.Staged(files.join(run.workdir, 'profile'))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
+from ftjax.families import table
 from ftjax.hf import load, reward_head
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -38,29 +39,42 @@ class Model:
     The same weights under another rope or another epsilon are another model. Before the weights
     are loaded this reads them; see model_record.py.
     """
-    # What follows from the family is left out, so that models of other families keep the
-    # fingerprint they had before it.
-    facts = {k: v for k, v in dataclasses.asdict(self.arch).items() if k != 'qkv_bias'}
-    return digest([self.hash_weights(), facts])
+    return digest([self.hash_weights(), self.arch.facts()])
+
+
+# What LlamaConfig of transformers has for the keys that model.random leaves out.
+LLAMA_DEFAULTS = {
+  'hidden_act': 'silu',
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'max_position_embeddings': 2048,
+  'tie_word_embeddings': False,
+  'attention_bias': False,
+  'mlp_bias': False,
+}
 
 
 def random_config(random: dict) -> dict:
-  """Returns model.random as a HF config.json."""
-  return {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+  """Returns model.random as a HF config.json, complete for the family `llama`."""
+  config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+  return LLAMA_DEFAULTS | config if config['model_type'] == 'llama' else config
 
 
-def open_model(path: str, random: dict, seed: int, labels: int = 0, workdir: str = '') -> Model:
+def open_model(
+  path: str, random: dict, seed: int, labels: int = 0, workdir: str = '', family: str = ''
+) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
 
   Args:
     path: HF folder, GGUF file or hub name; '' for a random model.
     random: a HF config to make a random model from.
     seed: of the random weights.
-    labels: 1 makes a reward model of it, where it is none.
+    labels: 1 makes a reward model of a language model.
     workdir: whose record may hold the fingerprint of the weights.
+    family: value of model.family.
 
   Raises:
-    ConfigError: a reward model where a language model is wanted.
+    ConfigError: a reward model where a language model is wanted, or another family's model.
   """
   if path:
     found = load.tokenizer_files(path)
@@ -71,7 +85,8 @@ def open_model(path: str, random: dict, seed: int, labels: int = 0, workdir: str
     config = random_config(random)
     found['config.json'] = json.dumps(config).encode()
     hash_weights = functools.partial(digest, [config, seed])
-  arch = from_hf(config)
+  arch = table.architecture(config, family)
+  table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
   if arch.num_labels and not labels:
     raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
   arch = dataclasses.replace(arch, num_labels=labels)
@@ -83,5 +98,5 @@ def open_model(path: str, random: dict, seed: int, labels: int = 0, workdir: str
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
   if labels:
-    found, config = reward_head.describe(found, config, tokenizer, stops)
+    found, config = reward_head.describe(arch.family, found, config, tokenizer, stops)
   return Model(path, arch, tokenizer, stops, config, found, hash_weights)

@@ -22,9 +22,10 @@ from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.experiment import auxiliary, model_record
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import Model, open_model
+from ftjax.families import table
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models import kinds
+from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
@@ -94,12 +95,12 @@ class Run:
 
   def parameter_shardings(self) -> dict:
     """Nested dict of NamedSharding, over all parts."""
-    return self._by_part(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+    return self._by_part(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
 
   def abstract_params(self) -> dict:
     """Nested dict of ShapeDtypeStruct, over all parts."""
     dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_part(lambda arch: transformer.abstract(arch, dtype))
+    return self._by_part(lambda arch: kinds.abstract(arch, dtype))
 
   def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
     found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
@@ -160,19 +161,20 @@ class Run:
 
   def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
     if source:
-      arch = from_hf(load.read_config(source)) if wanted.num_labels else wanted
+      family = self.config.model.family
+      arch = table.architecture(load.read_config(source), family) if wanted.num_labels else wanted
       if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
         raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
-      where = sharding.shardings(self.mesh, transformer.axes(arch))
+      where = sharding.shardings(self.mesh, kinds.axes(arch))
       if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
         model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
-      params = load.load_params(source, arch, where, jnp.dtype(dtype))
+      params = load.load_params(source, arch, where, jnp.dtype(dtype), self.config.seed)
       if arch.num_labels == wanted.num_labels:
         return params
       if source == self.config.ppo.value_from:
         raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
       # A language model becomes a reward model: its head goes, a random score comes.
-      make = jax.jit(lambda key: transformer.init(wanted, key, jnp.dtype(dtype))['score'])
+      make = jax.jit(lambda key: kinds.init(wanted, key, jnp.dtype(dtype))['score'])
       params = {k: v for k, v in params.items() if k != 'head'}
       return params | {'score': make(jax.random.key(self.config.seed))}
     return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
@@ -199,7 +201,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     _pin_models(c, workdir)
-    model = open_model(c.model.path, random, c.seed, labels=labels, workdir=workdir)
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
     read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
@@ -265,7 +267,7 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
 
 
-_random_params = jax.jit(transformer.init, static_argnums=(0, 2))
+_random_params = jax.jit(kinds.init, static_argnums=(0, 2))
 
 
 def keeps_programs(c: ml_collections.ConfigDict) -> bool:
@@ -296,7 +298,7 @@ def _keep_programs(folder: str) -> None:
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
   """Fails before anything is compiled when a size does not divide."""
-  declared = transformer.declared(arch)
+  declared = kinds.declared(arch)
   sharding.check_divides(
     {n: p.axes for n, p in declared.items()},
     {n: p.shape for n, p in declared.items()},

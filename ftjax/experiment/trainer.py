@@ -17,7 +17,7 @@ from ftjax.config import algorithms
 from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
@@ -33,7 +33,7 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   """What the optimizer must know of every parameter, those of a value model among them."""
   out = {}
   for prefix, arch in run.parts().items():
-    found = optimizer_lib.leaves(transformer.declared(arch), arch.layer_slots())
+    found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
       f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
       for n, leaf in found.items()

@@ -56,8 +56,8 @@ class Conversation:
 
 
 def conversation_bucket(length: int) -> int:
-  """Returns the smallest of 16, 32, 64, 128, ... that holds `length`."""
-  return max(16, 1 << (length - 1).bit_length())
+  """Returns the smallest of 32, 64, 128, ... that holds `length`."""
+  return max(32, 1 << (length - 1).bit_length())
 
 
 def generate(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.generation import ring_cache
 from ftjax.generation.sampling import is_stop, sample, token_keys
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
@@ -96,7 +96,7 @@ class Programs:
       old = cache.tokens
       kept = jnp.where(old.positions < known[:, None], old.segments, 0)
       cache = Cache(cache.keys, cache.values, Tokens(kept, old.positions))
-    x, cache = transformer.decode(self.arch, params, tokens, where, cache, at, dtype=self.dtype)
+    x, cache = kinds.decode(self.arch, params, tokens, where, cache, at, dtype=self.dtype)
     slots, drawn = self._draw(params, x[:, -1], new, seed, sampling)
     return cache, slots, tuple(jax.sharding.reshard(d, P()) for d in drawn)
 
@@ -107,7 +107,7 @@ class Programs:
     keys = token_keys(seed, slots.prompt, slots.completion, slots.position + 1)
     # For one row, jax 0.12 loses in indexing how the batch is sharded.
     x = jax.sharding.reshard(x, spec('batch', None))
-    logits = head.logits(x, transformer.head_weights(self.arch, params))
+    logits = head.logits(x, kinds.head_weights(self.arch, params))
     # The vocabulary whole on every device.
     logits = jax.sharding.reshard(logits, spec('batch', None))
     token, logprob = sample(logits, keys, sampling, self._vocab_size)
@@ -120,7 +120,7 @@ class Programs:
     self.compilations += 1
     cache = kv.empty(self.arch, *tokens.shape, self.dtype)
     zero = jnp.zeros((), jnp.int32)
-    return transformer.decode(self.arch, params, tokens, where, cache, zero, dtype=self.dtype)[1]
+    return kinds.decode(self.arch, params, tokens, where, cache, zero, dtype=self.dtype)[1]
 
   def _enter(self, cache: Cache, slots: Slots, prompts: Cache, source, new: Slots, at):
     self.compilations += 1
@@ -145,7 +145,7 @@ class Programs:
         for a in (slots.token, alive.astype(jnp.int32), slots.position)
       )
       where, index = Tokens(segment, position), (at + i) % capacity
-      x, cache = transformer.decode(self.arch, params, token, where, cache, index, dtype=self.dtype)
+      x, cache = kinds.decode(self.arch, params, token, where, cache, index, dtype=self.dtype)
       slots, drawn = self._draw(params, x[:, 0], slots, seed, sampling)
       out = tuple(
         jax.lax.dynamic_update_slice_in_dim(o, d[:, None], i, 1)

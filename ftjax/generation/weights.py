@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.checksum import checksum
@@ -46,7 +46,7 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
   # Cast first, where the parameters lie: half the bytes travel.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
     small = _cast(params, jnp.dtype(dtype))
-  return jax.device_put(small, sharding.shardings(mesh, transformer.axes(arch)))
+  return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
 
 
 @functools.partial(jax.jit, static_argnums=1)

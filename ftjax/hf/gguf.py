@@ -14,30 +14,25 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.families import llama, table
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
-from ftjax.models.architecture import Architecture, RopeScaling, to_hf
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  Norm,
+  Rope,
+  RopeScaling,
+)
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 
-_NAMES = {
-  'token_embd.weight': 'model.embed_tokens.weight',
-  'output_norm.weight': 'model.norm.weight',
-  'output.weight': 'lm_head.weight',
-}
-_LAYER_NAMES = {
-  'attn_norm': 'input_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
-}
+# {name in a GGUF file: HF name}, each with {l} for the layer.
+_NAMES = {row.gguf: row.hf for row in llama.ROWS if row.gguf}
 _ROPE_TENSOR = 'rope_freqs.weight'
 
 
@@ -206,18 +201,21 @@ class GGUFSource(TensorSource):
     embed = self.tensors.get('model.embed_tokens.weight')
     if embed is None:
       raise DataError(f'{self.place}: token_embd.weight is missing')
+    norm = Norm(self.number('llama.attention.layer_norm_rms_epsilon'))
+    mixer = AttentionSpec(
+      num_heads=heads,
+      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
+      head_dim=head_dim,
+      rope=Rope(theta, scaling),
+    )
+    mlp = GatedMlpSpec(self.count('llama.feed_forward_length'))
+    block = BlockSpec(mixer, mlp, norm)
     return Architecture(
       family='llama',
       vocab_size=embed.shape[0],
       model_dim=self.count('llama.embedding_length'),
-      num_layers=self.count('llama.block_count'),
-      num_heads=heads,
-      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
-      head_dim=head_dim,
-      ffn_dim=self.count('llama.feed_forward_length'),
-      norm_eps=self.number('llama.attention.layer_norm_rms_epsilon'),
-      rope_theta=theta,
-      rope_scaling=scaling,
+      stacks=(((block,), self.count('llama.block_count')),),
+      final_norm=norm,
       tied='lm_head.weight' not in self.tensors,
       max_len=self.count('llama.context_length'),
     )
@@ -226,7 +224,7 @@ class GGUFSource(TensorSource):
     """A HF config.json."""
     ids = {key: self.field(f'tokenizer.ggml.{name}') for key, name in TOKEN_ID_KEYS.items()}
     ids = {key: int(value) for key, value in ids.items() if value is not None}
-    return to_hf(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
+    return table.config(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
 
 
 TOKEN_ID_KEYS = {
@@ -237,14 +235,14 @@ TOKEN_ID_KEYS = {
 
 
 def _hf_name(name: str, place: str) -> str:
-  if name in _NAMES:
-    return _NAMES[name]
-  match = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
-  if not match or match[2] not in _LAYER_NAMES:
+  layer = re.match(r'blk\.(\d+)\.', name)
+  number = layer[1] if layer else ''
+  found = _NAMES.get(name.replace(f'blk.{number}.', 'blk.{l}.', 1))
+  if found is None:
     raise DataError(
       f'{place}: no HF name is known for tensor {name}; this decoder does not compute with it'
     )
-  return f'model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight'
+  return found.replace('{l}', number)
 
 
 def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:

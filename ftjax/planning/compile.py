@@ -20,9 +20,10 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
+from ftjax.families import table
 from ftjax.generation.sampling import Sampling
-from ftjax.models import attention, head
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models import attention, counts, head
+from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
@@ -113,7 +114,7 @@ def make(
     settings=settings,
     rows=algorithms.rows_per_step(c),
     length=c.seq_len,
-    parameters=arch.num_params(),
+    parameters=counts.num_params(arch),
     attention=_kernel(c, mesh, arch, chip),
     compiler_options=trainer.compiler_options,
     compile_seconds=time.perf_counter() - begin,
@@ -134,7 +135,7 @@ def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) 
     context=mesh.shape['context'],
     queries=c.seq_len,
     keys=c.seq_len,
-    head_dim=arch.head_dim,
+    head_dim=max(spec.mixer.head_dim for spec in arch.layers()),
     dtype=c.model.compute_dtype,
   )
   return attention.kernel(problem)
@@ -184,7 +185,9 @@ def _rollout(trainer: Trainer, chip: topology.Chip) -> rollout_lib.RolloutPlan:
   if algorithms.place(c, 'reference') == 'rollout':
     models.append(run.arch)
   if path := c.rollout.reward_model:
-    models.append(dataclasses.replace(from_hf(known_models.read(path)), num_labels=1))
+    models.append(
+      dataclasses.replace(table.architecture(known_models.read(path), c.model.family), num_labels=1)
+    )
   dtype = jnp.dtype(c.model.param_dtype)
   return rollout_lib.make(
     run.arch,

@@ -26,12 +26,15 @@ def _sizes(dim, layers, heads, kv_heads, ffn, vocab) -> dict:
     'num_key_value_heads': kv_heads,
     'intermediate_size': ffn,
     'vocab_size': vocab,
+    'hidden_act': 'silu',
   }
 
 
 def _llama(dim, layers, heads, kv_heads, ffn, vocab=128256, **more) -> dict:
   return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
     'model_type': 'llama',
+    'attention_bias': False,
+    'mlp_bias': False,
     'rms_norm_eps': 1e-5,
     'rope_theta': 500000.0,
     'rope_scaling': _LLAMA3_ROPE,

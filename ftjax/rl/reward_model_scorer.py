@@ -12,9 +12,10 @@ from ftjax.data.batches import ARRAYS
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
+from ftjax.families import table
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models import kinds
+from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.rl.rollout_batch import side
 from ftjax.runtime import sharding
@@ -24,13 +25,13 @@ from ftjax.training.prefetch import place
 KEY = 'rollout.reward_model'
 
 
-def architecture(path: str) -> Architecture:
-  """Of the reward model in a folder.
+def architecture(path: str, family: str) -> Architecture:
+  """Returns the architecture of the reward model in a folder; `family`: value of model.family.
 
   Raises:
     ConfigError: a model without a score.
   """
-  arch = from_hf(load.read_config(path))
+  arch = table.architecture(load.read_config(path), family)
   if not arch.num_labels:
     raise ConfigError(
       f'{KEY}={path} is no reward model: it has no score. Name the export/ folder of a run with '
@@ -76,12 +77,12 @@ class TrainedReward:
 
   def __init__(self, run: Run):
     c, path = run.config, run.config.rollout.reward_model
-    self._run, arch = run, architecture(path)
+    self._run, arch = run, architecture(path, c.model.family)
     check_tokens(KEY, path, run)
     if arch.max_len < c.seq_len:
       raise ConfigError(f'{KEY}={path} was made for {arch.max_len} positions, seq_len={c.seq_len}')
     with run.watchdog.phase('restore'):
-      where = sharding.shardings(run.mesh, transformer.axes(arch))
+      where = sharding.shardings(run.mesh, kinds.axes(arch))
       model_record.hash_while_loading(path, run.workdir)
       self._params = load.load_params(path, arch, where, jnp.dtype(c.model.param_dtype))
     forward = Forward(arch, jnp.dtype(c.model.compute_dtype))

@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
+T = TypeVar('T')
 _LONGEST = 300  # characters of an error that is not ours
 
 
@@ -47,6 +48,18 @@ def load(key: str, text: str) -> Any:
       near = difflib.get_close_matches(name, known, n=1)
       hint = f'; did you mean {module_name}:{near[0]}?' if near else f'; it has {sorted(known)}'
       raise ConfigError(f'{key}={text}: {module_name} has no {name}{hint}') from error
+  return found
+
+
+def instance(key: str, text: str, kind: type[T]) -> T:
+  """Returns the object that `load` returns, which must be an instance of `kind`.
+
+  Raises:
+    ConfigError: as `load`, or an object of another class.
+  """
+  found = load(key, text)
+  if not isinstance(found, kind):
+    raise wrong(key, text, found, f'a {kind.__module__}.{kind.__qualname__}')
   return found
 
 

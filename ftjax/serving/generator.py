@@ -19,7 +19,7 @@ from ftjax.generation.completion import Completion, stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.hf import load
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.serving import terminal_chat
@@ -31,7 +31,8 @@ class Settings:
   """How text is generated; the flags of generate.py.
 
   max_tokens: longest answer; 0: 256, or what fits. stop: strings that end an answer and are left
-  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
+  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype. family:
+  as model.family of a config; a workdir has its own.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -42,6 +43,7 @@ class Settings:
   raw: bool = False
   batch_size: int = 8
   dtype: str = 'float32'
+  family: str = ''
 
 
 class Generator:
@@ -65,7 +67,7 @@ class Generator:
     )
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
     jax.set_mesh(mesh)
-    model, self._params = _load(path, mesh, dtype)
+    model, self._params = _load(path, mesh, dtype, settings.family)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
@@ -196,11 +198,11 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
   return text[: len(text) - max(ends, default=0)]
 
 
-def _load(path: str, mesh, dtype) -> tuple:
+def _load(path: str, mesh, dtype, family: str) -> tuple:
   """(experiment.Model, parameters) of --model."""
 
   def places(model):
-    return sharding.shardings(mesh, transformer.axes(model.arch))
+    return sharding.shardings(mesh, kinds.axes(model.arch))
 
   def from_checkpoint(saved):
     saved_model.check_generates(saved.model, f'--model={path}')
@@ -213,7 +215,8 @@ def _load(path: str, mesh, dtype) -> tuple:
   export = None if which else load.newest_export(workdir)
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
-  model = open_model(export or path, {}, 0)
+  family = family or (saved_model.family(workdir) if export else '')
+  model = open_model(export or path, {}, 0, family=family)
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 
 

@@ -1,4 +1,4 @@
-"""Finds models on the Hugging Face hub, `org/name[@revision]`, and downloads their files.
+"""Finds models and data sets on the Hugging Face hub, `org/name[@revision]`, and downloads files.
 
 huggingface_hub does the work, with settings of its own: the cache is in HF_HOME, the token is that
 of `hf auth login` or HF_TOKEN, HF_HUB_OFFLINE=1 keeps to the cache, HF_ENDPOINT names a mirror. It
@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ftjax.runtime.errors import ConfigError, DataError, RunError
 
@@ -24,7 +23,7 @@ _COMMIT = re.compile('[0-9a-f]{40}')
 
 
 def is_name(path: str | os.PathLike) -> bool:
-  """Returns whether a path is meant as `org/name[@revision]` on the hub.
+  """Returns whether the path of a model is meant as `org/name[@revision]` on the hub.
 
   A local path wins, and so does a local folder `org`: in it a name was misspelt.
   """
@@ -49,10 +48,14 @@ def split(text: str) -> tuple[str, str]:
 
 
 @functools.cache
-def pin(text: str) -> str:
+def pin(text: str, kind: str = 'model') -> str:
   """Returns `org/name@COMMIT`: what a name, branch or tag stands for now, and for this process.
 
   Where the hub cannot be reached, the commit that the cache knows under this name is taken.
+
+  Args:
+    text: the name.
+    kind: 'model' or 'dataset'.
 
   Raises:
     ConfigError: there is no such name or revision.
@@ -65,19 +68,22 @@ def pin(text: str) -> str:
   from huggingface_hub.errors import HTTPError, RevisionResolutionError
 
   try:
-    found = HfApi(library_name='ftjax').resolve_revision(repo, revision=revision or None)
+    found = HfApi(library_name='ftjax').resolve_revision(
+      repo, repo_type=kind, revision=revision or None
+    )
   except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:
-    _refuse(text, error)
+    raise explain(text, error, kind) from error
   return f'{repo}@{found.resolved}'
 
 
-def download(text: str, patterns: Sequence[str], is_shown: bool) -> Path:
-  """Downloads those files of a model that the cache lacks; returns the folder of its snapshot.
+def download(text: str, patterns: Sequence[str], is_shown: bool, kind: str = 'model') -> Path:
+  """Downloads those files that the cache lacks; returns the folder of its snapshot.
 
   Args:
     text: `org/name@COMMIT`, as `pin` returns it.
     patterns: of the names of the files, as in fnmatch.
     is_shown: whether progress bars are drawn.
+    kind: 'model' or 'dataset'.
 
   Raises:
     ConfigError, DataError: see `pin`.
@@ -95,6 +101,7 @@ def download(text: str, patterns: Sequence[str], is_shown: bool) -> Path:
     return Path(
       snapshot_download(
         repo,
+        repo_type=kind,
         revision=commit,
         allow_patterns=list(patterns),
         library_name='ftjax',
@@ -102,7 +109,16 @@ def download(text: str, patterns: Sequence[str], is_shown: bool) -> Path:
       )
     )
   except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-    _refuse(text, error)
+    raise explain(text, error, kind) from error
+
+
+def has_all(text: str, names: Sequence[str], kind: str) -> bool:
+  """Returns whether the cache has all these files of `org/name@COMMIT`."""
+  from huggingface_hub import try_to_load_from_cache
+
+  repo, commit = split(text)
+  found = (try_to_load_from_cache(repo, n, revision=commit, repo_type=kind) for n in names)
+  return all(isinstance(path, str) for path in found)
 
 
 def list_files(text: str) -> list[str]:
@@ -114,7 +130,7 @@ def list_files(text: str) -> list[str]:
   try:
     return sorted(HfApi(library_name='ftjax').list_repo_files(repo, revision=commit))
   except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-    _refuse(text, error)
+    raise explain(text, error) from error
 
 
 def _status(error: BaseException) -> int | None:
@@ -122,10 +138,6 @@ def _status(error: BaseException) -> int | None:
   from huggingface_hub.errors import HfHubHTTPError
 
   return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
-def _refuse(text: str, error: BaseException) -> NoReturn:
-  raise explain(text, error) from error
 
 
 def explain(text: str, error: BaseException, kind: str = 'model') -> RunError:

@@ -82,9 +82,9 @@ def find_peak() -> Peak | None:
 
 
 def train_flops(
-  tokens: float, attended: float, *, matmul_params: int, num_layers: int, attention_dim: int
+  tokens: float, attended: float, *, matmul_params: int, attention_width: int
 ) -> float:
-  """Computes the model FLOPs of a full training step: 6 P tokens + 12 L (N H) attended.
+  """Computes the model FLOPs of a full training step: 6 P tokens + 12 (L N H) attended.
 
   The first term is forward plus backward of every matrix a token is multiplied with, the head
   counted for every token although unsupervised ones are skipped, as published figures do. The
@@ -95,10 +95,9 @@ def train_flops(
     tokens: non-padding tokens.
     attended: (query, key) pairs within the attention mask, summed over tokens.
     matmul_params: P.
-    num_layers: L.
-    attention_dim: N * H.
+    attention_width: N * H, summed over the layers.
   """
-  return 6.0 * matmul_params * tokens + 12.0 * num_layers * attention_dim * attended
+  return 6.0 * matmul_params * tokens + 12.0 * attention_width * attended
 
 
 class Throughput:
@@ -110,7 +109,7 @@ class Throughput:
   out.
 
   Args:
-    matmul_params, num_layers, attention_dim: of the model, see `train_flops`.
+    matmul_params, attention_width: of the model, see `train_flops`.
     peak: FLOP/s of all devices, None to leave MFU out.
     clock: seconds, monotonic.
   """
@@ -119,16 +118,14 @@ class Throughput:
     self,
     *,
     matmul_params: int,
-    num_layers: int,
-    attention_dim: int,
+    attention_width: int,
     peak: Peak | None,
     clock: Callable[[], float] = time.perf_counter,
   ):
     self._flops = functools.partial(
       train_flops,
       matmul_params=matmul_params,
-      num_layers=num_layers,
-      attention_dim=attention_dim,
+      attention_width=attention_width,
     )
     self._peak = peak
     self._clock = clock

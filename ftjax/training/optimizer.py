@@ -57,17 +57,17 @@ class OptimizerConfig:
 
 
 def leaves(
-  declared: Mapping[str, tuple[tuple[int, ...], tuple[str, ...], int, float]],
+  declared: Mapping[str, tuple],
   slots: Sequence[tuple[str, int]],
 ) -> dict[str, Leaf]:
-  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in, constant)} and the
+  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in, ...)} and the
   architecture's layer slots.
   """
   layers: dict[str, list[int]] = {}
   for layer, (block, _) in enumerate(slots):
     layers.setdefault(block, []).append(layer)
   out = {}
-  for name, (shape, axes, fan_in, _) in declared.items():
+  for name, (shape, axes, fan_in, *_) in declared.items():
     stacked = axes[0] == 'layers'
     dims = shape[1:] if stacked else shape
     split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)

@@ -13,7 +13,7 @@ from ftjax.algorithms import sft
 from ftjax.config import keys
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer, prefetch, state, step
@@ -83,7 +83,7 @@ def train(mesh, batches, arch=TINY):
   """
   params = init(arch)
   start = trees.flatten(jax.tree.map(np.asarray, params))
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   recipe = optimizer.OptimizerConfig(
     name='adamw',
     schedule=lambda k: RATE,
@@ -98,7 +98,7 @@ def train(mesh, batches, arch=TINY):
   )
   rule = optimizer.make_optimizer(recipe, info, info)
   abstract = jax.eval_shape(lambda p: state.create(p, {}, rule, False), params)
-  places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(arch)), mesh)
+  places = state.state_shardings(abstract, sharding.shardings(mesh, kinds.axes(arch)), mesh)
   current = jax.jit(lambda p: state.create(p, {}, rule, False), out_shardings=places)(params)
   c = keys.default()
   with c.unlocked():
