@@ -320,8 +320,8 @@ class Length(Quick):
 
 @dataclasses.dataclass(frozen=True)
 class Repetition(Quick):
-  """A penalty in [-1, 0]: (distinct n-grams of tokens) / (all n-grams) - 1. A whole-sequence form of
-  the per-token n-gram penalty of Yeo et al. 2025 (arXiv:2502.03373)."""
+  """A penalty in [-1, 0]: (distinct n-grams of tokens) / (all n-grams) - 1. The whole-sequence form
+  of the per-token n-gram penalty of Yeo et al. 2025 (arXiv:2502.03373)."""
 
   ngram: int = 3
 
