@@ -21,7 +21,7 @@ from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.generation.sampler import Sampling
 from ftjax.models import attention, head
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
@@ -167,7 +167,7 @@ def _accounted(
     replicated=account.replicated(trainer.abstract.params, mesh),
     gathering=gathering,
     cost=estimate(
-      *(auxiliary.passes(c, arch), where, held, moved or ()),
+      *(run.auxiliary.passes(arch), where, held, moved or ()),
       rows=out.rows,
       length=c.seq_len,
       remat=c.remat,
@@ -179,11 +179,7 @@ def _accounted(
 def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
   """Of a rollout with prompts and completions as long as the config lets them be."""
   run, c = trainer.run, trainer.run.config
-  models = []
-  if algorithms.place(c, 'reference') == 'rollout':
-    models.append(run.arch)
-  if path := c.rollout.reward_model:
-    models.append(dataclasses.replace(from_hf(known_models.read(path)), num_labels=1))
+  models = [m.architecture(known_models.read) for m in run.auxiliary.of_rollouts]
   dtype = jnp.dtype(c.model.param_dtype)
   return phase_lib.make(
     run.arch,
@@ -236,11 +232,12 @@ def better(
 ) -> Forecast | None:
   """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  models = auxiliary.passes(c, arch)
+  others = auxiliary.find(c, arch)
+  models = others.passes(arch)
   trained = sum(times == 3 for _, times in models)
   held = suggest.Held(
     trained,
-    len(models) - trained + (algorithms.place(c, 'reference') == 'rollout'),
+    len(models) - trained + sum(not m.path for m in others.of_rollouts),
     samples=algorithms.of(c).on_rollouts,
   )
   rows = algorithms.rows_per_step(c)

@@ -1,0 +1,43 @@
+"""Weights of a model for a run: read from a model folder, or random."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax.hf import load as hf_load
+from ftjax.models import transformer
+from ftjax.models.architecture import Architecture, from_hf
+from ftjax.runtime import sharding
+from ftjax.runtime.errors import ConfigError
+
+_random = jax.jit(transformer.init, static_argnums=(0, 2))
+
+
+def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:
+  """Returns the parameters of a model as a nested dict of sharded arrays.
+
+  Args:
+    source: HF folder or GGUF file; '': random weights by `seed`.
+    arch: the architecture wanted. A language model in `source` becomes a reward model where it has
+      a score: its head goes, and a random score takes its place.
+    mesh: the mesh.
+    dtype: of all parameters.
+    seed: of random weights.
+
+  Raises:
+    ConfigError: `source` holds a model of another architecture.
+  """
+  dtype, key = jnp.dtype(dtype), jax.random.key(seed)
+  if not source:
+    return _random(arch, key, dtype)
+  found = from_hf(hf_load.read_config(source)) if arch.num_labels else arch
+  if dataclasses.replace(found, num_labels=arch.num_labels) != arch:
+    raise ConfigError(f'{source}: its architecture, {found}, is not the one expected, {arch}')
+  where = sharding.shardings(mesh, transformer.axes(found))
+  params = hf_load.load_params(source, found, where, dtype)
+  if found.num_labels == arch.num_labels:
+    return params
+  make = jax.jit(lambda key: transformer.init(arch, key, dtype)['score'])
+  return {k: v for k, v in params.items() if k != 'head'} | {'score': make(key)}
