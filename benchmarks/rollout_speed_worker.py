@@ -49,16 +49,16 @@ def run_ftjax(job: dict, out: Out) -> None:
   import jax.numpy as jnp
 
   from ftjax.generation.engine import Engine
-  from ftjax.generation.sampler import Sampling
+  from ftjax.generation.sampling import Sampling
   from ftjax.hf import load
-  from ftjax.models import transformer
+  from ftjax.models import kinds
   from ftjax.runtime import sharding
 
   dtype = jnp.dtype(job['dtype'])
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
   jax.set_mesh(mesh)
-  arch = open_model(job['model'], {}, 0, weights=False).arch
-  where = sharding.shardings(mesh, transformer.axes(arch))
+  arch = open_model(job['model'], {}, 0).arch
+  where = sharding.shardings(mesh, kinds.axes(arch))
   params = load.load_params(job['model'], arch, where, dtype)
   engine = Engine(arch, dtype, (), 0, slots=job['slots'])
 

@@ -73,7 +73,7 @@ def join() -> None:
 
 
 def algorithm(name: str) -> ModuleType:
-  """Returns the module that implements an algorithm, with `make_loss` and `run`. Imports jax.
+  """Returns the module that implements an algorithm, with `make_loss` and `build`. Imports jax.
 
   Raises:
     ConfigError: a module outside of ftjax that cannot be imported.
@@ -89,14 +89,16 @@ _HELP = ('--help', '-help', '-h', '--h', '-?')
 _LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """absl's parser, with exit code 2 for everything that a user may have got wrong; the value of
-  --config becomes the config itself.
+def _parse(argv: list[str], about: str) -> list[str]:
+  """Parses flags as absl does, but replaces the value of --config by the config itself.
+
+  Prints the help, which begins with `about`, and exits with 0 for --help; prints the error and
+  exits with 2 for everything that a user may have got wrong.
   """
   try:
     words = FLAGS.read_flags_from_files(argv[1:])
     if any(w in _HELP for w in words):
-      print(_help())
+      print(_help(about))
       sys.exit(0)
     _check_words(words)
     c = None
@@ -114,7 +116,7 @@ def _parse(argv: list[str]) -> list[str]:
     if c is not None:
       FLAGS['config'].value = c
   except (ConfigError, flags.Error) as error:
-    _leave(_flag_error(error), ConfigError.exit_code)
+    _leave(ConfigError(_flag_error(error)))
   return rest
 
 
@@ -196,9 +198,9 @@ def _hint_with_flag(name: str) -> str:
   return found.replace('did you mean ', 'did you mean --config.')
 
 
-def _help() -> str:
-  """What --help prints: what the entry does, and its flags."""
-  lines = [(sys.modules['__main__'].__doc__ or '').strip(), '', 'Flags:']
+def _help(about: str) -> str:
+  """Returns the text of --help: what the entry does, and its flags."""
+  lines = [about.strip(), '', 'Flags:']
   for name in sorted(FLAGS):
     flag = FLAGS[name]
     if (FLAGS.find_module_defining_flag(name) or '').startswith('absl'):
@@ -211,9 +213,15 @@ def _help() -> str:
   return '\n'.join(lines)
 
 
-def _leave(message: str, code: int) -> None:
-  print(f'error: {message}', file=sys.stderr)
-  sys.exit(code)
+def _leave(error: RunError) -> None:
+  """Prints the message of an error and exits with its code. An early stop is no error."""
+  sys.stdout.flush()
+  print(_message(error), file=sys.stderr)
+  sys.exit(error.exit_code)
+
+
+def _message(error: RunError) -> str:
+  return str(error) if isinstance(error, StoppedEarly) else f'error: {error}'
 
 
 class _AboveBar(logging.Handler):
@@ -233,23 +241,24 @@ def _configure_logging() -> None:
     logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _tell_peers(error: RunError) -> None:
-  """In a run of several processes nobody waits for one that has ended: all end with its code."""
+def _end_processes(error: RunError) -> None:
+  """Ends all processes of a run of several with the error's exit code, so that none waits."""
   if 'ftjax.cluster.processes' in sys.modules:
     from ftjax.cluster import processes
 
     if not processes.is_alone():
-      print(f'error: {error}', file=sys.stderr)
+      print(_message(error), file=sys.stderr)
       processes.end(error.exit_code, str(error))
 
 
 def _stop(number, frame):
   del number, frame
-  raise StoppedEarly('SIGTERM: stopped; run the same command again to go on')
+  raise StoppedEarly('SIGTERM: stopped; run the same command again to resume')
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs `main` after parsing; a RunError becomes its message and exit code."""
+  """Runs the `main` of an entry after parsing; a RunError becomes its message and exit code."""
+  about = sys.modules[main.__module__].__doc__ or ''
 
   def guarded(argv):
     del argv
@@ -260,10 +269,11 @@ def run(main: Callable[[], None]) -> None:
       main()
     except RunError as error:
       sys.stdout.flush()
-      _tell_peers(error)
-      _leave(str(error), error.exit_code)
+      _end_processes(error)
+      _leave(error)
     except KeyboardInterrupt:
-      _tell_peers(StoppedEarly('interrupted'))
-      _leave('interrupted; run the same command again to go on', StoppedEarly.exit_code)
+      stopped = StoppedEarly('interrupted; run the same command again to resume')
+      _end_processes(stopped)
+      _leave(stopped)
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, about))

@@ -1,10 +1,10 @@
 """Converts a model to a HF folder: python -m ftjax.convert --source=SRC --target=DIR
 [--dtype=float32|bfloat16].
 
-SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or, if no
-such path is there, a hub id, which is fetched through huggingface_hub if that is installed (that
-last path is not exercised by the tests: they run without a network). Without --dtype tensors stay
-as they are stored; GGUF weights become float32, which holds them exactly.
+SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
+on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
+Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
+exactly.
 
 Of a workdir, `export/` is copied. Where the run has not ended, or was continued after its export,
 its newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and
@@ -12,60 +12,20 @@ WORKDIR@best name a checkpoint. The run may be alive: nothing in its workdir cha
 needs jax, and uses CPUs alone; the parameters have to fit into the memory of the host.
 """
 
-import logging
 import os
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from ftjax.runtime.errors import ConfigError, DataError, RunError
+from ftjax import cli
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
-_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id')
-_TARGET = flags.DEFINE_string('target', None, 'folder to write; replaced if it is a model folder')
+_SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
+_TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it is a model folder.')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored'
+  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
 )
-
-
-def local_source(source: str) -> Path:
-  """The path of a model on this machine: itself, or a hub snapshot.
-
-  Raises:
-    DataError: neither a path nor a hub id that can be fetched.
-  """
-  from ftjax.hf import model_folder
-
-  path = files_lib.as_path(source)
-  if path.exists():
-    return path
-  # A hub id is NAME or OWNER/NAME: anything else was meant as a path.
-  if (
-    files_lib.is_remote(source)
-    or source.count('/') > 1
-    or source.startswith(('.', '/', '~'))
-    or source.endswith('.gguf')
-    or os.path.isdir(os.path.dirname(source))
-  ):
-    raise DataError(f'--source={source}: no such file or folder{model_folder.remedy(path)}')
-  try:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-  except ImportError as e:
-    raise DataError(
-      f'--source={source}: no such path here, and huggingface_hub, which could fetch a hub id, is '
-      'not installed'
-    ) from e
-  try:
-    return Path(
-      snapshot_download(
-        source,
-        allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.model*', '*.tiktoken', '*.txt'],
-      )
-    )
-  except (HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
-    raise DataError(f'--source={source}: no such path here, and the hub gave: {e}') from e
 
 
 def convert(source: str, target: str, dtype: str | None):
@@ -125,17 +85,21 @@ def _convert_files(source: str, target: str, dtype: str | None):
   import ml_dtypes
   import numpy as np
 
-  from ftjax.hf import export, layout, load
-  from ftjax.hf.safetensors import TensorInfo
-  from ftjax.models.architecture import from_hf
-  from ftjax.models.config_keys import check_unquantized
+  from ftjax.families import table
+  from ftjax.families.hf_config import check_unquantized
+  from ftjax.hf import export, load, model_folder
+  from ftjax.hf.tensor_source import TensorInfo
 
-  path = local_source(source)
+  path = files_lib.as_path(model_folder.locate(source, weights=True))
+  if not path.exists():
+    raise DataError(f'--source={source}: no such file or folder{model_folder.remedy(path)}')
   weights = load.open_source(path)
   config, files = load.read_config(path), load.tokenizer_files(path)
   check_unquantized(config)
-  if path.suffix == '.gguf' or config.get('model_type') in layout.FAMILIES:
-    load.check_tensors(weights, from_hf(config))  # a part of a split model has a config too
+  if path.suffix == '.gguf' or table.is_known(config):
+    load.check_tensors(
+      weights, table.architecture(config)
+    )  # a part of a split model has a config too
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
   def kind(stored: np.dtype) -> np.dtype:
@@ -154,30 +118,12 @@ def _convert_files(source: str, target: str, dtype: str | None):
   print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
-def main(argv: list[str]):
-  del argv
-  for noisy in ('absl', 'orbax', 'jax'):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-  try:
-    if not _SOURCE.value or not _TARGET.value:
-      raise ConfigError('--source and --target are needed; see --help')
-    convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
-  except RunError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(e.exit_code)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser with exit code 2 for bad flags, where absl itself exits 1."""
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise flags.Error(f'unexpected argument {rest[1]!r}; flags are --name=value')
-  except flags.Error as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(ConfigError.exit_code)
-  return rest
+def main() -> None:
+  """Converts --source to --target."""
+  if not _SOURCE.value or not _TARGET.value:
+    raise ConfigError('--source and --target are needed; see --help')
+  convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=parse_flags)
+  cli.run(main)

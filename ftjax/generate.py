@@ -40,6 +40,9 @@ _BATCH = flags.DEFINE_integer('batch_size', 8, 'Prompts at once.', lower_bound=1
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a chat and of --prompt.')
 _HISTORY = flags.DEFINE_string('history', '', 'File that keeps the questions of a chat.')
 _RAW = flags.DEFINE_bool('raw', False, 'Continue the text as it stands, without the chat template.')
+_FAMILY = flags.DEFINE_string(
+  'family', '', 'package.module:FAMILY, a model family of your own, as in model.family of a config.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute dtype.')
 
 
@@ -52,7 +55,7 @@ def main() -> None:
   # Of slow compiles XLA would warn in the middle of an answer.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
-  from ftjax.generation.sampler import Sampling
+  from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
 
   rows = [] if _PROMPTS.value is None else generator.read_prompts(_PROMPTS.value)
@@ -67,6 +70,7 @@ def main() -> None:
       raw=_RAW.value,
       batch_size=_BATCH.value,
       dtype=_DTYPE.value,
+      family=_FAMILY.value,
     ),
   )
   if _PROMPT.value is not None:

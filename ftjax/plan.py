@@ -14,7 +14,6 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.config import validation
-from ftjax.experiment.model import random_config
 from ftjax.planning import topology
 from ftjax.runtime import compiler_options
 from ftjax.runtime.errors import CheckError
@@ -130,7 +129,7 @@ def text(found, name: str) -> str:
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
-    f'compiler options: {compiler_options.told(found.compiler_options) or "none"}',
+    f'compiler options: {compiler_options.format_flags(found.compiler_options) or "none"}',
     '',
   ]
   if found.memory is None:
@@ -176,13 +175,16 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   os.environ.update(topology.environment(where, dump))
   # jax is imported from here on.
   from ftjax.config import algorithms
-  from ftjax.models.architecture import from_hf
+  from ftjax.experiment.model import random_config
+  from ftjax.families import table
   from ftjax.planning import compile, known_models
 
   random = c.model.random.to_dict()
   shape = known_models.read(c.model.path) if c.model.path else random_config(random)
   make_loss = cli.algorithm(c.algorithm).make_loss
-  arch = dataclasses.replace(from_hf(shape), num_labels=algorithms.of(c).num_labels)
+  arch = table.architecture(shape, c.model.family)
+  table.check_own(c.model.family, arch, f'model.path={c.model.path}')
+  arch = dataclasses.replace(arch, num_labels=algorithms.of(c).num_labels)
   name = c.model.path or 'model.random'
   found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None

@@ -35,8 +35,8 @@ def main() -> None:
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
-    weights=False,
     labels=algorithms.of(c).num_labels,
+    family=c.model.family,
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:

@@ -11,6 +11,7 @@ from importlib import metadata
 
 # Programs this small take far longer to compile than to run, so XLA is told to do little to them;
 # with XLA_FLAGS set, to nothing even, they are compiled as users' are (make optimized).
+os.environ['HF_HUB_OFFLINE'] = '1'  # no test asks the real hub; fake_hub.py has settings of its own
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get(
   'XLA_FLAGS',

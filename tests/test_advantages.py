@@ -117,17 +117,6 @@ def test_zero_variance_groups_can_be_left_out_of_the_variance():
   assert np.abs(advantages.reinforce_pp_baseline(rewards, scorable)[0][0, 2]) > np.abs(alone[0, 2])
 
 
-def test_group_rows_lays_out_ragged_groups():
-  ids = np.array([7, 3, 7, 9, 3, 7])
-  index, there = advantages.group_rows(ids)
-  np.testing.assert_array_equal(there, [[1, 1, 0], [1, 1, 1], [1, 0, 0]])
-  np.testing.assert_array_equal(index, [[1, 4, 0], [0, 2, 5], [3, 0, 0]])
-  out = np.full(6, -1)
-  out[index[there]] = ids[index][there]
-  np.testing.assert_array_equal(out, ids)
-  assert [a.shape for a in advantages.group_rows([])] == [(0, 0), (0, 0)]
-
-
 # Per token.
 
 VALUES = np.array([[0.5, 0.1, 0.7, 0.2], [0.3, 0.4, 0.6, 0.8]], np.float32)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_model import QWEN2, TINY, UNTIED
+from tiny_model import QWEN2, TINY, UNTIED, with_mixer
 
-from ftjax.models import transformer
-from ftjax.models.architecture import Architecture, RopeScaling, from_hf, to_hf
-from ftjax.models.config_keys import notices
+from ftjax.families import table as families
+from ftjax.families.hf_config import notices
+from ftjax.models import counts, kinds
+from ftjax.models.architecture import Norm, Rope, RopeScaling
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
@@ -39,16 +40,36 @@ QWEN = CONFIG | {
 }
 
 
+def facts(arch):
+  """{name: value} of an architecture whose layers are all alike."""
+  (block,) = set(arch.layers())
+  mixer = block.mixer
+  assert block.norm == arch.final_norm
+  return {
+    'num_heads': mixer.num_heads,
+    'num_kv_heads': mixer.num_kv_heads,
+    'head_dim': mixer.head_dim,
+    'rope_theta': mixer.rope.theta,
+    'rope_scaling': mixer.rope.scaling,
+    'qkv_bias': mixer.qkv_bias,
+    'norm_eps': block.norm.eps,
+    'num_layers': arch.num_layers,
+    'tied': arch.tied,
+    'max_len': arch.max_len,
+    'num_labels': arch.num_labels,
+  }
+
+
 @pytest.mark.parametrize(
-  'arch', [TINY, UNTIED, QWEN2, dataclasses.replace(TINY, rope_scaling=LLAMA3, head_dim=16)]
+  'arch', [TINY, UNTIED, QWEN2, with_mixer(TINY, rope=Rope(scaling=LLAMA3), head_dim=16)]
 )
 def test_out_and_in_is_the_same(arch):
-  assert from_hf(json.loads(json.dumps(to_hf(arch)))) == arch
+  assert families.architecture(json.loads(json.dumps(families.config(arch)))) == arch
 
 
 def test_a_config_is_read():
-  assert from_hf(CONFIG) == TINY
-  assert from_hf(QWEN) == QWEN2
+  assert families.architecture(CONFIG) == TINY
+  assert families.architecture(QWEN) == QWEN2
 
 
 @pytest.mark.parametrize(
@@ -60,13 +81,13 @@ def test_a_config_is_read():
   ],
 )
 def test_qwen2_as_transformers_4_and_5_write_it(changes):
-  assert from_hf(QWEN | changes) == QWEN2
+  assert families.architecture(QWEN | changes) == QWEN2
 
 
 def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
-  config = to_hf(QWEN2)
+  config = families.config(QWEN2)
   assert config['architectures'] == ['Qwen2ForCausalLM'] and 'attention_bias' not in config
-  assert to_hf(TINY)['architectures'] == ['LlamaForCausalLM']
+  assert families.config(TINY)['architectures'] == ['LlamaForCausalLM']
 
 
 @pytest.mark.parametrize(
@@ -83,7 +104,7 @@ def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
   ],
 )
 def test_settings(changes, field, value):
-  assert getattr(from_hf(CONFIG | changes), field) == value
+  assert facts(families.architecture(CONFIG | changes))[field] == value
 
 
 @pytest.mark.parametrize('key', ['rope_parameters', 'rope_scaling'])
@@ -96,8 +117,8 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
     'high_freq_factor': 4.0,
     'original_max_position_embeddings': 8192,
   }
-  arch = from_hf(CONFIG | {key: rule, 'rope_theta': None})
-  assert (arch.rope_scaling, arch.rope_theta) == (LLAMA3, 7.0)
+  arch = families.architecture(CONFIG | {key: rule, 'rope_theta': None})
+  assert arch.layers()[0].mixer.rope == Rope(7.0, LLAMA3)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +138,7 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
 )
 def test_what_the_decoder_does_not_compute_is_refused(changes, named):
   with pytest.raises(DataError, match=named):
-    from_hf(CONFIG | changes)
+    families.architecture(CONFIG | changes)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +157,7 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, named):
 )
 def test_a_qwen2_that_the_decoder_does_not_compute_is_refused(changes, named):
   with pytest.raises(DataError, match=named):
-    from_hf(QWEN | changes)
+    families.architecture(QWEN | changes)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +165,12 @@ def test_a_qwen2_that_the_decoder_does_not_compute_is_refused(changes, named):
 )
 def test_a_missing_size_is_named(missing):
   with pytest.raises(DataError, match=missing):
-    from_hf({k: v for k, v in CONFIG.items() if k != missing})
+    families.architecture({k: v for k, v in CONFIG.items() if k != missing})
 
 
 def test_an_incomplete_rope_rule_is_named():
   with pytest.raises(DataError, match='low_freq_factor'):
-    from_hf(CONFIG | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}})
+    families.architecture(CONFIG | {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}})
 
 
 RULE = {
@@ -197,7 +218,7 @@ RULE = {
 )
 def test_two_rotary_embeddings_are_refused_by_name(changes, named):
   with pytest.raises(DataError, match=named):
-    from_hf(CONFIG | changes)
+    families.architecture(CONFIG | changes)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +231,8 @@ def test_two_rotary_embeddings_are_refused_by_name(changes, named):
   ],
 )
 def test_equal_rotary_embeddings_under_two_keys_are_one(changes):
-  arch = from_hf(CONFIG | changes)
-  assert (arch.rope_scaling, arch.rope_theta) == (LLAMA3, 10000.0)
+  arch = families.architecture(CONFIG | changes)
+  assert arch.layers()[0].mixer.rope == Rope(10000.0, LLAMA3)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +248,8 @@ def test_equal_rotary_embeddings_under_two_keys_are_one(changes):
 @pytest.mark.parametrize('config', [CONFIG, QWEN], ids=['llama', 'qwen2'])
 def test_quantized_weights_are_refused_with_what_to_do(config, key, value):
   with pytest.raises(DataError, match=rf'{key}.*quantized.*dequantize'):
-    from_hf(config | {key: value})
-  assert from_hf(config | {key: None}) == from_hf(config)
+    families.architecture(config | {key: value})
+  assert families.architecture(config | {key: None}) == families.architecture(config)
 
 
 # The defaults of LlamaConfig and Qwen2Config in transformers 5.
@@ -255,15 +276,15 @@ def test_quantized_weights_are_refused_with_what_to_do(config, key, value):
 )
 def test_a_null_key_has_the_default_of_its_family(key, field, llama, qwen2):
   without = {k: v for k, v in CONFIG.items() if k != key}
-  assert getattr(from_hf(CONFIG | {key: None}), field) == llama
-  assert from_hf(CONFIG | {key: None}) == from_hf(without)
-  assert getattr(from_hf(QWEN | {key: None}), field) == qwen2
+  assert facts(families.architecture(CONFIG | {key: None}))[field] == llama
+  assert families.architecture(CONFIG | {key: None}) == families.architecture(without)
+  assert facts(families.architecture(QWEN | {key: None}))[field] == qwen2
 
 
 @pytest.mark.parametrize('key', ['vocab_size', 'hidden_size', 'num_attention_heads'])
 def test_a_size_that_is_null_is_named(key):
   with pytest.raises(DataError, match=f'{key} is missing or null'):
-    from_hf(CONFIG | {key: None})
+    families.architecture(CONFIG | {key: None})
 
 
 @pytest.mark.parametrize(
@@ -295,7 +316,7 @@ def test_a_size_that_is_null_is_named(key):
 )
 def test_a_value_of_another_type_is_named(key, value):
   with pytest.raises(DataError, match=rf'config\.json: {key}\b'):
-    from_hf(CONFIG | {key: value})
+    families.architecture(CONFIG | {key: value})
 
 
 @pytest.mark.parametrize(
@@ -317,7 +338,7 @@ def test_a_value_of_another_type_is_named(key, value):
 )
 def test_an_unknown_key_that_may_change_the_computation_is_refused_by_name(key, value):
   with pytest.raises(DataError, match=key):
-    from_hf(CONFIG | {key: value})
+    families.architecture(CONFIG | {key: value})
 
 
 @pytest.mark.parametrize(
@@ -333,7 +354,7 @@ def test_an_unknown_key_that_may_change_the_computation_is_refused_by_name(key, 
   ],
 )
 def test_keys_that_change_nothing_are_accepted(more):
-  assert from_hf(CONFIG | more) == TINY
+  assert families.architecture(CONFIG | more) == TINY
 
 
 @pytest.mark.parametrize(
@@ -347,7 +368,7 @@ def test_keys_that_change_nothing_are_accepted(more):
   ],
 )
 def test_what_is_read_but_not_applied_is_reported(more, lines):
-  assert from_hf(CONFIG | more) == TINY
+  assert families.architecture(CONFIG | more) == TINY
   found = notices(CONFIG | more)
   assert len(found) == len(lines)
   for line, wanted in zip(found, lines, strict=True):
@@ -356,22 +377,22 @@ def test_what_is_read_but_not_applied_is_reported(more, lines):
 
 @pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_parameters_are_counted_as_declared(arch):
-  leaves = trees.flatten(transformer.abstract(arch))
-  assert arch.num_params() == sum(x.size for x in leaves.values())
+  leaves = trees.flatten(kinds.abstract(arch))
+  assert counts.num_params(arch) == sum(x.size for x in leaves.values())
   matrices = {n: x.size for n, x in leaves.items() if n.endswith('/w') and n != 'embed/w'}
   head = 0 if 'head/w' in matrices else leaves['embed/w'].size
-  assert arch.matmul_params() == sum(matrices.values()) + head
+  assert counts.matmul_params(arch) == sum(matrices.values()) + head
 
 
 def test_counts_by_hand():
   # q and o 32*32 each, k and v 32*16 each, gate, up, down 32*64 each, two norms of 32.
   layer = 2 * 1024 + 2 * 512 + 3 * 2048 + 64
-  assert TINY.num_params() == 256 * 32 + 3 * layer + 32
-  assert UNTIED.num_params() == TINY.num_params() + 256 * 32
-  assert TINY.matmul_params() == 256 * 32 + 3 * (layer - 64)
+  assert counts.num_params(TINY) == 256 * 32 + 3 * layer + 32
+  assert counts.num_params(UNTIED) == counts.num_params(TINY) + 256 * 32
+  assert counts.matmul_params(TINY) == 256 * 32 + 3 * (layer - 64)
   # 4 heads of queries, 2 of keys, 2 of values, of 8 numbers each.
-  assert QWEN2.num_params() == TINY.num_params() + 3 * 8 * 8
-  assert QWEN2.matmul_params() == TINY.matmul_params()
+  assert counts.num_params(QWEN2) == counts.num_params(TINY) + 3 * 8 * 8
+  assert counts.matmul_params(QWEN2) == counts.matmul_params(TINY)
 
 
 def test_layer_slots_count_along_the_stack():
@@ -379,11 +400,11 @@ def test_layer_slots_count_along_the_stack():
 
 
 def test_layer_slots_of_a_pattern_take_turns():
-  class Patterned(Architecture):
-    stacks = ((('local', 'full'), 2), (('full',), 1))
-
-  slots = Patterned(**dataclasses.asdict(TINY)).layer_slots()
-  assert slots == [
+  (full,) = set(TINY.layers())
+  local = dataclasses.replace(full, norm=Norm(1e-3))
+  arch = dataclasses.replace(TINY, stacks=(((local, full), 2), ((full,), 1)))
+  assert arch.layers() == [local, full, local, full, full] and arch.num_layers == 5
+  assert arch.layer_slots() == [
     ('stack0/block0', 0),
     ('stack0/block1', 0),
     ('stack0/block0', 1),
@@ -398,6 +419,7 @@ def test_architectures_are_hashable_and_can_be_static_arguments():
 
 
 def test_golden_configs():
-  arch = from_hf(json.loads((GOLDEN / 'llama3_rope' / 'config.json').read_text()))
-  assert arch.rope_scaling == RopeScaling(4.0, 1.0, 4.0, 32)
-  assert (arch.num_kv_heads, arch.tied, arch.max_len) == (1, True, 128)
+  arch = families.architecture(json.loads((GOLDEN / 'llama3_rope' / 'config.json').read_text()))
+  mixer = arch.layers()[0].mixer
+  assert mixer.rope.scaling == RopeScaling(4.0, 1.0, 4.0, 32)
+  assert (mixer.num_kv_heads, arch.tied, arch.max_len) == (1, True, 128)

@@ -1,4 +1,4 @@
-"""Batches: by hand, packed == unpacked, slices of a batch, id stream, evaluation; and their
+"""Batches: by hand, packed == unpacked, slices of a batch, order, evaluation; and their
 tables."""
 
 import numpy as np
@@ -100,13 +100,14 @@ def test_step_is_all_the_state(tmp_path):
   assert any((other.batch(s)['tokens'] != one.batch(s)['tokens']).any() for s in range(3))
 
 
-def test_id_stream_matches_the_batches(tmp_path):
+def test_batches_hold_the_examples_of_their_rows(tmp_path):
   stream, mixture, corpora = make_stream(tmp_path)
   steps = 2 * mixture.rows_per_epoch // stream.batch_size
   for step in range(steps):
-    batch, ids = stream.batch(step), stream.examples(step)
-    tokens = [t for row in range(4) for t in batch['tokens'][row][batch['segments'][row] > 0]]
-    assert tokens == [t for s, e, _ in ids for t in corpora[s].example(e)[0]]
+    batch = stream.batch(step)
+    rows = [mixture.row(4 * step + i) for i in range(4)]
+    tokens = [t for i in range(4) for t in batch['tokens'][i][batch['segments'][i] > 0]]
+    assert tokens == [t for r in rows for e in r.examples for t in corpora[r.source].example(e)[0]]
 
 
 @pytest.mark.parametrize('packed', [True, False])

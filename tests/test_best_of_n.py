@@ -14,7 +14,7 @@ from ftjax.runtime.errors import ConfigError
 
 
 def completions(*texts):
-  return [Completion(list(t), np.zeros(len(t)), np.zeros(len(t)), False) for t in texts]
+  return [Completion(list(t), np.zeros(len(t)), False) for t in texts]
 
 
 def of(rewards, texts, group):
@@ -78,9 +78,9 @@ def test_nothing_kept_moves_nothing(tmp_path):
 def test_blank_and_cut_answers_are_no_rows_to_keep(kept):
   s, _ = kept
   batch_builder = s.source._batch_builder
-  done = Completion([5], np.zeros(1), np.zeros(1), False)
-  stop = Completion(list(s.run.model.stop_ids[:1]), np.zeros(1), np.zeros(1), False)
-  cut = Completion([6, 7], np.zeros(2), np.zeros(2), True)
+  done = Completion([5], np.zeros(1), False)
+  stop = Completion(list(s.run.model.stop_ids[:1]), np.zeros(1), False)
+  cut = Completion([6, 7], np.zeros(2), True)
   prompts = [s.run.data.prompt(0)] * 4
   arrays = {'weights': np.ones((4, 48), np.float32)}
   rewards = np.float32([1, 0.9, 0.8, 0])

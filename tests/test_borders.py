@@ -8,7 +8,7 @@ import tokenizers
 from test_encode import make, runs
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from ftjax.data import encode, labeled_examples
+from ftjax.data import encode, labeled_examples, preference_rows
 from ftjax.data.formats import Bad, Completion
 from ftjax.data.tokenizer import Tokenizer
 
@@ -79,7 +79,7 @@ def test_a_completion_decodes_to_prompt_and_answer(kind, prompt, answer):
 @pytest.mark.parametrize('kind', ['prepend', 'first', 'always'])
 def test_answers_of_a_pair_share_the_ids_of_their_prompt(kind):
   t = sentencepiece(kind)
-  pair = labeled_examples.Pair(Completion('12 + 3', '0 = 42'), Completion('12 + 3', ' = 42'), 0.0)
+  pair = preference_rows.Pair(Completion('12 + 3', '0 = 42'), Completion('12 + 3', ' = 42'), 0.0)
   (found,) = labeled_examples.encode([pair], t)
   chosen, rejected = found[0].tokens[: found[0].boundary], found[0].tokens[found[0].boundary :]
   n = len(t.encode('12 + 3'))

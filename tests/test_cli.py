@@ -1,7 +1,6 @@
 """The command line of an entry: overrides of every type, and one clear line for every slip."""
 
 import contextlib
-import sys
 
 import pytest
 from absl import flags
@@ -9,7 +8,7 @@ from absl import flags
 from ftjax import cli
 from ftjax.config import keys, section
 from ftjax.config import overrides as config_overrides
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, StoppedEarly
 
 HEALTHY = ('--config=tiny_sft',)
 
@@ -30,7 +29,7 @@ def parse(capsys, monkeypatch):
     own['config'].unparse()
     c = None
     with contextlib.suppress(SystemExit):
-      cli._parse(['program', *arguments])
+      cli._parse(['program', *arguments], 'What it does.')
       c = own['config'].value
     output = capsys.readouterr()
     assert output.err.count('\n') <= 1
@@ -227,15 +226,13 @@ def test_the_home_folder_is_expanded_in_flags(parse, monkeypatch):
 
 
 @pytest.mark.parametrize('word', ['--help', '-h', '-help', '-?'])
-def test_help_is_no_error(parse, word, monkeypatch):
-  monkeypatch.setattr(sys.modules['__main__'], '__doc__', 'What it does.')
+def test_help_is_no_error(parse, word):
   with pytest.raises(SystemExit) as left:
-    cli._parse(['program', *HEALTHY, word])
+    cli._parse(['program', *HEALTHY, word], '')
   assert left.value.code == 0
 
 
-def test_help_names_flags_configs_and_keys(parse, monkeypatch):
-  monkeypatch.setattr(sys.modules['__main__'], '__doc__', 'What it does.')
+def test_help_names_flags_configs_and_keys(parse):
   _, output = parse('--help')
   assert output.startswith('What it does.')
   assert (
@@ -246,3 +243,16 @@ def test_help_names_flags_configs_and_keys(parse, monkeypatch):
 def test_an_error_in_an_override_is_a_config_error():
   with pytest.raises(ConfigError, match='stepz'):
     config_overrides.apply(keys.default(), [config_overrides.Override('stepz', '3')])
+
+
+@pytest.mark.parametrize(
+  ('error', 'printed'),
+  [
+    (ConfigError('steps=0'), 'error: steps=0\n'),
+    (StoppedEarly('stopped after step 3'), 'stopped after step 3\n'),
+  ],
+)
+def test_a_stop_is_not_printed_as_an_error(error, printed, capsys):
+  with pytest.raises(SystemExit) as left:
+    cli._leave(error)
+  assert left.value.code == error.exit_code and capsys.readouterr().err == printed

@@ -16,10 +16,12 @@ def test_tasks_on_one_file_are_said_once(tmp_path, monkeypatch):
     tmp_path, **{'eval.tasks': names, 'eval.batch_size': 2, 'eval.max_tokens': 4}
   )
   loads, asked, load, judge = [], [], run.load_params, compare.Evaluator(run)
-  generate = judge._sampler.generate
+  generate = judge._engine.generate_at_once
   monkeypatch.setattr(run, 'load_params', lambda *a: loads.append(a) or load(*a))
   monkeypatch.setattr(
-    judge._sampler, 'generate', lambda p, prompts, *a: asked.append(0) or generate(p, prompts, *a)
+    judge._engine,
+    'generate_at_once',
+    lambda p, prompts, **k: asked.append(0) or generate(p, prompts, **k),
   )
   base = judge.base()
   assert len(asked) == 3 and len(loads) == 1  # 5 rows, 2 at once

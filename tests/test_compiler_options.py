@@ -50,7 +50,7 @@ def test_ones_own_lie_over_the_table():
   }
   assert list(found) == sorted(found)
   assert compiler_options.known('TPU v5e') == table  # and is not changed by it
-  assert compiler_options.told(found).startswith(f'xla_a=3 xla_b=true {GATHER}=false ')
+  assert compiler_options.format_flags(found).startswith(f'xla_a=3 xla_b=true {GATHER}=false ')
 
 
 def compiled(options):
@@ -62,7 +62,7 @@ def compiled(options):
 
 def test_the_compiler_is_given_them():
   assert compiled({'xla_cpu_enable_fast_math': True}).as_text()
-  with pytest.raises(ConfigError, match=r"xla_no_such.*take it away with \('NAME', ''\)"):
+  with pytest.raises(ConfigError, match=r"xla_no_such.*remove it with \('NAME', ''\)"):
     compiled({'xla_no_such': True})
   with pytest.raises(ConfigError, match=r'compiler_options: .*xla_cpu_enable_fast_math'):
     compiled({'xla_cpu_enable_fast_math': 'perhaps'})

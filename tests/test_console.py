@@ -205,7 +205,7 @@ def test_steps_without_signal_are_told_now_and_then():
   c = Console(REWARDS)
   told = [c.step(i, values(0.0, signal=False, no_signal=i)) for i in range(1, 12)]
   assert [i for i, t in enumerate(told, 1) if t] == [1, 10]
-  assert 'the weights stay as they are' in told[0][0] and c.state['no_signal'] == 11
+  assert 'the weights are not updated' in told[0][0] and c.state['no_signal'] == 11
 
 
 def test_a_step_that_is_not_finite():

@@ -122,22 +122,19 @@ def test_the_source_is_never_the_target(tmp_path):
 
 
 @pytest.mark.parametrize('source', ['/no/such', './no', 'no.gguf', 'a/b/c', '~/x'])
-def test_what_is_no_path_and_no_hub_id(source, monkeypatch):
+def test_what_is_no_path_and_no_hub_name(source, tmp_path):
   with pytest.raises(DataError, match='no such file or folder'):
-    convert.local_source(source)
-
-
-def test_a_hub_id_without_huggingface_hub(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(DataError, match='not installed'):
-    convert.local_source('owner/name')
+    convert.convert(source, str(tmp_path / 'out'), None)
 
 
 @pytest.mark.parametrize(
   ('flags', 'code', 'message'),
   [
     (['--source=/no/such', '--target=OUT'], 3, 'error: --source=/no/such'),
-    (['--source=MODEL'], 2, 'error: --source and --target'),
+    (['--help'], 0, ''),
+    (['--source=MODEL'], 2, 'error: --source and --target are needed'),
+    (['--source=gs:/bucket/run', '--target=OUT'], 2, 'error: --source=gs:/bucket/run: write gs://'),
+    (['--source=MODEL', '--target=gs:/bucket'], 2, 'error: --target=gs:/bucket: write gs://bucket'),
     (['--source=MODEL', '--target=OUT', '--dtype=int3'], 2, 'int3'),
     (['--sorce=MODEL', '--target=OUT'], 2, 'sorce'),
     (['--source=MODEL', '--target=OUT', 'more'], 2, 'more'),
@@ -159,7 +156,7 @@ def test_exit_codes(tmp_path, flags, code, message):
   assert done.returncode == code, done.stderr
   assert message in done.stderr
   assert 'Traceback' not in done.stderr
-  assert (tmp_path / 'out').exists() == (code == 0)
+  assert (tmp_path / 'out').exists() == (code == 0 and flags != ['--help'])
 
 
 def test_converting_imports_neither_jax_nor_torch(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from tiny_tokenizer import tiny_files
 
 from ftjax.config import config_file, keys, section
-from ftjax.data import formats, labeled_examples, prompts
+from ftjax.data import formats, preference_rows, prompts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -233,7 +233,7 @@ def test_training_rows_of_the_docs_are_what_they_are_called():
 def test_preference_rows_of_the_docs_are_read():
   shapes = {'labelled': 'label', 'scored': 'score'}
   for name, row in rows_of('Preference rows'):
-    labeled_examples.parse(row, shapes.get(name, 'pair'), None)
+    preference_rows.parse(row, shapes.get(name, 'pair'), None)
 
 
 def test_prompt_rows_of_the_docs_give_an_answer(tmp_path):

@@ -18,7 +18,7 @@ from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.losses import preference
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
@@ -127,7 +127,7 @@ def plain_logps(arch, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(arch, params, tokens, where):
-  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
   table = jax.sharding.reshard(params['embed']['w'], jax.P(None, None))
   return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=jax.P())
 
@@ -171,7 +171,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   else:
     z = jnp.float32(max(0.0, float(np.mean(m['second'] - m['ref_second']))))
     table = preference.Singles(known['first'], known['ref_first'], batch['values'] > 0, z)
-  total, weight, expected = preference.loss(name, table, ones, preference.Settings(**coefficients))
+  total, weight, expected = preference.loss(row, table, ones, preference.Settings(**coefficients))
   assert float(weight) == tiny_pairs.ROWS
   assert metrics['loss'] == pytest.approx(float(total / weight), rel=2e-5)
   for key, (a, b) in expected.items():

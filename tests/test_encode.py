@@ -311,7 +311,7 @@ def test_completion_counts():
   for answer in ('x', ' yes', 'hello world\n'):
     e = one(Completion('Q: ', answer), t)
     assert e.tokens[0] == t.bos_id and e.tokens[-1] == t.eos_id
-    prompt = t.encode('Q: ', special=True)
+    prompt = [*t.prefix_ids, *t.encode('Q: ')]
     assert e.tokens[: len(prompt)].tolist() == prompt  # what sampling starts from
     assert not e.supervised[: len(prompt)].any() and e.supervised[len(prompt) :].all()
     assert runs(e, t) == [answer + '<|im_end|>']

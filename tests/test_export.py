@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ftjax.families import table as families
 from ftjax.hf import export, layout, load
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.models.architecture import from_hf, to_hf
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError, NonFiniteError
 
@@ -22,7 +22,7 @@ MODELS = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_
 
 
 def load_all(path, dtype=np.float32):
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return load.load_params(
     path, arch, trees.unflatten(dict.fromkeys(layout.leaf_shapes(arch), place)), dtype
@@ -198,8 +198,8 @@ def test_a_model_made_on_the_spot_gets_a_config(tmp_path):
     stop_ids=(3,),
   )
   config = load.read_config(tmp_path / 'out')
-  assert from_hf(config) == arch
-  assert config.items() >= to_hf(arch).items()
+  assert families.architecture(config) == arch
+  assert config.items() >= families.config(arch).items()
   for name, leaf in trees.flatten(load_all(tmp_path / 'out')[0]).items():
     np.testing.assert_array_equal(np.asarray(leaf), np.asarray(trees.flatten(params)[name]))
 

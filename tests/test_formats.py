@@ -163,7 +163,7 @@ def test_the_older_function_call_is_a_tool_call(call):
 
 def test_keys_that_stand_twice_in_json_text_are_refused():
   tools = '[{"name": "f", "name": "g"}]'
-  with pytest.raises(ValueError, match=r"'tools'.*the key 'name' stands twice"):
+  with pytest.raises(ValueError, match=r"'tools'.*the key 'name' occurs twice"):
     parse({'messages': [U(), A()], 'tools': tools}, 'messages', True)
 
 
@@ -217,11 +217,11 @@ def test_columns_of_a_conversation_are_read_beside_any_messages(kwargs, tools):
   'row, form, reason',
   [
     ({'messages': [{'role': 'system', 'content': 's'}, U(), A()], 'system': 'S'}, 'messages',
-     "'system' stands beside a system message"),
+     "both the column 'system' and a system message"),
     ({'messages': [{'role': 'developer', 'content': 's'}, U(), A()], 'system': 'S'}, 'messages',
-     'beside a developer message'),
+     'and a developer message'),
     ({'conversations': [{'from': 'system', 'value': 's'}, {'from': 'gpt', 'value': 'a'}],
-      'system': 'S'}, 'sharegpt', 'beside a system message'),
+      'system': 'S'}, 'sharegpt', 'and a system message'),
     ({'prompt': 'a', 'completion': 'b', 'system': 'S'}, 'prompt_completion', "'system' belongs"),
     ({'prompt': 'a', 'completion': 'b', 'tools': [{'name': 'f'}]}, 'prompt_completion', "'tools'"),
     ({'prompt': 'a', 'completion': 'b', 'chat_template_kwargs': {'a': 1}}, 'prompt_completion',
@@ -305,7 +305,7 @@ def test_detection_looks_past_null():
 def test_prompts_are_told_from_answers():
   row = {'messages': [U(), A('gold')], 'answer': 'x'}
   found = read_prompt(row, True)
-  assert (found.asked.messages, found.answer, found.is_answered) == ((U(),), 'gold', True)
+  assert (found.asked.messages, found.answer) == ((U(),), 'gold')
   assert ends_with_assistant(row) and not ends_with_assistant({'prompt': 'a'})
   plain = read_prompt({'prompt': 'a', 'completion': 'b'}, True)
   assert (plain.asked, plain.answer) == ('a', 'b')

@@ -150,7 +150,7 @@ def test_a_line_log_outlives_a_refusal(bucket, caplog):
   log = files.LineLog(files.join(RUN, 'log'))
   bucket.deny = {'objects.create'}
   log.write('one')
-  assert 'not uploaded now' in caplog.text
+  assert 'upload failed, tried again later' in caplog.text
   with pytest.raises(PermissionError):
     log.sync()
   bucket.deny = set()
@@ -237,7 +237,7 @@ def hold(bucket):
 
   def make(told=None):
     lost = [] if told is None else told
-    made.append(gcs_lock.Lease(RUN, beat=0.05, lost=lost.append))
+    made.append(gcs_lock.BucketLock(RUN, beat=0.05, lost=lost.append))
     return made[-1]
 
   yield make
@@ -250,7 +250,7 @@ def test_a_second_process_is_kept_out(bucket, hold):
   held = hold()
   start = time.monotonic()
   with pytest.raises(ConfigError, match=f'in use by process {os.getpid()} on') as e:
-    gcs_lock.Lease(RUN, beat=0.05, patience=30)
+    gcs_lock.BucketLock(RUN, beat=0.05, patience=30)
   assert e.value.exit_code == 2 and time.monotonic() - start < 25
   held.release()
   assert bucket.names() == []
@@ -277,28 +277,28 @@ def foreign_lock(**changes):
 def test_a_silent_lock_of_another_machine_is_taken_over_after_the_patience(bucket):
   foreign_lock()
   start = time.monotonic()
-  gcs_lock.Lease(RUN, patience=1.0).release()
+  gcs_lock.BucketLock(RUN, patience=1.0).release()
   assert time.monotonic() - start >= 1.0
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"process": "x"}'])
 def test_a_lock_that_says_nothing_is_taken_over_too(bucket, content):
   files.write_text(files.join(RUN, '.lock'), content)
-  gcs_lock.Lease(RUN, patience=0.2).release()
+  gcs_lock.BucketLock(RUN, patience=0.2).release()
 
 
 def test_of_two_that_take_over_one_wins(bucket, monkeypatch):
   foreign_lock()
-  real = gcs_lock.Lease._take
+  real = gcs_lock.BucketLock._take
 
   def late(self, generation):
     if generation:
       foreign_lock(host='third', nonce='y')  # somebody was quicker
     return real(self, generation)
 
-  monkeypatch.setattr(gcs_lock.Lease, '_take', late)
+  monkeypatch.setattr(gcs_lock.BucketLock, '_take', late)
   with pytest.raises(ConfigError, match='in use by'):
-    gcs_lock.Lease(RUN, patience=0.2)
+    gcs_lock.BucketLock(RUN, patience=0.2)
   assert json.loads(bucket.read('run/.lock'))['nonce'] == 'y'
 
 
@@ -307,7 +307,7 @@ def test_a_holder_that_was_taken_for_dead_says_so_and_leaves_the_lock_alone(buck
   held = hold(told)
   foreign_lock()
   held._thread.join(30)
-  assert not held._thread.is_alive() and 'took this run for dead' in caplog.text
+  assert not held._thread.is_alive() and 'took over the lock of this folder' in caplog.text
   assert len(told) == 1 and 'gs://bucket/run/.lock' in told[0]
   held.release()
   assert json.loads(bucket.read('run/.lock'))['nonce'] == 'x'
@@ -316,7 +316,7 @@ def test_a_holder_that_was_taken_for_dead_says_so_and_leaves_the_lock_alone(buck
 def test_a_run_whose_folder_was_taken_over_ends(bucket):
   code = (
     'import sys, time; from ftjax.storage import gcs_lock; '
-    f'held = gcs_lock.Lease({RUN!r}, beat=0.05); print("held", flush=True); time.sleep(60)'
+    f'held = gcs_lock.BucketLock({RUN!r}, beat=0.05); print("held", flush=True); time.sleep(60)'
   )
   with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as run:
     assert run.stdout.readline() == b'held\n'
@@ -444,7 +444,7 @@ def test_who_asks_is_never_a_token(bucket, monkeypatch):
   assert '--member=user:me@example.com' in told and 'secret' not in told
   Credentials.account = 'ya29.secret'
   told = gcs_probe._refusal('b', 'storage.objects.get', '')
-  assert 'MEMBER: gcloud auth list' in told and 'secret' not in told
+  assert 'MEMBER: your account, see gcloud auth list' in told and 'secret' not in told
   assert gcs_probe._principal('Anonymous caller does not have x').startswith('an anonymous')
 
 

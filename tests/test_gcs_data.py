@@ -20,10 +20,11 @@ from ftjax import convert
 from ftjax.data import sources, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.families import table as families
 from ftjax.hf import export, gguf_files, layout, load, safetensors
 from ftjax.hf.gguf import GGUFSource
-from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo
-from ftjax.models.architecture import from_hf
+from ftjax.hf.safetensors import SafetensorsFolder
+from ftjax.hf.tensor_source import TensorInfo
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 from ftjax.storage import files, gcs
@@ -162,7 +163,7 @@ def test_tokens_that_cannot_be_uploaded_are_used_all_the_same(bucket, tmp_path, 
 
 
 def load_all(path, shardings=None):
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = trees.unflatten(shardings or dict.fromkeys(layout.leaf_shapes(arch), one))
   return trees.flatten(load.load_params(path, arch, places, np.float32))
@@ -192,7 +193,7 @@ def test_only_the_rows_that_are_asked_for_cross_the_network(bucket, tmp_path, mo
   np.testing.assert_array_equal(part, value[1024:2048, 8:16])
   assert bucket.sent() == 1024 * columns * 4
   # A sharded leaf: one host's devices read their rows, once each.
-  monkeypatch.setattr(safetensors, '_BLOCK_BYTES', 1 << 16)
+  monkeypatch.setattr(safetensors, 'BLOCK_BYTES', 1 << 16)
   bucket.requests.clear()
   mesh = jax.make_mesh((4,), ('x',), devices=jax.devices()[:4])
   where = NamedSharding(mesh, PartitionSpec('x'))
@@ -358,7 +359,7 @@ def test_convert_reads_and_writes_buckets(bucket, tmp_path):
   for name, value in here.items():
     np.testing.assert_array_equal(there[name], value)
   with pytest.raises(DataError, match='no such file or folder'):
-    convert.local_source(f'{ROOT}/none')
+    convert.convert(f'{ROOT}/none', str(tmp_path / 'none'), None)
 
 
 # Checkpoints

@@ -11,9 +11,9 @@ import tiny_run
 from fake_gcs import BUCKET
 
 from ftjax.data import synthetic
+from ftjax.families import table as families
 from ftjax.hf import export
-from ftjax.models import transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import kinds
 from ftjax.storage import files
 
 ROOT = f'gs://{BUCKET}'
@@ -45,7 +45,7 @@ def arguments(workdir, root, config):
 def inputs(tmp_path_factory):
   """(folder with model/, rows.jsonl and config.py, workdir of the run on a disk that uses them)."""
   folder = tmp_path_factory.mktemp('inputs')
-  arch = from_hf(
+  arch = families.architecture(
     {
       'model_type': 'llama',
       'vocab_size': synthetic.VOCAB_SIZE,
@@ -60,7 +60,7 @@ def inputs(tmp_path_factory):
     }
   )
   export.export(
-    transformer.init(arch, jax.random.key(0), np.float32),
+    kinds.init(arch, jax.random.key(0), np.float32),
     arch,
     folder / 'model',
     source_config=None,

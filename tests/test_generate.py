@@ -14,8 +14,8 @@ import tiny_model
 
 from ftjax.data import synthetic
 from ftjax.data.formats import Chat
+from ftjax.generation.completion import Completion
 from ftjax.hf import export
-from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.serving import generator, terminal_chat
 from ftjax.serving.terminal_chat import Reply, TerminalChat
@@ -103,8 +103,7 @@ def test_lines_of_text_are_prompts(tmp_path):
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
   """Makes a Generator of a random model with 96 positions."""
-  arch = Architecture(
-    family='llama',
+  arch = tiny_model.decoder(
     vocab_size=synthetic.VOCAB_SIZE,
     model_dim=32,
     num_layers=1,
@@ -112,10 +111,6 @@ def model(tmp_path_factory):
     num_kv_heads=2,
     head_dim=8,
     ffn_dim=32,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    tied=True,
     max_len=96,
   )
   folder = tmp_path_factory.mktemp('model') / 'm'
@@ -175,11 +170,12 @@ def test_rows_keep_their_random_numbers_in_any_batch(model, monkeypatch):
   for size in (2, 5):
     answers, seen = model(batch_size=size, seed=7), []
 
-    def generate(params, prompts, most, sampling, *, seed, row_ids, seen=seen, **_):
-      seen += [(seed, i, len(p)) for i, p in zip(row_ids, prompts, strict=True)]
-      return [[] for _ in prompts]
+    def generate(params, prompts, *, seed, prompt_ids, seen=seen, own=answers._engine, **_):
+      seen += [(seed, i, len(p)) for i, p in zip(prompt_ids, prompts, strict=True)]
+      stop = own.stop_ids[0]
+      return [Completion([stop], np.zeros(1, np.float32), False) for _ in prompts]
 
-    monkeypatch.setattr(answers._sampler, 'generate', generate)
+    monkeypatch.setattr(answers._engine, 'generate_at_once', generate)
     assert [r['completion'] for r in answers.answer_rows(rows)] == [''] * 5
     lengths = [len(answers.encode(row)) for _, row in rows]
     assert seen == [(7, i, n) for i, n in enumerate(lengths)]

@@ -10,9 +10,10 @@ import pytest
 from parity.toy_gguf import Toy, toy_tensors, weight, write_toy
 from tokenizers import Tokenizer
 
+from ftjax.families import table as families
 from ftjax.hf import gguf_tokenizer, layout, load
 from ftjax.hf.gguf import GGUFSource, half_rotation, llama3_factors, llama3_scaling
-from ftjax.models.architecture import RopeScaling, from_hf
+from ftjax.models.architecture import RopeScaling
 from ftjax.runtime.errors import DataError
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0')
@@ -132,16 +133,17 @@ def q6_k(block):
 
 def test_config_is_the_architecture(toy):
   config = load.read_config(toy)
-  arch = from_hf(config)
+  arch = families.architecture(config)
   assert config['rms_norm_eps'] == 1e-5  # the file holds 9.999999747378752e-06
-  assert (arch.model_dim, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.head_dim) == (
+  mixer, mlp = arch.layers()[0].mixer, arch.layers()[0].mlp
+  assert (arch.model_dim, arch.num_layers, mixer.num_heads, mixer.num_kv_heads, mixer.head_dim) == (
     64,
     2,
     4,
     2,
     16,
   )
-  assert (arch.ffn_dim, arch.rope_theta, arch.tied, arch.max_len) == (96, 10000.0, False, 256)
+  assert (mlp.ffn_dim, mixer.rope.theta, arch.tied, arch.max_len) == (96, 10000.0, False, 256)
   assert (config['bos_token_id'], config['eos_token_id'], config['pad_token_id']) == (1, 2, 2)
   load.check_tensors(load.open_source(toy), arch)
   assert {n: s.shape for n, s in GGUFSource(toy).tensors.items()} == {
@@ -180,7 +182,7 @@ def test_a_model_in_parts_is_the_model_in_one_file(parts, tmp_path):
       np.testing.assert_array_equal(source.read(name), whole.read(name))
     assert load.read_config(path) == whole.config()
     assert load.tokenizer_files(path) == load.tokenizer_files(tmp_path / 'whole.gguf')
-    load.check_tensors(source, from_hf(load.read_config(path)))
+    load.check_tensors(source, families.architecture(load.read_config(path)))
     assert [name for name, _, _ in load.outline(path)] == sorted(os.listdir(parts.parent))
 
 
@@ -287,8 +289,8 @@ def test_scaled_rope_reaches_the_config(tmp_path):
   factors = tuple(llama3_factors(scaling, theta, head_dim))
   write_toy(tmp_path / 'x.gguf', Toy(rope_factors=factors, head_dim=head_dim), 'gpt2')
   config = load.read_config(tmp_path / 'x.gguf')
-  assert from_hf(config).rope_scaling == scaling
-  load.check_tensors(load.open_source(tmp_path), from_hf(config))
+  assert families.architecture(config).layers()[0].mixer.rope.scaling == scaling
+  load.check_tensors(load.open_source(tmp_path), families.architecture(config))
 
 
 @pytest.mark.parametrize(

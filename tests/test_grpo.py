@@ -270,8 +270,7 @@ def test_a_row_is_a_prompt_with_its_completion(usual):
   prompts = [s.run.data.prompt(n) for n in range(2)]
   said = [[[7, 8, 9], [5]], [[4], [3, 2]]]
   cs = [
-    [Completion(t, -np.arange(1.0, len(t) + 1, dtype=np.float32), None, False) for t in ts]
-    for ts in said
+    [Completion(t, -np.arange(1.0, len(t) + 1, dtype=np.float32), False) for t in ts] for ts in said
   ]
   rows = sampled_rows.rows(prompts, cs, 48)
   for i, (prompt, tokens) in enumerate(
@@ -454,7 +453,7 @@ def test_stop_texts_may_begin_within_a_token(usual):
 
 
 def test_spread_tells_right_answers_from_wrong_ones():
-  one = lambda n, cut: Completion([1] * n, np.zeros(n), np.zeros(n), cut)  # noqa: E731
+  one = lambda n, cut: Completion([1] * n, np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
   out = sampled_rows.rollout_statistics(np.float32([1, 0, 0, 0]), found)
   assert out['zero_variance_groups'] == 0.5 and out['truncated'] == 0.75 and out['length'] == 4.5

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from ftjax.config import task_specs
 from ftjax.evaluation import tasks
 from ftjax.grading import rewards
 
@@ -75,10 +76,10 @@ def test_reward_and_tasks_read_the_same_number(gsm8k, tmp_path):
     scored = judges.score(batch)
   found = {}
   for spec in c.eval.tasks:
-    name, kind, _ = tasks.parse_spec(spec)
+    name, kind, _ = task_specs.parse(spec)
     task = tasks.load_task(name, kind, str(tmp_path / 'test.jsonl'))
     found[name] = [
-      tasks.is_right(kind, r, text, r.messages[-1]['content'])
+      tasks.KINDS[kind].is_right(text, r.messages[-1]['content'], r.answer)
       for r, text in zip(task.rows, said, strict=False)
     ]
   assert found['strict'] == [bool(x) for x in scored.total] == [True, True, False, False]

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 
 B, T, D, V = 2, 160, 32, 256  # 320 tokens: two chunks of 128 and a half one
 TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.2, 1e-2)]
@@ -243,14 +243,15 @@ def test_chunk_sizes(vocab, tokens, expected, monkeypatch):
 
 
 # The step's memory: a vocabulary far wider than everything else.
-WIDE = dataclasses.replace(TINY, vocab_size=8192, num_layers=1)
+(_BLOCK,) = TINY.stacks[0][0]
+WIDE = dataclasses.replace(TINY, vocab_size=8192, stacks=(((_BLOCK,), 1),))
 
 
 def sft(arch, rows, length=64):
   """value_and_grad of an SFT loss and its arguments."""
 
   def loss(params, tokens, where, labels, weights):
-    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+    x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
     return head.cross_entropy_sums(x, params['embed']['w'], labels, weights, LossConfig(0.1, 1e-3))[
       0
     ]
@@ -265,7 +266,7 @@ def preference(arch, rows, length=64):
   """The same of a loss of log-probs and entropies."""
 
   def loss(params, tokens, where, labels, weights):
-    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
+    x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
     logp, h = head.logprobs_and_entropies(x, params['embed']['w'], labels, weights, 0.7)
     return jnp.log1p(jnp.exp(logp)).sum() + h.sum()
 
@@ -303,5 +304,5 @@ def test_temporaries_grow_with_tokens_times_width_not_vocabulary(made):
   keeps about 30 arrays of D or F numbers a token, and its scores, N * T a token.
   """
   growth = temporaries(made, 32) - temporaries(made, 16)
-  per_token = 40 * WIDE.ffn_dim + 4 * WIDE.num_heads * 64
+  per_token = 40 * _BLOCK.mlp.ffn_dim + 4 * _BLOCK.mixer.num_heads * 64
   assert 0 < growth <= 1024 * per_token * 4 < 1024 * WIDE.vocab_size * 4 / 2

@@ -15,7 +15,7 @@ from absl import flags
 from ftjax import cli
 from ftjax.config import algorithms, config_file, section, validation
 from ftjax.config import keys as config
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
 from ftjax.runtime.errors import ConfigError
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -73,7 +73,7 @@ def parse(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['program', *arguments])  # where overrides are looked for
     try:
       with contextlib.suppress(SystemExit):
-        cli._parse(['program', *arguments])
+        cli._parse(['program', *arguments], '')
         return ''
       return capsys.readouterr().err.strip()
     finally:
@@ -129,6 +129,8 @@ def test_a_wrong_value_or_flag(parse, override, told):
 def test_a_missing_config(parse):
   assert 'no such file, and no shipped config of this name; shipped: ' in parse('--config=nothing')
   assert 'tiny_sft' in parse('--config=nothing') and 'tiny_sft' in parse('--config', 'nothing')
+  near = parse('--config=sft_smollm')
+  assert 'did you mean sft_smollm2_135m or ' in near and 'tiny_' not in near
 
 
 def test_a_config_by_name_or_path_in_one_word_or_two(parse):
@@ -340,7 +342,7 @@ def test_every_shipped_config_resolves(path):
   assert len(path.read_text().splitlines()) <= 60
   assert c.is_locked
   if len(c.model.random):
-    from_hf({'model_type': 'llama', 'vocab_size': 300} | c.model.random.to_dict())
+    families.architecture({'model_type': 'llama', 'vocab_size': 300} | c.model.random.to_dict())
 
 
 def test_every_algorithm_has_a_tiny_config():

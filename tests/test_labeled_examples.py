@@ -8,7 +8,7 @@ import pytest
 from test_token_cache import build, write
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import encode, labeled_examples, sources
+from ftjax.data import encode, labeled_examples, preference_rows, sources
 from ftjax.data.batches import Stream, eval_batches
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Chat, Completion
@@ -42,9 +42,9 @@ HUMAN = '\n\nHuman: Why?\n\nAssistant:'
   ids=['texts', 'messages', 'conversations', 'hh', 'sharegpt'],
 )
 def test_forms_of_a_pair(row, sides):
-  found = labeled_examples.parse(row | {'margin': 2}, 'pair', None)
+  found = preference_rows.parse(row | {'margin': 2}, 'pair', None)
   assert (found.chosen, found.rejected, found.margin) == (*sides, 2.0)
-  assert labeled_examples.parse(row, 'pair', 'preference').margin == 0.0
+  assert preference_rows.parse(row, 'pair', 'preference').margin == 0.0
 
 
 TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
@@ -96,7 +96,7 @@ SKY = {'role': 'user', 'content': 'Why?\n\nSky.'}
   ],
 )
 def test_pairs_as_people_have_them(row, prompt):
-  found = labeled_examples.parse(row | {'tools': TOOLS, 'system': 'S'}, 'pair', None)
+  found = preference_rows.parse(row | {'tools': TOOLS, 'system': 'S'}, 'pair', None)
   system = {'role': 'system', 'content': 'S'}
   assert found.chosen.messages == (system, *prompt, GOOD)
   assert found.rejected.messages == (system, *prompt, BAD)
@@ -117,14 +117,14 @@ def test_pairs_as_people_have_them(row, prompt):
   ],
 )
 def test_two_texts_with_one_beginning(chosen, rejected, sides):
-  found = labeled_examples.parse({'chosen': chosen, 'rejected': rejected}, 'pair', None)
+  found = preference_rows.parse({'chosen': chosen, 'rejected': rejected}, 'pair', None)
   prompt, good, bad = sides
   assert found.chosen == Completion(prompt, good) and found.rejected == Completion(prompt, bad)
 
 
 def test_alpaca_pairs_without_a_template_take_the_published_layout():
   row = ALPACA | {'chosen': 'Because.', 'rejected': 'No.'}
-  found = labeled_examples.parse(row, 'pair', None, has_template=False)
+  found = preference_rows.parse(row, 'pair', None, has_template=False)
   assert found.chosen.prompt == found.rejected.prompt
   assert found.chosen.prompt.endswith('### Input:\nSky.\n\n### Response:')
 
@@ -145,7 +145,7 @@ def test_tools_reach_the_prompts_of_every_judged_row():
   for shape, row in rows.items():
     for tools in (TOOLS, json.dumps(TOOLS)):
       ((found,),) = labeled_examples.encode(
-        [labeled_examples.parse(row | {'tools': tools}, shape, None)], tokenizer
+        [preference_rows.parse(row | {'tools': tools}, shape, None)], tokenizer
       )
       for start in (0, found.boundary):
         assert tokenizer.decode(found.tokens[start:]).startswith(json.dumps(TOOLS[0]))
@@ -166,31 +166,31 @@ def test_tools_reach_the_prompts_of_every_judged_row():
   ],
 )
 def test_columns_that_are_not_read(row, shape, unread):
-  assert labeled_examples.unread(row, shape) == unread
+  assert preference_rows.unread(row, shape) == unread
 
 
 def test_judged_answers_in_other_forms():
   alpaca = {'instruction': 'Why?', 'output': 'No.', 'kto_tag': False}
   turns = [{'from': 'human', 'value': 'Why?'}, {'from': 'gpt', 'value': 'No.'}]
   for row in (alpaca, {'conversations': turns, 'label': 'false'}):
-    found = labeled_examples.parse(row, 'label', None)
+    found = preference_rows.parse(row, 'label', None)
     assert found.answer.messages == (U, BAD) and found.value == 0.0
   text = {'prompt': 'Why?', 'completion': ' No.', 'score': '-1.5'}  # CSV
-  assert labeled_examples.parse(text, 'score', None) == labeled_examples.LabeledExample(
+  assert preference_rows.parse(text, 'score', None) == preference_rows.LabeledExample(
     TEXTS[1], -1.5
   )
 
 
 def test_judged_answers():
   row = {'prompt': 'Why?', 'completion': ' Because.'}
-  assert labeled_examples.parse(
+  assert preference_rows.parse(
     row | {'label': True}, 'label', None
-  ) == labeled_examples.LabeledExample(TEXTS[0], 1.0)
-  assert labeled_examples.parse(
+  ) == preference_rows.LabeledExample(TEXTS[0], 1.0)
+  assert preference_rows.parse(
     row | {'score': -1.5}, 'score', None
-  ) == labeled_examples.LabeledExample(TEXTS[0], -1.5)
+  ) == preference_rows.LabeledExample(TEXTS[0], -1.5)
   assert (
-    labeled_examples.parse({'messages': [U, BAD], 'label': False}, 'label', None).answer == CHATS[1]
+    preference_rows.parse({'messages': [U, BAD], 'label': False}, 'label', None).answer == CHATS[1]
   )
 
 
@@ -224,7 +224,7 @@ def test_judged_answers():
     ),
     ({'prompt': 'a', 'chosen': ' b', 'rejected': None}, 'pair', None, "'rejected' is None"),
     ({'prompt': [U], 'chosen': [GOOD, U, GOOD], 'rejected': [BAD]}, 'pair', None, 'one answer'),
-    ({'messages': [U, GOOD]}, 'pair', None, "one answer and no judgement .* algorithm='sft'"),
+    ({'messages': [U, GOOD]}, 'pair', None, "one answer without label or score.* algorithm='sft'"),
     ({'prompt': 'a', 'completion': 'b', 'label': True}, 'pair', None, "with dpo.loss='kto'"),
     ({'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}, 'label', None, 'the row has pairs'),
     ({'prompt': 'a', 'completion': 'b', 'score': 1}, 'label', None, "objective='scores'"),
@@ -233,7 +233,7 @@ def test_judged_answers():
 )
 def test_refused_with_a_reason(row, shape, form, reason):
   with pytest.raises(ValueError, match=reason):
-    labeled_examples.parse(row, shape, form)
+    preference_rows.parse(row, shape, form)
 
 
 def test_the_formats_can_be_named():
@@ -243,7 +243,7 @@ def test_the_formats_can_be_named():
 def pair_of(prompt, chosen, rejected, **files):
   row = {'prompt': prompt, 'chosen': chosen, 'rejected': rejected}
   (found,) = labeled_examples.encode(
-    [labeled_examples.parse(row, 'pair', None)], Tokenizer(tiny_files(**files))
+    [preference_rows.parse(row, 'pair', None)], Tokenizer(tiny_files(**files))
   )
   return found
 

@@ -11,6 +11,8 @@ _TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
 IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
+# The files that import it, in a function.
+TRANSFORMERS = {'runtime/transformers_library', 'families/hf_config'}
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 
@@ -90,6 +92,7 @@ def test_nobody_imports_what_the_product_does_without():
   for path in FILES:
     tops = {m.split('.')[0] for m in imports(path)}
     banned = {'torch', 'transformers', 'pickle', 'dill', 'cloudpickle', 'tensorflow', 'tests'}
+    banned -= {'transformers'} if name_of(path) in TRANSFORMERS else set()
     assert not tops & banned, path
     if path.parent.name == 'data':
       assert not tops & {'jax', 'jaxlib', 'flax', 'optax'}, f'{path}: data/ is host code'
@@ -136,9 +139,9 @@ def test_nobody_swallows_every_error():
 
 def test_templates_render_in_the_sandbox_of_one_file():
   for path in FILES:
-    if name_of(path) != 'data/chat_template':
+    if name_of(path) not in ('data/chat_template', 'data/template_sandbox'):
       assert not any(m.split('.')[0] == 'jinja2' for m in imports(path)), path
-  tree = ast.parse((ROOT / 'data' / 'chat_template.py').read_text())
+  tree = ast.parse((ROOT / 'data' / 'template_sandbox.py').read_text())
   bases = [dotted(b) for n in ast.walk(tree) if isinstance(n, ast.ClassDef) for b in n.bases]
   assert any('Sandboxed' in n for n in called(tree) + bases)
   plain = {'Environment', 'Template', 'NativeEnvironment'}

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from ftjax.models import layers
+from ftjax.models.architecture import GatedMlpSpec, Norm
 from ftjax.models.mlp import GatedMlp
 
 
@@ -47,7 +48,7 @@ def test_a_bias_is_added_in_the_compute_dtype(context, use_mesh):
   module, weights = fill(
     layers.Linear((6,), (4, 2), ('embed', 'heads', 'head_dim'), out, bias=True)
   )
-  assert module.b.axes == ('heads', 'head_dim') and (module.b.fan_in, module.b.constant) == (0, 0)
+  assert module.b.declared[1:4] == (('heads', 'head_dim'), 0, 0)
   x, b = normal((2, 4, 6)), np.asarray(weights['b'])
   y = jax.jit(module.__call__)(jnp.asarray(x))
   np.testing.assert_allclose(
@@ -60,12 +61,13 @@ def test_a_bias_is_added_in_the_compute_dtype(context, use_mesh):
 
 def test_fan_in_counts_all_inputs():
   definition = layers.Linear((4, 2), (6,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'norm'))
-  assert definition.w.fan_in == 8 and layers.RMSNorm(6, 1e-5).scale.fan_in == 0
+  assert definition.w.declared.fan_in == 8
+  assert layers.Normalize(6, Norm(1e-5)).scale.declared.fan_in == 0
 
 
 @pytest.mark.parametrize('size', [1e-4, 1.0, 300.0])
 def test_rms_norm_against_float64(size):
-  module, weights = fill(layers.RMSNorm(32, 1e-5))
+  module, weights = fill(layers.Normalize(32, Norm(1e-5)))
   x = normal((2, 3, 32)) * np.float32(size)
   wide = x.astype(np.float64)
   expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(weights['scale'])
@@ -74,7 +76,7 @@ def test_rms_norm_against_float64(size):
 
 def test_rms_norm_of_bfloat16_is_rounded_once():
   """Sums of squares in bfloat16 stop growing at 256 terms of one; here there are 4,096."""
-  module, _ = fill(layers.RMSNorm(4096, 1e-5))
+  module, _ = fill(layers.Normalize(4096, Norm(1e-5)))
   x = jnp.asarray(normal((1, 2, 4096)), jnp.bfloat16)
   y = module(x)
   assert y.dtype == jnp.bfloat16
@@ -85,7 +87,7 @@ def test_rms_norm_of_bfloat16_is_rounded_once():
 
 
 def test_gated_mlp():
-  module, w = fill(GatedMlp(6, 10))
+  module, w = fill(GatedMlp(6, GatedMlpSpec(10)))
   x = normal((2, 3, 6))
   gate, up = x @ np.asarray(w['gate']['w']), x @ np.asarray(w['up']['w'])
   expected = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(w['down']['w'])

@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny_model import decoder, with_mixer
 
+from ftjax.families import llama
 from ftjax.hf import layout
-from ftjax.hf.safetensors import full_index
-from ftjax.models.architecture import Architecture
+from ftjax.hf.tensor_source import full_index
+from ftjax.models import counts
 
-ARCH = Architecture(
-  family='llama',
+ARCH = decoder(
   vocab_size=11,
   model_dim=6,
   num_layers=3,
@@ -18,15 +19,10 @@ ARCH = Architecture(
   num_kv_heads=2,
   head_dim=2,
   ffn_dim=10,
-  norm_eps=1e-5,
-  rope_theta=1e4,
-  rope_scaling=None,
   tied=False,
   max_len=32,
 )
-
-
-QWEN2 = dataclasses.replace(ARCH, family='qwen2', qkv_bias=True)
+QWEN2 = with_mixer(dataclasses.replace(ARCH, family='qwen2'), qkv_bias=True)
 
 
 class Memory:
@@ -58,10 +54,10 @@ def whole(binding):
 @pytest.mark.parametrize('arch', [ARCH, QWEN2])
 def test_every_parameter_is_counted_once(arch, tied):
   arch = dataclasses.replace(arch, tied=tied)
-  assert sum(np.prod(s) for s in layout.leaf_shapes(arch).values()) == arch.num_params()
-  assert sum(np.prod(b.hf_shape) for b in layout.bindings(arch)) == arch.num_params()
+  assert sum(np.prod(s) for s in layout.leaf_shapes(arch).values()) == counts.num_params(arch)
+  assert sum(np.prod(b.hf_shape) for b in layout.bindings(arch)) == counts.num_params(arch)
   assert len({b.hf for b in layout.bindings(arch)}) == len(layout.bindings(arch))
-  places = [(b.leaf, b.layer) for b in layout.bindings(arch)]
+  places = [(b.leaf, b.at) for b in layout.bindings(arch)]
   assert len(set(places)) == len(places)
   assert ('head/w' in layout.leaf_shapes(arch)) == (not tied)
 
@@ -96,7 +92,7 @@ def test_qwen2_has_three_leaves_more():
 
 def test_layers_follow_layer_slots():
   (q,) = [b for b in layout.bindings(ARCH) if b.hf == 'model.layers.2.self_attn.q_proj.weight']
-  assert (q.leaf, q.layer) == ('stack0/block0/attn/q/w', 2)
+  assert (q.leaf, q.at) == ('stack0/block0/attn/q/w', (2,))
 
 
 def test_layout_by_hand():
@@ -116,7 +112,7 @@ def test_a_bias_by_hand():
   s = source(QWEN2)
   by_name = {b.hf: b for b in layout.bindings(QWEN2)}
   q = by_name['model.layers.1.self_attn.q_proj.bias']
-  assert (q.hf_shape, q.leaf, q.layer) == ((8,), 'stack0/block0/attn/q/b', 1)
+  assert (q.hf_shape, q.leaf, q.at) == ((8,), 'stack0/block0/attn/q/b', (1,))
   assert layout.read(s, q, whole(q))[3, 1] == s.values[q.hf][3 * 2 + 1]
   s.count = 0
   layout.read(s, q, (slice(1, 3), slice(0, 1)))
@@ -129,7 +125,7 @@ def test_export_is_the_inverse_of_import(arch):
   for b in layout.bindings(arch):
     value = layout.read(s, b, whole(b))
     assert value.shape == b.shape
-    np.testing.assert_array_equal(layout.to_hf(b, value), s.values[b.hf])
+    np.testing.assert_array_equal(b.to_hf(value), s.values[b.hf])
 
 
 @pytest.mark.parametrize('arch', [ARCH, QWEN2])
@@ -151,7 +147,7 @@ def test_a_shard_of_heads_reads_only_its_rows():
 
 
 def test_unused_tensors_are_listed_exactly():
-  unused = layout.UNUSED['llama']
+  unused = llama.LLAMA.unused
   assert unused.fullmatch('model.layers.11.self_attn.rotary_emb.inv_freq')
   assert unused.fullmatch('model.rotary_emb.inv_freq')
   assert not unused.fullmatch('model.layers.0.self_attn.q_proj.bias')

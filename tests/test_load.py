@@ -14,9 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ftjax.families import table as families
 from ftjax.hf import layout, load
-from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo, write_folder
-from ftjax.models.architecture import from_hf
+from ftjax.hf.safetensors import SafetensorsFolder, write_folder
+from ftjax.hf.tensor_source import TensorInfo
+from ftjax.models import counts
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
@@ -30,7 +32,7 @@ def one_device(arch):
 
 
 def load_all(path, dtype=np.float32):
-  arch = from_hf(load.read_config(path))
+  arch = families.architecture(load.read_config(path))
   return load.load_params(path, arch, one_device(arch), dtype)
 
 
@@ -47,12 +49,11 @@ def rewrite(target, source, change):
 @pytest.mark.parametrize('model', MODELS)
 def test_every_leaf_holds_its_tensors(model):
   source, leaves = SafetensorsFolder(GOLDEN / model), trees.flatten(load_all(GOLDEN / model))
-  arch = from_hf(load.read_config(GOLDEN / model))
+  arch = families.architecture(load.read_config(GOLDEN / model))
   assert {n: x.shape for n, x in leaves.items()} == layout.leaf_shapes(arch)
   for b in layout.bindings(arch):
     leaf = np.asarray(leaves[b.leaf])
-    part = leaf if b.layer is None else leaf[b.layer]
-    np.testing.assert_array_equal(layout.to_hf(b, part), source.read(b.hf))
+    np.testing.assert_array_equal(b.to_hf(leaf[b.at]), source.read(b.hf))
 
 
 def test_target_dtype_is_rounded_once(tmp_path):
@@ -138,7 +139,7 @@ def test_harmless_extras_are_taken(tmp_path):
 
 
 def test_shardings_must_name_every_parameter():
-  arch = from_hf(load.read_config(GOLDEN / 'llama_tied'))
+  arch = families.architecture(load.read_config(GOLDEN / 'llama_tied'))
   places = trees.flatten(one_device(arch))
   del places['embed/w']
   with pytest.raises(ValueError, match='embed/w'):
@@ -154,8 +155,8 @@ def test_config_of_either_spelling_gives_the_same_architecture():
     'rope_scaling': scaling,
     'torch_dtype': 'float32',
   }
-  assert from_hf(old) == from_hf(new)
-  assert from_hf(new).rope_scaling.factor == 4.0
+  assert families.architecture(old) == families.architecture(new)
+  assert families.architecture(new).layers()[0].mixer.rope.scaling.factor == 4.0
 
 
 @pytest.mark.parametrize(
@@ -194,8 +195,7 @@ def test_a_gguf_file_beside_safetensors_is_refused(tmp_path):
     ('.cache/smollm2', '`make assets` makes it'),
     ('ROOT/.cache/smollm2', '`make assets` makes it'),
     ('.cache/SmolLM2-135M-Instruct.Q4_1.gguf', '`make assets` makes it'),
-    ('meta-llama/Llama-3.2-1B', r'`hf download meta-llama/Llama-3.2-1B --local-dir DIR`'),
-    ('Qwen/Qwen2.5-0.5B@main', '`hf download Qwen/Qwen2.5-0.5B --revision main --local-dir DIR`'),
+    ('models/llama-4', 'Did you mean models/llama-3'),  # no hub name: there is a folder `models`
     ('ROOT/models/lama-3', 'Did you mean ROOT/models/llama-3'),
     ('ROOT/modles/llama-3', 'Did you mean ROOT/models/llama-3'),
     ('ROOT/models/LLAMA-3', 'Did you mean ROOT/models/llama-3'),
@@ -251,7 +251,7 @@ def test_dropout_in_a_config_is_reported_once(tmp_path, caplog):
   config = json.loads((model / 'config.json').read_text())
   (model / 'config.json').write_text(json.dumps(config | {'attention_dropout': 0.5}))
   for _ in range(3):
-    from_hf(load.read_config(model))
+    families.architecture(load.read_config(model))
   assert [r.getMessage() for r in caplog.records] == [
     f'{model}/config.json: attention_dropout=0.5 is not applied: training here uses no dropout'
   ]
@@ -320,11 +320,12 @@ import sys
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from ftjax.hf import export, load, layout as names
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
+from ftjax.models import counts
 from ftjax.runtime import trees
 path, target = sys.argv[1:]
 config = load.read_config(path)
-arch = from_hf(config)
+arch = families.architecture(config)
 shapes = names.leaf_shapes(arch)
 mesh = jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'tensor'))
 block = 'stack0/block0/'
@@ -380,11 +381,12 @@ import sys
 import jax, ml_dtypes, numpy as np
 jax.block_until_ready(jax.device_put(np.ones(3)) + 1)
 from ftjax.hf import export, load, layout as names
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
+from ftjax.models import counts
 from ftjax.runtime import trees
 empty = {PEAK}
 path, target, dtype = sys.argv[1:]
-arch = from_hf(load.read_config(path))
+arch = families.architecture(load.read_config(path))
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 places = trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place))
 params = load.load_params(path, arch, places, np.dtype(dtype))
@@ -407,7 +409,7 @@ def big_model(tmp_path_factory):
     'num_key_value_heads': 4,
     'head_dim': 64,
   }
-  arch = from_hf(config)
+  arch = families.architecture(config)
   folder = tmp_path_factory.mktemp('big')
   (folder / 'config.json').write_text(json.dumps(config))
   tensors = layout.hf_tensors(arch, np.float32)
@@ -430,7 +432,7 @@ def test_memory_is_the_parameters_and_one_stacked_leaf(tmp_path, big_model, dtyp
   empty, loaded, exported = (int(n) * 1024 for n in done.stdout.split())
   item = np.dtype(dtype).itemsize
   leaf = max(int(np.prod(shape)) for shape in layout.leaf_shapes(arch).values()) * item
-  params = arch.num_params() * item
+  params = counts.num_params(arch) * item
   assert loaded - empty <= params + leaf + SLACK, (loaded - empty, params, leaf)
   tensor = max(info.nbytes for info in layout.hf_tensors(arch, np.dtype(dtype)).values())
   assert exported - loaded <= 2 * tensor
@@ -441,15 +443,15 @@ SHARE_AND_MEASURE = f"""
 import sys
 import jax, ml_dtypes, numpy as np
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import counts, kinds
+from ftjax.families import table as families
 from ftjax.runtime import sharding
 mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(fsdp=-1))
 jax.set_mesh(mesh)
 jax.block_until_ready(jax.device_put(np.ones(3)) + 1)
 empty = {PEAK}
-arch = from_hf(load.read_config(sys.argv[1]))
-places = sharding.shardings(mesh, transformer.axes(arch))
+arch = families.architecture(load.read_config(sys.argv[1]))
+places = sharding.shardings(mesh, kinds.axes(arch))
 params = load.load_params(sys.argv[1], arch, places, np.dtype('bfloat16'))
 print(jax.device_count(), empty, {PEAK})
 """
@@ -469,7 +471,7 @@ def test_a_checkpoint_of_70b_shape_is_streamed(tmp_path):
     'num_key_value_heads': 8,
     'head_dim': 8,
   }
-  arch = from_hf(config)
+  arch = families.architecture(config)
   (tmp_path / 'config.json').write_text(json.dumps(config))
   tensors = layout.hf_tensors(arch, np.dtype('bfloat16'))
   shards, index = np.array_split(list(tensors), 30), {}
@@ -487,6 +489,6 @@ def test_a_checkpoint_of_70b_shape_is_streamed(tmp_path):
   done = run(SHARE_AND_MEASURE, tmp_path, XLA_FLAGS='--xla_force_host_platform_device_count=8')
   assert done.returncode == 0, done.stderr
   devices, empty, peak = map(int, done.stdout.split())
-  params, leaf = 2 * arch.num_params(), 2 * 80 * 512 * 1792
+  params, leaf = 2 * counts.num_params(arch), 2 * 80 * 512 * 1792
   assert devices == 8 and params > 500e6
   assert (peak - empty) * 1024 <= params + leaf + 64e6, (peak - empty, params, leaf)

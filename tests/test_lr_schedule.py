@@ -7,15 +7,13 @@ import optax
 import pytest
 
 from ftjax.runtime.errors import ConfigError
-from ftjax.training.lr_schedule import NAMES, make_schedule
+from ftjax.training.lr_schedule import SCHEDULES, ScheduleConfig, make_schedule
 
 STEPS, WARM, LR = 20, 4, 0.5
 
 
 def rates(name, *, steps=STEPS, warmup=WARM, end=0.0, decay=6, count=STEPS + 1):
-  schedule = make_schedule(
-    name, LR, steps, warmup_steps=warmup, end_fraction=end, decay_steps=decay
-  )
+  schedule = make_schedule(name, ScheduleConfig(LR, steps, warmup, end, decay))
   return np.array([float(schedule(k)) for k in range(count)])
 
 
@@ -58,12 +56,12 @@ def test_the_end_value_comes_after_the_last_update(name):
   np.testing.assert_allclose(got[STEPS:], end, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', SCHEDULES)
 def test_without_warmup_the_first_update_has_the_whole_rate(name):
   assert rates(name, warmup=0)[0] == pytest.approx(LR)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', SCHEDULES)
 def test_warmup_starts_at_zero_and_ends_at_the_peak(name):
   got = rates(name)
   np.testing.assert_allclose(got[: WARM + 1], LR * np.arange(WARM + 1) / WARM, rtol=1e-6)

@@ -16,7 +16,7 @@ from tensorboardX.proto import event_pb2
 from ftjax.runtime.errors import ConfigError
 from ftjax.telemetry import metrics_writer
 
-SENTINEL = 'Zx9Qw3rT7uP1sD5fG8hJ2kL4'
+SENTINEL = 'hf_Zx9Qw3rT7uP1sD5fG8hJ2kL4'
 
 
 def _writer(workdir, step=-1, drop_eval=False, **options):

@@ -11,11 +11,11 @@ import pytest
 from tiny_model import QWEN2, TINY, UNTIED
 
 from ftjax.config import keys
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
-from ftjax.training.optimizer import NAMES, Leaf, OptimizerConfig
+from ftjax.training.optimizer import OPTIMIZERS, Leaf, OptimizerConfig
 
 STEPS, B1, B2, EPS = 5, 0.9, 0.99, 1e-8
 
@@ -150,7 +150,7 @@ def finals(name, freeze=FREEZE):
   return run(recipe(name, freeze=freeze))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_stacked_equals_every_layer_alone(name):
   r = recipe(name)
   got, want, start = unstack(finals(name)), expected(r), unstack(numbers(0))
@@ -167,9 +167,9 @@ def test_stacked_equals_every_layer_alone(name):
 
 def test_the_cases_above_differ():
   """Each name and table has an effect that the comparison would see."""
-  ends = {n: finals(n)['stack0/block0/attn/q/w'] for n in NAMES}
-  for a in NAMES:
-    for b in NAMES:
+  ends = {n: finals(n)['stack0/block0/attn/q/w'] for n in OPTIMIZERS}
+  for a in OPTIMIZERS:
+    for b in OPTIMIZERS:
       assert a == b or np.abs(ends[a] - ends[b]).max() > 1e-3
   plain = run(recipe('adamw', decay=(('.*', 1.0),), multipliers=(('.*', 1.0),)))
   for name, p in finals('adamw').items():
@@ -290,8 +290,8 @@ def test_names_of_layers_follow_the_pattern():
 
 @pytest.mark.parametrize('arch', [TINY, UNTIED, QWEN2])
 def test_the_decoder_as_an_optimizer_sees_it(arch):
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
-  for name, (shape, *_) in transformer.declared(arch).items():
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
+  for name, (shape, *_) in kinds.declared(arch).items():
     leaf = info[name]
     dims = shape[1:] if leaf.stacked else shape
     assert leaf.stacked == name.startswith('stack') and len(leaf.names) == (
@@ -307,14 +307,14 @@ def test_the_decoder_as_an_optimizer_sees_it(arch):
 
 @pytest.mark.parametrize('arch', [UNTIED, QWEN2])
 def test_norm_scales_and_biases_do_not_decay_by_default(arch):
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   r = recipe('sgd', b1=0.0, decay=keys.default().optim.decay, multipliers=ALL, freeze=NOTHING)
-  start = {n: np.ones(p.shape, np.float32) for n, p in transformer.declared(arch).items()}
+  start = {n: np.ones(p.shape, np.float32) for n, p in kinds.declared(arch).items()}
   tx, params = optimizer.make_optimizer(r, info, info), trees.unflatten(start)
   zero = jax.tree.map(np.zeros_like, params)
   moved = trees.flatten(tx.update(zero, tx.init(params), params)[0])
   still = {n.removeprefix('stack0/block0/') for n, u in moved.items() if not np.asarray(u).any()}
-  biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.qkv_bias else set()
+  biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.layers()[0].mixer.qkv_bias else set()
   assert still == {'attn_norm/scale', 'mlp_norm/scale', 'final_norm/scale'} | biases
 
 

@@ -27,21 +27,19 @@ def test_by_hand():
   assert sorted(pack_lengths(histogram([4] * 7, 10), 10)) == [(1, (4,)), (3, (4, 4))]
 
 
-@pytest.mark.parametrize('limit', [None, 1, 3])
-def test_random(limit):
+def test_random():
   rng = np.random.default_rng(0)
   for _ in range(300):
     seq_len = int(rng.integers(2, 60))
     lengths = rng.integers(1, seq_len + 1, rng.integers(1, 400))
     counts = histogram(lengths, seq_len)
-    groups = pack_lengths(counts, seq_len, limit)
+    groups = pack_lengths(counts, seq_len)
     assert unpack(groups) == {i: c for i, c in enumerate(counts.tolist()) if c}
     assert all(rows > 0 and sum(held) <= seq_len for rows, held in groups)
-    assert all(len(held) <= (limit or seq_len) for _, held in groups)
-    assert groups == pack_lengths(counts, seq_len, limit)
-    if limit is None:  # best fit decreasing never needs more than 11/9 of the optimum + 1
-      rows = sum(r for r, _ in groups)
-      assert rows <= 11 / 9 * np.ceil(lengths.sum() / seq_len) * 1.2 + 1
+    assert groups == pack_lengths(counts, seq_len)
+    # Best fit decreasing never needs more than 11/9 of the optimum + 1.
+    rows = sum(r for r, _ in groups)
+    assert rows <= 11 / 9 * np.ceil(lengths.sum() / seq_len) * 1.2 + 1
 
 
 def test_same_as_one_by_one():

@@ -27,9 +27,10 @@ from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import random_config
 from ftjax.experiment.trainer import Trainer
+from ftjax.families import table as families
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
-from ftjax.models.architecture import from_hf
+from ftjax.models import counts
 from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
@@ -320,7 +321,7 @@ def small():
 
 
 def planned(c, name='cpu:8'):
-  arch = from_hf(random_config(c.model.random.to_dict()))
+  arch = families.architecture(random_config(c.model.random.to_dict()))
   return compile.make(c, topology.parse(name), arch, sft.make_loss), arch
 
 
@@ -369,7 +370,7 @@ def small_rollout(algorithm, **overrides):
   c.rollout.group, c.rollout.max_tokens, c.rollout.slots = 4, 16, 16
   c.update_from_flattened_dict(overrides)
   validation.validate(c)
-  arch = from_hf(random_config(c.model.random.to_dict()))
+  arch = families.architecture(random_config(c.model.random.to_dict()))
   make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
   return compile.make(c, topology.parse('cpu:8'), arch, make_loss), arch, c
 
@@ -416,13 +417,14 @@ def test_what_the_rollout_wants_decides_too(monkeypatch):
 
 
 def test_the_cost_counts_every_model_of_the_step():
-  arch = from_hf(known_models.read('SmolLM2-135M'))
+  arch = families.architecture(known_models.read('SmolLM2-135M'))
   value = dataclasses.replace(arch, num_labels=1)
   one = cost.model_flops([(arch, 3)], 4, 64)
-  blocks = arch.matmul_params() - arch.vocab_size * arch.model_dim
+  blocks = counts.matmul_params(arch) - arch.vocab_size * arch.model_dim
+  mixer = arch.layers()[0].mixer
   pairs = 4 * 64 * 65 / 2
-  attention = 12 * arch.num_layers * arch.num_heads * arch.head_dim * pairs
-  assert one == 6 * arch.matmul_params() * 4 * 64 + attention
+  attention = 12 * arch.num_layers * mixer.num_heads * mixer.head_dim * pairs
+  assert one == 6 * counts.matmul_params(arch) * 4 * 64 + attention
   assert cost.model_flops([(arch, 3), (arch, 1)], 4, 64) == pytest.approx(one * 4 / 3)
   both = cost.model_flops([(arch, 3), (value, 3)], 4, 64)
   assert both == pytest.approx(one + 6 * (blocks + arch.model_dim) * 4 * 64 + attention)
@@ -441,7 +443,8 @@ def test_candidates_leave_room_for_other_models():
   """PPO of 8B on v5e: one chip cannot hold policy, value model, reference and the copy that
   samples, so `tensor` must split that.
   """
-  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('v5e:8x8')
+  arch = families.architecture(known_models.read('Llama-3.1-8B'))
+  where = topology.parse('v5e:8x8')
   alone = suggest.candidates(arch, where, 64, 2048, 2, 1)[0]
   held = suggest.Held(trained=2, copies=1, samples=True)
   assert alone.tensor == 1
@@ -529,7 +532,7 @@ os.environ.update(topology.environment(where, dump))
 import jax
 from ftjax.experiment import run as experiment
 from ftjax.algorithms import sft
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
 from ftjax.planning import collectives as communication, hlo
 from ftjax.runtime import sharding
 from ftjax.experiment.trainer import Trainer
@@ -539,7 +542,7 @@ c.model.random = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=
 c.data.train, c.batch_size, c.seq_len, c.eval.batch_size = 'sums:20', 8, 256, 8
 mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES}, topology.devices(where))
 with jax.set_mesh(mesh):
-  arch = from_hf(experiment.random_config(c.model.random.to_dict()))
+  arch = families.architecture(experiment.random_config(c.model.random.to_dict()))
   run = experiment.without_data(c, mesh, arch)
   trainer = Trainer(run, sft.make_loss(run.forward, c))
   compiled = trainer.compile()
@@ -588,10 +591,10 @@ def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
     (
       dict(fsdp=8),
       dict(hidden_size=60, num_attention_heads=2),
-      r'embed dimension of 60 .* 8 ways.*mesh.fsdp',
+      r'embed dimension of 60 .* 8 shards.*mesh.fsdp',
     ),
     (dict(context=8), dict(seq_len=60), r'seq_len=60 is no multiple of .*mesh.context'),
-    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 ways.*mesh.tensor'),
+    (dict(tensor=8), {}, r'kv_heads dimension of 2 .* 8 shards.*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(vocab_size=321), r'vocab dimension of 321 .*mesh.tensor'),
     (dict(fsdp=4, tensor=2), dict(intermediate_size=129), r'ffn dimension of 129 .*mesh.tensor'),
     (dict(data=3), {}, r'8 devices are no multiple of 3'),
@@ -632,7 +635,9 @@ def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change
   ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, billions):
-  assert from_hf(known_models.read(f'models/{name}-Instruct')).num_params() == round(billions * 1e9)
+  assert counts.num_params(
+    families.architecture(known_models.read(f'models/{name}-Instruct'))
+  ) == round(billions * 1e9)
 
 
 def test_an_unknown_model_names_the_known_ones():
@@ -642,7 +647,10 @@ def test_an_unknown_model_names_the_known_ones():
 
 def test_few_long_rows_on_a_large_slice_split_the_sequence():
   """64 rows of 8,192 tokens on 256 chips: one row is cut over 4 of them."""
-  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('v5e:16x16')
+  arch, where = (
+    families.architecture(known_models.read('Llama-3.1-8B')),
+    topology.parse('v5e:16x16'),
+  )
   found = suggest.candidates(arch, where, 64, 8192, 2, 6)
   assert {'context': 4, 'fsdp': 64}.items() <= dataclasses.asdict(found[0]).items()
   assert any(c.tensor == 2 and c.context == 2 for c in found)
@@ -651,7 +659,10 @@ def test_few_long_rows_on_a_large_slice_split_the_sequence():
 
 
 def test_candidates_divide():
-  arch, where = from_hf(known_models.read('Llama-3.1-8B')), topology.parse('2xv5e:16x16')
+  arch, where = (
+    families.architecture(known_models.read('Llama-3.1-8B')),
+    topology.parse('2xv5e:16x16'),
+  )
   found = suggest.candidates(arch, where, 64, 8192, 2, 8)
   assert found
   for c in found:
@@ -703,8 +714,8 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
   ('arguments', 'told'),
   [
     (['--topology=v5e'], r'--topology=v5e: expected'),
-    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split 3 ways'),
-    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split 4 ways'),
+    (['--topology=cpu:3'], r'embed dimension of 64 cannot be split into 3 shards'),
+    (['--topology=cpu:4', '--config.mesh.tensor=4'], r'cannot be split into 4 shards'),
   ],
 )
 def test_the_entry_refuses(arguments, told):

@@ -11,7 +11,7 @@ from ftjax.algorithms import policy_gradient, ppo
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.rl import rollout_batch, rollout_source
 from ftjax.runtime import trees
@@ -28,9 +28,8 @@ def usual(tmp_path_factory):
 
 def nudged(s):
   """The parameters with another value model, whose values are not 0."""
-  value = transformer.init(
-    s.run.auxiliary.find('value').architecture(), jax.random.key(5), jnp.float32
-  )
+  arch = s.run.auxiliary.find('value').architecture()
+  value = kinds.init(arch, jax.random.key(5), jnp.float32)
   return s.state.params | {'value': value}
 
 
@@ -56,7 +55,7 @@ def test_the_value_is_that_of_the_state_before_each_label(usual):
   for at in np.flatnonzero(arrays['weights'][row])[:3]:
     ids = jnp.asarray(arrays['tokens'][row, : at + 1][None])
     where = Tokens(jnp.ones_like(ids), jnp.arange(at + 1, dtype=jnp.int32)[None])
-    x = transformer.apply(arch, params['value'], ids, where, dtype=jnp.float32)
+    x = kinds.apply(arch, params['value'], ids, where, dtype=jnp.float32)
     expected = np.asarray(x)[0, -1] @ np.asarray(params['value']['score']['w'])[0]
     assert np.asarray(got)[row, at] == pytest.approx(float(expected), abs=1e-5)
 
@@ -155,7 +154,7 @@ def test_an_update_trains_both_and_the_export_holds_the_policy_alone(tmp_path):
   assert {'value/score/w', 'value/embed/w', 'embed/w'} <= changed
   assert s.rows[1][1]['value'] != 0
   model = s.trainer.model(s.state)
-  assert trees.flatten(model).keys() == transformer.declared(s.run.arch).keys()
+  assert trees.flatten(model).keys() == kinds.declared(s.run.arch).keys()
   export.export(
     model,
     s.run.arch,
@@ -189,7 +188,7 @@ def placed_micro(s, batch):
 def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   s, *_ = usual
   arch = s.run.auxiliary.find('value').architecture()
-  params = transformer.init(arch, jax.random.key(9))
+  params = kinds.init(arch, jax.random.key(9))
   c = s.run.config
   model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
   export.export(

@@ -105,7 +105,7 @@ def test_the_holder_of_a_tpu_is_named(tmp_path, monkeypatch):
     error = RuntimeError('ABORTED: The TPU is already in use by another process\nmore')
     with pytest.raises(ConfigError, match=f'process {other.pid}: .*libtpu_lockfile') as caught:
       tpu_lock.explain(error)
-    assert 'libtpu says: ABORTED' in str(caught.value)
+    assert 'Message of libtpu: ABORTED' in str(caught.value)
     other.communicate('\n')
   with pytest.raises(ConfigError, match='may not see'):
     tpu_lock.explain(RuntimeError('Internal error when accessing libtpu multi-process lockfile.'))

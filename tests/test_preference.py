@@ -125,13 +125,13 @@ def test_step_zero():
   assert set(zero_loss) == set(WITH_REFERENCE)
   for name, expected in zero_loss.items():
     settings = Settings(beta=0.1)
-    total, weight, metrics = loss(name, same, ones, settings)
+    total, weight, metrics = loss(LOSSES[name], same, ones, settings)
     assert float(total / weight) == pytest.approx(expected, abs=1e-6)
     for metric in ('rewards/chosen', 'rewards/rejected', 'rewards/margin', 'rewards/accuracy'):
       assert float(metrics[metric][0]) == 0.0
   singles = random_singles()
   rows = singles._replace(ref_logp=singles.logp, z=jnp.float32(0))
-  total, weight, _ = loss('kto', rows, ones, Settings())
+  total, weight, _ = loss(LOSSES['kto'], rows, ones, Settings())
   assert float(total / weight) == 0.5
 
 
@@ -152,10 +152,11 @@ def test_the_table_is_whole(name):
 @pytest.mark.parametrize('name', LOSSES)
 def test_micro_batches_add_up_and_order_does_not_matter(name):
   batch, ones = random_batch(name), jnp.ones(6)
-  total, weight, metrics = loss(name, batch, ones, ALL_TERMS)
+  total, weight, metrics = loss(LOSSES[name], batch, ones, ALL_TERMS)
   perm = jnp.array([3, 1, 5, 0, 2, 4])
   parts = [
-    loss(name, take(batch, rows), ones[rows], ALL_TERMS) for rows in (perm[:2], perm[2:4], perm[4:])
+    loss(LOSSES[name], take(batch, rows), ones[rows], ALL_TERMS)
+    for rows in (perm[:2], perm[2:4], perm[4:])
   ]
   assert float(sum(p[1] for p in parts)) == float(weight) == 6.0
   assert float(sum(p[0] for p in parts)) == pytest.approx(float(total), rel=1e-6)
@@ -176,7 +177,7 @@ def test_padding_is_never_seen(name, bad):
 
   def total(first, batch, weights):
     batch = batch._replace(**{batch._fields[0]: first})
-    return loss(name, batch, weights, ALL_TERMS)[0]
+    return loss(LOSSES[name], batch, weights, ALL_TERMS)[0]
 
   value, gradient = jax.value_and_grad(total)(spoiled[0], spoiled, weights)
   expected, kept_gradient = jax.value_and_grad(total)(kept[0], kept, jnp.ones(4))
@@ -196,7 +197,7 @@ def test_extremes_stay_finite(name):
 
   def total(first):
     batch_ = batch._replace(**{batch._fields[0]: first})
-    return loss(name, batch_, jnp.ones(4), Settings(beta=1.0))[0]
+    return loss(LOSSES[name], batch_, jnp.ones(4), Settings(beta=1.0))[0]
 
   value, gradient = jax.value_and_grad(total)(batch[0])
   assert np.isfinite(value) and np.isfinite(gradient).all()

@@ -116,7 +116,8 @@ def test_pairs_get_what_the_model_says_of_them(filled, use_mesh):
 def test_batches_carry_them_by_row(filled):
   run, found, _ = filled()
   batch = run.data.stream.batch(9)  # of the second epoch
-  for i, (_, example, _) in enumerate(run.data.stream.examples(9)):
+  for i in range(run.config.batch_size):
+    (example,) = run.data.mixture.row(9 * run.config.batch_size + i).examples
     assert [batch[k][i] for k in algorithms.REFERENCE_FIELDS] == found[example].tolist()
   wanted = {k: v.dtype for k, v in run.abstract_batch().items()}
   assert wanted == {k: v.dtype for k, v in batch.items()}

@@ -70,7 +70,7 @@ def test_equal_models_are_not_told_apart():
   got = report.compare(task, base, base)
   assert got['mcnemar'] == {'only_base_right': 0, 'only_tuned_right': 0, 'p': 1.0}
   assert all(d == {'value': 0, 'low': 0, 'high': 0, 'p': 1} for d in got['difference'].values())
-  assert 'do not tell' in report.verdict(got)
+  assert 'no significant difference' in report.verdict(got)
 
 
 def test_tasks_without_classes_have_accuracy_alone():

@@ -19,9 +19,9 @@ from tiny_run import BATCH, EPOCH_STEPS, STEPS
 from ftjax.config import keys
 from ftjax.experiment import data as examples
 from ftjax.experiment.model import open_model
+from ftjax.families import table as families
 from ftjax.hf import load
-from ftjax.models import transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 
 pytestmark = pytest.mark.usefixtures('users_programs')
@@ -96,17 +96,17 @@ def test_what_was_fed_is_the_schedule(reference):
   batch comes twice, also not in another epoch.
   """
   c = tiny_config(reference)
-  model = open_model('', c.model.random.to_dict(), c.seed, weights=False)
+  model = open_model('', c.model.random.to_dict(), c.seed)
   data = examples.open_data(c, model.tokenizer, str(reference))
   assert data.mixture.rows_per_epoch == BATCH * EPOCH_STEPS
   rows = tiny_run.metrics(reference)
   fed = [rows['train', step + 1]['batch_checksum'] for step in range(STEPS)]
   assert fed == [tiny_run.checksum(data.stream.batch(s)['tokens']) for s in range(STEPS)]
   assert len(set(fed)) == STEPS
-  seen = [data.stream.examples(step) for step in range(STEPS)]
+  seen = [data.mixture.row(i) for i in range(STEPS * BATCH)]
   for epoch in range(STEPS // EPOCH_STEPS):
-    steps = seen[epoch * EPOCH_STEPS : (epoch + 1) * EPOCH_STEPS]
-    ids = [example for batch in steps for _, example, e in batch if e == epoch]
+    rows = seen[epoch * EPOCH_STEPS * BATCH : (epoch + 1) * EPOCH_STEPS * BATCH]
+    ids = [example for row in rows for example in row.examples if row.epoch == epoch]
     assert sorted(ids) == list(range(len(data.corpora[0])))  # each once an epoch
 
 
@@ -126,8 +126,8 @@ def tiny_config(workdir):
 def test_the_average_is_what_is_exported(reference):
   """The moving average of the last checkpoint, bit by bit, and not its parameters."""
   export = str(reference / 'export')
-  arch = from_hf(load.read_config(export))
-  where = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  arch = families.architecture(load.read_config(export))
+  where = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
   exported = trees.flatten(load.load_params(export, arch, where, jnp.float32))
   with ocp.StandardCheckpointer() as checkpointer:
     saved = checkpointer.restore(reference / 'checkpoints' / str(STEPS) / 'state')

@@ -17,10 +17,10 @@ from ftjax.data import batches
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
 from ftjax.experiment.trainer import Trainer
+from ftjax.families import table as families
 from ftjax.hf import export, load
 from ftjax.losses import preference
-from ftjax.models import transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
@@ -32,7 +32,7 @@ def start():
   """(config, architecture, parameters) on one device."""
   c = tiny_pairs.settings('reward_model')
   arch = tiny_pairs.architecture(c)
-  return c, arch, transformer.init(arch, jax.random.key(3))
+  return c, arch, kinds.init(arch, jax.random.key(3))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -77,7 +77,7 @@ def test_the_score_is_the_last_states_product():
     where = Tokens(
       *(place(a[None], 'batch', 'seq') for a in (np.ones_like(ids), np.int32(np.arange(len(ids)))))
     )
-    x = transformer.apply(arch, params, place(ids[None], 'batch', 'seq'), where, dtype=jnp.float32)
+    x = kinds.apply(arch, params, place(ids[None], 'batch', 'seq'), where, dtype=jnp.float32)
     expected = np.asarray(x)[0, -1] @ np.asarray(params['score']['w'])[0]
     assert got[segment - 1][row] == pytest.approx(float(expected), abs=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_token_in_the_prompt_that_equals_the_last_does_not_move_the_score():
 def test_the_head_is_float32_whatever_the_rest_is():
   _, arch, _ = start()
   assert scores(tiny_pairs.rows(), 'bfloat16').dtype == np.float32
-  assert arch.num_labels == 1 and 'head' not in transformer.abstract(arch)
+  assert arch.num_labels == 1 and 'head' not in kinds.abstract(arch)
 
 
 # The step
@@ -135,7 +135,7 @@ def whole():
 
 def test_the_loss_is_bradley_terry_with_margin_and_centring(whole):
   c, arch, _ = start()
-  params = transformer.init(arch, jax.random.key(c.seed))
+  params = kinds.init(arch, jax.random.key(c.seed))
   batch = tiny_pairs.rows()
   chosen, rejected = np.asarray(
     _scores(arch, params, tiny_pairs.flat_on_devices(batch)), np.float64
@@ -212,10 +212,10 @@ def test_evaluation_is_over_all_rows_once(exported):
 
 def test_the_export_is_read_back_bit_by_bit(exported, use_mesh):
   run, params, folder = exported[:3]
-  arch = from_hf(load.read_config(folder))
+  arch = families.architecture(load.read_config(folder))
   assert arch == run.arch and arch.num_labels == 1
   use_mesh()
-  where = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  where = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
   again = trees.flatten(load.load_params(folder, arch, where, jnp.float32))
   for name, value in trees.flatten(params).items():
     np.testing.assert_array_equal(np.asarray(value), again[name])
@@ -236,7 +236,8 @@ def test_the_export_is_a_classifier_of_one_label_with_a_pad_that_ends_nothing(ex
 def test_a_qwen2_becomes_a_reward_model_of_its_own_class():
   model = open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, labels=1)
   assert model.config['architectures'] == ['Qwen2ForSequenceClassification']
-  assert from_hf(model.config) == model.arch and model.arch.qkv_bias and model.arch.num_labels == 1
+  assert families.architecture(model.config) == model.arch and model.arch.num_labels == 1
+  assert model.arch.layers()[0].mixer.qkv_bias
 
 
 def test_a_reward_model_starts_from_one_and_writes_no_text(exported, tmp_path):
@@ -258,7 +259,7 @@ def test_a_language_model_lends_all_but_its_head(exported, tmp_path, use_mesh):
   sizes = tiny_pairs.SIZES | {'tie_word_embeddings': False}
   base = open_model('', sizes, 0)
   use_mesh()
-  params = transformer.init(base.arch, jax.random.key(7))
+  params = kinds.init(base.arch, jax.random.key(7))
   export.export(
     params,
     base.arch,

@@ -13,7 +13,7 @@ from ftjax.data.batches import ARRAYS
 from ftjax.experiment import resume
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime.errors import ConfigError
 
@@ -31,7 +31,7 @@ SIZES = dict(
 def write(folder, labels=1, key=5, **sizes):
   """(architecture, parameters) of a model in `folder`."""
   model = open_model('', SIZES | sizes, 0, labels=labels)
-  params = transformer.init(model.arch, jax.random.key(key))
+  params = kinds.init(model.arch, jax.random.key(key))
   export.export(
     params,
     model.arch,

@@ -4,12 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import TINY, UNTIED, ids, init, logprobs, tokens_at
+from tiny_model import TINY, init
 
 from ftjax.generation import weights
 from ftjax.runtime import trees
-
-PROBE = ids(1, 11, seed=5)[0].tolist()
 
 
 def numbers(params):
@@ -71,25 +69,3 @@ def test_leaves_are_drawn_by_seed():
   drawn = [set(weights.checksums(params, jnp.bfloat16, count=3, seed=s)) for s in (0, 0, 1, 2)]
   assert drawn[0] == drawn[1] and all(len(d) == 3 for d in drawn)
   assert len(set.union(*drawn)) > 3
-
-
-@pytest.mark.parametrize('arch', [TINY, UNTIED], ids=['tied', 'untied'])
-def test_a_probe_is_the_trainer_s_forward(arch):
-  tokens = np.array([PROBE], np.int32)
-  ones = np.ones_like(tokens)
-  params = init(arch)
-  expected = logprobs(arch, params, tokens, np.roll(tokens, -1, 1), ones, tokens_at(ones))
-  got = weights.probe(arch, params, PROBE, jnp.float32)
-  np.testing.assert_allclose(got, expected[0, :-1], atol=1e-6)
-
-
-def test_a_probe_on_both_meshes_agrees(use_mesh):
-  """Over a sequence split two ways, whose length is odd, and over tensor alone."""
-  mesh = use_mesh(context=2, tensor=2, fsdp=2)
-  params = init(TINY)
-  copy = weights.rollout_params(params, TINY, weights.rollout_mesh(mesh), jnp.float32)
-  ours, theirs = (weights.probe(TINY, p, PROBE, jnp.float32) for p in (params, copy))
-  np.testing.assert_allclose(ours, theirs, atol=1e-5)
-  with jax.set_mesh(weights.rollout_mesh(mesh)):
-    other = jax.tree.map(lambda p: p * 1.01, copy)
-  assert np.abs(weights.probe(TINY, other, PROBE, jnp.float32) - ours).max() > 1e-3

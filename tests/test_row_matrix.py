@@ -10,7 +10,16 @@ import pytest
 from test_token_cache import build
 from tiny_tokenizer import tiny_files
 
-from ftjax.data import encode, formats, labeled_examples, prompts, sources
+from ftjax.data import (
+  containers,
+  encode,
+  formats,
+  hub_dataset,
+  labeled_examples,
+  preference_rows,
+  prompts,
+  sources,
+)
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
@@ -159,7 +168,9 @@ def write(container, rows, folder, monkeypatch):
   elif container == 'arrow':
     data_set(rows).save_to_disk(path)
   else:
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: data_set(rows))
+    data_set(rows).to_parquet(folder / 'a.parquet')
+    found = (containers.File(folder / 'a.parquet'),)
+    monkeypatch.setattr(hub_dataset, 'list_files', lambda path: found)
     return 'org/rows'
   return str(path)
 
@@ -189,7 +200,7 @@ def read(algorithm, source):
   else:
     shape = {'dpo': 'pair', 'kto': 'label', 'reward_model': 'score'}[algorithm]
     found = labeled_examples.encode(
-      [labeled_examples.parse(r, shape, None) for r in rows], TOKENIZER
+      [preference_rows.parse(r, shape, None) for r in rows], TOKENIZER
     )
   assert not [f for f in found if isinstance(f, formats.Bad)]
   out = []

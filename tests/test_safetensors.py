@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ftjax.hf import safetensors
-from ftjax.hf.safetensors import SafetensorsFolder, TensorInfo, write_folder
+from ftjax.hf.safetensors import SafetensorsFolder, write_folder
+from ftjax.hf.tensor_source import TensorInfo
 from ftjax.runtime.errors import DataError, NonFiniteError
 
 RNG = np.random.default_rng(0)
@@ -63,7 +64,7 @@ def test_layout_of_the_file_by_hand(tmp_path):
 
 
 def test_index_reads_the_selected_part(tmp_path, monkeypatch):
-  monkeypatch.setattr(safetensors, '_BLOCK_BYTES', 100)
+  monkeypatch.setattr(safetensors, 'BLOCK_BYTES', 100)
   source, a = SafetensorsFolder(write(tmp_path)), TENSORS['a']
   for index in [
     (slice(2, 5),),
@@ -80,8 +81,8 @@ def test_index_reads_the_selected_part(tmp_path, monkeypatch):
 def test_only_the_bytes_of_selected_rows_are_read(tmp_path, monkeypatch):
   source = SafetensorsFolder(write(tmp_path))
   read, shapes = SafetensorsFolder._rows, []
-  spy = lambda path, offset, shape, dtype: shapes.append(shape) or read(path, offset, shape, dtype)  # noqa: E731
-  monkeypatch.setattr(SafetensorsFolder, '_rows', staticmethod(spy))
+  spy = lambda *args: shapes.append(args[3]) or read(*args)  # noqa: E731
+  monkeypatch.setattr(SafetensorsFolder, '_rows', spy)
   source.read('a', (slice(2, 4),))
   source.read('a', (slice(5, 6), slice(0, 1)))
   assert shapes == [(2, 5, 3), (1, 5, 3)]
@@ -101,7 +102,7 @@ GOOD = {'x': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}
     (b'[1]', b'', None, 'expected a JSON object'),
     (b'\xff\xfe', b'', None, 'not UTF-8'),
     (b'[' * 50000, b'', None, 'nested too deep'),
-    (b'{"x":1,"x":2}', b'', None, "'x' stands twice"),
+    (b'{"x":1,"x":2}', b'', None, "'x' occurs twice"),
     (
       {'x': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 12]}},
       b'\0' * 12,

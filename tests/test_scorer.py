@@ -7,7 +7,7 @@ import pytest
 from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.generation.scorer import Scorer
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.runtime.errors import ConfigError
 
 
@@ -32,11 +32,11 @@ def _whole(params, prompts, choices):
     n = len(ids) - 1
     tokens[i, :n], labels[i, :n], segments[i, :n] = ids[:-1], ids[1:], 1
     weights[i, len(prompt) - 1 : n] = 1
-  x = transformer.apply(
+  x = kinds.apply(
     TINY, params, place(tokens, 'batch', 'seq'), tokens_at(segments), dtype=jnp.float32
   )
   labels, weights = (place(a, 'batch', 'seq') for a in (labels, weights))
-  logp = head.token_logprobs(x, transformer.head_weights(TINY, params), labels, weights)
+  logp = head.token_logprobs(x, kinds.head_weights(TINY, params), labels, weights)
   return np.asarray(logp).sum(-1).reshape(len(prompts), -1)
 
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from tiny_model import TINY, UNTIED, init
 
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
 
@@ -84,9 +84,9 @@ def test_batch_ways(use_mesh):
 @pytest.mark.parametrize('arch', [TINY, UNTIED])
 def test_every_parameter_has_axes_of_the_table(arch, use_mesh):
   mesh = use_mesh(fsdp=2, tensor=2)
-  places = trees.flatten(sharding.shardings(mesh, transformer.axes(arch)))
+  places = trees.flatten(sharding.shardings(mesh, kinds.axes(arch)))
   params = trees.flatten(init(arch))
-  assert places.keys() == params.keys() == trees.flatten(transformer.abstract(arch)).keys()
+  assert places.keys() == params.keys() == trees.flatten(kinds.abstract(arch)).keys()
   for name, place in places.items():
     assert params[name].sharding.is_equivalent_to(place, params[name].ndim), name
 
@@ -100,7 +100,7 @@ def test_fsdp_and_tensor_split_all_matrices(use_mesh):
 
 
 def check(mesh):
-  flat = transformer.declared(TINY)
+  flat = kinds.declared(TINY)
   axes, shapes = {n: p.axes for n, p in flat.items()}, {n: p.shape for n, p in flat.items()}
   sharding.check_divides(axes, shapes, mesh)
 

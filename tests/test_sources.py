@@ -130,7 +130,7 @@ def test_folder_saved_by_datasets_itself(tmp_path):
     ('a.parquet', b'PAR1nope', r'a\.parquet:1: not readable Parquet'),
     ('a.xlsx', b'x', 'unknown kind of file'),
     ('a.csv', b'a,b,a\n1,2,3\n', r"a\.csv:1: the header names the column 'a' twice"),
-    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' stands twice"),
+    ('a.jsonl', b'{"a": {"b": 1, "b": 2}}\n', r"a\.jsonl:1: not JSON: the key 'b' occurs twice"),
   ],
 )
 def test_faults_name_their_place(tmp_path, name, content, message):
@@ -163,27 +163,6 @@ def test_nothing_there(tmp_path):
     read(tmp_path / 'a.jsonl')
   with pytest.raises(DataError, match='no data file in this folder'):
     read(tmp_path)
-
-
-def test_hub_name_without_datasets(monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'datasets', None)
-  with pytest.raises(ConfigError, match=r'\.\[datasets\]'):
-    list(sources.rows(Spec('org/name:test')))
-
-
-def test_hub_name_asks_datasets_for_the_split(monkeypatch):
-  """No hub is reached: a stand-in for the library shows what it would be asked."""
-
-  class Library:
-    @staticmethod
-    def load_dataset(name, split):
-      return [{'text': f'{name} {split}'}]
-
-  monkeypatch.setitem(__import__('sys').modules, 'datasets', Library)
-  assert list(sources.rows(Spec('org/name:test'))) == [
-    ('org/name:test:1', {'text': 'org/name test'})
-  ]
-  assert [r['text'] for _, r in sources.rows(Spec('org/name'))] == ['org/name train']
 
 
 def test_fingerprint_is_of_content(tmp_path):
@@ -423,19 +402,6 @@ def test_json_columns_of_a_library_that_does_not_know_the_type(tmp_path):
   pq.write_table(table, tmp_path / 'a.parquet')
   found = [row for _, _, row in sources.scan(Spec(str(tmp_path)))]
   assert found[0] == {'a': {'x': 1}} and 'is no JSON' in found[1].reason
-
-
-def test_rows_of_a_hub_are_those_of_its_files(monkeypatch):
-  datasets = pytest.importorskip('datasets')
-  rows = [
-    {'arguments': {'city': 'Paris'}, 'n': 1},
-    {'arguments': {'a': None, 'b': 2}, 'n': None},
-    {'arguments': {}, 'n': 3},
-  ]
-  plain = datasets.Dataset.from_list(rows)
-  monkeypatch.setattr(datasets, 'load_dataset', lambda name, split: plain)
-  found = [row for _, row in sources.rows(Spec('org/name'))]
-  assert found == [{'arguments': {'city': 'Paris'}, 'n': 1}, {'arguments': {'b': 2}}, rows[2]]
 
 
 def test_two_columns_of_one_name(tmp_path):

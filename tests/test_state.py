@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec as P
 from tiny_model import TINY
 
 from ftjax.config import keys
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer
 from ftjax.training.state import create, state_shardings, with_shardings
 
-INFO = optimizer.leaves(transformer.declared(TINY), TINY.layer_slots())
+INFO = optimizer.leaves(kinds.declared(TINY), TINY.layer_slots())
 
 
 def make_optimizer(name):
@@ -29,8 +29,8 @@ def make_optimizer(name):
 def lay_out(name, mesh, with_ema=True):
   """(abstract state, its shardings) of TINY under an optimizer."""
   make = lambda p: create(p, {}, make_optimizer(name), with_ema)  # noqa: E731
-  abstract = jax.eval_shape(make, transformer.abstract(TINY))
-  where = sharding.shardings(mesh, transformer.axes(TINY))
+  abstract = jax.eval_shape(make, kinds.abstract(TINY))
+  where = sharding.shardings(mesh, kinds.axes(TINY))
   return abstract, state_shardings(abstract, where, mesh)
 
 
@@ -54,7 +54,7 @@ def test_the_average_does_not_share_the_buffer_of_the_parameters():
 def test_moments_lie_like_their_parameters(use_mesh):
   mesh = use_mesh(fsdp=2, tensor=2)
   abstract, where = lay_out('adamw', mesh)
-  expected = trees.flatten(sharding.shardings(mesh, transformer.axes(TINY)))
+  expected = trees.flatten(sharding.shardings(mesh, kinds.axes(TINY)))
   adam = where.opt[0]
   for tree in (where.params, where.ema, adam.mu, adam.nu):
     assert trees.flatten(tree) == expected
@@ -64,12 +64,13 @@ def test_moments_lie_like_their_parameters(use_mesh):
   assert jax.tree.structure(where) == jax.tree.structure(abstract)
 
 
-@pytest.mark.parametrize('name', optimizer.NAMES)
+@pytest.mark.parametrize('name', optimizer.OPTIMIZERS)
 def test_no_large_array_is_replicated(name, use_mesh):
   """What an optimizer holds of a parameter is spread over the devices as the parameter is."""
   mesh = use_mesh(fsdp=2, tensor=2)
   abstract, where = lay_out(name, mesh)
-  smallest = TINY.num_layers * TINY.model_dim * TINY.num_kv_heads * TINY.head_dim
+  mixer = TINY.layers()[0].mixer
+  smallest = TINY.num_layers * TINY.model_dim * mixer.num_kv_heads * mixer.head_dim
   for leaf, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(where), strict=True):
     if leaf.size >= smallest:
       assert s.num_devices == 4 and not s.is_fully_replicated, (leaf.shape, s.spec)

@@ -12,7 +12,7 @@ from tiny_model import TINY, ids, init, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys as config
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
 from ftjax.training import optimizer as optimizer_lib
@@ -157,7 +157,7 @@ def sft_step(rows, micro, neftune=0.0):
   optimizer = optax.sgd(1.0)
   abstract = jax.eval_shape(lambda p: create(p, {}, optimizer, False), params)
   mesh = jax.sharding.get_mesh()
-  where = sharding.shardings(mesh, transformer.axes(TINY))
+  where = sharding.shardings(mesh, kinds.axes(TINY))
   shardings = state_shardings(abstract, where, mesh)
   batch = {
     k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in rows.items()
@@ -205,7 +205,7 @@ def test_noise_on_embeddings_has_the_published_size():
 def test_bfloat16_parameters_train(ragged, name, micro):
   """The state keeps its dtypes over steps, with every optimizer, and the loss falls."""
   c = config.default()
-  info = optimizer_lib.leaves(transformer.declared(TINY), TINY.layer_slots())
+  info = optimizer_lib.leaves(kinds.declared(TINY), TINY.layer_slots())
   names = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm', 'decay', 'multipliers', 'freeze')
   rate = 3e-2 if name in ('sgd', 'muon') else 3e-3
   recipe = optimizer_lib.OptimizerConfig(name, lambda _: rate, **{n: c.optim[n] for n in names})
@@ -214,7 +214,7 @@ def test_bfloat16_parameters_train(ragged, name, micro):
   mesh = jax.sharding.get_mesh()
   make = lambda p: create(p, {}, optimizer, False)  # noqa: E731
   abstract = jax.eval_shape(make, params)
-  shardings = state_shardings(abstract, sharding.shardings(mesh, transformer.axes(TINY)), mesh)
+  shardings = state_shardings(abstract, sharding.shardings(mesh, kinds.axes(TINY)), mesh)
   batch = {
     k: place(v.reshape(micro, 32 // micro, 16), None, 'batch', 'seq') for k, v in ragged.items()
   }

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from ftjax.config import task_specs
 from ftjax.evaluation import tasks
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -20,9 +21,13 @@ def _file(tmp_path, *rows):
   return str(path)
 
 
+def is_right(kind, completion, prompt, answer):
+  return tasks.KINDS[kind].is_right(completion, prompt, answer)
+
+
 def test_parse_spec():
   spec = 'sentiment=choice:.cache/a=b:c.jsonl'
-  assert tasks.parse_spec(spec) == ('sentiment', 'choice', '.cache/a=b:c.jsonl')
+  assert task_specs.parse(spec) == ('sentiment', 'choice', '.cache/a=b:c.jsonl')
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ def test_parse_spec():
 )
 def test_bad_specs_name_the_config_key(spec):
   with pytest.raises(ConfigError, match=r'eval\.tasks') as e:
-    tasks.parse_spec(spec)
+    task_specs.parse(spec)
   assert e.value.exit_code == 2
 
 
@@ -42,7 +47,7 @@ def test_load_choice_rows(tmp_path):
     '',
     {'id': 'b7', 'messages': messages, 'choices': ['no', 'yes'], 'label': 1, 'source': 'x'},
   )
-  (task,) = tasks.load_tasks([f'q=choice:{path}'])
+  (task,) = tasks.load_tasks([('q', 'choice', path)])
   one, two = task.rows
   assert (one.id, one.place, one.prompt, one.answer, one.label) == (
     '1', f'{path}:1', 'Is it good?', 'no', 1,
@@ -115,7 +120,7 @@ def test_files_that_cannot_be_used(tmp_path):
   with pytest.raises(DataError, match=r'latin\.jsonl:1: not UTF-8'):
     tasks.load_task('t', 'choice', str(tmp_path / 'latin.jsonl'))
   with pytest.raises(ConfigError, match='twice'):
-    tasks.load_tasks(['a=match:x', 'a=choice:y'])
+    task_specs.parse_all(['a=match:x', 'a=choice:y'])
 
 
 @pytest.mark.parametrize(
@@ -136,15 +141,15 @@ def test_mathematics_is_judged_as_by_the_reward(tmp_path, said, flexible, strict
   path = _file(tmp_path, row)
   for kind, right in (('math', flexible), ('math_strict', strict)):
     task = tasks.load_task('t', kind, path)
-    assert tasks.is_right(kind, task.rows[0], said, '<user>How many?<assistant>') == right
+    assert is_right(kind, said, '<user>How many?<assistant>', task.rows[0].answer) == right
 
 
 def test_a_thought_that_the_prompt_opened_is_no_answer(tmp_path):
   row = {'messages': [{'role': 'user', 'content': 'How many?'}], 'answer': '18'}
   (question,) = tasks.load_task('t', 'math', _file(tmp_path, row)).rows
   prompt = '<user>How many?<assistant><think>\n'
-  assert not tasks.is_right('math', question, 'perhaps 6 + 12 = 18', prompt)
-  assert tasks.is_right('math', question, 'perhaps</think>\\boxed{18}', prompt)
+  assert not is_right('math', 'perhaps 6 + 12 = 18', prompt, question.answer)
+  assert is_right('math', 'perhaps</think>\\boxed{18}', prompt, question.answer)
 
 
 TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
@@ -181,7 +186,10 @@ def test_columns_that_are_not_read_are_listed_once(tmp_path, caplog):
 @pytest.mark.parametrize(
   ('row', 'reason'),
   [
-    (MATCH | {'system': 'S', 'messages': [{'role': 'system', 'content': 's'}]}, "'system' stands"),
+    (
+      MATCH | {'system': 'S', 'messages': [{'role': 'system', 'content': 's'}]},
+      "the column 'system'",
+    ),
     ({'prompt': 'q', 'answer': 'a', 'system': 'S'}, "'system' belongs to a conversation"),
     (MATCH | {'messages': [*MATCH['messages'], {'role': 'assistant', 'content': 'P'}]},
      '"messages" ends with the assistant'),

@@ -16,7 +16,7 @@ class Clock:
 
 
 def _throughput(clock, peak=None):
-  return Throughput(matmul_params=1000, num_layers=2, attention_dim=10, peak=peak, clock=clock)
+  return Throughput(matmul_params=1000, attention_width=20, peak=peak, clock=clock)
 
 
 def _step(meter, clock, seconds=2.0, tokens=100):
@@ -36,8 +36,7 @@ def test_train_flops_equal_the_products_counted_one_by_one():
     t,
     t * (t + 1) / 2,
     matmul_params=params,
-    num_layers=1,
-    attention_dim=heads * h,
+    attention_width=heads * h,
   )
   assert got == 3 * forward
 

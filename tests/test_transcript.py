@@ -47,7 +47,7 @@ def test_the_prompts_thought_is_seen_whether_its_tag_is_special_or_not(tags):
     encode.encode_prompt(Chat(tuple(messages), None), t), {'answer': '72'}, 'a:1', messages
   )
   written = ['so 72', 'so 72.\n</think>\n<answer>72</answer><|im_end|>']
-  pairs = [(prompt, Completion(t.encode(w), None, None, False)) for w in written]
+  pairs = [(prompt, Completion(t.encode(w), None, False)) for w in written]
   batch = Transcripts(t, t.stop_ids).batch(pairs, {})
   assert batch.prompts[0].endswith('<think>\n') and batch.as_given('prompts') == [messages] * 2
   assert batch.as_given('completions')[1] == [
@@ -61,7 +61,7 @@ def test_the_prompts_thought_is_seen_whether_its_tag_is_special_or_not(tags):
 def test_columns_that_not_every_row_has_are_none():
   t = tokenizer()
   prompts = [Prompt([5], columns, f'a:{i}', 'q') for i, columns in enumerate(({'x': 1}, {'y': 2}))]
-  pairs = [(p, Completion([7], None, None, False)) for p in prompts]
+  pairs = [(p, Completion([7], None, False)) for p in prompts]
   batch = Transcripts(t, t.stop_ids).batch(pairs, {})
   assert batch.values('x') == [1, None] and batch.values('y') == [None, 2]
   assert batch.as_given('prompts') == ['q', 'q'] and batch.as_given('completions')[0] == t.token(7)

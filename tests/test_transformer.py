@@ -14,16 +14,17 @@ from tiny_model import (
   QWEN2,
   TINY,
   UNTIED,
+  decoder,
   ids,
   init,
   logits,
   logprobs,
   place,
   tokens_at,
+  with_mixer,
 )
 
-from ftjax.models import head, kv_cache, transformer
-from ftjax.models.architecture import Architecture
+from ftjax.models import head, kinds, kv_cache
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 
@@ -113,8 +114,8 @@ def test_gradients_cross_no_border_exactly(params):
   @jax.jit
   def gradient(noise, weights):
     def loss(noise):
-      x = transformer.apply(TINY, params, placed, where, dtype=jnp.float32, noise=noise)
-      table = transformer.head_weights(TINY, params)
+      x = kinds.apply(TINY, params, placed, where, dtype=jnp.float32, noise=noise)
+      table = kinds.head_weights(TINY, params)
       return head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0]
 
     return jax.grad(loss)(noise)
@@ -151,9 +152,9 @@ def test_positions_count_from_any_number_in_angles_alone(params):
 
 def loss_of(arch, remat):
   def loss(params, tokens, where, weights):
-    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
+    x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
     return head.cross_entropy_sums(
-      x, transformer.head_weights(arch, params), tokens, weights, head.LossConfig()
+      x, kinds.head_weights(arch, params), tokens, weights, head.LossConfig()
     )[0]
 
   return jax.value_and_grad(loss)
@@ -197,19 +198,28 @@ def test_remat_recomputes_what_its_name_says(params):
 
 
 # Few different shapes: drawing numbers of a new shape compiles for a while.
-SMALL = dataclasses.replace(UNTIED, model_dim=16, num_heads=2, num_kv_heads=2, ffn_dim=16)
+SMALL = decoder(
+  vocab_size=256,
+  model_dim=16,
+  num_layers=3,
+  num_heads=2,
+  num_kv_heads=2,
+  head_dim=8,
+  ffn_dim=16,
+  tied=False,
+)
 
 
 @pytest.fixture(scope='module')
 def drawn():
-  return trees.flatten(transformer.init(SMALL, jax.random.key(0)))
+  return trees.flatten(kinds.init(SMALL, jax.random.key(0)))
 
 
 def test_init_depends_on_key_and_name_alone(drawn):
   """A model without a head has the same other leaves; no two leaves are alike."""
   tied = dataclasses.replace(SMALL, tied=True)
-  without = trees.flatten(transformer.init(tied, jax.random.key(0)))
-  other = trees.flatten(transformer.init(tied, jax.random.key(1)))
+  without = trees.flatten(kinds.init(tied, jax.random.key(0)))
+  other = trees.flatten(kinds.init(tied, jax.random.key(1)))
   assert drawn.keys() - without.keys() == {'head/w'}
   for name, x in without.items():
     np.testing.assert_array_equal(x, drawn[name], err_msg=name)
@@ -227,8 +237,8 @@ def test_init_has_variance_one_over_fan_in(drawn):
 
 
 def test_init_of_biases_is_zero_and_leaves_the_rest_as_it_was(drawn):
-  biased = dataclasses.replace(SMALL, qkv_bias=True)
-  got = trees.flatten(transformer.init(biased, jax.random.key(0)))
+  biased = with_mixer(SMALL, qkv_bias=True)
+  got = trees.flatten(kinds.init(biased, jax.random.key(0)))
   for name, x in got.items():
     np.testing.assert_array_equal(x, 0 if name.endswith('/b') else drawn[name], err_msg=name)
   assert {n[-8:] for n in got.keys() - drawn.keys()} == {'attn/q/b', 'attn/k/b', 'attn/v/b'}
@@ -236,16 +246,16 @@ def test_init_of_biases_is_zero_and_leaves_the_rest_as_it_was(drawn):
 
 def test_init_is_the_same_on_every_mesh(drawn, use_mesh):
   use_mesh(fsdp=2, tensor=2)
-  for name, x in trees.flatten(transformer.init(SMALL, jax.random.key(0))).items():
+  for name, x in trees.flatten(kinds.init(SMALL, jax.random.key(0))).items():
     np.testing.assert_array_equal(x, drawn[name], err_msg=name)
 
 
 def test_abstract_axes_and_init_have_one_structure():
   shapes, axes = (
-    trees.flatten(transformer.abstract(UNTIED)),
-    trees.flatten(transformer.axes(UNTIED)),
+    trees.flatten(kinds.abstract(UNTIED)),
+    trees.flatten(kinds.axes(UNTIED)),
   )
-  made = trees.flatten(jax.eval_shape(lambda k: transformer.init(UNTIED, k), jax.random.key(0)))
+  made = trees.flatten(jax.eval_shape(lambda k: kinds.init(UNTIED, k), jax.random.key(0)))
   assert shapes.keys() == axes.keys() == made.keys()
   for name, x in made.items():
     assert (x.shape, x.dtype) == (shapes[name].shape, shapes[name].dtype)
@@ -258,7 +268,7 @@ def decoded(arch, params, tokens, segments, prompt):
   rest, with room for four more.
   """
   positions = np.asarray(tokens_at(segments).positions)
-  decode = jax.jit(functools.partial(transformer.decode, arch, dtype=jnp.float32))
+  decode = jax.jit(functools.partial(kinds.decode, arch, dtype=jnp.float32))
   memory = kv_cache.empty(arch, B, T + 4, jnp.float32)
   parts, at = [], 0
   for length in [prompt] + [1] * (T - prompt):
@@ -274,7 +284,7 @@ def decoded(arch, params, tokens, segments, prompt):
   return np.concatenate(parts, 1)
 
 
-_apply = functools.partial(jax.jit, static_argnames=('arch', 'dtype'))(transformer.apply)
+_apply = functools.partial(jax.jit, static_argnames=('arch', 'dtype'))(kinds.apply)
 
 
 def full(arch, params, tokens, segments, noise=None, dtype=jnp.float32):
@@ -314,14 +324,10 @@ def test_every_bias_matters(leaf):
   assert np.abs(after - before)[:, 1:].max() > 1e-3
 
 
-class Patterned(Architecture):
-  """The same three layers, as a stack of a pattern of two and a stack of one."""
-
-  stacks = ((('full', 'full'), 1), (('full',), 1))
-
-
 def test_stacks_and_patterns_are_only_another_way_to_store_layers(params):
-  arch = Patterned(**dataclasses.asdict(TINY))
+  """Three layers as a stack of a pattern of two and a stack of one."""
+  (block,) = set(TINY.layers())
+  arch = dataclasses.replace(TINY, stacks=(((block, block), 1), ((block,), 1)))
   flat = trees.flatten(params)
   other = {n: x for n, x in flat.items() if not n.startswith('stack')}
   for layer, (block, row) in enumerate(arch.layer_slots()):

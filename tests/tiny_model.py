@@ -9,14 +9,48 @@ import numpy as np
 
 from ftjax.data import synthetic
 from ftjax.hf import export
-from ftjax.models import head, transformer
-from ftjax.models.architecture import Architecture
+from ftjax.models import head, kinds
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  Norm,
+  Rope,
+)
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 from ftjax.runtime.sharding import put, spec
 
-TINY = Architecture(
-  family='llama',
+
+def decoder(
+  *,
+  vocab_size,
+  model_dim,
+  num_layers,
+  num_heads,
+  num_kv_heads,
+  head_dim,
+  ffn_dim,
+  norm=Norm(1e-5),  # noqa: B008 - frozen
+  rope=Rope(),  # noqa: B008 - frozen
+  tied=True,
+  max_len=128,
+):
+  """A decoder whose layers are all Llama's."""
+  mixer = AttentionSpec(num_heads, num_kv_heads, head_dim, rope)
+  block = BlockSpec(mixer, GatedMlpSpec(ffn_dim), norm)
+  stacks = (((block,), num_layers),)
+  return Architecture('llama', vocab_size, model_dim, stacks, norm, tied, max_len)
+
+
+def with_mixer(arch, **changes):
+  """The same with other fields of all attention specs."""
+  replace = dataclasses.replace
+  return arch.with_blocks(lambda block: replace(block, mixer=replace(block.mixer, **changes)))
+
+
+TINY = decoder(
   vocab_size=256,
   model_dim=32,
   num_layers=3,
@@ -24,14 +58,9 @@ TINY = Architecture(
   num_kv_heads=2,
   head_dim=8,
   ffn_dim=64,
-  norm_eps=1e-5,
-  rope_theta=10000.0,
-  rope_scaling=None,
-  tied=True,
-  max_len=128,
 )
 UNTIED = dataclasses.replace(TINY, tied=False)
-QWEN2 = dataclasses.replace(TINY, family='qwen2', qkv_bias=True)
+QWEN2 = with_mixer(dataclasses.replace(TINY, family='qwen2'), qkv_bias=True)
 
 
 def write_folder(folder, arch=None):
@@ -76,7 +105,7 @@ def init(arch, seed=0):
   """
   rng = np.random.default_rng(seed)
   leaves = {}
-  for name, p in sorted(transformer.declared(arch).items()):
+  for name, p in sorted(kinds.declared(arch).items()):
     x = rng.normal(size=p.shape)
     x = x * p.fan_in**-0.5 if p.fan_in else p.constant + 0.1 * x
     leaves[name] = place(x.astype(np.float32), *p.axes)
@@ -85,8 +114,8 @@ def init(arch, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(arch, params, tokens, where, remat):
-  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-  table = jax.sharding.reshard(transformer.head_weights(arch, params), spec(None, None))
+  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
+  table = jax.sharding.reshard(kinds.head_weights(arch, params), spec(None, None))
   return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
 
 
@@ -97,8 +126,8 @@ def logits(arch, params, tokens, where, remat='none'):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(arch, params, tokens, labels, weights, where):
-  x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
-  return head.token_logprobs(x, transformer.head_weights(arch, params), labels, weights)
+  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
+  return head.token_logprobs(x, kinds.head_weights(arch, params), labels, weights)
 
 
 def logprobs(arch, params, tokens, labels, weights, where):

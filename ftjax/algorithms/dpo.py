@@ -25,7 +25,7 @@ make_loss = preference_loss.make_loss
 
 def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
   """Returns a jitted (params, batch) -> `preference_loss.measured` of each row."""
-  forward, row = forward.without_remat(), preference.LOSSES[c.dpo.loss]
+  forward, row = forward.without_remat(), preference_loss.row(c)
 
   @jax.jit
   def measure(params, batch):
@@ -45,14 +45,14 @@ def evaluate(
   found = pair_metrics.collect(measure, run, params, is_cancelled)
   if not found:
     return found
-  name, coefficients = run.config.dpo.loss, preference_loss.settings(run.config)
+  row, coefficients = preference_loss.row(run.config), preference_loss.settings(run.config)
   rows = {k: jnp.asarray(v) for k, v in found.items()}
-  batch = preference_loss.table_batch(name, rows)
-  total, weight, metrics = preference.loss(name, batch, rows['weights'], coefficients)
+  batch = preference_loss.table_batch(row, rows)
+  total, weight, metrics = preference.loss(row, batch, rows['weights'], coefficients)
   out = {'loss': float(total / weight)}
   out |= {k: float(masked.divide(*v)) for k, v in metrics.items() if k != 'rewards/accuracy'}
-  if preference.LOSSES[name].paired:
-    chosen, rejected = preference.LOSSES[name].reward(batch, coefficients)
+  if row.paired:
+    chosen, rejected = row.reward(batch, coefficients)
     out |= pair_metrics.accuracy(np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))
   return out
 

@@ -14,6 +14,7 @@ from ftjax.config import algorithms
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.losses import masked, preference
 from ftjax.models.forward import Forward, segment_sum
+from ftjax.runtime import named_object
 from ftjax.training.step import LossFn
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,21 @@ def settings(c: ml_collections.ConfigDict) -> preference.Settings:
   """The coefficients of a config."""
   names = ('beta', 'label_smoothing', 'gamma', 'nll_coef', 'desirable', 'undesirable')
   return preference.Settings(**{n: c.dpo[n] for n in names})
+
+
+def row(c: ml_collections.ConfigDict) -> preference.Row:
+  """Returns the loss that dpo.loss names: of the table, or 'module:ROW' of a user's module.
+
+  Raises:
+    ConfigError: a user's object of another type.
+  """
+  name = c.dpo.loss
+  if name in preference.LOSSES:
+    return preference.LOSSES[name]
+  found = named_object.load('dpo.loss', name)
+  if not isinstance(found, preference.Row):
+    raise named_object.wrong('dpo.loss', name, found, 'a ftjax.losses.preference.Row')
+  return found
 
 
 def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) -> dict:
@@ -51,9 +67,9 @@ def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) 
   }
 
 
-def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
+def table_batch(form: preference.Row, m: dict) -> preference.Pairs | preference.Singles:
   """What a row of the loss table takes, from what `measured` found of all rows of a step."""
-  if preference.LOSSES[name].paired:
+  if form.paired:
     nll = preference.nll_per_pair(m['first'], m['first_tokens'])
     return preference.Pairs(
       m['first'],
@@ -72,15 +88,14 @@ def table_batch(name: str, m: dict) -> preference.Pairs | preference.Singles:
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
-  coefficients, name = settings(c), c.dpo.loss
-  row = preference.LOSSES[name]
+  coefficients, form = settings(c), row(c)
 
   def loss(params, batch, keys):
     del keys
-    m = measured(forward, params, batch, row.needs_reference)
-    total, weight, metrics = preference.loss(name, table_batch(name, m), m['weights'], coefficients)
+    m = measured(forward, params, batch, form.needs_reference)
+    total, weight, metrics = preference.loss(form, table_batch(form, m), m['weights'], coefficients)
     first, second = jax.lax.stop_gradient((m['first'], m['second']))
-    if row.paired:
+    if form.paired:
       metrics['logps/chosen'] = masked.mean(first, m['weights'])
       metrics['logps/rejected'] = masked.mean(second, m['weights'])
     else:

@@ -1,8 +1,8 @@
-"""How the processes of a run find each other: who they are, a meeting that says who is missing,
-then jax's own service.
+"""Starts a run of several processes: finds the launch, checks that every process has connected and
+names those that are missing, then initializes jax.distributed.
 
-A launch is told by flags, or found in the environment: Cloud TPU metadata, SLURM, MPI. What
-processes say to each other afterwards is in peers.py."""
+The launch comes from flags or from the environment: Cloud TPU metadata, SLURM, MPI. Communication
+between the processes of a running job is in processes.py."""
 
 import dataclasses
 import ipaddress
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # (processes, this one's number, processes on this machine, its number among those) of launchers
 # that start one program many times.
-# MPI first: started inside a SLURM job, it hands SLURM's variables of its own launcher on.
+# MPI first: inside a SLURM job, mpirun also passes the SLURM variables of its own launcher.
 _MPI_SIZE = 'OMPI_COMM_WORLD_SIZE'
 _RANKS = (
   (
@@ -33,13 +33,13 @@ _RANKS = (
   ('PMI_SIZE', 'PMI_RANK', 'MPI_LOCALNRANKS', 'MPI_LOCALRANKID'),
   ('SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_STEP_TASKS_PER_NODE', 'SLURM_LOCALID'),
 )
-_MOST_BYTES = 4096  # of a message at the meeting
+_MOST_BYTES = 4096  # of a message while connecting
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """One process among others. coordinator: HOST:PORT of process 0; local_devices: the GPUs that are
-  its own, None for all.
+  """One process of several. coordinator: HOST:PORT of process 0. local_devices: indices of the GPUs
+  that this process uses; None means all.
   """
 
   coordinator: str
@@ -54,7 +54,7 @@ def find(
   process_id: int | None,
   environment: Mapping[str, str] = os.environ,
 ) -> Launch | None:
-  """The launch that flags and environment tell of; None for a process alone.
+  """Returns the launch that flags or environment describe; None for a single process.
 
   Args:
     coordinator, num_processes, process_id: of the flags; with a coordinator, the other two may come
@@ -62,8 +62,7 @@ def find(
     environment: variables of the process.
 
   Raises:
-    ConfigError: flags that are incomplete or contradict each other, or a cluster that does not
-      answer.
+    ConfigError: flags are incomplete or contradict each other, or a cluster does not answer.
   """
   if coordinator is None:
     if num_processes == 1 and not process_id:
@@ -83,7 +82,7 @@ def find(
   if size is None or rank is None:
     raise ConfigError(
       f'--coordinator={coordinator}: --num_processes and --process_id are missing, and neither '
-      'SLURM nor MPI tells them'
+      'SLURM nor MPI sets them'
     )
   if not 0 <= rank < size:
     raise ConfigError(f'--process_id={rank}: expected 0 to {size - 1} (--num_processes={size})')
@@ -98,8 +97,8 @@ def _ranks(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
 
 
 def _own_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-  """With several processes on a machine each has one GPU; a process alone on it has all, and one
-  that is shown a single GPU has that.
+  """Returns the GPU of this process where several processes share a machine; None, which means all
+  visible GPUs, for the only process of a machine or where a single GPU is visible.
   """
   if 'JAX_LOCAL_DEVICE_IDS' in environment:
     return tuple(int(i) for i in environment['JAX_LOCAL_DEVICE_IDS'].split(','))
@@ -114,15 +113,16 @@ def _own_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _detect(environment: Mapping[str, str]) -> Launch | None:
-  """What jax's own cluster detection finds (jax._src.clusters, that jax.distributed uses too)."""
+  """Returns the launch that jax's cluster detection finds (jax._src.clusters, which
+  jax.distributed uses too)."""
   from jax._src.clusters import ClusterEnv
 
   known = [c for c in ClusterEnv._cluster_types if not c.opt_in_only_method]
   if environment.get('JAX_PLATFORMS', '').startswith('cpu'):
-    known = [c for c in known if not c.name.endswith('tpu')]  # the metadata is asked in vain
+    known = [c for c in known if not c.name.endswith('tpu')]  # no TPU metadata is needed
   if environment.get('SLURM_STEP_NUM_TASKS') == '1':  # a shell inside an allocation
     known = [c for c in known if c.name != 'slurm']
-  if 'JOB_COMPLETION_INDEX' not in environment:  # a pod of its own
+  if 'JOB_COMPLETION_INDEX' not in environment:  # a pod that is no indexed job
     known = [c for c in known if c.name != 'k8s']
   found = None
   try:
@@ -135,13 +135,13 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
     launch = Launch(address, size, found.get_process_id(), _own_devices(environment))
   except (OSError, RuntimeError, ValueError, KeyError) as error:
     if found is not None:
-      # Going on alone, each of many would train a run of its own.
+      # If each process continued alone, each would train the whole run.
       raise ConfigError(
-        f'this is a machine of a cluster ({found.name}), but who else takes part could not be '
-        f'found out ({type(error).__name__}: {error}); try again, give --coordinator=HOST:PORT, or '
+        f'this is a machine of a cluster ({found.name}), but its other processes could not be '
+        f'found ({type(error).__name__}: {error}); try again, give --coordinator=HOST:PORT, or '
         '--num_processes=1 for a run of this process alone'
       ) from error
-    log.warning('looking for other processes of this run failed (%s); it goes on alone', error)
+    log.warning('cluster detection failed (%s); continuing as a single process', error)
     return _alone(environment)
   nodes = int(environment.get('SLURM_JOB_NUM_NODES', '1'))
   if nodes > 1 and _is_loopback(address):
@@ -153,10 +153,10 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _alone(environment: Mapping[str, str]) -> None:
-  """None, unless MPI says that there are others whose address nobody knows."""
+  """Returns None; raises ConfigError where MPI started several processes but gives no address."""
   if int(environment.get(_MPI_SIZE, '1')) > 1:
     raise ConfigError(
-      f'{_MPI_SIZE}={environment[_MPI_SIZE]}, but not where process 0 is; give '
+      f'{_MPI_SIZE}={environment[_MPI_SIZE]}, but the address of process 0 is unknown; give '
       '--coordinator=HOST:PORT'
     )
 
@@ -170,20 +170,20 @@ def _is_loopback(address: str) -> bool:
 
 
 def initialize(launch: Launch, timeout: float, heartbeat: int) -> None:
-  """Joins the others; before jax touches a device.
+  """Connects to the other processes. Must run before jax initializes a device.
 
   Args:
     launch: from `find`.
     timeout: seconds to wait for the others.
-    heartbeat: seconds of silence after which a process counts as lost.
+    heartbeat: seconds without a heartbeat after which a process counts as lost.
 
   Raises:
-    StoppedEarly: not all came in time; says who is missing. ConfigError: two processes of one
-      number, or of different counts.
+    StoppedEarly: not all processes connected in time; names the missing ones.
+    ConfigError: two processes have the same id, or different process counts.
   """
   begin = time.monotonic()
   meet(launch, timeout)
-  # Its handler of SIGTERM would take the place of ours, which every host agrees on.
+  # jax's SIGTERM handler would replace the one of this library, which all hosts agree through.
   jax.config.update('jax_enable_preemption_service', False)
   jax.distributed.initialize(
     launch.coordinator,
@@ -196,7 +196,7 @@ def initialize(launch: Launch, timeout: float, heartbeat: int) -> None:
   )
   processes.watch()
   log.info(
-    'process %d of %d on %s, coordinator %s, met in %.1f s; %d local devices of %d',
+    'process %d of %d on %s, coordinator %s, connected in %.1f s; %d local devices of %d',
     launch.process_id,
     launch.num_processes,
     socket.gethostname(),
@@ -209,21 +209,21 @@ def initialize(launch: Launch, timeout: float, heartbeat: int) -> None:
 
 
 def _check_slices() -> None:
-  """After a preemption the variables may still tell of slices that are gone."""
-  told = os.environ.get('MEGASCALE_NUM_SLICES')
-  seen = len({getattr(d, 'slice_index', 0) for d in jax.devices()})
-  if told and int(told) != seen:
+  """Raises ConfigError where MEGASCALE_NUM_SLICES counts slices that a preemption has removed."""
+  expected = os.environ.get('MEGASCALE_NUM_SLICES')
+  found = len({getattr(d, 'slice_index', 0) for d in jax.devices()})
+  if expected and int(expected) != found:
     raise ConfigError(
-      f'MEGASCALE_NUM_SLICES={told}, but the devices form {seen} slices; unset what an earlier job '
-      'has left, or wait for the missing slice'
+      f'MEGASCALE_NUM_SLICES={expected}, but the devices form {found} slices; unset the variable '
+      'of an earlier job, or wait for the missing slice'
     )
 
 
 def meet(launch: Launch, timeout: float) -> None:
-  """Waits until every process is there: they connect to process 0, which counts them.
+  """Waits until every process has connected to process 0, which counts them.
 
-  jax's own service ends the process with an abort when somebody does not come, and does not say
-  who."""
+  jax's coordination service aborts the process when another one does not connect, and does not name
+  it."""
   deadline = time.monotonic() + timeout
   if launch.process_id == 0:
     _host_meeting(launch, deadline, timeout)
@@ -237,18 +237,18 @@ def _host_meeting(launch: Launch, deadline: float, timeout: float) -> None:
   wrong = ''
   with _server(port, launch.num_processes) as server:
     while not wrong:
-      # Who has hung up since is started anew somewhere, or dead: it is waited for again.
-      present = {n: guest for n, guest in present.items() if _is_open(guest[0])}
+      # A process that has disconnected is being restarted, or is dead: wait for it again.
+      present = {n: entry for n, entry in present.items() if _is_open(entry[0])}
       if len(present) == launch.num_processes - 1 or time.monotonic() >= deadline:
         break
       server.settimeout(min(max(deadline - time.monotonic(), 0.001), 1.0))
       try:
         connection, _ = server.accept()
-      except OSError:  # nobody came
+      except OSError:  # no connection within the timeout
         continue
       try:
-        number, host, of = _guest(connection)
-      except (OSError, ValueError):  # a stranger knocked at this port
+        number, host, of = _hello(connection)
+      except (OSError, ValueError):  # a connection that is not one of our processes
         connection.close()
         continue
       if of != launch.num_processes:
@@ -267,10 +267,10 @@ def _host_meeting(launch: Launch, deadline: float, timeout: float) -> None:
     verdict = {'wrong': wrong, 'missing': missing}
     for connection, _ in present.values():
       _send(connection, verdict)
-    # The guests hang up first, so that the port is free for jax's service at once.
+    # The other side closes first, so that the port is free for jax's service at once.
     for connection, _ in present.values():
       _wait_for_end(connection)
-  _judge(launch, verdict, timeout)
+  _check_verdict(launch, verdict, timeout)
 
 
 def _server(port: int, backlog: int) -> socket.socket:
@@ -287,23 +287,23 @@ def _server(port: int, backlog: int) -> socket.socket:
     ) from error
 
 
-def _guest(connection: socket.socket) -> tuple[int, str, int]:
-  """(number, host, processes that it expects) of who has connected.
+def _hello(connection: socket.socket) -> tuple[int, str, int]:
+  """Returns (process id, host, number of processes that it expects) of a new connection.
 
   Raises:
-    ValueError: it is no process of ours.
+    ValueError: the other side is not a process of this library.
   """
-  told = _receive(connection, time.monotonic() + 5)
-  if not isinstance(told, dict):
-    raise ValueError('no object')
-  number, host, of = told.get('process'), told.get('host'), told.get('of')
+  message = _receive(connection, time.monotonic() + 5)
+  if not isinstance(message, dict):
+    raise ValueError('not an object')
+  number, host, of = message.get('process'), message.get('host'), message.get('of')
   if not isinstance(number, int) or not isinstance(host, str) or not isinstance(of, int):
     raise ValueError('not as _join_meeting writes it')
   return number, host[:100], of
 
 
 def _is_open(connection: socket.socket) -> bool:
-  """Whether the other side has not hung up."""
+  """Returns whether the other side has not closed the connection."""
   connection.settimeout(0)
   try:
     return connection.recv(1, socket.MSG_PEEK) != b''
@@ -320,7 +320,7 @@ def _join_meeting(launch: Launch, deadline: float, timeout: float) -> None:
     'host': socket.gethostname(),
     'of': launch.num_processes,
   }
-  reason = 'nothing answers there'
+  reason = 'no connection'
   while (left := deadline - time.monotonic()) > 0:
     try:
       with socket.create_connection((host.strip('[]'), int(port)), timeout=min(left, 10)) as line:
@@ -330,27 +330,28 @@ def _join_meeting(launch: Launch, deadline: float, timeout: float) -> None:
       reason = str(error)
       time.sleep(0.2)
       continue
-    return _judge(launch, verdict, timeout)
+    return _check_verdict(launch, verdict, timeout)
   raise StoppedEarly(
     f'process {launch.process_id} of {launch.num_processes}: no process 0 at '
     f'{launch.coordinator} within {timeout:.0f} s ({reason}); is it running, and is the port open? '
-    '--init_timeout_s gives it longer'
+    'Raise --init_timeout_s to wait longer'
   )
 
 
-def _judge(launch: Launch, verdict: dict, timeout: float) -> None:
+def _check_verdict(launch: Launch, verdict: dict, timeout: float) -> None:
+  """Raises ConfigError for contradicting processes, StoppedEarly for missing ones."""
   if verdict['wrong']:
-    raise ConfigError(f'{verdict["wrong"]}; look at --process_id and --num_processes')
+    raise ConfigError(f'{verdict["wrong"]}; check --process_id and --num_processes')
   if missing := verdict['missing']:
     hint = ''
     if slices := os.environ.get('MEGASCALE_NUM_SLICES'):
-      hint = f' MEGASCALE_NUM_SLICES={slices}: is that still so?'
+      hint = f' MEGASCALE_NUM_SLICES={slices}: is that still right?'
     if _is_loopback(launch.coordinator):
       hint += f' {launch.coordinator} is a loopback address: other machines cannot reach it.'
     raise StoppedEarly(
       f'process {launch.process_id} of {launch.num_processes}: waited {timeout:.0f} s at '
       f'{launch.coordinator}, missing: process {", ".join(map(str, missing))}.{hint} '
-      '--init_timeout_s gives them longer'
+      'Raise --init_timeout_s to wait longer'
     )
 
 
@@ -358,18 +359,23 @@ def _send(connection: socket.socket, message: dict) -> None:
   connection.settimeout(5)
   try:
     connection.sendall(json.dumps(message).encode() + b'\n')
-  except OSError as error:  # it will be missed soon enough
-    log.warning('a process hung up: %s', error)
+  except OSError as error:  # the check for missing processes reports it
+    log.warning('a process closed its connection: %s', error)
 
 
 def _receive(connection: socket.socket, deadline: float):
-  """The JSON value of one line, which ends before `deadline`."""
+  """Returns the JSON value of one line.
+
+  Raises:
+    OSError: not within `deadline`.
+    ValueError: the connection was closed, or the line is too long.
+  """
   data = b''
   while not data.endswith(b'\n'):
     connection.settimeout(max(deadline - time.monotonic(), 0.001))
     more = connection.recv(_MOST_BYTES)
     if not more or len(data) > _MOST_BYTES:
-      raise ValueError('the other side hung up, or does not end')
+      raise ValueError('the other side closed the connection, or its line is too long')
     data += more
   return json.loads(data)
 

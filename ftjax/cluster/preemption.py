@@ -1,8 +1,7 @@
-"""The cloud's notice that this machine will be taken away, from the metadata server of Compute
-Engine.
+"""Listens for preemption and maintenance notices of Compute Engine's metadata server.
 
-GKE and most schedulers send SIGTERM, which needs none of this; a plain spot VM learns it here about
-30 s before, and of planned maintenance earlier."""
+GKE and most schedulers send SIGTERM instead. A plain spot VM gets its notice here about 30 s before
+the end, and one of planned maintenance earlier."""
 
 import logging
 import os
@@ -16,16 +15,16 @@ log = logging.getLogger(__name__)
 
 # cloud.google.com/compute/docs/metadata/getting-live-migration-notice and
 # .../instances/create-use-preemptible: values that announce an end.
-_QUESTIONS = {
+_NOTICES = {
   'preempted': ('TRUE',),
   'maintenance-event': ('TERMINATE_ON_HOST_MAINTENANCE',),
 }
-_WAIT = 60  # seconds the server holds a question open
+_WAIT = 60  # seconds the server holds a request open
 _PRODUCT = pathlib.Path('/sys/class/dmi/id/product_name')
 
 
 def server() -> str | None:
-  """Address of the metadata server; None where there is none."""
+  """Returns the address of the metadata server; None where there is none."""
   if host := os.environ.get('GCE_METADATA_HOST'):
     return host
   try:
@@ -36,20 +35,21 @@ def server() -> str | None:
 
 
 def listen(host: str, notice: Callable[[str], None]) -> None:
-  """Calls `notice` with the reason, once, when the machine is about to be taken; in threads that
-  die with the process. Maintenance that was announced before is only logged: it may be an hour
-  away, and a run that ended at once whenever it is started would get nowhere.
+  """Calls `notice` with the reason, once, when the machine is about to be preempted.
+
+  Listens in daemon threads. Maintenance that was announced before this start is only logged: it may
+  be an hour away, and a run that ends at every start would make no progress.
 
   Args:
     host: from `server`.
-    notice: called in another thread.
+    notice: called in another thread, with NAME=VALUE of the metadata.
   """
-  told = threading.Event()
+  is_reported = threading.Event()
 
-  def ask(question: str, alarming: tuple[str, ...]) -> None:
-    url = f'http://{host}/computeMetadata/v1/instance/{question}'
+  def poll(name: str, alarming: tuple[str, ...]) -> None:
+    url = f'http://{host}/computeMetadata/v1/instance/{name}'
     etag, pause, is_first = '0', threading.Event(), True
-    while not told.is_set():
+    while not is_reported.is_set():
       # With an old etag the server answers when the value changes, or after the time given.
       request = urllib.request.Request(
         f'{url}?wait_for_change=true&timeout_sec={_WAIT}&last_etag={etag}',
@@ -62,15 +62,15 @@ def listen(host: str, notice: Callable[[str], None]) -> None:
         log.debug('%s: %s', url, error)
         pause.wait(5)
         continue
-      is_old = is_first and question == 'maintenance-event'
+      is_old = is_first and name == 'maintenance-event'
       is_first = False
       if value in alarming and is_old:
-        log.warning('%s=%s was announced before this start: going on until then', question, value)
-      elif value in alarming and not told.is_set():
-        told.set()
-        notice(f'{question}={value}')
+        log.warning('%s=%s was announced before this start: training until then', name, value)
+      elif value in alarming and not is_reported.is_set():
+        is_reported.set()
+        notice(f'{name}={value}')
 
-  for question, alarming in _QUESTIONS.items():
+  for name, alarming in _NOTICES.items():
     threading.Thread(
-      target=ask, args=(question, alarming), daemon=True, name=f'preemption {question}'
+      target=poll, args=(name, alarming), daemon=True, name=f'preemption {name}'
     ).start()

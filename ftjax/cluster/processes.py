@@ -1,9 +1,9 @@
-"""What the processes of a run say to each other outside the compiled steps, through jax's
+"""Communication between the processes of a run outside of compiled steps, through jax's
 coordination service.
 
-Every function is called by all processes in the same order, and does nothing in a process alone.
-Process 0 is the main one: it writes the small files and logs. A process that ends with an error
-tells the others, which end with the same code: nobody waits for the dead."""
+Every function is called by all processes in the same order, and does nothing in a single-process
+run. Process 0 is the main process: it writes the small files and logs. A process that ends with an
+error publishes it, and the others end with the same exit code instead of waiting for it."""
 
 import atexit
 import contextlib
@@ -30,28 +30,29 @@ log = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
-GRACE = 15.0  # seconds to tell the others, of a process that gives up
-_LEAVES_WITHIN = 300.0  # seconds to close files, trackers' among them, once all have agreed to end
-_MAIN_WAITS = 10.0  # seconds: the service that tells the others lives in process 0
+GRACE = 15.0  # seconds that a process which gives up has to notify the others
+_LEAVES_WITHIN = 300.0  # seconds to close files and trackers once all processes agreed to end
+_MAIN_WAITS = 10.0  # seconds that process 0, which hosts the service, waits for the others
 _SHOWN = 10  # keys that differ between processes, in one message
 _numbers = itertools.count()
 _ended, _heard = 'ftjax/ended', 'ftjax/heard'
-_together = threading.Event()  # all processes have agreed to leave
+_together = threading.Event()  # all processes have agreed to end
 
 
 def _service():
-  """jax's own record of the processes: unlike jax.process_count it starts no device."""
-  from jax._src import distributed  # the service has no public door for plain values
+  """Returns jax's record of the processes; unlike jax.process_count it initializes no device."""
+  from jax._src import distributed  # the service has no public API for plain values
 
   return distributed.global_state
 
 
 def is_main() -> bool:
-  """Whether this is the process that writes and logs."""
+  """Returns whether this is the process that writes and logs."""
   return _service().process_id == 0
 
 
 def is_alone() -> bool:
+  """Returns whether this is a single-process run."""
   return _service().client is None or _service().num_processes == 1
 
 
@@ -60,10 +61,10 @@ def _client():
 
 
 def _wait_for(key: str) -> str:
-  """The value of a key, once it is there; the watchdog is what ends the wait."""
+  """Returns the value of a key once it is set; only the watchdog ends the wait."""
   while True:
     try:
-      # In short turns: a signal is seen between two of them.
+      # In short waits: signal handlers run between two of them.
       return _client().blocking_key_value_get(key, 1000)
     except jax.errors.JaxRuntimeError as error:
       if 'DEADLINE_EXCEEDED' not in str(error):
@@ -71,7 +72,7 @@ def _wait_for(key: str) -> str:
 
 
 def gather(value: Any) -> list[Any]:
-  """JSON values of all processes, in their order."""
+  """Returns the JSON values of all processes, in the order of their ids."""
   if is_alone():
     return [value]
   key = f'ftjax/gather/{next(_numbers)}'
@@ -80,7 +81,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-  """What `make` returns (a JSON value) in process 0; only there it is called.
+  """Calls `make` in process 0 only, and returns its result (a JSON value) in every process.
 
   Raises:
     RunError: what `make` raised, in every process.
@@ -90,20 +91,20 @@ def from_main(make: Callable[[], Any]) -> Any:
   key = f'ftjax/main/{next(_numbers)}'
   if is_main():
     try:
-      told = {'value': make()}
+      made = {'value': make()}
     except RunError as error:
       _client().key_value_set(key, json.dumps({'error': type(error).__name__, 'text': str(error)}))
       raise
-    _client().key_value_set(key, json.dumps(told))
-    return told['value']
-  told = json.loads(_wait_for(key))
-  if 'error' in told:
-    raise getattr(errors, told['error'])(f'process 0: {told["text"]}')
-  return told['value']
+    _client().key_value_set(key, json.dumps(made))
+    return made['value']
+  received = json.loads(_wait_for(key))
+  if 'error' in received:
+    raise getattr(errors, received['error'])(f'process 0: {received["text"]}')
+  return received['value']
 
 
 def main_first(make: Callable[[], T]) -> T:
-  """`make` in process 0, then in the others: what the first one leaves on disk, they find.
+  """Calls `make` in process 0, then in the others, which find the files that the first call wrote.
 
   Raises:
     RunError: what process 0 raised, in every process.
@@ -116,7 +117,7 @@ def main_first(make: Callable[[], T]) -> T:
 
 
 def check_same(name: str, value: str) -> None:
-  """Raises DataError, in every process, where `value` is not the same in all."""
+  """Raises DataError in every process unless `value` is the same in all."""
   values = gather(value)
   others = [p for p, v in enumerate(values) if v != values[0]]
   if others:
@@ -127,8 +128,10 @@ def check_same(name: str, value: str) -> None:
 
 
 def check_same_values(name: str, values: Mapping[str, Any]) -> None:
-  """Raises ConfigError, in every process, where JSON values under the same keys differ; names the
-  keys, and each value with the processes that have it. Secrets are compared and not shown.
+  """Raises ConfigError in every process unless JSON values under the same keys are the same in all.
+
+  The message names the keys, and each value with the processes that have it. Secrets are compared
+  but not shown.
   """
   own = {k: (digest(v), redact(v, k)) for k, v in values.items()}
   if found := differences(gather(own)):
@@ -140,8 +143,11 @@ def check_same_values(name: str, values: Mapping[str, Any]) -> None:
 
 
 def differences(of_processes: Sequence[Mapping[str, tuple[str, Any]]]) -> list[str]:
-  """Lines like 'optim.lr=1e-05 on process 0, 2e-05 on processes 1, 2', a line for each key whose
-  digests differ; `of_processes` holds {key: (digest of the value, the value as it is shown)}.
+  """Returns a line for each key whose digests differ: 'optim.lr=1e-05 on process 0, 2e-05 on
+  processes 1, 2'.
+
+  Args:
+    of_processes: for each process {key: (digest of the value, the value as it is shown)}.
   """
   lines = []
   for key in dict.fromkeys(k for values in of_processes for k in values):
@@ -165,21 +171,22 @@ def _as_shown(value: Any) -> str:
 
 
 def _named(processes: list[int]) -> str:
-  """'process 0', 'processes 1, 2', or for many of them 'processes 1, 2, 3, 4 and 60 more'."""
+  """Returns 'process 0', 'processes 1, 2', or for many 'processes 1, 2, 3, 4 and 60 more'."""
   first = ', '.join(map(str, processes[:4]))
   more = f' and {len(processes) - 4} more' if len(processes) > 4 else ''
   return f'process{"es" if len(processes) > 1 else ""} {first}{more}'
 
 
 def wait_for_all() -> None:
-  """Returns when every process has come here."""
+  """Returns when every process has called it."""
   gather(None)
 
 
 def leave_together() -> None:
-  """Called by every process before it ends for a reason that all agree on: each then closes its
-  files in peace, and `end` waits for all. Nothing else watches from here on: who is not done in
-  time ends all the same.
+  """Marks an end that all processes agree on; every process calls it before it ends.
+
+  Each process then closes its files, and `end` waits for all. A process that is not done within 5
+  minutes is ended, since nothing else watches it from here on.
   """
   wait_for_all()
   _together.set()
@@ -188,7 +195,7 @@ def leave_together() -> None:
 
 
 def have_agreed() -> bool:
-  """Whether all processes have come to `leave_together`."""
+  """Returns whether all processes have called `leave_together`."""
   return _together.is_set()
 
 
@@ -200,16 +207,17 @@ def end(code: int, message: str) -> None:
     wait_for_all()
     _leave(code)
   try:
-    told = {'code': code, 'process': _service().process_id, 'text': message}
-    _client().key_value_set(_ended, json.dumps(told))
+    end_of_this = {'code': code, 'process': _service().process_id, 'text': message}
+    _client().key_value_set(_ended, json.dumps(end_of_this))
   except jax.errors.JaxRuntimeError as error:  # another was first, or the service is gone
     log.debug('%s', error)
   _leave(code)
 
 
 def give_up(message: str) -> None:
-  """Ends this process and all others with 75, to be started again; alone too. Does not return, and
-  is done in 15 s whatever another process does.
+  """Ends this process and all others with exit code 75, to be started again; a single process too.
+
+  Does not return, and ends within 15 s whatever another process does.
   """
   exit_within(GRACE, StoppedEarly.exit_code)
   end(StoppedEarly.exit_code, message)
@@ -217,14 +225,14 @@ def give_up(message: str) -> None:
 
 
 def exit_within(seconds: float, code: int) -> None:
-  """Ends this process after so many seconds, whatever it is doing then; returns at once."""
+  """Ends this process after `seconds`, whatever it is doing then; returns at once."""
   timer = threading.Timer(seconds, os._exit, (code,))
   timer.daemon = True
   timer.start()
 
 
 def _leave(code: int, message: str = '') -> None:
-  exit_within(2 * _MAIN_WAITS, code)  # who reads what is written may do so never
+  exit_within(2 * _MAIN_WAITS, code)  # flushing blocks while the reader of a pipe does not read
   if message:
     print(message, file=sys.stderr)
   sys.stdout.flush()
@@ -234,12 +242,12 @@ def _leave(code: int, message: str = '') -> None:
   else:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       _client().key_value_set(f'{_heard}/{_service().process_id}', '')
-  os._exit(code)  # the orderly way waits for the others, which wait for us
+  os._exit(code)  # an orderly shutdown waits for the others, which wait for this process
 
 
 def _wait_until_heard() -> None:
-  """Until all others are leaving too, those at least that live: without the service they would
-  abort, with another exit code.
+  """Waits until all other processes are ending too; without the service they would abort, with
+  another exit code. Does not wait longer than 10 s for a process that is already dead.
   """
   left, end = set(range(1, _service().num_processes)), time.monotonic() + _MAIN_WAITS
   while left and time.monotonic() < end:
@@ -248,38 +256,38 @@ def _wait_until_heard() -> None:
         _client().key_value_try_get(f'{_heard}/{process}')
         left.discard(process)
     time.sleep(0.1)
-  time.sleep(0.5)  # between the word and the end
+  time.sleep(0.5)  # the others exit just after they have set the key
 
 
 def watch() -> None:
-  """From now on this process ends when another one has told that it ends, and tells of its own
-  errors.
+  """Ends this process when another one has published its end, and publishes uncaught errors of this
+  one.
   """
   if is_alone():
     return
-  # jax's runtime aborts when process 0 is gone, from a thread of its own; a dump of the threads
-  # that run meanwhile may crash, and another exit code than the abort's would be seen.
+  # jax's runtime aborts from a thread of its own when process 0 is gone. Dumping the threads that
+  # still run may crash, and would change the exit code.
   faulthandler.enable(all_threads=False)
   client, done = _client(), threading.Event()
 
   def listen():
     while not done.wait(0.5):
       try:
-        told = json.loads(client.key_value_try_get(_ended))
-      except jax.errors.JaxRuntimeError:  # nobody has ended
+        other = json.loads(client.key_value_try_get(_ended))
+      except jax.errors.JaxRuntimeError:  # no process has ended
         continue
-      if told['process'] != _service().process_id and not _together.is_set():
+      if other['process'] != _service().process_id and not _together.is_set():
         own = _service().process_id
-        _leave(told['code'], f'process {own}: process {told["process"]} ended: {told["text"]}')
+        _leave(other['code'], f'process {own}: process {other["process"]} ended: {other["text"]}')
 
-  threading.Thread(target=listen, daemon=True, name='peers').start()
+  threading.Thread(target=listen, daemon=True, name='processes').start()
   atexit.register(done.set)
   usual = sys.excepthook
 
-  def tell(kind, error, trace):
+  def publish(kind, error, trace):
     usual(kind, error, trace)
     text = ''.join(traceback.format_exception_only(kind, error)).strip()[:1000]
     lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in text
     end(StoppedEarly.exit_code if lost else 1, text)
 
-  sys.excepthook = tell
+  sys.excepthook = publish

@@ -1,8 +1,8 @@
-"""What the processes of a run tell each other at every step: the wish to stop, and how long each
-host made the step wait.
+"""Synchronizes the processes of a run at every step: whether one was asked to stop, and the host
+time of each.
 
-A small array travels beside the batch and comes back whole to everybody, so that all hosts decide
-the same after the same step. A process alone needs no array."""
+A small array is gathered on all devices with every step, so that all processes take the same
+decision after the same step. A single process needs no array."""
 
 import dataclasses
 
@@ -16,16 +16,16 @@ from ftjax.cluster import processes
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """stop: somebody wishes it. host_s: seconds of each process between the end of a step and the
-  start of the next, float64[processes].
+  """stop: whether any process was asked to stop. host_s: float64[processes], seconds of each
+  between the end of a step and the start of the next.
   """
 
   stop: bool
   host_s: np.ndarray
 
   def host_metrics(self) -> dict[str, float]:
-    """For the log of a run of several: the quickest and the slowest host's seconds, and which the
-    slowest is.
+    """Returns the least and the greatest host seconds and the number of the slowest process; empty
+    for a single process.
     """
     if len(self.host_s) == 1:
       return {}
@@ -37,19 +37,18 @@ class Seen:
 
 
 class StepSync:
-  """The exchange over all devices of a mesh; every process calls in the same order."""
+  """Exchanges stop requests over all devices of a mesh; all processes call it in the same order."""
 
   def __init__(self, mesh: Mesh):
     self._mesh = mesh
     self._alone = processes.is_alone()
-    where = P(mesh.axis_names)
-    self._sharding = NamedSharding(mesh, where)
+    self._sharding = NamedSharding(mesh, P(mesh.axis_names))
     owners = [d.process_index for d in mesh.devices.flat]
     self._first = np.array([owners.index(p) for p in range(jax.process_count())])
     self._share = jax.jit(lambda x: jax.sharding.reshard(x, P()))
 
   def send(self, stop: bool, host_s: float) -> jax.Array | None:
-    """Begins an exchange; `receive` gives the result."""
+    """Starts an exchange; `receive` returns its result."""
     if self._alone:
       return None
     own = np.array([[float(stop), host_s]], np.float32)
@@ -57,14 +56,17 @@ class StepSync:
     return self._share(jax.make_array_from_callback(shape, self._sharding, lambda _: own))
 
   def receive(self, sent: jax.Array | None, stop: bool) -> Seen:
-    """Waits for what `send` gave; `stop` is this process's wish now, which counts where it is
-    alone.
+    """Returns the result of an exchange.
+
+    Args:
+      sent: from `send`.
+      stop: whether this process was asked to stop; only read in a single-process run.
     """
     if sent is None:
       return Seen(stop, np.zeros(1))
-    told = np.asarray(sent, np.float64)[self._first]
-    return Seen(bool(told[:, 0].any()), told[:, 1])
+    values = np.asarray(sent, np.float64)[self._first]
+    return Seen(bool(values[:, 0].any()), values[:, 1])
 
   def is_wanted(self, stop: bool) -> bool:
-    """Whether anybody wishes to stop."""
+    """Returns whether any process was asked to stop."""
     return self.receive(self.send(stop, 0.0), stop).stop

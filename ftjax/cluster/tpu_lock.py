@@ -1,4 +1,4 @@
-"""Who holds the TPU: libtpu admits one process, and a second one should be told which it is."""
+"""Finds the process that holds the TPU: libtpu admits one process, and the error names it."""
 
 import os
 import pathlib
@@ -11,8 +11,8 @@ _DEVICES = ('/dev/accel', '/dev/vfio/')
 
 
 def holders(proc: str = '/proc') -> list[tuple[int, str]]:
-  """(process id, command line) of the other processes that have libtpu's lock file or a TPU device
-  open; only those that this user may see.
+  """Returns (process id, command line) of the other processes that have libtpu's lock file or a TPU
+  device open; only those that this user may see.
   """
   found = []
   for folder in pathlib.Path(proc).glob('[0-9]*'):
@@ -20,7 +20,7 @@ def holders(proc: str = '/proc') -> list[tuple[int, str]]:
     try:
       links = [os.readlink(link) for link in (folder / 'fd').iterdir()]
       command = (folder / 'cmdline').read_bytes().replace(b'\0', b' ').decode(errors='replace')
-    except OSError:  # ended, or somebody else's
+    except OSError:  # ended, or another user's
       continue
     if number != os.getpid() and any(_is_tpu(link) for link in links):
       found.append((number, command.strip()))
@@ -43,5 +43,5 @@ def explain(error: RuntimeError) -> None:
   who = '; '.join(f'process {n}: {redact_text(command[:200])}' for n, command in holders())
   raise ConfigError(
     f'the TPU is in use by {who or "a process that this user may not see (try sudo)"}. End it, or '
-    f'where none runs, delete {LOCKFILE}. libtpu says: {text.splitlines()[0][:300]}'
+    f'where none runs, delete {LOCKFILE}. Message of libtpu: {text.splitlines()[0][:300]}'
   ) from error

@@ -1,8 +1,7 @@
-"""Ends a process that makes no progress: a peer that hangs would otherwise block all others for
-ever.
+"""Ends a process that makes no progress: a process that hangs would otherwise block all others.
 
-Every phase of a run has a limit in seconds. When it passes, the stacks of all threads go to stderr
-and all processes end with code 75, to be started again from the newest checkpoint."""
+Every phase of a run has a limit in seconds. When it is exceeded, the stacks of all threads go to
+stderr and all processes end with code 75, to be started again from the newest checkpoint."""
 
 import contextlib
 import dataclasses
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _SLOWER = 10  # times the median step, where that is longer than the limit
 _KEPT = 101  # steps for the median
-_STOPPED = 5.0  # seconds in which this process's own clock did not tick: it stood still
+_STOPPED = 5.0  # seconds without a tick of this thread: the whole process was suspended
 
 
 @dataclasses.dataclass
@@ -36,7 +35,7 @@ class Watchdog:
 
   Args:
     limits: seconds by phase; 0: no limit.
-    expire: called with a message when a limit has passed; the usual one does not return.
+    expire: called with a message when a limit is exceeded; the default does not return.
     clock: seconds, monotonic.
   """
 
@@ -55,10 +54,10 @@ class Watchdog:
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """The code inside has the limit of `name`; an outer phase stands still meanwhile.
+    """Applies the limit of `name` to the code inside; the clock of an outer phase is paused.
 
     Raises:
-      KeyError: a phase without a limit.
+      KeyError: a name without a limit.
     """
     phase = _Phase(name, self._limit(name), self._clock())
     with self._lock:
@@ -75,14 +74,18 @@ class Watchdog:
           self._phases[-1].since = self._clock()
 
   def _limit(self, name: str) -> float:
-    """Until two steps are done nobody knows how long one takes: the limit of compiling holds."""
+    """Returns the limit of a phase in seconds; of a step at least that of compiling until two steps
+    were timed.
+    """
     limit = self._limits[name]
     if name == 'step' and limit and len(self._durations.get(name, ())) < 2:
       return max(limit, self._limits.get('compile', limit))
     return limit
 
   def beat(self) -> None:
-    """A step is done: the innermost phase begins anew, and its limit follows the usual duration."""
+    """Restarts the clock of the innermost phase after a step, and adapts its limit to the median
+    duration.
+    """
     with self._lock:
       if not self._phases:
         return
@@ -95,7 +98,7 @@ class Watchdog:
         phase.limit = max(self._limit(phase.name), usual)
 
   def overdue(self) -> str:
-    """What the innermost phase is guilty of; '' while it is within its limit."""
+    """Returns a message when the innermost phase has exceeded its limit, else ''."""
     with self._lock:
       if not self._phases:
         return ''
@@ -109,11 +112,11 @@ class Watchdog:
     )
 
   def _watch(self) -> None:
-    # A phase may begin with any limit: look often, it costs nothing.
+    # A phase may have any limit: check often, it costs nothing.
     while True:
-      asleep = self._clock()
+      before = self._clock()
       time.sleep(0.25)
-      if (gap := self._clock() - asleep) > _STOPPED:  # Ctrl-Z, a debugger: not a hang
+      if (gap := self._clock() - before) > _STOPPED:  # Ctrl-Z, a debugger: not a hang
         with self._lock:
           for phase in self._phases:
             phase.since += gap
@@ -123,7 +126,7 @@ class Watchdog:
 
 
 def _end(message: str) -> None:
-  # Process 0 may be what hangs, or whoever reads stderr.
+  # Process 0 may hang, or the process that reads stderr.
   processes.exit_within(processes.GRACE, StoppedEarly.exit_code)
   print(f'error: {message}; stacks of all threads:', file=sys.stderr, flush=True)
   with contextlib.suppress(OSError, ValueError):  # a notebook's stderr is no file

@@ -48,8 +48,8 @@ class Algorithm:
   Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
 
   Attributes:
-    module: dotted name of the module that implements it, with `make_loss(arch, c)` and
-      `run(c, workdir)`.
+    module: dotted name of the module that implements it, with `make_loss(forward, c)`
+      (a LossFn) and `build(run)` (experiment/fit.Parts).
     measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
@@ -88,6 +88,14 @@ class Algorithm:
   fixed_in_rollout: tuple[str, ...] = ()
   check: Callable[[Config], None] = lambda c: None
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, usual in self.keys.items():
+      if not name.isidentifier() or not isinstance(usual, bool | int | float | str | tuple):
+        raise ConfigError(
+          f'{self.module}: keys has {name!r}: {usual!r}; expected a name with True, False, a '
+          'number, a text or a tuple as its default'
+        )
 
 
 # Parts that several rows share.

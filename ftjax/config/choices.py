@@ -129,6 +129,8 @@ TABLES: dict[str, Mapping[str, Choice]] = {
   'optim.schedule': SCHEDULES,
   'data.on_overlength': OVERLENGTH,
 }
+TASK_KINDS = ('choice', 'match', 'math', 'math_strict')
+
 # Keys with a few values and no more facts.
 _PLAIN = {
   'dpo.reference': ('step', 'cache'),

@@ -154,6 +154,8 @@ def _checked(path: str, make: Callable, made: Any) -> config_section.Section:
   values, known = config_section.flat(made), config_section.flat(usual)
   places = made.places()
   for key in [*values, *known]:
+    if key.startswith('custom.'):  # the keys of the algorithm, which is not known yet
+      continue
     at = places.get(key) or place
     if key not in known:
       raise ConfigError(f'{at}: {config_section.NoSuchKey(key, usual)}')
@@ -188,7 +190,8 @@ def find(name: str) -> str:
   """Path of a config: an existing path wins, else the shipped configs/NAME.py.
 
   Raises:
-    ConfigError: neither exists, or it is no Python file; lists the nearest or the shipped names.
+    ConfigError: neither exists, or it is no Python file; names the nearest shipped configs, or
+      all of them where none is near.
   """
   path = pathlib.Path(os.path.expanduser(name))
   if path.is_file():
@@ -205,9 +208,10 @@ def find(name: str) -> str:
     inside = sorted(p.name for p in path.glob('*.py'))
     example = f', such as {path}/{inside[0]}' if inside else ''
     raise ConfigError(f'--config={name} is a folder; give a Python file with get_config(){example}')
-  near = difflib.get_close_matches(path.stem, shipped(), n=1) if '/' not in name else []
-  hint = f'; did you mean {near[0]}?' if near else locations.nearest(path)
-  raise ConfigError(
-    f'--config={name}: no such file, and no shipped config of this name; '
-    f'shipped: {", ".join(shipped())}{hint}'
+  near = difflib.get_close_matches(path.stem, shipped(), n=3) if '/' not in name else []
+  hint = (
+    f'did you mean {" or ".join(near)}? --help lists all of them'
+    if near
+    else f'shipped: {", ".join(shipped())}{locations.nearest(path)}'
   )
+  raise ConfigError(f'--config={name}: no such file, and no shipped config of this name; {hint}')

@@ -7,6 +7,9 @@ instead.
 """
 
 import re
+from collections.abc import Iterable
+
+from ftjax.config import algorithms, choices
 
 _PER_DEVICE = 'It is global: per update, over all devices and micro-batches'
 _NO_LORA = 'there is no LoRA yet, all parameters are trained; optim.freeze leaves some as they are'
@@ -14,6 +17,12 @@ _NO_QUANTIZED = 'there are no quantized base models yet: leave it out'
 _AXES = 'the axes are mesh.data, fsdp, context, tensor and expert, over all devices of all slices'
 _IN_STEPS = 'It counts updates, not a share of them'
 _EVERY_STEPS = 'It counts updates; the last one is always included'
+
+
+def _one_of(names: Iterable[str]) -> str:
+  *most, last = names
+  return f'{", ".join(most)} or {last}'
+
 
 ROWS = (
   # Model.
@@ -88,10 +97,10 @@ ROWS = (
   (('learning_rate', 'peak_learning_rate', 'peak_lr', 'base_lr', 'actor_learning_rate', 'max_lr'),
    'optim.lr', ''),
   (('optim', 'optimizer', 'opt_type', 'optimizer.type', 'optimizer_type', 'optim.type', 'opt'),
-   'optim.name', 'adamw, adafactor, lion, muon or sgd'),
+   'optim.name', _one_of(choices.OPTIMIZERS)),
   (('lr_scheduler_type', 'lr_scheduler', 'learning_rate_schedule', 'lr_schedule', 'scheduler',
     'schedule_type', 'lr_decay_style', 'decay_type', 'lr_schedule_type'),
-   'optim.schedule', 'constant, linear, cosine, wsd or inverse_sqrt'),
+   'optim.schedule', _one_of(choices.SCHEDULES)),
   (('warmup_ratio', 'warmup_steps_fraction', 'warmup_fraction', 'warmup', 'num_warmup_steps',
     'lr_warmup_steps', 'warmup_proportion', 'lr_warmup_ratio', 'learning_rate_warmup'),
    'optim.warmup_steps', _IN_STEPS),
@@ -133,7 +142,7 @@ ROWS = (
    'model.path', 'The reference is the model that training starts from'),
   (('center_rewards_coefficient', 'centering_coefficient'), 'reward_model.centring', ''),
   (('stage', 'rl', 'trainer_type', 'task_type', 'train_type', 'rl_algorithm', 'algo', 'method'),
-   'algorithm', 'sft, dpo, reward_model, grpo, ppo, best_of_n or online_dpo'),
+   'algorithm', _one_of(algorithms.ALGORITHMS)),
   # Rollouts.
   (('num_generations', 'group_size', 'num_samples_per_prompt', 'n_samples_per_prompt', 'rloo_k',
     'num_return_sequences', 'n_rollouts', 'num_rollouts'), 'rollout.group', ''),
@@ -157,7 +166,7 @@ ROWS = (
   (('dynamic_sampling', 'max_resample_times', 'dapo_dynamic_sampling'), 'rollout.redraws', ''),
   (('kl_coef', 'kl_coeff', 'init_kl_coef', 'kl_penalty_coef', 'kl_loss_coef', 'grpo.beta',
     'ppo.beta', 'policy.beta', 'grpo_beta', 'kl_beta'), 'policy.kl_coef', ''),
-  (('kl_estimator', 'kl_penalty', 'kl_loss_type'), 'policy.kl', 'k2, k3, k3_is or reward'),
+  (('kl_estimator', 'kl_penalty', 'kl_loss_type'), 'policy.kl', _one_of(choices.DIVERGENCES)),
   (('cliprange', 'clip_epsilon', 'clip_ratio', 'clip_range', 'epsilon_low', 'grpo.epsilon',
     'ppo_clip', 'clip_ratio_low'), 'policy.clip_low', 'policy.clip_high is the upper side'),
   (('epsilon_high', 'clip_ratio_high', 'clip_higher'), 'policy.clip_high', ''),

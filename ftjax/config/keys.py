@@ -24,6 +24,7 @@ def default() -> Section:
   _add_grpo(c)
   _add_ppo(c)
   _add_best_of_n(c)
+  _add_custom(c)
   _add_mesh(c)
   _add_checkpoint(c)
   _add_eval(c)
@@ -54,6 +55,7 @@ def _add_run(c: Section) -> None:
 def _add_model(c: Section) -> None:
   c.model = Section()
   c.model.path = ''  # Hugging Face folder, or GGUF file
+  c.model.family = ''  # package.module:FAMILY, a model family of your own; '': by its model_type
   c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
   c.model.compute_dtype = 'float32'  # dtype of activations and matrix products
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
@@ -207,6 +209,12 @@ def _add_best_of_n(c: Section) -> None:
   c.best_of_n = Section()
   c.best_of_n.keep = 1  # completions of each prompt that are trained on, the best ones
   c.best_of_n.min_reward = -1e9  # completions with a smaller reward are left out
+
+
+def _add_custom(c: Section) -> None:
+  # The keys of an algorithm outside of ftjax (algorithm='module:RECORD'), which its record lists
+  # with their defaults.
+  c.custom = Section()
 
 
 def _add_mesh(c: Section) -> None:

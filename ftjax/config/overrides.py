@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from typing import Any
 
-from ftjax.config import keys
+from ftjax.config import custom_keys, keys
 from ftjax.config import section as config_section
 from ftjax.runtime.errors import ConfigError
 
@@ -79,7 +79,10 @@ def apply(c: config_section.Section, overrides: list[Override]) -> None:
     ConfigError: no such key, or a value that it cannot take.
   """
   joined: dict[str, tuple] = {}
-  for override in overrides:
+  # Those of `custom` last: their types are in the module of the algorithm, which is imported then.
+  for override in sorted(overrides, key=lambda o: o.key.startswith('custom.')):
+    if override.key.startswith('custom.'):
+      custom_keys.complete(c)
     value = _read(c, override)
     if isinstance(value, tuple) and not _is_object(c, override.key):
       value = joined[override.key] = joined.get(override.key, ()) + value

@@ -37,6 +37,10 @@ _RANDOM_OPTIONAL = (
   'max_position_embeddings',
 )
 RANDOM_KEYS = tuple(f'model.random.{k}' for k in (*RANDOM_REQUIRED, *_RANDOM_OPTIONAL))
+# Sections that take keys which `default()` does not have. Those of `custom` are checked when the
+# algorithm's module is imported, by validation.py.
+_OPEN_SECTIONS = ('model.random', 'custom')
+_CUSTOM = 'custom.'
 
 _EXPECTED = {
   bool: 'True or False',
@@ -106,18 +110,18 @@ class Section(ml_collections.ConfigDict):
 
   def __setitem__(self, key, value):
     name = self.dotted(key)
-    is_random = name in RANDOM_KEYS
-    if self.is_locked and key not in self._fields and not is_random:
+    is_open = name in RANDOM_KEYS or name.startswith(_CUSTOM)
+    if self.is_locked and key not in self._fields and not is_open:
       raise NoSuchKey(name, self.root())
-    if name == 'model.random' and key in self._fields:
-      value = self._random_section(value)
-    elif is_random:
-      _check_random(name, value)
+    if name in _OPEN_SECTIONS and key in self._fields:
+      value = self._open_section(name, value)
+    elif is_open:
+      _check_open(name, value)
       if isinstance(value, Mapping):
         value = ml_collections.ConfigDict(value)
     elif key in self._fields and self.is_type_safe:
       value = self._checked(name, value, self._fields[key])
-    if is_random and self.is_locked:
+    if is_open and self.is_locked:
       with self.unlocked():
         super().__setitem__(key, value)
     else:
@@ -127,17 +131,18 @@ class Section(ml_collections.ConfigDict):
       object.__setattr__(value, '_name', key)
     self.places()[name] = _assigned_at()
 
-  def _random_section(self, value: Mapping[str, Any]) -> 'Section':
-    """A model.random of these keys; NoSuchKey for another."""
+  def _open_section(self, name: str, value: Mapping[str, Any]) -> 'Section':
+    """Returns a section of _OPEN_SECTIONS with the keys of a dict; raises NoSuchKey for a key that
+    model.random does not have.
+    """
     if not isinstance(value, Mapping | ml_collections.ConfigDict):
-      raise ConfigError(
-        f'model.random={_shown(value)}; expected a dict with the keys {", ".join(RANDOM_REQUIRED)}'
-      )
+      wanted = f' with the keys {", ".join(RANDOM_REQUIRED)}' if name == 'model.random' else ''
+      raise ConfigError(f'{name}={_shown(value)}; expected a dict{wanted}')
     out = Section()
     for key, item in value.items():
-      if f'model.random.{key}' not in RANDOM_KEYS:
+      if name == 'model.random' and f'model.random.{key}' not in RANDOM_KEYS:
         raise NoSuchKey(f'model.random.{key}', self.root())
-      _check_random(f'model.random.{key}', item)
+      _check_open(f'{name}.{key}', item)
       out[key] = item
     return out
 
@@ -240,9 +245,9 @@ def _check_plain(name: str, value: Any) -> None:
   )
 
 
-def _check_random(name: str, value: Any) -> None:
-  """`_check_plain` for the keys of a config.json, where null is a value."""
-  if value is not None:
+def _check_open(name: str, value: Any) -> None:
+  """Runs `_check_plain` for a key of _OPEN_SECTIONS. In a config.json null is a value."""
+  if value is not None or name.startswith(_CUSTOM):
     _check_plain(name, value)
 
 

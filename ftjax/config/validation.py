@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any
 
-from ftjax.config import algorithms, choices, section_checks
+from ftjax.config import algorithms, choices, custom_keys, section_checks, task_specs
 from ftjax.config.keys import default
 from ftjax.config.section import RANDOM_REQUIRED, Section, flat, place_of
 from ftjax.runtime import named_object
@@ -144,6 +144,8 @@ def _validate(c: Section) -> None:
   for key in choices.OBJECTS:
     if named_object.is_named(values[key]):
       choices.checked_object(key, values[key])
+  task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
+  custom_keys.complete(c)
   section_checks.check(c)
 
 
@@ -206,9 +208,8 @@ def _check_locations(c: Section) -> None:
   for key in ('data.train', 'data.eval'):
     for source in _entries(c[key]):
       locations.check(key, source)
-  for task in c.eval.tasks:
-    if isinstance(task, str):
-      locations.check('eval.tasks', task.partition('=')[2].partition(':')[2])
+  for task in task_specs.parse_all(c.eval.tasks):
+    locations.check(task_specs.KEY, task.path)
 
 
 def _entries(sources: str | tuple[str, ...] | list[str]) -> list[str]:

@@ -110,12 +110,6 @@ class Stream:
     row = self._mixture.row(step * self.batch_size + i)
     return self._corpora[row.source].example(row.examples[0])
 
-  def examples(self, step: int) -> list[tuple[int, int, int]]:
-    """(source, example, epoch) of every example in the batch of a step, in the order of the
-    rows."""
-    rows = (self._mixture.row(step * self.batch_size + i) for i in range(self.batch_size))
-    return [(row.source, e, row.epoch) for row in rows for e in row.examples]
-
 
 def _fill_in_order(lengths: np.ndarray, seq_len: int, packed: bool) -> Iterator[list[int]]:
   """Numbers of consecutive examples that share a row."""

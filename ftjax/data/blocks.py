@@ -1,8 +1,8 @@
-"""Blocks of a source: some hundred consecutive rows, tokenized together and kept in one file.
+"""Tokenizes blocks of a source: some hundred consecutive rows, stored in one file.
 
-Where a block ends depends on its rows alone, and what it becomes depends on nothing outside it, so
-blocks can be tokenized in any order, by any process, and again after a kill: the bytes are the
-same. `corpus_builder.py` puts them together, `tokenize_pool.py` gives them to processes.
+The end of a block depends on its rows alone, and its tokens on nothing outside it, so blocks can be
+tokenized in any order, by any process, and again after a kill: the bytes are the same.
+`corpus_builder.py` joins them, `tokenize_pool.py` distributes them to processes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, labeled_examples
+from ftjax.data import encode, formats, labeled_examples, preference_rows
 from ftjax.data.formats import Bad
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ _MARSHAL = 2
 
 Row = dict[str, Any]
 
-# Arrays of a block; `digest` is what its examples add to the corpus's fingerprint.
+# Arrays of a block; the corpus's fingerprint hashes the `digest` of every block.
 _PARTS = {
   'tokens': '<i4',  # [all tokens]
   'supervised': '|u1',  # [all tokens]
@@ -47,7 +47,7 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What becomes of rows: see `cache.build_or_open`. JSON values."""
+  """Settings of tokenizing, see `token_cache.Source`. JSON values."""
 
   format: str | None
   seq_len: int
@@ -63,9 +63,9 @@ class Block:
 
   Attributes:
     number: 0, 1, ... in the order of the source.
-    first, last: (file number, line) of its ends.
+    first, last: (file number, line) of its first and last row.
     packed: each row as `unpack` reads it.
-    form: the row format that rows before it have settled, if any.
+    form: the row format that an earlier row determined, if any.
   """
 
   number: int
@@ -76,16 +76,16 @@ class Block:
 
   @property
   def name(self) -> str:
-    """Name of its file."""
+    """The name of its file."""
     return file_name(self.number)
 
   @property
   def size(self) -> int:
-    """Bytes of its rows."""
+    """The bytes of its rows."""
     return sum(map(len, self.packed))
 
   def request(self) -> dict[str, Any]:
-    """What a process needs to tokenize it, for `marshal`."""
+    """Returns the fields that a process needs to tokenize it, for `marshal`."""
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
@@ -95,8 +95,9 @@ def file_name(number: int) -> str:
 
 
 class _StandIn:
-  """A value that `marshal` cannot carry (a date of a Parquet column): its type's name and texts,
-  which is all that messages and templates see of it.
+  """Replaces a value that `marshal` cannot write, such as a date of a Parquet column.
+
+  It has the type's name, `str` and `repr`: messages and templates use nothing else.
   """
 
   def __init__(self, text: str, shown: str):
@@ -110,7 +111,7 @@ class _StandIn:
 
 
 def _portable(value: Any) -> Any:
-  """The same value for `marshal`; rows hold no tuples, so a tuple can mean a stand-in."""
+  """Returns an equal value for `marshal`; a tuple is a stand-in, since rows have no tuples."""
   if isinstance(value, dict):
     return {str(k): _portable(v) for k, v in value.items()}
   if isinstance(value, list):
@@ -131,17 +132,17 @@ def _restored(value: Any) -> Any:
 
 
 def _pack(file: int, line: int, row: Row | Bad) -> bytes:
-  """A row as bytes for another process of this program; never read from a file."""
+  """Returns a row as bytes for another process of this program; never read from a file."""
   if isinstance(row, Bad):
     return marshal.dumps((file, line, None, row.reason), _MARSHAL)
   try:
     return marshal.dumps((file, line, row, False), _MARSHAL)
-  except ValueError:  # a type that it does not know
+  except ValueError:  # a type that marshal cannot write
     return marshal.dumps((file, line, _portable(row), True), _MARSHAL)
 
 
 def unpack(packed: bytes) -> tuple[int, int, Row | Bad]:
-  """(file number, line, row or Bad) of a block's row."""
+  """Returns (file number, line, row or Bad) of a block's row."""
   file, line, row, note = marshal.loads(packed)
   if row is None:
     return file, line, Bad(note)
@@ -151,11 +152,11 @@ def unpack(packed: bytes) -> tuple[int, int, Row | Bad]:
 def split(
   rows: Iterable[tuple[int, int, Row | Bad]], form: str | None, shape: str
 ) -> Iterator[Block]:
-  """Cuts `sources.scan`'s rows into blocks, which are read one at a time.
+  """Splits the rows of `sources.scan` into blocks, which are read one at a time.
 
   Args:
-    rows: of a whole source.
-    form: the format that the config names, or None: that of the first row with a known one.
+    rows: those of a whole source.
+    form: the format in the config, or None: that of the first row with a known one.
     shape: as in Policy.
   """
   number, packed, size, form_before = 0, [], 0, form
@@ -186,7 +187,7 @@ class BlockTokenizer:
   """Tokenizes blocks: parse, encode, fit to seq_len, count."""
 
   def __init__(self, policy: Policy, tokenizer: Tokenizer):
-    """Takes what is the same for all blocks."""
+    """Stores the settings of all blocks."""
     self._policy, self._tokenizer = policy, tokenizer
     self._form: str | None = None
     self._clear()
@@ -197,7 +198,7 @@ class BlockTokenizer:
     self._kept: list[tuple[encode.Encoded, int, int]] = []
 
   def tokenize(self, block: Block) -> 'TokenBlock':
-    """Tokens and counts of a block's rows.
+    """Tokenizes and counts a block's rows.
 
     Raises:
       DataError: the tokenizer lacks what all rows need (a template, an EOS).
@@ -218,13 +219,13 @@ class BlockTokenizer:
 
   def _parse(
     self, row: Row | Bad
-  ) -> formats.Example | labeled_examples.Pair | labeled_examples.LabeledExample | Bad:
+  ) -> formats.Example | preference_rows.Pair | preference_rows.LabeledExample | Bad:
     if isinstance(row, Bad):
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
       if policy.shape != 'text':
-        return labeled_examples.parse(row, policy.shape, policy.format, has_template)
+        return preference_rows.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
       return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
     except ValueError as error:
@@ -233,7 +234,7 @@ class BlockTokenizer:
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
     found = (
-      formats.unread(row, self._form) if shape == 'text' else labeled_examples.unread(row, shape)
+      formats.unread(row, self._form) if shape == 'text' else preference_rows.unread(row, shape)
     )
     for column in sorted(found):
       self._columns.add(column, (file, line))
@@ -252,7 +253,7 @@ class BlockTokenizer:
       result = example if isinstance(example, Bad) else next(encoded)
       if isinstance(result, Bad):
         self._bad.add(result.reason, (file, line))
-      elif self._shows_all(result, file, line):
+      elif self._is_rendered(result, file, line):
         self._note_unread(row, file, line)
         if len(result) > 1:
           tokens = sum(len(e.tokens) for e in result)
@@ -261,8 +262,8 @@ class BlockTokenizer:
         for one in result:
           self._add(one, file, line)
 
-  def _shows_all(self, row: list[encode.Encoded], file: int, line: int) -> bool:
-    """Whether a row is kept, as the template shows all of it, or by data.on_unrendered='warn'."""
+  def _is_rendered(self, row: list[encode.Encoded], file: int, line: int) -> bool:
+    """Returns whether a row is kept: rendered whole, or data.on_unrendered='warn'."""
     places = tuple(dict.fromkeys(place for example in row for place in example.unrendered))
     if not places:
       return True
@@ -313,7 +314,7 @@ class BlockTokenizer:
 
 
 def _chunks(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
-  """Parts of a block that are tokenized at once."""
+  """Yields the rows of a block in parts that are tokenized at once."""
   chunk, size = [], 0
   for row in packed:
     chunk.append(row)
@@ -328,7 +329,7 @@ def _chunks(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
 def _arrays(
   kept: Sequence[tuple[encode.Encoded, int, int]], policy: Policy
 ) -> dict[str, np.ndarray]:
-  """The arrays of _PARTS."""
+  """Returns the arrays of _PARTS."""
   examples = [example for example, _, _ in kept]
   joined: dict[str, Any] = {
     'tokens': np.concatenate([e.tokens for e in examples]) if examples else [],
@@ -356,8 +357,8 @@ class TokenBlock:
 
   Attributes:
     first, last: as of its Block.
-    counts: of its rows; unusable rows are counted as left out, whatever data.on_bad_row.
-    refused: `Reasons.as_list` of rows that a policy makes an error, whatever data.on_bad_row.
+    counts: of its rows; unusable rows count as left out, for each data.on_bad_row.
+    refused: `Reasons.as_list` of rows that a policy makes an error, for each data.on_bad_row.
     arrays: see _PARTS.
   """
 
@@ -368,11 +369,11 @@ class TokenBlock:
   arrays: dict[str, np.ndarray]
 
   def write(self, path: Path) -> None:
-    """Writes the block's file; whatever carries the name is whole.
+    """Writes the block's file atomically.
 
     Raises:
-      OSError: among others FileNotFoundError, where another process was first and has removed the
-        folder.
+      OSError: for example FileNotFoundError, where another process has finished the corpus and
+        removed the folder.
     """
     content = b''.join(self.arrays[part].tobytes() for part in _PARTS)
     head = {
@@ -395,7 +396,7 @@ class TokenBlock:
 
 
 def is_finished(path: Path, block: Block) -> bool:
-  """Whether an earlier start, or another process, has left this block whole."""
+  """Returns whether an earlier run or another process has written this block's file."""
   if not path.is_file():
     return False
   found = read(path)
@@ -407,7 +408,7 @@ def is_finished(path: Path, block: Block) -> bool:
 
 
 def read(path: Path) -> TokenBlock | None:
-  """A block's file; None where it is missing or damaged (a machine that lost power)."""
+  """Reads a block's file; None where it is missing or damaged, as by a power failure."""
   try:
     with open(path, 'rb') as file:
       head = json.loads(file.readline())

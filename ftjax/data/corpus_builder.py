@@ -1,8 +1,8 @@
 """Tokenizes a source into the files of a cache folder, block by block, on all cores.
 
-Finished blocks are files of a folder that starts with the same key find again: a build that was
-killed goes on where it was. Several processes may fill one such folder at once; a block is the same
-whoever makes it. What comes out does not depend on how many processes there were.
+Finished blocks are files in a folder named by the cache key: a build that was killed continues from
+them. Several processes may fill one such folder at once; the bytes of a block do not depend on the
+process, nor the result on the number of processes.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from ftjax.runtime.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# A source of no more blocks and bytes is tokenized here: starting processes would take as long.
+# A smaller source is tokenized in this process: starting processes would take as long.
 _FEW_BLOCKS, _FEW_BYTES = 8, 4_000_000
-# Once rows have been found that make the build fail, so many more are looked for.
+# Limits of the search for further bad rows once one has made the build fail.
 _MAX_REFUSED = 1000
 _BLOCKS_AFTER_REFUSED = 100
 
@@ -52,7 +52,7 @@ class Writer:
   """Appends blocks to the files of a cache folder under construction."""
 
   def __init__(self, folder: Path, shape: str):
-    """Opens the files; the folder exists and is this writer's own."""
+    """Opens the files; the folder exists, and no other process uses it."""
     self._folder, self._shape = folder, shape
     self._files = {part: open(folder / f'{part}.bin', 'wb') for part in DTYPES}  # noqa: SIM115
     self._digest = hashlib.sha256(b'ftjax corpus 1\n')
@@ -60,7 +60,7 @@ class Writer:
     self._files['offsets'].write(np.zeros(1, DTYPES['offsets']).tobytes())
 
   def add(self, block: TokenBlock) -> None:
-    """Appends a block; those before it were added."""
+    """Appends a block, in order."""
     arrays = block.arrays
     offsets = self.counts.tokens + np.cumsum(arrays['lengths'])
     for part, dtype in DTYPES.items():
@@ -75,7 +75,7 @@ class Writer:
       file.close()
 
   def finish(self, schema: int) -> None:
-    """Flushes the arrays to disk, then writes meta.json, the mark of a whole folder."""
+    """Syncs the arrays to disk, then writes meta.json, which marks a complete folder."""
     for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
@@ -98,12 +98,12 @@ class Build:
   """A source to tokenize.
 
   Attributes:
-    spec, tokenizer, policy: what is tokenized, and how.
+    spec, tokenizer, policy: the source and the settings of tokenizing.
     drop_bad: whether unusable rows are left out, else they are an error.
-    folder: of finished blocks, which the builds with the same tokens share.
+    folder: that of finished blocks, shared by all builds of the same tokens.
     workers: processes; 0: one for each core.
     progress: show a bar.
-    rows: only the first so many; None: all.
+    rows: how many of the first rows; None: all.
   """
 
   spec: Spec
@@ -116,11 +116,11 @@ class Build:
   rows: int | None = None
 
   def merge(self, writer: Writer) -> None:
-    """Tokenizes what no earlier start did, and hands all blocks to `writer` in order.
+    """Tokenizes the blocks that no earlier run finished, and adds all to `writer` in order.
 
     Raises:
-      DataError: rows that cannot be used, nothing to train on; see `counts.check`. A small source
-        leaves no block behind then, a large one does: another data.on_bad_row needs them again.
+      DataError: unusable rows, or nothing to train on; see `row_counts.check`. The blocks of a
+        large source are kept then, for a build with another data.on_bad_row.
       tokenize_pool.Gone: another process has finished the same corpus.
     """
     few, source = self._open()
@@ -148,7 +148,7 @@ class Build:
   def share(self, number: int, count: int) -> list[str]:
     """Tokenizes every `count`-th block, from block `number` on, for another process's `merge`.
 
-    Nothing is done for a small source, and bad rows are left for `merge` to report.
+    Does nothing for a small source; `merge` reports bad rows.
 
     Returns:
       names of the blocks' files.
@@ -161,7 +161,7 @@ class Build:
       return [blocks.file_name(number) for number in found]
 
   def _open(self) -> tuple[bool, Iterator[Block]]:
-    """Whether the source is small, and its blocks."""
+    """Returns whether the source is small, and its blocks."""
     self.folder.mkdir(exist_ok=True)
     self.folder.chmod(0o755)
     rows = itertools.islice(sources.scan(self.spec), self.rows)
@@ -190,7 +190,7 @@ class Build:
     return self.folder / blocks.file_name(number)
 
   def _read(self, number: int) -> TokenBlock:
-    """The tokens of a finished block."""
+    """Reads a finished block."""
     found = blocks.read(self._path(number))
     if found is None and not self.folder.is_dir():
       raise Gone
@@ -199,10 +199,10 @@ class Build:
     return found
 
   def _finish(self, source: Iterator[Block], workers: int) -> Iterator[int]:
-    """Numbers of blocks as their files are finished, or were found so; not in order."""
+    """Yields the number of each block once its file exists; not in order."""
     name = self.spec.path.rstrip('/').rpartition('/')[2]
     found: list[int] = []
-    # A log file is no terminal: a line in it now and then.
+    # A log file gets a line every 30 s.
     often = {'mininterval': 0.2 if sys.stderr.isatty() else 30.0, 'disable': not self.progress}
     with tqdm(desc=f'tokenize {name}', unit=' rows', leave=False, **often) as bar:
 
@@ -222,7 +222,7 @@ class Build:
       yield from found
 
   def _tokenize(self, source: Iterator[Block], workers: int) -> Iterator[Block]:
-    """Blocks as their files are written, in this process or in others."""
+    """Yields each block once its file is written, by this process or others."""
     first = next(source, None)
     if first is None:
       return
@@ -242,7 +242,7 @@ class Build:
 
 
 def _in_order(numbers: Iterator[int]) -> Iterator[int]:
-  """0, 1, 2, ... each as soon as it and all before it have come."""
+  """Yields 0, 1, 2, ..., each as soon as it and all smaller numbers have occurred."""
   waiting: set[int] = set()
   following = 0
   for number in numbers:

@@ -1,4 +1,4 @@
-"""Batches and corpora as text for people: a table of tokens with their masks, and counts."""
+"""Formats batches and corpora as text: a table of tokens with their masks, and counts."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ from ftjax.data.tokenizer import Tokenizer
 
 
 def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
-  """token | supervised | segment | position of some rows of a batch; padding is counted, not shown.
+  """Returns token | supervised | segment | position of rows of a batch; padding is only counted.
 
-  `supervised` marks a token that some earlier position is trained to predict, so it stands beside
-  the token itself, one place after its weight in the batch.
+  `supervised` marks a token that the position before it is trained to predict: one position after
+  its weight in the batch.
   """
   lines = []
   for row in rows:
@@ -29,8 +29,8 @@ def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
       text = repr(tokenizer.token(token))
       text = text if len(text) <= 24 else text[:21] + '...'
       mark = 'yes' if supervised[t] else '.'
-      place = f'{int(segments[t]):>7} {int(batch["positions"][row, t]):>8}'
-      lines.append(f'{token:>8}  {text:<24} {mark:<10} {place}')
+      numbers = f'{int(segments[t]):>7} {int(batch["positions"][row, t]):>8}'
+      lines.append(f'{token:>8}  {text:<24} {mark:<10} {numbers}')
   return '\n'.join(lines)
 
 
@@ -41,7 +41,7 @@ def _percentiles(lengths: np.ndarray) -> str:
 
 
 def summary(corpora: Sequence[Corpus], mixture: Mixture) -> str:
-  """Returns per source: examples, tokens, lengths, share supervised, what was left out; then the
+  """Returns per source its examples, tokens, lengths, supervised share and dropped rows, then the
   mixture.
   """
   lines = []
@@ -71,7 +71,7 @@ def _packing(schedule: SourceSchedule) -> str:
 
 
 def opening(corpus: Corpus) -> str:
-  """Returns counts of the first rows of a source, as of `cache.head`."""
+  """Returns counts of the first rows of a source, those of `token_cache.head`."""
   lines = [
     f'{corpus.name}: first {corpus.counts.rows:,} rows: {len(corpus):,} examples, '
     f'{corpus.tokens:,} tokens, {corpus.supervised / corpus.tokens:.1%} supervised',
@@ -83,14 +83,13 @@ def opening(corpus: Corpus) -> str:
 
 
 def unread_columns(corpus: Corpus) -> str:
-  """Returns the columns of a source's rows that its format does not read, with their counts."""
+  """Returns the columns that the row format does not read, with their counts."""
   found = corpus.counts.unread_columns
   return ', '.join(f'{entry["reason"]} ({entry["rows"]:,} rows)' for entry in found)
 
 
 def prompts(sources: Sequence[Prompts], first: Sequence[Prompt], tokenizer: Tokenizer) -> str:
-  """Counts, lengths and columns of prompts to sample from, and the first ones as the model reads
-  them."""
+  """Returns counts, lengths and columns of prompts, and the first prompts with special tokens."""
   lines = []
   for s in sources:
     lengths = np.sort(s.lengths)

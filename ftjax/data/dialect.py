@@ -1,9 +1,9 @@
-"""What a tokenizer's chat template can show, found by probing, and how a row is put to it.
+"""Finds out by probing what a chat template renders, and converts conversations to its form.
 
 Templates differ in the roles they know, the key of a message they read reasoning from, and whether
-they want the arguments of a tool call as an object or as JSON text. `Dialect.translate` renames and
-converts what a row holds in another form; `Dialect.form` tells what of a conversation its rendering
-would not contain. Nothing is decided by searching the template's source.
+they expect the arguments of a tool call as an object or as JSON text. `Dialect.translate` renames
+and converts the keys of a row; `Dialect.form` returns the content that the rendering would not
+contain. Nothing is decided by searching the template's source.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ SHORT = 8  # messages of a conversation whose spans depend on its form alone
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What probing found.
+  """Results of probing a template.
 
   Attributes:
-    developer: the role that a developer message takes.
+    developer: the role to give a developer message.
     reasoning: keys of a message that are rendered as reasoning; reasoning_parts: whether a content
       part of type 'thinking' is, where no key is.
-    arguments: 'object' or 'text' where only one form of a call's arguments comes out right, 'any'
-      where both or neither do.
+    arguments: 'object' or 'text' where only this form of a call's arguments is rendered as JSON,
+      'any' where both or neither are.
     tools: 'function' ({'type': 'function', 'function': {...}}) or 'bare' ({'name': ...}) where only
-      this form is shown, else 'any'.
+      this form is rendered, else 'any'.
   """
 
   developer: str
@@ -47,14 +47,14 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """What is known of all conversations of one shape.
+  """Properties of all conversations of one shape.
 
   Attributes:
-    missing: paths of content that no rendering contains. by_value: the sentinel conversation is
-      refused, so that only the row's own rendering can tell.
-    dropped: messages of which a part is rendered as long as nothing, or less, follows.
-    prompts: per message the text that opens the assistant's turn, where prefixes are known to hold;
-      else None. Only of short conversations.
+    missing: paths of content that no rendering contains. by_value: the template refuses the
+      sentinel conversation, so each row's own rendering must be searched.
+    dropped: messages with content that is rendered only in shorter prefixes.
+    prompts: per message the text that opens the assistant's turn, where the rendered prefix is a
+      prefix of the whole; else None. Only for short conversations.
   """
 
   missing: tuple[Path, ...]
@@ -64,7 +64,7 @@ class Form:
 
 
 class Dialect:
-  """One template with its arguments, as the tokenizer renders it. Made by `of`."""
+  """One template with its arguments and the tokenizer's special tokens. Created by `of`."""
 
   def __init__(self, tokenizer: Tokenizer, kwargs: Mapping[str, Any] | None):
     if tokenizer.template is None:
@@ -102,7 +102,7 @@ class Dialect:
 
   @functools.cached_property
   def facts(self) -> Facts:
-    """Renders some thirty small conversations, once."""
+    """The results of probing: some thirty small conversations are rendered, once."""
     keys = tuple(k for k in REASONING if self._shows_reasoning({k: 'zqreason'}, 'zqanswer'))
     parts = [{'type': 'thinking', 'thinking': 'zqreason'}, {'type': 'text', 'text': 'zqanswer'}]
     return Facts(
@@ -127,7 +127,7 @@ class Dialect:
     result = {'role': 'tool', 'content': 'zqresult', 'tool_call_id': 'zqcallids'}
     for talk in ([user, plain], [user, plain, user, end], [user, calling, result, end]):
       text = self._try(talk)
-      # A list printed as it stands is not shown as reasoning.
+      # A template that prints the list itself does not render reasoning.
       if 'zqreason' in text and not re.search(r"""['"]thinking['"]: ['"]zqreason""", text):
         return True
     return False
@@ -164,7 +164,7 @@ class Dialect:
     return 'any' if shown[0] == shown[1] else 'function' if shown[0] > shown[1] else 'bare'
 
   def translate(self, messages: Messages, tools: Tools) -> tuple[list[Mapping[str, Any]], Tools]:
-    """Returns the conversation in the form that the template renders; what fits stays as it is.
+    """Returns the conversation in the form that the template renders.
 
     Raises:
       ValueError: arguments of a tool call that have no such form.
@@ -191,7 +191,7 @@ class Dialect:
     return message
 
   def _reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """One key of reasoning, the one that is rendered; keys that contradict each other all stay."""
+    """Renames reasoning to the key that is rendered; keys with different values are all kept."""
     given = {k: message[k] for k in REASONING if message.get(k)}
     values = list(given.values())
     if not given or any(v != values[0] for v in values):
@@ -207,7 +207,7 @@ class Dialect:
     return rest | {next(iter(given)): values[0]}
 
   def form(self, messages: Messages, tools: Tools, prompt: bool = False) -> Form:
-    """Returns what is known of conversations of this shape, after `translate`.
+    """Returns the properties of conversations of this shape, after `translate`.
 
     Args:
       prompt: whether the rendering opens the assistant's next turn.
@@ -235,7 +235,7 @@ class Dialect:
       return Form((), True, frozenset(), nothing)
     missing, dropped = [], set()
     prefixes: dict[int, frozenset[Path]] = {}
-    kinds: dict[Any, bool] = {}  # whether what is missing of a kind is in the rendering of a prefix
+    kinds: dict[Any, bool] = {}  # whether a kind of missing content is in the rendering of a prefix
     for path in marked.missing(traced.text):
       k = path[1]
       if path[0] != 'messages' or k + 1 == len(messages):
@@ -266,8 +266,8 @@ class Dialect:
   ) -> str | None:
     """Returns the text that opens turn k where the rendered prefixes agree with the trace.
 
-    None where they do not: the prompt of turn k, or the conversation up to its end, is not how the
-    whole begins, or ends elsewhere than the trace says.
+    None where they do not: the prompt of turn k, or the conversation up to its end, is no prefix of
+    the whole, or has another length than the trace.
     """
     start, end = span_of(traced, k)
     if start is None or end is None:
@@ -282,9 +282,9 @@ class Dialect:
     return opening if opening is not None and whole.startswith(opening, start) else None
 
   def opening(self, messages: Messages, tools: Tools, prompt: str) -> str | None:
-    """Returns the text that a rendered prompt adds to its conversation; None where it does not add.
+    """Returns the text that a rendered prompt adds to its conversation, or None.
 
-    Empty only for templates that open no turn after anything.
+    It is empty only for templates that never add a generation prompt.
     """
     history = self._try(messages, tools)
     if not history or not prompt.startswith(history):
@@ -299,7 +299,7 @@ class Dialect:
 
 
 def span_of(traced: chat_template.Traced, k: int) -> tuple[int | None, int | None]:
-  """Returns where message k begins and ends, as far as the trace knows."""
+  """Returns start and end of message k, each None where the trace has none."""
   last = k + 1 == len(traced.starts)
   return traced.starts[k], len(traced.text) if last else traced.starts[k + 1]
 
@@ -342,7 +342,7 @@ def _tool_form(tool: Mapping[str, Any], form: str) -> Mapping[str, Any]:
 
 
 def _convert_call(call: Any, form: str) -> Any:
-  """A tool call with its arguments as an object or as JSON text; what is neither stays."""
+  """Converts the arguments of a tool call to an object or to JSON text; others are kept."""
   if not isinstance(call, Mapping):
     return call
   if isinstance(call.get('function'), Mapping):

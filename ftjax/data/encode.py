@@ -1,10 +1,9 @@
-"""Examples to tokens and masks: which token of a conversation, completion or document is
-supervised.
+"""Tokenizes conversations, completions and documents, and computes which tokens are supervised.
 
 Masks come from character spans of the rendered text (spans.py), never from searching for tokens.
-The turn's end-of-turn token is supervised, white space that the template writes after it is not.
+The end-of-turn token is supervised, white space that the template writes after it is not.
 
-`cache.py` calls this over chunks of rows; generation and evaluation call `encode_prompt`.
+Training tokenizes chunks of rows with `encode`; generation and evaluation call `encode_prompt`.
 """
 
 import dataclasses
@@ -28,16 +27,17 @@ class Encoded:
 
   Attributes:
     tokens: int32[n].
-    supervised: bool[n]; True where the loss is charged for predicting this token. Never the first.
+    supervised: bool[n]; True where the loss includes the prediction of this token. Never the first.
     is_chat: whether a template rendered it.
-    boundary_tokens: number of tokens that hold the end of a prompt and the start of an answer;
+    boundary_tokens: number of tokens with both the end of a prompt and the start of a completion;
       unsupervised in a chat, and tokenized apart in a completion.
-    boundary: of a pair, where its second side begins; else 0. See judged.py, also for
-    value: what a row says of its answers, a number.
-    unrendered: places of content of the row that its rendering does not contain, such as
+    boundary: index at which the second side of a pair begins; else 0.
+    value: margin of a pair, label or score (preference_rows.py).
+    unrendered: paths of content of the row that its rendering does not contain, such as
       'messages[1].reasoning_content'.
-    bos: 1 where the first token is BOS, else 0. head: tokens up to the end of the system turn, BOS
-      included; never less than `bos`. A left cut keeps them, see `fit`.
+    bos: 1 where the first token is BOS, else 0.
+    head: tokens up to the end of the system turn, BOS included; never less than `bos`.
+      'truncate_left' keeps them, see `fit`.
   """
 
   tokens: np.ndarray
@@ -62,7 +62,7 @@ def _template_name(tokenizer: Tokenizer) -> str:
 
 
 def unrendered_reason(places: Sequence[str], tokenizer: Tokenizer) -> str:
-  """Returns one line that says which places of a row a template does not render, and what to do."""
+  """Returns the reason for a row with content that a template does not render, with a remedy."""
   return (
     f'the {_template_name(tokenizer)} does not render {sentinels.list_places(places)}; remove it '
     "from the row, use a template that renders it, or set data.on_unrendered='warn' to train "
@@ -93,7 +93,7 @@ def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
       if not any(piece.text[starts[i] : ends[i]].strip() for i in words if i != stops[-1]):
         text = piece.text[start : starts[stops[-1]]]
         why = (
-          f'its text {text[:30]!r} shares a token with what stands before it'
+          f'its text {text[:30]!r} shares a token with the text before it'
           if across
           else 'the template renders nothing else of it'
         )
@@ -107,7 +107,7 @@ def _mask(piece: Piece, tokenizer: Tokenizer, ids, starts, ends) -> Encoded:
 
 
 def _finish(ids, supervised, tokenizer: Tokenizer, boundary_tokens: int, head: int) -> Encoded:
-  """Leaves one BOS where the text begins with two, and nothing supervised before position 1."""
+  """Removes one BOS where the text begins with two, and unsupervises the first token."""
   if _doubled_bos(ids, tokenizer):
     ids, supervised, head = ids[1:], supervised[1:].copy(), max(head - 1, 0)
   supervised[:1] = False  # nothing predicts the first token
@@ -124,7 +124,7 @@ def _doubled_bos(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bool:
 
 
 def _encode_chats(chats: Sequence[Chat], tokenizer: Tokenizer, loss_on: str):
-  """Per conversation its examples, or Bad."""
+  """Returns the examples of each conversation, or Bad."""
   planned: list[spans.Rendered | Bad] = []
   for example in chats:
     try:
@@ -167,9 +167,7 @@ def _require_eos(tokenizer: Tokenizer) -> int:
 
 
 def _once(tokenizer: Tokenizer, ids, end: Sequence[int] = ()) -> np.ndarray:
-  """int32[n]: what the tokenizer puts before a text, ids, `end`; neither doubled where the text
-  brings it along.
-  """
+  """Returns the tokenizer's prefix, ids and `end`: int32[n]; none is added twice."""
   prefix = list(tokenizer.prefix_ids)
   if prefix and list(ids[: len(prefix)]) == prefix:
     prefix = []
@@ -179,12 +177,11 @@ def _once(tokenizer: Tokenizer, ids, end: Sequence[int] = ()) -> np.ndarray:
 
 
 def _split_ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer):
-  """Per (prompt, answer): ids of the prompt as it stands alone, ids of the answer, and whether the
-  two had to be tokenized apart.
+  """Yields per (prompt, answer) the ids of both, and whether they had to be tokenized apart.
 
-  Both together decode to prompt + answer. Where no ids of the answer do that behind the prompt's
-  own, the prompt's are those of the joint text up to the token that holds the border, which goes
-  with the prompt.
+  The prompt's ids are those of the prompt alone, and both together decode to prompt + answer. Where
+  no ids of the answer do so after the prompt's own, the prompt's ids are those of the joint text
+  up to and including the token that spans the border.
   """
   prompts = tokenizer.encode_batch([prompt for prompt, _ in texts])
   wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in texts])
@@ -201,15 +198,15 @@ def _split_ids(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer):
     yield prompt, found, True
 
 
-# Texts behind which a tokenizer takes no start of a text: an answer's ids are cut off after them.
+# Texts after which a tokenizer adds no start of a text: the answer's ids follow theirs.
 _ANCHORS = ('', '\n', '.', 'a', '0', ')', '\t')
 
 
 def _continuation(tokenizer: Tokenizer, prompt, whole, answer: str) -> np.ndarray | None:
-  """Ids of an answer that decode to it behind a prompt's ids; None if none are found.
+  """Returns ids of an answer that decode to it after a prompt's ids; None if none are found.
 
-  A tokenizer may put a space before every text (SentencePiece's U+2581), which an answer that goes
-  on in the middle of a word must not have.
+  A tokenizer may put a space before every text (SentencePiece's U+2581), which an answer that
+  continues a word must not have.
   """
   wanted = tokenizer.decode(whole, skip_special=False)
   for anchor in _ANCHORS:
@@ -222,7 +219,7 @@ def _continuation(tokenizer: Tokenizer, prompt, whole, answer: str) -> np.ndarra
 
 
 def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_on: str):
-  """BOS, prompt, completion, EOS. The prompt's ids are those that sampling from it will see."""
+  """Encodes BOS, prompt, completion, EOS; the prompt's ids are those of `encode_prompt`."""
   eos = _require_eos(tokenizer)
   out: list[list[Encoded] | Bad] = []
   for prompt, answer, apart in _split_ids([(r.prompt, r.completion) for r in rows], tokenizer):
@@ -239,7 +236,7 @@ def _encode_completions(rows: Sequence[Completion], tokenizer: Tokenizer, loss_o
 
 
 def _encode_texts(rows: Sequence[Text], tokenizer: Tokenizer):
-  """BOS where the tokenizer adds one, the document, EOS; everything is supervised but the first."""
+  """Encodes BOS where the tokenizer adds one, the document, EOS; all but the first supervised."""
   eos = _require_eos(tokenizer)
   out: list[list[Encoded] | Bad] = []
   for ids in tokenizer.encode_batch([r.text for r in rows]):
@@ -250,13 +247,13 @@ def _encode_texts(rows: Sequence[Text], tokenizer: Tokenizer):
 
 
 def encode(examples: Sequence[Example], tokenizer: Tokenizer, loss_on: str):
-  """Tokens and masks of many examples; tokenizers run once over all of a kind.
+  """Tokenizes and masks many examples; the tokenizer runs once over all of a kind.
 
   Args:
-    examples: conversations, completions, documents, mixed as they come.
+    examples: conversations, completions and documents, in any order.
     tokenizer: with a template if there are conversations.
     loss_on: 'assistant' (every assistant turn), 'completion' (the last one), or 'all' (everything).
-      Documents are supervised whole under each of them.
+      Documents are always supervised whole.
 
   Returns:
     per example a list of `Encoded` (several where the template rewrites history), or `Bad`.
@@ -284,11 +281,11 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, loss_on: str):
 def encode_answers(
   examples: Sequence[Chat | Completion], tokenizer: Tokenizer
 ) -> list[Encoded | Bad]:
-  """Tokens of prompts with one answer each, the answer supervised up to the token that ends it.
+  """Tokenizes prompts with one answer each, supervised up to its stop token.
 
   The prompt's ids are those of `encode_prompt`, so that all answers to a prompt follow the same
-  ids: where a token would hold the end of the prompt and the start of the answer, the two are
-  tokenized apart. Of a conversation the answer is its last message.
+  ids: where a token would span the border of prompt and answer, the two are tokenized apart. The
+  answer of a conversation is its last message.
 
   Raises:
     DataError: the tokenizer lacks what all rows of a kind need (a template, an EOS).
@@ -326,15 +323,15 @@ def encode_answers(
 
 
 def _answer(example: Chat | Completion, prompt, answer, apart: bool, tokenizer: Tokenizer):
-  """Encoded of the ids of a prompt and its answer, or Bad."""
+  """Returns the example of the ids of a prompt and its answer, or Bad."""
   is_chat = isinstance(example, Chat)
   if is_chat:
     prompt = prompt[1:] if _doubled_bos(prompt, tokenizer) else prompt
     stops = np.flatnonzero(tokenizer.is_special[answer])
     if not len(stops):
       return Bad(
-        f'{_template_name(tokenizer)}: the answer ends without a special token, so where it is '
-        'complete cannot be seen; let the template write one, or give prompt/completion rows'
+        f'{_template_name(tokenizer)}: the answer ends without a special token, so its end '
+        'cannot be found; let the template write one, or give prompt/completion rows'
       )
     answer = answer[: stops[-1] + 1]
   else:
@@ -350,10 +347,10 @@ def _answer(example: Chat | Completion, prompt, answer, apart: bool, tokenizer: 
 def encode_prompt(
   prompt: Chat | str, tokenizer: Tokenizer, on_unrendered: str = 'error'
 ) -> list[int]:
-  """Ids to sample from, by the same rules as in training: a conversation so far, or plain text.
+  """Tokenizes a prompt, a conversation or plain text, by the same rules as training.
 
   Args:
-    on_unrendered: 'error', or 'warn' to leave out what the template does not render.
+    on_unrendered: 'error', or 'warn' to drop content that the template does not render.
 
   Raises:
     ValueError: the template refuses the conversation, or does not render all of it.
@@ -368,9 +365,9 @@ def encode_prompt(
 
 
 def turn_end(tokenizer: Tokenizer) -> int | None:
-  """The token that ends an assistant's turn in the tokenizer's template, which training teaches.
+  """Returns the token that ends an assistant's turn in the template, as training supervises it.
 
-  None without a template, or where it renders no plain question and answer.
+  None without a template, or where it does not render a plain question and answer.
   """
   if tokenizer.template is None:
     return None
@@ -382,24 +379,24 @@ def turn_end(tokenizer: Tokenizer) -> int | None:
 
 
 def head_length(example: Encoded, seq_len: int) -> int:
-  """Returns how many tokens at the beginning a left cut to `seq_len` tokens keeps.
+  """Returns how many of the first tokens 'truncate_left' keeps: BOS and a short system turn.
 
-  BOS, and the system turn where it takes no more than half of `seq_len`. For a pair, `seq_len` is
-  the room of one side.
+  A system turn of more than half of `seq_len` is not kept. For a pair, `seq_len` is that of one
+  side.
   """
   return example.head if example.head <= seq_len // 2 else example.bos
 
 
 def fit(example: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
-  """Applies the over-length policy; the caller counts by comparing lengths.
+  """Applies the over-length policy.
 
-  'truncate_left' keeps BOS, the system turn of a conversation where it fits (`head_length`), and
-  the end; 'truncate_right' keeps the beginning. A system turn that was cut shows in `head`, which
-  is then less than before.
+  'truncate_left' keeps BOS, the system turn where it fits (`head_length`), and the end;
+  'truncate_right' keeps the beginning. Where the system turn was cut, `head` is smaller than
+  before.
 
   Returns:
-    the example, a shorter one, or None where it is dropped (policy 'drop', or nothing supervised is
-    left after truncation).
+    the example, a shorter one, or None where it is dropped (policy 'drop', or no supervised token
+    is left after truncation).
 
   Raises:
     ValueError: policy 'error' and a longer example.
@@ -422,7 +419,7 @@ def fit(example: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
   supervised = example.supervised[kept]
   supervised[:1] = False
   if on_overlength == 'truncate_left':
-    supervised[head : head + 1] = False  # what stood before it is gone
+    supervised[head : head + 1] = False  # its context was removed
   if not supervised.any():
     return None
   return dataclasses.replace(example, tokens=example.tokens[kept], supervised=supervised, head=head)

@@ -1,10 +1,10 @@
-"""Raw rows to examples: which columns a row has, what they mean, and what makes a row unusable.
+"""Parses raw rows into examples: the row formats, their columns, and what makes a row unusable.
 
-A row becomes one of three frozen dataclasses. Every reader of rows goes through `Part`s, `chat` and
-`answered`: supervised rows (`parse`), prompts to sample from and questions of evaluation tasks
-(prompt_rows.py), pairs and labelled answers (preference_rows.py). So `system`, `tools` and
-`chat_template_kwargs` mean the same in all of them. `messages.py` checks messages, `sources.py`
-yields the rows, `encode.py` takes the examples.
+A row becomes one of three frozen dataclasses. Every reader of rows uses `Part`s, `chat` and
+`answered`: supervised rows (`parse`), prompts and questions of evaluation tasks (prompt_rows.py),
+pairs and labeled answers (preference_rows.py). So `system`, `tools` and `chat_template_kwargs` mean
+the same in all of them. `messages.py` checks messages, `sources.py` yields the rows, `encode.py`
+tokenizes the examples.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ftjax.data import messages as messages_lib
 from ftjax.data.messages import looks_like_messages, parse_json, read_list, read_text
 
-# Columns that belong to any conversation, wherever its messages stand.
+# Columns of any conversation, whichever column has its messages.
 SHARED = ('system', 'tools', 'functions', 'chat_template_kwargs')
 
 # The prompt layout published with the Alpaca data.
@@ -31,8 +31,12 @@ _ALPACA_WITHOUT_INPUT = (
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """A conversation. `trained[i]` is False for turns never to be supervised; None means all may
-  be. `template_kwargs`: of the row, for the template."""
+  """A conversation.
+
+  Attributes:
+    trained: whether each message may be supervised; None: all may.
+    template_kwargs: arguments of the chat template from the row.
+  """
 
   messages: tuple[dict[str, Any], ...]
   tools: tuple[dict[str, Any], ...] | None = None
@@ -42,7 +46,7 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """A prompt and what follows it, as plain text."""
+  """A prompt and its completion, as plain text."""
 
   prompt: str
   completion: str
@@ -57,7 +61,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-  """Stands where a row or an example should be, and says why there is none."""
+  """An unusable row, with the reason."""
 
   reason: str
 
@@ -69,10 +73,10 @@ class Part(NamedTuple):
   """Consecutive messages of a row.
 
   Attributes:
-    key: the column they stand in, for messages of errors.
+    key: their column, for messages of errors.
     messages: unchecked.
     trained: whether assistant messages among them may be supervised.
-    start: number of the first one in its column.
+    start: index of the first one in its column.
   """
 
   key: str
@@ -82,8 +86,10 @@ class Part(NamedTuple):
 
 
 def _tools(row: Mapping) -> tuple[dict, ...] | None:
-  """The functions a row offers: a list, or a string with the list as JSON. `functions` is OpenAI's
-  older column, whose entries are what `tools` has under 'function'."""
+  """Returns the functions of a row, from a list or its JSON text.
+
+  `functions` is OpenAI's older column, whose entries `tools` has under 'function'.
+  """
   found = {key: _list_of_objects(row, key) for key in ('tools', 'functions')}
   if all(found.values()):
     raise ValueError("both 'tools' and 'functions'; keep one of them")
@@ -106,7 +112,7 @@ def _list_of_objects(row: Mapping, key: str) -> tuple[dict, ...] | None:
 
 
 def _template_kwargs(row: Mapping) -> dict[str, Any] | None:
-  """A row's own variables for the chat template: an object, or JSON text of one."""
+  """Returns a row's arguments of the chat template, from an object or its JSON text."""
   key = 'chat_template_kwargs'
   value = row.get(key)
   if isinstance(value, str):
@@ -119,7 +125,7 @@ def _template_kwargs(row: Mapping) -> dict[str, Any] | None:
 
 
 def refuse_shared(row: Mapping, key: str, keys: Sequence[str] = SHARED) -> None:
-  """Raises ValueError where a row of plain text has what only a conversation can show."""
+  """Raises ValueError where a row of plain text has columns of a conversation."""
   for name in keys:
     if row.get(name) not in (None, [], {}) and str(row[name]).strip():
       raise ValueError(
@@ -132,8 +138,8 @@ def chat(row: Mapping, parts: Sequence[Part]) -> Chat:
   """Returns the conversation of a row: its messages in order, checked, with SHARED columns.
 
   Args:
-    row: the row, of which SHARED are read here.
-    parts: its messages; where none is `trained`, nothing need be supervised: a prompt.
+    row: the row; its SHARED columns are read here.
+    parts: its messages; where none is `trained`, the conversation is a prompt.
 
   Raises:
     ValueError: messages or columns that cannot be used.
@@ -151,7 +157,7 @@ def chat(row: Mapping, parts: Sequence[Part]) -> Chat:
   if (system := read_text(row, 'system', empty=True)).strip():
     if messages[0]['role'] in ('system', 'developer'):
       raise ValueError(
-        f"the column 'system' stands beside a {messages[0]['role']} message; keep one of them"
+        f"both the column 'system' and a {messages[0]['role']} message; keep one of them"
       )
     messages.insert(0, {'role': 'system', 'content': system})
     trained.insert(0, False)
@@ -164,17 +170,17 @@ def chat(row: Mapping, parts: Sequence[Part]) -> Chat:
 
 
 def answered(row: Mapping, prompt: Part | str, answer: Any, key: str) -> Chat | Completion:
-  """Returns a prompt with its answer, which alone may be supervised.
+  """Returns a prompt with its answer; only the answer may be supervised.
 
   Args:
-    row: of which SHARED are read.
+    row: the row; its SHARED columns are read.
     prompt: messages, or plain text.
     answer: a text, a message or a list of messages. Messages after a prompt in plain text must
       repeat it, messages after messages may.
     key: the column of the answer.
 
   Raises:
-    ValueError: they cannot be used, or not together.
+    ValueError: one of them is unusable, or they do not fit together.
   """
   answer = [answer] if isinstance(answer, Mapping) else answer
   if isinstance(prompt, str):
@@ -201,7 +207,7 @@ def answered(row: Mapping, prompt: Part | str, answer: Any, key: str) -> Chat | 
 
 
 def asks(messages: Sequence[Any], prompt: str) -> bool:
-  """Returns whether a user message among these is the prompt's text."""
+  """Returns whether one of these messages is the user's, with the prompt's text."""
   for message in messages:
     if not isinstance(message, Mapping):
       continue
@@ -213,7 +219,7 @@ def asks(messages: Sequence[Any], prompt: str) -> bool:
 
 
 def _alpaca_prompt(row: Mapping, has_template: bool) -> tuple[Mapping, Part | str]:
-  """(the row without what the prompt has of it, the prompt)."""
+  """Returns (the row without columns that the prompt contains, the prompt)."""
   instruction = read_text(row, 'instruction')
   given, system = read_text(row, 'input', empty=True), read_text(row, 'system', empty=True)
   if row.get('history'):
@@ -228,13 +234,13 @@ def _alpaca_prompt(row: Mapping, has_template: bool) -> tuple[Mapping, Part | st
 
 
 def opening(row: Mapping, key: str, has_template: bool) -> tuple[Mapping, Part | str]:
-  """Returns the prompt side of a row that stands in the column `key`, one of PROMPT_KEYS.
+  """Reads the prompt of a row from the column `key`, one of PROMPT_KEYS.
 
   Returns:
-    (the row whose SHARED columns still belong to it, its messages or plain text).
+    (the row without columns that the prompt contains, its messages or plain text).
 
   Raises:
-    ValueError: the column holds neither.
+    ValueError: the column is neither text nor messages.
   """
   if key == 'instruction':
     return _alpaca_prompt(row, has_template)
@@ -274,7 +280,7 @@ def _from_text(row: Mapping, has_template: bool) -> Example:
 
 
 class _Format(NamedTuple):
-  """keys: those by which a row is known. others: further columns that are read."""
+  """keys: the columns that identify the format. others: further columns that are read."""
 
   keys: tuple[str, ...]
   others: tuple[str, ...]
@@ -293,7 +299,7 @@ _FORMATS = {
 }
 FORMATS = tuple(_FORMATS)
 
-# Columns that may hold a prompt, by the format whose prompts they are.
+# Columns with a prompt, by format.
 PROMPT_KEYS = {
   'messages': 'messages',
   'sharegpt': 'conversations',
@@ -303,19 +309,19 @@ PROMPT_KEYS = {
 
 
 def has(row: Mapping, key: str) -> bool:
-  """Returns whether a row has a column and it is not null."""
+  """Returns whether a row has a column that is not null."""
   return row.get(key) is not None
 
 
 def is_bool(value: Any) -> bool:
-  """Returns whether a value is true or false, in CSV the words."""
+  """Returns whether a value is a bool, or its text as in CSV."""
   return isinstance(value, bool) or (
     isinstance(value, str) and value.strip().lower() in ('true', 'false')
   )
 
 
 def _as_number(value: Any) -> float | None:
-  """A number, in CSV the text of one; else None."""
+  """Returns a number, also from its text as in CSV; else None."""
   if isinstance(value, bool) or not isinstance(value, int | float | str):
     return None
   try:
@@ -324,18 +330,16 @@ def _as_number(value: Any) -> float | None:
     return None
 
 
-def judged_reason(row: Mapping) -> str | None:
-  """Returns why a row is one that judges answers, and which algorithm reads it; else None.
+def labeled_reason(row: Mapping) -> str | None:
+  """Returns why a row is preference data, with the algorithm that reads it; else None.
 
-  A label counts only where it is true or false, or 0 or 1 beside a prompt and a completion alone,
-  and a score where it stands beside a prompt and one completion, or is negative: other labels and
-  scores are metadata.
+  A label counts if it is a bool, or 0 or 1 in a row with only a prompt and a completion. A score
+  counts in a row with a prompt and a completion, or if it is negative. Other labels and scores are
+  metadata.
   """
   pair = "rows of preference pairs are for algorithm='dpo' (or 'reward_model')"
   plain = next((n for n, f in _FORMATS.items() if all(has(row, k) for k in f.keys)), 'messages')
-  override = (
-    f'to train on them as plain answers, name the format of the answers: data.train=PATH::{plain}'
-  )
+  override = f'to train on the answers alone, name their format: data.train=PATH::{plain}'
   if has(row, 'chosen') and has(row, 'rejected'):
     return f"the row has 'chosen' and 'rejected': {pair}: set algorithm='dpo'; {override}"
   output = row.get('output')
@@ -363,14 +367,14 @@ def detect(row: Mapping) -> str:
   """Returns the format whose columns a row has.
 
   Raises:
-    ValueError: none fits, or the row judges answers, which no plain format does.
+    ValueError: no format fits, or the row is preference data.
   """
-  if reason := judged_reason(row):
+  if reason := labeled_reason(row):
     raise ValueError(reason)
   for name, form in _FORMATS.items():
     if all(has(row, k) for k in form.keys):
       return name
-  for name, form in _FORMATS.items():  # null in this row: its reader says so
+  for name, form in _FORMATS.items():  # null in this row: the format's reader reports it
     if all(k in row for k in form.keys):
       return name
   wanted = '; '.join(f'{n}: {" + ".join(f.keys)}' for n, f in _FORMATS.items() if n != 'lines')
@@ -378,41 +382,41 @@ def detect(row: Mapping) -> str:
 
 
 def parse(row: Mapping, form: str, has_template: bool, is_named: bool = False) -> Example:
-  """A raw row as an example.
+  """Parses a raw row.
 
   Args:
     row: the parsed JSON object, CSV line or Parquet row.
     form: one of `FORMATS`.
-    has_template: whether the tokenizer can render a chat; without it alpaca rows take the published
-      prompt layout.
-    is_named: whether the config names the format; else rows that judge answers are refused.
+    has_template: whether the tokenizer has a chat template; without it alpaca rows take the
+      published prompt layout.
+    is_named: whether the config names the format; else preference data is refused.
 
   Raises:
-    ValueError: the row cannot be used; the message is the reason, without file and line.
+    ValueError: the row is unusable; the message is the reason, without file and line.
   """
   if form not in _FORMATS:
     raise ValueError(
-      f'{form!r} rows judge answers; this algorithm reads one of {list(FORMATS)}. '
-      + (judged_reason(row) or '')
+      f'{form!r} rows are preference data; this algorithm reads one of {list(FORMATS)}. '
+      + (labeled_reason(row) or '')
     )
-  if not is_named and (reason := judged_reason(row)):
+  if not is_named and (reason := labeled_reason(row)):
     raise ValueError(reason)
   return _FORMATS[form].read(row, has_template)
 
 
 def unread(row: Mapping, form: str) -> set[str]:
-  """Returns the columns of a row, not null, that the reader of a format does not look at."""
+  """Returns the columns of a row that are not null and that a format does not read."""
   known = (*_FORMATS[form].keys, *_FORMATS[form].others)
   return {str(k) for k, v in row.items() if v is not None and k not in known}
 
 
-# Columns that may hold messages, which CSV has as JSON text; columns whose empty cell is no null.
+# Columns that may have messages, as JSON text in CSV; columns whose empty cell is not null.
 _CELLS_WITH_MESSAGES = ('prompt', 'completion', 'chosen', 'rejected')
 _REQUIRED = frozenset(k for f in _FORMATS.values() for k in f.keys) | {'chosen', 'rejected'}
 
 
 def from_cells(cells: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the row of a CSV line: JSON text of messages is parsed, empty optional cells go."""
+  """Returns the row of a CSV line: messages are parsed from JSON, empty optional cells dropped."""
   row: dict[str, Any] = {}
   for key, cell in cells.items():
     if not cell and key not in _REQUIRED:
@@ -421,7 +425,7 @@ def from_cells(cells: Mapping[str, str]) -> dict[str, Any]:
     if key in _CELLS_WITH_MESSAGES and cell.lstrip()[:1] in ('[', '{'):
       try:
         value = parse_json(cell, key, 'messages')
-      except ValueError:  # a text that begins like JSON
+      except ValueError:  # a text that only begins like JSON
         continue
       if looks_like_messages(value):
         row[key] = value

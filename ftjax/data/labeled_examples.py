@@ -1,12 +1,13 @@
-"""Rows that say which answer is better, or how good one is: their tokens and lengths.
+"""Tokenizes pairs, labeled answers and scored answers, and fits them to the sequence length.
 
-A row has one of three shapes. A 'pair' has two answers to one prompt; it becomes one example, the
-prompt with the chosen answer followed by the prompt with the rejected one, and the place of the
-border is stored with it. A 'label' is an answer judged good or bad, a 'score' an answer with a
-number. Prompts of both sides of a pair are the same ids, whatever is cut.
+A 'pair' has two answers to one prompt. It becomes one example: the prompt with the chosen answer,
+followed by the prompt with the rejected one, and the index of the border. A 'label' is an answer
+with good or bad, a 'score' an answer with a number. The prompts of both sides of a pair have the
+same ids, also after truncation.
 
-`preference_rows.py` reads the rows, `cache.py` stores what stands here, `batches.py` lays it out in
-rows."""
+`preference_rows.py` parses the rows, `token_cache.py` stores the examples, `batches.py` arranges
+them in batches.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,19 +17,14 @@ import numpy as np
 from ftjax.data import encode as encode_lib
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
-from ftjax.data.preference_rows import FORMATS, SHAPES, LabeledExample, Pair, parse, unread
+from ftjax.data.preference_rows import LabeledExample, Pair
 from ftjax.data.tokenizer import Tokenizer
-
-__all__ = [
-  'FORMATS', 'SHAPES', 'LabeledExample', 'Pair', 'encode', 'fit', 'is_identical', 'over', 'parse',
-  'unread',
-]  # fmt: skip
 
 
 def encode(
   rows: Sequence[Pair | LabeledExample], tokenizer: Tokenizer
 ) -> list[list[Encoded] | Bad]:
-  """Tokens of rows, the answers supervised: per row a list of one example, or Bad."""
+  """Tokenizes rows, with the answers supervised: per row a list of one example, or Bad."""
   sides = [
     s for r in rows for s in ((r.chosen, r.rejected) if isinstance(r, Pair) else (r.answer,))
   ]
@@ -46,7 +42,7 @@ def encode(
 
 
 def _join(chosen: Encoded | Bad, rejected: Encoded | Bad, margin: float) -> list[Encoded] | Bad:
-  """A pair as one example."""
+  """Joins the sides of a pair into one example."""
   for name, side in (('chosen', chosen), ('rejected', rejected)):
     if isinstance(side, Bad):
       return Bad(f'{name}: {side.reason}')
@@ -72,24 +68,23 @@ def _prompt_tokens(side: Encoded) -> int:
 
 
 def over(pair: Encoded, seq_len: int) -> tuple[bool, bool]:
-  """Which sides of a pair that does not fit are longer than half a row: (chosen, rejected)."""
+  """Returns whether each side of a too long pair exceeds half of `seq_len`: (chosen, rejected)."""
   n = len(pair.tokens)
   half = seq_len // 2
   return n > seq_len and pair.boundary > half, n > seq_len and n - pair.boundary > half
 
 
 def is_identical(pair: Encoded) -> bool:
-  """Returns whether both sides of a pair are the same tokens, which no loss can tell apart."""
+  """Returns whether both sides of a pair have the same tokens, and so no preference."""
   return np.array_equal(pair.tokens[: pair.boundary], pair.tokens[pair.boundary :])
 
 
 def fit(pair: Encoded, seq_len: int, on_overlength: str) -> Encoded | None:
-  """Applies the over-length policy to a pair, whose two sides share a row of `seq_len` tokens.
+  """Applies the over-length policy to a pair, whose two sides share `seq_len` tokens.
 
-  'truncate_left' takes the same tokens from both prompts, no more than needed: those behind BOS
-  and, where they suffice and it fits into half a side's room, the system turn
-  (`encode.head_length`).
-  'truncate_right' shortens the end of the longer answer, or of both down to half a row.
+  'truncate_left' removes the same tokens from both prompts, no more than needed: those after BOS
+  or, where enough follow, after the system turn (`encode.head_length`).
+  'truncate_right' removes the end of the longer answer, or of both down to half of `seq_len`.
 
   Returns:
     the pair, a shorter one, or None where it is dropped: by the policy 'drop', or because an answer

@@ -44,7 +44,6 @@ class SourceSchedule:
     fingerprint: str,
     seed: int,
     packed: bool,
-    max_per_row: int | None = None,
   ):
     """Packs the lengths.
 
@@ -54,7 +53,6 @@ class SourceSchedule:
       fingerprint: of the examples, as `Corpus.fingerprint`.
       seed: of the run.
       packed: several examples in a row, or one.
-      max_per_row: most examples in a row.
 
     Raises:
       DataError: there is no example.
@@ -63,14 +61,13 @@ class SourceSchedule:
       raise DataError('a source without examples cannot be scheduled (data.train)')
     counts = np.bincount(lengths, minlength=seq_len + 1)
     self._lengths = np.asarray(lengths)
-    self._groups = (
-      packing.pack_lengths(counts, seq_len, max_per_row) if packed else packing.one_per_row(counts)
-    )
+    self._groups = packing.pack_lengths(counts, seq_len) if packed else packing.one_per_row(counts)
     self._row_ends = np.cumsum([rows for rows, _ in self._groups])
     self.rows_per_epoch = int(self._row_ends[-1])
     self.fill = float(self._lengths.sum(dtype=np.int64) / (self.rows_per_epoch * seq_len))
     self._places = self._number_places(np.cumsum(counts) - counts)
-    described = f'{fingerprint} {seed} {seq_len} {packed} {max_per_row}'
+    # None was a limit of examples in a row: saved runs have it in their fingerprints.
+    described = f'{fingerprint} {seed} {seq_len} {packed} None'
     self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
     self._epoch = functools.lru_cache(maxsize=2)(self._permute)
 

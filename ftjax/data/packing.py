@@ -41,15 +41,12 @@ class _OpenRows:
     return [g for room in self._rooms for g in self._groups[room]]
 
 
-def pack_lengths(
-  counts: Sequence[int] | np.ndarray, seq_len: int, max_per_row: int | None = None
-) -> list[Group]:
+def pack_lengths(counts: Sequence[int] | np.ndarray, seq_len: int) -> list[Group]:
   """Packs all examples into rows of `seq_len` tokens.
 
   Args:
     counts: int[T+1], how many examples have each length; counts[0] must be 0.
     seq_len: T, tokens of a row.
-    max_per_row: most examples in a row; None for no limit.
 
   Returns:
     (rows, lengths in each of them, descending) groups; the same for the same counts.
@@ -60,7 +57,6 @@ def pack_lengths(
   counts = np.asarray(counts)
   if counts[0] or counts[seq_len + 1 :].any():
     raise ValueError(f'pack_lengths: got lengths of 0 or above seq_len={seq_len}')
-  limit = max_per_row or seq_len
   closed: list[Group] = []
   open_rows = _OpenRows()
   for length in range(min(seq_len, len(counts) - 1), 0, -1):
@@ -68,13 +64,13 @@ def pack_lengths(
     while left:
       room, (rows, held) = open_rows.pop_tightest(length) or (seq_len, (left, ()))
       # Best fit puts a second example of this length right behind the first, while there is room.
-      copies = min(room // length, limit - len(held), left)
+      copies = min(room // length, left)
       used = min(rows, left // copies)
       if held and used < rows:
         open_rows.add(room, (rows - used, held))
       left -= used * copies
       room, group = room - copies * length, (used, held + (length,) * copies)
-      if room and len(group[1]) < limit:
+      if room:
         open_rows.add(room, group)
       else:
         closed.append(group)

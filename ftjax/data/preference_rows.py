@@ -1,6 +1,6 @@
-"""Rows that say which answer is better, or how good one is, as people publish them.
+"""Parses preference data in its published forms: pairs, labeled answers and scored answers.
 
-`judged.py` makes tokens of them. Columns mean what they mean in every other row, see formats.py.
+`labeled_examples.py` tokenizes them. Columns mean the same as in other rows, see formats.py.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ Answer = Chat | Completion
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Two answers to one prompt; `margin`: by how much the chosen one is better, in rewards."""
+  """Two answers to one prompt; `margin`: the reward of the chosen minus that of the rejected."""
 
   chosen: Answer
   rejected: Answer
@@ -37,7 +37,7 @@ class LabeledExample:
 
 
 def _number(row: Mapping, key: str, usual: float | None = None) -> float:
-  """A number of a row; CSV has it as text."""
+  """Returns a number of a row, also from its text as in CSV."""
   value = row.get(key)
   value = usual if value is None else value
   if isinstance(value, str):
@@ -52,7 +52,7 @@ _LABELS = {'true': 1.0, '1': 1.0, 'false': 0.0, '0': 0.0}
 
 
 def _label(row: Mapping) -> float:
-  """1 for good, 0 for bad; CSV has them as text, LLaMA-Factory in another column."""
+  """Returns 1 for good, 0 for bad, also from text as in CSV or LLaMA-Factory's column."""
   key = 'label' if has(row, 'label') else 'kto_tag'
   value = row.get(key)
   if isinstance(value, str) and value.strip().lower() in _LABELS:
@@ -66,7 +66,7 @@ _TURN = re.compile(r'\n\n(Human|Assistant):')
 
 
 def _dialogue(text: str) -> list[dict[str, str]] | None:
-  """Messages of a text like '\\n\\nHuman: ...\\n\\nAssistant: ...' (Bai et al. 2022, HH-RLHF)."""
+  """Returns messages of '\\n\\nHuman: ...\\n\\nAssistant: ...' (HH-RLHF, Bai et al. 2022)."""
   start, *parts = _TURN.split(text)
   if start.strip() or not parts:
     return None
@@ -75,15 +75,16 @@ def _dialogue(text: str) -> list[dict[str, str]] | None:
   return [{'role': roles[who], 'content': content.strip()} for who, content in turns]
 
 
-# Columns in which other data sets keep a prompt. Without these a common beginning of two answers
-# would be taken for it.
+# Columns in which other data sets have a prompt. A row with one of them has no implicit prompt.
 _OTHER_PROMPTS = ('question', 'query', 'problem', 'input', 'context', 'instruction', 'text', 'user')
 
 
 def _common_beginning(row: Mapping, chosen: str, rejected: str) -> int:
-  """Characters that two texts begin with, up to the white space before the word in which they first
-  differ: the prompt of TRL's "implicit prompt" rows, as its `extract_prompt` finds it but never
-  with a border inside of a word."""
+  """Returns the length of the common prefix of two texts, up to the last white space in it.
+
+  This is the prompt of TRL's "implicit prompt" rows, as its `extract_prompt` finds it but never
+  with a border inside a word.
+  """
   if others := [k for k in (*_OTHER_PROMPTS, *SHARED) if has(row, k)]:
     raise ValueError(
       f"'chosen' and 'rejected' are texts without 'prompt', and the row has {others[0]!r}, which "
@@ -109,7 +110,7 @@ def _common_beginning(row: Mapping, chosen: str, rejected: str) -> int:
 
 
 def _without_prompt(row: Mapping, chosen: Any, rejected: Any) -> tuple[Answer, Answer]:
-  """Sides that hold their prompt: dialogues, texts or lists of messages with the same beginning."""
+  """Parses sides that contain their prompt: dialogues, texts or messages with a common prefix."""
   if isinstance(chosen, str) and isinstance(rejected, str):
     dialogues = _dialogue(chosen), _dialogue(rejected)
     if None in dialogues:
@@ -127,7 +128,7 @@ def _without_prompt(row: Mapping, chosen: Any, rejected: Any) -> tuple[Answer, A
 
 
 def _whole(row: Mapping, messages: list, key: str) -> Answer:
-  """A side that is a conversation of its own, of which the last message is the answer."""
+  """Parses a side that is a conversation of its own, with the answer as last message."""
   last = len(messages) - 1
   found = formats.chat(row, [Part(key, messages[:-1]), Part(key, messages[-1:], True, last)])
   return _checked(found, key)
@@ -140,7 +141,7 @@ def _checked(answer: Answer, key: str) -> Answer:
 
 
 def _after(row: Mapping, prompt: Part | str, answer: Any, key: str) -> Answer:
-  """A prompt with one answer: a text, a message, or a list that may repeat the prompt."""
+  """Joins a prompt and one answer: a text, a message, or a list that may repeat the prompt."""
   found = _checked(formats.answered(row, prompt, answer, key), key)
   if isinstance(found, Chat) and isinstance(prompt, Part) and isinstance(answer, list):
     n = len(prompt.messages)
@@ -154,7 +155,7 @@ def _after(row: Mapping, prompt: Part | str, answer: Any, key: str) -> Answer:
 
 
 def _pair_key(row: Mapping) -> str | None:
-  """The column that holds the prompt of a pair; None where the sides hold it."""
+  """Returns the column with the prompt of a pair; None where the sides contain it."""
   sides = [row.get('chosen'), row.get('rejected')]
   given = [k for k in ('prompt', 'conversations', 'messages', 'instruction') if has(row, k)]
   if 'messages' in given and all(isinstance(s, list) and len(s) > 1 for s in sides):
@@ -165,7 +166,7 @@ def _pair_key(row: Mapping) -> str | None:
 
 
 def _sides(row: Mapping) -> tuple[Any, Any]:
-  """(chosen, rejected); LLaMA-Factory has both in `output`, too."""
+  """Returns (chosen, rejected), also from LLaMA-Factory's `output` list."""
   if has(row, 'chosen') or has(row, 'rejected') or not isinstance(row.get('output'), list):
     found = tuple(row.get(k) for k in ('chosen', 'rejected'))
   else:
@@ -196,7 +197,7 @@ def _from_pair(row: Mapping, has_template: bool) -> Pair:
 
 
 def _single_key(row: Mapping) -> str:
-  """The format, one of formats.PROMPT_KEYS, of a row with one answer."""
+  """Returns the format, one of formats.PROMPT_KEYS, of a row with one answer."""
   for form, keys in (
     ('messages', ('messages',)),
     ('sharegpt', ('conversations',)),
@@ -222,7 +223,7 @@ def _single(row: Mapping, has_template: bool) -> Answer:
 
 
 class _Format(NamedTuple):
-  """keys: any of each group must be there. others: further columns that are read."""
+  """keys: groups of which a row has one column each. others: further columns that are read."""
 
   shape: str
   keys: tuple[tuple[str, ...], ...]
@@ -244,7 +245,7 @@ _FORMATS = {
     (('label', 'kto_tag'),),
     (),
     lambda row, has_template: LabeledExample(_single(row, has_template), _label(row)),
-    "answers labelled good or bad (algorithm='dpo' with dpo.loss='kto')",
+    "answers labeled good or bad (algorithm='dpo' with dpo.loss='kto')",
   ),
   'scored': _Format(
     'score',
@@ -258,7 +259,7 @@ FORMATS = tuple(_FORMATS)
 
 
 def _known_as(row: Mapping) -> str | None:
-  """The judged format of a row, by its columns."""
+  """Returns the preference format of a row by its columns, or None."""
   if has(row, 'chosen') and has(row, 'rejected'):
     return 'preference'
   if any(formats.is_bool(row.get(k)) for k in ('label', 'kto_tag')):
@@ -267,7 +268,7 @@ def _known_as(row: Mapping) -> str | None:
 
 
 def _lacking(row: Mapping, wanted: str) -> str | None:
-  """What a row lacks of a format, with what it could be instead."""
+  """Returns why a row lacks a column of a format, with the format it may have; else None."""
   form = _FORMATS[wanted]
   if wanted == 'preference' and isinstance(row.get('output'), list) and has(row, 'instruction'):
     return None
@@ -279,7 +280,7 @@ def _lacking(row: Mapping, wanted: str) -> str | None:
     other = None if not _is_plain(row) else 'plain'
   hint = {
     None: '',
-    'plain': "; the row has one answer and no judgement of it, which is for algorithm='sft'",
+    'plain': "; the row has one answer without label or score, which is for algorithm='sft'",
   } | {n: f'; the row has {f.algorithm}' for n, f in _FORMATS.items()}
   return (
     f'no key {lacking[0]!r}, which {wanted!r} rows have: this run trains on {form.algorithm}; got '
@@ -298,16 +299,16 @@ def _is_plain(row: Mapping) -> bool:
 def parse(
   row: Mapping, shape: str, form: str | None, has_template: bool = True
 ) -> Pair | LabeledExample:
-  """A raw row as a pair or a judged answer.
+  """Parses a raw row into a pair or a labeled or scored answer.
 
   Args:
-    row: the parsed row.
-    shape: what the algorithm needs, one of SHAPES.
-    form: the format that the config names, or None.
-    has_template: whether the tokenizer can render a chat; see `formats.parse`.
+    row: the raw row.
+    shape: the shape that the algorithm needs, one of SHAPES.
+    form: the format in the config, or None.
+    has_template: whether the tokenizer has a chat template; see `formats.parse`.
 
   Raises:
-    ValueError: the row cannot be used; the message is the reason.
+    ValueError: the row is unusable; the message is the reason.
   """
   wanted = next(n for n, f in _FORMATS.items() if f.shape == shape)
   if form not in (None, wanted):
@@ -318,8 +319,7 @@ def parse(
 
 
 def unread(row: Mapping, shape: str) -> set[str]:
-  """Returns the columns of a row, not null, that its reader does not look at; `row` is one that
-  `parse` took."""
+  """Returns the columns of a row for `parse` that are not null and that it does not read."""
   form = next(f for f in _FORMATS.values() if f.shape == shape)
   known = {k for group in form.keys for k in group} | {*form.others, *SHARED}
   if shape == 'pair':

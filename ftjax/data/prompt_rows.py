@@ -21,13 +21,11 @@ class Prompt(NamedTuple):
   Attributes:
     asked: a conversation that the assistant answers next, or plain text to go on with.
     answer: the text that stood after it in the row; None without one, or where it is no text.
-    is_answered: whether anything stood after it.
     read: the columns that `asked` was made of, SHARED among them.
   """
 
   asked: Chat | str
   answer: str | None
-  is_answered: bool
   read: frozenset[str]
 
 
@@ -74,7 +72,7 @@ def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Pr
   if isinstance(prompt, str):
     formats.refuse_shared(rest, key)
     text = answer if isinstance(answer, str) else None
-    return Prompt(prompt, text, answer is not None, frozenset(read))
+    return Prompt(prompt, text, frozenset(read))
   messages = list(prompt.messages)
   if key in ('messages', 'conversations') and messages and _role(messages[-1]) == 'assistant':
     answer = messages_lib.check(messages.pop(), f'{key}[{len(messages)}]')
@@ -83,11 +81,10 @@ def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Pr
   asked = formats.chat(rest, [prompt._replace(messages=messages)])
   if asked.messages[-1]['role'] == 'assistant':
     raise ValueError('the prompt ends with a turn of the assistant, who is to speak next')
-  said = answer[-1] if isinstance(answer, list) and answer else answer
-  said = said.get('content') if isinstance(said, Mapping) else said
-  return Prompt(
-    asked, said if isinstance(said, str) else None, answer is not None, frozenset(read | {*SHARED})
-  )
+  text = answer[-1] if isinstance(answer, list) and answer else answer
+  text = text.get('content') if isinstance(text, Mapping) else text
+  text = text if isinstance(text, str) else None
+  return Prompt(asked, text, frozenset(read | {*SHARED}))
 
 
 def ends_with_assistant(row: Mapping, form: str | None = None) -> bool:

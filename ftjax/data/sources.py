@@ -1,25 +1,21 @@
-"""Sources of rows: files, folders, patterns, hub names; each row with its file and line.
+"""Reads rows from sources: files, folders, patterns, hub names; each row with its file and line.
 
-`data_folder.py` finds the files of a source, `containers.py` reads one. `formats.py` gives the rows
-their meaning; `cache.py` reads a source once and keeps its tokens.
+data_folder.py and hub_dataset.py find the files of a source, containers.py reads one. formats.py
+gives the rows their meaning; token_cache.py reads a source once and keeps its tokens.
 """
 
 import dataclasses
 import hashlib
-import importlib
-import json
 import re
 from collections.abc import Iterator
 
-from ftjax.data import containers, data_folder, formats, preference_rows
-from ftjax.data.containers import File, Row, Rows, kind_of
+from ftjax.data import containers, data_folder, formats, hub_dataset, preference_rows
+from ftjax.data.containers import File, Row, kind_of
 from ftjax.data.formats import Bad
 from ftjax.runtime.errors import ConfigError, DataError
 
 FORMATS = (*formats.FORMATS, *preference_rows.FORMATS)
 
-_HUB_NAME = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?')
-_BATCH = 1024
 _TEXT_FORMATS = ('text', 'lines')
 
 
@@ -60,20 +56,17 @@ def parse_specs(value: str | tuple[str, ...] | list[str]) -> list[Spec]:
   return [parse_spec(entry) for entry in entries if entry.strip()]
 
 
-def _is_hub(spec: Spec) -> bool:
-  return bool(_HUB_NAME.fullmatch(spec.path)) and not data_folder.exists(spec.path)
-
-
 def list_files(spec: Spec) -> list[File]:
-  """The files behind a spec, in the order they are read; empty for a hub name.
+  """Returns the files behind a spec, in the order they are read; downloads those of a hub name.
 
   Raises:
     DataError: nothing is there, or it cannot be read as one source. ConfigError: a format that
-      such files do not have.
+      such files do not have, or no such name, config or split on the hub.
   """
-  if _is_hub(spec) and kind_of(spec.path) is None and not spec.path.endswith(containers.ARCHIVE):
-    return []
-  found = data_folder.list_files(spec.path)
+  if hub_dataset.is_name(spec.path):
+    found = list(hub_dataset.list_files(spec.path))
+  else:
+    found = data_folder.list_files(spec.path)
   for file in found:
     is_text = (kind_of(file.name) or ('',))[0] == '.txt'
     if is_text and spec.format not in (None, *_TEXT_FORMATS):
@@ -86,35 +79,8 @@ def list_files(spec: Spec) -> list[File]:
   return found
 
 
-def _hub_rows(spec: Spec) -> Rows:
-  """Rows of a data set on a hub, `org/name` (split train) or `org/name:split`.
-
-  This needs the `datasets` extra and a network; it was not exercised where ftjax is developed.
-  """
-  try:
-    datasets = importlib.import_module('datasets')
-  except ImportError as error:
-    raise ConfigError(
-      f'data: {spec.path!r} is no file and looks like a hub name, which needs the `datasets` '
-      "library: pip install '.[datasets]' in the checkout of ftjax, or give a path that exists"
-    ) from error
-  name, _, split = spec.path.partition(':')
-  try:
-    rows = datasets.load_dataset(name, split=split or 'train')
-  except Exception as error:  # the library raises many kinds, for a network as for a name
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-    raise DataError(
-      f'data: {spec.path!r} is no file here, and as a hub name it cannot be loaded: {reason}'
-    ) from error
-  if (with_format := getattr(rows, 'with_format', None)) is None:
-    yield from enumerate(rows, 1)
-    return
-  # As Arrow's tables, so that nulls and JSON mean what they mean in a file of the same rows.
-  yield from containers.table_rows(with_format('arrow').iter(batch_size=_BATCH), spec.path)
-
-
 def scan(spec: Spec) -> Iterator[tuple[int, int, Row | Bad]]:
-  """Rows with what could not be parsed among them: (file number, line, row or Bad).
+  """Yields rows, and what could not be parsed among them: (file number, line, row or Bad).
 
   The file number counts in `source_names`; the line counts from 1, and for files without lines
   (JSON lists, Parquet, Arrow) it is the row's number.
@@ -122,22 +88,18 @@ def scan(spec: Spec) -> Iterator[tuple[int, int, Row | Bad]]:
   Raises:
     DataError: a file that cannot be read on after this point.
   """
-  found = list_files(spec)
-  if not found:
-    for line, row in _hub_rows(spec):
-      yield 0, line, row
-  for number, file in enumerate(found):
+  for number, file in enumerate(list_files(spec)):
     for line, row in containers.read(file, one_a_line=spec.format == 'lines'):
       yield number, line, row
 
 
 def source_names(spec: Spec) -> list[str]:
-  """Names for messages of the files that `scan` numbers."""
-  return [str(p) for p in list_files(spec)] or [spec.path]
+  """Returns names for messages of the files that `scan` numbers."""
+  return [str(p) for p in list_files(spec)]
 
 
 def rows(spec: Spec) -> Iterator[tuple[str, Row]]:
-  """Rows with their place: ('file.jsonl:17', row).
+  """Yields rows with their place: ('file.jsonl:17', row).
 
   Raises:
     DataError: a file that cannot be read, or the first row that cannot be parsed.
@@ -150,14 +112,11 @@ def rows(spec: Spec) -> Iterator[tuple[str, Row]]:
 
 
 def fingerprint(spec: Spec) -> str:
-  """sha256 hex of a source's content: the files' bytes in order, wherever they lie and however
-  named."""
+  """Returns the SHA-256, in hex, of a source's content: the bytes of its files in order, wherever
+  they are and however named.
+  """
   digest = hashlib.sha256(b'ftjax source 1\n')
-  found = list_files(spec)
-  if not found:
-    for _, row in rows(spec):
-      digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b'\n')
-  for file in found:
+  for file in list_files(spec):
     kind, compression = kind_of(file.name) or ('.arrow', '')
     digest.update(f'{kind} {compression} {file.member is not None}\n'.encode())
     size = 0

@@ -1,8 +1,8 @@
-"""A HF tokenizer folder's files as one object: ids, offsets, special and stop tokens, template,
-fingerprint.
+"""Presents the files of a HF tokenizer as one object: ids, offsets, special and stop tokens, chat
+template, fingerprint.
 
-`chat.py` renders messages to text; `encode.py` joins the two. Only the `tokenizers` library is
-used, so that no run needs a model library to read a vocabulary.
+The `tokenizers` library encodes and decodes. Vocabularies without a tokenizer.json are converted
+first, by vocabulary_files.py. chat_template.py renders messages to text; encode.py joins the two.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from ftjax.data import vocabulary_files
 from ftjax.runtime.errors import DataError, RunError
 
 
@@ -33,17 +34,20 @@ def _ids(value) -> list[int]:
   return [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
 
 
-def _template(files: Mapping[str, bytes], config: Mapping) -> tuple[str | None, str]:
-  """The chat template and the place it came from; `chat_template.jinja` wins, as in HF."""
+def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
+  """Returns the chat template; `chat_template.jinja` wins, as in HF."""
   if 'chat_template.jinja' in files:
-    return files['chat_template.jinja'].decode(), 'chat_template.jinja'
-  value, place = config.get('chat_template'), 'tokenizer_config.json: chat_template'
+    return files['chat_template.jinja'].decode()
+  value = config.get('chat_template')
   if isinstance(value, list):
     named = {t['name']: t['template'] for t in value}
     if 'default' not in named:
-      raise DataError(f"{place}: got templates {sorted(named)}, expected one named 'default'")
+      raise DataError(
+        f'tokenizer_config.json: chat_template: got templates {sorted(named)}, expected one named '
+        "'default'"
+      )
     value = named['default']
-  return value, place
+  return value
 
 
 class Tokenizer:
@@ -56,18 +60,22 @@ class Tokenizer:
       position, never by id).
     stop_ids: eos of the tokenizer, then those of generation_config.json and config.json, each once.
     special_ids: ids of tokens flagged special, and the stop ids.
-    prefix_ids, suffix_ids: what the tokenizer's own post-processor puts around a text (usually BOS,
-      nothing).
+    prefix_ids: ids that the tokenizer's own post-processor puts before a text (usually BOS).
     is_special: bool[vocab_size], the same by id.
-    template: the chat template or None; template_place: which file it stands in.
+    template: the chat template or None.
     special_texts: texts of the special tokens by the names that templates use, 'pad_token' say;
       those of BOS and EOS are always there, '' where there is none.
     dialects: of the template, filled by dialect.py.
     fingerprint: sha256 hex of tokenizer.json and of everything read from the other files.
-    files: as given; another process makes the same tokenizer of them.
+    files: as given, with a tokenizer.json; another process makes the same tokenizer of them.
+
+  Raises:
+    DataError: no usable vocabulary, or files that contradict each other.
   """
 
   def __init__(self, files: Mapping[str, bytes], name: str = 'tokenizer'):
+    if 'tokenizer.json' not in files and vocabulary_files.is_convertible(files):
+      files = vocabulary_files.convert(files, name)
     if 'tokenizer.json' not in files:
       raise DataError(f'{name}: no tokenizer.json; got {sorted(files)}')
     self.name, self.files = name, files
@@ -78,7 +86,7 @@ class Tokenizer:
 
     # Truncation and padding saved in the file would silently shorten or fill our rows.
     model['truncation'] = model['padding'] = None
-    self.prefix_ids, self.suffix_ids = _affixes(model, name)
+    self.prefix_ids = _prefix(model, name)
     # Without the post-processor nothing is added and byte-level offsets keep their leading space:
     # spans tile the text.
     self._tokens = _load(model | {'post_processor': None}, name)
@@ -105,7 +113,7 @@ class Tokenizer:
     self.special_ids = frozenset(i for i, t in added.items() if t.special) | set(self.stop_ids)
     self.is_special = np.zeros(self.vocab_size, bool)
     self.is_special[[i for i in self.special_ids if i < self.vocab_size]] = True
-    self.template, self.template_place = _template(files, config)
+    self.template = _template(files, config)
     self.special_texts = {
       name: value['content'] if isinstance(value, dict) else value
       for name in ('unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
@@ -132,10 +140,9 @@ class Tokenizer:
     """Text of the EOS token, '' if there is none."""
     return '' if self.eos_id is None else self._tokens.id_to_token(self.eos_id)
 
-  def encode(self, text: str, special: bool = False) -> list[int]:
-    """Ids of a text; `special=True` adds what the tokenizer's own post-processor adds (BOS)."""
-    ids = self._tokens.encode(text, add_special_tokens=False).ids
-    return [*self.prefix_ids, *ids, *self.suffix_ids] if special else ids
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without those of the tokenizer's post-processor (BOS)."""
+    return self._tokens.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of many texts, int32[n] each, nothing added; runs on all cores."""
@@ -176,16 +183,16 @@ def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
     raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 
 
-def _affixes(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Ids that the file's post-processor puts before and after a text."""
+def _prefix(model: Mapping, name: str) -> tuple[int, ...]:
+  """Returns the ids that the file's post-processor puts before a text."""
   if model.get('post_processor') is None:
-    return (), ()
+    return ()
   whole = _load(model, name)
   bare = whole.encode('a', add_special_tokens=False).ids
   full = whole.encode('a', add_special_tokens=True).ids
   for i in range(len(full) - len(bare) + 1):
     if full[i : i + len(bare)] == bare:
-      return tuple(full[:i]), tuple(full[i + len(bare) :])
+      return tuple(full[:i])
   raise DataError(
     f'{name}: the post-processor of tokenizer.json changes a text instead of adding to it'
   )

@@ -1,4 +1,4 @@
-"""Scores of classes and of texts, as pure functions. statistics.py puts intervals around them."""
+"""Computes scores of classes and of texts by pure functions; statistics.py has intervals."""
 
 import dataclasses
 import unicodedata
@@ -11,7 +11,8 @@ SCORES = ('accuracy', 'precision', 'recall', 'f1')
 
 @dataclasses.dataclass(frozen=True)
 class ClassScores:
-  """Per class, [..., K]: float64 precision, recall, f1; int64 support (labels) and predicted."""
+  """Scores per class, [..., K]: float64 precision, recall, f1; int64 support (number of labels)
+  and predicted (number of predictions)."""
 
   precision: np.ndarray
   recall: np.ndarray
@@ -21,18 +22,18 @@ class ClassScores:
 
 
 def accuracy(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-  """Share of equal pairs along the last axis: int[..., n] twice -> float64[...]."""
+  """Returns the fraction of equal pairs along the last axis: int[..., n] twice -> float64[...]."""
   return (np.asarray(labels) == np.asarray(predictions)).mean(-1)
 
 
 def per_class(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> ClassScores:
-  """Precision, recall and F1 of each class; a share with nothing below the line is 0.
+  """Computes precision, recall and F1 of each class; a ratio with denominator 0 is 0.
 
   precision = tp / predicted, recall = tp / support, F1 = 2 tp / (predicted + support).
 
   Args:
     labels: int[..., n] of 0 .. num_classes - 1.
-    predictions: int[..., n]; a number outside the classes is a wrong answer to all of them.
+    predictions: int[..., n]; a number outside the classes is wrong for each of them.
   """
   labels, predictions = np.asarray(labels), np.asarray(predictions)
   right = labels == predictions
@@ -41,24 +42,23 @@ def per_class(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> 
     for mask, column in ((True, labels), (True, predictions), (right, labels))
   )
 
-  def share(top, bottom):
+  def ratio(top, bottom):
     return np.divide(top, bottom, out=np.zeros(top.shape), where=bottom > 0)
 
   return ClassScores(
-    precision=share(tp, predicted),
-    recall=share(tp, support),
-    f1=share(2 * tp, predicted + support),
+    precision=ratio(tp, predicted),
+    recall=ratio(tp, support),
+    f1=ratio(2 * tp, predicted + support),
     support=support,
     predicted=predicted,
   )
 
 
 def classification(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-  """Accuracy and the macro means of precision, recall and F1: float64[..., 4] in the order of
-  SCORES.
+  """Returns accuracy and the macro means of precision, recall and F1: float64[..., 4], as SCORES.
 
-  The macro mean is over the classes that occur as a label or a prediction, every class alike. A
-  class that a bootstrap resample happened to miss is so left out, and not counted as 0.
+  The macro mean is over the classes that occur as a label or a prediction, with equal weights. So a
+  class that a bootstrap resample lacks is left out and does not count as 0.
   """
   scores = per_class(labels, predictions, num_classes)
   occurs = (scores.support + scores.predicted) > 0
@@ -70,20 +70,19 @@ def classification(labels: np.ndarray, predictions: np.ndarray, num_classes: int
 
 
 def exact_match(answer: str, output: str) -> bool:
-  """Equal, apart from white space around."""
+  """Returns whether two texts are equal after stripping white space."""
   return answer.strip() == output.strip()
 
 
-# Marks that stand around a word. Not among them: signs that change a value (- + % $ / #).
+# Punctuation around a word, without signs that change a value (- + % $ / #).
 _AROUND = frozenset('.,;:!?\'"`*_()[]{}<>…“”«»„、。「」『』\u2018\u2019\u201a')
 
 
 def normalize(text: str) -> str:
-  """What `normalized_match` compares: NFKC, case folded, marks around words and spare spaces
-  removed.
+  """Returns the text in NFKC, case folded, without punctuation around words and extra spaces.
 
-  Marks inside a word stay (3.5, don't), and so does a point before a digit (.5). Articles stay: 'a'
-  may be the answer.
+  Punctuation inside a word stays (3.5, don't), and so does a point before a digit (.5). Articles
+  stay: 'a' may be the answer.
   """
   words = []
   for word in unicodedata.normalize('NFKC', text).casefold().split():
@@ -100,7 +99,9 @@ def normalize(text: str) -> str:
 
 
 def normalized_match(answer: str, output: str) -> bool:
-  """Equal after `normalize`. An answer of marks alone is compared as it stands: nothing matches it
-  by being empty."""
+  """Returns whether two texts are equal after `normalize`.
+
+  An answer of punctuation alone is compared exactly, so that no empty output matches it.
+  """
   wanted = normalize(answer)
   return wanted == normalize(output) if wanted else exact_match(answer, output)

@@ -1,7 +1,6 @@
-"""Is the tuned model better than the base? Summaries as dicts for JSON and as tables for a
-terminal.
+"""Reports whether the tuned model is better than the base: dicts for JSON, tables for a terminal.
 
-The intervals and tests are statistics.py's; the rows come from run.py. Tables are plain ASCII, at
+Intervals and tests are those of statistics.py; results come from run.py. Tables are plain ASCII, at
 most 100 columns wide.
 """
 
@@ -34,7 +33,7 @@ _TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """The same prompt answered by both models."""
+  """The completions of both models for one prompt."""
 
   prompt: str
   base: str
@@ -42,7 +41,7 @@ class Answer:
 
 
 def _columns(task: Task, results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
-  """Class indices (labels, predictions): int[n]. Without classes 0 is right and 1 is wrong."""
+  """Returns class indices (labels, predictions): int[n]; without classes 0: right, 1: wrong."""
   if [r.id for r in results] != [row.id for row in task.rows]:
     raise ValueError(f'{task.name}: results are not those of the task, row by row')
   if task.classes is None:
@@ -57,7 +56,7 @@ def _interval(value, low, high) -> dict[str, float]:
 
 
 def compare(task: Task, base: Sequence[Result], tuned: Sequence[Result]) -> dict[str, Any]:
-  """Scores of both models with intervals, and what the difference is worth.
+  """Computes the scores of both models with intervals, and tests of their difference.
 
   Returns:
     a dict for JSON: task, kind, n, classes; base and tuned: {score: {value, low, high}} and
@@ -67,41 +66,45 @@ def compare(task: Task, base: Sequence[Result], tuned: Sequence[Result]) -> dict
     where the rows share their choices, macro precision, recall and f1. The interval of accuracy is
     Wilson's, the others are bootstrap percentiles.
   """
-  labels, base_said = _columns(task, base)
-  _, tuned_said = _columns(task, tuned)
+  labels, base_predictions = _columns(task, base)
+  _, tuned_predictions = _columns(task, tuned)
   names = SCORES if task.classes else SCORES[:1]
   k, n, m = len(task.classes or (0, 1)), len(labels), len(names)
 
-  def scores(labels, base_said, tuned_said):
-    first = classification(labels, base_said, k)[..., :m]
-    second = classification(labels, tuned_said, k)[..., :m]
+  def scores(labels, base_predictions, tuned_predictions):
+    first = classification(labels, base_predictions, k)[..., :m]
+    second = classification(labels, tuned_predictions, k)[..., :m]
     return np.concatenate([first, second, second - first], -1)
 
   found = bootstrap(
-    scores, (labels, base_said, tuned_said), seed=SEED, resamples=RESAMPLES, level=LEVEL
+    scores,
+    (labels, base_predictions, tuned_predictions),
+    seed=SEED,
+    resamples=RESAMPLES,
+    level=LEVEL,
   )
   parts = list(zip(found.value, found.low, found.high, found.p, strict=True))
   out: dict[str, Any] = {'task': task.name, 'kind': task.kind, 'n': n, 'classes': task.classes}
-  for title, said, part in (
-    ('base', base_said, parts[:m]),
-    ('tuned', tuned_said, parts[m : 2 * m]),
+  for title, predictions, part in (
+    ('base', base_predictions, parts[:m]),
+    ('tuned', tuned_predictions, parts[m : 2 * m]),
   ):
     out[title] = {s: _interval(*p[:3]) for s, p in zip(names, part, strict=True)}
-    low, high = wilson(int((said == labels).sum()), n, LEVEL)
+    low, high = wilson(int((predictions == labels).sum()), n, LEVEL)
     out[title]['accuracy'] |= {'low': low, 'high': high}
     if task.classes:
-      out[title]['per_class'] = _per_class(task.classes, labels, said)
+      out[title]['per_class'] = _per_class(task.classes, labels, predictions)
   out['difference'] = {
     s: _interval(*p[:3]) | {'p': float(p[3])} for s, p in zip(names, parts[2 * m :], strict=True)
   }
-  test = mcnemar(base_said == labels, tuned_said == labels)
+  test = mcnemar(base_predictions == labels, tuned_predictions == labels)
   out['mcnemar'] = {'only_base_right': test.b, 'only_tuned_right': test.c, 'p': test.p}
   out['method'] = {'level': LEVEL, 'resamples': RESAMPLES, 'seed': SEED}
   return out
 
 
-def _per_class(classes, labels, said) -> dict[str, dict[str, float]]:
-  found = per_class(labels, said, len(classes))
+def _per_class(classes, labels, predictions) -> dict[str, dict[str, float]]:
+  found = per_class(labels, predictions, len(classes))
   columns = {
     'precision': found.precision,
     'recall': found.recall,
@@ -115,16 +118,16 @@ def _per_class(classes, labels, said) -> dict[str, dict[str, float]]:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-  """One sentence for people who do not read tables. Decided by McNemar's test alone."""
+  """Returns one sentence that sums the comparison up, decided by McNemar's test alone."""
   test, n = summary['mcnemar'], summary['n']
   gained, lost = test['only_tuned_right'], test['only_base_right']
   if test['p'] >= 1 - summary['method']['level']:
-    return f'These {n} examples do not tell the two models apart.'
+    return f'These {n} examples show no significant difference between the models.'
   return f'The tuned model is {"better" if gained > lost else "worse"} than the base.'
 
 
 def _p(value: float, least: float = 0.0) -> str:
-  """`least`: the smallest p that the resampling can tell."""
+  """Formats a p value; `least`: the smallest p that the resampling can resolve."""
   if value <= least:
     return f'< {math.ceil(least * 1e4) / 1e4:g}' if least else '0'
   if value < 1e-4:
@@ -133,7 +136,7 @@ def _p(value: float, least: float = 0.0) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-  """The comparison of one task as text."""
+  """Returns the comparison of one task as a table of text."""
   percent = f'{100 * summary["method"]["level"]:g} %'
   classes = f', classes {", ".join(summary["classes"])}' if summary['classes'] else ''
   head = f'{summary["task"]}: {summary["n"]} examples{classes}'
@@ -166,7 +169,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def answers(rows: Sequence[Answer], max_lines: int = 4) -> str:
-  """Answers before and after, wrapped; each text is cut to `max_lines` lines."""
+  """Returns prompts with both completions, wrapped; each text is cut to `max_lines` lines."""
   blocks = []
   for row in rows:
     texts = (('prompt', row.prompt), ('base', row.base), ('tuned', row.tuned))
@@ -175,7 +178,7 @@ def answers(rows: Sequence[Answer], max_lines: int = 4) -> str:
 
 
 def _wrapped(title: str, text: str, max_lines: int) -> str:
-  """Control characters (a model may say anything) must not reach the terminal."""
+  """Wraps a text without its control characters, which must not reach the terminal."""
   clean = ''.join(c if c.isprintable() else ' ' for c in text)
   lines = textwrap.wrap(clean, _WIDTH - 8) or ['(nothing)']
   if len(lines) > max_lines:
@@ -184,7 +187,7 @@ def _wrapped(title: str, text: str, max_lines: int) -> str:
 
 
 def text(summaries: Sequence[Mapping[str, Any]], samples: Sequence[Answer] = ()) -> str:
-  """The whole report for a terminal: a table per task, then answers before and after."""
+  """Returns the report for a terminal: a table per task, then completions of both models."""
   parts = [table(s) for s in summaries]
   if samples:
     parts.append('Answers before and after\n\n' + answers(samples))

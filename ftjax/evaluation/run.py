@@ -85,7 +85,7 @@ def evaluate(
     DataError: a row longer than max_len.
     NonFiniteError: a log-probability that is no number.
   """
-  answer = _choose if task.kind == 'choice' else _generate
+  answer = _choose if tasks.find_kind(task.kind).is_right is None else _generate
   return answer(task, model, batch_size, max_len, max_tokens, title)
 
 
@@ -145,10 +145,9 @@ def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Resul
       for i, ids in zip(index, outputs[: len(index)], strict=True):
         said[i] = model.decode(ids).strip()
       bar.update(len(index))
+  is_right = tasks.find_kind(task.kind).is_right
   return [
-    Result(
-      row.id, row.answer, text, tasks.is_right(task.kind, row, text, model.prompt_text(ids)), ()
-    )
+    Result(row.id, row.answer, text, is_right(text, model.prompt_text(ids), row.answer), ())
     for row, text, ids in zip(task.rows, said, prompts, strict=True)
   ]
 

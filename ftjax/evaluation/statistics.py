@@ -1,13 +1,11 @@
-"""Intervals and tests for scores of two models on the same examples.
+"""Computes intervals and tests for scores of two models on the same examples.
 
-Everything is exact or seeded: the same data give the same figures. metrics.py has the scores,
-report.py puts both together.
+Everything is exact or seeded: the same data give the same figures. scipy is imported by the
+functions that need it, since its import takes a second.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
 import numpy as np
 
@@ -18,7 +16,7 @@ _CHUNK = 1 << 22  # indices held at once
 
 @dataclasses.dataclass(frozen=True)
 class McNemar:
-  """b: examples that only the first has right; c: only the second; p: exact, two-sided."""
+  """b: examples right only for the first model; c: only for the second; p: exact, two-sided."""
 
   b: int
   c: int
@@ -27,7 +25,7 @@ class McNemar:
 
 @dataclasses.dataclass(frozen=True)
 class Bootstrap:
-  """value: the metric of the data; low, high: ends of its interval; p: two-sided, of "it is 0".
+  """value: the metric of the data; low, high: ends of its interval; p: two-sided, of value 0.
 
   Each float64[...] of the metric's own shape.
   """
@@ -39,25 +37,22 @@ class Bootstrap:
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-  """Score interval of a share: k right of n, each right or wrong on its own.
+  """Returns the score interval of a proportion: k of n independent trials.
 
-  center = (k + z^2/2) / (n + z^2), half width = z / (n + z^2) * sqrt(k (n - k) / n + z^2 / 4).
-  It stays within [0, 1] and has a width even when all are right; n = 0 knows nothing: (0, 1).
+  It stays within [0, 1] and has a width even where k = n; (0, 1) where n = 0.
 
   Raises:
     ValueError: not 0 <= k <= n.
   Source: Wilson 1927, JASA 22:209.
   """
+  from scipy.stats import binomtest
+
   if not 0 <= k <= n:
     raise ValueError(f'wilson: got k={k} of n={n}, expected 0 <= k <= n')
   if n == 0:
     return 0.0, 1.0
-  z = NormalDist().inv_cdf((1 + level) / 2)
-  center = (k + z * z / 2) / (n + z * z)
-  half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-  low = 0.0 if k == 0 else max(0.0, center - half)
-  high = 1.0 if k == n else min(1.0, center + half)
-  return low, high
+  interval = binomtest(k, n).proportion_ci(level, method='wilson')
+  return float(interval.low), float(interval.high)
 
 
 def bootstrap(
@@ -68,13 +63,12 @@ def bootstrap(
   resamples: int = 2000,
   level: float = 0.95,
 ) -> Bootstrap:
-  """Percentile interval of a metric of n examples, by drawing n of them with replacement.
+  """Computes the percentile interval of a metric of n examples from resamples with replacement.
 
   A difference between two models is a metric of both their columns: an example is drawn with both
-  results, so the interval is a paired one. p = 2 (1 + min(#{m* <= 0}, #{m* >= 0})) / (R + 1), at
-  most
-  1, inverts the interval: p < 1 - level where the interval leaves 0 out, up to 1/R.
-  Where all resamples agree (all right, say) the interval has no width; `wilson` knows better there.
+  results, so the interval is paired. p = 2 (1 + min(#{m* <= 0}, #{m* >= 0})) / (R + 1), at most 1,
+  inverts the interval: p < 1 - level where the interval excludes 0, up to 1/R. Where all resamples
+  agree (all right, say) the interval has no width; `wilson` has one there.
 
   Args:
     metric: `metric(*columns)` on arrays [..., n] gives [...] or [..., M]; it may see any resample.
@@ -106,22 +100,20 @@ def bootstrap(
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-  """Exact test of whether two models are right equally often, on the same examples.
+  """Tests whether two models are right equally often on the same examples.
 
-  Only examples where one is right and the other wrong tell anything. If both were equally good,
-  each would fall to either side with probability 1/2: p = min(1, 2 P(Bin(b + c, 1/2) <= min(b,
-  c))). Computed in integers.
+  Only examples where one is right and the other is wrong count. If both models were equally good,
+  each such example would go to either with probability 1/2, so p is that of a binomial test.
 
   Args:
     first, second: bool[n], the example is right.
   Source: McNemar 1947, Psychometrika 12:153, with the binomial law in place of its limit.
   """
+  from scipy.stats import binomtest
+
   first, second = np.asarray(first, bool), np.asarray(second, bool)
   if first.shape != second.shape or first.ndim != 1:
     raise ValueError(f'mcnemar: got shapes {first.shape} and {second.shape}, expected [n] twice')
   b, c = int((first & ~second).sum()), int((second & ~first).sum())
-  ways = total = 1
-  for i in range(min(b, c)):
-    ways = ways * (b + c - i) // (i + 1)
-    total += ways
-  return McNemar(b, c, min(1.0, 2 * total / 2 ** (b + c)))
+  p = float(binomtest(b, b + c).pvalue) if b + c else 1.0
+  return McNemar(b, c, p)

@@ -1,30 +1,31 @@
-"""What a model is asked and what counts as right: `eval.tasks` read into rows.
+"""Evaluation tasks: the rows of `eval.tasks`, and which completions count as right.
 
 A task is named in the config as 'name=kind:path', for example
-'sentiment=choice:.cache/sentiment/test.jsonl'. The path is any source that data.train could name;
-its rows are:
+'sentiment=choice:.cache/sentiment/test.jsonl'. The path is any source that data.train could name.
+Its rows are:
 
   choice   {"messages": [...], "choices": ["yes", "no"], "label": "yes"}   label: or its index
   match    {"messages": [...], "answer": "Paris"}
   math, math_strict   {"messages": [...], "answer": "18"}   or a rationale that ends in "#### 18"
 
-`"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does). What
-asks (messages, conversations, system, tools, chat_template_kwargs) means what it means in rows of
-training: data/prompt_rows.py reads both.
-run.py asks the model; statistics.py and report.py compare two of them.
+`"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does). The
+columns of the prompt (messages, conversations, system, tools, chat_template_kwargs) mean what they
+mean in training rows: data/prompt_rows.py reads both. A kind 'module:OBJECT' is a user's `Kind`.
+run.py runs a task on a model; statistics.py and report.py compare the results of two models.
 """
 
 import dataclasses
 import hashlib
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ftjax.data import messages, prompt_rows, sources
 from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
 from ftjax.evaluation.metrics import normalized_match
 from ftjax.grading.math_answers import Math
+from ftjax.runtime import named_object
+from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -32,15 +33,69 @@ log = logging.getLogger(__name__)
 # Raise it when the same file and the same model would get another score: cached results then miss.
 VERSION = 2
 
-# choice: the choice with the largest log-probability of its tokens and the stop token after the
-#   prompt. The others: greedy generation; match: equal to the answer after `metrics.normalize`;
-#   math, math_strict: by the rewards of that name, without symbols, so the same on every machine.
-KINDS = ('choice', 'match', 'math', 'math_strict')
-_MATH = {'math': Math(symbolic='off'), 'math_strict': Math('strict', symbolic='off')}
+_SHOWN = 5  # bad rows that are listed
+_KNOWN = ('id', 'choices', 'label', 'answer')  # columns besides those of the prompt
 
-_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
-_SHOWN = 5
-_KNOWN = ('id', 'choices', 'label', 'answer')  # columns beside what asks
+
+def _accept(answer: str) -> None:
+  del answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """How the rows of a task are read and what counts as right.
+
+  Attributes:
+    is_right: (completion, prompt, answer) -> whether a greedy completion is right. The completion
+      has the special tokens that carry content; the prompt is everything that the model read, whose
+      end may have opened a thought. None: rows have choices, and the choice with the largest
+      log-probability of its tokens and the stop token after the prompt is the prediction.
+    read: a row of the source, {column: value} -> a row of the form above. Raises ValueError with
+      the reason for a row that cannot be used.
+    check_answer: raises ValueError for an answer that no completion could equal.
+  """
+
+  is_right: Callable[[str, str, str], bool] | None
+  read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: row
+  check_answer: Callable[[str], None] = _accept
+
+
+def _math(mode: str) -> Kind:
+  """Returns the kind scored by the reward of that mode; without symbolic comparison, so that scores
+  are the same on every machine.
+  """
+  math = Math(mode, symbolic='off')
+
+  def is_right(completion: str, prompt: str, answer: str) -> bool:
+    return math.score(completion, prompt, answer) == 1
+
+  def check_answer(answer: str) -> None:
+    math.score('', '', answer)
+
+  return Kind(is_right, check_answer=check_answer)
+
+
+# match: equal to the answer after `metrics.normalize`.
+KINDS = {
+  'choice': Kind(None),
+  'match': Kind(lambda completion, prompt, answer: normalized_match(answer, completion)),
+  'math': _math('flexible'),
+  'math_strict': _math('strict'),
+}
+
+
+def find_kind(name: str) -> Kind:
+  """Returns the kind of a name in KINDS, or the user's object 'module:OBJECT'.
+
+  Raises:
+    ConfigError: there is none, or it is of another type.
+  """
+  if name in KINDS:
+    return KINDS[name]
+  found = named_object.load('eval.tasks', name)
+  if not isinstance(found, Kind):
+    raise named_object.wrong('eval.tasks', name, found, 'a ftjax.evaluation.tasks.Kind')
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,50 +154,13 @@ class Task:
   classes: tuple[str, ...] | None
 
 
-def is_right(kind: str, row: Row, said: str, prompt: str) -> bool:
-  """Returns whether a generated text counts, in a task of any kind but choice.
-
-  Args:
-    kind: of the task.
-    row: the question.
-    said: the text, with special tokens that carry content.
-    prompt: everything that the model read: its end may have opened a thought.
-  """
-  if kind == 'match':
-    return normalized_match(row.answer, said)
-  return _MATH[kind].score(said, prompt, row.answer) == 1
-
-
-def parse_spec(spec: str) -> tuple[str, str, str]:
-  """'name=kind:path' -> (name, kind, path).
+def load_tasks(specs: Iterable[tuple[str, str, str]]) -> tuple[Task, ...]:
+  """Returns the tasks of (name, kind, path) triples.
 
   Raises:
-    ConfigError: another shape or kind, or a name that is no file name.
-  """
-  name, equals, rest = spec.partition('=')
-  kind, colon, path = rest.partition(':')
-  if not (equals and colon and path.strip() and _NAME.fullmatch(name.strip())):
-    raise ConfigError(
-      f'eval.tasks: got {spec!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
-      'the name of letters, digits and _ . -'
-    )
-  if kind.strip() not in KINDS:
-    raise ConfigError(f'eval.tasks: {spec!r} has the kind {kind!r}, expected one of {KINDS}')
-  return name.strip(), kind.strip(), path.strip()
-
-
-def load_tasks(specs: Sequence[str]) -> tuple[Task, ...]:
-  """All tasks of `eval.tasks`.
-
-  Raises:
-    ConfigError: a bad spec, or a name given twice.
     DataError: a file that cannot be used; names file and line.
   """
-  parsed = [parse_spec(s) for s in specs]
-  names = [name for name, _, _ in parsed]
-  if twice := sorted({n for n in names if names.count(n) > 1}):
-    raise ConfigError(f'eval.tasks: {twice} named twice; a name is a file of eval/')
-  return tuple(load_task(*p) for p in parsed)
+  return tuple(load_task(*spec) for spec in specs)
 
 
 def load_task(name: str, kind: str, path: str) -> Task:
@@ -154,7 +172,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
   spec = sources.parse_spec(path)
   if spec.weight is not None:
     raise ConfigError(f'eval.tasks: {path!r} has a weight; leave the @weight out')
-  rows, bad, places, unread = [], [], {}, set()
+  scoring, rows, bad, places, unread = find_kind(kind), [], [], {}, set()
   try:
     names = sources.source_names(spec)
   except DataError as e:
@@ -165,7 +183,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(found, kind, usual_id, place, spec.format)
+      row, others = _read_row(scoring.read(found), scoring, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -180,10 +198,13 @@ def load_task(name: str, kind: str, path: str) -> Task:
   if not rows:
     raise DataError(f'{path}: no rows (eval.tasks, task {name!r})')
   offered = {tuple(sorted(r.choices)) for r in rows}
-  classes = next(iter(offered)) if kind == 'choice' and len(offered) == 1 else None
+  classes = next(iter(offered)) if scoring.is_right is None and len(offered) == 1 else None
   if unread:
     log.info('eval.tasks %s: columns not read: %s', name, ', '.join(sorted(unread)))
-  return Task(name, kind, path, tuple(rows), _digest(spec), classes)
+  content = _digest(spec)
+  if kind not in KINDS:
+    content = digest([content, named_object.fingerprint(kind)])
+  return Task(name, kind, path, tuple(rows), content, classes)
 
 
 def _digest(spec: sources.Spec) -> str:
@@ -194,9 +215,9 @@ def _digest(spec: sources.Spec) -> str:
 
 
 def _read_row(
-  row: Mapping[str, Any], kind: str, usual_id: int | str, place: str, form: str | None
+  row: Mapping[str, Any], kind: Kind, usual_id: int | str, place: str, form: str | None
 ) -> tuple[Row, set[str]]:
-  """(the question, columns that are not read). Raises ValueError with the reason."""
+  """Returns (the row, columns that are not read). Raises ValueError with the reason."""
   given = [k for k in PROMPT_KEYS.values() if row.get(k) is not None]
   if form is None and len(given) != 1:
     raise ValueError(f'expected one of "messages" and "prompt", got {given or "neither"}')
@@ -206,9 +227,11 @@ def _read_row(
   found = prompt_rows.read_prompt(row, True, form)
   if isinstance(found.asked, str) and not found.asked.strip():
     _read_text(row, 'prompt')
-  choices, answer = _read_choices(row) if kind == 'choice' else ((), _read_text(row, 'answer'))
-  if kind in _MATH:
-    _MATH[kind].score('', '', answer)  # refuses an answer that nothing can equal
+  if kind.is_right is None:
+    choices, answer = _read_choices(row)
+  else:
+    choices, answer = (), _read_text(row, 'answer')
+    kind.check_answer(answer)
   name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')

@@ -9,7 +9,6 @@ A model in the state has its parameters under its own name beside those of the t
 `reference/...`, `value/...`."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,9 +19,10 @@ from jax.sharding import Mesh
 from ftjax.cluster import processes
 from ftjax.config import algorithms, section
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.experiment import weights
+from ftjax.experiment import model_record, weights
+from ftjax.families import table
 from ftjax.hf import load as hf_load
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
@@ -35,11 +35,13 @@ class AuxiliaryModel:
     record: its row of config/algorithms.py.
     path: folder of its own weights; '': it starts from the weights that training starts from.
     policy: architecture of the trained model.
+    family: value of model.family.
   """
 
   record: algorithms.Auxiliary
   path: str
   policy: Architecture
+  family: str
 
   @property
   def name(self) -> str:
@@ -85,7 +87,7 @@ class AuxiliaryModel:
     read_config: folder -> config.json as a dict.
     """
     has_own = self.path and self.is_of_rollouts
-    arch = from_hf(read_config(self.path)) if has_own else self.policy
+    arch = table.architecture(read_config(self.path), self.family) if has_own else self.policy
     return dataclasses.replace(arch, num_labels=int(self.record.has_score))
 
   def load(self, first: str, mesh: Mesh, dtype: str, seed: int) -> dict:
@@ -99,7 +101,7 @@ class AuxiliaryModel:
       dtype: of all parameters.
       seed: of random weights.
     """
-    params = weights.load(self.path or first, self.architecture(), mesh, dtype, seed)
+    params = weights.load(self.path or first, self.architecture(), mesh, dtype, seed, self.family)
     if self.record.has_score and not self.path:
       params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
     return params
@@ -119,7 +121,7 @@ class AuxiliaryModel:
       return
     key = f'{self.record.source_key}={self.path}'
     _check_tokens(key, Tokenizer(hf_load.tokenizer_files(self.path), self.path), policy)
-    found = from_hf(hf_load.read_config(self.path))
+    found = table.architecture(hf_load.read_config(self.path), self.family)
     if self.record.has_score and not found.num_labels:
       raise ConfigError(
         f'{key} is no reward model: it has no score. Name the export/ folder of a run with '
@@ -128,16 +130,18 @@ class AuxiliaryModel:
     if found.max_len < seq_len:
       raise ConfigError(f'{key} was made for {found.max_len} positions, seq_len={seq_len}')
 
-  def fingerprint(self, first: Callable[[], str]) -> str | None:
+  def fingerprint(self, first: Callable[[], str], workdir: str) -> str | None:
     """Returns the sha256 that a resume must find again; None for a model whose weights a resume
     finds in the checkpoint.
 
-    first: the fingerprint of the weights that training starts from.
+    Args:
+      first: the fingerprint of the weights that training starts from.
+      workdir: of the run.
     """
     if not self.path:
       return None if self.is_trained else first()
     processes.check_same(self.record.source_key, digest(hf_load.outline(self.path)))
-    return processes.from_main(functools.partial(hf_load.fingerprint, self.path))
+    return model_record.fingerprint(self.path, workdir)
 
   def describe(self) -> str:
     """Returns a few words for the summary at the start of a run."""
@@ -202,5 +206,5 @@ def find(c: ml_collections.ConfigDict, policy: Architecture) -> AuxiliaryModels:
   values = section.flat(c)
   found = algorithms.of(c).auxiliary(c)
   return AuxiliaryModels(
-    tuple(AuxiliaryModel(a, values.get(a.source_key) or '', policy) for a in found)
+    tuple(AuxiliaryModel(a, values.get(a.source_key) or '', policy, c.model.family) for a in found)
   )

@@ -9,12 +9,14 @@ import logging
 import jax.numpy as jnp
 
 from ftjax.cluster import processes
+from ftjax.config import task_specs
 from ftjax.data import encode, formats, prompt_rows
 from ftjax.evaluation import report, tasks
 from ftjax.evaluation import run as evaluation
 from ftjax.experiment.run import Run
 from ftjax.experiment.transcript import Transcripts
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.generation.scorer import Scorer
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -34,14 +36,15 @@ class Evaluator:
   def __init__(self, run: Run):
     c = run.config
     self.run = run
-    self.tasks = tasks.load_tasks(tuple(c.eval.tasks))
+    self.tasks = tasks.load_tasks(task_specs.parse_all(c.eval.tasks))
     # Every process makes the batches, each puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
     self.folder = files.join(run.workdir, 'eval')
     self._dtype = jnp.dtype(c.model.compute_dtype)
     tokenizer = run.model.tokenizer
-    self._sampler = Sampler(
+    self._engine = Engine(
       *(run.arch, self._dtype, run.model.stop_ids, tokenizer.pad_id),
+      slots=c.eval.batch_size,
       vocab_size=tokenizer.vocab_size,
     )
     self._transcripts = Transcripts(tokenizer, run.model.stop_ids)
@@ -85,7 +88,7 @@ class Evaluator:
 
     @functools.cache  # tasks of different kinds may ask the rows of one file
     def generated(prompts, most):
-      return self._sampler.generate(params, prompts, most, _GREEDY)
+      return self._complete(params, prompts, most)
 
     def generate(prompts, most):
       beat()
@@ -177,11 +180,16 @@ class Evaluator:
     for row in rows:
       log.info(console.sample(step, row['prompt'], row['answer']))
 
+  def _complete(self, params: dict, prompts, most: int) -> list[list[int]]:
+    """Returns greedy completions of prompts, of at most `most` tokens, without stop tokens."""
+    found = self._engine.generate_at_once(params, prompts, max_tokens=most, sampling=_GREEDY)
+    return [c.before_stop(self._engine.stop_ids) for c in found]
+
   def _generate(self, params: dict) -> list[str]:
     """Greedy answers to eval.prompts."""
     most = self.run.config.eval.max_tokens
     with self.run.watchdog.phase('evaluate'):
-      ids = self._sampler.generate(params, self._prompts, most, _GREEDY)
+      ids = self._complete(params, self._prompts, most)
     return [self._transcripts.completion(i).strip() for i in ids]
 
   def cut(self, step: int, drop_eval: bool) -> None:

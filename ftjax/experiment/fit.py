@@ -25,6 +25,7 @@ from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
+from ftjax.models import counts
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import attempt
 from ftjax.storage import files, program_cache
@@ -87,19 +88,16 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     trainer = Trainer(run, parts.loss)  # optimizer, state in shapes, step
     checkpoints = stack.enter_context(_checkpoints(run))
     evaluator, console = compare.Evaluator(run), summary.make_console(c)
-    fingerprints = resume.fingerprints(run)
-    start = resume.find(run, checkpoints, fingerprints)
+    start = resume.find(run, checkpoints)
     _write_json(run, 'config.json', _plain(c))
     writer = _writer(run)
     resume.cut((writer, evaluator, source), start)
-    _log_start(trainer, start, console, fingerprints)
+    _log_start(trainer, start, console)
     if start.should_train:
       source.prepare()
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
     if start.should_train:
-      session = _Session(
-        trainer, parts, source, checkpoints, evaluator, console, writer, fingerprints
-      )
+      session = _Session(trainer, parts, source, checkpoints, evaluator, console, writer)
       state = _train(session, state, start)
     source.close()
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
@@ -165,9 +163,7 @@ def _writer(run: Run) -> MetricsWriter:
   )
 
 
-def _log_start(
-  trainer: Trainer, start: resume.Start, console: Console, fingerprints: dict[str, str]
-) -> None:
+def _log_start(trainer: Trainer, start: resume.Start, console: Console) -> None:
   """Logs the summary of what will be trained, or why nothing is left."""
   run = trainer.run
   if start.saved:
@@ -175,7 +171,7 @@ def _log_start(
   if start.should_train:
     log.info(summary.start(trainer, start.step))
     if start.saved:
-      order = fingerprints['data order']
+      order = run.data.fingerprints()['data order']
       log.info(summary.resumed(run, start.step, start.saved['cursor'], order))
     return
   why = 'all steps are done' if start.step == run.steps else 'it was stopped early by its patience'
@@ -209,7 +205,6 @@ class _Session:
   evaluator: compare.Evaluator
   console: Console
   writer: MetricsWriter
-  fingerprints: dict[str, str]
 
 
 def _train(s: _Session, state: State, start: resume.Start) -> State:
@@ -218,7 +213,9 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   with run.watchdog.phase('compile'):
     compiled = trainer.compile()
   s.writer.open()
-  _write_manifest(s, compiled)
+  # After the weights were loaded, which hashes them.
+  fingerprints = resume.fingerprints(run)
+  _write_manifest(trainer, compiled, fingerprints)
 
   def evaluate(state, step, is_cancelled):
     values = s.parts.evaluate(state.averaged(), is_cancelled)
@@ -235,7 +232,8 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
       'step': step,
       'cursor': run.cursor(step),
       'config': _plain(c),
-      'fingerprints': s.fingerprints,
+      'fingerprints': fingerprints,
+      'code': resume.user_code(c),
       'source': s.source.saving(step),
     }
 
@@ -271,13 +269,15 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     traces.close()
 
 
-def _write_manifest(s: _Session, compiled: jax.stages.Compiled) -> None:
-  run, printed = s.trainer.run, program_text(compiled)
+def _write_manifest(
+  trainer: Trainer, compiled: jax.stages.Compiled, fingerprints: dict[str, str]
+) -> None:
+  run, printed = trainer.run, program_text(compiled)
   content = manifest.build(
     section.plain(run.config),
-    s.fingerprints,
+    fingerprints,
     hashlib.sha256(printed.encode()).hexdigest() if printed else '',
-    s.trainer.compiler_options,
+    trainer.compiler_options,
     run.data.counts(),
   )
   _write_json(run, 'manifest.json', content)
@@ -293,9 +293,8 @@ def _throughput(trainer: Trainer) -> Throughput:
   if peak:
     log.info('MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s', peak.source)
   return Throughput(
-    matmul_params=arch.matmul_params(),
-    num_layers=arch.num_layers,
-    attention_dim=arch.num_heads * arch.head_dim,
+    matmul_params=counts.matmul_params(arch),
+    attention_width=counts.attention_width(arch),
     peak=peak,
   )
 

@@ -1,13 +1,16 @@
 """A model before its weights: architecture, tokenizer and files, read from a folder or random."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 
-from ftjax.cluster import processes
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment import model_record
+from ftjax.families import table
 from ftjax.hf import load, reward_head
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -16,9 +19,9 @@ from ftjax.runtime.errors import ConfigError, DataError
 class Model:
   """A model before its weights: architecture, tokenizer, and the files they came from.
 
-  stop_ids: tokens that end an answer: the tokenizer's, and the one its template ends turns with.
-  source: HF folder or GGUF file, '' for a random one. fingerprint: sha256 of the weights' content
-  and of the architecture.
+  source: HF folder, GGUF file or hub name; '' for a random one.
+  stop_ids: tokens that end a completion: the tokenizer's, and the one its template ends turns with.
+  hash_weights: returns the SHA-256 of the weights' content.
   """
 
   source: str
@@ -27,39 +30,66 @@ class Model:
   stop_ids: tuple[int, ...]
   config: dict
   files: dict[str, bytes]
-  fingerprint: str
+  hash_weights: Callable[[], str]
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """The SHA-256 of the weights' content and of the architecture; all processes ask for it.
+
+    The same weights under another rope or another epsilon are another model. Before the weights
+    are loaded this reads them; see model_record.py.
+    """
+    return digest([self.hash_weights(), self.arch.facts()])
+
+
+# What LlamaConfig of transformers has for the keys that model.random leaves out.
+LLAMA_DEFAULTS = {
+  'hidden_act': 'silu',
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'max_position_embeddings': 2048,
+  'tie_word_embeddings': False,
+  'attention_bias': False,
+  'mlp_bias': False,
+}
 
 
 def random_config(random: dict) -> dict:
-  """model.random as a HF config.json."""
-  return {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+  """Returns model.random as a HF config.json, complete for the family `llama`."""
+  config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+  return LLAMA_DEFAULTS | config if config['model_type'] == 'llama' else config
 
 
-def open_model(path: str, random: dict, seed: int, weights: bool = True, labels: int = 0) -> Model:
-  """Reads config and tokenizer of a model; `random`: a HF config to make one from; `weights`: read
-  them for the fingerprint; `labels`: 1 makes a reward model of it, where it is none.
+def open_model(
+  path: str, random: dict, seed: int, labels: int = 0, workdir: str = '', family: str = ''
+) -> Model:
+  """Reads config and tokenizer of a model, and none of its weights.
+
+  Args:
+    path: HF folder, GGUF file or hub name; '' for a random model.
+    random: a HF config to make a random model from.
+    seed: of the random weights.
+    labels: 1 makes a reward model of a language model.
+    workdir: whose record may hold the fingerprint of the weights.
+    family: value of model.family.
 
   Raises:
-    ConfigError: a reward model where a language model is wanted.
+    ConfigError: a reward model where a language model is wanted, or another family's model.
   """
   if path:
     found = load.tokenizer_files(path)
     config = load.read_config(path)
-    # Of all the bytes, which one process reads for all.
-    fingerprint = processes.from_main(lambda: load.fingerprint(path)) if weights else ''
+    hash_weights = functools.partial(model_record.fingerprint, path, workdir)
   else:
     found = synthetic.byte_tokenizer()
     config = random_config(random)
     found['config.json'] = json.dumps(config).encode()
-    fingerprint = digest([config, seed])
-  arch = from_hf(config)
+    hash_weights = functools.partial(digest, [config, seed])
+  arch = table.architecture(config, family)
+  table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
   if arch.num_labels and not labels:
     raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
   arch = dataclasses.replace(arch, num_labels=labels)
-  # The same weights under another rope or another epsilon are another model. What follows from the
-  # family is left out, so that models of other families keep the fingerprint they had before it.
-  facts = {k: v for k, v in dataclasses.asdict(arch).items() if k != 'qkv_bias'}
-  fingerprint = digest([fingerprint, facts])
   tokenizer = Tokenizer(found, path or 'model.random')
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
@@ -68,5 +98,5 @@ def open_model(path: str, random: dict, seed: int, weights: bool = True, labels:
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
   if labels:
-    found, config = reward_head.describe(found, config, tokenizer, stops)
-  return Model(path, arch, tokenizer, stops, config, found, fingerprint)
+    found, config = reward_head.describe(arch.family, found, config, tokenizer, stops)
+  return Model(path, arch, tokenizer, stops, config, found, hash_weights)

@@ -7,11 +7,14 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import ml_collections
+
 from ftjax.cluster import processes
-from ftjax.config import algorithms, section
+from ftjax.config import algorithms, choices, section, task_specs
+from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.runtime import redaction
+from ftjax.runtime import named_object, redaction
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
@@ -77,13 +80,12 @@ def cut(writers: Iterable[StepWriter], start: Start) -> None:
     writer.cut(start.step if start.saved else -1, start.progress.eval_pending)
 
 
-def find(run: Run, checkpoints: Checkpoints, found: dict[str, str]) -> Start:
+def find(run: Run, checkpoints: Checkpoints) -> Start:
   """Returns where a run starts: after its newest checkpoint, or before the first step.
 
   Args:
     run: the run.
     checkpoints: of its workdir.
-    found: `fingerprints` of the run.
 
   Raises:
     ConfigError: the checkpoint is of another run or of more steps, or init_from holds no export.
@@ -96,7 +98,7 @@ def find(run: Run, checkpoints: Checkpoints, found: dict[str, str]) -> Start:
       check_source(c.init_from)
     return Start(0, None, True)
   saved = checkpoints.meta(step)
-  check(saved, run, found)
+  check(saved, run, fingerprints(run))
   if saved['cursor'] != run.cursor(step) and saved['config'].get('batch_size') == c.batch_size:
     raise DataError(
       f'{run.workdir}: checkpoint {step} has cursor {saved["cursor"]}, expected '
@@ -121,9 +123,29 @@ def check_source(workdir: str) -> None:
   processes.check_same('init_from', digest(load.outline(export)))
 
 
+def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns fingerprints of the code of a user's modules that a config names, by config key."""
+  names = {key: section.flat(c)[key] for key in choices.OBJECTS}
+  found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
+  if named_object.is_named(c.algorithm):
+    found['algorithm'] = [c.algorithm, algorithms.of(c).module]
+  kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
+  if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
+    found[task_specs.KEY] = own
+  return {key: digest(list(map(named_object.fingerprint, own))) for key, own in found.items()}
+
+
 def check(saved: dict, run: Run, found: dict[str, str]) -> None:
-  """Refuses to resume with other data or another state shape than the checkpoint's, and logs other
-  changes of the config.
+  """Refuses to resume with other data or another state shape than the checkpoint's; warns of the
+  other changes.
+
+  Args:
+    saved: what was saved with the checkpoint.
+    run: the run that resumes.
+    found: `fingerprints` of the run.
+
+  Raises:
+    ConfigError: names what changed.
   """
   now = redaction.redact(section.plain(run.config))
   changed = [k for k in now if saved['config'].get(k) != now[k]]
@@ -131,6 +153,9 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
+  code = user_code(run.config)
+  edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
+  fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]
   fixed += [f'{k}: other content' for k, v in saved['fingerprints'].items() if found.get(k) != v]
   if saved['config'].get('checkpoint.best_metric'):  # its values stand in the checkpoints
     watched = ('checkpoint.best_metric', 'checkpoint.best_mode')
@@ -142,6 +167,10 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '
       f'{"; ".join(fixed)}. Undo that, or give another --workdir '
       '(with --config.init_from=OLD_WORKDIR to start from its weights)'
+    )
+  if edited:
+    log.warning(
+      'edited since the checkpoint: the code of %s', ', '.join(f'{k}={now[k]}' for k in edited)
     )
   if changed:
     log.warning('changed since the checkpoint: %s', ', '.join(f'{k}={now[k]!r}' for k in changed))
@@ -163,7 +192,7 @@ def first_fingerprint(run: Run) -> str:
     return run.model.fingerprint
   check_source(c.init_from)
   export = files.join(c.init_from, 'export')
-  return processes.from_main(lambda: load.fingerprint(export))
+  return model_record.fingerprint(export, run.workdir)
 
 
 def fingerprints(run: Run) -> dict[str, str]:
@@ -175,5 +204,5 @@ def fingerprints(run: Run) -> dict[str, str]:
   """
   own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
   first = functools.partial(first_fingerprint, run)
-  models = {m.name: m.fingerprint(first) for m in run.auxiliary}
+  models = {m.name: m.fingerprint(first, run.workdir) for m in run.auxiliary}
   return own | run.data.fingerprints() | {k: v for k, v in models.items() if v is not None}

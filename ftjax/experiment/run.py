@@ -21,11 +21,11 @@ from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
-from ftjax.experiment import weights
+from ftjax.experiment import model_record, weights
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load as hf_load
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
@@ -102,12 +102,12 @@ class Run:
 
   def parameter_shardings(self) -> dict:
     """Returns the shardings of the trained models' parameters, a nested dict of NamedSharding."""
-    return self._by_name(lambda arch: sharding.shardings(self.mesh, transformer.axes(arch)))
+    return self._by_name(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
 
   def abstract_params(self) -> dict:
     """Returns the parameters of the trained models, a nested dict of ShapeDtypeStruct."""
     dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_name(lambda arch: transformer.abstract(arch, dtype))
+    return self._by_name(lambda arch: kinds.abstract(arch, dtype))
 
   def _by_name(self, of: Callable[[Architecture], dict]) -> dict:
     found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.trained_archs().items()}
@@ -151,8 +151,11 @@ class Run:
     """Returns the model's weights from a folder, or random ones by the seed where it is ''. A
     nested dict of sharded arrays.
     """
+    c = self.config
     with self.watchdog.phase('restore'):
-      return weights.load(source, self.arch, self.mesh, dtype, self.config.seed)
+      if source and (source == self.model.source or c.init_from):
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
+      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family)
 
   @property
   def first_source(self) -> str:
@@ -168,6 +171,8 @@ class Run:
     """Returns the weights of an auxiliary model as they are before the first step."""
     c = self.config
     with self.watchdog.phase('restore'):
+      if source := model.path or self.first_source:
+        model_record.hash_while_loading(source, self.workdir)
       return model.load(self.first_source, self.mesh, c.model.param_dtype, c.seed)
 
 
@@ -191,11 +196,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    model = open_model(c.model.path, random, c.seed, labels=labels)
-    beside = [model.tokenizer.fingerprint, model.stop_ids]
-    processes.check_same(
-      'model.path', digest([model.fingerprint, hf_load.outline(c.model.path), *beside])
-    )
+    _pin_models(c, workdir)
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
+    read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
   if with_data:
@@ -209,6 +213,14 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       processes.check_same('data', digest(data.fingerprints()))
     data.tell()
   return Run(c, workdir, mesh, model, data, watchdog)
+
+
+def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Puts the commits of hub models into the config."""
+  others = (a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key)
+  for key in ('model.path', *others):
+    pinned = model_record.pin(section.flat(c)[key], workdir)
+    c.update_from_flattened_dict({key: pinned})
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
@@ -242,7 +254,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
   """
   check_sizes(c, arch, mesh)
   return Run(
-    c, '', mesh, Model('', arch, None, (), {}, {}, ''), None, Watchdog(c.watchdog.to_dict())
+    c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
   )
 
 
@@ -280,7 +292,7 @@ def _keep_programs(folder: str) -> None:
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
   """Fails before anything is compiled when a size does not divide."""
-  declared = transformer.declared(arch)
+  declared = kinds.declared(arch)
   sharding.check_divides(
     {n: p.axes for n, p in declared.items()},
     {n: p.shape for n, p in declared.items()},

@@ -6,6 +6,7 @@ value model or a reference beside it.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,10 +15,10 @@ import numpy as np
 
 from ftjax.config import algorithms
 from ftjax.experiment.model import Model, open_model
-from ftjax.hf import layout
+from ftjax.models import kinds
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.storage import files, snapshots
+from ftjax.storage import files, hub, snapshots
 
 _TRIES = 5  # a live run removes old steps while this one reads
 T = TypeVar('T')
@@ -48,7 +49,9 @@ class SavedModel:
       field: trees.flatten(saved[field]) for field in ('ema', 'params', 'frozen') if saved[field]
     }
     wanted: dict[str, dict[str, Any]] = {}
-    for name, shape in layout.leaf_shapes(self.model.arch).items():
+    arch = self.model.arch
+    for name in kinds.names(arch, 'base', 'adapter'):
+      shape, own_dtype = kinds.declared(arch)[name].shape, kinds.declared(arch)[name].dtype
       field = next((f for f, leaves in places.items() if name in leaves), None)
       if field is None or tuple(places[field][name].shape) != shape:
         found = 'not there' if field is None else f'of shape {tuple(places[field][name].shape)}'
@@ -56,12 +59,13 @@ class SavedModel:
           f'{self.workdir}, checkpoint {self.step}: {name} is {found}; expected {shape} by the '
           "config.json of the run's model.path, which is another model now"
         )
-      leaf = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=sharding(name))
+      leaf = jax.ShapeDtypeStruct(shape, np.dtype(own_dtype or dtype), sharding=sharding(name))
       wanted.setdefault(field, {})[name] = leaf
     tree = {field: trees.unflatten(leaves) for field, leaves in wanted.items()}
     found = snapshots.read(self.workdir, self.step, tree)
     merged = {n: x for field in wanted for n, x in trees.flatten(found[field]).items()}
-    return trees.unflatten({name: merged[name] for name in sorted(merged)})
+    params = trees.unflatten({name: merged[name] for name in sorted(merged)})
+    return kinds.completed(arch, params, sharding, 0, np.dtype(dtype))
 
 
 def with_step(workdir: str, which: str, use: Callable[[SavedModel], T]) -> T:
@@ -85,6 +89,11 @@ def with_step(workdir: str, which: str, use: Callable[[SavedModel], T]) -> T:
       if which.isdigit() or attempt == _TRIES - 1 or _step(workdir, which) == step:
         raise
   raise AssertionError('unreachable')
+
+
+def family(workdir: str) -> str:
+  """Returns model.family of the run in a workdir."""
+  return json.loads(files.read_text(files.join(workdir, 'config.json'))).get('model.family', '')
 
 
 def _step(workdir: str, which: str) -> int:
@@ -117,14 +126,14 @@ def _open(workdir: str, step: int) -> SavedModel:
   saved = snapshots.meta(workdir, step)
   config: Mapping[str, Any] = saved['config']
   path, random = config.get('model.path', ''), config.get('model.random') or {}
-  if path and not files.exists(path):
+  if path and not files.exists(path) and not hub.is_pinned(path):
     raise DataError(
       f'{workdir}: the run was started with model.path={path}, which is not there. Its config and '
       'tokenizer are needed: run this in the folder where the training was started, or put the '
       'model back'
     )
-  labels = algorithms.find(config['algorithm']).num_labels
-  model = open_model(path, dict(random), config['seed'], weights=False, labels=labels)
+  labels, family = algorithms.find(config['algorithm']).num_labels, config.get('model.family', '')
+  model = open_model(path, dict(random), config['seed'], labels=labels, family=family)
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

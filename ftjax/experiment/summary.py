@@ -12,7 +12,7 @@ import ml_collections
 from ftjax.config import algorithms
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.storage import files
 from ftjax.telemetry import console
 from ftjax.training import optimizer
@@ -36,7 +36,7 @@ def _model(trainer: Trainer) -> console.Model:
   total = frozen = 0
   shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
   for prefix, arch in run.trained_archs().items():
-    for name, declared in transformer.declared(arch).items():
+    for name, declared in kinds.declared(arch).items():
       number = math.prod(declared.shape)
       total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
   return console.Model(

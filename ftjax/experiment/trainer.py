@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import monitoring
 
 from ftjax.experiment.run import Run
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import compiler_options, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
-from ftjax.training.lr_schedule import make_schedule
+from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
 from ftjax.training.state import State, create, state_shardings, with_shardings
 from ftjax.training.step import LossFn, compile_step, make_step
 
@@ -28,7 +28,7 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   """Returns what the optimizer must know of every trained parameter, also of auxiliary models."""
   out = {}
   for prefix, arch in run.trained_archs().items():
-    found = optimizer_lib.leaves(transformer.declared(arch), arch.layer_slots())
+    found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
       f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
       for n, leaf in found.items()
@@ -60,13 +60,9 @@ class Trainer:
     # Auxiliary models that are part of the state and do not change.
     self._constant = tuple(m for m in run.auxiliary.in_state if not m.is_trained)
     info = self.leaves = _leaves(run)
+    numbers = ('lr', 'warmup_steps', 'end_fraction', 'decay_steps')
     self.schedule = make_schedule(
-      c.optim.schedule,
-      c.optim.lr,
-      run.steps,
-      warmup_steps=c.optim.warmup_steps,
-      end_fraction=c.optim.end_fraction,
-      decay_steps=c.optim.decay_steps,
+      c.optim.schedule, ScheduleConfig(steps=run.steps, **{n: c.optim[n] for n in numbers})
     )
     names = (
       'name',
@@ -87,7 +83,7 @@ class Trainer:
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     dtype = jnp.dtype(c.model.param_dtype)
     abstract = jax.eval_shape(self._create, run.abstract_params())
-    others = {m.name: transformer.abstract(m.architecture(), dtype) for m in self._constant}
+    others = {m.name: kinds.abstract(m.architecture(), dtype) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
@@ -115,7 +111,7 @@ class Trainer:
     """
     batch, options = self.run.abstract_batch(), self.compiler_options
     if options:
-      log.info('compiler options: %s', compiler_options.told(options))
+      log.info('compiler options: %s', compiler_options.format_flags(options))
     begin, counts = time.perf_counter(), _CacheCounts()
     compiled = compile_step(self._step, self.abstract, batch, options)
     seconds, cache = time.perf_counter() - begin, counts.close()

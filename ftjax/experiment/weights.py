@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ftjax.families import table
 from ftjax.hf import load as hf_load
-from ftjax.models import transformer
-from ftjax.models.architecture import Architecture, from_hf
+from ftjax.models import kinds
+from ftjax.models.architecture import Architecture
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
 
-_random = jax.jit(transformer.init, static_argnums=(0, 2))
+_random = jax.jit(kinds.init, static_argnums=(0, 2))
 
 
-def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:
+def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int, family: str) -> dict:
   """Returns the parameters of a model as a nested dict of sharded arrays.
 
   Args:
@@ -25,6 +26,7 @@ def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> 
     mesh: the mesh.
     dtype: of all parameters.
     seed: of random weights.
+    family: value of model.family.
 
   Raises:
     ConfigError: `source` holds a model of another architecture.
@@ -32,12 +34,12 @@ def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> 
   dtype, key = jnp.dtype(dtype), jax.random.key(seed)
   if not source:
     return _random(arch, key, dtype)
-  found = from_hf(hf_load.read_config(source)) if arch.num_labels else arch
+  found = table.architecture(hf_load.read_config(source), family) if arch.num_labels else arch
   if dataclasses.replace(found, num_labels=arch.num_labels) != arch:
     raise ConfigError(f'{source}: its architecture, {found}, is not the one expected, {arch}')
-  where = sharding.shardings(mesh, transformer.axes(found))
-  params = hf_load.load_params(source, found, where, dtype)
+  where = sharding.shardings(mesh, kinds.axes(found))
+  params = hf_load.load_params(source, found, where, dtype, seed)
   if found.num_labels == arch.num_labels:
     return params
-  make = jax.jit(lambda key: transformer.init(arch, key, dtype)['score'])
+  make = jax.jit(lambda key: kinds.init(arch, key, dtype)['score'])
   return {k: v for k, v in params.items() if k != 'head'} | {'score': make(key)}

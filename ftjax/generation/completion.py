@@ -1,26 +1,27 @@
-"""What a rollout hands out: completions with the log-probabilities they were drawn with, and what
-ends them."""
+"""Completions with the log-probabilities that their tokens were drawn with, and what ends them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """One sampled continuation of a prompt.
+  """One generated continuation of a prompt.
 
   tokens: ids, with the stop token that ended it. logprobs: float32[len(tokens)], in nats, under
   softmax(logits / temperature) over the whole vocabulary (temperature 0: those of temperature 1):
-  what the trainer's forward computes. kept_logprobs: the same among the tokens that vocab_size,
-  top_k and top_p left, as drawn. truncated: whether it was cut at max_tokens, and not ended by a
-  stop token or string."""
+  what the trainer's forward computes. truncated: whether it was cut at max_tokens, and not ended by
+  a stop token or string."""
 
   tokens: list[int]
   logprobs: np.ndarray
-  kept_logprobs: np.ndarray
   truncated: bool
+
+  def before_stop(self, stop_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens without a stop token at the end."""
+    return self.tokens[:-1] if self.tokens[-1] in stop_ids else self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +43,15 @@ class Unfinished:
   most: int
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
-  kept: list[float] = dataclasses.field(default_factory=list)
 
-  def extend(self, tokens, logprobs, kept, stop_ids, ended) -> Completion | None:
-    """Takes a dispatch's tokens; the completion, if one of them was its last."""
-    for token, logprob, among in zip(tokens, logprobs, kept, strict=True):
+  def extend(self, tokens, logprobs, stop_ids, ended) -> Completion | None:
+    """Takes a dispatch's tokens; returns the completion, if one of them was its last."""
+    for token, logprob in zip(tokens, logprobs, strict=True):
       self.tokens.append(int(token))
       self.logprobs.append(logprob)
-      self.kept.append(among)
       stopped = token in stop_ids or bool(ended and ended(self.tokens))
       if stopped or len(self.tokens) == self.most:
-        scores = (np.array(a, np.float32) for a in (self.logprobs, self.kept))
-        return Completion(self.tokens, *scores, truncated=not stopped)
+        return Completion(self.tokens, np.array(self.logprobs, np.float32), truncated=not stopped)
     return None
 
 

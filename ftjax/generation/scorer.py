@@ -1,7 +1,7 @@
 """Log-probabilities of several continuations of one prompt: the prompt is read once, each
 continuation from its cache.
 
-Prompts are padded on the left as in sampler.py; a continuation of K tokens needs the prompt's last
+Prompts are padded on the left as in padding.py; a continuation of K tokens needs the prompt's last
 hidden state and K - 1 more."""
 
 import functools
@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ftjax.generation.sampler import check_decodable, left_pad
-from ftjax.models import head, transformer
+from ftjax.generation.padding import left_pad
+from ftjax.generation.weights import check_decodable
+from ftjax.models import head, kinds
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
@@ -37,8 +38,8 @@ class Scorer:
     count, _, size = choices.shape
     memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
     zero = jnp.zeros((), jnp.int32)
-    x, memory = transformer.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
-    last, table = x[:, -1:], transformer.head_weights(self.arch, params)
+    x, memory = kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
+    last, table = x[:, -1:], kinds.head_weights(self.arch, params)
     at, totals = jnp.asarray(length, jnp.int32), []
     for c in range(count):
       # For one row, jax 0.12 forgets in indexing how the batch lies.
@@ -53,7 +54,7 @@ class Scorer:
         )
         inputs = jax.sharding.reshard(labels[:, :-1], spec('batch', 'seq'))
         places = Tokens(jnp.ones_like(positions), positions)
-        x, _ = transformer.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
+        x, _ = kinds.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
       totals.append(head.token_logprobs(states, table, labels, weight).sum(-1))
     return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it

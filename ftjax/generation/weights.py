@@ -3,19 +3,17 @@ gathering while decoding, and shown to be those of the trainer."""
 
 import functools
 import random
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from ftjax.models import head, transformer
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
-from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.checksum import checksum
-from ftjax.runtime.sharding import AXES, batch_axis_size, spec
+from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.sharding import AXES, spec
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
@@ -25,6 +23,12 @@ def rollout_mesh(mesh: Mesh) -> Mesh:
   grid = mesh.devices  # [data, fsdp, context, tensor, expert]
   grid = grid.transpose(0, 1, 2, 4, 3).reshape(-1, 1, 1, mesh.shape['tensor'], 1)
   return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def check_decodable(mesh: Mesh) -> None:
+  """Raises ConfigError where the sequence is split: a cache is written along it."""
+  if mesh.shape['context'] > 1:
+    raise ConfigError(f'mesh.context={mesh.shape["context"]}: decoding needs mesh.context=1')
 
 
 def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
@@ -42,7 +46,7 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
   # Cast first, where the parameters lie: half the bytes travel.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
     small = _cast(params, jnp.dtype(dtype))
-  return jax.device_put(small, sharding.shardings(mesh, transformer.axes(arch)))
+  return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -78,28 +82,3 @@ def _checksums(leaves: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.
     return jax.sharding.reshard(checksum(x, place), spec())
 
   return {n: one(leaf) for n, leaf in leaves.items()}
-
-
-def probe(arch: Architecture, params: dict, tokens: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
-  """float32[T - 1]: log-probabilities of a probe text's tokens after its first, in nats, on the
-  mesh where params lie. Trainer's and rollout's differ by rounding alone.
-  """
-  mesh = jax.tree.leaves(params)[0].sharding.mesh
-  with jax.set_mesh(mesh):
-    # The sequence may be split: padded to a length that all ways divide.
-    ways = mesh.shape['context']
-    length = -(-len(tokens) // ways) * ways
-    rows = np.zeros((4, batch_axis_size(), length), np.int32)
-    rows[0, :, : len(tokens)], rows[1, :, : len(tokens) - 1] = tokens, tokens[1:]
-    rows[2, :, : len(tokens)], rows[3] = 1, np.arange(length)
-    arrays = (sharding.put(mesh, r, 'batch', 'seq') for r in rows)
-    out = _probe(arch, params, *arrays, jnp.dtype(dtype))
-  return np.asarray(out)[0, : len(tokens) - 1]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _probe(arch, params, tokens, labels, segments, positions, dtype):
-  x = transformer.apply(arch, params, tokens, Tokens(segments, positions), dtype=dtype)
-  table = transformer.head_weights(arch, params)
-  weights = segments.astype(jnp.float32)
-  return jax.sharding.reshard(head.token_logprobs(x, table, labels, weights), spec(None, None))

@@ -1,9 +1,10 @@
 """Writes HF model folders that transformers loads: from parameters on devices, or straight from
 another tensor source.
 
-Tensors go out one at a time in HF's names and layout (`names.py`), into a folder beside the target
-that takes its name only when it is whole; in a bucket, whose objects cannot be renamed, config.json
-comes last and goes first. config.json and the tokenizer files keep what the source had.
+Tensors are written one at a time in HF's names and layout (families/, `layout.py`), into a
+temporary folder that is renamed to the target when it is complete; in a bucket, whose objects
+cannot be renamed, config.json is written last and removed first. config.json and the tokenizer
+files keep the source's content.
 """
 
 from __future__ import annotations
@@ -18,17 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ftjax.families import table, tensor_map
 from ftjax.hf import layout, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.safetensors import (
-  INDEX_FILE,
-  MAX_SHARD_BYTES,
-  MODEL_FILES,
-  TensorInfo,
-  parse_json,
-  write_folder,
-)
-from ftjax.models.architecture import Architecture, to_hf
+from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
+from ftjax.hf.tensor_source import TensorInfo
+from ftjax.hf.weight_files import INDEX_FILE, parse_json
+from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files as files_lib
@@ -42,21 +39,23 @@ _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 
 
 def is_ours(path: Path) -> bool:
-  """Whether a model folder consists of such files, so that replacing it loses nothing else."""
+  """Returns whether a file belongs to a model folder, so that replacing the folder loses nothing
+  else.
+  """
   if path.name == model_folder.TEMPLATES and path.is_dir():
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in MODEL_FILES or model_folder.is_side_file(path.name)
+  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-  """Gives a temporary folder that replaces `target` when the block ends well, else vanishes.
+  """Yields a temporary folder that replaces `target` when the block ends well, else is removed.
 
   Raises:
-    DataError: the target is a file, or holds something that no model folder does.
+    DataError: the target is a file, or holds a file that no model folder has.
   """
   target = files_lib.as_path(target)
   if target.is_file():
@@ -64,7 +63,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
   foreign = sorted(p.name for p in target.iterdir() if not is_ours(p)) if target.is_dir() else []
   if foreign:
     raise DataError(
-      f'{target} holds {foreign[0]}, which no model folder does; it is not replaced. Give another '
+      f'{target} holds {foreign[0]}, which no model folder has; it is not replaced. Give another '
       'folder'
     )
   if files_lib.is_remote(target):
@@ -73,8 +72,7 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     return
   target.parent.mkdir(parents=True, exist_ok=True)
   temp, old = (target.with_name(f'.{target.name}.{end}') for end in ('partial', 'old'))
-  # What a killed process may have left: half a folder, or the old one between the two renames
-  # below.
+  # A killed process may have left half a folder, or the old one between the two renames below.
   if old.is_dir() and not target.exists():
     old.rename(target)
   for left in (temp, old):
@@ -92,10 +90,10 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _whole_prefix(target: Path) -> Iterator[Path]:
-  """`whole_folder` in a bucket: the block writes below another prefix, and what it wrote is copied
-  inside the store. While that goes on the target has no config.json, and no reader takes it for a
-  model; who is killed there, or refused, leaves it so and the new one whole below the other prefix.
-  The next export makes it whole.
+  """Implements `whole_folder` in a bucket: the block writes below another prefix, and its objects
+  are copied inside the store. During the copy the target has no config.json, and no reader takes it
+  for a model. A process that is killed or refused there leaves the new folder complete below the
+  other prefix; the next export completes the target.
   """
   temp = target.with_name(f'.{target.name}.partial')
   temp.remove_tree()
@@ -105,7 +103,7 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     temp.remove_tree()
     raise
   new, old = _objects(temp), _objects(target)
-  marks = ('config.json', INDEX_FILE)  # in the order of going; they come in the reverse
+  marks = ('config.json', INDEX_FILE)  # removed in this order, written in the reverse
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
       with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
@@ -120,7 +118,7 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
 
 
 def _objects(folder: Path) -> dict[str, Path]:
-  """The objects of a model folder in a bucket, by their names below it."""
+  """Returns the objects of a model folder in a bucket, by their names below it."""
   found = {p.name: p for p in folder.iterdir()} if folder.is_dir() else {}
   if model_folder.TEMPLATES not in found:
     return found
@@ -135,7 +133,7 @@ def write_model(
   files: Mapping[str, bytes],
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ):
-  """Writes weights and small files as one HF folder, whole or not at all.
+  """Writes weights and small files as one HF folder, completely or not at all.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
@@ -150,32 +148,31 @@ def write_model(
 
 
 def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
-  """config.json: the source's own bytes, or with its dtype key replaced when the weights have
-  another dtype.
+  """Returns config.json: the source's own bytes, or with its dtype key replaced when the weights
+  have another dtype.
 
   transformers 5 writes `dtype`, 4 wrote `torch_dtype`; whichever is there is kept.
   """
-  told = {key: source[key] for key in ('dtype', 'torch_dtype') if key in source}
+  stated = {key: source[key] for key in ('dtype', 'torch_dtype') if key in source}
   name = np.dtype(dtype).name
   # Without the key, readers take float32.
-  if all(value == name for value in (told or {'': 'float32'}).values()):
+  if all(value == name for value in (stated or {'': 'float32'}).values()):
     unchanged = original is not None and parse_json(original, 'config.json') == source
     return original if unchanged else dump_json(source)
-  return dump_json(dict(source) | dict.fromkeys(told or ('torch_dtype',), name))
+  return dump_json(dict(source) | dict.fromkeys(stated or ('torch_dtype',), name))
 
 
 def generation_file(
   original: bytes | None, config: Mapping[str, Any], stop_ids: tuple[int, ...]
 ) -> bytes | None:
-  """generation_config.json whose eos_token_id holds all of `stop_ids`.
-
-  The original's bytes if it does already.
+  """Returns a generation_config.json whose eos_token_id holds all of `stop_ids`; the original's
+  bytes if it does already.
   """
   if original is None and not stop_ids:
     return None
   content = {} if original is None else parse_json(original, 'generation_config.json')
-  told = content.get('eos_token_id', config.get('eos_token_id'))
-  known = [] if told is None else list(told) if isinstance(told, list) else [told]
+  ids = content.get('eos_token_id', config.get('eos_token_id'))
+  known = [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
   stops = list(dict.fromkeys([*known, *map(int, stop_ids)]))
   if original is not None and (not stop_ids or (stops == known and 'eos_token_id' in content)):
     return original
@@ -199,28 +196,33 @@ def export(
   """Writes parameters as a HF folder: HF names and layout, unstacked, one tensor on the host at a
   time.
 
-  Every process of a run calls this, since gathering a tensor takes all of them; process 0 writes.
+  Every process of a run calls this, since gathering a tensor needs all of them; process 0 writes.
+  Adapters and derived leaves are not written.
 
   Args:
     params: nested dict of (possibly sharded) arrays.
     arch: the model.
     target: folder to write, replaced if it is a model folder.
     source_config: the model's config.json as `load.read_config` gave it, whose keys and values are
-      kept; None for a model made on the spot.
+      kept; None for a random model.
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens and dtype.
     dtype: of the written tensors.
-    stop_ids: token ids that training taught as the end of an answer.
+    stop_ids: token ids that end a completion.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  from ftjax.cluster import processes  # which imports jax
+  # They import jax.
+  from ftjax.cluster import processes
+  from ftjax.models import kinds
 
   leaves, dtype = trees.flatten(params), np.dtype(dtype)
-  bindings = {b.hf: b for b in layout.bindings(arch)}
+  bindings = layout.by_tensor(arch)
   wanted = layout.leaf_shapes(arch)
-  found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+  # Adapters and derived leaves are no tensors of the model's files.
+  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
+  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
   if found != wanted:
     wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     raise ValueError(
@@ -229,15 +231,14 @@ def export(
     )
 
   def read(name: str) -> np.ndarray:
-    b = bindings[name]
-    value = _on_host(leaves[b.leaf], b.layer)
-    return np.ascontiguousarray(layout.to_hf(b, value)).astype(dtype, copy=False)
+    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
     for name in bindings:
       read(name)
     return
-  config = to_hf(arch) if source_config is None else source_config
+  config = table.config(arch) if source_config is None else source_config
   files = dict(tokenizer_files)
   files['config.json'] = config_file(config, files.get('config.json'), dtype)
   generation = generation_file(files.get('generation_config.json'), config, stop_ids)
@@ -246,13 +247,15 @@ def export(
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _on_host(leaf: jax.Array, layer: int | None) -> np.ndarray:
-  """A leaf, or its index `layer` along L, as one host array."""
+def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array."""
   import jax
 
   # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the
   # host.
-  part = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+  part = leaf
+  for i in at:
+    part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
   if part.is_fully_addressable:
     return np.asarray(part)
   from jax.experimental import multihost_utils

@@ -14,34 +14,29 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.families import llama, table
 from ftjax.hf import gguf_files
-from ftjax.hf.safetensors import Index, TensorInfo, full_index
-from ftjax.models.architecture import Architecture, RopeScaling, to_hf
+from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  Norm,
+  Rope,
+  RopeScaling,
+)
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 
-_NAMES = {
-  'token_embd.weight': 'model.embed_tokens.weight',
-  'output_norm.weight': 'model.norm.weight',
-  'output.weight': 'lm_head.weight',
-}
-_LAYER_NAMES = {
-  'attn_norm': 'input_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
-}
+# {name in a GGUF file: HF name}, each with {l} for the layer.
+_NAMES = {row.gguf: row.hf for row in llama.ROWS if row.gguf}
 _ROPE_TENSOR = 'rope_freqs.weight'
 
 
-class GGUFSource:
+class GGUFSource(TensorSource):
   """A tensor source over one GGUF file of the `llama` architecture, or over the first part of one
   with its other parts beside it. All tensors are presented as float32.
 
@@ -51,6 +46,7 @@ class GGUFSource:
   """
 
   def __init__(self, path: str | os.PathLike):
+    super().__init__()
     self.place = str(path)
     parts = gguf_files.open_parts(files.as_path(path))
     self._reader = parts[0].reader
@@ -74,13 +70,14 @@ class GGUFSource:
       raise DataError(
         f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to Q8_0'
       )
-    if tensor.name == _ROPE_TENSOR:
-      self._rope_factors = self._dequantize((path, tensor), slice(None))
-      return
-    name = _hf_name(tensor.name, str(path))
+    is_rope = tensor.name == _ROPE_TENSOR
+    name = tensor.name if is_rope else _hf_name(tensor.name, str(path))
     if name in self._stored:
       raise DataError(f'{path}: {tensor.name} is also in {self._stored[name][0].name}')
     self._stored[name] = path, tensor
+    if is_rope:
+      self._rope_factors = self._dequantize(name, slice(None))
+      return
     # GGUF lists the fastest axis first.
     shape = tuple(int(n) for n in reversed(tensor.shape))
     self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
@@ -117,29 +114,49 @@ class GGUFSource:
     return _shortest(value)
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """See `TensorSource.read`: float32, only the rows that the index touches are dequantized."""
+    """Returns a tensor or a part of it as float32; dequantizes only the rows that it needs."""
     shape = self.tensors[name].shape
     index = full_index(shape, index)
     if not name.endswith(('.q_proj.weight', '.k_proj.weight')):
-      return np.ascontiguousarray(
-        self._dequantize(self._stored[name], index[0])[(slice(None), *index[1:])]
-      )
+      return np.ascontiguousarray(self._dequantize(name, index[0])[(slice(None), *index[1:])])
     head_dim = self._head_dim()
     begin, end, _ = index[0].indices(shape[0])
     # Rows move within a head only: read whole heads, undo the order, cut.
     first, last = begin // head_dim * head_dim, -(-end // head_dim) * head_dim
-    rows = self._dequantize(self._stored[name], slice(first, last))
+    rows = self._dequantize(name, slice(first, last))
     rows = half_rotation(rows, head_dim)
     return np.ascontiguousarray(rows[(slice(begin - first, end - first), *index[1:])])
 
-  def _dequantize(self, stored_in: tuple[Path, Any], rows: slice) -> np.ndarray:
+  def _dequantize(self, name: str, rows: slice) -> np.ndarray:
     from gguf import dequantize
 
-    path, tensor = stored_in
+    path, tensor = self._stored[name]
     stored = self._stored_rows(path, tensor, rows)
+    begin, _, _ = rows.indices(tensor.data.shape[0])
+    row_bytes = tensor.data.nbytes // max(1, tensor.data.shape[0])
+    self.was_read(name, begin * row_bytes, stored.reshape(-1).view(np.uint8))
     # A broken f16 scale may overflow; the non-finite value is found by the check on export.
     with np.errstate(over='ignore', invalid='ignore'):
       return np.array(dequantize(stored, tensor.tensor_type), np.float32)
+
+  def stored(self) -> dict[str, tuple[str, int]]:
+    """Returns (quantization and shape, bytes) of every tensor, by its HF name."""
+    return {
+      name: (f'{t.tensor_type.name} {[int(n) for n in t.shape]}', t.data.nbytes)
+      for name, (_, t) in self._stored.items()
+    }
+
+  def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
+    """Returns a range of a tensor's quantized bytes."""
+    path, tensor = self._stored[name]
+    if not files.is_remote(path):
+      return memoryview(tensor.data.reshape(-1).view(np.uint8)[begin:end])
+    with path.open('rb', buffering=0) as file:
+      file.seek(tensor.data_offset + begin)
+      out = file.read(end - begin)
+    if len(out) != end - begin:
+      raise DataError(f'{path}: {tensor.name} ends with the file; truncated download?')
+    return memoryview(out)
 
   def _stored_rows(self, path: Path, tensor: Any, rows: slice) -> np.ndarray:
     if not files.is_remote(path):
@@ -184,18 +201,21 @@ class GGUFSource:
     embed = self.tensors.get('model.embed_tokens.weight')
     if embed is None:
       raise DataError(f'{self.place}: token_embd.weight is missing')
+    norm = Norm(self.number('llama.attention.layer_norm_rms_epsilon'))
+    mixer = AttentionSpec(
+      num_heads=heads,
+      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
+      head_dim=head_dim,
+      rope=Rope(theta, scaling),
+    )
+    mlp = GatedMlpSpec(self.count('llama.feed_forward_length'))
+    block = BlockSpec(mixer, mlp, norm)
     return Architecture(
       family='llama',
       vocab_size=embed.shape[0],
       model_dim=self.count('llama.embedding_length'),
-      num_layers=self.count('llama.block_count'),
-      num_heads=heads,
-      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
-      head_dim=head_dim,
-      ffn_dim=self.count('llama.feed_forward_length'),
-      norm_eps=self.number('llama.attention.layer_norm_rms_epsilon'),
-      rope_theta=theta,
-      rope_scaling=scaling,
+      stacks=(((block,), self.count('llama.block_count')),),
+      final_norm=norm,
       tied='lm_head.weight' not in self.tensors,
       max_len=self.count('llama.context_length'),
     )
@@ -204,7 +224,7 @@ class GGUFSource:
     """A HF config.json."""
     ids = {key: self.field(f'tokenizer.ggml.{name}') for key, name in TOKEN_ID_KEYS.items()}
     ids = {key: int(value) for key, value in ids.items() if value is not None}
-    return to_hf(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
+    return table.config(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
 
 
 TOKEN_ID_KEYS = {
@@ -215,14 +235,14 @@ TOKEN_ID_KEYS = {
 
 
 def _hf_name(name: str, place: str) -> str:
-  if name in _NAMES:
-    return _NAMES[name]
-  match = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
-  if not match or match[2] not in _LAYER_NAMES:
+  layer = re.match(r'blk\.(\d+)\.', name)
+  number = layer[1] if layer else ''
+  found = _NAMES.get(name.replace(f'blk.{number}.', 'blk.{l}.', 1))
+  if found is None:
     raise DataError(
       f'{place}: no HF name is known for tensor {name}; this decoder does not compute with it'
     )
-  return f'model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight'
+  return found.replace('{l}', number)
 
 
 def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 they will have.
 
 Strict in both directions: every parameter is filled, every tensor of the file is used, else an
-error with the names. Next: `names.py` for the table, `safetensors.py` for the files, `export.py`
-for the way out.
+error with the names. Next: families/ for the tensor maps, `layout.py` for the layouts,
+`safetensors.py` for the files, `export.py` for the way out.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, safetensors, weight_files
+from ftjax.families import hf_config, table, tensor_map
+from ftjax.families.tensor_map import Binding
+from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
-from ftjax.hf.safetensors import SafetensorsFolder, TensorSource, parse_json
-from ftjax.models import config_keys
+from ftjax.hf.safetensors import SafetensorsFolder
+from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
@@ -40,17 +43,44 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions ap
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """The tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model."""
+  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model.
+
+  A process opens the same files once: what their weights were hashed for is then known to whoever
+  asks for the fingerprint, and headers are read once.
+  """
+  path = model_folder.locate(path, weights=True)
+  return _cached_source(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_source(path: str, stamped: tuple) -> TensorSource:
+  del stamped  # files that changed are opened again
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-  """config.json of a HF folder as a dict, or one derived from the metadata of a GGUF file.
+def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
+  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
 
-  What it says and nothing here applies (dropout) is logged once.
+  For a local file: name, size, inode, and times of modification and of change in ns. For an object
+  in a bucket: name, size and generation.
   """
-  folder = files.as_path(path)
+  return tuple(_stamp(p) for p in _weight_files(path))
+
+
+def _stamp(path: Path) -> tuple[str | int, ...]:
+  stat = path.stat()
+  if files.is_remote(path):
+    return str(path), stat.st_size, stat.generation
+  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
+
+  Settings that are read and not applied (dropout) are logged once.
+  """
+  folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)
   if file is not None:
     return GGUFSource(file).config()
@@ -66,7 +96,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
-  for line in config_keys.notices(config):
+  for line in hf_config.notices(config):
     _warn_once(f'{folder}/{line}')
   return config
 
@@ -78,15 +108,15 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """The tokenizer's files by name, and config.json; of a GGUF file: made from its metadata.
+  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  file = model_folder.gguf_file(folder)
   if file is not None:
     source = GGUFSource(file)
     return gguf_tokenizer.files(source) | {'config.json': gguf_tokenizer.dump_json(source.config())}
-  folder = files.as_path(path)
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
@@ -122,14 +152,14 @@ def check_tensors(source: TensorSource, arch: Architecture):
     DataError: names every tensor that is missing, left over or of another shape; or a tied model's
       head differs from its embedding.
   """
-  need = {b.hf: b for b in layout.bindings(arch)}
+  family = table.of(arch)
+  need = {b.hf: b for b in family.bindings(arch)}
   have = dict(source.tensors)
-  embed, head = layout.TIED[arch.family]
+  embed, head = family.tied
   if arch.tied and head in have:
     _check_tied(source, embed, head)
     del have[head]
-  unused = layout.UNUSED[arch.family]
-  left = sorted(name for name in have if name not in need and not unused.fullmatch(name))
+  left = sorted(n for n in have if n not in need and not family.unused.fullmatch(n))
   problems = [f'missing {name} (parameter {need[name].leaf})' for name in need if name not in have]
   problems += [f'no parameter takes {name} {list(have[name].shape)}' for name in left]
   problems += [
@@ -146,7 +176,7 @@ def check_tensors(source: TensorSource, arch: Architecture):
     more = f'; and {len(problems) - 8} more' if len(problems) > 8 else ''
     hint = ''
     if not arch.tied and head not in have:
-      hint = '. If the head is the embedding, config.json must say tie_word_embeddings: true'
+      hint = '. If the head is the embedding, config.json needs tie_word_embeddings: true'
     raise DataError(
       f'{source.place} does not fit its config.json: {"; ".join(problems[:8])}{more}{hint}'
     )
@@ -155,20 +185,20 @@ def check_tensors(source: TensorSource, arch: Architecture):
 def _check_tied(source: TensorSource, embed: str, head: str):
   same = embed in source.tensors and source.tensors[embed] == source.tensors[head]
   if same:
-    blocks = safetensors.row_blocks(source.tensors[embed])
+    blocks = row_blocks(source.tensors[embed])
     # Bytes are compared: equal for NaN too, and that is another check's matter.
     same = all(
       source.read(embed, (b,)).tobytes() == source.read(head, (b,)).tobytes() for b in blocks
     )
   if not same:
     raise DataError(
-      f'{source.place}: config.json says tie_word_embeddings: true, but {head} differs from '
-      f'{embed}. Say false if the file is right, or delete the tensor'
+      f'{source.place}: config.json has tie_word_embeddings: true, but {head} differs from '
+      f'{embed}. Set it to false if the file is right, or delete the tensor'
     )
 
 
 def load_params(
-  path: str | os.PathLike, arch: Architecture, shardings: Mapping, dtype: np.dtype
+  path: str | os.PathLike, arch: Architecture, shardings: Mapping, dtype: np.dtype, seed: int = 0
 ) -> dict[str, jax.Array]:
   """Reads the weights of a model into arrays of a given sharding, as a nested dict.
 
@@ -179,28 +209,30 @@ def load_params(
     path: HF folder or GGUF file.
     arch: the model, from `read_config`.
     shardings: a `jax.sharding.Sharding` for each parameter, a nested dict like the result.
-    dtype: of all parameters.
+    dtype: of all parameters that declare none of their own.
+    seed: of adapter leaves, which the files do not hold.
 
   Raises:
     DataError: see `check_tensors`.
   """
   from ftjax.cluster import processes
+  from ftjax.models import kinds
 
   source = open_source(path)
   check_tensors(source, arch)
-  shapes, places = layout.leaf_shapes(arch), trees.flatten(shardings)
-  if shapes.keys() != places.keys():
-    raise ValueError(
-      f'shardings differ from the parameters in {sorted(shapes.keys() ^ places.keys())}'
-    )
-  rows: dict[str, list[layout.Binding]] = {}
+  declared, places = kinds.declared(arch), trees.flatten(shardings)
+  rows: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     rows.setdefault(b.leaf, []).append(b)
-  dtype = np.dtype(dtype)
-  size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+  shapes = check_leaves(arch, rows)
+  if declared.keys() != places.keys():
+    raise ValueError(
+      f'shardings differ from the parameters in {sorted(declared.keys() ^ places.keys())}'
+    )
+  dtypes = {n: np.dtype(declared[n].dtype or dtype) for n in shapes}
+  size = sum(math.prod(shape) * dtypes[n].itemsize for n, shape in shapes.items())
   leaves = {}
-  # Largest first: its second copy, made while it moves to the devices, then exists beside nothing
-  # else.
+  # Largest first: while its second copy moves to the devices, no other leaf is in memory.
   order = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
   with tqdm(
     total=size,
@@ -210,28 +242,70 @@ def load_params(
     disable=size < 1e9 or not processes.is_main(),
   ) as bar:
     for name in order:
-      leaves[name] = _load_leaf(source, rows[name], shapes[name], places[name], dtype)
-      bar.update(math.prod(shapes[name]) * dtype.itemsize)
-  return trees.unflatten({name: leaves[name] for name in sorted(leaves)})
+      leaves[name] = _load_leaf(source, rows[name], shapes[name], places[name], dtypes[name])
+      bar.update(leaves[name].nbytes)
+  params = trees.unflatten({name: leaves[name] for name in sorted(leaves)})
+  return kinds.completed(arch, params, places.__getitem__, seed, np.dtype(dtype))
+
+
+def check_leaves(
+  arch: Architecture, rows: Mapping[str, Sequence[Binding]]
+) -> dict[str, tuple[int, ...]]:
+  """Returns {name: shape} of the leaves that model files hold.
+
+  Args:
+    arch: the model.
+    rows: {leaf: its bindings}, all of the family's.
+
+  Raises:
+    ValueError: the tensor map of the family does not fit what the model declares.
+  """
+  from ftjax.models import kinds
+
+  declared = kinds.declared(arch)
+  shapes = tensor_map.leaf_shapes([b for bound in rows.values() for b in bound])
+  wanted = {n: declared[n].shape for n in kinds.names(arch, 'base')}
+  if shapes != wanted:
+    wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+    raise ValueError(
+      f'the tensor map of family {arch.family!r} gives {wrong[0]} shape {shapes.get(wrong[0])}; '
+      f'the model declares {wanted.get(wrong[0])}; {len(wrong)} leaves differ in all'
+    )
+  return shapes
 
 
 def _load_leaf(
   source: TensorSource,
-  rows: list[layout.Binding],
+  rows: list[Binding],
   shape: tuple[int, ...],
   sharding: jax.sharding.Sharding,
   dtype: np.dtype,
 ) -> jax.Array:
   import jax
 
-  parts: dict[str, np.ndarray] = {}
+  indexes = sharding.addressable_devices_indices_map(shape).values()
+  boxes = {tuple((s.indices(n)[:2]) for s, n in zip(i, shape, strict=True)) for i in indexes}
+  around = tuple(
+    slice(min(b for b, _ in a), max(e for _, e in a)) for a in zip(*boxes, strict=True)
+  )
+  # Shards along HF's second axis are columns of the file, and each would read all rows. Where the
+  # shards of this process fill a box it is read once and cut; devices may hold copies of a part.
+  sizes = sum(math.prod(e - b for b, e in box) for box in boxes)
+  if sizes == math.prod(s.stop - s.start for s in around):
+    whole = _fill(source, rows, shape, around, dtype)
 
-  def fill(index):
-    # Devices may hold copies of a part: it is read once.
-    key = str(index)
-    if key not in parts:
-      parts[key] = _fill(source, rows, shape, index, dtype)
-    return parts[key]
+    def fill(index):
+      ranges = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+      cut = zip(ranges, around, strict=True)
+      return whole[tuple(slice(b - a.start, e - a.start) for (b, e, _), a in cut)]
+  else:
+    parts: dict[str, np.ndarray] = {}
+
+    def fill(index):
+      key = str(index)
+      if key not in parts:
+        parts[key] = _fill(source, rows, shape, index, dtype)
+      return parts[key]
 
   leaf = jax.make_array_from_callback(shape, sharding, fill)
   # The next leaf is read only when this one's buffer can go.
@@ -239,24 +313,23 @@ def _load_leaf(
 
 
 def _fill(
-  source: TensorSource, rows: list[layout.Binding], shape: tuple[int, ...], index, dtype
+  source: TensorSource, rows: list[Binding], shape: tuple[int, ...], index, dtype
 ) -> np.ndarray:
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
   out = np.empty([len(r) for r in ranges], dtype)
   for b in rows:
-    if b.layer is None:
-      _fill_tensor(source, b, ranges, out)
-    elif b.layer in ranges[0]:
-      _fill_tensor(source, b, ranges[1:], out[b.layer - ranges[0].start])
+    # Of the axes that are filled index by index (layers, experts), those that are wanted.
+    if all(i in r for i, r in zip(b.at, ranges, strict=False)):
+      at = tuple(i - r.start for i, r in zip(b.at, ranges, strict=False))
+      _fill_tensor(source, b, ranges[len(at) :], out[at])
   return out
 
 
-def _fill_tensor(
-  source: TensorSource, binding: layout.Binding, ranges: list[range], out: np.ndarray
-):
+def _fill_tensor(source: TensorSource, binding: Binding, ranges: list[range], out: np.ndarray):
   # Blocks run along the axis of ours that is HF's first, so that a block is a range of rows of the
   # file.
-  axis = binding.row.axes.index(binding.row.hf_axes[0])
+  first = ''.join(binding.words[0])[:1]
+  axis = binding.axes.index(first) if first else 0
   item = source.tensors[binding.hf].dtype.itemsize
   row_bytes = max(1, out.size // max(1, out.shape[axis])) * item
   step = max(1, _BLOCK_BYTES // row_bytes)
@@ -270,8 +343,8 @@ def _fill_tensor(
 
 
 def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
-  """(name, bytes, what tells revisions apart) of the weight files, to be compared between hosts;
-  [] for no path. The last is an object's generation, or a hash over some blocks of a local file.
+  """Returns (name, bytes, mark of the revision) of the weight files, to be compared between hosts;
+  [] for no path. The mark is an object's generation, or a hash over some blocks of a local file.
   """
   if not path:
     return []
@@ -283,7 +356,7 @@ def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
 
 
 def _sample(path: Path) -> str:
-  """SHA-256, in hex, of evenly spaced blocks of a file, its first and last among them."""
+  """Returns the SHA-256, in hex, of evenly spaced blocks of a file, with its first and last."""
   digest, last = hashlib.sha256(), max(0, path.stat().st_size - _SAMPLE_BYTES)
   with path.open('rb') as f:
     for i in range(_SAMPLES):
@@ -293,9 +366,9 @@ def _sample(path: Path) -> str:
 
 
 def exported(workdir: str | os.PathLike) -> str | None:
-  """The model folder that a run left in its workdir; None before it is whole.
+  """Returns the model folder that a run wrote to its workdir; None before it is complete.
 
-  In a bucket config.json is written last: without it the folder is half of one.
+  In a bucket config.json is written last: without it the folder is incomplete.
   """
   folder = files.join(workdir, 'export')
   return folder if files.exists(files.join(folder, 'config.json')) else None
@@ -317,17 +390,16 @@ def newest_export(workdir: str) -> str | None:
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-  """SHA-256, in hex, over name, size and content of the weight files."""
-  digest = hashlib.sha256()
-  for weights in _weight_files(path):
-    digest.update(f'{weights.name}\0{weights.stat().st_size}\0'.encode())
-    with weights.open('rb') as f:
-      digest.update(hashlib.file_digest(f, 'sha256').digest())
-  return digest.hexdigest()
+  """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
+
+  Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
+  """
+  return open_source(path).fingerprint()
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  file = model_folder.gguf_file(files.as_path(path))
+  folder = files.as_path(model_folder.locate(path, weights=True))
+  file = model_folder.gguf_file(folder)
   if file is None:
-    return weight_files.weight_files(files.as_path(path))
+    return weight_files.weight_files(folder)
   return gguf_files.weight_files(file)

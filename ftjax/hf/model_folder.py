@@ -7,24 +7,98 @@ file.
 
 import difflib
 import fnmatch
+import functools
+import glob
+import logging
 import os
-import re
 from pathlib import Path
 
-from ftjax.hf import gguf_files, safetensors, weight_files
+from ftjax.hf import gguf_files, weight_files
 from ftjax.runtime.errors import DataError
-from ftjax.storage import files
+from ftjax.storage import files, hub
 
-# Of the tokenizer, or how to run the model. What is of several templates lies in the subfolder.
+log = logging.getLogger(__name__)
+
+# Small files of a HF folder that belong to the tokenizer, or say how to run the model.
+_TOKENIZER_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'tokenizer.model',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'merges.txt',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
+MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+# Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
-  *safetensors.TOKENIZER_FILES,
+  *_TOKENIZER_FILES,
   *('tokenizer*.json', '*.model', '*.model.v*', '*.tiktoken', '*.jinja', 'chat_template*'),
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
   *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
 )
 TEMPLATES = 'additional_chat_templates'
 
-_HUB_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?')
+# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error.
+_SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
+_SMALL += ('adapter_config.json',)
+
+
+def locate(path: str | os.PathLike, weights: bool) -> str:
+  """Returns where a model is on this machine or in a bucket: a hub name is downloaded.
+
+  Only what is needed: config.json, the files of the tokenizer, and with `weights` the safetensors
+  files that the index names. Nothing pickled.
+
+  Raises:
+    ConfigError, DataError: see `hub.pin`; or the model on the hub has no such files.
+  """
+  if not hub.is_name(path):
+    return os.fspath(path)
+  return str(_snapshot(hub.pin(os.fspath(path)), weights))
+
+
+@functools.cache
+def _snapshot(name: str, weights: bool) -> Path:
+  """Returns the folder of `org/name@COMMIT` in the hub's cache."""
+  folder = hub.download(name, _SMALL, is_shown=False)
+  if not (folder / 'config.json').is_file():
+    if (folder / 'adapter_config.json').is_file():
+      raise DataError(f'{name}: {weight_files.ADAPTER_ALONE}')
+    raise DataError(f'{name}: config.json is missing on the hub{_other_weights(name)}')
+  if not weights:
+    return folder
+  wanted = [weight_files.SINGLE_FILE]
+  if (folder / weight_files.INDEX_FILE).is_file():
+    wanted += sorted(set(map(str, weight_files.weight_map(folder).values())))
+  lacking = not all((folder / w).is_file() for w in wanted[1:] or wanted)
+  if lacking:
+    log.info('downloading the weights of %s into %s', name, folder)
+  hub.download(name, [glob.escape(w) for w in wanted], is_shown=lacking)
+  if not any((folder / w).is_file() for w in wanted):
+    raise DataError(
+      f'{name}: neither {weight_files.SINGLE_FILE} nor {weight_files.INDEX_FILE} is on the hub'
+      f'{_other_weights(name)}'
+    )
+  return folder
+
+
+def _other_weights(name: str) -> str:
+  """Returns what a hub model without safetensors holds instead, to be put behind a message."""
+  names = hub.list_files(name)
+  if found := [n for n in names if n.endswith('.gguf')]:
+    repo, revision = hub.split(name)
+    return (
+      f'. It holds {found[0]}: run `hf download {repo} FILE.gguf --revision {revision} '
+      '--local-dir DIR` and give DIR/FILE.gguf'
+    )
+  if found := [n for n in names if n.endswith(('.bin', '.pt', '.pth'))]:
+    return f', only pickled weights ({found[0]}){weight_files.PICKLED}'
+  shown = ', '.join(names[:4]) + (f' and {len(names) - 4} more' if len(names) > 4 else '')
+  return f'; it holds {shown or "no files"}'
 
 
 def is_side_file(name: str) -> bool:
@@ -86,7 +160,7 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def remedy(path: Path) -> str:
-  """Returns what to do about a path where nothing is, to be put behind a message; perhaps ''."""
+  """Returns what to do about a path that does not exist, to be put behind a message; or ''."""
   text = os.fspath(path)
   if files.is_remote(path):
     return ''
@@ -95,15 +169,7 @@ def remedy(path: Path) -> str:
   if path.name in ('smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf') and '.cache' in path.parts:
     return '. `make assets` makes it'
   near = _nearest(path)
-  hint = f'. Did you mean {near}?' if near else ''
-  if _HUB_ID.fullmatch(text) and not text.endswith('.gguf') and not path.parent.is_dir():
-    name, _, revision = text.partition('@')
-    command = f'hf download {name}{f" --revision {revision}" if revision else ""} --local-dir DIR'
-    hint += (
-      f'. If it is a hub id: those are not read yet; run `{command}` (in older versions '
-      '`huggingface-cli download`) and give DIR'
-    )
-  return hint
+  return f'. Did you mean {near}?' if near else ''
 
 
 def _nearest(path: Path) -> str:

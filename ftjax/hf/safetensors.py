@@ -1,21 +1,20 @@
 """Reads and writes safetensors folders, tensor by tensor, with numpy alone.
 
-A *tensor source* is what the rest of `hf/` reads from: a table of names with shape and dtype, and a
-`read` that touches only the rows it is asked for. `SafetensorsFolder` is one, `gguf.GGUFSource` the
-other. Files are hostile until checked: header size, offsets and shard names are verified before a
-byte of a tensor is read. Next: `names.py`, then `load.py`.
+Files are hostile until checked: header size, offsets and shard names are verified before a byte of
+a tensor is read. Next: `layout.py`, then `load.py`.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from ftjax.hf.tensor_source import BLOCK_BYTES, Index, TensorInfo, TensorSource, full_index
 from ftjax.hf.weight_files import (
   INDEX_FILE,
   MAX_HEADER_BYTES,
@@ -27,26 +26,8 @@ from ftjax.hf.weight_files import (
 from ftjax.runtime.errors import DataError, NonFiniteError
 from ftjax.storage import files
 
-Index = tuple[slice, ...]
-
-# Small files of a HF folder that belong to the tokenizer, or tell how to run the model.
-TOKENIZER_FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'tokenizer.model',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.json',
-  'merges.txt',
-  'chat_template.jinja',
-  'chat_template.json',
-  'generation_config.json',
-)
-MODEL_FILES = (*TOKENIZER_FILES, 'config.json', INDEX_FILE)
 MAX_SHARD_BYTES = 5_000_000_000
 _HEADER_BUFFER = 1 << 16
-# Reads that are not whole rows pass through a buffer of this size.
-_BLOCK_BYTES = 32 << 20
 
 DTYPES = {
   'BOOL': np.dtype(bool),
@@ -66,28 +47,6 @@ DTYPES = {
   'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class TensorInfo(NamedTuple):
-  """Shape and dtype of a stored tensor."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  @property
-  def nbytes(self) -> int:
-    return math.prod(self.shape) * self.dtype.itemsize
-
-
-class TensorSource(Protocol):
-  """Named tensors of a model file, in HF's names and layout."""
-
-  tensors: Mapping[str, TensorInfo]
-  place: str  # the folder or file, for messages
-
-  def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """Returns the tensor, or the part that a tuple of step-1 slices selects, as a new array."""
-    ...
 
 
 class _Entry(NamedTuple):
@@ -162,7 +121,7 @@ def _entry(path: Path, name: str, row: Any, start: int) -> _Entry:
   return _Entry(path, start + offsets[0], info)
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(TensorSource):
   """A tensor source over the safetensors files of a HF folder.
 
   Raises:
@@ -171,6 +130,7 @@ class SafetensorsFolder:
   """
 
   def __init__(self, folder: str | os.PathLike):
+    super().__init__()
     root = files.as_path(folder)
     self.place = str(root)
     self._entries: dict[str, _Entry] = {}
@@ -195,58 +155,56 @@ class SafetensorsFolder:
       )
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """See `TensorSource.read`. Only rows that the index selects are read, in blocks of 32 MB."""
-    path, offset, (shape, dtype) = self._entries[name]
+    """Returns a tensor or a part of it; reads only the rows that the index selects.
+
+    Reads that are not whole rows pass through a buffer of 32 MB.
+    """
+    shape, dtype = self._entries[name].info
     if not shape:
-      return self._rows(path, offset, (), dtype)
+      return self._rows(name, 0, (), dtype)
     index = full_index(shape, index)
     begin, end, _ = index[0].indices(shape[0])
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     if all(s.indices(n) == (0, n, 1) for s, n in zip(index[1:], shape[1:], strict=True)):
-      return self._rows(path, offset + begin * row_bytes, (max(0, end - begin), *shape[1:]), dtype)
+      return self._rows(name, begin * row_bytes, (max(0, end - begin), *shape[1:]), dtype)
     out = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
-    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for row in range(begin, end, step):
       rows = min(step, end - row)
-      block = self._rows(path, offset + row * row_bytes, (rows, *shape[1:]), dtype)
+      block = self._rows(name, row * row_bytes, (rows, *shape[1:]), dtype)
       out[row - begin : row - begin + rows] = block[(slice(None), *index[1:])]
     return out
 
-  @staticmethod
-  def _rows(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  def stored(self) -> dict[str, tuple[str, int]]:
+    """Returns (type and shape, bytes) of every tensor."""
+    return {
+      name: (f'{_DTYPE_NAMES[info.dtype]} {list(info.shape)}', info.nbytes)
+      for name, info in self.tensors.items()
+    }
+
+  def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
+    """Returns a range of a tensor's bytes."""
+    return memoryview(self._rows(name, begin, (end - begin,), np.dtype(np.uint8)))
+
+  def _rows(self, name: str, begin: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns the bytes of a tensor from `begin` on, as an array."""
     # readinto rather than a memory map: mapped pages count as this process's memory and stay until
     # the system wants them.
+    path, offset, _ = self._entries[name]
     out = np.empty(shape, dtype)
     view = memoryview(out.reshape(-1).view(np.uint8))
     with path.open('rb', buffering=0) as f:
-      f.seek(offset)
+      f.seek(offset + begin)
       done = 0
       while done < len(view):
         got = f.readinto(view[done:])
         if not got:
           raise DataError(
-            f'{path}: ended at byte {offset + done}; the file shrank while it was read'
+            f'{path}: ended at byte {offset + begin + done}; the file shrank while it was read'
           )
+        self.was_read(name, begin + done, view[done : done + got])
         done += got
     return out
-
-
-def full_index(shape: tuple[int, ...], index: Index | None) -> Index:
-  """An index with one slice for each axis; None means everything."""
-  index = () if index is None else tuple(index)
-  if any(s.step not in (None, 1) for s in index) or len(index) > len(shape):
-    raise ValueError(
-      f'index {index} of a tensor of shape {shape}: expected at most one step-1 slice an axis'
-    )
-  return index + (slice(None),) * (len(shape) - len(index))
-
-
-def row_blocks(info: TensorInfo, limit: int = _BLOCK_BYTES) -> Iterator[slice]:
-  """Slices of the first axis which cover a tensor in blocks of about `limit` bytes."""
-  rows = info.shape[0]
-  step = max(1, limit // max(1, info.nbytes // max(1, rows)))
-  for row in range(0, rows, step):
-    yield slice(row, min(rows, row + step))
 
 
 def write_folder(
@@ -317,8 +275,8 @@ def check_finite(name: str, value: np.ndarray):
   if value.dtype.kind in 'biu' or not value.size:
     return
   flat = value.reshape(-1)
-  for begin in range(0, flat.size, _BLOCK_BYTES):
-    finite = np.isfinite(flat[begin : begin + _BLOCK_BYTES])
+  for begin in range(0, flat.size, BLOCK_BYTES):
+    finite = np.isfinite(flat[begin : begin + BLOCK_BYTES])
     if not finite.all():
       at = np.unravel_index(begin + int(np.argmin(finite)), value.shape)
       place = tuple(int(i) for i in at)

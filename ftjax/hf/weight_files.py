@@ -16,6 +16,11 @@ from ftjax.storage import files
 INDEX_FILE = 'model.safetensors.index.json'
 SINGLE_FILE = 'model.safetensors'
 MAX_HEADER_BYTES = 100_000_000
+PICKLED = (
+  ', which can run code when loaded and are never read here; expected safetensors. Convert once, '
+  'where torch is installed: '
+  'AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR, safe_serialization=True)'
+)
 
 
 def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> Any:
@@ -94,11 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
       'each tensor is (unfinished download?)'
     )
   if any(folder.glob('*.bin')) or any(folder.glob('*.pth')):
-    raise DataError(
-      f'{folder}: only pickled weights (.bin, .pth), which can run code when loaded and are never '
-      'read here; expected safetensors. Convert once, where torch is installed: '
-      'AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DIR, safe_serialization=True)'
-    )
+    raise DataError(f'{folder}: only pickled weights (.bin, .pth){PICKLED}')
   raise DataError(f'{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there')
 
 

@@ -2,7 +2,7 @@
 vocabulary.
 
 Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split (None: it
-is whole here), `offset` is the first vocabulary id of this part; models/head.py loops over chunks
+is not split), `offset` is the first vocabulary id of this part; models/head.py loops over chunks
 and owns the weights."""
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Which terms the training loss has.
+  """Terms of the training loss.
 
   loss = nll + label_smoothing * (mean over the vocabulary of -log p - nll) + z_loss * logsumexp^2,
   per token, in nats. (Szegedy et al. 2016, section 7; Chowdhery et al. 2022, section 5.)"""
@@ -31,7 +31,7 @@ def _largest(x: jax.Array, axis: str | None) -> jax.Array:
 
 
 def logsumexp(logits: jax.Array, axis: str | None) -> jax.Array:
-  """float32[n] of float32[n, V'], over the part here and those on the other members of `axis`."""
+  """Returns float32[n] of float32[n, V'], over the parts of all members of `axis`."""
   top = _largest(jax.lax.stop_gradient(logits.max(-1)), axis)
   return top + jnp.log(_total(jnp.exp(logits - top[:, None]).sum(-1), axis))
 
@@ -39,7 +39,7 @@ def logsumexp(logits: jax.Array, axis: str | None) -> jax.Array:
 def label_logits(
   logits: jax.Array, labels: jax.Array, axis: str | None, offset: jax.Array
 ) -> jax.Array:
-  """float32[n]: the logit of each label int32[n], from whichever member holds it."""
+  """Returns float32[n]: the logit of each label int32[n], from the member that holds it."""
   ids = labels - offset
   mine = (ids >= 0) & (ids < logits.shape[-1])
   picked = jnp.take_along_axis(logits, jnp.where(mine, ids, 0)[:, None], axis=-1)[:, 0]
@@ -47,7 +47,8 @@ def label_logits(
 
 
 def entropy(logits: jax.Array, z: jax.Array, axis: str | None) -> jax.Array:
-  """float32[n] nats: of the softmax of float32[n, V'], whose logsumexp is z float32[n]."""
+  """Returns float32[n], the entropy in nats of softmax(logits float32[n, V']) with logsumexp z
+  float32[n]."""
   logp = logits - z[:, None]
   return -_total((jnp.exp(logp) * logp).sum(-1), axis)
 
@@ -60,14 +61,14 @@ def logprob_gradient(
   axis: str | None,
   offset: jax.Array,
 ) -> jax.Array:
-  """float32[n, V']: the gradient by the logits of log p(label) and of the entropy H.
+  """Returns float32[n, V']: the gradient of log p(label) and of the entropy H by the logits.
 
   d log p(y) / d logit_v = [v = y] - p_v; dH / d logit_v = -p_v (log p_v + H).
 
   Args:
     logits: float32[n, V'].
     labels: int32[n], ids of the whole vocabulary.
-    d_logp: float32[n], the cotangent of log p(label); its place holds zeros where nothing counts.
+    d_logp: float32[n], the cotangent of log p(label); 0 for tokens without weight.
     d_entropy: float32[n], that of H; None: nothing depends on it.
     axis: name of the axis the vocabulary is split over.
     offset: int32[], first id of this part.
@@ -91,7 +92,7 @@ def loss_and_gradient(
   axis: str | None,
   offset: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Weighted sums over a chunk, and the gradient of the loss by the logits.
+  """Computes weighted sums over a chunk, and the gradient of the loss by the logits.
 
   Args:
     logits: float32[n, V'].

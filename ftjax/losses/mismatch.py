@@ -1,7 +1,7 @@
-"""Importance weights for tokens whose sampler and trainer disagree on their log-probs.
+"""Importance weights that correct the mismatch between the log-probs of sampler and trainer.
 
-A fast decoder and the trainer give different log-probs with the same weights, by rounding, kernels
-or stale weights. pi_trainer / pi_sampler, kept within bounds, repairs the expectation. Axes: B
+A fast decoder and the trainer compute different log-probs, because of rounding, kernels or stale
+weights. The ratio pi_trainer / pi_sampler, kept within bounds, corrects the expectation. Axes: B
 completions, T tokens. All jnp, elementwise and reductions. Once per rollout, before its updates.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ftjax.losses import masked
 from ftjax.losses.policy import LEVELS, k3
 
-# Sequence ratios are products over all tokens: beyond e^20 nothing is left of them but a bound.
+# Sequence ratios are products over all tokens: beyond e^20 they exceed every bound.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -27,7 +27,7 @@ def _mask(ratio: jax.Array, low: float, high: float) -> jax.Array:
 CORRECTIONS = {
   # TIS, Yao et al. 2025, 'Your efficient RL framework secretly brings you off-policy RL training'.
   'token_truncate': ('token', _truncate),
-  # IcePop, Ling team 2025: tokens beyond the bounds are left out.
+  # IcePop, Ling team 2025: tokens beyond the bounds get weight 0.
   'token_mask': ('token', _mask),
   # Sequence-level truncation and masking: Liu et al. 2025, 'When speed kills stability'.
   'sequence_truncate': ('trajectory', _truncate),
@@ -44,11 +44,11 @@ def correct(
   low: float,
   high: float,
 ) -> tuple[jax.Array, dict[str, masked.Pair]]:
-  """Weights for the surrogate loss of every token, without gradient.
+  """Computes weights for the surrogate loss of every token, without gradient.
 
   ratio = exp(old_logp - sampler_logp), of a token or multiplied over the completion, then clipped
-  to [low, high] or set to 0 outside. A token that is masked stays in the loss's weight: it lowers
-  the gradient rather than raising that of the others. TRL agrees in all four
+  to [low, high] or set to 0 outside. A masked token still counts in the loss's weight: it lowers
+  the gradient instead of raising that of the others. TRL agrees in all four
   (vllm_importance_sampling_mode); verl calls them TIS and MIS.
 
   Args:
@@ -61,8 +61,7 @@ def correct(
   Returns:
     (float32[B, T], 0 where weights are 0; {metric: (total, weight)}). Metrics, means over tokens:
     mismatch/abs_diff (|old_logp - sampler_logp|, nats), mismatch/kl (k3 estimate of
-    KL(sampler || trainer)), mismatch/weight, mismatch/outside (share beyond the bounds). The
-    largest difference is no mean: `masked.largest(abs(old_logp - sampler_logp), weights)`.
+    KL(sampler || trainer)), mismatch/weight, mismatch/outside (share beyond the bounds).
 
   Raises:
     ValueError: for bounds that leave out 1.

@@ -1,13 +1,13 @@
-"""Losses of reinforcement learning on sampled tokens: surrogates, aggregation, divergence from the
-reference, value loss. The correction for another sampler's log-probs is in `mismatch.py`.
+"""Losses of reinforcement learning on sampled tokens: surrogates, aggregation, KL divergence from
+the reference, value loss. The correction for the sampler's log-probs is in `mismatch.py`.
 
-Axes: B completions, T tokens. `weights` float32[B, T] is 1 for the tokens the policy sampled, 0 for
-prompt, padding and tools' answers; completions of zero-variance groups (see `advantages.py`)
-have weight 0 too, so they neither count nor dilute. All functions are jnp, elementwise and
+Axes: B completions, T tokens. `weights` float32[B, T] is 1 for the tokens that the policy sampled,
+0 for prompt, padding and tool output; completions of zero-variance groups (see `advantages.py`)
+have weight 0 too, so that they do not lower the mean. All functions are jnp, elementwise and
 reductions, and run under jit on arrays sharded over B. Log-probs are in nats.
 
-A loss comes as (total, weight) of its micro-batch. Sums over all micro-batches and devices, divided
-once, are the loss of the step, however it was cut.
+A loss is returned as (total, weight) of its micro-batch. The loss of the step is the sum of totals
+over all micro-batches and devices, divided once by the sum of weights.
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ import jax.numpy as jnp
 
 from ftjax.losses import masked
 
-# exp of more than this is taken as exp of this: float32 overflows at 88, and a ratio of e^20 is
-# beyond every clip. (verl clamps at the same place.)
+# Log ratios are clamped to this before exp: float32 overflows at 88, and a ratio of e^20 is beyond
+# every clip. (verl clamps at the same value.)
 _MAX_LOG_RATIO = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """What a policy is trained on.
+  """Settings of the policy loss.
 
   surrogate: a name of SURROGATES.
-  level: a name of LEVELS, of what the ratio is taken over.
-  clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. 'cispo' knows the
-    upper bound alone, 1 + clip_high. 'reinforce' reads neither.
+  level: a name of LEVELS: what the ratio is computed over.
+  clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. 'cispo' has
+    only the upper bound, 1 + clip_high. 'reinforce' reads neither.
   dual_clip: largest ratio with a negative advantage, above 1 + clip_high; 0 means none.
   kl: a name of KL_TERMS; read where kl_coef is not 0.
-  kl_coef: of the divergence from the reference, per token.
-  entropy_coef: of the entropy, which is rewarded, per token.
+  kl_coef: coefficient of the KL divergence from the reference, per token.
+  entropy_coef: coefficient of the entropy bonus, per token.
   aggregate: a name of AGGREGATIONS.
   constant: tokens by which a completion is divided for aggregate 'constant', such as the longest
     completion allowed; the other aggregations do not read it.
@@ -69,10 +69,11 @@ class PolicyLossConfig:
 
 
 class Rollout(NamedTuple):
-  """What the policy loss reads; all float32[B, T] but `advantages`, which may be float32[B, 1].
+  """Inputs of the policy loss; all float32[B, T] except `advantages`, which may be float32[B, 1].
 
-  logp: of the policy in training, with gradient. old_logp: of the policy that the ratio refers to;
-  stop_gradient(logp) for the first update after sampling. ref_logp: zeros if kl_coef is 0. entropy:
+  logp: of the policy in training, with gradient. old_logp: of the policy in the ratio's
+  denominator; stop_gradient(logp) for the first update after sampling. ref_logp: zeros if kl_coef
+  is 0. entropy:
   of the next token's distribution, with gradient; zeros if entropy_coef is 0. correction: of
   `mismatch.correct`; ones without. advantages: constants, per completion or per token.
   """
@@ -86,7 +87,7 @@ class Rollout(NamedTuple):
   weights: jax.Array
 
 
-# What the ratio pi / pi_old is taken over.
+# What the ratio pi / pi_old is computed over.
 
 
 def _token_level(log_ratio: jax.Array, weights: jax.Array) -> jax.Array:
@@ -107,7 +108,7 @@ LEVELS = {
   'token': _token_level,
   # GSPO, Zheng et al. 2025, eq. 7: geometric mean over the completion. TRL's 'sequence'.
   'sequence': _sequence_level,
-  # Product over the completion: what TRL's RLOO trainer takes.
+  # Product over the completion, as in TRL's RLOO trainer.
   'trajectory': _trajectory_level,
 }
 
@@ -146,34 +147,25 @@ SURROGATES = {
   # -stop_gradient(min(r, 1 + clip_high)) A log pi: CISPO, MiniMax 2025, eq. 4 without its lower
   # bound, as the paper ran it. TRL's 'cispo' agrees; its epsilon_high is 1 + clip_high.
   'cispo': _cispo,
-  # -A log pi: REINFORCE, Williams 1992; on-policy alone. Its gradient is that of 'clip' at r = 1.
+  # -A log pi: REINFORCE, Williams 1992; on-policy only. Its gradient is that of 'clip' at r = 1.
   'reinforce': _reinforce,
 }
 
 
-def k1(log_ratio: jax.Array) -> jax.Array:
-  """log pi - log pi_ref, of `log_ratio` = log pi - log pi_ref (any shape).
-
-  Its mean over the policy's samples is KL(pi || pi_ref), but the mean of its gradient is 0: as a
-  loss term it does nothing but add noise (bias of the gradient: -100 %). So it is no loss term
-  here; take it off the reward, see `kl_rewards`.
-  """
-  return log_ratio
-
-
 def k2(log_ratio: jax.Array) -> jax.Array:
-  """(log pi - log pi_ref)^2 / 2: biased as a number, but on-policy the mean of its gradient is that
-  of KL(pi || pi_ref) exactly."""
+  """Computes (log pi - log pi_ref)^2 / 2: a biased estimate of KL(pi || pi_ref), but on-policy the
+  mean of its gradient is exactly that of KL(pi || pi_ref)."""
   return 0.5 * jnp.square(log_ratio)
 
 
 def k3(log_ratio: jax.Array) -> jax.Array:
-  """u - 1 - log u with u = pi_ref / pi: unbiased, never negative, 0 at u = 1.
+  """Computes u - 1 - log u with u = pi_ref / pi: unbiased, never negative, 0 at u = 1.
 
   On-policy the mean of its gradient is that of the *other* divergence, KL(pi_ref || pi). Its bias
   as a gradient of KL(pi || pi_ref) is therefore exactly grad KL(pi_ref || pi) - grad KL(pi ||
   pi_ref): of first order in log pi - log pi_ref relative to the gradient, so it vanishes near the
-  reference; 28.2 % for the two distributions of test_policy.py (TRL PR 6503 tells 21 % of its own).
+  reference; 28.2 % for the two distributions of test_policy.py (TRL PR 6503 reports 21 % for its
+  own).
   GRPO, Shao et al. 2024, eq. 4.
   """
   x = jnp.minimum(-log_ratio, _MAX_LOG_RATIO)
@@ -194,11 +186,11 @@ KL_TERMS = {
 
 
 def kl_rewards(old_logp: jax.Array, ref_logp: jax.Array, weights: jax.Array) -> jax.Array:
-  """float32[B, T]: k1 per token, to be taken off the reward times a coefficient; 0 where weights
-  are 0.
+  """Returns float32[B, T]: log pi - log pi_ref per token (the k1 estimate of the KL divergence), to
+  be subtracted from the reward with a coefficient; 0 where weights are 0. It has no gradient.
 
-  With REINFORCE on returns of -k1 the gradient is that of -KL(pi || pi_ref), without bias. Has no
-  gradient. Ziegler et al. 2019, eq. 2; TRL's PPO ('k1') per token, its RLOO per completion.
+  With REINFORCE on returns of -k1 the gradient is that of -KL(pi || pi_ref), without bias. Ziegler
+  et al. 2019, eq. 2; TRL's PPO ('k1') per token, its RLOO per completion.
   """
   k = masked.keep(old_logp, weights) - masked.keep(ref_logp, weights)
   return jax.lax.stop_gradient(k)
@@ -220,7 +212,7 @@ def _constant_mean(x: jax.Array, weights: jax.Array, constant: int) -> masked.Pa
 # (x float32[B, T], weights float32[B, T], constant) -> (total float32[], weight float32[]).
 AGGREGATIONS = {
   # Sum over all tokens / number of tokens: DAPO, Yu et al. 2025, eq. 8. TRL's 'dapo' and 'cispo'
-  # over a step; its 'bnpo' does so in each micro-batch apart.
+  # over a step; its 'bnpo' does so in each micro-batch separately.
   'token': _token_mean,
   # Mean over completions of their means: GRPO, Shao et al. 2024, eq. 3. TRL's 'grpo'. The weight
   # is the number of completions with a token.
@@ -234,20 +226,22 @@ AGGREGATIONS = {
 def loss(
   rollout: Rollout, objective: PolicyLossConfig, kl_coef: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
-  """A micro-batch's policy loss: surrogate times correction, + kl_coef KL - entropy_coef entropy.
+  """Computes the policy loss of a micro-batch: surrogate times correction, + kl_coef KL -
+  entropy_coef entropy.
 
-  All terms are aggregated alike, so that one weight divides them. (TRL always takes the entropy's
-  mean over tokens; with 'token' that is the same.) The correction multiplies the surrogate alone,
-  as in TRL. With level 'sequence' the KL term's ratio is that of the sequence, as in TRL.
+  All terms are aggregated in the same way, so that one weight divides them. (TRL always takes the
+  entropy's mean over tokens; with 'token' that is the same.) The correction multiplies only the
+  surrogate, as in TRL. With level 'sequence' the KL term's ratio is that of the sequence, as in
+  TRL.
 
   Args:
     rollout: arrays of B completions.
     objective: what to compute.
-    kl_coef: in place of the objective's, where that is not 0: float32[B, 1] or float32[].
+    kl_coef: replaces the objective's where that is not 0: float32[B, 1] or float32[].
 
   Returns:
     (total float32[], weight float32[], {metric: (total, weight)}). Metrics, means over tokens:
-    ratio, clip/low and clip/high (share of tokens where the bound holds back the surrogate),
+    ratio, clip/low and clip/high (share of tokens where the bound clips the surrogate),
     approx_kl (k3 of the policy from the old one), and kl and entropy if they have a coefficient.
   """
   r, weights = rollout, rollout.weights
@@ -294,14 +288,15 @@ def _ratio_metrics(
 def value_loss(
   values: jax.Array, old_values: jax.Array, returns: jax.Array, weights: jax.Array, clip: float
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
-  """Loss of a value model: max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) / 2.
+  """Computes the loss of a value model: max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2)
+  / 2.
 
   PPO's code, Schulman et al. 2017 (the paper has the plain square); TRL's PPO trainer agrees.
 
   Args:
     values: float32[B, T], with gradient.
     old_values: float32[B, T], of the value model at sampling.
-    returns: float32[B, T], of `advantages.gae`.
+    returns: float32[B, T], from `advantages.gae`.
     weights: float32[B, T].
     clip: how far values may move per rollout before the gradient stops; 0 means no clipping.
 
@@ -327,9 +322,10 @@ def value_loss(
 def has_signal(
   weights: jax.Array, advantages: jax.Array, value_gap: jax.Array | None = None
 ) -> jax.Array:
-  """bool[]: whether a loss without divergence and entropy can depend on the parameters. It is
-  constant where every advantage is exactly 0 and, with a value model, every value is as the returns
-  say.
+  """Returns bool[]: whether a loss without KL and entropy terms can depend on the parameters.
+
+  It is constant where every advantage is exactly 0 and, with a value model, every value equals its
+  return.
 
   Args:
     weights, advantages: of all micro-batches of a step, of one shape.
@@ -343,17 +339,17 @@ def has_signal(
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveKL:
-  """Steers the coefficient of the divergence towards a target. Host side, Python floats.
+  """Adapts the coefficient of the KL divergence to a target. Host side, Python floats.
 
   e = clip(kl / target - 1, -0.2, 0.2); coef <- coef (1 + gain e), once per rollout. Ziegler et al.
   2019, section 2.2, with gain 0.1 (their code: steps per update / horizon). The coefficient is
   state: the caller saves it with the checkpoint.
   """
 
-  target: float  # nats, of the same kind of mean as the `kl` that is measured
+  target: float  # nats, the same kind of mean as the measured `kl`
   gain: float = 0.1
 
   def update(self, coef: float, kl: float) -> float:
-    """The coefficient after a rollout whose measured divergence was `kl` nats."""
+    """Returns the coefficient after a rollout whose measured KL divergence was `kl` nats."""
     error = min(max(kl / self.target - 1.0, -0.2), 0.2)
     return coef * (1.0 + self.gain * error)

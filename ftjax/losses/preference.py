@@ -1,11 +1,12 @@
-"""Losses of preference tuning: pairs (DPO and its kin), single judged answers (KTO), reward models.
+"""Losses of preference tuning: pairs (DPO and variants), labeled completions (KTO), reward models.
 
-Axes: P pairs, N single answers. Log-probabilities are natural, summed over the tokens of an answer.
-Everything here is jnp and elementwise, but `calibration_error`, which is numpy on the host.
+Axes: P pairs, N labeled completions. Log-probabilities are natural, summed over the tokens of a
+completion. All functions are jnp and elementwise, except `calibration_error`, which is numpy on the
+host.
 `LOSSES` is the table: a new loss is a function of a batch and `Settings`, and one row.
 
-Policy log-ratios are r = log pi(y|x) - log pi_ref(y|x); w is the chosen answer, l the rejected one,
-|y| a number of tokens, s the logistic function. All losses are to be minimized.
+Policy log-ratios are r = log pi(y|x) - log pi_ref(y|x); w is the chosen completion, l the
+rejected one, |y| a number of tokens, s the logistic function. All losses are to be minimized.
 """
 
 import dataclasses
@@ -23,11 +24,11 @@ from ftjax.losses import masked
 class Settings:
   """Coefficients. Each loss reads those that its formula in `LOSSES` names.
 
-  beta: strength of the pull to the reference (temperature of the implicit reward).
+  beta: strength of the regularization to the reference (temperature of the implicit reward).
   label_smoothing: assumed share e of flipped labels, in [0, 0.5).
-  gamma: margin that SimPO asks for, in units of the reward (the paper's gamma, not gamma / beta).
-  nll_coef: weight of the likelihood of the chosen answer beside CPO and SimPO.
-  desirable, undesirable: weights of good and bad answers in KTO.
+  gamma: target margin of SimPO, in units of the reward (the paper's gamma, not gamma / beta).
+  nll_coef: weight of the NLL of the chosen completion in CPO and SimPO.
+  desirable, undesirable: weights of desirable and undesirable completions in KTO.
   """
 
   beta: float = 0.1
@@ -48,7 +49,7 @@ class Settings:
 
 
 class Pairs(NamedTuple):
-  """Pairs of answers to one prompt each; all float32[P], log-probs in nats summed over tokens.
+  """Pairs of completions of one prompt; all float32[P], log-probs in nats summed over tokens.
 
   Losses without a reference do not read ref_*: pass zeros. `chosen_nll` is read by losses with a
   likelihood term: see `nll_per_pair`; pass zeros elsewhere.
@@ -64,7 +65,7 @@ class Pairs(NamedTuple):
 
 
 class Singles(NamedTuple):
-  """Single answers, each judged good or bad. z is of the whole step: see `kto_reference_point`."""
+  """Completions labeled desirable or not. z is of the whole step: see `kto_reference_point`."""
 
   logp: jax.Array  # float32[N], nats, summed over tokens
   ref_logp: jax.Array  # float32[N]
@@ -73,7 +74,7 @@ class Singles(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A loss: how it is computed, what it needs, what it is."""
+  """A loss: its function, the inputs it needs, its formula and source."""
 
   function: Callable[[Any, Settings], jax.Array]  # (Pairs or Singles, Settings) -> float32[P or N]
   reward: Callable[[Any, Settings], Any]  # -> implicit rewards (chosen, rejected), or float32[N]
@@ -88,16 +89,17 @@ def _per_token(logp: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def nll_per_pair(chosen: jax.Array, chosen_tokens: jax.Array) -> jax.Array:
-  """float32[P]: -log pi(w|x) / |w|, every pair counts the same (ORPO, Hong et al. 2024, eq. 2).
+  """Returns float32[P]: -log pi(w|x) / |w|; every pair has the same weight (ORPO, Hong et al. 2024,
+  eq. 2).
 
-  TRL's CPO and ORPO trainers take the mean over the tokens of a batch instead, where long answers
-  count more (and ORPO's those of the prompt).
+  TRL's CPO and ORPO trainers take the mean over the tokens of a batch instead, where long
+  completions weigh more (ORPO's includes the tokens of the prompt).
   """
   return -_per_token(chosen, chosen_tokens)
 
 
 def _soft(x: jax.Array, smoothing: float) -> jax.Array:
-  """-(1 - e) log s(x) - e log s(-x)."""
+  """Computes -(1 - e) log s(x) - e log s(-x)."""
   # softplus(-x) = -log s(x).
   return (1 - smoothing) * jax.nn.softplus(-x) + smoothing * jax.nn.softplus(x)
 
@@ -107,13 +109,13 @@ def _ratios(p: Pairs) -> tuple[jax.Array, jax.Array]:
 
 
 def _gap(p: Pairs) -> jax.Array:
-  """r_w - r_l. Grouped so that it is exactly 0 where policy and reference are equal."""
+  """Computes r_w - r_l, in an order that gives exactly 0 where policy and reference are equal."""
   chosen, rejected = _ratios(p)
   return chosen - rejected
 
 
 def _mean_gap(p: Pairs) -> jax.Array:
-  """r_w / |w| - r_l / |l|."""
+  """Computes r_w / |w| - r_l / |l|."""
   chosen, rejected = _ratios(p)
   return _per_token(chosen, p.chosen_tokens) - _per_token(rejected, p.rejected_tokens)
 
@@ -149,7 +151,8 @@ def _cpo(p: Pairs, c: Settings) -> jax.Array:
 
 
 def _log_odds(mean_logp: jax.Array) -> jax.Array:
-  """log(q / (1 - q)) of q = exp(mean_logp) <= 1, finite at q = 1 and for an empty answer."""
+  """Computes log(q / (1 - q)) of q = exp(mean_logp) <= 1; finite at q = 1 and for an empty
+  completion."""
   x = jnp.minimum(mean_logp, -1e-6)
   small = x < -0.6931471805599453  # log(1 - e^x) cancels on either side of log 1/2
   low, high = jnp.where(small, x, -1.0), jnp.where(small, -0.5, x)
@@ -192,7 +195,8 @@ def _kto_rewards(rows: Singles, c: Settings) -> jax.Array:
   return c.beta * (rows.logp - rows.ref_logp)
 
 
-# function, implicit reward, needs a reference, paired, formula, paper and who agrees.
+# function, implicit reward, needs a reference, paired, formula, paper and implementations that
+# agree.
 LOSSES = {
   'sigmoid': Row(
     _sigmoid,
@@ -269,7 +273,7 @@ LOSSES = {
     _kto_rewards,
     True,
     False,
-    'desirable (1 - s(beta (r - z))) for good, undesirable (1 - s(beta (z - r))) for bad answers',
+    'desirable (1 - s(beta (r - z))) or undesirable (1 - s(beta (z - r))), by the label',
     "KTO, Ethayarajh et al. 2024, eq. 7. TRL's KTO trainer, 'kto'.",
   ),
 }
@@ -278,11 +282,11 @@ LOSSES = {
 def kto_reference_point(
   logp: jax.Array, ref_logp: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What KTO's z is made of: the log-ratio of prompts with answers of other prompts.
+  """Computes the sums of KTO's z: the log-ratio of prompts with completions of other prompts.
 
   z = max(0, total / weight) over the whole step, by a pass without gradient before the step; it
-  estimates the divergence of policy from reference (Ethayarajh et al. 2024, section 4.2). TRL
-  shifts the answers of a micro-batch by one and takes the mean of that micro-batch alone.
+  estimates the KL divergence of policy from reference (Ethayarajh et al. 2024, section 4.2). TRL
+  shifts the completions of a micro-batch by one and takes the mean over that micro-batch.
 
   Args:
     logp: float32[N], log pi(y'|x) in nats.
@@ -290,40 +294,39 @@ def kto_reference_point(
     weights: float32[N], 0 for padding.
 
   Returns:
-    (total float32[], weight float32[]), to be summed over the step and given to `kto_z`.
+    (total float32[], weight float32[]), to be summed over the step and passed to `kto_z`.
   """
   logp, ref_logp = masked.keep(logp, weights), masked.keep(ref_logp, weights)
   return masked.mean(jax.lax.stop_gradient(logp - ref_logp), weights)
 
 
 def kto_z(total: jax.Array, weight: jax.Array) -> jax.Array:
-  """float32[], nats: z of a step's sums."""
+  """Returns float32[], nats: z of a step's sums."""
   return jnp.maximum(masked.divide(total, weight), 0.0)
 
 
 def _clean(batch: Pairs | Singles, weights: jax.Array) -> Pairs | Singles:
-  """The batch with zeros where it is padding, so that nothing there reaches a gradient."""
+  """Returns the batch with zeros in place of padding, so that no padding reaches a gradient."""
   return type(batch)(*(masked.keep(a, weights) if a.ndim else a for a in batch))
 
 
 def loss(
-  name: str, batch: Pairs | Singles, weights: jax.Array, settings: Settings
+  row: Row, batch: Pairs | Singles, weights: jax.Array, settings: Settings
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
-  """A micro-batch's summed loss, the number of its pairs or answers, and metrics.
+  """Computes the summed loss of a micro-batch, the number of its pairs or completions, and metrics.
 
   Args:
-    name: of a row of LOSSES.
+    row: of LOSSES, or one like them.
     batch: Pairs for a paired loss, else Singles.
     weights: float32[P or N], 0 for padding.
     settings: coefficients.
 
   Returns:
     (total float32[] in nats, weight float32[], {metric: (total, weight)}). Metrics are
-    rewards/chosen, rewards/rejected and, of pairs, rewards/margin and rewards/accuracy: the share
-    of pairs whose chosen answer has the larger implicit reward; equal rewards count as wrong, so
-    it is 0 where policy and reference are equal.
+    rewards/chosen, rewards/rejected and, for pairs, rewards/margin and rewards/accuracy: the share
+    of pairs whose chosen completion has the larger implicit reward; equal rewards count as wrong,
+    so it is 0 where policy and reference are equal.
   """
-  row = LOSSES[name]
   batch = _clean(batch, weights)
   total, weight = masked.mean(row.function(batch, settings), weights)
   rewards = jax.lax.stop_gradient(row.reward(batch, settings))
@@ -357,17 +360,18 @@ def bradley_terry(
   margin: jax.Array | float = 0.0,
   centring: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
-  """Loss of a reward model on pairs: -log s(R_w - R_l - margin) + centring (R_w + R_l)^2.
+  """Computes the loss of a reward model on pairs: -log s(R_w - R_l - margin) + centring (R_w +
+  R_l)^2.
 
-  Margin: Llama 2, Touvron et al. 2023, eq. 2. Centring: Eisenstein et al. 2023; only the difference
-  of two rewards is learned from pairs, this term holds their mean near 0. TRL's RewardTrainer
-  agrees (center_rewards_coefficient).
+  Margin: Llama 2, Touvron et al. 2023, eq. 2. Centring: Eisenstein et al. 2023; pairs
+  determine only the difference of two rewards, this term keeps their mean near 0. TRL's
+  RewardTrainer agrees (center_rewards_coefficient).
 
   Args:
     chosen, rejected: float32[P], rewards.
     weights: float32[P], 0 for padding.
     margin: float32[P] or a number.
-    centring: coefficient, 0.01 in TRL's documentation; 0 leaves the rewards' mean free.
+    centring: coefficient, 0.01 in TRL's documentation; 0 does not constrain the mean.
 
   Returns:
     (total float32[], weight float32[], {metric: (total, weight)}).
@@ -384,7 +388,8 @@ def bradley_terry(
 def reward_regression(
   predicted: jax.Array, target: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array, dict[str, masked.Pair]]:
-  """Squared error of a reward model on scored answers: (predicted - target)^2, each float32[N].
+  """Computes the squared error of a reward model on scored completions: (predicted - target)^2,
+  each float32[N].
 
   TRL has no such trainer; transformers' sequence classification with one label agrees.
 
@@ -397,15 +402,16 @@ def reward_regression(
 
 
 def calibration_error(margins: np.ndarray, bins: int = 10) -> float:
-  """Expected calibration error of a reward model on labelled pairs. Host side, numpy float64.
+  """Computes the expected calibration error of a reward model on labeled pairs. Host side, numpy
+  float64.
 
-  The model gives its preferred answer the probability p = s(|margin|) >= 1/2 and is right where
+  The model gives its preferred completion the probability p = s(|margin|) >= 1/2 and is right where
   the margin is positive (equal rewards are half right). Pairs are sorted by p into equal bins of
-  [1/2, 1]; the error is sum over bins of (share of pairs) * |share right - mean p|: 0 for equal
-  rewards everywhere, near 1 for a model that is surely wrong. (Guo et al. 2017, section 2.)
+  [1/2, 1]; the error is the sum over bins of (share of pairs) * |share right - mean p|: 0 for equal
+  rewards everywhere, near 1 for a model that is confidently wrong. (Guo et al. 2017, section 2.)
 
   Args:
-    margins: float[P], reward of the chosen answer less that of the rejected one.
+    margins: float[P], reward of the chosen completion minus that of the rejected one.
     bins: number of bins.
 
   Raises:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 
@@ -22,7 +22,7 @@ class Forward:
   Attributes:
     arch: architecture of the model.
     dtype: compute dtype of activations and matrix products.
-    remat: what a backward pass recomputes; see transformer.apply.
+    remat: what a backward pass recomputes; see kinds.apply.
 
   The methods take `params`, a nested dict with the model's parameters. Entries of other models in
   it (experiment/auxiliary.py) are not read.
@@ -46,7 +46,7 @@ class Forward:
     noise: added to the embeddings, [B, T, D], or None.
     """
     where = Tokens(batch['segments'], batch['positions'])
-    return transformer.apply(
+    return kinds.apply(
       self.arch,
       params,
       batch['tokens'],
@@ -63,13 +63,13 @@ class Forward:
     in nats; see head.cross_entropy_sums. Only the first is differentiable.
     """
     x = self.hidden_states(params, batch, noise)
-    table = transformer.head_weights(self.arch, params)
+    table = kinds.head_weights(self.arch, params)
     return head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], config)
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""
     x = self.hidden_states(params, batch)
-    table = transformer.head_weights(self.arch, params)
+    table = kinds.head_weights(self.arch, params)
     return head.token_logprobs(x, table, batch['labels'], batch['weights'])
 
   def logprobs_and_entropy(
@@ -79,7 +79,7 @@ class Forward:
     temperature); 0 where weights are 0.
     """
     x = self.hidden_states(params, batch)
-    table = transformer.head_weights(self.arch, params)
+    table = kinds.head_weights(self.arch, params)
     return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
 
   def side_logprobs(

@@ -1,39 +1,58 @@
 """Parts of a block that own parameters: projections and norms, each a shape with logical axes.
 
-Modules hold what a parameter is; they are merged with plain arrays inside the traced function (see
+Modules declare parameters; they are merged with plain arrays inside the traced function (see
 transformer.py), so they carry no state and no randomness. Weights are cast to the compute dtype and
-gathered over `fsdp` right where they are used: under a scan that is one layer at a time, and the
-gather moves the cast bytes."""
+gathered over `fsdp` where they are used: under a scan that is one layer at a time, and the gather
+moves the cast bytes."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from ftjax.models.architecture import Norm
 from ftjax.runtime.sharding import gathered, spec
 
 
+class Declared(NamedTuple):
+  """What is declared of a parameter.
+
+  shape: sizes. axes: their logical names. fan_in: see `declare`; 0 for a bias or a scale.
+  constant: initial value of such a leaf. origin: 'base', from the model's files; 'adapter', added
+  to it and trained; or 'derived', computed from other leaves by the model kind, never trained,
+  saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  fan_in: int
+  constant: float
+  origin: str = 'base'
+  dtype: str = ''
+
+
 class Param(nnx.Param):
-  """A parameter with `axes` (logical names), `fan_in` and `constant` as metadata; see `declare`."""
+  """A parameter with `declared: Declared` as metadata; see `declare`."""
 
 
 def declare(
   shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, constant: float = 0.0
 ) -> Param:
-  """A declared, abstract parameter: float32[shape]; nothing is allocated.
+  """Returns a declared, abstract parameter: float32[shape]; nothing is allocated.
 
   Args:
     shape: sizes.
     axes: logical names of them.
-    fan_in: numbers that one of the results sums over, which sets the variance that it starts with;
-      0 for what is no matrix but is added, or multiplied number by number.
-    constant: what such a one starts as.
+    fan_in: numbers that each result sums over, which sets the initial variance; 0 for a leaf that
+      is no matrix: a bias, or a scale.
+    constant: initial value of such a leaf.
   """
   start = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return Param(start, axes=axes, fan_in=fan_in, constant=constant)
+  return Param(start, declared=Declared(shape, axes, fan_in, constant))
 
 
 class Linear(nnx.Module):
@@ -61,7 +80,7 @@ class Linear(nnx.Module):
     self.b = declare(outputs, out[2:], 0) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """x [B, T, *inputs] -> [B, T, *outputs] in x's dtype."""
+    """Maps x [B, T, *inputs] to [B, T, *outputs] in x's dtype."""
     w = jax.sharding.reshard(self.w[...].astype(x.dtype), gathered(*self.axes))
     w = w.reshape(math.prod(self.inputs), math.prod(self.outputs))
     lead = x.shape[:2]
@@ -79,7 +98,7 @@ class Linear(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: jax.Array, w: jax.Array, out: P) -> jax.Array:
-  """x [n, i] @ w [i, o]. Its gradient asks for [i, o]: left alone it comes transposed."""
+  """Returns x [n, i] @ w [i, o]. Its gradient asks for [i, o]: left alone it comes transposed."""
   return jnp.einsum('ni,io->no', x, w, out_sharding=out)
 
 
@@ -98,15 +117,21 @@ def _multiply_backward(out, saved, g):
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-class RMSNorm(nnx.Module):
-  """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich 2019, eq. 4)."""
+class Normalize(nnx.Module):
+  """(x - mean) / rms(x - mean) * (offset + scale) over the last axis, in float32; without the mean
+  for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016, without a bias).
+  """
 
-  def __init__(self, dim: int, eps: float):
-    self.eps = eps
-    self.scale = declare((dim,), ('norm',), 0, constant=1.0)
+  def __init__(self, dim: int, norm: Norm):
+    self.norm = norm
+    self.scale = declare((dim,), ('norm',), 0, constant=1.0 - norm.offset)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+    if self.norm.kind == 'layer':
+      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.norm.eps)
     scale = self.scale[...].astype(jnp.float32)
+    if self.norm.offset:
+      scale = scale + self.norm.offset
     return (x32 * inverse * scale[None, None]).astype(x.dtype)

@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Rope
 
 
-def inverse_frequencies(arch: Architecture) -> np.ndarray:
-  """float32[H/2]: radians per position of each rotated pair, after the architecture's scaling rule.
+def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+  """Returns float32[H/2]: radians per position of each rotated pair, after the scaling rule.
 
   `llama3` (Llama 3.1 model card): wavelengths above original_len / low_freq_factor turn `factor`
   times slower, those below original_len / high_freq_factor stay, and between them the two are
   blended linearly in original_len / wavelength."""
   # HF computes the exponent and the power in float32; so do we, to agree to the last bit.
-  exponent = np.arange(0, arch.head_dim, 2, dtype=np.float32) / np.float32(arch.head_dim)
-  freq = (1.0 / (np.float32(arch.rope_theta) ** exponent)).astype(np.float32)
-  rule = arch.rope_scaling
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  freq = (1.0 / (np.float32(rope.theta) ** exponent)).astype(np.float32)
+  rule = rope.scaling
   if rule is None:
     return freq
   wavelength = 2 * math.pi / freq
@@ -31,9 +31,9 @@ def inverse_frequencies(arch: Architecture) -> np.ndarray:
   return np.where(slow, freq / rule.factor, np.where(fast, freq, blended)).astype(np.float32)
 
 
-def angles(arch: Architecture, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin), float32[B, T, H/2], of positions int32[B, T]."""
-  theta = positions[..., None].astype(jnp.float32) * inverse_frequencies(arch)[None, None]
+def angles(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (cos, sin), float32[B, T, H/2], of positions int32[B, T]."""
+  theta = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)[None, None]
   return jnp.cos(theta), jnp.sin(theta)
 
 

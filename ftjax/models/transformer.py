@@ -1,85 +1,111 @@
-"""The decoder: declared once as a Block, computed as a scan over stacked weights.
+"""The decoder: blocks as their specs describe them, computed as a scan over stacked weights.
 
-Seen from outside a model is `abstract` (shapes), `axes` (logical axes), `init` and `apply`;
-parameters are a nested dict of arrays, every block leaf with a leading L axis. Inside the scan body
-one layer's slice of that dict is merged into the Block's definition. `apply` ends at the last norm:
-logits are the business of head.py, which never makes all of them."""
+kinds.py presents it to the rest of the program. Parameters are a nested dict of arrays, every block
+leaf with a leading L axis. Inside the scan body one layer's slice of that dict is merged into the
+Block's definition. `apply` ends at the last norm: head.py computes losses and log-probs from there,
+and never makes all logits."""
 
 import dataclasses
 import functools
-import zlib
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import rope
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Linear, RMSNorm, declare
+from ftjax.models.layers import Declared, Linear, Normalize, declare
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime import trees
 from ftjax.runtime.sharding import gather, index, island, spec, total
 
+# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
+Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 
-@jax.tree_util.register_dataclass
+
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What every block of one forward pass shares: token places and rotary angles (cos, sin
-  float32[B, T, H/2]).
+  """What the blocks of one forward pass share: segments and positions of the queries and of the
+  keys, and the rotary angles of the queries.
   """
 
   query: Tokens
   key: Tokens
-  cos: jax.Array
-  sin: jax.Array
+  angles: Angles
+
+
+def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
+  mixers = [block.mixer for _, block, _ in arch.blocks()]
+  kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
+  return Context(query, key, {k: rope.angles(*k, query.positions) for k in kinds})
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions."""
+  """Grouped-query attention, with rotary positions where the spec has them."""
 
-  def __init__(self, arch: Architecture):
-    d, n, k, h = arch.model_dim, arch.num_heads, arch.num_kv_heads, arch.head_dim
+  def __init__(self, model_dim: int, spec: AttentionSpec):
+    d, n, k, h = model_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
     heads, kv = ('batch', 'seq', 'heads', 'head_dim'), ('batch', 'seq', 'kv_heads', 'head_dim')
-    bias = arch.qkv_bias
+    bias = spec.qkv_bias
+    self.spec = spec
     self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
     self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
 
   def __call__(self, x, context: Context, store):
-    q, k = (rope.rotate(f(x), context.cos, context.sin) for f in (self.q, self.k))
+    q, k = self.q(x), self.k(x)
+    if self.spec.rope is not None:
+      angles = context.angles[self.spec.rope, self.spec.head_dim]
+      q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
     k, v, memory = store(k, self.v(x))
     return self.o(attend(q, k, v, context.query, context.key)), memory
 
 
-class Block(nnx.Module):
-  """Pre-norm attention and gated MLP with residuals. x [B, T, D] in the compute dtype."""
+# The class of a spec is the kind; the module computes it.
+MIXERS = {AttentionSpec: Attention}
+MLPS = {GatedMlpSpec: GatedMlp}
 
-  def __init__(self, arch: Architecture):
-    self.attn_norm = RMSNorm(arch.model_dim, arch.norm_eps)
-    self.attn = Attention(arch)
-    self.mlp_norm = RMSNorm(arch.model_dim, arch.norm_eps)
-    self.mlp = GatedMlp(arch.model_dim, arch.ffn_dim)
+
+class Block(nnx.Module):
+  """A mixer and an MLP with residuals. x [B, T, D] in the compute dtype."""
+
+  def __init__(self, arch: Architecture, spec: BlockSpec):
+    dim = arch.model_dim
+    if spec.norm_placement not in ('before', 'after', 'both'):
+      raise ValueError(f'norm_placement={spec.norm_placement!r}; expected before, after or both')
+    before, after = spec.norm_placement != 'after', spec.norm_placement != 'before'
+    self.attn_norm = Normalize(dim, spec.norm) if before else None
+    self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
+    self.attn_out_norm = Normalize(dim, spec.norm) if after else None
+    self.mlp_norm = Normalize(dim, spec.norm) if before else None
+    self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
+    self.mlp_out_norm = Normalize(dim, spec.norm) if after else None
 
   def __call__(self, x, context: Context, store):
-    """`store(k, v) -> (keys to attend to, values, memory)`: training returns its arguments,
-    decoding writes the cache.
+    """Returns (x, memory). `store(k, v) -> (keys to attend to, values, memory)`: training returns
+    its arguments, decoding writes the cache.
     """
-    y, memory = self.attn(self.attn_norm(x), context, store)
-    x = x + y
-    return x + self.mlp(self.mlp_norm(x)), memory
+    y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
+    x = x + _normalized(self.attn_out_norm, y)
+    y = self.mlp(_normalized(self.mlp_norm, x))
+    return x + _normalized(self.mlp_out_norm, y), memory
+
+
+def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
+  return x if norm is None else norm(x)
 
 
 class EmbedAndHead(nnx.Module):
-  """What stands around the blocks: embedding table, last norm, and the head when it is not tied."""
+  """The parameters around the blocks: embedding table, last norm, and an untied head."""
 
   def __init__(self, arch: Architecture):
     shape = (arch.vocab_size, arch.model_dim)
     self.embed = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
-    self.final_norm = RMSNorm(arch.model_dim, arch.norm_eps)
+    self.final_norm = Normalize(arch.model_dim, arch.final_norm)
     if arch.num_labels:
       dim = arch.model_dim
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
@@ -88,75 +114,42 @@ class EmbedAndHead(nnx.Module):
 
 
 @functools.cache
-def _definition(module: type[nnx.Module], arch: Architecture):
-  """(graph definition, flat {name: declared parameter}) of a module."""
-  definition, state = nnx.split(module(arch))
-  return definition, trees.flatten(
-    nnx.to_pure_dict(jax.tree.map(lambda p: p, state, is_leaf=_is_param), extract_fn=lambda p: p)
+def _definition(module: type[nnx.Module], arch: Architecture, *more: BlockSpec):
+  """Returns (graph definition, flat {name: Declared}) of a module."""
+  definition, state = nnx.split(module(arch, *more))
+  params = nnx.to_pure_dict(
+    jax.tree.map(lambda p: p, state, is_leaf=_is_param), extract_fn=lambda p: p.declared
   )
+  return definition, trees.flatten(params)
 
 
 def _is_param(x) -> bool:
   return isinstance(x, nnx.Variable)
 
 
-class Declared(NamedTuple):
-  """A parameter of the whole model, with its L axis; see layers.declare."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str, ...]
-  fan_in: int
-  constant: float
-
-
 @functools.cache
 def declared(arch: Architecture) -> dict[str, Declared]:
-  """Flat {name: what is declared} of the whole model."""
-  out = {}
-  for name, p in _definition(EmbedAndHead, arch)[1].items():
-    out[name] = Declared(p.get_value().shape, p.axes, p.fan_in, p.constant)
-  for i, (pattern, repeats) in enumerate(arch.stacks):
-    for j in range(len(pattern)):
-      for name, p in _definition(Block, arch)[1].items():
-        out[f'stack{i}/block{j}/{name}'] = Declared(
-          (repeats, *p.get_value().shape), ('layers', *p.axes), p.fan_in, p.constant
-        )
+  """Returns flat {name: declaration} of the whole model, block leaves with their L axis."""
+  out = dict(_definition(EmbedAndHead, arch)[1])
+  for block, kind, repeats in arch.blocks():
+    for name, p in _definition(Block, arch, kind)[1].items():
+      stacked = p._replace(shape=(repeats, *p.shape), axes=('layers', *p.axes))
+      out[f'{block}/{name}'] = stacked
   return out
 
 
-def abstract(arch: Architecture, dtype: jnp.dtype = jnp.float32) -> dict:
-  """Nested dict of ShapeDtypeStruct."""
-  return trees.unflatten(
-    {n: jax.ShapeDtypeStruct(p.shape, dtype) for n, p in declared(arch).items()}
-  )
-
-
-def axes(arch: Architecture) -> dict:
-  """Nested dict of logical-axis tuples, of the same structure."""
-  return trees.unflatten({n: p.axes for n, p in declared(arch).items()})
-
-
-def init(arch: Architecture, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
-  """Random parameters: normal with variance 1 / fan_in (norm scales are 1, biases 0); a leaf
-  depends on the key and its name only.
-  """
-  leaves = {}
-  for name, p in declared(arch).items():
-    where = spec(*p.axes)
-    if p.fan_in:
-      own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-      x = jax.random.normal(own, p.shape, jnp.float32, out_sharding=where)
-      leaves[name] = (x * p.fan_in**-0.5).astype(dtype)
-    else:
-      leaves[name] = jnp.full(p.shape, p.constant, dtype, out_sharding=where)
-  return trees.unflatten(leaves)
+def head_leaf(arch: Architecture) -> str:
+  """Returns the name of the leaf that maps hidden states to logits [V, D] or to scores [R, D]."""
+  if arch.num_labels:
+    return 'score/w'
+  return 'embed/w' if arch.tied else 'head/w'
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Rows of table [V, D] for tokens int32[B, T], as dtype[B, T, D].
+  """Returns rows of table [V, D] for tokens int32[B, T], as dtype[B, T, D].
 
-  An island: each shard looks up the ids of its part of the vocabulary, and the parts are summed
-  over `tensor`."""
+  A shard_map region: each shard looks up the ids of its part of the vocabulary, and the parts are
+  summed over `tensor`."""
 
   def local(table, tokens):
     # In its own dtype: the gradient adds up all occurrences of a token, too many for bfloat16.
@@ -168,11 +161,6 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
   specs = (spec('vocab', 'embed'), spec('batch', 'seq'))
   return island(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
-
-
-def head_weights(arch: Architecture, params: dict) -> jax.Array:
-  """float32[V, D]: the head, which a tied model shares with its embedding."""
-  return params['embed' if arch.tied else 'head']['w']
 
 
 def _remat(body, policy: str):
@@ -193,7 +181,7 @@ def apply(
   remat: str = 'none',
   noise: jax.Array | None = None,
 ) -> jax.Array:
-  """Hidden states after the last norm.
+  """Returns the hidden states after the last norm.
 
   Args:
     arch: the architecture.
@@ -211,12 +199,12 @@ def apply(
   x = embed(params['embed']['w'], tokens, dtype)
   if noise is not None:
     x = x + noise.astype(dtype)
-  context = Context(where, where, *rope.angles(arch, where.positions))
+  context = _context(arch, where, where)
   for i, (pattern, _) in enumerate(arch.stacks):
 
     def body(x, weights, pattern=pattern):
-      for j in range(len(pattern)):
-        block = nnx.merge(_definition(Block, arch)[0], weights[f'block{j}'])
+      for j, kind in enumerate(pattern):
+        block = nnx.merge(_definition(Block, arch, kind)[0], weights[f'block{j}'])
         x, _ = block(x, context, lambda k, v: (k, v, None))
       return x, None
 
@@ -225,8 +213,8 @@ def apply(
 
 
 def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
-  frame = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
-  return nnx.merge(_definition(EmbedAndHead, arch)[0], frame).final_norm(x)
+  around = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
+  return nnx.merge(_definition(EmbedAndHead, arch)[0], around).final_norm(x)
 
 
 def decode(
@@ -239,8 +227,8 @@ def decode(
   *,
   dtype: jnp.dtype,
 ) -> tuple[jax.Array, Cache]:
-  """Like `apply` for T new tokens that are written into `cache` at index `at`, and attend to all of
-  it.
+  """Computes `apply` for T new tokens that are written into `cache` at index `at` and attend to all
+  of it.
 
   Args:
     arch: the architecture.
@@ -258,7 +246,7 @@ def decode(
   key = Tokens(
     put(cache.tokens.segments, where.segments), put(cache.tokens.positions, where.positions)
   )
-  context = Context(where, key, *rope.angles(arch, where.positions))
+  context = _context(arch, where, key)
   x = embed(params['embed']['w'], tokens, dtype)
   keys, values = dict(cache.keys), dict(cache.values)
   for i, (pattern, repeats) in enumerate(arch.stacks):
@@ -266,7 +254,7 @@ def decode(
     def body(carry, layer, i=i, pattern=pattern):
       x, ks, vs = carry
       weights, index = layer
-      for j in range(len(pattern)):
+      for j, kind in enumerate(pattern):
         name = f'stack{i}/block{j}'
 
         def store(k, v, name=name, ks=ks, vs=vs):
@@ -279,7 +267,7 @@ def decode(
           )
           return pick(new_k), pick(new_v), (new_k, new_v)
 
-        block = nnx.merge(_definition(Block, arch)[0], weights[f'block{j}'])
+        block = nnx.merge(_definition(Block, arch, kind)[0], weights[f'block{j}'])
         x, (new_k, new_v) = block(x, context, store)
         ks, vs = ks | {name: new_k}, vs | {name: new_v}
       return (x, ks, vs), None

@@ -19,8 +19,8 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.generation.sampler import Sampling
-from ftjax.models import attention, head
+from ftjax.generation.sampling import Sampling
+from ftjax.models import attention, counts, head
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
@@ -112,7 +112,7 @@ def make(
     settings=settings,
     rows=algorithms.rows_per_step(c),
     length=c.seq_len,
-    parameters=arch.num_params(),
+    parameters=counts.num_params(arch),
     attention=_kernel(c, mesh, arch, chip),
     compiler_options=trainer.compiler_options,
     compile_seconds=time.perf_counter() - begin,
@@ -133,7 +133,7 @@ def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) 
     context=mesh.shape['context'],
     queries=c.seq_len,
     keys=c.seq_len,
-    head_dim=arch.head_dim,
+    head_dim=max(spec.mixer.head_dim for spec in arch.layers()),
     dtype=c.model.compute_dtype,
   )
   return attention.kernel(problem)

@@ -5,6 +5,7 @@ full speed of the chip. Uncalibrated: no device has been measured, and a real st
 import dataclasses
 from collections.abc import Sequence
 
+from ftjax.models import counts
 from ftjax.models.architecture import Architecture
 from ftjax.planning.collectives import Collective
 from ftjax.planning.memory import Memory
@@ -53,9 +54,8 @@ def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
     * train_flops(
       rows * length,
       rows * length * (length + 1) / 2,
-      matmul_params=arch.matmul_params(),
-      num_layers=arch.num_layers,
-      attention_dim=arch.num_heads * arch.head_dim,
+      matmul_params=counts.matmul_params(arch),
+      attention_width=counts.attention_width(arch),
     )
     for arch, times in models
   )
@@ -63,9 +63,9 @@ def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
 
 def recomputed(arch: Architecture, rows: int, length: int, remat: str) -> float:
   """FLOPs that the backward pass repeats: with 'dots' the attention, with 'full' the blocks too."""
-  attention = 4.0 * arch.num_layers * arch.num_heads * arch.head_dim
+  attention = 4.0 * counts.attention_width(arch)
   attention *= rows * length * (length + 1) / 2
-  blocks = arch.matmul_params() - (arch.num_labels or arch.vocab_size) * arch.model_dim
+  blocks = counts.matmul_params(arch) - counts.head_params(arch)
   return {'none': 0.0, 'dots': attention, 'full': attention + 2.0 * blocks * rows * length}[remat]
 
 

@@ -6,7 +6,7 @@ import os
 
 from ftjax.hf import load
 from ftjax.runtime.errors import ConfigError
-from ftjax.storage import files
+from ftjax.storage import files, hub
 
 _LLAMA3_ROPE = {
   'rope_type': 'llama3',
@@ -25,12 +25,15 @@ def _sizes(dim, layers, heads, kv_heads, ffn, vocab) -> dict:
     'num_key_value_heads': kv_heads,
     'intermediate_size': ffn,
     'vocab_size': vocab,
+    'hidden_act': 'silu',
   }
 
 
 def _llama(dim, layers, heads, kv_heads, ffn, vocab=128256, **more) -> dict:
   return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
     'model_type': 'llama',
+    'attention_bias': False,
+    'mlp_bias': False,
     'rms_norm_eps': 1e-5,
     'rope_theta': 500000.0,
     'rope_scaling': _LLAMA3_ROPE,
@@ -73,17 +76,20 @@ SHAPES = {
 
 
 def read(path: str) -> dict:
-  """The config.json of a HF folder or GGUF file, else the shape of that name.
+  """Returns the config.json of a HF folder or GGUF file, else the shape of that name, else the
+  config.json of the model of that name on the hub.
 
   Raises:
-    ConfigError: neither.
-    DataError: a file that cannot be read.
+    ConfigError: none of these.
+    DataError: a file that cannot be read, or a hub that does not give it.
   """
   if files.exists(path):
     return load.read_config(path)
-  name = os.path.basename(path.rstrip('/')).removesuffix('-Instruct')
+  name = os.path.basename(path.partition('@')[0].rstrip('/')).removesuffix('-Instruct')
   if name in SHAPES:
     return SHAPES[name]
+  if hub.is_name(path):
+    return load.read_config(path)
   raise ConfigError(
     f'model.path={path}: it does not exist, and no shape of this name is known; known: '
     f'{", ".join(SHAPES)}'

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.generation.weights import rollout_mesh
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.planning import memory
 from ftjax.runtime import sharding
@@ -111,10 +111,10 @@ def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
 
 def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
   """Nested dict of ShapeDtypeStruct."""
-  where = sharding.shardings(mesh, transformer.axes(arch))
+  where = sharding.shardings(mesh, kinds.axes(arch))
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    transformer.abstract(arch, dtype),
+    kinds.abstract(arch, dtype),
     where,
   )
 

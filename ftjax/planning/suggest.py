@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ftjax.models.architecture import Architecture
+from ftjax.models import counts
+from ftjax.models.architecture import Architecture, BlockSpec
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a float32 parameter: itself, two moments of Adam, the gradient
@@ -47,8 +48,8 @@ def _divisors(n: int, most: int) -> list[int]:
 
 def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iterator[Candidate]:
   slices, devices = topology.slices, topology.num_devices
-  local = devices // slices
-  for tensor in _divisors(math.gcd(arch.num_kv_heads, local), 16):
+  local, specs = devices // slices, arch.layers()
+  for tensor in _divisors(math.gcd(*(s.mixer.num_kv_heads for s in specs), local), 16):
     for context in _divisors(local // tensor, 64):
       fsdp = local // tensor // context
       ways = fsdp * slices
@@ -59,18 +60,23 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
           yield Candidate(slices, fsdp, context, tensor, accum, remat)
 
 
+def _inner(spec: BlockSpec) -> int:
+  """Returns how many numbers of a token stand between the matrices of a layer."""
+  mixer = spec.mixer
+  return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim + 3 * spec.mlp.ffn_dim
+
+
 def _bytes(
   c: Candidate, arch: Architecture, rows: int, length: int, width: int, held: Held
 ) -> float:
   """A rough peak of one device: state, and the larger of the step's (one gathered layer and table,
   saved activations, a layer's own) and the copy that samples.
   """
-  n = arch.num_params()
+  n = counts.num_params(arch)
   tokens = rows // (c.data * c.fsdp) // c.grad_accum * length / c.context
   layer = (n - arch.vocab_size * arch.model_dim) / arch.num_layers / c.tensor
   table = arch.vocab_size * arch.model_dim / c.tensor
-  heads = (2 * arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-  inner = (heads + 3 * arch.ffn_dim) / c.tensor
+  inner = max(map(_inner, arch.layers())) / c.tensor
   kept = arch.model_dim + (inner + arch.model_dim if c.remat == 'dots' else 0)
   saved = held.trained * arch.num_layers * tokens * kept * width
   gathered = 4 * table + 2 * layer * width

@@ -12,7 +12,7 @@ from ftjax.experiment.run import Run
 from ftjax.generation import weights
 from ftjax.generation.completion import Completion, Rollout, stops
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 from ftjax.runtime.errors import CheckError
 
 _CHECKED_LEAVES = 8

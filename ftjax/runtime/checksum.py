@@ -1,21 +1,22 @@
-"""A number for the content of an array: the same for every layout on devices, another one for other
-bits or for the same ones elsewhere.
+"""Computes a checksum of an array that does not depend on its sharding.
+
+Other bits, or the same bits at other indices, give another number.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def checksum(bits: jax.Array, place: jax.Array) -> jax.Array:
-  """uint32[]: the sum, modulo 2^32, of a mixture of each entry's bits and place.
+def checksum(bits: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns the sum, modulo 2^32, of a hash of each entry's bits and index: uint32[].
 
-  The mixing is the finalizer of MurmurHash3 (Appleby 2011); a sum has no order.
+  The hash is the finalizer of MurmurHash3 (Appleby 2011); a sum has no order.
 
   Args:
     bits: uint32, any shape.
-    place: uint32 of that shape, or one that it is broadcast to: the entry's number.
+    index: uint32, broadcastable to that shape: the number of each entry.
   """
-  x = (bits + 1) * (2 * place + 1)
+  x = (bits + 1) * (2 * index + 1)
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return (x ^ (x >> 16)).sum(dtype=jnp.uint32)

@@ -1,15 +1,16 @@
-"""Compiler options of a training step, by kind of device: transfers that overlap with computing.
+"""Chooses compiler options of a training step by kind of device: transfers overlap with computing.
 
-They go to the compiler with each step, not through environment variables, so that plan and train
-use the same ones, and the manifest can name them."""
+They are passed to the compiler with each step, not through environment variables, so that plan and
+train use the same ones and the manifest can list them.
+"""
 
 from collections.abc import Iterable, Mapping
 
 from ftjax.runtime.errors import ConfigError
 
-# Gathers and sums run beside matrix products, and a scheduler places them early. The names are
-# those of the flag sets that MaxText (benchmarks/xla_flags_library.py) and tpu-recipes publish for
-# dense models.
+# Gathers and sums run concurrently with matrix products, and a scheduler starts them early. The
+# names are those of the flag sets that MaxText (benchmarks/xla_flags_library.py) and tpu-recipes
+# publish for dense models.
 _ASYNC_TPU = {
   'xla_enable_async_all_gather': True,
   'xla_enable_async_all_reduce': True,
@@ -42,39 +43,38 @@ Value = bool | int | float | str
 
 
 def known(device_kind: str) -> dict[str, Value]:
-  """The table's options of a kind of device; none for a kind that it does not know."""
+  """Returns the table's options of a kind of device; none for an unknown kind."""
   return dict(next((o for kind, o in _TABLE if device_kind.startswith(kind)), {}))
 
 
 def resolve(device_kind: str, own: Iterable[tuple[str, Value]]) -> dict[str, Value]:
-  """The table's options with one's own over them.
+  """Returns the table's options, overridden by the user's own.
 
   Args:
     device_kind: `device_kind` of a jax device.
-    own: (name, value); an empty text as value takes an option of the table away.
+    own: (name, value); an empty string as value removes an option of the table.
 
   Returns:
-    {name: value}, by name.
+    {name: value}, sorted by name.
   """
   out = known(device_kind)
   for name, value in own:
-    # XLA:GPU takes no text for a bool.
+    # XLA:GPU accepts no string for a bool.
     out[name] = value == 'true' if value in ('true', 'false') else value
   return {name: out[name] for name in sorted(out) if out[name] != ''}
 
 
-def told(options: Mapping[str, Value]) -> str:
-  """For a log, written as flags are."""
+def format_flags(options: Mapping[str, Value]) -> str:
+  """Returns options as one line for a log: name=value, separated by spaces."""
   return ' '.join(f'{k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in options.items())
 
 
 def explain(error: Exception, options: Mapping[str, Value]) -> ConfigError | None:
-  """The error to raise where the compiler refused an option; None where it failed otherwise."""
-  said = str(error)
-  wrong = 'No such compile option' in said or 'While setting option' in said
-  if not wrong:
+  """Returns the error to raise where the compiler refused an option; None for other failures."""
+  message = str(error)
+  if 'No such compile option' not in message and 'While setting option' not in message:
     return None
   return ConfigError(
-    f'compiler_options: the compiler refuses one of ({told(options)}): {said.splitlines()[0]}; '
-    "correct it, or take it away with ('NAME', '')"
+    f'compiler_options: the compiler refuses one of ({format_flags(options)}): '
+    f"{message.splitlines()[0]}; correct it, or remove it with ('NAME', '')"
   )

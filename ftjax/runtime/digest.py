@@ -1,4 +1,4 @@
-"""One hash of a JSON value, for cache names and fingerprints."""
+"""Hashes JSON values, for cache names and fingerprints."""
 
 import hashlib
 import json

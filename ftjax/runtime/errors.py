@@ -1,8 +1,9 @@
-"""The errors that end a run, each with the exit code that scripts may rely on.
+"""Defines the errors that end a run, each with an exit code that scripts may rely on.
 
-0 done; 2 bad flag or config; 3 bad data or model files; 4 non-finite training; 5 a check said no;
-75 stopped early, run again. Everything else is a bug and keeps Python's own traceback and exit code
-1. `caught` and `attempt` are the only ways to go on after an error of any kind."""
+0 done; 2 bad flag or config; 3 bad data or model files; 4 non-finite training; 5 check failed; 75
+stopped early, run again. Everything else is a bug and keeps Python's own traceback and exit code 1.
+Only `caught` and `attempt` continue after an error of any kind.
+"""
 
 import logging
 from collections.abc import Callable
@@ -18,13 +19,13 @@ class RunError(Exception):
 
 
 class ConfigError(RunError, ValueError):
-  """A flag or a config key that cannot be meant. The message names the key."""
+  """An unusable flag or config key. The message names the key."""
 
   exit_code = 2
 
 
 class DataError(RunError, ValueError):
-  """A data or model file that cannot be used. The message names file, place and reason."""
+  """An unusable data or model file. The message names file, position and reason."""
 
   exit_code = 3
 
@@ -36,7 +37,7 @@ class NonFiniteError(RunError, ArithmeticError):
 
 
 class CheckError(RunError):
-  """A check said no: does not fit, replay differs, a gate refused the export."""
+  """A failed check: does not fit in memory, replay differs, a gate refused the export."""
 
   exit_code = 5
 
@@ -48,7 +49,7 @@ class StoppedEarly(RunError):
 
 
 def caught(call: Callable[[], Any]) -> Exception | None:
-  """What `call` raises, for the caller to judge; None where it returns."""
+  """Returns the exception that `call` raises, or None where it returns."""
   try:
     call()
   except Exception as error:
@@ -57,6 +58,6 @@ def caught(call: Callable[[], Any]) -> Exception | None:
 
 
 def attempt(what: str, call: Callable[[], Any]) -> None:
-  """For what may fail without harm, next to how the run itself ends: an error is only logged."""
+  """Calls a function that may fail without harm: an exception is logged and dropped."""
   if error := caught(call):
     log.warning('%s failed: %s: %s', what, type(error).__name__, error)

@@ -3,16 +3,18 @@
 import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
 import traceback
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
+T = TypeVar('T')
 _LONGEST = 300  # characters of an error that is not ours
 
 
@@ -46,6 +48,18 @@ def load(key: str, text: str) -> Any:
       near = difflib.get_close_matches(name, known, n=1)
       hint = f'; did you mean {module_name}:{near[0]}?' if near else f'; it has {sorted(known)}'
       raise ConfigError(f'{key}={text}: {module_name} has no {name}{hint}') from error
+  return found
+
+
+def instance(key: str, text: str, kind: type[T]) -> T:
+  """Returns the object that `load` returns, which must be an instance of `kind`.
+
+  Raises:
+    ConfigError: as `load`, or an object of another class.
+  """
+  found = load(key, text)
+  if not isinstance(found, kind):
+    raise wrong(key, text, found, f'a {kind.__module__}.{kind.__qualname__}')
   return found
 
 
@@ -94,11 +108,12 @@ def wrong(key: str, text: str, found: Any, expected: str) -> ConfigError:
 
 
 def fingerprint(text: str) -> str:
-  """Returns the sha256 of the source of the module that 'package.module:object' names, which was
-  loaded. Comments and formatting do not change it.
+  """Returns the sha256 of the source of the module that 'package.module' or 'package.module:object'
+  names. Comments and formatting do not change it; what the module imports does not count.
   """
-  path = sys.modules[text.partition(':')[0]].__file__ or ''
-  if not path.endswith('.py'):
+  spec = importlib.util.find_spec(text.partition(':')[0])
+  path = spec.origin if spec and spec.origin else ''
+  if not path.endswith('.py'):  # an extension module
     return digest([text])
   with open(path, encoding='utf-8') as file:
     return digest([text, ast.dump(ast.parse(file.read()))])

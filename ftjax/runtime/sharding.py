@@ -1,9 +1,10 @@
-"""The mesh and the one table that says which logical axis lies on which mesh axis.
+"""Makes the mesh, and maps logical axes to mesh axes by one table.
 
 Axes are Explicit: the sharding of every array is part of its type, a contraction over a sharded
-axis must say where its result lies, and a mismatch is an error at trace time. Parameters carry
-logical axis names where they are declared (`models/`); `spec` turns names into a PartitionSpec by
-RULES. A name that is not in the table raises; what is replicated is written down as None."""
+axis must name the sharding of its result, and a mismatch is an error at trace time. Parameters
+carry logical axis names where they are declared (`models/`); `spec` turns names into a
+PartitionSpec by RULES. A name that is not in the table raises; None means replicated.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from ftjax.runtime.errors import ConfigError
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 
-# Batch rows are spread over every axis that holds whole copies of, or shards of, the model's rows.
+# Batch rows are sharded over every axis on which devices compute other rows.
 BATCH = ('data', 'fsdp', 'expert')
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -42,7 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def spec(*names: str | None) -> P:
-  """PartitionSpec of an array whose dimensions have these logical names (None: replicated).
+  """Returns the PartitionSpec of an array with these logical axes (None: replicated).
 
   Raises:
     KeyError: a name that RULES does not know.
@@ -56,12 +57,12 @@ def spec(*names: str | None) -> P:
 
 
 def gathered(*names: str | None) -> P:
-  """`spec` of a parameter after its fsdp gather: what a block computes with."""
+  """Returns the `spec` of a parameter after its fsdp all-gather, as a block computes with it."""
   return spec(*(None if n == 'embed' else n for n in names))
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
-  """Sizes over AXES with -1 resolved to what is left of `num_devices`.
+  """Returns the sizes of AXES, -1 replaced so that they use all of `num_devices`.
 
   Raises:
     ConfigError: more than one -1, or a product that is not the device count.
@@ -86,7 +87,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with Explicit axes over all devices (or the given ones).
+  """Creates a mesh with Explicit axes over all devices (or the given ones).
 
   Where the devices form several slices, the outermost axis of the mesh crosses them.
 
@@ -107,7 +108,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       f'it must be a multiple of {slices}; mesh.data={slices} is usual'
     )
   across = [slices if i == outer else 1 for i in range(len(shape))]
-  within = [size // ways for size, ways in zip(shape, across, strict=True)]
+  within = [size // count for size, count in zip(shape, across, strict=True)]
   grid = mesh_utils.create_hybrid_device_mesh(
     within, across, devices, allow_split_physical_axes=True
   )
@@ -115,7 +116,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def shardings(mesh: Mesh, axes: Mapping) -> dict:
-  """Nested dict of NamedSharding from a nested dict of logical-axis tuples."""
+  """Returns a nested dict of NamedSharding for a nested dict of logical-axis tuples."""
   return {
     k: shardings(mesh, v) if isinstance(v, Mapping) else NamedSharding(mesh, spec(*v))
     for k, v in axes.items()
@@ -123,22 +124,25 @@ def shardings(mesh: Mesh, axes: Mapping) -> dict:
 
 
 def put(mesh: Mesh, array: np.ndarray, *names: str | None) -> jax.Array:
-  """A host array, the same in every process, laid on a mesh by logical names."""
+  """Shards a host array, equal in every process, over a mesh by logical axis names."""
   return jax.make_array_from_callback(
     array.shape, NamedSharding(mesh, spec(*names)), lambda part: array[part]
   )
 
 
 def is_alone() -> bool:
-  """Whether the current mesh is one device: islands then need no collectives.
+  """Returns whether the current mesh is one device: `shard_map` then needs no collectives.
 
-  XLA does not remove those among one member: each is a copy, and some turn a table's layout over.
+  XLA does not remove collectives of one member: each is a copy, and some transpose a table.
   """
   return jax.sharding.get_abstract_mesh().size == 1
 
 
 def island(local: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = False) -> Callable:
-  """`jax.shard_map` over the current mesh; on one device `local` itself, on arrays without axes."""
+  """Returns `jax.shard_map` of a function over the current mesh.
+
+  On one device it is the function itself, on arrays without sharded axes.
+  """
   if not is_alone():
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
@@ -150,66 +154,66 @@ def island(local: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = F
 
 
 def gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-  """Inside an island: x of all members of a mesh axis, joined along `dim`."""
+  """Gathers x from all shards of a mesh axis, concatenated along `dim`. Inside `shard_map`."""
   return x if is_alone() else jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
 def scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
-  """Inside an island: this member's part, along `dim`, of the sum over a mesh axis."""
+  """Returns this shard's part, along `dim`, of the sum over a mesh axis. Inside `shard_map`."""
   return x if is_alone() else jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
 def total(x: Any, axes: str | tuple[str, ...]) -> Any:
-  """Inside an island: the sum over mesh axes, of an array or a tree."""
+  """Returns the sum over mesh axes of an array or a tree. Inside `shard_map`."""
   return x if is_alone() else jax.lax.psum(x, axes)
 
 
 def index(axis: str) -> jax.Array:
-  """Inside an island: int32[], this member's place on a mesh axis."""
+  """Returns this shard's index on a mesh axis: int32[]. Inside `shard_map`."""
   return jnp.zeros((), jnp.int32) if is_alone() else jax.lax.axis_index(axis)
 
 
 def batch_axis_size() -> int:
-  """How many shards the batch axis has on the current mesh."""
+  """Returns the number of shards of the batch axis on the current mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[a] for a in BATCH)
 
 
 def axis_size(axis: str) -> int:
-  """Members of an axis of the current mesh."""
+  """Returns the size of an axis of the current mesh."""
   return jax.sharding.get_abstract_mesh().shape[axis]
 
 
-def zigzag(length: int, ways: int) -> np.ndarray:
-  """int32[T]: which token of a row stands at each place when `context` splits it `ways` ways.
+def zigzag(length: int, shards: int) -> np.ndarray:
+  """Returns the token index at each position of a row that `context` splits into shards: int32[T].
 
   Shard i of C holds chunks i and 2 C - 1 - i of the row's 2 C: under a causal mask every shard then
-  has as much to compute. Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2. Rows are
-  brought into this order on the host (training/prefetch.py); segments and positions tell the rest.
+  has the same work. Dubey et al. 2024, "The Llama 3 herd of models", section 3.3.2. Rows are
+  permuted on the host (training/prefetch.py), with their segments and positions.
 
   Raises:
     ValueError: a length that 2 C does not divide.
   """
-  if ways == 1:
+  if shards == 1:
     return np.arange(length, dtype=np.int32)
-  if length % (2 * ways):
-    raise ValueError(f'rows of {length} tokens cannot be cut into {2 * ways} chunks')
-  chunks = np.arange(length, dtype=np.int32).reshape(2, ways, -1)
+  if length % (2 * shards):
+    raise ValueError(f'rows of {length} tokens cannot be cut into {2 * shards} chunks')
+  chunks = np.arange(length, dtype=np.int32).reshape(2, shards, -1)
   return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
 
 
-def unzigzag(x: jax.Array, ways: int) -> jax.Array:
-  """[B, T, ...] from the order of `zigzag` to the natural one: two slices, and no gather."""
-  if ways == 1:
+def unzigzag(x: jax.Array, shards: int) -> jax.Array:
+  """Returns [B, T, ...] in natural order from the order of `zigzag`: two slices, no gather."""
+  if shards == 1:
     return x
-  halves = x.reshape(x.shape[0], ways, 2, -1, *x.shape[2:])
+  halves = x.reshape(x.shape[0], shards, 2, -1, *x.shape[2:])
   return jnp.concatenate([halves[:, :, 0], halves[:, ::-1, 1]], axis=1).reshape(x.shape)
 
 
 def check_divides(
   axes: Mapping[str, tuple], shapes: Mapping[str, tuple[int, ...]], mesh: Mesh
 ) -> None:
-  """Fails before compiling when a mesh axis does not divide the dimension laid on it.
+  """Checks, before compiling, that mesh axes divide the dimensions that are sharded over them.
 
   Args:
     axes: flat {parameter name: logical axes}.
@@ -221,9 +225,9 @@ def check_divides(
   """
   for name, names in axes.items():
     for size, logical, part in zip(shapes[name], names, spec(*names), strict=True):
-      ways = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
-      if size % ways:
+      count = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+      if size % count:
         raise ConfigError(
-          f'{name}: its {logical} dimension of {size} cannot be split {ways} ways; '
+          f'{name}: its {logical} dimension of {size} cannot be split into {count} shards; '
           f'change mesh.{part} to a divisor of {size}'
         )

@@ -1,19 +1,18 @@
-"""JSON that keeps all it is given: a key that stands twice is refused, of which readers would keep
-one value."""
+"""Reads JSON strictly: a repeated key is refused, of which other readers would keep one value."""
 
 import json
 from typing import Any
 
 
 class RepeatedKey(ValueError):
-  """A key that stands twice in one object."""
+  """A key that occurs twice in one object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) != len(pairs):
     names = [key for key, _ in pairs]
-    raise RepeatedKey(f'the key {next(k for k in names if names.count(k) > 1)!r} stands twice')
+    raise RepeatedKey(f'the key {next(k for k in names if names.count(k) > 1)!r} occurs twice')
   return found
 
 
@@ -21,7 +20,7 @@ def loads(text: bytes | str) -> Any:
   """Returns the value of a JSON text, as `json.loads`.
 
   Raises:
-    RepeatedKey: a key stands twice in an object. And what json.loads raises.
+    RepeatedKey: a key occurs twice in an object. Errors of json.loads pass through.
   """
   return json.loads(text, object_pairs_hook=_unique)
 

@@ -1,8 +1,7 @@
-"""Named leaves of nested dicts, and tables of regular expressions that must cover them.
+"""Names the leaves of nested dicts, and matches them against tables of regular expressions.
 
 Parameters are nested dicts whose leaves are named by their path, `stack0/block0/attn/q/w`. These
-names are a public
-interface: checkpoints, regex tables and documentation use them.
+names are a public interface: checkpoints, regex tables and documentation use them.
 """
 
 import re
@@ -13,7 +12,7 @@ from ftjax.runtime.errors import ConfigError
 
 
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
-  """`{name: leaf}` of a nested dict, names joined by '/', in sorted order at every level."""
+  """Returns `{name: leaf}` of a nested dict, names joined by '/', sorted at every level."""
   leaves = {}
   for key in sorted(tree):
     value = tree[key]
@@ -26,19 +25,19 @@ def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict:
-  """Inverse of `flatten`."""
+  """Returns the nested dict of named leaves; the inverse of `flatten`."""
   tree: dict = {}
   for name, leaf in leaves.items():
     *folders, last = name.split('/')
-    place = tree
+    branch = tree
     for folder in folders:
-      place = place.setdefault(folder, {})
-    place[last] = leaf
+      branch = branch.setdefault(folder, {})
+    branch[last] = leaf
   return tree
 
 
 def map_named(fn: Callable[..., Any], tree: Mapping, *rest: Mapping) -> dict:
-  """`fn(name, leaf, *leaves)` over nested dicts of one structure."""
+  """Maps `fn(name, leaf, *leaves)` over nested dicts of one structure."""
   others = [flatten(r) for r in rest]
   return unflatten({n: fn(n, leaf, *(o[n] for o in others)) for n, leaf in flatten(tree).items()})
 
@@ -55,8 +54,8 @@ def match_table(table: Iterable[tuple[str, Any]], names: Iterable[str], key: str
     `{name: value}` for all names.
 
   Raises:
-    ConfigError: a name is matched by no row, a row decides no name (a misspelt regex would
-      otherwise do nothing), or a regex does not parse.
+    ConfigError: no row matches a name, a row matches no name first (a misspelt regex would
+      otherwise have no effect), or a regex does not parse.
   """
   rows = []
   for pattern, value in table:
@@ -81,19 +80,19 @@ def match_table(table: Iterable[tuple[str, Any]], names: Iterable[str], key: str
     )
   idle = [p for _, p, _ in rows if p not in used and p != '.*']
   if idle:
-    raise ConfigError(f'{key}: {idle} decide no parameter; the names are like {names[:4]}')
+    raise ConfigError(f'{key}: {idle} match no parameter first; the names are like {names[:4]}')
   return out
 
 
 def select(leaves: Mapping[str, Any], keep: Callable[[str], bool]) -> tuple[dict, dict]:
-  """Splits a nested dict in two by leaf name: (kept, others). `merge` puts them together again."""
+  """Splits a nested dict in two by leaf name: (kept, others). `merge` is the inverse."""
   flat = flatten(leaves)
   kept = {n: v for n, v in flat.items() if keep(n)}
   return unflatten(kept), unflatten({n: v for n, v in flat.items() if n not in kept})
 
 
 def merge(a: Mapping, b: Mapping) -> dict:
-  """Puts two disjoint nested dicts together."""
+  """Returns the union of two disjoint nested dicts. Raises ValueError where both have a leaf."""
   fa, fb = flatten(a), flatten(b)
   if both := fa.keys() & fb.keys():
     raise ValueError(f'merge: {sorted(both)[:3]} are in both trees')

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.experiment import saved_model
 from ftjax.experiment.model import open_model
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.generation.batch import Conversation
+from ftjax.generation.completion import Completion, stops
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.hf import load
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.serving import terminal_chat
@@ -28,7 +31,8 @@ class Settings:
   """How text is generated; the flags of generate.py.
 
   max_tokens: longest answer; 0: 256, or what fits. stop: strings that end an answer and are left
-  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
+  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype. family:
+  as model.family of a config; a workdir has its own.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -39,6 +43,7 @@ class Settings:
   raw: bool = False
   batch_size: int = 8
   dtype: str = 'float32'
+  family: str = ''
 
 
 class Generator:
@@ -62,15 +67,18 @@ class Generator:
     )
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
     jax.set_mesh(mesh)
-    model, self._params = _load(path, mesh, dtype)
+    model, self._params = _load(path, mesh, dtype, settings.family)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
     ends = (*model.stop_ids, *stop_texts.token_ids(settings.stop, self.tokenizer))
-    self._sampler = Sampler(
+    self._engine = Engine(
       *(model.arch, dtype, ends, self.tokenizer.pad_id),
+      slots=settings.batch_size,
       vocab_size=self.tokenizer.vocab_size,
     )
+    self._ended = stops(settings.stop, self.tokenizer)
+    self._conversation = Conversation()
     if settings.system and not self._has_turns:
       raise ConfigError('--system needs a model with a chat template, and not --raw')
 
@@ -92,21 +100,17 @@ class Generator:
     (found,) = self._encode_rows([('--prompt', {'prompt': text, 'system': self._settings.system})])
     return found
 
-  def _text(self, ids: list[int]) -> str:
-    return stop_texts.text_before(ids, self._settings.stop, self.tokenizer)
-
-  def _is_stopped(self, ids: list[int]) -> bool:
-    """Whether a stop text is in an answer; asked after several tokens at once."""
-    if not self._settings.stop:
-      return False
-    text = self.tokenizer.decode(ids, skip_special=False)
-    return any(s in text for s in self._settings.stop)
+  def _text(self, tokens: list[int]) -> str:
+    """Returns the text of a completion before its stop token or text."""
+    if tokens[-1] in self._engine.stop_ids:
+      tokens = tokens[:-1]
+    return stop_texts.text_before(tokens, self._settings.stop, self.tokenizer)
 
   def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
     """Texts that follow the prompts, which leave room for one token at least."""
     longest = max(map(len, prompts))
     most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
-    return [self._text(ids) for ids in self._generate(prompts, first_row, most)]
+    return [self._text(c.tokens) for c in self._generate(prompts, first_row, most)]
 
   def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
     """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
@@ -157,23 +161,26 @@ class Generator:
     def stream(answers):
       show(_settled(self._text(answers[0]), self._settings.stop))
 
-    (ids,) = self._generate([prompt], number, most, stream)
+    (found,) = self._generate([prompt], number, most, stream, self._conversation)
     hint = ''
-    if len(ids) >= most:
+    if found.truncated:
       why = 'the context is full; /reset begins a new one' if most == room else '--max_tokens'
       hint = f'[cut after {most} tokens: {why}]'
-    return terminal_chat.Reply(self._text(ids), hint)
+    return terminal_chat.Reply(self._text(found.tokens), hint)
 
-  def _generate(self, prompts, first_row: int, most: int, stream=None) -> list[list[int]]:
-    return self._sampler.generate(
+  def _generate(
+    self, prompts, first_row: int, most: int, stream=None, conversation=None
+  ) -> list[Completion]:
+    return self._engine.generate_at_once(
       self._params,
       prompts,
-      most,
-      self._settings.sampling,
+      max_tokens=most,
+      sampling=self._settings.sampling,
       seed=self._settings.seed,
-      row_ids=range(first_row, first_row + len(prompts)),
-      ended=self._is_stopped,
+      prompt_ids=range(first_row, first_row + len(prompts)),
+      ended=self._ended,
       stream=stream,
+      conversation=conversation,
     )
 
 
@@ -191,11 +198,11 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
   return text[: len(text) - max(ends, default=0)]
 
 
-def _load(path: str, mesh, dtype) -> tuple:
+def _load(path: str, mesh, dtype, family: str) -> tuple:
   """(experiment.Model, parameters) of --model."""
 
   def places(model):
-    return sharding.shardings(mesh, transformer.axes(model.arch))
+    return sharding.shardings(mesh, kinds.axes(model.arch))
 
   def from_checkpoint(saved):
     saved_model.check_generates(saved.model, f'--model={path}')
@@ -208,7 +215,8 @@ def _load(path: str, mesh, dtype) -> tuple:
   export = None if which else load.newest_export(workdir)
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
-  model = open_model(export or path, {}, 0, weights=False)
+  family = family or (saved_model.family(workdir) if export else '')
+  model = open_model(export or path, {}, 0, family=family)
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 
 

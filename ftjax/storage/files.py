@@ -1,11 +1,9 @@
-"""The one door to files: local paths, and objects of Google Cloud Storage as gs://BUCKET/PATH.
+"""Reads and writes files: local paths, and objects of Google Cloud Storage as gs://BUCKET/PATH.
 
-Text is UTF-8. Whole files are replaced atomically: a reader, or a run that starts after a crash,
-sees the old text or the new one, never half. Log files grow through `LineLog`, which does not
-promise an append to the file system (object stores have none). What can only be local (memory maps,
-TensorBoard) goes through `local_mirror` and `Staged`. Who writes what: metrics_writer.py,
-checkpoint.py, manifest.py, evaluation/run.py, hf/export.py, data/token_cache.py. docs/gcs.md says
-what gs:// changes.
+All other modules reach files through this one. Text is UTF-8. Whole files are replaced atomically:
+a reader, or a run that starts after a crash, sees the old text or the new one, never half. Log
+files grow through `LineLog`, since object stores have no append. Files that must be local (memory
+maps, TensorBoard) go through `local_mirror` and `Staged`. docs/gcs.md lists what differs on gs://.
 """
 
 import fcntl
@@ -24,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-  """True for `scheme://...`, False for a path of this machine."""
+  """Returns True for `scheme://...`, False for a local path."""
   return '://' in os.fspath(path)
 
 
 def join(path: str | os.PathLike, *parts: str) -> str:
-  """Joins with '/', local or remote. A part may not be absolute."""
+  """Joins parts of a local or remote path with '/'. Raises ValueError for an absolute part."""
   for part in parts:
     if part.startswith('/') or is_remote(part):
       raise ValueError(f'join: got the absolute part {part!r} under {os.fspath(path)!r}')
@@ -37,12 +35,12 @@ def join(path: str | os.PathLike, *parts: str) -> str:
 
 
 def absolute(path: str | os.PathLike) -> str:
-  """The same place named from the root."""
+  """Returns the absolute path."""
   return os.fspath(path) if is_remote(path) else os.path.abspath(path)
 
 
 def _is_gcs(path: str | os.PathLike) -> bool:
-  """Whether a path lies in a bucket. Raises ConfigError for another scheme, and for gs:/BUCKET."""
+  """Returns whether a path is in a bucket. Raises ConfigError for other schemes and gs:/BUCKET."""
   text = os.fspath(path)
   if not is_remote(text):
     if text.startswith(gcs.SCHEME[:4]):  # what pathlib makes of gs://
@@ -55,14 +53,15 @@ def _is_gcs(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> Path:
-  """A pathlib.Path, or for gs:// a gcs.GcsPath, which has the methods of it that are used here.
+  """Returns a pathlib.Path, or for gs:// a gcs.GcsPath, which has the methods that ftjax uses.
 
-  (Path itself would make gs:/bucket of gs://bucket, a local folder.)
+  (Path itself would turn gs://bucket into gs:/bucket, a local folder.)
   """
   return gcs.GcsPath(path) if _is_gcs(path) else Path(path)  # type: ignore[return-value]
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
+  """Returns the whole file."""
   if _is_gcs(path):
     return gcs.GcsPath(path).read_bytes()
   with open(path, 'rb') as f:
@@ -70,18 +69,19 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def read_text(path: str | os.PathLike) -> str:
-  """The whole file as text, newlines as they are."""
+  """Returns the whole file as text, without newline translation."""
   return read_bytes(path).decode('utf-8')
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """`write_bytes` of a text."""
+  """Replaces the file atomically by a text, as `write_bytes`."""
   write_bytes(path, text.encode('utf-8'))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-  """Replaces the file atomically: a temporary file beside it, fsync, rename, fsync the folder. An
-  object is atomic by itself.
+  """Replaces the file atomically: a temporary file in its folder, fsync, rename, fsync the folder.
+
+  Writing an object is atomic anyway.
   """
   if _is_gcs(path):
     gcs.GcsPath(path).write_bytes(content)
@@ -98,7 +98,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     if os.path.exists(temporary):
       os.remove(temporary)
     raise
-  _sync_folder(os.path.dirname(path) or '.')  # else the rename may be lost with the power
+  _sync_folder(os.path.dirname(path) or '.')  # else a power failure may undo the rename
 
 
 def _sync_folder(path: str | os.PathLike) -> None:
@@ -110,36 +110,37 @@ def _sync_folder(path: str | os.PathLike) -> None:
 
 
 def sync_tree(path: str | os.PathLike) -> None:
-  """All files below a folder, the folders and its own name, to the disk; objects are there."""
+  """Syncs all files below a folder, the folders and its own name to disk; nothing on gs://."""
   if _is_gcs(path):
     return
-  for place, _, names in os.walk(path):
+  for folder, _, names in os.walk(path):
     for name in names:
-      with open(os.path.join(place, name), 'rb') as f:
+      with open(os.path.join(folder, name), 'rb') as f:
         os.fsync(f.fileno())
-    _sync_folder(place)
+    _sync_folder(folder)
   _sync_folder(os.path.dirname(os.fspath(path)) or '.')
 
 
 def exists(path: str | os.PathLike) -> bool:
-  """Whether a file or a folder is there; in a bucket, a folder is there when something is in it."""
+  """Returns whether a file or folder exists; in a bucket a folder exists if it is not empty."""
   return gcs.GcsPath(path).exists() if _is_gcs(path) else os.path.exists(path)
 
 
 def listdir(path: str | os.PathLike) -> list[str]:
-  """Names in a folder, sorted."""
+  """Returns the names in a folder, sorted."""
   if _is_gcs(path):
     return [p.name for p in gcs.GcsPath(path).iterdir()]
   return sorted(os.listdir(path))
 
 
 def makedirs(path: str | os.PathLike) -> None:
-  """Creates the folder and its parents; an existing one is fine. Nothing to do in a bucket."""
+  """Creates the folder and its parents where they do not exist; does nothing in a bucket."""
   if not _is_gcs(path):
     os.makedirs(path, exist_ok=True)
 
 
 def remove(path: str | os.PathLike) -> None:
+  """Deletes a file or an object."""
   if _is_gcs(path):
     gcs.GcsPath(path).unlink()
   else:
@@ -147,7 +148,7 @@ def remove(path: str | os.PathLike) -> None:
 
 
 def remove_tree(path: str | os.PathLike) -> None:
-  """A folder with all that is in it."""
+  """Deletes a folder with its content."""
   if _is_gcs(path):
     gcs.GcsPath(path).remove_tree()
   else:
@@ -155,7 +156,7 @@ def remove_tree(path: str | os.PathLike) -> None:
 
 
 def to_disk(file) -> None:
-  """Flushes an open file of `as_path(...).open('wb')` to the disk; objects are safe once closed."""
+  """Syncs an open file of `as_path(...).open('wb')` to disk; objects are safe once closed."""
   file.flush()
   if isinstance(file, gcs.Writer):
     return
@@ -163,8 +164,9 @@ def to_disk(file) -> None:
 
 
 def local_mirror(folder: str | os.PathLike) -> Path:
-  """The folder itself, or for gs:// a folder of this machine that stands for it, kept between runs:
-  under $FTJAX_CACHE, else $XDG_CACHE_HOME/ftjax, else ~/.cache/ftjax.
+  """Returns the folder itself, or for gs:// a local folder in its place, kept between runs.
+
+  It is under $FTJAX_CACHE, else $XDG_CACHE_HOME/ftjax, else ~/.cache/ftjax.
   """
   if not _is_gcs(folder):
     return Path(folder)
@@ -177,8 +179,8 @@ def fetch_folder(remote: str | os.PathLike, target: Path, mark: str) -> bool:
   """Downloads the files directly in `remote` into the folder `target`.
 
   Returns:
-    False, and nothing is downloaded, where `remote` is local or lacks the file `mark`, which
-    `put_folder` writes last.
+    False, without a download, where `remote` is local or lacks the file `mark`, which `put_folder`
+    writes last.
   """
   if not _is_gcs(remote) or not (gcs.GcsPath(remote) / mark).is_file():
     return False
@@ -191,8 +193,9 @@ def fetch_folder(remote: str | os.PathLike, target: Path, mark: str) -> bool:
 
 
 def put_folder(source: Path, remote: str | os.PathLike, mark: str) -> None:
-  """Uploads the files directly in `source`, `mark` last; nothing where that is there already, or
-  `remote` is local.
+  """Uploads the files directly in `source`, `mark` last.
+
+  Does nothing where `mark` exists already or `remote` is local.
   """
   if not _is_gcs(remote) or (gcs.GcsPath(remote) / mark).is_file():
     return
@@ -202,14 +205,14 @@ def put_folder(source: Path, remote: str | os.PathLike, mark: str) -> None:
 
 
 class Lock:
-  """Holds a folder for this process until it ends, however it ends; in a bucket see lease.py.
+  """Locks a folder for this process until the process ends; for buckets see gcs_lock.py.
 
   Raises:
-    ConfigError: another process holds it; names that process.
+    ConfigError: another process has the lock; the message names it.
   """
 
   def __init__(self, folder: str | os.PathLike):
-    self._held = gcs_lock.Lease(folder) if _is_gcs(folder) else _KernelLock(folder)
+    self._held = gcs_lock.BucketLock(folder) if _is_gcs(folder) else _KernelLock(folder)
 
   def release(self) -> None:
     self._held.release()
@@ -218,18 +221,18 @@ class Lock:
 class _KernelLock:
   def __init__(self, folder: str | os.PathLike):
     path = join(folder, '.lock')
-    self._file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 (held while we live)
+    self._file = open(path, 'a+', encoding='utf-8')  # noqa: SIM115 (held until the process ends)
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       self._file.seek(0)
-      holder = self._file.read().strip() or 'a process that did not say its name'
+      holder = self._file.read().strip() or 'an unnamed process'
       raise ConfigError(
         f'--workdir={os.fspath(folder)} is in use by {holder}; wait for it, stop it, or give '
         'another --workdir'
       ) from error
     except OSError as error:
-      log.warning('%s: no lock can be had (%s): start no second run there', path, error)
+      log.warning('%s: the file system has no locks (%s): start no second run there', path, error)
       return
     self._file.truncate(0)
     self._file.write(f'process {os.getpid()} on {socket.gethostname()}')
@@ -242,12 +245,12 @@ class _KernelLock:
 class LineLog:
   """A text file that grows line by line.
 
-  A line is in the file, for every reader, when `write` returns. It survives the death of the
-  process at once, and the death of the machine from `sync` on.
+  Every reader sees a line when `write` returns. The line survives a crash of the process from then
+  on, and a crash of the machine after `sync`.
 
-  In a bucket the whole text is kept in memory and uploaded as a whole: at `sync` and `close`, and
-  in between when the last upload is ten seconds old, or twenty times as old as it was long. A line
-  is there for others, and survives this process, from then on.
+  In a bucket the whole text is kept in memory and uploaded as one object: at `sync` and `close`,
+  and in between at the intervals of `gcs.Pace`. Other readers see a line, and it survives a crash
+  of the process, after the next upload.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -296,8 +299,8 @@ class _ObjectLog:
     if self._pace.is_due():
       try:
         self.sync()
-      except OSError as error:  # the next one carries these lines too
-        log.warning('%s: not uploaded now: %s', self._path, error)
+      except OSError as error:  # the next upload has these lines too
+        log.warning('%s: upload failed, tried again later: %s', self._path, error)
 
   def sync(self) -> None:
     if self._is_new:
@@ -309,11 +312,11 @@ class _ObjectLog:
 
 
 class Staged:
-  """A folder for libraries that write local files alone; `push` brings them to where they belong.
+  """A folder for libraries that write local files only; `push` uploads them to gs://.
 
   Attributes:
-    folder: where to write: the folder itself, or for gs:// a temporary one.
-    is_remote: whether that is so; if not, there is nothing to push.
+    folder: the folder to write to: the path itself, or for gs:// a temporary folder.
+    is_remote: whether the path is on gs://; if not, `push` does nothing.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -323,11 +326,11 @@ class Staged:
     self._pace, self._sizes = gcs.Pace(), {}
 
   def is_due(self) -> bool:
-    """Whether it is time to push; never for a local folder."""
+    """Returns whether it is time to push; never for a local folder."""
     return self.is_remote and self._pace.is_due()
 
   def push(self) -> None:
-    """Uploads, whole, the files that grew. What was uploaded survives the machine."""
+    """Uploads the files that grew, each as one object."""
     if not self.is_remote:
       return
     with self._pace.upload():
@@ -339,18 +342,18 @@ class Staged:
           self._sizes[name] = len(content)
 
   def close(self) -> None:
-    """Removes the temporary folder; what was not pushed is lost."""
+    """Removes the temporary folder; changes since the last `push` are lost."""
     if self.is_remote:
       shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def probe(workdir: str | os.PathLike) -> float:
-  """Creates, lists and deletes a file in `workdir`.
+  """Creates, lists and deletes a file in `workdir`; for buckets see gcs_probe.py.
 
-  A run then fails before it loads a model, and not at its first save. Of a bucket: gcs_probe.py.
+  So a run without these rights fails before it loads a model, not at its first checkpoint.
 
   Returns:
-    seconds it took.
+    the seconds it took.
 
   Raises:
     ConfigError: an operation was refused. The message names path, operation, reason and remedy.

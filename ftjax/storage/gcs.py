@@ -1,7 +1,9 @@
-"""What files.py needs of Google Cloud Storage: objects by name, read by byte ranges, written whole.
+"""Reads objects of Google Cloud Storage by byte ranges and writes them whole.
 
-An object store has no folders, no append and no rename. What stands here makes up for that and says
-where it cannot. Callers go through files.py; lease.py holds a folder, gcs_probe.py tries rights.
+An object store has no folders, no append and no rename. Callers go through files.py; gcs_lock.py
+locks a folder, gcs_probe.py tests permissions. `etils.epath` would be shorter, but it commits a
+half-written object when a `with open('wb')` block raises, mixes two generations of an object that
+is replaced while it is read, and does not tell a refused permission from other errors.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _MARKER = '/'  # consoles and gcsfs make an object 'a/b/' to show an empty folde
 
 @functools.cache
 def client() -> Any:
-  """The one client of this process.
+  """Returns the client of this process.
 
   Raises:
     ConfigError: the extra is not installed, or there are no credentials.
@@ -65,10 +67,10 @@ def client() -> Any:
 
 
 def split(path: str | os.PathLike) -> tuple[str, str]:
-  """('bucket', 'a/b') of gs://bucket/a/b.
+  """Splits gs://bucket/a/b into ('bucket', 'a/b').
 
   Raises:
-    ConfigError: no bucket, or a part of the path that an object store would take by its letters.
+    ConfigError: no bucket, or an empty part, '.' or '..', which an object store takes literally.
   """
   path = os.fspath(path)
   bucket, _, key = path.removeprefix(SCHEME).partition('/')
@@ -80,34 +82,38 @@ def split(path: str | os.PathLike) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def as_os_errors(path: str | os.PathLike) -> Iterator[None]:
-  """Google's exceptions as those that a local file system would raise."""
+  """Raises Google's exceptions as those that a local file system would raise."""
   import requests
   from google.api_core import exceptions
   from google.auth.exceptions import GoogleAuthError
   from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
-  place, told = os.fspath(path), lambda text: redact_text(text[-300:])
+  name = os.fspath(path)
+
+  def end_of(text: str) -> str:
+    return redact_text(text[-300:])
+
   try:
     yield
   except exceptions.NotFound as error:
-    raise FileNotFoundError(2, 'No such object', place) from error
+    raise FileNotFoundError(2, 'No such object', name) from error
   except exceptions.Forbidden as error:
-    raise PermissionError(13, f'Forbidden ({told(error.message)})', place) from error
-  except InvalidResponse as error:  # a resumable upload's own kind
+    raise PermissionError(13, f'Forbidden ({end_of(error.message)})', name) from error
+  except InvalidResponse as error:  # a resumable upload's own class
     kind = PermissionError if error.response.status_code == 403 else OSError
-    text = f'HTTP {error.response.status_code} ({told(error.response.text)})'
-    raise kind(13 if kind is PermissionError else 5, text, place) from error
+    text = f'HTTP {error.response.status_code} ({end_of(error.response.text)})'
+    raise kind(13 if kind is PermissionError else 5, text, name) from error
   except (
     exceptions.GoogleAPIError,
     DataCorruption,
     requests.RequestException,
     GoogleAuthError,
   ) as error:
-    raise OSError(5, f'{type(error).__name__}: {told(str(error))}', place) from error
+    raise OSError(5, f'{type(error).__name__}: {end_of(str(error))}', name) from error
 
 
 class Stat(NamedTuple):
-  """Of an object: bytes, when it was written, and which of its generations this is."""
+  """Size of an object in bytes, its time of writing, and its generation."""
 
   st_size: int
   st_mtime_ns: int
@@ -117,8 +123,8 @@ class Stat(NamedTuple):
 class GcsPath:
   """An object or a folder (a prefix) of a bucket, with the methods of pathlib.Path that ftjax uses.
 
-  A path that has once looked at its object goes on reading that generation of it: what several
-  reads through one path return belongs together.
+  After the first look at its object a path reads that generation of it, so that several reads
+  through one path are consistent.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -167,11 +173,11 @@ class GcsPath:
     return self.parent / name
 
   def blob(self, generation: int | None = None) -> Any:
-    """The client's object of that name."""
+    """Returns the client's object of that name."""
     return client().bucket(self.bucket).blob(self.key, generation=generation)
 
   def stat(self) -> Stat:
-    """Of the object. Raises FileNotFoundError for a folder, too."""
+    """Returns size, time and generation. Raises FileNotFoundError, also for a folder."""
     if self._stat is None:
       with as_os_errors(self):
         if not self.key:
@@ -191,7 +197,7 @@ class GcsPath:
     return True
 
   def is_dir(self) -> bool:
-    """Whether objects lie under it; an object store has no other folders."""
+    """Returns whether objects have it as a prefix; an object store has no other folders."""
     try:
       with as_os_errors(self):
         found = client().list_blobs(self.bucket, prefix=self._prefix(), max_results=1)
@@ -214,7 +220,7 @@ class GcsPath:
     return f'{self.key}/' if self.key else None
 
   def iterdir(self) -> Iterator[GcsPath]:
-    """Objects and folders directly below, by name. Raises FileNotFoundError where nothing is."""
+    """Returns objects and folders directly below, sorted. Raises FileNotFoundError for none."""
     with as_os_errors(self):
       found = client().list_blobs(self.bucket, prefix=self._prefix(), delimiter='/')
       blobs = list(found)
@@ -231,13 +237,15 @@ class GcsPath:
     return iter(sorted(out))
 
   def glob(self, pattern: str) -> Iterator[GcsPath]:
-    """Of names directly below."""
+    """Returns the objects and folders directly below whose names match."""
     children = self.iterdir() if self.is_dir() else iter(())
     return (p for p in children if fnmatch.fnmatchcase(p.name, pattern))
 
   def open(self, mode: str = 'r', buffering: int = _BUFFER, encoding='utf-8', newline=None) -> Any:
-    """'rb' and 'r' read by byte ranges, with `buffering` bytes read ahead (0: none); 'wb' writes in
-    pieces into an object that appears, whole, when the file is closed.
+    """Opens the object.
+
+    'rb' and 'r' read by byte ranges, with `buffering` bytes read ahead (0: none). 'wb' writes in
+    pieces; the object exists once the file is closed, whole.
     """
     if mode == 'wb':
       return Writer(self)
@@ -247,7 +255,7 @@ class GcsPath:
     return io.TextIOWrapper(io.BufferedReader(raw, buffering), encoding=encoding, newline=newline)
 
   def read_range(self, start: int, size: int) -> bytes:
-    """`size` bytes from byte `start`; fewer where the object ends. One request."""
+    """Returns `size` bytes from byte `start`; fewer where the object ends. One request."""
     if size <= 0 or start >= self.stat().st_size:
       return b''
     blob = self.blob(self.stat().generation)
@@ -258,7 +266,7 @@ class GcsPath:
       )
 
   def read_bytes(self) -> bytes:
-    """The whole object, its checksum verified by the client."""
+    """Returns the whole object; the client verifies its checksum."""
     with as_os_errors(self):
       generation = self._stat.generation if self._stat else None
       return self.blob(generation).download_as_bytes(raw_download=True)
@@ -267,7 +275,7 @@ class GcsPath:
     return self.read_bytes().decode('utf-8')
 
   def write_bytes(self, content: bytes) -> None:
-    """Replaces the object: whole or not at all, checked by MD5 at the other end."""
+    """Replaces the object atomically; the server verifies the MD5."""
     with as_os_errors(self):
       self.blob().upload_from_string(content, 'application/octet-stream', checksum='md5')
     self._stat = None
@@ -276,7 +284,7 @@ class GcsPath:
     self.write_bytes(text.encode('utf-8'))
 
   def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-    """Nothing: a folder is there when something lies in it."""
+    """Does nothing: folders exist by their objects."""
 
   def unlink(self) -> None:
     with as_os_errors(self):
@@ -284,18 +292,18 @@ class GcsPath:
     self._stat = None
 
   def copy_to(self, target: GcsPath) -> None:
-    """Within the store; no byte passes through this machine."""
+    """Copies the object on the server; no byte passes through this machine."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     with as_os_errors(self):
       source, blob, token = self.blob(), target.blob(), ''
       while token is not None:  # large objects need several calls
-        # Usually it does not try again; to copy twice what stays as it is does no harm.
+        # By default it does not retry; copying twice is harmless.
         token, _, _ = blob.rewrite(source, token=token or None, retry=DEFAULT_RETRY)
     target._stat = None
 
   def remove_tree(self) -> None:
-    """Deletes every object below."""
+    """Deletes every object below this prefix."""
     with as_os_errors(self):
       for blob in list(client().list_blobs(self.bucket, prefix=self._prefix())):
         with contextlib.suppress(FileNotFoundError), as_os_errors(self):
@@ -308,7 +316,7 @@ def _stat_of(blob: Any) -> Stat:
 
 
 class _Reader(io.RawIOBase):
-  """Bytes of an object by range requests, of the generation it had when it was opened."""
+  """Reads an object by range requests, in the generation it had when it was opened."""
 
   def __init__(self, path: GcsPath):
     self._path, self._size, self._at = path, path.stat().st_size, 0
@@ -352,7 +360,7 @@ class _Reader(io.RawIOBase):
 
 
 class Writer:
-  """A file to write once; its object appears when it is closed, and not at all after an error."""
+  """A file to write once; its object exists once it is closed, and not after an error."""
 
   def __init__(self, path: GcsPath):
     self._path = path
@@ -364,7 +372,7 @@ class Writer:
       return self._file.write(content)
 
   def flush(self) -> None:
-    """Nothing: what is not closed is not there."""
+    """Does nothing: the object does not exist before `close`."""
 
   def close(self) -> None:
     try:
@@ -376,7 +384,7 @@ class Writer:
     self._path._stat = None
 
   def _give_up(self) -> None:
-    """No object, now or later."""
+    """Cancels the upload: no object is written, now or later."""
     with contextlib.suppress(Exception):
       self._file.terminate()
     # The client's file closes itself when it is collected, which uploads what it still holds.
@@ -393,9 +401,7 @@ class Writer:
 
 
 class Pace:
-  """When to upload again: not more often than every `seconds`, nor for over a twentieth of the
-  time.
-  """
+  """Decides when to upload again: at most every `seconds`, and for at most 1/20 of the time."""
 
   def __init__(self, seconds: float = 10.0):
     self._seconds, self._cost, self._last = seconds, 0.0, -1e9

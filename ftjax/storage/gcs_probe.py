@@ -1,6 +1,6 @@
-"""Tries what a run will need of a bucket, in under five seconds, before anything is loaded.
+"""Tests the permissions that a run needs on a bucket, in under five seconds, at its start.
 
-What is refused is told with who asked, which bucket, the permission and the command that grants it.
+An error names the account, the bucket, the permission and the command that grants it.
 """
 
 import os
@@ -23,7 +23,7 @@ def probe(workdir: str | os.PathLike) -> None:
   """Creates, reads, lists and deletes an object below `workdir`, and reads the bucket's properties.
 
   Raises:
-    ConfigError: something was refused, is not there, or took too long.
+    ConfigError: an operation was refused or took too long, or there is no such bucket.
   """
   gcs.client()
   path = gcs.GcsPath(workdir) / f'.probe.{socket.gethostname()}.{os.getpid()}'
@@ -37,8 +37,8 @@ def probe(workdir: str | os.PathLike) -> None:
     except BaseException as error:
       failed.append(error)
 
-  # A thread of its own, left behind when it is late: tokens are fetched in there too, by code whose
-  # retries know no limit of ours.
+  # In a thread, which is abandoned when it is late: it also fetches tokens, by code whose retries
+  # have no limit that we could set.
   thread = threading.Thread(target=work, name='probe', daemon=True)
   thread.start()
   thread.join(SECONDS)
@@ -49,11 +49,11 @@ def probe(workdir: str | os.PathLike) -> None:
       'token?'
     )
   if failed:
-    raise _told(os.fspath(workdir), path.bucket, doing[0], failed[0]) from failed[0]
+    raise _explain(os.fspath(workdir), path.bucket, doing[0], failed[0]) from failed[0]
 
 
 def _attempts(path: gcs.GcsPath) -> list[tuple[str, Callable[[], Any]]]:
-  """Permissions, each with a request that needs it. No retries: the first answer is the answer."""
+  """Returns permissions, each with a request that needs it and is not retried."""
   bucket, blob = gcs.client().bucket(path.bucket), path.blob()
   limits: dict[str, Any] = {'retry': None, 'timeout': (2, 2)}
 
@@ -72,7 +72,7 @@ def _attempts(path: gcs.GcsPath) -> list[tuple[str, Callable[[], Any]]]:
   ]
 
 
-def _told(workdir: str, bucket: str, permission: str, error: BaseException) -> Exception:
+def _explain(workdir: str, bucket: str, permission: str, error: BaseException) -> Exception:
   from google.api_core import exceptions
   from google.auth.exceptions import GoogleAuthError
 
@@ -100,9 +100,9 @@ def _told(workdir: str, bucket: str, permission: str, error: BaseException) -> E
 
 
 def _refusal(bucket: str, permission: str, answer: str) -> str:
-  """Only names and permissions are taken from the server's answer: no part of a request is."""
-  told = re.search(r"[Pp]ermission '?(storage\.\w+\.\w+)", answer)
-  missing = told[1] if told else permission
+  """Returns the message for a refusal: only names and permissions come from the server's answer."""
+  named = re.search(r"[Pp]ermission '?(storage\.\w+\.\w+)", answer)
+  missing = named[1] if named else permission
   who = _principal(answer)
   if re.search(r'SCOPE_INSUFFICIENT|insufficient authentication scopes', answer):
     return (
@@ -113,7 +113,7 @@ def _refusal(bucket: str, permission: str, answer: str) -> str:
     )
   kind = 'serviceAccount' if who.endswith('gserviceaccount.com') else 'user'
   member = f'{kind}:{who}' if '@' in who else 'MEMBER'
-  unknown = '' if '@' in who else ' (MEMBER: gcloud auth list tells your account)'
+  unknown = '' if '@' in who else ' (MEMBER: your account, see gcloud auth list)'
   return (
     f'{who or "the account of these credentials"} lacks {missing} on gs://{bucket}. Grant it: '
     f'gcloud storage buckets add-iam-policy-binding gs://{bucket} --member={member} '
@@ -122,14 +122,14 @@ def _refusal(bucket: str, permission: str, answer: str) -> str:
 
 
 def _principal(answer: str) -> str:
-  """Who asked: from the server's answer, else from the credentials; '' where neither tells."""
+  """Returns the account, from the server's answer or else the credentials; '' if unknown."""
   if found := re.search(rf'({_EMAIL}) does not have', answer):
     return found[1]
   if 'Anonymous caller' in answer:
     return 'an anonymous caller (no credentials)'
   credentials = gcs.client()._credentials  # the client has no public name for them
   for name in ('service_account_email', 'signer_email', 'account'):
-    told = getattr(credentials, name, None)
-    if isinstance(told, str) and re.fullmatch(_EMAIL, told):
-      return told
+    account = getattr(credentials, name, None)
+    if isinstance(account, str) and re.fullmatch(_EMAIL, account):
+      return account
   return ''

@@ -1,8 +1,9 @@
-"""The folder of compiled programs: damaged entries are removed before jax sees them.
+"""Removes damaged entries from the folder of compiled programs before jax reads them.
 
-jax reads an entry, fails, compiles, and then does not write, because the file is there: a damaged
-entry would be compiled again at every start. What is removed here is compiled once more and
-written anew."""
+jax reads an entry, fails, compiles, and does not write the entry because the file exists: a damaged
+entry would be compiled again at every start. An entry that is removed here is compiled and written
+once.
+"""
 
 import hashlib
 import json
@@ -21,11 +22,13 @@ _ZLIB, _ZSTD = 0x78, b'\x28\xb5\x2f\xfd'  # how the two formats begin
 
 
 def check(folder: str) -> list[str]:
-  """Removes damaged entries of a local folder, records the checksums of the others, and returns
-  the names of what was removed.
+  """Removes damaged entries of a local folder and records the checksums of the others.
 
   An entry is compared with its checksum; one without (its run was killed) must decompress. Objects
-  of a bucket are whole or not there: a gs:// folder is not read.
+  of a bucket are never partial: a gs:// folder is not read.
+
+  Returns:
+    names of the entries that were removed.
   """
   sums, damaged = _sums(folder), []
   for name in _entries(folder):
@@ -43,7 +46,7 @@ def check(folder: str) -> list[str]:
 
 
 def record(folder: str) -> None:
-  """Records the checksums of entries that have none yet; they are taken for whole."""
+  """Records the checksums of entries that have none yet, which are assumed to be undamaged."""
   sums = _sums(folder)
   for name in _entries(folder):
     if name not in sums:
@@ -58,7 +61,7 @@ def _entries(folder: str) -> list[str]:
 
 
 def _sums(folder: str) -> dict[str, str]:
-  """The recorded checksums of entries that are there; none where the record itself is damaged."""
+  """Returns the recorded checksums of existing entries; none where the record is damaged."""
   known = _recorded(folder)
   return {name: known[name] for name in _entries(folder) if name in known}
 
@@ -75,13 +78,13 @@ def _recorded(folder: str) -> dict[str, str]:
 
 
 def _record(folder: str, sums: dict[str, str]) -> None:
-  """Those of entries that are gone go too: jax may write other bytes under the same name."""
+  """Writes the checksums of existing entries: jax may write other bytes under an old name."""
   if sums != _recorded(folder):
     files.write_text(files.join(folder, _SUMS), json.dumps(sums, indent=1) + '\n')
 
 
 def _decompresses(content: bytes) -> bool:
-  """Whether an entry is whole, as far as its compression can tell."""
+  """Returns whether an entry decompresses."""
   if content.startswith(_ZSTD):
     decompress = _zstd()
     return decompress is None or caught(lambda: decompress(content)) is None
@@ -92,9 +95,7 @@ def _decompresses(content: bytes) -> bool:
 
 
 def _zstd():
-  """What jax decompresses with where it is installed: of Python 3.14, else of zstandard; None
-  without either.
-  """
+  """Returns the decompressor that jax uses: Python 3.14's, else that of zstandard, else None."""
   try:
     from compression import zstd
   except ImportError:

@@ -1,7 +1,7 @@
-"""What a run prints: text made of numbers. The loop and fit.py ask for it and log it.
+"""Formats the lines that a run prints. The loop and fit.py log them.
 
-A figure that counts for the algorithm stands in the progress bar, in every evaluation's line and at
-the end; `Headline` names it."""
+`Headline` names the main metrics of an algorithm: they are shown in the progress bar, in the line
+of every evaluation and at the end."""
 
 import dataclasses
 import math
@@ -9,19 +9,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_RISING = 3  # evaluations in a row worse than the best that are warned of
-_ZEROS = 5  # steps in a row with a loss of exactly 0 that are warned of
-_WINDOW = 32  # steps that a loss is compared with
+_RISING = 3  # evaluations in a row worse than the best after which a warning is logged
+_ZEROS = 5  # steps in a row with a loss of exactly 0 after which a warning is logged
+_WINDOW = 32  # number of steps that a loss is compared with
 _LABEL = 10  # width of the labels of a block
 
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
-  """The figures that count for an algorithm.
+  """The main metrics of an algorithm.
 
-  bar: metrics of a step (or of a rollout) that the progress bar shows, in order. evaluation:
-  metrics of an evaluation that its line begins with, the one that counts first. larger: whether
-  that is better when it is larger. from_rollouts: the bar's figures are those of rollouts.
+  bar: metrics of a step (or of a rollout) in the progress bar, in order. evaluation: metrics at the
+  start of an evaluation's line, the main one first. larger: whether a larger value of the main one
+  is better. from_rollouts: whether the metrics of the bar are those of rollouts.
   """
 
   bar: tuple[str, ...] = ('loss',)
@@ -31,26 +31,26 @@ class Headline:
 
 
 def count(n: int | float) -> str:
-  """Returns a number of things with thousands apart: 11,397."""
+  """Returns a count with thousands separators: 11,397."""
   return f'{round(n):,}'
 
 
 def figure(name: str, value: float) -> str:
-  """Returns a metric as people read it: a share as per cent, else four significant digits."""
+  """Returns a metric for display: an accuracy in per cent, else four significant digits."""
   if name.endswith('accuracy') and math.isfinite(value):
     return f'{100 * value:.1f} %'
   return f'{value:.4g}' if abs(value) < 1e-2 or abs(value) >= 1e4 else f'{value:.4f}'
 
 
 def change(name: str, value: float, before: float) -> str:
-  """Returns a difference with its sign; of shares in percentage points."""
+  """Returns a difference with its sign; of accuracies in percentage points."""
   if name.endswith('accuracy'):
     return f'{100 * (value - before):+.1f}'
   return f'{value - before:+.4f}' if abs(value - before) < 1e4 else f'{value - before:+.4g}'
 
 
 def size(num_bytes: float) -> str:
-  """Returns bytes in the unit that suits them: 1.2 GiB."""
+  """Returns bytes in a suitable unit: 1.2 GiB."""
   for unit in ('B', 'KiB', 'MiB'):
     if num_bytes < 1000:
       return f'{num_bytes:.3g} {unit}'
@@ -59,7 +59,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Returns seconds as people say them: 12.3 s, 3 min 05 s, 2 h 05 min."""
+  """Returns a duration: 12.3 s, 3 min 05 s, 2 h 05 min."""
   if seconds < 59.95:
     return f'{seconds:.1f} s'
   minutes, rest = divmod(round(seconds), 60)
@@ -86,14 +86,14 @@ def visible(text: str, limit: int = 0) -> str:
 
 
 def sample(step: int, prompt: str, completion: str) -> str:
-  """Returns the line of a completion to one of eval.prompts."""
+  """Returns the log line of a completion of one of eval.prompts."""
   shown = visible(completion, 120).rstrip() or '(empty)'
   return f'sample  step {step}  {visible(prompt, 60)} -> {shown}'
 
 
 def block(title: str, rows: Sequence[tuple[str, str]]) -> str:
-  """Returns labelled lines below a title; rows without text are left out. A label that is the one
-  before is not repeated.
+  """Returns labeled lines below a title; rows without text are left out, and a label is not
+  repeated on consecutive lines.
   """
   lines, last = [title], ''
   for label, text in rows:
@@ -105,8 +105,8 @@ def block(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """source: path or name. family: of the architecture. trained, frozen: parameters, of all models
-  that the step holds. auxiliary: names of models besides the policy.
+  """source: path or name. family: of the architecture. trained, frozen: numbers of parameters, of
+  all models in the train state. auxiliary: names of the models other than the policy.
   """
 
   source: str
@@ -119,12 +119,12 @@ class Model:
   auxiliary: tuple[str, ...] = ()
 
   def text(self) -> str:
-    """One line."""
+    """Returns one line."""
     frozen = f', {parameters(self.frozen)} frozen' if self.frozen else ' (all)'
-    besides = f'; with {", ".join(self.auxiliary)}' if self.auxiliary else ''
+    auxiliary = f'; with {", ".join(self.auxiliary)}' if self.auxiliary else ''
     return (
       f'{self.source}: {self.family}, {self.layers} layers; {parameters(self.trained)} parameters '
-      f'trained{frozen}; {self.param_dtype} parameters, {self.compute_dtype} compute{besides}'
+      f'trained{frozen}; {self.param_dtype} parameters, {self.compute_dtype} compute{auxiliary}'
     )
 
 
@@ -137,10 +137,9 @@ def devices(kind: str, number: int, processes: int, mesh: Mapping[str, int]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """Training and evaluation data in numbers. unit: of `per_epoch` and of a batch: 'packed
-  sequences', 'pairs', 'examples', 'prompts'. supervised: tokens, None where that is not known.
-  utilization: share of the places of packed sequences that hold a token, None where nothing is
-  packed. left_out: examples.
+  """Sizes of training and evaluation data. unit: of `per_epoch` and of a batch: 'packed sequences',
+  'pairs', 'examples', 'prompts'. supervised: tokens, None if unknown. utilization: share of
+  non-padding tokens in packed sequences, None without packing. left_out: number of examples.
   """
 
   examples: int
@@ -155,7 +154,7 @@ class Data:
   left_out: int
 
   def rows(self) -> list[tuple[str, str]]:
-    """Lines of a block."""
+    """Returns the lines of a block."""
     what = 'prompts' if self.unit == 'prompts' else 'examples'
     train = f'train: {count(self.examples)} {what}, {count(self.tokens)} tokens'
     if self.supervised is not None:
@@ -178,8 +177,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How long a run is. batch: of Data.unit, per optimizer step or rollout. row_tokens: places of a
-  step's arrays. updates: optimizer steps per batch. completions: per prompt, 0 without rollouts.
+  """Length and batch size of a run. batch: in Data.unit, per optimizer step or rollout. row_tokens:
+  tokens of a step's arrays, padding included. updates: optimizer steps per batch. completions: per
+  prompt, 0 without rollouts.
   """
 
   algorithm: str
@@ -194,7 +194,7 @@ class Plan:
   completions: int = 0
 
   def rows(self) -> list[tuple[str, str]]:
-    """Lines of a block."""
+    """Returns the lines of a block."""
     epoch = self.per_epoch / self.batch * self.updates
     length = (
       f'{self.algorithm}: {count(self.steps)} steps = {self.steps / epoch:.2f} epochs of '
@@ -215,7 +215,7 @@ class Plan:
 
 def compiled(seconds: float, cache: str, peak_bytes: float | None, capacity: float | None) -> str:
   """Returns the line of the compiled step; peak_bytes and capacity are of one device, None where
-  they are not known.
+  they are unknown.
   """
   memory = ''
   if peak_bytes:
@@ -225,14 +225,14 @@ def compiled(seconds: float, cache: str, peak_bytes: float | None, capacity: flo
 
 
 class Console:
-  """Lines and warnings of one run, from its numbers.
+  """Formats lines and warnings of one run from its metrics.
 
-  `state` is JSON that is saved with the run's progress, so that a run that goes on compares with
-  what was before; the console changes it in place.
+  `state` is JSON that is saved with the run's progress, so that a resumed run compares with earlier
+  values; the console updates it in place.
   """
 
   def __init__(self, headline: Headline, metric: str = '', mode: str = 'min'):
-    """headline: of the algorithm. metric, mode: of checkpoint.best_metric, where there is one."""
+    """Creates a console; metric, mode: checkpoint.best_metric and best_mode, '' if not set."""
     self.headline = headline
     self._metric = metric
     self._watched = metric.removeprefix('eval/') if metric.startswith('eval/') else ''
@@ -243,18 +243,18 @@ class Console:
     self.state: dict[str, Any] = {}
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Goes on with what was saved."""
+    """Restores the saved state."""
     self.state = state
 
   # The bar.
 
   def bar(self, values: Mapping[str, float]) -> dict[str, str]:
-    """Figures of a step for the progress bar, by short name."""
+    """Returns the metrics of a step for the progress bar, by short name."""
     found = self.state.get('rollout', {}) if self.headline.from_rollouts else values
     names = [name for name in self.headline.bar if name in found]
     return {n.rpartition('/')[2]: figure(n, found[n]).replace(' ', '') for n in names}
 
-  # What is seen at steps and rollouts.
+  # Steps and rollouts.
 
   def step(self, done: int, values: Mapping[str, float]) -> list[str]:
     """Takes the metrics of every finite step; returns warnings."""
@@ -269,13 +269,13 @@ class Console:
     zeros = self.state['zeros'] = self.state.get('zeros', 0) + 1 if loss == 0 else 0
     if zeros == _ZEROS:
       return [
-        f'step {done}: the loss has been exactly 0 for {zeros} steps: there is nothing left to '
-        'learn from these examples. Look at them with python -m ftjax.preview, or end the run'
+        f'step {done}: the loss has been exactly 0 for {zeros} steps: there is no gradient signal '
+        'left. Look at the examples with python -m ftjax.preview, or end the run'
       ]
     window, out = self._losses, []
     if len(window) == _WINDOW and done >= self._quiet_until:
-      usual, spread = statistics.median(window), statistics.pstdev(window)
-      if loss > usual + 8 * spread and loss > 2 * abs(usual) and loss > 0.1:
+      usual, std = statistics.median(window), statistics.pstdev(window)
+      if loss > usual + 8 * std and loss > 2 * abs(usual) and loss > 0.1:
         self._quiet_until = done + _WINDOW
         out.append(
           f'step {done}: loss {figure("loss", loss)}, usually {figure("loss", usual)} over the '
@@ -293,7 +293,7 @@ class Console:
     else:
       why = 'nothing in the batch is supervised; look at it with python -m ftjax.preview'
     return [
-      f'step {done}: no signal, the weights stay as they are (steps without signal so far: '
+      f'step {done}: no signal, the weights are not updated (steps without signal so far: '
       f'{values["no_signal"]}): {why}'
     ]
 
@@ -315,7 +315,7 @@ class Console:
   # Evaluations.
 
   def evaluation(self, step: int, values: Mapping[str, float]) -> tuple[str, list[str]]:
-    """(the line of an evaluation, warnings). '' where nothing was measured."""
+    """Returns (the line of an evaluation or '' without metrics, warnings)."""
     names = [n for n in self.headline.evaluation if n in values]
     if self.watched in values and self.watched not in names:
       names.insert(0, self.watched)
@@ -334,7 +334,7 @@ class Console:
     return f'eval  step {step}  {", ".join(parts)}{mark}', warnings
 
   def _compared(self, step: int, values: Mapping[str, float]) -> tuple[str, list[str]]:
-    """(how the watched metric compares with the best so far, warnings)."""
+    """Returns (how the watched metric compares with the best so far, warnings)."""
     if self.watched not in values:
       return '', []
     value, best = values[self.watched], self.state.get('best')
@@ -364,7 +364,8 @@ class Console:
   # The end.
 
   def best(self, exported: int, steps: int) -> str:
-    """Which step is exported and why. exported: its number; steps: of the last one."""
+    """Returns which step is exported and why. exported: its number; steps: number of the last
+    one."""
     state = self.state
     if self._metric and exported != steps:
       value = (
@@ -383,12 +384,12 @@ class Console:
     )
 
   def _keys(self) -> str:
-    """Settings that watch the metric."""
+    """Returns the overrides that select the best checkpoint by the watched metric."""
     mode = ' with checkpoint.best_mode=max' if self._larger else ''
     return f'checkpoint.best_metric=eval/{self.watched}{mode}'
 
   def final(self) -> str:
-    """The last figures: of training or the last rollout, and of the last evaluation."""
+    """Returns the last metrics of training or rollouts, and of evaluation."""
     state, out = self.state, []
     train = state.get('final', {})
     if self.headline.from_rollouts:
@@ -405,7 +406,7 @@ class Console:
 
 
 def not_updated(no_signal: int, skipped: int) -> str:
-  """What became of steps that changed nothing; '' where there were none."""
+  """Returns the numbers of steps that did not update the weights; '' where there were none."""
   parts = [f'{count(no_signal)} steps without signal'] if no_signal else []
   parts += [f'{count(skipped)} with a loss or gradient that was not finite'] if skipped else []
   return ', '.join(parts)
@@ -414,7 +415,7 @@ def not_updated(no_signal: int, skipped: int) -> str:
 def next_commands(
   workdir: str, is_reward_model: bool, prompt: str, command_line: Sequence[str], has_tasks: bool
 ) -> list[tuple[str, str]]:
-  """Rows of a block: what to type after a run. command_line: flags of this run, quoted."""
+  """Returns rows of a block: commands to run next. command_line: flags of this run, quoted."""
   python = 'python -m ftjax.'
   if is_reward_model:
     return [('next', f'--config.rollout.reward_model={workdir}/export with algorithm grpo or ppo')]

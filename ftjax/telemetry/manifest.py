@@ -1,6 +1,4 @@
-"""What a run was made of: code, versions, config, data, model, machine. Written beside the results
-as manifest.json.
-"""
+"""Builds manifest.json, the provenance of a run: code, versions, config, data, models, devices."""
 
 import os
 import pathlib
@@ -13,6 +11,9 @@ import jax
 
 from ftjax import __version__
 from ftjax.runtime.digest import digest
+
+# Keys that name a model; of a hub model the config holds the commit, org/name@COMMIT.
+_MODELS = ('model.path', 'init_from', 'ppo.value_from', 'rollout.reward_model')
 
 PACKAGES = (
   'jax',
@@ -27,8 +28,8 @@ PACKAGES = (
 
 
 def _git() -> dict[str, Any]:
-  """Commit and whether files differ from it; empty where the code is no checkout or git is not
-  installed.
+  """Returns the commit and whether files differ from it; empty outside of a checkout or without
+  git.
   """
   here = pathlib.Path(__file__).resolve().parents[2]
   if not (here / '.git').exists():
@@ -56,14 +57,14 @@ def build(
   compiler_options: dict[str, Any],
   data: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-  """The manifest of a run.
+  """Returns the manifest of a run.
 
   Args:
     config: the resolved config as plain values.
     fingerprints: sha256 of model, tokenizer and each data source.
     executable: sha256 of the compiled step's text.
-    compiler_options: that the step was compiled with.
-    data: of each source, what became of its rows: read, kept, dropped and why.
+    compiler_options: of the compiled step.
+    data: for each source the numbers of examples: read, kept, dropped and why.
   """
   devices = jax.devices()
   return {
@@ -72,6 +73,7 @@ def build(
     'python': platform.python_version(),
     'packages': {name: metadata.version(name) for name in PACKAGES},
     'config': digest(config),
+    'models': {key: config[key] for key in _MODELS if config.get(key)},
     'fingerprints': fingerprints,
     'data': data or {},
     'devices': {
@@ -87,7 +89,7 @@ def build(
 
 
 def _cores() -> int:
-  """Cores that this process may use; macOS knows only those of the machine."""
+  """Returns the CPU cores that this process may use; on macOS those of the machine."""
   try:
     return len(os.sched_getaffinity(0))
   except AttributeError:

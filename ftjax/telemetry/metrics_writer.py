@@ -1,7 +1,7 @@
-"""Where the numbers of a run go: `<workdir>/metrics.jsonl`, TensorBoard events, optional trackers.
+"""Writes the metrics of a run to `<workdir>/metrics.jsonl`, TensorBoard and optional trackers.
 
-The training loop writes through `MetricsWriter`; throughput.py makes the figures about speed, and
-redaction.py cleans what leaves the machine.
+The training loop writes through `MetricsWriter`; throughput.py computes speed and utilization, and
+redaction.py removes secrets from the config that trackers get.
 """
 
 import importlib
@@ -25,14 +25,14 @@ _NON_FINITE = {math.inf: 'Infinity', -math.inf: '-Infinity'}
 
 
 def to_json_value(value: Any) -> bool | int | float | str:
-  """A scalar (Python, numpy or jax) as JSON holds it.
+  """Converts a scalar (Python, numpy or jax) to a JSON value.
 
   Floats keep every bit: a float32 is widened to the float64 of the same value, whose shortest repr
   reads back exactly. JSON has no non-finite numbers, so they become the strings 'NaN', 'Infinity',
   '-Infinity', which `float(...)` in Python and `Number(...)` in JavaScript read back.
 
   Raises:
-    ValueError: an array that is no scalar.
+    ValueError: an array that is not a scalar.
   """
   if isinstance(value, str):
     return value
@@ -50,13 +50,13 @@ def to_json_value(value: Any) -> bool | int | float | str:
 
 
 def cut_lines(text: str, step: int, drop_eval: bool = False) -> tuple[str, int]:
-  """Keeps the rows of a metrics.jsonl with `row['step'] <= step`; with `drop_eval` not the
-  evaluation of that very step, which will be made again.
+  """Drops the rows of a metrics.jsonl after `step`; with `drop_eval` also the evaluation of exactly
+  that step, which will be repeated.
 
-  A torn last line (the writer died in it) goes too, like every line that is no row.
+  A partial last line, written by a process that died, is dropped too, like every invalid line.
 
   Returns:
-    (the text to keep, how many lines were no rows).
+    (the text to keep, the number of invalid lines).
   """
   kept, torn = [], 0
   for line in text.split('\n'):  # not splitlines: a string may hold other line ends
@@ -77,7 +77,7 @@ def cut_lines(text: str, step: int, drop_eval: bool = False) -> tuple[str, int]:
 
 
 class Tracker(Protocol):
-  """An experiment tracker beside the files: one object per run."""
+  """An experiment tracker: one object per run."""
 
   def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -99,8 +99,8 @@ class _Wandb:
       config=config,
       settings=settings,
     )
-    # A resumed run logs some steps twice; with its own axis W&B takes the later rows instead of
-    # refusing them.
+    # A resumed run logs some steps twice; with an axis of its own W&B takes the later rows instead
+    # of rejecting them.
     self._run.define_metric('*', step_metric='step')
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -156,10 +156,10 @@ class MetricsWriter:
   """Writes the metrics of one run: `cut` once, then `open`, then `write`.
 
   Args:
-    workdir: the run's folder; `metrics.jsonl` and `tensorboard/` are made in it.
-    config: the resolved config, for the trackers; it passes `redact` first.
-    sinks: names of trackers, of 'wandb' and 'mlflow'.
-    is_main: False makes a writer that writes nothing, for the other processes of a multi-host run.
+    workdir: the run's folder; `metrics.jsonl` and `tensorboard/` are created in it.
+    config: the resolved config, for the trackers; `redact` is applied to it.
+    sinks: names of trackers: 'wandb', 'mlflow'.
+    is_main: False for the other processes of a multi-host run, whose writer writes nothing.
 
   Raises:
     ConfigError: a sink that is unknown or not installed.
@@ -175,12 +175,12 @@ class MetricsWriter:
   ):
     if unknown := set(sinks) - set(_SINKS):
       raise ConfigError(f'log.sinks: got {sorted(unknown)}, expected some of {sorted(_SINKS)}')
-    self._is_main, self._sinks, self._config = is_main, tuple(sinks), config
+    self._is_main, self._config, self._sinks = is_main, config, tuple(sinks)
     self._trackers: list[Tracker] = []
-    self._is_tracker_away = False
+    self._is_tracker_failing = False
     self._workdir = os.fspath(workdir)
     self._path = files.join(self._workdir, 'metrics.jsonl')
-    self._step = -1  # what is written is of later steps
+    self._step = -1  # only later steps are written
 
   def open(self) -> None:
     """Opens the files and trackers."""
@@ -188,12 +188,11 @@ class MetricsWriter:
       return
     files.makedirs(self._workdir)
     self._log = files.LineLog(self._path)
-    from tensorboardX import (
-      SummaryWriter,
-    )  # 0.3 s, and protobuf: not for those who only import this file
+    from tensorboardX import SummaryWriter  # imported late: 0.3 s, and protobuf
 
-    # TensorBoard hides events at purge_step and after that older event files hold.
-    # The suffix: names carry whole seconds, and a second writer of one second would empty the file.
+    # TensorBoard hides events of older files from purge_step on.
+    # The suffix: file names have whole seconds, and a second writer within one would empty the
+    # file.
     self._events = files.Staged(files.join(self._workdir, 'tensorboard'))
     self._board = SummaryWriter(
       self._events.folder,
@@ -206,25 +205,25 @@ class MetricsWriter:
       self._trackers = [_SINKS[name](self._workdir, run_id, clean) for name in self._sinks]
 
   def cut(self, step: int, drop_eval: bool = False) -> None:
-    """Drops the rows of metrics.jsonl after `step`, and what a crash tore; `open` does the same to
-    TensorBoard's events. Atomic.
+    """Drops the rows of metrics.jsonl after `step` and invalid lines, atomically; `open` does the
+    same to TensorBoard's events.
 
     Args:
       step: steps done; -1 at a fresh start.
-      drop_eval: whether the evaluation of that very step is dropped too.
+      drop_eval: whether the evaluation of exactly that step is dropped too.
     """
     self._step = step
     if not self._is_main or not files.exists(self._path):
       return
     text = files.read_bytes(self._path).decode('utf-8', errors='replace')
     kept, torn = cut_lines(text, step, drop_eval)
-    if torn > 1:  # one is the mark of a crash; more is damage from elsewhere
-      logging.warning('%s: dropped %d lines that are no rows', self._path, torn)
+    if torn > 1:  # a crash leaves at most one; more is other damage
+      logging.warning('%s: dropped %d invalid lines', self._path, torn)
     if kept != text:
       files.write_text(self._path, kept)
 
   def sync(self) -> None:
-    """What was written survives the machine's death from here on."""
+    """Makes everything written so far survive a crash of the machine."""
     if self._is_main:
       self._log.sync()
       self._push()
@@ -233,7 +232,7 @@ class MetricsWriter:
     if not self._events.is_remote:
       return
     self._board.flush()
-    try:  # events are a second copy of the rows: that they cannot be uploaded now ends no run
+    try:  # events are a second copy of the rows: a failed upload does not end the run
       self._events.push()
     except OSError as error:
       logging.warning('TensorBoard events were not uploaded: %s', error)
@@ -245,8 +244,8 @@ class MetricsWriter:
 
     Args:
       step: optimizer steps done.
-      split: 'train', 'eval', or the name of what was measured.
-      values: scalars by name; strings go to the file alone.
+      split: 'train', 'eval', or another group of metrics.
+      values: scalars by name; strings are only written to the file.
     """
     if not self._is_main:
       return
@@ -264,17 +263,17 @@ class MetricsWriter:
     if self._events.is_due():
       self._push()
     for tracker in self._trackers:
-      self._tell(tracker, lambda t: t.log(step, finite))
+      self._track(tracker, lambda t: t.log(step, finite))
 
-  def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
-    """A tracker holds a copy of the rows: that its server is away ends no run."""
+  def _track(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+    """Calls a tracker and logs its error: it has a copy of the rows, so a failure ends no run."""
     error = caught(lambda: call(tracker))
-    if error and not self._is_tracker_away:
+    if error and not self._is_tracker_failing:
       logging.warning('%s: %s: %s', type(tracker).__name__[1:], type(error).__name__, error)
-    self._is_tracker_away = bool(error)
+    self._is_tracker_failing = bool(error)
 
   def close(self) -> None:
-    """Flushes everything; the trackers' runs end."""
+    """Flushes everything and ends the trackers' runs."""
     if not self._is_main:
       return
     self._log.close()
@@ -282,12 +281,12 @@ class MetricsWriter:
     self._board.close()
     self._events.close()
     for tracker in self._trackers:
-      self._tell(tracker, lambda t: t.close())
+      self._track(tracker, lambda t: t.close())
     self._trackers = []
 
 
 def _run_id(workdir: str, *, is_fresh: bool) -> str:
-  """The trackers' name of this run: random at a fresh start, kept in the workdir for resumes."""
+  """Returns the trackers' id of this run: random at a fresh start, saved in the workdir."""
   path = files.join(workdir, 'tracker_id')
   if is_fresh or not files.exists(path):
     files.write_text(path, uuid.uuid4().hex[:12])

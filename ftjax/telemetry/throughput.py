@@ -1,6 +1,6 @@
-"""How fast a run is: tokens/s, model FLOPs utilization with formula and peak, input wait, memory.
+"""Measures tokens/s, model FLOPs utilization (formula and peak), input wait and memory.
 
-The training loop feeds `Throughput` and hands its figures to metrics.py.
+The training loop calls `Throughput` and passes its figures to metrics_writer.py.
 """
 
 import contextlib
@@ -39,14 +39,15 @@ _PEAK_BF16 = (
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-  """What MFU is measured against: FLOP/s of all devices together, and the figure's source."""
+  """The peak that MFU is relative to: FLOP/s of all devices together, and the source of the
+  figure."""
 
   flops_per_s: float
   source: str
 
 
 def table_peak(device_kind: str, num_devices: int) -> Peak | None:
-  """The bf16 peak of accelerators that the table knows, else None: no figure beats a guess."""
+  """Returns the bf16 peak of an accelerator of the table; None for others, instead of a guess."""
   for kind, flops in _PEAK_BF16:
     if device_kind.startswith(kind):
       return Peak(flops * num_devices, f'{num_devices} x {kind} at {flops / 1e12:.4g} TFLOP/s bf16')
@@ -55,7 +56,8 @@ def table_peak(device_kind: str, num_devices: int) -> Peak | None:
 
 @functools.cache
 def find_peak() -> Peak | None:
-  """The peak of this run's devices: the table's, or on CPU a float32 matmul rate, measured once.
+  """Returns the peak of this run's devices: from the table, or on CPU a float32 matmul rate,
+  measured once.
 
   The measurement takes less than half a second.
   """
@@ -72,7 +74,7 @@ def find_peak() -> Peak | None:
       t = time.perf_counter()
       multiply(a, a).block_until_ready()
       seconds.append(time.perf_counter() - t)
-  # Fake CPU devices share the cores of their process, so a process counts once.
+  # Simulated CPU devices share the cores of their process, so each process counts once.
   rate = 2 * n**3 / min(seconds) * jax.process_count()
   return Peak(
     rate, f'{rate / 1e9:.0f} GFLOP/s, measured: float32 matmul {n}x{n}x{n}, best of {len(seconds)}'
@@ -80,35 +82,34 @@ def find_peak() -> Peak | None:
 
 
 def train_flops(
-  tokens: float, attended: float, *, matmul_params: int, num_layers: int, attention_dim: int
+  tokens: float, attended: float, *, matmul_params: int, attention_width: int
 ) -> float:
-  """Model FLOPs of a full training step: 6 P tokens + 12 L (N H) attended.
+  """Computes the model FLOPs of a full training step: 6 P tokens + 12 (L N H) attended.
 
   The first term is forward plus backward of every matrix a token is multiplied with, the head
   counted for every token although unsupervised ones are skipped, as published figures do. The
   second is QK^T and AV; it is causal-aware: only keys that a query can see are counted.
-  Recomputation (remat) is not work of the model and is not counted.
+  Recomputation (remat) is not counted.
 
   Args:
     tokens: non-padding tokens.
-    attended: (query, key) pairs that attention admits, summed over tokens.
+    attended: (query, key) pairs within the attention mask, summed over tokens.
     matmul_params: P.
-    num_layers: L.
-    attention_dim: N * H.
+    attention_width: N * H, summed over the layers.
   """
-  return 6.0 * matmul_params * tokens + 12.0 * num_layers * attention_dim * attended
+  return 6.0 * matmul_params * tokens + 12.0 * attention_width * attended
 
 
 class Throughput:
-  """Tokens/s, MFU and input wait between two readings.
+  """Measures tokens/s, MFU and input wait between two readings.
 
   Use: `start()` before the first step; `waiting()` around the wait for a batch; `paused()` around
   evaluation and saving; `step_done(...)` when the result of a step has been read; `read()` at each
-  log line. The first step after `start` holds the compilation or its cache look-up, and is left
+  log line. The first step after `start` contains the compilation or its cache look-up, and is left
   out.
 
   Args:
-    matmul_params, num_layers, attention_dim: of the model, see `train_flops`.
+    matmul_params, attention_width: of the model, see `train_flops`.
     peak: FLOP/s of all devices, None to leave MFU out.
     clock: seconds, monotonic.
   """
@@ -117,24 +118,22 @@ class Throughput:
     self,
     *,
     matmul_params: int,
-    num_layers: int,
-    attention_dim: int,
+    attention_width: int,
     peak: Peak | None,
     clock: Callable[[], float] = time.perf_counter,
   ):
     self._flops = functools.partial(
       train_flops,
       matmul_params=matmul_params,
-      num_layers=num_layers,
-      attention_dim=attention_dim,
+      attention_width=attention_width,
     )
     self._peak = peak
     self._clock = clock
-    self.trained_s = 0.0  # seconds that went into counted steps, but for the wait for batches
+    self.trained_s = 0.0  # seconds of counted steps without the wait for batches
     self.start()
 
   def start(self) -> None:
-    """A fresh start or a resume: the next step is left out."""
+    """Starts measuring, at a fresh start or a resume; the next step is left out."""
     self._is_warm = False
     self._reset()
 
@@ -145,7 +144,7 @@ class Throughput:
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """The loop stands still until the next batch is there."""
+    """Counts the time inside as waiting for the next batch."""
     start = self._clock()
     try:
       yield
@@ -154,7 +153,7 @@ class Throughput:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Something else than training runs: evaluation, a save. Its time does not count."""
+    """Excludes the time inside, of evaluation or a save."""
     start = self._clock()
     try:
       yield
@@ -179,7 +178,8 @@ class Throughput:
     self._attended += attended
 
   def read(self) -> dict[str, float]:
-    """Figures since the last reading, empty when no step counted; then the next window begins.
+    """Returns the figures since the last reading, empty without a counted step, and starts the next
+    window.
 
     Returns:
       tokens_per_s: non-padding tokens per second.
@@ -188,7 +188,7 @@ class Throughput:
       input_wait: share of the time spent waiting for a batch.
       mfu: model FLOPs (see `train_flops`, causal-aware attention) / seconds / peak.
       mfu_6n: the same without attention, 6 P tokens: the older convention.
-      Neither where more than the peak was reached: it was measured while others had the cores.
+      Both are left out where mfu would exceed 1: the peak was measured while the cores were busy.
     """
     seconds = self._clock() - self._since - self._paused
     if not self._steps or seconds <= 0:
@@ -210,9 +210,8 @@ class Throughput:
 
 
 def memory() -> dict[str, float]:
-  """GiB in use now and at the peak.
-
-  Of the first local device where it tells, else of this process (resident set, Linux).
+  """Returns GiB in use now and at the peak: of the first local device if it reports them, else of
+  this process (resident set, Linux).
   """
   stats = jax.local_devices()[0].memory_stats()
   if stats:

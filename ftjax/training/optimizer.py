@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ftjax.runtime import trees
+from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
 
-NAMES = ('adamw', 'adafactor', 'lion', 'muon', 'sgd')
 Table = Sequence[tuple[str, Any]]
 
 
@@ -58,17 +57,17 @@ class OptimizerConfig:
 
 
 def leaves(
-  declared: Mapping[str, tuple[tuple[int, ...], tuple[str, ...], int, float]],
+  declared: Mapping[str, tuple],
   slots: Sequence[tuple[str, int]],
 ) -> dict[str, Leaf]:
-  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in, constant)} and the
+  """{parameter name: Leaf} from declared {name: (shape, logical axes, fan_in, ...)} and the
   architecture's layer slots.
   """
   layers: dict[str, list[int]] = {}
   for layer, (block, _) in enumerate(slots):
     layers.setdefault(block, []).append(layer)
   out = {}
-  for name, (shape, axes, fan_in, _) in declared.items():
+  for name, (shape, axes, fan_in, *_) in declared.items():
     stacked = axes[0] == 'layers'
     dims = shape[1:] if stacked else shape
     split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)
@@ -123,13 +122,13 @@ def _scale_by(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation
 
 
 def layer_mask(
-  recipe: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+  config: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
 ) -> Callable[[dict], dict]:
   """gradient -> gradient with zeros for the frozen layers of leaves that are trained in part.
 
   Without it they would count in the norm that clipping looks at.
   """
-  frozen = _by_leaf(recipe.freeze, info, 'optim.freeze')
+  frozen = _by_leaf(config.freeze, info, 'optim.freeze')
   scale = _scale_by({n: 1 - frozen[n] for n in trained})
   return lambda gradient: scale.update(gradient, optax.EmptyState())[0]
 
@@ -202,41 +201,80 @@ def _split(
   return optax.GradientTransformation(init, update)
 
 
-def _direction(recipe: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
-  """The part that differs by name: from the clipped gradient to a step of rate 1, before decay."""
-  adam = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps)
-  if recipe.name == 'adamw':
-    return adam
-  if recipe.name == 'lion':
-    return optax.scale_by_lion(recipe.b1, recipe.b2)
-  if recipe.name == 'sgd':
-    return optax.trace(recipe.b1) if recipe.b1 else optax.identity()
-  if recipe.name == 'adafactor':
-    # Shazeer and Stern 2018: factored second moments, update clipping at RMS 1, steps relative to
-    # the parameter's RMS.
-    parts = (
-      optax.scale_by_factored_rms(),
-      optax.clip_by_block_rms(1.0),
-      optax.scale_by_param_block_rms(),
+def _adamw(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _lion(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  return optax.scale_by_lion(config.b1, config.b2)
+
+
+def _sgd(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  return optax.trace(config.b1) if config.b1 else optax.identity()
+
+
+def _adafactor(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  """Shazeer and Stern 2018: factored second moments, update clipping at RMS 1, steps relative to
+  the parameter's RMS.
+  """
+  parts = (
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.scale_by_param_block_rms(),
+  )
+  return per_matrix(optax.chain(*parts), info)
+
+
+def _muon(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  """Jordan et al. 2024: matrices inside blocks by Newton-Schulz, the rest (norms, tables) by Adam.
+
+  The factor makes an update's RMS that of Adam (Liu et al. 2025, eq. 4), so that one learning rate
+  serves both.
+  """
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(
+      beta=config.b1, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
+    ),
+    optax.stateless(lambda u, p: u * (0.2 * math.sqrt(max(u.shape)))),
+  )
+  matrices = {n for n, leaf in info.items() if leaf.split and not leaf.table}
+  return _split(matrices, per_matrix(muon, info), _adamw(config, info))
+
+
+# (config, {name: Leaf} of the trained parameters) -> from the clipped gradient to a step of rate 1,
+# before weight decay. A user's optimizer is a function like these.
+OPTIMIZERS = {
+  'adamw': _adamw,
+  'adafactor': _adafactor,
+  'lion': _lion,
+  'muon': _muon,
+  'sgd': _sgd,
+}
+
+
+def _direction(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
+  """Returns the transformation that config.name names, in OPTIMIZERS or as 'module:function'.
+
+  Raises:
+    ConfigError: there is none, or a user's function that returns something else.
+  """
+  if config.name in OPTIMIZERS:
+    return OPTIMIZERS[config.name](config, info)
+  if not named_object.is_named(config.name):
+    raise ConfigError(
+      f"optim.name={config.name!r}; expected one of {tuple(OPTIMIZERS)} or 'module:function'"
     )
-    return per_matrix(optax.chain(*parts), info)
-  if recipe.name == 'muon':
-    # Jordan et al. 2024: matrices inside blocks by Newton-Schulz, the rest (norms, tables) by Adam.
-    # The factor makes an update's RMS that of Adam (Liu et al. 2025, eq. 4), so that one learning
-    # rate serves both.
-    muon = optax.chain(
-      optax.contrib.scale_by_muon(
-        beta=recipe.b1, weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(0, 1)
-      ),
-      optax.stateless(lambda u, p: u * (0.2 * math.sqrt(max(u.shape)))),
+  found = named_object.load('optim.name', config.name)(config, info)
+  if not isinstance(found, optax.GradientTransformation):
+    raise ConfigError(
+      f'optim.name={config.name} returned a {type(found).__name__}; expected an '
+      'optax.GradientTransformation'
     )
-    matrices = {n for n, leaf in info.items() if leaf.split and not leaf.table}
-    return _split(matrices, per_matrix(muon, info), adam)
-  raise ConfigError(f'optim.name={recipe.name!r}; expected one of {NAMES}')
+  return found
 
 
 def make_optimizer(
-  recipe: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+  config: OptimizerConfig, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
 ) -> optax.GradientTransformation:
   """Direction, weight decay, multipliers and learning rate, over the leaves `trained` of all leaves
   `info`.
@@ -246,18 +284,18 @@ def make_optimizer(
   Raises:
     ConfigError: an unknown name, or a table that does not cover.
   """
-  frozen = _by_leaf(recipe.freeze, info, 'optim.freeze')
-  rates = _by_leaf(recipe.multipliers, info, 'optim.multipliers')
-  decay = _by_leaf(recipe.decay, info, 'optim.decay')
-  parts = [_direction(recipe, trained)]
+  frozen = _by_leaf(config.freeze, info, 'optim.freeze')
+  rates = _by_leaf(config.multipliers, info, 'optim.multipliers')
+  decay = _by_leaf(config.decay, info, 'optim.decay')
+  parts = [_direction(config, trained)]
   # Either way one part: a decay that is switched on or off leaves the state's shape as it was.
   parts.append(
-    _add_decay(recipe.weight_decay, {n: decay[n] for n in trained})
-    if recipe.weight_decay
+    _add_decay(config.weight_decay, {n: decay[n] for n in trained})
+    if config.weight_decay
     else optax.identity()
   )
   parts.append(_scale_by({n: rates[n] * (1 - frozen[n]) for n in trained}))
-  parts.append(optax.scale_by_learning_rate(recipe.schedule))
+  parts.append(optax.scale_by_learning_rate(config.schedule))
   return _in_float32(optax.chain(*parts))
 
 

@@ -11,8 +11,9 @@ from tiny_model import QWEN2, TINY, ids, init, tokens_at
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
-from ftjax.generation.sampler import Sampler, Sampling
-from ftjax.models import transformer
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
+from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.training import optimizer, prefetch, state, step
@@ -82,7 +83,7 @@ def train(mesh, batches, arch=TINY):
   """
   params = init(arch)
   start = trees.flatten(jax.tree.map(np.asarray, params))
-  info = optimizer.leaves(transformer.declared(arch), arch.layer_slots())
+  info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   recipe = optimizer.OptimizerConfig(
     name='adamw',
     schedule=lambda k: RATE,
@@ -97,7 +98,7 @@ def train(mesh, batches, arch=TINY):
   )
   rule = optimizer.make_optimizer(recipe, info, info)
   abstract = jax.eval_shape(lambda p: state.create(p, {}, rule, False), params)
-  places = state.state_shardings(abstract, sharding.shardings(mesh, transformer.axes(arch)), mesh)
+  places = state.state_shardings(abstract, sharding.shardings(mesh, kinds.axes(arch)), mesh)
   current = jax.jit(lambda p: state.create(p, {}, rule, False), out_shardings=places)(params)
   c = keys.default()
   with c.unlocked():
@@ -204,7 +205,9 @@ PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 1, 12)]
 
 
 def answers():
-  return Sampler(TINY, jnp.float32, (), 0).generate(init(TINY), PROMPTS, 17, Sampling())
+  engine = Engine(TINY, jnp.float32, (), 0, slots=3)
+  found = engine.generate_at_once(init(TINY), PROMPTS, max_tokens=17, sampling=Sampling())
+  return [c.tokens for c in found]
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from tiny_model import TINY, ids, init, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
-from ftjax.models import transformer
+from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.storage.checkpoint import Checkpoints, Retention
@@ -32,8 +32,8 @@ def make(params):
 
 
 def abstract(mesh):
-  shapes = jax.eval_shape(make, transformer.abstract(TINY))
-  where = sharding.shardings(mesh, transformer.axes(TINY))
+  shapes = jax.eval_shape(make, kinds.abstract(TINY))
+  where = sharding.shardings(mesh, kinds.axes(TINY))
   return with_shardings(shapes, state_shardings(shapes, where, mesh))
 
 

@@ -8,7 +8,7 @@ from tiny_model import QWEN2, TINY, ids, init
 
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
-from ftjax.generation.sampler import Sampling
+from ftjax.generation.sampling import Sampling
 
 PROMPTS = [ids(1, n, seed=n)[0].tolist() for n in (5, 1, 12, 3, 21)]
 STOPS = tuple(range(0, 256, 13))

@@ -36,11 +36,11 @@ EXPORT = """
 import sys
 import jax, numpy as np
 from ftjax.hf import export, load, layout as names
-from ftjax.models.architecture import from_hf
+from ftjax.families import table as families
 from ftjax.runtime import trees
 path, target, shard = sys.argv[1:]
 config, files = load.read_config(path), load.tokenizer_files(path)
-arch = from_hf(config)
+arch = families.architecture(config)
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 places = trees.unflatten(dict.fromkeys(names.leaf_shapes(arch), place))
 params = load.load_params(path, arch, places, np.float32)
@@ -54,7 +54,7 @@ import jax, jax.numpy as jnp, numpy as np
 from ftjax.experiment import run as experiment
 from ftjax.models.forward import Forward
 from ftjax.hf import export, layout as names
-from ftjax.models import head, transformer
+from ftjax.models import head, kinds
 from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
 family, labels, target = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -72,9 +72,9 @@ arrays = dict(tokens=jnp.asarray(ids), segments=jnp.ones_like(ids),
 if labels:
   out = Forward(arch, jnp.float32).token_scores(params, arrays)[:, -1:]
 else:
-  x = transformer.apply(arch, params, arrays['tokens'], Tokens(arrays['segments'],
+  x = kinds.apply(arch, params, arrays['tokens'], Tokens(arrays['segments'],
     arrays['positions']), dtype=jnp.float32)
-  out = head.logits(x[0], transformer.head_weights(arch, params))
+  out = head.logits(x[0], kinds.head_weights(arch, params))
 config = model.config if labels else None  # then architecture.to_hf makes it
 export.export(params, arch, target, source_config=config, tokenizer_files=model.files,
   dtype=np.float32, stop_ids=model.stop_ids)

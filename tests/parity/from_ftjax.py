@@ -38,7 +38,7 @@ def preferences(x: dict[str, jax.Array]) -> dict:
     return preference.LOSSES[name].function(answers, settings)
 
   def mean(name, settings, batch=answers, weights=ones):
-    return masked.divide(*preference.loss(name, batch, weights, settings)[:2])
+    return masked.divide(*preference.loss(preference.LOSSES[name], batch, weights, settings)[:2])
 
   rows = jnp.ones_like(x['kto_ref'])
   z = preference.kto_z(

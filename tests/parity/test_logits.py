@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from tiny_model import logits, place, tokens_at
 
-from ftjax.generation.sampler import Sampler, Sampling
+from ftjax.families import table as families
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.hf import layout, load
-from ftjax.models import head, transformer
-from ftjax.models.architecture import from_hf
+from ftjax.models import head, kinds
 from ftjax.runtime import sharding, trees
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -23,9 +24,16 @@ SMOLLM2 = Path(__file__).parents[2] / '.cache' / 'smollm2'
 
 
 def open_model(folder):
-  arch = from_hf(load.read_config(folder))
-  places = sharding.shardings(jax.sharding.get_mesh(), transformer.axes(arch))
+  arch = families.architecture(load.read_config(folder))
+  places = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
   return arch, load.load_params(folder, arch, places, np.float32)
+
+
+def complete(arch, params, prompts, most):
+  """Greedy completions without stop tokens."""
+  engine = Engine(arch, jnp.float32, (), 0, slots=len(prompts))
+  found = engine.generate_at_once(params, prompts, max_tokens=most, sampling=Sampling())
+  return [c.tokens for c in found]
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -35,7 +43,7 @@ def test_tiny_models(name):
   stored = np.load(GOLDEN / name / 'logits.npz')
   got = logits(arch, params, stored['ids'], tokens_at(np.ones_like(stored['ids'])))
   assert np.abs(got - stored['logits']).max() <= 1e-5 * np.abs(stored['logits']).max()
-  assert name != 'llama3_rope' or arch.rope_scaling.original_len == 32
+  assert name != 'llama3_rope' or arch.layers()[0].mixer.rope.scaling.original_len == 32
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -43,10 +51,9 @@ def test_greedy_continuations_of_tiny_models(name):
   """The cache, against the likeliest tokens of HF's logits for the second half of each text."""
   arch, params = open_model(GOLDEN / name)
   stored = np.load(GOLDEN / name / 'logits.npz')
-  sampler = Sampler(arch, jnp.float32, (), 0)
   prompts = [row[:n].tolist() for row in stored['ids'] for n in (33, 64, 96)]
   expected = [row[n - 1].argmax() for row in stored['logits'] for n in (33, 64, 96)]
-  assert sampler.generate(params, prompts, 1, Sampling()) == [[e] for e in expected]
+  assert complete(arch, params, prompts, 1) == [[e] for e in expected]
 
 
 @pytest.mark.parametrize('name', ['qwen2_tied', 'qwen2_untied'])
@@ -64,8 +71,8 @@ def test_loss_and_gradient_of_tiny_models(name):
   @jax.jit
   @jax.value_and_grad
   def run(params):
-    x = transformer.apply(arch, params, tokens, where, dtype=jnp.float32)
-    table = transformer.head_weights(arch, params)
+    x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
+    table = kinds.head_weights(arch, params)
     return head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0] / weights.sum()
 
   loss, gradient = run(params)
@@ -74,7 +81,7 @@ def test_loss_and_gradient_of_tiny_models(name):
   bindings = layout.bindings(arch)
   assert {f'gradient/{b.hf}' for b in bindings} == {k for k in stored if k.startswith('gradient/')}
   for b in bindings:
-    got = layout.to_hf(b, leaves[b.leaf] if b.layer is None else leaves[b.leaf][b.layer])
+    got = b.to_hf(leaves[b.leaf][b.at])
     expected = stored[f'gradient/{b.hf}']
     assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max() and expected.any(), b.hf
 
@@ -93,9 +100,9 @@ def test_smollm2_logits(smollm2):
   arch, params = smollm2
   stored = np.load(GOLDEN / 'smollm2_logits.npz')
   ids = place(stored['ids'][None], 'batch', 'seq')
-  run = jax.jit(functools.partial(transformer.apply, arch, dtype=jnp.float32))
+  run = jax.jit(functools.partial(kinds.apply, arch, dtype=jnp.float32))
   x = run(params, ids, tokens_at(np.ones((1, 512))))
-  got = np.asarray(jax.jit(head.logits)(x[0], transformer.head_weights(arch, params)))
+  got = np.asarray(jax.jit(head.logits)(x[0], kinds.head_weights(arch, params)))
   bar = 1e-5 * stored['max_abs']
   assert abs(np.abs(got).max() - stored['max_abs']) <= bar
   np.testing.assert_array_equal(got.argmax(-1), stored['top_ids'][:, 0])
@@ -111,5 +118,5 @@ def test_smollm2_greedy_continuations(smollm2):
   stored = np.load(GOLDEN / 'smollm2_greedy.npz')
   ends = np.cumsum(stored['prompt_lengths'].astype(np.int64))
   prompts = [p.tolist() for p in np.split(stored['prompt_ids'], ends[:-1])]
-  got = Sampler(arch, jnp.float32, (), 0).generate(params, prompts, 24, Sampling())
+  got = complete(arch, params, prompts, 24)
   np.testing.assert_array_equal(got, stored['continuations'])

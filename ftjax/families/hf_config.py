@@ -1,8 +1,7 @@
-"""The keys of a HF config.json: typed reading, the defaults of the family, and which keys may stand
-there.
+"""Reads a HF config.json: typed values, the defaults of transformers' class, and which keys may be
+in it.
 
-A key that is absent or null has the default of the family's config class in transformers. A key of
-another type is an error. Every other key is one of these:
+A key of another type is an error. A key that the family does not read is one of these:
 
 - harmless: generation settings, token ids, bookkeeping (`_HARMLESS`, `_HARMLESS_NAMES`).
 - dropout: accepted, and reported by `notices`, because training here applies none.
@@ -12,45 +11,19 @@ another type is an error. Every other key is one of these:
   (`_COMPUTATION`); other texts and objects are notes.
 """
 
+import functools
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ftjax.runtime.errors import DataError
 
-# Of LlamaConfig and Qwen2Config in transformers 5. rope_theta: `default_theta` of its rope code.
-DEFAULTS: dict[str, dict[str, Any]] = {
-  'llama': {
-    'hidden_act': 'silu',
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 10000.0,
-    'max_position_embeddings': 2048,
-    'tie_word_embeddings': False,
-    'attention_bias': False,
-    'mlp_bias': False,
-    'use_sliding_window': False,
-  },
-  'qwen2': {
-    'hidden_act': 'silu',
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 10000.0,
-    'max_position_embeddings': 32768,
-    'tie_word_embeddings': False,
-    'attention_bias': True,  # no key of its class, which always adds biases to q, k and v
-    'mlp_bias': False,
-    'use_sliding_window': False,
-  },
-}
-
-# Read or checked by architecture.py.
+# Keys that this file checks for every family.
 _READ = {
-  'model_type', 'architectures', 'id2label', 'num_labels', 'vocab_size', 'hidden_size',
-  'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
-  'intermediate_size', 'rms_norm_eps', 'rope_theta', 'rope_scaling', 'rope_parameters',
-  'tie_word_embeddings', 'max_position_embeddings', 'hidden_act', 'attention_bias', 'mlp_bias',
-  'use_sliding_window', 'sliding_window', 'layer_types', 'original_max_position_embeddings',
-  'quantization_config', 'quantization', 'compression_config',
+  'model_type', 'architectures', 'id2label', 'num_labels', 'quantization_config', 'quantization',
+  'compression_config',
 }  # fmt: skip
 
 # They change no logit of these families: what transformers' base class writes, token ids,
@@ -103,77 +76,138 @@ def _wrong(key: str, value: Any, expected: str) -> DataError:
   return DataError(f'config.json: {key}={value!r} is {_kind(value)}; expected {expected}')
 
 
-def count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-  """Returns a positive whole number; `default` where it is absent or null.
+@functools.cache
+def class_defaults(model_type: str) -> Mapping[str, Any]:
+  """Returns the keys and defaults of transformers' config class; {} where it has no such class.
 
-  Raises:
-    DataError: another type or sign, or absent without a default.
+  The first call imports transformers' config classes, which takes about a second and no torch.
   """
-  value = config.get(key)
-  value = default if value is None else value
-  if value is None:
-    raise DataError(f'config.json: {key} is missing or null; expected a positive whole number')
-  if not isinstance(value, int) or isinstance(value, bool):
-    raise _wrong(key, value, 'a positive whole number')
-  if value < 1:
-    raise DataError(f'config.json: {key}={value}; expected a positive whole number')
-  return value
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not there
+  from transformers import CONFIG_MAPPING
+
+  if model_type not in CONFIG_MAPPING:
+    return {}
+  return CONFIG_MAPPING[model_type]().to_dict()
 
 
-def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-  """Returns a positive finite number; `default` where it is absent or null. Raises as `count`."""
-  value = config.get(key)
-  value = default if value is None else value
-  if value is None:
-    raise DataError(f'config.json: {key} is missing or null; expected a positive number')
-  if not isinstance(value, int | float) or isinstance(value, bool):
-    raise _wrong(key, value, 'a positive number')
-  if not 0 < value < math.inf:
-    raise DataError(f'config.json: {key}={value}; expected a positive finite number')
-  return float(value)
+class HfConfig:
+  """A config.json with typed values.
 
+  A key that is absent or null has the `default` of the call; without one it is required. With
+  `of_class` it has the default of transformers' config class of its model_type, which is imported
+  only then.
+  """
 
-def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
-  """Returns true or false; `default` where it is absent or null. Raises DataError for others."""
-  value = config.get(key)
-  value = default if value is None else value
-  if not isinstance(value, bool):
-    raise _wrong(key, value, 'true or false')
-  return value
+  def __init__(self, content: Mapping[str, Any]):
+    self.content = content
+    self.model_type = content.get('model_type')
 
+  def get(self, key: str) -> Any:
+    """Returns the value of a key as it is; None where it is absent."""
+    return self.content.get(key)
 
-def mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-  """Returns an object, {} where it is absent or null. Raises DataError for another type."""
-  value = config.get(key)
-  if value is not None and not isinstance(value, Mapping):
-    raise _wrong(key, value, 'an object')
-  return dict(value or {})
+  def _value(self, key: str, default: Any, of_class: bool, expected: str) -> Any:
+    value = self.get(key)
+    if value is None and of_class:
+      default = class_defaults(str(self.model_type)).get(key)
+    value = default if value is None else value
+    if value is None:
+      raise DataError(f'config.json: {key} is missing or null; expected {expected}')
+    return value
+
+  def count(self, key: str, default: int | None = None, *, of_class: bool = False) -> int:
+    """Returns a positive whole number.
+
+    Raises:
+      DataError: another type or sign, or absent without a default.
+    """
+    expected = 'a positive whole number'
+    value = self._value(key, default, of_class, expected)
+    if not isinstance(value, int) or isinstance(value, bool):
+      raise _wrong(key, value, expected)
+    if value < 1:
+      raise DataError(f'config.json: {key}={value}; expected {expected}')
+    return value
+
+  def number(self, key: str, default: float | None = None, *, of_class: bool = False) -> float:
+    """Returns a positive finite number. Raises as `count`."""
+    value = self._value(key, default, of_class, 'a positive number')
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise _wrong(key, value, 'a positive number')
+    if not 0 < value < math.inf:
+      raise DataError(f'config.json: {key}={value}; expected a positive finite number')
+    return float(value)
+
+  def flag(self, key: str, default: bool | None = None, *, of_class: bool = False) -> bool:
+    """Returns true or false. Raises as `count`."""
+    value = self._value(key, default, of_class, 'true or false')
+    if not isinstance(value, bool):
+      raise _wrong(key, value, 'true or false')
+    return value
+
+  def text(self, key: str, default: str | None = None, *, of_class: bool = False) -> Any:
+    """Returns a value that is compared with known texts, whatever its type."""
+    return self._value(key, default, of_class, 'a text')
+
+  def mapping(self, key: str) -> dict[str, Any]:
+    """Returns an object, {} where it is absent or null. Raises DataError for another type."""
+    value = self.get(key)
+    if value is not None and not isinstance(value, Mapping):
+      raise _wrong(key, value, 'an object')
+    return dict(value or {})
+
+  def num_labels(self) -> int:
+    """Returns 1 for a reward model and 0 for a language model.
+
+    Raises:
+      DataError: a classifier of another number of labels.
+    """
+    classes = self.get('architectures') or []
+    if not isinstance(classes, list) or not all(isinstance(a, str) for a in classes):
+      raise DataError(f'config.json: architectures={classes!r}; expected a list of class names')
+    if not any('ForSequenceClassification' in a for a in classes):
+      return 0
+    named = len(self.mapping('id2label'))
+    labels = self.count('num_labels', named or 2)  # transformers' default
+    if named and named != labels:
+      raise DataError(f'config.json: num_labels={labels} and id2label has {named} entries')
+    if labels != 1:
+      raise DataError(
+        f'config.json: a classifier of {labels} labels; only reward models, of 1, are read'
+      )
+    return labels
 
 
 def check_unquantized(config: Mapping[str, Any]) -> None:
-  """Raises DataError where a config.json says that the weights are quantized."""
+  """Raises DataError where a config.json declares quantized weights."""
   for key in ('quantization_config', 'quantization', 'compression_config'):
     if not (value := config.get(key)):
       continue
     method = value.get('quant_method') if isinstance(value, Mapping) else None
     method = f' (quant_method={method!r})' if method else ''
     raise DataError(
-      f'config.json: {key}{method} says that the weights are quantized; such weights are neither '
+      f'config.json: {key}{method}: the weights are quantized; such weights are neither '
       'trained nor exported here. Take the folder of the unquantized model; or dequantize it once, '
       'where torch is installed: AutoModelForCausalLM.from_pretrained(SRC).dequantize()'
       f'.save_pretrained(DIR). If the weights are not quantized, delete {key}'
     )
 
 
-def check_names(config: Mapping[str, Any]) -> None:
-  """Refuses keys that may change the computation and that nothing here reads. See above.
+def check_names(config: Mapping[str, Any], read: frozenset[str]) -> None:
+  """Refuses keys that may change the computation and that nothing reads; see above.
+
+  Args:
+    config: a config.json.
+    read: the keys that the family reads or checks.
 
   Raises:
     DataError: names the keys.
   """
   unknown = []
   for key, value in config.items():
-    if key in _READ or key in _HARMLESS or _HARMLESS_NAMES.fullmatch(key) or is_neutral(value):
+    if key in read or key in _READ or key in _HARMLESS or is_neutral(value):
+      continue
+    if _HARMLESS_NAMES.fullmatch(key):
       continue
     if _DROPOUT.fullmatch(key):
       _dropout(key, value)
@@ -203,7 +237,7 @@ def _dropout(key: str, value: Any) -> float:
 
 
 def notices(config: Mapping[str, Any]) -> list[str]:
-  """Returns what a user should know of a config.json that is accepted, a line each."""
+  """Returns a line for each setting of an accepted config.json that is read and not applied."""
   found = {k: v for k, v in config.items() if _DROPOUT.fullmatch(k) and not is_neutral(v)}
   out = [
     f'config.json: {key}={value} is not applied: training here uses no dropout'

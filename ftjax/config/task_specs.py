@@ -1,0 +1,87 @@
+"""The entries of eval.tasks: 'name=kind:path'."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from ftjax.config import choices
+from ftjax.runtime import named_object
+from ftjax.runtime.errors import ConfigError
+
+KEY = 'eval.tasks'
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
+# A user's kind, module:OBJECT, before the path.
+_OBJECT = re.compile(r'(?P<kind>[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL)
+
+
+class TaskSpec(NamedTuple):
+  """An entry of eval.tasks.
+
+  name: of the files of eval/. kind: of choices.TASK_KINDS, or 'module:OBJECT'. path: a source of
+  data.
+  """
+
+  name: str
+  kind: str
+  path: str
+
+
+@runtime_checkable
+class TaskKindFacts(Protocol):
+  """What a user's kind of task has: evaluation.tasks.Kind."""
+
+  is_right: Any
+  read: Any
+  check_answer: Any
+
+
+def parse(text: str) -> TaskSpec:
+  """Returns the parts of 'name=kind:path'.
+
+  Raises:
+    ConfigError: another form, an unknown kind, or a name that is no file name.
+  """
+  name, equals, rest = text.partition('=')
+  kind, colon, path = (part.strip() for part in rest.partition(':'))
+  if not (equals and colon and path and _NAME.fullmatch(name.strip())):
+    raise ConfigError(
+      f'{KEY}: got {text!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
+      'the name of letters, digits and _ . -'
+    )
+  if kind not in choices.TASK_KINDS:
+    if not (found := _OBJECT.fullmatch(rest.strip())):
+      raise ConfigError(
+        f"{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, or a user's "
+        "'module:OBJECT'"
+      )
+    kind, path = found['kind'], found['path'].strip()
+  return TaskSpec(name.strip(), kind, path)
+
+
+def parse_all(texts: Sequence[str]) -> tuple[TaskSpec, ...]:
+  """Returns the parts of all entries of eval.tasks.
+
+  Raises:
+    ConfigError: see `parse`; or a name that is given twice.
+  """
+  if wrong := [text for text in texts if not isinstance(text, str)]:
+    raise ConfigError(f'{KEY}: {wrong[0]!r}; expected a text, name=kind:path')
+  found = tuple(parse(text) for text in texts)
+  names = [spec.name for spec in found]
+  if twice := sorted({n for n in names if names.count(n) > 1}):
+    raise ConfigError(f'{KEY}: {twice} named twice; a name is a file of eval/')
+  return found
+
+
+def check_objects(specs: Sequence[TaskSpec]) -> None:
+  """Imports the kinds of tasks that are a user's own.
+
+  Raises:
+    ConfigError: a kind that cannot be imported, or is of another type.
+  """
+  for spec in specs:
+    if spec.kind in choices.TASK_KINDS:
+      continue
+    found = named_object.load(KEY, spec.kind)
+    if not isinstance(found, TaskKindFacts) or isinstance(found, type):
+      raise named_object.wrong(KEY, spec.kind, found, 'a ftjax.evaluation.tasks.Kind')

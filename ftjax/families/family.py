@@ -1,0 +1,50 @@
+"""The record of a model family: how its config.json and its tensors map to an architecture."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ftjax.families import hf_config, tensor_map
+from ftjax.families.hf_config import HfConfig
+from ftjax.families.tensor_map import Binding, Row, Sizes
+from ftjax.models.architecture import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family of models. One file defines one or more, as an object that table.py lists, or that a
+  config names as model.family='package.module:FAMILY'.
+
+  model_types: of the config.json files that it reads. hf_class: prefix of transformers' classes,
+  'Llama' of LlamaForCausalLM. keys: of config.json that `read` reads or checks; others that may
+  change the computation are refused. read: (config, family name) -> architecture. write: the
+  inverse, a complete config.json. rows, sizes: see tensor_map. unused: HF tensors that may be in a
+  file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
+  tied model may repeat the first as the second.
+  """
+
+  model_types: tuple[str, ...]
+  hf_class: str
+  keys: frozenset[str]
+  read: Callable[[HfConfig, str], Architecture]
+  write: Callable[[Architecture], dict[str, Any]]
+  rows: tuple[Row, ...]
+  unused: re.Pattern
+  tied: tuple[str, str]
+  sizes: Sizes = tensor_map.decoder_sizes
+
+  def architecture(self, config: dict[str, Any], name: str) -> Architecture:
+    """Returns the architecture of a config.json of this family, named `name`.
+
+    Raises:
+      DataError: a value of another type, a setting that the family does not compute, or a key that
+        may change the computation and that it does not read.
+    """
+    hf_config.check_unquantized(config)
+    hf_config.check_names(config, self.keys)
+    return self.read(HfConfig(config), name)
+
+  def bindings(self, arch: Architecture) -> list[Binding]:
+    """Returns every HF tensor of a model with the place that it fills."""
+    return tensor_map.bindings(self.rows, arch, self.sizes)

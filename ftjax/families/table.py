@@ -1,0 +1,91 @@
+"""The families that can be read, and which one a config.json or an architecture belongs to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftjax.families import llama, qwen
+from ftjax.families.family import Family
+from ftjax.models.architecture import Architecture
+from ftjax.runtime import named_object
+from ftjax.runtime.errors import ConfigError, DataError
+
+KEY = 'model.family'
+FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2}
+
+
+def named(name: str) -> Family:
+  """Returns the family of a name in FAMILIES, or 'package.module:FAMILY'.
+
+  Raises:
+    ConfigError: there is none.
+  """
+  found = FAMILIES.get(name)
+  return named_object.instance(KEY, name, Family) if found is None else found
+
+
+def of(arch: Architecture) -> Family:
+  """Returns the family of an architecture."""
+  return named(arch.family)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+  """Returns whether a shipped family reads this config.json."""
+  return any(config.get('model_type') in f.model_types for f in FAMILIES.values())
+
+
+def find(config: Mapping[str, Any], own: str = '') -> str:
+  """Returns the name of the family that reads a config.json, by its model_type.
+
+  Args:
+    config: the config.json.
+    own: value of model.family: a family that is asked first; '' for none.
+
+  Raises:
+    ConfigError: `own` names no family.
+    DataError: no family reads it.
+  """
+  kind = config.get('model_type')
+  families = ({own: named(own)} if own else {}) | FAMILIES
+  for name, family in families.items():
+    if kind in family.model_types:
+      return name
+  known = ', '.join(t for family in families.values() for t in family.model_types)
+  raise DataError(
+    f'config.json: model_type={kind!r} is not supported; supported: {known}. A family of your own '
+    f'is named by {KEY}=package.module:FAMILY'
+  )
+
+
+def architecture(config: Mapping[str, Any], own: str = '') -> Architecture:
+  """Returns the architecture of a config.json; `own` as in `find`.
+
+  Raises:
+    ConfigError, DataError: see `find` and Family.architecture.
+  """
+  name = find(config, own)
+  return named(name).architecture(dict(config), name)
+
+
+def check_own(own: str, arch: Architecture, key: str) -> None:
+  """Raises ConfigError where model.family names a family, and the model's is another.
+
+  Args:
+    own: value of model.family.
+    arch: of the model, from `architecture`.
+    key: what named the model, for the message.
+  """
+  if own and arch.family != own:
+    raise ConfigError(
+      f'{KEY}={own!r} reads model_type {", ".join(named(own).model_types)}, but {key} is of the '
+      f'family {arch.family!r}; remove {KEY}, or give another model'
+    )
+
+
+def config(arch: Architecture) -> dict[str, Any]:
+  """Returns a HF config.json for an architecture that came from elsewhere (GGUF, or random)."""
+  return of(arch).write(arch)
+
+
+def hf_class(family: str, task: str) -> str:
+  """Returns transformers' class of a family for `ForCausalLM` or `ForSequenceClassification`."""
+  return named(family).hf_class + task

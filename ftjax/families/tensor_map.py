@@ -1,0 +1,267 @@
+"""Which HF tensor is which parameter, as one table a family, used in both directions.
+
+A row names a HF tensor and a leaf and gives both layouts in axis letters: `'NH D' -> 'DNH'` says
+that HF stores a matrix [N*H, D] and the leaf is an array [D, N, H]. What a table can say:
+
+- `{l}` in a HF name: each layer has the tensor; they are stacked along a leading axis L.
+- `{e}`: each expert has the tensor; the leaf's first letter (after L) counts the experts.
+- Letters in another order: the tensor is transposed.
+- `'[NH] D'`: the tensor is fused. Rows of one HF name are its parts, in order along the axis of the
+  brackets. What stands before the bracket in its word is shared: `'N[H] D'` twice is, per head, one
+  part and then the other; `'F[] D'` twice interleaves two parts one by one.
+
+No jax is imported here: files are converted without it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ftjax.models.architecture import Architecture, BlockSpec
+
+# Sizes of axis letters: those of the model for None, those of a layer for its spec.
+Sizes = Callable[[Architecture, BlockSpec | None], Mapping[str, int]]
+Condition = Callable[[Architecture, BlockSpec | None], bool]
+Slices = tuple[slice, ...]
+
+
+def _always(arch: Architecture, spec: BlockSpec | None) -> bool:
+  del arch, spec
+  return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One HF tensor, or a part of one, and one leaf.
+
+  hf, leaf: names; leaf is relative to its block where hf has `{l}`. hf_axes: a word for each axis
+  of HF's. axes: a letter for each axis of the leaf, without L. needs: whether a model, or a layer
+  of it, has the tensor. gguf: the tensor's name in a GGUF file, '' where there is none.
+  """
+
+  hf: str
+  hf_axes: str
+  leaf: str
+  axes: str
+  needs: Condition = _always
+  gguf: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+  """A HF tensor, or a part of one, and the place that it fills.
+
+  hf_shape: of the whole tensor. leaf, at: the place is `leaf[at]`, its index along L and along the
+  experts, () for the whole leaf. shape: of that place. words: for each HF axis, its letters before
+  the bracket and those inside it (all of them inside where there is no bracket). sizes: of the
+  letters. fused: the axis with the bracket, None where the tensor is no part. begin, total: where
+  the part begins along the fused axis, and the parts' sum.
+  """
+
+  hf: str
+  hf_shape: tuple[int, ...]
+  leaf: str
+  at: tuple[int, ...]
+  shape: tuple[int, ...]
+  axes: str
+  words: tuple[tuple[str, str], ...]
+  sizes: Mapping[str, int]
+  fused: int | None = None
+  begin: int = 0
+  total: int = 0
+
+  @property
+  def letters(self) -> str:
+    """The letters in HF's order."""
+    return ''.join(outer + inner for outer, inner in self.words)
+
+  def source_slices(self, index: Slices) -> tuple[Slices, tuple[int, ...], Slices]:
+    """Returns what to read of the HF tensor for `index` of the place.
+
+    Returns:
+      (slices of the HF tensor: the smallest range of each axis that covers the index; the shape to
+      give to the block that was read, an axis per letter, where a fused axis keeps all parts in
+      place of its inner letters; the slices to cut from that).
+    """
+    want = {a: range(*s.indices(self.sizes[a])) for a, s in zip(self.axes, index, strict=True)}
+    slices, shape, cut = [], [], []
+    for axis, (outer, inner) in enumerate(self.words):
+      size = self._size(inner)
+      is_part = axis == self.fused
+      whole = self.total if is_part else size
+      if is_part and not outer:
+        # One part lies in one piece: its own letters split the range.
+        first, *rest = inner or '1'
+        each = self._size(rest)
+        wanted = want.get(first, range(1))
+        slices.append(slice(self.begin + wanted.start * each, self.begin + wanted.stop * each))
+        shape += [len(wanted), *(self.sizes[a] for a in rest)]
+        cut += [slice(None), *(_slice(want[a]) for a in rest)]
+        continue
+      letters = outer if is_part else outer + inner
+      first, *rest = letters
+      each = self._size(rest) * (whole if is_part else 1)
+      slices.append(slice(want[first].start * each, want[first].stop * each))
+      shape += [len(want[first]), *(self.sizes[a] for a in rest)]
+      cut += [slice(None), *(_slice(want[a]) for a in rest)]
+      if is_part:
+        shape.append(whole)
+        cut.append(slice(self.begin, self.begin + size))
+    return tuple(slices), tuple(shape), tuple(cut)
+
+  def from_source(self, block: np.ndarray, index: Slices) -> np.ndarray:
+    """Returns `index` of the place from the block that `source_slices` asked for."""
+    want = {a: range(*s.indices(self.sizes[a])) for a, s in zip(self.axes, index, strict=True)}
+    _, shape, cut = self.source_slices(index)
+    value = block.reshape(shape)[cut]
+    if self.fused is not None and self.words[self.fused][0]:
+      # The parts' axis is cut to this one's: now its own letters can be.
+      inner = self.words[self.fused][1]
+      before = sum(len(o + i) for o, i in self.words[: self.fused])
+      before += len(self.words[self.fused][0])
+      sizes = tuple(self.sizes[a] for a in inner)
+      value = value.reshape(*value.shape[:before], *sizes, *value.shape[before + 1 :])
+      place = [slice(None)] * value.ndim
+      for i, a in enumerate(inner):
+        place[before + i] = _slice(want[a])
+      value = value[tuple(place)]
+    elif self.fused is not None and not self.words[self.fused][1]:
+      before = sum(len(o + i) for o, i in self.words[: self.fused])
+      value = value.reshape(*value.shape[:before], *value.shape[before + 1 :])
+    return value.transpose([self.letters.index(a) for a in self.axes])
+
+  def to_hf(self, value: np.ndarray) -> np.ndarray:
+    """Returns the HF tensor, or this part of it with an axis of its own size where it is fused:
+    the inverse of reading the whole place.
+    """
+    value = value.transpose([self.axes.index(a) for a in self.letters])
+    shape = []
+    for axis, (outer, inner) in enumerate(self.words):
+      if axis == self.fused:
+        shape += [self._size(outer), self._size(inner)]
+      else:
+        shape.append(self._size(outer + inner))
+    return value.reshape(shape)
+
+  def _size(self, letters: Sequence[str]) -> int:
+    return math.prod(self.sizes[a] for a in letters)
+
+
+def _slice(r: range) -> slice:
+  return slice(r.start, r.stop)
+
+
+def whole_tensor(parts: Sequence[tuple[Binding, np.ndarray]]) -> np.ndarray:
+  """Returns a HF tensor from the values of all its places, the inverse of import."""
+  first, value = parts[0]
+  if first.fused is None:
+    return first.to_hf(value)
+  joined = np.concatenate([b.to_hf(v) for b, v in parts], axis=first.fused + 1)
+  return joined.reshape(first.hf_shape)
+
+
+def decoder_sizes(arch: Architecture, spec: BlockSpec | None) -> dict[str, int]:
+  """Returns the sizes of V, D and R (labels), and of a layer also of N heads, K kv heads, H head
+  and F ffn.
+  """
+  out = {'V': arch.vocab_size, 'D': arch.model_dim, 'R': arch.num_labels}
+  if spec is None:
+    return out
+  m = spec.mixer
+  return out | {'N': m.num_heads, 'K': m.num_kv_heads, 'H': m.head_dim, 'F': spec.mlp.ffn_dim}
+
+
+def bindings(rows: Sequence[Row], arch: Architecture, sizes: Sizes) -> list[Binding]:
+  """Returns every HF tensor of a model with the place that it fills, in the order of the table."""
+  per_layer = [row for row in rows if '{l}' in row.hf]
+  out: list[Binding] = []
+  for row in rows:
+    if row not in per_layer:
+      if row.needs(arch, None):
+        out += _bind([row], '', (), sizes(arch, None))
+    elif row is per_layer[0]:
+      specs = arch.layers()
+      for layer, (slot, index) in enumerate(arch.layer_slots()):
+        spec = specs[layer]
+        own = [
+          dataclasses.replace(r, hf=r.hf.replace('{l}', str(layer)))
+          for r in per_layer
+          if r.needs(arch, spec)
+        ]
+        out += _bind(own, f'{slot}/', (index,), sizes(arch, spec))
+  return out
+
+
+_WORD = re.compile(r'([A-Z]*)\[([A-Z]*)\]|([A-Z]+)')
+
+
+def _bind(
+  rows: Sequence[Row], prefix: str, at: tuple[int, ...], sizes: Mapping[str, int]
+) -> list[Binding]:
+  """Returns the bindings of rows whose HF names are complete but for `{e}`."""
+  out, parts = [], {}
+  for row in rows:
+    parts.setdefault(row.hf, []).append(row)
+  for row in rows:
+    found = [_WORD.fullmatch(word) for word in row.hf_axes.split()]
+    words = tuple((m[1], m[2]) if m[3] is None else ('', m[3]) for m in found)
+    fused = next((i for i, m in enumerate(found) if m[3] is None), None)
+    begin = total = 0
+    if fused is not None:
+      each = [_part(r, fused, sizes) for r in parts[row.hf]]
+      begin, total = sum(each[: parts[row.hf].index(row)]), sum(each)
+    hf_shape = tuple(
+      math.prod(sizes[a] for a in outer) * total
+      if axis == fused
+      else math.prod(sizes[a] for a in outer + inner)
+      for axis, (outer, inner) in enumerate(words)
+    )
+    binding = Binding(
+      hf=row.hf,
+      hf_shape=hf_shape,
+      leaf=prefix + row.leaf,
+      at=at,
+      shape=tuple(sizes[a] for a in row.axes),
+      axes=row.axes,
+      words=words,
+      sizes={a: sizes[a] for a in row.axes},
+      fused=fused,
+      begin=begin,
+      total=total,
+    )
+    out += _experts(binding) if '{e}' in row.hf else [binding]
+  return out
+
+
+def _part(row: Row, fused: int, sizes: Mapping[str, int]) -> int:
+  inner = _WORD.fullmatch(row.hf_axes.split()[fused])[2]
+  return math.prod(sizes[a] for a in inner)
+
+
+def _experts(binding: Binding) -> list[Binding]:
+  """Returns a binding for each expert, whose index is the first axis of the place."""
+  experts, *shape = binding.shape
+  axes = binding.axes[1:]
+  return [
+    dataclasses.replace(
+      binding,
+      hf=binding.hf.replace('{e}', str(e)),
+      at=(*binding.at, e),
+      shape=tuple(shape),
+      axes=axes,
+      sizes={a: binding.sizes[a] for a in axes},
+    )
+    for e in range(experts)
+  ]
+
+
+def leaf_shapes(found: Sequence[Binding]) -> dict[str, tuple[int, ...]]:
+  """Returns {leaf name: shape} of a model's bindings, with their L and expert axes."""
+  shapes: dict[str, tuple[int, ...]] = {}
+  for b in found:
+    lead = shapes.get(b.leaf, (0,) * len(b.at))[: len(b.at)]
+    shapes[b.leaf] = (*(max(i + 1, n) for i, n in zip(b.at, lead, strict=True)), *b.shape)
+  return shapes

@@ -1,0 +1,36 @@
+"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares."""
+
+import math
+
+from ftjax.models import kinds
+from ftjax.models.architecture import Architecture
+
+
+def num_params(arch: Architecture) -> int:
+  """Returns the number of parameters, a tied head counted once, without derived leaves."""
+  declared = kinds.declared(arch).values()
+  return sum(math.prod(p.shape) for p in declared if p.origin != 'derived')
+
+
+def head_params(arch: Architecture) -> int:
+  """Returns the number of parameters of the head, which may be the embedding table."""
+  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].shape)
+
+
+def matmul_params(arch: Architecture) -> int:
+  """Returns the number of parameters that a token is multiplied with: matrices of the blocks and
+  the head, without norms, biases and the embedding look-up.
+  """
+  declared = kinds.declared(arch)
+  kept = [p for p in declared.values() if p.origin != 'derived']
+  matrices = [p for p in kept if p.fan_in and 'vocab' not in p.axes]
+  if 'vocab' in declared[kinds.of(arch).head_leaf(arch)].axes:
+    return sum(math.prod(p.shape) for p in matrices) + head_params(arch)
+  return sum(math.prod(p.shape) for p in matrices)
+
+
+def attention_width(arch: Architecture) -> int:
+  """Returns the sum over layers of heads times head size: the queries of a token, in numbers."""
+  declared = kinds.declared(arch).values()
+  queries = [p for p in declared if p.fan_in and p.axes[-2:] == ('heads', 'head_dim')]
+  return sum(math.prod((p.shape[0], *p.shape[-2:])) for p in queries)

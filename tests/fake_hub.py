@@ -1,0 +1,275 @@
+"""A Hugging Face hub on loopback: what huggingface_hub and datasets ask of it, and a log of that.
+
+Repositories hold commits of files. `env` is what a program needs to be sent here instead of to the
+real hub, with a cache of its own; `HF_HUB_OFFLINE` in it is off (conftest.py sets it for all else).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import threading
+import time
+from http import HTTPStatus, server
+from urllib.parse import parse_qs, unquote, urlparse
+
+from ftjax.data import hub_dataset
+from ftjax.hf import model_folder
+from ftjax.storage import hub
+
+
+@dataclasses.dataclass
+class Repo:
+  """refs: branch or tag -> commit. needs: '' or the token that may read; gated: who asks without
+  it is told of terms to accept."""
+
+  commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
+  refs: dict[str, str] = dataclasses.field(default_factory=dict)
+  needs: str = ''
+  gated: bool = False
+
+  def push(self, files, branch='main'):
+    """Adds a commit with these files and returns its hash."""
+    made = hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
+    self.commits[made] = dict(files)
+    self.refs[branch] = made
+    return made
+
+
+class FakeHub:
+  """The server; a context manager. `repos` is by 'models/org/name' or 'datasets/org/name'.
+
+  requests: (method, path, bytes sent) of what was answered. slow_files: seconds of sleep in the
+  middle of a file. status: answers everything with this HTTP status, if it is not 0.
+  """
+
+  def __init__(self, home):
+    self.repos: dict[str, Repo] = {}
+    self.requests: list[tuple[str, str, int]] = []
+    self.slow_files: dict[str, float] = {}
+    self.status = 0
+    self._begun: list[str] = []
+    self._server = server.ThreadingHTTPServer(('127.0.0.1', 0), self._handler())
+    self._server.daemon_threads = True
+    self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
+    self.env = {
+      'HF_ENDPOINT': self.url,
+      'HF_HOME': str(home),
+      'HF_HUB_OFFLINE': '0',
+      'HF_HUB_DISABLE_TELEMETRY': '1',
+      'HF_HUB_DISABLE_XET': '1',
+      'NO_PROXY': '127.0.0.1',
+    }
+
+  def __enter__(self):
+    threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self._server.shutdown()
+    self._server.server_close()
+
+  def repo(self, name, kind='models'):
+    return self.repos.setdefault(f'{kind}/{name}', Repo())
+
+  def fetched(self):
+    """Names of the files whose content was sent, in order."""
+    return [p.rpartition('/')[2] for m, p, n in self.requests if m == 'GET' and '/resolve/' in p]
+
+  def begun(self, name):
+    """Whether some bytes of a file were sent."""
+    return name in self._begun
+
+  def _handler(self):
+    own = self
+
+    class Handler(_Handler):
+      fake = own
+
+    return Handler
+
+
+@contextlib.contextmanager
+def asked(tmp_path, monkeypatch):
+  """A hub that this process asks, with an empty cache; the working directory is empty too."""
+  import datasets
+  from huggingface_hub import constants
+
+  with FakeHub(tmp_path / 'hf') as fake:
+    monkeypatch.setattr(constants, 'ENDPOINT', fake.url)
+    template = fake.url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(constants, 'HF_HOME', str(tmp_path / 'hf'))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf' / 'hub'))
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'hf' / 'token'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', fake.url)
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    forget()
+    yield fake
+    forget()
+
+
+def forget():
+  """What a new process does not know."""
+  hub.pin.cache_clear()
+  model_folder._snapshot.cache_clear()
+  hub_dataset.list_files.cache_clear()
+
+
+_API = re.compile(
+  r'/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?'
+)
+_RESOLVE = re.compile(r'/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
+
+
+class _Handler(server.BaseHTTPRequestHandler):
+  protocol_version = 'HTTP/1.1'
+  fake: FakeHub
+
+  def log_message(self, *_):
+    pass
+
+  def do_HEAD(self):
+    self._answer()
+
+  def do_GET(self):
+    self._answer()
+
+  def do_POST(self):
+    self._answer()
+
+  def _answer(self):
+    body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    url = urlparse(self.path)
+    if self.fake.status:
+      return self._error(self.fake.status, '', 'out of order')
+    if found := _API.fullmatch(url.path):
+      kind, name, what, revision, inside = found.groups()
+    elif found := _RESOLVE.fullmatch(url.path):
+      kind, what = 'datasets' if found[1] else 'models', 'resolve'
+      name, revision, inside = found[2], found[3], found[4]
+    else:
+      return self._error(404, '', f'no such route {url.path}')
+    repo = self.fake.repos.get(f'{kind}/{name}')
+    if refused := self._refused(repo, what):
+      return self._error(*refused)
+    revision = unquote(revision or 'main')
+    commit = repo.refs.get(revision, revision)
+    if commit not in repo.commits:
+      return self._error(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
+    files = repo.commits[commit]
+    if what == 'resolve':
+      return self._file(files, unquote(inside), commit)
+    if what == 'tree':
+      return self._json(_tree(files, unquote(inside or ''), parse_qs(url.query)))
+    if what == 'paths-info':
+      asked = (
+        json.loads(body)['paths'] if body.startswith(b'{') else parse_qs(body.decode())['paths']
+      )
+      return self._json(
+        [_file_info(p, files[p]) for p in asked if p in files]
+        + [_folder_info(p) for p in asked if any(f.startswith(f'{p}/') for f in files)]
+      )
+    return self._json(
+      {
+        'id': name,
+        'sha': commit,
+        'private': bool(repo.needs),
+        'gated': 'auto' if repo.gated else False,
+        'tags': [],
+        'downloads': 0,
+        'likes': 0,
+        'siblings': [{'rfilename': p} for p in files],
+        'lastModified': '2026-01-01T00:00:00.000Z',
+      }
+    )
+
+  def _refused(self, repo, what):
+    """(status, code, message), or None, as the hub answers."""
+    token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+    if repo is None:
+      return (404 if token else 401), 'RepoNotFound', 'Repository not found'
+    if not repo.needs or token == repo.needs:
+      return None
+    if repo.gated:  # everybody sees its page, and its files when the terms are accepted
+      return ((403 if token else 401), 'GatedRepo', 'gated') if what == 'resolve' else None
+    return (404 if token else 401), 'RepoNotFound', 'Repository not found'
+
+  def _error(self, status, code, message):
+    self.send_response(status)
+    if code:
+      self.send_header('X-Error-Code', code)
+    self.send_header('X-Error-Message', message)
+    self._finish(json.dumps({'error': message}).encode())
+
+  def _json(self, value):
+    self.send_response(HTTPStatus.OK)
+    self.send_header('Content-Type', 'application/json')
+    self._finish(json.dumps(value).encode())
+
+  def _finish(self, content):
+    self.send_header('Content-Length', str(len(content)))
+    self.end_headers()
+    if self.command != 'HEAD':
+      self.wfile.write(content)
+    self.fake.requests.append((self.command, self.path, len(content)))
+
+  def _file(self, files, path, commit):
+    if path not in files:
+      return self._error(404, 'EntryNotFound', 'Entry not found')
+    content = files[path]
+    begin, end = 0, len(content)
+    if found := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
+      begin, end = int(found[1]), min(end, int(found[2] or end) + 1)
+      self.send_response(HTTPStatus.PARTIAL_CONTENT)
+      self.send_header('Content-Range', f'bytes {begin}-{end - 1}/{len(content)}')
+    else:
+      self.send_response(HTTPStatus.OK)
+    etag = hashlib.sha256(content).hexdigest()
+    for name, value in (
+      ('Content-Length', end - begin),
+      ('ETag', f'"{etag}"'),
+      ('X-Repo-Commit', commit),
+      ('X-Linked-Size', len(content)),
+      ('X-Linked-ETag', f'"{etag}"'),
+      ('Accept-Ranges', 'bytes'),
+    ):
+      self.send_header(name, str(value))
+    self.end_headers()
+    sent = 0
+    if self.command != 'HEAD':
+      with contextlib.suppress(ConnectionError):  # a client that was killed
+        middle = (begin + end) // 2
+        self.wfile.write(content[begin:middle])
+        self.wfile.flush()
+        self.fake._begun.append(path)
+        time.sleep(self.fake.slow_files.get(path, 0))
+        self.wfile.write(content[middle:end])
+        sent = end - begin
+    self.fake.requests.append((self.command, self.path, sent))
+
+
+def _file_info(path, content):
+  digest = hashlib.sha256(content).hexdigest()
+  info = {'type': 'file', 'path': path, 'size': len(content), 'oid': digest[:40]}
+  return info | {'lfs': {'oid': digest, 'size': len(content), 'pointerSize': 130}}
+
+
+def _folder_info(path):
+  return {'type': 'directory', 'path': path, 'oid': '0' * 40, 'size': 0}
+
+
+def _tree(files, inside, query):
+  prefix = f'{inside}/' if inside else ''
+  found = {p: c for p, c in files.items() if p.startswith(prefix)}
+  is_recursive = query.get('recursive', ['false'])[0].lower() in ('true', '1')
+  folders = {p[: p.index('/', len(prefix))] for p in found if '/' in p[len(prefix) :]}
+  if is_recursive:
+    folders = {p.rsplit('/', n)[0] for p in found for n in range(1, p.count('/') + 1)}
+  shown = {p: c for p, c in found.items() if is_recursive or '/' not in p[len(prefix) :]}
+  return [_folder_info(p) for p in sorted(folders)] + [_file_info(p, c) for p, c in shown.items()]
