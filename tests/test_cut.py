@@ -8,6 +8,7 @@ import tiny_rollouts
 from test_metrics_writer import _events
 
 from ftjax.experiment import compare, fit, resume
+from ftjax.rl import measurements, rollout_source
 from ftjax.rl.rollout_source import RolloutSource
 from ftjax.runtime import trees
 
@@ -26,7 +27,9 @@ def written(workdir):
   """A run that was killed after step 4, with two updates on each rollout; its newest checkpoint is
   of step 3."""
   run = tiny_rollouts.start(
-    workdir, 'best_of_n', **{'rollout.minibatches': 2, 'eval.prompts': ('1 + 1 =',)}
+    workdir,
+    'best_of_n',
+    **{'rollout.minibatches': 2, 'eval.prompts': ('1 + 1 =',), 'eval.max_tokens': 8},
   )
   writer, source = fit._writer(run), tiny_rollouts.parts_of(run).source
   resume.cut((writer, source), resume.Start(0, None, True))
@@ -86,13 +89,10 @@ def test_everything_after_the_restored_step_goes(tmp_path):
 def test_arrays_of_a_rollout_cross_once(tmp_path, monkeypatch):
   """With a reference, old log-probs and values: each array of a rollout is placed once for all
   models, then once for the update; every result is fetched once."""
-  from ftjax.rl import measurements, rollout_source
-
   settings = {'policy.kl_coef': 0.1, 'rollout.minibatches': 2, 'grad_accum': 2}
   s = tiny_rollouts.Steps(tmp_path, 'ppo', **settings)
-  scored, calls = s.source.score, []
   s.source.score(s.state.parameters(), *first_rollout(s))  # the first one also measures rounding
-  placed, fetched = [], []
+  calls, placed, fetched = [], [], []
   monkeypatch.setattr(measurements, 'place', counting(measurements.place, placed))
   monkeypatch.setattr(rollout_source, 'place', counting(rollout_source.place, placed))
   get = jax.device_get
@@ -107,7 +107,6 @@ def test_arrays_of_a_rollout_cross_once(tmp_path, monkeypatch):
   monkeypatch.setattr(
     rewards, 'score', lambda batch, *a: calls.append(len(batch.completions)) or score(batch, *a)
   )
-  assert scored is not None
   s.batch(0)
   rows, update = 16, 8
   assert calls == [rows], 'reward functions are called once for all completions'
