@@ -1,7 +1,7 @@
 """python -m ftjax.train --config=FILE [--config.KEY=VALUE ...] --workdir=DIR
 
 Trains, resuming by itself when DIR holds a checkpoint, then scores base and tuned on eval.tasks.
-The next file to read is the algorithm's, for example sft.py."""
+The next file to read is experiment/fit.py."""
 
 import logging
 
@@ -18,10 +18,10 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main() -> None:
-  """Checks the config, then runs its algorithm."""
+  """Checks the config, then trains it."""
   c = flags.FLAGS.config
   validation.validate(c)
-  # jax is imported from here on: a misspelt key is told before.
+  # jax is imported from here on: a misspelt key is reported before.
   build = cli.algorithm(c.algorithm).build
   cli.join()
   for line in validation.warnings(c):
