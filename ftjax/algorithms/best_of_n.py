@@ -77,7 +77,7 @@ class BestCompletions(BatchBuilder):
 
   def _row(self, s: RolloutBatch, i: int) -> dict:
     """Returns a row for supervised fine-tuning; empty for a blank completion."""
-    prompt, text = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
+    prompt, text = s.prompts[i].text, self._transcripts.completion(s.completions[i].tokens)
     if not text.strip():
       return {}
     if isinstance(prompt, str):

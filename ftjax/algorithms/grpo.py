@@ -20,7 +20,7 @@ from ftjax.rl.rollout_batch import RolloutBatch
 from ftjax.rl.rollout_source import RolloutSource
 from ftjax.training.step import LossFn
 
-_RELATIVE = {
+RELATIVE = {
   'grpo': advantages.grpo,
   'dr_grpo': advantages.dr_grpo,
   'rloo': advantages.rloo,
@@ -47,7 +47,7 @@ class GroupAdvantages(policy_gradient.AdvantageEstimator):
     self._name = c.grpo.advantage
     self._last = jax.jit(advantages.at_last_token)
     self._whitened = jax.jit(advantages.reinforce_pp)
-    self._relative = jax.jit(_RELATIVE.get(self._name, advantages.dr_grpo))
+    self._relative = jax.jit(RELATIVE.get(self._name, advantages.dr_grpo))
 
   def build(self, sampled: RolloutBatch) -> TrainBatch:
     """See BatchBuilder."""
