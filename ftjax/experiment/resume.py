@@ -51,12 +51,12 @@ class Start:
 
   @property
   def progress(self) -> Progress:
-    """What the training loop remembers."""
+    """The saved progress of the training loop."""
     return Progress(**self.saved['progress']) if self.saved else Progress()
 
   @property
   def source(self) -> dict[str, Any]:
-    """What the source of batches remembers."""
+    """The saved state of the source of batches."""
     return self.saved.get('source', {}) if self.saved else {}
 
 
