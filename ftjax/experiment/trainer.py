@@ -18,7 +18,7 @@ from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.models import kinds
-from ftjax.runtime import compiler_options, trees
+from ftjax.runtime import compiler_options, sharding, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
@@ -70,7 +70,10 @@ class Trainer:
       'freeze',
     )
     config = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
-    self.frozen = optimizer_lib.frozen_names(config.freeze, info)
+    self._derived = {
+      f'{p}{n}' for p, arch in run.parts().items() for n in kinds.names(arch, 'derived')
+    }
+    self.frozen = optimizer_lib.frozen_names(config.freeze, info) | self._derived
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
     self.optimizer = optimizer_lib.make_optimizer(config, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
@@ -130,7 +133,7 @@ class Trainer:
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
     """The state saved at a step, with its reference."""
-    state = checkpoints.restore(step, self.saved(self.abstract))
+    state = self._with_derived(checkpoints.restore(step, self.saved(self.abstract)))
     if not self._has_reference:
       return state
     return dataclasses.replace(state, frozen=state.frozen | {'reference': self.first()})
@@ -138,9 +141,28 @@ class Trainer:
   # What of it is wanted.
 
   def saved(self, state: State) -> State:
-    """What of a state (or of its shapes) is saved: all but the reference."""
+    """Returns what is saved of a state or of its shapes: all but reference and derived leaves."""
     kept = {k: v for k, v in state.frozen.items() if k != 'reference'}
+    if self._derived:
+      _, kept = trees.select(kept, lambda n: n in self._derived)
     return dataclasses.replace(state, frozen=kept)
+
+  def _with_derived(self, state: State) -> State:
+    """Returns a state with its derived leaves computed; one from a checkpoint has none."""
+    if not self._derived:
+      return state
+    _, frozen = trees.select(state.frozen, lambda n: n in self._derived)
+    flat, found, run = trees.flatten(trees.merge(state.params, frozen)), {}, self.run
+    dtype = jnp.dtype(run.config.model.param_dtype)
+    for prefix, arch in run.parts().items():
+      own = {n: flat[f'{prefix}{n}'] for n in kinds.names(arch, 'base', 'adapter')}
+      places = trees.flatten(sharding.shardings(run.mesh, kinds.axes(arch)))
+      model = trees.unflatten(own)
+      whole = trees.flatten(
+        kinds.completed(arch, model, places.__getitem__, run.config.seed, dtype)
+      )
+      found |= {f'{prefix}{n}': whole[n] for n in kinds.names(arch, 'derived')}
+    return dataclasses.replace(state, frozen=trees.merge(frozen, trees.unflatten(found)))
 
   def everything(self, state: State) -> dict:
     """The parameters in training as they are now, with what stands beside the model."""
@@ -151,8 +173,8 @@ class Trainer:
     return trees.merge(state.ema or state.params, state.frozen)
 
   def model(self, state: State) -> dict:
-    """The model that is evaluated and exported: of the moving average where there is one."""
-    return model_of(self.averaged(state))
+    """Returns the model that is evaluated and exported, of the moving average if there is one."""
+    return model_of(self.averaged(self._with_derived(state)))
 
 
 def _memory(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:
