@@ -129,6 +129,8 @@ def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
   found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
   if named_object.is_named(c.algorithm):
     found['algorithm'] = [c.algorithm, algorithms.of(c).module]
+  if c.model.family:
+    found['model.family'] = [c.model.family]
   kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
   if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
     found[task_specs.KEY] = own
