@@ -46,7 +46,7 @@ class Algorithm:
   Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
 
   Attributes:
-    module: dotted name of the module that implements it, with `make_loss(arch, c)` and
+    module: dotted name of the module that implements it, with `make_loss(forward, c)` and
       `run(c, workdir)`.
     measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line

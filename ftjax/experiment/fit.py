@@ -17,7 +17,7 @@ import numpy as np
 
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
-from ftjax.config import section
+from ftjax.config import section, user_code
 from ftjax.experiment import compare, data_check, resume, summary
 from ftjax.experiment.auxiliary import BESIDE
 from ftjax.experiment.batch_source import Rows, Source, Tell
@@ -258,7 +258,7 @@ def _train(s: _Session, state: State, start: int, saved: dict[str, Any] | None) 
       'cursor': run.cursor(step),
       'config': redaction.redact(section.plain(c)),
       'fingerprints': s.fingerprints,
-      'code': resume.user_code(c),
+      'code': user_code.fingerprints(c),
       'source': s.source.saving(step),
     }
 

@@ -11,8 +11,7 @@ import toy_algorithm
 import toy_run
 
 from ftjax import config
-from ftjax.config import algorithms, overrides, validation
-from ftjax.experiment import resume
+from ftjax.config import algorithms, overrides, user_code, validation
 from ftjax.runtime.errors import ConfigError
 
 NAME = 'toy_algorithm:FOCAL'
@@ -119,7 +118,7 @@ def test_own_keys_are_for_algorithms_that_have_some():
   [
     ('toy_algoritm:FOCAL', 'cannot import toy_algoritm: ModuleNotFoundError: .*PYTHONPATH'),
     ('toy_algorithm:FOCUS', 'has no FOCUS; did you mean toy_algorithm:FOCAL?'),
-    ('toy_algorithm:make_loss', r'is a function \(arch, c\); expected a ftjax.config.algorithms'),
+    ('toy_algorithm:make_loss', r'is a function \(forward, c\); expected a ftjax.config.algorithms'),
     ('toy_algorithm:', 'package.module:object'),
     ('toy_algorithm', "expected one of .* or 'module:object'"),
   ],
@@ -150,12 +149,12 @@ def test_edited_code_is_another_algorithm(tmp_path, monkeypatch):
   path = tmp_path / 'edited_toy.py'
   path.write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
-  before = resume.user_code(valid(algorithm='edited_toy:X'))
+  before = user_code.fingerprints(valid(algorithm='edited_toy:X'))
   path.write_text(f'{text}# a comment\n')
-  assert resume.user_code(valid(algorithm='edited_toy:X')) == before
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')) == before
   path.write_text(f'{text}Y = 1\n')
-  assert resume.user_code(valid(algorithm='edited_toy:X')).keys() == before.keys()
-  assert resume.user_code(valid(algorithm='edited_toy:X')) != before
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')).keys() == before.keys()
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')) != before
   sys.modules.pop('edited_toy')
 
 
