@@ -182,7 +182,9 @@ class Evaluator:
 
   def _complete(self, params: dict, prompts, most: int) -> list[list[int]]:
     """Returns greedy completions of prompts, of at most `most` tokens, without stop tokens."""
-    found = self._engine.generate_at_once(params, prompts, max_tokens=most, sampling=_GREEDY)
+    found = self._engine.generate_at_once(
+      params, prompts, max_tokens=most, sampling=_GREEDY, beat=self.run.watchdog.beat
+    )
     return [c.before_stop(self._engine.stop_ids) for c in found]
 
   def _generate(self, params: dict) -> list[str]:
