@@ -9,9 +9,9 @@ from ftjax.runtime.digest import digest
 
 def fingerprints(c: ml_collections.ConfigDict) -> dict[str, str]:
   """Returns fingerprints of the code of a user's modules that a validated config names, by config
-  key: algorithm, eval.tasks and the keys of choices.OBJECTS.
+  key: algorithm, model.family, eval.tasks and the keys of choices.OBJECTS.
   """
-  names = {key: section.flat(c)[key] for key in choices.OBJECTS}
+  names = {key: section.flat(c)[key] for key in ('model.family', *choices.OBJECTS)}
   found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
   if named_object.is_named(c.algorithm):
     found['algorithm'] = [c.algorithm, algorithms.of(c).module]
