@@ -10,7 +10,7 @@ import tiny_run
 import toy_algorithm
 import toy_run
 
-from ftjax import config
+from ftjax import cli, config
 from ftjax.config import algorithms, overrides, user_code, validation
 from ftjax.runtime.errors import ConfigError
 
@@ -159,6 +159,16 @@ def test_edited_code_is_another_algorithm(tmp_path, monkeypatch):
   assert user_code.fingerprints(valid(algorithm='edited_toy:X')).keys() == before.keys()
   assert user_code.fingerprints(valid(algorithm='edited_toy:X')) != before
   sys.modules.pop('edited_toy')
+
+
+def test_a_module_without_the_functions_is_refused(tmp_path, monkeypatch):
+  text = 'from ftjax.config.algorithms import ALGORITHMS\nimport dataclasses\n'
+  text += 'X = dataclasses.replace(ALGORITHMS["sft"], module=__name__)\n'
+  (tmp_path / 'bare_toy.py').write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ConfigError, match=r'algorithm=bare_toy:make_loss: bare_toy has no make_loss'):
+    cli.algorithm('bare_toy:X')
+  assert cli.algorithm(NAME) is toy_algorithm
 
 
 def test_the_record_of_a_name_or_an_object():

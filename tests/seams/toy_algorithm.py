@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from ftjax.config.algorithms import Algorithm
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
 from ftjax.runtime.errors import ConfigError
 
 
@@ -43,17 +42,16 @@ def make_loss(forward, c):
   return loss
 
 
-def run(c, workdir):
-  r = experiment.start(c, workdir)
+def build(run):
+  forward, gamma = run.forward.without_remat(), run.config.custom.gamma
 
   @jax.jit
   def measure(params, batch):
-    logp = r.forward.without_remat().token_logprobs(params, batch)
-    return sums(logp, batch['weights'], c.custom.gamma)
+    return sums(forward.token_logprobs(params, batch), batch['weights'], gamma)
 
   def evaluate(params, is_cancelled):
-    found = [[float(x) for x in measure(params, batch)] for batch in r.eval_batches()]
+    found = [[float(x) for x in measure(params, batch)] for batch in run.eval_batches()]
     loss, probability, count = map(sum, zip(*found, strict=True))
     return {'loss': loss / count, 'probability': probability / count}
 
-  fit.fit(r, make_loss(r.forward, c), evaluate)
+  return fit.Parts(make_loss(run.forward, run.config), evaluate)
