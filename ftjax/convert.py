@@ -53,7 +53,7 @@ def _check_target(target: str, source: str):
 
 
 def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
-  """As a run exports its model at its end, from the checkpoint `which`; '' is the newest one."""
+  """Exports the model of the checkpoint `which` as a run does at its end; '' is the newest one."""
   # Its devices are perhaps held by the run itself.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
