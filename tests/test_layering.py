@@ -80,6 +80,15 @@ def test_folders_import_what_the_table_allows():
   assert not wrong
 
 
+def test_the_table_allows_only_what_is_used():
+  files = [p for p in FILES if p.read_text().strip() and folder_of(name_of(p))]
+  used = {folder_of(name_of(p)): set() for p in files}
+  for path in files:
+    used[folder_of(name_of(path))].update(map(folder_of, own_imports(path)))
+  unused = {f: sorted((set(IMPORTS[f]) & used.keys()) - others) for f, others in used.items()}
+  assert not {folder: others for folder, others in unused.items() if others}
+
+
 def test_no_files_import_each_other_in_a_circle():
   files = {name_of(p): own_imports(p) - {name_of(p)} for p in FILES if p.name != '__init__.py'}
   while ready := [name for name, others in files.items() if not others & files.keys()]:

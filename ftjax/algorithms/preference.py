@@ -40,10 +40,7 @@ def row(c: ml_collections.ConfigDict) -> preference.Row:
   name = c.dpo.loss
   if name in preference.LOSSES:
     return preference.LOSSES[name]
-  found = named_object.load('dpo.loss', name)
-  if not isinstance(found, preference.Row):
-    raise named_object.wrong('dpo.loss', name, found, 'a ftjax.losses.preference.Row')
-  return found
+  return named_object.instance('dpo.loss', name, preference.Row)
 
 
 def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) -> dict:

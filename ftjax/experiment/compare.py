@@ -182,7 +182,9 @@ class Evaluator:
 
   def _complete(self, params: dict, prompts, most: int) -> list[list[int]]:
     """Returns greedy completions of prompts, of at most `most` tokens, without stop tokens."""
-    found = self._engine.generate_at_once(params, prompts, max_tokens=most, sampling=_GREEDY)
+    found = self._engine.generate_at_once(
+      params, prompts, max_tokens=most, sampling=_GREEDY, beat=self.run.watchdog.beat
+    )
     return [c.before_stop(self._engine.stop_ids) for c in found]
 
   def _generate(self, params: dict) -> list[str]:
@@ -192,10 +194,16 @@ class Evaluator:
       ids = self._complete(params, self._prompts, most)
     return [self._transcripts.completion(i).strip() for i in ids]
 
-  def forget_answers_after(self, step: int) -> None:
-    """Drops the answers of steps that are trained again."""
-    if processes.is_main():
-      self._write([r for r in self._samples() if r['step'] <= step])
+  def cut(self, step: int, drop_eval: bool) -> None:
+    """Removes the rows of samples.jsonl after `step`, which will be written again; with `drop_eval`
+    those of `step` too.
+    """
+    path = files.join(self.run.workdir, 'samples.jsonl')
+    if not processes.is_main() or not files.exists(path):
+      return
+    last = step - drop_eval
+    kept = [r for r in self._samples() if r['step'] <= last]
+    files.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept))
 
   def _samples(self) -> list[dict]:
     path = files.join(self.run.workdir, 'samples.jsonl')

@@ -1,5 +1,6 @@
-"""Shapes of released models, by the last part of their HF name: enough to plan without a download.
-Figures: the config.json that each model is published with.
+"""Configs of released models, by the last part of their HF name, to plan without a download.
+Source:
+the config.json that each model is published with.
 """
 
 import os
@@ -48,7 +49,7 @@ def _qwen2(dim, layers, heads, kv_heads, ffn, vocab=151936, tied=True) -> dict:
     'model_type': 'qwen2',
     'rms_norm_eps': 1e-6,
     'rope_theta': 1000000.0,
-    # All instruct models; the base models of 1.5B and 7B say 131072.
+    # Of all instruct models; the base models of 1.5B and 7B have 131072.
     'max_position_embeddings': 32768,
     'use_sliding_window': False,
     'tie_word_embeddings': tied,

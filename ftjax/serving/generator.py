@@ -15,7 +15,7 @@ from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.experiment import saved_model
 from ftjax.experiment.model import open_model
 from ftjax.generation.batch import Conversation
-from ftjax.generation.completion import Completion, stops
+from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.hf import load
@@ -110,7 +110,16 @@ class Generator:
     """Texts that follow the prompts, which leave room for one token at least."""
     longest = max(map(len, prompts))
     most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
-    return [self._text(c.tokens) for c in self._generate(prompts, first_row, most)]
+    found = self._engine.generate_at_once(
+      self._params,
+      prompts,
+      max_tokens=most,
+      sampling=self._settings.sampling,
+      seed=self._settings.seed,
+      prompt_ids=range(first_row, first_row + len(prompts)),
+      ended=self._ended,
+    )
+    return [self._text(c.tokens) for c in found]
 
   def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
     """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
@@ -158,30 +167,22 @@ class Generator:
       )
     most = min(self._settings.max_tokens or 256, room)
 
-    def stream(answers):
-      show(_settled(self._text(answers[0]), self._settings.stop))
-
-    (found,) = self._generate([prompt], number, most, stream, self._conversation)
+    found = self._engine.respond(
+      self._params,
+      prompt,
+      self._conversation,
+      max_tokens=most,
+      sampling=self._settings.sampling,
+      seed=self._settings.seed,
+      prompt_id=number,
+      ended=self._ended,
+      stream=lambda tokens: show(_settled(self._text(tokens), self._settings.stop)),
+    )
     hint = ''
     if found.truncated:
       why = 'the context is full; /reset begins a new one' if most == room else '--max_tokens'
       hint = f'[cut after {most} tokens: {why}]'
     return terminal_chat.Reply(self._text(found.tokens), hint)
-
-  def _generate(
-    self, prompts, first_row: int, most: int, stream=None, conversation=None
-  ) -> list[Completion]:
-    return self._engine.generate_at_once(
-      self._params,
-      prompts,
-      max_tokens=most,
-      sampling=self._settings.sampling,
-      seed=self._settings.seed,
-      prompt_ids=range(first_row, first_row + len(prompts)),
-      ended=self._ended,
-      stream=stream,
-      conversation=conversation,
-    )
 
 
 def _transcript(messages: list) -> dict:
