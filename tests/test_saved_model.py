@@ -12,9 +12,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ftjax import convert
+from ftjax import cli, convert
 from ftjax.config import validation
-from ftjax.experiment import saved_model
+from ftjax.experiment import fit, saved_model
 from ftjax.hf import load
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.runtime import sharding
@@ -47,7 +47,7 @@ def tiny(name, **changes):
 
 
 def train(c, workdir):
-  importlib.import_module(f'ftjax.algorithms.{c.algorithm}').run(c, str(workdir))
+  fit.fit(c, str(workdir), cli.algorithm(c.algorithm).build)
   one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(one)  # the run's mesh of all devices would stay for the first test
   return workdir
