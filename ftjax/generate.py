@@ -22,7 +22,7 @@ _MODEL = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string('prompt', None, 'One prompt.')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'A file of prompts.')
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Longest answer, in tokens; by default 256, or what fits.', lower_bound=1
+  'max_tokens', None, 'Longest completion, in tokens; by default 256, or what fits.', lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
   'temperature', 0.0, '0: always the likeliest token.', lower_bound=0
@@ -33,7 +33,7 @@ _TOP_K = flags.DEFINE_integer(
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among the likeliest tokens of this probability.')
 flags.register_validator('top_p', lambda p: 0 < p <= 1, 'expected a number above 0 and not above 1')
 _STOP = flags.DEFINE_multi_string(
-  'stop', [], 'A string that ends the answer and is left out; may be given again.'
+  'stop', [], 'A string that ends the completion and is left out; may be given again.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
 _BATCH = flags.DEFINE_integer('batch_size', 8, 'Prompts at once.', lower_bound=1)
@@ -47,12 +47,12 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute
 
 
 def main() -> None:
-  """Answers one prompt, a file of them, or a person."""
+  """Completes one prompt or a file of them, or chats."""
   if _PROMPT.value is not None and _PROMPTS.value is not None:
     raise ConfigError('--prompt and --prompts: give one of them')
   if _SYSTEM.value and _PROMPTS.value is not None:
     raise ConfigError('--system: rows of --prompts have a system message, or a column "system"')
-  # Of slow compiles XLA would warn in the middle of an answer.
+  # XLA would warn of slow compilations in the middle of a response.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
   from ftjax.generation.sampling import Sampling

@@ -55,12 +55,12 @@ def _rollout_lines(found) -> list[str]:
   phase = found.rollout
   if phase is None:
     return []
-  step = found.memory.peak + phase.beside
+  step = found.memory.peak + phase.auxiliary
   lines = ['While the model speaks, GiB of a device:']
   lines += [
     f'{name:<32}{_gib(size):>10}'
     for name, size in (
-      ('reference, reward model', phase.beside),
+      ('reference, reward model', phase.auxiliary),
       ('weights that sample', phase.weights),
       ('their keys and values', phase.cache),
       ('peak then', phase.peak),

@@ -394,7 +394,7 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
     params = run.load_params('', 'float32')
   copy = weights.rollout_params(params, arch, weights.rollout_mesh(whole), jnp.float32)
   assert found.rollout.weights == one_device(copy)
-  assert found.rollout.beside == one_device(params), 'the reference'
+  assert found.rollout.auxiliary == one_device(params), 'the reference'
   engine = Engine(arch, jnp.float32, (), 0, slots=16)
   with jax.set_mesh(weights.rollout_mesh(whole)):
     # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
@@ -402,7 +402,7 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
   assert found.rollout.cache == one_device(cache)
   state = found.memory.arguments - found.memory.parameters
   assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
-  assert found.needed == max(found.memory.peak + found.rollout.beside, found.rollout.peak)
+  assert found.needed == max(found.memory.peak + found.rollout.auxiliary, found.rollout.peak)
 
 
 def test_what_the_rollout_wants_decides_too(monkeypatch):

@@ -76,7 +76,7 @@ class BestCompletions(rollout_source.BatchBuilder):
 
   def _row(self, s: RolloutBatch, i: int) -> dict:
     """A row of supervised tuning; nothing where the answer is blank."""
-    said, answer = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
+    said, answer = s.prompts[i].given, self._transcripts.completion(s.completions[i].tokens)
     if not answer.strip():
       return {}
     if isinstance(said, str):

@@ -32,13 +32,13 @@ _KEPT = ('tools', 'functions', 'chat_template_kwargs')
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   """ids: what the model reads. columns: of its row, JSON values; what was the prompt is not one of
-  them. place: 'file.jsonl:17'. said: the prompt as text, or as messages.
+  them. place: 'file.jsonl:17'. given: the prompt as text, or as messages.
   """
 
   ids: list[int]
   columns: dict[str, Any]
   place: str
-  said: str | list[dict[str, Any]] = ''
+  given: str | list[dict[str, Any]] = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _conversation_capacity(needed: int) -> int:
   """
   capacity = max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())
   smaller = capacity * 3 // 4
-  return smaller if _LEAST_CAPACITY < capacity and needed <= smaller else capacity
+  return smaller if capacity > _LEAST_CAPACITY and needed <= smaller else capacity
 
 
 def _room(request: Request, programs: Programs) -> int:

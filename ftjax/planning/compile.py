@@ -158,7 +158,7 @@ def _accounted(
     gathering = account.gathering(module, trainer.abstract.params, mesh)
   needed = held.peak
   if phase := out.rollout:
-    needed = max(held.peak + phase.beside, phase.peak)
+    needed = max(held.peak + phase.auxiliary, phase.peak)
   return dataclasses.replace(
     out,
     fits=needed <= _USABLE.get(chip.platform, 1.0) * chip.memory,
@@ -201,7 +201,7 @@ def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
     Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p),
     dtype=jnp.dtype(c.model.compute_dtype),
     state=account.shard_bytes(trainer.abstract),
-    beside=sum(phase_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
+    auxiliary=sum(phase_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
     bandwidth=chip.bandwidth,
   )
 

@@ -1,7 +1,8 @@
-"""The phase in which the model speaks, of algorithms that train on it: what a device holds
-meanwhile beside the state, and how long decoding takes at least.
+"""The rollout phase of algorithms that train on completions: the memory of a device meanwhile, and
+the least time that decoding takes.
 
-The programs that read prompts and decode are compiled like the step, for the same devices."""
+The programs that read prompts and decode are compiled like the step, for the same devices.
+"""
 
 import dataclasses
 import math
@@ -21,8 +22,8 @@ from ftjax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Of a rollout: prompts with `group` completions each, of at most prompt_tokens and max_tokens;
-  `slots` are decoded at once.
+  """Size of a rollout: prompts with `group` completions each, of at most prompt_tokens and
+  max_tokens; `slots` are decoded at once.
   """
 
   prompts: int
@@ -36,13 +37,13 @@ class Size:
 class Phase:
   """Bytes of one device, and seconds.
 
-  beside: models that also stand while the step runs: a reference, a reward model.
-  weights: the copy that samples. cache: its keys and values. peak: all of it with the state and the
-  temporaries. seconds: of decoding alone, all completions of the greatest length, when every step
+  auxiliary: models that also stay in memory while the step runs: a reference, a reward model.
+  weights: the copy that generates. cache: its keys and values. peak: all of it with the state and
+  the temporaries. seconds: of decoding alone, all completions of the greatest length, when every step
   reads weights and cache once at the memory's full speed.
   """
 
-  beside: int
+  auxiliary: int
   weights: int
   cache: int
   peak: int
@@ -57,7 +58,7 @@ def make(
   *,
   dtype: jnp.dtype,
   state: int,
-  beside: int,
+  auxiliary: int,
   bandwidth: float,
 ) -> Phase:
   """Compiles the programs of a rollout.
@@ -68,8 +69,8 @@ def make(
     size: of a rollout.
     sampling: how tokens are chosen.
     dtype: compute dtype.
-    state: bytes of one device that stay while the model speaks.
-    beside: the same, of other models.
+    state: bytes of one device that the training state takes meanwhile.
+    auxiliary: the same, of auxiliary models.
     bandwidth: bytes/s of a device's memory.
 
   Raises:
@@ -96,21 +97,21 @@ def make(
   )
   steps = math.ceil(size.prompts * size.group / found.slots) * size.max_tokens
   return Phase(
-    beside,
+    auxiliary,
     weights,
     cache,
-    peak=state + beside + weights + most,
+    peak=state + auxiliary + weights + most,
     seconds=steps * (weights + cache) / bandwidth,
   )
 
 
 def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
-  """Of one device, for one copy of a model on a mesh."""
+  """Returns the bytes of one device for one copy of a model on a mesh."""
   return memory.shard_bytes(_placed(arch, mesh, dtype))
 
 
 def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
-  """Nested dict of ShapeDtypeStruct."""
+  """Returns a nested dict of ShapeDtypeStruct."""
   where = sharding.shardings(mesh, kinds.axes(arch))
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
