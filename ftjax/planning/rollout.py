@@ -39,7 +39,8 @@ class Phase:
 
   auxiliary: models that also stay in memory while the step runs: a reference, a reward model.
   weights: the copy that generates. cache: its keys and values. peak: all of it with the state and
-  the temporaries. seconds: of decoding alone, all completions of the greatest length, when every step
+  the temporaries. seconds: of decoding alone, all completions of the greatest length, when each
+  step
   reads weights and cache once at the memory's full speed.
   """
 
