@@ -248,7 +248,7 @@ def test_evaluate_scores_the_export_again(finished, task):
 def test_evaluate_without_an_export(tmp_path, task):
   settings = [*TRAIN, f'--workdir={tmp_path}', f"--config.eval.tasks=('sum=choice:{task}',)"]
   code, told = tiny_run.run('evaluate', settings)
-  assert code == 2 and 'there is no export/ in it' in told
+  assert code == 2 and 'it has no export/, which is written' in told
 
 
 def test_generate_from_a_workdir(finished, tmp_path):

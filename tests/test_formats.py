@@ -228,7 +228,7 @@ def test_columns_of_a_conversation_are_read_beside_any_messages(kwargs, tools):
      "'chat_template_kwargs' belongs"),
     ({'messages': [U(), A()], 'chat_template_kwargs': [1]}, 'messages', 'list, expected an object'),
     ({'messages': [U(), A()], 'chat_template_kwargs': '{'}, 'messages', 'not JSON'),
-    ({'messages': [U(), A(thinking='a', reasoning='b')]}, 'messages', 'name one thing and differ'),
+    ({'messages': [U(), A(thinking='a', reasoning='b')]}, 'messages', 'both hold the reasoning'),
     ({'messages': [U(), A(thinking=['a'])]}, 'messages', "'thinking' is list"),
     ({'messages': [U(), A(function_call=CALL, tool_calls=CALLED)]}, 'messages', 'keep one of them'),
     ({'messages': [U(), A('', tool_calls='f()')]}, 'messages', "'tool_calls' is a string but not"),

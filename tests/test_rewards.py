@@ -329,7 +329,7 @@ def test_columns_that_no_reward_can_see_are_told(caplog):
 
 
 def test_columns_that_cannot_be_used(functions):
-  with pytest.raises(DataError, match='no JSON'):
+  with pytest.raises(DataError, match='not JSON'):
     score('my_rewards:same', batch('a', answer=[b'a']))
   with pytest.raises(DataError, match='2 values for 1'):
     score('exact', batch('a', answer=['a', 'b']))

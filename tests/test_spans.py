@@ -175,7 +175,7 @@ def test_a_conversation_that_begins_with_the_assistant(template, system):
     assert 'roles must alternate' in found.reason  # it takes no system turn either
   elif isinstance(found, Bad):
     assert (
-      f'messages[{len(first)}] is an assistant message, and this template wants' in found.reason
+      f'messages[{len(first)}] is an assistant message, and this template expects' in found.reason
     )
     assert 'a user turn first' in found.reason
   else:

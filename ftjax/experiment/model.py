@@ -74,7 +74,7 @@ def open_model(
     family: value of model.family.
 
   Raises:
-    ConfigError: a reward model where a language model is wanted, or another family's model.
+    ConfigError: a reward model where a language model is wanted, or a model of another family.
   """
   if path:
     found = load.tokenizer_files(path)

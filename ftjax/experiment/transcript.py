@@ -67,7 +67,7 @@ class Transcripts:
 
   def given(self, prompt: Prompt) -> str | list[dict[str, Any]]:
     """Returns the prompt in the form of its row: a text, or messages."""
-    return prompt.given or self.prompt(prompt)
+    return prompt.text or self.prompt(prompt)
 
   def completion(self, ids: Sequence[int]) -> str:
     """Returns the text of a completion, without `hidden_ids`."""

@@ -13,11 +13,11 @@ A key of another type is an error. A key that the family does not read is one of
 
 import functools
 import math
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ftjax.runtime import transformers_library
 from ftjax.runtime.errors import DataError
 
 # Keys that this file checks for every family.
@@ -82,12 +82,8 @@ def class_defaults(model_type: str) -> Mapping[str, Any]:
 
   The first call imports transformers' config classes, which takes about a second and no torch.
   """
-  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # that torch is not there
-  from transformers import CONFIG_MAPPING
-
-  if model_type not in CONFIG_MAPPING:
-    return {}
-  return CONFIG_MAPPING[model_type]().to_dict()
+  classes = transformers_library.load('CONFIG_MAPPING').CONFIG_MAPPING
+  return classes[model_type]().to_dict() if model_type in classes else {}
 
 
 class HfConfig:

@@ -1,8 +1,7 @@
-"""The rollout phase of algorithms that train on completions: the memory of a device meanwhile, and
-the least time that decoding takes.
+"""Plans the rollouts of an algorithm: memory per device in addition to the state, and a lower bound
+of the decoding time.
 
-The programs that read prompts and decode are compiled like the step, for the same devices.
-"""
+Prefill and decode are compiled like the step, for the same devices."""
 
 import dataclasses
 import math
@@ -23,7 +22,7 @@ from ftjax.runtime import sharding
 @dataclasses.dataclass(frozen=True)
 class Size:
   """Size of a rollout: prompts with `group` completions each, of at most prompt_tokens and
-  max_tokens; `slots` are decoded at once.
+  max_tokens; `slots` completions are decoded at once.
   """
 
   prompts: int
@@ -34,14 +33,13 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-  """Bytes of one device, and seconds.
+class RolloutPlan:
+  """Bytes per device, and seconds.
 
-  auxiliary: models that also stay in memory while the step runs: a reference, a reward model.
-  weights: the copy that generates. cache: its keys and values. peak: all of it with the state and
-  the temporaries. seconds: of decoding alone, all completions of the greatest length, when each
-  step
-  reads weights and cache once at the memory's full speed.
+  auxiliary: models that stay in memory during the step too: a reference, a reward model. weights:
+  the copy for sampling. cache: its keys and values. peak: all of these with the state and the
+  temporaries. seconds: of decoding only, if all completions have the maximal length and every step
+  reads weights and cache once at the peak memory bandwidth.
   """
 
   auxiliary: int
@@ -61,7 +59,7 @@ def make(
   state: int,
   auxiliary: int,
   bandwidth: float,
-) -> Phase:
+) -> RolloutPlan:
   """Compiles the programs of a rollout.
 
   Args:
@@ -70,8 +68,8 @@ def make(
     size: of a rollout.
     sampling: how tokens are chosen.
     dtype: compute dtype.
-    state: bytes of one device that the training state takes meanwhile.
-    auxiliary: the same, of auxiliary models.
+    state: bytes per device of the train state.
+    auxiliary: bytes per device of other models.
     bandwidth: bytes/s of a device's memory.
 
   Raises:
@@ -97,7 +95,7 @@ def make(
     cache + _temporary(found.decode),
   )
   steps = math.ceil(size.prompts * size.group / found.slots) * size.max_tokens
-  return Phase(
+  return RolloutPlan(
     auxiliary,
     weights,
     cache,
@@ -107,7 +105,7 @@ def make(
 
 
 def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
-  """Returns the bytes of one device for one copy of a model on a mesh."""
+  """Returns the bytes per device of one copy of a model on a mesh."""
   return memory.shard_bytes(_placed(arch, mesh, dtype))
 
 
