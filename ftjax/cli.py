@@ -76,11 +76,12 @@ def algorithm(name: str) -> ModuleType:
   """Returns the module that implements an algorithm, with `make_loss` and `build`. Imports jax.
 
   Raises:
-    ConfigError: a module outside of ftjax that cannot be imported.
+    ConfigError: a module outside of ftjax that cannot be imported, or lacks one of the two.
   """
   module = algorithms.find(name).module
   if named_object.is_named(name):
-    return named_object.module('algorithm', module)
+    for function in ('make_loss', 'build'):
+      named_object.load('algorithm', f'{module}:{function}')
   return importlib.import_module(module)
 
 

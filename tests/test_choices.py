@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from ftjax.algorithms import grpo
-from ftjax.config import algorithms, choices, keys, section, task_specs
+from ftjax.config import algorithms, choices, keys, section, task_specs, validation
 from ftjax.data import encode, prompts
 from ftjax.evaluation import tasks
 from ftjax.losses import mismatch, policy, preference
@@ -99,6 +99,29 @@ def test_every_key_of_a_rule_exists():
     assert {key, other} <= known and values
   for key, values in choices.CHOICES.items():
     assert KEYS[key] in values
+
+
+@pytest.mark.parametrize(
+  ('changes', 'told'),
+  [
+    (
+      {'optim.name': 'sgd', 'optim.b2': 0.9},
+      'optim.b2=0.9 does nothing with optim.name=sgd',
+    ),
+    (
+      {'optim.name': 'lion', 'optim.eps': 1e-6},
+      'optim.eps=1e-06 does nothing',
+    ),
+    ({'optim.schedule': 'constant', 'optim.end_fraction': 0.1}, 'it is for linear, cosine, wsd'),
+    ({'optim.decay_steps': 3}, 'optim.decay_steps=3 does nothing with optim.schedule=cosine'),
+  ],
+)
+def test_a_key_that_the_chosen_value_does_not_read_is_refused(changes, told):
+  c = keys.default()
+  c.model.path, c.data.train, c.steps = 'somewhere', 'rows.jsonl', 10
+  c.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=told):
+    validation.validate(c)
 
 
 def test_every_key_of_a_record_exists():

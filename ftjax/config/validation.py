@@ -144,6 +144,8 @@ def _validate(c: Section) -> None:
   for key in choices.OBJECTS:
     if named_object.is_named(values[key]):
       choices.checked_object(key, values[key])
+  if c.model.family:
+    named_object.load('model.family', c.model.family)
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
   section_checks.check(c)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
-from ftjax.config import section
+from ftjax.config import section, user_code
 from ftjax.experiment import compare, data_check, resume, summary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
@@ -239,7 +239,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
       'cursor': run.cursor(step),
       'config': _plain(c),
       'fingerprints': fingerprints,
-      'code': resume.user_code(c),
+      'code': user_code.fingerprints(c),
       'source': s.source.saving(step),
     }
 

@@ -7,14 +7,12 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import ml_collections
-
 from ftjax.cluster import processes
-from ftjax.config import algorithms, choices, section, task_specs
+from ftjax.config import algorithms, section, user_code
 from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.runtime import named_object, redaction
+from ftjax.runtime import redaction
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
@@ -123,20 +121,6 @@ def check_source(workdir: str) -> None:
   processes.check_same('init_from', digest(load.outline(export)))
 
 
-def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns fingerprints of the code of a user's modules that a config names, by config key."""
-  names = {key: section.flat(c)[key] for key in choices.OBJECTS}
-  found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
-  if named_object.is_named(c.algorithm):
-    found['algorithm'] = [c.algorithm, algorithms.of(c).module]
-  if c.model.family:
-    found['model.family'] = [c.model.family]
-  kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
-  if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
-    found[task_specs.KEY] = own
-  return {key: digest(list(map(named_object.fingerprint, own))) for key, own in found.items()}
-
-
 def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   """Refuses to resume with other data or another state shape than the checkpoint's; warns of the
   other changes.
@@ -155,7 +139,7 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
-  code = user_code(run.config)
+  code = user_code.fingerprints(run.config)
   edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
   fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]
   fixed += [f'{k}: other content' for k, v in saved['fingerprints'].items() if found.get(k) != v]

@@ -10,9 +10,8 @@ import tiny_run
 import toy_algorithm
 import toy_run
 
-from ftjax import config
-from ftjax.config import algorithms, overrides, validation
-from ftjax.experiment import resume
+from ftjax import cli, config
+from ftjax.config import algorithms, overrides, user_code, validation
 from ftjax.runtime.errors import ConfigError
 
 NAME = 'toy_algorithm:FOCAL'
@@ -119,7 +118,10 @@ def test_own_keys_are_for_algorithms_that_have_some():
   [
     ('toy_algoritm:FOCAL', 'cannot import toy_algoritm: ModuleNotFoundError: .*PYTHONPATH'),
     ('toy_algorithm:FOCUS', 'has no FOCUS; did you mean toy_algorithm:FOCAL?'),
-    ('toy_algorithm:make_loss', r'is a function \(arch, c\); expected a ftjax.config.algorithms'),
+    (
+      'toy_algorithm:make_loss',
+      r'is a function \(forward, c\); expected a ftjax.config.algorithms',
+    ),
     ('toy_algorithm:', 'package.module:object'),
     ('toy_algorithm', "expected one of .* or 'module:object'"),
   ],
@@ -150,13 +152,23 @@ def test_edited_code_is_another_algorithm(tmp_path, monkeypatch):
   path = tmp_path / 'edited_toy.py'
   path.write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
-  before = resume.user_code(valid(algorithm='edited_toy:X'))
+  before = user_code.fingerprints(valid(algorithm='edited_toy:X'))
   path.write_text(f'{text}# a comment\n')
-  assert resume.user_code(valid(algorithm='edited_toy:X')) == before
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')) == before
   path.write_text(f'{text}Y = 1\n')
-  assert resume.user_code(valid(algorithm='edited_toy:X')).keys() == before.keys()
-  assert resume.user_code(valid(algorithm='edited_toy:X')) != before
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')).keys() == before.keys()
+  assert user_code.fingerprints(valid(algorithm='edited_toy:X')) != before
   sys.modules.pop('edited_toy')
+
+
+def test_a_module_without_the_functions_is_refused(tmp_path, monkeypatch):
+  text = 'from ftjax.config.algorithms import ALGORITHMS\nimport dataclasses\n'
+  text += 'X = dataclasses.replace(ALGORITHMS["sft"], module=__name__)\n'
+  (tmp_path / 'bare_toy.py').write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(ConfigError, match=r'algorithm=bare_toy:make_loss: bare_toy has no make_loss'):
+    cli.algorithm('bare_toy:X')
+  assert cli.algorithm(NAME) is toy_algorithm
 
 
 def test_the_record_of_a_name_or_an_object():

@@ -8,8 +8,7 @@ import toy_optimizer
 import toy_run
 
 from ftjax import config
-from ftjax.config import validation
-from ftjax.experiment import resume
+from ftjax.config import user_code, validation
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
 from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
@@ -77,6 +76,6 @@ def test_what_they_return_is_checked():
 
 def test_their_code_is_part_of_a_resume():
   c = valid(optim__name='toy_optimizer:sign_momentum')
-  assert resume.user_code(c).keys() == {'optim.name'}
-  assert resume.user_code(valid()) == {}
+  assert user_code.fingerprints(c).keys() == {'optim.name'}
+  assert user_code.fingerprints(valid()) == {}
   assert toy_optimizer.sawtooth.__module__ == 'toy_optimizer'

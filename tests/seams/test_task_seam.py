@@ -9,9 +9,8 @@ import pytest
 import toy_task
 
 from ftjax import config
-from ftjax.config import task_specs, validation
+from ftjax.config import task_specs, user_code, validation
 from ftjax.evaluation import report, run, tasks
-from ftjax.experiment import resume
 from ftjax.runtime.errors import ConfigError, DataError
 
 
@@ -90,5 +89,5 @@ def test_its_path_may_be_in_a_bucket():
 def test_its_code_is_part_of_a_resume():
   c = config.default()
   c.eval.tasks = ('a=toy_task:AS_LONG:x.jsonl', 'b=match:y.jsonl')
-  assert resume.user_code(c).keys() == {'eval.tasks'}
+  assert user_code.fingerprints(c).keys() == {'eval.tasks'}
   assert isinstance(toy_task, types.ModuleType)

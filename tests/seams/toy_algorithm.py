@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from ftjax.config.algorithms import Algorithm
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
-from ftjax.models import head, transformer
-from ftjax.models.forward import hidden_states
 from ftjax.runtime.errors import ConfigError
 
 
@@ -29,12 +26,6 @@ FOCAL = Algorithm(
 )
 
 
-def log_probs(arch, c, params, batch, remat):
-  x = hidden_states(arch, params, batch, jnp.dtype(c.model.compute_dtype), remat)
-  table = transformer.head_weights(arch, params)
-  return head.token_logprobs(x, table, batch['labels'], batch['weights'])
-
-
 def sums(logp, weights, gamma):
   """(sum of the losses, sum of the probabilities, number) of the tokens with a weight."""
   p = jnp.exp(logp)
@@ -42,25 +33,25 @@ def sums(logp, weights, gamma):
   return (losses * weights).sum(), (p * weights).sum(), weights.sum()
 
 
-def make_loss(arch, c):
+def make_loss(forward, c):
   def loss(params, batch, keys):
-    logp = log_probs(arch, c, params, batch, c.remat)
+    logp = forward.token_logprobs(params, batch)
     total, probability, weight = sums(logp, batch['weights'], c.custom.gamma)
     return total, weight, {'probability': (jax.lax.stop_gradient(probability), weight)}
 
   return loss
 
 
-def run(c, workdir):
-  r = experiment.start(c, workdir)
+def build(run):
+  forward, gamma = run.forward.without_remat(), run.config.custom.gamma
 
   @jax.jit
   def measure(params, batch):
-    return sums(log_probs(r.arch, c, params, batch, 'none'), batch['weights'], c.custom.gamma)
+    return sums(forward.token_logprobs(params, batch), batch['weights'], gamma)
 
   def evaluate(params, is_cancelled):
-    found = [[float(x) for x in measure(params, batch)] for batch in r.eval_batches()]
+    found = [[float(x) for x in measure(params, batch)] for batch in run.eval_batches()]
     loss, probability, count = map(sum, zip(*found, strict=True))
     return {'loss': loss / count, 'probability': probability / count}
 
-  fit.fit(r, make_loss(r.arch, c), evaluate)
+  return fit.Parts(make_loss(run.forward, run.config), evaluate)
