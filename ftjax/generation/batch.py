@@ -1,6 +1,7 @@
 """One completion of each of a few prompts that begin together; a conversation turn by turn."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,9 +14,10 @@ from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.runtime.sharding import batch_axis_size
 
-# Steps between two looks of the host while tokens are streamed.
-_STREAMED_STEPS = 4
-# A conversation's cache has room for so many tokens at least, then for twice as many, and so on.
+# Steps of a dispatch while tokens are streamed: a few at first, more where they take less than so
+# many seconds.
+_STREAMED_STEPS, _STREAMED_SECONDS = 4, 0.1
+# Room of a conversation's first cache, in tokens.
 _LEAST_CAPACITY = 512
 
 Ended = list[tuple[Unfinished, Completion]]
@@ -92,19 +94,32 @@ def respond(
   cache, known, at = conversation.take(prompt, max(request.most))
   length = (short_bucket if known else bucket)(len(prompt) - known)
   needed = length + _room(request, programs)
-  capacity = max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())
+  capacity = _conversation_capacity(needed)
   decoder, found = _read(programs, pad_id, request, length, capacity, (cache, known, at))
   sequence = decoder.slots[0] or found[0][0]
+  steps = _STREAMED_STEPS if stream else programs.width
   while True:
     if stream:
       stream(sequence.tokens)
     if found:
       break
-    found = decoder.dispatch(_STREAMED_STEPS if stream else programs.width)
+    begin = time.monotonic()
+    found = decoder.dispatch(steps)
+    if time.monotonic() - begin < _STREAMED_SECONDS / 2:
+      steps = min(2 * steps, programs.width)
   # The last token was drawn, but not read.
   conversation.tokens = [*prompt, *sequence.tokens[:-1]]
   conversation.cache, conversation.at = decoder.cache, at + length + decoder.steps
   return found[0][1]
+
+
+def _conversation_capacity(needed: int) -> int:
+  """Returns the smallest of 512, 768, 1024, 1536, 2048, ... that holds `needed`: a conversation
+  grows for some turns before a larger cache is needed and programs are compiled for it.
+  """
+  capacity = max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())
+  smaller = capacity * 3 // 4
+  return smaller if capacity > _LEAST_CAPACITY and needed <= smaller else capacity
 
 
 def _room(request: Request, programs: Programs) -> int:

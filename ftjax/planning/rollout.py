@@ -110,7 +110,7 @@ def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
 
 
 def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
-  """Nested dict of ShapeDtypeStruct."""
+  """Returns a nested dict of ShapeDtypeStruct."""
   where = sharding.shardings(mesh, kinds.axes(arch))
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),

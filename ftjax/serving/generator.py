@@ -30,9 +30,9 @@ from ftjax.storage import files, snapshots
 class Settings:
   """How text is generated; the flags of generate.py.
 
-  max_tokens: longest answer; 0: 256, or what fits. stop: strings that end an answer and are left
-  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype. family:
-  as model.family of a config; a workdir has its own.
+  max_tokens: longest completion; 0: 256, or what fits. stop: strings that end a completion and are
+  left out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
+  family: as model.family of a config; a workdir has its own.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -47,11 +47,11 @@ class Settings:
 
 
 class Generator:
-  """A model with its tokenizer, ready to answer.
+  """A model with its tokenizer, ready to generate.
 
   Args:
     path: HF folder, GGUF file, or workdir[@STEP].
-    settings: how it answers.
+    settings: how text is generated.
 
   Raises:
     DataError: there is no model.
@@ -88,7 +88,7 @@ class Generator:
     return self.tokenizer.template is not None and not self._settings.raw
 
   def encode(self, row: dict) -> list[int]:
-    """Ids of a row with "prompt" or "messages".
+    """Returns the ids of a row with "prompt" or "messages".
 
     Raises:
       ValueError: a row that is no prompt, or that the template refuses.
@@ -96,7 +96,7 @@ class Generator:
     return encode.encode_prompt(read_prompt(row, self._has_turns), self.tokenizer)
 
   def encode_text(self, text: str) -> list[int]:
-    """Ids of --prompt. Raises DataError where the template refuses it."""
+    """Returns the ids of --prompt. Raises DataError where the template refuses it."""
     (found,) = self._encode_rows([('--prompt', {'prompt': text, 'system': self._settings.system})])
     return found
 
@@ -107,7 +107,7 @@ class Generator:
     return stop_texts.text_before(tokens, self._settings.stop, self.tokenizer)
 
   def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
-    """Texts that follow the prompts, which leave room for one token at least."""
+    """Returns the completions of prompts, which leave room for one token at least."""
     longest = max(map(len, prompts))
     most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
     found = self._engine.generate_at_once(
@@ -122,7 +122,7 @@ class Generator:
     return [self._text(c.tokens) for c in found]
 
   def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
-    """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
+    """Returns the ids of (place, row). Raises DataError with the place of one that is no prompt."""
     out, room = [], self._max_len - max(1, self._settings.max_tokens)
     for place, row in rows:
       try:
@@ -143,7 +143,7 @@ class Generator:
     """Yields the rows of `read_prompts`, each with the generated text under 'completion'.
 
     Raises:
-      DataError: a row that cannot be rendered, before any is answered.
+      DataError: a row that cannot be rendered, before any text is generated.
     """
     encoded, size = self._encode_rows(rows), self._settings.batch_size
     for start in range(0, len(rows), size):
@@ -153,10 +153,10 @@ class Generator:
         yield row | {'completion': text}
 
   def respond(self, messages: list, number: int, show) -> terminal_chat.Reply:
-    """The next turn of a conversation; see terminal_chat.
+    """Returns the next turn of a conversation; see terminal_chat.
 
     Raises:
-      ValueError: no room is left for an answer, or the template refuses the conversation.
+      ValueError: no room is left for a response, or the template refuses the conversation.
     """
     prompt = self.encode({'messages': messages} if self._has_turns else _transcript(messages))
     room = self._max_len - len(prompt)
@@ -186,13 +186,13 @@ class Generator:
 
 
 def _transcript(messages: list) -> dict:
-  """A conversation for a model without a chat template: its texts in a row."""
+  """Returns a conversation for a model without a chat template: its texts, line by line."""
   return {'prompt': '\n'.join(m['content'] for m in messages)}
 
 
 def _settled(text: str, stops: tuple[str, ...]) -> str:
-  """The text so far without an end that the next token may change: half a character, or what may
-  become a stop string.
+  """Returns the text so far without an end that the next token may change: half a character, or
+  the beginning of a stop string.
   """
   text = text.rstrip('\ufffd')
   ends = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
@@ -200,7 +200,7 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
 
 
 def _load(path: str, mesh, dtype, family: str) -> tuple:
-  """(experiment.Model, parameters) of --model."""
+  """Returns (experiment.Model, parameters) of --model."""
 
   def places(model):
     return sharding.shardings(mesh, kinds.axes(model.arch))
@@ -222,14 +222,14 @@ def _load(path: str, mesh, dtype, family: str) -> tuple:
 
 
 def read_prompt(row: dict, has_turns: bool) -> formats.Chat | str:
-  """Returns what a row asks, by the rules of training rows: a conversation, or text to continue.
+  """Returns the prompt of a row, by the rules of training rows: a conversation, or a text.
 
   Args:
     row: with one of the columns of formats.PROMPT_KEYS.
     has_turns: whether a text is a user turn.
 
   Raises:
-    ValueError: the row holds no prompt, or an answer already.
+    ValueError: the row holds no prompt, or a response already.
   """
   if row.get('completion') is not None:
     raise ValueError(
