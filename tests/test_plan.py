@@ -30,6 +30,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.families import table as families
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
+from ftjax.generation.queue import ring_capacity
 from ftjax.models import counts
 from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
 from ftjax.runtime import sharding
@@ -397,8 +398,9 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
   assert found.rollout.auxiliary == one_device(params), 'the reference'
   engine = Engine(arch, jnp.float32, (), 0, slots=16)
   with jax.set_mesh(weights.rollout_mesh(whole)):
-    # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
-    cache, _ = engine._start(16, 48 + 16)
+    # Prompts of at most 48 tokens, and completions of 16.
+    capacity = ring_capacity(48, 16, engine.tokens_per_dispatch)
+    cache, _ = engine._programs.start(16, capacity)
   assert found.rollout.cache == one_device(cache)
   state = found.memory.arguments - found.memory.parameters
   assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
@@ -641,8 +643,8 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 
 
 def test_an_unknown_model_names_the_known_ones():
-  with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo.*Llama-3.1-8B'):
-    known_models.read('nowhere/Foo')
+  with pytest.raises(ConfigError, match=r'model.path=no/such/Foo.*Llama-3.1-8B'):
+    known_models.read('no/such/Foo')
 
 
 def test_few_long_rows_on_a_large_slice_split_the_sequence():
