@@ -297,7 +297,7 @@ def test_collectives_of_a_compiled_scan():
   assert found.bytes == 6 * 16 * 3 * 4
 
 
-def test_a_replicated_parameter_is_told():
+def test_a_replicated_parameter_is_reported():
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
   leaf = lambda spec: jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
   assert memory.replicated({'a': leaf(P('fsdp')), 'b': leaf(P())}, mesh) == {'b': 64}
@@ -384,7 +384,7 @@ def one_device(tree):
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
-def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
+def test_the_plan_counts_the_memory_of_rollouts(mesh):
   """The copy that samples and its cache are as large as those of a real rollout."""
   changes = {f'mesh.{a}': n for a, n in mesh.items()} | {'policy.kl_coef': 0.1}
   found, arch, c = small_rollout('grpo', **changes)
@@ -603,7 +603,7 @@ def test_required_bytes_are_read_from_the_message_of_a_compiler(text, gib):
     (dict(data=2, fsdp=2), {}, r'makes 4 devices, but there are 8'),
   ],
 )
-def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change, told):
+def test_sizes_that_do_not_divide_are_refused_before_compiling(monkeypatch, mesh, change, told):
   def compiled(_):
     raise AssertionError('it was compiled')
 
