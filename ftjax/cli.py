@@ -73,7 +73,7 @@ def join() -> None:
 
 
 def algorithm(name: str) -> ModuleType:
-  """Returns the module that implements an algorithm, with `make_loss` and `run`. Imports jax.
+  """Returns the module that implements an algorithm, with `make_loss` and `build`. Imports jax.
 
   Raises:
     ConfigError: a module outside of ftjax that cannot be imported.

@@ -22,11 +22,13 @@ def main() -> None:
   c = flags.FLAGS.config
   validation.validate(c)
   # jax is imported from here on: a misspelt key is reported before.
-  algorithm = cli.algorithm(c.algorithm)
+  build = cli.algorithm(c.algorithm).build
   cli.join()
   for line in validation.warnings(c):
     logging.warning(line)
-  algorithm.run(c, _WORKDIR.value)
+  from ftjax.experiment import fit
+
+  fit.fit(c, _WORKDIR.value, build)
 
 
 if __name__ == '__main__':

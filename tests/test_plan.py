@@ -438,7 +438,7 @@ def test_the_cost_counts_every_model_of_the_step():
     ('ppo', 0.1, [3, 3]),
   ):
     c.algorithm, c.policy.kl_coef = algorithm, kl
-    assert [times for _, times in auxiliary.passes(c, arch)] == wanted
+    assert [times for _, times in auxiliary.find(c, arch).passes(arch)] == wanted
 
 
 def test_candidates_leave_room_for_other_models():

@@ -15,7 +15,7 @@ import tiny_run
 from ftjax.algorithms import dpo, reference_logps
 from ftjax.config import algorithms
 from ftjax.data import batches
-from ftjax.experiment import auxiliary
+from ftjax.experiment import auxiliary, fit
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.models.forward import Forward
@@ -198,7 +198,7 @@ def test_it_is_computed_before_there_is_a_state(tmp_path, monkeypatch):
   monkeypatch.setattr(reference_logps, 'fill', lambda *_: order.append('reference'))
   monkeypatch.setattr(Trainer, 'fresh', fresh)
   with pytest.raises(Enough):
-    dpo.run(settings(data__cache=str(tmp_path / 'cache')), str(tmp_path / 'run'))
+    fit.fit(settings(data__cache=str(tmp_path / 'cache')), str(tmp_path / 'run'), dpo.build)
   assert order == ['reference', 'state']
 
 
@@ -208,11 +208,11 @@ def test_one_model_is_held_and_planned():
     run = tiny_pairs.shapes_only(c)
     return c, run, Trainer(run, dpo.make_loss(run.forward, c))
 
-  (c, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
+  (_, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
   assert 'reference' not in trainer.abstract.frozen and 'reference' in two.abstract.frozen
-  assert [n for _, n in auxiliary.passes(c, run.arch)] == [3]
-  assert [n for _, n in auxiliary.passes(also, run.arch)] == [3, 1]
-  assert algorithms.place(c, 'reference') == 'cache'
+  assert [n for _, n in run.auxiliary.passes(run.arch)] == [3]
+  assert [n for _, n in auxiliary.find(also, run.arch).passes(run.arch)] == [3, 1]
+  assert run.auxiliary.find('reference').is_cached
   assert trainer.compile().memory_analysis().argument_size_in_bytes < (
     two.compile().memory_analysis().argument_size_in_bytes
   )

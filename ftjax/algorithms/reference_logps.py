@@ -25,7 +25,6 @@ from ftjax.data import batches
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import batch_source, data, resume
 from ftjax.experiment.run import Run
-from ftjax.experiment.trainer import Trainer
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import NonFiniteError
 from ftjax.storage import files
@@ -73,13 +72,13 @@ class _Shards:
 
 
 class RowsWithReference(batch_source.Rows):
-  """The rows of a run, each with the log-probs of its answers under the reference."""
+  """The rows of a run, each with the log-probs of its completions under the reference."""
 
-  def prepare(self, trainer: Trainer) -> None:
-    """See fit.Source. Computes what is missing, for evaluation rows too: with the model alone in
-    memory this takes less than a step of training does.
+  def prepare(self) -> None:
+    """See batch_source.Source. Computes what is missing, for evaluation rows too: with only this
+    model in memory.
     """
-    fill(self._run, trainer.first)
+    fill(self._run, self._run.load_first)
 
 
 def _from_main(read: Callable[[], np.ndarray | None]) -> np.ndarray | None:

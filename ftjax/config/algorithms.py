@@ -31,12 +31,14 @@ class Auxiliary:
     source_key: config key that names its folder; '' or an empty value: the model that training
       starts from.
     is_trained: with the policy, in the same optimizer step.
+    has_score: whether it has a score for a head: a reward model or a value model.
   """
 
   name: str
   place: str
   source_key: str = ''
   is_trained: bool = False
+  has_score: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Algorithm:
   Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
 
   Attributes:
-    module: dotted name of the module that implements it, with `make_loss(arch, c)` and
-      `run(c, workdir)`.
+    module: dotted name of the module that implements it, with `make_loss(forward, c)`
+      (a LossFn) and `build(run)` (experiment/fit.Parts).
     measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
@@ -126,7 +128,7 @@ _POLICY_ARRAYS = ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.ove
 
 
 def _reward_model(c: Config) -> tuple[Auxiliary, ...]:
-  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model')
+  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model', has_score=True)
   return (rewarder,) if c.rollout.reward_model else ()
 
 
@@ -252,7 +254,7 @@ def _ppo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _ppo_auxiliary(c: Config) -> tuple[Auxiliary, ...]:
-  value = Auxiliary('value', 'state', 'ppo.value_from', is_trained=True)
+  value = Auxiliary('value', 'state', 'ppo.value_from', is_trained=True, has_score=True)
   return (*_policy_reference(c), value, *_reward_model(c))
 
 

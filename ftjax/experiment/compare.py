@@ -194,10 +194,16 @@ class Evaluator:
       ids = self._complete(params, self._prompts, most)
     return [self._transcripts.completion(i).strip() for i in ids]
 
-  def forget_answers_after(self, step: int) -> None:
-    """Drops the answers of steps that are trained again."""
-    if processes.is_main():
-      self._write([r for r in self._samples() if r['step'] <= step])
+  def cut(self, step: int, drop_eval: bool) -> None:
+    """Removes the rows of samples.jsonl after `step`, which will be written again; with `drop_eval`
+    those of `step` too.
+    """
+    path = files.join(self.run.workdir, 'samples.jsonl')
+    if not processes.is_main() or not files.exists(path):
+      return
+    last = step - drop_eval
+    kept = [r for r in self._samples() if r['step'] <= last]
+    files.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept))
 
   def _samples(self) -> list[dict]:
     path = files.join(self.run.workdir, 'samples.jsonl')

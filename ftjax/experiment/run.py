@@ -19,11 +19,12 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
-from ftjax.experiment import auxiliary, model_record
+from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
+from ftjax.experiment import model_record, weights
+from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
-from ftjax.families import table
-from ftjax.hf import load
+from ftjax.hf import load as hf_load
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
@@ -87,23 +88,29 @@ class Run:
     taken = -(-step // algorithms.steps_per_batch(c))
     return taken * algorithms.prompts_per_rollout(c)
 
-  def parts(self) -> dict[str, Architecture]:
-    """What is trained, by the prefix of its parameters' names: '' is the model."""
-    if not algorithms.place(self.config, 'value'):
-      return {'': self.arch}
-    return {'': self.arch, 'value/': auxiliary.value_arch(self.arch)}
+  @property
+  def auxiliary(self) -> AuxiliaryModels:
+    """The models of the run beside the one it trains."""
+    return auxiliary_lib.find(self.config, self.arch)
+
+  def trained_archs(self) -> dict[str, Architecture]:
+    """Returns the architecture of each model that the optimizer trains, by the prefix of its
+    parameters' names; '' is the model itself.
+    """
+    others = {f'{m.name}/': m.architecture() for m in self.auxiliary.in_state if m.is_trained}
+    return {'': self.arch} | others
 
   def parameter_shardings(self) -> dict:
-    """Nested dict of NamedSharding, over all parts."""
-    return self._by_part(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
+    """Returns the shardings of the trained models' parameters, a nested dict of NamedSharding."""
+    return self._by_name(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
 
   def abstract_params(self) -> dict:
-    """Nested dict of ShapeDtypeStruct, over all parts."""
+    """Returns the parameters of the trained models, a nested dict of ShapeDtypeStruct."""
     dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_part(lambda arch: kinds.abstract(arch, dtype))
+    return self._by_name(lambda arch: kinds.abstract(arch, dtype))
 
-  def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
-    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
+  def _by_name(self, of: Callable[[Architecture], dict]) -> dict:
+    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.trained_archs().items()}
     return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
@@ -141,43 +148,32 @@ class Run:
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
-    """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
-    with self.watchdog.phase('restore'):
-      return self._load(source, dtype, self.arch)
-
-  def load_beside(self, source: str, dtype: str) -> dict:
-    """{'value': weights of the value model} where there is one, else nothing.
-
-    It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
+    """Returns the model's weights from a folder, or random ones by the seed where it is ''. A
+    nested dict of sharded arrays.
     """
-    if not algorithms.place(self.config, 'value'):
-      return {}
+    c = self.config
     with self.watchdog.phase('restore'):
-      arch = auxiliary.value_arch(self.arch)
-      params = self._load(self.config.ppo.value_from or source, dtype, arch)
-      if not self.config.ppo.value_from:
-        params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
-      return {'value': params}
+      if source and (source == self.model.source or c.init_from):
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
+      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family)
 
-  def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
-    if source:
-      family = self.config.model.family
-      arch = table.architecture(load.read_config(source), family) if wanted.num_labels else wanted
-      if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
-        raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
-      where = sharding.shardings(self.mesh, kinds.axes(arch))
-      if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
-        model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
-      params = load.load_params(source, arch, where, jnp.dtype(dtype), self.config.seed)
-      if arch.num_labels == wanted.num_labels:
-        return params
-      if source == self.config.ppo.value_from:
-        raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
-      # A language model becomes a reward model: its head goes, a random score comes.
-      make = jax.jit(lambda key: kinds.init(wanted, key, jnp.dtype(dtype))['score'])
-      params = {k: v for k, v in params.items() if k != 'head'}
-      return params | {'score': make(jax.random.key(self.config.seed))}
-    return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
+  @property
+  def first_source(self) -> str:
+    """Folder of the weights that training starts from, of init_from or model.path; '': random."""
+    init_from = self.config.init_from
+    return hf_load.exported(init_from) if init_from else self.model.source
+
+  def load_first(self) -> dict:
+    """Returns the model's weights as they are before the first step."""
+    return self.load_params(self.first_source, self.config.model.param_dtype)
+
+  def load_auxiliary(self, model: AuxiliaryModel) -> dict:
+    """Returns the weights of an auxiliary model as they are before the first step."""
+    c = self.config
+    with self.watchdog.phase('restore'):
+      if source := model.path or self.first_source:
+        model_record.hash_while_loading(source, self.workdir)
+      return model.load(self.first_source, self.mesh, c.model.param_dtype, c.seed)
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
@@ -202,7 +198,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     _pin_models(c, workdir)
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
-    read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
@@ -221,9 +217,10 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
 
 def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Puts the commits of hub models into the config."""
-  c.model.path = model_record.pin(c.model.path, workdir)
-  c.ppo.value_from = model_record.pin(c.ppo.value_from, workdir)
-  c.rollout.reward_model = model_record.pin(c.rollout.reward_model, workdir)
+  others = (a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key)
+  for key in ('model.path', *others):
+    pinned = model_record.pin(section.flat(c)[key], workdir)
+    c.update_from_flattened_dict({key: pinned})
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
@@ -265,9 +262,6 @@ def configure_jax(c: ml_collections.ConfigDict) -> None:
   """Process-wide: exact float32 products where float32 is asked for."""
   precise = c.model.compute_dtype == 'float32'
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
-
-
-_random_params = jax.jit(kinds.init, static_argnums=(0, 2))
 
 
 def keeps_programs(c: ml_collections.ConfigDict) -> bool:

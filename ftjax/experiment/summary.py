@@ -35,19 +35,10 @@ def _model(trainer: Trainer) -> console.Model:
   run, c = trainer.run, trainer.run.config
   total = frozen = 0
   shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
-  for prefix, arch in run.parts().items():
+  for prefix, arch in run.trained_archs().items():
     for name, declared in kinds.declared(arch).items():
       number = math.prod(declared.shape)
       total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
-  texts = {
-    'reference': 'a frozen reference model',
-    'value': 'a value model, trained too',
-    'reward model': f'the reward model {c.rollout.reward_model}',
-  }
-  beside = [
-    texts.get(a.name, a.name) + (' (log-probs cached)' if a.place == 'cache' else '')
-    for a in algorithms.of(c).auxiliary(c)
-  ]
   return console.Model(
     source=c.init_from or run.model.source or 'model.random (random weights)',
     family=run.model.config.get('model_type', 'a language model'),
@@ -56,7 +47,7 @@ def _model(trainer: Trainer) -> console.Model:
     frozen=frozen,
     param_dtype=c.model.param_dtype,
     compute_dtype=c.model.compute_dtype,
-    auxiliary=tuple(beside),
+    auxiliary=tuple(m.describe() for m in run.auxiliary),
   )
 
 

@@ -20,7 +20,6 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.families import table
 from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, counts, head
 from ftjax.models.architecture import Architecture
@@ -169,7 +168,7 @@ def _accounted(
     replicated=memory_lib.replicated(trainer.abstract.params, mesh),
     gathering=gathering,
     cost=estimate(
-      *(auxiliary.passes(c, arch), where, held, moved or ()),
+      *(run.auxiliary.passes(arch), where, held, moved or ()),
       rows=out.rows,
       length=c.seq_len,
       remat=c.remat,
@@ -181,12 +180,7 @@ def _accounted(
 def _rollout(trainer: Trainer, chip: topology.Chip) -> rollout_lib.RolloutPlan:
   """Returns the plan of a rollout with prompts and completions of the maximal length."""
   run, c = trainer.run, trainer.run.config
-  models = []
-  if algorithms.place(c, 'reference') == 'rollout':
-    models.append(run.arch)
-  if path := c.rollout.reward_model:
-    reward = table.architecture(known_models.read(path), c.model.family)
-    models.append(dataclasses.replace(reward, num_labels=1))
+  models = [m.architecture(known_models.read) for m in run.auxiliary.of_rollouts]
   dtype = jnp.dtype(c.model.param_dtype)
   return rollout_lib.make(
     run.arch,
@@ -239,11 +233,12 @@ def better(
 ) -> Forecast | None:
   """Compiles up to `most` candidates and returns the fastest that fits; None if none does."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  models = auxiliary.passes(c, arch)
+  others = auxiliary.find(c, arch)
+  models = others.passes(arch)
   trained = sum(times == 3 for _, times in models)
   held = suggest.Held(
     trained,
-    len(models) - trained + (algorithms.place(c, 'reference') == 'rollout'),
+    len(models) - trained + sum(not m.path for m in others.of_rollouts),
     samples=algorithms.of(c).on_rollouts,
   )
   rows = algorithms.rows_per_step(c)

@@ -31,6 +31,14 @@ class State:
   bad_streak: jax.Array
   no_signal: jax.Array
 
+  def parameters(self) -> dict:
+    """Returns all parameters as they are in training, trained and frozen ones."""
+    return trees.merge(self.params, self.frozen)
+
+  def averaged(self) -> dict:
+    """Returns all parameters, the trained ones by their moving average where there is one."""
+    return trees.merge(self.ema or self.params, self.frozen)
+
 
 def create(
   params: dict, frozen: dict, optimizer: optax.GradientTransformation, with_ema: bool
