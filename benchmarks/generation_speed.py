@@ -116,7 +116,7 @@ def play_eval(job: dict) -> dict:
     rows.write_text('\n'.join(map(json.dumps, _rows(job['rows'], job['words']))))
     c = keys.default()
     c.model.path, c.seq_len = job['model'], 256
-    c.eval.tasks, c.eval.batch_size = (f'said=match:{rows}',), job['batch']
+    c.eval.tasks, c.eval.batch_size = (f'generated=match:{rows}',), job['batch']
     c.eval.max_tokens, c.eval.prompts = job['tokens'], ()
     began = run.start(c, f'{folder}/run', with_data=False)
     evaluator = getattr(compare, 'Evaluator', None) or compare.Judge

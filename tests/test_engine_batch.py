@@ -82,7 +82,7 @@ def test_in_another_order(plain, params, greedy, warm):
   assert turned == [warm[b] for b in order]
 
 
-def test_beside_a_longer_prompt(plain, params, warm):
+def test_next_to_a_longer_prompt(plain, params, warm):
   """Which pads the others to a wider bucket: their keys count from the prompt, not the padding."""
   prompts = [*PROMPTS[:3], ids(1, 40, seed=9)[0].tolist()]
   answers = generate(plain, params, prompts, NEW, WARM, seed=3, prompt_ids=[10, 11, 12, 13])

@@ -91,7 +91,7 @@ def test_sampler_and_trainer_agree_at_any_temperature(usual, twice):
   assert 0 < values['mismatch/max'] < 1e-5
 
 
-def test_the_gap_is_told_beside_what_rounding_makes_of_the_trainer_alone(tmp_path, caplog):
+def test_the_mismatch_is_logged_with_the_rounding_error_of_the_trainer(tmp_path, caplog):
   s = tiny_rollouts.Steps(tmp_path, **{'rollout.updates': 2})
   with caplog.at_level(logging.INFO):
     s.batch()
@@ -117,7 +117,7 @@ def taught(c, sampled):
   return built.arrays['advantages'], built.arrays['weights'], built.metrics
 
 
-def test_equal_rewards_teach_nothing_and_move_nothing(usual):
+def test_equal_rewards_have_no_signal_and_update_nothing(usual):
   """No gradient at all where every completion of a prompt earns the same, not by the KL either."""
   s, arrays, before, *_ = usual
   flat = {k: v.reshape(16, -1) for k, v in arrays.items()}
@@ -452,7 +452,7 @@ def test_stop_texts_may_begin_within_a_token(usual):
   assert stops((), tokenizer) is None
 
 
-def test_spread_tells_right_answers_from_wrong_ones():
+def test_rollout_statistics_separate_right_from_wrong_answers():
   one = lambda n, cut: Completion([1] * n, np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
   out = sampled_rows.rollout_statistics(np.float32([1, 0, 0, 0]), found)
@@ -490,7 +490,7 @@ def test_settings_that_cannot_be(settings, told):
     tiny_rollouts.tiny(**settings)
 
 
-def test_a_missing_column_is_told_before_training(tmp_path):
+def test_a_missing_column_is_reported_before_training(tmp_path):
   run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
     rollout_source.RolloutSource(run, grpo.GroupAdvantages(run.config))
@@ -574,7 +574,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize('how', ['empty', 'cut', 'text', 'a byte', 'missing', 'gone'])
-def test_a_damaged_rollout_is_told_with_its_file(tmp_path, how):
+def test_a_damaged_rollout_is_reported_with_its_file(tmp_path, how):
   kept = RolloutFiles(str(tmp_path), 2)
   kept.cut(-1)
   arrays = {

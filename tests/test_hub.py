@@ -94,7 +94,7 @@ def test_only_what_is_needed_is_downloaded_and_only_once(hub, tmp_path):
     ('org/-', ConfigError, ''),
   ],
 )
-def test_a_name_that_gives_no_model_says_why(hub, name, error, words):
+def test_the_error_for_a_name_without_a_model(hub, name, error, words):
   model = files_of(GOLDEN / 'llama_tied')
   config = {'config.json': model['config.json']}
   hub.repo('org/m').push(model)
@@ -229,7 +229,7 @@ def process(hub):
   )
 
 
-def test_a_killed_download_goes_on_and_processes_share_one(hub, tmp_path):
+def test_a_killed_download_resumes_and_processes_share_one(hub, tmp_path):
   content = sharded(tmp_path / 'shards')
   content.pop('model.safetensors')
   first, *_, last = sorted(n for n in content if n.endswith('.safetensors'))

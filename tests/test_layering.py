@@ -63,7 +63,7 @@ def test_the_table_names_every_folder_from_the_ground_up():
     assert set(others) <= set(list(IMPORTS)[:i]), f'{folder} imports a row below it'
 
 
-def test_files_beside_the_folders_are_entries():
+def test_files_outside_of_folders_are_entries():
   assert {p.stem for p in ROOT.glob('*.py')} <= TOP
 
 

@@ -182,7 +182,7 @@ def test_reserved_names_and_unknown_sinks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['wandb', 'mlflow'])
-def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name):
+def test_a_tracker_that_is_not_installed_is_reported(tmp_path, monkeypatch, name):
   monkeypatch.setitem(sys.modules, name, None)  # import raises ImportError
   with pytest.raises(ConfigError, match=rf'log\.sinks.*{name}.*pip install') as e:
     _writer(tmp_path, sinks=(name,))
@@ -239,7 +239,7 @@ def test_no_secret_reaches_a_file_or_the_screen(tmp_path, monkeypatch, capfd):
   assert '"train/loss": 0.5' in (tmp_path / 'offline.txt').read_text()
 
 
-def test_a_resumed_run_goes_on_under_its_tracker_id(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_tracker_id(tmp_path, monkeypatch):
   calls = []
   monkeypatch.setitem(sys.modules, 'wandb', _fake_wandb(calls))
   for step in (-1, 5, -1):

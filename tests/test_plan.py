@@ -30,6 +30,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.families import table as families
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
+from ftjax.generation.queue import ring_capacity
 from ftjax.models import counts
 from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
 from ftjax.runtime import sharding
@@ -296,7 +297,7 @@ def test_collectives_of_a_compiled_scan():
   assert found.bytes == 6 * 16 * 3 * 4
 
 
-def test_a_replicated_parameter_is_told():
+def test_a_replicated_parameter_is_reported():
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
   leaf = lambda spec: jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
   assert memory.replicated({'a': leaf(P('fsdp')), 'b': leaf(P())}, mesh) == {'b': 64}
@@ -383,7 +384,7 @@ def one_device(tree):
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
-def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
+def test_the_plan_counts_the_memory_of_rollouts(mesh):
   """The copy that samples and its cache are as large as those of a real rollout."""
   changes = {f'mesh.{a}': n for a, n in mesh.items()} | {'policy.kl_coef': 0.1}
   found, arch, c = small_rollout('grpo', **changes)
@@ -397,8 +398,9 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
   assert found.rollout.auxiliary == one_device(params), 'the reference'
   engine = Engine(arch, jnp.float32, (), 0, slots=16)
   with jax.set_mesh(weights.rollout_mesh(whole)):
-    # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
-    cache, _ = engine._programs.start(16, 48 + 16)
+    # Prompts of at most 48 tokens, and completions of 16.
+    capacity = ring_capacity(48, 16, engine.tokens_per_dispatch)
+    cache, _ = engine._programs.start(16, capacity)
   assert found.rollout.cache == one_device(cache)
   state = found.memory.arguments - found.memory.parameters
   assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
@@ -601,7 +603,7 @@ def test_required_bytes_are_read_from_the_message_of_a_compiler(text, gib):
     (dict(data=2, fsdp=2), {}, r'makes 4 devices, but there are 8'),
   ],
 )
-def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change, told):
+def test_sizes_that_do_not_divide_are_refused_before_compiling(monkeypatch, mesh, change, told):
   def compiled(_):
     raise AssertionError('it was compiled')
 

@@ -89,7 +89,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one(usual):
   assert found.mean() == pytest.approx(0, abs=1e-6) and found.std(ddof=1) == pytest.approx(1, 1e-5)
 
 
-def test_the_divergence_is_charged_token_by_token():
+def test_the_kl_penalty_is_per_token():
   settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5, 'ppo.whiten': False, 'ppo.lam': 1.0}
   weights, gap = np.float32([[1, 1]]), np.float32([[0.3, 0.1]])
   arrays = {'weights': weights, 'old_values': np.zeros((1, 2), np.float32)}

@@ -95,7 +95,7 @@ def test_training_is_that_with_the_reference_in_the_step(tmp_path):
   assert ends[0]['loss'] == pytest.approx(ends[1]['loss'], rel=1e-5)
 
 
-def test_pairs_get_what_the_model_says_of_them(filled, use_mesh):
+def test_pairs_get_the_log_probs_of_the_model(filled, use_mesh):
   """On eight devices as on one, by row, whatever the order of training."""
   run, found, computed = filled(mesh__fsdp=2, mesh__tensor=2, mesh__data=2)
   assert computed == 8 and found.shape == (64, 2)
@@ -123,7 +123,7 @@ def test_batches_carry_them_by_row(filled):
   assert wanted == {k: v.dtype for k, v in batch.items()}
 
 
-def test_a_pass_that_was_stopped_goes_on(filled, tmp_path, monkeypatch):
+def test_a_pass_that_was_stopped_resumes(filled, tmp_path, monkeypatch):
   measured = reference_logps._Measure.__call__
   seen = []
 

@@ -190,7 +190,7 @@ def test_a_step_that_is_not_there_is_named(unended, tmp_path, which, message):
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_run_without_a_checkpoint_says_when_there_is_one(unended, tmp_path):
+def test_the_error_for_a_run_without_a_checkpoint_names_when_one_is_saved(unended, tmp_path):
   shutil.rmtree(unended / 'checkpoints')
   for call in (
     lambda: convert.convert(str(unended), str(tmp_path / 'out'), None),

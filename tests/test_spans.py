@@ -228,7 +228,7 @@ def test_what_stands_at_the_beginning():
     assert cut.supervised.tolist() == [False, False] + [True] * 8
 
 
-def test_the_system_turn_of_judged_answers():
+def test_the_system_turn_of_labeled_completions():
   t = make(LLAMA3, bos='<|endoftext|>', eos='<|eot_id|>', adds_bos=True, extra_special=EXTRA)
   chat_row = talk('q', 'a', system='Be brief.')
   (found,) = encode.encode_answers([chat_row], t)

@@ -101,7 +101,7 @@ def test_special_tokens_that_no_file_names_are_those_of_the_class():
   assert found.special_texts['unk_token'] == '<unk>'
 
 
-def test_what_cannot_be_converted_says_so(tmp_path):
+def test_the_error_for_a_tokenizer_that_cannot_be_converted(tmp_path):
   model = vocabulary('bpe')
   for files, words in (
     (model | {'tokenizer.model': b'nothing of the kind'}, 'cannot make one of tokenizer.model'),
