@@ -116,9 +116,7 @@ class Checkpoints:
     return steps[-1] if steps else None
 
   def _torn(self, step: int) -> str:
-    """Why a step cannot be read; '' where nothing speaks against it. An object is whole or not
-    there.
-    """
+    """Returns why a step cannot be read, '' if it can. An object in a bucket is complete or absent."""
     for name in () if self._is_remote else _INDEXES:
       try:
         json.loads(files.read_text(files.join(self._directory, str(step), name)))
@@ -185,7 +183,7 @@ class Checkpoints:
       ) from error
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The JSON saved beside the state."""
+    """Returns the JSON that was saved with the state."""
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
   def wait(self) -> None:
