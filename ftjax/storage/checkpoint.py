@@ -116,7 +116,7 @@ class Checkpoints:
     return steps[-1] if steps else None
 
   def _torn(self, step: int) -> str:
-    """Returns why a step cannot be read, '' if it can. An object in a bucket is complete or absent."""
+    """Returns why a step cannot be read, '' if it can. An object in a bucket is never partial."""
     for name in () if self._is_remote else _INDEXES:
       try:
         json.loads(files.read_text(files.join(self._directory, str(step), name)))
