@@ -113,10 +113,10 @@ def play_eval(job: dict) -> dict:
   counted = Compilations()
   with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / 'rows.jsonl'
-    rows.write_text('\n'.join(map(json.dumps, _rows(job['rows']))))
+    rows.write_text('\n'.join(map(json.dumps, _rows(job['rows'], job['words']))))
     c = keys.default()
     c.model.path, c.seq_len = job['model'], 256
-    c.eval.tasks, c.eval.batch_size = (f'said=match:{rows}',), job['batch']
+    c.eval.tasks, c.eval.batch_size = (f'generated=match:{rows}',), job['batch']
     c.eval.max_tokens, c.eval.prompts = job['tokens'], ()
     began = run.start(c, f'{folder}/run', with_data=False)
     evaluator = getattr(compare, 'Evaluator', None) or compare.Judge
@@ -133,10 +133,10 @@ def play_eval(job: dict) -> dict:
     return out | {'digest': _digest([r.prediction for r in results])}
 
 
-def _rows(count: int) -> list[dict]:
+def _rows(count: int, most: int) -> list[dict]:
   chance, words, rows = random.Random(0), _TEXT.split(), []
   for i in range(count):
-    text = ' '.join(chance.choice(words) for _ in range(chance.randint(1, 170)))
+    text = ' '.join(chance.choice(words) for _ in range(chance.randint(1, most)))
     rows.append({'prompt': f'{text}. {_QUESTIONS[i % 8]} ({i})', 'answer': 'whale'})
   return rows
 
@@ -155,6 +155,7 @@ def main() -> None:
   parser.add_argument('--turns', type=int, default=8)
   parser.add_argument('--tokens', type=int, default=48)
   parser.add_argument('--rows', type=int, default=48)
+  parser.add_argument('--words', type=int, default=170, help='of the longest row')
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--worker', help=argparse.SUPPRESS)
   args = parser.parse_args()

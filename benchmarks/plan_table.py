@@ -171,13 +171,13 @@ def rollouts(rows: dict[tuple, dict]) -> str:
     if row is None or not row.get('rollout'):
       continue
     phase, settings, cost = row['rollout'], row['settings'], row['cost']
-    held = ' + '.join(_gib(phase[k]) for k in ('beside', 'weights', 'cache'))
+    held = ' + '.join(_gib(phase[k]) for k in ('auxiliary', 'weights', 'cache'))
     out.append(
       f'| {key[0]} | {row["parameters"] / 1e9:.2f} B | {key[1]} '
       f'| {_mesh(settings) or "one device"} '
       f'| {row["rows"]} x {row["length"]:,} / {settings["grad_accum"]} '
       f'| {"yes" if row["fits"] else "**no**"} '
-      f'| {_gib(row["memory"]["peak"] + phase["beside"])} of {_gib(row["capacity"])} '
+      f'| {_gib(row["memory"]["peak"] + phase["auxiliary"])} of {_gib(row["capacity"])} '
       f'| {held}, {_gib(phase["peak"])} | {cost["seconds"]:.2f} | {phase["seconds"]:.1f} |'
     )
   return '\n'.join(out)

@@ -31,7 +31,7 @@ def get_config():
   c.eval.batch_size = 16
   c.eval.max_tokens = 3
   c.eval.tasks = (
-    f'said=match:{_DATA}/test_match.jsonl',
+    f'generated=match:{_DATA}/test_match.jsonl',
     f'likelier=choice:{_DATA}/test_choice.jsonl',
   )
   c.log.every = 1

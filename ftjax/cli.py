@@ -1,5 +1,5 @@
-"""How an entry is run: flags and config parsed before jax is imported, errors reported in one line,
-exit codes kept.
+"""Runs an entry: parses flags and config before jax is imported, prints errors in one line, returns
+exit codes.
 
 See ftjax/runtime/errors.py for the codes.
 """
@@ -36,24 +36,24 @@ def define_config() -> None:
 def define_processes() -> None:
   """Declares the flags of a run of several processes; see cluster/distributed.py."""
   flags.DEFINE_string(
-    'coordinator', None, 'HOST:PORT of process 0; Cloud TPUs and SLURM tell it without.'
+    'coordinator', None, 'HOST:PORT of process 0; found automatically on Cloud TPUs and SLURM.'
   )
-  flags.DEFINE_integer('num_processes', None, 'Processes in all.', lower_bound=1)
-  flags.DEFINE_integer('process_id', None, 'Number of this one, from 0.', lower_bound=0)
+  flags.DEFINE_integer('num_processes', None, 'Number of processes.', lower_bound=1)
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', lower_bound=0)
   flags.DEFINE_float(
     'init_timeout_s', 1800.0, 'Seconds to wait for the other processes.', lower_bound=0
   )
   flags.DEFINE_integer(
-    'heartbeat_s', 100, 'Seconds of silence after which a process is lost.', lower_bound=1
+    'heartbeat_s', 100, 'Seconds without a heartbeat after which a process is lost.', lower_bound=1
   )
 
 
 def join() -> None:
-  """Meets the other processes of the run, if there are any; then only process 0 logs and prints.
+  """Connects to the other processes of the run, if any; then only process 0 logs and prints.
 
   Raises:
-    ConfigError: flags that cannot be meant, or a TPU that another process holds.
-    StoppedEarly: somebody did not come.
+    ConfigError: contradicting flags, or a TPU that another process holds.
+    StoppedEarly: a process did not connect in time.
   """
   import jax
 
@@ -73,19 +73,20 @@ def join() -> None:
 
 
 def algorithm(name: str) -> ModuleType:
-  """Returns the module that implements an algorithm, with `make_loss` and `run`. Imports jax.
+  """Returns the module that implements an algorithm, with `make_loss` and `build`. Imports jax.
 
   Raises:
-    ConfigError: a module outside of ftjax that cannot be imported.
+    ConfigError: a module outside of ftjax that cannot be imported, or lacks one of the two.
   """
   module = algorithms.find(name).module
   if named_object.is_named(name):
-    return named_object.module('algorithm', module)
+    for function in ('make_loss', 'build'):
+      named_object.load('algorithm', f'{module}:{function}')
   return importlib.import_module(module)
 
 
 _HELP = ('--help', '-help', '-h', '--h', '-?')
-# Flags whose value is a folder or file that this command reads or writes.
+# Flags whose value is a folder or file that an entry reads or writes.
 _LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
 
 
@@ -121,7 +122,7 @@ def _parse(argv: list[str], about: str) -> list[str]:
 
 
 def _check_words(words: list[str]) -> None:
-  """Raises ConfigError for slips that absl would take for something else."""
+  """Raises ConfigError for typos that absl would parse as something else."""
   for word, following in itertools.pairwise([*words, '--']):
     if word == '--':
       return
@@ -137,10 +138,10 @@ def _check_words(words: list[str]) -> None:
 
 
 def _config_path(words: list[str]) -> str:
-  """The value of --config, '' where it is not given.
+  """Returns the value of --config, '' if it is not given.
 
   Raises:
-    ConfigError: it is empty, or there are two different ones.
+    ConfigError: it is empty, or given twice with different values.
   """
   given = [w.partition('=')[2] for w in words if w.startswith(('--config=', '-config='))]
   given += [v for w, v in itertools.pairwise(words) if w in ('--config', '-config')]
@@ -152,7 +153,7 @@ def _config_path(words: list[str]) -> str:
 
 
 def _location(name: str, value: str) -> str:
-  """The value of a flag that names a folder or a file; '~' becomes the user's home."""
+  """Returns the value of a flag for a folder or file, with '~' expanded to the user's home."""
   if not value.strip():
     raise ConfigError(f'--{name}= is empty; give a folder')
   locations.check(f'--{name}', value)
@@ -160,7 +161,7 @@ def _location(name: str, value: str) -> str:
 
 
 def _unexpected(word: str) -> str:
-  """The message for a word that is no flag."""
+  """Returns the message for an argument that is not a flag."""
   name, equals, value = word.removeprefix('config.').partition('=')
   if equals and name in FLAGS:
     return f'unexpected argument {word!r}; did you mean --{word}?'
@@ -170,14 +171,14 @@ def _unexpected(word: str) -> str:
 
 
 def _config_key(name: str) -> str:
-  """The config key that a name means, '' where none is near."""
+  """Returns the config key that a name probably means, '' if none is near."""
   usual = keys.default()
   found = section.hint(name, usual).removeprefix('; did you mean ').partition('?')[0]
   return next((k for k in (name, found) if k in section.flat(usual)), '')
 
 
 def _flag_error(error: Exception) -> str:
-  """The text of an error in the words of this command line."""
+  """Returns the message of an error, with the flags as the user wrote them."""
   text = ' '.join(str(error).split())
   if isinstance(error, flags.UnrecognizedFlagError) and 'config' in FLAGS:
     name = error.flagname.lstrip('-')
@@ -193,7 +194,7 @@ def _flag_error(error: Exception) -> str:
 
 
 def _hint_with_flag(name: str) -> str:
-  """The hint for a name that is no key, with the flag that sets the key."""
+  """Returns the hint for an unknown name, with the flag that sets the key."""
   found = section.hint(name, keys.default())
   return found.replace('did you mean ', 'did you mean --config.')
 
@@ -263,7 +264,7 @@ def run(main: Callable[[], None]) -> None:
   def guarded(argv):
     del argv
     _configure_logging()
-    # The training loop has a gentler handler of its own, which saves first.
+    # The training loop installs its own handler, which saves first.
     signal.signal(signal.SIGTERM, _stop)
     try:
       main()

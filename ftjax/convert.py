@@ -1,15 +1,16 @@
-"""Converts a model to a HF folder: python -m ftjax.convert --source=SRC --target=DIR
-[--dtype=float32|bfloat16].
+"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16]
+
+Writes a model as a Hugging Face folder.
 
 SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
 on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
 Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
 exactly.
 
-Of a workdir, `export/` is copied. Where the run has not ended, or was continued after its export,
-its newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and
-WORKDIR@best name a checkpoint. The run may be alive: nothing in its workdir changes. Only that
-needs jax, and uses CPUs alone; the parameters have to fit into the memory of the host.
+For a workdir, `export/` is copied. If the run has not ended, or was continued after its export, its
+newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
+select a checkpoint. The run may still be running: nothing in its workdir is changed. Exporting a
+checkpoint needs jax and runs on the CPU; the parameters must fit into host memory.
 """
 
 import os
@@ -53,8 +54,8 @@ def _check_target(target: str, source: str):
 
 
 def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
-  """As a run exports its model at its end, from the checkpoint `which`; '' is the newest one."""
-  # Its devices are perhaps held by the run itself.
+  """Exports a checkpoint, '' for the newest, as a run exports its model at its end."""
+  # The run itself may be using the accelerators.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
   import numpy as np

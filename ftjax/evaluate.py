@@ -1,7 +1,7 @@
 """python -m ftjax.evaluate --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
 
-Scores the base model of a config and the tuned one that DIR/export holds on eval.tasks, and
-compares them: intervals, paired tests."""
+Evaluates the base model of a config and the tuned model in DIR/export on eval.tasks, and compares
+them: confidence intervals, paired tests."""
 
 import json
 
@@ -16,7 +16,7 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a finished run.',
 
 
 def main() -> None:
-  """Loads the export and judges it; base results are cached."""
+  """Loads the export and evaluates it; results of the base model are cached."""
   c = flags.FLAGS.config
   validation.validate(c)
   from ftjax.experiment import compare
@@ -34,7 +34,7 @@ def main() -> None:
   export = load.exported(_WORKDIR.value)
   if export is None:
     raise ConfigError(
-      f'--workdir={_WORKDIR.value}: there is no export/ in it; it is written when training ends'
+      f'--workdir={_WORKDIR.value}: it has no export/, which is written when training ends'
     )
   run = experiment.start(c, _WORKDIR.value, with_data=False)
   manifest = files.join(_WORKDIR.value, 'manifest.json')
@@ -43,10 +43,10 @@ def main() -> None:
   if other := [k for k in own if made_of.get(k, own[k]) != own[k]]:
     raise ConfigError(
       f'--workdir={_WORKDIR.value} was trained from another {other[0]} than model.path='
-      f'{c.model.path}; base and tuned would not belong together'
+      f'{c.model.path}; base and tuned model would not be comparable'
     )
-  judge = compare.Evaluator(run)
-  judge.tuned(run.load_params(export, c.model.param_dtype))
+  evaluator = compare.Evaluator(run)
+  evaluator.tuned(run.load_params(export, c.model.param_dtype))
 
 
 if __name__ == '__main__':

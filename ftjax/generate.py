@@ -1,11 +1,11 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
 on the terminal)
 
-DIR is a HF folder, a GGUF file, or a workdir: its export/ is used, or, where the run has not ended,
-its newest checkpoint; WORKDIR@STEP, WORKDIR@last and WORKDIR@best name one. --prompts reads one
-prompt a line, or JSON lines with "prompt" or "messages", and prints each row as a JSON line with
-the generated text under "completion". A prompt is a user turn where the model has a chat template,
-unless --raw."""
+DIR is a HF folder, a GGUF file, or a workdir, of which export/ is loaded, or the newest checkpoint
+if the run has not ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads
+one prompt per line, or JSON lines with "prompt" or "messages", and prints each as a JSON line with
+the generated text under "completion". If the model has a chat template, a prompt is a user turn
+unless --raw is given."""
 
 import json
 import logging
@@ -22,24 +22,24 @@ _MODEL = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string('prompt', None, 'One prompt.')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'A file of prompts.')
 _MAX_TOKENS = flags.DEFINE_integer(
-  'max_tokens', None, 'Longest answer, in tokens; by default 256, or what fits.', lower_bound=1
+  'max_tokens', None, 'Most tokens of a completion; by default 256, or what fits.', lower_bound=1
 )
 _TEMPERATURE = flags.DEFINE_float(
-  'temperature', 0.0, '0: always the likeliest token.', lower_bound=0
+  'temperature', 0.0, 'Sampling temperature; 0: greedy.', lower_bound=0
 )
 _TOP_K = flags.DEFINE_integer(
-  'top_k', 0, 'Sample among the k likeliest tokens; 0: all.', lower_bound=0
+  'top_k', 0, 'Sample from the k most likely tokens; 0: all.', lower_bound=0
 )
-_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Sample among the likeliest tokens of this probability.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Nucleus sampling: total probability of the candidates.')
 flags.register_validator('top_p', lambda p: 0 < p <= 1, 'expected a number above 0 and not above 1')
 _STOP = flags.DEFINE_multi_string(
-  'stop', [], 'A string that ends the answer and is left out; may be given again.'
+  'stop', [], 'A string that ends the completion and is left out; may be repeated.'
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of sampling.')
-_BATCH = flags.DEFINE_integer('batch_size', 8, 'Prompts at once.', lower_bound=1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Seed of sampling.')
+_BATCH = flags.DEFINE_integer('batch_size', 8, 'Prompts per batch.', lower_bound=1)
 _SYSTEM = flags.DEFINE_string('system', '', 'System message of a chat and of --prompt.')
-_HISTORY = flags.DEFINE_string('history', '', 'File that keeps the questions of a chat.')
-_RAW = flags.DEFINE_bool('raw', False, 'Continue the text as it stands, without the chat template.')
+_HISTORY = flags.DEFINE_string('history', '', 'File for the input history of a chat.')
+_RAW = flags.DEFINE_bool('raw', False, 'Continue the text itself, without the chat template.')
 _FAMILY = flags.DEFINE_string(
   'family', '', 'package.module:FAMILY, a model family of your own, as in model.family of a config.'
 )
@@ -47,12 +47,12 @@ _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute
 
 
 def main() -> None:
-  """Answers one prompt, a file of them, or a person."""
+  """Generates for one prompt, for a file of prompts, or in a chat."""
   if _PROMPT.value is not None and _PROMPTS.value is not None:
     raise ConfigError('--prompt and --prompts: give one of them')
   if _SYSTEM.value and _PROMPTS.value is not None:
     raise ConfigError('--system: rows of --prompts have a system message, or a column "system"')
-  # Of slow compiles XLA would warn in the middle of an answer.
+  # XLA would warn of slow compilations in the middle of a completion.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
   from ftjax.generation.sampling import Sampling

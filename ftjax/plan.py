@@ -1,7 +1,8 @@
 """python -m ftjax.plan --config=FILE --topology=v5e:16x16 [--suggest] [--json]
 
-Compiles the training step of a config for a slice that is not here, and tells per device what it
-holds, moves and costs. Exit code 5 when it does not fit; then it says what does."""
+Ahead-of-time compiles the training step of a config for hardware that is not attached, and prints
+its memory, communication and estimated time per device. If it does not fit, settings that do are
+printed, and the exit code is 5."""
 
 import dataclasses
 import json
@@ -26,7 +27,7 @@ _TOPOLOGY = flags.DEFINE_string(
   required=True,
 )
 _SUGGEST = flags.DEFINE_bool(
-  'suggest', False, 'Compile other meshes, micro-batches and recomputation, and print the best.'
+  'suggest', False, 'Compile other meshes, micro-batches and remat policies, and print the best.'
 )
 _SEARCH = flags.DEFINE_bool('search', True, 'Look for what fits when the config does not.')
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object instead of text.')
@@ -52,25 +53,25 @@ def _memory_lines(found) -> list[str]:
 
 
 def _rollout_lines(found) -> list[str]:
-  phase = found.rollout
-  if phase is None:
+  rollout = found.rollout
+  if rollout is None:
     return []
-  step = found.memory.peak + phase.beside
-  lines = ['While the model speaks, GiB of a device:']
+  step = found.memory.peak + rollout.auxiliary
+  lines = ['During rollouts, GiB of a device:']
   lines += [
     f'{name:<32}{_gib(size):>10}'
     for name, size in (
-      ('reference, reward model', phase.beside),
-      ('weights that sample', phase.weights),
-      ('their keys and values', phase.cache),
-      ('peak then', phase.peak),
-      ('peak of the step, with these', step),
+      ('auxiliary models', rollout.auxiliary),
+      ('weights for sampling', rollout.weights),
+      ('key-value cache', rollout.cache),
+      ('peak of rollouts', rollout.peak),
+      ('peak of the step', step),
     )
   ]
-  if not math.isnan(phase.seconds):
+  if not math.isnan(rollout.seconds):
     lines.append(
-      f'Decoding takes at least {phase.seconds:.3g} s a rollout, when all completions are of the '
-      'greatest length; reading prompts, rewards and log-probs come on top'
+      f'Decoding takes at least {rollout.seconds:.3g} s a rollout if all completions have the '
+      'maximal length; prefill, rewards and log-probs take additional time'
     )
   return ['', *lines]
 
@@ -100,10 +101,10 @@ def _collective_lines(found) -> list[str]:
     ]
   if not found.collectives:
     return ['No collectives.']
-  head = f'{"collective":<20}{"axes":<16}{"ways":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
+  head = f'{"collective":<20}{"axes":<16}{"size":>5}{"count":>8}{"GiB":>10}{"GiB sent":>10}'
   return [head] + [
-    f'{c.kind:<20}{c.axes:<16}{c.ways:>5}{c.count:>8}{_gib(c.bytes):>10}{_gib(c.sent):>10}'
-    + ('  over the data-centre network' if c.network else '')
+    f'{c.kind:<20}{c.axes:<16}{c.group_size:>5}{c.count:>8}{_gib(c.bytes):>10}{_gib(c.sent):>10}'
+    + ('  over the data-center network' if c.network else '')
     for c in found.collectives
   ]
 
@@ -114,7 +115,7 @@ def _gathering_lines(found) -> list[str]:
     return []
   lines = [f'Weights gathered one layer at a time, inside the loop: {len(at.layered)} stacks']
   if at.unseen:
-    lines.append(f'  not seen there: {", ".join(at.unseen)}')
+    lines.append(f'  not found there: {", ".join(at.unseen)}')
   if at.whole:
     lines.append(
       f'  buffers as large as all layers gathered (or saved activations): {", ".join(at.whole)}'
@@ -123,7 +124,7 @@ def _gathering_lines(found) -> list[str]:
 
 
 def text(found, name: str) -> str:
-  """The report of a forecast.Forecast, for people."""
+  """Returns the report of a compile.Forecast as text."""
   settings = ' '.join(f'{k}={v}' for k, v in found.settings.items())
   lines = [
     f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
@@ -133,9 +134,9 @@ def text(found, name: str) -> str:
     '',
   ]
   if found.memory is None:
-    wanted = f'{_gib(found.needed)} GiB' if found.needed else 'more'
-    told = f'Does not fit: the {found.refused} wants {wanted} of {_gib(found.capacity)} GiB.'
-    return '\n'.join([*lines, told])
+    needed = f'{_gib(found.needed)} GiB' if found.needed else 'more'
+    line = f'Does not fit: the {found.refused} needs {needed} of {_gib(found.capacity)} GiB.'
+    return '\n'.join([*lines, line])
   held = [f'{n} ({_gib(b)} GiB)' for n, b in found.replicated.items()]
   return '\n'.join(
     [
@@ -147,7 +148,7 @@ def text(found, name: str) -> str:
       '',
       *_collective_lines(found),
       '',
-      f'Parameters that every device holds whole: {", ".join(held) or "none"}',
+      f'Parameters replicated on every device: {", ".join(held) or "none"}',
       *_gathering_lines(found),
       'It fits.' if found.fits else 'It does not fit.',
     ]
@@ -165,7 +166,7 @@ def _json(found) -> dict:
 
 
 def main() -> None:
-  """Plans one config, or searches for a better one."""
+  """Plans one config, or searches for better settings."""
   with tempfile.TemporaryDirectory(prefix='ftjax-plan-') as dump:
     _plan(flags.FLAGS.config, topology.parse(_TOPOLOGY.value), dump)
 
@@ -173,7 +174,10 @@ def main() -> None:
 def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> None:
   validation.validate(c)
   os.environ.update(topology.environment(where, dump))
-  # jax is imported from here on.
+  import jax
+
+  # Where a user's module has imported jax already, it has read JAX_PLATFORMS before.
+  jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
   from ftjax.config import algorithms
   from ftjax.experiment.model import random_config
   from ftjax.families import table
@@ -197,7 +201,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   else:
     print('\n' + text(found, name))
     if best is not None and best is not found:
-      print('\nThe best that fits of what was tried:\n\n' + text(best, name))
+      print('\nThe fastest candidate that fits:\n\n' + text(best, name))
   if not found.fits:
     raise CheckError(_verdict(found, best))
 
@@ -205,7 +209,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
 def _verdict(found, best) -> str:
   if best is None:
     return (
-      f'does not fit on {found.slice}, and nothing else was found that does; take a larger slice'
+      f'does not fit on {found.slice}, and no other settings were found that do; use a larger slice'
     )
   settings = ' '.join(f'--config.{k}={v}' for k, v in best.settings.items())
   return f'does not fit on {found.slice}; this does: {settings}'

@@ -1,10 +1,10 @@
 """python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N] [--all]
 
-Shows what a config would train on: counts, lengths and the share of supervised tokens of each
-source, and packed sequences as a table of token | supervised | segment | position; of prompts to
-sample from, the first ones with their columns. Without --all only the first rows of each source are
-read, whatever its size; with it all rows, and what is shown is the first batch of the run. Loads no
-weights and writes nothing but the token cache."""
+Shows the data that a config would train on: counts, lengths and the share of supervised tokens of
+each source, and packed sequences as a table of token | supervised | segment | position; for
+on-policy algorithms the first prompts with their columns. By default only the first examples of
+each source are read; with --all all of them, and the first batch of the run is shown. Loads no
+weights and writes only the token cache."""
 
 import tempfile
 
@@ -14,12 +14,14 @@ from ftjax import cli
 from ftjax.config import algorithms, validation
 
 cli.define_config()
-_ROWS = flags.DEFINE_integer('rows', 1, 'How many packed sequences to print.', lower_bound=0)
-_ALL = flags.DEFINE_bool('all', False, 'Read all rows: full counts, and the first batch of a run.')
-# Rows of each source that are read without --all, for each packed sequence and at least.
+_ROWS = flags.DEFINE_integer('rows', 1, 'Number of packed sequences to print.', lower_bound=0)
+_ALL = flags.DEFINE_bool(
+  'all', False, 'Read all examples: full counts, and the first batch of a run.'
+)
+# Examples of each source that are read without --all: per packed sequence, and at least.
 _ROWS_PER_SEQUENCE, _MIN_ROWS = 50, 200
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where the token cache is kept; a temporary folder by default.'
+  'workdir', None, 'Folder of the token cache; a temporary one by default.'
 )
 
 
@@ -56,7 +58,7 @@ def main() -> None:
         used = int((batch['segments'] > 0).any(1).sum())
         print(describe.table(batch, model.tokenizer, range(min(rows, used))))
   if not _ALL.value:
-    print(f'read: at most {limit} rows of each source; --all reads all of them and counts')
+    print(f'read: at most {limit} examples of each source; --all reads and counts all')
 
 
 if __name__ == '__main__':

@@ -69,6 +69,21 @@ def test_rollout_speed(script, model, capfd):
   assert row['tokens'] == 16 * 128 and row['tokens_per_s'] > 0
 
 
+def test_generation_speed(script, model, capfd):
+  settings = [
+    f'--model={model}',
+    '--rounds=1',
+    '--turns=2',
+    '--tokens=4',
+    '--rows=2',
+    '--batch=2',
+    '--words=9',
+  ]
+  script('benchmarks', 'generation_speed', *settings)['main']()
+  chat, evaluation = lines(capfd.readouterr().out)
+  assert chat['compilations'] > 0 and chat['tokens_per_s'] > 0 and evaluation['seconds'] > 0
+
+
 def test_tokenize_speed(script, model, capfd):
   settings = [f'--model={model}', '--rows=40', '--rounds=1']
   script('benchmarks', 'tokenize_speed', *settings)['main']()

@@ -42,11 +42,8 @@ def test_a_batch_holds_the_kept_rows_and_the_loss_is_their_likelihood(kept):
   s, batch = kept
   assert batch['tokens'].shape == (1, 8, 48)
   _, metrics = s.step(s.trainer.fresh(), s.batch())
-  logp = s.source._measure(
-    'logp',
-    s.state.params,
-    {k: v[0] for k, v in batch.items()} | {'sampler_logp': np.zeros((8, 48), np.float32)},
-  )
+  arrays = {k: v[0] for k, v in batch.items()}
+  logp = s.source.measure(arrays, {'logp': ('logp', s.state.params)})['logp']
   counts = batch['weights'][0] > 0
   assert float(metrics['loss']) == pytest.approx(-logp[counts].mean(), rel=1e-5)
   assert float(metrics['supervised_tokens']) == counts.sum()
@@ -98,10 +95,10 @@ def test_blank_and_cut_answers_are_no_rows_to_keep(kept):
 
 def test_rows_of_rollouts_to_be_made_again_are_removed(tmp_path):
   rows = rollout_files.RolloutFiles(str(tmp_path), 2)
-  rows.begin(0)
+  rows.cut(-1)
   for name in ('0', '1', '2', 'kept-1', 'kept-2'):
     rows.write_rows(name, [{'a': 1}])
-  rows.begin(3)  # within rollout 1, which stays
+  rows.cut(3)  # within rollout 1, which stays
   left = {p.name for p in (tmp_path / 'rollouts').iterdir()}
   assert left == {'0.jsonl', '1.jsonl', 'kept-1.jsonl'}
 

@@ -104,7 +104,7 @@ def test_the_latest_n_stay(opened):
     ('min', [3.0, float('nan'), 4.0, 5.0, float('nan')], [1, 4, 5], 1),
   ],
 )
-def test_the_best_stays_beside_the_latest(opened, mode, values, kept, best):
+def test_the_best_is_kept_with_the_latest(opened, mode, values, kept, best):
   retention = Retention(keep=2, metric='eval/loss', mode=mode)
   c = opened(retention)
   for step, value in enumerate(values, 1):
@@ -234,7 +234,7 @@ def test_where_no_step_can_be_read_nothing_begins_anew(opened, tmp_path):
   assert (tmp_path / 'checkpoints' / '1').is_dir()
 
 
-def test_a_missing_step_is_told_with_those_that_are_there(opened, tmp_path):
+def test_a_missing_step_is_reported_with_the_existing_ones(opened, tmp_path):
   c = opened()
   save(c, 1)
   save(c, 2)
@@ -245,7 +245,7 @@ def test_a_missing_step_is_told_with_those_that_are_there(opened, tmp_path):
 
 
 @pytest.mark.parametrize('kept', [0, 50])
-def test_arrays_that_are_damaged_are_told_with_the_folder_to_remove(opened, tmp_path, kept):
+def test_damaged_arrays_are_reported_with_the_folder_to_remove(opened, tmp_path, kept):
   c = opened()
   save(c, 1)
   save(c, 2)

@@ -7,7 +7,7 @@ import tiny_rollouts
 from ftjax.experiment import compare
 
 
-def test_tasks_on_one_file_are_said_once(tmp_path, monkeypatch):
+def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
   rows = [{'prompt': f'{i} + 1 =', 'answer': str(i + 1)} for i in range(5)]
   path = tmp_path / 'rows.jsonl'
   path.write_text('\n'.join(map(json.dumps, rows)))

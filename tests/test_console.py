@@ -66,7 +66,7 @@ def test_a_block_has_no_empty_rows_and_no_repeated_labels():
   ]
 
 
-def test_the_start_tells_data_steps_and_model():
+def test_the_start_shows_data_steps_and_model():
   data = console.Data(367, 11335, 1058, 184, 'packed sequences', 0.963, 64, 33, 1010, 12)
   assert [text for _, text in data.rows()] == [
     'train: 367 examples, 11,335 tokens (9.3% supervised); 12 left out',
@@ -127,7 +127,7 @@ def evaluations(c, key, numbers):
   return [c.evaluation(10 * i, {key: x}) for i, x in enumerate(numbers, 1)]
 
 
-def test_an_evaluation_tells_its_change_and_the_best_so_far():
+def test_an_evaluation_shows_its_change_and_the_best_so_far():
   lines = [line for line, _ in evaluations(Console(Headline()), 'loss', [2.0, 1.5, 1.75, 1.5])]
   assert lines == [
     'eval  step 10  loss 2.0000',
@@ -194,14 +194,14 @@ def test_a_usual_loss_is_no_spike(losses):
   assert not [text for i, x in enumerate(losses, 1) for text in c.step(i, values(x))]
 
 
-def test_a_loss_of_exactly_zero_is_told():
+def test_a_loss_of_exactly_zero_is_warned_of():
   c = Console(PAIRS)
   told = [c.step(i, values(0.0)) for i in range(1, 9)]
   assert [bool(t) for t in told] == [False] * 4 + [True] + [False] * 3
   assert 'exactly 0 for 5 steps' in told[4][0]
 
 
-def test_steps_without_signal_are_told_now_and_then():
+def test_steps_without_signal_are_warned_of_at_powers_of_ten():
   c = Console(REWARDS)
   told = [c.step(i, values(0.0, signal=False, no_signal=i)) for i in range(1, 12)]
   assert [i for i, t in enumerate(told, 1) if t] == [1, 10]
@@ -216,7 +216,7 @@ def test_a_step_that_is_not_finite():
   )
 
 
-def test_the_end_tells_the_best_step_and_the_final_figures():
+def test_the_end_shows_the_best_step_and_the_final_metrics():
   c = Console(PAIRS)
   c.step(30, values(0.02) | {'rewards/accuracy': 1.0})
   c.evaluation(10, {'accuracy': 0.98, 'loss': 0.5})
@@ -233,7 +233,7 @@ def test_the_end_tells_the_best_step_and_the_final_figures():
   assert c.best(30, 30) == 'step 30, the last one'
 
 
-def test_the_end_of_rollouts_tells_the_reward():
+def test_the_end_of_rollouts_shows_the_reward():
   c = Console(REWARDS)
   for reward in (-0.9, -0.5, 0.25):
     c.rollout({'reward': reward})
@@ -241,7 +241,7 @@ def test_the_end_of_rollouts_tells_the_reward():
   assert Console(Headline()).final() == ''  # exported again, without a step
 
 
-def test_a_run_that_goes_on_compares_with_what_was_before():
+def test_a_resumed_run_compares_with_earlier_values():
   first, second = Console(Headline()), Console(Headline())
   first.evaluation(10, {'loss': 1.0})
   first.step(10, values())

@@ -60,7 +60,7 @@ def test_labels_or_scores_that_are_all_equal_are_refused(
 
 
 @pytest.mark.parametrize('algorithm', ['sft', 'dpo', 'grpo'])
-def test_evaluation_on_the_training_examples_is_told(algorithm, tmp_path, caplog):
+def test_evaluation_on_the_training_examples_is_reported(algorithm, tmp_path, caplog):
   rows = synthetic._judged('pairs', 12, 100) if algorithm == 'dpo' else synthetic.sums(12)
   settings = dict(rollout__rewards='length:target=8', rollout__max_tokens=8)
   settings = {'grpo': settings, 'dpo': {'seq_len': 128}}.get(algorithm, {})
@@ -71,7 +71,7 @@ def test_evaluation_on_the_training_examples_is_told(algorithm, tmp_path, caplog
   assert 'eval.jsonl holds the very examples of data.train' in caplog.text
 
 
-def test_a_single_example_is_told(tmp_path, caplog):
+def test_a_single_example_is_reported(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     data_check.check(run(tmp_path, 'sft', synthetic.sums(2), batch_size=1))
     assert 'one example alone' not in caplog.text

@@ -22,12 +22,12 @@ def test_alone_without_flags_and_environment():
   assert find('here:1', 1, 0, {}) is None
 
 
-def test_flags_tell_all():
+def test_flags_describe_the_launch():
   assert find('host:1234', 8, 5, {}) == Launch('host:1234', 8, 5)
   assert find('[::1]:1234', 2, 0, {}) == Launch('[::1]:1234', 2, 0)
 
 
-def test_ranks_come_from_slurm_or_mpi_where_flags_do_not_tell():
+def test_ranks_come_from_slurm_or_mpi_without_flags():
   assert find('host:1', None, None, SLURM) == Launch('host:1', 4, 3)
   assert find('host:1', None, None, MPI) == Launch('host:1', 2, 1)
   assert find('host:1', None, None, {'PMI_SIZE': '6', 'PMI_RANK': '0'}) == Launch('host:1', 6, 0)

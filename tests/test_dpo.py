@@ -253,7 +253,7 @@ def test_the_reference_is_neither_trained_nor_saved():
     assert not np.array_equal(params[name], value)
   assert not trainer.saved(state).frozen
   assert 'reference' not in trainer.model(state)
-  assert 'reference' in trainer.averaged(state)
+  assert 'reference' in state.averaged()
 
 
 QUIET = {'skipped': 0, 'no_signal': 0, 'has_signal': True, 'lr': 1e-2}

@@ -160,7 +160,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(sampling):
     np.testing.assert_array_equal(z.argmax(-1), labels[weights > 0])
 
 
-def test_a_completion_keeps_its_stop_token_and_tells_why_it_ended():
+def test_a_completion_keeps_its_stop_token_and_the_reason_of_its_end():
   for c in (c for row in usual().completions for c in row):
     assert not set(c.tokens[:-1]) & set(STOPS)
     assert c.truncated == (c.tokens[-1] not in STOPS)

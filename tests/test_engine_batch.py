@@ -82,7 +82,7 @@ def test_in_another_order(plain, params, greedy, warm):
   assert turned == [warm[b] for b in order]
 
 
-def test_beside_a_longer_prompt(plain, params, warm):
+def test_next_to_a_longer_prompt(plain, params, warm):
   """Which pads the others to a wider bucket: their keys count from the prompt, not the padding."""
   prompts = [*PROMPTS[:3], ids(1, 40, seed=9)[0].tolist()]
   answers = generate(plain, params, prompts, NEW, WARM, seed=3, prompt_ids=[10, 11, 12, 13])
@@ -135,15 +135,6 @@ def test_stop_strings_end_at_their_token(plain, params, greedy):
   assert all(any(g[: len(a)] == a for g in greedy) for a in seen)
 
 
-def test_tokens_are_streamed_as_they_come(plain, params, greedy):
-  """The first comes alone, after the prompt was read; then a few at a time."""
-  shown = []
-  generate(plain, params, PROMPTS, NEW, GREEDY, stream=lambda a: shown.append([*map(list, a)]))
-  assert shown[-1] == greedy
-  assert [len(a[0]) for a in shown] == [1, 5, 9, 13, 17, 21, 24]
-  assert all(w[: len(t)] == t for a in shown for t, w in zip(a, greedy, strict=True))
-
-
 @pytest.mark.parametrize('sampling', [GREEDY, WARM])
 def test_as_from_the_queue(plain, params, sampling):
   """The other way of the engine, which copies the caches of prompts into slots."""
@@ -194,9 +185,8 @@ def own():
 
 
 def say(own, params, prompt, number, conversation, **settings):
-  some = {'max_tokens': 8, 'sampling': WARM, 'prompt_ids': [number]} | settings
-  (found,) = own.generate_at_once(params, [prompt], conversation=conversation, **some)
-  return found.tokens
+  some = {'max_tokens': 8, 'sampling': WARM, 'prompt_id': number} | settings
+  return own.respond(params, prompt, conversation, **some).tokens
 
 
 def talk(own, params, turns=TURNS, conversation=None):
@@ -215,9 +205,19 @@ def read_whole(own, params):
   return talk(own, params)
 
 
-def test_reading_whole_is_as_without_a_conversation(own, params, read_whole):
-  prompt, expected = read_whole[0]
-  assert say(own, params, prompt, 0, None) == expected
+def test_a_turn_is_the_completion_of_its_prompt(own, params, read_whole):
+  prompts, expected = zip(*read_whole, strict=True)
+  found = own.generate_at_once(params, prompts, max_tokens=8, sampling=WARM)
+  assert [c.tokens for c in found] == [*expected]
+
+
+def test_tokens_are_streamed_as_they_come(own, params, read_whole):
+  """The first comes alone, after the prompt was read; then a few at a time, and soon more."""
+  for i, (prompt, expected) in enumerate(read_whole):
+    shown = []
+    say(own, params, prompt, i, Conversation(), stream=lambda t, s=shown: s.append([*t]))
+    assert [len(t) for t in shown[:2]] == [1, min(5, len(expected))][: len(expected)]
+    assert shown == [expected[: len(t)] for t in shown] and shown[-1] == expected
 
 
 def test_a_conversation_is_as_if_read_whole(own, params, read_whole):
@@ -234,9 +234,9 @@ def test_a_turn_reads_only_what_is_new(own, params, monkeypatch):
   conversation, sizes = Conversation(), []
   read = own._programs.read
 
-  def spy(params, cache, tokens, where, *a, **k):
-    sizes.append((int(np.asarray(where.segments).sum()), cache is not None))
-    return read(params, cache, tokens, where, *a, **k)
+  def spy(params, cache, unread, *a, **k):
+    sizes.append((int(np.asarray(unread.where.segments).sum()), cache is not None))
+    return read(params, cache, unread, *a, **k)
 
   monkeypatch.setattr(own._programs, 'read', spy)
   talk(own, params, conversation=conversation)
@@ -254,7 +254,7 @@ def test_a_conversation_outgrows_its_cache(own, params, read_whole, monkeypatch)
     assert say(own, params, prompt, i, conversation) == expected
     sizes.append(conversation.cache.tokens.segments.shape[1])
     assert conversation.tokens == [*prompt, *expected[:-1]]
-  assert sizes[0] == 64 and sizes[-1] == 128
+  assert sizes[0] == 64 and sizes[-1] == 96
 
 
 def test_a_long_conversation_compiles_nothing_new(own, params, read_whole):
@@ -277,10 +277,3 @@ def test_an_interrupted_turn_leaves_no_cache(own, params, read_whole):
     say(own, params, read_whole[1][0], 1, conversation, stream=interrupt)
   assert conversation.cache is None
   assert talk(own, params, TURNS[:2], conversation) == read_whole[:2]
-
-
-def test_a_conversation_has_one_prompt_at_a_time(plain, params):
-  with pytest.raises(ConfigError, match='one prompt at a time, got 4'):
-    plain.generate_at_once(
-      params, PROMPTS, max_tokens=4, sampling=GREEDY, conversation=Conversation()
-    )

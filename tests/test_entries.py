@@ -144,7 +144,7 @@ def finished(task, tmp_path_factory):
   return workdir, told
 
 
-def test_the_workdir_holds_what_the_contract_says(finished):
+def test_the_workdir_holds_the_documented_files(finished):
   workdir, _ = finished
   there = {p.name for p in workdir.iterdir()}
   assert {'config.json', 'manifest.json', 'metrics.jsonl', 'checkpoints', 'export', 'eval'} <= there
@@ -202,7 +202,7 @@ def test_the_export_loads_and_is_trained(finished):
   assert generation['eos_token_id'] == 2  # <|im_end|>, which was trained
 
 
-def test_the_run_tells_the_comparison(finished):
+def test_the_run_prints_the_comparison(finished):
   told = finished[1]
   assert 'sum: 6 examples' in told and 'Answers before and after' in told
   for part in (
@@ -248,7 +248,7 @@ def test_evaluate_scores_the_export_again(finished, task):
 def test_evaluate_without_an_export(tmp_path, task):
   settings = [*TRAIN, f'--workdir={tmp_path}', f"--config.eval.tasks=('sum=choice:{task}',)"]
   code, told = tiny_run.run('evaluate', settings)
-  assert code == 2 and 'there is no export/ in it' in told
+  assert code == 2 and 'it has no export/, which is written' in told
 
 
 def test_generate_from_a_workdir(finished, tmp_path):
@@ -267,7 +267,7 @@ def test_generate_from_a_workdir(finished, tmp_path):
   assert rows[0]['completion'].strip() == json.loads(samples[-1])['answer']
 
 
-def test_generate_tells_a_bad_prompt_file(finished, tmp_path):
+def test_generate_reports_a_bad_prompt_file(finished, tmp_path):
   prompts = tmp_path / 'prompts.jsonl'
   prompts.write_text('good\n{"prompt": \n')
   code, told = tiny_run.run('generate', [f'--model={finished[0]}', f'--prompts={prompts}'])

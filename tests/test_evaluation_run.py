@@ -162,7 +162,7 @@ def test_an_empty_prompt_is_refused():
     _run(_task('choice', 2), Toy(), encode_prompt=lambda row: [])
 
 
-def test_a_model_that_says_nan_is_no_evaluation():
+def test_a_model_with_nan_logits_is_no_evaluation():
   def broken(prompts, choices):
     return np.full((len(prompts), len(choices[0])), np.nan, np.float32)
 
@@ -170,7 +170,7 @@ def test_a_model_that_says_nan_is_no_evaluation():
     _run(_task('choice'), Toy(), score=broken)
 
 
-def test_a_number_is_found_in_what_is_said():
+def test_a_number_is_found_in_a_completion():
   task = _task('math', 3)
   said = iter(['It is 7.', '#### 8', 'nothing'])
   results = _run(task, Toy(), decode=lambda _: next(said), batch_size=1)
@@ -232,7 +232,7 @@ def test_the_base_is_asked_once(tmp_path):
     run.cached(folder, 'k1', other, make)
 
 
-def test_the_cache_key_tells_apart_whatever_changes_a_score(monkeypatch):
+def test_the_cache_key_differs_for_everything_that_changes_a_score(monkeypatch):
   task = _task('choice')
   given = {'model': 'm', 'template': 't', 'settings': {'max_tokens': 8, 'compute_dtype': 'float32'}}
   key = run.cache_key(task, **given)

@@ -136,7 +136,7 @@ def test_refused_with_a_reason(row, form, reason):
     parse(row, form, True)
 
 
-def test_assistant_may_speak_first():
+def test_the_first_turn_may_be_the_assistants():
   assert isinstance(parse({'messages': [A('welcome'), U(), A()]}, 'messages', True), Chat)
 
 
@@ -192,7 +192,7 @@ def test_keys_of_a_message_that_nobody_knows_are_kept():
 
 @pytest.mark.parametrize('kwargs', [{'style': 'dry', 'n': 0}, '{"style": "dry", "n": 0}'])
 @pytest.mark.parametrize('tools', [[{'name': 'f'}], '[{"name": "f"}]'])
-def test_columns_of_a_conversation_are_read_beside_any_messages(kwargs, tools):
+def test_columns_of_a_conversation_are_read_with_any_messages(kwargs, tools):
   more = {'system': 'S', 'tools': tools, 'chat_template_kwargs': kwargs}
   for row, form in (
     ({'messages': [U(), A()]}, 'messages'),
@@ -228,7 +228,7 @@ def test_columns_of_a_conversation_are_read_beside_any_messages(kwargs, tools):
      "'chat_template_kwargs' belongs"),
     ({'messages': [U(), A()], 'chat_template_kwargs': [1]}, 'messages', 'list, expected an object'),
     ({'messages': [U(), A()], 'chat_template_kwargs': '{'}, 'messages', 'not JSON'),
-    ({'messages': [U(), A(thinking='a', reasoning='b')]}, 'messages', 'name one thing and differ'),
+    ({'messages': [U(), A(thinking='a', reasoning='b')]}, 'messages', 'both hold the reasoning'),
     ({'messages': [U(), A(thinking=['a'])]}, 'messages', "'thinking' is list"),
     ({'messages': [U(), A(function_call=CALL, tool_calls=CALLED)]}, 'messages', 'keep one of them'),
     ({'messages': [U(), A('', tool_calls='f()')]}, 'messages', "'tool_calls' is a string but not"),
@@ -264,7 +264,7 @@ KTO = r"algorithm='dpo' with dpo\.loss='kto'"
     ({'prompt': 'a', 'completion': 'b', 'score': '0.5'}, "algorithm='reward_model'"),  # CSV
   ],
 )
-def test_rows_that_judge_answers_are_no_plain_rows(row, reason):
+def test_labeled_rows_are_no_plain_rows(row, reason):
   with pytest.raises(ValueError, match=reason):
     detect(row)
   with pytest.raises(ValueError, match=reason):
@@ -284,7 +284,7 @@ def test_metadata_is_no_judgement(more):
   assert detect(others) == 'prompt_completion'  # a class, say
 
 
-def test_a_named_format_reads_judged_rows_all_the_same():
+def test_a_named_format_reads_labeled_rows():
   row = {'messages': [U(), A()], 'chosen': 'a', 'rejected': 'b', 'label': True}
   assert parse(row, 'messages', True, is_named=True).messages == (U(), A())
 
@@ -302,7 +302,7 @@ def test_detection_looks_past_null():
     parse({'messages': None}, detect({'messages': None}), True)
 
 
-def test_prompts_are_told_from_answers():
+def test_prompts_are_separated_from_completions():
   row = {'messages': [U(), A('gold')], 'answer': 'x'}
   found = read_prompt(row, True)
   assert (found.asked.messages, found.answer) == ((U(),), 'gold')

@@ -125,7 +125,7 @@ def test_refusals_are_os_errors_that_name_the_object(bucket):
       call()
 
 
-def test_a_line_log_is_uploaded_whole_at_sync_and_goes_on_where_it_was(bucket):
+def test_a_line_log_is_uploaded_whole_at_sync_and_continues(bucket):
   path = files.join(RUN, 'metrics.jsonl')
   log = files.LineLog(path)
   for i in range(100):
@@ -282,7 +282,7 @@ def test_a_silent_lock_of_another_machine_is_taken_over_after_the_patience(bucke
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"process": "x"}'])
-def test_a_lock_that_says_nothing_is_taken_over_too(bucket, content):
+def test_a_lock_without_content_is_taken_over_too(bucket, content):
   files.write_text(files.join(RUN, '.lock'), content)
   gcs_lock.BucketLock(RUN, patience=0.2).release()
 
@@ -302,7 +302,7 @@ def test_of_two_that_take_over_one_wins(bucket, monkeypatch):
   assert json.loads(bucket.read('run/.lock'))['nonce'] == 'y'
 
 
-def test_a_holder_that_was_taken_for_dead_says_so_and_leaves_the_lock_alone(bucket, hold, caplog):
+def test_a_holder_that_was_taken_for_dead_reports_it_and_keeps_the_new_lock(bucket, hold, caplog):
   told = []
   held = hold(told)
   foreign_lock()
@@ -388,7 +388,7 @@ def test_the_probe_is_quick_and_leaves_nothing(bucket):
     ('buckets.get', 'legacyBucketReader'),
   ],
 )
-def test_each_refused_verb_is_told_with_who_where_what_and_the_remedy(bucket, verb, role):
+def test_each_refused_request_is_reported_with_account_bucket_and_remedy(bucket, verb, role):
   bucket.deny = {verb}
   start = time.monotonic()
   with pytest.raises(ConfigError) as e:
@@ -403,7 +403,7 @@ def test_each_refused_verb_is_told_with_who_where_what_and_the_remedy(bucket, ve
   assert 'http' not in told.replace('https://', 'http') and 'Bearer' not in told
 
 
-def test_a_server_that_does_not_answer_is_told_within_five_seconds(bucket):
+def test_a_server_that_does_not_answer_is_reported_within_five_seconds(bucket):
   bucket.hangs = True
   start = time.monotonic()
   with pytest.raises(ConfigError, match=r'storage\.objects\.create.*reach storage.googleapis.com'):
@@ -469,7 +469,7 @@ def test_local_paths_import_nothing_of_google(tmp_path):
   assert ran.stdout.strip() == '[]'
 
 
-def test_no_credentials_are_told(monkeypatch):
+def test_missing_credentials_are_reported(monkeypatch):
   from google.auth.exceptions import DefaultCredentialsError
   from google.cloud import storage
 

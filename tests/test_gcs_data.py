@@ -105,7 +105,7 @@ def test_a_folder_of_data_and_its_mistakes(bucket, tmp_path):
       list(sources.rows(Spec(path)))
 
 
-def test_what_may_not_be_read_is_told(bucket):
+def test_unreadable_files_are_reported(bucket):
   for denied in ('objects.get', 'objects.list'):
     bucket.deny = {denied}
     for read in (lambda p: list(sources.rows(Spec(p))), load.read_config):
@@ -333,7 +333,7 @@ def test_a_hiccup_of_the_store_ends_no_swap(bucket):
   assert bucket.unavailable == {'rewriteTo': 0} and stored_value(f'{ROOT}/export') == 2.0
 
 
-def test_a_swap_that_is_refused_keeps_the_new_export_beside(bucket, monkeypatch):
+def test_a_swap_that_is_refused_keeps_the_new_export_next_to_it(bucket, monkeypatch):
   write(f'{ROOT}/export', limit=256)
   monkeypatch.setattr(gcs.GcsPath, 'copy_to', lambda *_: files.read_text(f'{ROOT}/none'))
   with pytest.raises(OSError, match=r'the new one is whole in gs://bucket/\.export\.partial'):
@@ -405,7 +405,7 @@ def test_opening_checkpoints_deletes_only_what_a_crash_tore(bucket):
   assert all(files.exists(path) for path in mine) and not files.exists(f'{folder}/4')
 
 
-def test_the_outline_tells_revisions_apart(bucket, tmp_path):
+def test_the_outline_differs_between_revisions(bucket, tmp_path):
   for name, value in (('a', 1.0), ('same', 1.0), ('b', 2.0)):
     write(tmp_path / name, value)
   one, same, other = (load.outline(tmp_path / name) for name in ('a', 'same', 'b'))

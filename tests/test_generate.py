@@ -27,7 +27,7 @@ SAID = {'role': 'assistant', 'content': 'a'}
 # --prompts
 
 
-def test_an_answer_of_the_row_is_kept_beside_the_completion(model):
+def test_an_answer_of_the_row_is_kept_with_the_completion(model):
   """S26."""
   rows = [
     {'prompt': 'q', 'answer': '42'},
@@ -141,7 +141,7 @@ def test_a_prompt_that_is_too_long_is_named_before_any_is_answered(model):
       next(model(**settings).answer_rows(rows))
 
 
-def test_a_conversation_that_is_too_long_is_told_and_the_chat_goes_on(model, capsys):
+def test_a_conversation_that_is_too_long_is_reported_and_the_chat_continues(model, capsys):
   chat = TerminalChat(model(max_tokens=4).respond)
   chat.run(lines('hello', 'x' * 90, 'hi'))
   assert 'the model was made for 96 positions: /reset begins a new one' in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_a_conversation_that_is_too_long_is_told_and_the_chat_goes_on(model, cap
   assert questions == ['hello', 'hi']
 
 
-def test_what_ends_at_a_limit_is_told(model):
+def test_a_completion_that_ends_at_a_limit_is_marked(model):
   question = [{'role': 'user', 'content': 'hello'}]
   shown = []
   reply = model(max_tokens=4).respond(question, 0, shown.append)
@@ -288,7 +288,7 @@ def test_ctrl_c_before_the_first_word_drops_the_question(capsys):
   assert 'no answer' in capsys.readouterr().err
 
 
-def test_ctrl_c_at_the_prompt_says_how_to_end(capsys):
+def test_ctrl_c_at_the_prompt_prints_how_to_end(capsys):
   chat = TerminalChat(echo, is_terminal=True)
   chat.run(lines(KeyboardInterrupt(), 'q', KeyboardInterrupt()))
   assert capsys.readouterr().err.count('Ctrl-D or /exit ends the chat') == 2
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_a_script(capsys):
       TerminalChat(interrupted('half')).run(read)
 
 
-def test_a_conversation_that_cannot_be_answered_is_told(capsys):
+def test_a_conversation_that_cannot_be_rendered_is_reported(capsys):
   def respond(messages, number, show):
     if 'bad' in messages[-1]['content']:
       raise DataError('the template refuses it')

@@ -408,7 +408,9 @@ def test_tokenizer_files(toy, tmp_path):
     ('llama', '', {'tokenizer__ggml__add_eos_token': True}, True, True),
   ],
 )
-def test_bos_and_eos_stand_where_the_file_says(tmp_path, vocabulary, pre, fields, begins, ends):
+def test_bos_and_eos_are_added_as_the_file_specifies(
+  tmp_path, vocabulary, pre, fields, begins, ends
+):
   write_toy(tmp_path / 'x.gguf', Toy(), vocabulary, pre, **fields)
   tokenizer = gguf_tokenizer.build(GGUFSource(tmp_path / 'x.gguf'))
   plain = tokenizer.encode('the x', add_special_tokens=False).ids

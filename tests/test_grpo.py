@@ -4,6 +4,7 @@ The runs at the end are those of a user, one of them killed between two updates 
 tests/exhaustive_grpo_kill.py does every step.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -51,8 +52,8 @@ def test_neither_rollouts_nor_evaluations_hold_ids_that_the_tokenizer_does_not_k
   known, arch = run.model.tokenizer.vocab_size, dataclasses.replace(run.arch, vocab_size=1024)
   run.model = dataclasses.replace(run.model, arch=arch)
   params, prompts = run.load_params('', 'float32'), [run.data.prompt(n) for n in range(4)]
-  source = tiny_rollouts.episodes_of(run)
-  found = source.sample(params, prompts, range(4), seed=0, group=4)
+  source = tiny_rollouts.parts_of(run).source
+  found = source.sampler.sample(params, prompts, range(4), seed=0, group=4)
   drawn = [t for row in found.completions for c in row for t in c.tokens]
   assert len(drawn) > 16 and max(drawn) < known == 259
   judge = compare.Evaluator(run)._functions(params)
@@ -90,7 +91,7 @@ def test_sampler_and_trainer_agree_at_any_temperature(usual, twice):
   assert 0 < values['mismatch/max'] < 1e-5
 
 
-def test_the_gap_is_told_beside_what_rounding_makes_of_the_trainer_alone(tmp_path, caplog):
+def test_the_mismatch_is_logged_with_the_rounding_error_of_the_trainer(tmp_path, caplog):
   s = tiny_rollouts.Steps(tmp_path, **{'rollout.updates': 2})
   with caplog.at_level(logging.INFO):
     s.batch()
@@ -116,7 +117,7 @@ def taught(c, sampled):
   return built.arrays['advantages'], built.arrays['weights'], built.metrics
 
 
-def test_equal_rewards_teach_nothing_and_move_nothing(usual):
+def test_equal_rewards_have_no_signal_and_update_nothing(usual):
   """No gradient at all where every completion of a prompt earns the same, not by the KL either."""
   s, arrays, before, *_ = usual
   flat = {k: v.reshape(16, -1) for k, v in arrays.items()}
@@ -303,19 +304,19 @@ def test_a_reward_counts_for_its_completion_alone(usual):
 def jitted_loss(s):
   """(arrays [R, T]) -> the total of the loss at the first weights."""
   shardings = s.run.batch_shardings(micro=False)
-  loss, params = jax.jit(grpo.make_loss(s.run.forward, s.run.config)), s.trainer.everything(s.state)
+  loss, params = jax.jit(grpo.make_loss(s.run.forward, s.run.config)), s.state.parameters()
   place = lambda arrays: rollout_source.place({k: arrays[k] for k in shardings}, shardings)  # noqa: E731
   return lambda arrays: float(loss(params, place(arrays), None)[0])
 
 
 def test_the_order_of_prompts_does_not_matter(usual):
   s, *_ = usual
-  params = s.trainer.everything(s.state)
+  params = s.state.parameters()
   numbers = [4, 5, 6, 7]
 
   def found(index):
     prompts = [s.run.data.prompt(numbers[i]) for i in index]
-    out = s.source.sample(params, prompts, [numbers[i] for i in index], seed=0, group=4)
+    out = s.source.sampler.sample(params, prompts, [numbers[i] for i in index], seed=0, group=4)
     return prompts, out
 
   _, straight = found([0, 1, 2, 3])
@@ -361,7 +362,7 @@ def test_variants_are_settings_of_one_loss(usual, name):
   batch = {k: v.reshape(16, -1) for k, v in arrays.items()}
   shardings = s.run.batch_shardings(micro=False)
   placed = rollout_source.place({k: batch[k] for k in shardings}, shardings)
-  params = s.trainer.everything(s.state)
+  params = s.state.parameters()
   total, weight, metrics = jax.jit(grpo.make_loss(s.run.forward, c))(params, placed, None)
   a, w = batch['advantages'], batch['weights']
   tokens = w.sum(-1)
@@ -451,7 +452,7 @@ def test_stop_texts_may_begin_within_a_token(usual):
   assert stops((), tokenizer) is None
 
 
-def test_spread_tells_right_answers_from_wrong_ones():
+def test_rollout_statistics_separate_right_from_wrong_answers():
   one = lambda n, cut: Completion([1] * n, np.zeros(n), cut)  # noqa: E731
   found = Rollout([[one(2, False), one(4, True)], [one(6, True), one(6, True)]], {})
   out = sampled_rows.rollout_statistics(np.float32([1, 0, 0, 0]), found)
@@ -489,7 +490,7 @@ def test_settings_that_cannot_be(settings, told):
     tiny_rollouts.tiny(**settings)
 
 
-def test_a_missing_column_is_told_before_training(tmp_path):
+def test_a_missing_column_is_reported_before_training(tmp_path):
   run = tiny_rollouts.start(tmp_path, **{'rollout.rewards': 'exact:column=gold'})
   with pytest.raises(ConfigError, match='asks for gold, which the data lacks'):
     rollout_source.RolloutSource(run, grpo.GroupAdvantages(run.config))
@@ -530,7 +531,7 @@ def test_a_reward_that_always_raises_ends_the_run(tmp_path, monkeypatch, caplog)
   monkeypatch.syspath_prepend(str(tmp_path))
   settings = {'rollout.rewards': 'raising_rewards:raises', 'rollout.max_failed': 2}
   s = tiny_rollouts.Steps(tmp_path, **settings)
-  with s.source:
+  with contextlib.closing(s.source):
     s.batch(0)
     with pytest.raises(CheckError, match='raises failed for every completion of 2 rollouts'):
       s.batch(1)
@@ -548,9 +549,11 @@ def test_a_completion_without_a_reward_gets_the_mean_of_its_group():
 
 
 def test_a_special_token_as_stop_text_stops_on_the_device(tmp_path):
-  with source_of(tmp_path, **{'rollout.stop': ('<|im_start|>', '\n')}) as source:
+  with contextlib.closing(
+    source_of(tmp_path, **{'rollout.stop': ('<|im_start|>', '\n')})
+  ) as source:
     [start] = source.run.model.tokenizer.encode('<|im_start|>')
-    assert start in source._engine.stop_ids and source._ended([5, 6, start])
+    assert start in source.sampler.stop_ids and source.sampler.ended([5, 6, start])
 
 
 def test_a_stop_that_cannot_occur_is_refused_at_the_start(tmp_path):
@@ -571,9 +574,9 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize('how', ['empty', 'cut', 'text', 'a byte', 'missing', 'gone'])
-def test_a_damaged_rollout_is_told_with_its_file(tmp_path, how):
+def test_a_damaged_rollout_is_reported_with_its_file(tmp_path, how):
   kept = RolloutFiles(str(tmp_path), 2)
-  kept.begin(0)
+  kept.cut(-1)
   arrays = {
     'tokens': np.arange(600).reshape(2, 300),
     'weights': np.random.default_rng(0).random(99),

@@ -94,7 +94,7 @@ def test_only_what_is_needed_is_downloaded_and_only_once(hub, tmp_path):
     ('org/-', ConfigError, ''),
   ],
 )
-def test_a_name_that_gives_no_model_says_why(hub, name, error, words):
+def test_the_error_for_a_name_without_a_model(hub, name, error, words):
   model = files_of(GOLDEN / 'llama_tied')
   config = {'config.json': model['config.json']}
   hub.repo('org/m').push(model)
@@ -176,16 +176,18 @@ def test_a_local_path_wins_and_so_does_its_folder(hub, tmp_path):
 
 
 def test_a_run_keeps_its_commit_when_the_branch_moves(hub, tmp_path):
-  model, wider = (
-    files_of(tiny_model.write_folder(tmp_path / str(ffn), dataclasses.replace(ARCH, ffn_dim=ffn)))
-    for ffn in (64, 96)
+  model, longer = (
+    files_of(
+      tiny_model.write_folder(tmp_path / str(length), dataclasses.replace(ARCH, max_len=length))
+    )
+    for length in (64, 96)
   )
   first = hub.repo('org/m').push(model)
   c = tiny('sft', **{'model.path': 'org/m', 'seq_len': 32, 'model.random': {}})
   started = run.start(c, str(tmp_path / 'run'), with_data=False)
   assert c.model.path == started.model.source == f'org/m@{first}'
   known = started.model.fingerprint
-  second = hub.repo('org/m').push(wider)
+  second = hub.repo('org/m').push(longer)
   fake_hub.forget()
   for asked, commit in (('org/m', first), ('org/m@main', second), (f'org/m@{first}', first)):
     assert model_record.pin(asked, str(tmp_path / 'run')) == f'org/m@{commit}'
@@ -227,7 +229,7 @@ def process(hub):
   )
 
 
-def test_a_killed_download_goes_on_and_processes_share_one(hub, tmp_path):
+def test_a_killed_download_resumes_and_processes_share_one(hub, tmp_path):
   content = sharded(tmp_path / 'shards')
   content.pop('model.safetensors')
   first, *_, last = sorted(n for n in content if n.endswith('.safetensors'))

@@ -99,7 +99,7 @@ def test_configs_and_splits_are_those_of_the_card(hub):
       rows(path)
 
 
-def test_a_name_without_usable_rows_says_why(hub, monkeypatch):
+def test_the_error_for_a_name_without_usable_rows(hub, monkeypatch):
   push(hub, 'org/d', {'a.jsonl': b'{"text": "a"}\n'})
   push(hub, 'org/empty', {})
   push(hub, 'org/pictures', {'a.png': b'x', 'b.png': b'x'})

@@ -222,7 +222,7 @@ def test_the_kernel_is_chosen_by_platform_and_length(platform, context, queries,
     ('bfloat16', 128, (8, 0), 'compute capability 8.0'),
   ],
 )
-def test_what_the_gpu_kernel_cannot_take_is_told(
+def test_problems_that_the_gpu_kernel_rejects_are_logged(
   dtype, head_dim, capability, why, caplog, monkeypatch
 ):
   caplog.set_level('INFO')

@@ -196,8 +196,8 @@ def test_a_plain_config_is_valid():
     ('data.eval_fraction', 1.5, r'data.eval_fraction'),
     ('loss.label_smoothing', -0.1, r'loss.label_smoothing'),
     ('profile.start', 5, r'profile.stop=0 lies before profile.start=5'),
-    ('optim.decay', ('abc',), r"optim.decay: 'abc' is no row"),
-    ('optim.freeze', (('(', True),), r"optim.freeze: '\(' is no regular expression"),
+    ('optim.decay', ('abc',), r"optim.decay: 'abc' is not a row"),
+    ('optim.freeze', (('(', True),), r"optim.freeze: '\(' is not a regular expression"),
     ('optim.multipliers', (('.*', 'slow'),), r'optim.multipliers: .*expected a number'),
   ],
 )

@@ -129,7 +129,7 @@ def test_alpaca_pairs_without_a_template_take_the_published_layout():
   assert found.chosen.prompt.endswith('### Input:\nSky.\n\n### Response:')
 
 
-def test_tools_reach_the_prompts_of_every_judged_row():
+def test_tools_reach_the_prompts_of_every_labeled_row():
   """R1: on a template that prints them."""
   template = (
     '{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}'
@@ -169,7 +169,7 @@ def test_columns_that_are_not_read(row, shape, unread):
   assert preference_rows.unread(row, shape) == unread
 
 
-def test_judged_answers_in_other_forms():
+def test_labeled_completions_in_other_forms():
   alpaca = {'instruction': 'Why?', 'output': 'No.', 'kto_tag': False}
   turns = [{'from': 'human', 'value': 'Why?'}, {'from': 'gpt', 'value': 'No.'}]
   for row in (alpaca, {'conversations': turns, 'label': 'false'}):
@@ -181,7 +181,7 @@ def test_judged_answers_in_other_forms():
   )
 
 
-def test_judged_answers():
+def test_labeled_completions():
   row = {'prompt': 'Why?', 'completion': ' Because.'}
   assert preference_rows.parse(
     row | {'label': True}, 'label', None

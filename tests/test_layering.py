@@ -12,7 +12,7 @@ IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
 # The files that import it, in a function.
-TRANSFORMERS = {'runtime/transformers_library'}  # the file that imports it, in a function
+TRANSFORMERS = {'runtime/transformers_library'}
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 
@@ -63,7 +63,7 @@ def test_the_table_names_every_folder_from_the_ground_up():
     assert set(others) <= set(list(IMPORTS)[:i]), f'{folder} imports a row below it'
 
 
-def test_files_beside_the_folders_are_entries():
+def test_files_outside_of_folders_are_entries():
   assert {p.stem for p in ROOT.glob('*.py')} <= TOP
 
 
@@ -78,6 +78,15 @@ def test_folders_import_what_the_table_allows():
       if not allowed and name not in TOP:
         wrong.append(f'{name} imports {other}')
   assert not wrong
+
+
+def test_the_table_allows_only_what_is_used():
+  files = [p for p in FILES if p.read_text().strip() and folder_of(name_of(p))]
+  used = {folder_of(name_of(p)): set() for p in files}
+  for path in files:
+    used[folder_of(name_of(path))].update(map(folder_of, own_imports(path)))
+  unused = {f: sorted((set(IMPORTS[f]) & used.keys()) - others) for f, others in used.items()}
+  assert not {folder: others for folder, others in unused.items() if others}
 
 
 def test_no_files_import_each_other_in_a_circle():

@@ -181,7 +181,7 @@ def test_paths_that_are_no_model(tmp_path):
     load.open_source(tmp_path)
 
 
-def test_a_gguf_file_beside_safetensors_is_refused(tmp_path):
+def test_a_gguf_file_next_to_safetensors_is_refused(tmp_path):
   model = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'm')
   (model / 'x.Q4_0.gguf').write_bytes(b'')
   for call in (load.open_source, load.read_config, load.tokenizer_files, load.fingerprint):

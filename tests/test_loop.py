@@ -220,7 +220,7 @@ def test_training_ends_when_the_metric_stays():
   assert record.saved[4][1]['ended'] and not record.saved[2][1]['ended']
 
 
-def test_patience_goes_on_after_a_resume():
+def test_patience_continues_after_a_resume():
   settings = with_(eval_every=1, metric='eval/loss', patience=2)
   evals = {k: 2.0 for k in range(1, 11)}
   _, state = run(
@@ -295,7 +295,7 @@ def test_a_signal_at_the_last_step_stops_before_what_comes_after_training():
 
 
 @pytest.mark.parametrize('last', [5, 10])
-def test_a_stop_saves_first_and_owes_the_evaluation(last):
+def test_a_stop_saves_first_and_leaves_the_evaluation_pending(last):
   settings, evals = with_(eval_every=5), {5: 1.0, 10: 2.0}
   record, _ = run(
     settings, evals=evals, at_step=lambda s: s == last and signal.raise_signal(signal.SIGTERM)
@@ -309,7 +309,7 @@ def test_a_stop_saves_first_and_owes_the_evaluation(last):
   assert record.of('eval', 'gap') + again.of('eval', 'gap') == whole.of('eval', 'gap')
 
 
-def test_a_stop_during_an_evaluation_cancels_it_and_during_an_owed_one_again():
+def test_a_stop_cancels_an_evaluation_and_a_pending_one_again():
   settings, evals = with_(eval_every=5), {5: 1.0, 10: 2.0}
 
   def stop(step):

@@ -19,10 +19,11 @@ from ftjax.telemetry import metrics_writer
 SENTINEL = 'hf_Zx9Qw3rT7uP1sD5fG8hJ2kL4'
 
 
-def _writer(workdir, restored_step=None, **options):
-  return metrics_writer.MetricsWriter(
-    workdir, **{'restored_step': restored_step, 'config': {'seed': 0}, **options}
-  )
+def _writer(workdir, step=-1, drop_eval=False, **options):
+  writer = metrics_writer.MetricsWriter(workdir, **{'config': {'seed': 0}, **options})
+  writer.cut(step, drop_eval)
+  writer.open()
+  return writer
 
 
 def _strict(text):
@@ -93,7 +94,8 @@ def test_a_row_is_in_the_file_when_write_returns(tmp_path):
   code = (
     'import os, sys\n'
     'from ftjax.telemetry.metrics_writer import MetricsWriter\n'
-    'w = MetricsWriter(sys.argv[1], restored_step=None, config={})\n'
+    'w = MetricsWriter(sys.argv[1], config={})\n'
+    'w.open()\n'
     'w.write(3, "train", {"loss": 0.5})\n'
     'os.kill(os.getpid(), 9)\n'
   )
@@ -118,7 +120,7 @@ def test_resumed_file_equals_the_uninterrupted_one(tmp_path):
   first.close()
   with open(tmp_path / 'cut' / 'metrics.jsonl', 'a') as f:
     f.write('{"step": 8, "split": "train", "lo')  # killed while it wrote
-  second = _writer(tmp_path / 'cut', restored_step=4)
+  second = _writer(tmp_path / 'cut', step=4)
   steps(second, range(5, 11))
   second.close()
   expected = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
@@ -150,7 +152,7 @@ def test_tensorboard_events_are_hidden_from_the_restored_step_on(tmp_path):
   for step in (1, 2, 3):
     first.write(step, 'train', {'loss': step / 4, 'note': 'text stays out'})
   first.close()
-  second = _writer(tmp_path, restored_step=2)
+  second = _writer(tmp_path, step=2)
   second.write(3, 'train', {'loss': 9.0})
   second.close()
   scalars, starts = _events(tmp_path / 'tensorboard')
@@ -180,7 +182,7 @@ def test_reserved_names_and_unknown_sinks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['wandb', 'mlflow'])
-def test_a_tracker_that_is_not_installed_says_so(tmp_path, monkeypatch, name):
+def test_a_tracker_that_is_not_installed_is_reported(tmp_path, monkeypatch, name):
   monkeypatch.setitem(sys.modules, name, None)  # import raises ImportError
   with pytest.raises(ConfigError, match=rf'log\.sinks.*{name}.*pip install') as e:
     _writer(tmp_path, sinks=(name,))
@@ -237,10 +239,10 @@ def test_no_secret_reaches_a_file_or_the_screen(tmp_path, monkeypatch, capfd):
   assert '"train/loss": 0.5' in (tmp_path / 'offline.txt').read_text()
 
 
-def test_a_resumed_run_goes_on_under_its_tracker_id(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_tracker_id(tmp_path, monkeypatch):
   calls = []
   monkeypatch.setitem(sys.modules, 'wandb', _fake_wandb(calls))
-  for step in (None, 5, None):
+  for step in (-1, 5, -1):
     _writer(tmp_path, step, sinks=('wandb',)).close()
   first, resumed, fresh = (c['id'] for c in calls)
   assert first == resumed != fresh

@@ -141,7 +141,7 @@ def test_all_weights_or_none():
     Mixture([source(3), source(4)], [1.0, None])
 
 
-def test_fingerprints_tell_mixtures_apart():
+def test_fingerprints_differ_between_mixtures():
   a, b = source(30), source(80, fingerprint='g')
   prints = [
     Mixture(s, w).fingerprint for s, w in (((a, b), [1, 2]), ((b, a), [1, 2]), ((a, b), [2, 1]))

@@ -30,6 +30,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.families import table as families
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
+from ftjax.generation.queue import ring_capacity
 from ftjax.models import counts
 from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
 from ftjax.runtime import sharding
@@ -105,11 +106,11 @@ def test_collectives_by_hand():
     (c.kind, c.axes): c for c in collectives.collectives(hlo.read(HLO), mesh, unknown_trips=7)
   }
   inner = found['all-gather', 'fsdp+tensor']  # members 0 to 3 differ in both axes
-  assert (inner.count, inner.bytes, inner.ways) == (15, 15 * 256, 4)
+  assert (inner.count, inner.bytes, inner.group_size) == (15, 15 * 256, 4)
   assert inner.sent == 15 * 256 * 3 / 4
   scattered = found['reduce-scatter', 'fsdp']
   assert (scattered.count, scattered.bytes) == (5, 5 * 4 * 2 * 8 * 4)
-  assert (found['all-gather', 'tensor'].bytes, found['all-gather', 'tensor'].ways) == (128, 2)
+  assert (found['all-gather', 'tensor'].bytes, found['all-gather', 'tensor'].group_size) == (128, 2)
   total = found['all-reduce', 'fsdp+tensor']
   assert (total.count, total.bytes, total.sent) == (7, 7 * 40, 7 * 40 * 2 * 7 / 8)
 
@@ -240,7 +241,7 @@ ENTRY %main (x: f32[16,8]) -> f32[16,8] {{
 """
   text = text.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
   mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), devices=jax.devices())
-  found = collectives.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
+  found = collectives.collectives(hlo.read(text), mesh, domains=[0] * 4 + [1] * 4)
   size = 5 * 36 * 8 * 2
   assert collectives.Collective('all-reduce', 'data', 2, 5, size, size, network=True) in found
   assert [c.network for c in found if c.kind == 'all-gather'] == [False] and len(found) == 2
@@ -255,7 +256,7 @@ def test_a_group_across_hosts_goes_over_the_network():
     ('[2,4]<=[8]', 'fsdp', False),
   ):
     text = entry + line.format(groups) + '}\n'
-    (found,) = collectives.collectives(hlo.read(text), mesh, islands=[0] * 4 + [1] * 4)
+    (found,) = collectives.collectives(hlo.read(text), mesh, domains=[0] * 4 + [1] * 4)
     assert (found.axes, found.network) == (axes, network)
     assert not collectives.collectives(hlo.read(text), mesh)[0].network  # on one host
 
@@ -296,7 +297,7 @@ def test_collectives_of_a_compiled_scan():
   assert found.bytes == 6 * 16 * 3 * 4
 
 
-def test_a_replicated_parameter_is_told():
+def test_a_replicated_parameter_is_reported():
   mesh = jax.make_mesh((8,), ('fsdp',), devices=jax.devices())
   leaf = lambda spec: jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
   assert memory.replicated({'a': leaf(P('fsdp')), 'b': leaf(P())}, mesh) == {'b': 64}
@@ -383,7 +384,7 @@ def one_device(tree):
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
-def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
+def test_the_plan_counts_the_memory_of_rollouts(mesh):
   """The copy that samples and its cache are as large as those of a real rollout."""
   changes = {f'mesh.{a}': n for a, n in mesh.items()} | {'policy.kl_coef': 0.1}
   found, arch, c = small_rollout('grpo', **changes)
@@ -394,19 +395,20 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
     params = run.load_params('', 'float32')
   copy = weights.rollout_params(params, arch, weights.rollout_mesh(whole), jnp.float32)
   assert found.rollout.weights == one_device(copy)
-  assert found.rollout.beside == one_device(params), 'the reference'
+  assert found.rollout.auxiliary == one_device(params), 'the reference'
   engine = Engine(arch, jnp.float32, (), 0, slots=16)
   with jax.set_mesh(weights.rollout_mesh(whole)):
-    # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
-    cache, _ = engine._start(16, 48 + 16)
+    # Prompts of at most 48 tokens, and completions of 16.
+    capacity = ring_capacity(48, 16, engine.tokens_per_dispatch)
+    cache, _ = engine._programs.start(16, capacity)
   assert found.rollout.cache == one_device(cache)
   state = found.memory.arguments - found.memory.parameters
   assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
-  assert found.needed == max(found.memory.peak + found.rollout.beside, found.rollout.peak)
+  assert found.needed == max(found.memory.peak + found.rollout.auxiliary, found.rollout.peak)
 
 
-def test_what_the_rollout_wants_decides_too(monkeypatch):
-  """A slice that holds the step, and not the step with what stands beside it."""
+def test_memory_of_a_rollout_decides_too(monkeypatch):
+  """On a slice that fits the step, but not the step with the auxiliary models."""
   found, _, _ = small_rollout('grpo', **{'mesh.fsdp': 8, 'policy.kl_coef': 0.1})
   assert found.fits and found.needed > found.memory.peak
   room = (found.needed + found.memory.peak) / 2
@@ -436,7 +438,7 @@ def test_the_cost_counts_every_model_of_the_step():
     ('ppo', 0.1, [3, 3]),
   ):
     c.algorithm, c.policy.kl_coef = algorithm, kl
-    assert [times for _, times in auxiliary.passes(c, arch)] == wanted
+    assert [times for _, times in auxiliary.find(c, arch).passes(arch)] == wanted
 
 
 def test_candidates_leave_room_for_other_models():
@@ -574,9 +576,9 @@ def test_a_program_that_cannot_be_printed_claims_nothing_of_its_collectives(monk
     ('out of memory', 0.0),
   ],
 )
-def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
+def test_required_bytes_are_read_from_the_message_of_a_compiler(text, gib):
   """Messages of libtpu 0.0.52, and one that tells nothing."""
-  assert compile._wanted(f'RESOURCE_EXHAUSTED: {text}') == gib * 2**30
+  assert compile._required_bytes(f'RESOURCE_EXHAUSTED: {text}') == gib * 2**30
 
 
 # What no mesh can do
@@ -601,7 +603,7 @@ def test_what_a_compiler_wanted_is_read_from_its_message(text, gib):
     (dict(data=2, fsdp=2), {}, r'makes 4 devices, but there are 8'),
   ],
 )
-def test_what_cannot_be_split_is_told_before_compiling(monkeypatch, mesh, change, told):
+def test_sizes_that_do_not_divide_are_refused_before_compiling(monkeypatch, mesh, change, told):
   def compiled(_):
     raise AssertionError('it was compiled')
 
@@ -641,7 +643,7 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 
 
 def test_an_unknown_model_names_the_known_ones():
-  with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo.*Llama-3.1-8B'):
+  with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo: .*HF_HUB_OFFLINE.*Llama-3.1-8B'):
     known_models.read('nowhere/Foo')
 
 
@@ -692,7 +694,7 @@ def test_the_entry_prints_json():
   assert found['memory']['arguments'] > 0 and found['cost']['calibrated'] is False
   assert {'parameters', 'optimizer', 'gradients', 'activations', 'peak'} <= found['memory'].keys()
   for item in found['collectives']:
-    assert {'kind', 'axes', 'ways', 'count', 'bytes', 'sent', 'network'} <= item.keys()
+    assert {'kind', 'axes', 'group_size', 'count', 'bytes', 'sent', 'network'} <= item.keys()
   assert found['collectives'] and found['replicated'] and found['gathering']['layered']
   assert found['compile_seconds'] > 0 and found['compiler_options'] == {}
   assert found['attention'] == 'dense' and found['suggestion']['mesh.fsdp'] == 2

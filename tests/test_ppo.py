@@ -8,7 +8,6 @@ import tiny_rollouts
 import tiny_tokenizer
 
 from ftjax.algorithms import policy_gradient, ppo
-from ftjax.experiment import auxiliary
 from ftjax.experiment.model import open_model
 from ftjax.hf import export
 from ftjax.losses import policy
@@ -29,7 +28,8 @@ def usual(tmp_path_factory):
 
 def nudged(s):
   """The parameters with another value model, whose values are not 0."""
-  value = kinds.init(auxiliary.value_arch(s.run.arch), jax.random.key(5), jnp.float32)
+  arch = s.run.auxiliary.find('value').architecture()
+  value = kinds.init(arch, jax.random.key(5), jnp.float32)
   return s.state.params | {'value': value}
 
 
@@ -48,7 +48,7 @@ def placed(s, arrays):
 def test_the_value_is_that_of_the_state_before_each_label(usual):
   """The score of a prefix, computed on that prefix alone."""
   s, batch, _ = usual
-  arch, params = auxiliary.value_arch(s.run.arch), nudged(s)
+  arch, params = s.run.auxiliary.find('value').architecture(), nudged(s)
   arrays = flat(batch)
   got = jax.jit(ppo.make_measure(s.run.forward))(params, placed(s, arrays))
   row = int(np.argmax(arrays['weights'].sum(-1)))
@@ -89,7 +89,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one(usual):
   assert found.mean() == pytest.approx(0, abs=1e-6) and found.std(ddof=1) == pytest.approx(1, 1e-5)
 
 
-def test_the_divergence_is_charged_token_by_token():
+def test_the_kl_penalty_is_per_token():
   settings = {'policy.kl': 'reward', 'policy.kl_coef': 0.5, 'ppo.whiten': False, 'ppo.lam': 1.0}
   weights, gap = np.float32([[1, 1]]), np.float32([[0.3, 0.1]])
   arrays = {'weights': weights, 'old_values': np.zeros((1, 2), np.float32)}
@@ -187,7 +187,7 @@ def placed_micro(s, batch):
 
 def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   s, *_ = usual
-  arch = auxiliary.value_arch(s.run.arch)
+  arch = s.run.auxiliary.find('value').architecture()
   params = kinds.init(arch, jax.random.key(9))
   c = s.run.config
   model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
@@ -201,8 +201,8 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
     stop_ids=model.stop_ids,
   )
   run = tiny_rollouts.start(tmp_path, 'ppo', **{'ppo.value_from': str(tmp_path / 'rm')})
-  tiny_rollouts.episodes_of(run).__exit__()
-  found = trees.flatten(run.load_beside('', 'float32')['value'])
+  tiny_rollouts.parts_of(run).source.close()
+  found = trees.flatten(run.load_auxiliary(run.auxiliary.find('value')))
   for name, x in trees.flatten(params).items():
     np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(x), err_msg=name)
 
@@ -214,7 +214,7 @@ def test_a_value_model_with_other_tokens_is_refused(tmp_path, files):
   run = tiny_rollouts.start(tmp_path, 'ppo', **{'ppo.value_from': str(tmp_path)})
   told = rf'ppo\.value_from={tmp_path} has another tokenizer than the policy model\.random'
   with pytest.raises(ConfigError, match=told):
-    tiny_rollouts.episodes_of(run)
+    tiny_rollouts.parts_of(run)
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,13 @@ def hear(address):
   return told
 
 
-def test_preempted_is_told_once(metadata):
+def test_preemption_is_reported_once(metadata):
   address, _, seen = metadata
   assert hear(address) == ['preempted=TRUE']
   assert all(flavor == 'Google' and 'wait_for_change=true' in path for flavor, path in seen)
 
 
-def test_maintenance_that_ends_the_machine_is_told(metadata):
+def test_maintenance_that_ends_the_machine_is_reported(metadata):
   address, answers, _ = metadata
   answers['preempted'] = ['FALSE']
   answers['maintenance-event'] = ['NONE', 'MIGRATE_ON_HOST_MAINTENANCE']

@@ -35,7 +35,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize('name', DAMAGED)
 @pytest.mark.parametrize('is_recorded', [True, False])
-def test_a_damaged_entry_is_removed_and_told(name, is_recorded, tmp_path, caplog):
+def test_a_damaged_entry_is_removed_and_reported(name, is_recorded, tmp_path, caplog):
   folder = str(tmp_path)
   for entry in ('good-1-cache', 'bad-2-cache'):
     (tmp_path / entry).write_bytes(WHOLE)

@@ -75,7 +75,7 @@ def test_columns_of_the_conversation_are_rendered(tmp_path):
   assert '"name": "add"' in text and 'dry' in text and 'system\nS' in text
   for prompt in found:
     assert prompt.ids == found[0].ids
-    assert prompt.said == [{'role': 'system', 'content': 'S'}, USER]
+    assert prompt.text == [{'role': 'system', 'content': 'S'}, USER]
   # What renders the prompt again stays with the row, the prompt itself does not.
   assert set(found[3].columns) == {'output', 'tools', 'chat_template_kwargs', 'answer'}
   assert [p.columns.get('answer') for p in found] == [None, None, 'yo', 'yo']
@@ -102,7 +102,7 @@ def test_bad_rows_are_left_out_counted_and_listed(tmp_path, caplog):
   caplog.set_level('INFO')
   rows = [{'prompt': 'a'}, {'prompt': 3}, {'prompt': 4}, {'question': 'a'}, {'prompt': 'b'}]
   found = read(tmp_path, rows, on_bad_row='drop')
-  assert ([p.said for p in found.rows], found.bad) == (['a', 'b'], 3)
+  assert ([p.text for p in found.rows], found.bad) == (['a', 'b'], 3)
   assert [(r['rows'], r['places']) for r in found.bad_reasons] == [
     (2, [[0, 2], [0, 3]]), (1, [[0, 4]]),
   ]  # fmt: skip
@@ -128,7 +128,9 @@ def test_columns_that_are_no_json_reach_no_reward(tmp_path, caplog):
 
 def test_prompts_without_room(tmp_path):
   rows = [{'prompt': 'abc'}, {'prompt': 'abcd'}]
-  with pytest.raises(DataError, match=r'rows.jsonl:2: a prompt of 4 tokens .*: 3 tokens beside'):
+  with pytest.raises(
+    DataError, match=r'rows.jsonl:2: a prompt of 4 tokens, and rollout.max_tokens leaves 3'
+  ):
     read(tmp_path, rows, room=3)
   found = read(tmp_path, rows, room=3, policy='drop')
   assert (len(found.rows), found.dropped, list(found.lengths)) == (1, 1, [3])
@@ -145,7 +147,10 @@ def test_prompts_without_room(tmp_path):
     ({'prompt': 3}, "'prompt' is int"),
     ({'prompt': ''}, 'no tokens'),
     ({'messages': [{'role': 'assistant', 'content': 'x'}]}, 'no message before the answer'),
-    ({'prompt': [USER, {'role': 'assistant', 'content': 'x'}]}, 'who is to speak next'),
+    (
+      {'prompt': [USER, {'role': 'assistant', 'content': 'x'}]},
+      'expected one that the assistant answers',
+    ),
     ({'messages': [{'role': 'robot', 'content': 'x'}]}, "role is 'robot'"),
   ],
 )

@@ -15,7 +15,7 @@ import tiny_run
 from ftjax.algorithms import dpo, reference_logps
 from ftjax.config import algorithms
 from ftjax.data import batches
-from ftjax.experiment import auxiliary
+from ftjax.experiment import auxiliary, fit
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.models.forward import Forward
@@ -95,7 +95,7 @@ def test_training_is_that_with_the_reference_in_the_step(tmp_path):
   assert ends[0]['loss'] == pytest.approx(ends[1]['loss'], rel=1e-5)
 
 
-def test_pairs_get_what_the_model_says_of_them(filled, use_mesh):
+def test_pairs_get_the_log_probs_of_the_model(filled, use_mesh):
   """On eight devices as on one, by row, whatever the order of training."""
   run, found, computed = filled(mesh__fsdp=2, mesh__tensor=2, mesh__data=2)
   assert computed == 8 and found.shape == (64, 2)
@@ -123,7 +123,7 @@ def test_batches_carry_them_by_row(filled):
   assert wanted == {k: v.dtype for k, v in batch.items()}
 
 
-def test_a_pass_that_was_stopped_goes_on(filled, tmp_path, monkeypatch):
+def test_a_pass_that_was_stopped_resumes(filled, tmp_path, monkeypatch):
   measured = reference_logps._Measure.__call__
   seen = []
 
@@ -198,7 +198,7 @@ def test_it_is_computed_before_there_is_a_state(tmp_path, monkeypatch):
   monkeypatch.setattr(reference_logps, 'fill', lambda *_: order.append('reference'))
   monkeypatch.setattr(Trainer, 'fresh', fresh)
   with pytest.raises(Enough):
-    dpo.run(settings(data__cache=str(tmp_path / 'cache')), str(tmp_path / 'run'))
+    fit.fit(settings(data__cache=str(tmp_path / 'cache')), str(tmp_path / 'run'), dpo.build)
   assert order == ['reference', 'state']
 
 
@@ -208,11 +208,11 @@ def test_one_model_is_held_and_planned():
     run = tiny_pairs.shapes_only(c)
     return c, run, Trainer(run, dpo.make_loss(run.forward, c))
 
-  (c, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
+  (_, run, trainer), (also, _, two) = prepared('cache'), prepared('step')
   assert 'reference' not in trainer.abstract.frozen and 'reference' in two.abstract.frozen
-  assert [n for _, n in auxiliary.passes(c, run.arch)] == [3]
-  assert [n for _, n in auxiliary.passes(also, run.arch)] == [3, 1]
-  assert algorithms.place(c, 'reference') == 'cache'
+  assert [n for _, n in run.auxiliary.passes(run.arch)] == [3]
+  assert [n for _, n in auxiliary.find(also, run.arch).passes(run.arch)] == [3, 1]
+  assert run.auxiliary.find('reference').is_cached
   assert trainer.compile().memory_analysis().argument_size_in_bytes < (
     two.compile().memory_analysis().argument_size_in_bytes
   )

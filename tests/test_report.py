@@ -65,7 +65,7 @@ def test_swapping_the_models_turns_the_sign_and_the_verdict():
   assert report.verdict(back) == 'The tuned model is worse than the base.'
 
 
-def test_equal_models_are_not_told_apart():
+def test_equal_models_are_not_called_different():
   task, base, _ = _pair(n=30)
   got = report.compare(task, base, base)
   assert got['mcnemar'] == {'only_base_right': 0, 'only_tuned_right': 0, 'p': 1.0}

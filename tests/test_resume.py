@@ -62,7 +62,7 @@ def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(reference, killed):
   assert any('safetensors' in name for name in tiny_run.results(killed[0]))
 
 
-def test_a_stopped_run_makes_up_the_evaluation_it_owes(reference, tmp_path):
+def test_a_stopped_run_makes_up_its_pending_evaluation(reference, tmp_path):
   """SIGTERM where every step is followed by an evaluation: none is missing in the end, none twice,
   and those of the uninterrupted run are the same.
   """
@@ -83,7 +83,7 @@ def test_a_stopped_run_makes_up_the_evaluation_it_owes(reference, tmp_path):
     assert row.items() <= ours[key].items()
 
 
-def test_the_resume_says_where_it_goes_on(killed):
+def test_the_resume_prints_its_step(killed):
   _, told, step = killed
   told = next(line for line in told.splitlines() if 'resuming' in line)
   assert f'after step {step} of {STEPS}: epoch {step / EPOCH_STEPS:.2f}' in told

@@ -57,7 +57,7 @@ def test_a_reward_that_is_none_for_all_ends_the_run_too():
     see(alarms(), none, none, none)
 
 
-def test_a_reason_is_told_once(caplog):
+def test_a_reason_is_logged_once(caplog):
   watch = alarms()
   for number in range(3):
     watch.report_failures(DEAD, f'rollout {number}')
@@ -96,7 +96,7 @@ def test_a_reward_that_never_differs_is_warned_of_once(caplog, value):
   assert 'reward math was' in told(caplog)[-1]  # as soon as another part differs
 
 
-def test_redraws_that_were_not_enough_are_told_once(caplog):
+def test_redraws_that_were_not_enough_are_logged_once(caplog):
   watch = alarms()
   with caplog.at_level(logging.WARNING):
     watch.report_redraws(0, 4, 2)

@@ -93,7 +93,7 @@ def test_a_resume_knows_the_reward_model_again(judge, tmp_path):
   assert resume.fingerprints(run)['reward model'] != known
 
 
-def test_what_cannot_judge_is_refused(judge, tmp_path):
+def test_a_model_that_cannot_score_is_refused(judge, tmp_path):
   folder = judge[0]
   write(tmp_path / 'lm', labels=0)
   write(tmp_path / 'short', max_position_embeddings=40)

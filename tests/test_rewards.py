@@ -177,7 +177,7 @@ def test_functions_get_what_they_ask_for(functions):
   np.testing.assert_array_equal(score('my_rewards:place', b).total, [1, 0])
 
 
-def test_a_missing_column_is_told_before_training(functions):
+def test_a_missing_column_is_reported_before_training(functions):
   for spec in ('my_rewards:same', 'exact', 'label'):
     with pytest.raises(
       ConfigError, match=r'(answer|label), which the data lacks.*answers, label_id'
@@ -196,7 +196,7 @@ def test_functions_that_are_not_there(functions):
       Rewards(parse(spec), ())
 
 
-def test_an_exception_is_counted_and_not_paid(functions):
+def test_an_exception_is_counted_and_scores_zero(functions):
   got = score('my_rewards:raises@1,my_rewards:length_of@1', batch('a', 'bc'))
   np.testing.assert_array_equal(got.total, [1, 2])
   assert got.failures == {'raises': 2, 'length_of': 0}
@@ -241,7 +241,7 @@ def runs(pid):
     return False
 
 
-def test_what_it_starts_ends_when_told_to_and_with_it(functions, tmp_path):
+def test_child_processes_end_on_a_signal_and_with_the_worker(functions, tmp_path):
   with Rewards(parse('my_rewards:forks@1,my_rewards:leaves@1'), (), call_limit=30.0) as r:
     got = r.score(batch('a', 'b'))
     assert not any(got.failures.values()), got.reasons
@@ -300,7 +300,7 @@ def test_golds_that_nothing_could_equal_are_found_before_training(spec, bad, mat
   assert '1 row has' in str(e.value) and DataError.exit_code == 3
 
 
-def test_one_reason_is_told_once_with_its_count_and_missing_columns_by_row():
+def test_a_reason_is_reported_once_with_its_count_and_missing_columns_by_row():
   with pytest.raises(DataError, match=r'train.jsonl:1: exact: .*got None \(and 99 more rows\)'):
     check_rows('exact', *[None] * 100)
   with pytest.raises(DataError, match='100 rows have') as e:
@@ -321,7 +321,7 @@ def test_the_source_without_the_column_is_named_with_its_columns(functions):
       Rewards(parse(spec), sources)
 
 
-def test_columns_that_no_reward_can_see_are_told(caplog):
+def test_columns_hidden_from_rewards_are_reported(caplog):
   with Rewards(parse('exact'), {'a.jsonl': ['answer', 'prompts'], 'b.jsonl': ['answer']}):
     pass
   [record] = caplog.records
@@ -329,7 +329,7 @@ def test_columns_that_no_reward_can_see_are_told(caplog):
 
 
 def test_columns_that_cannot_be_used(functions):
-  with pytest.raises(DataError, match='no JSON'):
+  with pytest.raises(DataError, match='not JSON'):
     score('my_rewards:same', batch('a', answer=[b'a']))
   with pytest.raises(DataError, match='2 values for 1'):
     score('exact', batch('a', answer=['a', 'b']))

@@ -248,7 +248,7 @@ KTO_ROWS = [
 
 
 @pytest.mark.parametrize('container', ['jsonl', 'csv', 'parquet'])
-def test_judged_rows_are_trained_on_as_plain_ones_only_where_the_format_says_so(
+def test_labeled_rows_are_trained_on_as_plain_ones_only_with_a_named_format(
   container, tmp_path, monkeypatch
 ):
   source = write(container, KTO_ROWS, tmp_path, monkeypatch)
@@ -260,7 +260,7 @@ def test_judged_rows_are_trained_on_as_plain_ones_only_where_the_format_says_so(
   assert [build(tmp_path, Spec(source), shape='label').value(i) for i in (0, 1)] == [1.0, 0.0]
 
 
-def test_a_judged_row_behind_plain_ones_is_seen(tmp_path, monkeypatch):
+def test_a_labeled_row_after_plain_ones_is_detected(tmp_path, monkeypatch):
   plain = {'prompt': 'Why?', 'completion': ' So.'}
   source = write('jsonl', [plain, plain, KTO_ROWS[1]], tmp_path, monkeypatch)
   with pytest.raises(DataError, match=r"a\.jsonl:3: 'label' is False"):

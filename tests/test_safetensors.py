@@ -237,7 +237,7 @@ def index_of(folder, weight_map):
 
 
 @pytest.mark.parametrize('has_shards', [True, False])
-def test_a_single_file_beside_the_index_of_other_shards_is_refused(tmp_path, has_shards):
+def test_a_single_file_next_to_the_index_of_other_shards_is_refused(tmp_path, has_shards):
   """S9: the older index would win, and the older weights with it."""
   shards = 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'
   write(tmp_path)

@@ -12,9 +12,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from ftjax import convert
+from ftjax import cli, convert
 from ftjax.config import validation
-from ftjax.experiment import saved_model
+from ftjax.experiment import fit, saved_model
 from ftjax.hf import load
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.runtime import sharding
@@ -47,7 +47,7 @@ def tiny(name, **changes):
 
 
 def train(c, workdir):
-  importlib.import_module(f'ftjax.algorithms.{c.algorithm}').run(c, str(workdir))
+  fit.fit(c, str(workdir), cli.algorithm(c.algorithm).build)
   one = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(one)  # the run's mesh of all devices would stay for the first test
   return workdir
@@ -190,7 +190,7 @@ def test_a_step_that_is_not_there_is_named(unended, tmp_path, which, message):
   assert not (tmp_path / 'out').exists()
 
 
-def test_a_run_without_a_checkpoint_says_when_there_is_one(unended, tmp_path):
+def test_the_error_for_a_run_without_a_checkpoint_names_when_one_is_saved(unended, tmp_path):
   shutil.rmtree(unended / 'checkpoints')
   for call in (
     lambda: convert.convert(str(unended), str(tmp_path / 'out'), None),

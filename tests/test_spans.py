@@ -175,7 +175,7 @@ def test_a_conversation_that_begins_with_the_assistant(template, system):
     assert 'roles must alternate' in found.reason  # it takes no system turn either
   elif isinstance(found, Bad):
     assert (
-      f'messages[{len(first)}] is an assistant message, and this template wants' in found.reason
+      f'messages[{len(first)}] is an assistant message, and this template expects' in found.reason
     )
     assert 'a user turn first' in found.reason
   else:
@@ -228,7 +228,7 @@ def test_what_stands_at_the_beginning():
     assert cut.supervised.tolist() == [False, False] + [True] * 8
 
 
-def test_the_system_turn_of_judged_answers():
+def test_the_system_turn_of_labeled_completions():
   t = make(LLAMA3, bos='<|endoftext|>', eos='<|eot_id|>', adds_bos=True, extra_special=EXTRA)
   chat_row = talk('q', 'a', system='Be brief.')
   (found,) = encode.encode_answers([chat_row], t)

@@ -100,7 +100,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, kind, row, reason):
   assert e.value.exit_code == 3
 
 
-def test_several_bad_rows_are_told_at_once(tmp_path):
+def test_several_bad_rows_are_reported_together(tmp_path):
   path = _file(tmp_path, CHOICE, *['{}'] * 8)
   with pytest.raises(DataError) as e:
     tasks.load_task('t', 'choice', path)
@@ -136,7 +136,7 @@ def test_files_that_cannot_be_used(tmp_path):
     ('How many? #### 18?', False, False),
   ],
 )
-def test_mathematics_is_judged_as_by_the_reward(tmp_path, said, flexible, strict):
+def test_math_is_graded_as_by_the_reward(tmp_path, said, flexible, strict):
   row = {'messages': [{'role': 'user', 'content': 'How many?'}], 'answer': 'Six and 12.\n#### 18'}
   path = _file(tmp_path, row)
   for kind, right in (('math', flexible), ('math_strict', strict)):

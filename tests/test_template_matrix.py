@@ -129,6 +129,6 @@ def test_a_tagged_template_is_rendered_as_the_plain_one():
       assert np.array_equal(plain.supervised, tagged.supervised)
 
 
-def test_the_matrix_is_as_large_as_it_says():
+def test_the_matrix_has_the_documented_size():
   assert len(cases.SETTINGS) == 48 == len(list(cases.TEMPLATES.glob('*.jinja')))
   assert len(cases.CONVERSATIONS) == 21 and set(goldens()) == set(cases.SETTINGS)

@@ -397,7 +397,7 @@ def test_damaged_cache_is_named(tmp_path):
   build(tmp_path, spec)
   (path,) = (tmp_path / 'cache').glob('*/tokens.bin')
   path.write_bytes(path.read_bytes()[:-4])
-  with pytest.raises(DataError, match=r'tokens\.bin: missing or cut short; delete'):
+  with pytest.raises(DataError, match=r'tokens\.bin: missing or truncated; delete'):
     build(tmp_path, spec)
 
 

@@ -223,7 +223,7 @@ t.source(Spec(sys.argv[1]), sys.argv[2], workers=2).open()
 """
 
 
-def test_a_killed_build_goes_on_where_it_was_and_leaves_no_process(tmp_path, counted):
+def test_a_killed_build_resumes_and_leaves_no_process(tmp_path, counted):
   spec = write(tmp_path / 'a.jsonl', chat_rows(12 * BLOCK))
   cache_dir = tmp_path / 'cache'
   words = [sys.executable, '-c', _DIES, spec.path, str(cache_dir), str(HERE), str(HERE.parent)]

@@ -194,7 +194,7 @@ def products(jaxpr):
   return inner + sum(e.primitive.name == 'dot_general' for e in jaxpr.eqns)
 
 
-def test_remat_recomputes_what_its_name_says(params):
+def test_remat_recomputes_by_its_policy(params):
   """'dots' computes the two products of attention again (they have batch dimensions), 'full' the
   projections of a block too: q, k, v, o, gate, up; the last one's result is not needed.
   """

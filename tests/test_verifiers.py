@@ -194,7 +194,7 @@ HONEST = [
 
 
 @pytest.mark.parametrize(('gold', 'answer'), HONEST)
-def test_honest_numbers_are_paid(gold, answer):
+def test_right_numbers_are_rewarded(gold, answer):
   assert build('math', 'symbolic=off').score(answer, '', gold) == 1
 
 
@@ -268,7 +268,7 @@ def test_a_copy_of_the_prompt_is_no_answer():
    'The answer is B. No other option, such as C, is right.',
    '\\boxed{\\text{B}}', 'A is wrong, so the answer is B. A dog has four legs.'],
 )  # fmt: skip
-def test_honest_choices_are_paid(text):
+def test_right_choices_are_rewarded(text):
   choice = build('choice', 'ABCD')
   assert choice.score(text, 'B') == choice.score(text, 1) == choice.score(text, '(B)') == 1
   assert choice.score(text, 'A') == choice.score(text, 'C') == 0

@@ -88,7 +88,7 @@ def test_a_process_that_hangs_ends_with_75_and_its_stacks():
   assert 'watchdog.step' in done.stderr and 'in stuck' in done.stderr
 
 
-def test_it_ends_where_nobody_reads_what_it_says():
+def test_it_ends_when_stderr_is_not_read():
   """A log shipper that is stuck, Ctrl-S at a terminal: stderr is a full pipe."""
   code = (
     'import os, time\nfrom ftjax.cluster import processes as peers, watchdog\npeers.GRACE = 1.0\n'

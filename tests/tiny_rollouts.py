@@ -7,14 +7,12 @@ import json
 import jax
 import numpy as np
 
-from ftjax.algorithms import best_of_n, grpo, online_dpo, ppo
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import keys, validation
 from ftjax.experiment import data as examples
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
 from ftjax.experiment.trainer import Trainer
-from ftjax.rl import rollout_source
 from ftjax.runtime import trees
 
 VOCAB_REWARDS = 'length:target=4'
@@ -47,18 +45,11 @@ def start(folder, algorithm='grpo', **overrides):
   return experiment.Run(c, str(folder), mesh, model, data, Watchdog(c.watchdog.to_dict()))
 
 
-def episodes_of(run):
-  """The source of a run's batches."""
-  c = run.config
-  if c.algorithm == 'ppo':
-    measures = {'old_values': ppo.make_measure(run.forward)}
-    return rollout_source.RolloutSource(run, ppo.ValueAdvantages(c), measures)
-  teachers = {
-    'grpo': lambda: grpo.GroupAdvantages(c),
-    'best_of_n': lambda: best_of_n.BestCompletions(c, run.model.tokenizer),
-    'online_dpo': lambda: online_dpo.PairBuilder(c),
-  }
-  return rollout_source.RolloutSource(run, teachers[c.algorithm]())
+def parts_of(run):
+  """What the algorithm gives to a run."""
+  for model in run.auxiliary:
+    model.check(run.model.tokenizer, run.config.seq_len)
+  return importlib.import_module(f'ftjax.algorithms.{run.config.algorithm}').build(run)
 
 
 class Steps:
@@ -67,10 +58,10 @@ class Steps:
   def __init__(self, folder, algorithm='grpo', **overrides):
     self.run = start(folder, algorithm, **overrides)
     self.rows = []
-    make_loss = importlib.import_module(f'ftjax.algorithms.{algorithm}').make_loss
-    self.trainer = Trainer(self.run, make_loss(self.run.forward, self.run.config))
-    self.source = episodes_of(self.run)
-    self.source.begin(self.trainer, lambda *row: self.rows.append(row), 0, {})
+    parts = parts_of(self.run)
+    self.trainer, self.source = Trainer(self.run, parts.loss), parts.source
+    self.source.cut(-1, False)
+    self.source.begin(lambda *row: self.rows.append(row), 0, {})
     self.state = self.trainer.fresh()
 
   @functools.cached_property

@@ -1,21 +1,22 @@
-"""Best-of-n and rejection sampling, top to bottom: completions -> rewards -> the best of each
-prompt -> cross-entropy -> step -> run, again and again from the model as it then is.
+"""Best-of-n and rejection sampling: cross-entropy of the completions with the highest rewards,
+sampled again and again from the model as it then is.
 
 RAFT (Dong et al. 2023) with best_of_n.keep=1; STaR's filter (Zelikman et al. 2022) with a
-min_reward that right answers alone earn and keep=rollout.group. Completions that are the same count
-once. What was kept lands in rollouts/kept-<number>.jsonl, as rows of supervised tuning."""
+min_reward that only correct answers get and keep=rollout.group. Equal completions count once. The
+kept ones are written to rollouts/kept-<number>.jsonl, as rows for supervised fine-tuning."""
 
 import ml_collections
 import numpy as np
 
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
+from ftjax.experiment.run import Run
 from ftjax.experiment.transcript import Transcripts
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models.forward import Forward
-from ftjax.rl import rollout_source
-from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.rl.batch_builder import BatchBuilder, TrainBatch
+from ftjax.rl.rollout_batch import RolloutBatch
+from ftjax.rl.rollout_source import RolloutSource
 from ftjax.training.step import LossFn
 
 # Columns that the prompt of a row was rendered with, and is again.
@@ -23,7 +24,7 @@ _AGAIN = ('tools', 'functions', 'chat_template_kwargs')
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """loss(params, batch, keys) -> (sum of loss, tokens of the completions, {'nll': sums})."""
+  """Returns loss(params, batch, keys) -> (sum of the loss, completion tokens, {'nll': sums})."""
   del c
 
   def loss(params, batch, keys):
@@ -36,8 +37,8 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
 
 def choose(s: RolloutBatch, keep: int, min_reward: float) -> list[list[int]]:
-  """Rows of the completions that are kept, for each prompt, the best first; of equal completions,
-  and of equal rewards, the earlier."""
+  """Returns the rows of the completions that are kept, for each prompt, highest reward first; among
+  equal completions, and among equal rewards, the earlier."""
   out = []
   for first in range(0, len(s.rewards), s.group):
     rows, seen = [], set()
@@ -50,15 +51,15 @@ def choose(s: RolloutBatch, keep: int, min_reward: float) -> list[list[int]]:
   return out
 
 
-class BestCompletions(rollout_source.BatchBuilder):
-  """Keeps the best completions of each prompt; a place without one is a row of padding."""
+class BestCompletions(BatchBuilder):
+  """Keeps the best completions of each prompt; rows that are left over are padding."""
 
   def __init__(self, c: ml_collections.ConfigDict, tokenizer: Tokenizer):
     self._keep, self._min_reward = c.best_of_n.keep, c.best_of_n.min_reward
     self._transcripts = Transcripts(tokenizer, tokenizer.stop_ids)
 
   def build(self, sampled: RolloutBatch) -> TrainBatch:
-    """See episodes.BatchBuilder."""
+    """See BatchBuilder."""
     s, chosen = sampled, choose(sampled, self._keep, self._min_reward)
     places, rows = [], []
     for prompt, best in enumerate(chosen):
@@ -75,20 +76,20 @@ class BestCompletions(rollout_source.BatchBuilder):
     return TrainBatch(arrays, metrics, [row for row in whole if row])
 
   def _row(self, s: RolloutBatch, i: int) -> dict:
-    """A row of supervised tuning; nothing where the answer is blank."""
-    said, answer = s.prompts[i].said, self._transcripts.completion(s.completions[i].tokens)
-    if not answer.strip():
+    """Returns a row for supervised fine-tuning; empty for a blank completion."""
+    prompt, text = s.prompts[i].text, self._transcripts.completion(s.completions[i].tokens)
+    if not text.strip():
       return {}
-    if isinstance(said, str):
-      row = {'prompt': said, 'completion': answer}
+    if isinstance(prompt, str):
+      row = {'prompt': prompt, 'completion': text}
     else:
-      row = {'messages': [*said, {'role': 'assistant', 'content': answer}]}
+      row = {'messages': [*prompt, {'role': 'assistant', 'content': text}]}
       row |= {k: v for k, v in s.prompts[i].columns.items() if k in _AGAIN}
     return row | {'reward': float(s.rewards[i]), 'place': s.prompts[i].place.rpartition('/')[2]}
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, export, compare with the base."""
-  r = experiment.start(c, workdir)
-  with rollout_source.RolloutSource(r, BestCompletions(c, r.model.tokenizer)) as source:
-    fit.fit(r, make_loss(r.forward, c), source.evaluate, source=source)
+def build(run: Run) -> fit.Parts:
+  """Returns loss, evaluation and source of a run."""
+  c = run.config
+  source = RolloutSource(run, BestCompletions(c, run.model.tokenizer))
+  return fit.Parts(make_loss(run.forward, c), source.evaluate, source)

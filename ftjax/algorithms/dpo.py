@@ -1,9 +1,9 @@
-"""Preference tuning, top to bottom: pairs -> log-probs of both answers -> loss -> step -> run.
+"""Preference tuning: the loss of pairs or of single labeled completions, and its evaluation.
 
-The losses are the table in losses/preference.py: DPO and its kin on pairs, KTO on single labelled
-answers. A loss that compares with a reference reads the model as it was at the start under
-`reference/` of the parameters; its log-probs are computed in the step, by the same function. With
-`dpo.reference='cache'` they are computed before, and come with the batches (reference_cache.py)."""
+The losses are the table in losses/preference.py: DPO and its variants on pairs, KTO on single
+completions. A loss that compares with a reference reads its parameters under `reference/` of the
+state; its log-probs are computed in the step, by the same function. With `dpo.reference='cache'`
+they are computed before the first step, and come with the batches (reference_logps.py)."""
 
 import functools
 from collections.abc import Callable
@@ -15,9 +15,8 @@ import numpy as np
 
 from ftjax.algorithms import pair_metrics, reference_logps
 from ftjax.algorithms import preference as preference_loss
-from ftjax.config import algorithms
-from ftjax.experiment import batch_source, fit
-from ftjax.experiment import run as experiment
+from ftjax.experiment import fit
+from ftjax.experiment.run import Run
 from ftjax.losses import masked, preference
 from ftjax.models.forward import Forward
 
@@ -25,7 +24,7 @@ make_loss = preference_loss.make_loss
 
 
 def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
-  """jitted (params, batch) -> per row what `preference_loss.measured` tells."""
+  """Returns a jitted (params, batch) -> `preference_loss.measured` of each row."""
   forward, row = forward.without_remat(), preference_loss.row(c)
 
   @jax.jit
@@ -38,11 +37,11 @@ def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics
 
 def evaluate(
   measure: pair_metrics.Measure,
-  run: experiment.Run,
+  run: Run,
   params: dict,
   is_cancelled: Callable[[], bool],
 ) -> dict[str, float] | None:
-  """Loss and rewards over all evaluation rows; of pairs the accuracy with its interval."""
+  """Returns loss and rewards over all evaluation rows; for pairs also the accuracy."""
   found = pair_metrics.collect(measure, run, params, is_cancelled)
   if not found:
     return found
@@ -58,11 +57,11 @@ def evaluate(
   return out
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, export, compare with the base."""
-  r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate, make_measure(r.forward, c), r)
-  cached = algorithms.place(c, 'reference') == 'cache'
-  source = reference_logps.RowsWithReference(r) if cached else batch_source.Rows(r)
-  alarm = preference_loss.Alarm(c, cached)
-  fit.fit(r, preference_loss.make_loss(r.forward, c), eval_loss, alarm, source)
+def build(run: Run) -> fit.Parts:
+  """Returns loss, evaluation, alarm and, with a cached reference, the source of a run."""
+  c = run.config
+  measured = functools.partial(evaluate, make_measure(run.forward, c), run)
+  reference = run.auxiliary.find('reference')
+  is_cached = reference is not None and reference.is_cached
+  source = reference_logps.RowsWithReference(run) if is_cached else None
+  return fit.Parts(make_loss(run.forward, c), measured, source, preference_loss.Alarm(c, is_cached))

@@ -1,8 +1,8 @@
-"""Online DPO, top to bottom: completions -> rewards -> the best and the worst of each prompt -> a
-preference loss -> step -> run (Guo et al. 2024, with a reward in place of a judge).
+"""Online DPO: the best and the worst completion of each prompt as a pair (Guo et al. 2024, with
+rewards in place of a judge).
 
-The losses are those of dpo.py, by `dpo` of the config; completions, rewards and resuming are
-episodes.py's."""
+The losses are those of dpo.py, by `dpo` of the config; completions, rewards and resuming are in
+rl/rollout_source.py."""
 
 import ml_collections
 import numpy as np
@@ -10,23 +10,23 @@ import numpy as np
 from ftjax.algorithms import preference
 from ftjax.data import batches
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
-from ftjax.rl import rollout_source
-from ftjax.rl.rollout_batch import side
-from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.experiment.run import Run
+from ftjax.rl.batch_builder import BatchBuilder, TrainBatch
+from ftjax.rl.rollout_batch import RolloutBatch, side
+from ftjax.rl.rollout_source import RolloutSource
 
 make_loss = preference.make_loss
 
 
-class PairBuilder(rollout_source.BatchBuilder):
-  """A row of two segments for each prompt; prompts whose completions all earned the same are rows
-  of padding, and of equal rewards the earlier completion counts."""
+class PairBuilder(BatchBuilder):
+  """Makes a row of two segments for each prompt. Zero-variance groups are rows of padding; among
+  equal rewards the earlier completion counts."""
 
   def __init__(self, c: ml_collections.ConfigDict):
     self._seq_len = c.seq_len
 
   def build(self, sampled: RolloutBatch) -> TrainBatch:
-    """See episodes.BatchBuilder."""
+    """See BatchBuilder."""
     s, rewards = sampled, sampled.rewards.reshape(-1, sampled.group)
     arrays = batches.empty(len(rewards), self._seq_len, 'pair')
     best, worst = rewards.argmax(1), rewards.argmin(1)
@@ -39,9 +39,8 @@ class PairBuilder(rollout_source.BatchBuilder):
     return TrainBatch(arrays, metrics)
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, export, compare with the base."""
-  r = experiment.start(c, workdir)
-  with rollout_source.RolloutSource(r, PairBuilder(c)) as source:
-    loss, alarm = make_loss(r.forward, c), preference.Alarm(c)
-    fit.fit(r, loss, source.evaluate, alarm, source)
+def build(run: Run) -> fit.Parts:
+  """Returns loss, evaluation, source and alarm of a run."""
+  c = run.config
+  source = RolloutSource(run, PairBuilder(c))
+  return fit.Parts(make_loss(run.forward, c), source.evaluate, source, preference.Alarm(c))

@@ -1,5 +1,5 @@
-"""What the algorithms of the policy gradient share: the loss of sampled tokens by `policy` of the
-config, and what a completion is charged for its length and its distance from the reference.
+"""What the policy-gradient algorithms share: the loss of sampled tokens by `policy` of the config,
+and the penalties of a completion for its length and its divergence from the reference.
 
 The formulas are in losses/policy.py and losses/mismatch.py."""
 
@@ -14,14 +14,15 @@ import numpy as np
 
 from ftjax.config import algorithms
 from ftjax.losses import advantages, masked, mismatch, policy
-from ftjax.rl.rollout_source import BatchBuilder, RolloutBatch
+from ftjax.rl.batch_builder import BatchBuilder
+from ftjax.rl.rollout_batch import RolloutBatch
 from ftjax.training.step import SIGNAL
 
 log = logging.getLogger(__name__)
 
 
 def objective(c: ml_collections.ConfigDict) -> policy.PolicyLossConfig:
-  """The loss of a config."""
+  """Returns the settings of a config's loss."""
   p, in_loss = c.policy, c.policy.kl != 'reward'
   return policy.PolicyLossConfig(
     surrogate=p.surrogate,
@@ -44,10 +45,11 @@ Loss = Callable[
 
 
 def make_loss(c: ml_collections.ConfigDict) -> Loss:
-  """(log-probs float32[B, T], entropies float32[B, T], batch) -> (total, weight, metrics).
+  """Returns loss(log-probs float32[B, T], entropies float32[B, T], batch) -> (total, weight,
+  metrics).
 
   For the first update on a rollout the old log-probs are this pass's own: the ratio is 1, whatever
-  the sampler's rounding. With more updates the batch brings them.
+  the sampler's rounding. With more updates they are in the batch.
 
   A loss of advantages alone, without divergence and entropy, gives the metric SIGNAL of
   training/step.py.
@@ -95,11 +97,11 @@ def signal(batch: dict[str, jax.Array], value_gap: jax.Array | None = None) -> m
 
 
 class AdvantageEstimator(BatchBuilder):
-  """Charges completions, and steers the coefficient of the divergence where there is a target."""
+  """Computes penalties, and adapts the coefficient of the divergence where there is a target."""
 
   def __init__(self, c: ml_collections.ConfigDict):
     self._config, p = c, c.policy
-    self._coef, self._has_reference = p.kl_coef, bool(algorithms.place(c, 'reference'))
+    self._coef, self._has_reference = p.kl_coef, bool(algorithms.auxiliary(c, 'reference'))
     self._steer = policy.AdaptiveKL(p.kl_target, p.kl_gain) if p.kl_target else None
     self._cost = jax.jit(policy.kl_rewards)
 
@@ -115,35 +117,38 @@ class AdvantageEstimator(BatchBuilder):
       self._coef = saved.get('kl_coef', begun)
     elif self._steer:
       log.warning(
-        'the coefficient of the divergence starts anew at policy.kl_coef=%g; it had begun at %g, '
-        'and was %g',
+        'the coefficient of the divergence starts again at policy.kl_coef=%g; it had started at '
+        '%g, and was %g',
         *(begun, saved['kl_begun'], saved['kl_coef']),
       )
 
-  def charged(
-    self, s: RolloutBatch
+  def penalized(
+    self, s: RolloutBatch, device_weights: jax.Array
   ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], dict[str, float]]:
-    """(rewards of the completions less what their length costs float32[R], what each token is
-    charged for its distance from the reference float32[R, T], fields of the batch, metrics).
+    """Returns (rewards with the penalty for length float32[R], penalty of each token for its
+    divergence from the reference float32[R, T], arrays of the batch, metrics).
+
+    device_weights: the weights of the rollout, float32[R, T], on the devices.
     """
     c, p, rewards, metrics = self._config, self._config.policy, s.rewards, {}
     weights, fields = s.arrays['weights'], {}
     if p.overlong:
-      penalty = advantages.overlong_penalty(s.lengths, c.rollout.max_tokens, p.overlong)
-      rewards = rewards + np.asarray(penalty)
-      metrics['overlong'] = float(np.mean(penalty))
-    paid = np.zeros_like(weights)
+      overlong = advantages.overlong_penalty(s.lengths, c.rollout.max_tokens, p.overlong)
+      overlong = np.asarray(overlong)
+      rewards = rewards + overlong
+      metrics['overlong'] = float(np.mean(overlong))
+    penalty = np.zeros_like(weights)
     if not self._has_reference:
-      return rewards, paid, fields, metrics
+      return rewards, penalty, fields, metrics
     a = s.arrays
     ours = a['old_logp'] if 'old_logp' in a else a['sampler_logp']
-    gap = np.asarray(self._cost(ours, a['ref_logp'], weights))
+    gap = np.asarray(self._cost(ours, a['ref_logp'], device_weights))
     kl = float(gap.sum() / weights.sum())
     metrics |= {'kl': kl, 'kl_coef': self._coef}
     if p.kl == 'reward':
-      paid = np.float32(self._coef) * gap
+      penalty = np.float32(self._coef) * gap
     elif self._steer:
       fields['kl_coef'] = np.full(len(weights), self._coef, np.float32)
     if self._steer:
       self._coef = self._steer.update(self._coef, kl)
-    return rewards, paid, fields, metrics
+    return rewards, penalty, fields, metrics

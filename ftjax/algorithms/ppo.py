@@ -1,29 +1,31 @@
-"""PPO, top to bottom: completions -> rewards -> values -> advantages -> losses -> step -> run.
+"""PPO: the losses of policy and value model, and advantages by generalized advantage estimation.
 
-A value model, the policy's architecture with a score for a head, is trained beside the policy: its
-parameters stand under `value/` of the same state, in the same optimizer step. Completions, rewards
-and resuming between updates are episodes.py's; the policy's loss is policy_gradient.py's, the
-value's is in losses/policy.py, advantages are in losses/advantages.py."""
+The value model has the policy's architecture with a score for a head. Its parameters are under
+`value/` of the same state, and the same optimizer step trains them. Completions, rewards and
+resuming between updates are in rl/rollout_source.py, the policy's loss in policy_gradient.py, the
+formulas in losses/policy.py and losses/advantages.py."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from ftjax.algorithms import policy_gradient
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
+from ftjax.experiment.run import Run
 from ftjax.losses import advantages, masked, policy
 from ftjax.models.forward import Forward
-from ftjax.rl import rollout_source
-from ftjax.rl.rollout_source import RolloutBatch, TrainBatch
+from ftjax.rl.batch_builder import TrainBatch
+from ftjax.rl.measurements import Measure
+from ftjax.rl.rollout_batch import RolloutBatch
+from ftjax.rl.rollout_source import RolloutSource
 from ftjax.training.step import SIGNAL, LossFn
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """loss(params, batch, keys) -> (total, weight, metrics) of rows of one completion each: the
-  policy's loss + ppo.value_coef times the value's, both per token.
+  """Returns loss(params, batch, keys) -> (total, weight, metrics); a row has one completion. The
+  total is the policy's loss + ppo.value_coef times that of the value model, both per token.
   """
   temperature, of_tokens = c.rollout.temperature, policy_gradient.make_loss(c)
   value_forward = forward.with_score()
@@ -46,14 +48,14 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   return loss
 
 
-def make_measure(forward: Forward) -> rollout_source.Measure:
-  """Values of the state as it is when a rollout is made."""
+def make_measure(forward: Forward) -> Measure:
+  """Returns (params, batch) -> the value of every token, float32[B, T]."""
   forward = forward.with_score().without_remat()
   return lambda params, batch: forward.token_scores(params['value'], batch)
 
 
 class ValueAdvantages(policy_gradient.AdvantageEstimator):
-  """Advantages and returns of every token by generalized advantage estimation."""
+  """Computes advantage and return of every token by generalized advantage estimation."""
 
   def __init__(self, c: ml_collections.ConfigDict):
     super().__init__(c)
@@ -63,27 +65,28 @@ class ValueAdvantages(policy_gradient.AdvantageEstimator):
     self._whiten = jax.jit(masked.whiten)
 
   def build(self, sampled: RolloutBatch) -> TrainBatch:
-    """See episodes.BatchBuilder."""
+    """See BatchBuilder."""
     a, weights = sampled.arrays, sampled.arrays['weights']
-    rewards, paid, fields, metrics = self.charged(sampled)
-    earned = np.asarray(self._last(rewards, weights)) - paid
-    found, returns = map(np.asarray, self._gae(earned, a['old_values'], weights))
+    on_device = jnp.asarray(weights)
+    rewards, penalty, fields, metrics = self.penalized(sampled, on_device)
+    by_token = self._last(rewards, on_device) - penalty
+    found, returns = self._gae(by_token, a['old_values'], on_device)
+    if self._whitens:
+      found = self._whiten(found, on_device)
+    found, returns = jax.device_get((found, returns))
     counts = weights > 0
-    spread = float(returns[counts].var())
+    variance = float(returns[counts].var())
     unexplained = float((returns - a['old_values'])[counts].var())
     metrics |= {
       'value': float(a['old_values'][counts].mean()),
       'return': float(returns[counts].mean()),
-      'explained_variance': 1 - unexplained / spread if spread else 0.0,
+      'explained_variance': 1 - unexplained / variance if variance else 0.0,
     }
-    if self._whitens:
-      found = np.asarray(self._whiten(found, weights))
     return TrainBatch(a | fields | {'advantages': found, 'returns': returns}, metrics)
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, export the policy, compare with the base."""
-  r = experiment.start(c, workdir)
-  measures = {'old_values': make_measure(r.forward)}
-  with rollout_source.RolloutSource(r, ValueAdvantages(c), measures) as source:
-    fit.fit(r, make_loss(r.forward, c), source.evaluate, source.watch, source)
+def build(run: Run) -> fit.Parts:
+  """Returns loss, evaluation, source and alarm of a run."""
+  c = run.config
+  source = RolloutSource(run, ValueAdvantages(c), {'old_values': make_measure(run.forward)})
+  return fit.Parts(make_loss(run.forward, c), source.evaluate, source, source.watch)

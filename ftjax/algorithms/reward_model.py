@@ -1,7 +1,6 @@
-"""Reward models, top to bottom: judged answers -> score of each -> loss -> step -> run.
+"""Reward models: the loss of labeled completions, and its evaluation.
 
-The score of an answer is forward.sequence_rewards; what rewards a policy with it is
-trained_reward.py."""
+The score of a completion is Forward.sequence_rewards."""
 
 import functools
 import math
@@ -15,14 +14,16 @@ import numpy as np
 from ftjax.algorithms import pair_metrics
 from ftjax.algorithms import preference as preference_loss
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
+from ftjax.experiment.run import Run
 from ftjax.losses import preference
 from ftjax.models.forward import Forward
 from ftjax.training.step import LossFn
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  """Returns loss(params, batch, keys) -> (sum over pairs or completions, their number, metrics as
+  sums).
+  """
   centring, paired = c.reward_model.centring, c.reward_model.objective == 'pairs'
 
   def loss(params, batch, keys):
@@ -37,7 +38,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
 
 def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
-  """jitted (params, batch) -> scores of each row."""
+  """Returns a jitted (params, batch) -> scores of each row."""
   forward, paired = forward.without_remat(), c.reward_model.objective == 'pairs'
 
   @jax.jit
@@ -53,12 +54,12 @@ def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics
 
 def evaluate(
   measure: pair_metrics.Measure,
-  run: experiment.Run,
+  run: Run,
   params: dict,
   is_cancelled: Callable[[], bool],
 ) -> dict[str, float] | None:
-  """Of pairs the loss, accuracy with interval, margin and calibration error; of scored answers the
-  squared error, and how much of the scores' variance it leaves unexplained.
+  """Returns, for pairs, loss, accuracy with interval, margin and calibration error; for scored
+  completions the squared error, and the share of the scores' variance that it leaves unexplained.
   """
   found = pair_metrics.collect(measure, run, params, is_cancelled)
   if not found:
@@ -81,10 +82,9 @@ def evaluate(
   return out | pair_metrics.accuracy(margins)
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, then export for AutoModelForSequenceClassification."""
-  r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate, make_measure(r.forward, c), r)
-  paired = c.reward_model.objective == 'pairs'
-  watch = [preference_loss.Alarm(c)] if paired else []
-  fit.fit(r, make_loss(r.forward, c), eval_loss, *watch)
+def build(run: Run) -> fit.Parts:
+  """Returns loss, evaluation and alarm of a run."""
+  c = run.config
+  measured = functools.partial(evaluate, make_measure(run.forward, c), run)
+  watch = preference_loss.Alarm(c) if c.reward_model.objective == 'pairs' else fit.ignore
+  return fit.Parts(make_loss(run.forward, c), measured, watch=watch)

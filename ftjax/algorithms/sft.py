@@ -1,8 +1,7 @@
-"""Supervised fine-tuning, top to bottom: rows -> loss -> step -> run.
+"""Supervised fine-tuning: the loss of a batch, and the loss over the evaluation rows.
 
 The loss is the cross-entropy of supervised tokens, summed here and divided by their number over the
-whole optimizer step in training/step.py. What is not of SFT (mesh, weights, data, checkpoints) is
-wired in experiment.py."""
+whole optimizer step in training/step.py."""
 
 import functools
 import math
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ftjax.experiment import fit
-from ftjax.experiment import run as experiment
+from ftjax.experiment.run import Run
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
@@ -21,8 +20,10 @@ from ftjax.training.step import LossFn
 
 
 def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax.Array:
-  """NEFTune: uniform in +-alpha / sqrt(n * D), n the tokens of a document (Jain et al. 2023,
-  algorithm 1); float32[B, T, D]. keys: key[B], so that a row's noise does not depend on the others.
+  """Returns the noise of NEFTune (Jain et al. 2023, algorithm 1), float32[B, T, D]: uniform in
+  +-alpha / sqrt(n * D), n the tokens of a document.
+
+  keys: key[B], so that a row's noise does not depend on the other rows.
   """
   segments = batch['segments']
   same = (
@@ -44,7 +45,7 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """loss(params, batch, keys) -> (sum of loss, supervised tokens, {'nll': sums})."""
+  """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums})."""
   config, alpha = LossConfig(c.loss.label_smoothing, c.loss.z_loss), c.loss.neftune
 
   def loss(params, batch, keys):
@@ -57,7 +58,9 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
 
 def make_eval_loss(forward: Forward):
-  """jitted (params, batch) -> (sum of nll, supervised tokens), float32[]; plain."""
+  """Returns a jitted (params, batch) -> (sum of -log p, supervised tokens), float32[], without
+  smoothing, z-loss and noise.
+  """
   forward = forward.without_remat()
 
   @jax.jit
@@ -69,10 +72,10 @@ def make_eval_loss(forward: Forward):
 
 
 def evaluate_loss(
-  eval_sums, run: experiment.Run, params: dict, is_cancelled: Callable[[], bool]
+  eval_sums, run: Run, params: dict, is_cancelled: Callable[[], bool]
 ) -> dict[str, float] | None:
-  """Loss (nats per supervised token over the whole set) and perplexity of run.data.eval; empty
-  without such a set; None when cancelled.
+  """Returns the loss (nats per supervised token over the whole set) and the perplexity of the
+  evaluation rows; empty without such rows; None when cancelled.
   """
   total = count = 0.0
   for batch in run.eval_batches():
@@ -83,8 +86,7 @@ def evaluate_loss(
   return {'loss': total / count, 'perplexity': math.exp(min(total / count, 700.0))} if count else {}
 
 
-def run(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs a config to its end: train, export, compare with the base."""
-  r = experiment.start(c, workdir)
-  eval_loss = functools.partial(evaluate_loss, make_eval_loss(r.forward), r)
-  fit.fit(r, make_loss(r.forward, c), eval_loss)
+def build(run: Run) -> fit.Parts:
+  """Returns loss and evaluation of a run."""
+  evaluate = functools.partial(evaluate_loss, make_eval_loss(run.forward), run)
+  return fit.Parts(make_loss(run.forward, run.config), evaluate)

@@ -21,22 +21,24 @@ REFERENCE_FIELDS = ('ref_first', 'ref_second')
 
 @dataclasses.dataclass(frozen=True)
 class Auxiliary:
-  """A model that a run needs beside the one it trains.
+  """A model that a run needs in addition to the one it trains.
 
   Attributes:
     name: of its parameters in the state, where it stands there.
-    place: 'state': read by the training step, in its state; 'rollout': read when a rollout is made,
-      in memory beside the state; 'cache': its log-probs are computed once and come with the
-      batches.
+    place: 'state': part of the training state, read by every step; 'rollout': in memory outside of
+      the state, read when a rollout is made; 'cache': its log-probs are computed once and come with
+      the batches.
     source_key: config key that names its folder; '' or an empty value: the model that training
       starts from.
     is_trained: with the policy, in the same optimizer step.
+    has_score: whether it has a score for a head: a reward model or a value model.
   """
 
   name: str
   place: str
   source_key: str = ''
   is_trained: bool = False
+  has_score: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Algorithm:
   Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
 
   Attributes:
-    module: dotted name of the module that implements it, with `make_loss(arch, c)` and
-      `run(c, workdir)`.
+    module: dotted name of the module that implements it, with `make_loss(forward, c)`
+      (a LossFn) and `build(run)` (experiment/fit.Parts).
     measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
@@ -58,12 +60,13 @@ class Algorithm:
     completions_per_row: completions that share one row of seq_len tokens.
     is_relative: whether completions are compared with others of their prompt, so that prompts with
       equal rewards may be replaced by others (rollout.redraws).
-    fields: float arrays of a batch beside those of data/batches.py: (of each token, of each row).
+    fields: float arrays that a batch has in addition to those of data/batches.py: (of each token,
+      of each row).
     needs_old_logp: whether a rollout needs the trainer's own log-probs of its tokens before the
       first update on it.
     auxiliary: the other models of a run.
     num_labels: Architecture.num_labels of the trained model; 1 for a reward model.
-    fixed: keys that may not change when a run resumes, beside those of every algorithm.
+    fixed: keys that may not change when a run resumes, in addition to those of every algorithm.
     fixed_in_rollout: keys that may not change between two updates on one rollout.
     check: raises ConfigError for settings that do not go together.
     keys: hyperparameters of its own with their defaults. They are keys of the section `custom`.
@@ -125,7 +128,7 @@ _POLICY_ARRAYS = ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.ove
 
 
 def _reward_model(c: Config) -> tuple[Auxiliary, ...]:
-  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model')
+  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model', has_score=True)
   return (rewarder,) if c.rollout.reward_model else ()
 
 
@@ -251,7 +254,7 @@ def _ppo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _ppo_auxiliary(c: Config) -> tuple[Auxiliary, ...]:
-  value = Auxiliary('value', 'state', 'ppo.value_from', is_trained=True)
+  value = Auxiliary('value', 'state', 'ppo.value_from', is_trained=True, has_score=True)
   return (*_policy_reference(c), value, *_reward_model(c))
 
 
@@ -348,10 +351,7 @@ def find(name: str) -> Algorithm:
     return ALGORITHMS[name]
   if not named_object.is_named(name):
     raise ConfigError(f"algorithm={name!r}; expected one of {tuple(ALGORITHMS)} or 'module:RECORD'")
-  found = named_object.load('algorithm', name)
-  if not isinstance(found, Algorithm):
-    raise named_object.wrong('algorithm', name, found, 'a ftjax.config.algorithms.Algorithm')
-  return found
+  return named_object.instance('algorithm', name, Algorithm)
 
 
 def of(c: Config) -> Algorithm:
@@ -382,7 +382,7 @@ def is_read(c: Config, key: str) -> bool:
 
 
 def steps_per_batch(c: Config) -> int:
-  """Returns the optimizer updates on what one batch_size of rows or prompts gave."""
+  """Returns the optimizer updates on batch_size rows, or on the rollout of that many prompts."""
   return c.rollout.updates * c.rollout.minibatches if of(c).on_rollouts else 1
 
 

@@ -22,16 +22,16 @@ from ftjax.runtime.errors import ConfigError
 from ftjax.storage import locations
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-_LONGEST = 300  # characters of an error that is not ours
+_LONGEST = 300  # characters of an error that Python or a user's code raised
 
 
 def load(path: str) -> config_section.Section:
-  """The config that the file at `path` makes, locked.
+  """Returns the config that the file at `path` makes, locked.
 
-  Modules that lie beside the file can be imported by it.
+  The file can import modules of its own folder.
 
   Raises:
-    ConfigError: anything that is wrong with it; begins with FILE:LINE of the user's code.
+    ConfigError: anything that is wrong with the file; begins with FILE:LINE of the user's code.
   """
   folder = os.path.dirname(os.path.abspath(path))
   sys.path.append(folder)
@@ -47,7 +47,7 @@ def load(path: str) -> config_section.Section:
 
 
 def _guarded(path: str, call: Callable[[], Any]) -> Any:
-  """What `call`, which runs code of the user, returns; its errors as ConfigErrors."""
+  """Returns the result of `call`, which runs a user's code; raises its errors as ConfigErrors."""
   try:
     return call()
   except SystemExit as error:
@@ -59,13 +59,13 @@ def _guarded(path: str, call: Callable[[], Any]) -> Any:
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-  """The frames of the user's code, the innermost last."""
+  """Returns the frames of the user's code, the innermost last."""
   frames = traceback.extract_tb(error.__traceback__)
   return [f for f in frames if not config_section.is_library_code(f.filename)]
 
 
 def _place(path: str, error: BaseException) -> str:
-  """FILE:LINE of the innermost line of the user's code."""
+  """Returns FILE:LINE of the innermost line of the user's code."""
   if isinstance(error, SyntaxError) and os.path.isfile(error.filename or ''):
     return f'{error.filename}:{error.lineno or 1}'
   own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
@@ -91,7 +91,9 @@ def _reason(error: Exception) -> str:
 
 
 def _no_such_key(error: config_section.NoSuchKey) -> str:
-  """The error for the whole name in the source, optimizer.lr, where it stopped at `optimizer`."""
+  """Returns the error for the whole name in the source, such as optimizer.lr, of which Python only
+  reached `optimizer`.
+  """
   frames = _frames(error)
   line = linecache.getline(frames[-1].filename, frames[-1].lineno) if frames else ''
   found = re.search(rf'\b{re.escape(error.key)}((?:\.\w+)+)\s*=[^=]', line)
@@ -127,13 +129,15 @@ def _check_function(path: str, make: Any, names: dict[str, Any]) -> None:
 
 
 def _defined(path: str, make: Callable) -> str:
-  """FILE:LINE where a function begins."""
+  """Returns FILE:LINE where a function begins."""
   code = getattr(inspect.unwrap(make), '__code__', None)
   return f'{code.co_filename}:{code.co_firstlineno}' if code else f'{path}:1'
 
 
 def _checked(path: str, make: Callable, made: Any) -> config_section.Section:
-  """What get_config returned, once it is known to hold every key and no other, of its type."""
+  """Returns the result of get_config as a Section, after checking that it has every key and no
+  other, each of its type.
+  """
   place = _defined(path, make)
   if made is None:
     raise ConfigError(f'{place}: get_config() returns None; end it with `return c`')
@@ -177,17 +181,19 @@ def _same_type(place: str, key: str, value: Any, usual: config_section.Section) 
 
 
 def shipped() -> list[str]:
-  """Names of the configs that come with ftjax."""
+  """Returns the names of the configs that come with ftjax."""
   return sorted({p.stem for f in _folders() if f.is_dir() for p in f.glob('*.py')})
 
 
 def _folders() -> list[pathlib.Path]:
-  """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
+  """Returns the folders of shipped configs: inside the installed package, and next to it in a
+  checkout.
+  """
   return [_PACKAGE / 'configs', _PACKAGE.parent / 'configs']
 
 
 def find(name: str) -> str:
-  """Path of a config: an existing path wins, else the shipped configs/NAME.py.
+  """Returns the path of a config: an existing path, else the shipped configs/NAME.py.
 
   Raises:
     ConfigError: neither exists, or it is no Python file; names the nearest shipped configs, or

@@ -1,9 +1,9 @@
 """Names that users of other tools type (TRL and Hugging Face's Trainer, LLaMA-Factory, Axolotl,
-Tunix, MaxText, torchtune), and the key that has the meaning here.
+Tunix, MaxText, torchtune), and the key that has that meaning here.
 
 A row is (names, key, note). A name with a dot matches that key alone; one without matches the last
-part of any key. The note says where the meaning differs; a row without a key says what to do
-instead.
+part of any key. The note states where the meaning differs; a row without a key has a note on
+what to do instead.
 """
 
 import re
@@ -245,7 +245,7 @@ _PREFIXES = {
 
 
 def _plain_name(key: str) -> str:
-  """A name as it stands in ROWS: lower case, with underscores."""
+  """Returns a name in the form of ROWS: lower case, with underscores."""
   key = re.sub(r'(?<=[a-z0-9])(?=[A-Z][a-z])', '_', key)  # numTrainEpochs
   return key.lower().replace('-', '_')
 
@@ -254,7 +254,7 @@ BY_NAME = {name: (key, note) for names, key, note in ROWS for name in names}
 
 
 def find(key: str) -> str:
-  """What is written here instead of `key`, as the end of a message; '' where no row has it."""
+  """Returns the end of a message with the key to write instead of `key`; '' where no row has it."""
   name = _plain_name(key)
   last = name.rpartition('.')[2]
   found = BY_NAME.get(name) or BY_NAME.get(last)

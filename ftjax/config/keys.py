@@ -54,7 +54,7 @@ def _add_run(c: Section) -> None:
 
 def _add_model(c: Section) -> None:
   c.model = Section()
-  c.model.path = ''  # Hugging Face folder, or GGUF file
+  c.model.path = ''  # Hugging Face folder, GGUF file, or org/name[@revision] on the hub
   c.model.family = ''  # package.module:FAMILY, a model family of your own; '': by its model_type
   c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
   c.model.compute_dtype = 'float32'  # dtype of activations and matrix products

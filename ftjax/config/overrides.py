@@ -1,5 +1,5 @@
-"""`--config.KEY=VALUE` on a command line: taken out of the arguments, read by the type of the key,
-and put into a config.
+"""`--config.KEY=VALUE` on a command line: removed from the arguments, parsed by the type of
+the key, and set in a config.
 """
 
 import ast
@@ -27,7 +27,7 @@ class Override:
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[Override]]:
-  """Takes the overrides out of a command line; the arguments after '--' are left alone.
+  """Returns a command line without its overrides, and the overrides. Arguments after '--' stay.
 
   Raises:
     ConfigError: an override without a value, or with blanks around '='.
@@ -59,7 +59,9 @@ def split(arguments: list[str]) -> tuple[list[str], list[Override]]:
 
 
 def _next_value(key: str, kind: type | None, words: list[str]) -> str | None:
-  """The value of `--config.key VALUE`, taken off `words`; None for a bool that has none."""
+  """Removes the value of `--config.key VALUE` from `words` and returns it; None for a bool without
+  one.
+  """
   following = words[0] if words else '--'
   if following.startswith('='):
     value = following[1:] or (words[1] if len(words) > 1 else 'VALUE')
@@ -72,8 +74,8 @@ def _next_value(key: str, kind: type | None, words: list[str]) -> str | None:
 
 
 def apply(c: config_section.Section, overrides: list[Override]) -> None:
-  """Sets the keys. The values of a tuple's flag that is given several times are joined; of every
-  other one the last counts.
+  """Sets the keys. A tuple's flag that is given several times joins its values; of every other flag
+  the last one counts.
 
   Raises:
     ConfigError: no such key, or a value that it cannot take.
@@ -99,7 +101,7 @@ def _set(c: config_section.Section, override: Override, value: Any) -> None:
 
 
 def _read(c: config_section.Section, override: Override) -> Any:
-  """The value that a text means for its key."""
+  """Returns the value that a text means for its key."""
   key, text = override.key, override.text
   shown = f'--config.{key}' + ('' if text is None else f'={text}')
   if key in config_section.RANDOM_KEYS or key == 'model.random':
@@ -128,7 +130,7 @@ def _read(c: config_section.Section, override: Override) -> Any:
 
 
 def _is_object(c: config_section.Section, key: str) -> bool:
-  """Whether a key takes a text or a tuple."""
+  """Returns whether a key takes a text or a tuple."""
   section, _, name = key.rpartition('.')
   return (c[section] if section else c).get_type(name) is object
 
@@ -142,7 +144,7 @@ def _bool(text: str | None, shown: str) -> bool:
 
 
 def _number(text: str, shown: str, usual: int | float) -> int | float:
-  """An integer may be written 1e3 or 8.0, and with underscores."""
+  """Returns the number of a text; an integer may be written 1e3 or 8.0, and with underscores."""
   try:
     if isinstance(usual, float):
       return float(text)
@@ -170,7 +172,7 @@ def _literal(text: str, shown: str, wants: str) -> Any:
 
 
 def _tuple(key: str, text: str, shown: str) -> tuple:
-  """Of a Python tuple or list, of a quoted text, or of one text as it stands."""
+  """Returns the tuple of a Python tuple or list, of a quoted text, or of one unquoted text."""
   if not text:
     return ()
   if text.startswith(('(', '[', "'", '"')):

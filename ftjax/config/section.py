@@ -81,16 +81,18 @@ class Section(ml_collections.ConfigDict):
     super().__init__(initial_dictionary, type_safe)
 
   def root(self) -> 'Section':
-    """The whole config that this section is part of."""
+    """Returns the whole config that this section is part of."""
     return self if self._parent is None else self._parent.root()
 
   def dotted(self, key: str) -> str:
-    """The name of one of its keys from the root."""
+    """Returns the name of one of its keys from the root."""
     above = '' if self._parent is None else self._parent.dotted(self._name)
     return f'{above}.{key}' if above else str(key)
 
   def places(self) -> dict[str, str]:
-    """{dotted key: 'FILE:LINE' of the user's file that assigned it last}; '' from elsewhere."""
+    """Returns {dotted key: 'FILE:LINE' of the user's file that assigned it last}; '' for other
+    assignments.
+    """
     return self.root()._places
 
   def __getattr__(self, attribute):
@@ -148,7 +150,7 @@ class Section(ml_collections.ConfigDict):
 
   @staticmethod
   def _checked(name: str, value: Any, held: Any) -> Any:
-    """The value as it is kept, of the type of the one that is `held`."""
+    """Returns the value as it is kept, of the type of the one that is `held`."""
     if isinstance(value, config_dict.FieldReference):
       return value
     kind = held.get_type() if isinstance(held, config_dict.FieldReference) else type(held)
@@ -164,9 +166,10 @@ class Section(ml_collections.ConfigDict):
 
 
 def checked(name: str, value: Any, kind: type, usual: Any) -> Any:
-  """`value` as it is kept under the key `name`, whose values have the type `kind`.
+  """Returns `value` as it is kept under the key `name`, whose values have the type `kind`.
 
-  Integers become floats, lists tuples, paths texts where those are wanted; nothing else does.
+  Integers become floats, lists become tuples and paths become texts where those types are expected;
+  nothing else is converted.
 
   Raises:
     ConfigError: another type; names the key, what was got and what was expected.
@@ -194,7 +197,7 @@ def checked(name: str, value: Any, kind: type, usual: Any) -> Any:
 
 
 def _remedy(value: Any, kind: type, usual: Any) -> str:
-  """What to write instead of a value of the wrong type, where that is plain."""
+  """Returns a hint on what to write instead of a value of the wrong type."""
   if isinstance(value, tuple) and len(value) == 1 and kind in (int, float, bool, str):
     return ': a comma at the end of the line makes a tuple; remove it'
   if isinstance(value, str) and kind in (int, float, bool):
@@ -252,8 +255,8 @@ def _check_open(name: str, value: Any) -> None:
 
 
 def is_library_code(filename: str) -> bool:
-  """Whether a file of a traceback is of Python, of a package, or of ftjax, and not the user's. The
-  shipped configs count as the user's.
+  """Returns whether a file of a traceback belongs to Python, a package or ftjax, and not to the
+  user. The shipped configs count as the user's.
   """
   path = os.path.abspath(filename)
   if filename.startswith('<') or path.startswith(_CONFIGS + os.sep):
@@ -262,7 +265,7 @@ def is_library_code(filename: str) -> bool:
 
 
 def _assigned_at() -> str:
-  """FILE:LINE in the user's code of the assignment under way, '' where ftjax itself makes it."""
+  """Returns FILE:LINE in the user's code of the current assignment; '' for one of ftjax itself."""
   frame = sys._getframe(2)
   while frame is not None:
     name = frame.f_code.co_filename
@@ -275,7 +278,7 @@ def _assigned_at() -> str:
 
 
 def place_of(message: str, c: Section) -> str:
-  """FILE:LINE that set the first key which a message of `validate` names, '' where none did."""
+  """Returns FILE:LINE that set the first key in a message of `validate`; '' where none did."""
   known = sorted(c.places(), key=len, reverse=True)
   pattern = '|'.join(re.escape(k) for k in known if '.' in k)
   pattern += '|(?:' + '|'.join(re.escape(k) for k in known if '.' not in k) + ')(?==)'
@@ -284,7 +287,7 @@ def place_of(message: str, c: Section) -> str:
 
 
 def flat(c: ml_collections.ConfigDict) -> dict[str, Any]:
-  """{dotted key: value}."""
+  """Returns {dotted key: value}."""
   out = {}
   for key, value in c.items():
     if isinstance(value, ml_collections.ConfigDict) and key != 'random':
@@ -295,12 +298,12 @@ def flat(c: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def plain(c: ml_collections.ConfigDict) -> dict[str, Any]:
-  """`flat` in JSON values, for config.json and for comparing."""
+  """Returns `flat` in JSON values, for config.json and for comparisons."""
   return json.loads(json.dumps(flat(c), default=lambda v: v.to_dict()))
 
 
 def nearest(key: str, c: ml_collections.ConfigDict) -> str:
-  """The known key that looks most like a misspelt one, for a message; '' when none does."""
+  """Returns the known key most similar to a misspelt one, for a message; '' when none is."""
   known = [*flat(c), *RANDOM_KEYS]
   known += [k for k, v in c.items() if isinstance(v, ml_collections.ConfigDict)]
   head, _, last = key.rpartition('.')
@@ -319,7 +322,7 @@ def nearest(key: str, c: ml_collections.ConfigDict) -> str:
 
 
 def hint(key: str, c: ml_collections.ConfigDict) -> str:
-  """What to write for a name that is no key here: the key of that meaning where other tools have
-  the name, else the nearest one. '' for neither.
+  """Returns a hint for a name that is no key here: the key of that meaning where other tools have
+  the name, else the nearest key; '' for neither.
   """
   return hints.find(key) or nearest(key, c)

@@ -1,5 +1,5 @@
-"""Checks of the sections that only some algorithms read: what is set and read by nobody, and what
-does not go together."""
+"""Checks of the sections that only some algorithms read: settings that nothing reads, and settings
+that contradict each other."""
 
 import ml_collections
 
@@ -78,8 +78,7 @@ def _check_metric(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(f'checkpoint.best_metric={metric} needs data.eval or data.eval_fraction')
   if metric and not c.eval.every:
     raise ConfigError(
-      f'checkpoint.best_metric={metric} needs eval.every: it is looked at when '
-      'the model is evaluated'
+      f'checkpoint.best_metric={metric} needs eval.every: it is read when the model is evaluated'
     )
 
 
@@ -94,12 +93,12 @@ def _check_dpo(c: ml_collections.ConfigDict) -> None:
 def _check_rollout(c: ml_collections.ConfigDict) -> None:
   r = c.rollout
   if not r.rewards:
-    raise ConfigError("rollout.rewards is empty: say what is paid, for example 'math@1'")
+    raise ConfigError("rollout.rewards is empty: name a reward, for example 'math@1'")
   if isinstance(r.stop, str) or not all(isinstance(s, str) and s for s in r.stop):
     raise ConfigError(f'rollout.stop={r.stop!r}; expected a tuple of texts')
   if r.temperature <= 0:
     raise ConfigError(
-      f'rollout.temperature={r.temperature}; expected more than 0: equal completions teach nothing'
+      f'rollout.temperature={r.temperature}; expected more than 0: equal completions give no signal'
     )
   for key in ('reward_limit', 'function_limit'):
     if r[key] <= 0:
@@ -113,7 +112,7 @@ def _check_rollout(c: ml_collections.ConfigDict) -> None:
       f'rollout.max_tokens={r.max_tokens} leaves no room for a prompt in seq_len={c.seq_len}{half}'
     )
   if c.data.eval_fraction:
-    raise ConfigError('data.eval_fraction splits no prompts: name the held-out ones in data.eval')
+    raise ConfigError('data.eval_fraction cannot split prompts: give held-out ones in data.eval')
   if choices.OVERLENGTH[c.data.on_overlength].truncates:
     allowed = ' or '.join(k for k, row in choices.OVERLENGTH.items() if not row.truncates)
     raise ConfigError(
@@ -121,9 +120,9 @@ def _check_rollout(c: ml_collections.ConfigDict) -> None:
     )
   if r.redraws and (r.group < 2 or not algorithms.of(c).is_relative(c)):
     raise ConfigError(
-      f'rollout.redraws={r.redraws}: prompts whose completions all earn the same may give way only '
-      'where completions are compared with others of their prompt; elsewhere that would choose '
-      'prompts by their outcome'
+      f'rollout.redraws={r.redraws}: prompts whose completions all have one reward are replaced '
+      'only where completions are compared with others of their prompt; elsewhere that would '
+      'select prompts by their outcome'
     )
   if rows_per_rollout(c) % r.minibatches:
     raise ConfigError(
@@ -135,8 +134,9 @@ def _check_policy(c: ml_collections.ConfigDict) -> None:
   r, p = c.rollout, c.policy
   if p.correction != 'none' and (r.top_k or r.top_p < 1):
     raise ConfigError(
-      f'policy.correction={p.correction} with rollout.top_k={r.top_k}, top_p={r.top_p}: a ratio to '
-      'a sampler that left tokens out is none; set top_k=0 and top_p=1, or correction=none'
+      f'policy.correction={p.correction} with rollout.top_k={r.top_k}, top_p={r.top_p}: the '
+      'ratio needs a sampler that can choose every token; set top_k=0 and top_p=1, or '
+      'correction=none'
     )
   if not 0 <= p.correction_low <= 1 <= p.correction_high:
     raise ConfigError(
@@ -144,7 +144,8 @@ def _check_policy(c: ml_collections.ConfigDict) -> None:
     )
   if p.kl_target and not p.kl_coef:
     raise ConfigError(
-      f'policy.kl_target={p.kl_target} with policy.kl_coef=0: give the coefficient to begin with'
+      f'policy.kl_target={p.kl_target} with policy.kl_coef=0: set policy.kl_coef, the '
+      'coefficient of the first rollout'
     )
   if p.clip_low > 1:
     raise ConfigError(

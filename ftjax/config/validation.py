@@ -144,6 +144,8 @@ def _validate(c: Section) -> None:
   for key in choices.OBJECTS:
     if named_object.is_named(values[key]):
       choices.checked_object(key, values[key])
+  if c.model.family:
+    named_object.load('model.family', c.model.family)
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
   section_checks.check(c)
@@ -172,11 +174,11 @@ def _check_sinks(sinks: Any) -> None:
 def _check_table(key: str, table: Any) -> None:
   for row in table:
     if not isinstance(row, tuple | list) or len(row) != 2:
-      raise ConfigError(f'{key}: {row!r} is no row; expected pairs (regex, value)')
+      raise ConfigError(f'{key}: {row!r} is not a row; expected pairs (regex, value)')
     try:
       re.compile(row[0])
     except (re.error, TypeError) as error:
-      raise ConfigError(f'{key}: {row[0]!r} is no regular expression: {error}') from error
+      raise ConfigError(f'{key}: {row[0]!r} is not a regular expression: {error}') from error
     if not isinstance(row[1], int | float):
       raise ConfigError(f'{key}: {row!r}; expected a number, or True or False')
 
@@ -185,7 +187,7 @@ def _check_options(options: Any) -> None:
   for row in options:
     if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
       raise ConfigError(
-        f'compiler_options: {row!r} is no option; expected pairs such as '
+        f'compiler_options: {row!r} is not an option; expected pairs such as '
         "('xla_gpu_enable_latency_hiding_scheduler', True)"
       )
     if not isinstance(row[1], bool | int | float | str):
@@ -199,7 +201,7 @@ def _check_sources(key: str, sources: Any) -> None:
 
 
 def _check_locations(c: Section) -> None:
-  """Every key that names a folder or a file, before anything is read or made."""
+  """Checks the form of every key that names a folder or a file."""
   for key in _LOCATIONS:
     locations.check(key, c[key])
     if c[key].startswith('~'):
@@ -213,12 +215,12 @@ def _check_locations(c: Section) -> None:
 
 
 def _entries(sources: str | tuple[str, ...] | list[str]) -> list[str]:
-  """The entries of data.train or data.eval."""
+  """Returns the entries of data.train or data.eval."""
   return [s.strip() for s in (sources.split(',') if isinstance(sources, str) else sources)]
 
 
 def _check_lengths(c: Section) -> None:
-  """Numbers of steps that do not go together, where `steps` is known before the data."""
+  """Refuses numbers of steps that contradict each other, where `steps` is known before the data."""
   if not c.steps:
     return
   if c.optim.warmup_steps >= c.steps:
@@ -245,7 +247,7 @@ def _check_lengths(c: Section) -> None:
 
 
 def warnings(c: Section) -> list[str]:
-  """What is allowed, and seldom meant, as lines for the start of the log."""
+  """Returns lines for the start of the log about settings that are allowed and rarely intended."""
   out = []
   train = {s.rpartition('@')[0] or s for s in _entries(c.data.train)}
   if same := sorted(train & set(_entries(c.data.eval)) - {''}):

@@ -1,9 +1,8 @@
-"""Rows to arrays: tokens, shifted labels, weights, segments and positions, all [B, T]; of judged
-answers also their values [B].
+"""Makes batches: tokens, shifted labels, weights, segments and positions [B, T], and values [B].
 
 Labels are shifted here, on the host. Segment ids are 1, 2, ... for the examples of a row and 0 for
-padding, which no segment matches; positions start at 0 in every example. Token 0 stands on padding;
-what is supervised is decided by position alone, never by a token's id.
+padding, which no segment matches; positions start at 0 in every example. Padding has token 0;
+supervision is decided by position alone, never by a token's id. Preference data have values.
 """
 
 import functools
@@ -16,13 +15,15 @@ from ftjax.data.token_cache import Corpus
 
 Batch = dict[str, np.ndarray]
 
-# Of every batch, [B, T].
+# Arrays of every batch, [B, T].
 ARRAYS = ('tokens', 'labels', 'weights', 'segments', 'positions')
 
 
 def empty(batch_size: int, seq_len: int, shape: str = 'text', columns: Iterable[str] = ()) -> Batch:
-  """A batch of nothing but padding: int32 and float32 [B, T], and float32[B] `values` where the
-  examples of this shape (see cache.Corpus) have them, and `columns`.
+  """Creates a batch of padding.
+
+  Arrays are int32 and float32 [B, T], and float32[B] for `columns` and, where the shape of the
+  examples (see token_cache.Corpus) is not 'text', for `values`.
   """
   by_row = (*(() if shape == 'text' else ('values',)), *columns)
   shape = (batch_size, seq_len)
@@ -39,7 +40,7 @@ def fill_row(batch: Batch, row: int, examples: Iterable[tuple[np.ndarray, np.nda
   """Writes examples (tokens, supervised) one after another into a row of padding.
 
   Raises:
-    ValueError: they are longer than the row.
+    ValueError: the examples are longer than the row.
   """
   start, seq_len = 0, batch['tokens'].shape[1]
   for segment, (tokens, supervised) in enumerate(examples, 1):
@@ -58,8 +59,10 @@ def fill_row(batch: Batch, row: int, examples: Iterable[tuple[np.ndarray, np.nda
 
 
 def _mismatched(own, other, room: int) -> tuple[np.ndarray, np.ndarray]:
-  """The prompt of one example with the answer of another, cut at `room` tokens; both as (tokens,
-  supervised). KTO's reference point is made of these (losses/preference.py).
+  """Joins the prompt of one example and the answer of another, up to `room` tokens.
+
+  Examples are (tokens, supervised). KTO estimates its reference point with these pairs
+  (losses/preference.py).
   """
   prompt, answer = own[0][: own[1].argmax()], other[0][other[1].argmax() :]
   tokens = np.concatenate([prompt, answer])[:room]
@@ -67,8 +70,9 @@ def _mismatched(own, other, room: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Callable) -> None:
-  """Writes examples of a corpus into a row. A labelled one is followed by its prompt with the
-  answer of `other()`, as (tokens, supervised).
+  """Writes examples of a corpus into a row.
+
+  A labeled example is followed by its prompt with the answer of the example `other()`.
   """
   parts = [side for i in ids for side in corpus.sides(i)]
   if corpus.shape == 'label':
@@ -82,15 +86,15 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
 
 
 class Stream:
-  """Training batches by step number; nothing is remembered between calls."""
+  """Training batches by step number; stateless."""
 
   def __init__(self, mixture: Mixture, corpora: Sequence[Corpus], seq_len: int, batch_size: int):
-    """Joins a schedule with the corpora its sources were made from, in the same order."""
+    """Joins a schedule with the corpora of its sources, in the same order."""
     self._mixture, self._corpora = mixture, tuple(corpora)
     self.seq_len, self.batch_size = seq_len, batch_size
 
   def batch(self, step: int, rows: Collection[int] | None = None) -> Batch:
-    """The batch of a step; with `rows` only those are read, and the others are padding.
+    """Returns the batch of a step; with `rows` the other rows are padding.
 
     Returns:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
@@ -106,13 +110,13 @@ class Stream:
     return batch
 
   def _first(self, step: int, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first example of row i of a step."""
+    """Returns the first example of row i of a step."""
     row = self._mixture.row(step * self.batch_size + i)
     return self._corpora[row.source].example(row.examples[0])
 
 
 def _fill_in_order(lengths: np.ndarray, seq_len: int, packed: bool) -> Iterator[list[int]]:
-  """Numbers of consecutive examples that share a row."""
+  """Yields the indices of consecutive examples that share a row."""
   row: list[int] = []
   used = 0
   for i, length in enumerate(lengths.tolist()):
@@ -133,14 +137,14 @@ def eval_batches(
   packed: bool,
   wanted: Collection[int] | None = None,
 ) -> Iterator[Batch]:
-  """Every example once, in order; the last batch is filled up with rows of weight 0.
+  """Yields batches with every example once, in order; the last one is padded.
 
   Args:
     corpus: examples of at most `seq_len` tokens.
     batch_size: B, rows of each batch.
     seq_len: T.
     packed: put consecutive examples into one row while they fit, or one in each.
-    wanted: rows of each batch that are read, the others are padding; None: all.
+    wanted: rows of each batch to read, the others are padding; None: all.
   """
   rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
   for start in range(0, len(rows), batch_size):
@@ -154,8 +158,9 @@ def batch_of(
   seq_len: int,
   wanted: Collection[int] | None = None,
 ) -> Batch:
-  """A batch of given rows, each the numbers of its examples, filled up with padding; `wanted` as in
-  eval_batches. A labelled example is mismatched with the corpus's next one, in whatever batch.
+  """Returns a batch of rows, each given by the indices of its examples, and padding.
+
+  A labeled example is mismatched with the next one of the corpus. `wanted` as in eval_batches.
   """
   batch = empty(batch_size, seq_len, corpus.shape, corpus.columns)
   for i, ids in enumerate(rows):

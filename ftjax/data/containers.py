@@ -1,8 +1,13 @@
-"""Rows out of one file: JSON lines, JSON, CSV, Parquet, Arrow, text; compressed, or in a zip.
+"""Reads the rows of one file: JSON lines, JSON, CSV, Parquet, Arrow, text; compressed, or in a zip.
 
-The same rows come out of every container: what Arrow filled up with null was never there, values of
-its JSON type are parsed, dates are ISO texts. `data_folder.py` finds the files, `sources.py` reads
-them in order.
+Every container gives the same rows: keys that Arrow filled up with null are left out, values of its
+JSON type are parsed, dates are ISO texts. data_folder.py finds the files, sources.py reads them in
+order.
+
+The library `datasets` could read the same kinds, and hub_dataset.py uses it to find files. It does
+not read them, because users would lose by it: places FILE:LINE in errors; cells like 007, which
+become numbers; whole numbers above 2^63; the difference between a null and a missing key; one bad
+row among good ones; gs://; and a copy of all rows on the disk.
 """
 
 import bz2
@@ -48,14 +53,14 @@ _UNREADABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A file of rows: `path`, local or gs://, or the member of a zip archive there."""
+  """Names a file of rows: `path`, local or gs://, or the member of a zip archive there."""
 
   path: Path
   member: str | None = None
 
   @property
   def name(self) -> str:
-    """Its name without folders."""
+    """Returns its name without folders."""
     return (self.member or self.path.name).rpartition('/')[2]
 
   def __str__(self) -> str:
@@ -110,7 +115,7 @@ def _json_object(line: bytes | str) -> Row | Bad:
 
 
 def _lines(file: File, compression: str) -> Iterator[tuple[int, bytes]]:
-  """(number from 1, bytes) of the lines that are not blank."""
+  """Yields (number from 1, bytes) of the lines that are not blank."""
   number = 0
   try:
     with opened(file, compression) as stream:
@@ -201,7 +206,7 @@ Convert = Callable[[Any], Any]
 
 
 def _plain(value: Any) -> Any:
-  """A value of Arrow's that JSON does not know, as one that it does; bytes stay."""
+  """Converts a value that JSON does not know to one that it does; bytes stay."""
   if isinstance(value, datetime.date | datetime.time):  # datetimes are dates
     return value.isoformat()
   if isinstance(value, datetime.timedelta | uuid.UUID):
@@ -212,7 +217,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_json(field: pa.Field) -> bool:
-  """Whether a field holds JSON as text: Arrow's own type, or its name where it is not known."""
+  """Returns whether a field holds JSON as text: by its type, or the name of an unknown type."""
   name = getattr(field.type, 'extension_name', None)
   return (
     name == 'arrow.json' or (field.metadata or {}).get(b'ARROW:extension:name') == b'arrow.json'
@@ -220,7 +225,7 @@ def _is_json(field: pa.Field) -> bool:
 
 
 def _converter(field: pa.Field) -> Convert | None:
-  """Makes of a field's Python values those that JSON lines would have; None: they are that."""
+  """Returns what converts a field's Python values to those of JSON lines; None: they are equal."""
   kind = field.type
   if _is_json(field):
     return json.loads
@@ -244,7 +249,7 @@ def _converter(field: pa.Field) -> Convert | None:
 
 
 def _struct(converters: dict[str, Convert | None]) -> Convert:
-  """Arrow gives every struct of a column the keys of all of them: what is null was never there."""
+  """Returns what drops the nulls of a struct: Arrow gives each one the keys of all in a column."""
 
   def convert(value: dict[str, Any]) -> dict[str, Any]:
     found = {}
@@ -258,7 +263,7 @@ def _struct(converters: dict[str, Convert | None]) -> Convert:
 
 
 def table_rows(batches: Any, place: str) -> Rows:
-  """Rows of Arrow tables or record batches, numbered from 1.
+  """Yields rows of Arrow tables or record batches, numbered from 1.
 
   Raises:
     DataError: a batch that cannot be read.
@@ -286,7 +291,7 @@ def table_rows(batches: Any, place: str) -> Rows:
 
 
 def _arrow_source(file: File) -> Any:
-  """What Arrow reads: a local file by its name, without Python's lock."""
+  """Returns what Arrow reads; None: a local file, by its name, without Python's lock."""
   if file.member is not None:
     return io.BytesIO(_read_all(file, ''))
   return file.path.open('rb') if files.is_remote(file.path) else None
@@ -314,7 +319,7 @@ def _arrow_rows(file: File) -> Rows:
 
 
 def read(file: File, one_a_line: bool = False) -> Rows:
-  """Rows of a file with what could not be parsed among them: (line, row or Bad).
+  """Returns rows of a file, and what could not be parsed among them: (line, row or Bad).
 
   Args:
     file: of a known kind.

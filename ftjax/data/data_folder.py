@@ -1,7 +1,8 @@
-"""The files of rows behind a path: a file, an archive, a folder, a pattern, and one split of these.
+"""Finds the files of rows behind a path: a file, an archive, a folder, a pattern, or one split of
+these.
 
-A folder with training, validation and test files is never read as one source: which of them is
-meant has to be said, as in `folder:train`.
+A folder with training, validation and test files is never read as one source: the split has to be
+named, as in `folder:train`.
 """
 
 import glob
@@ -36,7 +37,7 @@ _MAGIC = re.compile(r'[*?\[]')
 
 
 def _split_of(name: str) -> str | None:
-  """The split that a path inside a folder names, by a folder's name or a word of the file's."""
+  """Returns the split that a path inside a folder names, by a folder or a word of the file name."""
   *folders, last = PurePosixPath(name).parts
   for folder in folders:
     if folder.lower() in _SPLITS:
@@ -57,7 +58,7 @@ def _meaning(split: str) -> set[str]:
 
 
 def _choose(place: str, found: Sequence[tuple[str, File]], split: str | None) -> list[File]:
-  """The files of a split, or all where there is one; `found`: (path inside of `place`, file)."""
+  """Returns the files of a split, or all if there is one; `found`: (path inside `place`, file)."""
   groups: dict[str | None, list[File]] = {}
   for name, file in found:
     groups.setdefault(_split_of(name), []).append(file)
@@ -80,7 +81,7 @@ def _choose(place: str, found: Sequence[tuple[str, File]], split: str | None) ->
 
 
 def _saved_dataset_files(folder: Path) -> list[File]:
-  """The Arrow files of a folder written by `datasets`' save_to_disk, in order."""
+  """Returns the Arrow files of a folder written by `datasets`' save_to_disk, in order."""
   try:
     state = json.loads((folder / 'state.json').read_bytes())
     names = [entry['filename'] for entry in state['_data_files']]
@@ -114,7 +115,7 @@ def _is_rows(path: Path) -> bool:
 
 
 def _walk(folder: Path, inside: str, depth: int) -> list[tuple[str, File]]:
-  """(path inside, file) of the data files of a folder and of its folders."""
+  """Returns (path inside, file) of the data files of a folder and of its folders."""
   found = []
   for path in _visible(folder):
     name = f'{inside}{path.name}'
@@ -126,19 +127,19 @@ def _walk(folder: Path, inside: str, depth: int) -> list[tuple[str, File]]:
 
 
 def _expand(path: Path) -> list[File]:
-  """The file itself, or the members of an archive, which must be of one split."""
+  """Returns the file itself, or the members of an archive, which must be of one split."""
   return list_archive(path, None) if path.name.endswith(ARCHIVE) else [File(path)]
 
 
 def _without_notes(found: Sequence[tuple[str, File]]) -> list[tuple[str, File]]:
-  """Leaves out .txt files beside files of rows: a licence, notes. A compressed one is no note."""
+  """Leaves out .txt files among files of rows: a licence, notes. A compressed one is no note."""
   if all((kind_of(f.name) or ('',))[0] == '.txt' for _, f in found):
     return list(found)
   return [(name, f) for name, f in found if not f.name.endswith('.txt')]
 
 
 def list_archive(path: Path, split: str | None) -> list[File]:
-  """The files of rows in a zip archive.
+  """Returns the files of rows in a zip archive.
 
   Raises:
     DataError: it cannot be read, holds none or files that cannot be read, or several splits.
@@ -163,7 +164,7 @@ def list_archive(path: Path, split: str | None) -> list[File]:
 
 
 def list_folder(folder: Path, split: str | None = None) -> list[File]:
-  """The files of rows of a folder, in the order they are read.
+  """Returns the files of rows of a folder, in the order they are read.
 
   Args:
     folder: of data files, of a folder per split, of a folder `data` with them, or as `datasets`'
@@ -209,7 +210,7 @@ def _refuse_empty(folder: Path, others: Sequence[Path]) -> None:
 
 
 def _match(pattern: str) -> list[Path]:
-  """Paths that a pattern matches, sorted."""
+  """Returns the paths that a pattern matches, sorted."""
   if not files.is_remote(pattern):
     return [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
   folder, _, last = pattern.rpartition('/')
@@ -246,7 +247,7 @@ def is_pattern(path: str) -> bool:
 
 
 def list_files(path: str) -> list[File]:
-  """The files of rows behind `PATH`, `PATTERN` or `FOLDER:SPLIT`, in the order they are read.
+  """Returns the files of rows behind `PATH`, `PATTERN` or `FOLDER:SPLIT`, in reading order.
 
   Raises:
     DataError: nothing is there, or it cannot be read as one source.

@@ -1,8 +1,8 @@
-"""Messages of conversations as rows write them: OpenAI's and sharegpt's keys, roles, checks.
+"""Checks messages of conversations in the forms that rows have: OpenAI's and sharegpt's keys.
 
-`formats.py` finds the messages in a row; `chat.py` renders what stands here. A checked message has
-`role` and `content`, a text, and every other key of the row's message that is not null: no content
-is left out here, so that the renderer can refuse what a template does not show.
+`formats.py` finds the messages in a row. A checked message has `role` and `content`, a text, and
+every other key of the row's message that is not null: no content is dropped here, so that content
+which a template does not render can be refused.
 """
 
 import json
@@ -13,7 +13,7 @@ from ftjax.runtime import strict_json
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 
-# Names of one thing: what a model thinks before it answers. Messages keep the first.
+# Names of the reasoning before an answer. Checked messages have the first.
 REASONING = ('reasoning_content', 'reasoning', 'thinking')
 
 _SHAREGPT_ROLES = {
@@ -36,7 +36,7 @@ _SHAREGPT_CALLS = ('function_call', 'tool_call')
 
 
 def read_text(row: Mapping, key: str, empty: bool = False) -> str:
-  """Returns a string of a row; `empty` allows it to hold nothing but white space, or to be missing.
+  """Returns a string of a row; `empty` allows it to be only white space, or to be missing.
 
   Raises:
     ValueError: no such key, or no usable text.
@@ -58,10 +58,10 @@ def read_text(row: Mapping, key: str, empty: bool = False) -> str:
 
 
 def parse_json(text: str, key: str, expected: str) -> Any:
-  """Returns the value of a column or key that holds JSON as text.
+  """Returns the value of a column or key with JSON text.
 
   Raises:
-    ValueError: it is no JSON.
+    ValueError: the text is not JSON.
   """
   try:
     return strict_json.loads(text)
@@ -70,7 +70,7 @@ def parse_json(text: str, key: str, expected: str) -> Any:
 
 
 def _content(message: Mapping) -> str:
-  """The text of a message: a string, or the OpenAI list of text parts."""
+  """Returns the text of a message, from a string or OpenAI's list of text parts."""
   value = message.get('content')
   if not isinstance(value, list):
     return read_text(message, 'content', empty=True)
@@ -89,7 +89,7 @@ def _content(message: Mapping) -> str:
 
 
 def _function_calls(value: Any, place: str) -> list[dict[str, Any]]:
-  """Calls `{"name": ..., "arguments": ...}`, one or a list, as objects or JSON text, in OpenAI's
+  """Returns calls `{"name": ..., "arguments": ...}`, one or a list, also as JSON text, in OpenAI's
   newer form."""
   if isinstance(value, str):
     try:
@@ -107,7 +107,7 @@ def _function_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _from_sharegpt(turn: Mapping, place: str) -> dict[str, Any]:
-  """A turn `{"from": ..., "value": ...}` with OpenAI's keys; its other keys stay."""
+  """Converts a turn `{"from": ..., "value": ...}` to OpenAI's keys; other keys are kept."""
   role = turn['from']
   if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
     raise ValueError(f"{place}: 'from' is {role!r}, expected one of {list(_SHAREGPT_ROLES)}")
@@ -121,7 +121,7 @@ def _from_sharegpt(turn: Mapping, place: str) -> dict[str, Any]:
 
 
 def _tool_calls(message: dict[str, Any], place: str) -> list[Any] | None:
-  """Takes `tool_calls` and OpenAI's older `function_call` out of a message, as the former."""
+  """Removes `tool_calls` and OpenAI's older `function_call` from a message; returns the calls."""
   calls, old = message.pop('tool_calls', None), message.pop('function_call', None)
   if isinstance(calls, str) and calls.strip():
     calls = parse_json(calls, 'tool_calls', 'a list of calls')
@@ -135,7 +135,7 @@ def _tool_calls(message: dict[str, Any], place: str) -> list[Any] | None:
 
 
 def _wrapped(call: Mapping) -> Mapping:
-  """A call `{"name": ..., "arguments": ...}` in OpenAI's form; others stay as they are."""
+  """Converts a call `{"name": ..., "arguments": ...}` to OpenAI's form; keeps others."""
   if 'function' in call or 'name' not in call:
     return call
   function = {k: call[k] for k in ('name', 'arguments') if k in call}
@@ -145,14 +145,16 @@ def _wrapped(call: Mapping) -> Mapping:
 
 
 def _reasoning(message: dict[str, Any], place: str) -> str:
-  """Takes what REASONING names out of a message; '' where there is none."""
+  """Removes the keys of REASONING from a message; returns their text, '' for none."""
   found = {k: message.pop(k) for k in REASONING if k in message}
   for key, value in found.items():
     if not isinstance(value, str):
       raise ValueError(f'{place}: {key!r} is {type(value).__name__}, expected a string')
   texts = list(dict.fromkeys(t for t in found.values() if t))
   if len(texts) > 1:
-    raise ValueError(f'{place}: {" and ".join(found)} name one thing and differ; keep one of them')
+    raise ValueError(
+      f'{place}: {" and ".join(found)} differ, but both hold the reasoning; keep one of them'
+    )
   return texts[0] if texts else ''
 
 
@@ -160,7 +162,7 @@ def check(raw: Any, place: str) -> dict[str, Any]:
   """Returns one checked message; keys whose value is null are left out.
 
   Raises:
-    ValueError: it cannot be used; the message begins with `place`.
+    ValueError: the message is unusable; the error begins with `place`.
   """
   if not isinstance(raw, Mapping):
     raise ValueError(f'{place} is {type(raw).__name__}, expected {{"role": ..., "content": ...}}')
@@ -191,15 +193,14 @@ def check(raw: Any, place: str) -> dict[str, Any]:
 
 
 def check_order(messages: Sequence[Mapping[str, Any]]) -> None:
-  """Raises ValueError where checked messages cannot follow each other."""
+  """Raises ValueError for checked messages in an impossible order."""
   for i, message in enumerate(messages):
     role, before = message['role'], messages[i - 1]['role'] if i else None
     if role in ('system', 'developer') and i and before not in ('system', 'developer'):
       raise ValueError(f'messages[{i}]: a {role} message after a {before} message')
     if role == 'user' and before == 'user':
       raise ValueError(f'messages[{i}]: two user messages in a row; join them')
-    # A call of a function may follow what was said before it; two answers may not follow each
-    # other.
+    # A function call may follow a text of the assistant; two answers may not.
     calls = message.get('tool_calls') or (i and messages[i - 1].get('tool_calls'))
     if role == 'assistant' and before == 'assistant' and not calls:
       raise ValueError(f'messages[{i}]: two assistant messages in a row; join them')
@@ -211,7 +212,7 @@ def read_list(row: Mapping, key: str) -> list:
   """Returns the unchecked messages of a column: a list, or JSON text of one (CSV has no lists).
 
   Raises:
-    ValueError: it is no list, or an empty one.
+    ValueError: it is not a list, or an empty one.
   """
   value = row.get(key)
   if isinstance(value, str):
@@ -224,10 +225,10 @@ def read_list(row: Mapping, key: str) -> list:
 
 
 def read_weight(raw: Mapping, place: str) -> bool:
-  """Returns whether an assistant's message may be supervised: not where its `weight` is 0.
+  """Returns whether an assistant's message may be supervised: False where its `weight` is 0.
 
   Raises:
-    ValueError: another weight than 0 and 1.
+    ValueError: a weight other than 0 and 1.
   """
   weight = raw.get('weight')
   if weight not in (None, 0, 1):
@@ -236,7 +237,7 @@ def read_weight(raw: Mapping, place: str) -> bool:
 
 
 def looks_like_messages(value: Any) -> bool:
-  """Whether a value of JSON is a message, or a list of them."""
+  """Returns whether a JSON value is a message or a list of messages."""
   items = value if isinstance(value, list) else [value]
   return bool(items) and all(
     isinstance(m, dict) and (('role' in m and len(m) > 1) or ('from' in m and 'value' in m))

@@ -1,11 +1,11 @@
-"""The order of training rows, as a pure function of (data fingerprint, seed, row number).
+"""Computes the order of training rows as a pure function of (data fingerprint, seed, row number).
 
-A source has R rows in every epoch, because lengths are packed once. An epoch changes which example
-of a length takes which place of that length, and the order of the rows. Any row is found without
-going through those before it; only the permutation of its own epoch is computed.
+A source has R rows in every epoch, because lengths are packed once. An epoch permutes the examples
+of equal length, and the rows. Any row is computed without the rows before it; only the permutation
+of its own epoch is needed.
 
-Random bits come from Philox keyed with a hash, read raw and sorted: NumPy promises the raw stream
-of a bit generator for good, but not what `Generator.permutation` makes of it.
+Random bits come from Philox keyed with a hash, read raw and sorted: NumPy guarantees the raw stream
+of a bit generator across versions, but not the result of `Generator.permutation`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ftjax.runtime.errors import ConfigError, DataError
 
 
 def _random_keys(count: int, *names: str | int) -> np.ndarray:
-  """uint64[count] random bits named by `names`; sorting them gives a permutation."""
+  """Returns random bits keyed by `names`: uint64[count]; sorting them gives a permutation."""
   name = '/'.join(map(str, names)).encode()
   key = np.frombuffer(hashlib.sha256(name).digest()[:16], '<u8').astype(np.uint64)
   return np.random.Philox(key=key).random_raw(count)
@@ -32,8 +32,8 @@ class SourceSchedule:
 
   Attributes:
     rows_per_epoch: R.
-    fill: share of the R * seq_len places that hold a token.
-    fingerprint: sha256 hex of what the order depends on.
+    fill: fraction of the R * seq_len positions that have a token.
+    fingerprint: sha256 hex of all that the order depends on.
   """
 
   def __init__(
@@ -50,8 +50,8 @@ class SourceSchedule:
     Args:
       lengths: int32[n] tokens of each example, at most `seq_len`.
       seq_len: T, tokens of a row.
-      fingerprint: of the examples, as `Corpus.fingerprint`.
-      seed: of the run.
+      fingerprint: that of the examples, `Corpus.fingerprint`.
+      seed: the seed of the run.
       packed: several examples in a row, or one.
 
     Raises:
@@ -65,31 +65,31 @@ class SourceSchedule:
     self._row_ends = np.cumsum([rows for rows, _ in self._groups])
     self.rows_per_epoch = int(self._row_ends[-1])
     self.fill = float(self._lengths.sum(dtype=np.int64) / (self.rows_per_epoch * seq_len))
-    self._places = self._number_places(np.cumsum(counts) - counts)
-    # None was a limit of examples in a row: saved runs have it in their fingerprints.
+    self._slots = self._number_slots(np.cumsum(counts) - counts)
+    # None was a limit of examples in a row, which saved runs have in their fingerprints.
     described = f'{fingerprint} {seed} {seq_len} {packed} None'
     self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
     self._epoch = functools.lru_cache(maxsize=2)(self._permute)
 
-  def _number_places(self, first_of_length: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
-    """Per group ((places in each row, first place), ...), one entry a length.
+  def _number_slots(self, first_of_length: np.ndarray) -> list[tuple[tuple[int, int], ...]]:
+    """Returns per group ((slots in each row, first slot), ...), one entry a length.
 
-    Places are numbered length by length, so that place p is taken by the p-th example in an order
-    that sorts by length.
+    Slots are numbered length by length, so that slot p takes the p-th example in an order that
+    sorts by length.
     """
     following = first_of_length.copy()
-    places = []
+    slots = []
     for rows, lengths in self._groups:
       entries = []
       for length in dict.fromkeys(lengths):
         copies = lengths.count(length)
         entries.append((copies, int(following[length])))
         following[length] += copies * rows
-      places.append(tuple(entries))
-    return places
+      slots.append(tuple(entries))
+    return slots
 
   def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Example of each place, and place in the epoch -> row, for one epoch."""
+    """Returns the example of each slot, and the row at each position of an epoch."""
     # One sort by (length, random bits): 22 bits of length, 42 of chance.
     keys = _random_keys(len(self._lengths), self.fingerprint, epoch, 'places') >> np.uint64(22)
     keys |= self._lengths.astype(np.uint64) << np.uint64(42)
@@ -98,22 +98,22 @@ class SourceSchedule:
     return order, np.argsort(keys, kind='stable')
 
   def row(self, index: int) -> tuple[int, tuple[int, ...]]:
-    """Row number `index` since the start of training: (epoch, ids of its examples)."""
+    """Returns (epoch, ids of its examples) of row number `index` since the start of training."""
     epoch, position = divmod(index, self.rows_per_epoch)
     order, row_order = self._epoch(epoch)
     row = int(row_order[position])
     group = int(np.searchsorted(self._row_ends, row, side='right'))
     nth = row - int(self._row_ends[group]) + self._groups[group][0]
     ids: list[int] = []
-    for copies, first in self._places[group]:
-      place = first + nth * copies
-      ids += order[place : place + copies].tolist()
+    for copies, first in self._slots[group]:
+      slot = first + nth * copies
+      ids += order[slot : slot + copies].tolist()
     return epoch, tuple(ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row to train on: which source, which of its epochs, which of its examples."""
+  """One row to train on: its source, the epoch of that source, and the examples in it."""
 
   source: int
   epoch: int
@@ -123,13 +123,13 @@ class Row:
 class Mixture:
   """Rows of several sources, interleaved evenly by their shares.
 
-  In a period of P rows source s has quota[s] rows; its k-th stands near (k + 1/2) / quota[s] of the
-  period. Each source counts its own epochs: rows cross their borders and none is left out.
+  In a period of P rows source s has quota[s] rows, of which the k-th is near (k + 1/2) / quota[s]
+  of the period. Each source counts its own epochs, and all its rows occur in each of them.
 
   Attributes:
     sources: the schedules, in order. quotas: rows of each in a period.
-    rows_per_epoch: sum of the sources' rows; without weights every row comes once in as many.
-    fingerprint: sha256 hex of the whole order.
+    rows_per_epoch: sum of the sources' rows; without weights each row occurs once in so many.
+    fingerprint: sha256 hex of all that the order depends on.
   """
 
   def __init__(self, sources: Sequence[SourceSchedule], weights: Sequence[float | None]):
@@ -137,7 +137,7 @@ class Mixture:
 
     Args:
       sources: one schedule each.
-      weights: shares of rows, in any unit; None everywhere for each source's own number of rows.
+      weights: relative numbers of rows; all None: each source's own number of rows.
 
     Raises:
       ConfigError: some sources have a weight and others none.
@@ -158,7 +158,7 @@ class Mixture:
     self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
 
   def row(self, index: int) -> Row:
-    """Row number `index` since the start of training."""
+    """Returns row number `index` since the start of training."""
     period, position = divmod(index, len(self._source_at))
     source = int(self._source_at[position])
     nth = period * self.quotas[source] + int(self._rank_at[position])
@@ -167,7 +167,7 @@ class Mixture:
 
 
 def _round_shares(weights: Sequence[float], total: int) -> list[int]:
-  """Whole rows out of `total` in proportion to weights, at least one each (largest remainders)."""
+  """Divides `total` rows in proportion to weights, at least one each (largest remainders)."""
   exact = [w / sum(weights) * total for w in weights]
   quotas = [max(1, math.floor(x)) for x in exact]
   by_remainder = sorted(range(len(exact)), key=lambda i: (math.floor(exact[i]) - exact[i], i))
@@ -177,7 +177,7 @@ def _round_shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 def _interleave(quotas: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-  """For each position of a period, its source and how many rows of that source came before."""
+  """Returns the source of each position of a period, and the number of its rows before it."""
   at = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
   source = np.repeat(np.arange(len(quotas), dtype=np.int32), quotas)
   rank = np.concatenate([np.arange(q, dtype=np.int64) for q in quotas])

@@ -1,7 +1,7 @@
-"""Which lengths share a row: best-fit decreasing on the histogram of lengths.
+"""Packs lengths into rows: best-fit decreasing on the histogram of lengths.
 
 Ten million examples have a few thousand lengths, so rows are counted, not listed: a group is
-(how many rows, the lengths in each). `schedule.py` says which example takes which place.
+(number of rows, the lengths in each). `order.py` assigns the examples.
 """
 
 import bisect
@@ -13,7 +13,7 @@ Group = tuple[int, tuple[int, ...]]
 
 
 class _OpenRows:
-  """Groups of rows with room left, found by the least room that suffices."""
+  """Groups of rows with free tokens, found by the smallest sufficient number of them."""
 
   def __init__(self):
     self._rooms: list[int] = []  # sorted, each once
@@ -26,7 +26,7 @@ class _OpenRows:
     self._groups[room].append(group)
 
   def pop_tightest(self, length: int) -> tuple[int, Group] | None:
-    """Takes out a group with the least room >= length."""
+    """Removes and returns a group with the least room >= length."""
     i = bisect.bisect_left(self._rooms, length)
     if i == len(self._rooms):
       return None
@@ -63,7 +63,7 @@ def pack_lengths(counts: Sequence[int] | np.ndarray, seq_len: int) -> list[Group
     left = int(counts[length])
     while left:
       room, (rows, held) = open_rows.pop_tightest(length) or (seq_len, (left, ()))
-      # Best fit puts a second example of this length right behind the first, while there is room.
+      # Best fit puts a second example of this length after the first, while there is room.
       copies = min(room // length, left)
       used = min(rows, left // copies)
       if held and used < rows:
@@ -78,5 +78,5 @@ def pack_lengths(counts: Sequence[int] | np.ndarray, seq_len: int) -> list[Group
 
 
 def one_per_row(counts: Sequence[int] | np.ndarray) -> list[Group]:
-  """The groups of padding instead of packing: every row holds one example."""
+  """Returns the groups without packing: every row has one example."""
   return [(int(c), (length,)) for length, c in enumerate(counts) if c]

@@ -1,7 +1,7 @@
-"""Rows that ask: the prompts of rollouts, the questions of evaluation tasks, rows to answer.
+"""Parses rows with prompts: those of rollouts, evaluation tasks and generation.
 
-Columns mean what they mean in rows of training, see formats.py; an answer that stands in the row
-is told apart from what asks for it.
+Columns mean the same as in training rows, see formats.py; an answer in the row is separated from
+its prompt.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ _ANSWER_KEYS = {'prompt': 'completion', 'instruction': 'output'}
 
 
 class Prompt(NamedTuple):
-  """What a row asks.
+  """The prompt of a row.
 
   Attributes:
-    asked: a conversation that the assistant answers next, or plain text to go on with.
-    answer: the text that stood after it in the row; None without one, or where it is no text.
-    read: the columns that `asked` was made of, SHARED among them.
+    asked: a conversation that the assistant answers next, or plain text to complete.
+    answer: the text of the row's answer; None without one, or where it is not text.
+    read: the columns that `asked` was read from, SHARED among them.
   """
 
   asked: Chat | str
@@ -30,10 +30,10 @@ class Prompt(NamedTuple):
 
 
 def prompt_key(row: Mapping, form: str | None = None) -> str:
-  """Returns the column that holds a row's prompt, as `form` names it or the only one there is.
+  """Returns the column with a row's prompt, by the format or the only one of the row.
 
   Raises:
-    ValueError: none or several, of which one does not repeat the other.
+    ValueError: none, or several with different prompts.
   """
   if form is not None:
     return formats.PROMPT_KEYS[form]
@@ -53,15 +53,15 @@ def prompt_key(row: Mapping, form: str | None = None) -> str:
 
 
 def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Prompt:
-  """Reads what a row asks: its messages up to a last one by the assistant, or its plain text.
+  """Reads the prompt of a row: its messages without a last one by the assistant, or plain text.
 
   Args:
-    row: with one of the columns of formats.PROMPT_KEYS.
-    has_template: as for `parse`.
-    form: the format that the config names, or None.
+    row: a row with one of the columns of formats.PROMPT_KEYS.
+    has_template: as for `formats.parse`.
+    form: the format in the config, or None.
 
   Raises:
-    ValueError: the row holds no usable prompt.
+    ValueError: the row has no usable prompt.
   """
   key = prompt_key(row, form)
   if not formats.has(row, key):
@@ -80,7 +80,9 @@ def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Pr
     raise ValueError('there is no message before the answer')
   asked = formats.chat(rest, [prompt._replace(messages=messages)])
   if asked.messages[-1]['role'] == 'assistant':
-    raise ValueError('the prompt ends with a turn of the assistant, who is to speak next')
+    raise ValueError(
+      'the prompt ends with an assistant message, expected one that the assistant answers'
+    )
   text = answer[-1] if isinstance(answer, list) and answer else answer
   text = text.get('content') if isinstance(text, Mapping) else text
   text = text if isinstance(text, str) else None
@@ -88,7 +90,7 @@ def read_prompt(row: Mapping, has_template: bool, form: str | None = None) -> Pr
 
 
 def ends_with_assistant(row: Mapping, form: str | None = None) -> bool:
-  """Returns whether a row's messages end with the assistant, so that nothing is left to answer.
+  """Returns whether the last message of a row is the assistant's.
 
   Raises:
     ValueError: as `prompt_key`.
@@ -98,7 +100,7 @@ def ends_with_assistant(row: Mapping, form: str | None = None) -> bool:
 
 
 def _role(message: Any) -> str | None:
-  """The role of an unchecked message; None where it cannot be seen."""
+  """Returns the role of an unchecked message; None for an unusable message."""
   try:
     return messages_lib.check(message, '')['role']
   except ValueError:
@@ -106,7 +108,7 @@ def _role(message: Any) -> str | None:
 
 
 def with_answer(asked: Chat | str, answer: str) -> Chat | Completion:
-  """Returns what a row asks, answered with a text."""
+  """Returns a prompt with a text as its answer."""
   if isinstance(asked, str):
     return Completion(asked, answer)
   messages = (*asked.messages, {'role': 'assistant', 'content': answer})

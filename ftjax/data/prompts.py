@@ -1,8 +1,8 @@
-"""Prompts to sample from, with the columns of their rows for the rewards.
+"""Reads prompts to sample from, with the columns of their rows for the rewards.
 
-A row has a prompt as prompt_rows.py reads it, and any other columns. Where an answer stands behind
-the prompt (a last message by the assistant, `completion`, `output`), its text becomes the column
-`answer` unless there is one. All prompts are kept in memory. `schedule.py` orders them, one a row.
+A row has a prompt (prompt_rows.py) and any other columns. The text of an answer in the row (a last
+message by the assistant, `completion`, `output`) becomes the column `answer` unless there is one.
+All prompts are kept in memory. `order.py` orders them, one a row.
 """
 
 import dataclasses
@@ -25,20 +25,25 @@ from ftjax.runtime.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 ON_OVERLENGTH = ('error', 'drop')
-# Of the row's prompt, but wanted again where the row is written anew with another answer.
+# Columns of the prompt that are kept for writing the row again with another answer.
 _KEPT = ('tools', 'functions', 'chat_template_kwargs')
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """ids: what the model reads. columns: of its row, JSON values; what was the prompt is not one of
-  them. place: 'file.jsonl:17'. said: the prompt as text, or as messages.
+  """A prompt.
+
+  Attributes:
+    ids: its tokens.
+    columns: the other columns of its row, JSON values.
+    place: file and line, 'file.jsonl:17'.
+    text: the prompt as text, or as messages.
   """
 
   ids: list[int]
   columns: dict[str, Any]
   place: str
-  said: str | list[dict[str, Any]] = ''
+  text: str | list[dict[str, Any]] = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +51,14 @@ class Prompts:
   """The prompts of one source, in its order.
 
   Attributes:
-    name: of the source.
+    name: the source's name.
     rows: its prompts.
-    dropped: rows left out for their length.
+    dropped: number of rows left out for their length.
     fingerprint: sha256 hex of ids and columns in order.
-    bad: rows left out by data.on_bad_row='drop', and why: `Reasons.as_list`.
-    unrendered: rows with content that the template does not show, kept by 'warn'.
-    unread: columns that are no JSON values and so reach no reward, sorted.
-    file_names: of the places in `bad`.
+    bad: number of rows left out by data.on_bad_row='drop'. bad_reasons: `Reasons.as_list`.
+    unrendered: number of rows with content that the template does not render, kept by 'warn'.
+    unread: columns that are not JSON values and so reach no reward, sorted.
+    file_names: the files that `bad_reasons` refers to.
   """
 
   name: str
@@ -68,12 +73,12 @@ class Prompts:
 
   @property
   def lengths(self) -> np.ndarray:
-    """int32[n], tokens of each prompt."""
+    """The number of tokens of each prompt, int32[n]."""
     return np.array([len(p.ids) for p in self.rows], np.int32)
 
   @property
   def columns(self) -> tuple[str, ...]:
-    """Names of the columns that every row has, sorted."""
+    """The names of the columns that every row has, sorted."""
     return tuple(sorted(set.intersection(*(set(p.columns) for p in self.rows))))
 
 
@@ -115,16 +120,16 @@ class _Reader:
       self._too_long(len(ids), at)
       return
     columns, line = self._columns(row, found, ids)
-    said = list(found.asked.messages) if isinstance(found.asked, Chat) else found.asked
-    self.rows.append(Prompt(ids, columns, place, said))
+    text = list(found.asked.messages) if isinstance(found.asked, Chat) else found.asked
+    self.rows.append(Prompt(ids, columns, place, text))
     self._digest.update(line.encode() + b'\n')
 
   def _encode(self, asked: Chat | str) -> tuple[list[int], str | None]:
-    """(ids, why the template does not show all of it)."""
+    """Returns (ids, reason why the template does not render all of it, or None)."""
     try:
       return encode.encode_prompt(asked, self._tokenizer), None
     except ValueError as error:
-      # What the template refuses altogether it refuses again; what it leaves out is another policy.
+      # A conversation that the template refuses raises again; content that it drops does not.
       return encode.encode_prompt(asked, self._tokenizer, on_unrendered='warn'), str(error)
 
   def _too_long(self, tokens: int, at: tuple[int, int]) -> None:
@@ -132,7 +137,7 @@ class _Reader:
       self.dropped += 1
       return
     self.refused.add(
-      f'a prompt of {tokens} tokens leaves no room: {self._room} tokens beside rollout.max_tokens; '
+      f'a prompt of {tokens} tokens, and rollout.max_tokens leaves {self._room} of seq_len; '
       "raise seq_len or set data.on_overlength='drop'",
       at,
     )
@@ -140,7 +145,7 @@ class _Reader:
   def _columns(
     self, row: sources.Row, found: prompt_rows.Prompt, ids: list[int]
   ) -> tuple[dict[str, Any], str]:
-    """(columns for the rewards, the line of the fingerprint)."""
+    """Returns (columns for the rewards, line of the fingerprint)."""
     columns = {
       k: v for k, v in row.items() if (k not in found.read and k != 'prompt') or k in _KEPT
     }
@@ -148,7 +153,7 @@ class _Reader:
       columns.setdefault('answer', found.answer)
     try:
       return columns, json.dumps([ids, columns], sort_keys=True)
-    except (TypeError, ValueError):  # bytes of an image, say
+    except (TypeError, ValueError):  # for example bytes of an image
       good = {k: v for k, v in columns.items() if strict_json.is_json(v)}
       self.unread |= columns.keys() - good.keys()
       return good, json.dumps([ids, good], sort_keys=True)
@@ -179,21 +184,21 @@ def read(
   on_bad_row: str = 'error',
   on_unrendered: str = 'error',
 ) -> Prompts:
-  """All prompts of a source.
+  """Reads all prompts of a source.
 
   Args:
     spec: a source; formats other than those of PROMPT_KEYS are refused.
-    tokenizer: with a template where there are messages.
-    room: tokens that a prompt may have.
+    tokenizer: the tokenizer, with a template where there are messages.
+    room: the most tokens of a prompt.
     on_overlength: 'error' or 'drop'.
-    limit: most rows that are read; None: all.
-    on_bad_row: what becomes of rows that cannot be used: 'error', or 'drop', counted and listed.
-    on_unrendered: what becomes of rows whose content the template does not show: 'error', or 'warn'
-      to use the rest of them, counted.
+    limit: the most rows to read; None: all.
+    on_bad_row: policy for unusable rows: 'error', or 'drop', counted and listed.
+    on_unrendered: policy for rows with content that the template does not render: 'error', or
+      'warn' to use the rest of them, counted.
 
   Raises:
-    ConfigError: another policy, or a format that holds no prompts.
-    DataError: rows that cannot be used, by reason, file and line; no prompt left.
+    ConfigError: another policy, or a format without prompts.
+    DataError: unusable rows, by reason, file and line; no prompt left.
   """
   policies = {
     'on_overlength': on_overlength, 'on_bad_row': on_bad_row, 'on_unrendered': on_unrendered
@@ -235,7 +240,7 @@ def read(
 
 
 def _log(found: Prompts) -> None:
-  """Says what of the source's rows reaches the rewards, and what was left out."""
+  """Logs which columns reach the rewards, and which rows were left out."""
   log.info('%s: columns for rewards: %s', found.name, ', '.join(found.columns) or 'none')
   if found.unread:
     log.warning('%s: columns not read: %s', found.name, ', '.join(found.unread))

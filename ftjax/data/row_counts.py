@@ -1,4 +1,4 @@
-"""What became of a source's rows, and when that is nothing to train on."""
+"""Counts the used, changed and dropped rows of a source, and refuses sources without examples."""
 
 import dataclasses
 import re
@@ -7,12 +7,12 @@ from typing import Any
 
 from ftjax.runtime.errors import DataError
 
-_MIN_SUPERVISED = 0.001  # share of tokens below which a mask is taken for a mistake
-_MAX_REASONS = 100  # different reasons kept; more are counted together
+_MIN_SUPERVISED = 0.001  # fraction of tokens below which a mask is an error
+_MAX_REASONS = 100  # different reasons that are kept; others are counted together
 _MAX_LISTED = 20  # of them in one message
 _MAX_PLACES = 3  # first rows listed with each reason
-# Examples out of one row, from which on the row is reported: a template that rewrites history makes
-# one of every assistant turn, and their tokens grow with the square of the turns.
+# A row with so many examples is reported: a template that rewrites history makes one example of
+# every assistant turn, and their tokens grow with the square of the turns.
 MANY_EXAMPLES = 32
 
 _NUMBER = re.compile(r'\d+')
@@ -20,13 +20,13 @@ _OTHER = 'other reasons'
 
 
 class Reasons:
-  """Rows by why they were refused or left out; reasons that differ in numbers only count as one.
+  """Counts refused or dropped rows by reason; reasons that differ only in numbers count as one.
 
   Memory is bounded: `_MAX_REASONS` reasons with `_MAX_PLACES` places each.
   """
 
   def __init__(self, found: Iterable[Mapping[str, Any]] = ()):
-    """Takes what `as_list` gave."""
+    """Starts with a result of `as_list`."""
     self._found: dict[str, dict[str, Any]] = {}
     for entry in found:
       self._add(entry['reason'], entry['places'], entry['rows'])
@@ -44,26 +44,26 @@ class Reasons:
     entry['places'] += [list(p) for p in places[: _MAX_PLACES - len(entry['places'])]]
 
   def update(self, other: 'Reasons') -> None:
-    """Adds those of later rows."""
+    """Adds the reasons of later rows."""
     for entry in other.as_list():
       self._add(entry['reason'], entry['places'], entry['rows'])
 
   def as_list(self) -> list[dict[str, Any]]:
-    """[{'reason': text of the first row, 'rows': count, 'places': first (file number, line)}]."""
+    """Returns [{'reason': text, 'rows': count, 'places': first (file number, line) pairs}]."""
     return list(self._found.values())
 
   @property
   def rows(self) -> int:
-    """All rows counted."""
+    """The number of rows."""
     return sum(entry['rows'] for entry in self._found.values())
 
 
 def listing(reasons: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-  """One indented line for each reason: its first row, the text, how many rows, further places.
+  """Returns one indented line per reason: its first row, the text, number of rows, other places.
 
   Args:
     reasons: `Reasons.as_list()`, also as read from JSON.
-    names: of the source's files.
+    names: the source's files.
   """
   lines = []
   for entry in reasons[:_MAX_LISTED]:
@@ -82,11 +82,11 @@ def listing(reasons: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 @dataclasses.dataclass
 class Counts:
-  """What became of a source's rows. Examples and tokens are those kept.
+  """Counts of a source's rows. Examples and tokens are those kept.
 
-  `bad_reasons`, `unrendered_fields` and `unread_columns` (those that the reader of the format does
-  not look at) are lists as of `Reasons.as_list`. `largest` is the row that became most examples,
-  {'place': [file number, line], 'examples': n, 'tokens': n}; {} where no row became more than one.
+  `bad_reasons`, `unrendered_fields` and `unread_columns` (those that the row format does not read)
+  are lists as of `Reasons.as_list`. `largest` is the row with the most examples, {'place': [file
+  number, line], 'examples': n, 'tokens': n}; {} where no row has more than one.
   """
 
   rows: int = 0
@@ -98,20 +98,20 @@ class Counts:
   unsupervised: int = 0  # shortened until nothing supervised was left, and dropped
   chosen_over: int = 0  # of pairs over seq_len: sides longer than half a row
   rejected_over: int = 0
-  boundary_tokens: int = 0  # tokens on a border of prompt and answer
+  boundary_tokens: int = 0  # tokens that span the border of prompt and answer
   chat_tokens: int = 0
   chat_supervised: int = 0
   chat_examples: int = 0
-  bad: int = 0  # rows that cannot be used, left out by data.on_bad_row='drop'
+  bad: int = 0  # unusable rows, left out by data.on_bad_row='drop'
   identical: int = 0  # pairs whose two sides are the same tokens, left out
-  unrendered: int = 0  # rows with content that the template does not show, kept by 'warn'
+  unrendered: int = 0  # rows with content that the template does not render, kept by 'warn'
   bad_reasons: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   unrendered_fields: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   unread_columns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   largest: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def update(self, later: 'Counts') -> None:
-    """Adds the counts of the rows that follow."""
+    """Adds the counts of later rows."""
     for field in dataclasses.fields(self):
       mine, other = getattr(self, field.name), getattr(later, field.name)
       if isinstance(mine, int):
@@ -123,18 +123,18 @@ class Counts:
     self.see_row(later.largest)
 
   def see_row(self, row: dict[str, Any]) -> None:
-    """Remembers the row that became most examples; the first one of equals."""
+    """Stores the row with the most examples; the first one of equals."""
     if row.get('examples', 1) > self.largest.get('examples', 1):
       self.largest = row
 
 
 def notes(name: str, counts: Counts, names: Sequence[str]) -> list[str]:
-  """Returns what a user should know of a source: rows left out or changed, with reasons, places.
+  """Returns messages about rows that were left out or changed, with reasons and places.
 
   Args:
-    name: of the source.
-    counts: of all its rows.
-    names: of its files.
+    name: the source's name.
+    counts: the counts of all its rows.
+    names: its files.
   """
   out = []
   if counts.bad:
@@ -175,7 +175,7 @@ def notes(name: str, counts: Counts, names: Sequence[str]) -> list[str]:
 
 
 def check(name: str, counts: Counts, loss_on: str) -> None:
-  """Raises DataError for a corpus that would train on nothing, or whose mask is no mask."""
+  """Raises DataError for a corpus without examples, or whose mask covers nothing or everything."""
   if not counts.rows:
     raise DataError(f'{name}: no row in it')
   if not counts.examples:

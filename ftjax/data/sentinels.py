@@ -1,8 +1,8 @@
-"""Which places of a conversation its rendering contains, found with sentinels.
+"""Finds out with sentinels which content of a conversation its rendering contains.
 
 Every text, number and name of a conversation is replaced by a unique word of nine letters (numbers
-by unique numbers); what does not come out of the template is not rendered. What depends on a
-conversation's form alone is looked up by its shape, so that a data set pays once per shape.
+by unique numbers); a sentinel that is missing from the output is not rendered. Results depend on
+the shape of a conversation alone, so that a data set needs one rendering per shape.
 
 `dialect.py` renders sentinel conversations and keeps the results, `spans.py` uses them.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from ftjax.runtime import strict_json
 
-# Keys of a message that say how it is kept, not what it says.
+# Keys of a message with metadata, not content.
 BOOKKEEPING = frozenset(
   (
     *('role', 'type', 'id', 'index', 'weight', 'tool_call_id', 'call_id', 'uuid', 'message_id'),
@@ -24,9 +24,9 @@ BOOKKEEPING = frozenset(
   )
 )
 REASONING = ('reasoning_content', 'reasoning', 'thinking')
-# Of JSON schemas: what stands for a structure that sentinels would break.
+# Keys of JSON schemas whose values sentinels would break.
 _SCHEMA_KEPT = frozenset({'type', 'required', '$ref', '$schema', '$id'})
-# Texts that split reasoning from an answer; a sentinel keeps them where they stand.
+# Texts that separate reasoning from an answer; sentinels keep them.
 THINK_TAGS = ('<think>', '</think>', '<thinking>', '</thinking>', '[THINK]', '[/THINK]')
 
 Path = tuple[str | int, ...]
@@ -34,7 +34,7 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Nth:
-  """A key of an object whose names are the row's own, by its position."""
+  """A key by its position, in an object whose keys are content."""
 
   i: int
 
@@ -46,14 +46,14 @@ def tag_pattern(tags: Sequence[str]) -> re.Pattern:
 
 
 def text_shape(text: str, tags: re.Pattern) -> Any:
-  """Returns what matters of a text's form: blank or not, and its tags in order."""
+  """Returns the form of a text: blank or not, and its tags in order."""
   if tags.search(text) is None:
     return 'x' if text.strip() else text
   return tuple(p if i % 2 or not p.strip() else 'x' for i, p in enumerate(tags.split(text)))
 
 
 def _shape(value: Any, tags: re.Pattern, free: bool = False, schema: bool = False) -> Any:
-  """A value with its texts and numbers taken out; `free`: names of its keys are the row's own."""
+  """Returns the form of a value, without texts and numbers; `free`: its keys are content."""
   if isinstance(value, str):
     return text_shape(value, tags)
   if isinstance(value, bool) or value is None:
@@ -75,7 +75,7 @@ def _shape(value: Any, tags: re.Pattern, free: bool = False, schema: bool = Fals
 
 
 def message_shape(message: Mapping[str, Any], tags: re.Pattern) -> Any:
-  """Returns a message's form: hashable, equal for messages that a template treats alike."""
+  """Returns the form of a message: hashable, equal for messages that templates treat alike."""
   content = message.get('content')
   if len(message) == 2 and isinstance(content, str):  # role and content: most messages
     return message['role'], text_shape(content, tags)
@@ -84,12 +84,12 @@ def message_shape(message: Mapping[str, Any], tags: re.Pattern) -> Any:
 
 
 def tools_shape(tools: Sequence[Mapping], tags: re.Pattern) -> Any:
-  """Returns the form of the functions that a row offers."""
+  """Returns the form of a row's functions."""
   return _shape(list(tools), tags, schema=True)
 
 
 def ids_shape(messages: Sequence[Mapping[str, Any]]) -> Any:
-  """Returns which ids of tool calls are equal, and how long each is."""
+  """Returns which ids of tool calls are equal, and the length of each."""
   seen: dict[str, int] = {}
   found = []
   for message in messages:
@@ -104,11 +104,11 @@ def ids_shape(messages: Sequence[Mapping[str, Any]]) -> Any:
 
 
 class Sentinels:
-  """A conversation with a sentinel in every place that holds content.
+  """A conversation with its content replaced by sentinels.
 
   Attributes:
     messages, tools: the conversation.
-    places: (path, sentinel) of each place; a path begins with 'messages' or 'tools'.
+    places: (path, sentinel) pairs; a path begins with 'messages' or 'tools'.
   """
 
   def __init__(
@@ -167,11 +167,11 @@ class Sentinels:
     if isinstance(value, str):  # JSON as text
       try:
         found = as_object(value)
-      except ValueError:  # as it stands, where a template renders text
+      except ValueError:  # left to templates that render text
         found = None
       if found is None:
         return self._text(value, path)
-      # Places inside the text have no path of their own.
+      # Values inside the text have no path of their own.
       start = len(self.places)
       written = json.dumps(self._value(found, path, free=True))
       self.places[start:] = [(path, sentinel) for _, sentinel in self.places[start:]]
@@ -204,7 +204,7 @@ class Sentinels:
     return found
 
   def _schema(self, value: Any, path: Path, names: Mapping[str, str]) -> Any:
-    """`names`: sentinels of the properties beside a list of required ones."""
+    """Replaces the content of a schema; `names`: sentinels of the properties of its parent."""
     if isinstance(value, list | tuple):
       return [self._schema(v, (*path, i), names) for i, v in enumerate(value)]
     if not isinstance(value, Mapping):
@@ -233,10 +233,10 @@ class Sentinels:
 
 
 def as_object(text: str) -> dict | None:
-  """Returns the object that a text holds as JSON; of an empty text the empty one; else None.
+  """Returns the object of a JSON text, {} for an empty text; None where it is no object.
 
   Raises:
-    ValueError: a key that is there twice, of which JSON readers keep one.
+    ValueError: a repeated key, of which JSON readers keep one value.
   """
   if not text.strip():
     return {}
@@ -252,7 +252,7 @@ def as_object(text: str) -> dict | None:
 def name_place(
   path: Path, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None
 ) -> str:
-  """Returns a path as messages write it: 'messages[1].tool_calls[0].function.arguments.city'."""
+  """Returns a path as text: 'messages[1].tool_calls[0].function.arguments.city'."""
   here: Any = {'messages': messages, 'tools': tools}
   name = ''
   for step in path:
@@ -270,7 +270,7 @@ _CONTAINER = re.compile(r'messages\[\d+\]\.[^.\[]+|tools\[\d+\]')
 
 
 def list_places(places: Sequence[str]) -> str:
-  """Returns places for a message; many of them by the key of the message, or the tool, alone."""
+  """Returns paths as text, shortened to the key of the message, or the tool, if there are many."""
   if len(places) > _MOST_LISTED:
     places = list(dict.fromkeys(_CONTAINER.match(p).group() for p in places))
   more = f' and {len(places) - 8} more' if len(places) > 8 else ''
@@ -280,7 +280,7 @@ def list_places(places: Sequence[str]) -> str:
 def find_value(
   path: Path, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping] | None
 ) -> Any:
-  """Returns what stands at a path."""
+  """Returns the value at a path."""
   here: Any = {'messages': messages, 'tools': tools}
   for step in path:
     here = here[list(here)[step.i] if isinstance(step, Nth) else step]
@@ -288,9 +288,9 @@ def find_value(
 
 
 def lost_words(text: str, rendered: str, tags: re.Pattern) -> list[str]:
-  """Returns the words of a text that its rendering lacks, however it escapes them.
+  """Returns the words of a text that its rendering contains in no escaped form.
 
-  Words that hold a tag are left out: templates take these off on purpose.
+  Words with a tag are skipped: templates remove tags on purpose.
   """
   if text.strip() in rendered:
     return []

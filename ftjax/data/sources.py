@@ -21,8 +21,10 @@ _TEXT_FORMATS = ('text', 'lines')
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """One entry of data.train or data.eval: a path or hub name, its row format and its share of
-  rows."""
+  """Holds one entry of data.train or data.eval.
+
+  path: of files, or a hub name. format: of the rows; None detects it. weight: share of rows.
+  """
 
   path: str
   format: str | None = None

@@ -1,13 +1,13 @@
-"""Rendered conversations with the character spans that the assistant is to learn.
+"""Renders conversations and finds the character spans of the assistant turns.
 
-For an assistant turn k the span begins where the generation prompt after messages[:k] ends and ends
-where messages[:k+1] ends. One rendering of the whole conversation, traced, proposes all spans; they
-count where rendered prefixes agree: of a short conversation for its form, once (`Dialect.form`), of
-a long one for turns of each kind and for some between them, so that the work stays linear. Else
-every prefix is rendered; and where a template rewrites history (drops earlier reasoning, say), so
-that prefixes do not hold, every supervised turn becomes a piece of its own, as it would be sampled.
+The span of assistant turn k begins at the end of the generation prompt after messages[:k] and ends
+at the end of messages[:k+1]. One traced rendering of the whole conversation proposes all spans, and
+rendered prefixes confirm them: once per form for short conversations (`Dialect.form`), for turns of
+each kind and some others in long ones, so that the work stays linear. Otherwise every prefix is
+rendered. A template that rewrites history (drops earlier reasoning, for example) renders no
+prefixes of the whole; every supervised turn is then a piece of its own, as it would be sampled.
 
-`encode.py` turns pieces into tokens and masks.
+`encode.py` tokenizes the pieces and computes the masks.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ _MOST_CHECKED = (
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A rendered text and what is supervised of it.
+  """A rendered text with its supervised spans.
 
   Attributes:
     text: the rendering.
-    spans: (start, end) characters that are the assistant's.
+    spans: (start, end) characters of the assistant's turns.
     cut: whether spans end at a stop token.
-    head: characters up to the end of the system turn; 0 where there is none, or where it is not
-      known to stand alone.
+    head: characters up to the end of the system turn; 0 where there is none, or where its end is
+      not known.
   """
 
   text: str
@@ -45,14 +45,14 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-  """pieces: of one row. unrendered: places of the row that they do not contain."""
+  """pieces: those of one row. unrendered: paths of the row's content that they do not contain."""
 
   pieces: tuple[Piece, ...]
   unrendered: tuple[str, ...]
 
 
 def turns(example: Chat, loss_on: str) -> list[int]:
-  """Returns indices of the assistant messages to be supervised.
+  """Returns the indices of the assistant messages to supervise.
 
   Raises:
     ValueError: there is none.
@@ -74,7 +74,7 @@ def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
     loss_on: 'assistant', 'completion' or 'all'; see `encode.encode`.
 
   Raises:
-    ValueError: the template refuses the conversation, or renders it in a way that shows no turns.
+    ValueError: the template refuses the conversation, or the turns cannot be found in its output.
   """
   own = dialect.of(tokenizer, example.template_kwargs)
   messages, tools = own.translate(example.messages, example.tools)
@@ -92,12 +92,12 @@ def pieces(example: Chat, tokenizer: Tokenizer, loss_on: str) -> Rendered:
 
 
 def with_places(reason: str, places: Sequence[str]) -> str:
-  """Returns a reason that also names the places of a row that are not rendered."""
+  """Returns a reason that also names the content of a row that is not rendered."""
   return f'{reason}. It does not render {sentinels.list_places(places)}' if places else reason
 
 
 def prompt(example: Chat, tokenizer: Tokenizer) -> tuple[str, tuple[str, ...]]:
-  """Renders what the assistant answers next: (text, places that it does not contain).
+  """Renders the prompt of the assistant's next turn: (text, paths that it does not contain).
 
   Raises:
     ValueError: the template refuses the conversation.
@@ -130,18 +130,20 @@ class _View:
       raise
 
   def _opens(self, k: int) -> bool:
-    """Whether nobody but the system comes before message k."""
+    """Returns whether only system and developer messages precede message k."""
     return all(m['role'] in ('system', 'developer') for m in self._messages[:k])
 
   def _user_first(self, k: int) -> str:
     return (
-      f'{self._dialect.name}: messages[{k}] is an assistant message, and this template wants a '
+      f'{self._dialect.name}: messages[{k}] is an assistant message, and this template expects a '
       'user turn first; begin the row with a system or user message'
     )
 
   def pieces(self, wanted: Sequence[int]) -> list[Piece]:
-    """One piece where the turns stand in the whole rendering as they would be sampled, else one per
-    turn, rendered as if nothing followed."""
+    """Returns one piece where the rendered prefixes are prefixes of the whole rendering.
+
+    Else one piece per turn, rendered without the messages after it.
+    """
     found = self._proposed(wanted)
     if found is None:
       exact = [self._exact(k) for k in wanted]
@@ -176,9 +178,11 @@ class _View:
     )
 
   def _traced_start(self, k: int, before: str, whole: str) -> int | None:
-    """Where turn k begins though its prompt is no prefix: of a template that renders what stands
-    before a turn otherwise once the turn follows (without a line break, say), and opens the turn
-    itself in the same way."""
+    """Returns the start of turn k where its prompt is no prefix, or None.
+
+    So for a template that renders earlier text differently once the turn follows (without a line
+    break, for example), but opens the turn in the same way.
+    """
     messages, tools = self._messages, self._tools
     start = self._dialect.trace(messages[: k + 1], tools).starts[k]
     opening = self._dialect.opening(messages[:k], tools, before)
@@ -189,7 +193,7 @@ class _View:
     return start if known else None
 
   def _proposed(self, wanted: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
-    """Spans as the trace proposes them, where what was checked confirms each; else None."""
+    """Returns the spans of the trace where rendered prefixes confirm each; else None."""
     short = len(self._messages) <= dialect.SHORT
     opens = dict(enumerate(self._form.prompts)) if short else self._checked(wanted)
     if opens is None:
@@ -203,7 +207,7 @@ class _View:
       if begin > end or not self.text.startswith(opens[k], start):
         return None
       if not self._holds_message(k, begin, end):
-        # What the template changes in a message it may also move to another place.
+        # A template that changes a message may also move it.
         extra += 1
         if extra > _MOST_CHECKED or not opens[k] or self._check(k) != opens[k]:
           return None
@@ -214,8 +218,11 @@ class _View:
     return self._dialect.check_turn(self._messages, self._tools, self._traced, k)
 
   def _checked(self, wanted: Sequence[int]) -> dict[int, str] | None:
-    """Per turn the text that opens it, rendered as prefixes for some turns: the first of each kind,
-    the last, and some in geometric distance."""
+    """Returns the text that opens each turn, or None.
+
+    Prefixes are rendered for some turns: the first of each kind, the last, and some at geometric
+    distances.
+    """
     last = len(wanted) - 1
     chosen, at = {wanted[last]}, last
     while at:
@@ -231,7 +238,7 @@ class _View:
     return {k: opens[kind] for k, kind in kinds.items()}
 
   def _kind(self, k: int) -> Any:
-    """What a template may tell turn k by: its keys, and those of its neighbours."""
+    """Returns the features of turn k that a template may depend on: its and its neighbors' keys."""
     neighbours = self._messages[max(k - 1, 0) : k + 2]
     tags = self._dialect.tags
     return (
@@ -248,7 +255,7 @@ class _View:
     )
 
   def _holds_message(self, k: int, start: int, end: int, text: str | None = None) -> bool:
-    """Whether the texts of message k stand in a part of the rendering as they are."""
+    """Returns whether a part of the rendering contains the texts of message k unchanged."""
     message, text = self._messages[k], self.text if text is None else text
     for key in ('content', *sentinels.REASONING):
       value = message.get(key)
@@ -261,7 +268,7 @@ class _View:
     return True
 
   def head(self, most: int, text: str | None = None) -> int:
-    """Characters up to the end of the system turn, at most `most`; 0 where that is not known."""
+    """Returns the characters up to the end of the system turn; 0 if unknown or above `most`."""
     first = next(
       (i for i, m in enumerate(self._messages) if m['role'] not in ('system', 'developer')), 0
     )
@@ -274,7 +281,7 @@ class _View:
     return end if all(isinstance(c, str) and c.strip() in self.text[:end] for c in contents) else 0
 
   def unrendered(self, others: Sequence[str]) -> tuple[str, ...]:
-    """Places of content that neither the rendering nor one of the `others` contains."""
+    """Returns the paths of content that neither the rendering nor one of `others` contains."""
     texts = [self.text, *others]
     paths = list(self._form.missing)
     messages, tools = self._messages, self._tools
@@ -289,8 +296,10 @@ class _View:
     return tuple(dict.fromkeys(names))
 
   def _cut_texts(self, texts: Sequence[str], known: set[Any]) -> Iterator[sentinels.Path]:
-    """Contents of which a part is lost though contents of this form are rendered: a template that
-    cuts, or shows only certain values."""
+    """Yields the paths of texts of which a part is lost although texts of this form are rendered.
+
+    So for a template that truncates, or renders only certain values.
+    """
     at = 0
     for k, message in enumerate(self._messages):
       if k in known or k in self._form.dropped:

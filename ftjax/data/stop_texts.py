@@ -1,6 +1,4 @@
-"""Texts that end a completion: whether they can occur at all, which of them are single special
-tokens, and what of a completion stands before them. `completion.stops` looks for them.
-"""
+"""Checks texts that end a completion, converts them to token ids, and cuts completions at them."""
 
 from collections.abc import Sequence
 
@@ -9,13 +7,13 @@ from ftjax.runtime.errors import ConfigError
 
 
 def check(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, key: str) -> None:
-  """Refuses texts that no completion can contain.
+  """Checks that completions can contain the texts.
 
   Args:
-    texts: that end a completion.
-    tokenizer: of the model.
-    max_tokens: longest completion.
-    key: names the setting in messages: 'rollout.stop' or '--stop'.
+    texts: the texts that end a completion.
+    tokenizer: the model's tokenizer.
+    max_tokens: the length of the longest completion.
+    key: the name of the setting in messages: 'rollout.stop' or '--stop'.
 
   Raises:
     ConfigError: a text that is empty, that has a character which no token of the vocabulary can
@@ -43,7 +41,7 @@ def _tokens(tokenizer: Tokenizer) -> list[str]:
 
 
 def _unproducible(text: str, tokenizer: Tokenizer) -> str:
-  """Returns the first character of a text that no token holds; '' without one."""
+  """Returns the first character of a text that no token contains; '' without one."""
   # Decoding may strip a space at either end.
   ids = tokenizer.encode(f'a{text}a')
   if text in tokenizer.decode(ids, skip_special=False):
@@ -57,21 +55,23 @@ def _unproducible(text: str, tokenizer: Tokenizer) -> str:
 
 
 def token_ids(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
-  """Returns the ids of those texts that are one special token each: these end a completion on the
-  device, as the model's own stop tokens do.
+  """Returns the ids of texts that are one special token each.
+
+  These end a completion on the device, as the model's own stop tokens.
   """
   found = [tokenizer.encode(text) for text in texts]
   return tuple(ids[0] for ids in found if len(ids) == 1 and ids[0] in tokenizer.special_ids)
 
 
 def text_before(ids: Sequence[int], texts: Sequence[str], tokenizer: Tokenizer) -> str:
-  """Returns the text of a completion up to the first of `texts`, which may be special tokens;
-  without any of them the whole. Other special tokens are left out.
+  """Returns the text of a completion before the first of `texts`, or the whole without one.
+
+  `texts` may be special tokens; other special tokens are removed.
   """
   whole = tokenizer.decode(ids, skip_special=False)
   if not any(text in whole for text in texts):
     return tokenizer.decode(ids)
-  # The fewest tokens that hold a stop text: each token more keeps what was there.
+  # The smallest number of tokens whose text has a stop text.
   low, high = 0, len(ids)
   while high - low > 1:
     middle = (low + high) // 2

@@ -1,9 +1,10 @@
-"""Rows and a tokenizer made on the spot, so that every algorithm can be tried from nothing.
+"""Generates synthetic rows and a byte tokenizer, so that every algorithm runs without files.
 
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
-wrong answer to each, 'labels:N' one of the two with the label that says which, 'scores:N' with its
-distance from the right one. 'sums:N:BELOW', and likewise the others, takes terms below BELOW in
-place of 100. The tokenizer has one token a byte and a ChatML template."""
+wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
+distance from the right one. 'sums:N:BELOW', and likewise the others, has terms below BELOW instead
+of 100. The tokenizer has one token a byte and a ChatML template.
+"""
 
 import dataclasses
 import json
@@ -15,7 +16,7 @@ from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files
 
 _SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
-BELOW = 100  # terms of the sums, unless a source says less
+BELOW = 100  # upper bound of the terms, unless the source has a smaller one
 VOCAB_SIZE = 256 + len(_SPECIAL)
 _TEMPLATE = (
   "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -25,11 +26,10 @@ _TEMPLATE = (
 
 
 def sums(count: int, below: int = BELOW) -> list[dict]:
-  """Returns `count` conversations about a + b with 0 <= a, b < below, all different, in a fixed
-  order.
+  """Returns `count` different conversations about a + b, 0 <= a, b < below, in a fixed order.
 
   Raises:
-    ConfigError: there are not so many.
+    ConfigError: there are fewer.
   """
   if not 0 < below <= BELOW:
     raise ConfigError(
@@ -41,7 +41,7 @@ def sums(count: int, below: int = BELOW) -> list[dict]:
   )
   if not 0 < count <= len(pairs):
     raise ConfigError(
-      f'{count} made rows; expected 1 to {len(pairs)} with terms below {below}, as in '
+      f'{count} synthetic rows; expected 1 to {len(pairs)} with terms below {below}, as in '
       'data.train=sums:400'
     )
   return [
@@ -55,9 +55,10 @@ def sums(count: int, below: int = BELOW) -> list[dict]:
   ]
 
 
-def _judged(kind: str, count: int, below: int) -> list[dict]:
-  """The rows of `sums` with wrong, vague answers beside the right ones, or in place of every other
-  one. A model that knows no sums can tell them by their first word.
+def _labeled(kind: str, count: int, below: int) -> list[dict]:
+  """Returns the rows of `sums` with wrong answers, as pairs or instead of every other right one.
+
+  A wrong answer begins with 'about', so that a model can learn the preference without addition.
   """
   rows = []
   for i, row in enumerate(sums(count, below)):
@@ -74,25 +75,26 @@ def _judged(kind: str, count: int, below: int) -> list[dict]:
 
 
 def resolve(spec: Spec, folder: str) -> Spec:
-  """A source that names made rows becomes a file of them in `folder` (for gs://: in its mirror on
-  this machine); others pass.
+  """Writes the rows of a synthetic source to a file in `folder`, and returns the file as source.
+
+  For gs:// the file is in the local mirror of the folder. Other sources are returned unchanged.
   """
   kind, *sizes = spec.path.split(':')
-  is_made = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
-  if not is_made or not all(size.isdigit() for size in sizes):
+  is_synthetic = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
+  if not is_synthetic or not all(size.isdigit() for size in sizes):
     return spec
   count, below = [*map(int, sizes), BELOW][:2]
   name = f'{kind}-{count}' if below == BELOW else f'{kind}-{count}-below-{below}'
   path = files.local_mirror(folder) / f'{name}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
-  rows = sums(count, below) if kind == 'sums' else _judged(kind, count, below)
+  rows = sums(count, below) if kind == 'sums' else _labeled(kind, count, below)
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   return dataclasses.replace(spec, path=str(path))
 
 
 def byte_tokenizer() -> dict[str, bytes]:
-  """Files of a tokenizer with a token for each byte and three special ones."""
-  # ByteLevel shows every byte as one printable character; its alphabet in a fixed order is the
+  """Returns the files of a tokenizer with a token for each byte and three special ones."""
+  # ByteLevel writes every byte as one printable character; its alphabet in a fixed order is the
   # vocabulary.
   vocab = {s: i for i, s in enumerate(_SPECIAL)}
   vocab |= {c: len(_SPECIAL) + i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

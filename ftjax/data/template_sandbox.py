@@ -1,4 +1,4 @@
-"""The jinja2 environment that renders chat templates, with limits on time and memory.
+"""Defines the jinja2 environment of chat templates, with limits on time and memory.
 
 A template comes with a model that a stranger published. jinja2's ImmutableSandboxedEnvironment
 refuses underscore attributes and changes of the values that it is given. This file adds a deadline
@@ -58,7 +58,7 @@ class Rendering:
     self.marks: list[tuple[int, int, int]] = []
     self.index_marks: list[tuple[int, int, int]] = []
 
-  def charge(self, size: int = 0) -> None:
+  def count(self, size: int = 0) -> None:
     """Counts one step that makes `size` characters or items. Raises OverLimit."""
     self._steps += 1
     self._made += size + 1
@@ -69,7 +69,7 @@ class Rendering:
 
   def turn(self, loop: int, target: Any) -> None:
     """Counts a turn of loop number `loop`, for the item `target`."""
-    self.charge()
+    self.count()
     if self._index_of:
       index = self._index_of.get(id(target))
       if index is not None:
@@ -89,15 +89,15 @@ def _size(value: Any) -> int:
 
 
 def _text_size(value: Any) -> int:
-  """Charges for the text of a value, and returns the characters and items that it has at least.
+  """Counts the text of a value, and returns the characters and items that it has at least.
 
   A list that occurs twice counts twice.
   """
-  charge, total, stack = CURRENT.get().charge, 0, [value]
+  count, total, stack = CURRENT.get().count, 0, [value]
   while stack:
     item = stack.pop()
     size = len(item) if isinstance(item, (*_SIZED, range)) else 0
-    charge(size)
+    count(size)
     total += size
     if isinstance(item, list | tuple | dict):
       stack.extend(item)
@@ -106,30 +106,30 @@ def _text_size(value: Any) -> int:
   return total
 
 
-def _charge_text(value: Any) -> Any:
-  """Charges for the text of a value, and returns the value."""
+def _count_text(value: Any) -> Any:
+  """Counts the text of a value, and returns the value."""
   if type(value) is str:
-    CURRENT.get().charge(len(value))
+    CURRENT.get().count(len(value))
   else:
     _text_size(value)
   return value
 
 
-def _charged(value: Any) -> Any:
-  CURRENT.get().charge(_size(value))
+def _counted(value: Any) -> Any:
+  CURRENT.get().count(_size(value))
   return value
 
 
 def _concat(*parts: Any) -> str:
-  return ''.join([str(_charge_text(p)) for p in parts])
+  return ''.join([str(_count_text(p)) for p in parts])
 
 
 @jinja2.pass_environment
 def _join(environment, value, d='', attribute=None) -> str:
   if attribute is not None:
     value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
-  items = [str(_charge_text(v)) for v in value]
-  CURRENT.get().charge(len(d) * len(items))
+  items = [str(_count_text(v)) for v in value]
+  CURRENT.get().count(len(d) * len(items))
   return d.join(items)
 
 
@@ -205,7 +205,7 @@ _DICT_NAMES = frozenset(dir(dict))  # which jinja finds before a dict's own keys
 
 
 def _bounded(name: str, filter_fn: Callable) -> Callable:
-  """Returns the filter with its arguments and its result charged."""
+  """Returns the filter with its arguments and its result counted."""
   growth = GROWTH.get(name)
   # jinja passes the environment or context as the first argument to those that ask for it.
   first = 0 if getattr(filter_fn, 'jinja_pass_arg', None) is None else 1
@@ -213,10 +213,10 @@ def _bounded(name: str, filter_fn: Callable) -> Callable:
   @functools.wraps(filter_fn)  # keeps jinja_pass_arg
   def bounded(*args, **kwargs):
     if name in _TEXT_FILTERS:
-      _charge_text(args[first])
+      _count_text(args[first])
     if growth is not None:
-      CURRENT.get().charge(max(0, growth(*args[first:], **kwargs)))
-    return _charged(filter_fn(*args, **kwargs))
+      CURRENT.get().count(max(0, growth(*args[first:], **kwargs)))
+    return _counted(filter_fn(*args, **kwargs))
 
   return bounded
 
@@ -234,7 +234,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Meter(jinja2.visitor.NodeTransformer):
-  """Inserts calls that charge for loop turns, `~` and slices, where jinja calls nothing."""
+  """Inserts calls that count loop turns, `~` and slices, where jinja calls nothing."""
 
   loops = 0
 
@@ -255,7 +255,9 @@ class _Meter(jinja2.visitor.NodeTransformer):
     turn = self._call('count_turn', args, node.lineno)
     node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
     if node.test is not None:  # turns that the test skips count as well
-      node.test = nodes.And(self._call('count', [], node.lineno), node.test, lineno=node.lineno)
+      node.test = nodes.And(
+        self._call('count_step', [], node.lineno), node.test, lineno=node.lineno
+      )
     return node
 
   def visit_Concat(self, node):
@@ -276,8 +278,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   concat_values = staticmethod(_concat)
 
   @staticmethod
-  def count() -> bool:
-    CURRENT.get().charge()
+  def count_step() -> bool:
+    CURRENT.get().count()
     return True
 
   @staticmethod
@@ -286,18 +288,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
   @staticmethod
   def slice_value(value: Any, start, stop, step) -> Any:
-    return _charged(value[start:stop:step])
+    return _counted(value[start:stop:step])
 
   @staticmethod
   def concat(parts) -> str:
     """Joins the output of a macro or block; jinja calls it."""
     parts = list(parts)
-    CURRENT.get().charge(sum(map(len, parts)))
+    CURRENT.get().count(sum(map(len, parts)))
     return ''.join(parts)
 
   def call_binop(self, context, operator, left, right):
     if operator == '+' and type(left) is str and type(right) is str:
-      CURRENT.get().charge(len(left) + len(right))
+      CURRENT.get().count(len(left) + len(right))
       return left + right
     if operator == '%' and isinstance(left, str):
       size = _percent_size(left, right)
@@ -313,7 +315,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       size = _size(left) * right if _size(left) else _size(right) * left if _size(right) else 0
     else:
       size = 0
-    CURRENT.get().charge(max(0, size))
+    CURRENT.get().count(max(0, size))
     return super().call_binop(context, operator, left, right)
 
   def is_safe_attribute(self, obj, attr, value):
@@ -330,7 +332,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       return None
 
     def bounded(*args, **kwargs):
-      CURRENT.get().charge(_format_size(value.__self__, *args, **kwargs))
+      CURRENT.get().count(_format_size(value.__self__, *args, **kwargs))
       return inner(*args, **kwargs)
 
     return bounded
@@ -343,13 +345,13 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       if __obj.__name__ == 'join':
         return _join(__self, *args, d=owner, **given)
       growth = GROWTH.get(__obj.__name__)
-      CURRENT.get().charge(len(owner) + (max(0, growth(owner, *args, **given)) if growth else 0))
-    return _charged(super().call(__context, __obj, *args, **kwargs))
+      CURRENT.get().count(len(owner) + (max(0, growth(owner, *args, **given)) if growth else 0))
+    return _counted(super().call(__context, __obj, *args, **kwargs))
 
 
 @jinja2.pass_environment  # else jinja would compute constants while it compiles
 def _finalize(environment, value: Any) -> Any:
-  return _charge_text(value)
+  return _count_text(value)
 
 
 def _make_environment() -> _Environment:
@@ -372,7 +374,7 @@ ENVIRONMENT = _make_environment()
 
 
 def compile_template(source: str) -> jinja2.Template:
-  """Returns a template whose rendering charges the `Rendering` in `CURRENT`.
+  """Returns a template whose rendering is counted by the `Rendering` in `CURRENT`.
 
   Raises:
     jinja2.exceptions.TemplateError: it is no jinja.

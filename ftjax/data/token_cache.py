@@ -1,12 +1,10 @@
-"""Tokenized sources on disk: built once, keyed by everything that could change a token, read by
-memmap.
+"""Caches tokenized sources on disk, keyed by everything that could change a token, read by memmap.
 
-A cache folder is made beside its final name and renamed when it is whole, so that whatever carries
-the name is complete, also when several processes build at once: the first one wins, the others use
-its folder. What a killed process had finished of it is used by the next one (corpus_builder.py). A
-cache in a bucket has a mirror on each machine, which is what is read: a machine without it
-downloads what another one built, or builds it and uploads it. `schedule.py` orders the examples,
-`batches.py` reads them.
+A cache folder is built under a temporary name and renamed when it is complete, also when several
+processes build at once: the first one wins, the others use its folder. The finished blocks of a
+killed process are used by the next one (corpus_builder.py). A cache in a bucket is read through a
+local mirror: a machine without it downloads the folder, or builds and uploads it. `order.py` orders
+the examples, `batches.py` reads them.
 """
 
 import concurrent.futures
@@ -39,33 +37,32 @@ from ftjax.storage import files
 log = logging.getLogger(__name__)
 
 SCHEMA = 4  # raise it when the same rows would give other tokens, masks or files
-_MARK = 'meta.json'  # written last: a folder with it is whole
-_BUILDING = 'building-'  # begins the names of folders that are no caches yet
+_MARK = 'meta.json'  # written last: a folder with it is complete
+_BUILDING = 'building-'  # prefix of folders of unfinished caches
 _ABANDONED = 24 * 3600  # seconds
 _TRANSFERS = 8  # files at once
 
 
 class Corpus:
-  """Tokenized examples, or some of them; cheap to make and to pass on.
+  """Tokenized examples of a source, or a selection of them; cheap to create and to pass on.
 
   Attributes:
-    name: of the source, for messages.
+    name: the source's name, for messages.
     lengths: int32[n], tokens of each example.
-    shape: what an example is: 'text', or one of judged.SHAPES.
-    tokens, supervised: tokens of all examples, and those supervised.
-    counts: of the whole source, as built.
+    shape: the shape of an example: 'text', or one of preference_rows.SHAPES.
+    tokens, supervised: number of tokens of all examples, and of supervised ones.
+    counts: counts of the whole source.
     fingerprint: sha256 hex of the examples in order.
-    columns: float32[n] by name, numbers that whoever opened it puts beside the examples; batches
-      take them along.
+    columns: float32[n] by name, further numbers of each example, which batches include.
   """
 
   def __init__(
     self, folder: Path, name: str, file_names: list[str], index: np.ndarray | None = None
   ):
-    """Opens a finished cache folder; `index` int64[n] picks examples.
+    """Opens a finished cache folder; `index` int64[n] selects examples.
 
     Raises:
-      DataError: the folder's files do not fit together.
+      DataError: the folder's files are missing, damaged or inconsistent.
     """
     self._folder, self._file_names, self._index = folder, file_names, index
     self.name, self.columns = name, {}
@@ -81,9 +78,9 @@ class Corpus:
       path = folder / f'{part}.bin'
       if not path.is_file() or path.stat().st_size != meta['bytes'][part]:
         raise DataError(
-          f'{path}: missing or cut short; delete the folder {folder}, it is made anew'
+          f'{path}: missing or truncated; delete the folder {folder}, it is built again'
         )
-      # As a plain array over the same pages: slicing a memmap object costs ten times as much.
+      # A plain array over the same pages: slicing a memmap object takes ten times as long.
       arrays[part] = np.asarray(np.memmap(path, dtype, mode='r'))
     self._tokens, self._supervised = arrays['tokens'], arrays['supervised']
     self._offsets, self._places = arrays['offsets'], arrays['places'].reshape(-1, 2)
@@ -105,12 +102,12 @@ class Corpus:
     return i if self._index is None else int(self._index[i])
 
   def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Example i: (tokens int32[n], supervised bool[n])."""
+    """Returns example i: (tokens int32[n], supervised bool[n])."""
     start, end = self._offsets[self._at(i) : self._at(i) + 2]
     return self._tokens[start:end], self._supervised[start:end].view(bool)
 
   def sides(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Example i as what attends only to itself: both sides of a pair, else the example."""
+    """Returns the attention segments of example i: both sides of a pair, else the example."""
     tokens, supervised = self.example(i)
     boundary = int(self._boundaries[self._at(i)])
     if not boundary:
@@ -121,25 +118,25 @@ class Corpus:
     ]
 
   def value(self, i: int) -> float:
-    """Margin, label or score of example i."""
+    """Returns the margin, label or score of example i."""
     return float(self._values[self._at(i)])
 
   def where(self, i: int) -> str:
-    """The row that example i came from: 'file.jsonl:17'."""
+    """Returns the file and line of the row of example i: 'file.jsonl:17'."""
     file, line = self._places[self._at(i)]
     return f'{self._file_names[file]}:{line}'
 
   def row_of(self, i: int) -> tuple[int, int]:
-    """(file number, line) of example i; examples of one row have the same."""
+    """Returns (file number, line) of the row of example i."""
     file, line = self._places[self._at(i)]
     return int(file), int(line)
 
   def notes(self) -> list[str]:
-    """Rows of the whole source that were left out or changed, one text for each kind."""
+    """Returns messages about rows of the source that were left out or changed."""
     return counts_lib.notes(self.name, self.counts, self._file_names)
 
   def view(self, index: np.ndarray) -> 'Corpus':
-    """Some of the examples, given by their numbers int[n], in that order."""
+    """Returns the examples with the given indices int[n], in that order."""
     index = np.asarray(index, np.int64)
     index = index if self._index is None else self._index[index]
     return Corpus(self._folder, self.name, self._file_names, index)
@@ -161,7 +158,7 @@ def _check_settings(loss_on: str, on_overlength: str, on_bad_row: str, seq_len: 
 
 
 def cache_key(spec: Spec, tokenizer: Tokenizer, policy: Policy) -> str:
-  """Hex name of the tokens of these settings: content, tokenizer, template, policy, schema."""
+  """Returns a hex hash of content, tokenizer, template, policy and schema."""
   facts = {
     'schema': SCHEMA,
     'content': sources.fingerprint(spec),
@@ -171,27 +168,27 @@ def cache_key(spec: Spec, tokenizer: Tokenizer, policy: Policy) -> str:
 
 
 def _build(build: Build, writer: Writer) -> None:
-  """Fills the writer's folder."""
+  """Builds the cache in the writer's folder."""
   build.merge(writer)
   writer.finish(SCHEMA)
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A source and what its tokens depend on; they are made once and then read.
+  """A source with the settings of tokenizing.
 
   Attributes:
-    spec: the source; its weight does not matter here.
-    tokenizer: with its template.
-    cache_dir: folder of all caches, made if missing; may be gs://.
-    seq_len: most tokens of an example.
+    spec: the source; its weight is ignored.
+    tokenizer: the tokenizer with its template.
+    cache_dir: folder of all caches, created if missing; may be gs://.
+    seq_len: the most tokens of an example.
     loss_on: see `encode.encode`.
     on_overlength: 'error', 'drop', 'truncate_left' (keeps the end) or 'truncate_right'.
-    on_bad_row: 'error', or 'drop': rows that cannot be used are left out, counted and listed.
-    on_unrendered: 'error', or 'warn': rows with content that the template does not show are kept
+    on_bad_row: 'error', or 'drop': unusable rows are left out, counted and listed.
+    on_unrendered: 'error', or 'warn': rows with content that the template does not render are kept
       and counted.
-    shape: what the rows must be: 'text', or one of judged.SHAPES, which ignore `loss_on`.
-    workers: processes that tokenize; 0: one for each core. They change no byte of the result.
+    shape: the shape of the rows: 'text', or one of preference_rows.SHAPES, which ignore `loss_on`.
+    workers: processes that tokenize; 0: one for each core. The result does not depend on them.
     progress: show a bar while tokenizing.
   """
 
@@ -208,7 +205,7 @@ class Source:
   workers: int = 0
 
   def policy(self) -> Policy:
-    """What the tokens of a row depend on.
+    """Returns the settings that the tokens of a row depend on.
 
     Raises:
       ConfigError: an unknown policy.
@@ -220,11 +217,11 @@ class Source:
     )
 
   def _folders(self) -> tuple[Path, Build]:
-    """Where the finished tokens lie, and how they are built."""
+    """Returns the folder of the finished tokens, and their build."""
     policy = self.policy()
     root = files.local_mirror(self.cache_dir)
     key = cache_key(self.spec, self.tokenizer, policy)
-    # Blocks are the same whether bad rows are left out or not: they outlive a run that meets some.
+    # Blocks do not depend on `on_bad_row`: they are kept when a run ends with bad rows.
     blocks = root / f'{_BUILDING}{key}'
     drop_bad = self.on_bad_row == 'drop'
     if drop_bad:
@@ -233,29 +230,30 @@ class Source:
     return root / key, Build(self.spec, self.tokenizer, policy, *settings)
 
   def open(self) -> Corpus:
-    """Tokenizes the source, or opens what an earlier run tokenized.
+    """Tokenizes the source, or opens the cache of an earlier run.
 
     Raises:
-      ConfigError: an unknown policy. DataError: rows that cannot be used (reasons with their count
-      and first places), nothing left to train on, or a mask that covers nothing or everything.
+      ConfigError: an unknown policy.
+      DataError: unusable rows (reasons with their count and first places), no examples left, or a
+        mask that covers nothing or everything.
     """
     folder, build = self._folders()
     remote = files.join(self.cache_dir, folder.name)
     while not folder.is_dir():
       _prepare(folder.parent, build.folder)
-      with contextlib.suppress(Gone):  # another process was first, or found bad rows: look again
+      with contextlib.suppress(Gone):  # another process finished it or found bad rows: look again
         _make(folder, build, self.cache_dir)
     corpus = Corpus(folder, self.spec.path, sources.source_names(self.spec))
     try:
       files.put_folder(folder, remote, _MARK)
-    except (OSError, DataError) as error:  # the tokens are here all the same
+    except (OSError, DataError) as error:  # the local tokens can be used
       log.warning('%s: tokens were not uploaded for other machines: %s', remote, error)
     return corpus
 
   def tokenize_share(self, number: int, count: int) -> None:
-    """Tokenizes part `number` of `count` of a large source into a cache folder, or bucket, that
-    several hosts share; `open` in the process of part 0 then puts the parts together. Nothing where
-    the tokens are there.
+    """Tokenizes part `number` of `count` of a large source for a cache that several hosts share.
+
+    `open` in the process of part 0 then joins the parts. Does nothing where the cache exists.
     """
     folder, build = self._folders()
     if folder.is_dir() or files.exists(files.join(self.cache_dir, folder.name, _MARK)):
@@ -278,7 +276,7 @@ def _prepare(root: Path, blocks: Path) -> None:
 
 
 def _copy_blocks(names: list[str], source: Any, target: str) -> None:
-  """Copies blocks between a bucket and this machine; one that is lost is tokenized once more."""
+  """Copies blocks between a bucket and this machine; a missing one is tokenized again."""
 
   def copy(name: str) -> None:
     files.write_bytes(files.join(target, name), files.read_bytes(files.join(source, name)))
@@ -291,7 +289,7 @@ def _copy_blocks(names: list[str], source: Any, target: str) -> None:
 
 
 def _make(folder: Path, build: Build, cache_dir: str | Path) -> None:
-  """Downloads a cache folder, or builds it, and gives it its name."""
+  """Downloads or builds a cache folder, and renames it to its final name."""
   remote = files.join(cache_dir, folder.name)
   shared = files.join(cache_dir, build.folder.name)  # blocks of other hosts
   scratch = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent))
@@ -316,10 +314,9 @@ def _make(folder: Path, build: Build, cache_dir: str | Path) -> None:
 
 
 def head(source: Source, rows: int) -> Corpus:
-  """Tokenizes the first rows of a source alone, into `cache_dir` (not in a bucket), for a look.
+  """Tokenizes only the first rows of a source, into the local folder `cache_dir`.
 
-  Raises:
-    as `Source.open`.
+  Raises as `Source.open`.
   """
   folder = Path(source.cache_dir) / f'head-{secrets.token_hex(8)}'
   folder.mkdir(parents=True)
@@ -331,15 +328,13 @@ def head(source: Source, rows: int) -> Corpus:
 
 
 def _sweep(root: Path, own: Path) -> None:
-  """Removes what nobody has written to for a day, as a killed process was building it; but not
-  `own`, where this build goes on.
-  """
+  """Removes unfinished folders that have not changed for a day, except `own`."""
   for folder in root.glob(f'{_BUILDING}*'):
     if folder == own:
       continue
     try:
       touched = max(p.stat().st_mtime for p in (folder, *folder.iterdir()))
-    except OSError:  # another process is at it
+    except OSError:  # another process is changing it
       continue
     if time.time() - touched > _ABANDONED:
       shutil.rmtree(folder, ignore_errors=True)
@@ -348,13 +343,13 @@ def _sweep(root: Path, own: Path) -> None:
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
   """Divides a corpus into (train, eval) by a hash of content.
 
-  A row's side is decided by its first example's tokens and mask: equal contents land on one side,
+  The side of a row depends on the tokens and mask of its first example: equal rows are on one side,
   all examples of a row stay together, and neither the order of rows nor other rows matter.
 
   Args:
-    corpus: to divide.
-    fraction: expected share of rows on the eval side, between 0 and 1.
-    seed: another seed is another division.
+    corpus: the corpus to divide.
+    fraction: expected fraction of rows on the eval side, between 0 and 1.
+    seed: another seed gives another division.
 
   Raises:
     ConfigError: a fraction outside (0, 1). DataError: one side is empty.

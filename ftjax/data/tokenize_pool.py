@@ -1,7 +1,7 @@
-"""Worker processes that tokenize blocks of rows, each a fresh interpreter (tokenize_worker.py).
+"""Runs worker processes that tokenize blocks of rows (tokenize_worker.py).
 
-Never a fork: the parent runs jax and threads. Processes and not threads, for rendering is Python. A
-process that dies is started anew and its block tokenized once more.
+Each is a fresh interpreter, never a fork: the parent runs jax and threads. Threads would not help,
+since rendering is Python. A process that dies is restarted and its block tokenized again.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from ftjax.data.blocks import Block, Policy
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
 
-# Given to a process at once: it has the next one when it is done with the first.
+# Blocks of a process at once: it has the next one when it finishes the first.
 _BLOCKS_EACH = 2
 
 
 def cores() -> int:
-  """Returns the cores that this process may use; macOS knows only those of the machine."""
+  """Returns the number of cores that this process may use (on macOS all of the machine)."""
   try:
     return len(os.sched_getaffinity(0))
   except AttributeError:
@@ -36,10 +36,10 @@ class Gone(Exception):
 
 
 class _Worker:
-  """One process, and the blocks that it was given, the first of which it has in hand."""
+  """One process and its blocks, of which it tokenizes the first."""
 
   def __init__(self, settings: int, block: Block):
-    """Starts it; the block is sent when it is ready. `settings`: number of an open file."""
+    """Starts the process, which gets the block when it is ready. `settings`: an open file."""
     self._settings = settings
     self.blocks = [block]
     self.start()
@@ -68,11 +68,11 @@ class _Worker:
     self._send(block)
 
   def _send(self, block: Block) -> None:
-    with contextlib.suppress(OSError):  # where it has died, `receive` says so
+    with contextlib.suppress(OSError):  # `receive` reports a dead process
       self.link.send_bytes(marshal.dumps(block.request()))
 
   def receive(self) -> dict[str, Any] | None:
-    """Its answer about the first block; {} where it has none yet; None where it has died."""
+    """Returns the process's answer about the first block; {} for none yet, None if it has died."""
     try:
       answer = marshal.loads(self.link.recv_bytes())
     except (EOFError, OSError):
@@ -85,13 +85,13 @@ class _Worker:
     return {}
 
   def end(self) -> int:
-    """Ends the process, whatever it does; returns its exit code, as of `subprocess`."""
+    """Kills the process; returns its exit code, as `subprocess`."""
     self.link.close()
     self._process.kill()
     return self._process.wait()
 
   def exit_code(self) -> int:
-    """Of a process that has died; a moment may lie between its link's end and its own."""
+    """Returns the exit code of a process that has closed its link, after up to 5 s."""
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(timeout=5)
     return self.end()
@@ -101,8 +101,9 @@ class Pool:
   """Worker processes with one tokenizer and one policy; a context manager that ends them."""
 
   def __init__(self, policy: Policy, tokenizer: Tokenizer, folder: Path, count: int):
-    """Takes what all share; processes start with the first blocks, at most `count`. They write
-    block files into `folder`.
+    """Stores the common settings.
+
+    At most `count` processes start with the first blocks, and write block files into `folder`.
     """
     self._count, self._workers = count, []
     self._settings = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
@@ -122,19 +123,19 @@ class Pool:
     self.close()
 
   def close(self) -> None:
-    """Ends all processes, whatever they do."""
+    """Kills all processes."""
     for worker in self._workers:
       worker.end()
     self._workers = []
     self._settings.close()
 
   def run(self, blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yields each block when its file is written, in whatever order.
+    """Yields each block when its file is written, in any order.
 
     Blocks are read as processes take them, so that memory does not grow with the source.
 
     Raises:
-      DataError: what a worker raised; a block over which two processes died.
+      DataError: a worker's error; two processes died with the same block.
       Gone: the folder was removed.
     """
     source = iter(blocks)
@@ -157,7 +158,7 @@ class Pool:
           yield worker.blocks.pop(0)
 
   def _give(self, block: Block) -> bool:
-    """Gives a block to the process with least to do; whether there is one with room for it."""
+    """Gives a block to the process with the fewest; returns False where all have enough."""
     ready = [w for w in self._workers if w.is_ready and len(w.blocks) < _BLOCKS_EACH]
     least = min(ready, key=lambda w: len(w.blocks), default=None)
     if (least is None or least.blocks) and len(self._workers) < self._count:
@@ -169,7 +170,7 @@ class Pool:
     return True
 
   def _restart(self, worker: _Worker, failed: set[int]) -> None:
-    """Starts a process that has died anew, with the same blocks; once for each one in hand."""
+    """Restarts a dead process with the same blocks, once for each first block."""
     code, block = worker.exit_code(), worker.blocks[0]
     if block.number in failed:
       reason = f'killed by signal {-code}' if code < 0 else f'ended with exit code {code}'

@@ -1,14 +1,15 @@
-"""A process that tokenizes blocks of rows:
-`python -m ftjax.data.tokenize_worker LINK SETTINGS PARENT`.
+"""Tokenizes blocks of rows in a process of its own.
+
+`python -m ftjax.data.tokenize_worker LINK SETTINGS PARENT`
 
 tokenize_pool.py starts it, a fresh interpreter without jax. LINK is a socket and SETTINGS a file,
-both as numbers of open files; PARENT is a process id. Every message is one value as `marshal`
-writes it, which only this program's own processes exchange:
+both as numbers of open files; PARENT is a process id. Every message is one value written by
+`marshal`, which only this program's own processes exchange:
 
   {'ready': True}                                                 once the tokenizer is loaded
-  a block's `request()`  ->  {'done': number}                     its file lies in the folder
+  a block's `request()`  ->  {'done': number}                     its file is in the folder
                              {'gone': number}                     the folder was removed
-                             {'error': text}                      what all rows need is missing
+                             {'error': text}                      all rows lack something
 
 It ends when its parent does.
 """
@@ -31,7 +32,7 @@ _POLL_SECONDS = 0.5
 
 
 def _end_with(parent: int) -> None:
-  """Ends this process soon after its parent was killed, also in the middle of a block."""
+  """Ends this process soon after its parent has ended, also while it tokenizes a block."""
 
   def watch() -> None:
     while os.getppid() == parent:
@@ -55,7 +56,7 @@ def _answer(message: dict[str, Any], tokenizer: BlockTokenizer, folder: Path) ->
 
 
 def serve(link: Connection, settings: dict[str, Any]) -> None:
-  """Answers until the parent closes its side."""
+  """Answers requests until the parent closes its side."""
   tokenizer = Tokenizer(settings['tokenizer'], settings['name'])
   blocks = BlockTokenizer(Policy(**settings['policy']), tokenizer)
   folder = Path(settings['folder'])
@@ -70,7 +71,7 @@ def serve(link: Connection, settings: dict[str, Any]) -> None:
 
 
 def _receive(link: Connection, requests: queue.SimpleQueue) -> None:
-  """Takes requests at once, so that the parent never waits to send the next one; None ends them."""
+  """Queues requests at once, so that the parent never waits to send one; None ends them."""
   try:
     while True:
       requests.put(marshal.loads(link.recv_bytes()))
@@ -82,7 +83,7 @@ def main() -> None:
   """Reads the settings and serves."""
   link, settings, parent = map(int, sys.argv[1:])
   _end_with(parent)
-  # By its offset: all workers share the place where a plain read would go on.
+  # At an offset: all workers share the position of a plain read.
   content = os.pread(settings, os.fstat(settings).st_size, 0)
   serve(Connection(link), marshal.loads(content))
 

@@ -30,7 +30,7 @@ def _parse(files: Mapping[str, bytes], name: str) -> dict:
 
 
 def _ids(value) -> list[int]:
-  """The `eos_token_id` of a HF file: an int, a list of ints, or absent."""
+  """Returns the ids in `eos_token_id` of a HF file: an int, a list of ints, or absent."""
   return [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
 
 
@@ -51,7 +51,7 @@ def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
 
 
 class Tokenizer:
-  """Text to ids and back, with the special tokens that the folder's files agree on.
+  """Converts text to ids and back, with the special tokens that the folder's files agree on.
 
   Attributes:
     name: where the files came from, for messages.
@@ -127,17 +127,17 @@ class Tokenizer:
     self.fingerprint = digest.hexdigest()
 
   def same_tokens(self, other: 'Tokenizer') -> bool:
-    """Whether every id is the same token in both."""
+    """Returns whether every id is the same token in both."""
     return self._tokens.get_vocab() == other._tokens.get_vocab()
 
   @property
   def bos_token(self) -> str:
-    """Text of the BOS token, '' if there is none."""
+    """Returns the text of the BOS token, '' if there is none."""
     return '' if self.bos_id is None else self._tokens.id_to_token(self.bos_id)
 
   @property
   def eos_token(self) -> str:
-    """Text of the EOS token, '' if there is none."""
+    """Returns the text of the EOS token, '' if there is none."""
     return '' if self.eos_id is None else self._tokens.id_to_token(self.eos_id)
 
   def encode(self, text: str) -> list[int]:
@@ -145,12 +145,12 @@ class Tokenizer:
     return self._tokens.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of many texts, int32[n] each, nothing added; runs on all cores."""
+    """Returns the ids of many texts, int32[n] each, nothing added; runs on all cores."""
     found = self._tokens.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in found]
 
   def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Ids of many texts with the characters each id stands for; runs on all cores.
+    """Returns the ids of many texts with the characters of each id; runs on all cores.
 
     Returns:
       per text (ids, starts, ends), int32[n] each: id i stands for `text[starts[i]:ends[i]]`. Ids
@@ -163,11 +163,11 @@ class Tokenizer:
     return out
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids; special tokens are left out unless `skip_special=False`."""
+    """Returns the text of ids; special tokens are left out unless `skip_special=False`."""
     return self._tokens.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   def token(self, token_id: int) -> str:
-    """One token's own text for display; bytes that are no whole character show as U+FFFD."""
+    """Returns one token's text for display; bytes of half a character show as U+FFFD."""
     return self.decode([token_id], skip_special=False)
 
 

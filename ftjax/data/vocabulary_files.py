@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ftjax.runtime import transformers_library
-from ftjax.runtime.errors import DataError, RunError
+from ftjax.runtime.errors import DataError, RunError, caught
 
 # What the library reads vocabularies, and the class of the tokenizer, from.
 _VOCABULARIES = ('.model', '.tiktoken', 'vocab.json', 'vocab.txt')
@@ -46,16 +46,22 @@ def convert(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     for file, content in files.items():
       if '/' not in file and (file.endswith(_VOCABULARIES) or file in _OTHERS):
         (Path(folder) / file).write_bytes(content)
-    try:
-      found = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except RunError:  # a stop that came in between
-      raise
-    except Exception as error:  # the library raises many kinds for broken and unknown files
-      reason = (str(error).replace(folder, name).splitlines() or [''])[0][:300]
-      raise DataError(
-        f'{name}: there is no tokenizer.json, and transformers cannot make one of '
-        f'{_vocabularies(files)}: {type(error).__name__}: {reason}'
-      ) from error
+    made = []
+    # The library raises many kinds of errors for broken and unknown files.
+    error = caught(
+      lambda: made.append(
+        reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+      )
+    )
+  if isinstance(error, RunError):  # a stop that came in between
+    raise error
+  if error:
+    reason = (str(error).replace(folder, name).splitlines() or [''])[0][:300]
+    raise DataError(
+      f'{name}: there is no tokenizer.json, and transformers cannot make one of '
+      f'{_vocabularies(files)}: {type(error).__name__}: {reason}'
+    ) from error
+  [found] = made
   if not found.is_fast:
     raise DataError(
       f'{name}: there is no tokenizer.json, and transformers has none for {type(found).__name__}'

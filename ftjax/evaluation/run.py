@@ -1,8 +1,8 @@
-"""Asks one model all rows of a task, and keeps what it said, row by row.
+"""Evaluates one model on all rows of a task, and stores one result a row.
 
-The model comes as functions, so that nothing here knows parameters, meshes or compilation. Scores
-do not depend on batch size, padding or the order of rows. tasks.py says what is right, report.py
-compares.
+The model is given as functions, so that nothing here depends on parameters, meshes or compilation.
+Scores do not depend on batch size, padding or the order of rows. tasks.py decides which responses
+are right, report.py compares models.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ class Functions:
 
   Attributes:
     encode_prompt: a row -> ids of what the model reads, up to where the assistant begins.
-    encode_choice: a row, a choice -> ids that follow if the assistant says just that: the text and
-      the stop token.
+    encode_choice: a row, a choice -> ids that follow where it is the response: the text and the
+      stop token.
     score: (prompts, their choices' ids) -> float[B, C]: log p(choice | prompt) in nats. Always
       `batch_size` prompts with C choices each.
-    generate: (prompts, max_tokens) -> for each the ids it says, greedily, without the stop token.
-      Always `batch_size` prompts.
-    decode: ids of an answer -> text, without the tokens that end or frame it.
+    generate: (prompts, max_tokens) -> for each the ids of the greedy completion, without the
+      stop token. Always `batch_size` prompts.
+    decode: ids of a completion -> text, without the tokens that end or frame it.
     prompt_text: ids of a prompt -> everything that the model reads.
   """
 
@@ -48,13 +48,14 @@ class Functions:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What a model said to one row.
+  """The response of a model to one row.
 
   Attributes:
     id, label: the row's; the label is the right text.
     prediction: the choice with the largest score (the first of equal ones), or the generated text.
     right: whether that counts.
-    scores: log-probability in nats of each choice, in the row's order; empty where it speaks.
+    scores: log-probability in nats of each choice, in the row's order; empty for a
+      generated text.
   """
 
   id: str
@@ -73,20 +74,20 @@ def evaluate(
   max_tokens: int,
   title: str,
 ) -> list[Result]:
-  """All rows of a task, in its order, with a progress bar.
+  """Returns the results of all rows of a task, in its order, and shows a progress bar.
 
   Args:
     batch_size: rows at once; `eval.batch_size`.
     max_len: the longest sequence, in tokens, that the model may see.
-    max_tokens: the longest answer that is said.
-    title: whose answers these are ('base', 'tuned'), for the bar and for messages.
+    max_tokens: the longest completion.
+    title: whose results these are ('base', 'tuned'), for the bar and for messages.
 
   Raises:
     DataError: a row longer than max_len.
     NonFiniteError: a log-probability that is no number.
   """
-  answer = _choose if tasks.find_kind(task.kind).is_right is None else _generate
-  return answer(task, model, batch_size, max_len, max_tokens, title)
+  ask = _choose if tasks.find_kind(task.kind).is_right is None else _generate
+  return ask(task, model, batch_size, max_len, max_tokens, title)
 
 
 def _choose(task, model, batch_size, max_len, _, title) -> list[Result]:
@@ -113,8 +114,8 @@ def _choose(task, model, batch_size, max_len, _, title) -> list[Result]:
   for row, own in zip(task.rows, scores, strict=True):
     if not all(math.isfinite(s) for s in own):
       raise NonFiniteError(f'{row.place}: the {title} model gives log-probabilities {own}')
-    said = row.choices[own.index(max(own))]
-    results.append(Result(row.id, row.answer, said, said == row.answer, own))
+    choice = row.choices[own.index(max(own))]
+    results.append(Result(row.id, row.answer, choice, choice == row.answer, own))
   return results
 
 
@@ -135,7 +136,7 @@ def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Resul
   for row, prompt in zip(task.rows, prompts, strict=True):
     _check_length(row, len(prompt) + max_tokens, max_len)
   order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-  said = [''] * len(prompts)
+  texts = [''] * len(prompts)
   with tqdm(
     total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not processes.is_main()
   ) as bar:
@@ -143,19 +144,19 @@ def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Resul
       spare = [prompts[index[-1]]] * (batch_size - len(index))
       outputs = model.generate([prompts[i] for i in index] + spare, max_tokens)
       for i, ids in zip(index, outputs[: len(index)], strict=True):
-        said[i] = model.decode(ids).strip()
+        texts[i] = model.decode(ids).strip()
       bar.update(len(index))
   is_right = tasks.find_kind(task.kind).is_right
   return [
     Result(row.id, row.answer, text, is_right(text, model.prompt_text(ids), row.answer), ())
-    for row, text, ids in zip(task.rows, said, prompts, strict=True)
+    for row, text, ids in zip(task.rows, texts, prompts, strict=True)
   ]
 
 
 def cache_key(
   task: Task, *, model: str, template: str, settings: Mapping[str, str | int | float]
 ) -> str:
-  """Names results by all they depend on: equal keys, equal results.
+  """Returns a name of all that results depend on: equal keys, equal results.
 
   Args:
     model: fingerprint of the weights.
@@ -179,7 +180,7 @@ def save(path: str, results: Mapping[str, Sequence[Result]]) -> None:
 
 
 def load(path: str) -> dict[str, list[Result]]:
-  """What `save` wrote, bitwise the same scores.
+  """Returns what `save` wrote, bitwise the same scores.
 
   Raises:
     DataError: a line that is no result; names it.
@@ -203,14 +204,14 @@ def _cache_path(folder: str, key: str, task: Task) -> str:
 
 
 def is_cached(folder: str, key: str, task: Task) -> bool:
-  """Whether `cached` will find results."""
+  """Returns whether `cached` will find results."""
   return files.exists(_cache_path(folder, key, task))
 
 
 def cached(
   folder: str, key: str, task: Task, make: Callable[[], list[Result]]
 ) -> tuple[list[Result], bool]:
-  """The base's results under `key`, made and kept in `folder` if they are not there.
+  """Returns the base's results under `key`; computes and stores them in `folder` if needed.
 
   Returns:
     (results in the order of the task's rows, whether they were there).

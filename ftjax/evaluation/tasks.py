@@ -92,21 +92,18 @@ def find_kind(name: str) -> Kind:
   """
   if name in KINDS:
     return KINDS[name]
-  found = named_object.load('eval.tasks', name)
-  if not isinstance(found, Kind):
-    raise named_object.wrong('eval.tasks', name, found, 'a ftjax.evaluation.tasks.Kind')
-  return found
+  return named_object.instance('eval.tasks', name, Kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One question. Exactly one of messages and prompt is given.
+  """One row of a task. Exactly one of messages and prompt is given.
 
   Attributes:
     id: unique in the task.
     place: file:line, for messages.
     messages: a conversation that the assistant answers next.
-    prompt: plain text that the model goes on with.
+    prompt: plain text that the model continues.
     choices: of a choice row, else empty.
     answer: the right text; of a choice row, the right choice.
     tools, template_kwargs: of a conversation, see formats.Chat.
@@ -123,7 +120,7 @@ class Row:
 
   @property
   def asked(self) -> Chat | str:
-    """What the model is asked, for `encode.encode_prompt`."""
+    """Returns the prompt, for `encode.encode_prompt`."""
     if self.messages is None:
       return self.prompt or ''
     return Chat(
@@ -132,7 +129,7 @@ class Row:
 
   @property
   def label(self) -> int:
-    """Index of the right choice."""
+    """Returns the index of the right choice."""
     return self.choices.index(self.answer)
 
 
@@ -164,7 +161,7 @@ def load_tasks(specs: Iterable[tuple[str, str, str]]) -> tuple[Task, ...]:
 
 
 def load_task(name: str, kind: str, path: str) -> Task:
-  """One task, every row checked before any is used.
+  """Returns one task, after checking all of its rows.
 
   Raises:
     DataError: no such file, no rows, or bad rows: the first few with file, line and reason.
@@ -183,7 +180,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(scoring.read(found), scoring, usual_id, place, spec.format)
+      row, others = _read_row(_in_form(scoring, found), scoring, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -212,6 +209,16 @@ def _digest(spec: sources.Spec) -> str:
   if len(found) == 1 and found[0].member is None:
     return hashlib.sha256(found[0].path.read_bytes()).hexdigest()
   return sources.fingerprint(spec)
+
+
+def _in_form(kind: Kind, row: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns a row as the kind reads it. Raises ValueError, whatever a user's function raises."""
+  try:
+    return kind.read(row)
+  except ValueError:
+    raise
+  except Exception as error:
+    raise ValueError(f'{type(error).__name__}: {error}') from error
 
 
 def _read_row(

@@ -8,60 +8,65 @@ from typing import Any, Protocol
 import jax
 
 from ftjax.experiment.run import Run
-from ftjax.experiment.trainer import Trainer
 from ftjax.training.prefetch import Prefetch
 from ftjax.training.state import State
 
-Tell = Callable[[int, dict[str, float]], None]  # (step, metrics)
+WriteMetrics = Callable[[int, dict[str, float]], None]  # (step, metrics)
 
 
 class Source(Protocol):
-  """Where the batches of a run come from: rows of files, or what the model in training says
-  (episodes.py)."""
+  """The source of a run's batches. The methods do nothing where a source does not define them."""
 
-  def prepare(self, trainer: Trainer) -> None:
-    """Before weights and optimizer state are on the devices, of a run that will train. Usually
-    nothing.
+  def prepare(self) -> None:
+    """Computes what the source needs before weights and optimizer state are on the devices. Called
+    only where there is something to train.
     """
 
-  def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
-    """Before the first batch.
+  def cut(self, step: int, drop_eval: bool) -> None:
+    """See experiment/resume.StepWriter."""
+
+  def begin(self, write: WriteMetrics, start: int, saved: dict[str, Any]) -> None:
+    """Called before the first batch.
 
     Args:
-      trainer: of the run.
-      write: (step, values) makes a row of the split 'rollout'.
+      write: (step, values) writes a row of the split 'rollout'.
       start: steps done.
-      saved: what `saving` returned for the checkpoint that the run goes on from, or nothing.
+      saved: what `saving` returned for the checkpoint that the run resumes from, or nothing.
     """
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
-    """The device batch [A, M, ...] of a step, in order."""
+    """Returns the device batch [A, M, ...] of a step; steps are taken in order."""
+    raise NotImplementedError
 
   def saving(self, step: int) -> dict[str, Any]:
-    """A checkpoint of `step` steps done is begun: what going on from it needs must stay; returns
-    the JSON of it that is to stand in the checkpoint.
+    """Called when a checkpoint of `step` steps begins: what a resume from it needs must stay.
+    Returns the JSON of it that belongs into the checkpoint.
     """
+    return {}
 
-  def end(self) -> None:
-    """No batch is wanted any more."""
+  def close(self) -> None:
+    """Frees everything that the source holds. Called after the last batch, and may be called
+    twice.
+    """
 
 
 class Rows(Source):
-  """The source of batches that are read from files, ahead of the step."""
+  """Batches that are read from files, ahead of the step."""
 
   def __init__(self, run: Run):
-    self._run, self._feed = run, None
+    self._run, self._prefetch = run, None
 
-  def begin(self, trainer: Trainer, write: Tell, start: int, saved: dict[str, Any]) -> None:
+  def begin(self, write: WriteMetrics, start: int, saved: dict[str, Any]) -> None:
+    """See Source."""
     run = self._run
-    self._feed = Prefetch(run.data.stream, run.abstract_batch(), start, run.steps)
+    self._prefetch = Prefetch(run.data.stream, run.abstract_batch(), start, run.steps)
 
   def take(self, state: State, step: int) -> dict[str, jax.Array]:
-    return self._feed.take(step)
+    """See Source."""
+    return self._prefetch.take(step)
 
-  def saving(self, step: int) -> dict[str, Any]:
-    return {}
-
-  def end(self) -> None:
-    if self._feed:
-      self._feed.close()
+  def close(self) -> None:
+    """See Source."""
+    if self._prefetch:
+      self._prefetch.close()
+      self._prefetch = None

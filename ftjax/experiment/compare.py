@@ -1,5 +1,5 @@
-"""Base against tuned: scores both on eval.tasks, answers the user's own prompts, prints and keeps
-the comparison.
+"""Base against tuned: scores both on eval.tasks, generates completions of eval.prompts, prints and
+stores the comparison.
 """
 
 import functools
@@ -29,7 +29,7 @@ _GREEDY = Sampling()
 
 
 class Evaluator:
-  """Scores one run's models. The base is scored once and kept under a hash of all that its scores
+  """Scores one run's models. The base is scored once and cached under a hash of all that its scores
   depend on.
   """
 
@@ -37,7 +37,7 @@ class Evaluator:
     c = run.config
     self.run = run
     self.tasks = tasks.load_tasks(task_specs.parse_all(c.eval.tasks))
-    # Every process makes the batches, each puts its own part of them on its devices.
+    # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
     self.folder = files.join(run.workdir, 'eval')
     self._dtype = jnp.dtype(c.model.compute_dtype)
@@ -58,7 +58,9 @@ class Evaluator:
     self._scorer = Scorer(run.arch, self._dtype, run.mesh)
 
   def _encode(self, prompt: str) -> list[int]:
-    """A prompt of the user: a user turn where there is a template, else plain text."""
+    """Returns the ids of a prompt of eval.prompts: a user turn where there is a template, else
+    plain text.
+    """
     tokenizer = self.run.model.tokenizer
     if tokenizer.template is None:
       return encode.encode_prompt(prompt, tokenizer)
@@ -70,7 +72,7 @@ class Evaluator:
     return encode.encode_prompt(row.asked, self.run.model.tokenizer)
 
   def _encode_choice(self, row: tasks.Row, choice: str) -> list[int]:
-    """Ids that follow the prompt when the assistant says `choice`, with the token that ends it."""
+    """Returns the ids of `choice` as the response to a row, with the stop token."""
     tokenizer = self.run.model.tokenizer
     example = prompt_rows.with_answer(row.asked, choice)
     (found,) = encode.encode([example], tokenizer, 'completion')
@@ -86,7 +88,7 @@ class Evaluator:
       beat()
       return self._scorer.score(params, prompts, choices)
 
-    @functools.cache  # tasks of different kinds may ask the rows of one file
+    @functools.cache  # tasks of different kinds may share the rows of one file
     def generated(prompts, most):
       return self._complete(params, prompts, most)
 
@@ -118,8 +120,8 @@ class Evaluator:
       )
 
   def base(self, params: dict | None = None) -> dict[str, list[evaluation.Result]]:
-    """The base's results by task, from the cache or scored with `params`; weights are loaded where
-    none are given.
+    """Returns the base's results by task, from the cache or scored with `params`; loads the weights
+    where none are given.
     """
     c, out = self.run.config, {}
     settings = {
@@ -151,7 +153,7 @@ class Evaluator:
     return self.run.load_params(self.run.model.source, self.run.config.model.param_dtype)
 
   def tuned(self, params: dict) -> None:
-    """Scores the tuned model, compares it with the base, prints the report, keeps it in eval/."""
+    """Scores the tuned model, compares it with the base, prints and stores the report."""
     base, model, summaries = self.base(), self._functions(params), []
     for task in self.tasks:
       results = self._score(model, task, 'tuned')
@@ -168,34 +170,42 @@ class Evaluator:
       print('\n' + report.text(summaries, answers) + '\n', flush=True)
 
   def answer(self, params: dict, step: int) -> None:
-    """Answers eval.prompts greedily and appends them to samples.jsonl."""
+    """Appends greedy completions of eval.prompts to samples.jsonl."""
     c = self.run.config
     if not self._prompts:
       return
-    said = zip(c.eval.prompts, self._generate(params), strict=True)
+    pairs = zip(c.eval.prompts, self._generate(params), strict=True)
     if not processes.is_main():
       return
-    rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in said]
+    rows = [{'step': step, 'prompt': p, 'answer': a} for p, a in pairs]
     self._write([r for r in self._samples() if r['step'] < step] + rows)
     for row in rows:
       log.info(console.sample(step, row['prompt'], row['answer']))
 
   def _complete(self, params: dict, prompts, most: int) -> list[list[int]]:
     """Returns greedy completions of prompts, of at most `most` tokens, without stop tokens."""
-    found = self._engine.generate_at_once(params, prompts, max_tokens=most, sampling=_GREEDY)
+    found = self._engine.generate_at_once(
+      params, prompts, max_tokens=most, sampling=_GREEDY, beat=self.run.watchdog.beat
+    )
     return [c.before_stop(self._engine.stop_ids) for c in found]
 
   def _generate(self, params: dict) -> list[str]:
-    """Greedy answers to eval.prompts."""
+    """Returns the texts of greedy completions of eval.prompts."""
     most = self.run.config.eval.max_tokens
     with self.run.watchdog.phase('evaluate'):
       ids = self._complete(params, self._prompts, most)
     return [self._transcripts.completion(i).strip() for i in ids]
 
-  def forget_answers_after(self, step: int) -> None:
-    """Drops the answers of steps that are trained again."""
-    if processes.is_main():
-      self._write([r for r in self._samples() if r['step'] <= step])
+  def cut(self, step: int, drop_eval: bool) -> None:
+    """Removes the rows of samples.jsonl after `step`, which will be written again; with `drop_eval`
+    those of `step` too.
+    """
+    path = files.join(self.run.workdir, 'samples.jsonl')
+    if not processes.is_main() or not files.exists(path):
+      return
+    last = step - drop_eval
+    kept = [r for r in self._samples() if r['step'] <= last]
+    files.write_text(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in kept))
 
   def _samples(self) -> list[dict]:
     path = files.join(self.run.workdir, 'samples.jsonl')
@@ -208,8 +218,8 @@ class Evaluator:
       files.write_text(files.join(self.run.workdir, 'samples.jsonl'), text)
 
   def _answers(self, params: dict) -> list[report.Answer]:
-    """The base's answers of before step 1 beside those of `params`; none where training did not
-    start from the base.
+    """Returns the base's completions from before step 1 with those of `params`; none where training
+    did not start from the base.
     """
     c = self.run.config
     before = processes.from_main(

@@ -1,19 +1,23 @@
-"""What a run that goes on from a checkpoint must find as it was: config keys, data and
-models."""
+"""The rules of a resume: from which checkpoint a run continues, what must not have changed since,
+and what is removed of everything that was written after it."""
 
+import dataclasses
+import functools
 import logging
-
-import ml_collections
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from ftjax.cluster import processes
-from ftjax.config import algorithms, choices, section, task_specs
+from ftjax.config import algorithms, section, user_code
 from ftjax.experiment import model_record
 from ftjax.experiment.run import Run
 from ftjax.hf import load
-from ftjax.runtime import named_object, redaction
+from ftjax.runtime import redaction
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
+from ftjax.storage.checkpoint import Checkpoints
+from ftjax.training.loop import Progress
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,84 @@ _FIXED = (
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Where a run starts.
+
+  Attributes:
+    step: steps done.
+    saved: the JSON of the checkpoint of that step; None at a fresh start.
+    should_train: whether steps or an evaluation are left.
+  """
+
+  step: int
+  saved: dict[str, Any] | None
+  should_train: bool
+
+  @property
+  def progress(self) -> Progress:
+    """The saved progress of the training loop."""
+    return Progress(**self.saved['progress']) if self.saved else Progress()
+
+  @property
+  def source(self) -> dict[str, Any]:
+    """The saved state of the source of batches."""
+    return self.saved.get('source', {}) if self.saved else {}
+
+
+class StepWriter(Protocol):
+  """Something that writes to the workdir step by step."""
+
+  def cut(self, step: int, drop_eval: bool) -> None:
+    """Removes what belongs to later steps than `step` and will be written again.
+
+    Args:
+      step: steps done; -1 at a fresh start, where everything goes.
+      drop_eval: whether the evaluation after `step` will be made again too.
+    """
+
+
+def cut(writers: Iterable[StepWriter], start: Start) -> None:
+  """Removes everything that was written after the step of `start`: the one rule for metrics,
+  samples and rollouts.
+  """
+  for writer in writers:
+    writer.cut(start.step if start.saved else -1, start.progress.eval_pending)
+
+
+def find(run: Run, checkpoints: Checkpoints) -> Start:
+  """Returns where a run starts: after its newest checkpoint, or before the first step.
+
+  Args:
+    run: the run.
+    checkpoints: of its workdir.
+
+  Raises:
+    ConfigError: the checkpoint is of another run or of more steps, or init_from holds no export.
+    DataError: the checkpoint counts other rows than its steps consume.
+  """
+  c = run.config
+  step = processes.from_main(checkpoints.latest)
+  if step is None:
+    if c.init_from:
+      check_source(c.init_from)
+    return Start(0, None, True)
+  saved = checkpoints.meta(step)
+  check(saved, run, fingerprints(run))
+  if saved['cursor'] != run.cursor(step) and saved['config'].get('batch_size') == c.batch_size:
+    raise DataError(
+      f'{run.workdir}: checkpoint {step} has cursor {saved["cursor"]}, expected '
+      f'{run.cursor(step)}: not the rows that its steps consume'
+    )
+  if step > run.steps:
+    raise ConfigError(
+      f'{run.workdir} holds a checkpoint of step {step}, but steps={run.steps}: give more steps, '
+      'or another --workdir'
+    )
+  is_left = step < run.steps or saved['progress']['eval_pending']
+  return Start(step, saved, is_left and not has_ended(saved, c.checkpoint.patience))
+
+
 def check_source(workdir: str) -> None:
   """Refuses an init_from without an export; all processes must see the same one."""
   export = load.exported(workdir)
@@ -37,20 +119,6 @@ def check_source(workdir: str) -> None:
       f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
     )
   processes.check_same('init_from', digest(load.outline(export)))
-
-
-def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
-  """Returns fingerprints of the code of a user's modules that a config names, by config key."""
-  names = {key: section.flat(c)[key] for key in choices.OBJECTS}
-  found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
-  if named_object.is_named(c.algorithm):
-    found['algorithm'] = [c.algorithm, algorithms.of(c).module]
-  if c.model.family:
-    found['model.family'] = [c.model.family]
-  kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
-  if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
-    found[task_specs.KEY] = own
-  return {key: digest(list(map(named_object.fingerprint, own))) for key, own in found.items()}
 
 
 def check(saved: dict, run: Run, found: dict[str, str]) -> None:
@@ -71,7 +139,7 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
   fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
-  code = user_code(run.config)
+  code = user_code.fingerprints(run.config)
   edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
   fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]
   fixed += [f'{k}: other content' for k, v in saved['fingerprints'].items() if found.get(k) != v]
@@ -95,12 +163,12 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
 
 
 def has_ended(saved: dict, patience: int) -> bool:
-  """Whether early stopping ended the run for good: with more patience, or none, it goes on."""
+  """Returns whether early stopping ended the run. With more patience, or none, it continues."""
   return saved['ended'] and 0 < patience <= saved['progress']['evals_since']
 
 
 def first_fingerprint(run: Run) -> str:
-  """sha256 of the model that a run starts from.
+  """Returns the sha256 of the model that a run starts from.
 
   Raises:
     ConfigError: it is not there.
@@ -113,25 +181,14 @@ def first_fingerprint(run: Run) -> str:
   return model_record.fingerprint(export, run.workdir)
 
 
-def _models_beside(run: Run) -> dict[str, str]:
-  """Fingerprints of the weights that the reference and a reward model, which a resume reads again,
-  and the value model come from.
+def fingerprints(run: Run) -> dict[str, str]:
+  """Returns the fingerprints of everything that a resume must find unchanged: model, tokenizer,
+  data and auxiliary models.
 
   Raises:
-    ConfigError: they are not there.
+    ConfigError: the model of init_from, or an auxiliary model, is not there.
   """
-  c, out = run.config, {}
-  values = section.flat(c)
-  for model in algorithms.of(c).auxiliary(c):
-    if source := values.get(model.source_key):
-      out[model.name] = model_record.fingerprint(source, run.workdir)
-      processes.check_same(model.source_key, digest(load.outline(source)))
-    elif not model.is_trained:
-      out[model.name] = first_fingerprint(run)
-  return out
-
-
-def fingerprints(run: Run) -> dict[str, str]:
-  """Of all that a resume must find as it was."""
   own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
-  return own | run.data.fingerprints() | _models_beside(run)
+  first = functools.partial(first_fingerprint, run)
+  models = {m.name: m.fingerprint(first, run.workdir) for m in run.auxiliary}
+  return own | run.data.fingerprints() | {k: v for k, v in models.items() if v is not None}

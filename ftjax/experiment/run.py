@@ -1,6 +1,4 @@
-"""The one place that wires a config to mesh, tokenizer, model and data. fit.py trains what stands
-here, compare.py judges it.
-"""
+"""A config on a mesh, with its model and data. fit.py trains a run, compare.py evaluates it."""
 
 import dataclasses
 import fractions
@@ -19,11 +17,12 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
-from ftjax.experiment import auxiliary, model_record
+from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
+from ftjax.experiment import model_record, weights
+from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
-from ftjax.families import table
-from ftjax.hf import load
+from ftjax.hf import load as hf_load
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
@@ -51,7 +50,7 @@ def batches_in(epochs: float, rows: int, batch_size: int) -> int:
 
 @dataclasses.dataclass
 class Run:
-  """A config brought to a machine, or to several."""
+  """A config on the mesh of one machine or of several."""
 
   config: ml_collections.ConfigDict
   workdir: str
@@ -72,7 +71,7 @@ class Run:
 
   @property
   def steps(self) -> int:
-    """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
+    """Optimizer updates in all. Without data 1000, if the config gives epochs instead of steps."""
     c = self.config
     if self.data is None:
       return c.steps or 1000
@@ -80,34 +79,42 @@ class Run:
     return c.steps or batches_in(c.epochs, rows, taken) * algorithms.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
-    """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
-    updates alone, for several may go over one batch.
+    """Returns the rows, or prompts, that are consumed after `step` updates. Several updates may use
+    one batch.
     """
     c = self.config
     taken = -(-step // algorithms.steps_per_batch(c))
     return taken * algorithms.prompts_per_rollout(c)
 
-  def parts(self) -> dict[str, Architecture]:
-    """What is trained, by the prefix of its parameters' names: '' is the model."""
-    if not algorithms.place(self.config, 'value'):
-      return {'': self.arch}
-    return {'': self.arch, 'value/': auxiliary.value_arch(self.arch)}
+  @property
+  def auxiliary(self) -> AuxiliaryModels:
+    """The models of the run beside the one it trains."""
+    return auxiliary_lib.find(self.config, self.arch)
+
+  def trained_archs(self) -> dict[str, Architecture]:
+    """Returns the architecture of each model that the optimizer trains, by the prefix of its
+    parameters' names; '' is the model itself.
+    """
+    others = {f'{m.name}/': m.architecture() for m in self.auxiliary.in_state if m.is_trained}
+    return {'': self.arch} | others
 
   def parameter_shardings(self) -> dict:
-    """Nested dict of NamedSharding, over all parts."""
-    return self._by_part(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
+    """Returns the shardings of the trained models' parameters, a nested dict of NamedSharding."""
+    return self._by_name(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
 
   def abstract_params(self) -> dict:
-    """Nested dict of ShapeDtypeStruct, over all parts."""
+    """Returns the parameters of the trained models, a nested dict of ShapeDtypeStruct."""
     dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_part(lambda arch: kinds.abstract(arch, dtype))
+    return self._by_name(lambda arch: kinds.abstract(arch, dtype))
 
-  def _by_part(self, of: Callable[[Architecture], dict]) -> dict:
-    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.parts().items()}
+  def _by_name(self, of: Callable[[Architecture], dict]) -> dict:
+    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.trained_archs().items()}
     return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
-    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
+    """Returns the shardings of a batch: of arrays [A, M, T] with `micro`, else [B, T]; arrays of
+    whole rows have no T.
+    """
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
@@ -117,7 +124,7 @@ class Run:
     )
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a step in shapes."""
+    """Returns the shapes of a step's batch, with shardings."""
     c = self.config
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
@@ -132,7 +139,7 @@ class Run:
     }
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
-    """Device arrays [B, T] over the evaluation rows."""
+    """Yields device arrays [B, T] over the evaluation rows."""
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
@@ -141,47 +148,36 @@ class Run:
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
-    """Weights from `source`, or random ones by the seed where it is ''. Nested dict, sharded."""
-    with self.watchdog.phase('restore'):
-      return self._load(source, dtype, self.arch)
-
-  def load_beside(self, source: str, dtype: str) -> dict:
-    """{'value': weights of the value model} where there is one, else nothing.
-
-    It starts from ppo.value_from; without that from `source` as the policy does, with value 0.
+    """Returns the model's weights from a folder, or random ones by the seed where it is ''. A
+    nested dict of sharded arrays.
     """
-    if not algorithms.place(self.config, 'value'):
-      return {}
+    c = self.config
     with self.watchdog.phase('restore'):
-      arch = auxiliary.value_arch(self.arch)
-      params = self._load(self.config.ppo.value_from or source, dtype, arch)
-      if not self.config.ppo.value_from:
-        params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
-      return {'value': params}
+      if source and (source == self.model.source or c.init_from):
+        model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
+      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family)
 
-  def _load(self, source: str, dtype: str, wanted: Architecture) -> dict:
-    if source:
-      family = self.config.model.family
-      arch = table.architecture(load.read_config(source), family) if wanted.num_labels else wanted
-      if dataclasses.replace(arch, num_labels=wanted.num_labels) != wanted:
-        raise ConfigError(f'{source}: its architecture, {arch}, is not the one expected, {wanted}')
-      where = sharding.shardings(self.mesh, kinds.axes(arch))
-      if source in (self.model.source, self.config.ppo.value_from) or self.config.init_from:
-        model_record.hash_while_loading(source, self.workdir)  # a resume needs their fingerprints
-      params = load.load_params(source, arch, where, jnp.dtype(dtype), self.config.seed)
-      if arch.num_labels == wanted.num_labels:
-        return params
-      if source == self.config.ppo.value_from:
-        raise ConfigError(f'ppo.value_from={source} is no reward model: it has no score')
-      # A language model becomes a reward model: its head goes, a random score comes.
-      make = jax.jit(lambda key: kinds.init(wanted, key, jnp.dtype(dtype))['score'])
-      params = {k: v for k, v in params.items() if k != 'head'}
-      return params | {'score': make(jax.random.key(self.config.seed))}
-    return _random_params(wanted, jax.random.key(self.config.seed), jnp.dtype(dtype))
+  @property
+  def first_source(self) -> str:
+    """Folder of the weights that training starts from, of init_from or model.path; '': random."""
+    init_from = self.config.init_from
+    return hf_load.exported(init_from) if init_from else self.model.source
+
+  def load_first(self) -> dict:
+    """Returns the model's weights as they are before the first step."""
+    return self.load_params(self.first_source, self.config.model.param_dtype)
+
+  def load_auxiliary(self, model: AuxiliaryModel) -> dict:
+    """Returns the weights of an auxiliary model as they are before the first step."""
+    c = self.config
+    with self.watchdog.phase('restore'):
+      if source := model.path or self.first_source:
+        model_record.hash_while_loading(source, self.workdir)
+      return model.load(self.first_source, self.mesh, c.model.param_dtype, c.seed)
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
-  """Everything of a run but weights and state; the mesh is set for the process.
+  """Returns a run without weights and state; sets the mesh of the process.
 
   Raises:
     ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
@@ -202,7 +198,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     _pin_models(c, workdir)
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
-    read = [load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None
@@ -212,7 +208,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
         share = (jax.process_index(), jax.process_count())
         examples.tokenize_share(c, model.tokenizer, workdir, *share)
         processes.wait_for_all()
-      # The others find in the shared cache what the first process made.
+      # The other processes read from the shared cache what the first one wrote.
       data = processes.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       processes.check_same('data', digest(data.fingerprints()))
     data.tell()
@@ -221,13 +217,14 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
 
 def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
   """Puts the commits of hub models into the config."""
-  c.model.path = model_record.pin(c.model.path, workdir)
-  c.ppo.value_from = model_record.pin(c.ppo.value_from, workdir)
-  c.rollout.reward_model = model_record.pin(c.rollout.reward_model, workdir)
+  others = (a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key)
+  for key in ('model.path', *others):
+    pinned = model_record.pin(section.flat(c)[key], workdir)
+    c.update_from_flattened_dict({key: pinned})
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """All processes must see one workdir and mean one config.
+  """Checks that all processes have one workdir and one config.
 
   Raises:
     ConfigError: configs differ, or another process's workdir is another folder.
@@ -250,7 +247,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
-  """A run of shapes alone, to compile its step; `mesh` is the current one.
+  """Returns a run without data and files, to compile its step; `mesh` is the current one.
 
   Raises:
     ConfigError: a size that does not divide.
@@ -262,29 +259,26 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
 
 
 def configure_jax(c: ml_collections.ConfigDict) -> None:
-  """Process-wide: exact float32 products where float32 is asked for."""
+  """Makes the process compute exact float32 products if compute_dtype is float32."""
   precise = c.model.compute_dtype == 'float32'
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
 
 
-_random_params = jax.jit(kinds.init, static_argnums=(0, 2))
-
-
 def keeps_programs(c: ml_collections.ConfigDict) -> bool:
-  """Whether the run has a compile cache. On CPUs of several processes a step that was read from one
-  waits for ever in its first collective (jax 0.12).
+  """Returns whether the run has a compile cache. With several processes on CPUs, a step that was
+  read from one hangs in its first collective (jax 0.12).
   """
   return c.compile_cache and (processes.is_alone() or jax.default_backend() != 'cpu')
 
 
 def program_folder(workdir: str) -> str:
-  """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+  """Returns the folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another."""
   return files.join(workdir, 'xla_cache')
 
 
 def _keep_programs(folder: str) -> None:
-  """Keeps compiled programs in `folder`; entries that are damaged are removed first. A folder of
-  the user's own is left as it is: other runs may be writing to it.
+  """Keeps compiled programs in `folder`, and removes damaged entries first. A folder of the user's
+  own is left unchanged: other runs may be writing to it.
   """
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     processes.from_main(lambda: program_cache.check(folder))
@@ -297,26 +291,26 @@ def _keep_programs(folder: str) -> None:
 
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
-  """Fails before anything is compiled when a size does not divide."""
+  """Raises ConfigError when a size does not divide, before anything is compiled."""
   declared = kinds.declared(arch)
   sharding.check_divides(
     {n: p.axes for n, p in declared.items()},
     {n: p.shape for n, p in declared.items()},
     mesh,
   )
-  ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
+  size = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
     ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
-    if rows % ways:
+    if rows % size:
       raise ConfigError(
-        f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
+        f'{key} = {rows} rows cannot be split over {size} devices (mesh.data x fsdp x expert)'
       )
-  ways = mesh.shape['context']
-  if ways > 1 and c.seq_len % (2 * ways):
+  size = mesh.shape['context']
+  if size > 1 and c.seq_len % (2 * size):
     raise ConfigError(
-      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * ways}: each device takes two '
+      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
       'chunks of a row'
     )
   if c.seq_len > arch.max_len:

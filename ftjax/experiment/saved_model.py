@@ -1,8 +1,8 @@
-"""The model in a checkpoint of a run, ended or not: WORKDIR, WORKDIR@STEP, @last, @best.
+"""Reads the model of a checkpoint of a run, ended or not: WORKDIR, WORKDIR@STEP, @last, @best.
 
 Reads only: the run may be alive, so its lock is not taken and nothing in its workdir changes. The
 model is the one that the run would export: of the moving average where there is one, without a
-value model or a reference beside it.
+value model or a reference.
 """
 
 import dataclasses

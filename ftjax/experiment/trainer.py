@@ -1,9 +1,7 @@
-"""The state of a run and its compiled step: where weights come from, what is trained, saved,
-evaluated and exported.
+"""The state of a run and its compiled step: what is trained, saved, evaluated and exported.
 
-The state's parameters are the model's, with other models beside it under names of their own:
-`reference/` (the policy as it was at the start, frozen; not saved, but read again from where it
-came) and `value/` (a value model, trained and saved with the policy)."""
+The state's parameters are those of the model, with auxiliary models under names of their own
+(experiment/auxiliary.py)."""
 
 import dataclasses
 import logging
@@ -13,10 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
-from ftjax.config import algorithms
-from ftjax.experiment.auxiliary import model_of
 from ftjax.experiment.run import Run
-from ftjax.hf import load
 from ftjax.models import kinds
 from ftjax.runtime import compiler_options, sharding, trees
 from ftjax.storage.checkpoint import Checkpoints
@@ -30,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
-  """What the optimizer must know of every parameter, those of a value model among them."""
+  """Returns what the optimizer must know of every trained parameter, also of auxiliary models."""
   out = {}
-  for prefix, arch in run.parts().items():
+  for prefix, arch in run.trained_archs().items():
     found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
       f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
@@ -42,7 +37,17 @@ def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
 
 
 class Trainer:
-  """The compiled step of a run with everything around it."""
+  """The optimizer, the state and the compiled step of a run.
+
+  Args:
+    run: a config on a mesh.
+    loss_fn: of the algorithm.
+
+  Attributes:
+    abstract: the state in shapes, with shardings.
+    leaves: what the optimizer knows of every trained parameter.
+    frozen: names of parameters that optim.freeze leaves as they are.
+  """
 
   def __init__(self, run: Run, loss_fn: LossFn):
     c = run.config
@@ -52,7 +57,8 @@ class Trainer:
         'and with a usual optim.lr most are; float32 trains better where memory allows it'
       )
     self.run = run
-    self._has_reference = algorithms.place(c, 'reference') == 'state'
+    # Auxiliary models that are part of the state and do not change.
+    self._constant = tuple(m for m in run.auxiliary.in_state if not m.is_trained)
     info = self.leaves = _leaves(run)
     numbers = ('lr', 'warmup_steps', 'end_fraction', 'decay_steps')
     self.schedule = make_schedule(
@@ -69,22 +75,27 @@ class Trainer:
       'multipliers',
       'freeze',
     )
-    config = optimizer_lib.OptimizerConfig(schedule=self.schedule, **{n: c.optim[n] for n in names})
+    settings = optimizer_lib.OptimizerConfig(
+      schedule=self.schedule, **{n: c.optim[n] for n in names}
+    )
     self._derived = {
-      f'{p}{n}' for p, arch in run.parts().items() for n in kinds.names(arch, 'derived')
+      f'{p}{n}' for p, arch in run.trained_archs().items() for n in kinds.names(arch, 'derived')
     }
-    self.frozen = optimizer_lib.frozen_names(config.freeze, info) | self._derived
+    self.frozen = optimizer_lib.frozen_names(settings.freeze, info) | self._derived
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    self.optimizer = optimizer_lib.make_optimizer(config, info, trained)
+    self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
+    dtype = jnp.dtype(c.model.param_dtype)
     abstract = jax.eval_shape(self._create, run.abstract_params())
+    others = {m.name: kinds.abstract(m.architecture(), dtype) for m in self._constant}
+    abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=shardings)
+    self._init = jax.jit(self._create, out_shardings=self._without_constant(shardings))
     self._step = make_step(
       loss_fn,
       self.optimizer,
       shardings,
-      mask=optimizer_lib.layer_mask(config, info, trained),
+      mask=optimizer_lib.layer_mask(settings, info, trained),
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
@@ -93,19 +104,14 @@ class Trainer:
 
   @property
   def compiler_options(self) -> dict[str, compiler_options.Value]:
-    """Of the step, on this run's devices."""
+    """The compiler options of the step on this run's devices."""
     c, kind = self.run.config, self.run.mesh.devices.flat[0].device_kind
     return compiler_options.resolve(kind, c.compiler_options)
 
-  def _create(self, params: dict) -> State:
-    frozen, trained = trees.select(params, lambda n: n in self.frozen)
-    if self._has_reference:
-      # A copy: a state is donated whole, and no buffer twice.
-      frozen = frozen | {'reference': jax.tree.map(jnp.copy, model_of(params))}
-    return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
-
   def compile(self) -> jax.stages.Compiled:
-    """Ahead of time, from shapes: the same executable for a fresh start and a resume."""
+    """Compiles the step ahead of time, from shapes: the same executable for a fresh start, a resume
+    and a plan.
+    """
     batch, options = self.run.abstract_batch(), self.compiler_options
     if options:
       log.info('compiler options: %s', compiler_options.format_flags(options))
@@ -117,34 +123,49 @@ class Trainer:
 
   # Where a state comes from.
 
-  @property
-  def _source(self) -> str:
-    init_from = self.run.config.init_from
-    return load.exported(init_from) if init_from else self.run.model.source
-
-  def first(self) -> dict:
-    """The model's weights as they were at the start, of init_from or of model.path."""
-    return self.run.load_params(self._source, self.run.config.model.param_dtype)
+  def _create(self, params: dict) -> State:
+    """Returns a fresh state of the trained models, without constant ones."""
+    frozen, trained = trees.select(params, lambda n: n in self.frozen)
+    return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
 
   def fresh(self) -> State:
-    """A state of no steps."""
-    dtype = self.run.config.model.param_dtype
-    return self._init(self.first() | self.run.load_beside(self._source, dtype))
+    """Returns a state of no steps."""
+    run = self.run
+    first = run.load_first()
+    trained = {m.name: run.load_auxiliary(m) for m in run.auxiliary.in_state if m.is_trained}
+    # Copies: a state is donated whole, and no buffer twice.
+    copies = {m.name: jax.tree.map(jnp.copy, first) for m in self._constant if not m.path}
+    state = self._init(first | trained)
+    return self._with_constant(state, copies)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
-    """The state saved at a step, with its reference."""
+    """Returns the state saved at a step, with its derived leaves and constant auxiliary models."""
     state = self._with_derived(checkpoints.restore(step, self.saved(self.abstract)))
-    if not self._has_reference:
-      return state
-    return dataclasses.replace(state, frozen=state.frozen | {'reference': self.first()})
+    return self._with_constant(state, {})
 
-  # What of it is wanted.
+  def _with_constant(self, state: State, known: dict[str, dict]) -> State:
+    """Returns `state` with its constant auxiliary models; those not in `known` are read."""
+    models = {
+      m.name: known[m.name] if m.name in known else self.run.load_auxiliary(m)
+      for m in self._constant
+    }
+    return dataclasses.replace(state, frozen=state.frozen | models)
+
+  # What of a state is used.
 
   def saved(self, state: State) -> State:
-    """Returns what is saved of a state or of its shapes: all but reference and derived leaves."""
-    kept = {k: v for k, v in state.frozen.items() if k != 'reference'}
-    if self._derived:
-      _, kept = trees.select(kept, lambda n: n in self._derived)
+    """Returns what is saved of a state, of its shapes or of its shardings: all but derived leaves
+    and the constant auxiliary models.
+    """
+    state = self._without_constant(state)
+    if not self._derived:
+      return state
+    _, kept = trees.select(state.frozen, lambda n: n in self._derived)
+    return dataclasses.replace(state, frozen=kept)
+
+  def _without_constant(self, state: State) -> State:
+    names = {m.name for m in self._constant}
+    kept = {k: v for k, v in state.frozen.items() if k not in names}
     return dataclasses.replace(state, frozen=kept)
 
   def _with_derived(self, state: State) -> State:
@@ -154,7 +175,7 @@ class Trainer:
     _, frozen = trees.select(state.frozen, lambda n: n in self._derived)
     flat, found, run = trees.flatten(trees.merge(state.params, frozen)), {}, self.run
     dtype = jnp.dtype(run.config.model.param_dtype)
-    for prefix, arch in run.parts().items():
+    for prefix, arch in run.trained_archs().items():
       own = {n: flat[f'{prefix}{n}'] for n in kinds.names(arch, 'base', 'adapter')}
       places = trees.flatten(sharding.shardings(run.mesh, kinds.axes(arch)))
       model = trees.unflatten(own)
@@ -164,17 +185,9 @@ class Trainer:
       found |= {f'{prefix}{n}': whole[n] for n in kinds.names(arch, 'derived')}
     return dataclasses.replace(state, frozen=trees.merge(frozen, trees.unflatten(found)))
 
-  def everything(self, state: State) -> dict:
-    """The parameters in training as they are now, with what stands beside the model."""
-    return trees.merge(state.params, state.frozen)
-
-  def averaged(self, state: State) -> dict:
-    """The same with the moving average in place of what is trained, where there is one."""
-    return trees.merge(state.ema or state.params, state.frozen)
-
   def model(self, state: State) -> dict:
     """Returns the model that is evaluated and exported, of the moving average if there is one."""
-    return model_of(self.averaged(self._with_derived(state)))
+    return self.run.auxiliary.without(self._with_derived(state).averaged())
 
 
 def _memory(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:

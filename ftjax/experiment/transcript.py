@@ -1,4 +1,4 @@
-"""Texts of prompts and completions as rewards see them.
+"""Texts of prompts and completions, as reward functions get them.
 
 Special tokens that carry content (<think>, <answer>, <tool_call>) stay; padding, BOS, EOS, stop
 tokens and the tokens that a chat template puts around turns are left out of completions. TRL leaves
@@ -67,15 +67,15 @@ class Transcripts:
 
   def given(self, prompt: Prompt) -> str | list[dict[str, Any]]:
     """Returns the prompt in the form of its row: a text, or messages."""
-    return prompt.said or self.prompt(prompt)
+    return prompt.text or self.prompt(prompt)
 
   def completion(self, ids: Sequence[int]) -> str:
-    """Returns what the model wrote, without `hidden_ids`."""
+    """Returns the text of a completion, without `hidden_ids`."""
     kept = [i for i in ids if i not in self._hidden]
     return self._tokenizer.decode(kept, skip_special=False)
 
   def batch(self, pairs: Sequence[tuple[Prompt, Completion]], state: Mapping[str, float]) -> Batch:
-    """Returns what rewards are computed from, for each prompt with one completion.
+    """Returns the inputs of reward functions, for each prompt with one completion.
 
     A column that not every row has is None elsewhere.
     """

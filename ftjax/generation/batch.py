@@ -1,113 +1,166 @@
 """One completion of each of a few prompts that begin together; a conversation turn by turn."""
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ftjax.generation.completion import Completion, Unfinished
 from ftjax.generation.decoder import Decoder, Request
 from ftjax.generation.padding import bucket, left_pad
-from ftjax.generation.programs import Programs
+from ftjax.generation.programs import Programs, Unread
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.runtime.sharding import batch_axis_size
 
-# Called with the tokens of each prompt's completion so far.
-Stream = Callable[[list[list[int]]], None]
-
-# Steps between two looks of the host while tokens are streamed.
-_STREAMED_STEPS = 4
-# A conversation's cache has room for so many tokens at least, then for twice as many, and so on.
+# Steps of a dispatch while tokens are streamed: a few at first, more where they take less than so
+# many seconds.
+_STREAMED_STEPS, _STREAMED_SECONDS = 4, 0.1
+# Room of a conversation's first cache, in tokens.
 _LEAST_CAPACITY = 512
+
+Ended = list[tuple[Unfinished, Completion]]
 
 
 @dataclasses.dataclass
 class Conversation:
-  """What is kept between two turns of a conversation with one model: the cache of what was read
-  and generated, so that the next turn reads only what is new.
+  """The cache of a conversation between two of its turns.
 
-  cache: of one sequence; None before the first turn. tokens: those in the cache, from position 0.
-  at: index of the cache that is written next.
+  cache: of one sequence; None before the first turn and after an interrupted one. tokens: those
+  that the cache holds, from position 0. at: index of the cache that is written next; beyond it
+  nothing was written.
   """
 
   cache: Cache | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   at: int = 0
 
-  def take(self, prompt: list[int], most: int) -> tuple[Cache | None, int, int]:
+  def take(self, prompt: Sequence[int], most: int) -> tuple[Cache | None, int, int]:
     """Takes the cache out, for a prompt and `most` tokens after it.
 
     Returns:
       (cache, how many tokens of the prompt it holds, index to be written next); (None, 0, 0) where
-      it holds none or has no room.
+      it holds none of them or has no room for the rest.
     """
-    cache, self.cache = self.cache, None  # what is interrupted leaves none
-    pairs = zip(self.tokens, prompt[:-1], strict=False)
-    known = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    if known is None:
-      known = min(len(self.tokens), len(prompt) - 1)
+    cache, self.cache = self.cache, None
+    # One token at least is read, for the logits of the next.
+    known = 0
+    for ours, theirs in zip(self.tokens, prompt[:-1], strict=False):
+      if ours != theirs:
+        break
+      known += 1
     if cache is None or not known:
       return None, 0, 0
-    room = cache.tokens.segments.shape[1]
-    if self.at + conversation_bucket(len(prompt) - known) + most > room:
+    needed = self.at + short_bucket(len(prompt) - known) + most
+    if needed > cache.tokens.segments.shape[1]:
       return None, 0, 0
     return cache, known, self.at
 
 
-def conversation_bucket(length: int) -> int:
-  """Returns the smallest of 32, 64, 128, ... that holds `length`."""
+def short_bucket(length: int) -> int:
+  """Returns the smallest of 32, 64, 128, ... that holds `length`: a turn is short, so few programs
+  count for more than little padding.
+  """
   return max(32, 1 << (length - 1).bit_length())
 
 
 def generate(
+  programs: Programs, pad_id: int, request: Request, beat: Callable[[], None]
+) -> list[Completion]:
+  """Returns the completions of a request; see `Engine.generate_at_once`."""
+  length = bucket(max(map(len, request.prompts)))
+  capacity = length + _room(request, programs)
+  decoder, found = _read(programs, pad_id, request, length, capacity)
+  done: list[Completion | None] = [None] * len(request.prompts)
+  while True:
+    for sequence, completion in found:
+      done[sequence.prompt] = completion
+    beat()
+    if not any(decoder.slots):
+      return done
+    found = decoder.dispatch(programs.width)
+
+
+def respond(
   programs: Programs,
   pad_id: int,
   request: Request,
-  beat: Callable[[], None],
-  stream: Stream | None,
-  conversation: Conversation | None,
-) -> list[Completion]:
-  """Returns the completions of a request; see `Engine.generate_at_once`."""
-  prompts, size = request.prompts, batch_axis_size()
-  batch = -(-len(prompts) // size) * size
-  cache, known, at = None, 0, 0
-  if conversation:
-    cache, known, at = conversation.take(prompts[0], max(request.most))
-  new = [p[known:] for p in prompts]
-  length = (conversation_bucket if cache else bucket)(max(map(len, new)))
-  capacity = length + -(-(max(request.most) - 1) // programs.width) * programs.width
-  if conversation:
-    capacity = max(_LEAST_CAPACITY, 1 << (capacity - 1).bit_length())
-  tokens, segments, positions = left_pad(new, batch, pad_id, length)
-  positions += known * segments
-  slots = [Unfinished(p, 0, most) for p, most in enumerate(request.most)]
-  sequences: list[Unfinished | None] = [*slots, *[None] * (batch - len(slots))]
+  conversation: Conversation,
+  stream: Callable[[list[int]], None] | None,
+) -> Completion:
+  """Returns the completion of a request of one prompt; see `Engine.respond`."""
+  (prompt,) = request.prompts
+  cache, known, at = conversation.take(prompt, max(request.most))
+  length = (short_bucket if known else bucket)(len(prompt) - known)
+  needed = length + _room(request, programs)
+  capacity = _conversation_capacity(needed)
+  decoder, found = _read(programs, pad_id, request, length, capacity, (cache, known, at))
+  sequence = decoder.slots[0] or found[0][0]
+  steps = _STREAMED_STEPS if stream else programs.width
+  while True:
+    if stream:
+      stream(sequence.tokens)
+    if found:
+      break
+    begin = time.monotonic()
+    found = decoder.dispatch(steps)
+    if time.monotonic() - begin < _STREAMED_SECONDS / 2:
+      steps = min(2 * steps, programs.width)
+  # The last token was drawn, but not read.
+  conversation.tokens = [*prompt, *sequence.tokens[:-1]]
+  conversation.cache, conversation.at = decoder.cache, at + length + decoder.steps
+  return found[0][1]
+
+
+def _conversation_capacity(needed: int) -> int:
+  """Returns the smallest of 512, 768, 1024, 1536, 2048, ... that holds `needed`: a conversation
+  grows for some turns before a larger cache is needed and programs are compiled for it.
+  """
+  capacity = max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())
+  smaller = capacity * 3 // 4
+  return smaller if capacity > _LEAST_CAPACITY and needed <= smaller else capacity
+
+
+def _room(request: Request, programs: Programs) -> int:
+  """Returns the entries of the cache after the prompts: whole dispatches, less the first token."""
+  return -(-(max(request.most) - 1) // programs.width) * programs.width
+
+
+def _read(
+  programs: Programs,
+  pad_id: int,
+  request: Request,
+  length: int,
+  capacity: int,
+  earlier: tuple[Cache | None, int, int] = (None, 0, 0),
+) -> tuple[Decoder, Ended]:
+  """Reads the prompts and draws the first token of each.
+
+  Args:
+    length: to which what is read of each prompt is padded.
+    capacity: of a new cache.
+    earlier: what `Conversation.take` returns; by default there is nothing earlier.
+
+  Returns:
+    (the decoder of the sequences, those that ended with their first token).
+  """
+  cache, known, at = earlier
+  size, count = batch_axis_size(), len(request.prompts)
+  batch = -(-count // size) * size
+  arrays = left_pad([p[known:] for p in request.prompts], batch, pad_id, length)
+  tokens, segments, positions = (request.put(a, 'batch', 'seq') for a in arrays)
+  unread = Unread(tokens, Tokens(segments, positions), np.int32(known), np.int32(at))
+  sequences = {i: Unfinished(i, 0, most) for i, most in enumerate(request.most)}
   cache, device, first = programs.read(
     request.params,
     cache,
-    request.put(tokens, 'batch', 'seq'),
-    Tokens(request.put(segments, 'batch', 'seq'), request.put(positions, 'batch', 'seq')),
-    request.put(np.full(batch, known, np.int32), 'batch'),
-    np.int32(at),
-    request.new_slots(dict(enumerate(slots)), batch),
+    unread,
+    request.new_slots(sequences, batch),
     request.key,
     capacity=None if known else capacity,
     sampling=request.sampling,
   )
-  decoder = Decoder(programs, request, cache, device, sequences, at + length)
-  ended = decoder.collect([np.asarray(a)[:, None] for a in first])
-  done = {}
-  while True:
-    done |= {sequence.prompt: completion for sequence, completion in ended}
-    beat()
-    if stream:
-      stream([s.tokens for s in slots])
-    if not any(decoder.slots):
-      break
-    ended = decoder.dispatch(_STREAMED_STEPS if stream else programs.width)
-  if conversation:
-    # The last token was drawn, but not read.
-    conversation.tokens = [*prompts[0], *done[0].tokens[:-1]]
-    conversation.cache, conversation.at = decoder.cache, at + length + decoder.steps
-  return [done[p] for p in range(len(prompts))]
+  slots = [sequences.get(i) for i in range(batch)]
+  decoder = Decoder(programs, request, cache, device, slots, at + length)
+  return decoder, decoder.collect([np.asarray(a)[:, None] for a in first])

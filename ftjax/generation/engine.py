@@ -1,13 +1,14 @@
 """The one engine of generation: rollouts, evaluation, `ftjax.generate` and its chat.
 
-Sequences are decoded in slots. There are two ways into them:
+Sequences are decoded in slots. There are two ways into the slots:
 - `generate` makes groups of completions from a queue, in slots that are refilled as sequences end.
   Prompts are prefilled, all but their last token, once each however many completions they get; the
   cache of a prompt is copied into the slots of its completions, and the first step of a sequence
   reads its prompt's last token.
 - `generate_at_once` makes one completion of each of a few prompts. All begin together: one program
   reads the prompts and draws the first token of each, so nothing is copied and the first token
-  comes early. A conversation keeps its cache, and each turn reads only what is new.
+  comes early. `respond` is the same for one prompt of a conversation, whose cache is kept, so that
+  each turn reads only what is new.
 
 Both decode up to `tokens_per_dispatch` steps for all slots in one dispatch; in between the host
 collects what ended. The host decides from arrays that are whole on every process, so all processes,
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.generation import batch as at_once
+from ftjax.generation.batch import Conversation
 from ftjax.generation.completion import Completion, Rollout
 from ftjax.generation.decoder import Request
 from ftjax.generation.padding import bucket
@@ -196,25 +198,45 @@ class Engine:
     prompt_ids: Sequence[int] | None = None,
     ended: Callable[[list[int]], bool] | None = None,
     beat: Callable[[], None] = lambda: None,
-    stream: at_once.Stream | None = None,
-    conversation: at_once.Conversation | None = None,
   ) -> list[Completion]:
-    """Returns one completion of each of a few prompts, which begin together whatever `slots` is.
-
-    Args:
-      stream: called with the tokens of every completion so far, from the first token on.
-      conversation: one prompt only: holds the cache of its earlier turns, and then of this one.
-        The programs and `params` of all turns must be the same.
-      params, prompts, max_tokens, sampling, seed, prompt_ids, ended, beat: see `generate`.
+    """Returns one completion of each of a few prompts, which begin together whatever `slots` is;
+    for the arguments see `generate`.
 
     Raises:
-      ConfigError: as `generate`; or a conversation with several prompts.
+      ConfigError: as `generate`.
     """
     request = self._request(params, prompts, max_tokens, sampling, seed, prompt_ids, ended)
-    if conversation is not None and len(prompts) != 1:
-      raise ConfigError(f'generate: a conversation has one prompt at a time, got {len(prompts)}')
     with jax.set_mesh(request.mesh):
-      return at_once.generate(self._programs, self.pad_id, request, beat, stream, conversation)
+      return at_once.generate(self._programs, self.pad_id, request, beat)
+
+  def respond(
+    self,
+    params: dict,
+    prompt: Sequence[int],
+    conversation: Conversation,
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    prompt_id: int = 0,
+    ended: Callable[[list[int]], bool] | None = None,
+    stream: Callable[[list[int]], None] | None = None,
+  ) -> Completion:
+    """Returns the completion of one prompt, and keeps its cache for the next turn.
+
+    Args:
+      prompt: token ids of the whole conversation so far.
+      conversation: holds the cache of earlier turns, and then of this one; `params` must be the
+        same in all turns. An interrupted turn leaves no cache.
+      stream: called with the tokens of the completion so far, from the first on.
+      params, max_tokens, sampling, seed, prompt_id, ended: see `generate`.
+
+    Raises:
+      ConfigError: as `generate`.
+    """
+    request = self._request(params, [prompt], max_tokens, sampling, seed, [prompt_id], ended)
+    with jax.set_mesh(request.mesh):
+      return at_once.respond(self._programs, self.pad_id, request, conversation, stream)
 
   def _request(self, params, prompts, max_tokens, sampling, seed, prompt_ids, ended) -> Request:
     most = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)

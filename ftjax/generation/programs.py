@@ -36,6 +36,23 @@ class Slots:
   left: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """What `read` reads of prompts.
+
+  tokens: int32[B, T], padded on the left. where: their segments, and positions counted from the
+  first of them. known: int32[], tokens before them that the cache holds; what it holds at later
+  positions is forgotten. at: int32[], index of the cache that is written first, at most
+  capacity - T.
+  """
+
+  tokens: jax.Array
+  where: Tokens
+  known: jax.Array
+  at: jax.Array
+
+
 class Programs:
   """The jitted functions of one engine; `compilations` counts how often one was traced.
 
@@ -70,19 +87,14 @@ class Programs:
     return kv.empty(self.arch, batch, capacity, self.dtype), Slots(*[none] * 5)
 
   def _read(
-    self, params, cache: Cache | None, tokens, where, known, at, new: Slots, seed, *,
-    capacity, sampling
-  ):  # fmt: skip
-    """Reads prompts int32[B, T] whole and draws the first token of each completion.
+    self, params, cache: Cache | None, unread: Unread, new: Slots, seed, *, capacity, sampling
+  ):
+    """Reads prompts to their end and draws the first token of each completion.
 
     Args:
       params: nested dict.
-      cache: of earlier tokens, to be extended at index `at`; None: an empty one of `capacity`.
-      tokens: padded on the left.
-      where: their segments and positions.
-      known: int32[B], the tokens of a prompt that `cache` holds; what it holds at later positions
-        is forgotten.
-      at: int32[], at most capacity - T.
+      cache: of earlier tokens, to be extended; None: an empty one of `capacity`.
+      unread: the tokens to be read.
       new: the sequences, each with the last token of its prompt.
       seed: of sampling.
 
@@ -90,13 +102,16 @@ class Programs:
       (cache, slots, (tokens int32[B], logprobs float32[B])); the last two whole on every device.
     """
     self.compilations += 1
+    places = Tokens(unread.where.segments, unread.where.positions + unread.known)
     if cache is None:
-      cache = kv.empty(self.arch, tokens.shape[0], capacity, self.dtype)
+      cache = kv.empty(self.arch, unread.tokens.shape[0], capacity, self.dtype)
     else:
       old = cache.tokens
-      kept = jnp.where(old.positions < known[:, None], old.segments, 0)
+      kept = jnp.where(old.positions < unread.known, old.segments, 0)
       cache = Cache(cache.keys, cache.values, Tokens(kept, old.positions))
-    x, cache = kinds.decode(self.arch, params, tokens, where, cache, at, dtype=self.dtype)
+    x, cache = kinds.decode(
+      self.arch, params, unread.tokens, places, cache, unread.at, dtype=self.dtype
+    )
     slots, drawn = self._draw(params, x[:, -1], new, seed, sampling)
     return cache, slots, tuple(jax.sharding.reshard(d, P()) for d in drawn)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
-from ftjax.runtime.sharding import BATCH, gather, island, spec
+from ftjax.runtime.sharding import BATCH, gather, shard_map, spec
 
 _KV, _ROWS = spec(None, 'batch', 'seq', 'kv_heads', None), spec('batch', 'seq')
 _SLOTS, _WHOLE = spec('batch'), spec()
@@ -22,7 +22,7 @@ _SLOTS, _WHOLE = spec('batch'), spec()
 def enter(ring: Cache, prompts: Cache, source: jax.Array, at: jax.Array) -> Cache:
   """Writes prompts into slots, at the P indices before `at`.
 
-  An island: every shard takes what its slots need out of all prompts.
+  Inside `shard_map` every shard takes what its slots need out of all prompts.
 
   Args:
     ring: of B slots and S entries; the caller donates it.
@@ -67,4 +67,4 @@ def enter(ring: Cache, prompts: Cache, source: jax.Array, at: jax.Array) -> Cach
     return Cache({n: _KV for n in cache.keys}, {n: _KV for n in cache.values}, Tokens(_ROWS, _ROWS))
 
   where = specs(ring)
-  return island(local, (where, specs(prompts), _SLOTS, _WHOLE), where)(ring, prompts, source, at)
+  return shard_map(local, (where, specs(prompts), _SLOTS, _WHOLE), where)(ring, prompts, source, at)

@@ -1,4 +1,5 @@
-"""Answers to multiple-choice questions: the one letter that a completion commits itself to."""
+"""Grades answers to multiple-choice questions: finds the one letter that a completion commits
+to."""
 
 import dataclasses
 import itertools
@@ -9,13 +10,13 @@ from ftjax.grading.final_answer import final_answer, gold_text
 from ftjax.grading.latex import normalize
 from ftjax.runtime.errors import ConfigError
 
-# So often may one completion state its choice.
+# Most statements of its choice in one completion.
 _MAX_STATEMENTS = 3
-# Around a letter they say nothing: \(B\), \textbf{(B)}.
+# Removed around a letter: \(B\), \textbf{(B)}.
 _DELIMITERS = re.compile(r'\\[()\[\]]')
 _STYLED = re.compile(r'\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf)\s?\{([^{}]{1,60})\}')
-# Directly behind a letter; and the beginning of a sentence behind the last statement, which then
-# names another letter.
+# Directly after a letter; and the beginning of a sentence after the last statement that names
+# another letter.
 _DENIED = re.compile(
   r'[)\]*"`]{0,3}\s(?:is|was|seems|looks|cannot|can)\s?(?:wrong|incorrect|false|not\b|n[\'\u2019]t)'
 )
@@ -27,11 +28,11 @@ _TAKEN_BACK = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """1 where the completion commits itself to the gold letter and to no other.
+  """Reward 1 if the completion commits to the gold letter and to no other, else 0.
 
   Attributes:
     letters: the options, in order.
-    column: of the gold: a letter, or the index of one from 0.
+    column: of the gold answers: a letter, or its index from 0.
   """
 
   letters: str = 'ABCDEFGHIJ'
@@ -56,11 +57,11 @@ class Choice:
     """Nothing to import."""
 
   def check(self, gold: Any) -> None:
-    """Raises ValueError for a gold that is none of the options."""
+    """Raises ValueError for a gold answer that is none of the options."""
     self._gold(gold)
 
   def score(self, completion: str, gold: Any, prompt: str = '') -> float:
-    """Raises ValueError for a gold that is none of the options."""
+    """Returns the reward; raises ValueError for a gold answer that is none of the options."""
     wanted = self._gold(gold)
     text = final_answer(completion, prompt)
     return float(text is not None and committed_letter(text, self.letters) == wanted)
@@ -75,22 +76,22 @@ class Choice:
 
 
 def committed_letter(text: str, letters: str) -> str | None:
-  r"""The letter a text commits itself to; None for none, several, or too many repeats.
+  r"""Returns the letter that a text commits to; None for none, several, or too many repeats.
 
-  Read are 'answer is (B)', 'Answer: B', 'Option B is correct', \boxed{B}; without them a text that
-  begins with its letter: 'B', '(B)', '**B**', 'B. Paris', where no other line begins with a letter.
-  Letters are capitals. What is taken back afterwards is no commitment.
+  Recognized are 'answer is (B)', 'Answer: B', 'Option B is correct', \boxed{B}; without them a text
+  that begins with its letter: 'B', '(B)', '**B**', 'B. Paris', if no other line begins with one.
+  Letters are capitals. A statement that is corrected afterwards does not count.
   """
   one, text = f'[{letters}]', _STYLED.sub(r'\1', _DELIMITERS.sub('', text))
   marked = rf'[\s(\[*$"\'`{{]{{0,5}}({one})(?![\w\'\u2019])'
-  says = r'(?:\b[Aa]nswer|\bANSWER|\b[Cc]hoice|\b[Oo]ption)\b(?:\*\*)?\s?(?:is\b\s?:?|:|=)'
-  says += rf'\s{{0,3}}(?:\*\*)?\s?(?:[Oo]ption\s|[Cc]hoice\s)?{marked}'
+  states = r'(?:\b[Aa]nswer|\bANSWER|\b[Cc]hoice|\b[Oo]ption)\b(?:\*\*)?\s?(?:is\b\s?:?|:|=)'
+  states += rf'\s{{0,3}}(?:\*\*)?\s?(?:[Oo]ption\s|[Cc]hoice\s)?{marked}'
   # 'Is option A correct?' is asked on the way to an answer that is marked as one.
-  judged = rf'\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{marked}[)\]*"`]{{0,3}}\sis\s(?:the\s)?'
-  judged += r'(?:correct|right)\b'
+  correct = rf'\b(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s{marked}[)\]*"`]{{0,3}}\sis\s(?:the\s)?'
+  correct += r'(?:correct|right)\b'
   boxed = rf'\\boxed\s?\{{{marked}'
-  found = [m for pattern in (says, boxed) for m in re.finditer(pattern, text)]
-  found = found or list(re.finditer(judged, text))
+  found = [m for pattern in (states, boxed) for m in re.finditer(pattern, text)]
+  found = found or list(re.finditer(correct, text))
   if not found:
     starts = list(
       re.finditer(rf'(?m)^[\s(\[*$"\'`{{]{{0,5}}({one})(?=[\s)\].:,*$"\'`}}/|;]|$)', text)
@@ -105,7 +106,7 @@ def committed_letter(text: str, letters: str) -> str | None:
   given = {m.group(1) for m in found}
   if len(given) > 1 or len(found) > _MAX_STATEMENTS:
     return None
-  if any(_goes_on(text[m.end() : m.end() + 100], one) for m in found):
+  if any(_continues(text[m.end() : m.end() + 100], one) for m in found):
     return None
   if any(_DENIED.match(text, m.end()) for m in found):
     return None
@@ -115,7 +116,7 @@ def committed_letter(text: str, letters: str) -> str | None:
 
 
 def _is_taken_back(rest: str, others: str) -> bool:
-  """Whether a sentence begins like a correction and comes to another letter: 'Wait, no. A.'"""
+  """Returns whether a sentence begins like a correction and names another letter: 'Wait, no. A.'"""
   letter = rf'[(\[*$"\'`]{{0,3}}[{others}](?![\w\'\u2019])'
   small = r'(?:no|it is|it\'s|it should be|the answer is|option|choice)'
   direct = rf'[\s,.:;!-]{{0,4}}(?:{small}[\s,.:;!]{{0,3}}){{0,2}}{letter}'
@@ -128,9 +129,9 @@ def _is_taken_back(rest: str, others: str) -> bool:
   return False
 
 
-def _goes_on(rest: str, one: str) -> bool:
-  """Whether another letter follows as a further guess: 'B, C', 'B C', 'B (or maybe C)'. A letter
-  before a small word is an article: 'B. A dog'."""
+def _continues(rest: str, one: str) -> bool:
+  """Returns whether another letter follows as a further guess: 'B, C', 'B C', 'B (or maybe C)'. A
+  letter before a lower-case word is an article: 'B. A dog'."""
   letter = rf'[(\[*$"\'`]{{0,3}}{one}(?![\w\'\u2019])(?!\s[a-z])'
   listed = rf'[\s)\]*$"\'`}}.:,/|;&]{{0,9}}{letter}'
   joined = rf'.*?\b(?:or|and|OR|AND|maybe|possibly)\s{letter}'

@@ -1,20 +1,21 @@
-"""What of a completion may count as its answer: the text after the thought, inside the answer tags.
+"""Extracts the final answer of a completion: the text after the reasoning, inside the answer tags.
 
-Every built-in verifier of answers begins here, so that a completion which games the layout is
-refused in one place. A prompt may end inside a tag (`<think>`): then the completion is read as if
-it had begun with that tag. All rules are linear in the length of the text.
+Every built-in verifier of answers begins here, so that a completion which exploits the layout is
+rejected in one place. A prompt may end inside a tag (`<think>`): then the completion is read as if
+it began with that tag. All rules are linear in the length of the text.
 """
 
 import json
 import re
 from typing import Any
 
-# A longer completion is refused unread; 64k tokens seldom reach it.
+# A longer completion is rejected unread; 64k tokens rarely reach it.
 MAX_CHARS = 200_000
 # <pad>, </s>, <|im_end|>
 MARK = re.compile(r'<[^<>\s]{1,60}>')
 
-# Thoughts as models and prompts mark them: the text behind the closing mark is the answer.
+# Tags around reasoning, as models and prompts use them: the answer is the text after the closing
+# tag.
 _THOUGHTS = (
   ('<think>', '</think>'),
   ('<thinking>', '</thinking>'),
@@ -24,11 +25,11 @@ _THOUGHTS = (
   ('[THINK]', '[/THINK]'),
   ('<|START_THINKING|>', '<|END_THINKING|>'),
 )
-# gpt-oss names the channel of each message; the answer stands in the channel `final`.
+# gpt-oss names the channel of each message; the answer is in the channel `final`.
 _FINAL = re.compile(r'<\|channel\|>final[^<>]{0,60}<\|message\|>')
 _CHANNEL = '<|channel|>'
 _ANSWER, _END_ANSWER = '<answer>', '</answer>'
-# What such a tag holds is an answer and no thought.
+# Such tags contain an answer, not reasoning.
 _ANSWERS = frozenset({'answer', 'solution', 'response', 'output', 'result', 'final'})
 
 _TAIL_CHARS = 2000
@@ -36,7 +37,7 @@ _TAG = re.compile(
   r'<(?P<end>/)?(?P<name>[A-Za-z][\w:.-]{0,40})>|\[(?P<end2>/)?(?P<name2>THINK)\]'
   r'|<\|(?P<end3>END|START)_(?P<name3>THINKING)\|>|(?P<channel><\|channel\|>)'
 )
-# Turns of a chat template: what stands behind the last of them belongs to the assistant.
+# Turns of a chat template: text after the last of them belongs to the assistant.
 _TURN = re.compile(
   r'<\|(?!channel\|>|message\|>|(?:START|END)_THINKING)[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>'
   r'|\[/?(?:INST|SYSTEM_PROMPT)\]|<(?:start|end)_of_turn>|</?s>|<[be]os>'
@@ -45,11 +46,11 @@ _TURN = re.compile(
 
 
 def opened(prompt: str) -> str:
-  r"""Returns the end of a prompt from the first tag on that it opens and does not close:
-  '<think>\n' of a prompt that ends so; '' where it opens none.
+  r"""Returns the end of a prompt from the first tag on that it opens and does not close, such as
+  '<think>\n'; '' if it opens none.
 
-  Where the prompt shows the turns of a template, tags behind the last turn count, also with words
-  behind them (`<think>\nOkay`). In plain text only tags at the very end do: instructions may name
+  If the prompt has turns of a chat template, all tags after the last turn count, also with words
+  after them (`<think>\nOkay`). In plain text only tags at the end count: instructions may mention
   others.
   """
   tail = prompt[-_TAIL_CHARS:]
@@ -78,12 +79,12 @@ def _closes(m: re.Match) -> bool:
 
 
 def final_answer(completion: str, prompt: str = '') -> str | None:
-  """Returns the text that is compared with the gold answer, stripped; None where there is none.
+  """Returns the text that is compared with the gold answer, stripped; None if there is none.
 
-  A thought ends at `</think>` or its kin; it may have begun at the end of the prompt, and so may
-  the answer's tag. One pair of `<answer>` tags holds the answer. None: blank or longer than
-  MAX_CHARS, a thought that is blank or never ends, tags that are unclosed, repeated or out of
-  order, or nothing but tags.
+  Reasoning ends at `</think>` or a similar tag. It may begin at the end of the prompt, and so may
+  the answer's tag. One pair of `<answer>` tags contains the answer. None is returned for blank
+  completions and those longer than MAX_CHARS, for reasoning that is blank or not closed, for tags
+  that are unclosed, repeated or out of order, and for text that consists of tags only.
   """
   if len(completion) > MAX_CHARS:
     return None
@@ -99,7 +100,7 @@ def final_answer(completion: str, prompt: str = '') -> str | None:
       if text.count(end) != 1 or count > 1 or start in after:
         return None
       outside, _, thought = before.partition(start) if count else ('', '', before)
-      if outside.strip() or not says_something(thought):
+      if outside.strip() or not has_text(thought):
         return None
       text = after
   if _ANSWER in text or _END_ANSWER in text:
@@ -113,8 +114,8 @@ def final_answer(completion: str, prompt: str = '') -> str | None:
 
 
 def _marks(begun: str) -> tuple[tuple[str, str], ...]:
-  """Returns the marks around thoughts; a tag that the prompt opens is one unless its name says that
-  it holds an answer.
+  """Returns the pairs of tags around reasoning; a tag that the prompt opens is one of them unless
+  its name is that of an answer.
   """
   names = [m['name'] for m in _TAG.finditer(begun) if m['name'] and not m['end']]
   found = [(f'<{n}>', f'</{n}>') for n in names if n not in _ANSWERS]
@@ -122,7 +123,7 @@ def _marks(begun: str) -> tuple[tuple[str, str], ...]:
 
 
 def _without_answer_tags(text: str, begun: str) -> str:
-  """Returns the inside of a tag like <solution> that the prompt opened."""
+  """Returns the text inside of a tag like <solution> that the prompt opened."""
   for m in _TAG.finditer(begun):
     name = m['name']
     if name in _ANSWERS and text.lstrip().startswith(m.group()):
@@ -130,8 +131,9 @@ def _without_answer_tags(text: str, begun: str) -> str:
   return text
 
 
-def says_something(text: str) -> bool:
-  """Whether a letter or digit stands outside of marks like <pad>, </s> and <|im_end|>."""
+def has_text(text: str) -> bool:
+  """Returns whether a text has a letter or digit outside of marks like <pad>, </s> and
+  <|im_end|>."""
   return any(char.isalnum() for char in MARK.sub('', text))
 
 

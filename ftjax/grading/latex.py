@@ -1,8 +1,7 @@
-r"""One spelling for answers written in LaTeX or plain text, so that the gold and the completion's
-answer are compared alike.
+r"""Normalizes answers written in LaTeX or plain text, so that gold and generated answers compare.
 
-`normalize` removes layout, wrappers and spelling variants; `split_unit` takes off a trailing unit;
-`split_list` reads tuples, sets, intervals and lists. math_answers.py compares what is left. All
+`normalize` removes layout, wrappers and spelling variants; `split_unit` removes a trailing unit;
+`split_list` parses tuples, sets, intervals and lists. math_answers.py compares the results. All
 functions are linear in the length of the text.
 """
 
@@ -71,8 +70,8 @@ _SPELLINGS = tuple(
 
 def normalize(text: str) -> str:
   r"""Returns an answer without layout: math delimiters, bold marks, \left, \text{..} or \boxed{..}
-  around the whole, a final point; fractions, roots, degrees, spaces and thousands separators in one
-  spelling. Words, digits of other scripts and everything that may change the value stay.
+  around the whole, a final period; fractions, roots, degrees, spaces and thousands separators in
+  one spelling. Words, digits of other scripts and everything that may change the value stay.
   """
   text = _THOUSANDS.sub(',', text)
   text = _SUPERSCRIPT.sub(lambda m: f'^{{{m.group().translate(_SUPERSCRIPTS)}}}', text)
@@ -87,7 +86,7 @@ def normalize(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-  """Returns a text without what stands around all of it."""
+  """Returns a text without delimiters around the whole of it."""
   for _ in range(8):
     before = text
     text = text.strip().rstrip('.;').strip()
@@ -108,7 +107,7 @@ def _unwrap(text: str) -> str:
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns where the brace that opens at `start` closes, -1 where it does not."""
+  """Returns the index of the brace that closes the one at `start`, -1 if it is not closed."""
   depth = 0
   for at in range(start, len(text)):
     if text[at] in '{}' and text[at - 1 : at] != '\\':
@@ -118,7 +117,7 @@ def _closing(text: str, start: int) -> int:
   return -1
 
 
-# Units by their first name; a unit in no row is compared with nothing.
+# Units by their first name; other units are not compared.
 _UNITS = {
   spelling: names.split()[0]
   for names in (
@@ -145,7 +144,7 @@ _UNITS = {
     'month months',
     'year years',
     'degree degrees deg',
-    'am AM a.m A.M',  # `_name` takes off the last point
+    'am AM a.m A.M',  # `_name` removes the last period
     'pm PM p.m P.M',
     'radian radians rad',
     'dollar dollars',
@@ -189,8 +188,8 @@ def split_unit(text: str) -> tuple[str, str]:
   r"""Returns (value, unit) of a normalized answer: '5', 'cm' of '5 \text{cm}'. The unit is '' where
   there is none.
 
-  Any words in \text{..} behind a value count as a unit; without it only known units do, and words
-  of four letters and more behind a space ('8 apples'): others are products.
+  Any words in \text{..} after a value count as a unit; without it only known units do, and words of
+  four or more letters after a space ('8 apples'): others are products.
   """
   found = _TEXT_UNIT.search(text)
   if found and (_NO_UNIT.search(found['unit']) or not text[: found.start()].strip()):
@@ -208,12 +207,12 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _is_value(text: str) -> bool:
-  """Whether a number ends a text."""
+  """Returns whether a text ends with a number."""
   return re.search(r'[0-9})]\s?$', text) is not None
 
 
 def _may_be_unit(m: re.Match) -> bool:
-  """Whether plain letters behind a value are a known unit, or a word that is no product."""
+  """Returns whether plain letters after a value are a known unit or a word, not a product."""
   is_word = re.search(r'[0-9] $', m.string[: m.start()]) and re.fullmatch('[a-z]{4,}', m['unit'])
   return _is_known(m['unit']) or bool(is_word and not _NO_UNIT.search(m['unit']))
 
@@ -237,7 +236,7 @@ def _name(unit: str, power: str | None) -> str:
 
 
 def units_differ(first: str, second: str) -> bool:
-  """Whether two units, as `split_unit` gives them, are known and not the same."""
+  """Returns whether two units, from `split_unit`, are known and different."""
   if not (first and second) or first == second:
     return False
   return all(_is_known(re.sub(r'\^[23]$', '', u)) for u in (first, second))
@@ -264,7 +263,7 @@ def split_list(text: str) -> tuple[str, list[str]] | None:
 
 
 def _bracketed(text: str) -> tuple[str, str]:
-  """Returns (brackets, what is between them), or ('', text)."""
+  """Returns (brackets, text between them), or ('', text)."""
   opening = next((o for o in _OPENING if text.startswith(o)), None)
   closing = next((c for c in _CLOSING if text.endswith(c)), None)
   if not opening or not closing or len(text) <= len(opening + closing):
@@ -286,7 +285,7 @@ def _least_depth(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-  """Returns what stands between commas outside of all brackets."""
+  """Returns the parts between commas outside of all brackets."""
   text = _SEPARATOR.sub(',', text)
   parts, depth, start = [], 0, 0
   for at, char in enumerate(text):
@@ -306,8 +305,8 @@ def _signs(text: str) -> list[str]:
 
 
 def words(text: str) -> str | None:
-  """Returns the letters of a normalized answer that is words and no formula, without spaces; None
-  for anything else and for a single letter.
+  """Returns the letters of a normalized answer that consists of words, without spaces; None for
+  anything else and for a single letter.
   """
   if not re.fullmatch(r"[A-Za-z](?:[A-Za-z .'\u2019]|(?<=[a-z]{3})-(?=[a-z]{3}))*", text):
     return None
@@ -316,9 +315,8 @@ def words(text: str) -> str | None:
 
 
 def same_words(answer: str, gold: str) -> bool:
-  """Whether two results of `words` are the same, letter by letter. Case counts where the gold has
-  capitals alone (`AB` may be another thing than `ab`) or two letters; `Yes`, `yes` and `no`, `No`
-  are one word each.
+  """Returns whether two results of `words` are equal. Case counts if the gold answer has only
+  capitals (`AB` may differ from `ab`) or two letters, but not in `yes` and `no`.
   """
   if gold.lower() != 'no' and (len(gold) < 3 or gold.isupper()):
     return answer == gold

@@ -1,8 +1,9 @@
-r"""Answers to mathematical questions: found in a text, read as exact numbers, compared.
+r"""Grades answers to math questions: extracts them from a text, parses exact numbers, compares.
 
-Gold and answer go through one normalization (latex.py). Numbers are rationals, so 1,234 == 1234.0
-== \frac{2468}{2} without a tolerance. Tuples, sets, intervals and lists are compared item by item,
-words letter by letter. What is left (\sqrt{2}, x+1) goes to symbols.py.
+Gold and generated answers are normalized in the same way (latex.py). Numbers are rationals, so
+1,234 == 1234.0 == \frac{2468}{2} without a tolerance. Tuples, sets, intervals and lists are
+compared item by item, words letter by letter. Other formulas (\sqrt{2}, x+1) are compared by
+symbols.py.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from ftjax.runtime.errors import ConfigError
 MODES = ('strict', 'flexible')
 SYMBOLIC = ('auto', 'on', 'off')
 
-# So often may one completion state its answer: in the reasoning, the conclusion and a summary.
+# Most statements of the answer in one completion: in the reasoning, the conclusion and a summary.
 _MAX_STATEMENTS = 3
 _MAX_STATEMENT_CHARS = 200
-# Last-number extraction reads no further back.
+# Characters at the end in which the last number is searched.
 _TAIL_CHARS = 1000
-# A completion at least so long that stands in the prompt word for word is a copy, no answer.
+# A completion of at least so many characters that is contained in the prompt is a copy, no answer.
 _ECHO_CHARS = 40
 _MAX_EXPONENT = 300
 _MAX_ITEMS = 20
@@ -43,7 +44,7 @@ _NUMBER = re.compile(
   r'(?:[eE](?P<e>[-+]?[0-9]{1,3})(?![0-9])|\s?(?:\\times|\\cdot|\u00d7)\s?10\^\{?(?P<ten>-?[0-9]{1,3})\}?)?)'
   r'(?P<percent>\s?\\?%)?'
 )
-# Directly before a number it is then no answer; nor is one of several.
+# Directly before a number: it is then no answer, or one of several.
 _DENIED = re.compile(
   r"(?:(?:\b(?:not|never|maybe|perhaps|possibly|probably)|n['\u2019]t)(?: (?:be|equal(?: to)?))?"
   r'|\b(?:less|more|fewer|greater|other|rather) than|(?<!left )\bover|\b(?:under|above|below'
@@ -55,7 +56,7 @@ _NAMED = re.compile(r'(?:[A-Za-z]|\\[a-z]{2,8})(?:_\{?\w{1,8}\}?)?\s?(?:=|\\in(?
 _SPACE = re.compile(r'(?<![0-9])\s+|\s+(?![0-9])')
 _BOLD = re.compile(r'(?<![\w)\]}*])\*\*([^*\n]{1,100})\*\*(?![\w*])')
 _INLINE = re.compile(r'(?:\$([^$\n]{1,200})\$|\\\((.{1,200}?)\\\)|\\\[(.{1,200}?)\\\])[.\s]{0,9}$')
-_SAYS = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
+_STATES = re.compile(r'\banswer\s{0,3}(?:is\b|:|=)', re.IGNORECASE)
 # Between the last two numbers: a list of guesses.
 _LIST = re.compile(
   r'[\s,;/|&()\[\]{}"\'*.$:?_-]*(?:(?:or|and|to|maybe|perhaps|either|possibly)\b[\s,;/|&()"\'*.$-]*)*'
@@ -64,13 +65,13 @@ _LIST = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """An exact value; `percent`: `value` is what stands before a percent sign."""
+  """An exact value; percent: whether `value` is followed by a percent sign."""
 
   value: Fraction
   percent: bool = False
 
   def equals(self, other: 'Number') -> bool:
-    """Equal values. One percentage against a plain number: 50% is 50 and 0.5."""
+    """Returns whether the values are equal; a percentage like 50% equals the numbers 50 and 0.5."""
     if self.percent == other.percent:
       return self.value == other.value
     share, plain = (self, other) if self.percent else (other, self)
@@ -88,7 +89,7 @@ def _plain(text: str) -> Fraction:
 
 
 def _value(m: re.Match) -> Number | None:
-  """Of a match of _NUMBER; None for a fraction over 0 or a part that is no number."""
+  """Returns the number of a match of _NUMBER; None for a denominator of 0 or an invalid part."""
   top, bottom, top1, bottom1 = m.group(4, 5, 6, 7)
   try:
     if top or top1:
@@ -114,8 +115,8 @@ def _value(m: re.Match) -> Number | None:
 
 
 def parse_number(text: str) -> Number | None:
-  """Returns a whole text as one number: sign, currency, thousands separators, decimals, fractions
-  (also mixed and LaTeX), exponents up to 300, percent; a unit behind it does not count. None for
+  """Parses a whole text as one number: sign, currency, thousands separators, decimals, fractions
+  (also mixed and LaTeX), exponents up to 300, percent; a unit after it is ignored. Returns None for
   anything else, 'nan' and 'inf' too."""
   if len(text) > _MAX_STATEMENT_CHARS:
     return None
@@ -128,11 +129,11 @@ def _number(text: str) -> Number | None:
 
 
 def last_number(text: str) -> str | None:
-  """The last number of a text, as written; None where it is not plainly what the text says.
+  """Returns the last number of a text, as written; None if it is not clearly the text's answer.
 
-  Refused: a member of a list of guesses (71 or 72), part of an unfinished expression (9**9, 48+24),
-  of a date, a time or a word of other digits, a number in a question, and one that is denied,
-  doubted or a bound (not 72, maybe 72, less than 72).
+  Rejected: a member of a list of guesses (71 or 72), part of an unfinished expression (9**9,
+  48+24), of a date, a time or a word with digits of other scripts, a number in a question, and one
+  that is negated, uncertain or a bound (not 72, maybe 72, less than 72).
   """
   tail = _BOLD.sub(r'\1', text[-_TAIL_CHARS:])
   found = [m for m in _NUMBER.finditer(tail) if not _is_in_word(tail, m.start())]
@@ -158,18 +159,18 @@ def last_number(text: str) -> str | None:
 
 
 def _is_denied(before: str) -> bool:
-  """Whether the words before an answer take it back or make it one of several."""
+  """Returns whether the words before an answer negate it or make it one of several."""
   return _DENIED.search(re.sub(r'[ \t]+', ' ', before[-60:].rstrip('$\\*'))) is not None
 
 
 def _is_in_word(text: str, start: int) -> bool:
-  """H2, cm2, m^2."""
+  """Returns whether a number is part of a word or unit: H2, cm2, m^2."""
   before = text[max(start - 2, 0) : start]
   return before[-1:].isalpha() or (before[-1:] == '^' and before[:1].isalpha())
 
 
 def _joins(left: str, match: re.Match, before: str) -> bool:
-  """Whether an operator ties the number to what stands before it."""
+  """Returns whether an operator joins the number to the text before it."""
   if re.search(r'(?:[-+*^/\u00d7\u00f7\u00b7\u2212]|\\(?:times|cdot|div|pm))$', left):
     # A dash or a bullet that begins a line is no operator.
     return not re.search(r'(?:^|\n)\s*[-*]\s+$', before)
@@ -181,7 +182,7 @@ def _joins(left: str, match: re.Match, before: str) -> bool:
 
 
 def boxed(text: str) -> list[str] | None:
-  r"""Contents of every \boxed{..}; None where one is nested, empty or not closed."""
+  r"""Returns the contents of every \boxed{..}; None if one is nested, empty or not closed."""
   parts = re.split(r'\\(?:f?boxed)\s?\{', text)
   out = []
   for i, part in enumerate(parts[1:]):
@@ -198,7 +199,7 @@ def boxed(text: str) -> list[str] | None:
 
 
 def statements(text: str, mode: str) -> list[str]:
-  r"""What a text gives as its answer, each time it does; empty where it does not.
+  r"""Returns every statement of an answer in a text; empty if there is none.
 
   strict: one \boxed{..}, or one `#### ANSWER` as the last line. flexible: every \boxed{..} and
   every `####`; without them a text that is a number or words alone, a formula at the end, or the
@@ -212,11 +213,11 @@ def statements(text: str, mode: str) -> list[str]:
     if marked and text.rpartition('####')[2].strip() != marked[-1]:
       return []
     return (boxes + marked) if len(boxes + marked) == 1 else []
-  # A number with words behind it is read by the rules of the last number.
+  # A number with words after it is parsed by the rules of the last number.
   lines = [line if parse_number(line) else last_number(line) or line for line in marked]
   if boxes or lines:
     return boxes + lines
-  if len(_SAYS.findall(text)) > _MAX_STATEMENTS:
+  if len(_STATES.findall(text)) > _MAX_STATEMENTS:
     return []
   if parse_number(text) or (len(text) <= _MAX_STATEMENT_CHARS and words(normalize(text))):
     return [text]
@@ -230,8 +231,9 @@ def statements(text: str, mode: str) -> list[str]:
 
 
 def equal(answer: str, gold: str, symbolic: bool) -> bool:
-  """Whether a statement gives the gold answer: as a number, item by item, letter by letter, or as
-  symbols. Units only count where both have a known one; so do names: x=5 is 5, and not y=5.
+  """Returns whether a statement equals the gold answer: as a number, item by item, letter by
+  letter, or as symbols. Units are compared only if both are known, names only if both exist: x=5
+  equals 5 but not y=5.
   """
   if len(answer) > _MAX_STATEMENT_CHARS:
     return False
@@ -246,7 +248,7 @@ def equal(answer: str, gold: str, symbolic: bool) -> bool:
 
 
 def _name(text: str) -> re.Match | None:
-  """Returns the `x=` before a text; None where each item of a list has its own."""
+  """Returns the match of `x=` before a text; None if each item of a list has its own."""
   found = _NAMED.match(text)
   items = split_list(text) if found else None
   return None if items and any(_NAMED.match(item) for item in items[1][1:]) else found
@@ -265,7 +267,7 @@ def _equal(answer: str, gold: str, symbolic: bool) -> bool:
   wanted = None if theirs else split_list(gold)
   if given and wanted:
     return _equal_items(given, wanted, symbolic)
-  if (given or wanted or ' ')[0] == '':  # several answers are not one
+  if (given or wanted or ' ')[0] == '':  # a list does not equal a single answer
     return False
   answer, gold = (
     n.latex() if n and not n.percent else t for n, t in ((ours, answer), (theirs, gold))
@@ -276,8 +278,8 @@ def _equal(answer: str, gold: str, symbolic: bool) -> bool:
 def _equal_items(
   given: tuple[str, list[str]], wanted: tuple[str, list[str]], symbolic: bool
 ) -> bool:
-  """Whether two results of `split_list` are the same: sets and lists without brackets in any order,
-  tuples and intervals in theirs.
+  """Returns whether two results of `split_list` are equal: sets and lists without brackets in any
+  order, tuples and intervals in the given order.
   """
   (ours, answers), (theirs, golds) = given, wanted
   unordered = ('', '{}')
@@ -298,12 +300,12 @@ def _equal_items(
 
 @dataclasses.dataclass(frozen=True)
 class Math:
-  """1 where the completion's answer equals the gold one, else 0.
+  """Reward 1 if the completion's answer equals the gold answer, else 0.
 
   Attributes:
     mode: one of MODES, see `statements`.
-    symbolic: whether math-verify compares what is no number. auto: where it is installed.
-    column: of the gold answers; of a text with `####` or one box, what stands there.
+    symbolic: whether math-verify compares formulas. auto: if it is installed.
+    column: of the gold answers; of a text with `####` or a box, only the answer there is used.
   """
 
   mode: str = 'flexible'
@@ -329,11 +331,11 @@ class Math:
 
   @property
   def isolated(self) -> bool:
-    """sympy may not come back."""
+    """Returns whether sympy is used, which may hang."""
     return self.symbolic != 'off' and can_do_symbols()
 
   def warm(self) -> None:
-    """Imports what the first score needs, before a clock runs."""
+    """Imports what the first score needs, before time limits apply."""
     if self.isolated:
       symbolic_equal('\\sqrt{4}', '2')
 
@@ -342,7 +344,7 @@ class Math:
     self._gold(gold)
 
   def score(self, completion: str, prompt: str, gold) -> float:
-    """Raises ValueError for a gold answer that cannot be used."""
+    """Returns the reward; raises ValueError for a gold answer that cannot be used."""
     wanted = self._gold(gold)
     text = final_answer(completion, prompt)
     if text is None or (len(text) >= _ECHO_CHARS and text in prompt):

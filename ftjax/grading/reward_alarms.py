@@ -1,6 +1,7 @@
-"""Watches the rewards of a run for parts that fail, that never differ, or that score nothing.
+"""Monitors the rewards of a run for parts that fail, that never differ, or that score no
+completion.
 
-Sees the scores of one rollout after the other, in process 0.
+Runs in process 0, on the scores of every rollout.
 """
 
 import collections
@@ -14,12 +15,12 @@ from ftjax.runtime.errors import CheckError
 
 log = logging.getLogger(__name__)
 
-# Rollouts in a row after which rewards that never differ are warned of.
+# Rollouts in a row with equal rewards after which a warning is logged.
 _FLAT_ROLLOUTS = 5
 
 
 class RewardAlarms:
-  """Warns, and ends a run whose rewards do not work.
+  """Logs warnings, and ends a run whose rewards do not work.
 
   Args:
     weights: of the parts, by name.
@@ -34,11 +35,11 @@ class RewardAlarms:
     self._reported: set[str] = set()
 
   def report_failures(self, scores: Scores, of: str) -> None:
-    """Warns of parts that failed, with the reason the first time.
+    """Logs a warning for parts that failed, with the reason the first time.
 
     Args:
-      scores: of completions of a rollout or an evaluation.
-      of: which, for the message: 'rollout 3'.
+      scores: of the completions of a rollout or an evaluation.
+      of: name of it for the message, such as 'rollout 3'.
     """
     total = len(scores.total)
     for name, reason in scores.reasons.items():
@@ -62,7 +63,7 @@ class RewardAlarms:
     return is_new
 
   def see(self, scores: Scores, group: int, number: int) -> None:
-    """Takes the scores of rollout `number`, `group` completions a prompt.
+    """Checks the scores of rollout `number`, with `group` completions per prompt.
 
     Raises:
       CheckError: a part with a weight failed for every completion of max_failed rollouts in a row,
@@ -80,8 +81,9 @@ class RewardAlarms:
     if self._flat == _FLAT_ROLLOUTS and self._once('flat'):
       log.warning(
         'in each of the last %d rollouts all completions of a prompt had the same reward (mean '
-        '%.4g): there is no signal to learn from. Look at rollouts/%d.jsonl; make the task easier, '
-        'add a reward that tells completions apart, or raise rollout.group or rollout.temperature',
+        '%.4g): there is no training signal. Look at rollouts/%d.jsonl; make the task easier, '
+        'add a reward that differs between completions, or raise rollout.group or '
+        'rollout.temperature',
         *(_FLAT_ROLLOUTS, scores.metrics()['reward'], number),
       )
     for i, name in enumerate(scores.names):
@@ -97,12 +99,13 @@ class RewardAlarms:
         what = f'reward {name} failed' if name else 'no reward was computed'
         raise CheckError(
           f'{what} for every completion of {self._failed[name]} rollouts in a row, the last of '
-          f'them rollout {number}: {reasons.get(name, "")}. Mend the reward; rollout.max_failed='
-          f'{self._max_failed} is the number of such rollouts that ends a run, 0 for never'
+          f'them rollout {number}: {reasons.get(name, "")}. Fix the reward; rollout.max_failed='
+          f'{self._max_failed} is the number of such rollouts after which a run ends, 0 for never'
         )
 
   def _see_constant(self, name: str, values: np.ndarray, is_flat: bool) -> None:
-    """is_flat: no group of the rollout has variance, which is warned of by itself."""
+    """Warns of a part that is constant; is_flat: all groups have zero variance, warned of
+    elsewhere."""
     known = values[~np.isnan(values)]
     if not len(known) or known.min() != known.max():
       self._constant.pop(name, None)
@@ -118,7 +121,7 @@ class RewardAlarms:
       )
 
   def report_redraws(self, left: int, total: int, redraws: int) -> None:
-    """Warns, once, that `redraws` redraws left `left` of `total` groups without variance."""
+    """Warns, once, that `left` of `total` groups have zero variance after `redraws` redraws."""
     if left and self._once('redraws'):
       log.warning(
         'after rollout.redraws=%d the completions of %d of %d prompts still have equal rewards: '

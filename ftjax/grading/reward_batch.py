@@ -1,4 +1,4 @@
-"""Completions with their columns, which rewards are computed from, and the scores they get."""
+"""A batch of completions with their columns, the input of rewards, and their scores."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-# What a function may ask for beside columns of the data; completion_ids (TRL's name) and token_ids
-# are the same.
+# Parameters of reward functions in addition to columns of the data; completion_ids (TRL's name) and
+# token_ids are the same.
 GIVEN = (
   'prompts',
   'completions',
@@ -25,9 +25,9 @@ class Batch:
   """n completions. All sequences have n entries.
 
   Attributes:
-    prompts, completions: texts as transcript.py makes them; prompts with all special tokens.
+    prompts, completions: texts from transcript.py; prompts with all special tokens.
     prompt_ids, token_ids: their tokens; the stop token belongs to the completion.
-    is_truncated: no stop token within the limit.
+    is_truncated: whether there is no stop token within the limit.
     columns: of the data rows, each row's value once per completion.
     given: prompts in the form of their rows, a text or messages; () for `prompts`.
     state: fields of TRL's trainer_state: global_step, max_steps, epoch.
@@ -43,8 +43,8 @@ class Batch:
   state: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def values(self, name: str) -> Sequence[Any]:
-    """Returns what one of GIVEN or a column holds, prompts and completions as texts; None for each
-    completion where no row of the batch has the column.
+    """Returns the values of one of GIVEN or of a column, prompts and completions as texts; None for
+    each completion if no row of the batch has the column.
     """
     if name == 'token_counts':
       return [len(ids) for ids in self.token_ids]
@@ -84,8 +84,8 @@ class Scores:
     names: P names.
     failures: {name: completions whose part raised or ran out of time}.
     reasons: {name: the message of the first failure}, of parts that had one.
-    logged: {name: mean} of what functions gave to log_metric.
-    extra: {name: n values} of what they gave to log_extra.
+    logged: {name: mean} of values passed to log_metric.
+    extra: {name: n values} of columns passed to log_extra.
   """
 
   total: np.ndarray
@@ -110,14 +110,14 @@ class Scores:
 
 
 def _mean(values: np.ndarray) -> float:
-  """Returns the mean of those that are not NaN, 0 where all are."""
+  """Returns the mean of the values that are not NaN, 0 if all are."""
   known = values[~np.isnan(values)]
   return float(known.mean()) if len(known) else 0.0
 
 
 def sample_rows(batch: Batch, scores: Scores, count: int) -> list[dict[str, Any]]:
-  """Returns JSON rows of the first `count` completions with the reward of each part and what
-  functions gave to log_extra. None: the part returned none.
+  """Returns JSON rows of the first `count` completions with the reward of each part (None if it
+  returned None) and the columns of log_extra.
   """
   rows = []
   for i in range(min(count, len(scores.total))):

@@ -1,7 +1,8 @@
-"""Rewards of sampled completions: named in the config, run with limits, summed with weights.
+"""Computes the rewards of sampled completions: parsed from the config, run with limits, weighted
+sum.
 
 A reward is a built-in (verifiers.py), a user's function `module:function` over a whole batch, or
-`model`: scores of a reward model that the caller passes in. docs/rewards.md tells users about it.
+`model`: scores of a reward model that the caller passes in. See docs/rewards.md.
 """
 
 import collections
@@ -24,7 +25,7 @@ from ftjax.runtime.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 KEY = 'rollout.rewards'
-# Bad rows listed in one message.
+# Most bad rows in one message.
 _MAX_REPORTED = 20
 # Bytes of address space of a worker that runs built-ins.
 _MEMORY = 4 << 30
@@ -38,10 +39,10 @@ class Part:
   """One reward of the sum.
 
   Attributes:
-    name: in logs, unique.
-    spec: as written: 'format:think,answer'.
-    weight: at least 0; 0 is logged alone.
-    verifier: of a built-in, else None.
+    name: unique, for logs.
+    spec: as written in the config: 'format:think,answer'.
+    weight: at least 0; with 0 it is only logged.
+    verifier: the built-in reward, else None.
   """
 
   name: str
@@ -51,8 +52,8 @@ class Part:
 
 
 def parse(value: Any) -> tuple[Part, ...]:
-  """The parts of a config value: ('math', ('format:think,answer', 0.2)), or as one text
-  'math@1,format:think,answer@0.2', where a weight ends an entry.
+  """Parses a config value: ('math', ('format:think,answer', 0.2)), or as one text
+  'math@1,format:think,answer@0.2', in which a weight ends an entry.
 
   Raises:
     ConfigError: an unknown name, a bad argument or weight; a missing package.
@@ -104,7 +105,7 @@ def _pair(entry: Any) -> tuple[str, float]:
 
 
 def _built_in(spec: str) -> verifiers.Verifier | None:
-  """None for `model` and for module:function."""
+  """Returns the built-in reward of a spec; None for `model` and for module:function."""
   name, _, text = spec.partition(':')
   if name in verifiers.BUILTINS:
     return verifiers.build(name, text)
@@ -164,7 +165,7 @@ class Rewards:
     self.close()
 
   def close(self) -> None:
-    """Ends the processes."""
+    """Ends the worker processes."""
     for pool in self._pools.values():
       pool.close()
     self._pools = {}
@@ -210,7 +211,7 @@ class Rewards:
     return sorted({name for names in self._columns.values() for name in names})
 
   def _check(self, part: Part, parameters: Sequence[tuple[str, bool]]) -> None:
-    """Remembers what a part asks for; a column that only has a default may be missing."""
+    """Stores the inputs of a part; a column whose parameter has a default may be missing."""
     for source, names in self._columns.items():
       known = (*GIVEN, *names)
       missing = [name for name, required in parameters if required and name not in known]
@@ -225,13 +226,13 @@ class Rewards:
     self._inputs[part.name] = tuple(name for name, _ in parameters if name in known)
 
   def check_rows(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Checks the gold answer of every row by the built-in that compares with it.
+    """Checks the gold answer of every row with the built-in rewards that use it.
 
     Args:
       rows: (place like 'train.jsonl:17', columns).
 
     Raises:
-      DataError: rows without the column, or whose value no completion could equal, by place.
+      DataError: rows without the column, or with a value that no completion could equal.
     """
     checked = [p for p in self.parts if p.verifier and p.verifier.column]
     places: dict[str, list[str]] = collections.defaultdict(list)
@@ -296,8 +297,8 @@ class Rewards:
     return [[int(t) for t in v] for v in values] if is_ids else values
 
   def _run(self, part: Part, batch: Batch, n: int) -> dict[str, Any]:
-    """Returns {'scores': for each completion a number, None, or the reason of its failure}, and
-    what a function logged.
+    """Returns {'scores': for each completion a number, None, or the reason of its failure}, and the
+    metrics and columns that a function logged.
     """
     if part.verifier is None:
       request = {'score': self._arguments(part, batch), 'n': n, 'state': dict(batch.state)}
@@ -312,8 +313,8 @@ class Rewards:
     return {'scores': [_safely(part.verifier, row) for row in rows]}
 
   def _arguments(self, part: Part, batch: Batch) -> dict[str, list[Any]]:
-    """Returns what a function is called with. A column that it only takes by **kwargs is left out
-    where it is no JSON.
+    """Returns the arguments of a function. A column that it takes only by **kwargs is left out if
+    it is not JSON.
     """
     named = {name for name, _ in self._pools[part.name].ready['parameters']}
     out = {k: self._column(batch, k, as_given=True) for k in self._inputs[part.name]}
@@ -321,7 +322,7 @@ class Rewards:
       if not strict_json.is_json(out[name]):
         del out[name]
         if name not in self._is_warned:
-          log.warning('%s: no function gets column %s, which holds what is no JSON', KEY, name)
+          log.warning('%s: column %s is not JSON and is passed to no function', KEY, name)
         self._is_warned.add(name)
     return out
 
@@ -329,7 +330,7 @@ class Rewards:
     try:
       answers = self._pools[pool].run(requests)
     except TypeError as error:
-      raise DataError(f'{KEY}: {part.spec}: a column holds what is no JSON: {error}') from error
+      raise DataError(f'{KEY}: {part.spec}: a column is not JSON: {error}') from error
     if wrong := [a['wrong'] for a in answers if 'wrong' in a]:
       raise ConfigError(f'{KEY}: {part.spec} {wrong[0]}')
     return answers
@@ -346,8 +347,8 @@ def _checked(scores: np.ndarray, n: int) -> list[float]:
 
 
 def _total(parts: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-  """Returns float32[n], the sums of float32[n, P] times float[P] over what is not NaN; NaN where
-  that is nothing, or has no weight.
+  """Returns float32[n], the sums of float32[n, P] times float[P] without NaN; NaN for completions
+  that no part with a weight scored.
   """
   weights = np.asarray(weights, np.float64)
   total = (np.nan_to_num(parts.astype(np.float64)) @ weights).astype(np.float32)

@@ -13,7 +13,7 @@ _GRADE = re.compile(r'(?<![^\W\d_])[a-z]{1,2}-(?!\w)')  # A-, AB-
 
 
 def _counts(text: str, i: int) -> bool:
-  """Whether the mark text[i] changes what a text says."""
+  """Returns whether the punctuation text[i] changes the meaning of a text."""
   char, before, after = text[i], text[max(i - 1, 0) : i], text[i + 1 : i + 2]
   if char == '-' and any(_GRADE.match(text, max(i - n, 0)) for n in (1, 2)):
     return True
@@ -25,11 +25,11 @@ def _counts(text: str, i: int) -> bool:
 
 
 def normalize(text: str) -> str:
-  """SQuAD's normalization, which keeps what changes a number's value.
+  """Applies SQuAD's normalization, but keeps punctuation that changes the value of a number.
 
   Lower case, no ASCII punctuation, no articles, single spaces (Rajpurkar et al. 2016,
-  arXiv:1606.05250, evaluate-v1.1). Kept: a sign or point before a digit, what stands between digits
-  but a thousands separator (1/2, 10^2), + and # behind a letter (C++), the - of A-, %. Unicode is
+  arXiv:1606.05250, evaluate-v1.1). Kept: a sign or point before a digit, marks between digits
+  except thousands separators (1/2, 10^2), + and # after a letter (C++), the - of A-, %. Unicode is
   composed (NFC), never folded: look-alike letters stay other letters.
   """
   text = _THOUSANDS.sub('', unicodedata.normalize('NFC', text).lower())

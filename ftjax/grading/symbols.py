@@ -1,7 +1,7 @@
-r"""Formulas compared by `math-verify` and sympy.
+r"""Compares formulas with `math-verify` and sympy.
 
-math-verify's reader of plain expressions calls Python's eval, and even its LaTeX grammar passes
-numbers on to sympy's; `_patched` replaces that one. It also replaces the comparison of numbers,
+math-verify's parser of plain expressions calls Python's eval, and even its LaTeX grammar passes
+numbers to sympy's; `_patched` replaces that one. It also replaces the comparison of numbers,
 which rounds to a number of decimal places: tiny numbers would all be equal. `symbolic_equal` may
 hang or use much memory; rewards.py runs it in a worker that has limits.
 """
@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterator
 
-# A longer answer is refused unread.
+# A longer answer is rejected unread.
 MAX_CHARS = 200
 # Relative difference below which numbers with a decimal point are the same, and exact ones; digits
 # to which the latter are computed.
@@ -22,7 +22,7 @@ _FLOAT_TOLERANCE = 1e-14
 _EXACT_TOLERANCE = 1e-50
 _DIGITS = 60
 
-# What a formula may be made of though the gold has none of it: arithmetic, functions, layout.
+# Commands that an answer may have although the gold answer has none: arithmetic, functions, layout.
 _COMMAND = re.compile(r'\\([A-Za-z]+)')
 _COMMANDS = frozenset(
   _COMMAND.findall(
@@ -32,35 +32,35 @@ _COMMANDS = frozenset(
 )
 _TEXT = re.compile(r'\\(?:text[a-z]*|mbox)\s?\{')
 _ENVIRONMENT = re.compile(r'\\(?:begin|end)\{\w{1,20}\}')
-# One spelling each; of an order, either direction: 3 <= x is x >= 3.
+# One spelling of each relation; an order in either direction: 3 <= x is x >= 3.
 _SPELLINGS = (
   (re.compile(r'\\(?:[lr]vert|mid)(?![A-Za-z])'), '|'),
   (re.compile(r'\\(?:le|ge)(?:q|qslant)?(?![A-Za-z])|[\u2264\u2265]'), r'\\le'),
   (re.compile(r'\\[lg]t(?![A-Za-z])|>'), '<'),
   (re.compile(r'\\neq?(?![A-Za-z])'), r'\\ne'),
 )
-# Between two things, of which one may be wrong; all else is checked as a command.
+# Marks between two parts, one of which may be wrong; others are checked as commands.
 _RELATIONS = ('=', '<', ',', ';', '|', '?', '~', ':', '&', '{\\}', '\\%')
 _WORD = re.compile(r'[A-Za-z]{4,}|[A-Z]{3,}')
 _INDEX = re.compile(r'(?<!\\log)_\{?(\w+)')
 _OF_ANGLES = re.compile(r'\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])')
 _DEGREES = re.compile(r'([0-9]+(?:\.[0-9]+)?)\s?\^\{\\circ\}')
-# Powers of powers, long exponents and factorials, which no honest answer writes out.
+# Powers of powers, long exponents and factorials, which are expensive to evaluate.
 _TOWER = re.compile(r'\*\*|\^[^+=]{0,20}\^|\^\s*\{?\s*-?[0-9]{4}|[0-9]{4}\s*!|!.{0,9}!')
 
 
 @functools.cache
 def can_do_symbols() -> bool:
-  """Whether math-verify is installed."""
+  """Returns whether math-verify is installed."""
   return importlib.util.find_spec('math_verify') is not None
 
 
 def symbolic_equal(answer: str, gold: str) -> bool:
-  """Whether math-verify finds two LaTeX texts equal.
+  """Returns whether math-verify finds two LaTeX texts equal.
 
-  Refused before, since its rules take 71=72 and 72 \\approx 71 for 72 and a word for a product of
-  letters: commands, relations and lists that the gold has none of, words, names of points, and
-  towers of powers.
+  Its rules take 71=72 and 72 \\approx 71 for 72, and a word for a product of letters. Therefore
+  answers are rejected beforehand that have commands, relations, lists, words or indices which the
+  gold answer lacks, or towers of powers.
   """
   if any(len(t) > MAX_CHARS for t in (answer, gold)):
     return False
@@ -98,8 +98,8 @@ def _spelt(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-  """Returns runs of letters that are no product, which a grammar of formulas would take them for:
-  four letters and more, three capitals and more.
+  """Returns runs of letters that are words, though a grammar of formulas parses them as products:
+  four or more letters, three or more capitals.
   """
   text = _COMMAND.sub('|', _ENVIRONMENT.sub('|', text))
   return _WORD.findall(''.join(text.split()))
@@ -107,9 +107,10 @@ def _words(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
-  """sympy reads strings by eval: within, a number is made directly and everything else refused.
-  math-verify compares numbers by `_same_number` and symbols by `_same_symbol` (its own ignores case
-  and takes a word for a product of its letters).
+  """Replaces sympy's eval of strings: inside, only numbers are parsed, everything else is rejected.
+
+  math-verify then compares numbers by `_same_number` and symbols by `_same_symbol` (its own ignores
+  case and takes a word for a product of its letters).
   """
   import sympy
   from math_verify import grader
@@ -131,10 +132,10 @@ def _patched() -> Iterator[None]:
 
 
 def _same_number(first, second, *places: int) -> bool:
-  """Whether two sympy numbers are equal: exactly where both are rational, to a relative difference
-  of _FLOAT_TOLERANCE where one has a decimal point, else of _EXACT_TOLERANCE. Matrices: entry by
-  entry. What holds variables: whether the difference of the expanded formulas is 0, which
-  math-verify goes on to simplify where it is not.
+  """Returns whether two sympy numbers are equal: exactly if both are rational, with a relative
+  tolerance of _FLOAT_TOLERANCE if one has a decimal point, else of _EXACT_TOLERANCE. Matrices are
+  compared entry by entry. Formulas with variables are equal if the difference of their expansions
+  is 0; math-verify simplifies further otherwise.
   """
   import sympy
   from math_verify import grader
@@ -174,7 +175,8 @@ def _same_formula(first, second) -> bool:
 
 
 def _same_symbol(first, second) -> bool:
-  """Whether two expressions of which one is a symbol are the same; case counts, e is a number."""
+  """Returns whether two expressions, one of them a symbol, are the same; case counts, e is a
+  number."""
   import sympy
 
   first, second = (sympy.E if x == sympy.Symbol('e') else x for x in (first, second))
@@ -185,7 +187,7 @@ def _same_symbols(answer: str, gold: str) -> bool:
   import math_verify
 
   logging.getLogger('math_verify').setLevel(logging.ERROR)
-  # Its removal of units would take 2ab for 2; latex.py has removed them.
+  # Its removal of units would turn 2ab into 2; latex.py has removed them.
   usual = math_verify.LatexExtractionConfig().normalization_config
   config = [
     math_verify.LatexExtractionConfig(

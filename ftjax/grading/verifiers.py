@@ -1,19 +1,19 @@
-"""The built-in rewards: each looks at one completion and returns a number.
+"""The built-in rewards: each maps one completion to a number.
 
-What checks an answer pays 0 or 1. What shapes a text (length, repetition) is a penalty from -1 to
-0, so that nothing is earned by being short or empty. A verifier is a frozen dataclass of its
-arguments, with
+Rewards that check an answer return 0 or 1. Those that shape a text (length, repetition) are
+penalties from -1 to 0, so that a short or empty text is not rewarded. A verifier is a frozen
+dataclass of its arguments, with
 
-  inputs    names of what `score` takes, in order: completions, prompts, token_ids, token_counts,
-            is_truncated, or a column of the data; one that takes completions is also given the
-            prompts, last: they may have opened a tag (final_answer.py)
+  inputs    parameters of `score`, in order: completions, prompts, token_ids, token_counts,
+            is_truncated, or a column of the data; after completions the prompts are passed too, as
+            the last argument: they may have opened a tag (final_answer.py)
   column    the one column among them; '' without one
-  check     ValueError for a value of that column that no completion could equal
+  check     raises ValueError for a value of that column that no completion could equal
   isolated  whether it may hang, and so runs in a worker process with a time limit (rewards.py)
   warm      imports what the first score needs
-  score     one completion's reward; ValueError where the data row is at fault
+  score     returns the reward of one completion; raises ValueError for a wrong data row
 
-None runs model text as code, and none reads the network.
+No reward executes generated text or accesses the network.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ftjax.grading.choice_answers import Choice
-from ftjax.grading.final_answer import MAX_CHARS, final_answer, gold_text, opened, says_something
+from ftjax.grading.final_answer import MAX_CHARS, final_answer, gold_text, has_text, opened
 from ftjax.grading.math_answers import Math
 from ftjax.grading.squad import normalize
 from ftjax.runtime.errors import ConfigError
@@ -34,7 +34,7 @@ from ftjax.storage import files
 
 
 class Verifier(Protocol):
-  """What every built-in is; see the top of the file."""
+  """The interface of built-in rewards; see the top of the file."""
 
   inputs: tuple[str, ...]
   column: str
@@ -48,7 +48,7 @@ class Verifier(Protocol):
 
 
 def need(package: str, what: str) -> None:
-  """Raises ConfigError with the extra to install where a package is missing."""
+  """Raises ConfigError with the extra to install if a package is missing."""
   if importlib.util.find_spec(package) is None:
     raise ConfigError(
       f"{what} needs the package {package}; pip install '.[rewards]' in the checkout of ftjax"
@@ -56,7 +56,7 @@ def need(package: str, what: str) -> None:
 
 
 def _golds(value: Any, column: str) -> list[str]:
-  """One gold answer, or a list of answers that are all right."""
+  """Returns the gold answers: one, or a list of which any is right."""
   if isinstance(value, list) and value:
     return [gold_text(v, column) for v in value]
   return [gold_text(value, column)]
@@ -64,7 +64,7 @@ def _golds(value: Any, column: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Quick:
-  """A verifier that takes linear time and needs no worker, and asks for no column."""
+  """A verifier of linear time, which needs no worker process and no column."""
 
   @property
   def column(self) -> str:
@@ -83,7 +83,7 @@ class Quick:
 
 @dataclasses.dataclass(frozen=True)
 class Answer(Quick):
-  """A quick one that compares with a column of the data."""
+  """A quick verifier that compares with a column of the data."""
 
   column: str = 'answer'
 
@@ -92,13 +92,13 @@ class Answer(Quick):
     return ('completions', self.column)
 
   def check(self, gold: Any) -> None:
-    """Raises ValueError where it is neither a text or number nor a list of them."""
+    """Raises ValueError unless it is a text, a number, or a list of them."""
     _golds(gold, self.column)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact(Answer):
-  """1 where the answer equals a gold one letter by letter, but for white space around."""
+  """Reward 1 if the answer equals a gold answer exactly, except for surrounding white space."""
 
   def score(self, completion: str, gold: Any, prompt: str = '') -> float:
     text = final_answer(completion, prompt)
@@ -107,7 +107,7 @@ class Exact(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Normalized(Answer):
-  """1 where the answer equals a gold one after `normalize`."""
+  """Reward 1 if the answer equals a gold answer after `normalize`."""
 
   def score(self, completion: str, gold: Any, prompt: str = '') -> float:
     text = final_answer(completion, prompt)
@@ -115,7 +115,7 @@ class Normalized(Answer):
       return 0.0
     given = normalize(text)
     for wanted in _golds(gold, self.column):
-      # A gold of articles or marks alone would be matched by nothing at all.
+      # A gold answer of articles or punctuation only would equal an empty text.
       if (given == normalize(wanted)) if normalize(wanted) else (text == wanted):
         return 1.0
     return 0.0
@@ -123,17 +123,17 @@ class Normalized(Answer):
 
 @dataclasses.dataclass(frozen=True)
 class Label(Answer):
-  """1 where the answer is one label, the gold one: case and marks around it do not count.
+  """Reward 1 if the answer is the gold label; case and surrounding punctuation are ignored.
 
   Attributes:
-    labels: all there are; a gold label outside is an error of the data. Empty: not checked.
+    labels: all labels; any other gold label is an error in the data. Empty: not checked.
   """
 
   column: str = 'label'
   labels: tuple[str, ...] = ()
 
   def check(self, gold: Any) -> None:
-    """Raises ValueError for a gold that is none of the labels."""
+    """Raises ValueError for a gold label that is none of the labels."""
     self._gold(gold)
 
   def _gold(self, value: Any) -> str:
@@ -169,8 +169,8 @@ def _compile(pattern: str):
 
 @dataclasses.dataclass(frozen=True)
 class Regex(Quick):
-  """1 where the whole completion, stripped, matches a pattern of RE2 (linear time), as it stands or
-  behind the tags that the end of the prompt opened. A blank completion matches no pattern."""
+  """Reward 1 if the whole completion, stripped, matches an RE2 pattern (linear time), by itself or
+  after the tags that the end of the prompt opened. A blank completion gets 0."""
 
   pattern: str
 
@@ -192,21 +192,23 @@ class Regex(Quick):
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   out = dict(pairs)
   if len(out) != len(pairs):
-    raise ValueError('a key stands twice')
+    raise ValueError('a key occurs twice')
   return out
 
 
 def _no_constant(name: str) -> None:
-  raise ValueError(f'{name} is no JSON')
+  raise ValueError(f'{name} is not JSON')
 
 
 _FENCE = re.compile(r'```[ \t]*[\w+.-]{0,20}[ \t]*\r?\n')
 
 
 def read_json(text: str) -> Any:
-  """RFC 8259 and no more: duplicate keys, NaN and Infinity are ValueErrors; a number too large for
-  a float64, or nesting too deep, likewise. One ``` fence may stand around the whole, with the name
-  of a language."""
+  """Parses JSON strictly by RFC 8259, without a ``` fence around the whole.
+
+  Raises:
+    ValueError: duplicate keys, NaN, Infinity, numbers too large for float64, nesting too deep.
+  """
   text = text.strip()
   if (fence := _FENCE.match(text)) and text.endswith('```'):
     text = text[fence.end() : -3]
@@ -219,7 +221,7 @@ def read_json(text: str) -> Any:
 
 
 def _compile_patterns(schema: Any) -> None:
-  """Raises re.error for a pattern that no text could be compared with; check_schema reads none."""
+  """Raises re.error for an invalid pattern in a schema; check_schema does not check patterns."""
   if isinstance(schema, list):
     for item in schema:
       _compile_patterns(item)
@@ -246,14 +248,14 @@ def _validator(path: str):
     _compile_patterns(schema)
   except (OSError, ValueError, re.error, jsonschema.SchemaError) as error:
     raise ConfigError(f'the reward json_schema: {path}: {error}') from error
-  # An empty registry of our own: the default one fetches a remote $ref.
+  # An empty registry: the default one fetches a remote $ref.
   return kind(schema, registry=referencing.Registry())
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonSchema:
-  """1 where the answer is JSON that a schema accepts. Its `pattern`s are Python's and may take
-  exponential time, hence the worker."""
+  """Reward 1 if the answer is JSON that a schema accepts. Its `pattern`s are Python regular
+  expressions, which may take exponential time, hence the worker process."""
 
   path: str
 
@@ -318,9 +320,8 @@ class Length(Quick):
 
 @dataclasses.dataclass(frozen=True)
 class Repetition(Quick):
-  """A penalty in [-1, 0]: minus the share of n-grams of tokens that stood before already,
-  distinct / all - 1. A whole-sequence form of the n-gram penalty of Yeo et al. 2025
-  (arXiv:2502.03373), which charges single tokens."""
+  """A penalty in [-1, 0]: (distinct n-grams of tokens) / (all n-grams) - 1. The whole-sequence form
+  of the per-token n-gram penalty of Yeo et al. 2025 (arXiv:2502.03373)."""
 
   ngram: int = 3
 
@@ -339,11 +340,11 @@ class Repetition(Quick):
 
 @dataclasses.dataclass(frozen=True)
 class Format(Quick):
-  """1 where each tag stands once, closed, one after the other, with words in it.
+  """Reward 1 if each tag occurs once, closed, in the given order, with text in it.
 
   Attributes:
     tags: think,answer means <think>..</think> and then <answer>..</answer>.
-    only: nothing but white space may stand outside of them.
+    only: whether only white space is allowed outside of the tags.
   """
 
   tags: tuple[str, ...]
@@ -373,14 +374,14 @@ class Format(Quick):
         return 0.0
       before, found, after = rest.partition(start)
       inside, closed, rest = after.partition(end)
-      if not (found and closed and says_something(inside)):
+      if not (found and closed and has_text(inside)):
         return 0.0
       outside += before
     return float(not (self.only and (outside + rest).strip()))
 
 
-# The class, and the field that takes arguments without a name: the rest of the text as it stands
-# for a str, else comma-separated ones.
+# The class, and the field that takes arguments without a name: for a str the rest of the text, else
+# comma-separated values.
 BUILTINS = {
   'math': (Math, 'mode'),
   'exact': (Exact, 'column'),
@@ -398,16 +399,16 @@ _WHOLE = ('regex', 'json_schema')
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-  """'; did you mean X?' for a message, or ''."""
+  """Returns '; did you mean X?' for a message, or ''."""
   found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
   return f'; did you mean {found[0]}?' if found else ''
 
 
 def build(name: str, text: str) -> Verifier:
-  """A built-in from what stands behind its name: 'think,answer,only=true'.
+  """Returns a built-in reward from the text after its name: 'think,answer,only=true'.
 
   Raises:
-    ConfigError: an argument that it does not have, or a value of another type.
+    ConfigError: an unknown argument, or a value of another type.
   """
   kind, unnamed = BUILTINS[name]
   types = {f.name: f.type for f in dataclasses.fields(kind)}

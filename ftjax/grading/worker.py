@@ -1,7 +1,7 @@
-"""The process that runs what may hang: `python -m ftjax.grading.worker FD`.
+"""The worker process for rewards that may hang: `python -m ftjax.grading.worker FD`.
 
-It takes one request after the other from the socket FD, JSON each, and answers each. The parent
-(workers.py) kills it when an answer is late. What a reward function prints goes to standard error.
+It receives JSON requests from the socket FD, one at a time, and sends a JSON reply to each. The
+parent (worker_pool.py) kills it when a reply is late. Output of reward functions goes to stderr.
 
   {"load": {"verifiers": [[name, arguments], ..], "memory": bytes}}     -> {"ready": null}
   {"load": {"function": "module:function"}}
@@ -10,7 +10,7 @@ It takes one request after the other from the socket FD, JSON each, and answers 
   {"score": {parameter: values}, "n": n, "state": {..}}
       -> {"scores": [number or null, ..], "metrics": {name: mean}, "extra": {name: values}}
 
-Else {"failure": text} where the reward raised, and {"wrong": text} where it cannot be used at all.
+Otherwise {"failure": text} if the reward raised, and {"wrong": text} if it cannot be used at all.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from ftjax.grading.reward_batch import SAMPLE_KEYS
 from ftjax.telemetry.console import visible
 
 _LARGEST_FLOAT32 = 3.4028234e38
-# Seconds beyond the parent's limit at which the kernel ends an orphan that hangs in C.
+# Seconds beyond the parent's limit after which the kernel ends an orphan that hangs in C code.
 _GRACE = 10
 
 
@@ -47,7 +47,7 @@ class Wrong(Exception):
 
 
 def _call(function: Callable, *args: Any) -> Any:
-  """Raises Failed with the exception's text and place."""
+  """Calls a function; raises Failed with the text and the place of its exception."""
   try:
     return function(*args)
   except Exception as error:
@@ -56,7 +56,7 @@ def _call(function: Callable, *args: Any) -> Any:
     raise Failed(visible(text, 500)) from error
 
 
-# What TRL's trainer passes beside the columns, and we make here.
+# Parameters that TRL's trainer passes in addition to the columns.
 _STATE = 'trainer_state'
 _LOGGERS = ('log_metric', 'log_extra')
 
@@ -65,12 +65,12 @@ class Function:
   """A user's reward function.
 
   Attributes:
-    parameters: (name, required) of those that it names, without what this process provides.
-    takes_all: whether it has **kwargs, and so gets every column.
+    parameters: (name, required) of its named parameters, without those that this process provides.
+    takes_all: whether it has **kwargs, and so is passed every column.
   """
 
   def __init__(self, path: str):
-    """Raises Wrong: no such module or function, or a parameter that has no name."""
+    """Raises Wrong: no such module or function, or a positional-only parameter."""
     self._call = _find(path)
     bound = self._call.keywords if isinstance(self._call, functools.partial) else {}
     try:
@@ -112,7 +112,7 @@ class Function:
 
 
 def _find(path: str) -> Callable:
-  """Returns what `module:name` names; the name may have dots."""
+  """Returns the object `module:name`; the name may have dots."""
   module_name, _, name = path.partition(':')
   try:
     module = _call(importlib.import_module, module_name)
@@ -129,7 +129,7 @@ def _find(path: str) -> Callable:
 
 
 def _result(function: Callable, values: Mapping[str, Any]) -> Any:
-  """Returns what a function returns, awaited where it is `async def`; a generator as a list."""
+  """Returns the result of a function, awaited if it is `async def`; a generator as a list."""
   result = function(**values)
   if inspect.isawaitable(result):
 
@@ -144,8 +144,8 @@ def _scores(result: Any, n: int) -> list[float | None]:
   """Returns the n numbers of a function's result; None stays: no reward for that completion.
 
   Raises:
-    Wrong: a mapping, a set, a text, an array that is not flat, another length, or what is no finite
-      number.
+    Wrong: a mapping, a set, a text, an array that is not one-dimensional, another length, or values
+      that are not finite numbers.
   """
   kind = f'returned {type(result).__name__} {str(result)[:80]!r}'
   wanted = f'expected a list of {n} numbers, one for each completion'
@@ -160,9 +160,9 @@ def _scores(result: Any, n: int) -> list[float | None]:
 
 
 def _column(name: Any, values: Iterable, n: int) -> list:
-  """Returns what a function gives to log_extra as a column of the samples, where JSON has no NaN.
+  """Returns the values of log_extra as a column of the samples; NaN as text, which JSON lacks.
 
-  Raises ValueError inside the function: another length, or a column that the samples have.
+  Raises ValueError inside the function for another length, or a column that the samples have.
   """
   column = list(values)
   if len(column) != n:
@@ -190,7 +190,7 @@ def _score(value: Any, i: int) -> float | None:
 
 
 def serve(link: Connection) -> None:
-  """Answers until the parent is gone."""
+  """Replies to requests until the parent has closed the connection."""
   loaded: list = []
   while True:
     try:
@@ -234,9 +234,11 @@ def _handle(action: Any) -> None:
 
 
 def _outlive_stops() -> None:
-  """A stop that is sent to every process of a job (SLURM's) leaves this one to answer until the
-  parent is gone. What a user's function starts or forks must end when it is told to, from its first
-  instruction on: until the child has its own handlers, a stop waits.
+  """Ignores stop signals: one that is sent to every process of a job (SLURM's) must not end this
+  process before its parent has ended.
+
+  Processes that a user's function starts or forks must end on these signals from their first
+  instruction on: the signals are blocked until the child has its own handlers.
   """
   _handle(lambda *_: None)
 

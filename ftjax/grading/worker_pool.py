@@ -1,7 +1,7 @@
-"""Processes that may be killed: each answers one request at a time within a time limit.
+"""A pool of worker processes that run rewards with a time limit and may be killed.
 
-No fork of a process that runs jax, and no pickle: a worker is a fresh interpreter
-(reward_worker.py), and both sides speak JSON over a socket.
+A process that runs jax is never forked, and nothing is pickled: a worker is a new interpreter
+(worker.py), and both sides exchange JSON over a socket.
 """
 
 import collections
@@ -22,18 +22,18 @@ LOAD_LIMIT = 120.0
 
 
 class Worker:
-  """One process and the request that it has in hand."""
+  """One process and its current request."""
 
   def __init__(self, load: dict[str, Any]):
     self._load = load
     self._process: subprocess.Popen | None = None
     self.link: Connection
-    self.index: int | None = None  # of the request in hand; None: it loads
+    self.index: int | None = None  # of the current request; None while it loads
     self.deadline = math.inf
     self.start()
 
   def start(self) -> None:
-    """A fresh process, told what to load; its answer is waited for like another."""
+    """Starts a new process and sends its load request; the reply is received like any other."""
     self.link, theirs = Pipe()
     paths = [p or os.getcwd() for p in sys.path]
     environment = os.environ | {
@@ -48,29 +48,30 @@ class Worker:
       stdin=subprocess.DEVNULL,
       stdout=2,
       env=environment,
-      # Ctrl-C, and a stop sent to the group, are for the trainer: it still wants answers.
+      # Ctrl-C, and a stop sent to the group, are for the trainer: it still needs replies.
       start_new_session=True,
     )
     theirs.close()
     self.send(None, {'load': self._load}, LOAD_LIMIT)
 
   def send(self, index: int | None, request: dict[str, Any], limit: float) -> None:
+    """Sends a request whose reply is due in `limit` seconds."""
     self.index = index
     data = json.dumps(request | {'limit': limit}).encode()
-    with contextlib.suppress(OSError):  # where it has died, `receive` says so
+    with contextlib.suppress(OSError):  # if it has died, `receive` reports it
       self.link.send_bytes(data)
     self.deadline = time.monotonic() + limit
 
   def receive(self) -> dict[str, Any]:
-    """The answer; a worker that died, or is out of time, answers with a failure and starts anew.
+    """Returns the reply; for a worker that died or is late a failure, and restarts it.
 
-    `killed`: by a signal, and not for being late.
+    `killed` in the reply: whether it was ended by a signal, and not because it was late.
     """
     if self.link.poll():
       try:
         return json.loads(self.link.recv_bytes())
       except (EOFError, OSError):
-        # On its way out, after sys.exit say, it closes the link first: its own code is to be told.
+        # A process that exits, such as by sys.exit, closes the link first: wait for its exit code.
         with contextlib.suppress(subprocess.TimeoutExpired):
           self._process.wait(timeout=5)
         self.stop()
@@ -85,7 +86,7 @@ class Worker:
     return answer | {'restarted': True}
 
   def stop(self) -> None:
-    """Ends the process, whatever it does, and what it has started."""
+    """Kills the process and all processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()
@@ -93,11 +94,11 @@ class Worker:
 
 
 class Pool:
-  """Workers that have loaded the same.
+  """Workers that have loaded the same rewards.
 
   Args:
-    load: what reward_worker.py is to load.
-    count: processes.
+    load: the load request of worker.py.
+    count: number of processes.
     limit: seconds per request.
   """
 
@@ -105,11 +106,11 @@ class Pool:
     self._limit = limit
     self._workers = [Worker(load) for _ in range(count)]
     self._loading, self._revived = set(self._workers), set()
-    self.ready: Any = None  # what the first of them answered when it had loaded
+    self.ready: Any = None  # the reply of a worker to its load request
 
   def _take(self, worker: Worker) -> dict[str, Any] | None:
-    """An answer to a request; None where the worker has now loaded, or was killed as it did and
-    tries once more. `wrong` may be either's.
+    """Returns the reply to a request; None if the worker has just loaded, or was killed while
+    loading and is tried once more. `wrong` may be the reply to either.
     """
     loading = worker in self._loading
     answer = worker.receive()
@@ -128,7 +129,7 @@ class Pool:
     return answer
 
   def load(self) -> str | None:
-    """Waits until all have loaded; the reason where one cannot."""
+    """Waits until all workers have loaded; returns the reason if one cannot."""
     while self._loading:
       for worker in _next(list(self._loading)):
         answer = self._take(worker)
@@ -137,8 +138,8 @@ class Pool:
     return None
 
   def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers, in the order of the requests. One whose worker was killed (by a machine that
-    ran out of memory, say) is asked once more.
+    """Returns the replies, in the order of the requests. A request whose worker was killed, such as
+    by a machine that ran out of memory, is sent once more.
     """
     answers: list[dict[str, Any]] = [{} for _ in requests]
     waiting, killed = collections.deque(range(len(requests))), set()
@@ -173,7 +174,7 @@ class Pool:
 
 
 def _next(workers: list[Worker]) -> list[Worker]:
-  """Those that have answered, or are out of time; waits for one."""
+  """Waits for one, and returns the workers that have replied or are late."""
   soonest = min(w.deadline for w in workers)
   ready = set(wait([w.link for w in workers], max(0.0, soonest - time.monotonic())))
   now = time.monotonic()

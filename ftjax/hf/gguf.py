@@ -37,8 +37,9 @@ _ROPE_TENSOR = 'rope_freqs.weight'
 
 
 class GGUFSource(TensorSource):
-  """A tensor source over one GGUF file of the `llama` architecture, or over the first part of one
-  with its other parts beside it. All tensors are presented as float32.
+  """Reads tensors, as float32, from one GGUF file of the `llama` architecture.
+
+  Of a model in several parts the first is given; the others are in the same folder.
 
   Raises:
     DataError: not a GGUF file, damaged, a part is missing, another architecture, or a tensor type
@@ -83,7 +84,7 @@ class GGUFSource(TensorSource):
     self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
 
   def field(self, key: str, default: Any = None) -> Any:
-    """A metadata value as Python sees it, or `default`."""
+    """Returns a metadata value as a Python value, or `default`."""
     if key not in self.metadata:
       return default
     try:
@@ -92,13 +93,13 @@ class GGUFSource(TensorSource):
       raise DataError(f'{self.place}: metadata {key} cannot be read: {e}') from e
 
   def need(self, key: str) -> Any:
-    """A metadata value that must be there."""
+    """Returns a metadata value that must be there."""
     if key not in self.metadata:
       raise DataError(f'{self.place}: metadata {key} is missing')
     return self.field(key)
 
   def count(self, key: str, default: int | None = None) -> int:
-    """A metadata value that must be a positive whole number."""
+    """Returns a metadata value that must be a positive whole number."""
     value = self.need(key) if default is None else self.field(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise DataError(
@@ -107,7 +108,7 @@ class GGUFSource(TensorSource):
     return value
 
   def number(self, key: str, default: float | None = None) -> float:
-    """A metadata value that must be a positive finite number, in its shortest float32 spelling."""
+    """Returns a metadata value that must be positive, in its shortest float32 spelling."""
     value = self.need(key) if default is None else self.field(key, default)
     if not isinstance(value, int | float) or not 0 < value < math.inf:
       raise DataError(f'{self.place}: metadata {key} is {value!r}; a positive number is expected')
@@ -177,7 +178,7 @@ class GGUFSource(TensorSource):
     return self.count('llama.embedding_length') // self.count('llama.attention.head_count')
 
   def architecture(self) -> Architecture:
-    """Sizes and constants from the metadata.
+    """Returns sizes and constants from the metadata.
 
     Raises:
       DataError: a key is missing, or a rotary embedding that is neither plain nor `llama3`.
@@ -221,7 +222,7 @@ class GGUFSource(TensorSource):
     )
 
   def config(self) -> dict[str, Any]:
-    """A HF config.json."""
+    """Returns a HF config.json."""
     ids = {key: self.field(f'tokenizer.ggml.{name}') for key, name in TOKEN_ID_KEYS.items()}
     ids = {key: int(value) for key, value in ids.items() if value is not None}
     return table.config(self.architecture()) | ids | {'torch_dtype': 'float32', 'use_cache': True}
@@ -257,12 +258,12 @@ def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-  """A float32 constant in its shortest spelling: 9.999999747378752e-06 was written as 1e-05."""
+  """Returns a float32 constant in its shortest spelling: 1e-05 for 9.999999747378752e-06."""
   return float(str(np.float32(value)))
 
 
 def llama3_factors(s: RopeScaling, theta: float, head_dim: int) -> np.ndarray:
-  """float64[H/2]: what each rotary frequency is divided by under the `llama3` rule.
+  """Returns float64[H/2]: the divisor of each rotary frequency under the `llama3` rule.
 
   Source: Llama 3.1's reference code; transformers, modeling_rope_utils.py.
   """

@@ -1,7 +1,7 @@
 """Opens the file or the files of a GGUF model: one file, or parts named NAME-00001-of-00003.gguf.
 
-The first part has the metadata and tells how many parts there are; it is the one to be given, with
-the others beside it. gguf.py presents what they hold.
+The first part has the metadata and the number of parts; it is the one to be given, with the others
+in the same folder. gguf.py presents their tensors.
 """
 
 import functools
@@ -55,7 +55,7 @@ def first_part(found: Sequence[Path]) -> Path | None:
 
 
 def _name(path: Path, number: int, count: int) -> str:
-  """The name of a part beside another one."""
+  """Returns the name of a part in the folder of another one."""
   name = _PART_NAME.fullmatch(path.name)
   return f'{name[1] if name else path.name.removesuffix(".gguf")}-{number:05d}-of-{count:05d}.gguf'
 
@@ -93,7 +93,7 @@ def open_parts(path: Path) -> list[Part]:
   if number != 1:
     raise DataError(
       f'{path}: part {number} of {count}; give the first part, {_name(path, 1, count)}, with the '
-      'others beside it'
+      'others in the same folder'
     )
   parts = [first]
   for number in range(2, count + 1):
@@ -101,10 +101,11 @@ def open_parts(path: Path) -> list[Part]:
     if not other.is_file():
       raise DataError(_missing(path, number, count))
     part = Part(other, _later_reader(other))
-    told = ((_field(part, 'split.no', 0) or 0) + 1, _field(part, 'split.count', 1))
-    if told != (number, count):
+    found = ((_field(part, 'split.no', 0) or 0) + 1, _field(part, 'split.count', 1))
+    if found != (number, count):
       raise DataError(
-        f'{other}: its metadata says part {told[0]} of {told[1]}; expected part {number} of {count}'
+        f'{other}: its metadata says part {found[0]} of {found[1]}; expected part {number} of '
+        f'{count}'
       )
     parts.append(part)
   tensors = sum(len(p.reader.tensors) for p in parts)
@@ -165,8 +166,8 @@ def _open(path: Path, size: int) -> Any:
 
 
 def _remote_reader(path: Path, size: int):
-  """A reader of the header alone: the package maps a local file, so it is given one with a hole in
-  place of the tensors.
+  """Returns a reader of the header alone: the package maps a local file, so it is given one with a
+  hole in place of the tensors.
   """
   from gguf import GGUFReader
 

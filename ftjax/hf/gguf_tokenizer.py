@@ -22,7 +22,7 @@ _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
 
 
 def _pre_tokenizer(pre: str, place: str):
-  """The pre-tokenizer that `tokenizer.ggml.pre` names."""
+  """Returns the pre-tokenizer that `tokenizer.ggml.pre` names."""
   from tokenizers import Regex, pre_tokenizers
 
   def split(pattern):
@@ -99,7 +99,7 @@ def _sentencepiece(source: GGUFSource, tokens: list[str]):
 
 
 def implied_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-  """The BPE merges that a SentencePiece vocabulary implies: every split of a token in two tokens,
+  """Returns the BPE merges that a SentencePiece vocabulary implies: all splits of a token in two,
   best score first.
 
   Among equal scores the longer left, then the longer right half comes first, then the order of the
@@ -118,7 +118,7 @@ def implied_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, st
 
 
 def build(source: GGUFSource):
-  """The `tokenizers.Tokenizer` of a GGUF file.
+  """Returns the `tokenizers.Tokenizer` of a GGUF file.
 
   Raises:
     DataError: a kind of vocabulary or pre-tokenizer that is not supported.
@@ -180,7 +180,7 @@ def _post_processor(source: GGUFSource, tokens: list[str]):
 
 
 def files(source: GGUFSource) -> dict[str, bytes]:
-  """tokenizer.json, tokenizer_config.json and generation_config.json, as a HF folder has them."""
+  """Returns tokenizer.json, tokenizer_config.json and generation_config.json, as in a HF folder."""
   try:
     tokenizer = build(source)
   except DataError:
@@ -207,7 +207,7 @@ def files(source: GGUFSource) -> dict[str, bytes]:
   config |= {name: tokens[i] for name, i in ids.items() if i is not None}
   if template := source.field('tokenizer.chat_template'):
     config['chat_template'] = template
-  # An end-of-turn token beside the end of text stops generation too.
+  # An end-of-turn token stops generation as the end of text does.
   stops = [
     i for i in (ids['eos_token'], source.field('tokenizer.ggml.eot_token_id')) if i is not None
   ]
@@ -227,5 +227,5 @@ def files(source: GGUFSource) -> dict[str, bytes]:
 
 
 def dump_json(value: Any) -> bytes:
-  """A JSON file as HF writes them: indented by 2, non-ASCII as it is."""
+  """Returns a JSON file as HF writes them: indented by 2, non-ASCII as it is."""
   return (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode()

@@ -1,8 +1,8 @@
-"""What a model path is: a HF folder, or a GGUF file; and what to do where it is neither.
+"""Finds out what a model path is: a HF folder, a GGUF file or a hub name; and what to do if none.
 
-Also which small files of a HF folder belong to its tokenizer: those go byte for byte into every
-folder that is written from it. safetensors.py reads the weights of a folder, gguf.py those of a
-file.
+Also says which small files of a HF folder belong to its tokenizer: those go byte for byte into
+every folder that is written from it. safetensors.py reads the weights of a folder, gguf.py those of
+a file.
 """
 
 import difflib
@@ -102,7 +102,7 @@ def _other_weights(name: str) -> str:
 
 
 def is_side_file(name: str) -> bool:
-  """Whether a file of this name, directly in a model folder, belongs to the tokenizer."""
+  """Returns whether a file of this name, directly in a model folder, belongs to the tokenizer."""
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
 
 
@@ -173,7 +173,7 @@ def remedy(path: Path) -> str:
 
 
 def _nearest(path: Path) -> str:
-  """The existing path that looks most like one whose first missing part is misspelt; '' if none."""
+  """Returns the existing path most like one whose first missing part is misspelt; '' if none."""
   here, rest = path, []
   while not here.parent.is_dir():
     if here.parent == here:
@@ -194,7 +194,7 @@ def _nearest(path: Path) -> str:
 
 
 def no_config(folder: Path) -> DataError:
-  """The error for a folder without config.json: what it is instead, and what to give."""
+  """Returns the error for a folder without config.json: what it is instead, and what to give."""
   names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
   text = f'{folder}: config.json is missing'
   if 'adapter_config.json' in names:
@@ -218,7 +218,7 @@ def no_config(folder: Path) -> DataError:
 
 
 def _snapshots(folder: Path) -> list[Path]:
-  """Of a folder models--ORG--NAME of the hub's cache: its snapshots."""
+  """Returns the snapshots in a folder models--ORG--NAME of the hub's cache."""
   if files.is_remote(folder) or not (folder / 'snapshots').is_dir():
     return []
   return sorted((folder / 'snapshots').iterdir())

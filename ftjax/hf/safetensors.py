@@ -122,7 +122,7 @@ def _entry(path: Path, name: str, row: Any, start: int) -> _Entry:
 
 
 class SafetensorsFolder(TensorSource):
-  """A tensor source over the safetensors files of a HF folder.
+  """Reads tensors from the safetensors files of a HF folder.
 
   Raises:
     DataError: see `weight_files` and `read_header`; or index and shards disagree about where a
@@ -144,14 +144,14 @@ class SafetensorsFolder(TensorSource):
     self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
   def _check_index(self, root: Path):
-    told = weight_map(root)
+    listed = weight_map(root)
     found = {name: entry.path.name for name, entry in self._entries.items()}
-    if wrong := sorted(n for n in told.keys() | found.keys() if told.get(n) != found.get(n)):
+    if wrong := sorted(n for n in listed.keys() | found.keys() if listed.get(n) != found.get(n)):
       n = wrong[0]
       raise DataError(
         f'{root}: {INDEX_FILE} and the shards disagree about {len(wrong)} tensors, first {n}: the '
         'index says '
-        f'{told.get(n)}, the shards {found.get(n)}'
+        f'{listed.get(n)}, the shards {found.get(n)}'
       )
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which safetensors files are the weights of a HF folder, and the JSON beside them.
+"""Finds the safetensors files that are the weights of a HF folder, and reads its JSON files.
 
 A folder is hostile until checked: names are plain names inside it, and links may not leave it. A
 folder that could be read as two models is refused.
@@ -32,7 +32,10 @@ def _read_json(path: Path, limit: int = MAX_HEADER_BYTES) -> Any:
 
 
 def parse_json(text: bytes, place: str) -> Any:
-  """`json.loads` whose failure is a DataError with place and line; repeated keys are refused."""
+  """Returns the value of a JSON text; its failure is a DataError with file and line.
+
+  Repeated keys are refused.
+  """
   try:
     return strict_json.loads(text.decode())
   except UnicodeDecodeError as e:
@@ -54,8 +57,9 @@ def _check_plain(folder: Path, name: Any) -> None:
 
 
 def file_inside(folder: Path, name: Any, inside: str = '') -> Path:
-  """The file of a name that a model folder gives, refused unless it is a plain name inside the
-  folder, or inside its subfolder `inside`.
+  """Returns the file of a name that a model folder gives.
+
+  It is refused unless it is a plain name inside the folder, or inside its subfolder `inside`.
 
   A symbolic link may leave the folder in one case, the hub's cache: `CACHE/snapshots/REVISION/x`
   points into `CACHE/blobs/`, and both ends are checked after all links are resolved.
@@ -79,8 +83,8 @@ def file_inside(folder: Path, name: Any, inside: str = '') -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-  """The safetensors files of a HF folder: model.safetensors, or the shards that its index names, in
-  name order.
+  """Returns the safetensors files of a HF folder in the order of their names: model.safetensors, or
+  the shards that its index names.
 
   Raises:
     DataError: none there (with what to do about `.bin` files), two models in one folder, a bad
@@ -104,7 +108,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, has_single: bool) -> list[Path]:
-  """The files that an index names."""
+  """Returns the files that an index names."""
   listed = list(weight_map(folder).values())
   for name in listed:
     _check_plain(folder, name)
@@ -151,7 +155,7 @@ def _check_adapter(folder: Path, has_weights: bool) -> None:
 
 
 def weight_map(folder: Path) -> dict[str, Any]:
-  """{tensor: file} of the index of a folder. Raises DataError where it is none."""
+  """Returns {tensor: file} of the index of a folder. Raises DataError where it is none."""
   path = folder / INDEX_FILE
   file_inside(folder, INDEX_FILE)
   index = _read_json(path)

@@ -5,8 +5,8 @@ Query t may look at key s when both belong to the same segment and positions[t] 
 with a window, when also positions[t] - positions[s] < window. Segment 0 is padding. Positions count
 within a segment, so the rule needs no index arithmetic and survives any reordering of the sequence.
 
-An island (`shard_map`): the reshape of N heads into K groups, and the gather of keys over
-`context`, are local here. Which kernel computes it is chosen by `kernel`, and logged; each honours
+The reshape of N heads into K groups, and the gather of keys over `context`, are local inside
+`shard_map`. Which kernel computes it is chosen by `kernel`, and logged; each honours
 the rule, the window and the cap, or is not chosen (docs/attention.md)."""
 
 import dataclasses
@@ -107,7 +107,7 @@ def attend(
   name = kernel(problem)
   _tell(name, problem)
   local = functools.partial(_local, name=name, problem=problem)
-  return sharding.island(local, specs, heads)(q, k, v, *places)
+  return sharding.shard_map(local, specs, heads)(q, k, v, *places)
 
 
 def _capability(platform: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The head: losses and log-probs straight from hidden states, a chunk of tokens at a time.
 
-An island. Each shard sorts its supervised positions to the front and loops ceil(supervised / chunk)
-times over chunks with its part of the vocabulary; no array of tokens x vocabulary exists, and
+Inside `shard_map` each shard sorts its supervised positions to the front and loops
+ceil(supervised / chunk) times over chunks with its part of the vocabulary; no array of
+tokens x vocabulary exists, and
 unsupervised positions cost nothing. SFT computes the gradients inside that one loop (the loss is
 linear in its cotangent), so nothing is recomputed. Log-probs have cotangents that are known only
 later: a second loop in the backward pass computes their logits again. The only collective in the
@@ -14,7 +15,16 @@ import jax.numpy as jnp
 
 from ftjax.losses import cross_entropy
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.runtime.sharding import BATCH, gather, index, is_alone, island, scatter_sum, spec, total
+from ftjax.runtime.sharding import (
+  BATCH,
+  gather,
+  index,
+  is_alone,
+  scatter_sum,
+  shard_map,
+  spec,
+  total,
+)
 
 # Bytes of one chunk's float32 logits, per device: large enough for full-speed matrix products.
 CHUNK_BYTES = 96 * 2**20
@@ -126,7 +136,7 @@ def cross_entropy_sums(
 
 
 def _train(x, w, labels, weights, terms):
-  return island(
+  return shard_map(
     functools.partial(_train_local, terms=terms),
     (_STATES, _TABLE, _TOKENS, _TOKENS),
     (spec(), spec(), _STATES, _TABLE),
@@ -198,7 +208,7 @@ def _readout(x, w, labels, weights, temperature, with_entropy):
     return tuple(chunks.scatter(a) for a in found)
 
   specs = (_STATES, _TABLE, _TOKENS, _TOKENS)
-  return island(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights)
+  return shard_map(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights)
 
 
 def _readout_forward(x, w, labels, weights, temperature, with_entropy):
@@ -227,7 +237,7 @@ def _readout_backward(temperature, with_entropy, saved, cotangents):
     return chunks.scatter(dx), dw.astype(w.dtype)
 
   specs = (_STATES, _TABLE, *(_TOKENS,) * 4)
-  dx, dw = island(local, specs, (_STATES, _TABLE))(*saved, *cotangents)
+  dx, dw = shard_map(local, specs, (_STATES, _TABLE))(*saved, *cotangents)
   return dx, dw, None, None
 
 

@@ -20,7 +20,7 @@ from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Linear, Normalize, declare
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime import trees
-from ftjax.runtime.sharding import gather, index, island, spec, total
+from ftjax.runtime.sharding import gather, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
@@ -160,7 +160,7 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return total(rows, 'tensor')
 
   specs = (spec('vocab', 'embed'), spec('batch', 'seq'))
-  return island(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
+  return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
 
 
 def _remat(body, policy: str):

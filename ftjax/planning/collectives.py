@@ -1,4 +1,4 @@
-"""Who sends what to whom in a compiled step, from its HLO module."""
+"""Finds the collectives of a compiled step and their traffic in its HLO module."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ftjax.planning import hlo
 
 _CHANNEL = re.compile(r'channel_id=(\d+)')
-# Between slices of TPUs a collective is made of transfers by the hosts, and named in an attribute.
+# Between TPU slices a collective consists of transfers by the hosts; an attribute names it.
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 # A TPU's reduce-scatter is written as a fusion of an all-reduce and the slice of it that is kept.
 _SCATTERED = 'all-reduce-scatter'
@@ -21,15 +21,15 @@ _SCATTERED = 'all-reduce-scatter'
 class Collective:
   """All collectives of one kind over the same mesh axes.
 
-  axes: names joined by '+'. count: executions in a step. bytes: of the whole arrays, summed over
-  executions. sent: bytes that each device sends, by a ring. ways: members of a group. network:
-  members stand in several slices, or on several hosts of GPUs, so that it goes over the
-  data-centre network.
+  axes: names joined by '+'. group_size: members of a group. count: executions in a step. bytes: of
+  the whole arrays, summed over executions. sent: bytes that each device sends, with a ring
+  algorithm. network: whether members are in several slices, or on several GPU hosts, so that it
+  uses the data-center network.
   """
 
   kind: str
   axes: str
-  ways: int
+  group_size: int
   count: int
   bytes: float
   sent: float
@@ -37,31 +37,31 @@ class Collective:
 
 
 def collectives(
-  module: hlo.Module, mesh: Mesh, unknown_trips: int = 1, islands: np.ndarray | None = None
+  module: hlo.Module, mesh: Mesh, unknown_trips: int = 1, domains: np.ndarray | None = None
 ) -> list[Collective]:
-  """Reads them from an optimized module.
+  """Returns the collectives of an optimized module.
 
   Args:
     module: of the step.
-    mesh: whose flat device order numbers the partitions.
-    unknown_trips: how often a loop is counted whose trips nothing tells.
-    islands: int[devices], the slice or host of each device of the mesh in flat order; None: one.
+    mesh: its flat device order numbers the partitions.
+    unknown_trips: assumed executions of a loop of unknown trip count.
+    domains: int[devices], the slice or host of each device of the mesh in flat order; None: one.
 
   Returns:
     One entry for each (kind, axes, network), the most bytes sent first.
   """
-  islands = np.zeros(mesh.size, int) if islands is None else np.asarray(islands)
+  domains = np.zeros(mesh.size, int) if domains is None else np.asarray(domains)
   times = module.executions(unknown_trips)
   sums: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0.0])
   seen = set()
   for name, body in module:
     fused = name in module.fusions
     for instruction in body if times[name] else ():
-      found = _collective(instruction, name, mesh, islands)
+      found = _collective(instruction, name, mesh, domains)
       if found is None:
         continue
       *key, size = found
-      # Start, steps and end of one asynchronous transfer are fusions that each hold its text.
+      # Start, steps and end of an asynchronous transfer are fusions that all contain its text.
       channel = _CHANNEL.search(instruction.rest) if fused else None
       again = channel is not None and channel[1] in seen
       if channel:
@@ -71,54 +71,57 @@ def collectives(
         total[0] += times[name]
         total[1] += times[name] * size
   out = [
-    Collective(kind, axes, ways, round(count), size, _sent(kind, ways, size), network)
-    for (kind, axes, ways, network), (count, size) in sums.items()
+    Collective(kind, axes, group_size, round(count), size, _sent(kind, group_size, size), network)
+    for (kind, axes, group_size, network), (count, size) in sums.items()
   ]
   return sorted(out, key=lambda c: -c.sent)
 
 
 def _collective(
-  instruction: hlo.Instruction, computation: str, mesh: Mesh, islands: np.ndarray
+  instruction: hlo.Instruction, computation: str, mesh: Mesh, domains: np.ndarray
 ) -> tuple[str, str, int, bool, float] | None:
-  """(kind, axes, ways, over the network, bytes of the whole array); None: it is none."""
+  """Returns (kind, axes, group size, whether over the network, bytes of the whole array); None for
+  another instruction.
+  """
   if instruction.kind == 'send' and (between := _BETWEEN.search(instruction.rest)):
-    return _between(between[1], instruction.first_bytes, mesh, islands)
+    return _between(between[1], instruction.first_bytes, mesh, domains)
   kind = instruction.operation
   if kind not in hlo.COLLECTIVES:
     return None
-  axes, ways, network = _axes(groups(instruction.rest), mesh, islands)
+  axes, group_size, network = _axes(groups(instruction.rest), mesh, domains)
   size = instruction.bytes
   is_start = instruction.kind != kind
   if is_start and kind in ('all-gather', 'reduce-scatter'):  # (inputs, outputs)
-    size *= ways / (ways + 1)
+    size *= group_size / (group_size + 1)
   elif is_start and kind == 'collective-permute':
     size /= 2
   elif kind == 'reduce-scatter':
-    size *= ways
+    size *= group_size
   if kind == 'all-reduce' and computation.startswith(_SCATTERED):
     kind = 'reduce-scatter'
-  return kind, axes, ways, network, size
+  return kind, axes, group_size, network, size
 
 
-def _between(kind: str, size: float, mesh: Mesh, islands: np.ndarray) -> tuple:
-  """Like `_collective`, of the `size` bytes that a device sends to the other slices.
+def _between(kind: str, size: float, mesh: Mesh, domains: np.ndarray) -> tuple:
+  """Returns what `_collective` does, for `size` bytes that a device sends to the other slices.
 
-  The array is that of all slices: each sends its own, and gets the others' or their sum."""
-  places = islands.reshape(mesh.devices.shape)
+  The array is that of all slices: each sends its part, and gets the other parts or their sum."""
+  places = domains.reshape(mesh.devices.shape)
   names = [
     a
     for i, a in enumerate(mesh.axis_names)
     if (places != places.take(range(1), axis=i)).any() and mesh.shape[a] > 1
   ]
-  kind, ways = kind.lower().replace('_', '-'), len(set(islands.tolist()))
-  return kind, '+'.join(names), ways, True, size * (ways if kind == 'all-gather' else 1)
+  kind, group_size = kind.lower().replace('_', '-'), len(set(domains.tolist()))
+  return kind, '+'.join(names), group_size, True, size * (group_size if kind == 'all-gather' else 1)
 
 
-def _sent(kind: str, ways: int, size: float) -> float:
-  """Bytes that a member sends for a whole array of `size` bytes, by a ring."""
+def _sent(kind: str, group_size: int, size: float) -> float:
+  """Returns the bytes that a member sends for a whole array of `size` bytes, with a ring
+  algorithm."""
   if kind == 'collective-permute':
     return size
-  return size * (ways - 1) / ways * (2 if kind == 'all-reduce' else 1)
+  return size * (group_size - 1) / group_size * (2 if kind == 'all-reduce' else 1)
 
 
 _IOTA = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
@@ -139,14 +142,14 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def groups(text: str) -> np.ndarray | None:
-  """Reads who takes part in a collective.
+  """Parses the groups of a collective.
 
   Args:
     text: attributes of an HLO instruction: groups written out, as a transposed iota, or as axes of
-      a mesh (`{'a':(2)4}`: the 4 middle ways of an axis cut into 2, 4 and the rest).
+      a mesh (`{'a':(2)4}`: the middle factor 4 of an axis split into 2, 4 and the rest).
 
   Returns:
-    int[groups, members] of device numbers; pairs of a permute; None where nothing was found.
+    int[groups, members] of device numbers; pairs of a permute; None where none was found.
   """
   if found := _LISTED.search(text):
     return _iota(found[3], found[4]).reshape(int(found[1]), int(found[2]))
@@ -177,15 +180,17 @@ def _of_axes(axes: str, dims: str | None, order: str | None, ids: str | None, na
     devices = _iota(dims, order) if dims else np.arange(math.prod(shape))
   last = [members[name, int(pre or 0)] for name, pre, _ in used]
   first = [i for i in range(len(shape)) if i not in last]
-  ways = math.prod(shape[i] for i in last)
-  return devices.reshape(shape).transpose([*first, *last]).reshape(-1, ways)
+  group_size = math.prod(shape[i] for i in last)
+  return devices.reshape(shape).transpose([*first, *last]).reshape(-1, group_size)
 
 
-def _axes(found: np.ndarray | None, mesh: Mesh, islands: np.ndarray) -> tuple[str, int, bool]:
-  """(mesh axes along which the members of a group differ, members, whether islands do)."""
+def _axes(found: np.ndarray | None, mesh: Mesh, domains: np.ndarray) -> tuple[str, int, bool]:
+  """Returns (mesh axes along which the members of a group differ, group size, whether members are
+  in several domains).
+  """
   if found is None:
-    return 'all', mesh.size, bool((islands != islands[0]).any())
-  apart = islands[found]
+    return 'all', mesh.size, bool((domains != domains[0]).any())
+  apart = domains[found]
   coordinates = np.stack(np.unravel_index(found, mesh.devices.shape), -1)
   varies = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
   names = [a for a, v in zip(mesh.axis_names, varies, strict=True) if v]

@@ -1,6 +1,7 @@
-"""The training step of a config compiled for a slice that is not here, and what the compiler says.
+"""Ahead-of-time compiles the training step of a config for hardware that is not attached, and reads
+its memory, collectives and cost from the compiler.
 
-The step is the one that training compiles, from the same shapes and shardings."""
+The step is the one that training compiles, with the same shapes and shardings."""
 
 import contextlib
 import dataclasses
@@ -19,15 +20,14 @@ from ftjax.config import algorithms, validation
 from ftjax.experiment import auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.families import table
 from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, counts, head
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
-from ftjax.planning import memory as account
-from ftjax.planning import rollout as phase_lib
+from ftjax.planning import memory as memory_lib
+from ftjax.planning import rollout as rollout_lib
 from ftjax.planning.cost import Cost, estimate
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
@@ -38,19 +38,19 @@ log = logging.getLogger(__name__)
 T = TypeVar('T')
 MakeLoss = Callable[[Forward, ml_collections.ConfigDict], LossFn]
 
-# What a runtime keeps of a GPU's memory for itself.
+# Usable share of a device's memory; the CUDA runtime reserves the rest.
 _USABLE = {'gpu': 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """A compiled step in figures; see planning/{account,communication,cost}.py.
+  """Figures of a compiled step; see planning/{memory,collectives,cost}.py.
 
-  settings: the mesh, micro-batches and recomputation it was compiled with, by config key. memory:
-  None where the compiler itself ran out: refused then tells of what (step or rollout), needed how
-  many bytes it wanted (0: not told). collectives and gathering: None where the program's text is
-  not to be had; the cost then has no communication in it. rollout: of algorithms that train on what
-  the model says.
+  settings: mesh, micro-batches and rematerialization by config key. memory: None where compiling
+  itself ran out of device memory; `refused` is then the program that did (step or rollout), and
+  `needed` the bytes that it required (0: unknown). collectives and gathering: None where the text
+  of the program is not available; the cost then contains no communication. rollout: only of
+  algorithms that train on rollouts.
   """
 
   slice: str
@@ -66,11 +66,11 @@ class Forecast:
   fits: bool
   needed: float
   refused: str = ''
-  memory: account.Memory | None = None
-  rollout: phase_lib.Phase | None = None
+  memory: memory_lib.Memory | None = None
+  rollout: rollout_lib.RolloutPlan | None = None
   collectives: tuple[communication.Collective, ...] | None = None
   replicated: dict[str, int] = dataclasses.field(default_factory=dict)
-  gathering: account.Gathering | None = None
+  gathering: memory_lib.Gathering | None = None
   cost: Cost | None = None
 
 
@@ -81,14 +81,14 @@ def make(
   make_loss: MakeLoss,
   dump: str = '',
 ) -> Forecast:
-  """Compiles and accounts.
+  """Compiles the step and returns its figures.
 
   Args:
-    c: a validated config; its data and weights are not touched.
-    where: the slices; topology.environment was applied before jax was imported.
-    arch: the model's.
+    c: a validated config; its data and weights are not read.
+    where: the target; topology.environment must be applied before jax is imported.
+    arch: of the model.
     make_loss: of the algorithm.
-    dump: that topology.environment was given; '': none.
+    dump: the folder that topology.environment was called with; '' for none.
 
   Raises:
     ConfigError: a mesh or batch that does not divide, or an unknown slice.
@@ -103,10 +103,10 @@ def make(
     trainer = Trainer(run, make_loss(run.forward, c))
     compiled, needed = _compiled(trainer.compile)
   dumped = topology.written(dump) if dump else ''
-  chip, phase, refused = where.chip, None, '' if compiled else 'step'
+  chip, rollout, refused = where.chip, None, '' if compiled else 'step'
   if compiled and algorithms.of(c).on_rollouts:
-    phase, needed = _compiled(lambda: _phase(trainer, chip))
-    refused = '' if phase else 'rollout'
+    rollout, needed = _compiled(lambda: _rollout(trainer, chip))
+    refused = '' if rollout else 'rollout'
   out = Forecast(
     slice=where.name,
     devices=mesh.size,
@@ -121,7 +121,7 @@ def make(
     fits=False,
     needed=needed,
     refused=refused,
-    rollout=phase,
+    rollout=rollout,
   )
   if refused:
     return out
@@ -143,32 +143,32 @@ def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) 
 def _accounted(
   out: Forecast, trainer: Trainer, compiled: jax.stages.Compiled, text: str, where
 ) -> Forecast:
-  """The forecast with what a compiled step holds, moves and costs."""
+  """Returns the forecast with memory, collectives and cost of the compiled step."""
   run, chip = trainer.run, where.chip
   c, mesh, arch = run.config, run.mesh, run.arch
-  held = account.memory(compiled, trainer.abstract)
+  held = memory_lib.memory(compiled, trainer.abstract)
   local_tokens = out.rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_size // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
   if text:
-    apart = topology.islands(mesh, chip)
+    domains = topology.link_domains(mesh, chip)
     module = hlo.read(text)
-    moved = tuple(communication.collectives(module, mesh, unknown_trips=loops, islands=apart))
-    gathering = account.gathering(module, trainer.abstract.params, mesh)
+    moved = tuple(communication.collectives(module, mesh, unknown_trips=loops, domains=domains))
+    gathering = memory_lib.gathering(module, trainer.abstract.params, mesh)
   needed = held.peak
-  if phase := out.rollout:
-    needed = max(held.peak + phase.beside, phase.peak)
+  if rollout := out.rollout:
+    needed = max(held.peak + rollout.auxiliary, rollout.peak)
   return dataclasses.replace(
     out,
     fits=needed <= _USABLE.get(chip.platform, 1.0) * chip.memory,
     needed=needed,
     memory=held,
     collectives=moved,
-    replicated=account.replicated(trainer.abstract.params, mesh),
+    replicated=memory_lib.replicated(trainer.abstract.params, mesh),
     gathering=gathering,
     cost=estimate(
-      *(auxiliary.passes(c, arch), where, held, moved or ()),
+      *(run.auxiliary.passes(arch), where, held, moved or ()),
       rows=out.rows,
       length=c.seq_len,
       remat=c.remat,
@@ -177,20 +177,15 @@ def _accounted(
   )
 
 
-def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
-  """Of a rollout with prompts and completions as long as the config lets them be."""
+def _rollout(trainer: Trainer, chip: topology.Chip) -> rollout_lib.RolloutPlan:
+  """Returns the plan of a rollout with prompts and completions of the maximal length."""
   run, c = trainer.run, trainer.run.config
-  models = []
-  if algorithms.place(c, 'reference') == 'rollout':
-    models.append(run.arch)
-  if path := c.rollout.reward_model:
-    reward = table.architecture(known_models.read(path), c.model.family)
-    models.append(dataclasses.replace(reward, num_labels=1))
+  models = [m.architecture(known_models.read) for m in run.auxiliary.of_rollouts]
   dtype = jnp.dtype(c.model.param_dtype)
-  return phase_lib.make(
+  return rollout_lib.make(
     run.arch,
     run.mesh,
-    phase_lib.Size(
+    rollout_lib.Size(
       prompts=c.batch_size,
       group=c.rollout.group,
       prompt_tokens=algorithms.max_example(c) - c.rollout.max_tokens,
@@ -199,15 +194,15 @@ def _phase(trainer: Trainer, chip: topology.Chip) -> phase_lib.Phase:
     ),
     Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p),
     dtype=jnp.dtype(c.model.compute_dtype),
-    state=account.shard_bytes(trainer.abstract),
-    beside=sum(phase_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
+    state=memory_lib.shard_bytes(trainer.abstract),
+    auxiliary=sum(rollout_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
     bandwidth=chip.bandwidth,
   )
 
 
 def _compiled(compile_it: Callable[[], T]) -> tuple[T | None, float]:
-  """(what it gives; None where the compiler ran out of the device's memory, bytes it then
-  wanted).
+  """Returns (the compiled program or None where compiling ran out of device memory, the bytes that
+  it then required).
   """
   try:
     return compile_it(), 0.0
@@ -215,12 +210,12 @@ def _compiled(compile_it: Callable[[], T]) -> tuple[T | None, float]:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text or 'vmem' in text:
       raise
-    return None, _wanted(text)
+    return None, _required_bytes(text)
 
 
-def _wanted(text: str) -> float:
-  """Bytes that a compiler wanted in vain, by its message; 0 where it tells none. libtpu tells of
-  the temporaries alone where they alone are too many.
+def _required_bytes(text: str) -> float:
+  """Returns the bytes that a compiler required, by its error message; 0 if unknown. libtpu reports
+  only the temporaries where these alone are too large.
   """
   used = re.search(r'[Uu]sed ([\d.]+)([KMGT]?)(?:iB)? of', text)
   used = used or re.search(r'required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds', text)
@@ -236,13 +231,14 @@ def better(
   most: int,
   dump: str = '',
 ) -> Forecast | None:
-  """The quickest estimate that fits among up to `most` compiled candidates; None: none fits."""
+  """Compiles up to `most` candidates and returns the fastest that fits; None if none does."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  models = auxiliary.passes(c, arch)
+  others = auxiliary.find(c, arch)
+  models = others.passes(arch)
   trained = sum(times == 3 for _, times in models)
   held = suggest.Held(
     trained,
-    len(models) - trained + (algorithms.place(c, 'reference') == 'rollout'),
+    len(models) - trained + sum(not m.path for m in others.of_rollouts),
     samples=algorithms.of(c).on_rollouts,
   )
   rows = algorithms.rows_per_step(c)
@@ -251,11 +247,13 @@ def better(
   for candidate in tried:
     other = c.copy_and_resolve_references()
     other.update_from_flattened_dict(candidate.overrides())
-    told = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
-    with contextlib.suppress(ConfigError):  # what does not divide is no candidate
+    shown = ' '.join(f'{k}={v}' for k, v in candidate.overrides().items())
+    with contextlib.suppress(ConfigError):  # sizes that do not divide are no candidate
       validation.validate(other)
       found = make(other, where, arch, make_loss, dump)
-      log.info('%s: %.1f GiB, %s', told, found.needed / 2**30, 'fits' if found.fits else 'too much')
+      log.info(
+        '%s: %.1f GiB, %s', shown, found.needed / 2**30, 'fits' if found.fits else 'too much'
+      )
       quicker = found.fits and (
         best is None or (found.cost.seconds or 0) < (best.cost.seconds or 0)
       )

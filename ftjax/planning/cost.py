@@ -1,5 +1,5 @@
-"""Step time by a roofline: the longest of computing, memory traffic and communication, each at the
-full speed of the chip. Uncalibrated: no device has been measured, and a real step is slower.
+"""Estimates the step time by a roofline: the maximum of compute, memory traffic and communication,
+each at the peak rate of the chip. Uncalibrated: no device was measured, and a real step is slower.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from ftjax.telemetry.throughput import train_flops
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """flops: of the model, in a step on all devices. Seconds of one step: compute, traffic,
-  links, network. mfu: flops / (seconds x peak).
+  """flops: model FLOPs of a step on all devices. tokens: of a step. compute, traffic, links,
+  network:
+  seconds of a step. mfu: flops / (seconds x peak).
   """
 
   flops: float
@@ -33,7 +34,7 @@ class Cost:
 
   @property
   def bound(self) -> str:
-    """What the step waits for."""
+    """Returns what limits the step time."""
     parts = {
       'matrix products': self.compute,
       'memory': self.traffic,
@@ -42,12 +43,12 @@ class Cost:
     return max(parts, key=parts.get)
 
 
-# A model that a step computes, with 3 for forward and backward or 1 for forward alone.
+# A model that a step computes, with 3 for forward and backward or 1 for forward only.
 Pass = tuple[Architecture, int]
 
 
 def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
-  """FLOPs of models over full rows of one document each; see train_flops."""
+  """Computes the FLOPs of models over full rows of one document each; see train_flops."""
   return sum(
     times
     / 3
@@ -62,7 +63,8 @@ def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
 
 
 def recomputed(arch: Architecture, rows: int, length: int, remat: str) -> float:
-  """FLOPs that the backward pass repeats: with 'dots' the attention, with 'full' the blocks too."""
+  """Computes the FLOPs that the backward pass repeats: with 'dots' attention, with 'full' all
+  blocks."""
   attention = 4.0 * counts.attention_width(arch)
   attention *= rows * length * (length + 1) / 2
   blocks = counts.matmul_params(arch) - counts.head_params(arch)
@@ -80,11 +82,10 @@ def estimate(
   remat: str,
   micro_batches: int,
 ) -> Cost:
-  """Seconds and MFU of a step of `rows` rows of `length` tokens.
+  """Estimates seconds and MFU of a step of `rows` rows of `length` tokens.
 
   Memory traffic: the state is read and written once, and the temporaries once for each
-  micro-batch. Communication: what crosses slices or hosts goes over the network, the rest over the
-  links.
+  micro-batch. Communication: between slices or hosts over the network, the rest over the links.
   """
   chip = topology.chip
   flops = model_flops(models, rows, length)

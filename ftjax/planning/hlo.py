@@ -1,4 +1,4 @@
-"""An optimized HLO module as compilers write it: computations, and how often each is executed."""
+"""Parses an optimized HLO module: its computations, and how often each is executed."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import math
 import re
 
-# Their `to_apply` is a sum of two numbers, which nothing needs to look into.
+# Their `to_apply` is the sum of two numbers, which is not followed.
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 'bf16': 2}
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.$-]+) \(.*\{\s*$')
@@ -32,22 +32,22 @@ class Instruction:
 
   @property
   def operation(self) -> str:
-    """The kind, of an asynchronous one that is started too."""
+    """Returns the kind, without the suffix of an asynchronous start."""
     return self.kind.removesuffix('-start')
 
   @property
   def arrays(self) -> list[tuple[int, ...]]:
-    """Dimensions of what it makes."""
+    """Returns the shapes of its results."""
     return [_dims(dims) for _, dims in _SHAPE.findall(self.result)]
 
   @property
   def bytes(self) -> float:
-    """Of all that it makes."""
+    """Returns the bytes of all its results."""
     return sum(_size(*shape) for shape in _SHAPE.findall(self.result))
 
   @property
   def first_bytes(self) -> float:
-    """Of the first array that it makes."""
+    """Returns the bytes of its first result."""
     return _size(*_SHAPE.findall(self.result)[0])
 
 
@@ -63,24 +63,24 @@ def _size(kind: str, dims: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """entry: name of the computation that begins. computations: their instructions, by name."""
+  """entry: name of the entry computation. computations: instructions by computation name."""
 
   entry: str
   computations: dict[str, list[Instruction]]
 
   @functools.cached_property
   def calls(self) -> dict[str, list[tuple[str, int | None]]]:
-    """{computation: [(callee, times; None: a loop of which nothing tells how long it is)]}."""
+    """Returns {computation: [(callee, executions; None for a loop of unknown trip count)]}."""
     return {name: [c for i in items for c in self._callees(i)] for name, items in self}
 
   @functools.cached_property
   def fusions(self) -> set[str]:
-    """Computations that are fused into one instruction."""
+    """Returns the computations that are fused into one instruction."""
     return {f for _, items in self for i in items if i.kind == 'fusion' for f in _called(i)}
 
   @functools.cached_property
   def looped(self) -> set[str]:
-    """Computations that are executed inside of loops."""
+    """Returns the computations that are executed inside of loops."""
     stack = [callee for items in self.calls.values() for callee, times in items if times != 1]
     found = set()
     while stack:
@@ -90,7 +90,9 @@ class Module:
     return found
 
   def executions(self, unknown_trips: int) -> dict[str, float]:
-    """{computation: how often a run of the module executes it}; unknown_trips stands for None."""
+    """Returns {computation: executions in a run of the module}; loops of unknown trip count run
+    `unknown_trips` times.
+    """
     out: dict[str, float] = collections.defaultdict(float)
     stack = [(self.entry, 1.0)]
     while stack:
@@ -104,15 +106,17 @@ class Module:
     return iter(self.computations.items())
 
   def _callees(self, instruction: Instruction) -> list[tuple[str, int | None]]:
-    # The end of what is asynchronous names the computation of its start again.
+    # The end of an asynchronous instruction names the computation of its start again.
     if instruction.operation in COLLECTIVES or instruction.kind.endswith(('-done', '-update')):
       return []
     times = self._trips(instruction) if instruction.kind == 'while' else 1
     return [(callee, times) for callee in _called(instruction)]
 
   def _trips(self, loop: Instruction) -> int | None:
-    """As annotated, or as a condition tells that compares what counts from 0 with a constant: on
-    TPUs nothing else tells it.
+    """Returns the trip count of a loop; None if unknown.
+
+    Read from its annotation, else from a condition that compares a counter from 0 with a constant,
+    which is all that TPU programs have.
     """
     if known := _TRIPS.search(loop.rest):
       return int(known[1])
@@ -134,7 +138,7 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def read(text: str) -> Module:
-  """Of `compiled.as_text()`, or of what `--xla_dump_to` writes."""
+  """Parses the text of `compiled.as_text()` or of a file that `--xla_dump_to` writes."""
   entry, computations, body = '', {}, []
   for line in text.split('\n'):
     if not line.startswith(' '):

@@ -1,11 +1,12 @@
-"""Shapes of released models, by the last part of their HF name: enough to plan without a download.
-Figures: the config.json that each model is published with.
+"""Configs of released models, by the last part of their HF name, to plan without a download.
+Source:
+the config.json that each model is published with.
 """
 
 import os
 
 from ftjax.hf import load
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files, hub
 
 _LLAMA3_ROPE = {
@@ -48,7 +49,7 @@ def _qwen2(dim, layers, heads, kv_heads, ffn, vocab=151936, tied=True) -> dict:
     'model_type': 'qwen2',
     'rms_norm_eps': 1e-6,
     'rope_theta': 1000000.0,
-    # All instruct models; the base models of 1.5B and 7B say 131072.
+    # Of all instruct models; the base models of 1.5B and 7B have 131072.
     'max_position_embeddings': 32768,
     'use_sliding_window': False,
     'tie_word_embeddings': tied,
@@ -80,17 +81,21 @@ def read(path: str) -> dict:
   config.json of the model of that name on the hub.
 
   Raises:
-    ConfigError: none of these.
-    DataError: a file that cannot be read, or a hub that does not give it.
+    ConfigError: none of these; says why the hub does not give it.
+    DataError: a local file that cannot be read.
   """
   if files.exists(path):
     return load.read_config(path)
   name = os.path.basename(path.partition('@')[0].rstrip('/')).removesuffix('-Instruct')
   if name in SHAPES:
     return SHAPES[name]
+  reason = 'it does not exist'
   if hub.is_name(path):
-    return load.read_config(path)
+    try:
+      return load.read_config(path)
+    except (ConfigError, DataError) as error:
+      reason = str(error)
   raise ConfigError(
-    f'model.path={path}: it does not exist, and no shape of this name is known; known: '
+    f'model.path={path}: {reason}. No shape of this name is known either; known: '
     f'{", ".join(SHAPES)}'
   )

@@ -1,5 +1,5 @@
-"""What a compiled step holds on each device: memory from the compiler, and where the HLO module
-gathers the weights that are sharded.
+"""Reads the memory per device of a compiled step from the compiler, and where its HLO module
+gathers sharded weights.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from ftjax.runtime import trees
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one device. `arguments` are state and batch; `temporaries` everything else alive in
-  the step, gradients and activations among it; `peak` is the compiler's.
+  """Bytes per device. arguments: state and batch. temporaries: everything else alive in the step,
+  including gradients and activations. peak: as the compiler reports it.
   """
 
   parameters: int
@@ -28,19 +28,19 @@ class Memory:
 
   @property
   def activations(self) -> int:
-    """Temporaries but the gradients of the parameters."""
+    """Returns the temporaries without the gradients of the parameters."""
     return max(0, self.temporaries - self.gradients)
 
 
 def shard_bytes(tree) -> int:
-  """Bytes that one device holds of arrays or ShapeDtypeStructs with shardings."""
+  """Returns the bytes per device of arrays or ShapeDtypeStructs with shardings."""
   return sum(
     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
   )
 
 
 def replicated(params: Mapping, mesh: Mesh) -> dict[str, int]:
-  """{name: bytes} of parameters that every device holds whole."""
+  """Returns {name: bytes} of parameters that are replicated on every device."""
   flat = trees.flatten(params) if mesh.size > 1 else {}
   return {
     n: math.prod(a.shape) * a.dtype.itemsize
@@ -50,7 +50,12 @@ def replicated(params: Mapping, mesh: Mesh) -> dict[str, int]:
 
 
 def memory(compiled: jax.stages.Compiled, state) -> Memory:
-  """From the compiler's analysis, and the shardings of the abstract state."""
+  """Returns the memory of a compiled step.
+
+  Args:
+    compiled: the step; the compiler's analysis is read.
+    state: the abstract train state, with shardings.
+  """
   found = compiled.memory_analysis()
   everything = (
     found.argument_size_in_bytes
@@ -70,11 +75,11 @@ def memory(compiled: jax.stages.Compiled, state) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Gathering:
-  """How a step brings the sharded weights of its layers together; names of stacked parameters.
+  """How a step gathers the sharded weights of its layers; names of stacked parameters.
 
-  layered: one layer of it is gathered at a time, inside a loop. whole: a buffer has the size of all
-  its layers gathered, which an fsdp step must not need; saved activations may have that size by
-  chance. unseen: no such gather was found; of small weights a compiler makes sums.
+  layered: gathered one layer at a time, inside a loop. whole: a buffer has the size of all layers
+  gathered, which an fsdp step must not need; saved activations may have that size by chance.
+  unseen: no such gather was found; for small weights a compiler may use a sum instead.
   """
 
   layered: tuple[str, ...]
@@ -83,16 +88,16 @@ class Gathering:
 
 
 def gathering(module: hlo.Module, params: Mapping, mesh: Mesh, axis: str = 'fsdp') -> Gathering:
-  """Reads from an optimized module where weights that are sharded over `axis` are gathered.
+  """Returns where an optimized module gathers weights that are sharded over `axis`.
 
-  Buffers are known by their number of elements (a compiler merges and turns dimensions), those of
-  whole stacks also by a dimension of as many as there are layers.
+  Buffers are recognized by their number of elements (a compiler merges and transposes dimensions),
+  those of whole stacks also by a dimension equal to the number of layers.
 
   Args:
     module: of the step.
     params: nested dict of ShapeDtypeStruct with NamedSharding; stacked ones are named stackI/...
     mesh: of those shardings.
-    axis: that is gathered.
+    axis: mesh axis that is gathered.
   """
   inside, buffers = set(), set()
   for name, body in module:

@@ -1,7 +1,7 @@
-"""The phase in which the model speaks, of algorithms that train on it: what a device holds
-meanwhile beside the state, and how long decoding takes at least.
+"""Plans the rollouts of an algorithm: memory per device in addition to the state, and a lower bound
+of the decoding time.
 
-The programs that read prompts and decode are compiled like the step, for the same devices."""
+Prefill and decode are compiled like the step, for the same devices."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ from ftjax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """Of a rollout: prompts with `group` completions each, of at most prompt_tokens and max_tokens;
-  `slots` are decoded at once.
+  """Size of a rollout: prompts with `group` completions each, of at most prompt_tokens and
+  max_tokens; `slots` completions are decoded at once.
   """
 
   prompts: int
@@ -33,16 +33,16 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-  """Bytes of one device, and seconds.
+class RolloutPlan:
+  """Bytes per device, and seconds.
 
-  beside: models that also stand while the step runs: a reference, a reward model.
-  weights: the copy that samples. cache: its keys and values. peak: all of it with the state and the
-  temporaries. seconds: of decoding alone, all completions of the greatest length, when every step
-  reads weights and cache once at the memory's full speed.
+  auxiliary: models that stay in memory during the step too: a reference, a reward model. weights:
+  the copy for sampling. cache: its keys and values. peak: all of these with the state and the
+  temporaries. seconds: of decoding only, if all completions have the maximal length and every step
+  reads weights and cache once at the peak memory bandwidth.
   """
 
-  beside: int
+  auxiliary: int
   weights: int
   cache: int
   peak: int
@@ -57,9 +57,9 @@ def make(
   *,
   dtype: jnp.dtype,
   state: int,
-  beside: int,
+  auxiliary: int,
   bandwidth: float,
-) -> Phase:
+) -> RolloutPlan:
   """Compiles the programs of a rollout.
 
   Args:
@@ -68,8 +68,8 @@ def make(
     size: of a rollout.
     sampling: how tokens are chosen.
     dtype: compute dtype.
-    state: bytes of one device that stay while the model speaks.
-    beside: the same, of other models.
+    state: bytes per device of the train state.
+    auxiliary: bytes per device of other models.
     bandwidth: bytes/s of a device's memory.
 
   Raises:
@@ -95,22 +95,22 @@ def make(
     cache + _temporary(found.decode),
   )
   steps = math.ceil(size.prompts * size.group / found.slots) * size.max_tokens
-  return Phase(
-    beside,
+  return RolloutPlan(
+    auxiliary,
     weights,
     cache,
-    peak=state + beside + weights + most,
+    peak=state + auxiliary + weights + most,
     seconds=steps * (weights + cache) / bandwidth,
   )
 
 
 def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
-  """Of one device, for one copy of a model on a mesh."""
+  """Returns the bytes per device of one copy of a model on a mesh."""
   return memory.shard_bytes(_placed(arch, mesh, dtype))
 
 
 def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
-  """Nested dict of ShapeDtypeStruct."""
+  """Returns a nested dict of ShapeDtypeStruct."""
   where = sharding.shardings(mesh, kinds.axes(arch))
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),

@@ -1,6 +1,7 @@
-"""Which meshes, micro-batches and recomputation are worth compiling, best guess first.
+"""Proposes meshes, micro-batches and rematerialization to compile, best guess first.
 
-Pruned by arithmetic (divisibility, the state's share of memory); what fits, the compiler says."""
+Candidates are pruned by arithmetic (divisibility, memory of the state); the compiler decides which
+fit."""
 
 import dataclasses
 import math
@@ -16,8 +17,8 @@ _COPY_BYTES = 4  # of a float32 parameter that is not trained
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-  """Models of one size that a device holds: trained ones, others, and whether one is copied for
-  sampling, split over `tensor` alone.
+  """Models of one size in device memory: numbers of trained models and of others (`copies`), and
+  whether one is copied for sampling, sharded only over `tensor`.
   """
 
   trained: int = 1
@@ -27,7 +28,7 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Settings that a config may take instead of its own."""
+  """Settings to compile instead of those of the config."""
 
   data: int
   fsdp: int
@@ -37,7 +38,7 @@ class Candidate:
   remat: str
 
   def overrides(self) -> dict[str, int | str]:
-    """By config key."""
+    """Returns the settings by config key."""
     mesh = {f'mesh.{a}': getattr(self, a) for a in ('data', 'fsdp', 'context', 'tensor')}
     return mesh | {'mesh.expert': 1, 'grad_accum': self.grad_accum, 'remat': self.remat}
 
@@ -69,8 +70,9 @@ def _inner(spec: BlockSpec) -> int:
 def _bytes(
   c: Candidate, arch: Architecture, rows: int, length: int, width: int, held: Held
 ) -> float:
-  """A rough peak of one device: state, and the larger of the step's (one gathered layer and table,
-  saved activations, a layer's own) and the copy that samples.
+  """Estimates the peak bytes of one device: the state, and the larger of the step's temporaries
+  (one gathered layer and embedding table, saved activations, activations of a layer) and the copy
+  for sampling.
   """
   n = counts.num_params(arch)
   tokens = rows // (c.data * c.fsdp) // c.grad_accum * length / c.context
@@ -86,7 +88,7 @@ def _bytes(
 
 
 def _preference(c: Candidate) -> tuple:
-  """Smaller is better: what costs communication, then recomputation, then latency."""
+  """Returns a sort key, smaller is better: communication, then rematerialization, then latency."""
   return (c.context * c.tensor, c.tensor > 1, c.grad_accum * (1.3 if c.remat == 'full' else 1.0))
 
 
@@ -99,16 +101,16 @@ def candidates(
   most: int,
   held: Held = Held(),  # noqa: B008 - frozen
 ) -> list[Candidate]:
-  """The `most` candidates to compile, in order.
+  """Returns the first `most` candidates to compile.
 
   Args:
     arch: the model.
-    topology: the slices; `data` spans them.
-    rows: of a step, over all devices.
+    topology: the slices; the axis `data` spans them.
+    rows: packed sequences of a step, over all devices.
     length: tokens of a row.
     width: bytes of the compute dtype.
-    most: how many.
-    held: models that the run holds.
+    most: number of candidates.
+    held: models of the run.
   """
   found = list(_all(arch, topology, rows, length))
   room = topology.chip.memory

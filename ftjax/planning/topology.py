@@ -1,5 +1,5 @@
-"""Slices by name: `v5e:16x16`, `2xv5e:16x16`, `h200:8`, `h200:8x4`, `cpu:8`; figures of
-their chips, and devices to compile for that are not here.
+"""Hardware topologies by name (`v5e:16x16`, `2xv5e:16x16`, `h200:8`, `h200:8x4`, `cpu:8`): figures
+of their chips, and devices for ahead-of-time compilation.
 
 Parsing and the table need no jax. `environment` must be applied before jax is imported."""
 
@@ -15,12 +15,12 @@ from ftjax.runtime.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one jax device has.
+  """Figures of one jax device.
 
   memory: bytes. flops: bf16 FLOP/s. bandwidth: bytes/s of its memory. link: bytes/s that one device
   sends to the others of its slice, all links together, one direction. network: bytes/s between
   slices or hosts. dims: dimensions of a slice's name. per_chip: jax devices of a chip. layout: the
-  compiler's name for chips whose two cores are one device, where that is not its default.
+  compiler's name for chips whose two cores form one device, '' if that is its default.
   """
 
   platform: str
@@ -37,7 +37,7 @@ class Chip:
 
 # TPUs: cloud.google.com/tpu/docs, system architecture (memory, peak, bandwidth); links: 45 to 90
 # GB/s each and direction, two for each dimension of the torus (jax-ml.github.io/scaling-book,
-# chapter 2). A TPU7x chip shows as two devices. GPUs: NVIDIA's data sheets; NVLink one direction;
+# chapter 2). A TPU7x chip is two jax devices. GPUs: NVIDIA's data sheets; NVLink one direction;
 # one 400 Gbit/s adapter for each GPU.
 _GIB = 2**30
 CHIPS = {
@@ -54,7 +54,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A slice, or several. shape: chips along each dimension for TPUs, (per host, hosts) for GPUs,
+  """One or several slices. shape: chips along each dimension for TPUs, (per host, hosts) for GPUs,
   (devices,) for CPUs.
   """
 
@@ -73,15 +73,15 @@ class Topology:
 
   @property
   def local_devices(self) -> int:
-    """Devices that `link` connects: of a slice, or of a GPU host."""
+    """Returns the number of devices that `link` connects: of a slice, or of a GPU host."""
     return self.shape[0] if self.chip.platform == 'gpu' else self.num_devices // self.slices
 
 
 def parse(text: str) -> Topology:
-  """Reads `[SLICESx]KIND:AxB[xC]`.
+  """Parses `[SLICESx]KIND:AxB[xC]`.
 
   Raises:
-    ConfigError: another kind, or a shape that the kind does not have.
+    ConfigError: an unknown kind, or a shape that the kind does not have.
   """
   found = re.fullmatch(r'(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)', text)
   if not found or found[2] not in CHIPS:
@@ -100,13 +100,14 @@ def parse(text: str) -> Topology:
 
 
 def environment(topology: Topology, dump: str = '') -> dict[str, str]:
-  """Variables that compiling for it needs, to be set before jax is imported.
+  """Returns the environment variables that compiling for a topology needs, to be set before jax is
+  imported.
 
   Args:
-    topology: the slices.
-    dump: a folder into which a TPU's compiler writes the steps it compiles, for `written`.
+    topology: the target.
+    dump: a folder in which the TPU compiler writes the compiled steps, for `written`.
   """
-  out = {'JAX_PLATFORMS': 'cpu'}  # nothing runs; an accelerator that is here stays free
+  out = {'JAX_PLATFORMS': 'cpu'}  # nothing is executed; an attached accelerator stays free
   flags = []
   if topology.chip.platform == 'tpu':
     out |= {
@@ -125,8 +126,8 @@ def environment(topology: Topology, dump: str = '') -> dict[str, str]:
 
 
 def written(dump: str) -> str:
-  """The optimized program that the compiler wrote last into `dump`, which is emptied; '' without
-  one.
+  """Returns the optimized program that the compiler wrote last into `dump`, and empties the folder;
+  '' without one.
   """
   found = sorted(Path(dump).glob('*.after_optimizations.txt'), key=lambda p: p.stat().st_mtime_ns)
   text = found[-1].read_text(encoding='utf-8') if found else ''
@@ -136,10 +137,10 @@ def written(dump: str) -> str:
 
 
 def devices(topology: Topology) -> Sequence:
-  """Devices to compile for; real ones only for `cpu`.
+  """Returns the devices to compile for; real ones only for `cpu`.
 
   Raises:
-    ConfigError: the compiler is not installed, or knows no such slice.
+    ConfigError: the compiler is not installed, or the slice does not exist.
   """
   import jax
   from jax.experimental import topologies
@@ -163,7 +164,7 @@ def devices(topology: Topology) -> Sequence:
         extra['chip_config_name'] = topology.chip.layout
       name = f'{topology.kind}:{"x".join(map(str, shape))}'
       found = topologies.get_topology_desc(platform='tpu', topology_name=name, **extra)
-  except Exception as error:  # libtpu raises many kinds
+  except Exception as error:  # libtpu raises many types
     package = 'libtpu' if platform == 'tpu' else 'jax[cuda13]'
     raise ConfigError(
       f'--topology={topology.name}: the compiler gives no such devices '
@@ -178,9 +179,9 @@ def devices(topology: Topology) -> Sequence:
   return found.devices
 
 
-def islands(mesh, chip: Chip) -> list[int]:
-  """The slice of each device of a mesh in flat order, or the host of a GPU: what `link` connects is
-  one island, and `network` connects islands.
+def link_domains(mesh, chip: Chip) -> list[int]:
+  """Returns the slice of each device of a mesh in flat order, or the host of a GPU: devices of a
+  domain communicate over `link`, domains over `network`.
   """
   devices = mesh.devices.flat
   if chip.platform == 'gpu':
@@ -189,7 +190,7 @@ def islands(mesh, chip: Chip) -> list[int]:
 
 
 def _gpu_target(kind: str) -> str:
-  """A GpuTargetConfig of XLA, as text proto: NVIDIA's figures for the SXM card."""
+  """Returns XLA's GpuTargetConfig as text proto, with NVIDIA's figures for the SXM card."""
   chip = CHIPS[kind]
   return f"""gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32

@@ -1,5 +1,5 @@
-"""What of rollouts lies in the workdir, under rollouts/: samples to be read, rows that were kept,
-and the arrays that a run needs to go on between two updates on a rollout."""
+"""The files of rollouts in the workdir, under rollouts/: samples to be read, rows that were kept,
+and the arrays that a resume between two updates on a rollout needs."""
 
 import io
 import json
@@ -30,15 +30,15 @@ class RolloutFiles:
     self._checkpoints = files.join(workdir, 'checkpoints')
     self._updates, self._last_saved = updates, 0
 
-  def begin(self, start: int) -> None:
-    """`start` steps are done; rows of rollouts that are to be made again are removed."""
-    self._last_saved = start
+  def cut(self, step: int) -> None:
+    """Removes the files of rollouts that are made again after `step` (-1: a fresh start)."""
+    self._last_saved = max(step, 0)
     if not processes.is_main():
       return
     files.makedirs(self._folder)
     for name in files.listdir(self._folder):
-      found = re.fullmatch(r'(?:kept-)?(\d+)\.jsonl', name)
-      if found and int(found[1]) * self._updates >= start:
+      found = re.fullmatch(r'(?:kept-)?(\d+)\.(?:jsonl|npz)', name)
+      if found and int(found[1]) * self._updates >= step:
         files.remove(files.join(self._folder, name))
 
   def saving(self, step: int) -> None:

@@ -15,7 +15,7 @@ from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
 T = TypeVar('T')
-_LONGEST = 300  # characters of an error that is not ours
+_LONGEST = 300  # characters of an error that a user's module raised
 
 
 def is_named(text: str) -> bool:

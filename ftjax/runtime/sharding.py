@@ -138,7 +138,9 @@ def is_alone() -> bool:
   return jax.sharding.get_abstract_mesh().size == 1
 
 
-def island(local: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = False) -> Callable:
+def shard_map(
+  local: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = False
+) -> Callable:
   """Returns `jax.shard_map` of a function over the current mesh.
 
   On one device it is the function itself, on arrays without sharded axes.

@@ -15,7 +15,7 @@ from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.experiment import saved_model
 from ftjax.experiment.model import open_model
 from ftjax.generation.batch import Conversation
-from ftjax.generation.completion import Completion, stops
+from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.hf import load
@@ -30,9 +30,9 @@ from ftjax.storage import files, snapshots
 class Settings:
   """How text is generated; the flags of generate.py.
 
-  max_tokens: longest answer; 0: 256, or what fits. stop: strings that end an answer and are left
-  out. raw: continue a text as it stands, without the chat template. dtype: compute dtype. family:
-  as model.family of a config; a workdir has its own.
+  max_tokens: longest completion; 0: 256, or what fits. stop: strings that end a completion and are
+  left out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
+  family: as model.family of a config; a workdir has its own.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -47,11 +47,11 @@ class Settings:
 
 
 class Generator:
-  """A model with its tokenizer, ready to answer.
+  """A model with its tokenizer, ready to generate.
 
   Args:
     path: HF folder, GGUF file, or workdir[@STEP].
-    settings: how it answers.
+    settings: how text is generated.
 
   Raises:
     DataError: there is no model.
@@ -88,7 +88,7 @@ class Generator:
     return self.tokenizer.template is not None and not self._settings.raw
 
   def encode(self, row: dict) -> list[int]:
-    """Ids of a row with "prompt" or "messages".
+    """Returns the ids of a row with "prompt" or "messages".
 
     Raises:
       ValueError: a row that is no prompt, or that the template refuses.
@@ -96,7 +96,7 @@ class Generator:
     return encode.encode_prompt(read_prompt(row, self._has_turns), self.tokenizer)
 
   def encode_text(self, text: str) -> list[int]:
-    """Ids of --prompt. Raises DataError where the template refuses it."""
+    """Returns the ids of --prompt. Raises DataError where the template refuses it."""
     (found,) = self._encode_rows([('--prompt', {'prompt': text, 'system': self._settings.system})])
     return found
 
@@ -107,13 +107,22 @@ class Generator:
     return stop_texts.text_before(tokens, self._settings.stop, self.tokenizer)
 
   def answer(self, prompts: list[list[int]], first_row: int) -> list[str]:
-    """Texts that follow the prompts, which leave room for one token at least."""
+    """Returns the completions of prompts, which leave room for one token at least."""
     longest = max(map(len, prompts))
     most = self._settings.max_tokens or max(1, min(256, self._max_len - longest))
-    return [self._text(c.tokens) for c in self._generate(prompts, first_row, most)]
+    found = self._engine.generate_at_once(
+      self._params,
+      prompts,
+      max_tokens=most,
+      sampling=self._settings.sampling,
+      seed=self._settings.seed,
+      prompt_ids=range(first_row, first_row + len(prompts)),
+      ended=self._ended,
+    )
+    return [self._text(c.tokens) for c in found]
 
   def _encode_rows(self, rows: Sequence[tuple[str, dict]]) -> list[list[int]]:
-    """Ids of (place, row). Raises DataError with the place of one that cannot be answered."""
+    """Returns the ids of (place, row). Raises DataError with the place of one that is no prompt."""
     out, room = [], self._max_len - max(1, self._settings.max_tokens)
     for place, row in rows:
       try:
@@ -134,7 +143,7 @@ class Generator:
     """Yields the rows of `read_prompts`, each with the generated text under 'completion'.
 
     Raises:
-      DataError: a row that cannot be rendered, before any is answered.
+      DataError: a row that cannot be rendered, before any text is generated.
     """
     encoded, size = self._encode_rows(rows), self._settings.batch_size
     for start in range(0, len(rows), size):
@@ -144,10 +153,10 @@ class Generator:
         yield row | {'completion': text}
 
   def respond(self, messages: list, number: int, show) -> terminal_chat.Reply:
-    """The next turn of a conversation; see terminal_chat.
+    """Returns the next turn of a conversation; see terminal_chat.
 
     Raises:
-      ValueError: no room is left for an answer, or the template refuses the conversation.
+      ValueError: no room is left for a response, or the template refuses the conversation.
     """
     prompt = self.encode({'messages': messages} if self._has_turns else _transcript(messages))
     room = self._max_len - len(prompt)
@@ -158,40 +167,32 @@ class Generator:
       )
     most = min(self._settings.max_tokens or 256, room)
 
-    def stream(answers):
-      show(_settled(self._text(answers[0]), self._settings.stop))
-
-    (found,) = self._generate([prompt], number, most, stream, self._conversation)
+    found = self._engine.respond(
+      self._params,
+      prompt,
+      self._conversation,
+      max_tokens=most,
+      sampling=self._settings.sampling,
+      seed=self._settings.seed,
+      prompt_id=number,
+      ended=self._ended,
+      stream=lambda tokens: show(_settled(self._text(tokens), self._settings.stop)),
+    )
     hint = ''
     if found.truncated:
       why = 'the context is full; /reset begins a new one' if most == room else '--max_tokens'
       hint = f'[cut after {most} tokens: {why}]'
     return terminal_chat.Reply(self._text(found.tokens), hint)
 
-  def _generate(
-    self, prompts, first_row: int, most: int, stream=None, conversation=None
-  ) -> list[Completion]:
-    return self._engine.generate_at_once(
-      self._params,
-      prompts,
-      max_tokens=most,
-      sampling=self._settings.sampling,
-      seed=self._settings.seed,
-      prompt_ids=range(first_row, first_row + len(prompts)),
-      ended=self._ended,
-      stream=stream,
-      conversation=conversation,
-    )
-
 
 def _transcript(messages: list) -> dict:
-  """A conversation for a model without a chat template: its texts in a row."""
+  """Returns a conversation for a model without a chat template: its texts, line by line."""
   return {'prompt': '\n'.join(m['content'] for m in messages)}
 
 
 def _settled(text: str, stops: tuple[str, ...]) -> str:
-  """The text so far without an end that the next token may change: half a character, or what may
-  become a stop string.
+  """Returns the text so far without an end that the next token may change: half a character, or
+  the beginning of a stop string.
   """
   text = text.rstrip('\ufffd')
   ends = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
@@ -199,7 +200,7 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
 
 
 def _load(path: str, mesh, dtype, family: str) -> tuple:
-  """(experiment.Model, parameters) of --model."""
+  """Returns (experiment.Model, parameters) of --model."""
 
   def places(model):
     return sharding.shardings(mesh, kinds.axes(model.arch))
@@ -221,14 +222,14 @@ def _load(path: str, mesh, dtype, family: str) -> tuple:
 
 
 def read_prompt(row: dict, has_turns: bool) -> formats.Chat | str:
-  """Returns what a row asks, by the rules of training rows: a conversation, or text to continue.
+  """Returns the prompt of a row, by the rules of training rows: a conversation, or a text.
 
   Args:
     row: with one of the columns of formats.PROMPT_KEYS.
     has_turns: whether a text is a user turn.
 
   Raises:
-    ValueError: the row holds no prompt, or an answer already.
+    ValueError: the row holds no prompt, or a response already.
   """
   if row.get('completion') is not None:
     raise ValueError(

@@ -1,8 +1,8 @@
 """A conversation on the terminal, or read from a file or pipe on standard input.
 
-On a terminal lines are edited with readline, where Python has it, with a history. Answers go to
-standard output as they are generated; hints go to standard error. Between a question and its answer
-nothing else is printed.
+On a terminal lines are edited with readline, where Python has it, with a history. Responses go to
+standard output as they are generated; hints go to standard error. Between a question and its
+response nothing else is printed.
 """
 
 import importlib
@@ -27,7 +27,7 @@ Message = dict[str, str]
 
 
 class Reply(NamedTuple):
-  """An answer, and a hint to be shown after it ('' for none)."""
+  """A response, and a hint to be shown after it ('' for none)."""
 
   text: str
   hint: str = ''
@@ -53,8 +53,8 @@ class TerminalChat:
   """The conversation and its commands.
 
   Args:
-    respond: generates an answer. It may raise ValueError for a conversation that cannot be
-      answered (too long, refused by the template); the question is then dropped.
+    respond: generates a response. It may raise ValueError for a conversation that has none (too
+      long, refused by the template); the question is then dropped.
     system: system message, '' for none.
     is_terminal: whether a person types.
   """
@@ -70,7 +70,7 @@ class TerminalChat:
     """Reads lines with `read(prompt)` until the end of input or /exit.
 
     Raises:
-      KeyboardInterrupt: where no terminal is there to go on with.
+      KeyboardInterrupt: where standard input is no terminal.
     """
     while True:
       try:
@@ -91,7 +91,7 @@ class TerminalChat:
         self.ask(line)
 
   def _command(self, line: str) -> str:
-    """Obeys a command and returns its name."""
+    """Runs a command and returns its name."""
     name, _, argument = line[1:].strip().partition(' ')
     argument = argument.strip()
     if name == 'save':
@@ -126,7 +126,7 @@ class TerminalChat:
     _hint(f'{file}: {len(self.messages)} messages')
 
   def ask(self, question: str) -> None:
-    """Adds a question and its answer, printed as it comes, to the conversation."""
+    """Adds a question and its response, printed as it is generated, to the conversation."""
     # A terminal may send bytes that are no UTF-8.
     question = question.encode(errors='surrogateescape').decode(errors='replace')
     messages = [*self.messages, {'role': 'user', 'content': question}]
@@ -147,7 +147,7 @@ class TerminalChat:
     self._questions += 1
     if reply.hint:
       _hint(reply.hint)
-    # Without an answer the next question would follow this one, which templates refuse.
+    # Without a response the next question would follow this one, which templates refuse.
     if reply.text.strip():
       self.messages = [*messages, {'role': 'assistant', 'content': reply.text.strip()}]
 

@@ -3,7 +3,7 @@
 An object store has no folders, no append and no rename. Callers go through files.py; gcs_lock.py
 locks a folder, gcs_probe.py tests permissions. `etils.epath` would be shorter, but it commits a
 half-written object when a `with open('wb')` block raises, mixes two generations of an object that
-is replaced while it is read, and does not tell a refused permission from other errors.
+is replaced while it is read, and does not distinguish a refused permission from other errors.
 """
 
 from __future__ import annotations

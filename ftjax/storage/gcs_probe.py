@@ -108,7 +108,7 @@ def _refusal(bucket: str, permission: str, answer: str) -> str:
     return (
       f'{who or "the service account of this VM"} lacks {missing} on gs://{bucket}, because the '
       'VM was made without that access scope: stop it, then gcloud compute instances '
-      'set-service-account NAME --scopes=cloud-platform (a TPU VM: make it anew with '
+      'set-service-account NAME --scopes=cloud-platform (a TPU VM: create it again with '
       '--scopes=cloud-platform)'
     )
   kind = 'serviceAccount' if who.endswith('gserviceaccount.com') else 'user'

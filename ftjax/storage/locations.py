@@ -1,4 +1,4 @@
-"""What the text of a path may look like, and hints for a path that does not exist.
+"""Checks the text of a path, and finds hints for a path that does not exist.
 
 Python's pathlib makes `gs:/bucket` of `gs://bucket`, which would be a folder of this machine.
 """
@@ -51,8 +51,8 @@ def _remedy(scheme: str, rest: str) -> str:
 
 
 def nearest(path: str | os.PathLike) -> str:
-  """The end of a message about a path that does not exist: the nearest existing name, the folder
-  that is missing, and where the demo's files come from. Begins with '; ', or is ''.
+  """Returns the end of a message about a path that does not exist: the nearest existing name, the
+  folder that paths start from, and where the demo's files come from. Begins with '; ', or is ''.
   """
   text = os.fspath(path)
   out = ''
@@ -66,11 +66,11 @@ def nearest(path: str | os.PathLike) -> str:
   by_lower = {n.lower(): n for n in names}
   near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
   shown = os.path.relpath(folder) if not os.path.isabs(text) else folder
-  beside = [os.path.normpath(os.path.join(shown, by_lower[n])) for n in near]
+  existing = [os.path.normpath(os.path.join(shown, by_lower[n])) for n in near]
   if '.cache' in text.split('/'):
     out += '; `make assets` fetches the files of the shipped configs into .cache'
   elif not os.path.isabs(text) and folder == os.getcwd() and not near:
     out += f'; paths are looked up from {folder}'
-  if beside:
-    out += f'; did you mean {" or ".join(beside)}?'
+  if existing:
+    out += f'; did you mean {" or ".join(existing)}?'
   return out

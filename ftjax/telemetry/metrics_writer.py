@@ -153,13 +153,10 @@ def _import(name: str):
 
 
 class MetricsWriter:
-  """Writes the metrics of one run; created once the checkpoint to resume from is known.
+  """Writes the metrics of one run: `cut` once, then `open`, then `write`.
 
   Args:
     workdir: the run's folder; `metrics.jsonl` and `tensorboard/` are created in it.
-    restored_step: the step of the restored checkpoint; rows and events after it are dropped, since
-      they will be written again. None on a fresh start: all rows are dropped.
-    drop_eval: whether the evaluation of exactly that step is dropped too.
     config: the resolved config, for the trackers; `redact` is applied to it.
     sinks: names of trackers: 'wandb', 'mlflow'.
     is_main: False for the other processes of a multi-host run, whose writer writes nothing.
@@ -172,47 +169,51 @@ class MetricsWriter:
     self,
     workdir: str,
     *,
-    restored_step: int | None,
-    drop_eval: bool = False,
     config: Mapping[str, Any],
     sinks: Sequence[str] = (),
     is_main: bool = True,
   ):
     if unknown := set(sinks) - set(_SINKS):
       raise ConfigError(f'log.sinks: got {sorted(unknown)}, expected some of {sorted(_SINKS)}')
-    self._is_main = is_main
+    self._is_main, self._config, self._sinks = is_main, config, tuple(sinks)
     self._trackers: list[Tracker] = []
     self._is_tracker_failing = False
-    if not is_main:
+    self._workdir = os.fspath(workdir)
+    self._path = files.join(self._workdir, 'metrics.jsonl')
+    self._step = -1  # only later steps are written
+
+  def open(self) -> None:
+    """Opens the files and trackers."""
+    if not self._is_main:
       return
-    workdir = os.fspath(workdir)
-    files.makedirs(workdir)
-    self._path = files.join(workdir, 'metrics.jsonl')
-    step = -1 if restored_step is None else restored_step
-    self.cut(step, drop_eval)
+    files.makedirs(self._workdir)
     self._log = files.LineLog(self._path)
     from tensorboardX import SummaryWriter  # imported late: 0.3 s, and protobuf
 
     # TensorBoard hides events of older files from purge_step on.
     # The suffix: file names have whole seconds, and a second writer within one would empty the
     # file.
-    self._events = files.Staged(files.join(workdir, 'tensorboard'))
+    self._events = files.Staged(files.join(self._workdir, 'tensorboard'))
     self._board = SummaryWriter(
       self._events.folder,
-      purge_step=step + 1,
+      purge_step=self._step + 1,
       filename_suffix=f'.{time.time_ns()}',
     )
-    if sinks:
-      run_id = _run_id(workdir, is_fresh=restored_step is None)
-      clean = redact(config)
-      self._trackers = [_SINKS[name](workdir, run_id, clean) for name in sinks]
+    if self._sinks:
+      run_id = _run_id(self._workdir, is_fresh=self._step < 0)
+      clean = redact(self._config)
+      self._trackers = [_SINKS[name](self._workdir, run_id, clean) for name in self._sinks]
 
   def cut(self, step: int, drop_eval: bool = False) -> None:
-    """Drops the rows of metrics.jsonl after `step` and invalid lines, atomically.
+    """Drops the rows of metrics.jsonl after `step` and invalid lines, atomically; `open` does the
+    same to TensorBoard's events.
 
-    Must be called before the first `write`: the log is open afterwards.
+    Args:
+      step: steps done; -1 at a fresh start.
+      drop_eval: whether the evaluation of exactly that step is dropped too.
     """
-    if not files.exists(self._path):
+    self._step = step
+    if not self._is_main or not files.exists(self._path):
       return
     text = files.read_bytes(self._path).decode('utf-8', errors='replace')
     kept, torn = cut_lines(text, step, drop_eval)

@@ -65,7 +65,7 @@ def test_several_processes_train_like_one(count, one, tmp_path):
 
 
 @pytest.mark.parametrize('count', [1, pytest.param(4, marks=pytest.mark.full)])
-def test_a_process_is_killed_and_another_number_goes_on(count, one, tmp_path):
+def test_a_killed_run_resumes_on_another_number_of_processes(count, one, tmp_path):
   """SIGKILL to one of two: both end soon; `count` go on from the newest checkpoint."""
   with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
     both.until(lambda: tiny_run.logged(tmp_path) >= 4 and saved(tmp_path) >= 2)

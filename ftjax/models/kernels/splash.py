@@ -101,7 +101,7 @@ def attend(
   soft_cap: float | None,
   interpret: bool = False,
 ) -> jax.Array:
-  """softmax(cap(q k^T / sqrt(H))) v within segments, causal. Inside an island.
+  """softmax(cap(q k^T / sqrt(H))) v within segments, causal. Inside `shard_map`.
 
   Args:
     q: [B, T, N, H], T a multiple of 128; this device's tokens as runtime/sharding.py lays them.
