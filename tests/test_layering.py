@@ -176,3 +176,9 @@ def test_human_sizes():
     for node in ast.walk(ast.parse(text)):
       if isinstance(node, ast.FunctionDef):
         assert node.end_lineno - node.lineno < 80, f'{path}:{node.lineno} {node.name}'
+
+
+def test_the_rest_of_the_program_asks_the_model_kind():
+  """A model is reached through models/kinds.py, whatever computes it."""
+  wrong = [name_of(p) for p in FILES if 'models/transformer' in own_imports(p)]
+  assert wrong == ['models/kinds']

@@ -25,6 +25,14 @@ from tiny_model import (
 )
 
 from ftjax.models import head, kinds, kv_cache
+from ftjax.models.architecture import (
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  Norm,
+  Rope,
+  RopeScaling,
+)
 from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 
@@ -360,3 +368,86 @@ def test_bfloat16_computes_in_bfloat16_near_float32(params):
   x, exact = np.float32(x), full(TINY, params, ids(B, T), ONE_EACH)
   sizes = np.linalg.norm(x, axis=-1) * np.linalg.norm(exact, axis=-1)
   assert ((x * exact).sum(-1) / sizes).min() >= 0.999
+
+
+_ROPE = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_len=8)
+# For each field of a block's specs another value than Llama's.
+CHANGES = {
+  'AttentionSpec.num_heads': 2,
+  'AttentionSpec.num_kv_heads': 4,
+  'AttentionSpec.head_dim': 16,
+  'AttentionSpec.rope': None,
+  'AttentionSpec.qkv_bias': True,
+  'GatedMlpSpec.ffn_dim': 32,
+  'GatedMlpSpec.activation': 'gelu',
+  'Rope.theta': 100.0,
+  'Rope.scaling': _ROPE,
+  'Norm.eps': 0.5,
+  'Norm.kind': 'layer',
+  'Norm.offset': 1.0,
+  'BlockSpec.mixer': None,  # its own fields are here
+  'BlockSpec.mlp': None,
+  'BlockSpec.norm': None,
+  'BlockSpec.norm_placement': 'after',
+}
+
+
+def test_every_field_of_a_spec_has_a_case():
+  classes = (AttentionSpec, GatedMlpSpec, Rope, Norm, BlockSpec)
+  assert CHANGES.keys() == {
+    f'{k.__name__}.{f.name}' for k in classes for f in dataclasses.fields(k)
+  }
+
+
+def changed(spec, owner, field, value):
+  """The spec with one field of one of its parts replaced, at every place."""
+  if type(spec).__name__ == owner:
+    return dataclasses.replace(spec, **{field: value})
+  if not dataclasses.is_dataclass(spec):
+    return spec
+  parts = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+  return dataclasses.replace(spec, **{n: changed(v, owner, field, value) for n, v in parts.items()})
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'), [(n, v) for n, v in CHANGES.items() if not (v is None and 'Block' in n)]
+)
+def test_every_field_of_a_spec_changes_the_model(name, value, params):
+  """No field that nothing reads: leaves other than Llama's, or other hidden states from the same
+  ones.
+  """
+  arch = TINY.with_blocks(lambda block: changed(block, *name.split('.'), value))
+  declared = [{n: p[:4] for n, p in kinds.declared(a).items()} for a in (arch, TINY)]
+  if declared[0] != declared[1]:
+    return
+  tokens = ids(B, T)
+  before, after = (full(a, params, tokens, ONE_EACH) for a in (TINY, arch))
+  assert np.abs(after - before).max() > 1e-3
+
+
+@pytest.mark.parametrize('placement', ['after', 'both'])
+def test_norms_after_a_branch_decode_as_they_train(placement):
+  arch = TINY.with_blocks(lambda block: dataclasses.replace(block, norm_placement=placement))
+  params, (tokens, segments) = init(arch), left_padded()
+  expected = full(arch, params, tokens, segments)
+  found = decoded(arch, params, tokens, segments, 10)
+  np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5)
+  names = {n.split('/')[2] for n in trees.flatten(params) if n.startswith('stack')}
+  before = {'attn_norm', 'mlp_norm'} if placement == 'both' else set()
+  wanted = {'attn_out_norm', 'mlp_out_norm'} | before
+  assert {n for n in names if 'norm' in n} == wanted
+
+
+def test_layers_of_two_rotary_embeddings_and_of_none():
+  """A pattern whose layers differ equals Llama where its specs do, and not where one differs."""
+  (block,) = set(TINY.layers())
+  none = changed(block, 'AttentionSpec', 'rope', None)
+  other = changed(block, 'Rope', 'theta', 100.0)
+  arch = dataclasses.replace(TINY, stacks=(((block, none, other), 1),))
+  params = init(arch)
+  tokens, segments = left_padded()
+  expected = full(arch, params, tokens, segments)
+  found = decoded(arch, params, tokens, segments, 10)
+  np.testing.assert_allclose(found[segments > 0], expected[segments > 0], atol=1e-5)
+  plain = dataclasses.replace(TINY, stacks=(((block, block, block), 1),))
+  assert np.abs(full(plain, params, tokens, segments) - expected)[segments > 0].max() > 1e-3
