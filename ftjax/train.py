@@ -1,7 +1,7 @@
 """python -m ftjax.train --config=FILE [--config.KEY=VALUE ...] --workdir=DIR
 
 Trains a model, and resumes if DIR has a checkpoint; then evaluates the base and the tuned model on
-eval.tasks. The next file to read is that of the algorithm, for example ftjax/algorithms/sft.py."""
+eval.tasks. The next file to read is ftjax/experiment/fit.py."""
 
 import logging
 
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main() -> None:
-  """Checks the config, then runs its algorithm."""
+  """Checks the config, then trains it."""
   c = flags.FLAGS.config
   validation.validate(c)
   # jax is imported from here on: a misspelt key is reported before.

@@ -398,7 +398,7 @@ def test_the_plan_counts_what_lives_while_the_model_speaks(mesh):
   engine = Engine(arch, jnp.float32, (), 0, slots=16)
   with jax.set_mesh(weights.rollout_mesh(whole)):
     # Prompts of at most 48 tokens, all but the last of which are read, and 16 of an answer.
-    cache, _ = engine._start(16, 48 + 16)
+    cache, _ = engine._programs.start(16, 48 + 16)
   assert found.rollout.cache == one_device(cache)
   state = found.memory.arguments - found.memory.parameters
   assert found.rollout.peak > state + found.rollout.weights + found.rollout.cache
@@ -641,7 +641,7 @@ def test_shapes_have_the_published_number_of_parameters(name, billions):
 
 
 def test_an_unknown_model_names_the_known_ones():
-  with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo.*Llama-3.1-8B'):
+  with pytest.raises(ConfigError, match=r'model.path=nowhere/Foo: .*HF_HUB_OFFLINE.*Llama-3.1-8B'):
     known_models.read('nowhere/Foo')
 
 

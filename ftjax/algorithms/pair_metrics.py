@@ -1,7 +1,7 @@
-"""Rows of two segments and what is measured on a set of them, for dpo.py and reward_model.py.
+"""Rows of two segments and metrics over a set of them, for dpo.py and reward_model.py.
 
-Segment 1 of a row is the prompt with the chosen answer, segment 2 with the rejected one (data/
-batches.py)."""
+Segment 1 of a row is the prompt with the chosen completion, segment 2 with the rejected one
+(data/batches.py)."""
 
 import math
 from collections.abc import Callable
@@ -18,20 +18,20 @@ Measure = Callable[[dict, dict], dict[str, jax.Array]]
 
 
 def present(batch: dict) -> jax.Array:
-  """float32[B]: 1 for a row, 0 for padding."""
+  """Returns float32[B]: 1 for a row, 0 for padding."""
   return (batch['segments'] == 1).any(-1).astype(jnp.float32)
 
 
 def replicated(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The same arrays on every device, so that every process can read them."""
+  """Returns the same arrays replicated on every device, so that every process can read them."""
   return {k: jax.sharding.reshard(v, jax.P()) for k, v in found.items()}
 
 
 def collect(
   measure: Measure, run: Run, params: dict, is_cancelled: Callable[[], bool]
 ) -> dict[str, np.ndarray] | None:
-  """What `measure` finds of all evaluation rows, float32[rows]; empty without rows; None when
-  cancelled.
+  """Returns the results of `measure` over all evaluation rows, float32[rows]; empty without rows,
+  None when cancelled.
   """
   parts = []
   for batch in run.eval_batches():
@@ -43,7 +43,7 @@ def collect(
 
 
 def accuracy(margins: np.ndarray) -> dict[str, float]:
-  """Share of pairs with a margin above 0, with the ends of its 95 % interval (Wilson), and the mean
+  """Returns the share of pairs with a margin above 0, with its 95 % interval (Wilson), and the mean
   margin.
   """
   right, n = int((margins > 0).sum()), len(margins)

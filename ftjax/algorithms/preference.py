@@ -1,7 +1,7 @@
 """The loss of preference tuning on rows of two segments, for dpo.py and online_dpo.py: log-probs of
-both answers under the policy and, where the loss compares with it, under the reference. That is the
-model as it was at the start, under `reference/` of the parameters, or its log-probs come with the
-batch (reference_cache.py). The formulas are the table in losses/preference.py."""
+both completions under the policy and, where the loss needs it, under the reference. The reference's
+parameters are under `reference/` of the state, or its log-probs come with the batch
+(reference_logps.py). The formulas are the table in losses/preference.py."""
 
 import logging
 
@@ -26,7 +26,7 @@ _ROUNDING = {'float32': 2**-20, 'bfloat16': 2**-14}
 
 
 def settings(c: ml_collections.ConfigDict) -> preference.Settings:
-  """The coefficients of a config."""
+  """Returns the coefficients of a config."""
   names = ('beta', 'label_smoothing', 'gamma', 'nll_coef', 'desirable', 'undesirable')
   return preference.Settings(**{n: c.dpo[n] for n in names})
 
@@ -44,7 +44,9 @@ def row(c: ml_collections.ConfigDict) -> preference.Row:
 
 
 def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) -> dict:
-  """Per row: `first` and `second` log-probs, their `ref_`, `first_tokens`, `second_tokens`."""
+  """Returns for each row the log-probs `first` and `second`, the same with `ref_`, and the tokens
+  `first_tokens` and `second_tokens`.
+  """
   first, second = forward.side_logprobs(params, batch, (1, 2))
   ref_first = ref_second = jnp.zeros_like(first)
   if set(REFERENCE_FIELDS) <= set(batch):
@@ -65,7 +67,7 @@ def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) 
 
 
 def table_batch(form: preference.Row, m: dict) -> preference.Pairs | preference.Singles:
-  """What a row of the loss table takes, from what `measured` found of all rows of a step."""
+  """Returns the input of a row of the loss table, from `measured` of all rows of a step."""
   if form.paired:
     nll = preference.nll_per_pair(m['first'], m['first_tokens'])
     return preference.Pairs(
@@ -77,14 +79,16 @@ def table_batch(form: preference.Row, m: dict) -> preference.Pairs | preference.
       m['second_tokens'],
       nll,
     )
-  # Segment 2 is the prompt with another row's answer.
+  # Segment 2 is the prompt with another row's completion.
   mismatched = preference.kto_reference_point(m['second'], m['ref_second'], m['weights'])
   z = preference.kto_z(*mismatched)
   return preference.Singles(m['first'], m['ref_first'], m['values'] > 0, z)
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """loss(params, batch, keys) -> (sum over pairs or answers, their number, metrics as sums)."""
+  """Returns loss(params, batch, keys) -> (sum over pairs or completions, their number, metrics as
+  sums).
+  """
   coefficients, form = settings(c), row(c)
 
   def loss(params, batch, keys):
@@ -105,12 +109,12 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
 
 class Alarm:
-  """Warns, once, when the reward margin stays at what rounding makes of equal numbers: then the
-  policy is not trained, or the two responses of a pair are equal. Of a cached reference it logs how
-  far it is from the policy of the first step, which it should be.
+  """Warns, once, when the reward margin stays within rounding: then the policy is not trained, or
+  the two responses of a pair are equal. For a cached reference it logs how far it is from the
+  policy of the first step, to which it should be equal.
 
-  Rounding is relative to the log-probs that a margin is the difference of; a reward model has
-  scores in their place.
+  Rounding is relative to the log-probs whose difference is the margin; for a reward model to the
+  scores.
   """
 
   def __init__(self, c: ml_collections.ConfigDict, is_cached: bool = False):
@@ -124,7 +128,7 @@ class Alarm:
     """Takes the metrics of every step, in order."""
     if self._is_cached and done == 1:
       log.info(
-        'step 1: policy and reference are one model; rounding makes a reward of %.3g (chosen), '
+        'step 1: policy and reference are equal; rounding alone gives a reward of %.3g (chosen), '
         '%.3g (rejected), a margin of %.3g',
         *(values[f'rewards/{k}'] for k in ('chosen', 'rejected', 'margin')),
       )

@@ -1,10 +1,10 @@
-"""The reference of DPO from disk: its log-probs of every pair, computed once before the first step
-by the function that the step uses. Training then holds one model, and computes one.
+"""Cached log-probs of DPO's reference: computed once for every pair before the first step, by the
+function that the step uses. Training then holds and computes one model.
 
-A folder beside the tokenized data holds them, named by all that they depend on: pairs, weights,
+They are in a folder next to the tokenized data, named by everything they depend on: pairs, weights,
 dtypes and length. Its files hold 1024 pairs each and a checksum, so that a pass that was stopped
-goes on, and other losses, learning rates and epochs find what is there. Rounding may differ between
-meshes and batch sizes, which do not name it."""
+continues, and runs with other losses, learning rates and epochs reuse them. Rounding may differ
+between meshes and batch sizes, which are not part of the name."""
 
 import base64
 import dataclasses
@@ -51,13 +51,13 @@ class _Shards:
     return files.join(self.folder, f'{start // SHARD:06d}.bin')
 
   def read(self, start: int) -> np.ndarray | None:
-    """float32[size, 2], None where the file is not there or damaged."""
+    """Returns float32[size, 2]; None where the file is missing or damaged."""
     if not files.exists(self._path(start)):
       return None
     content = files.read_bytes(self._path(start))
-    told, content = content[:_DIGEST], content[_DIGEST:]
-    if len(content) != 8 * self.size(start) or self._digest(start, content) != told:
-      log.warning('%s is damaged, and made anew', self._path(start))
+    checksum, content = content[:_DIGEST], content[_DIGEST:]
+    if len(content) != 8 * self.size(start) or self._digest(start, content) != checksum:
+      log.warning('%s is damaged and is computed again', self._path(start))
       return None
     return np.frombuffer(content, '<f4').reshape(-1, 2).astype(np.float32)
 
@@ -67,7 +67,7 @@ class _Shards:
     files.write_bytes(self._path(start), self._digest(start, content) + content)
 
   def _digest(self, start: int, content: bytes) -> bytes:
-    """Of numbers and place: a file that was moved is a damaged one."""
+    """Returns the checksum of numbers and position: a file that was moved counts as damaged."""
     return hashlib.sha256(f'{self._key} {start}\n'.encode() + content).digest()
 
 
@@ -82,16 +82,16 @@ class RowsWithReference(batch_source.Rows):
 
 
 def _from_main(read: Callable[[], np.ndarray | None]) -> np.ndarray | None:
-  """What process 0 reads, float32[n, 2] or None, in every process: hosts may have folders of their
-  own, and must not disagree on what is there.
+  """Returns what process 0 reads, float32[n, 2] or None, in every process. Hosts may have folders
+  of their own, and must agree on what is there.
   """
 
   def text() -> str | None:
     found = read()
     return None if found is None else base64.b64encode(found.astype('<f4').tobytes()).decode()
 
-  told = processes.from_main(text)
-  return None if told is None else np.frombuffer(base64.b64decode(told), '<f4').reshape(-1, 2)
+  sent = processes.from_main(text)
+  return None if sent is None else np.frombuffer(base64.b64decode(sent), '<f4').reshape(-1, 2)
 
 
 def fill(run: Run, load_first: Callable[[], dict]) -> None:
@@ -99,10 +99,10 @@ def fill(run: Run, load_first: Callable[[], dict]) -> None:
 
   Args:
     run: of a config with dpo.reference=cache.
-    load_first: the weights the run started from; called where something is missing.
+    load_first: returns the weights that training starts from; called where something is missing.
 
   Raises:
-    NonFiniteError: a log-prob that is no number.
+    NonFiniteError: a log-prob that is not finite.
   """
   home = data.cache_folder(run.config, run.workdir)
   measure = _Measure(run, load_first)
@@ -138,7 +138,7 @@ def _key(run: Run, corpus: Corpus, weights: str) -> str:
 
 
 class _Measure:
-  """Log-probs under the reference, which is loaded when it is first asked for."""
+  """Computes log-probs under the reference, which is loaded at the first call."""
 
   def __init__(self, run: Run, load_first: Callable[[], dict]):
     self._run, self._load_first, self._params = run, load_first, None
@@ -152,9 +152,9 @@ class _Measure:
     self._sides = sides
 
   def __call__(
-    self, corpus: Corpus, start: int, count: int, tell: Callable[[int], None]
+    self, corpus: Corpus, start: int, count: int, report: Callable[[int], None]
   ) -> Iterator[np.ndarray]:
-    """float32[B, 2] of one micro-batch after another."""
+    """Yields float32[B, 2] of one micro-batch after another."""
     if self._params is None:
       self._params = self._load_first()
     c, where = self._run.config, self._run.batch_shardings(micro=False)
@@ -170,5 +170,5 @@ class _Measure:
       for i, values in zip(rows, found.tolist(), strict=True):
         if not all(map(math.isfinite, values)):
           raise NonFiniteError(f'{corpus.where(i[0])}: the reference gives log-probs {values}')
-      tell(len(rows))
+      report(len(rows))
       yield found

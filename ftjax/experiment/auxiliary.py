@@ -60,7 +60,7 @@ class AuxiliaryModel:
 
   @property
   def is_of_rollouts(self) -> bool:
-    """Whether it is read when a rollout is made, and is in memory beside the state."""
+    """Whether it is read when a rollout is made; its weights are in memory, outside the state."""
     return self.record.place == 'rollout'
 
   @property

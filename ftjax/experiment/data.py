@@ -1,4 +1,4 @@
-"""What a run trains on and is judged by: tokenized rows by step, or prompts by number."""
+"""The data of a run: tokenized rows by step, or prompts by number; for training and evaluation."""
 
 import dataclasses
 import logging
@@ -27,13 +27,13 @@ class Data:
   evaluation: list[token_cache.Corpus]
 
   def fingerprints(self) -> dict[str, str]:
-    """sha256 of the order of training rows, and of each source."""
+    """Returns the sha256 of the order of training rows, and of each source."""
     groups = {'data': self.corpora, 'eval': self.evaluation}
     named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
-    """What became of each source's rows, for the manifest; JSON values."""
+    """Returns how many rows of each source were used and left out, as JSON for the manifest."""
     groups = {'data': self.corpora, 'eval': self.evaluation}
     return {
       f'{k} {i}': {'name': x.name, 'examples_used': len(x)} | dataclasses.asdict(x.counts)
@@ -44,8 +44,9 @@ class Data:
   def tell(self) -> None:
     """Logs a line on each source, and warnings on rows that were left out or changed."""
     schedules = [*self.mixture.sources, *(None for _ in self.evaluation)]
-    told = set()
-    several = max(len(self.corpora), len(self.evaluation)) > 1  # of one the summary says all
+    logged = set()
+    # The summary of the run describes a single source.
+    several = max(len(self.corpora), len(self.evaluation)) > 1
     for corpus, schedule in zip((*self.corpora, *self.evaluation), schedules, strict=True):
       if several:
         _log_source(corpus, schedule)
@@ -53,9 +54,9 @@ class Data:
         log.info('%s: columns not read: %s', corpus.name, describe.unread_columns(corpus))
       # Both sides of a split have the notes of their whole source.
       for note in corpus.notes():
-        if note not in told:
+        if note not in logged:
           log.warning('%s', note)
-        told.add(note)
+        logged.add(note)
 
 
 @dataclasses.dataclass
@@ -67,13 +68,13 @@ class PromptData:
   evaluation: list[prompts.Prompts]
 
   def fingerprints(self) -> dict[str, str]:
-    """sha256 of the order of prompts, and of each source."""
+    """Returns the sha256 of the order of prompts, and of each source."""
     groups = {'data': self.sources, 'eval': self.evaluation}
     named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
-    """What became of each source's rows, for the manifest; JSON values."""
+    """Returns how many rows of each source were used and left out, as JSON for the manifest."""
     groups = {'data': self.sources, 'eval': self.evaluation}
     return {
       f'{k} {i}': {
@@ -89,12 +90,12 @@ class PromptData:
     }
 
   def prompt(self, number: int) -> prompts.Prompt:
-    """Prompt `number` since the start of training."""
+    """Returns prompt `number` since the start of training."""
     row = self.mixture.row(number)
     return self.sources[row.source].rows[row.examples[0]]
 
   def tell(self) -> None:
-    """Logs a line on each source that the summary of the run does not say all of."""
+    """Logs a line on each source that the summary of the run does not describe."""
     several = len(self.sources) > 1
     for found in self.sources:
       if several or found.dropped:
@@ -143,14 +144,14 @@ def _check_batch(c: ml_collections.ConfigDict, mixture: Mixture, unit: str) -> N
 
 
 def cache_folder(c: ml_collections.ConfigDict, workdir: str) -> str:
-  """Where what is made of the data is kept."""
+  """Returns the folder of tokenized data."""
   return c.data.cache or files.join(workdir, 'data_cache')
 
 
 def open_data(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str
 ) -> Data | PromptData:
-  """What the algorithm asks for."""
+  """Returns the data of a config: rows, or prompts for an algorithm on rollouts."""
   is_sampled = algorithms.of(c).on_rollouts
   return (open_prompts if is_sampled else open_rows)(c, tokenizer, workdir)
 
@@ -158,7 +159,7 @@ def open_data(
 def _sources(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, key: str
 ) -> tuple[list[sources.Spec], list[token_cache.Source]]:
-  """What data.train or data.eval names."""
+  """Returns the sources that data.train or data.eval names, as specs and opened."""
   specs = sources.parse_specs(c.data[key]) if c.data[key] else []
   if key == 'eval' and (weighted := [s for s in specs if s.weight is not None]):
     raise ConfigError(
@@ -231,8 +232,8 @@ def _schedule(
 def first_rows(
   c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, rows: int
 ) -> list[tuple[token_cache.Corpus, Batch]]:
-  """The first `rows` rows of each training source, and a batch [B, T] that holds the first of them
-  in order; no more of the sources is read. `workdir` is a local folder.
+  """Returns the first `rows` rows of each training source, and a batch [B, T] with the first of
+  them in order; no more of the sources is read. `workdir` is a local folder.
   """
   c = c.copy_and_resolve_references()
   with c.unlocked():

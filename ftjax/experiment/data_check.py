@@ -1,4 +1,4 @@
-"""Data that can be read and still teaches nothing: reported or refused before the first step."""
+"""Data that can be read but carries no signal: reported or refused before the first step."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def check(run: Run) -> None:
-  """Looks at what a run will train and be evaluated on.
+  """Checks the training and evaluation data of a run.
 
   Raises:
     DataError: labels or scores that are all equal.
@@ -65,8 +65,8 @@ def _check_values(data: examples.Data, shape: str) -> None:
 
 
 def _only_value(corpora: Sequence[Corpus]) -> float | None:
-  """The value of all examples; None where there is another, or fewer than two examples. Stops at
-  the first difference.
+  """Returns the value of all examples; None where they differ, or with fewer than two examples.
+  Stops at the first difference.
   """
   values = (corpus.value(i) for corpus in corpora for i in range(len(corpus)))
   first, number = next(values, None), sum(map(len, corpora))

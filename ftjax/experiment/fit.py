@@ -74,10 +74,12 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
   Raises:
     ConfigError, DataError, NonFiniteError, CheckError, StoppedEarly: see runtime/errors.py.
   """
-  run = experiment.start(c, workdir)  # mesh, tokenizer, data
+  # Config -> mesh -> tokenizer and data.
+  run = experiment.start(c, workdir)
   begun = time.perf_counter()
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.watchdog.phase('restore'))  # of everything without a phase of its own
+    # The algorithm's loss, evaluation and source of batches.
     parts = build(run)
     source = parts.source or Rows(run)
     stack.callback(source.close)
@@ -85,9 +87,11 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     data_check.check(run)
     for model in run.auxiliary:
       model.check(run.model.tokenizer, c.seq_len)
-    trainer = Trainer(run, parts.loss)  # optimizer, state in shapes, step
+    # Optimizer, the state in shapes, and the step.
+    trainer = Trainer(run, parts.loss)
     checkpoints = stack.enter_context(_checkpoints(run))
     evaluator, console = compare.Evaluator(run), summary.make_console(c)
+    # Where to start: after a checkpoint, or before the first step.
     start = resume.find(run, checkpoints)
     _write_json(run, 'config.json', _plain(c))
     writer = _writer(run)
@@ -95,11 +99,13 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     _log_start(trainer, start, console)
     if start.should_train:
       source.prepare()
+    # Weights and optimizer state.
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
-    if start.should_train:
+    if start.should_train:  # the loop
       session = _Session(trainer, parts, source, checkpoints, evaluator, console, writer)
       state = _train(session, state, start)
     source.close()
+    # Export, and comparison with the base.
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
     exported = latest if best is None else best
     if exported != latest:

@@ -51,12 +51,12 @@ class Start:
 
   @property
   def progress(self) -> Progress:
-    """What the training loop remembers."""
+    """The saved progress of the training loop."""
     return Progress(**self.saved['progress']) if self.saved else Progress()
 
   @property
   def source(self) -> dict[str, Any]:
-    """What the source of batches remembers."""
+    """The saved state of the source of batches."""
     return self.saved.get('source', {}) if self.saved else {}
 
 
@@ -129,6 +129,8 @@ def user_code(c: ml_collections.ConfigDict) -> dict[str, str]:
   found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
   if named_object.is_named(c.algorithm):
     found['algorithm'] = [c.algorithm, algorithms.of(c).module]
+  if c.model.family:
+    found['model.family'] = [c.model.family]
   kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
   if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
     found[task_specs.KEY] = own

@@ -1,6 +1,4 @@
-"""The one place that wires a config to mesh, tokenizer, model and data. fit.py trains what stands
-here, compare.py judges it.
-"""
+"""A config on a mesh, with its model and data. fit.py trains a run, compare.py evaluates it."""
 
 import dataclasses
 import fractions
@@ -52,7 +50,7 @@ def batches_in(epochs: float, rows: int, batch_size: int) -> int:
 
 @dataclasses.dataclass
 class Run:
-  """A config brought to a machine, or to several."""
+  """A config on the mesh of one machine or of several."""
 
   config: ml_collections.ConfigDict
   workdir: str
@@ -73,7 +71,7 @@ class Run:
 
   @property
   def steps(self) -> int:
-    """Optimizer updates in all; without data, where the config leaves them to it, a thousand."""
+    """Optimizer updates in all. Without data 1000, if the config gives epochs instead of steps."""
     c = self.config
     if self.data is None:
       return c.steps or 1000
@@ -81,8 +79,8 @@ class Run:
     return c.steps or batches_in(c.epochs, rows, taken) * algorithms.steps_per_batch(c)
 
   def cursor(self, step: int) -> int:
-    """Rows, or prompts, that were taken when `step` updates are done: never told from a count of
-    updates alone, for several may go over one batch.
+    """Returns the rows, or prompts, that are consumed after `step` updates. Several updates may use
+    one batch.
     """
     c = self.config
     taken = -(-step // algorithms.steps_per_batch(c))
@@ -114,7 +112,9 @@ class Run:
     return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
-    """Of the arrays of a batch, [A, M, T] with `micro`, else [B, T]; without T what rows have."""
+    """Returns the shardings of a batch: of arrays [A, M, T] with `micro`, else [B, T]; arrays of
+    whole rows have no T.
+    """
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
@@ -124,7 +124,7 @@ class Run:
     )
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch of a step in shapes."""
+    """Returns the shapes of a step's batch, with shardings."""
     c = self.config
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
@@ -139,7 +139,7 @@ class Run:
     }
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
-    """Device arrays [B, T] over the evaluation rows."""
+    """Yields device arrays [B, T] over the evaluation rows."""
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
@@ -177,7 +177,7 @@ class Run:
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
-  """Everything of a run but weights and state; the mesh is set for the process.
+  """Returns a run without weights and state; sets the mesh of the process.
 
   Raises:
     ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
@@ -208,7 +208,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
         share = (jax.process_index(), jax.process_count())
         examples.tokenize_share(c, model.tokenizer, workdir, *share)
         processes.wait_for_all()
-      # The others find in the shared cache what the first process made.
+      # The other processes read from the shared cache what the first one wrote.
       data = processes.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       processes.check_same('data', digest(data.fingerprints()))
     data.tell()
@@ -224,7 +224,7 @@ def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """All processes must see one workdir and mean one config.
+  """Checks that all processes have one workdir and one config.
 
   Raises:
     ConfigError: configs differ, or another process's workdir is another folder.
@@ -247,7 +247,7 @@ def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
-  """A run of shapes alone, to compile its step; `mesh` is the current one.
+  """Returns a run without data and files, to compile its step; `mesh` is the current one.
 
   Raises:
     ConfigError: a size that does not divide.
@@ -259,26 +259,26 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
 
 
 def configure_jax(c: ml_collections.ConfigDict) -> None:
-  """Process-wide: exact float32 products where float32 is asked for."""
+  """Makes the process compute exact float32 products if compute_dtype is float32."""
   precise = c.model.compute_dtype == 'float32'
   jax.config.update('jax_default_matmul_precision', 'highest' if precise else 'default')
 
 
 def keeps_programs(c: ml_collections.ConfigDict) -> bool:
-  """Whether the run has a compile cache. On CPUs of several processes a step that was read from one
-  waits for ever in its first collective (jax 0.12).
+  """Returns whether the run has a compile cache. With several processes on CPUs, a step that was
+  read from one hangs in its first collective (jax 0.12).
   """
   return c.compile_cache and (processes.is_alone() or jax.default_backend() != 'cpu')
 
 
 def program_folder(workdir: str) -> str:
-  """Where compiled programs are kept, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+  """Returns the folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another."""
   return files.join(workdir, 'xla_cache')
 
 
 def _keep_programs(folder: str) -> None:
-  """Keeps compiled programs in `folder`; entries that are damaged are removed first. A folder of
-  the user's own is left as it is: other runs may be writing to it.
+  """Keeps compiled programs in `folder`, and removes damaged entries first. A folder of the user's
+  own is left unchanged: other runs may be writing to it.
   """
   if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     processes.from_main(lambda: program_cache.check(folder))
@@ -291,26 +291,26 @@ def _keep_programs(folder: str) -> None:
 
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
-  """Fails before anything is compiled when a size does not divide."""
+  """Raises ConfigError when a size does not divide, before anything is compiled."""
   declared = kinds.declared(arch)
   sharding.check_divides(
     {n: p.axes for n, p in declared.items()},
     {n: p.shape for n, p in declared.items()},
     mesh,
   )
-  ways = math.prod(mesh.shape[a] for a in sharding.BATCH)
+  size = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
     ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),
     ('eval.batch_size', c.eval.batch_size),
   ):
-    if rows % ways:
+    if rows % size:
       raise ConfigError(
-        f'{key} = {rows} rows cannot be spread over {ways} devices (mesh.data x fsdp x expert)'
+        f'{key} = {rows} rows cannot be split over {size} devices (mesh.data x fsdp x expert)'
       )
-  ways = mesh.shape['context']
-  if ways > 1 and c.seq_len % (2 * ways):
+  size = mesh.shape['context']
+  if size > 1 and c.seq_len % (2 * size):
     raise ConfigError(
-      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * ways}: each device takes two '
+      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
       'chunks of a row'
     )
   if c.seq_len > arch.max_len:

@@ -1,5 +1,5 @@
-"""What a run's console shows of its config, its state and its files; the texts are
-telemetry/console.py's."""
+"""The summaries of a run for the console, from its config, state and files; the texts are in
+telemetry/console.py."""
 
 import math
 import shlex
@@ -19,7 +19,7 @@ from ftjax.training import optimizer
 
 
 def headline(c: ml_collections.ConfigDict) -> console.Headline:
-  """The figures that count for a config's algorithm."""
+  """Returns the metrics that a config's algorithm shows first."""
   record = algorithms.of(c)
   bar, evaluation = record.headline(c)
   is_larger_better = record.measured(c).get(evaluation[0]) == 'max'
@@ -27,7 +27,7 @@ def headline(c: ml_collections.ConfigDict) -> console.Headline:
 
 
 def make_console(c: ml_collections.ConfigDict) -> console.Console:
-  """The console of a run."""
+  """Returns the console of a run."""
   return console.Console(headline(c), c.checkpoint.best_metric, c.checkpoint.best_mode)
 
 
@@ -52,7 +52,7 @@ def _model(trainer: Trainer) -> console.Model:
 
 
 def _unit(c: ml_collections.ConfigDict) -> str:
-  """What a batch_size counts."""
+  """Returns the unit of batch_size."""
   if algorithms.of(c).on_rollouts:
     return 'prompts'
   if algorithms.is_packed(c):
@@ -91,7 +91,7 @@ def _data(run: Run) -> console.Data:
 
 
 def start(trainer: Trainer, begun: int) -> str:
-  """The block at the start of training. begun: steps that are done."""
+  """Returns the block at the start of training. begun: steps done."""
   run, c = trainer.run, trainer.run.config
   mesh = run.mesh
   kind = mesh.devices.flat[0].device_kind
@@ -119,7 +119,10 @@ def start(trainer: Trainer, begun: int) -> str:
 
 
 def resumed(run: Run, step: int, cursor: int, order: str) -> str:
-  """The line of a run that goes on. cursor: batch rows taken; order: fingerprint of their order."""
+  """Returns the line of a run that resumes.
+
+  cursor: batch rows consumed; order: fingerprint of their order.
+  """
   mixture, unit = run.data.mixture, _unit(run.config)
   text = (
     f'resuming after step {step} of {run.steps}: epoch {cursor / mixture.rows_per_epoch:.2f}, '
@@ -136,7 +139,7 @@ def resumed(run: Run, step: int, cursor: int, order: str) -> str:
 
 
 def _command_line() -> list[str]:
-  """Flags of this process with the config, quoted for a shell; none where it was not started so."""
+  """Returns the flags of this process, quoted for a shell; none without --config."""
   flags = sys.argv[1:]
   return [shlex.quote(f) for f in flags] if any(f.startswith('--config') for f in flags) else []
 
@@ -147,8 +150,9 @@ def typed_prompt(prompts: Sequence[str]) -> str:
 
 
 def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: float) -> str:
-  """The block at the end. exported: step whose weights are exported; steps: done in all; seconds:
-  of this start.
+  """Returns the block at the end.
+
+  exported: step whose weights are exported; steps: done in all; seconds: since this start.
   """
   c, state = run.config, printer.state
   text = f'{console.count(steps)} steps, {console.count(state.get("tokens", 0))} tokens'

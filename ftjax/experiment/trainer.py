@@ -13,7 +13,7 @@ from jax import monitoring
 
 from ftjax.experiment.run import Run
 from ftjax.models import kinds
-from ftjax.runtime import compiler_options, trees
+from ftjax.runtime import compiler_options, sharding, trees
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
@@ -78,7 +78,10 @@ class Trainer:
     settings = optimizer_lib.OptimizerConfig(
       schedule=self.schedule, **{n: c.optim[n] for n in names}
     )
-    self.frozen = optimizer_lib.frozen_names(settings.freeze, info)
+    self._derived = {
+      f'{p}{n}' for p, arch in run.trained_archs().items() for n in kinds.names(arch, 'derived')
+    }
+    self.frozen = optimizer_lib.frozen_names(settings.freeze, info) | self._derived
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     dtype = jnp.dtype(c.model.param_dtype)
@@ -87,7 +90,7 @@ class Trainer:
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=self.saved(shardings))
+    self._init = jax.jit(self._create, out_shardings=self._without_constant(shardings))
     self._step = make_step(
       loss_fn,
       self.optimizer,
@@ -136,8 +139,9 @@ class Trainer:
     return self._with_constant(state, copies)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
-    """Returns the state saved at a step, with its constant auxiliary models."""
-    return self._with_constant(checkpoints.restore(step, self.saved(self.abstract)), {})
+    """Returns the state saved at a step, with its derived leaves and constant auxiliary models."""
+    state = self._with_derived(checkpoints.restore(step, self.saved(self.abstract)))
+    return self._with_constant(state, {})
 
   def _with_constant(self, state: State, known: dict[str, dict]) -> State:
     """Returns `state` with its constant auxiliary models; those not in `known` are read."""
@@ -150,16 +154,40 @@ class Trainer:
   # What of a state is used.
 
   def saved(self, state: State) -> State:
-    """Returns what is saved of a state, of its shapes or of its shardings: all but the constant
-    auxiliary models.
+    """Returns what is saved of a state, of its shapes or of its shardings: all but derived leaves
+    and the constant auxiliary models.
     """
+    state = self._without_constant(state)
+    if not self._derived:
+      return state
+    _, kept = trees.select(state.frozen, lambda n: n in self._derived)
+    return dataclasses.replace(state, frozen=kept)
+
+  def _without_constant(self, state: State) -> State:
     names = {m.name for m in self._constant}
     kept = {k: v for k, v in state.frozen.items() if k not in names}
     return dataclasses.replace(state, frozen=kept)
 
+  def _with_derived(self, state: State) -> State:
+    """Returns a state with its derived leaves computed; one from a checkpoint has none."""
+    if not self._derived:
+      return state
+    _, frozen = trees.select(state.frozen, lambda n: n in self._derived)
+    flat, found, run = trees.flatten(trees.merge(state.params, frozen)), {}, self.run
+    dtype = jnp.dtype(run.config.model.param_dtype)
+    for prefix, arch in run.trained_archs().items():
+      own = {n: flat[f'{prefix}{n}'] for n in kinds.names(arch, 'base', 'adapter')}
+      places = trees.flatten(sharding.shardings(run.mesh, kinds.axes(arch)))
+      model = trees.unflatten(own)
+      whole = trees.flatten(
+        kinds.completed(arch, model, places.__getitem__, run.config.seed, dtype)
+      )
+      found |= {f'{prefix}{n}': whole[n] for n in kinds.names(arch, 'derived')}
+    return dataclasses.replace(state, frozen=trees.merge(frozen, trees.unflatten(found)))
+
   def model(self, state: State) -> dict:
     """Returns the model that is evaluated and exported, of the moving average if there is one."""
-    return self.run.auxiliary.without(state.averaged())
+    return self.run.auxiliary.without(self._with_derived(state).averaged())
 
 
 def _memory(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:

@@ -45,14 +45,15 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
   """
   # Cast first, where the parameters lie: half the bytes travel.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-    small = _cast(params, jnp.dtype(dtype))
+    small = _cast(params, jnp.dtype(dtype), arch)
   return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(params: dict, dtype: jnp.dtype) -> dict:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cast(params: dict, dtype: jnp.dtype, arch: Architecture) -> dict:
+  declared = kinds.declared(arch)
   # Not astype alone: what stays as it is would be handed on, and share its fate when donated.
-  return jax.tree.map(lambda p: jnp.copy(p).astype(dtype), params)
+  return trees.map_named(lambda n, p: jnp.copy(p).astype(declared[n].dtype or dtype), params)
 
 
 def checksums(params: dict, dtype: jnp.dtype, *, count: int, seed: int) -> dict[str, int]:

@@ -34,7 +34,8 @@ class Kind:
   declared: (arch) -> {parameter name: Declared}. apply: hidden states of whole sequences, see
   transformer.apply. decode: of new tokens with a cache, see transformer.decode; None where the kind
   generates no text. head_leaf: (arch) -> name of the leaf that maps hidden states to logits or
-  scores. derive: (arch, params without derived leaves) -> {name: derived leaf}.
+  scores. derive: (arch, params without derived leaves) -> {name: derived leaf}; computed when
+  weights are loaded, and not while their sources train.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]

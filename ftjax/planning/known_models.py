@@ -6,7 +6,7 @@ the config.json that each model is published with.
 import os
 
 from ftjax.hf import load
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files, hub
 
 _LLAMA3_ROPE = {
@@ -81,17 +81,21 @@ def read(path: str) -> dict:
   config.json of the model of that name on the hub.
 
   Raises:
-    ConfigError: none of these.
-    DataError: a file that cannot be read, or a hub that does not give it.
+    ConfigError: none of these; says why the hub does not give it.
+    DataError: a local file that cannot be read.
   """
   if files.exists(path):
     return load.read_config(path)
   name = os.path.basename(path.partition('@')[0].rstrip('/')).removesuffix('-Instruct')
   if name in SHAPES:
     return SHAPES[name]
+  reason = 'it does not exist'
   if hub.is_name(path):
-    return load.read_config(path)
+    try:
+      return load.read_config(path)
+    except (ConfigError, DataError) as error:
+      reason = str(error)
   raise ConfigError(
-    f'model.path={path}: it does not exist, and no shape of this name is known; known: '
+    f'model.path={path}: {reason}. No shape of this name is known either; known: '
     f'{", ".join(SHAPES)}'
   )

@@ -1,4 +1,4 @@
-"""A rollout on the host: rows of completions with their rewards, and what is measured of them."""
+"""A rollout on the host: rows of completions with rewards, and statistics of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from ftjax.generation.completion import Completion, Rollout
 
 @dataclasses.dataclass(frozen=True)
 class RolloutBatch:
-  """A rollout on the host: R rows, one completion each, those of a prompt side by side.
+  """A rollout on the host: R rows, one completion each, those of a prompt next to each other.
 
   arrays: tokens, labels, segments, positions int32[R, T]; weights float32[R, T], 1 where the label
-  is a completion's token; sampler_logp float32[R, T]; old_logp, ref_logp and what else was measured
-  float32[R, T] where they are wanted. rewards: float32[R]. lengths: int32[R], tokens of the
-  completions. group: completions a prompt. prompts, completions: what the rows hold, R each.
+  is a completion's token; sampler_logp float32[R, T]; old_logp, ref_logp and other measurements
+  float32[R, T] where the algorithm needs them. rewards: float32[R]. lengths: int32[R], completion
+  tokens. group: completions a prompt. prompts, completions: what the rows hold, R each.
   """
 
   arrays: dict[str, np.ndarray]
@@ -29,7 +29,7 @@ class RolloutBatch:
 
 
 def side(prompt: Prompt, completion: Completion) -> tuple[np.ndarray, np.ndarray]:
-  """A prompt with one completion, as (tokens, supervised) of batches.fill_row."""
+  """Returns a prompt with one completion, as (tokens, supervised) of batches.fill_row."""
   tokens = np.array([*prompt.ids, *completion.tokens], np.int32)
   return tokens, np.arange(len(tokens)) >= len(prompt.ids)
 
@@ -37,7 +37,7 @@ def side(prompt: Prompt, completion: Completion) -> tuple[np.ndarray, np.ndarray
 def rows(
   prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], seq_len: int
 ) -> dict[str, np.ndarray]:
-  """Arrays [R, T] of completions[prompt][index], in this order; see `RolloutBatch`."""
+  """Returns arrays [R, T] of completions[prompt][index], in this order; see `RolloutBatch`."""
   pairs = [(p, c) for p, cs in zip(prompts, completions, strict=True) for c in cs]
   out = batches.empty(len(pairs), seq_len)
   out['sampler_logp'] = np.zeros((len(pairs), seq_len), np.float32)
@@ -60,13 +60,13 @@ def fill_unscored(totals: np.ndarray, groups: int) -> np.ndarray:
 
 
 def zero_variance_groups(s: RolloutBatch) -> np.ndarray:
-  """int[n]: prompts whose completions all earned the same."""
+  """Returns int[n], the prompts whose completions all have the same reward."""
   groups = s.rewards.reshape(-1, s.group)
   return np.flatnonzero(groups.min(1) == groups.max(1))
 
 
 def with_groups(s: RolloutBatch, other: RolloutBatch, places: np.ndarray) -> RolloutBatch:
-  """`s` with the groups of `other` at `places`."""
+  """Returns `s` with the groups of `other` at `places`."""
   at = (places[:, None] * s.group + np.arange(s.group)).reshape(-1)
 
   def put(old, new):
@@ -91,8 +91,8 @@ def with_groups(s: RolloutBatch, other: RolloutBatch, places: np.ndarray) -> Rol
 
 
 def rollout_statistics(totals: np.ndarray, found: Rollout) -> dict[str, float]:
-  """Metrics of rewards float32[R] and lengths; 'better' than the mean are the right answers, where
-  rewards are 0 and 1.
+  """Returns metrics of rewards float32[R] and lengths. With rewards of 0 and 1, the completions
+  'better' than the mean are the correct ones.
   """
   lengths = np.array([len(c.tokens) for cs in found.completions for c in cs])
   truncated = [c.truncated for cs in found.completions for c in cs]

@@ -91,7 +91,7 @@ class RolloutSource(Source):
     """See Source."""
     self._write = write
     self._batch_builder.restore(saved)
-    # Beside the state, which would be saved and donated: they never change.
+    # Not in the state, which is saved and donated: they never change.
     self._models = {m.name: self.run.load_auxiliary(m) for m in self.run.auxiliary.of_rollouts}
 
   def saving(self, step: int) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The host's loop around a compiled step: cadence, logs, evaluation, checkpoints, stopping.
 
-The order at a step's end matters and is this: read metrics, evaluate, save, stop. A run that is
-asked to stop saves at once and owes the evaluation, which is made up when it goes on; only where
-the best checkpoint depends on it, it is waited for. Metrics of step t are read after step t + 1 was
-dispatched, unless something is due at t. The loop knows nothing of models or data: it is given
-functions."""
+The order at a step's end matters: read metrics, evaluate, save, stop. A run that is asked to stop
+saves at once and leaves the evaluation pending until the resume; only where the best checkpoint
+depends on the evaluation, the run waits for it. Metrics of step t are read after step t + 1 was
+dispatched, unless something is due at t. The loop takes functions, and depends on no model or
+data."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ _LOG_FILE_S = 10.0  # seconds between updates of a bar that goes to a file
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-  """When things happen, in steps; 0 means never.
+  """The intervals of a run, in steps; 0 means never.
 
   patience: evaluations without a better `metric` before training ends; mode 'min' or 'max'.
   max_bad_steps: non-finite steps in a row that end the run.
@@ -57,13 +57,13 @@ class Cadence:
 
 @dataclasses.dataclass
 class Progress:
-  """What the loop remembers from step to step; saved with every checkpoint.
+  """The memory of the loop from step to step; saved with every checkpoint.
 
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
   after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
-  eval_pending: the evaluation of the saved step is still to be made. began: when the run was first
-  started, seconds since 1970. trained_s: seconds that went into the steps that
-  count. console: what the console remembers.
+  eval_pending: the evaluation of the saved step is still to be done. began: when the run was first
+  started, seconds since 1970. trained_s: seconds spent on the steps up to here. console: the memory
+  of the console.
   """
 
   value: float | None = None
@@ -77,7 +77,7 @@ class Progress:
   console: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def see(self, value: float, step: int, mode: str) -> bool:
-    """Whether `value` is better than all before."""
+    """Records a value; returns whether it is better than all before."""
     better = self.value is None or (value < self.value if mode == 'min' else value > self.value)
     if better and math.isfinite(value):
       self.value, self.step, self.evals_since = value, step, 0
@@ -87,8 +87,8 @@ class Progress:
 
 
 class StopFlag:
-  """Turns SIGTERM, the first SIGINT and the cloud's preemption notice into a wish to stop after the
-  current step; a context manager.
+  """Sets `wanted` at SIGTERM, at the first SIGINT and at the cloud's preemption notice, so that the
+  run stops after the current step; a context manager.
   """
 
   def __init__(self):
@@ -105,7 +105,7 @@ class StopFlag:
       signal.signal(s, handler)
 
   def _notice(self, reason: str):
-    log.warning('this machine will be taken away (%s): stopping after this step', reason)
+    log.warning('this machine will be preempted (%s): stopping after this step', reason)
     self.wanted = True
 
   def _handle(self, number, frame):
@@ -125,7 +125,7 @@ class Loop:
       eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
     meta: steps done -> JSON saved with a checkpoint.
     saved: state -> what of it is saved.
-    watch: is shown the metrics of every step, as (steps done, metrics).
+    watch: called with (steps done, metrics) of every step.
     writer, checkpoints, throughput: where results go.
     console: makes the lines that are logged.
     signals: between processes.
@@ -172,7 +172,7 @@ class Loop:
       state: donated.
       start: optimizer steps done so far.
       feed: (state, step) -> device batch, called for every step from `start` on.
-      progress: what the restored checkpoint remembered.
+      progress: of the restored checkpoint.
 
     Returns:
       The state after the last step.
@@ -241,7 +241,9 @@ class Loop:
     return state
 
   def _stopped(self, done: int) -> StoppedEarly:
-    """When every process has saved: the first one that leaves takes the others with it."""
+    """Returns the error of a stop, once every process has saved: the first one to exit ends the
+    others.
+    """
     return _agreed(
       StoppedEarly,
       f'stopped after step {done} of {self._cadence.steps}, and the state is saved; run the same '
@@ -255,8 +257,8 @@ class Loop:
       f'evaluations (checkpoint.patience) since step {p.step}; its best checkpoint is exported'
     )
 
-  def _where_to_go_on(self) -> str:
-    """What is left of a run that ends with an error."""
+  def _last_checkpoint(self) -> str:
+    """Returns a sentence on the checkpoint that is left after an error."""
     if not self._last_saved:
       return 'No checkpoint was saved'
     return f'The last checkpoint is of step {self._last_saved}'
@@ -265,7 +267,7 @@ class Loop:
     return self._signals.is_wanted(self._stop.wanted)
 
   def _read(self, done: int, metrics: dict) -> None:
-    """Fetches a step's metrics, counts, writes."""
+    """Fetches the metrics of a step, counts and writes them."""
     values = {k: np.asarray(v).item() for k, v in jax.device_get(metrics).items()}
     self._free = time.perf_counter()  # what the host does from here on, a next step may wait for
     self._watchdog.beat()
@@ -284,7 +286,7 @@ class Loop:
           NonFiniteError,
           f'step {done}: loss or gradient was not finite {values["bad_streak"]} times in a row '
           f'(loss {values["loss"]}, gradient norm {values["grad_norm"]}). '
-          f'{self._where_to_go_on()}. Lower optim.lr, or look at the examples with python -m '
+          f'{self._last_checkpoint()}. Lower optim.lr, or look at the examples with python -m '
           'ftjax.preview',
         )
       if values['skipped'] == done == cadence.steps:
@@ -314,8 +316,8 @@ class Loop:
       self._bar.set_postfix(shown, refresh=False)
 
   def _rest(self, state: State, done: int, evaluate: bool, must_save: bool) -> bool:
-    """Evaluates and saves what is due after step `done`; whether training ends here for lack of
-    progress.
+    """Evaluates and saves what is due after step `done`. Returns whether training ends here for
+    lack of progress.
     """
     cadence, metric, ended, improved = self._cadence, None, False, False
     if evaluate:
@@ -339,7 +341,7 @@ class Loop:
     return ended
 
   def _look(self, state: State, done: int) -> dict[str, float]:
-    """Evaluates after step `done` and writes what was found, or leaves it eval_pending."""
+    """Evaluates after step `done` and writes the metrics, or leaves the evaluation pending."""
     progress = self.progress
 
     def is_cancelled():
@@ -365,7 +367,9 @@ class Loop:
 
 
 def _agreed(kind: type[RunError], message: str) -> RunError:
-  """The error that every process raises now: each closes its files before any of them leaves."""
+  """Returns the error that every process raises now: each closes its files before any of them
+  exits.
+  """
   processes.leave_together()
   return kind(message)
 

@@ -15,8 +15,10 @@ from ftjax.runtime import trees
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """step int32[]: optimizer updates tried so far. params: trained leaves; frozen: the others. opt:
-  the optimizer's.
+  """The state of a training run.
+
+  step int32[]: optimizer updates tried so far. params: trained leaves; frozen: the others. opt: the
+  optimizer's.
 
   ema: moving average of params, or an empty dict. skipped int32[]: non-finite steps so far;
   bad_streak int32[]: the last ones in a row. no_signal int32[]: steps so far whose batch held
@@ -43,8 +45,8 @@ class State:
 def create(
   params: dict, frozen: dict, optimizer: optax.GradientTransformation, with_ema: bool
 ) -> State:
-  """A fresh state around parameters; run it under jit with `out_shardings=state_shardings(...)`,
-  donating nothing.
+  """Returns a fresh state around parameters. Run it under jit with
+  `out_shardings=state_shardings(...)`, donating nothing.
   """
   zero = jnp.zeros((), jnp.int32)
   ema = jax.tree.map(jnp.copy, params) if with_ema else {}
@@ -52,8 +54,8 @@ def create(
 
 
 def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> State:
-  """Shardings of an abstract state: what has a parameter's name and shape, or its shape
-  with dimensions merged, lies like it; the rest is replicated.
+  """Returns the shardings of an abstract state: leaves with a parameter's name and its shape, or
+  its shape with dimensions merged, are sharded like it; the rest is replicated.
 
   Args:
     state: from `jax.eval_shape(create, ...)`.
@@ -77,8 +79,8 @@ def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> S
 def _merged(
   where: NamedSharding, shape: tuple[int, ...], target: tuple[int, ...]
 ) -> NamedSharding | None:
-  """Sharding of an array of `shape` reshaped to `target` by merging adjacent dimensions, as muon
-  sees a matrix; None where that is not what `target` is, or a shard would not stay in one piece.
+  """Returns the sharding of an array of `shape` after merging adjacent dimensions to `target`, as
+  muon does; None where `target` is another shape, or a shard would be split.
   """
   left = list(zip(shape, (*where.spec, *[None] * (len(shape) - len(where.spec))), strict=True))
   spec = []
@@ -93,7 +95,7 @@ def _merged(
 
 
 def with_shardings(abstract, shardings):
-  """ShapeDtypeStructs that carry shardings, for ahead-of-time lowering and for restoring."""
+  """Returns ShapeDtypeStructs with shardings, for ahead-of-time lowering and for restoring."""
   return jax.tree.map(
     lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
   )

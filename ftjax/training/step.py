@@ -27,7 +27,7 @@ LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
 
 
 def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
-  """key[A, M], one for each row of a step, whichever micro-batch it falls into."""
+  """Returns key[A, M], one for each row of a step, whichever micro-batch the row is in."""
   like = jax.tree.leaves(batch)[0]
   rows = jnp.arange(like.shape[0] * like.shape[1], dtype=jnp.int32).reshape(like.shape[:2])
   rows = jax.sharding.reshard(rows, P(*jax.typeof(like).sharding.spec[:2]))
@@ -35,8 +35,8 @@ def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
 
 
 def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax.Array):
-  """(gradient of the total, total, weight, metrics), summed over the micro-batches [A, M, ...] of
-  `batch`.
+  """Returns (gradient of the total, total, weight, metrics), summed over the micro-batches
+  [A, M, ...] of `batch`.
   """
 
   def one(rows, keys):
@@ -65,10 +65,10 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
 
 
 def batch_stats(batch: dict) -> dict[str, jax.Array]:
-  """What a batch [A, M, T] held, the same however its rows are spread: `tokens` int32[], those that
-  are no padding; `supervised_tokens` float32[], the sum of their weights; `attended` float32[], the
+  """Returns statistics of a batch [A, M, T], whatever its sharding: `tokens` int32[], all but
+  padding; `supervised_tokens` float32[], the sum of their weights; `attended` float32[], the
   (query, key) pairs of causal attention within segments;
-  `batch_checksum` uint32[], over every token and its place.
+  `batch_checksum` uint32[], over every token and its position.
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
   a, m, t = tokens.shape
@@ -106,8 +106,7 @@ def _make_update(
     old = (state.params, state.opt, state.ema)
     return jax.tree.map(lambda new, old: jnp.where(is_made, new, old), (params, opt, ema), old)
 
-  # Optimizers come from libraries that know nothing of explicit shardings: inside, the compiler
-  # lays out.
+  # Optimizers come from libraries without explicit shardings: inside, the compiler chooses them.
   return jax.sharding.auto_axes(
     update, out_sharding=(shardings.params, shardings.opt, shardings.ema)
   )
@@ -124,7 +123,7 @@ def make_step(
   ema_decay: float,
   seed: int,
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
-  """The step of an algorithm, to be compiled with `compile_step`.
+  """Returns the step of an algorithm, to be compiled with `compile_step`.
 
   Args:
     loss_fn: sums of loss and weight over a micro-batch.
@@ -173,7 +172,7 @@ def make_step(
       opt=opt,
       ema=ema,
       skipped=state.skipped + bad,
-      bad_streak=(state.bad_streak + bad) * (bad | idle),  # an idle step says nothing of the next
+      bad_streak=(state.bad_streak + bad) * (bad | idle),  # an idle step does not end a streak
       no_signal=state.no_signal + idle,
     )
     out = {name: _ratio(*pair) for name, pair in metrics.items() if name != SIGNAL}
@@ -218,7 +217,7 @@ def compile_step(
 
 
 def program_text(compiled: jax.stages.Compiled) -> str:
-  """The optimized HLO; '' where jaxlib cannot print it (libtpu 0.0.52 makes asynchronous
+  """Returns the optimized HLO; '' where jaxlib cannot print it (libtpu 0.0.52 makes asynchronous
   instructions that it cannot read).
   """
   try:
