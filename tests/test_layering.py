@@ -11,8 +11,7 @@ _TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
 IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
-# The files that import it, in a function.
-TRANSFORMERS = {'runtime/transformers_library'}
+TRANSFORMERS = {'runtime/transformers_library'}  # the file that imports it, in a function
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}
 
 
