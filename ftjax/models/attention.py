@@ -111,7 +111,7 @@ def attend(
 
 
 def _capability(platform: str) -> tuple[int, int]:
-  """Of the GPUs here; where a step is compiled for others that are not, Hopper's."""
+  """Returns that of the GPUs here; where a step is compiled for others that are not, Hopper's."""
   if platform != 'gpu' or jax.default_backend() != 'gpu':
     return 9, 0
   major, minor = jax.local_devices()[0].compute_capability.split('.')

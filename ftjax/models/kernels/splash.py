@@ -3,7 +3,7 @@ keys that no query may see are skipped.
 
 Its mask goes by index in the row, which is the rule of attention.py within a segment, where
 positions rise by one along the row. Under a split sequence a device holds the queries of two chunks
-(runtime/sharding.py, `zigzag`), so its mask is told their indices. Arrays are one device's.
+(runtime/sharding.py, `zigzag`), so its mask is given their indices. Arrays are one device's.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None,
     return kernel
 
   def mine(array):
-    """Of the mask's arrays, [1, blocks of queries, blocks of keys] and [queries], the part here."""
+    """Returns this device's part of a mask array [1, query blocks, key blocks] or [queries]."""
     axis = 1 if array.ndim == 3 else 0
     size = array.shape[axis] // ways
     return jax.lax.dynamic_slice_in_dim(array, sharding.index('context') * size, size, axis)
