@@ -83,9 +83,7 @@ def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None,
     return kernel
 
   def mine(array):
-    """Returns this device's part of a mask array, [1, blocks of queries, blocks of keys] or
-    [queries].
-    """
+    """Returns this device's part of a mask array [1, query blocks, key blocks] or [queries]."""
     axis = 1 if array.ndim == 3 else 0
     size = array.shape[axis] // ways
     return jax.lax.dynamic_slice_in_dim(array, sharding.index('context') * size, size, axis)
