@@ -1,6 +1,7 @@
 """The tokenized cache: same content in and out, keyed by all that matters, whole or absent."""
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import pytest
 from tiny_tokenizer import CHATML, tiny_files
 
 from ftjax.data import blocks, corpus_builder, encode, formats, token_cache
+from ftjax.data.corpus_builder import DTYPES
+from ftjax.data.row_counts import Counts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
@@ -94,6 +97,13 @@ def test_key_depends_on_all_settings(tmp_path, monkeypatch):
   build(tmp_path, spec)
   build(tmp_path, write(tmp_path / 'a.jsonl', chat_rows(6)))
   assert len(folders(tmp_path)) == 9
+
+
+def test_a_change_of_what_a_cache_holds_raises_the_schema():
+  """Caches outlive a version of ftjax: one with other counts or arrays would not be read."""
+  parts = [*(f.name for f in dataclasses.fields(Counts)), *DTYPES.items()]
+  held = hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+  assert (token_cache.SCHEMA, held) == (5, '05e58e65'), 'raise SCHEMA, then put both here'
 
 
 def test_fingerprint_is_of_what_is_trained_on(tmp_path):

@@ -36,7 +36,7 @@ from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 4  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 5  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is complete
 _BUILDING = 'building-'  # prefix of folders of unfinished caches
 _ABANDONED = 24 * 3600  # seconds

@@ -77,6 +77,7 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
   # Config -> mesh -> tokenizer and data.
   run = experiment.start(c, workdir)
   begun = time.perf_counter()
+  code = user_code.fingerprints(c)  # now: the files may be edited during the run
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.watchdog.phase('restore'))  # of everything without a phase of its own
     # The algorithm's loss, evaluation and source of batches.
@@ -102,7 +103,7 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     # Weights and optimizer state.
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
     if start.should_train:  # the loop
-      session = _Session(trainer, parts, source, checkpoints, evaluator, console, writer)
+      session = _Session(trainer, parts, source, checkpoints, evaluator, console, writer, code)
       state = _train(session, state, start)
     source.close()
     # Export, and comparison with the base.
@@ -211,6 +212,7 @@ class _Session:
   evaluator: compare.Evaluator
   console: Console
   writer: MetricsWriter
+  code: dict[str, str]  # config.user_code.fingerprints
 
 
 def _train(s: _Session, state: State, start: resume.Start) -> State:
@@ -239,7 +241,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
       'cursor': run.cursor(step),
       'config': _plain(c),
       'fingerprints': fingerprints,
-      'code': user_code.fingerprints(c),
+      'code': s.code,
       'source': s.source.saving(step),
     }
 

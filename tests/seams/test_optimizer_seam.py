@@ -2,13 +2,18 @@
 with one is reported before anything is loaded.
 """
 
+import json
+
+import jax
 import numpy as np
 import pytest
 import toy_optimizer
 import toy_run
 
 from ftjax import config
+from ftjax.algorithms import sft
 from ftjax.config import user_code, validation
+from ftjax.experiment import fit
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import optimizer
 from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
@@ -72,6 +77,31 @@ def test_what_they_return_is_checked():
     optimizer.make_optimizer(settings, leaves, leaves)
   with pytest.raises(ConfigError, match=r'optim.schedule=.* returned a float; expected a function'):
     make_schedule('toy_optimizer:no_schedule', ScheduleConfig(0.1, 4, 0, 0.0, 0))
+
+
+def test_code_that_is_edited_during_a_run_does_not_count(tmp_path, monkeypatch):
+  """A checkpoint names the code that trained, also while its file is being edited."""
+  path = tmp_path / 'edited_schedule.py'
+  text = 'def half(config):\n  return lambda k: config.lr / 2\n'
+  path.write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  c = valid(model__path='', data__train='sums:20', steps=1, seq_len=64, batch_size=8)
+  c.model.random = dict(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+  )
+  c.optim.schedule, c.compile_cache = 'edited_schedule:half', False
+  validation.validate(c)
+  before = user_code.fingerprints(c)
+
+  def build(run):
+    path.write_text('def half(config:')
+    return sft.build(run)
+
+  mesh = jax.sharding.get_mesh()
+  fit.fit(c, str(tmp_path / 'run'), build)
+  jax.set_mesh(mesh)
+  meta = tmp_path / 'run' / 'checkpoints' / '1' / 'meta' / 'metadata'
+  assert json.loads(meta.read_text())['code'] == before
 
 
 def test_their_code_is_part_of_a_resume():
