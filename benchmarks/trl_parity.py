@@ -64,9 +64,10 @@ def train_ftjax(args: argparse.Namespace, steps: int, grad_accum: int) -> dict:
     run = experiment.start(c, workdir)
     trainer = Trainer(run, sft.make_loss(run.forward, c))
     state, compiled = trainer.fresh(), trainer.compile()
-    for step in range(steps):
-      for source, example, _ in run.data.stream.examples(step):
-        tokens, supervised = run.data.corpora[source].example(example)
+    for i in range(steps * args.batch_size):
+      row = run.data.mixture.row(i)
+      for example in row.examples:
+        tokens, supervised = run.data.corpora[row.source].example(example)
         rows.append({'input_ids': tokens.tolist(), 'completion_mask': supervised.tolist()})
     feed = Prefetch(run.data.stream, run.abstract_batch(), 0, steps)
     for step in range(steps):

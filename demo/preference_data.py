@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from ftjax.data import labeled_examples
+from ftjax.data import labeled_examples, preference_rows
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
 from ftjax.data.sources import parse_spec, scan
@@ -22,7 +22,7 @@ LONGEST, TRAIN, TEST = 128, 300, 200
 def encode(row: dict | Bad, tokenizer: Tokenizer) -> Encoded | Bad:
   """A row's pair in tokens, or why there is none."""
   try:
-    parsed = row if isinstance(row, Bad) else labeled_examples.parse(row, 'pair', None)
+    parsed = row if isinstance(row, Bad) else preference_rows.parse(row, 'pair', None)
   except ValueError as error:
     return Bad(str(error))
   if isinstance(parsed, Bad):

@@ -61,7 +61,7 @@ def test_labels_or_scores_that_are_all_equal_are_refused(
 
 @pytest.mark.parametrize('algorithm', ['sft', 'dpo', 'grpo'])
 def test_evaluation_on_the_training_examples_is_reported(algorithm, tmp_path, caplog):
-  rows = synthetic._judged('pairs', 12, 100) if algorithm == 'dpo' else synthetic.sums(12)
+  rows = synthetic._labeled('pairs', 12, 100) if algorithm == 'dpo' else synthetic.sums(12)
   settings = dict(rollout__rewards='length:target=8', rollout__max_tokens=8)
   settings = {'grpo': settings, 'dpo': {'seq_len': 128}}.get(algorithm, {})
   with caplog.at_level(logging.WARNING):
