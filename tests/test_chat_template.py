@@ -236,6 +236,12 @@ LIST_ENDS = ('{{ n.x | tojson }}', '{{ n.x }}', '{{ n.x | string }}', "{{ '' ~ n
     "{{ '%999999999d' | format(1) }}",
     "{{ '{:*^999999999}'.format(1) }}",
     "{{ [[[1]]] | tojson(indent='x' * 99999) }}",
+    "{{ range(99999) | list | tojson(separators=('x' * 9999, ':')) }}",
+    '{% set n = namespace(x=range(99999) | list) %}{% for i in range(300) %}'
+    '{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson(indent=16) }}',
+    "{{ ('%(a(b))999999999d' % {'a(b)': 1}) | length }}",
+    "{{ ('%%%(a).999999999d' % {'a': 1}) | length }}",
+    "{{ ('%(' * 999999) % {} }}",
     "{{ 'a' | center(-5) | center(999999999) }}",
     '{{ 1.5 | round(999999999) }}',
     "{{ ('a' * 9999) | indent(9999, true) | length }}{{ ('\n' * 9999) | indent(99999) }}",
@@ -286,3 +292,9 @@ def test_errors_name_the_template_and_its_reason():
     render('{% if %}')
   with pytest.raises(DataError, match='TypeError'):
     render('{{ 1 + "a" }}')
+  with pytest.raises(DataError, match='expected length >= 9, got 5'):
+    render("{{ 'a' | truncate(5, true, '123456789') }}")
+  deep = '{{ ' + '(' * 20_000 + '1' + ')' * 20_000 + ' }}'
+  with pytest.raises(DataError, match='RecursionError'):
+    render(deep)
+  assert chat_template.find_tags(deep) == ()

@@ -260,3 +260,29 @@ def test_names_cost_no_import_until_they_are_used():
   code += "print(*(m for m in ('huggingface_hub', 'transformers', 'datasets') if m in sys.modules))"
   out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
   assert (out.stdout.strip(), out.returncode) == ('', 0), out.stderr
+
+
+def test_a_folder_named_as_the_organization_appears_later(hub):
+  """The run goes on, and resumes."""
+  hub.repo('org/m').push(files_of(GOLDEN / 'llama_tied'))
+  workdir = 'run'
+  Path(workdir).mkdir()
+  pinned = model_record.pin('org/m', workdir)
+  Path('org').mkdir()
+  fake_hub.forget()
+  assert model_record.pin('org/m', workdir) == pinned
+  assert hub_lib.is_pinned(pinned) and load.read_config(pinned)['model_type'] == 'llama'
+  assert not hub_lib.is_name('org/misspelt'), 'a local folder wins over other names'
+  Path('org/m').mkdir()
+  assert model_record.pin('org/m', workdir) == 'org/m'
+
+
+@pytest.mark.parametrize('answer', [b'{}', b'[]', b'null', b'<html>log in</html>'])
+def test_a_login_page_in_place_of_the_hub(hub, monkeypatch, answer):
+  def page(handler):
+    handler.send_response(200)
+    handler._finish(answer)
+
+  monkeypatch.setattr(fake_hub._Handler, '_answer', page)
+  with pytest.raises(DataError, match=r'did not answer as the hub does .*proxies and login pages'):
+    hub_lib.pin('org/m')

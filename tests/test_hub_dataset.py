@@ -99,6 +99,27 @@ def test_configs_and_splits_are_those_of_the_card(hub):
       rows(path)
 
 
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    ({'d.py': b'raise SystemExit'}, 'code of a data set is never run.*refs/convert/parquet'),
+    (
+      {'README.md': b'---\nconfigs: [\n---\n'},
+      r'its card \(README.md\) cannot be read: ParserError',
+    ),
+    (
+      {'README.md': b'---\ndataset_info:\n  features: 5\n---\n'},
+      r'its card \(README.md\) cannot be read: TypeError',
+    ),
+  ],
+)
+def test_a_data_set_that_the_library_refuses(hub, content, words):
+  rows_file = {} if 'd.py' in content else {'a.jsonl': b'{"text": "a"}\n'}
+  push(hub, 'org/d', rows_file | content)
+  with pytest.raises(DataError, match=words):
+    rows('org/d')
+
+
 def test_the_error_for_a_name_without_usable_rows(hub, monkeypatch):
   push(hub, 'org/d', {'a.jsonl': b'{"text": "a"}\n'})
   push(hub, 'org/empty', {})

@@ -39,7 +39,7 @@ def find_tags(template: str) -> tuple[str, ...]:
   """
   try:
     tree = ENVIRONMENT.parse(template)
-  except jinja2.exceptions.TemplateError:  # rendering reports it
+  except (jinja2.exceptions.TemplateError, RecursionError):  # rendering reports it
     return ()
   found: list[nodes.Node] = []
   for compare in tree.find_all(nodes.Compare):
@@ -183,5 +183,5 @@ def _render(template, messages, generation_prompt, special, tools, kwargs, rende
 # What a faulty template raises while it is compiled or rendered.
 _RAISED = (
   *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError),
-  *(RecursionError, MemoryError),
+  *(AssertionError, RecursionError, MemoryError),
 )

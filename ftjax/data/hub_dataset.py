@@ -94,6 +94,7 @@ def _read(record: Path) -> list[str] | None:
 
 def _splits(path: str, repo: str, config: str | None, commit: str) -> dict[str, list[str]]:
   """Returns the names of the files of each split of a config, as `datasets` finds them."""
+  import yaml
   from datasets import load_dataset_builder
 
   try:
@@ -106,6 +107,14 @@ def _splits(path: str, repo: str, config: str | None, commit: str) -> dict[str, 
     raise DataError(f'{path}: `datasets` finds no data files for it: {reason}') from error
   except OSError as error:
     raise hub.explain(path, error, 'dataset') from error
+  except RuntimeError as error:  # a data set that is a program, which `datasets` refuses
+    raise DataError(
+      f'{path}: {error}; code of a data set is never run. Its files may be converted in another '
+      f'revision: try {repo}@refs/convert/parquet'
+    ) from error
+  except (TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+    raise DataError(f'{path}: its card (README.md) cannot be read: {reason}') from error
   settings, usual = vars(builder.config), vars(type(builder.config)())
   if other := [k for k in settings if k not in _PLAIN and settings[k] != usual.get(k)]:
     raise DataError(

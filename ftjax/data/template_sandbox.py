@@ -137,9 +137,24 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
   """Returns JSON as HF's renderer writes it: no HTML escapes, keys in their order."""
   if (len(indent) if isinstance(indent, str) else indent or 0) not in range(17):
     raise OverLimit(f'calls tojson with {indent=}')
+  if separators is not None and max(map(len, separators), default=0) > 16:
+    raise OverLimit('calls tojson with separators of more than 16 characters')
+  if indent:
+    _count_indents(value, len(indent) if isinstance(indent, str) else indent)
   return json.dumps(
     value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
   )
+
+
+def _count_indents(value: Any, width: int) -> None:
+  """Counts the characters that indent the lines of a value's JSON, `width` a level."""
+  count, stack = CURRENT.get().count, [(value, 1)]
+  while stack:
+    item, depth = stack.pop()
+    if isinstance(item, list | tuple | dict):
+      count(len(item) * depth * width)
+      inner = item.values() if isinstance(item, dict) else item
+      stack.extend((x, depth + 1) for x in inner)
 
 
 def _strftime_now(form: str) -> str:
@@ -150,12 +165,37 @@ def _raise_exception(message: str):
   raise jinja2.exceptions.TemplateError(message)
 
 
-# A conversion of `%` whose width or precision is an argument or has four digits.
-_WIDE_PERCENT = re.compile(r'%(\([^)]*\))?[#0 +-]*(\*|\d{4}|\d*\.(\*|\d{4}))')
+# Flags, width and precision of a `%` conversion; wide: an argument or four digits.
+_CONVERSION = re.compile(r'[#0 +-]*(\*|\d*)(?:\.(\*|\d*))?')
+
+_PARENTHESIS = re.compile('[()]')
+
+
+def _has_wide_percent(form: str) -> bool:
+  """Returns whether a `%` format has a width or precision of four digits or by an argument.
+
+  Takes linear time. Names in parentheses may hold parentheses, as Python reads them.
+  """
+  at = form.find('%')
+  while at >= 0:
+    at += 1
+    if form.startswith('(', at):
+      depth = 1
+      while depth and (found := _PARENTHESIS.search(form, at + 1)):
+        at = found.start()
+        depth += 1 if found[0] == '(' else -1
+      if depth:
+        return False  # the name does not end: Python refuses the format
+      at += 1
+    found = _CONVERSION.match(form, at)
+    if any(part and (part == '*' or len(part) > 3) for part in found.groups()):
+      return True
+    at = form.find('%', max(found.end() + form.startswith('%', found.end()), at))
+  return False
 
 
 def _percent_size(form: str, *args, **kwargs) -> int:
-  if _WIDE_PERCENT.search(str(form)):
+  if _has_wide_percent(str(form)):
     raise OverLimit(f'formats with {str(form)[:40]!r}')
   return str(form).count('%') * (MAX_WIDTH + _text_size([args, kwargs]))
 

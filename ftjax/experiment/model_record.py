@@ -53,11 +53,15 @@ def pin(path: str, workdir: str) -> str:
   Raises:
     ConfigError, DataError: see `hub.pin`.
   """
-  return processes.from_main(lambda: _pin(path, workdir) if hub.is_name(path) else path)
+  return processes.from_main(lambda: _pin(path, workdir))
 
 
 def _pin(path: str, workdir: str) -> str:
-  if commit := _read(workdir)['commits'].get(path):
+  commit = _read(workdir)['commits'].get(path)
+  # A recorded name is one even if the workdir made a folder of the name's first part.
+  if not (hub.is_name(path) or (commit and not files.exists(path))):
+    return path
+  if commit:
     return f'{hub.split(path)[0]}@{commit}'
   pinned = hub.pin(path)
   if pinned != path:

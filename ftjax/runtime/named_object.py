@@ -75,7 +75,7 @@ def module(key: str, text: str) -> ModuleType:
     sys.path.append(here)
   try:
     return importlib.import_module(name)
-  except Exception as error:
+  except (Exception, SystemExit) as error:  # a script that ends the process when it is imported
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = '' if isinstance(error, ModuleNotFoundError) else f' ({frame.filename}:{frame.lineno})'
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:_LONGEST]
@@ -115,5 +115,5 @@ def fingerprint(text: str) -> str:
   path = spec.origin if spec and spec.origin else ''
   if not path.endswith('.py'):  # an extension module
     return digest([text])
-  with open(path, encoding='utf-8') as file:
+  with open(path, 'rb') as file:  # ast reads the encoding that the file declares
     return digest([text, ast.dump(ast.parse(file.read()))])

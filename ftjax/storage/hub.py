@@ -7,6 +7,7 @@ download finished are not fetched again. The library is imported when a name is 
 """
 
 import functools
+import json
 import logging
 import os
 import re
@@ -20,18 +21,23 @@ log = logging.getLogger(__name__)
 _PART = r'[A-Za-z0-9][\w.-]*'
 _NAME = re.compile(rf'({_PART}/{_PART})(?:@(\w[\w./-]*))?')
 _COMMIT = re.compile('[0-9a-f]{40}')
+# What huggingface_hub raises where a proxy or a login page answers in place of the hub.
+_STRANGE = (KeyError, TypeError, AttributeError)
 
 
 def is_name(path: str | os.PathLike) -> bool:
   """Returns whether the path of a model is meant as `org/name[@revision]` on the hub.
 
-  A local path wins, and so does a local folder `org`: in it a name was misspelt.
+  A local path wins. So does a local folder `org`, in which a name was misspelt; but not over
+  `org/name@COMMIT`: a run may have made its workdir in a folder of that name.
   """
   text = os.fspath(path)
   found = _NAME.fullmatch(text)
   if not found or text.endswith('.gguf') or '..' in text:
     return False
-  return not os.path.exists(text) and not os.path.isdir(text.partition('/')[0])
+  is_pinned_name = found[2] is not None and _COMMIT.fullmatch(found[2])
+  is_local = os.path.isdir(text.partition('/')[0]) and not is_pinned_name
+  return not os.path.exists(text) and not is_local
 
 
 def is_pinned(path: str | os.PathLike) -> bool:
@@ -71,7 +77,7 @@ def pin(text: str, kind: str = 'model') -> str:
     found = HfApi(library_name='ftjax').resolve_revision(
       repo, repo_type=kind, revision=revision or None
     )
-  except (HTTPError, RevisionResolutionError, OSError, ValueError) as error:
+  except (HTTPError, RevisionResolutionError, OSError, ValueError, *_STRANGE) as error:
     raise explain(text, error, kind) from error
   return f'{repo}@{found.resolved}'
 
@@ -108,7 +114,7 @@ def download(text: str, patterns: Sequence[str], is_shown: bool, kind: str = 'mo
         tqdm_class=None if is_shown else Quiet,
       )
     )
-  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *_STRANGE) as error:
     raise explain(text, error, kind) from error
 
 
@@ -129,7 +135,7 @@ def list_files(text: str) -> list[str]:
 
   try:
     return sorted(HfApi(library_name='ftjax').list_repo_files(repo, revision=commit))
-  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *_STRANGE) as error:
     raise explain(text, error) from error
 
 
@@ -200,5 +206,11 @@ def explain(text: str, error: BaseException, kind: str = 'model') -> RunError:
       f'{place} nothing was found, since {constants.ENDPOINT} cannot be reached '
       f'({type(error).__name__}: {reason}). Check the network, HF_ENDPOINT and proxies; finished '
       'files of a download are kept'
+    )
+  if isinstance(error, (json.JSONDecodeError, *_STRANGE)):
+    return DataError(
+      f'{place} nothing was found: {constants.ENDPOINT} did not answer as the hub does '
+      f'({type(error).__name__}: {error}). Check HF_ENDPOINT, '
+      'proxies and login pages of the network'
     )
   return DataError(f'{place} the download failed: {error}')

@@ -145,6 +145,9 @@ def test_its_module_is_imported_after_the_cheap_checks(tmp_path, monkeypatch):
     validation.validate(valid(algorithm='slow_toy:X', batch_size=0))
   with pytest.raises(ConfigError, match=r'cannot import slow_toy: KeyError: .*slow_toy.py:1'):
     validation.validate(valid(algorithm='slow_toy:X'))
+  (tmp_path / 'script_toy.py').write_text('import sys\nsys.exit(0)\n')
+  with pytest.raises(ConfigError, match=r'cannot import script_toy: SystemExit: 0 .*toy.py:2'):
+    validation.validate(valid(algorithm='script_toy:X'))
 
 
 def test_edited_code_is_another_algorithm(tmp_path, monkeypatch):
