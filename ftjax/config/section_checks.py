@@ -48,18 +48,34 @@ def _check_idle(c: ml_collections.ConfigDict) -> None:
       raise ConfigError(
         f'{key}={values[key]} does nothing with algorithm={c.algorithm}: leave it out'
       )
-  for key, other, readers in choices.only_with():
-    chosen = values[other]
-    if key in changed and chosen not in readers and not named_object.is_named(chosen):
-      raise ConfigError(
-        f'{key}={values[key]} does nothing with {other}={chosen}; it is for {", ".join(readers)}: '
-        'leave it out'
-      )
+  for key, reason in _unread_choices(c).items():
+    if not key.startswith('optim.'):
+      raise ConfigError(f'{reason}: leave it out')
   for key, other in _NEEDS:
     if key in changed and not values[other]:
       raise ConfigError(
         f'{key}={values[key]} does nothing with {other}=0: set {other}, or leave {key} out'
       )
+
+
+def _unread_choices(c: ml_collections.ConfigDict) -> dict[str, str]:
+  """Returns {changed key that the chosen value of another key does not read: the reason}."""
+  values, usual, out = flat(c), flat(default()), {}
+  for key, other, readers in choices.only_with():
+    chosen = values[other]
+    is_unread = chosen not in readers and not named_object.is_named(chosen)
+    if is_unread and values[key] != usual[key]:
+      out[key] = (
+        f'{key}={values[key]} does nothing with {other}={chosen}; it is for {", ".join(readers)}'
+      )
+  return out
+
+
+def unread_optimizer_keys(c: ml_collections.ConfigDict) -> list[str]:
+  """Returns a line for each key of the optimizer that is set and not read. These are allowed: with
+  optim.name on the command line the keys of a config file for another optimizer are still there.
+  """
+  return [reason for key, reason in _unread_choices(c).items() if key.startswith('optim.')]
 
 
 def _check_metric(c: ml_collections.ConfigDict) -> None:

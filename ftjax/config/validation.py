@@ -248,7 +248,7 @@ def _check_lengths(c: Section) -> None:
 
 def warnings(c: Section) -> list[str]:
   """Returns lines for the start of the log about settings that are allowed and rarely intended."""
-  out = []
+  out = section_checks.unread_optimizer_keys(c)
   train = {s.rpartition('@')[0] or s for s in _entries(c.data.train)}
   if same := sorted(train & set(_entries(c.data.eval)) - {''}):
     out.append(
