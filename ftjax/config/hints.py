@@ -94,8 +94,8 @@ ROWS = (
    None, 'rows are always shuffled by the seed and prepared ahead: leave it out'),
   (('max_samples', 'max_train_samples', 'limit'), None, 'give a smaller file in data.train'),
   # Optimizer.
-  (('learning_rate', 'rate', 'peak_learning_rate', 'peak_lr', 'base_lr', 'actor_learning_rate', 'max_lr'),
-   'optim.lr', ''),
+  (('learning_rate', 'rate', 'peak_learning_rate', 'peak_lr', 'base_lr', 'actor_learning_rate',
+    'max_lr'), 'optim.lr', ''),
   (('optim', 'optimizer', 'opt_type', 'optimizer.type', 'optimizer_type', 'optim.type', 'opt'),
    'optim.name', _one_of(choices.OPTIMIZERS)),
   (('lr_scheduler_type', 'lr_scheduler', 'learning_rate_schedule', 'lr_schedule', 'scheduler',
