@@ -66,9 +66,9 @@ def test_evaluation_on_the_training_examples_is_reported(algorithm, tmp_path, ca
   settings = {'grpo': settings, 'dpo': {'seq_len': 128}}.get(algorithm, {})
   with caplog.at_level(logging.WARNING):
     data_check.check(run(tmp_path, algorithm, rows, rows[:6], **settings))
-    assert 'very examples' not in caplog.text
+    assert 'same examples' not in caplog.text
     data_check.check(run(tmp_path, algorithm, rows, rows, **settings))
-  assert 'eval.jsonl holds the very examples of data.train' in caplog.text
+  assert 'eval.jsonl holds the same examples as data.train' in caplog.text
 
 
 def test_a_single_example_is_reported(tmp_path, caplog):

@@ -268,6 +268,7 @@ def test_a_folder_named_as_the_organization_appears_later(hub):
   workdir = 'run'
   Path(workdir).mkdir()
   pinned = model_record.pin('org/m', workdir)
+  model_record.keep_commits({'org/m': pinned}, workdir)
   Path('org').mkdir()
   fake_hub.forget()
   assert model_record.pin('org/m', workdir) == pinned
@@ -275,6 +276,17 @@ def test_a_folder_named_as_the_organization_appears_later(hub):
   assert not hub_lib.is_name('org/misspelt'), 'a local folder wins over other names'
   Path('org/m').mkdir()
   assert model_record.pin('org/m', workdir) == 'org/m'
+
+
+def test_a_workdir_in_a_folder_named_as_the_organization(hub, tmp_path):
+  """A fresh start, which makes the folder, and a resume."""
+  model = tiny_model.write_folder(tmp_path / 'm', dataclasses.replace(ARCH, max_len=64))
+  commit = hub.repo('org/m').push(files_of(model))
+  for _ in range(2):
+    c = tiny('sft', **{'model.path': 'org/m', 'seq_len': 32, 'model.random': {}})
+    assert run.start(c, 'org/run', with_data=False).model.source == f'org/m@{commit}'
+    assert Path('org').is_dir()
+    fake_hub.forget()
 
 
 @pytest.mark.parametrize('answer', [b'{}', b'[]', b'null', b'<html>log in</html>'])

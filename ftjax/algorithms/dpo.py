@@ -8,7 +8,6 @@ they are computed before the first step, and come with the batches (reference_lo
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -24,15 +23,11 @@ make_loss = preference_loss.make_loss
 
 
 def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
-  """Returns a jitted (params, batch) -> `preference_loss.measured` of each row."""
+  """Returns the measure of `preference_loss.measured` of each row."""
   forward, row = forward.without_remat(), preference_loss.row(c)
-
-  @jax.jit
-  def measure(params, batch):
-    m = preference_loss.measured(forward, params, batch, row.needs_reference)
-    return pair_metrics.replicated(m)
-
-  return measure
+  return pair_metrics.jit_measure(
+    lambda params, batch: preference_loss.measured(forward, params, batch, row.needs_reference)
+  )
 
 
 def evaluate(

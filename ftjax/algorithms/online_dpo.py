@@ -1,5 +1,5 @@
 """Online DPO: the best and the worst completion of each prompt as a pair (Guo et al. 2024, with
-rewards in place of a judge).
+rewards in place of preference labels by a model).
 
 The losses are those of dpo.py, by `dpo` of the config; completions, rewards and resuming are in
 rl/rollout_source.py."""

@@ -13,7 +13,7 @@ import numpy as np
 from ftjax.evaluation import statistics
 from ftjax.experiment.run import Run
 
-# jitted (parameters, batch) -> {name: float32[B], replicated}, with 'weights' 0 for padding rows.
+# (parameters, batch) -> {name: float32[B]}, with 'weights' 0 for padding rows.
 Measure = Callable[[dict, dict], dict[str, jax.Array]]
 
 
@@ -22,9 +22,14 @@ def present(batch: dict) -> jax.Array:
   return (batch['segments'] == 1).any(-1).astype(jnp.float32)
 
 
-def replicated(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """Returns the same arrays replicated on every device, so that every process can read them."""
-  return {k: jax.sharding.reshard(v, jax.P()) for k, v in found.items()}
+def jit_measure(rows: Measure) -> Measure:
+  """Returns `rows` jitted, with its results on every device, where every process can read them."""
+
+  @jax.jit
+  def measure(params, batch):
+    return {k: jax.sharding.reshard(v, jax.P()) for k, v in rows(params, batch).items()}
+
+  return measure
 
 
 def collect(

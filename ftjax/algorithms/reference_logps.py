@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -144,12 +143,11 @@ class _Measure:
     self._run, self._load_first, self._params = run, load_first, None
     forward = run.forward
 
-    @jax.jit
     def sides(params, batch):
       found = forward.side_logprobs(params, batch, (1, 2))
-      return pair_metrics.replicated(dict(zip(REFERENCE_FIELDS, found, strict=True)))
+      return dict(zip(REFERENCE_FIELDS, found, strict=True))
 
-    self._sides = sides
+    self._sides = pair_metrics.jit_measure(sides)
 
   def __call__(
     self, corpus: Corpus, start: int, count: int, report: Callable[[int], None]

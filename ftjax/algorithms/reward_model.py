@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -38,18 +37,15 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
 
 def make_measure(forward: Forward, c: ml_collections.ConfigDict) -> pair_metrics.Measure:
-  """Returns a jitted (params, batch) -> scores of each row."""
+  """Returns the measure of the scores of each row."""
   forward, paired = forward.without_remat(), c.reward_model.objective == 'pairs'
 
-  @jax.jit
   def measure(params, batch):
     found = forward.sequence_rewards(params, batch, 1 + paired)
     named = dict(zip(('first', 'second'), found, strict=False))
-    return pair_metrics.replicated(
-      named | {'values': batch['values'], 'weights': pair_metrics.present(batch)}
-    )
+    return named | {'values': batch['values'], 'weights': pair_metrics.present(batch)}
 
-  return measure
+  return pair_metrics.jit_measure(measure)
 
 
 def evaluate(

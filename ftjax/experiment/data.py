@@ -41,7 +41,7 @@ class Data:
       for i, x in enumerate(xs)
     }
 
-  def tell(self) -> None:
+  def log_summary(self) -> None:
     """Logs a line on each source, and warnings on rows that were left out or changed."""
     schedules = [*self.mixture.sources, *(None for _ in self.evaluation)]
     logged = set()
@@ -94,7 +94,7 @@ class PromptData:
     row = self.mixture.row(number)
     return self.sources[row.source].rows[row.examples[0]]
 
-  def tell(self) -> None:
+  def log_summary(self) -> None:
     """Logs a line on each source that the summary of the run does not describe."""
     several = len(self.sources) > 1
     for found in self.sources:

@@ -36,7 +36,7 @@ def _warn_of_equal_sources(training: Sequence, evaluation: Sequence) -> None:
   for source in evaluation:
     if source.fingerprint in known:
       log.warning(
-        'data.eval: %s holds the very examples of data.train (%s): its figures will not show '
+        'data.eval: %s holds the same examples as data.train (%s): its figures will not show '
         'overfitting; give held-out examples, or set data.eval_fraction',
         *(source.name, known[source.fingerprint]),
       )

@@ -20,6 +20,7 @@ resolution.
 
 import json
 import time
+from collections.abc import Mapping
 
 from ftjax.cluster import processes
 from ftjax.hf import load
@@ -63,10 +64,19 @@ def _pin(path: str, workdir: str) -> str:
     return path
   if commit:
     return f'{hub.split(path)[0]}@{commit}'
-  pinned = hub.pin(path)
-  if pinned != path:
-    _add(workdir, 'commits', path, hub.split(pinned)[1])
-  return pinned
+  return hub.pin(path)
+
+
+def keep_commits(pinned: Mapping[str, str], workdir: str) -> None:
+  """Records the commits of names for later starts; pinned: {name: what `pin` returned}."""
+  processes.from_main(lambda: _keep_commits(pinned, workdir))
+
+
+def _keep_commits(pinned: Mapping[str, str], workdir: str) -> None:
+  known = _read(workdir)['commits']
+  for path, found in pinned.items():
+    if path != found and path not in known:
+      _add(workdir, 'commits', path, hub.split(found)[1])
 
 
 def hash_while_loading(path: str, workdir: str) -> None:

@@ -185,8 +185,11 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
   """
   watchdog = Watchdog(c.watchdog.to_dict())
   with watchdog.phase('restore'):
-    files.probe(workdir)
     workdir = files.absolute(workdir)  # Orbax takes no relative path
+    # Before the workdir is made, perhaps in a folder that has the name of an organization.
+    pinned = _pin_models(c, workdir)
+    files.probe(workdir)
+    model_record.keep_commits(pinned, workdir)
     _check_shared(c, workdir)
     configure_jax(c)
     if keeps_programs(c):
@@ -196,7 +199,6 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    _pin_models(c, workdir)
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
@@ -211,16 +213,18 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       # The other processes read from the shared cache what the first one wrote.
       data = processes.main_first(lambda: examples.open_data(c, model.tokenizer, workdir))
       processes.check_same('data', digest(data.fingerprints()))
-    data.tell()
+    data.log_summary()
   return Run(c, workdir, mesh, model, data, watchdog)
 
 
-def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Puts the commits of hub models into the config."""
+def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> dict[str, str]:
+  """Puts the commits of hub models into the config; returns {path as given: path with commit}."""
   others = (a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key)
+  values, pinned = section.flat(c), {}
   for key in ('model.path', *others):
-    pinned = model_record.pin(section.flat(c)[key], workdir)
-    c.update_from_flattened_dict({key: pinned})
+    pinned[values[key]] = model_record.pin(values[key], workdir)
+    c.update_from_flattened_dict({key: pinned[values[key]]})
+  return pinned
 
 
 def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:

@@ -3,7 +3,7 @@
 At every step all slots write their token at index `at`, which goes round modulo the capacity, so a
 step is one slice per layer. A sequence that enters a slot later finds room just before `at`: the
 entries of its prompt, padded on the left, are written there (over the end of the ring where need
-be), and what the slot held before is forgotten. Where an entry stands in the ring says nothing:
+be), and what the slot held before is forgotten. The index of an entry in the ring has no meaning:
 keys are rotated before they are cached, and segments and positions alone say who looks at whom. A
 sequence spans at most its padded prompt and its own tokens, and a ring that holds so many never
 overwrites what is still looked at."""

@@ -281,7 +281,7 @@ def llama3_scaling(
 
   On the ramp the inverse divisor is linear in 1/wavelength, which gives two numbers for three
   unknowns: multiplying original_len and both frequency factors by one number changes nothing. So
-  the scale is a convention: the file's original_len where it tells one, else low_freq_factor = 1,
+  the scale is a convention: the file's original_len where it has one, else low_freq_factor = 1,
   as all published Llama 3 models have it.
 
   Raises:

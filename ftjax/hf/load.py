@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to tell revisions apart
+_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revisions
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:

@@ -105,7 +105,7 @@ def attend(
     capability=_capability(platform),
   )
   name = kernel(problem)
-  _tell(name, problem)
+  _log_choice(name, problem)
   local = functools.partial(_local, name=name, problem=problem)
   return sharding.shard_map(local, specs, heads)(q, k, v, *places)
 
@@ -146,7 +146,7 @@ def _obstacle(p: Problem) -> str:
 _told: set[tuple[str, str]] = set()  # (platform, kernel)
 
 
-def _tell(name: str, p: Problem) -> None:
+def _log_choice(name: str, p: Problem) -> None:
   """Once for each kernel, whatever the shapes: prompts of a rollout have many."""
   if (p.platform, name) in _told:
     return

@@ -190,7 +190,7 @@ def _readline() -> ModuleType | None:
 
 
 def _history(action: Callable[[str], None], file: str) -> None:
-  """Reads or writes the history; a chat goes on without."""
+  """Reads or writes the history; a chat continues without it."""
   try:
     action(os.path.expanduser(file))
   except OSError as error:

@@ -120,7 +120,7 @@ class Checkpoints:
     for name in () if self._is_remote else _INDEXES:
       try:
         json.loads(files.read_text(files.join(self._directory, str(step), name)))
-      except (FileNotFoundError, ValueError) as error:  # another error says nothing of the file
+      except (FileNotFoundError, ValueError) as error:  # another error is not about the file
         return f'{name}: {error}'
     return ''
 
@@ -154,8 +154,8 @@ class Checkpoints:
     )
 
   def restore(self, step: int, abstract_state: Any) -> Any:
-    """The state saved at `step`, laid out like `abstract_state` (ShapeDtypeStructs with shardings,
-    of any mesh).
+    """Returns the state saved at `step`, with the shardings of `abstract_state`
+    (ShapeDtypeStructs, of any mesh).
 
     Raises:
       DataError: the step is not there or damaged, or its tree or shapes are others.

@@ -104,7 +104,7 @@ def attend(
   """softmax(cap(q k^T / sqrt(H))) v within segments, causal. Inside `shard_map`.
 
   Args:
-    q: [B, T, N, H], T a multiple of 128; this device's tokens as runtime/sharding.py lays them.
+    q: [B, T, N, H], T a multiple of 128; this device's tokens in the order of runtime/sharding.py.
     k: [B, S, K, H], of the whole row in its natural order; N a multiple of K.
     v: [B, S, K, H].
     segments: int32[B, T] of the queries, int32[B, S] of the keys.
