@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_model import decoder
 
-from ftjax.experiment.model import LLAMA_DEFAULTS
 from ftjax.families import hf_config, llama, tensor_map
 from ftjax.families import table as families
 from ftjax.families.tensor_map import Row
@@ -165,7 +164,7 @@ def test_a_config_of_transformers_own_class_is_read(name):
 def test_model_random_has_the_defaults_of_llamas_class():
   defaults = hf_config.class_defaults('llama')
   theta = defaults['rope_parameters']['rope_theta']
-  assert {k: defaults.get(k, theta) for k in LLAMA_DEFAULTS} == LLAMA_DEFAULTS
+  assert {k: defaults.get(k, theta) for k in llama.DEFAULTS} == llama.DEFAULTS
 
 
 def test_a_key_without_a_default_anywhere_is_named():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
-from ftjax.families import table
+from ftjax.families import llama, table
 from ftjax.hf import load, reward_head
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
@@ -42,22 +42,10 @@ class Model:
     return digest([self.hash_weights(), self.arch.facts()])
 
 
-# What LlamaConfig of transformers has for the keys that model.random leaves out.
-LLAMA_DEFAULTS = {
-  'hidden_act': 'silu',
-  'rms_norm_eps': 1e-6,
-  'rope_theta': 10000.0,
-  'max_position_embeddings': 2048,
-  'tie_word_embeddings': False,
-  'attention_bias': False,
-  'mlp_bias': False,
-}
-
-
 def random_config(random: dict) -> dict:
   """Returns model.random as a HF config.json, complete for the family `llama`."""
   config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
-  return LLAMA_DEFAULTS | config if config['model_type'] == 'llama' else config
+  return llama.DEFAULTS | config if config['model_type'] == 'llama' else config
 
 
 def open_model(

@@ -24,6 +24,16 @@ KEYS = hf_rope.KEYS | {
   'head_dim', 'intermediate_size', 'rms_norm_eps', 'tie_word_embeddings', 'max_position_embeddings',
   'hidden_act', 'attention_bias', 'mlp_bias', 'use_sliding_window', 'sliding_window', 'layer_types',
 }  # fmt: skip
+# The defaults of LlamaConfig in transformers, for a config.json that is made without it.
+DEFAULTS = {
+  'hidden_act': 'silu',
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 10000.0,
+  'max_position_embeddings': 2048,
+  'tie_word_embeddings': False,
+  'attention_bias': False,
+  'mlp_bias': False,
+}
 
 
 def _untied(arch: Architecture, spec: BlockSpec | None) -> bool:
