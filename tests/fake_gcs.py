@@ -23,6 +23,7 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler, Router
 from gcp_storage_emulator.storage import Storage
+from loopback import Loopback
 
 from ftjax.storage import gcs
 
@@ -41,7 +42,7 @@ class Request:
   is_content: bool
 
 
-class FakeGcs:
+class FakeGcs(Loopback):
   """The server; a context manager. `deny` holds permissions, such as 'objects.create';
   `unavailable` how often a request is answered 503 whose path has the key in it.
   """
@@ -55,21 +56,12 @@ class FakeGcs:
     self.requests: list[Request] = []
     self.lock = threading.RLock()
     self._server = _Server(('127.0.0.1', 0), functools.partial(_Handler, self, self.storage))
-    self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
     self.env = {
       'STORAGE_EMULATOR_HOST': self.url,
       'TENSORSTORE_GCS_HTTP_URL': self.url,
       'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'none',
       'GOOGLE_CLOUD_PROJECT': 'project',
     }
-
-  def __enter__(self):
-    threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-    return self
-
-  def __exit__(self, *_):
-    self._server.shutdown()
-    self._server.server_close()
 
   def reset(self) -> None:
     """An empty bucket that refuses nothing."""

@@ -9,10 +9,11 @@ import dataclasses
 import hashlib
 import json
 import re
-import threading
 import time
 from http import HTTPStatus, server
 from urllib.parse import parse_qs, unquote, urlparse
+
+from loopback import Loopback
 
 from ftjax.data import hub_dataset
 from ftjax.hf import model_folder
@@ -37,7 +38,7 @@ class Repo:
     return made
 
 
-class FakeHub:
+class FakeHub(Loopback):
   """The server; a context manager. `repos` is by 'models/org/name' or 'datasets/org/name'.
 
   requests: (method, path, bytes sent) of what was answered. slow_files: seconds of sleep in the
@@ -52,7 +53,6 @@ class FakeHub:
     self._begun: list[str] = []
     self._server = server.ThreadingHTTPServer(('127.0.0.1', 0), self._handler())
     self._server.daemon_threads = True
-    self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
     self.env = {
       'HF_ENDPOINT': self.url,
       'HF_HOME': str(home),
@@ -61,14 +61,6 @@ class FakeHub:
       'HF_HUB_DISABLE_XET': '1',
       'NO_PROXY': '127.0.0.1',
     }
-
-  def __enter__(self):
-    threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-    return self
-
-  def __exit__(self, *_):
-    self._server.shutdown()
-    self._server.server_close()
 
   def repo(self, name, kind='models'):
     return self.repos.setdefault(f'{kind}/{name}', Repo())
