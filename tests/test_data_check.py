@@ -79,6 +79,18 @@ def test_a_single_example_is_reported(tmp_path, caplog):
   assert 'one example alone' in caplog.text
 
 
+def test_a_synthetic_file_is_never_half_written(tmp_path):
+  """Several processes resolve one source while others read its file."""
+  path = pathlib.Path(synthetic.resolve(parse_spec('sums:20'), str(tmp_path)).path)
+  whole, first = path.read_text(), path.stat().st_ino
+  synthetic.resolve(parse_spec('sums:20'), str(tmp_path))
+  assert path.stat().st_ino == first, 'an equal file is left alone'
+  path.write_text(whole[:100])
+  with path.open() as reader:
+    synthetic.resolve(parse_spec('sums:20'), str(tmp_path))
+    assert reader.read() == whole[:100] and path.read_text() == whole, 'replaced, not truncated'
+
+
 @pytest.mark.parametrize(
   ('source', 'rows'), [('sums:90:10', 90), ('pairs:7:3', 7), ('labels:4:2', 4), ('sums:100', 100)]
 )

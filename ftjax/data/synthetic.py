@@ -88,7 +88,10 @@ def resolve(spec: Spec, folder: str) -> Spec:
   path = files.local_mirror(folder) / f'{name}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
   rows = sums(count, below) if kind == 'sums' else _labeled(kind, count, below)
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  # Other processes may be reading the file: it is replaced atomically, and only where it differs.
+  if not (path.exists() and path.read_text() == text):
+    files.write_text(path, text)
   return dataclasses.replace(spec, path=str(path))
 
 
