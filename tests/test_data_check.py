@@ -8,6 +8,7 @@ import pytest
 import tiny_pairs
 
 from ftjax.data import synthetic
+from ftjax.data.sources import parse_spec
 from ftjax.experiment import data as examples
 from ftjax.experiment import data_check
 from ftjax.experiment import run as experiment
@@ -95,8 +96,6 @@ def test_a_synthetic_file_is_never_half_written(tmp_path):
   ('source', 'rows'), [('sums:90:10', 90), ('pairs:7:3', 7), ('labels:4:2', 4), ('sums:100', 100)]
 )
 def test_synthetic_sums_may_have_smaller_terms(source, rows, tmp_path):
-  from ftjax.data.sources import parse_spec
-
   found = synthetic.resolve(parse_spec(source), str(tmp_path))
   lines = pathlib.Path(found.path).read_text().splitlines()
   assert len(lines) == len(set(lines)) == rows
