@@ -84,7 +84,7 @@ def test_what_became_of_rows_is_logged_once_and_goes_into_the_manifest(tmp_path,
   }
   data = examples.open_rows(settings(tmp_path, rows, **changes), TOKENIZER, str(tmp_path))
   caplog.set_level(logging.INFO)
-  data.tell()
+  data.log_summary()
   text = caplog.text
   assert text.count('1 of 23 rows left out') == 1 and 'train.jsonl:21: ' in text
   assert '2 truncated (9.1%)' in text and 'columns not read: id (1 rows)' in text

@@ -230,7 +230,7 @@ def test_problems_that_the_gpu_kernel_rejects_are_logged(
   problem = Problem('gpu', 1, 8192, 8192, head_dim, dtype, capability=capability)
   assert attention.kernel(problem) == 'blocked'
   for queries in (8192, 4096):  # once, for all shapes
-    attention._tell('blocked', dataclasses.replace(problem, queries=queries, keys=queries))
+    attention._log_choice('blocked', dataclasses.replace(problem, queries=queries, keys=queries))
   assert caplog.text.count('kernel on gpu: blocked') == 1 and why in caplog.text
 
 
