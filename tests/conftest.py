@@ -20,6 +20,8 @@ os.environ['XLA_FLAGS'] = os.environ.get(
   + ' --xla_cpu_use_fusion_emitters=false' * metadata.version('jaxlib').startswith('0.10.'),
 )
 os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
+# XLA aborts the process when a device waits 40 s for the others; a busy machine may take longer.
+os.environ['XLA_FLAGS'] += ' --xla_cpu_collective_call_terminate_timeout_seconds=1200'
 
 # Programs are compiled once a session, also for the processes that tests start; FTJAX_TEST_CACHE
 # names a folder to keep them in from session to session. JAX's keys hold the versions of jax and
