@@ -40,6 +40,8 @@ def usage() -> str:
 def main() -> None:
   """Runs the entry that the first argument names, with the arguments after it."""
   name = sys.argv[1] if len(sys.argv) > 1 else ''
+  if name == 'help' and len(sys.argv) > 2 and sys.argv[2] in ENTRIES:
+    name, sys.argv[1:] = sys.argv[2], [sys.argv[2], '--help']
   if name in _HELP:
     print(usage())
   elif name == '--version':

@@ -99,6 +99,8 @@ def _parse(argv: list[str], about: str) -> list[str]:
   try:
     words = FLAGS.read_flags_from_files(argv[1:])
     if any(w in _HELP for w in words):
+      if argv[0].startswith('ftjax '):  # as the console script calls it
+        about = about.replace('python -m ftjax.', 'ftjax ')
       print(_help(about))
       sys.exit(0)
     _check_words(words)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from tiny_model import QWEN2, TINY, UNTIED, with_mixer
+from transformers import AutoConfig
 
 from ftjax.families import table as families
 from ftjax.families.hf_config import notices
@@ -160,12 +161,26 @@ def test_a_qwen2_that_the_decoder_does_not_compute_is_refused(changes, named):
     families.architecture(QWEN | changes)
 
 
+@pytest.mark.parametrize('config', [CONFIG, QWEN], ids=['llama', 'qwen2'])
 @pytest.mark.parametrize(
-  'missing', ['vocab_size', 'hidden_size', 'num_hidden_layers', 'intermediate_size']
+  ('key', 'field'),
+  [
+    ('vocab_size', 'vocab_size'),
+    ('hidden_size', 'model_dim'),
+    ('num_hidden_layers', 'num_layers'),
+    ('intermediate_size', 'ffn_dim'),
+    ('num_attention_heads', 'num_heads'),
+    ('num_key_value_heads', 'num_kv_heads'),
+  ],
 )
-def test_a_missing_size_is_named(missing):
-  with pytest.raises(DataError, match=missing):
-    families.architecture({k: v for k, v in CONFIG.items() if k != missing})
+def test_a_missing_size_is_the_one_of_transformers_class(config, key, field):
+  config = config | {'hidden_size': 512, 'num_attention_heads': 64, 'head_dim': 8}
+  without = {k: v for k, v in config.items() if k != key}
+  arch = families.architecture(without)
+  block = arch.layers()[0]
+  found = next(getattr(x, field) for x in (arch, block.mixer, block.mlp) if hasattr(x, field))
+  expected = AutoConfig.for_model(**without)
+  assert found == getattr(expected, key)
 
 
 def test_an_incomplete_rope_rule_is_named():

@@ -257,6 +257,18 @@ def test_a_conversation_outgrows_its_cache(own, params, read_whole, monkeypatch)
   assert sizes[0] == 64 and sizes[-1] == 96
 
 
+def test_a_new_conversation_leaves_a_cache_that_is_far_too_large(own, params, monkeypatch):
+  """Also where it begins with the same tokens: every step would read what the old one wrote."""
+  monkeypatch.setattr(batch, '_LEAST_CAPACITY', 32)
+  conversation = Conversation()
+  long, short = [*PROMPTS[2], *ids(1, 60, seed=1)[0].tolist()], PROMPTS[2][:3]
+  say(own, params, long, 0, conversation)
+  before = conversation.cache.tokens.segments.shape[1]
+  found = say(own, params, short, 0, conversation)
+  assert conversation.cache.tokens.segments.shape[1] < before / 2
+  assert found == say(own, params, short, 0, Conversation())
+
+
 def test_a_long_conversation_compiles_nothing_new(own, params, read_whole):
   """Ten turns of growing length: the programs are those of the first two."""
   turns = [ids(1, n, seed=n)[0].tolist() for n in (9, 4, 2, 6, 3, 5, 1, 2, 4, 3)]

@@ -66,7 +66,10 @@ def test_help_of_an_entry_shows_its_own_flags(name):
   code, out, err = call(name, '--help')
   assert code == 0 and err == ''
   about = ast.get_docstring(ast.parse((tiny_run.ROOT / 'ftjax' / f'{name}.py').read_text()))
-  assert out.startswith(about.splitlines()[0])
+  assert about.startswith(f'python -m ftjax.{name} --')
+  assert out.startswith(about.splitlines()[0].replace('python -m ftjax.', 'ftjax '))
+  if name == 'convert':
+    assert call('help', name) == (0, out, '')
   defined = {'train': 'heartbeat_s', 'preview': 'rows', 'plan': 'topology', 'evaluate': 'workdir'}
   defined |= {'generate': 'prompts', 'convert': 'target'}
   assert f'\n  --{defined[name]}  ' in out

@@ -180,7 +180,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(_in_form(scoring, found), scoring, usual_id, place, spec.format)
+      row, others = _read_row(_call(scoring.read, found), scoring, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -211,10 +211,10 @@ def _digest(spec: sources.Spec) -> str:
   return sources.fingerprint(spec)
 
 
-def _in_form(kind: Kind, row: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns a row as the kind reads it. Raises ValueError, whatever a user's function raises."""
+def _call(function: Callable, *arguments: Any) -> Any:
+  """Returns the value of a kind's function. Raises ValueError, whatever the function raises."""
   try:
-    return kind.read(row)
+    return function(*arguments)
   except ValueError:
     raise
   except Exception as error:
@@ -238,7 +238,7 @@ def _read_row(
     choices, answer = _read_choices(row)
   else:
     choices, answer = (), _read_text(row, 'answer')
-    kind.check_answer(answer)
+    _call(kind.check_answer, answer)
   name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')

@@ -77,13 +77,14 @@ def _wrong(key: str, value: Any, expected: str) -> DataError:
 
 
 @functools.cache
-def class_defaults(model_type: str) -> Mapping[str, Any]:
+def class_defaults(model_type: str, **given: int) -> Mapping[str, Any]:
   """Returns the keys and defaults of transformers' config class; {} where it has no such class.
 
-  The first call imports transformers' config classes, which takes about a second and no torch.
+  Some defaults follow from the keys that are `given`. The first call imports transformers' config
+  classes, which takes about a second and no torch.
   """
   classes = transformers_library.load('CONFIG_MAPPING').CONFIG_MAPPING
-  return classes[model_type]().to_dict() if model_type in classes else {}
+  return classes[model_type](**given).to_dict() if model_type in classes else {}
 
 
 class HfConfig:
@@ -124,6 +125,12 @@ class HfConfig:
     if value < 1:
       raise DataError(f'config.json: {key}={value}; expected {expected}')
     return value
+
+  def size(self, key: str) -> int:
+    """Returns a count; that of transformers' config class where the key is absent. Raises as
+    `count`, also for null, which is no size.
+    """
+    return self.count(key, of_class=key not in self.content)
 
   def number(self, key: str, default: float | None = None, *, of_class: bool = False) -> float:
     """Returns a positive finite number. Raises as `count`."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftjax.families import hf_rope
 from ftjax.families.family import Family
-from ftjax.families.hf_config import HfConfig
+from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import (
   Architecture,
@@ -95,7 +95,7 @@ def read_sizes(c: HfConfig, family: str, *, qkv_bias: bool) -> Architecture:
   if c.flag('use_sliding_window', False):
     raise _unsupported(c, 'use_sliding_window', False)
   _check_layer_types(c)
-  heads, dim = c.count('num_attention_heads'), c.count('hidden_size')
+  heads, dim = c.size('num_attention_heads'), c.size('hidden_size')
   if c.get('head_dim') is None and dim % heads:
     raise DataError(
       f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
@@ -107,22 +107,34 @@ def read_sizes(c: HfConfig, family: str, *, qkv_bias: bool) -> Architecture:
   norm = Norm(c.number('rms_norm_eps', of_class=True))
   mixer = AttentionSpec(
     num_heads=heads,
-    num_kv_heads=c.count('num_key_value_heads', heads),
+    num_kv_heads=_kv_heads(c, heads),
     head_dim=head_dim,
     rope=hf_rope.read(c),
     qkv_bias=qkv_bias,
   )
-  block = BlockSpec(mixer, GatedMlpSpec(c.count('intermediate_size')), norm)
+  block = BlockSpec(mixer, GatedMlpSpec(c.size('intermediate_size')), norm)
   return Architecture(
     family=family,
-    vocab_size=c.count('vocab_size'),
+    vocab_size=c.size('vocab_size'),
     model_dim=dim,
-    stacks=(((block,), c.count('num_hidden_layers')),),
+    stacks=(((block,), c.size('num_hidden_layers')),),
     final_norm=norm,
     tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=c.count('max_position_embeddings', of_class=True),
     num_labels=c.num_labels(),
   )
+
+
+def _kv_heads(c: HfConfig, heads: int) -> int:
+  """Returns num_key_value_heads; null means as many as heads, and an absent key what
+  transformers' class makes of it.
+  """
+  key = 'num_key_value_heads'
+  if key in c.content:
+    return c.count(key, heads)
+  # The class checks that the heads divide hidden_size, whatever head_dim is.
+  sizes = {'hidden_size': 64 * heads, 'num_attention_heads': heads}
+  return class_defaults(str(c.model_type), **sizes).get(key, heads)
 
 
 def _unsupported(c: HfConfig, key: str, expected: bool) -> DataError:
@@ -144,7 +156,7 @@ def _check_layer_types(c: HfConfig) -> None:
         f'config.json: layer_types has {kind!r}, which is not supported here; expected '
         "'full_attention' in every layer"
       )
-  layers = c.count('num_hidden_layers')
+  layers = c.size('num_hidden_layers')
   if len(types) != layers:
     raise DataError(
       f'config.json: layer_types has {len(types)} entries and num_hidden_layers={layers}'

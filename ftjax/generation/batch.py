@@ -41,7 +41,8 @@ class Conversation:
 
     Returns:
       (cache, how many tokens of the prompt it holds, index to be written next); (None, 0, 0) where
-      it holds none of them or has no room for the rest.
+      it holds none of them, has no room for the rest, or is more than twice as large as a new one:
+      every step reads all of it, also what a conversation that was reset has left there.
     """
     cache, self.cache = self.cache, None
     # One token at least is read, for the logits of the next.
@@ -53,7 +54,9 @@ class Conversation:
     if cache is None or not known:
       return None, 0, 0
     needed = self.at + short_bucket(len(prompt) - known) + most
-    if needed > cache.tokens.segments.shape[1]:
+    capacity = cache.tokens.segments.shape[1]
+    anew = _conversation_capacity(bucket(len(prompt)) + most)
+    if needed > capacity or capacity > 2 * anew:
       return None, 0, 0
     return cache, known, self.at
 

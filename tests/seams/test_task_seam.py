@@ -2,6 +2,7 @@
 wrong with one is reported early. A run with it is in test_algorithm_seam.py.
 """
 
+import dataclasses
 import json
 import types
 
@@ -61,6 +62,23 @@ def test_its_rows_are_checked(tmp_path):
     load(tmp_path, {'number': 1, 'question': 'q', 'result': '1' * 10})
   with pytest.raises(DataError, match=r"rows.jsonl:2: KeyError: 'number'"):
     load(tmp_path, ROWS[0], {'question': 'q', 'result': '1'})
+
+
+def test_an_error_of_its_functions_names_the_row(tmp_path, monkeypatch):
+  task = load(tmp_path, *ROWS)
+
+  def use(**functions):
+    monkeypatch.setattr(toy_task, 'AS_LONG', dataclasses.replace(toy_task.AS_LONG, **functions))
+
+  use(is_right=lambda completion, prompt, answer: completion[9] == answer)
+  with pytest.raises(DataError, match=r'rows.jsonl:1: .*: is_right raised IndexError'):
+    evaluated(task, [0, 1, 1, 1, 1])
+  use(is_right=lambda completion, prompt, answer: None)
+  with pytest.raises(DataError, match='is_right returned None; expected True or False'):
+    evaluated(task, [0, 1, 1, 1, 1])
+  use(check_answer=lambda answer: answer.missing)
+  with pytest.raises(DataError, match=r'rows.jsonl:1: AttributeError'):
+    load(tmp_path, *ROWS)
 
 
 @pytest.mark.parametrize(
