@@ -12,7 +12,7 @@ from ftjax.cluster.step_sync import StepSync
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.runtime.errors import NonFiniteError, StoppedEarly
 from ftjax.telemetry.console import Console, Headline
-from ftjax.training.loop import Cadence, Loop, Progress, StopFlag
+from ftjax.training.loop import Cadence, Hooks, Loop, Outputs, Progress, StopFlag
 
 QUIET = Cadence(
   steps=10,
@@ -118,20 +118,19 @@ def run(
       return None
     return {'loss': evals[done]} if evals else {}
 
-  loop = Loop(
-    step,
-    cadence,
+  hooks = Hooks(
     evaluate=evaluate,
     meta=lambda done: {'step': done},
     saved=lambda state: state,
     watch=lambda done, values: record.events.append(f'watch {done}') if watching else None,
-    writer=record,
-    checkpoints=record,
-    throughput=record,
-    console=Console(Headline()),
+  )
+  loop = Loop(
+    step,
+    cadence,
+    hooks,
+    Outputs(record, record, record, Console(Headline()), 'unused'),
     signals=StepSync(jax.sharding.get_mesh()),
     watchdog=Watchdog(dict.fromkeys(('step', 'evaluate', 'save'), 0.0)),
-    profile_dir='unused',
   )
   state = record.error = None
   try:

@@ -34,7 +34,7 @@ from ftjax.telemetry import manifest
 from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, find_peak
-from ftjax.training.loop import Cadence, Loop
+from ftjax.training.loop import Cadence, Hooks, Loop, Outputs
 from ftjax.training.state import State
 from ftjax.training.step import LossFn, program_text
 
@@ -249,17 +249,10 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   loop = Loop(
     compiled,
     _cadence(run),
-    evaluate=evaluate,
-    meta=meta,
-    saved=trainer.saved,
-    watch=s.parts.watch,
-    writer=s.writer,
-    checkpoints=s.checkpoints,
-    throughput=_throughput(trainer),
-    console=s.console,
+    Hooks(evaluate, meta, trainer.saved, s.parts.watch),
+    Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),
     watchdog=run.watchdog,
-    profile_dir=traces.folder,
   )
   s.console.restore(start.progress.console)
   try:

@@ -115,47 +115,62 @@ class StopFlag:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """What the loop calls.
+
+  evaluate: (state, steps done, is_cancelled) -> metrics of the 'eval' split; called every
+    eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
+  meta: steps done -> JSON saved with a checkpoint.
+  saved: state -> what of it is saved.
+  watch: called with (steps done, metrics) of every step.
+  """
+
+  evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None]
+  meta: Callable[[int], dict[str, Any]]
+  saved: Callable[[State], Any]
+  watch: Callable[[int, dict[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+  """Where results go. console: makes the lines that are logged. profile_dir: of traces."""
+
+  writer: MetricsWriter
+  checkpoints: Checkpoints
+  throughput: Throughput
+  console: Console
+  profile_dir: str
+
+
 class Loop:
   """Runs a compiled step to the end, or to a stop.
 
   Args:
     step: compiled (state, batch) -> (state, metrics).
     cadence: when things happen.
-    evaluate: (state, steps done, is_cancelled) -> metrics of the 'eval' split; called every
-      eval_every steps and at the end. It may ask is_cancelled() now and then, and return None.
-    meta: steps done -> JSON saved with a checkpoint.
-    saved: state -> what of it is saved.
-    watch: called with (steps done, metrics) of every step.
-    writer, checkpoints, throughput: where results go.
-    console: makes the lines that are logged.
+    hooks: what is called then.
+    outputs: where results go.
     signals: between processes.
     watchdog: has limits for step, evaluate and save.
-    profile_dir: where traces go.
   """
 
   def __init__(
     self,
     step: Callable[[State, dict], tuple[State, dict]],
     cadence: Cadence,
+    hooks: Hooks,
+    outputs: Outputs,
     *,
-    evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None],
-    meta: Callable[[int], dict[str, Any]],
-    saved: Callable[[State], Any],
-    watch: Callable[[int, dict[str, float]], None],
-    writer: MetricsWriter,
-    checkpoints: Checkpoints,
-    throughput: Throughput,
-    console: Console,
     signals: StepSync,
     watchdog: Watchdog,
-    profile_dir: str,
   ):
-    self._step, self._cadence, self._evaluate, self._meta = step, cadence, evaluate, meta
-    self._saved, self._watch = saved, watch
-    self._writer, self._checkpoints, self._throughput = writer, checkpoints, throughput
-    self._console, self._last_saved = console, 0
+    self._step, self._cadence, self._hooks = step, cadence, hooks
+    self._writer, self._checkpoints = outputs.writer, outputs.checkpoints
+    self._throughput, self._console = outputs.throughput, outputs.console
+    self._profile_dir = outputs.profile_dir
     self._signals, self._watchdog = signals, watchdog
-    self._profile_dir = profile_dir
+    self._last_saved = 0
     self.progress = Progress()
     self._latest: dict[str, float] = {}
     self._host_metrics: dict[str, float] = {}
@@ -301,7 +316,7 @@ class Loop:
       self.progress.losses += 1
     for warning in self._console.step(done, values) if values['ok'] else ():
       log.warning(warning)
-    self._watch(done, values)
+    self._hooks.watch(done, values)
     self._bar.update(1)
     if _due(done, cadence.log_every) or done == cadence.steps:
       speed = self._throughput.read()
@@ -331,10 +346,10 @@ class Loop:
     if must_save or improved or ended or _due(done, cadence.save_every):
       trained = self.progress.trained_s + self._throughput.trained_s
       progress = dataclasses.replace(self.progress, trained_s=trained)
-      meta = self._meta(done) | {'progress': dataclasses.asdict(progress), 'ended': ended}
+      meta = self._hooks.meta(done) | {'progress': dataclasses.asdict(progress), 'ended': ended}
       self._writer.sync()  # rows before a checkpoint live as long as it
       with self._watchdog.phase('save'):
-        self._checkpoints.save(done, self._saved(state), meta, metric)
+        self._checkpoints.save(done, self._hooks.saved(state), meta, metric)
         self._last_saved = done
         if must_save or ended:
           self._checkpoints.wait()
@@ -349,7 +364,7 @@ class Loop:
       return not self._cadence.metric and self._is_stopping()
 
     with self._watchdog.phase('evaluate'):
-      values = None if is_cancelled() else self._evaluate(state, done, is_cancelled)
+      values = None if is_cancelled() else self._hooks.evaluate(state, done, is_cancelled)
     progress.eval_pending = values is None
     if values is None:
       return {}
