@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ftjax.config import algorithms, config_file, keys, section
 from ftjax.config import overrides as config_overrides
-from ftjax.runtime import named_object
+from ftjax.runtime import host_threads, named_object
 from ftjax.runtime.errors import ConfigError, RunError, StoppedEarly
 from ftjax.storage import locations
 
@@ -60,6 +60,7 @@ def join() -> None:
   from ftjax.cluster import distributed, processes, tpu_lock
 
   launch = distributed.find(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+  host_threads.reserve(launch.num_processes if launch else 1)
   try:
     if launch is None:
       jax.devices()
@@ -268,6 +269,7 @@ def run(main: Callable[[], None]) -> None:
     _configure_logging()
     # The training loop installs its own handler, which saves first.
     signal.signal(signal.SIGTERM, _stop)
+    host_threads.reserve()
     try:
       main()
     except RunError as error:

@@ -21,7 +21,8 @@ os.environ['XLA_FLAGS'] = os.environ.get(
 )
 os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'
 # XLA aborts the process when a device waits 40 s for the others; a busy machine may take longer.
-os.environ['XLA_FLAGS'] += ' --xla_cpu_collective_call_terminate_timeout_seconds=1200'
+os.environ['XLA_FLAGS'] += ' --xla_cpu_collective_call_terminate_timeout_seconds=300'
+os.environ['NPROC'] = '128'  # as runtime/host_threads.py sets it for eight devices
 
 # Programs are compiled once a session, also for the processes that tests start; FTJAX_TEST_CACHE
 # names a folder to keep them in from session to session. JAX's keys hold the versions of jax and
