@@ -60,11 +60,11 @@ def join() -> None:
   from ftjax.cluster import distributed, processes, tpu_lock
 
   launch = distributed.find(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-  host_threads.reserve(launch.num_processes if launch else 1)
   try:
     if launch is None:
       jax.devices()
       return
+    host_threads.reserve(launch.num_processes)
     distributed.initialize(launch, FLAGS.init_timeout_s, FLAGS.heartbeat_s)
   except RuntimeError as error:
     tpu_lock.explain(error)

@@ -226,7 +226,7 @@ def test_problems_that_the_gpu_kernel_rejects_are_logged(
   dtype, head_dim, capability, why, caplog, monkeypatch
 ):
   caplog.set_level('INFO')
-  monkeypatch.setattr(attention, '_told', set())
+  monkeypatch.setattr(attention, '_logged', set())
   problem = Problem('gpu', 1, 8192, 8192, head_dim, dtype, capability=capability)
   assert attention.kernel(problem) == 'blocked'
   for queries in (8192, 4096):  # once, for all shapes

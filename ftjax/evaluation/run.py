@@ -146,24 +146,18 @@ def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Resul
       for i, ids in zip(index, outputs[: len(index)], strict=True):
         texts[i] = model.decode(ids).strip()
       bar.update(len(index))
-  return [
-    Result(row.id, row.answer, text, _is_right(task, row, text, model.prompt_text(ids)), ())
-    for row, text, ids in zip(task.rows, texts, prompts, strict=True)
-  ]
-
-
-def _is_right(task: Task, row: Row, completion: str, prompt: str) -> bool:
-  """Returns whether a completion is right. Raises DataError where a user's function fails on it."""
-  place = f'{row.place}: {task.kind}'
-  try:
-    found = tasks.find_kind(task.kind).is_right(completion, prompt, row.answer)
-  except Exception as error:
-    raise DataError(
-      f'{place}: is_right raised {type(error).__name__}: {error}; the completion was {completion!r}'
-    ) from error
-  if not isinstance(found, bool | np.bool_):
-    raise DataError(f'{place}: is_right returned {found!r}; expected True or False')
-  return bool(found)
+  kind, results = tasks.find_kind(task.kind), []
+  for row, text, ids in zip(task.rows, texts, prompts, strict=True):
+    try:
+      right = tasks.call(kind.is_right, text, model.prompt_text(ids), row.answer)
+      if not isinstance(right, bool | np.bool_):
+        raise ValueError(f'returned {right!r}; expected True or False')
+    except ValueError as error:
+      raise DataError(
+        f'{row.place}: {task.kind}: is_right of the completion {text!r}: {error}'
+      ) from error
+    results.append(Result(row.id, row.answer, text, bool(right), ()))
+  return results
 
 
 def cache_key(

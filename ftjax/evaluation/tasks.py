@@ -180,7 +180,7 @@ def load_task(name: str, kind: str, path: str) -> Task:
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(_call(scoring.read, found), scoring, usual_id, place, spec.format)
+      row, others = _read_row(call(scoring.read, found), scoring, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -211,7 +211,7 @@ def _digest(spec: sources.Spec) -> str:
   return sources.fingerprint(spec)
 
 
-def _call(function: Callable, *arguments: Any) -> Any:
+def call(function: Callable, *arguments: Any) -> Any:
   """Returns the value of a kind's function. Raises ValueError, whatever the function raises."""
   try:
     return function(*arguments)
@@ -238,7 +238,7 @@ def _read_row(
     choices, answer = _read_choices(row)
   else:
     choices, answer = (), _read_text(row, 'answer')
-    _call(kind.check_answer, answer)
+    call(kind.check_answer, answer)
   name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')

@@ -143,14 +143,14 @@ def _obstacle(p: Problem) -> str:
   return '' if p.head_dim in (16, 32, 64, 128, 256) else f'head_dim {p.head_dim}'
 
 
-_told: set[tuple[str, str]] = set()  # (platform, kernel)
+_logged: set[tuple[str, str]] = set()  # (platform, kernel)
 
 
 def _log_choice(name: str, p: Problem) -> None:
   """Once for each kernel, whatever the shapes: prompts of a rollout have many."""
-  if (p.platform, name) in _told:
+  if (p.platform, name) in _logged:
     return
-  _told.add((p.platform, name))
+  _logged.add((p.platform, name))
   why = _obstacle(p) if p.platform in ('tpu', 'gpu') else ''
   log.info('attention kernel on %s: %s%s', p.platform, name, f' ({why})' if why else '')
 

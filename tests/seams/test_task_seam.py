@@ -71,10 +71,10 @@ def test_an_error_of_its_functions_names_the_row(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_task, 'AS_LONG', dataclasses.replace(toy_task.AS_LONG, **functions))
 
   use(is_right=lambda completion, prompt, answer: completion[9] == answer)
-  with pytest.raises(DataError, match=r'rows.jsonl:1: .*: is_right raised IndexError'):
+  with pytest.raises(DataError, match=r'rows.jsonl:1: .*: is_right of .*: IndexError'):
     evaluated(task, [0, 1, 1, 1, 1])
   use(is_right=lambda completion, prompt, answer: None)
-  with pytest.raises(DataError, match='is_right returned None; expected True or False'):
+  with pytest.raises(DataError, match=r'is_right of .*: returned None; expected True or False'):
     evaluated(task, [0, 1, 1, 1, 1])
   use(check_answer=lambda answer: answer.missing)
   with pytest.raises(DataError, match=r'rows.jsonl:1: AttributeError'):
