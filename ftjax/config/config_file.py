@@ -214,10 +214,11 @@ def find(name: str) -> str:
     inside = sorted(p.name for p in path.glob('*.py'))
     example = f', such as {path}/{inside[0]}' if inside else ''
     raise ConfigError(f'--config={name} is a folder; give a Python file with get_config(){example}')
-  near = difflib.get_close_matches(path.stem, shipped(), n=3) if '/' not in name else []
-  hint = (
-    f'did you mean {" or ".join(near)}? --help lists all of them'
-    if near
-    else f'shipped: {", ".join(shipped())}{locations.nearest(path)}'
-  )
-  raise ConfigError(f'--config={name}: no such file, and no shipped config of this name; {hint}')
+  near = difflib.get_close_matches(path.stem, shipped(), n=3)
+  if '/' in name:
+    hint = f' (--help lists them){locations.nearest(path)}'
+  elif near:
+    hint = f' (--help lists them); did you mean {" or ".join(near)}?'
+  else:
+    hint = f'; shipped: {", ".join(shipped())}{locations.nearest(path)}'
+  raise ConfigError(f'--config={name}: no such file, and no shipped config of this name{hint}')
