@@ -13,13 +13,14 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftjax.families import table, tensor_map
+from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
@@ -197,7 +198,7 @@ def export(
   time.
 
   Every process of a run calls this, since gathering a tensor needs all of them; process 0 writes.
-  Adapters and derived leaves are not written.
+  An adapter is merged (`kinds.with_merged`), one tensor at a time. Derived leaves are not written.
 
   Args:
     params: nested dict of (possibly sharded) arrays.
@@ -213,25 +214,14 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  # They import jax.
+  # It imports jax.
   from ftjax.cluster import processes
-  from ftjax.models import kinds
 
-  leaves, dtype = trees.flatten(params), np.dtype(dtype)
-  bindings = layout.by_tensor(arch)
-  wanted = layout.leaf_shapes(arch)
-  # Adapters and derived leaves are no tensors of the model's files.
-  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
-  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
-  if found != wanted:
-    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    raise ValueError(
-      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
-      'in all'
-    )
+  dtype, bindings = np.dtype(dtype), layout.by_tensor(arch)
+  pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    parts = [(b, _on_host(pick(b))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -247,15 +237,54 @@ def export(
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array."""
+def _leaves(params: Mapping, arch: Architecture) -> Callable[[Binding], jax.Array]:
+  """Returns binding -> the part of a leaf that it binds.
+
+  Raises:
+    ValueError: the parameters are not those of the architecture.
+  """
+  from ftjax.models import kinds
+
+  leaves, wanted = trees.flatten(params), layout.leaf_shapes(arch)
+  # Derived leaves are no tensors of the model's files.
+  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
+  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  if found != wanted:
+    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    raise ValueError(
+      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
+      'in all'
+    )
+  return lambda binding: _at(leaves[binding.leaf], binding.at)
+
+
+def _merged_leaves(params: Mapping, arch: Architecture) -> Callable[[Binding], jax.Array]:
+  """Returns binding -> the part of a leaf of the merged model that it binds."""
+  import jax.numpy as jnp
+
+  from ftjax.models import kinds
+
+  def pick(binding):
+    layer, *rest = binding.at or (None,)
+    leaf = kinds.merged(arch, params, binding.leaf, None if layer is None else jnp.int32(layer))
+    return _at(leaf, rest)
+
+  return pick
+
+
+def _at(leaf: jax.Array, at: Sequence[int]) -> jax.Array:
+  """Returns `leaf[at]`, an index of its layers, perhaps of its experts. It is cut on the devices,
+  where it stays sharded: of a stacked leaf only this layer crosses to the host.
+  """
   import jax
 
-  # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the
-  # host.
-  part = leaf
   for i in at:
-    part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
+    leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
+  return leaf
+
+
+def _on_host(part: jax.Array) -> np.ndarray:
+  """Returns a sharded array as one host array."""
   if part.is_fully_addressable:
     return np.asarray(part)
   from jax.experimental import multihost_utils
