@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.families import table, tensor_map
-from ftjax.hf import layout, model_folder
+from ftjax.hf import layout, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
   import jax
 
 
-_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+_WEIGHTS = re.compile(r'(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors')
 
 
 def is_ours(path: Path) -> bool:
@@ -46,7 +46,8 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
+  small = (*model_folder.MODEL_FILES, *peft_config.SMALL_FILES)
+  known = path.name in small or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
 
@@ -103,7 +104,8 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     temp.remove_tree()
     raise
   new, old = _objects(temp), _objects(target)
-  marks = ('config.json', INDEX_FILE)  # removed in this order, written in the reverse
+  # Removed in this order, written in the reverse.
+  marks = ('config.json', peft_config.CONFIG_FILE, INDEX_FILE)
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
       with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
@@ -231,7 +233,7 @@ def export(
     )
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    parts = [(b, on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -247,8 +249,10 @@ def export(
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array."""
+def on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
+  processes call it.
+  """
   import jax
 
   # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the

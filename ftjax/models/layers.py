@@ -242,13 +242,13 @@ class Linear(nnx.Module):
 
   def _lengths(self) -> jax.Array:
     """Returns m / |w + scale * A B|, float32[O]: the length is a constant of the gradient (Liu et
-    al. 2024, section 4.3).
+    al. 2024, section 4.3). 1 in a layer without an adapter, whose scale is 0.
     """
     w = self._base(jnp.float32) + self._update()
     squares = jnp.einsum('IO,IO->O', w, w, out_sharding=gathered(self._out_axes[0]))
     lengths = jax.lax.stop_gradient(jnp.sqrt(squares))
     m = jax.sharding.reshard(self.lora_m[...], gathered(*self._out_axes))
-    return m.reshape(-1) / lengths
+    return jnp.where(self.lora_scale[...] > 0, m.reshape(-1) / lengths, 1.0)
 
   def _merged(self, dtype: jnp.dtype) -> jax.Array:
     """Returns the weights of the merged model, rounded to its dtype, as dtype[I, O]."""
