@@ -39,7 +39,7 @@ class Model:
     The same weights under another rope or another epsilon are another model. Before the weights
     are loaded this reads them; see model_record.py.
     """
-    return digest([self.hash_weights(), self.arch.facts()])
+    return digest([self.hash_weights(), self.arch.plain().facts()])
 
 
 def random_config(random: dict) -> dict:
