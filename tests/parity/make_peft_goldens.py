@@ -1,10 +1,9 @@
 """What PEFT, torch, bitsandbytes and TRL compute with the adapters of peft_cases.py. Runs in the
 parity environment (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_peft_goldens.py [FOLDER]
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_peft_goldens.py FOLDER
 
-FOLDER is golden/peft unless given. `make parity` writes into another one and compares the two
-(compare_goldens.py).
+Writes FOLDER/peft. `make parity` writes into a temporary one and compares (reproduce.py).
 """
 
 import os
@@ -204,7 +203,7 @@ def save(path: Path, **arrays) -> None:
 
 
 if __name__ == '__main__':
-  target = Path(sys.argv[1]) if sys.argv[1:] else cases.FOLDER
+  target = Path(sys.argv[1]) / 'peft'
   torch.manual_seed(0)
   for write in (adapters, pissa, steps, nf4, dpo):
     write(target)
