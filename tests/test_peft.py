@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+from parity import peft_cases
 
 from ftjax.config import keys
 from ftjax.experiment import adapters
@@ -111,3 +112,21 @@ def test_export_then_import_is_the_identity(tmp_path, case):
     if n.endswith('lora_m'):  # of a layer without an adapter it is nobody's
       kept[np.equal(arch.adapter.find(n.rpartition('/')[0]).ranks, 0)] = False
     assert np.array_equal(np.asarray(x)[kept], np.asarray(wrote[n])[kept]), n
+
+
+def logits(arch, params, ids):
+  return tiny_model.logits(arch, params, ids, tiny_model.tokens_at(np.ones_like(ids)))
+
+
+@pytest.mark.parametrize('case', peft_cases.CASES)
+def test_an_adapter_that_peft_saved_computes_the_same(case):
+  wanted = np.load(peft_cases.FOLDER / case / 'found.npz')
+  folder = peft.read(peft_cases.FOLDER / case)
+  base = GOLDEN / peft_cases.CASES[case].base
+  arch = folder.architecture(table.architecture(load.read_config(base)))
+  params = peft.load_params(folder, base, arch, shardings, np.float32)
+  found = logits(arch, params, wanted['ids'])
+  assert np.abs(found - wanted['logits']).max() < 1e-4
+  plain = arch.plain()
+  assert np.abs(logits(plain, load.load_params(base, plain, shardings(plain), np.float32),
+                       wanted['ids']) - wanted['logits']).max() > 1e-2
