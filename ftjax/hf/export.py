@@ -21,7 +21,7 @@ import numpy as np
 
 from ftjax.families import table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import layout, model_folder
+from ftjax.hf import layout, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
   import jax
 
 
-_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+_WEIGHTS = re.compile(r'(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors')
 
 
 def is_ours(path: Path) -> bool:
@@ -47,7 +47,8 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
+  small = (*model_folder.MODEL_FILES, *peft_config.SMALL_FILES)
+  known = path.name in small or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
 
@@ -104,7 +105,8 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     temp.remove_tree()
     raise
   new, old = _objects(temp), _objects(target)
-  marks = ('config.json', INDEX_FILE)  # removed in this order, written in the reverse
+  # Removed in this order, written in the reverse.
+  marks = ('config.json', peft_config.CONFIG_FILE, INDEX_FILE)
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
       with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
@@ -221,7 +223,7 @@ def export(
   pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(pick(b))) for b in bindings[name]]
+    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -237,8 +239,12 @@ def export(
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _leaves(params: Mapping, arch: Architecture) -> Callable[[Binding], jax.Array]:
-  """Returns binding -> the part of a leaf that it binds.
+# What picks the part of a leaf that a binding names: (array, its index in it).
+Picker = Callable[[Binding], tuple['jax.Array', Sequence[int]]]
+
+
+def _leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the parameters of a model without adapters.
 
   Raises:
     ValueError: the parameters are not those of the architecture.
@@ -255,36 +261,34 @@ def _leaves(params: Mapping, arch: Architecture) -> Callable[[Binding], jax.Arra
       f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
       'in all'
     )
-  return lambda binding: _at(leaves[binding.leaf], binding.at)
+  return lambda binding: (leaves[binding.leaf], binding.at)
 
 
-def _merged_leaves(params: Mapping, arch: Architecture) -> Callable[[Binding], jax.Array]:
-  """Returns binding -> the part of a leaf of the merged model that it binds."""
+def _merged_leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the model after merging its adapter, one layer at a time."""
   import jax.numpy as jnp
 
   from ftjax.models import kinds
 
   def pick(binding):
     layer, *rest = binding.at or (None,)
-    leaf = kinds.merged(arch, params, binding.leaf, None if layer is None else jnp.int32(layer))
-    return _at(leaf, rest)
+    which = None if layer is None else jnp.int32(layer)
+    return kinds.merged(arch, params, binding.leaf, which), rest
 
   return pick
 
 
-def _at(leaf: jax.Array, at: Sequence[int]) -> jax.Array:
-  """Returns `leaf[at]`, an index of its layers, perhaps of its experts. It is cut on the devices,
-  where it stays sharded: of a stacked leaf only this layer crosses to the host.
+def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
+  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
+  processes call it.
   """
   import jax
 
+  # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the
+  # host.
+  part = leaf
   for i in at:
-    leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
-  return leaf
-
-
-def _on_host(part: jax.Array) -> np.ndarray:
-  """Returns a sharded array as one host array."""
+    part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
   if part.is_fully_addressable:
     return np.asarray(part)
   from jax.experimental import multihost_utils
