@@ -1,12 +1,9 @@
 """Adapters leave as PEFT folders and come back the same; PEFT's folders are read as PEFT reads."""
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
@@ -16,10 +13,8 @@ from ftjax.config import keys
 from ftjax.experiment import adapters
 from ftjax.families import table
 from ftjax.hf import load, peft, peft_export
-from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
-from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
 GOLDEN = Path(__file__).parent / 'parity' / 'golden'
 
