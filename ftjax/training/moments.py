@@ -1,0 +1,182 @@
+"""The moments of an optimizer in 8 bits: codes of one byte, with one largest size ("absmax") for
+each block of up to 256 numbers.
+
+Codes are those of the dynamic map of Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+Quantization", section 2.1: relative to the absmax, seven decades from 1e-7 to 1, of which each
+larger one has twice as many codes. One thing differs from there: the second moment is held by its
+root, which is what Adam divides by. The codes then span fourteen decades of it, as many as the
+first moment's codes span when squared, and a number that is not zero never becomes zero. Otherwise
+small numbers in a block with large ones become zero where the first moment does not, and their
+next step is up to 1 / eps too long.
+
+Values are computed from codes by arithmetic, not looked up: a gather is slow on accelerators.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ftjax.runtime import sharding, trees
+
+LARGEST_BLOCK = 256
+SMALLEST_BLOCK = 16  # smaller ones save little
+SMALLEST_LEAF = 4096  # numbers of a layer; smaller leaves stay float32, as in bitsandbytes
+# Shards of a dimension that hold whole blocks; with more, the step is right, and gathers.
+_SHARDS = 8
+_SCALES = tuple(10.0**-i for i in range(6, -1, -1))  # upper ends of the decades
+_SIGNED, _UNSIGNED = 1, 2  # codes of a sign in the smallest decade
+
+# Moments among the fields of optax's states: {name: codes in the smallest decade}.
+ADAM = {'mu': _SIGNED, 'nu': _UNSIGNED}
+LION = {'mu': _SIGNED}
+SGD = {'trace': _SIGNED}
+
+
+class Quantized(NamedTuple):
+  """A moment. codes uint8, of the parameter's shape; absmax float32, of the same shape but for the
+  dimension along which blocks lie, which has the number of blocks.
+  """
+
+  codes: jax.Array
+  absmax: jax.Array
+
+
+def block(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, int] | None:
+  """Returns (dimension along which the blocks of a parameter lie, their size); None where its
+  moments stay float32.
+
+  It follows from the parameter's shape and logical axes alone, so that no mesh changes a number. A
+  dimension that no mesh axis shards is preferred, then one over `tensor`, which has few shards; but
+  not where the blocks would have less than 64 numbers and another dimension allows more.
+  """
+  stacked = axes[0] == 'layers'
+  if math.prod(shape[stacked:]) < SMALLEST_LEAF:
+    return None
+  found = []
+  for d in range(int(stacked), len(shape)):
+    over = sharding.RULES[axes[d]] if axes[d] else None
+    whole = shape[d] // (math.gcd(shape[d], _SHARDS) if over else 1)
+    # Multiples of 8 are whole rows of a TPU's registers.
+    size = max((n for n in range(8, LARGEST_BLOCK + 1, 8) if whole % n == 0), default=0)
+    preference = 2 if over is None else int(over == 'tensor')
+    found.append((min(size, 64), preference, size, d))
+  _, _, size, d = max(found)
+  return (d, size) if size >= SMALLEST_BLOCK else None
+
+
+def encode(x: jax.Array, where: tuple[int, int], lowest: int) -> Quantized:
+  """Returns a moment float32[...] in codes, each the nearest one.
+
+  Args:
+    x: the moment; not negative with `lowest` 2, which holds its root.
+    where: from `block`.
+    lowest: 1 for codes with a sign, 2 for those without.
+  """
+  dim, size = where
+  count = x.shape[dim] // size
+  x = x.reshape(*x.shape[:dim], count, size, *x.shape[dim + 1 :])
+  x = x if lowest == _SIGNED else jnp.sqrt(x)
+  absmax = jnp.max(jnp.abs(x), axis=dim + 1, keepdims=True)
+  codes = _nearest(x / jnp.where(absmax == 0, 1.0, absmax), lowest)
+  return Quantized(
+    codes.reshape(*x.shape[:dim], count * size, *x.shape[dim + 2 :]), absmax.squeeze(dim + 1)
+  )
+
+
+def decode(moment: Quantized, dim: int, lowest: int) -> jax.Array:
+  """Returns float32[...], the inverse of `encode` of blocks along a dimension."""
+  codes, absmax = moment
+  count = absmax.shape[dim]
+  blocks = codes.reshape(*codes.shape[:dim], count, -1, *codes.shape[dim + 1 :])
+  x = values(blocks, lowest) * jnp.expand_dims(absmax, dim + 1)
+  return (x if lowest == _SIGNED else x * x).reshape(codes.shape)
+
+
+def values(codes: jax.Array, lowest: int) -> jax.Array:
+  """Returns the numbers float32[...] in [-1, 1] of codes uint8[...]: decade k from the smallest
+  has lowest * 2^k of a sign, in the middle of as many equal parts; code 0 is 0, 1.0 is the last.
+  """
+  count = jnp.abs(codes.astype(jnp.int32) - (127 if lowest == _SIGNED else -1))
+  # The exponent of count + 1/2 is the decade, its mantissa the place within.
+  bits = jax.lax.bitcast_convert_type(count.astype(jnp.float32) + 0.5, jnp.int32)
+  mantissa = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+  upper = jnp.float32(_SCALES[0])
+  for k, scale in enumerate(_SCALES[1:], 1):
+    upper = jnp.where(count >= lowest << k, jnp.float32(scale), upper)
+  x = upper * (0.1 + 0.9 * (mantissa - 1.0))
+  x = jnp.where(count == 128 * lowest, 1.0, jnp.where(count < lowest, 0.0, x))
+  return jnp.where(codes < 127, -x, x) if lowest == _SIGNED else x
+
+
+def _nearest(x: jax.Array, lowest: int) -> jax.Array:
+  """Returns the code uint8[...] that is nearest to each x float32[...] in [-1, 1]; of a root that
+  is not 0 the least that is not 0.
+  """
+  size = jnp.abs(x)
+  first, upper = jnp.full_like(x, lowest), jnp.full_like(x, _SCALES[0])
+  for k, scale in enumerate(_SCALES[:-1]):
+    # The middle between the last code of this decade and the first of the next.
+    is_above = size > scale * (1 + 0.9 / (lowest << k))
+    first = jnp.where(is_above, float(lowest << (k + 1)), first)
+    upper = jnp.where(is_above, _SCALES[k + 1], upper)
+  place = jnp.floor((size / upper - 0.1) / 0.9 * first)
+  count = first + jnp.clip(place, 0.0, first - 1)
+  parts = lowest * 64
+  count = jnp.where(size > 1 - 0.225 / parts, 128.0 * lowest, count)
+  zero = lowest - 1.0  # the count of code 0
+  if lowest == _UNSIGNED:
+    count = jnp.where(size == 0, zero, count)
+    return (count - 1).astype(jnp.uint8)
+  count = jnp.where(size < _SCALES[0] * 0.275, zero, count)
+  # There is no code for -1.
+  return (127 + jnp.where(x < 0, -jnp.minimum(count, 127.0), count)).astype(jnp.uint8)
+
+
+def in_8bit(
+  transform: optax.GradientTransformation,
+  fields: Mapping[str, int],
+  axes: Mapping[str, tuple[str | None, ...]],
+) -> optax.GradientTransformation:
+  """Returns a transformation whose state holds the moments in 8 bits between steps; a step computes
+  with them in float32, and its update with the new ones before they are rounded.
+
+  Args:
+    transform: of optax, whose state is a NamedTuple.
+    fields: ADAM, LION or SGD.
+    axes: {parameter name: logical axes}.
+  """
+
+  def mapped(state, one):
+    held = state._asdict()
+    return state._replace(**{f: trees.map_named(one(k), held[f]) for f, k in fields.items()})
+
+  def packed(state):
+    def one(lowest):
+      def pack(name, x):
+        where = block(x.shape, axes[name])
+        return x if where is None else encode(x, where, lowest)
+
+      return pack
+
+    return mapped(state, one)
+
+  def unpacked(state):
+    def one(lowest):
+      def unpack(name, x):
+        if not isinstance(x, Quantized):
+          return x
+        return decode(x, block(x.codes.shape, axes[name])[0], lowest)
+
+      return unpack
+
+    return mapped(state, one)
+
+  def update(updates, state, params=None):
+    updates, state = transform.update(updates, unpacked(state), params)
+    return updates, packed(state)
+
+  return optax.GradientTransformation(lambda params: packed(transform.init(params)), update)
