@@ -136,6 +136,16 @@ def _nearest(x: jax.Array, lowest: int) -> jax.Array:
   return (127 + jnp.where(x < 0, -jnp.minimum(count, 127.0), count)).astype(jnp.uint8)
 
 
+def _zeros(x: jax.Array, where: tuple[int, int] | None, lowest: int) -> jax.Array | Quantized:
+  """Returns a moment of zeros like x, in codes where it has blocks."""
+  if where is None:
+    return x
+  dim, size = where
+  blocks = (*x.shape[:dim], x.shape[dim] // size, *x.shape[dim + 1 :])
+  zero = 127 if lowest == _SIGNED else 0
+  return Quantized(jnp.full_like(x, zero, jnp.uint8), jnp.zeros(blocks, jnp.float32))
+
+
 def in_8bit(
   transform: optax.GradientTransformation,
   fields: Mapping[str, int],
@@ -175,8 +185,15 @@ def in_8bit(
 
     return mapped(state, one)
 
+  def init(params):
+    # Moments begin as zeros.
+    return mapped(
+      transform.init(params),
+      lambda lowest: lambda name, x: _zeros(x, block(x.shape, axes[name]), lowest),
+    )
+
   def update(updates, state, params=None):
     updates, state = transform.update(updates, unpacked(state), params)
     return updates, packed(state)
 
-  return optax.GradientTransformation(lambda params: packed(transform.init(params)), update)
+  return optax.GradientTransformation(init, update)
