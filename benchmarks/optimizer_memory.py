@@ -108,7 +108,7 @@ def main() -> None:
   parser.add_argument('out', type=Path)
   parser.add_argument('--steps', type=int, default=40)
   parser.add_argument('keys', nargs='*', metavar='KEY=VALUE')
-  a = parser.parse_args()
+  a = parser.parse_intermixed_args()
   given = [f'steps={a.steps}', f'eval.every={a.steps}', f'checkpoint.every={a.steps}', *a.keys]
   for setting in SETTINGS:
     train(a.out, setting, given)

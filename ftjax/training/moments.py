@@ -12,8 +12,9 @@ next step is up to 1 / eps too long.
 Values are computed from codes by arithmetic, not looked up: a gather is slow on accelerators.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -146,6 +147,23 @@ def _zeros(x: jax.Array, where: tuple[int, int] | None, lowest: int) -> jax.Arra
   return Quantized(jnp.full_like(x, zero, jnp.uint8), jnp.zeros(blocks, jnp.float32))
 
 
+def _by_layer(
+  run: Callable, gradient: jax.Array, moments: dict[str, Quantized]
+) -> tuple[jax.Array, dict[str, Quantized]]:
+  """Returns run(gradient, moments) of every layer, in a loop that writes over its inputs: compilers
+  do not fuse the search for the largest size with what follows it, and float32 moments of all
+  layers would be as large as those that the codes replace.
+  """
+
+  def body(i, carry):
+    layer = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), carry)
+    return jax.tree.map(
+      lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0), carry, run(*layer)
+    )
+
+  return jax.lax.fori_loop(0, gradient.shape[0], body, (gradient, moments))
+
+
 def in_8bit(
   transform: optax.GradientTransformation,
   fields: Mapping[str, int],
@@ -155,45 +173,50 @@ def in_8bit(
   with them in float32, and its update with the new ones before they are rounded.
 
   Args:
-    transform: of optax, whose state is a NamedTuple.
+    transform: of optax, whose state is a NamedTuple; it treats numbers one by one, and reads no
+      parameters.
     fields: ADAM, LION or SGD.
     axes: {parameter name: logical axes}.
   """
 
-  def mapped(state, one):
-    held = state._asdict()
-    return state._replace(**{f: trees.map_named(one(k), held[f]) for f, k in fields.items()})
-
-  def packed(state):
-    def one(lowest):
-      def pack(name, x):
-        where = block(x.shape, axes[name])
-        return x if where is None else encode(x, where, lowest)
-
-      return pack
-
-    return mapped(state, one)
-
-  def unpacked(state):
-    def one(lowest):
-      def unpack(name, x):
-        if not isinstance(x, Quantized):
-          return x
-        return decode(x, block(x.codes.shape, axes[name])[0], lowest)
-
-      return unpack
-
-    return mapped(state, one)
-
   def init(params):
-    # Moments begin as zeros.
-    return mapped(
-      transform.init(params),
-      lambda lowest: lambda name, x: _zeros(x, block(x.shape, axes[name]), lowest),
-    )
+    state = transform.init(params)  # zeros
+    held = {f: trees.flatten(tree) for f, tree in state._asdict().items() if f in fields}
+    zeros = {
+      f: {n: _zeros(x, block(x.shape, axes[n]), fields[f]) for n, x in flat.items()}
+      for f, flat in held.items()
+    }
+    return state._replace(**{f: trees.unflatten(flat) for f, flat in zeros.items()})
+
+  def step(gradient, moments, state, dim):
+    """Returns (update, moments) of one parameter, or of one layer of it."""
+    wide = {f: {'x': decode(q, dim, fields[f])} for f, q in moments.items()}
+    update, new = transform.update({'x': gradient}, state._replace(**wide))
+    new = new._asdict()
+    size = gradient.shape[dim] // moments[next(iter(fields))].absmax.shape[dim]
+    return update['x'], {f: encode(new[f]['x'], (dim, size), fields[f]) for f in fields}
 
   def update(updates, state, params=None):
-    updates, state = transform.update(updates, unpacked(state), params)
-    return updates, packed(state)
+    held = {f: trees.flatten(state._asdict()[f]) for f in fields}
+    out, new = {}, {f: {} for f in fields}
+    for name, gradient in trees.flatten(updates).items():
+      moments = {f: flat[name] for f, flat in held.items()}
+      where = block(gradient.shape, axes[name])
+      if where is None:
+        one, changed = transform.update(
+          {'x': gradient}, state._replace(**{f: {'x': x} for f, x in moments.items()})
+        )
+        out[name], moments = one['x'], {f: changed._asdict()[f]['x'] for f in fields}
+      elif axes[name][0] == 'layers':
+        run = functools.partial(step, state=state, dim=where[0] - 1)
+        out[name], moments = _by_layer(run, gradient, moments)
+      else:
+        out[name], moments = step(gradient, moments, state, where[0])
+      for f in fields:
+        new[f][name] = moments[f]
+    # The fields that are no moments, such as the number of updates.
+    _, rest = transform.update({}, state._replace(**{f: {} for f in fields}))
+    rest = rest._replace(**{f: trees.unflatten(flat) for f, flat in new.items()})
+    return trees.unflatten(out), rest
 
   return optax.GradientTransformation(init, update)
