@@ -60,7 +60,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   import jax
   import numpy as np
 
-  from ftjax.experiment import saved_model
+  from ftjax.experiment import run_card, saved_model
   from ftjax.hf import export
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -75,6 +75,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
       tokenizer_files=model.files,
       dtype=np.dtype(dtype or saved.param_dtype),
       stop_ids=model.stop_ids,
+      card=run_card.of_checkpoint(workdir, model, saved.step),
     )
     return saved.step
 
@@ -88,7 +89,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, load, model_folder
+  from ftjax.hf import export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -111,6 +112,8 @@ def _convert_files(source: str, target: str, dtype: str | None):
   }
   if dtype:
     files['config.json'] = export.config_file(config, files['config.json'], kinds[dtype])
+  if model_card.is_card(card := model_folder.readme(path)):
+    files[model_card.FILE] = card
   export.write_model(
     target, tensors, lambda name: weights.read(name).astype(tensors[name].dtype, copy=False), files
   )

@@ -10,6 +10,7 @@ files keep the source's content.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.families import table, tensor_map
-from ftjax.hf import layout, model_folder
+from ftjax.hf import layout, model_card, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
   # `convert` writes through here without jax; only `export` needs it.
   import jax
 
+log = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 
@@ -46,6 +48,8 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
+  if path.name == model_card.FILE:
+    return model_card.is_card(path.read_bytes())
   known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
@@ -140,11 +144,24 @@ def write_model(
     DataError: the target is there and is not a model folder.
   """
   with whole_folder(target) as folder:
-    for name, content in files.items():
+    for name, content in (dict(files) | _edited_card(files_lib.as_path(target))).items():
       place = folder / name
       place.parent.mkdir(exist_ok=True)
       place.write_bytes(content)
     write_folder(folder, tensors, read, max_shard_bytes)
+
+
+def _edited_card(target: Path) -> dict[str, bytes]:
+  """Returns the model card of a folder that is replaced, if somebody edited it."""
+  path = target / model_card.FILE
+  if not path.is_file() or model_card.is_unchanged(content := path.read_bytes()):
+    return {}
+  log.warning(
+    '%s was edited since ftjax wrote it: it is kept, and describes the model before. Remove it '
+    'for a new one',
+    path,
+  )
+  return {model_card.FILE: content}
 
 
 def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
@@ -191,6 +208,7 @@ def export(
   tokenizer_files: Mapping[str, bytes],
   dtype: np.dtype,
   stop_ids: tuple[int, ...],
+  card: bytes | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ):
   """Writes parameters as a HF folder: HF names and layout, unstacked, one tensor on the host at a
@@ -209,6 +227,7 @@ def export(
       tokens and dtype.
     dtype: of the written tensors.
     stop_ids: token ids that end a completion.
+    card: README.md; None for none.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
@@ -244,6 +263,8 @@ def export(
   generation = generation_file(files.get('generation_config.json'), config, stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
+  if card is not None:
+    files[model_card.FILE] = card
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 

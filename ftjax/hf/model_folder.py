@@ -13,7 +13,7 @@ import logging
 import os
 from pathlib import Path
 
-from ftjax.hf import gguf_files, weight_files
+from ftjax.hf import gguf_files, model_card, weight_files
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files, hub
 
@@ -42,9 +42,10 @@ _SIDE_FILES = (
 )
 TEMPLATES = 'additional_chat_templates'
 
-# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error.
+# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error,
+# the model card for its license.
 _SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
-_SMALL += ('adapter_config.json',)
+_SMALL += ('adapter_config.json', model_card.FILE)
 
 
 def locate(path: str | os.PathLike, weights: bool) -> str:
@@ -123,6 +124,14 @@ def read(folder: Path, name: str) -> bytes:
   """Returns the content of a file that `side_files` named."""
   inside, _, plain = name.rpartition('/')
   return weight_files.file_inside(folder, plain, inside).read_bytes()
+
+
+def readme(path: str | os.PathLike) -> bytes:
+  """Returns README.md of a model; b'' for a GGUF file, and where there is none to be read."""
+  folder = files.as_path(locate(path, weights=False))
+  if folder.is_file() or not (folder / model_card.FILE).is_file():
+    return b''
+  return read(folder, model_card.FILE)
 
 
 def gguf_file(path: Path) -> Path | None:
