@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
-
 
 def is_ours(path: Path) -> bool:
   """Returns whether a file belongs to a model folder, so that replacing the folder loses nothing
@@ -50,8 +47,7 @@ def is_ours(path: Path) -> bool:
     return False
   if path.name == model_card.FILE:
     return model_card.is_card(path.read_bytes())
-  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
-  return known or bool(_WEIGHTS.fullmatch(path.name))
+  return model_folder.is_model_file(path.name)
 
 
 @contextlib.contextmanager

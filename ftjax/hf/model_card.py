@@ -331,7 +331,15 @@ def _evaluation(tasks: Sequence[Mapping[str, Any]]) -> str:
     '## Evaluation\n\n'
     + _table(('task', 'examples', 'score', 'base', 'tuned', 'tuned - base', 'p'), rows)
     + f'\n\nIn brackets: {level} intervals, of accuracy by Wilson, else by bootstrap. p: paired '
-    'bootstrap, two-sided.'
+    'bootstrap, two-sided.\n\n' + '\n'.join(map(_mcnemar, tasks))
+  )
+
+
+def _mcnemar(task: Mapping[str, Any]) -> str:
+  found = task['mcnemar']
+  return (
+    f'- {_code(task["task"])}: {found["only_tuned_right"]} examples only the tuned model has '
+    f'right, {found["only_base_right"]} only the base: exact McNemar p = {found["p"]:.3g}.'
   )
 
 

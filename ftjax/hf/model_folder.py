@@ -11,6 +11,7 @@ import functools
 import glob
 import logging
 import os
+import re
 from pathlib import Path
 
 from ftjax.hf import gguf_files, model_card, weight_files
@@ -32,7 +33,8 @@ _TOKENIZER_FILES = (
   'chat_template.json',
   'generation_config.json',
 )
-MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+_MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 # Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
   *_TOKENIZER_FILES,
@@ -105,6 +107,11 @@ def _other_weights(name: str) -> str:
 def is_side_file(name: str) -> bool:
   """Returns whether a file of this name, directly in a model folder, belongs to the tokenizer."""
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
+
+
+def is_model_file(name: str) -> bool:
+  """Returns whether a file of this name, directly in a model folder, is a part of the model."""
+  return name in _MODEL_FILES or is_side_file(name) or bool(_WEIGHTS.fullmatch(name))
 
 
 def side_files(folder: Path) -> list[str]:
