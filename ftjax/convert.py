@@ -153,7 +153,7 @@ def main() -> None:
   if not source or not (target or name):
     raise ConfigError('--source and --target are needed, or --source and --push; see --help')
   if _PUBLIC.value and not name:
-    raise ConfigError('--public says who may read an uploaded model; give --push=org/name too')
+    raise ConfigError('--public belongs to an upload; give --push=org/name too')
   if name is None:
     convert(source, target, _DTYPE.value)
     return

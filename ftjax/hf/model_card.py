@@ -113,7 +113,8 @@ def public(text: str) -> str:
 
 def license_of(readme: str) -> dict[str, str]:
   """Returns the license keys in the YAML header of a model card, only of plain form; {} if none."""
-  header = re.match(r'---\r?\n(.*?)^---\s*$', readme, re.DOTALL | re.MULTILINE)
+  readme = readme.replace('\r\n', '\n')
+  header = re.match(r'---\n(.*?)^---[ \t]*$', readme, re.DOTALL | re.MULTILINE)
   found = dict(_LICENSE.findall(header[1])) if header else {}
   found = {k: v.strip('\'"') for k, v in found.items()}
   right = {'license': _LICENSE_ID, 'license_name': _LICENSE_ID, 'license_link': _LINK}
