@@ -65,6 +65,10 @@ def card(text='org/base', **changes):
   return model_card.Card(**(fields | changes))
 
 
+def rendered(*words, **changes):
+  return model_card.render(card(*words, **changes)).encode()
+
+
 def loaded(content, folder):
   (folder / 'README.md').write_bytes(content)
   return ModelCard.load(folder / 'README.md')
@@ -88,7 +92,7 @@ def loaded(content, folder):
   ],
 )
 def test_the_hub_reads_the_header(tmp_path, changes, wanted):
-  found = loaded(model_card.render(card(**changes)), tmp_path)
+  found = loaded(rendered(**changes), tmp_path)
   data = found.data.to_dict()
   keys = ('base_model_relation', 'library_name', 'pipeline_tag', 'tags')
   assert tuple(data.get(k) for k in keys) == wanted
@@ -111,8 +115,8 @@ def test_the_hub_reads_the_header(tmp_path, changes, wanted):
 
 @pytest.mark.parametrize('text', HOSTILE)
 def test_no_name_breaks_the_card(tmp_path, text):
-  usual = model_card.render(card('org/base')).decode().splitlines()
-  content = model_card.render(card(text))
+  usual = rendered('org/base').decode().splitlines()
+  content = rendered(text)
   found = loaded(content, tmp_path)
   assert found.data.base_model == 'org/base'
   assert found.data.eval_results[0].dataset_name == ' '.join(model_card._clean(text).split())
@@ -195,7 +199,7 @@ def test_the_license_of_the_base(header, wanted):
 
 
 def test_edits_are_seen():
-  content = model_card.render(card())
+  content = rendered()
   assert model_card.is_card(content) and model_card.is_unchanged(content)
   for other in (content + b'more\n', content.replace(b'sft', b'SFT', 1), b'x' + content):
     assert model_card.is_card(other) and not model_card.is_unchanged(other)
@@ -209,7 +213,7 @@ def write(folder, content):
 
 def test_a_card_that_somebody_edited_is_kept_and_a_foreign_one_stops_the_export(tmp_path, caplog):
   out = tmp_path / 'out'
-  first, second = (model_card.render(card(step=step)) for step in (1, 2))
+  first, second = (rendered(step=step) for step in (1, 2))
   write(out, first)
   write(out, second)
   assert (out / 'README.md').read_bytes() == second and not caplog.text
@@ -327,7 +331,7 @@ def test_a_workdir_without_its_records_still_gives_a_card(trained, tmp_path):
     empty.mkdir()
     for file in ('config.json', 'manifest.json') if name else ():
       (empty / file).write_text(name)
-    content = run_card.build(str(empty), run_card_model(c), 3, True, False)
+    content = run_card.build(str(empty), run_card_model(c), 3, True, False).encode()
     assert model_card.step_of(content) == 3 and b'tiny-base' in content
 
 
@@ -336,7 +340,7 @@ def test_a_secret_in_a_config_is_not_told(trained, tmp_path):
   config = json.loads((workdir / 'config.json').read_text())
   config |= {'eval.prompts': [f'say {SECRET}'], 'data.train': f'https://me:{SECRET}@x.org/a.jsonl'}
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  content = run_card.build(str(tmp_path), run_card_model(c), 3, False, False).decode()
+  content = run_card.build(str(tmp_path), run_card_model(c), 3, False, False)
   assert SECRET not in content and 'x.org' not in content
   assert "c.eval.prompts = ('say <redacted>',)" in content and "c.data.train = 'a.jsonl'" in content
 
@@ -346,6 +350,6 @@ def test_a_model_in_the_hubs_cache_is_named_by_its_hub_name(trained, tmp_path):
   cache = tmp_path / 'models--org--base' / 'snapshots' / COMMIT
   shutil.copytree(Path(c.model.path), cache)
   model = dataclasses.replace(run_card_model(c), source=str(cache))
-  (tmp_path / 'README.md').write_bytes(run_card.build(str(workdir), model, 2, True, False))
+  (tmp_path / 'README.md').write_text(run_card.build(str(workdir), model, 2, True, False))
   found = ModelCard.load(tmp_path / 'README.md')
   assert found.data.base_model == 'org/base' and f'| commit | `{COMMIT}` |' in found.content

@@ -1,11 +1,15 @@
 """ftjax.convert --push against a hub on loopback: what arrives, and why something does not."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fake_hub
 import pytest
 from absl import flags
+from parity.toy_gguf import Toy, write_toy
 
 from ftjax import convert
 from ftjax.hf import load, model_card
@@ -56,7 +60,7 @@ def card(step=7, **changes):
     is_adapter=False, sources=(), config=model_card.config_file({}), tasks=(), versions={},
     devices='',
   )  # fmt: skip
-  return model_card.render(model_card.Card(**(fields | changes)))
+  return model_card.render(model_card.Card(**(fields | changes))).encode()
 
 
 @pytest.fixture
@@ -199,6 +203,41 @@ def test_a_login_page_in_place_of_the_hub(hub, folder, monkeypatch):
   monkeypatch.setattr(fake_hub._Handler, '_answer', page)
   with pytest.raises(DataError, match='did not answer as the hub does'):
     run(f'--source={folder}', '--push=org/tuned')
+
+
+def test_a_gguf_folder_is_uploaded_too(hub, tmp_path):
+  folder = tmp_path / 'gguf'
+  folder.mkdir()
+  write_toy(folder / 'toy.gguf', Toy(), 'gpt2')
+  (folder / 'Modelfile').write_text('FROM ./toy.gguf\n')
+  run(f'--source={folder}', '--push=org/tuned')
+  assert pushed(hub) == tree(folder)
+  with pytest.raises(ConfigError, match=r'toy.gguf is a file; give its folder'):
+    run(f'--source={folder}', f'--target={folder}/toy.gguf', '--push=org/tuned')
+
+
+def test_a_private_model_stays_private(hub, folder, caplog):
+  run(f'--source={folder}', '--push=org/tuned')
+  run(f'--source={folder}', '--push=org/tuned', '--public')
+  assert hub.repos['models/org/tuned'].private and 'stays so' in caplog.text
+
+
+def test_the_command_uploads_and_its_exit_codes(hub, folder):
+  def command(**environment):
+    words = [sys.executable, '-m', 'ftjax.convert', f'--source={folder}', '--push=org/tuned']
+    done = subprocess.run(
+      words, cwd=ROOT, env=os.environ | hub.env | environment, capture_output=True, text=True
+    )
+    assert SECRET not in done.stdout + done.stderr and 'Traceback' not in done.stderr
+    return done
+
+  done = command()
+  commit = hub.repos['models/org/tuned'].refs['main']
+  assert done.stdout == f'org/tuned: {hub.url}/org/tuned/commit/{commit}\n', done.stderr
+  assert pushed(hub) == tree(folder)
+  done = command(HF_TOKEN=OTHER)
+  assert done.returncode == 3
+  assert done.stderr.splitlines()[-1].startswith('error: --push=org/tuned: your token may not')
 
 
 def test_nothing_is_uploaded_without_push(hub, folder, tmp_path):

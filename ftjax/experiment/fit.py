@@ -321,6 +321,9 @@ def _cadence(run: Run) -> Cadence:
 def _export(run: Run, params: dict, step: int) -> None:
   """Writes the model after `step` to export/ of the workdir."""
   with run.watchdog.phase('export'):
+    card = processes.from_main(
+      lambda: run_card.build(run.workdir, run.model, step, has_results=False, is_adapter=False)
+    )
     hf_export.export(
       params,
       run.arch,
@@ -329,7 +332,5 @@ def _export(run: Run, params: dict, step: int) -> None:
       tokenizer_files=run.model.files,
       dtype=np.dtype(jnp.dtype(run.config.model.param_dtype)),
       stop_ids=run.model.stop_ids,
-      card=processes.from_main(
-        lambda: run_card.build(run.workdir, run.model, step, has_results=False, is_adapter=False)
-      ),
+      card=card.encode(),
     )

@@ -24,7 +24,7 @@ _OWN = ('data.cache', 'data.workers', 'compile_cache', 'log.', 'profile.', 'watc
 _SNAPSHOT = re.compile(r'.*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?')
 
 
-def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: bool) -> bytes:
+def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: bool) -> str:
   """Returns README.md for the weights of a run.
 
   Args:
@@ -69,7 +69,7 @@ def refresh(workdir: str, model: Model) -> None:
     log.warning('%s is not as ftjax wrote it; the new results are not added to it', path)
     return
   is_adapter = not files.exists(files.join(workdir, 'export', 'config.json'))
-  files.write_bytes(path, build(workdir, model, step, has_results=True, is_adapter=is_adapter))
+  files.write_text(path, build(workdir, model, step, has_results=True, is_adapter=is_adapter))
 
 
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
@@ -78,7 +78,7 @@ def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
   known = files.read_bytes(path) if load.exported(workdir) and files.exists(path) else b''
   if model_card.step_of(known) == step:
     return known
-  return build(workdir, model, step, has_results=False, is_adapter=False)
+  return build(workdir, model, step, has_results=False, is_adapter=False).encode()
 
 
 def _read(workdir: str, name: str) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _python(value: Any) -> str:
   return repr(value)
 
 
-def render(card: Card) -> bytes:
+def render(card: Card) -> str:
   """Returns README.md: YAML header, base, data, algorithm and config, evaluation, reproduction,
   loading.
   """
@@ -174,10 +174,8 @@ def render(card: Card) -> bytes:
     _loading(card),
   ]
   text = '\n\n'.join(part for part in parts if part) + '\n\n'
-  content = text.encode()
-  digest = hashlib.sha256(content).hexdigest()
-  mark = f'<!-- ftjax: step {card.step}, sha256 of the text above {digest} -->\n'
-  return content + mark.encode()
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  return text + f'<!-- ftjax: step {card.step}, sha256 of the text above {digest} -->\n'
 
 
 def _clean(text: str) -> str:

@@ -43,6 +43,7 @@ _SIDE_FILES = (
   *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
 )
 TEMPLATES = 'additional_chat_templates'
+_LONGEST_CARD = 4 << 20  # bytes
 
 # Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error,
 # the model card for its license.
@@ -134,11 +135,15 @@ def read(folder: Path, name: str) -> bytes:
 
 
 def readme(path: str | os.PathLike) -> bytes:
-  """Returns README.md of a model; b'' for a GGUF file, and where there is none to be read."""
+  """Returns README.md of a model; b'' for a GGUF file, and where none of usual size can be read."""
   folder = files.as_path(locate(path, weights=False))
-  if folder.is_file() or not (folder / model_card.FILE).is_file():
+  try:
+    is_there = folder.is_dir() and (folder / model_card.FILE).is_file()
+    if not is_there or (folder / model_card.FILE).stat().st_size > _LONGEST_CARD:
+      return b''
+    return read(folder, model_card.FILE)
+  except (DataError, OSError):  # a link to the outside; no permission
     return b''
-  return read(folder, model_card.FILE)
 
 
 def gguf_file(path: Path) -> Path | None:

@@ -17,7 +17,11 @@ _FURTHER = (model_card.FILE, 'LICENSE*', 'NOTICE*', 'Modelfile', '*.gguf')
 
 
 def check(folder: str) -> None:
-  """Raises ConfigError for a folder that is not on this machine."""
+  """Raises ConfigError for what is no folder of this machine."""
+  if folder.endswith('.gguf'):
+    raise ConfigError(
+      f'--push uploads a folder, and {folder} is a file; give its folder as --source'
+    )
   if files_lib.is_remote(folder):
     raise ConfigError(f'--push: {folder} is in a bucket; give a local --target to upload from')
 
@@ -79,7 +83,7 @@ def _check_whole(folder: Path) -> None:
   """Raises DataError where weights or config are missing or damaged."""
   if all((folder / name).is_file() for name in _ADAPTER):
     return
-  if not (folder / 'config.json').is_file():
+  if not (folder / 'config.json').is_file() and model_folder.gguf_file(folder) is None:
     raise model_folder.no_config(folder)
   check_unquantized(load.read_config(folder))
   load.open_source(folder)

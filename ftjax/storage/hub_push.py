@@ -6,6 +6,7 @@ model changes on the hub, so an upload that fails leaves the model there as it w
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from pathlib import Path
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import ConfigError, DataError, RunError
 from ftjax.storage import hub
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 
@@ -68,6 +71,10 @@ def push(
       raise ConfigError(
         f'--push={name}: this model is public on the hub; add --public to upload there, or give '
         'another name'
+      )
+    if is_public and found.private:
+      log.warning(
+        '%s was private before and stays so: change that in its settings on the hub', name
       )
     known = (file.rfilename for file in found.siblings or ())
     stale = sorted(path for path in known if path not in files and is_stale(path))
