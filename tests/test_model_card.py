@@ -14,7 +14,7 @@ from ftjax import convert
 from ftjax.config import config_file, section
 from ftjax.data import synthetic
 from ftjax.experiment import run_card
-from ftjax.hf import export, model_card
+from ftjax.hf import export, model_card, model_folder
 from ftjax.runtime.errors import DataError
 
 HOSTILE = (
@@ -196,6 +196,21 @@ def test_the_license_of_the_base(header, wanted):
   assert model_card.license_of(f'---\n{header}\n---\n# x\n') == wanted
   assert model_card.license_of(header) == {}
   assert model_card.license_of(f'# x\n---\n{header}\n---\n') == {}
+
+
+def test_a_readme_of_the_base_that_cannot_be_read_costs_nothing(tmp_path):
+  base = tmp_path / 'base'
+  base.mkdir()
+  assert model_folder.readme(base) == b''
+  (tmp_path / 'secret').write_bytes(b'---\nlicense: mit\n---\n')
+  (base / 'README.md').symlink_to('../secret')
+  assert model_folder.readme(base) == b''
+  (base / 'README.md').unlink()
+  (base / 'README.md').mkdir()
+  assert model_folder.readme(base) == b''
+  (base / 'README.md').rmdir()
+  (base / 'README.md').write_bytes(b'x' * (5 << 20))
+  assert model_folder.readme(base) == b''
 
 
 def test_edits_are_seen():
