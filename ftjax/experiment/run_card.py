@@ -13,7 +13,7 @@ from ftjax.cluster import processes
 from ftjax.config import keys, section
 from ftjax.data import hub_dataset, sources
 from ftjax.experiment.model import Model
-from ftjax.hf import load, model_card, model_folder
+from ftjax.hf import export, load, model_card, model_folder
 from ftjax.runtime import redaction
 from ftjax.storage import files, hub
 
@@ -62,14 +62,18 @@ def refresh(workdir: str, model: Model) -> None:
   """
   if not processes.is_main():
     return
-  path = files.join(workdir, 'export', model_card.FILE)
-  known = files.read_bytes(path) if files.exists(path) else b''
+  folder = files.join(workdir, 'export')
+  path = files.join(folder, model_card.FILE)
+  if not files.exists(path):  # of an older ftjax
+    return
+  known = files.read_bytes(path)
   step = model_card.step_of(known)
   if step is None or not model_card.is_unchanged(known):
     log.warning('%s is not as ftjax wrote it; the new results are not added to it', path)
     return
-  is_adapter = not files.exists(files.join(workdir, 'export', 'config.json'))
-  files.write_text(path, build(workdir, model, step, has_results=True, is_adapter=is_adapter))
+  is_adapter = not files.exists(files.join(folder, 'config.json'))
+  text = build(workdir, model, step, has_results=True, is_adapter=is_adapter)
+  export.replace_card(folder, text)
 
 
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:

@@ -160,6 +160,18 @@ def _edited_card(target: Path) -> dict[str, bytes]:
   return {model_card.FILE: content}
 
 
+def replace_card(target: str | os.PathLike, content: str) -> None:
+  """Replaces README.md of a model folder atomically."""
+  path = files_lib.as_path(target) / model_card.FILE
+  if files_lib.is_remote(target):
+    files_lib.write_text(path, content)
+    return
+  # Beside the folder: a process that is killed here must leave no foreign file in it.
+  temp = path.parent.with_name(f'.{path.parent.name}.card')
+  files_lib.write_text(temp, content)
+  temp.replace(path)
+
+
 def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
   """Returns config.json: the source's own bytes, or with its dtype key replaced when the weights
   have another dtype.
