@@ -16,6 +16,7 @@ from ftjax.data import synthetic
 from ftjax.experiment import run_card
 from ftjax.hf import export, model_card, model_folder
 from ftjax.runtime.errors import DataError
+from ftjax.storage import files
 
 HOSTILE = (
   'a\n---\nb: [',
@@ -157,18 +158,18 @@ def outside_of_code(markdown):
 @pytest.mark.parametrize(
   ('text', 'wanted'),
   [
-    ('/home/me/rows.jsonl', 'rows.jsonl'),
-    ('/home/me/my rows/a b.jsonl::messages@2', 'a b.jsonl::messages@2'),
+    ('/srv/me/rows.jsonl', 'rows.jsonl'),
+    ('/srv/me/my rows/a b.jsonl::messages@2', 'a b.jsonl::messages@2'),
     ('~/rows.jsonl,~me/x/b.jsonl', 'rows.jsonl,b.jsonl'),
-    ('gs://bucket/data/rows.jsonl, /home/me/c.jsonl', 'rows.jsonl, c.jsonl'),
-    ('mine=choice:/home/me/rows.jsonl', 'mine=choice:rows.jsonl'),
-    ('file:///home/me/rows.jsonl', 'rows.jsonl'),
+    ('gs://bucket/data/rows.jsonl, /srv/me/c.jsonl', 'rows.jsonl, c.jsonl'),
+    ('mine=choice:/srv/me/rows.jsonl', 'mine=choice:rows.jsonl'),
+    ('file:///srv/me/rows.jsonl', 'rows.jsonl'),
     ('data/rows.jsonl', 'data/rows.jsonl'),
     ('../rows.jsonl', '../rows.jsonl'),
     ('org/rows@main:train', 'org/rows@main:train'),
     ('sums:400:20', 'sums:400:20'),
     ('7 / 5 = 1.4, 3/4', '7 / 5 = 1.4, 3/4'),
-    ('open "/home/me/a.py" and stop', 'open "a.py" and stop'),
+    ('open "/srv/me/a.py" and stop', 'open "a.py" and stop'),
   ],
 )
 def test_folders_of_this_machine_are_not_told(text, wanted):
@@ -362,10 +363,10 @@ def test_sources_are_named_as_the_config_names_them(trained, tmp_path):
   _, c = trained
   config = {
     'algorithm': 'sft',
-    'data.train': 'some-org/rows@main:train@2,data/a b.jsonl::messages,/home/me/c.jsonl',
+    'data.train': 'some-org/rows@main:train@2,data/a b.jsonl::messages,/srv/me/c.jsonl',
     'data.eval': '',
   }
-  counts = {'name': '/home/me/cache/x', 'dropped': 1, 'bad': 2, 'identical': 4}
+  counts = {'name': '/srv/me/cache/x', 'dropped': 1, 'bad': 2, 'identical': 4}
   manifest = {
     'data': {
       f'{kind} {i}': counts | ({'prompts': 7} if i == 1 else {'examples_used': 5})
@@ -384,7 +385,7 @@ def test_sources_are_named_as_the_config_names_them(trained, tmp_path):
     assert f'| {use} | `data/a b.jsonl` | 7 | 7 |' in text
     assert f'| {use} | `c.jsonl` | 5 | 7 |' in text
     assert f'| {use} | `x` | 5 | 7 |' in text, 'a config that has changed since'
-  assert 'd' * 64 in text and '/home' not in text
+  assert 'd' * 64 in text and '/srv' not in text
 
 
 def test_a_secret_in_a_config_is_not_told(trained, tmp_path):
@@ -405,3 +406,12 @@ def test_a_model_in_the_hubs_cache_is_named_by_its_hub_name(trained, tmp_path):
   (tmp_path / 'README.md').write_text(run_card.build(str(workdir), model, 2, True, False))
   found = ModelCard.load(tmp_path / 'README.md')
   assert found.data.base_model == 'org/base' and f'| commit | `{COMMIT}` |' in found.content
+
+
+def test_the_card_in_a_bucket_is_replaced(bucket):
+  write('gs://bucket/out', rendered(step=1))
+  export.replace_card('gs://bucket/out', rendered(step=2).decode())
+  assert files.read_bytes('gs://bucket/out/README.md') == rendered(step=2)
+  write('gs://bucket/out', rendered(step=3))
+  assert files.read_bytes('gs://bucket/out/README.md') == rendered(step=3)
+  assert not [n for n in bucket.names() if 'card' in n or 'partial' in n]
