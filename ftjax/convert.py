@@ -1,6 +1,6 @@
-"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16]
+"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16] [--push=org/name]
 
-Writes a model as a Hugging Face folder.
+Writes a model as a Hugging Face folder, and uploads it where --push names a model on the hub.
 
 SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
 on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
@@ -11,6 +11,10 @@ For a workdir, `export/` is copied. If the run has not ended, or was continued a
 newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
 select a checkpoint. The run may still be running: nothing in its workdir is changed. Exporting a
 checkpoint needs jax and runs on the CPU; the parameters must fit into host memory.
+
+--push creates a private model, or with --public a public one, and uploads the folder as one commit,
+with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
+model folder, or the export of a workdir.
 """
 
 import os
@@ -27,6 +31,8 @@ _TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it i
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
 )
+_PUSH = flags.DEFINE_string('push', None, 'org/name of a model on the hub to upload the folder to.')
+_PUBLIC = flags.DEFINE_boolean('public', False, 'With --push: everybody may read the model.')
 
 
 def convert(source: str, target: str, dtype: str | None):
@@ -60,7 +66,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   import jax
   import numpy as np
 
-  from ftjax.experiment import saved_model
+  from ftjax.experiment import run_card, saved_model
   from ftjax.hf import export
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -75,6 +81,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
       tokenizer_files=model.files,
       dtype=np.dtype(dtype or saved.param_dtype),
       stop_ids=model.stop_ids,
+      card=run_card.of_checkpoint(workdir, model, saved.step),
     )
     return saved.step
 
@@ -88,7 +95,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, load, model_folder
+  from ftjax.hf import export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -111,6 +118,8 @@ def _convert_files(source: str, target: str, dtype: str | None):
   }
   if dtype:
     files['config.json'] = export.config_file(config, files['config.json'], kinds[dtype])
+  if model_card.is_card(card := model_folder.readme(path)):
+    files[model_card.FILE] = card
   export.write_model(
     target, tensors, lambda name: weights.read(name).astype(tensors[name].dtype, copy=False), files
   )
@@ -118,11 +127,46 @@ def _convert_files(source: str, target: str, dtype: str | None):
   print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
+def _finished(source: str) -> str:
+  """Returns the model folder that a source already is, or holds.
+
+  Raises:
+    ConfigError: it has to be written first.
+  """
+  from ftjax.hf import load
+  from ftjax.storage import snapshots
+
+  workdir, which = snapshots.parse(source)
+  found = source if os.path.isdir(source) else None
+  if snapshots.is_workdir(workdir):
+    found = None if which else load.newest_export(workdir)
+  if found is None or _DTYPE.value:
+    raise ConfigError(
+      f'--source={source} is not uploaded as it is; give --target=DIR for the folder to upload'
+    )
+  return found
+
+
 def main() -> None:
-  """Converts --source to --target."""
-  if not _SOURCE.value or not _TARGET.value:
-    raise ConfigError('--source and --target are needed; see --help')
-  convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
+  """Converts --source to --target, and uploads that."""
+  source, target, name = _SOURCE.value, _TARGET.value, _PUSH.value
+  if not source or not (target or name):
+    raise ConfigError('--source and --target are needed, or --source and --push; see --help')
+  if _PUBLIC.value and not name:
+    raise ConfigError('--public belongs to an upload; give --push=org/name too')
+  if name is None:
+    convert(source, target, _DTYPE.value)
+    return
+  from ftjax.hf import pushed_folder
+  from ftjax.storage import hub_push
+
+  # Before anything is written.
+  hub_push.check(name)
+  folder = target or _finished(source)
+  pushed_folder.check(folder)
+  if target:
+    convert(source, target, _DTYPE.value)
+  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value)}')
 
 
 if __name__ == '__main__':

@@ -10,8 +10,8 @@ files keep the source's content.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 from ftjax.families import table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import layout, model_folder, peft_config
+from ftjax.hf import layout, model_card, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
   # `convert` writes through here without jax; only `export` needs it.
   import jax
 
-
-_WEIGHTS = re.compile(r'(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors')
+log = logging.getLogger(__name__)
 
 
 def is_ours(path: Path) -> bool:
@@ -47,9 +46,9 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  small = (*model_folder.MODEL_FILES, *peft_config.SMALL_FILES)
-  known = path.name in small or model_folder.is_side_file(path.name)
-  return known or bool(_WEIGHTS.fullmatch(path.name))
+  if path.name == model_card.FILE:
+    return model_card.is_card(path.read_bytes())
+  return model_folder.is_model_file(path.name)
 
 
 @contextlib.contextmanager
@@ -143,11 +142,36 @@ def write_model(
     DataError: the target is there and is not a model folder.
   """
   with whole_folder(target) as folder:
-    for name, content in files.items():
+    for name, content in (dict(files) | _edited_card(files_lib.as_path(target))).items():
       place = folder / name
       place.parent.mkdir(exist_ok=True)
       place.write_bytes(content)
     write_folder(folder, tensors, read, max_shard_bytes)
+
+
+def _edited_card(target: Path) -> dict[str, bytes]:
+  """Returns the model card of a folder that is replaced, if somebody edited it."""
+  path = target / model_card.FILE
+  if not path.is_file() or model_card.is_unchanged(content := path.read_bytes()):
+    return {}
+  log.warning(
+    '%s was edited since ftjax wrote it: it is kept, and describes the model before. Remove it '
+    'for a new one',
+    path,
+  )
+  return {model_card.FILE: content}
+
+
+def replace_card(target: str | os.PathLike, content: str) -> None:
+  """Replaces README.md of a model folder atomically."""
+  path = files_lib.as_path(target) / model_card.FILE
+  if files_lib.is_remote(target):
+    files_lib.write_text(path, content)
+    return
+  # Beside the folder: a process that is killed here must leave no foreign file in it.
+  temp = path.parent.with_name(f'.{path.parent.name}.card')
+  files_lib.write_text(temp, content)
+  temp.replace(path)
 
 
 def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
@@ -194,6 +218,7 @@ def export(
   tokenizer_files: Mapping[str, bytes],
   dtype: np.dtype,
   stop_ids: tuple[int, ...],
+  card: bytes | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ):
   """Writes parameters as a HF folder: HF names and layout, unstacked, one tensor on the host at a
@@ -212,6 +237,7 @@ def export(
       tokens and dtype.
     dtype: of the written tensors.
     stop_ids: token ids that end a completion.
+    card: README.md; None for none.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
@@ -236,6 +262,8 @@ def export(
   generation = generation_file(files.get('generation_config.json'), config, stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
+  if card is not None:
+    files[model_card.FILE] = card
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
