@@ -22,6 +22,7 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record, weights
 from ftjax.families import table
 from ftjax.hf import load as hf_load
+from ftjax.hf.new_rows import NewRows
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -88,9 +89,12 @@ class AuxiliaryModel:
     """
     has_own = self.path and self.is_of_rollouts
     arch = table.architecture(read_config(self.path), self.family) if has_own else self.policy
-    return dataclasses.replace(arch, num_labels=int(self.record.has_score))
+    labels, multiple = int(self.record.has_score), self.policy.vocab_multiple
+    return dataclasses.replace(arch, num_labels=labels, vocab_multiple=multiple)
 
-  def load(self, first: str, mesh: Mesh, dtype: str, seed: int) -> dict:
+  def load(
+    self, first: str, mesh: Mesh, dtype: str, seed: int, new_rows: NewRows | None = None
+  ) -> dict:
     """Returns its weights as they are before the first step, a nested dict of sharded arrays.
 
     A model with a score that starts from a language model starts with score 0.
@@ -100,8 +104,10 @@ class AuxiliaryModel:
       mesh: the mesh of training.
       dtype: of all parameters.
       seed: of random weights.
+      new_rows: of tokens that are added to the policy.
     """
-    params = weights.load(self.path or first, self.architecture(), mesh, dtype, seed, self.family)
+    source, arch = self.path or first, self.architecture()
+    params = weights.load(source, arch, mesh, dtype, seed, self.family, new_rows)
     if self.record.has_score and not self.path:
       params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
     return params

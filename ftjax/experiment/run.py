@@ -19,7 +19,7 @@ from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
-from ftjax.experiment import model_record, weights
+from ftjax.experiment import model_record, vocabulary, weights
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load as hf_load
@@ -155,7 +155,8 @@ class Run:
     with self.watchdog.phase('restore'):
       if source and (source == self.model.source or c.init_from):
         model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
-      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family)
+      new = self.model.new_rows
+      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family, new)
 
   @property
   def first_source(self) -> str:
@@ -173,7 +174,8 @@ class Run:
     with self.watchdog.phase('restore'):
       if source := model.path or self.first_source:
         model_record.hash_while_loading(source, self.workdir)
-      return model.load(self.first_source, self.mesh, c.model.param_dtype, c.seed)
+      dtype, new = c.model.param_dtype, self.model.new_rows
+      return model.load(self.first_source, self.mesh, dtype, c.seed, new)
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
@@ -199,7 +201,8 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
+    wanted = vocabulary.of(section.flat(c))
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)

@@ -37,7 +37,7 @@ def _model(trainer: Trainer) -> console.Model:
   shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
   for prefix, arch in run.trained_archs().items():
     for name, declared in kinds.declared(arch).items():
-      number = math.prod(declared.shape)
+      number = math.prod(declared.file_shape)
       total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
   return console.Model(
     source=c.init_from or run.model.source or 'model.random (random weights)',

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.families import table, tensor_map
+from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout, model_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
@@ -223,6 +224,8 @@ def export(
   # Adapters and derived leaves are no tensors of the model's files.
   own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
   found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  padded = {n: p.shape for n, p in kinds.declared(arch).items() if p.padding}
+  found |= {n: wanted[n] for n, shape in padded.items() if found.get(n) == shape}
   if found != wanted:
     wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     raise ValueError(
@@ -231,7 +234,7 @@ def export(
     )
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    parts = [(b, _without_padding(b, _on_host(leaves[b.leaf], b.at))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -245,6 +248,11 @@ def export(
   if generation is not None:
     files['generation_config.json'] = generation
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+
+
+def _without_padding(binding: Binding, value: np.ndarray) -> np.ndarray:
+  """Returns a leaf's value without the padding of the vocabulary, which no file holds."""
+  return value[tuple(map(slice, binding.shape))]
 
 
 def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:

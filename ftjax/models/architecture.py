@@ -96,7 +96,8 @@ class Architecture:
   family: a name in families/table.py, or 'package.module:FAMILY'. stacks: see the file's docstring.
   tied: the head is the embedding table. max_len: positions that the model was made for. num_labels:
   1 is a reward model, which has a score in place of the vocabulary's head. kind: the model kind, a
-  name in kinds.py or 'package.module:KIND'.
+  name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
+  to a multiple of it in memory, and never in files.
   """
 
   family: str
@@ -108,6 +109,12 @@ class Architecture:
   max_len: int
   num_labels: int = 0
   kind: str = 'decoder'
+  vocab_multiple: int = 1
+
+  @property
+  def vocab_rows(self) -> int:
+    """Rows of the embedding and head tables in memory: vocab_size and the padding."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
   def blocks(self) -> Iterator[tuple[str, BlockSpec, int]]:
     """Yields (`stack{i}/block{j}`, spec, repeats)."""

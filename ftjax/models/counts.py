@@ -1,4 +1,5 @@
-"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares."""
+"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares; padding of
+the vocabulary is not counted."""
 
 import math
 
@@ -9,12 +10,12 @@ from ftjax.models.architecture import Architecture
 def num_params(arch: Architecture) -> int:
   """Returns the number of parameters, a tied head counted once, without derived leaves."""
   declared = kinds.declared(arch).values()
-  return sum(math.prod(p.shape) for p in declared if p.origin != 'derived')
+  return sum(math.prod(p.file_shape) for p in declared if p.origin != 'derived')
 
 
 def head_params(arch: Architecture) -> int:
   """Returns the number of parameters of the head, which may be the embedding table."""
-  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].shape)
+  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].file_shape)
 
 
 def matmul_params(arch: Architecture) -> int:

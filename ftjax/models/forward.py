@@ -64,13 +64,17 @@ class Forward:
     """
     x = self.hidden_states(params, batch, noise)
     table = kinds.head_weights(self.arch, params)
-    return head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], config)
+    return head.cross_entropy_sums(
+      x, table, batch['labels'], batch['weights'], config, self.arch.vocab_size
+    )
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
-    return head.token_logprobs(x, table, batch['labels'], batch['weights'])
+    return head.token_logprobs(
+      x, table, batch['labels'], batch['weights'], vocab=self.arch.vocab_size
+    )
 
   def logprobs_and_entropy(
     self, params: dict, batch: dict, temperature: float
@@ -80,7 +84,9 @@ class Forward:
     """
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
-    return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
+    return head.logprobs_and_entropies(
+      x, table, batch['labels'], batch['weights'], temperature, self.arch.vocab_size
+    )
 
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]

@@ -24,7 +24,9 @@ class Declared(NamedTuple):
   shape: sizes. axes: their logical names. fan_in: see `declare`; 0 for a bias or a scale.
   constant: initial value of such a leaf. origin: 'base', from the model's files; 'adapter', added
   to it and trained; or 'derived', computed from other leaves by the model kind, never trained,
-  saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype.
+  saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype. padding: how
+  many of the last rows along the axis 'vocab' belong to no token: they are 0, no gradient reaches
+  them, and files do not hold them.
   """
 
   shape: tuple[int, ...]
@@ -33,6 +35,15 @@ class Declared(NamedTuple):
   constant: float
   origin: str = 'base'
   dtype: str = ''
+  padding: int = 0
+
+  @property
+  def file_shape(self) -> tuple[int, ...]:
+    """The shape without the padding, as files hold the parameter."""
+    return tuple(
+      n - self.padding if axis == 'vocab' else n
+      for n, axis in zip(self.shape, self.axes, strict=True)
+    )
 
 
 class Param(nnx.Param):
@@ -40,7 +51,11 @@ class Param(nnx.Param):
 
 
 def declare(
-  shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, constant: float = 0.0
+  shape: tuple[int, ...],
+  axes: tuple[str, ...],
+  fan_in: int,
+  constant: float = 0.0,
+  padding: int = 0,
 ) -> Param:
   """Returns a declared, abstract parameter: float32[shape]; nothing is allocated.
 
@@ -50,9 +65,10 @@ def declare(
     fan_in: numbers that each result sums over, which sets the initial variance; 0 for a leaf that
       is no matrix: a bias, or a scale.
     constant: initial value of such a leaf.
+    padding: of the vocabulary, see Declared.
   """
   start = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return Param(start, declared=Declared(shape, axes, fan_in, constant))
+  return Param(start, declared=Declared(shape, axes, fan_in, constant, padding=padding))
 
 
 class Linear(nnx.Module):
