@@ -45,6 +45,7 @@ class GrownSource(TensorSource):
   def __init__(self, source: TensorSource, rows: NewRows, tables: Sequence[str]):
     super().__init__()
     self._source, self._rows, self.place = source, rows, source.place
+    self._tables = frozenset(tables)
     self._means: dict[str, np.ndarray] = {}
     self.tensors = dict(source.tensors)
     for name in tables:
@@ -56,9 +57,9 @@ class GrownSource(TensorSource):
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """Returns the tensor, or the part that a tuple of step-1 slices selects, as a new array."""
-    info = self.tensors[name]
-    if info == self._source.tensors[name]:
+    if name not in self._tables:
       return self._source.read(name, index)
+    info = self.tensors[name]
     index = full_index(info.shape, index)
     begin, end, _ = index[0].indices(info.shape[0])
     out = np.zeros(
