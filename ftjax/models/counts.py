@@ -1,5 +1,7 @@
-"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares; padding of
-the vocabulary is not counted."""
+"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares.
+
+Padding of the vocabulary is not counted.
+"""
 
 import math
 
