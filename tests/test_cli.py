@@ -113,7 +113,7 @@ BAD = [
   ('model.random', '3', 'model.random=3; expected'),
   ('optim.learning_rate', '3', 'there is no such key; did you mean optim.lr?'),
   ('max_steps', '3', 'there is no such key; did you mean steps?'),
-  ('lora.r', '8', 'there is no LoRA yet'),
+  ('lora.r', '8', 'there is no such key; did you mean lora.rank?'),
 ]
 
 
@@ -184,7 +184,7 @@ def test_single_keys_of_a_random_model(parse):
       (*HEALTHY, '--max_steps=1'),
       "Unknown command line flag 'max_steps'; did you mean --config.steps",
     ),
-    ((*HEALTHY, '--lora_r=8'), "Unknown command line flag 'lora_r'; there is no LoRA yet"),
+    ((*HEALTHY, '--lora_r=8'), "Unknown command line flag 'lora_r'; did you mean"),
     ((*HEALTHY, 'steps=5'), "unexpected argument 'steps=5'; did you mean --config.steps=5?"),
     (
       (*HEALTHY, 'config.steps=5'),

@@ -85,7 +85,7 @@ KEYS = [
     'c.training.batch_size = 4',
     'training.batch_size: there is no such key; did you mean batch_siz',
   ),
-  ('c.lora.rank = 8', 'lora.rank: there is no such key; there is no LoRA yet'),
+  ('c.lora.r = 8', 'lora.r: there is no such key; did you mean lora.rank?'),
   ('c.max_grad_norm = 8', 'max_grad_norm: there is no such key; did you mean optim.clip_norm?'),
   ('c.update(dict(optim=dict(lrr=1)))', 'optim.lrr: there is no such key; did you mean optim.lr?'),
   ('print(c.max_steps)', 'max_steps: there is no such key; did you mean steps?'),

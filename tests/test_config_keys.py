@@ -102,12 +102,12 @@ def test_a_name_of_another_tool_leads_to_its_key(typed, key):
 @pytest.mark.parametrize(
   ('typed', 'note'),
   [
-    ('lora.r', 'there is no LoRA yet'),
-    ('lora.anything', 'there is no LoRA yet'),
-    ('lora_alpha', 'there is no LoRA yet'),
+    ('lora.r', '0 trains the model itself'),
+    ('peft.anything', 'adapters are set by the section lora'),
+    ('lora_alpha', 'alpha / rank'),
     ('output_dir', 'the flag --workdir=DIR'),
     ('dcn_anything_parallelism', 'the axes are mesh.data'),
-    ('load_in_4bit', 'no quantized base models'),
+    ('load_in_4bit', 'the frozen base under an adapter'),
     ('per_device_train_batch_size', 'It is global'),
     ('gradient_accumulation_steps', 'does not multiply it'),
     ('warmup_ratio', 'It counts updates'),

@@ -36,7 +36,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
     total, weight, metrics = of_tokens(
       *forward.logprobs_and_entropy(params, batch, temperature), batch
     )
-    values = value_forward.token_scores(params['value'], batch)
+    values = value_forward.token_scores(value_forward.find_params(params, 'value'), batch)
     value_total, _, more = policy.value_loss(
       values, batch['old_values'], batch['returns'], batch['weights'], clip
     )
@@ -51,7 +51,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 def make_measure(forward: Forward) -> Measure:
   """Returns (params, batch) -> the value of every token, float32[B, T]."""
   forward = forward.with_score().without_remat()
-  return lambda params, batch: forward.token_scores(params['value'], batch)
+  return lambda params, batch: forward.token_scores(forward.find_params(params, 'value'), batch)
 
 
 class ValueAdvantages(policy_gradient.AdvantageEstimator):

@@ -52,8 +52,9 @@ def measured(forward: Forward, params: dict, batch: dict, with_reference: bool) 
   if set(REFERENCE_FIELDS) <= set(batch):
     ref_first, ref_second = (batch[k] for k in REFERENCE_FIELDS)
   elif with_reference:
-    reference = jax.lax.stop_gradient(params['reference'])
-    ref_first, ref_second = forward.side_logprobs(reference, batch, (1, 2))
+    reference = forward.untrained()
+    frozen = jax.lax.stop_gradient(reference.find_params(params, 'reference'))
+    ref_first, ref_second = reference.side_logprobs(frozen, batch, (1, 2))
   return {
     'first': first,
     'second': second,
@@ -92,8 +93,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   coefficients, form = settings(c), row(c)
 
   def loss(params, batch, keys):
-    del keys
-    m = measured(forward, params, batch, form.needs_reference)
+    m = measured(forward.with_dropout(keys), params, batch, form.needs_reference)
     total, weight, metrics = preference.loss(form, table_batch(form, m), m['weights'], coefficients)
     first, second = jax.lax.stop_gradient((m['first'], m['second']))
     if form.paired:

@@ -141,10 +141,10 @@ class _Measure:
 
   def __init__(self, run: Run, load_first: Callable[[], dict]):
     self._run, self._load_first, self._params = run, load_first, None
-    forward = run.forward
+    forward = run.forward.untrained()
 
     def sides(params, batch):
-      found = forward.side_logprobs(params, batch, (1, 2))
+      found = forward.side_logprobs(forward.find_params(params, ''), batch, (1, 2))
       return dict(zip(REFERENCE_FIELDS, found, strict=True))
 
     self._sides = pair_metrics.jit_measure(sides)

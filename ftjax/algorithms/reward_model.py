@@ -26,9 +26,8 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   centring, paired = c.reward_model.centring, c.reward_model.objective == 'pairs'
 
   def loss(params, batch, keys):
-    del keys
     weights = pair_metrics.present(batch)
-    found = forward.sequence_rewards(params, batch, 1 + paired)
+    found = forward.with_dropout(keys).sequence_rewards(params, batch, 1 + paired)
     if paired:
       return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
     return preference.reward_regression(*found, batch['values'], weights)

@@ -50,7 +50,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
   def loss(params, batch, keys):
     noise = embedding_noise(alpha, batch, forward.arch.model_dim, keys) if alpha else None
-    total, nll = forward.cross_entropy(params, batch, config, noise)
+    total, nll = forward.with_dropout(keys).cross_entropy(params, batch, config, noise)
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
 

@@ -141,6 +141,9 @@ _PLAIN = {
   'data.on_unrendered': ('error', 'warn'),
   'data.on_bad_row': ('error', 'drop'),
   'data.loss_on': ('assistant', 'completion', 'all'),
+  'lora.init': ('uniform', 'pissa'),
+  'lora.base': ('bfloat16', 'float32', 'int8', 'nf4'),
+  'lora.on_init_from': ('continue', 'merge'),
 }
 CHOICES: dict[str, tuple[str, ...]] = {k: tuple(t) for k, t in TABLES.items()} | _PLAIN
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from ftjax.config import algorithms, choices
 
 _PER_DEVICE = 'It is global: per update, over all devices and micro-batches'
-_NO_LORA = 'there is no LoRA yet, all parameters are trained; optim.freeze leaves some as they are'
-_NO_QUANTIZED = 'there are no quantized base models yet: leave it out'
+_LORA = 'adapters are set by the section lora: rank, alpha, targets, dropout and others'
+_BASE = 'lora.base says how the frozen base is held: float32, bfloat16, int8 or nf4'
 _AXES = 'the axes are mesh.data, fsdp, context, tensor and expert, over all devices of all slices'
 _IN_STEPS = 'It counts updates, not a share of them'
 _EVERY_STEPS = 'It counts updates; the last one is always included'
@@ -50,7 +50,7 @@ ROWS = (
    None, 'the attention kernel is chosen for the device: leave it out'),
   (('torch_compile', 'jit'), None, 'every step is compiled: leave it out'),
   (('load_in_4bit', 'load_in_8bit', 'quantization_bit', 'quantization', 'bnb_4bit_quant_type'),
-   None, _NO_QUANTIZED),
+   'lora.base', 'int8 or nf4: how the frozen base under an adapter is held'),
   (('trust_remote_code',), None, 'code from model folders is never run: leave it out'),
   # Length of training.
   (('max_steps', 'num_train_steps', 'train_steps', 'total_steps', 'num_steps', 'training_steps',
@@ -235,16 +235,27 @@ ROWS = (
   (('jax_cache_dir', 'compilation_cache_dir'), 'compile_cache', 'The cache lies in the workdir'),
   (('xla_flags', 'libtpu_init_args', 'compile_xla_flags'),
    'compiler_options', '(name, value) pairs, see docs/config.md'),
-  # Adapters. Names with a dot, and the names that these tools give to them.
-  (('lora_r', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_target', 'lora_target_modules',
-    'use_peft', 'peft_config', 'adapter', 'use_lora', 'lora_target_linear', 'lora_modules', 'qlora',
-    'use_dora', 'target_modules'), None, _NO_LORA),
+  # Adapters.
+  (('lora_r', 'lora_rank', 'lora.r', 'use_peft', 'use_lora', 'adapter', 'qlora'), 'lora.rank',
+   '0 trains the model itself'),
+  (('lora_alpha',), 'lora.alpha', 'The update is scaled by alpha / rank'),
+  (('lora_dropout',), 'lora.dropout', ''),
+  (('lora_target', 'lora_target_modules', 'lora_target_linear', 'lora_modules', 'target_modules',
+    'lora_module_path'),
+   'lora.targets', "A regex over whole names such as layer0/attn/q, or 'all-linear'"),
+  (('use_rslora', 'use_rs_lora'), 'lora.rslora', ''),
+  (('use_dora', 'peft_use_dora'), 'lora.dora', ''),
+  (('init_lora_weights', 'pissa_init'), 'lora.init', "'uniform' or 'pissa'"),
+  (('loraplus_lr_ratio', 'loraplus_lr_embedding'), 'lora.b_lr_ratio', ''),
+  (('modules_to_save', 'additional_target', 'lora_modules_to_save'), 'lora.train',
+   'A regex over whole names such as embed/w'),
+  (('peft_config',), None, _LORA),
 )  # fmt: skip
 
-_SECTIONS = {'lora': _NO_LORA, 'peft': _NO_LORA, 'qlora': _NO_LORA, 'quantization': _NO_QUANTIZED}
+_SECTIONS = {'peft': _LORA, 'qlora': _LORA, 'quantization': _BASE}
 _PREFIXES = {
-  'lora_': _NO_LORA,
-  'bnb_': _NO_QUANTIZED,
+  'lora_': _LORA,
+  'bnb_': _BASE,
   'dcn_': _AXES,
   'ici_': _AXES,
   'vllm_': 'rollouts are sampled on the devices of the run: leave it out',

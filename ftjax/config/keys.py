@@ -15,6 +15,7 @@ def default() -> Section:
   _add_run(c)
   _add_model(c)
   _add_data(c)
+  _add_lora(c)
   _add_optim(c)
   _add_loss(c)
   _add_dpo(c)
@@ -94,6 +95,33 @@ def _add_data(c: Section) -> None:
   c.data.chat_template = ''  # file with a jinja template in place of the model's; exported with it
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
   c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
+
+
+def _add_lora(c: Section) -> None:
+  # Low-rank adapters on a frozen base. Names of linear maps: layer0/attn/q, layer0/mlp/down, head.
+  c.lora = Section()
+  c.lora.rank = 0  # rank of the adapters; 0: none, the model itself is trained
+  c.lora.alpha = 32.0  # the update is scaled by alpha / rank
+  # Which linear maps have one: all of the blocks (all-linear), or a regex over whole names.
+  c.lora.targets = 'all-linear'
+  c.lora.rank_pattern = ()  # (regex, rank) pairs for maps of another rank; the first match counts
+  c.lora.alpha_pattern = ()  # (regex, alpha) pairs, in the same way
+  c.lora.rslora = False  # scale by alpha / sqrt(rank)
+  c.lora.dora = False  # train the length of each output's weights apart from their direction
+  # Initial values: uniform (B is 0), or the principal components of the base (pissa).
+  c.lora.init = 'uniform'
+  c.lora.dropout = 0.0  # share of an adapter's inputs that a training step drops
+  c.lora.b_lr_ratio = 1.0  # learning rate of B relative to that of A; 16 is usual for LoRA+
+  c.lora.train = ''  # regex over parameters that are trained whole, such as 'embed/w|head/w'
+  # How the frozen base is held: float32, bfloat16, int8 (one scale for each output), nf4 (QLoRA).
+  c.lora.base = 'bfloat16'
+  c.lora.block = 64  # weights that share a scale in nf4: a power of two that divides their inputs
+  # Where init_from is an adapter run: continue its adapter, or merge it and begin a new one.
+  c.lora.on_init_from = 'continue'
+  c.lora.merge = True  # write the merged model to merged/ of the workdir at the end
+  c.lora.merge_kl = (
+    1e-3  # largest KL from adapter to merged model that merged/ may have, nats/token
+  )
 
 
 def _add_optim(c: Section) -> None:

@@ -7,7 +7,14 @@ import os
 import re
 from typing import Any
 
-from ftjax.config import algorithms, choices, custom_keys, section_checks, task_specs
+from ftjax.config import (
+  adapter_checks,
+  algorithms,
+  choices,
+  custom_keys,
+  section_checks,
+  task_specs,
+)
 from ftjax.config.keys import default
 from ftjax.config.section import RANDOM_REQUIRED, Section, flat, place_of
 from ftjax.runtime import named_object
@@ -157,6 +164,7 @@ def _validate(c: Section) -> None:
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
   section_checks.check(c)
+  adapter_checks.check(c)
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,8 @@ fingerprint, and what a training step or a rollout spends on it. The rows of con
 say which models an algorithm has.
 
 A model in the state has its parameters under its own name beside those of the trained model:
-`reference/...`, `value/...`."""
+`reference/...`, `value/...`. Where the trained model is an adapter on a frozen base, a model that
+starts from the same weights shares that base, and has only the other leaves of its own."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,8 +23,10 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record, weights
 from ftjax.families import table
 from ftjax.hf import load as hf_load
-from ftjax.hf.new_rows import NewRows
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
+from ftjax.models.layers import Declared
+from ftjax.runtime import trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
@@ -89,28 +92,38 @@ class AuxiliaryModel:
     """
     has_own = self.path and self.is_of_rollouts
     arch = table.architecture(read_config(self.path), self.family) if has_own else self.policy
-    labels, multiple = int(self.record.has_score), self.policy.vocab_multiple
-    return dataclasses.replace(arch, num_labels=labels, vocab_multiple=multiple)
+    arch = dataclasses.replace(arch, vocab_multiple=self.policy.vocab_multiple)
+    return arch.with_score() if self.record.has_score else arch.untrained()
 
-  def load(
-    self, first: str, mesh: Mesh, dtype: str, seed: int, new_rows: NewRows | None = None
-  ) -> dict:
-    """Returns its weights as they are before the first step, a nested dict of sharded arrays.
+  @property
+  def shares_base(self) -> bool:
+    """Whether its base leaves are those of the trained model, under an adapter."""
+    return self.policy.adapter is not None and not self.path
+
+  def leaves(self, read_config: Callable[[str], dict] = hf_load.read_config) -> dict[str, Declared]:
+    """Returns {name: declaration} of the parameters that it does not share."""
+    found = kinds.declared(self.architecture(read_config))
+    return {n: p for n, p in found.items() if not (self.shares_base and p.origin == 'base')}
+
+  def load(self, first: Callable[[], dict], mesh: Mesh, dtype: str, seed: int) -> dict:
+    """Returns its own weights as they are before the first step, a nested dict of sharded arrays.
 
     A model with a score that starts from a language model starts with score 0.
 
     Args:
-      first: folder of the weights that training starts from; '': random ones.
+      first: returns the weights that the trained model starts from.
       mesh: the mesh of training.
-      dtype: of all parameters.
+      dtype: of all parameters that declare none.
       seed: of random weights.
-      new_rows: of tokens that are added to the policy.
     """
-    source, arch = self.path or first, self.architecture()
-    params = weights.load(source, arch, mesh, dtype, seed, self.family, new_rows)
-    if self.record.has_score and not self.path:
+    arch = self.architecture()
+    if self.path:
+      return weights.load(self.path, arch, mesh, dtype, seed, self.family)
+    params = weights.derived_from(first(), arch, mesh, dtype, seed)
+    if self.record.has_score:
       params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
-    return params
+    own = self.leaves()
+    return trees.select(params, lambda name: name in own)[0]
 
   def check(self, policy: Tokenizer, seq_len: int) -> None:
     """Checks the model's folder before anything is loaded.

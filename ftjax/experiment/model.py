@@ -43,7 +43,7 @@ class Model:
     The same weights under another rope or another epsilon are another model; padding in memory
     makes none. Before the weights are loaded this reads them; see model_record.py.
     """
-    facts = dataclasses.replace(self.arch, vocab_multiple=1).facts()
+    facts = dataclasses.replace(self.arch.plain(), vocab_multiple=1).facts()
     new = [dataclasses.asdict(self.new_rows)] if self.new_rows else []
     return digest([self.hash_weights(), facts, *new])
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,16 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.experiment import adapters, model_record, vocabulary, weights
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
-from ftjax.experiment import model_record, vocabulary, weights
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load as hf_load
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
+from ftjax.models.layers import Declared
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -98,18 +99,35 @@ class Run:
     others = {f'{m.name}/': m.architecture() for m in self.auxiliary.in_state if m.is_trained}
     return {'': self.arch} | others
 
+  def trained_leaves(self) -> dict[str, Declared]:
+    """Returns {name: declaration} of the parameters of all models that the optimizer trains. Leaves
+    that a model shares with another are not repeated.
+    """
+    out = dict(kinds.declared(self.arch))
+    for model in self.auxiliary.in_state:
+      if model.is_trained:
+        out |= {f'{model.name}/{n}': p for n, p in model.leaves().items()}
+    return out
+
+  def parameter_names(self, of: Callable[[Declared], bool]) -> set[str]:
+    """Returns the names of the trained models' parameters whose declaration `of` is true for."""
+    return {n for n, p in self.trained_leaves().items() if of(p)}
+
   def parameter_shardings(self) -> dict:
     """Returns the shardings of the trained models' parameters, a nested dict of NamedSharding."""
-    return self._by_name(lambda arch: sharding.shardings(self.mesh, kinds.axes(arch)))
+    leaves = self.trained_leaves()
+    return sharding.shardings(self.mesh, trees.unflatten({n: p.axes for n, p in leaves.items()}))
 
   def abstract_params(self) -> dict:
     """Returns the parameters of the trained models, a nested dict of ShapeDtypeStruct."""
-    dtype = jnp.dtype(self.config.model.param_dtype)
-    return self._by_name(lambda arch: kinds.abstract(arch, dtype))
+    return self.abstract_leaves(self.trained_leaves())
 
-  def _by_name(self, of: Callable[[Architecture], dict]) -> dict:
-    found = {prefix: trees.flatten(of(arch)) for prefix, arch in self.trained_archs().items()}
-    return trees.unflatten({f'{p}{n}': x for p, leaves in found.items() for n, x in leaves.items()})
+  def abstract_leaves(self, leaves: Mapping[str, Declared]) -> dict:
+    """Returns declared parameters as a nested dict of ShapeDtypeStruct."""
+    usual = self.config.model.param_dtype
+    return trees.unflatten(
+      {n: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype or usual)) for n, p in leaves.items()}
+    )
 
   def batch_shardings(self, micro: bool) -> dict[str, NamedSharding]:
     """Returns the shardings of a batch: of arrays [A, M, T] with `micro`, else [B, T]; arrays of
@@ -151,12 +169,15 @@ class Run:
     """Returns the model's weights from a folder, or random ones by the seed where it is ''. A
     nested dict of sharded arrays.
     """
+    return self._load(source, self.arch, dtype)
+
+  def _load(self, source: str, arch: Architecture, dtype: str) -> dict:
     c = self.config
     with self.watchdog.phase('restore'):
       if source and (source == self.model.source or c.init_from):
         model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
       new = self.model.new_rows
-      return weights.load(source, self.arch, self.mesh, dtype, c.seed, c.model.family, new)
+      return weights.load(source, arch, self.mesh, dtype, c.seed, c.model.family, new)
 
   @property
   def first_source(self) -> str:
@@ -168,14 +189,18 @@ class Run:
     """Returns the model's weights as they are before the first step."""
     return self.load_params(self.first_source, self.config.model.param_dtype)
 
-  def load_auxiliary(self, model: AuxiliaryModel) -> dict:
-    """Returns the weights of an auxiliary model as they are before the first step."""
+  def load_auxiliary(self, model: AuxiliaryModel, first: dict | None = None) -> dict:
+    """Returns the own weights of an auxiliary model as they are before the first step. Arrays of
+    `first` may be among them.
+
+    first: what `load_first` returns, where it is in memory.
+    """
     c = self.config
     with self.watchdog.phase('restore'):
-      if source := model.path or self.first_source:
-        model_record.hash_while_loading(source, self.workdir)
-      dtype, new = c.model.param_dtype, self.model.new_rows
-      return model.load(self.first_source, self.mesh, dtype, c.seed, new)
+      if model.path:
+        model_record.hash_while_loading(model.path, self.workdir)
+      load_first = self.load_first if first is None else lambda: first
+      return model.load(load_first, self.mesh, c.model.param_dtype, c.seed)
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
@@ -203,6 +228,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
     wanted = vocabulary.of(section.flat(c))
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
+    model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
@@ -259,6 +285,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
   Raises:
     ConfigError: a size that does not divide.
   """
+  arch = adapters.adapted(arch, c)
   check_sizes(c, arch, mesh)
   return Run(
     c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
@@ -300,11 +327,16 @@ def _keep_programs(folder: str) -> None:
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
   """Raises ConfigError when a size does not divide, before anything is compiled."""
   declared = kinds.declared(arch)
-  sharding.check_divides(
-    {n: p.axes for n, p in declared.items()},
-    {n: p.shape for n, p in declared.items()},
-    mesh,
-  )
+  try:
+    sharding.check_divides(
+      {n: p.axes for n, p in declared.items()},
+      {n: p.shape for n, p in declared.items()},
+      mesh,
+    )
+  except ConfigError as error:
+    if arch.base != 'nf4':
+      raise
+    raise ConfigError(f'{error}. A block of nf4 is not split: try a smaller lora.block') from error
   size = math.prod(mesh.shape[a] for a in sharding.BATCH)
   for key, rows in (
     ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),

@@ -1,7 +1,6 @@
 """The summaries of a run for the console, from its config, state and files; the texts are in
 telemetry/console.py."""
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import ml_collections
 from ftjax.config import algorithms
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
-from ftjax.models import kinds
+from ftjax.models import counts
 from ftjax.storage import files
 from ftjax.telemetry import console
 from ftjax.training import optimizer
@@ -35,10 +34,10 @@ def _model(trainer: Trainer) -> console.Model:
   run, c = trainer.run, trainer.run.config
   total = frozen = 0
   shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
-  for prefix, arch in run.trained_archs().items():
-    for name, declared in kinds.declared(arch).items():
-      number = math.prod(declared.file_shape)
-      total, frozen = total + number, frozen + round(number * shares[f'{prefix}{name}'])
+  for name, declared in run.trained_leaves().items():
+    number = counts.weights(declared)
+    share = 1.0 if name in trainer.frozen else shares[name]
+    total, frozen = total + number, frozen + round(number * share)
   return console.Model(
     source=c.init_from or run.model.source or 'model.random (random weights)',
     family=run.model.config.get('model_type', 'a language model'),

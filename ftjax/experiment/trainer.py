@@ -26,14 +26,18 @@ log = logging.getLogger(__name__)
 
 def _leaves(run: Run) -> dict[str, optimizer_lib.Leaf]:
   """Returns what the optimizer must know of every trained parameter, also of auxiliary models."""
-  out = {}
+  out, ratio = {}, run.config.lora.b_lr_ratio
   for prefix, arch in run.trained_archs().items():
     found = optimizer_lib.leaves(kinds.declared(arch), arch.layer_slots())
     out |= {
-      f'{prefix}{n}': dataclasses.replace(leaf, names=tuple(f'{prefix}{x}' for x in leaf.names))
+      f'{prefix}{n}': dataclasses.replace(
+        leaf,
+        names=tuple(f'{prefix}{x}' for x in leaf.names),
+        rate=ratio if n.endswith('/lora_b') else 1.0,
+      )
       for n, leaf in found.items()
     }
-  return out
+  return {n: leaf for n, leaf in out.items() if n in run.trained_leaves()}
 
 
 class Trainer:
@@ -78,15 +82,17 @@ class Trainer:
     settings = optimizer_lib.OptimizerConfig(
       schedule=self.schedule, **{n: c.optim[n] for n in names}
     )
-    self._derived = {
-      f'{p}{n}' for p, arch in run.trained_archs().items() for n in kinds.names(arch, 'derived')
-    }
-    self.frozen = optimizer_lib.frozen_names(settings.freeze, info) | self._derived
+    self._derived = run.parameter_names(lambda p: p.origin == 'derived')
+    # The frozen base under an adapter: read from where it came, and never saved.
+    is_adapted = run.arch.adapter is not None
+    self._base = run.parameter_names(lambda p: is_adapted and p.origin == 'base')
+    fixed = run.parameter_names(lambda p: p.is_fixed)
+    frozen = optimizer_lib.frozen_names(settings.freeze, info)
+    self.frozen = frozen | self._derived | self._base | fixed
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
-    dtype = jnp.dtype(c.model.param_dtype)
     abstract = jax.eval_shape(self._create, run.abstract_params())
-    others = {m.name: kinds.abstract(m.architecture(), dtype) for m in self._constant}
+    others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
@@ -132,35 +138,54 @@ class Trainer:
     """Returns a state of no steps."""
     run = self.run
     first = run.load_first()
-    trained = {m.name: run.load_auxiliary(m) for m in run.auxiliary.in_state if m.is_trained}
+    trained = {m.name: run.load_auxiliary(m, first) for m in run.auxiliary.in_state if m.is_trained}
     # Copies: a state is donated whole, and no buffer twice.
-    copies = {m.name: jax.tree.map(jnp.copy, first) for m in self._constant if not m.path}
-    state = self._init(first | trained)
-    return self._with_constant(state, copies)
+    constant = jax.tree.map(jnp.copy, self._load_constant(first))
+    return self._with_constant(self._init(first | trained), constant)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
-    """Returns the state saved at a step, with its derived leaves and constant auxiliary models."""
-    state = self._with_derived(checkpoints.restore(step, self.saved(self.abstract)))
-    return self._with_constant(state, {})
+    """Returns the state saved at a step, with the base under an adapter, its derived leaves and
+    constant auxiliary models.
+    """
+    state = checkpoints.restore(step, self.saved(self.abstract))
+    if not self._base and not self._constant:
+      return self._with_derived(state)
+    first = self.run.load_first()
+    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, self._load_base(first)))
+    return self._with_constant(self._with_derived(state), self._load_constant(first))
 
-  def _with_constant(self, state: State, known: dict[str, dict]) -> State:
-    """Returns `state` with its constant auxiliary models; those not in `known` are read."""
-    models = {
-      m.name: known[m.name] if m.name in known else self.run.load_auxiliary(m)
-      for m in self._constant
-    }
+  def _load_base(self, first: dict) -> dict:
+    """Returns the leaves of frozen bases under adapters; first: the weights that training starts
+    from.
+    """
+    if not self._base:
+      return {}
+    run = self.run
+    # A trained auxiliary model from a folder of its own does not share the base.
+    own = [m for m in run.auxiliary.in_state if m.is_trained and not m.shares_base]
+    return trees.select(
+      first | {m.name: run.load_auxiliary(m, first) for m in own}, lambda n: n in self._base
+    )[0]
+
+  def _load_constant(self, first: dict) -> dict[str, dict]:
+    """Returns the own weights of the constant auxiliary models."""
+    return {m.name: self.run.load_auxiliary(m, first) for m in self._constant}
+
+  def _with_constant(self, state: State, models: dict[str, dict]) -> State:
+    """Returns `state` with its constant auxiliary models."""
     return dataclasses.replace(state, frozen=state.frozen | models)
 
   # What of a state is used.
 
   def saved(self, state: State) -> State:
-    """Returns what is saved of a state, of its shapes or of its shardings: all but derived leaves
-    and the constant auxiliary models.
+    """Returns what is saved of a state, of its shapes or of its shardings: all but the base under
+    an adapter, derived leaves and the constant auxiliary models.
     """
     state = self._without_constant(state)
-    if not self._derived:
+    left_out = self._derived | self._base
+    if not left_out:
       return state
-    _, kept = trees.select(state.frozen, lambda n: n in self._derived)
+    _, kept = trees.select(state.frozen, lambda n: n in left_out)
     return dataclasses.replace(state, frozen=kept)
 
   def _without_constant(self, state: State) -> State:
@@ -176,7 +201,8 @@ class Trainer:
     flat, found, run = trees.flatten(trees.merge(state.params, frozen)), {}, self.run
     dtype = jnp.dtype(run.config.model.param_dtype)
     for prefix, arch in run.trained_archs().items():
-      own = {n: flat[f'{prefix}{n}'] for n in kinds.names(arch, 'base', 'adapter')}
+      names = kinds.names(arch, 'base', 'adapter')
+      own = {n: flat.get(f'{prefix}{n}', flat.get(n)) for n in names}
       places = trees.flatten(sharding.shardings(run.mesh, kinds.axes(arch)))
       model = trees.unflatten(own)
       whole = trees.flatten(

@@ -12,7 +12,7 @@ from ftjax.hf import load as hf_load
 from ftjax.hf.new_rows import NewRows
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
 
 _random = jax.jit(kinds.init, static_argnums=(0, 2))
@@ -52,11 +52,40 @@ def load(
     vocab_size=arch.vocab_size,
     vocab_multiple=arch.vocab_multiple,
   )
-  if dataclasses.replace(found, num_labels=arch.num_labels) != arch:
-    raise ConfigError(f'{source}: its architecture, {found}, is not the one expected, {arch}')
+  plain = arch.plain()
+  if dataclasses.replace(found.plain(), num_labels=arch.num_labels) != plain:
+    raise ConfigError(
+      f'{source}: its architecture, {found.plain()}, is not the one expected, {plain}'
+    )
+  found = dataclasses.replace(arch, num_labels=found.num_labels)
   where = sharding.shardings(mesh, kinds.axes(found))
   params = hf_load.load_params(source, found, where, dtype, seed, missing)
   if found.num_labels == arch.num_labels:
     return params
-  make = jax.jit(lambda key: kinds.init(arch, key, dtype)['score'])
-  return {k: v for k, v in params.items() if k != 'head'} | {'score': make(key)}
+  return {k: v for k, v in params.items() if k != 'head'} | _score(arch, key, dtype)
+
+
+def derived_from(first: dict, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:
+  """Returns the parameters of a model that starts from the weights of another one, a nested dict.
+  Leaves that both have are the same arrays.
+
+  Args:
+    first: parameters of the other model, nested dict of sharded arrays.
+    arch: the architecture wanted: that of `first`, perhaps with a score in place of the head, or
+      without adapters.
+    mesh: the mesh.
+    dtype: of new parameters that declare none.
+    seed: of new random weights.
+  """
+  dtype, flat, declared = jnp.dtype(dtype), trees.flatten(first), kinds.declared(arch)
+  kept = {n: flat[n] for n, p in declared.items() if n in flat and p.origin != 'derived'}
+  params = trees.unflatten(kept)
+  if arch.num_labels and 'score' not in params:
+    params |= _score(arch, jax.random.key(seed), dtype)
+  places = trees.flatten(sharding.shardings(mesh, kinds.axes(arch)))
+  return kinds.completed(arch, params, places.__getitem__, seed, dtype)
+
+
+def _score(arch: Architecture, key: jax.Array, dtype: jnp.dtype) -> dict:
+  """Returns a random score, {'score': ...}."""
+  return {'score': jax.jit(lambda key: kinds.init(arch, key, dtype)['score'])(key)}

@@ -230,6 +230,7 @@ def load_params(
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)
   declared, places = kinds.declared(arch), trees.flatten(shardings)
+  whole_model = kinds.declared(arch.plain())
   rows: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     rows.setdefault(b.leaf, []).append(b)
@@ -238,7 +239,10 @@ def load_params(
     raise ValueError(
       f'shardings differ from the parameters in {sorted(declared.keys() ^ places.keys())}'
     )
-  dtypes = {n: np.dtype(declared[n].dtype or dtype) for n in shapes}
+  packed = [n for n in shapes if n not in declared]
+  dtypes = {n: np.dtype(declared[n].dtype or dtype) for n in shapes if n in declared}
+  # What is packed is packed from the values of the file.
+  dtypes |= {n: np.dtype(source.tensors[rows[n][0].hf].dtype) for n in packed}
   size = sum(math.prod(shape) * dtypes[n].itemsize for n, shape in shapes.items())
   leaves = {}
   # Largest first: while its second copy moves to the devices, no other leaf is in memory.
@@ -251,11 +255,40 @@ def load_params(
     disable=size < 1e9 or not processes.is_main(),
   ) as bar:
     for name in order:
-      whole = declared[name].shape
-      leaves[name] = _load_leaf(source, rows[name], whole, places[name], dtypes[name])
-      bar.update(leaves[name].nbytes)
+      whole = whole_model[name].shape
+      if name in declared:
+        found = {name: _load_leaf(source, rows[name], whole, places[name], dtypes[name])}
+      else:
+        found = _load_packed(source, arch, rows[name], whole, places, dtypes[name])
+      bar.update(math.prod(shapes[name]) * dtypes[name].itemsize)
+      leaves |= found
   params = trees.unflatten({name: leaves[name] for name in sorted(leaves)})
   return kinds.completed(arch, params, places.__getitem__, seed, np.dtype(dtype))
+
+
+def _load_packed(
+  source: TensorSource,
+  arch: Architecture,
+  rows: list[Binding],
+  shape: tuple[int, ...],
+  places: Mapping[str, jax.sharding.Sharding],
+  dtype: np.dtype,
+) -> dict[str, jax.Array]:
+  """Returns the packed parts of a leaf; the leaf itself is on the devices until they are made."""
+  import jax
+
+  from ftjax.models import kinds
+  from ftjax.runtime import sharding
+
+  name = rows[0].leaf
+  where = places[f'{name}/codes']
+  if isinstance(where, jax.sharding.NamedSharding):
+    axes = kinds.declared(arch.plain())[name].axes
+    where = jax.sharding.NamedSharding(where.mesh, sharding.spec(*axes))
+  leaf = _load_leaf(source, rows, shape, where, dtype)
+  parts = {n: s for n, s in places.items() if n.startswith(f'{name}/')}
+  pack = jax.jit(lambda leaf: kinds.packed(arch, name, leaf, dtype), out_shardings=parts)
+  return jax.block_until_ready(pack(leaf))
 
 
 def check_leaves(
@@ -272,9 +305,9 @@ def check_leaves(
   """
   from ftjax.models import kinds
 
-  declared = kinds.declared(arch)
+  declared = kinds.declared(arch.plain())
   shapes = tensor_map.leaf_shapes([b for bound in rows.values() for b in bound])
-  wanted = {n: declared[n].file_shape for n in kinds.names(arch, 'base')}
+  wanted = {n: p.file_shape for n, p in declared.items() if p.origin == 'base'}
   if shapes != wanted:
     wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
     raise ValueError(

@@ -90,6 +90,45 @@ class BlockSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaptedMap:
+  """The low-rank adapter of one linear map, in all layers of its stack.
+
+  name: `stack{i}/block{j}/attn/q`, or 'head'. ranks: of each layer; 0: the layer has no adapter.
+  scales: factors of the product of each layer, alpha / rank for LoRA.
+  """
+
+  name: str
+  ranks: tuple[int, ...]
+  scales: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """What is trained on top of a frozen base (Hu et al. 2021, "LoRA").
+
+  maps: the linear maps with an adapter. trained: base leaves that are trained whole, as part of the
+  adapter. dropout: share of the inputs of the adapters that a training step drops. dora: the
+  length of each output's weights is trained apart from their direction (Liu et al. 2024). pissa:
+  the adapter starts as the base's principal components, which are subtracted again (Meng et al.
+  2024). continued: training starts from the adapter of another run, which is then the reference.
+  merged: the dtype of the weights of the model after merging; the model then computes with these
+  weights, '' with base and adapter.
+  """
+
+  maps: tuple[AdaptedMap, ...] = ()
+  trained: tuple[str, ...] = ()
+  dropout: float = 0.0
+  dora: bool = False
+  pissa: bool = False
+  continued: bool = False
+  merged: str = ''
+
+  def find(self, name: str) -> AdaptedMap | None:
+    """Returns the adapter of a linear map; None where it has none."""
+    return next((m for m in self.maps if m.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
   """A model in numbers, hashable: a static argument of jitted functions.
 
@@ -97,7 +136,9 @@ class Architecture:
   tied: the head is the embedding table. max_len: positions that the model was made for. num_labels:
   1 is a reward model, which has a score in place of the vocabulary's head. kind: the model kind, a
   name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
-  to a multiple of it in memory, and never in files.
+  to a multiple of it in memory, and never in files. adapter: what is trained, where the rest is
+  frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of
+  all parameters. block: most inputs that share a scale in nf4.
   """
 
   family: str
@@ -110,11 +151,35 @@ class Architecture:
   num_labels: int = 0
   kind: str = 'decoder'
   vocab_multiple: int = 1
+  adapter: Adapter | None = None
+  base: str = ''
+  block: int = 64
 
   @property
   def vocab_rows(self) -> int:
     """Rows of the embedding and head tables in memory: vocab_size and the padding."""
     return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+  def plain(self) -> 'Architecture':
+    """Returns the model that files hold: without an adapter, its weights as they are stored."""
+    return dataclasses.replace(self, adapter=None, base='', block=64)
+
+  def untrained(self) -> 'Architecture':
+    """Returns the model that training starts from, on the same base: without the adapters of linear
+    maps, unless training continues those of another run.
+    """
+    if self.adapter is None or self.adapter.continued:
+      return self
+    return dataclasses.replace(self, adapter=Adapter(trained=self.adapter.trained))
+
+  def with_score(self) -> 'Architecture':
+    """Returns the reward or value model of this model: with a score in place of its head."""
+    adapter = self.adapter
+    if adapter is not None:
+      maps = tuple(m for m in adapter.maps if m.name != 'head')
+      trained = tuple(n for n in adapter.trained if not n.startswith('head/'))
+      adapter = dataclasses.replace(adapter, maps=maps, trained=trained)
+    return dataclasses.replace(self, num_labels=1, adapter=adapter)
 
   def blocks(self) -> Iterator[tuple[str, BlockSpec, int]]:
     """Yields (`stack{i}/block{j}`, spec, repeats)."""

@@ -5,6 +5,7 @@ width of the model."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+
+# Keeps the random numbers of dropout apart from others of the same row.
+_DROPOUT = 0x5EED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Forward:
     arch: architecture of the model.
     dtype: compute dtype of activations and matrix products.
     remat: what a backward pass recomputes; see kinds.apply.
+    dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
 
   The methods take `params`, a nested dict with the model's parameters. Entries of other models in
   it (experiment/auxiliary.py) are not read.
@@ -31,14 +36,35 @@ class Forward:
   arch: Architecture
   dtype: jnp.dtype
   remat: str = 'none'
+  dropout_keys: jax.Array | None = None
 
-  def without_remat(self) -> 'Forward':
+  def without_remat(self) -> Self:
     """Returns the same forward pass for use without a gradient."""
     return dataclasses.replace(self, remat='none')
 
-  def with_score(self) -> 'Forward':
+  def with_score(self) -> Self:
     """Returns the forward pass of a reward or value model: this architecture with a score head."""
-    return dataclasses.replace(self, arch=dataclasses.replace(self.arch, num_labels=1))
+    return dataclasses.replace(self, arch=self.arch.with_score())
+
+  def untrained(self) -> Self:
+    """Returns the forward pass of the model that training starts from."""
+    return dataclasses.replace(self, arch=self.arch.untrained(), dropout_keys=None)
+
+  def find_params(self, params: dict, name: str) -> dict:
+    """Returns the parameters of the auxiliary model `name` whose forward pass this is; see
+    kinds.of_model.
+    """
+    return kinds.of_model(self.arch, params, name)
+
+  def with_dropout(self, keys: jax.Array) -> Self:
+    """Returns the forward pass of a training step: with the dropout of adapters, if there is any.
+
+    keys: key[B], of the rows.
+    """
+    if self.arch.adapter is None or not self.arch.adapter.dropout:
+      return self
+    fold = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))
+    return dataclasses.replace(self, dropout_keys=fold(keys))
 
   def hidden_states(self, params: dict, batch: dict, noise: jax.Array | None = None) -> jax.Array:
     """Returns the hidden states after the last norm, dtype[B, T, D].
@@ -54,6 +80,7 @@ class Forward:
       dtype=self.dtype,
       remat=self.remat,
       noise=noise,
+      dropout_keys=self.dropout_keys,
     )
 
   def cross_entropy(
@@ -87,6 +114,20 @@ class Forward:
     return head.logprobs_and_entropies(
       x, table, batch['labels'], batch['weights'], temperature, self.arch.vocab_size
     )
+
+  def divergence_from(self, params: dict, other: Self, others: dict, batch: dict) -> jax.Array:
+    """Returns the KL divergence in nats from this model's distribution of the next token to
+    another's, summed over the tokens with a weight: float32[].
+
+    Args:
+      params: of this model.
+      other: the forward pass of the other model.
+      others: its parameters.
+      batch: rows that both read.
+    """
+    ours = self.hidden_states(params, batch), kinds.head_weights(self.arch, params)
+    theirs = other.hidden_states(others, batch), kinds.head_weights(other.arch, others)
+    return head.divergence_sums(ours, theirs, batch['weights'], self.arch.vocab_size)
 
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]

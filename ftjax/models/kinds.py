@@ -6,13 +6,14 @@ never import the file that implements a kind. A kind outside the package is name
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from ftjax.models import transformer
+from ftjax.models import lora, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
@@ -27,6 +28,16 @@ def _nothing(arch: Architecture, params: Mapping) -> dict[str, jax.Array]:
   return {}
 
 
+def _none(arch, declared, params, names, key) -> dict[str, jax.Array]:
+  del arch, declared, params, names, key
+  return {}
+
+
+def _as_it_is(arch, declared, name: str, leaf: jax.Array) -> dict[str, jax.Array]:
+  del arch, declared
+  return {name: leaf}
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
   """The functions of a model kind.
@@ -35,7 +46,12 @@ class Kind:
   transformer.apply. decode: of new tokens with a cache, see transformer.decode; None where the kind
   generates no text. head_leaf: (arch) -> name of the leaf that maps hidden states to logits or
   scores. derive: (arch, params without derived leaves) -> {name: derived leaf}; computed when
-  weights are loaded, and not while their sources train.
+  weights are loaded, and not while their sources train. linear_maps: (arch) -> names of the
+  maps that may have an adapter. adapters: (arch, declared, params with base leaves, names, key) ->
+  {name: initial value} of adapter leaves; those it leaves out are drawn like base leaves. pack:
+  (arch, declared, name, leaf of files) -> {name: leaf as the base is held}. merged: (arch, params,
+  name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
+  the kind has no adapters.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -43,9 +59,23 @@ class Kind:
   decode: Callable[..., tuple[jax.Array, Cache]] | None
   head_leaf: Callable[[Architecture], str]
   derive: Callable[[Architecture, Mapping], dict[str, jax.Array]] = _nothing
+  linear_maps: Callable[[Architecture], tuple[str, ...]] = lambda arch: ()
+  adapters: Callable[..., dict[str, jax.Array]] = _none
+  pack: Callable[..., dict[str, jax.Array]] = _as_it_is
+  merged: Callable[..., jax.Array] | None = None
 
 
-DECODER = Kind(transformer.declared, transformer.apply, transformer.decode, transformer.head_leaf)
+DECODER = Kind(
+  transformer.declared,
+  transformer.apply,
+  transformer.decode,
+  transformer.head_leaf,
+  lora.derive,
+  transformer.linear_maps,
+  lora.initial,
+  lora.pack,
+  transformer.merged,
+)
 KINDS = {'decoder': DECODER}
 
 
@@ -62,6 +92,11 @@ def of(arch: Architecture) -> Kind:
 def declared(arch: Architecture) -> Mapping[str, Declared]:
   """Returns flat {name: declaration} of all parameters."""
   return of(arch).declared(arch)
+
+
+def linear_maps(arch: Architecture) -> tuple[str, ...]:
+  """Returns the names of the linear maps that may have an adapter."""
+  return of(arch).linear_maps(arch)
 
 
 def names(arch: Architecture, *origins: str) -> list[str]:
@@ -83,10 +118,25 @@ def axes(arch: Architecture) -> dict:
 
 def init(arch: Architecture, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> dict:
   """Returns random parameters: normal with variance 1 / fan_in (norm scales and biases start as
-  declared); a leaf depends on the key and its name only. Derived leaves follow from the others.
+  declared), adapters as their kind begins them; a leaf depends on the key, its name and the leaves
+  that it is computed from only. Derived leaves follow from the others.
   """
-  leaves = {n: _draw(n, p, key, dtype) for n, p in declared(arch).items() if p.origin != 'derived'}
-  return with_derived(arch, trees.unflatten(leaves))
+  plain, leaves = declared(arch.plain()), {}
+  for name, p in plain.items():
+    if p.origin == 'base':
+      leaves |= packed(arch, name, _draw(name, p, key, jnp.float32), dtype)
+  return _completed(arch, trees.unflatten(leaves), key, dtype)
+
+
+def packed(
+  arch: Architecture, name: str, leaf: jax.Array, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+  """Returns a leaf of the model's files as the base is held, {name: leaf}, in the dtypes that are
+  declared, else `dtype`.
+  """
+  found = declared(arch)
+  held = of(arch).pack(arch, found, name, leaf)
+  return {n: x.astype(found[n].dtype or dtype) for n, x in held.items()}
 
 
 def _draw(name: str, p: Declared, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -113,6 +163,16 @@ def with_derived(arch: Architecture, params: dict) -> dict:
   return trees.unflatten(flat | cast)
 
 
+def _completed(arch: Architecture, params: dict, key: jax.Array, dtype: jnp.dtype) -> dict:
+  """Returns params with adapters, where they have none, and derived leaves; see `completed`."""
+  found, flat = declared(arch), trees.flatten(params)
+  if new := [n for n in names(arch, 'adapter') if n not in flat]:
+    made = of(arch).adapters(arch, found, params, new, key)
+    made = {n: made[n] if n in made else _draw(n, found[n], key, jnp.float32) for n in new}
+    flat |= {n: x.astype(found[n].dtype or dtype) for n, x in made.items()}
+  return with_derived(arch, trees.unflatten(flat))
+
+
 def completed(
   arch: Architecture,
   params: dict,
@@ -131,17 +191,52 @@ def completed(
     dtype: of new adapters that declare none.
   """
   flat, found = trees.flatten(params), declared(arch)
-  new = [n for n in names(arch, 'adapter') if n not in flat]
-  if not new and not names(arch, 'derived'):
+  if not names(arch, 'derived') and all(n in flat for n in names(arch, 'adapter')):
     return params
+  new = [n for n in found if n not in flat]
 
-  def make(params: dict) -> dict:
-    key = jax.random.key(seed)
-    flat = trees.flatten(params) | {n: _draw(n, found[n], key, dtype) for n in new}
-    return with_derived(arch, trees.unflatten(flat))
+  # What is there stays where it is: as a result of the program it would be copied.
+  def make(params):
+    whole = _completed(arch, params, jax.random.key(seed), dtype)
+    return {n: x for n, x in trees.flatten(whole).items() if n in new}
 
-  out_shardings = trees.unflatten({n: sharding(n) for n in found})
-  return jax.jit(make, out_shardings=out_shardings)(params)
+  made = jax.jit(make, out_shardings={n: sharding(n) for n in new})(params)
+  whole = flat | made
+  return trees.unflatten({n: whole[n] for n in sorted(whole)})
+
+
+def of_model(arch: Architecture, params: dict, name: str) -> dict:
+  """Returns the parameters of one of several models in `params`, a nested dict.
+
+  Leaves under `name` are the model's own; those that are missing there it shares with the model
+  whose leaves stand in `params` itself, such as the base under an adapter.
+
+  Args:
+    arch: of the model.
+    params: all parameters of a state.
+    name: of the model; '': the one in `params` itself.
+  """
+  shared = trees.flatten(params)
+  own = trees.flatten(params.get(name, {})) if name else shared
+  return trees.unflatten({n: own[n] if n in own else shared[n] for n in sorted(declared(arch))})
+
+
+def with_merged(arch: Architecture, dtype: str) -> Architecture:
+  """Returns the architecture that computes with the weights after merging its adapter, in `dtype`.
+
+  The parameters stay base and adapter: each weight is merged where it is used.
+  """
+  return dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, merged=dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def merged(
+  arch: Architecture, params: dict, name: str, layer: jax.Array | None = None
+) -> jax.Array:
+  """Returns a leaf of the model after merging; arch: of `with_merged`, layer: int32[] of a leaf
+  with an L axis. See transformer.merged.
+  """
+  return of(arch).merged(arch, params, name, layer)
 
 
 def apply(
@@ -153,9 +248,11 @@ def apply(
   dtype: jnp.dtype,
   remat: str = 'none',
   noise: jax.Array | None = None,
+  dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
   """Returns hidden states dtype[B, T, D] of tokens int32[B, T]; see transformer.apply."""
-  return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise)
+  more = {} if dropout_keys is None else {'dropout_keys': dropout_keys}
+  return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise, **more)
 
 
 def decode(

@@ -5,17 +5,20 @@ transformer.py), so they carry no state and no randomness. Weights are cast to t
 gathered over `fsdp` where they are used: under a scan that is one layer at a time, and the gather
 moves the cast bytes."""
 
+import dataclasses
 import functools
 import math
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from ftjax.models.architecture import Norm
-from ftjax.runtime.sharding import gathered, spec
+from ftjax.models import quantize
+from ftjax.models.architecture import Adapter, Norm
+from ftjax.runtime.sharding import axis_size, gather, gathered, shard_map, spec, zigzag
 
 
 class Declared(NamedTuple):
@@ -24,9 +27,11 @@ class Declared(NamedTuple):
   shape: sizes. axes: their logical names. fan_in: see `declare`; 0 for a bias or a scale.
   constant: initial value of such a leaf. origin: 'base', from the model's files; 'adapter', added
   to it and trained; or 'derived', computed from other leaves by the model kind, never trained,
-  saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype. padding: how
-  many of the last rows along the axis 'vocab' belong to no token: they are 0, no gradient reaches
-  them, and files do not hold them.
+  saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype. is_fixed: an
+  adapter leaf that keeps its initial value; it is saved. weights: numbers of the model that one
+  number of the leaf stands for: 2 where two are packed into a byte, 0 where it belongs to others.
+  padding: how many of the last rows along the axis 'vocab' belong to no token: they are 0, no
+  gradient reaches them, and files do not hold them.
   """
 
   shape: tuple[int, ...]
@@ -35,6 +40,8 @@ class Declared(NamedTuple):
   constant: float
   origin: str = 'base'
   dtype: str = ''
+  is_fixed: bool = False
+  weights: int = 1
   padding: int = 0
 
   @property
@@ -51,11 +58,7 @@ class Param(nnx.Param):
 
 
 def declare(
-  shape: tuple[int, ...],
-  axes: tuple[str, ...],
-  fan_in: int,
-  constant: float = 0.0,
-  padding: int = 0,
+  shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, constant: float = 0.0, **more: Any
 ) -> Param:
   """Returns a declared, abstract parameter: float32[shape]; nothing is allocated.
 
@@ -65,15 +68,43 @@ def declare(
     fan_in: numbers that each result sums over, which sets the initial variance; 0 for a leaf that
       is no matrix: a bias, or a scale.
     constant: initial value of such a leaf.
-    padding: of the vocabulary, see Declared.
+    more: further fields of Declared.
   """
   start = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return Param(start, declared=Declared(shape, axes, fan_in, constant, padding=padding))
+  return Param(start, declared=Declared(shape, axes, fan_in, constant, **more))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Dropout of one layer's adapter inputs (Srivastava et al. 2014), in a training step.
+
+  rate: share of the numbers that become 0. keys: key[B], of the rows in this layer.
+  """
+
+  rate: float
+  keys: jax.Array
+
+  def __call__(self, name: str, x: jax.Array) -> jax.Array:
+    """Returns x [B, T, I] with numbers dropped and the others scaled up.
+
+    name: of the linear map that reads x; each has numbers of its own.
+    """
+    own = zlib.crc32(name.encode())
+    order = zigzag(x.shape[1], axis_size('context'))
+
+    def draw(key):
+      return jax.random.bernoulli(jax.random.fold_in(key, own), 1 - self.rate, x.shape[1:])[order]
+
+    kept = jax.sharding.reshard(jax.vmap(draw)(self.keys), jax.typeof(x).sharding.spec)
+    return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 
 class Linear(nnx.Module):
   """A projection over the trailing axes of x: `w` float32[*inputs, *outputs], and `b`
   float32[*outputs] where there is a bias.
+
+  With an adapter (`adapt`): y = x w + scale * (x A) B + b, with A, `lora_a` float32[R, *inputs],
+  and B, `lora_b` float32[R, *outputs] (Hu et al. 2021, eq. 3).
 
   Args:
     inputs: sizes of the contracted axes, the last ones of x.
@@ -82,6 +113,8 @@ class Linear(nnx.Module):
     out: logical names of the result's axes, batch and seq first.
     bias: whether `b` is added, in the compute dtype.
   """
+
+  lora_a = lora_b = lora_scale = lora_m = lora_a0 = lora_b0 = None
 
   def __init__(
     self,
@@ -94,22 +127,161 @@ class Linear(nnx.Module):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
     self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
     self.b = declare(outputs, out[2:], 0) if bias else None
+    self.storage, self.name, self.adapter, self.merged = '', '', None, ''
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x [B, T, *inputs] to [B, T, *outputs] in x's dtype."""
-    w = jax.sharding.reshard(self.w[...].astype(x.dtype), gathered(*self.axes))
-    w = w.reshape(math.prod(self.inputs), math.prod(self.outputs))
-    lead = x.shape[:2]
+  # What is declared beside w and b.
+
+  def pack(self, storage: str, block: int) -> None:
+    """Declares `w` as packed numbers; storage: 'int8' or 'nf4', block: see quantize.py."""
+    self.storage = storage
+    inputs, outputs = math.prod(self.inputs), math.prod(self.outputs)
+    whole = jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)
+    pack = functools.partial(quantize.PACK[storage], block=block)
+    parts = jax.eval_shape(pack, whole)._asdict()
+    self.w = nnx.Dict(
+      {
+        field: declare(
+          p.shape,
+          self._packed_axes[2 - p.ndim :],
+          inputs if field == 'codes' else 0,
+          dtype=p.dtype.name,
+          weights=inputs * outputs // p.size if field == 'codes' else 0,
+        )
+        for field, p in parts.items()
+      }
+    )
+
+  def adapt(self, name: str, rank: int, adapter: Adapter) -> None:
+    """Declares an adapter; see architecture.Adapter. name: of the map, for its dropout."""
+    self.name, self.adapter = name, adapter
+    own = {'origin': 'adapter', 'dtype': 'float32'}
+
+    def factor(sizes, axes, **more):
+      return declare((rank, *sizes), ('rank', *axes), rank, **own, **more)
+
+    self.lora_a = factor(self.inputs, self._in_axes)
+    self.lora_b = factor(self.outputs, self._out_axes)
+    self.lora_scale = declare((), (), 0, 1.0, origin='derived', dtype='float32')
+    if adapter.dora:
+      self.lora_m = declare(self.outputs, self._out_axes, 0, 1.0, **own)
+    if adapter.pissa:
+      self.lora_a0 = factor(self.inputs, self._in_axes, is_fixed=True)
+      self.lora_b0 = factor(self.outputs, self._out_axes, is_fixed=True)
+
+  @property
+  def _in_axes(self) -> tuple[str, ...]:
+    return self.axes[: len(self.inputs)]
+
+  @property
+  def _out_axes(self) -> tuple[str, ...]:
+    return self.axes[len(self.inputs) :]
+
+  @property
+  def _packed_axes(self) -> tuple[str, str]:
+    """Logical axes of w as a matrix: only the first of merged axes may be split over devices."""
+    return self._in_axes[0], self._out_axes[0]
+
+  # What is computed.
+
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    """Maps x [B, T, *inputs] to [B, T, *outputs] in x's dtype. dropout: of the adapter's input."""
+    lead, last = x.shape[:2], self.out[2]
     x = x.reshape(*lead, math.prod(self.inputs))
-    last = self.out[2]
-    if jax.sharding.get_abstract_mesh().shape['context'] == 1:
-      # One matrix product: with B and T apart, the compiler transposes copies of x for the gradient
-      # of w.
-      y = _multiply(x.reshape(-1, x.shape[-1]), w, spec('batch', last))
-    else:  # merging two split axes would move the activations
-      y = jnp.einsum('BTi,io->BTo', x, w, out_sharding=spec('batch', 'seq', last))
+    if self.merged:
+      y = _product(x, self.merged_weights().astype(x.dtype), last)
+    elif self.storage:
+      # Without this the backward pass would keep the unpacked weights of all layers.
+      y = jax.checkpoint(lambda x: _product(x, self._base(x.dtype), last))(x)
+    else:
+      y = _product(x, self._base(x.dtype), last)
+    if self.adapter is not None and not self.merged:
+      y = y + self._low_rank(dropout(self.name, x) if dropout else x)
+      if self.lora_m is not None:
+        y = y * self._lengths().astype(y.dtype)[None, None]
     y = jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
     return y if self.b is None else y + self.b[...].astype(y.dtype)[None, None]
+
+  def _base(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns w as dtype[I, O], gathered over fsdp."""
+    if not self.storage:
+      w = jax.sharding.reshard(self.w[...].astype(dtype), gathered(*self.axes))
+      return w.reshape(math.prod(self.inputs), math.prod(self.outputs))
+    names = self._packed_axes
+    packed = {field: p[...] for field, p in self.w.items()}
+
+    axes = {field: names[2 - p.ndim :] for field, p in packed.items()}
+
+    def unpack(packed):
+      whole = {  # the packed bytes travel
+        field: gather(p, 'fsdp', axes[field].index('embed')) if 'embed' in axes[field] else p
+        for field, p in packed.items()
+      }
+      return quantize.unpack(self.storage, whole, dtype)
+
+    specs = {field: spec(*a) for field, a in axes.items()}
+    return shard_map(unpack, (specs,), gathered(*names))(packed)
+
+  def _factors(self, a: Param, b: Param, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns (A as dtype[I, R], B as dtype[R, O])."""
+    a = jax.sharding.reshard(a[...].astype(dtype), gathered('rank', *self._in_axes))
+    b = jax.sharding.reshard(b[...].astype(dtype), gathered('rank', *self._out_axes))
+    return a.reshape(len(a), math.prod(self.inputs)).T, b.reshape(len(b), math.prod(self.outputs))
+
+  def _pairs(self, dtype: jnp.dtype) -> list[tuple[float, tuple[jax.Array, jax.Array]]]:
+    """Returns the signed factors of the update: those of training, less those of its start."""
+    out = [(1.0, self._factors(self.lora_a, self.lora_b, dtype))]
+    if self.lora_a0 is not None:
+      out.append((-1.0, self._factors(self.lora_a0, self.lora_b0, dtype)))
+    return out
+
+  def _low_rank(self, x: jax.Array) -> jax.Array:
+    """Returns scale * (x A) B, [B, T, O]."""
+    scale = self.lora_scale[...].astype(x.dtype)
+    return sum(
+      _product(_product(x, a, None) * (sign * scale), b, self.out[2])
+      for sign, (a, b) in self._pairs(x.dtype)
+    )
+
+  def _update(self) -> jax.Array:
+    """Returns scale * A B, float32[I, O]."""
+    where = gathered(*self._packed_axes)
+    found = (
+      sign * jnp.einsum('IR,RO->IO', a, b, out_sharding=where)
+      for sign, (a, b) in self._pairs(jnp.float32)
+    )
+    return self.lora_scale[...] * sum(found)
+
+  def _lengths(self) -> jax.Array:
+    """Returns m / |w + scale * A B|, float32[O]: the length is a constant of the gradient (Liu et
+    al. 2024, section 4.3).
+    """
+    w = self._base(jnp.float32) + self._update()
+    squares = jnp.einsum('IO,IO->O', w, w, out_sharding=gathered(self._out_axes[0]))
+    lengths = jax.lax.stop_gradient(jnp.sqrt(squares))
+    m = jax.sharding.reshard(self.lora_m[...], gathered(*self._out_axes))
+    return m.reshape(-1) / lengths
+
+  def merged_weights(self) -> jax.Array:
+    """Returns the weights of the model after merging, [I, O] in its dtype: computed in float32 and
+    rounded once.
+    """
+    w = self._base(jnp.float32)
+    if self.adapter is not None:
+      w = w + self._update()
+    if self.lora_m is not None:
+      w = w * self._lengths()[None]
+    return w.astype(self.merged)
+
+
+def _product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:
+  """Returns x [B, T, I] @ w [I, O]; last: logical name of O."""
+  if jax.sharding.get_abstract_mesh().shape['context'] == 1:
+    # One matrix product: with B and T apart, the compiler transposes copies of x for the gradient
+    # of w.
+    y = _multiply(x.reshape(-1, x.shape[-1]), w, spec('batch', last))
+    return y.reshape(*x.shape[:2], w.shape[1])
+  # Merging two split axes would move the activations.
+  return jnp.einsum('BTi,io->BTo', x, w, out_sharding=spec('batch', 'seq', last))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

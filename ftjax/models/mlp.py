@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from ftjax.models.architecture import GatedMlpSpec
-from ftjax.models.layers import Linear
+from ftjax.models.layers import Dropout, Linear
 
 # 'gelu_tanh' is transformers' gelu_pytorch_tanh, 'gelu' the exact one.
 ACTIVATIONS = {
@@ -27,5 +27,6 @@ class GatedMlp(nnx.Module):
     self.up = Linear((model_dim,), (ffn_dim,), ('embed', 'ffn'), wide)
     self.down = Linear((ffn_dim,), (model_dim,), ('ffn', 'embed'), narrow)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(self.activation(self.gate(x)) * self.up(x))
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    wide = self.activation(self.gate(x, dropout)) * self.up(x, dropout)
+    return self.down(wide, dropout)

@@ -7,20 +7,20 @@ and never makes all logits."""
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.models import rope
+from ftjax.models import lora, rope
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Declared, Linear, Normalize, declare
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare
 from ftjax.models.mlp import GatedMlp
-from ftjax.runtime import trees
-from ftjax.runtime.sharding import gather, index, shard_map, spec, total
+from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
@@ -29,12 +29,13 @@ Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 @dataclasses.dataclass(frozen=True)
 class Context:
   """What the blocks of one forward pass share: segments and positions of the queries and of the
-  keys, and the rotary angles of the queries.
+  keys, the rotary angles of the queries, and in a training step the dropout of adapters.
   """
 
   query: Tokens
   key: Tokens
   angles: Angles
+  dropout: Dropout | None = None
 
 
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
@@ -57,12 +58,13 @@ class Attention(nnx.Module):
     self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
 
   def __call__(self, x, context: Context, store):
-    q, k = self.q(x), self.k(x)
+    drop = context.dropout
+    q, k = self.q(x, drop), self.k(x, drop)
     if self.spec.rope is not None:
       angles = context.angles[self.spec.rope, self.spec.head_dim]
       q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-    k, v, memory = store(k, self.v(x))
-    return self.o(attend(q, k, v, context.query, context.key)), memory
+    k, v, memory = store(k, self.v(x, drop))
+    return self.o(attend(q, k, v, context.query, context.key), drop), memory
 
 
 # The class of a spec is the kind; the module computes it.
@@ -91,7 +93,7 @@ class Block(nnx.Module):
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
     x = x + _normalized(self.attn_out_norm, y)
-    y = self.mlp(_normalized(self.mlp_norm, x))
+    y = self.mlp(_normalized(self.mlp_norm, x), context.dropout)
     return x + _normalized(self.mlp_out_norm, y), memory
 
 
@@ -115,28 +117,33 @@ class EmbedAndHead(nnx.Module):
 
 
 @functools.cache
-def _definition(module: type[nnx.Module], arch: Architecture, *more: BlockSpec):
-  """Returns (graph definition, flat {name: Declared}) of a module."""
-  definition, state = nnx.split(module(arch, *more))
-  params = nnx.to_pure_dict(
-    jax.tree.map(lambda p: p, state, is_leaf=_is_param), extract_fn=lambda p: p.declared
-  )
-  return definition, trees.flatten(params)
+def _around(arch: Architecture) -> lora.Definition:
+  """Returns (graph definition, {name: Declared}) of the parameters around the blocks."""
+  return lora.define(EmbedAndHead(arch), '', arch)
 
 
-def _is_param(x) -> bool:
-  return isinstance(x, nnx.Variable)
+@functools.cache
+def _block(arch: Architecture, slot: str, spec: BlockSpec) -> lora.Definition:
+  """Returns (graph definition, {name: Declared}) of the block of a slot `stack{i}/block{j}`."""
+  return lora.define(Block(arch, spec), f'{slot}/', arch)
 
 
 @functools.cache
 def declared(arch: Architecture) -> dict[str, Declared]:
   """Returns flat {name: declaration} of the whole model, block leaves with their L axis."""
-  out = dict(_definition(EmbedAndHead, arch)[1])
-  for block, kind, repeats in arch.blocks():
-    for name, p in _definition(Block, arch, kind)[1].items():
+  out = dict(_around(arch)[1])
+  for slot, kind, repeats in arch.blocks():
+    for name, p in _block(arch, slot, kind)[1].items():
       stacked = p._replace(shape=(repeats, *p.shape), axes=('layers', *p.axes))
-      out[f'{block}/{name}'] = stacked
+      out[f'{slot}/{name}'] = stacked
   return out
+
+
+@functools.cache
+def linear_maps(arch: Architecture) -> tuple[str, ...]:
+  """Returns the names of the maps that may have an adapter: `stack{i}/block{j}/attn/q`, `head`."""
+  out = [f'{s}/{n}' for s, kind, _ in arch.blocks() for n in lora.linear_maps(Block(arch, kind))]
+  return tuple(out if arch.tied or arch.num_labels else [*out, 'head'])
 
 
 def head_leaf(arch: Architecture) -> str:
@@ -181,6 +188,7 @@ def apply(
   dtype: jnp.dtype,
   remat: str = 'none',
   noise: jax.Array | None = None,
+  dropout_keys: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the hidden states after the last norm.
 
@@ -193,6 +201,7 @@ def apply(
     remat: what the backward pass recomputes: 'none', 'dots' (all but projections), 'full'
       (whole blocks).
     noise: added to the embeddings, [B, T, D], or None.
+    dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
 
   Returns:
     dtype[B, T, D].
@@ -201,21 +210,70 @@ def apply(
   if noise is not None:
     x = x + noise.astype(dtype)
   context = _context(arch, where, where)
-  for i, (pattern, _) in enumerate(arch.stacks):
+  for i, (pattern, repeats) in enumerate(arch.stacks):
 
-    def body(x, weights, pattern=pattern):
+    def body(x, layer, i=i, pattern=pattern):
+      weights, keys = layer
       for j, kind in enumerate(pattern):
-        block = nnx.merge(_definition(Block, arch, kind)[0], weights[f'block{j}'])
-        x, _ = block(x, context, lambda k, v: (k, v, None))
+        slot = f'stack{i}/block{j}'
+        block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
+        drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
+        here = dataclasses.replace(context, dropout=drop)
+        x, _ = block(x, here, lambda k, v: (k, v, None))
       return x, None
 
-    x, _ = jax.lax.scan(_remat(body, remat), x, params[f'stack{i}'])
+    keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
+    x, _ = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
   return _norm(arch, params, x)
 
 
+def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None) -> jax.Array:
+  """Returns a leaf of the model after merging its adapter, float[...] in that model's dtype.
+
+  Args:
+    arch: with the dtype of the merged model in its adapter.
+    params: nested dict of base and adapter.
+    name: of the leaf in the plain model.
+    layer: int32[], of a leaf with an L axis; None for another leaf.
+  """
+  if layer is None:
+    module, path = nnx.merge(_around(arch)[0], _around_params(params)), name.split('/')
+  else:
+    stack, block, *path = name.split('/')
+    spec_of = {slot: kind for slot, kind, _ in arch.blocks()}[f'{stack}/{block}']
+    weights = jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), params[stack][block]
+    )
+    module = nnx.merge(_block(arch, f'{stack}/{block}', spec_of)[0], weights)
+  *folders, last = path
+  for folder in folders:
+    module = module[folder] if isinstance(module, nnx.Dict) else getattr(module, folder)
+  if isinstance(module, Linear) and last == 'w':
+    found = module.merged_weights()
+    return jax.lax.reshape(
+      found, (*module.inputs, *module.outputs), out_sharding=gathered(*module.axes)
+    )
+  leaf = module[last] if isinstance(module, nnx.Dict) else getattr(module, last)
+  return leaf[...].astype(arch.adapter.merged)
+
+
+def _layer_keys(keys: jax.Array, repeats: int) -> jax.Array:
+  """Returns key[L, B]: those of the rows in each layer."""
+  return jax.vmap(lambda layer: jax.vmap(lambda k: jax.random.fold_in(k, layer))(keys))(
+    jnp.arange(repeats)
+  )
+
+
+def _fold(keys: jax.Array, name: str) -> jax.Array:
+  return jax.vmap(lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))(keys)
+
+
 def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
-  around = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
-  return nnx.merge(_definition(EmbedAndHead, arch)[0], around).final_norm(x)
+  return nnx.merge(_around(arch)[0], _around_params(params)).final_norm(x)
+
+
+def _around_params(params: dict) -> dict:
+  return {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
 
 
 def decode(
@@ -268,7 +326,7 @@ def decode(
           )
           return pick(new_k), pick(new_v), (new_k, new_v)
 
-        block = nnx.merge(_definition(Block, arch, kind)[0], weights[f'block{j}'])
+        block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
         x, (new_k, new_v) = block(x, context, store)
         ks, vs = ks | {name: new_k}, vs | {name: new_v}
       return (x, ks, vs), None

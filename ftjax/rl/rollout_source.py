@@ -171,6 +171,13 @@ class RolloutSource(Source):
     params = self._models.get(_REWARD_MODEL)
     return {} if params is None else {_REWARD_MODEL: (_REWARD_MODEL, params)}
 
+  def _of_reference(self, params: dict) -> tuple[str, dict]:
+    """Returns the entry of the reference for `measure`; params: all parameters in training."""
+    own = self._models[_REFERENCE]
+    if self.run.auxiliary.find(_REFERENCE).shares_base:
+      return 'ref_logp', params | {_REFERENCE: own}
+    return 'logp', own
+
   def score(
     self, params: dict, prompts: Sequence[Prompt], found: Rollout, number: int | None
   ) -> tuple[RolloutBatch, dict[str, float]]:
@@ -187,7 +194,7 @@ class RolloutSource(Source):
     if self._needs_old_logp or not self._is_checked:
       wanted['old_logp'] = ('logp', params)
     if _REFERENCE in self._models:
-      wanted['ref_logp'] = ('logp', self._models[_REFERENCE])
+      wanted['ref_logp'] = self._of_reference(params)
     measured = self.measure(arrays, wanted) if wanted else {}
     totals, metrics = self._rewards.score(prompts, found, measured.pop(_REWARD_MODEL, None), number)
     metrics |= {f'engine/{k}': v for k, v in found.metrics.items()}
@@ -273,8 +280,15 @@ def _measures(run: Run) -> dict[str, Measure]:
   scores.
   """
   c, forward = run.config, run.forward.without_remat()
+  reference = forward.untrained()
+
+  def ref_logp(params, batch):
+    own = reference.find_params(params, _REFERENCE)
+    return reference.logprobs_and_entropy(own, batch, c.rollout.temperature)[0]
+
   found = {
-    'logp': lambda p, batch: forward.logprobs_and_entropy(p, batch, c.rollout.temperature)[0]
+    'logp': lambda p, batch: forward.logprobs_and_entropy(p, batch, c.rollout.temperature)[0],
+    'ref_logp': ref_logp,
   }
   if model := run.auxiliary.find(_REWARD_MODEL):
     score = Forward(model.architecture(), jnp.dtype(c.model.compute_dtype))

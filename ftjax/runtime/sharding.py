@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'vocab': 'tensor',
   'norm': None,
   'label': None,
+  'rank': None,  # of an adapter
 }
 
 

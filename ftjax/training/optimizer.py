@@ -32,12 +32,14 @@ class Leaf:
     split: how many dimensions, after the layer axis, are a matrix's input side; 0 for scales and
       biases.
     table: whether it is an embedding or head table, which muon leaves to Adam.
+    rate: factor of its learning rate, besides that of optim.multipliers.
   """
 
   names: tuple[str, ...]
   stacked: bool
   split: int
   table: bool
+  rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +296,9 @@ def make_optimizer(
     if config.weight_decay
     else optax.identity()
   )
-  parts.append(_scale_by({n: rates[n] * (1 - frozen[n]) for n in trained}))
+  parts.append(
+    _scale_by({n: leaf.rate * rates[n] * (1 - frozen[n]) for n, leaf in trained.items()})
+  )
   parts.append(optax.scale_by_learning_rate(config.schedule))
   return _in_float32(optax.chain(*parts))
 
