@@ -38,6 +38,35 @@ def check(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
 
 
+def check_new_tokens(c: ml_collections.ConfigDict) -> None:
+  """Checks the lists of new tokens, before a tokenizer is read."""
+  seen: dict[str, str] = {}
+  for key in ('model.add_tokens', 'model.add_special_tokens'):
+    for text in c[key]:
+      if not isinstance(text, str) or not text:
+        raise ConfigError(f'{key}: {text!r} is no token; expected texts of one character or more')
+      if text in seen:
+        raise ConfigError(f'{key}: {text!r} is in {seen[text]} already: leave it out')
+      seen[text] = key
+  means: set[str] = set()
+  for row in c.model.init_tokens:
+    if (
+      not isinstance(row, tuple | list)
+      or len(row) != 2
+      or not all(isinstance(text, str) and text for text in row)
+    ):
+      raise ConfigError(
+        f'model.init_tokens: {row!r} is not a pair; expected (new token, text) such as '
+        "('<tool>', 'tool call')"
+      )
+    if row[0] not in seen or row[0] in means:
+      why = 'is there twice' if row[0] in means else 'is in neither list of new tokens'
+      raise ConfigError(f'model.init_tokens: {row[0]!r} {why}; expected each new token once')
+    means.add(row[0])
+  if means and not c.model.path:
+    raise ConfigError('model.init_tokens does nothing with model.random, whose rows are random')
+
+
 def _check_idle(c: ml_collections.ConfigDict) -> None:
   """Refuses a setting that nothing reads: it is a misunderstanding."""
   values, usual = flat(c), flat(default())

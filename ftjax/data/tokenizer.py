@@ -140,6 +140,10 @@ class Tokenizer:
     """Returns the text of the EOS token, '' if there is none."""
     return '' if self.eos_id is None else self._tokens.id_to_token(self.eos_id)
 
+  def find(self, text: str) -> int | None:
+    """Returns the id of the token that is written like `text`; None where there is none."""
+    return self._tokens.token_to_id(text)
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without those of the tokenizer's post-processor (BOS)."""
     return self._tokens.encode(text, add_special_tokens=False).ids

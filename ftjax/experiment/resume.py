@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ftjax.cluster import processes
-from ftjax.config import algorithms, section, user_code
-from ftjax.experiment import model_record
+from ftjax.config import algorithms, keys, section, user_code
+from ftjax.experiment import model_record, vocabulary
 from ftjax.experiment.run import Run
 from ftjax.hf import load
 from ftjax.runtime import redaction
@@ -31,6 +31,7 @@ _FIXED = (
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
+_FIXED += vocabulary.FIXED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,13 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     ConfigError: names what changed.
   """
   now = redaction.redact(section.plain(run.config))
-  changed = [k for k in now if saved['config'].get(k) != now[k]]
+  # A checkpoint from before a key existed was written as if it had the default.
+  before = redaction.redact(section.plain(keys.default())) | saved['config']
+  changed = [k for k in now if before.get(k) != now[k]]
   within = saved['step'] % algorithms.steps_per_batch(run.config)
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
-  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
+  fixed = [f'{k}: {before.get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
   code = user_code.fingerprints(run.config)
   edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
   fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]

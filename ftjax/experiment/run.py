@@ -17,7 +17,7 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
-from ftjax.experiment import adapters, model_record, weights
+from ftjax.experiment import adapters, model_record, vocabulary, weights
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
@@ -176,7 +176,8 @@ class Run:
     with self.watchdog.phase('restore'):
       if source and (source == self.model.source or c.init_from):
         model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
-      return weights.load(source, arch, self.mesh, dtype, c.seed, c.model.family)
+      new = self.model.new_rows
+      return weights.load(source, arch, self.mesh, dtype, c.seed, c.model.family, new)
 
   @property
   def first_source(self) -> str:
@@ -225,7 +226,8 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
+    wanted = vocabulary.of(section.flat(c))
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))

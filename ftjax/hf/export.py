@@ -249,7 +249,7 @@ def export(
   pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
+    parts = [(b, _without_padding(b, on_host(*pick(b)))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -265,6 +265,11 @@ def export(
   if card is not None:
     files[model_card.FILE] = card
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+
+
+def _without_padding(binding: Binding, value: np.ndarray) -> np.ndarray:
+  """Returns a leaf's value without the padding of the vocabulary, which no file holds."""
+  return value[tuple(map(slice, binding.shape))]
 
 
 # What picks the part of a leaf that a binding names: (array, its index in it).
@@ -283,6 +288,8 @@ def _leaves(params: Mapping, arch: Architecture) -> Picker:
   # Derived leaves are no tensors of the model's files.
   own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
   found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  padded = {n: p.shape for n, p in kinds.declared(arch).items() if p.padding}
+  found |= {n: wanted[n] for n, shape in padded.items() if found.get(n) == shape}
   if found != wanted:
     wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     raise ValueError(

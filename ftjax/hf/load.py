@@ -24,6 +24,7 @@ from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
+from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorSource, row_blocks
 from ftjax.hf.weight_files import parse_json
@@ -198,7 +199,12 @@ def _check_tied(source: TensorSource, embed: str, head: str):
 
 
 def load_params(
-  path: str | os.PathLike, arch: Architecture, shardings: Mapping, dtype: np.dtype, seed: int = 0
+  path: str | os.PathLike,
+  arch: Architecture,
+  shardings: Mapping,
+  dtype: np.dtype,
+  seed: int = 0,
+  new_rows: NewRows | None = None,
 ) -> dict[str, jax.Array]:
   """Reads the weights of a model into arrays of a given sharding, as a nested dict.
 
@@ -211,6 +217,7 @@ def load_params(
     shardings: a `jax.sharding.Sharding` for each parameter, a nested dict like the result.
     dtype: of all parameters that declare none of their own.
     seed: of adapter leaves, which the files do not hold.
+    new_rows: of the vocabulary, which they do not hold either.
 
   Raises:
     DataError: see `check_tensors`.
@@ -219,8 +226,11 @@ def load_params(
   from ftjax.models import kinds
 
   source = open_source(path)
+  if new_rows:
+    source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)
   declared, places = kinds.declared(arch), trees.flatten(shardings)
+  whole_model = kinds.declared(arch.plain())
   rows: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     rows.setdefault(b.leaf, []).append(b)
@@ -245,10 +255,11 @@ def load_params(
     disable=size < 1e9 or not processes.is_main(),
   ) as bar:
     for name in order:
+      whole = whole_model[name].shape
       if name in declared:
-        found = {name: _load_leaf(source, rows[name], shapes[name], places[name], dtypes[name])}
+        found = {name: _load_leaf(source, rows[name], whole, places[name], dtypes[name])}
       else:
-        found = _load_packed(source, arch, rows[name], shapes[name], places, dtypes[name])
+        found = _load_packed(source, arch, rows[name], whole, places, dtypes[name])
       bar.update(math.prod(shapes[name]) * dtypes[name].itemsize)
       leaves |= found
   params = trees.unflatten({name: leaves[name] for name in sorted(leaves)})
@@ -296,7 +307,7 @@ def check_leaves(
 
   declared = kinds.declared(arch.plain())
   shapes = tensor_map.leaf_shapes([b for bound in rows.values() for b in bound])
-  wanted = {n: p.shape for n, p in declared.items() if p.origin == 'base'}
+  wanted = {n: p.file_shape for n, p in declared.items() if p.origin == 'base'}
   if shapes != wanted:
     wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
     raise ValueError(
@@ -348,12 +359,14 @@ def _fill(
   source: TensorSource, rows: list[Binding], shape: tuple[int, ...], index, dtype
 ) -> np.ndarray:
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-  out = np.empty([len(r) for r in ranges], dtype)
+  out = np.zeros([len(r) for r in ranges], dtype)
   for b in rows:
     # Of the axes that are filled index by index (layers, experts), those that are wanted.
     if all(i in r for i, r in zip(b.at, ranges, strict=False)):
       at = tuple(i - r.start for i, r in zip(b.at, ranges, strict=False))
-      _fill_tensor(source, b, ranges[len(at) :], out[at])
+      # Padding of the vocabulary is behind the binding's shape, and stays 0.
+      held = [r[: max(0, n - r.start)] for r, n in zip(ranges[len(at) :], b.shape, strict=True)]
+      _fill_tensor(source, b, held, out[at][tuple(slice(len(r)) for r in held)])
   return out
 
 

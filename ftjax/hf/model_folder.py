@@ -14,7 +14,7 @@ import os
 import re
 from pathlib import Path
 
-from ftjax.hf import gguf_files, model_card, weight_files
+from ftjax.hf import gguf_files, model_card, peft_config, weight_files
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files, hub
 

@@ -1,4 +1,7 @@
-"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares."""
+"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares.
+
+Padding of the vocabulary is not counted.
+"""
 
 import math
 
@@ -14,12 +17,12 @@ def num_params(arch: Architecture) -> int:
 
 def weights(p: Declared) -> int:
   """Returns the numbers of the model that a leaf holds, also where they are packed."""
-  return 0 if p.origin == 'derived' or p.is_fixed else math.prod(p.shape) * p.weights
+  return 0 if p.origin == 'derived' or p.is_fixed else math.prod(p.file_shape) * p.weights
 
 
 def head_params(arch: Architecture) -> int:
   """Returns the number of parameters of the head, which may be the embedding table."""
-  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].shape)
+  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].file_shape)
 
 
 def matmul_params(arch: Architecture) -> int:

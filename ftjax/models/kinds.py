@@ -145,6 +145,10 @@ def _draw(name: str, p: Declared, key: jax.Array, dtype: jnp.dtype) -> jax.Array
     return jnp.full(p.shape, p.constant, dtype, out_sharding=where)
   own = jax.random.fold_in(key, zlib.crc32(name.encode()))
   x = jax.random.normal(own, p.shape, jnp.float32, out_sharding=where)
+  if p.padding:
+    # A number depends on its flat index alone, so that padding does not change the other rows.
+    row = jax.lax.broadcasted_iota(jnp.int32, p.shape, p.axes.index('vocab'), out_sharding=where)
+    x = jnp.where(row < p.shape[p.axes.index('vocab')] - p.padding, x, 0.0)
   return (x * p.fan_in**-0.5).astype(dtype)
 
 

@@ -30,6 +30,8 @@ class Declared(NamedTuple):
   saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype. is_fixed: an
   adapter leaf that keeps its initial value; it is saved. weights: numbers of the model that one
   number of the leaf stands for: 2 where two are packed into a byte, 0 where it belongs to others.
+  padding: how many of the last rows along the axis 'vocab' belong to no token: they are 0, no
+  gradient reaches them, and files do not hold them.
   """
 
   shape: tuple[int, ...]
@@ -40,6 +42,15 @@ class Declared(NamedTuple):
   dtype: str = ''
   is_fixed: bool = False
   weights: int = 1
+  padding: int = 0
+
+  @property
+  def file_shape(self) -> tuple[int, ...]:
+    """The shape without the padding, as files hold the parameter."""
+    return tuple(
+      n - self.padding if axis == 'vocab' else n
+      for n, axis in zip(self.shape, self.axes, strict=True)
+    )
 
 
 class Param(nnx.Param):

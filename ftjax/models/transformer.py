@@ -105,14 +105,15 @@ class EmbedAndHead(nnx.Module):
   """The parameters around the blocks: embedding table, last norm, and an untied head."""
 
   def __init__(self, arch: Architecture):
-    shape = (arch.vocab_size, arch.model_dim)
-    self.embed = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
+    shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
+    table = functools.partial(declare, shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
+    self.embed = nnx.Dict(w=table())
     self.final_norm = Normalize(arch.model_dim, arch.final_norm)
     if arch.num_labels:
       dim = arch.model_dim
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
     elif not arch.tied:
-      self.head = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
+      self.head = nnx.Dict(w=table())
 
 
 @functools.cache
