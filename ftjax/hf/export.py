@@ -213,11 +213,38 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  # They import jax.
-  from ftjax.cluster import processes
-  from ftjax.models import kinds
+  from ftjax.cluster import processes  # imports jax
 
-  leaves, dtype = trees.flatten(params), np.dtype(dtype)
+  dtype = np.dtype(dtype)
+  read = host_reader(params, arch, dtype)
+  if not processes.is_main():
+    for name in layout.by_tensor(arch):
+      read(name)
+    return
+  config = table.config(arch) if source_config is None else source_config
+  files = dict(tokenizer_files)
+  files['config.json'] = config_file(config, files.get('config.json'), dtype)
+  generation = generation_file(files.get('generation_config.json'), config, stop_ids)
+  if generation is not None:
+    files['generation_config.json'] = generation
+  write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+
+
+def host_reader(
+  params: Mapping, arch: Architecture, dtype: np.dtype
+) -> Callable[[str], np.ndarray]:
+  """Returns a function that gives a HF tensor by its name, on the host, in HF's layout.
+
+  Every process of a run calls it for the same names in the same order.
+
+  Args:
+    params: nested dict of (possibly sharded) arrays.
+    arch: the model; adapters and derived leaves of it are no HF tensors.
+    dtype: of the tensors.
+  """
+  from ftjax.models import kinds  # imports jax
+
+  leaves = trees.flatten(params)
   bindings = layout.by_tensor(arch)
   wanted = layout.leaf_shapes(arch)
   # Adapters and derived leaves are no tensors of the model's files.
@@ -234,17 +261,7 @@ def export(
     parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
-  if not processes.is_main():
-    for name in bindings:
-      read(name)
-    return
-  config = table.config(arch) if source_config is None else source_config
-  files = dict(tokenizer_files)
-  files['config.json'] = config_file(config, files.get('config.json'), dtype)
-  generation = generation_file(files.get('generation_config.json'), config, stop_ids)
-  if generation is not None:
-    files['generation_config.json'] = generation
-  write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+  return read
 
 
 def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
