@@ -174,9 +174,10 @@ def _space_prefix(tokenizer: Tokenizer, content: Mapping[str, Any]) -> bool:
   if not normalizer and len(steps) == 1 and steps[0]['type'] == 'Metaspace':
     scheme = steps[0].get('prepend_scheme', 'always')
     if steps[0].get('replacement') == '▁' and steps[0].get('split') is False:
-      if scheme == 'first':
+      if scheme != 'never':
         log.warning(
-          '%s: its tokenizer puts a space before a text, llama.cpp also after every special token',
+          '%s: its tokenizer puts a space before a text that begins with none; llama.cpp puts one '
+          'before every text and after every special token. Other texts have the same tokens',
           tokenizer.name,
         )
       return scheme != 'never'

@@ -77,7 +77,8 @@ def _turns(tokenizer: Tokenizer) -> _Turns | None:
   """Returns the fixed texts of a chat template; None where it is of another form."""
   try:
     turns = _split(tokenizer)
-    if any(turns.render(c) != _render(tokenizer, c) for c in _conversations()):
+    tests = _conversations(str(tokenizer.template))
+    if any(turns.render(c) != _render(tokenizer, c) for c in tests):
       return None
   except DataError:  # the template refuses a conversation, one with a system message say
     return None
@@ -86,12 +87,19 @@ def _turns(tokenizer: Tokenizer) -> _Turns | None:
   return None if any(mark in p for mark in ('{{', '}}', '"""') for p in pieces) else turns
 
 
-def _conversations() -> list[list[dict[str, str]]]:
-  """Returns the conversations on which both templates are compared."""
+def _conversations(template: str) -> list[list[dict[str, str]]]:
+  """Returns the conversations on which both templates are compared.
+
+  Templates that take something out of earlier answers, reasoning say, search for its tags.
+  """
   roles = ('user', 'assistant') * 2 + ('user',)
   turns = [{'role': r, 'content': f'{r} {i}: x < y &\n\n{{1}}'} for i, r in enumerate(roles)]
+  tagged = [
+    [turns[0], {'role': 'assistant', 'content': f'a{tag}b'}, turns[2]]
+    for tag in chat_template.find_tags(template)
+  ]
   system = {'role': 'system', 'content': 'Be brief.'}
-  return [turns[:1], turns[:3], turns, [system, *turns[:1]], [system, *turns]]
+  return [turns[:1], turns[:3], turns, [system, *turns[:1]], [system, *turns], *tagged]
 
 
 def _render(

@@ -6,6 +6,7 @@ same, its own greedy decoding writes the same text.
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -97,13 +98,22 @@ def test_logits_of_tiny_models(tmp_path, arch):
 def test_every_kind_of_vocabulary(tmp_path, kind, pre):
   write_toy(tmp_path / 'toy.gguf', Toy(), kind, pre)
   convert.convert(str(tmp_path / 'toy.gguf'), str(tmp_path / 'hf'), None)
+  if kind == 'llama':
+    # As Llama 2's own tokenizer.json puts spaces.
+    path = tmp_path / 'hf' / 'tokenizer.json'
+    content = json.loads(path.read_text()) | {'pre_tokenizer': None}
+    replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+    steps = [{'type': 'Prepend', 'prepend': '▁'}, replace]
+    content['normalizer'] = {'type': 'Sequence', 'normalizers': steps}
+    path.write_text(json.dumps(content))
   convert.convert(str(tmp_path / 'hf'), str(tmp_path / 'x.gguf'), 'bfloat16')
   tokens = Tokens.from_file(str(tmp_path / 'hf' / 'tokenizer.json'))
   with LlamaCpp(tmp_path / 'x.gguf') as model:
     wrong = [
       (text, tokens.encode(text, add_special_tokens=False).tokens, model.tokenize(text))
       for text in mixed_strings(300)
-      if tokens.encode(text, add_special_tokens=False).ids != model.tokenize(text)
+      if '\0' not in text  # a token of the toy's that llama.cpp's C strings cannot hold
+      and tokens.encode(text, add_special_tokens=False).ids != model.tokenize(text)
     ]
   assert not wrong, (len(wrong), wrong[:3])
 
