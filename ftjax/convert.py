@@ -72,11 +72,16 @@ def _check_target(target: str, source: str):
     not is_remote and Path(target).resolve() == Path(source).resolve()
   ):
     raise ConfigError(f'--target={target} is the source itself')
-  inside = not is_remote and Path(target).resolve().parent == Path(source).resolve()
-  if inside and target.endswith('.gguf'):
+
+
+def _check_outside(target: str, folder: Path):
+  """Raises ConfigError for a GGUF file in a model folder."""
+  parent = files_lib.as_path(target).parent
+  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
+  if parent == folder if is_remote else parent.resolve() == folder.resolve():
     raise ConfigError(
-      f'--target={target} is in the folder of the source, which would hold two models; give '
-      'another folder'
+      f'--target={target} is in the folder of the source, which would hold two models; give another '
+      'folder'
     )
 
 
@@ -151,6 +156,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
     # A part of a split model has a config too.
     load.check_tensors(weights, table.architecture(config))
   if gguf_export.is_gguf(target):
+    _check_outside(target, path)
     arch = table.architecture(config)
     dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
     print(gguf_export.export(target, arch, config, files, weights.read, dtypes))

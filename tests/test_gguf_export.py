@@ -459,6 +459,18 @@ def test_merges_that_scores_do_not_give_are_refused(tmp_path):
     convert.convert(source, str(tmp_path / 'x.gguf'), None)
 
 
+def test_characters_that_are_no_tokens_are_refused(tmp_path):
+  files = sentencepiece(vocab=('c', 'b', 'ab', '▁ab', '▁', 'cb'))
+
+  def without_a(model):
+    merges = [['c', 'b'], ['▁', 'ab']]
+    return model | {'merges': merges}
+
+  source = write_model(tmp_path / 'hf', of_tokenizer(TINY), changed(files, model=without_a))
+  with pytest.raises(DataError, match="the character 'a' of a merge is no token"):
+    convert.convert(source, str(tmp_path / 'x.gguf'), None)
+
+
 # Ollama
 
 

@@ -71,7 +71,7 @@ def export(
     dtypes: {HF name: one of DTYPES}.
 
   Returns:
-    a line that says what was written.
+    a line about what was written.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity.
@@ -101,12 +101,12 @@ def export(
 
   if (factors := _rope_factors(arch)) is not None:
     tensors.append(Tensor(gguf.ROPE_TENSOR, factors.shape, 'F32'))
+  beside = path.with_name(modelfile.NAME), modelfile.text(path.name, tokenizer)
   with _whole_file(path) as file:
     gguf_writer.write(file, metadata, tensors, value)
-  beside = path.with_name(modelfile.NAME)
-  files_lib.write_text(beside, modelfile.text(path.name, tokenizer))
+  files_lib.write_text(*beside)
   size = sum(t.nbytes for t in tensors)
-  return f'{path}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {beside.name} beside it'
+  return f'{path}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {modelfile.NAME} beside it'
 
 
 def _known(family: Family, arch: Architecture) -> Gguf:

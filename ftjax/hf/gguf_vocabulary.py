@@ -38,8 +38,8 @@ def metadata(
   """
   content = json.loads(tokenizer.files['tokenizer.json'])
   model = content['model']
-  if model.get('type', 'BPE') != 'BPE':
-    raise _refused(tokenizer, f'its model is {model["type"]}; GGUF is written for BPE')
+  if model.get('type', 'BPE') != 'BPE' or 'merges' not in model:
+    raise _refused(tokenizer, f'its model is {model.get("type")}; GGUF is written for BPE')
   for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
     if model.get(key):
       raise _refused(tokenizer, f'{key}={model[key]!r} is not known to llama.cpp')
@@ -156,6 +156,9 @@ def _sentencepiece(
     raise _refused(
       tokenizer, 'its merges are not those of a SentencePiece vocabulary, which scores would give'
     )
+  # llama.cpp merges characters that are no tokens too, where others write them as bytes.
+  if lone := sorted(set(''.join(map(''.join, merges))) - set(tokens)):
+    raise _refused(tokenizer, f'the character {lone[0]!r} of a merge is no token of its own')
   return {
     'tokenizer.ggml.model': 'llama',
     'tokenizer.ggml.pre': 'default',
