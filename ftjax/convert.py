@@ -1,11 +1,15 @@
-"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16] [--push=org/name]
+"""python -m ftjax.convert --source=SRC --target=DIR|FILE.gguf [--dtype=DTYPE] [--push=org/name]
 
-Writes a model as a Hugging Face folder, and uploads it where --push names a model on the hub.
+Writes a model as a Hugging Face folder, which --push uploads to the hub, or as a GGUF file for
+llama.cpp and Ollama.
 
 SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
 on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
 Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
-exactly.
+exactly. DTYPE is float32 or bfloat16; for a GGUF file also float16 or q8_0.
+
+A GGUF file is written for the families llama and qwen2, with norms and biases in float32, and a
+Modelfile beside it: `ollama create NAME -f Modelfile`.
 
 For a workdir, `export/` is copied. If the run has not ended, or was continued after its export, its
 newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
@@ -27,19 +31,37 @@ from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
-_TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it is a model folder.')
+_TARGET = flags.DEFINE_string(
+  'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
+)
+_FOLDER_DTYPES = ('float32', 'bfloat16')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
+  'dtype',
+  None,
+  [*_FOLDER_DTYPES, 'float16', 'q8_0'],
+  'dtype of the weights, float16 and q8_0 in GGUF files alone; default: as stored.',
 )
 _PUSH = flags.DEFINE_string('push', None, 'org/name of a model on the hub to upload the folder to.')
 _PUBLIC = flags.DEFINE_boolean('public', False, 'With --push: everybody may read the model.')
 
 
 def convert(source: str, target: str, dtype: str | None):
-  """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored)."""
-  from ftjax.hf import load
+  """Writes the model at `source` as a HF folder or GGUF file, weights in `dtype` (None: as stored).
+
+  Raises:
+    ConfigError: the target is in the source, or has no such dtype.
+    DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
+  """
+  from ftjax.hf import gguf_export, load
   from ftjax.storage import snapshots
 
+  if gguf_export.is_gguf(target):
+    gguf_export.check_target(target)
+  elif dtype and dtype not in _FOLDER_DTYPES:
+    raise ConfigError(
+      f'--dtype={dtype} is of GGUF files; expected {" or ".join(_FOLDER_DTYPES)}, or a --target '
+      'that ends in .gguf'
+    )
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
@@ -59,6 +81,17 @@ def _check_target(target: str, source: str):
     raise ConfigError(f'--target={target} is the source itself')
 
 
+def _check_outside(target: str, folder: Path):
+  """Raises ConfigError for a GGUF file in a model folder."""
+  parent = files_lib.as_path(target).parent
+  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
+  if parent == folder if is_remote else parent.resolve() == folder.resolve():
+    raise ConfigError(
+      f'--target={target} is in the folder of the source, which would hold two models; give '
+      'another folder'
+    )
+
+
 def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
   """Exports a checkpoint, '' for the newest, as a run exports its model at its end."""
   # The run itself may be using the accelerators.
@@ -67,12 +100,17 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   import numpy as np
 
   from ftjax.experiment import run_card, saved_model
-  from ftjax.hf import export
+  from ftjax.hf import export, gguf_export
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def write(saved: saved_model.SavedModel):
     model = saved.model
+    if gguf_export.is_gguf(target):
+      _write_checkpoint_gguf(
+        saved, saved.load(lambda name: device, saved.param_dtype), target, dtype
+      )
+      return saved.step
     export.export(
       saved.load(lambda name: device, saved.param_dtype),
       model.arch,
@@ -89,13 +127,31 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   print(f'{target}: the model of {workdir} after step {step}')
 
 
+def _write_checkpoint_gguf(saved, params, target: str, dtype: str | None):
+  """Writes the parameters of a checkpoint as a GGUF file."""
+  import numpy as np
+
+  from ftjax.families import table
+  from ftjax.hf import export, gguf_export, layout
+
+  model = saved.model
+  config = table.config(model.arch) if model.config is None else model.config
+  files = dict(model.files)
+  generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
+  if generation is not None:
+    files['generation_config.json'] = generation
+  read = export.host_reader(params, model.arch, np.dtype(saved.param_dtype))
+  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype or saved.param_dtype)
+  print(gguf_export.export(target, model.arch, config, files, read, dtypes))
+
+
 def _convert_files(source: str, target: str, dtype: str | None):
   import ml_dtypes
   import numpy as np
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, load, model_card, model_folder
+  from ftjax.hf import export, gguf_export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -107,6 +163,12 @@ def _convert_files(source: str, target: str, dtype: str | None):
   if path.suffix == '.gguf' or table.is_known(config):
     # A part of a split model has a config too.
     load.check_tensors(weights, table.architecture(config))
+  if gguf_export.is_gguf(target):
+    _check_outside(target, path)
+    arch = table.architecture(config)
+    dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
+    print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
+    return
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
   def kind(stored: np.dtype) -> np.dtype:

@@ -242,18 +242,12 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  # It imports jax.
-  from ftjax.cluster import processes
+  from ftjax.cluster import processes  # imports jax
 
-  dtype, bindings = np.dtype(dtype), layout.by_tensor(arch)
-  pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
-
-  def read(name: str) -> np.ndarray:
-    parts = [(b, _without_padding(b, on_host(*pick(b)))) for b in bindings[name]]
-    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
-
+  dtype = np.dtype(dtype)
+  read = host_reader(params, arch, dtype)
   if not processes.is_main():
-    for name in bindings:
+    for name in layout.by_tensor(arch):
       read(name)
     return
   config = table.config(arch) if source_config is None else source_config
@@ -265,6 +259,28 @@ def export(
   if card is not None:
     files[model_card.FILE] = card
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
+
+
+def host_reader(
+  params: Mapping, arch: Architecture, dtype: np.dtype
+) -> Callable[[str], np.ndarray]:
+  """Returns a function that gives a HF tensor by its name, on the host, in HF's layout.
+
+  Every process of a run calls it for the same names in the same order.
+
+  Args:
+    params: nested dict of (possibly sharded) arrays.
+    arch: the model; an adapter is merged, derived leaves are no HF tensors.
+    dtype: of the tensors.
+  """
+  bindings = layout.by_tensor(arch)
+  pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
+
+  def read(name: str) -> np.ndarray:
+    parts = [(b, _without_padding(b, on_host(*pick(b)))) for b in bindings[name]]
+    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
+
+  return read
 
 
 def _without_padding(binding: Binding, value: np.ndarray) -> np.ndarray:
