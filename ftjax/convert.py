@@ -1,16 +1,20 @@
-"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16]
+"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16] [--base=BASE]
 
 Writes a model as a Hugging Face folder.
 
-SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
-on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
-Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
-exactly.
+SRC is a HF folder, a .gguf file (of several parts, the first), a PEFT folder, a workdir of
+ftjax.train, or a model or adapter on the Hugging Face hub, org/name or org/name@REVISION, which is
+downloaded into the hub's cache. Without --dtype tensors stay as they are stored; GGUF weights
+become float32, which holds them exactly.
 
-For a workdir, `export/` is copied. If the run has not ended, or was continued after its export, its
-newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
-select a checkpoint. The run may still be running: nothing in its workdir is changed. Exporting a
-checkpoint needs jax and runs on the CPU; the parameters must fit into host memory.
+An adapter is merged into its base, the one that its folder names or --base: in float32, rounded
+once to the dtype of the base's weights. That needs jax and runs on the CPU, in host memory.
+
+For a workdir, `export/` is copied, or merged where it is an adapter. If the run has not ended, or
+was continued after its export, its newest checkpoint is exported as the run itself would;
+WORKDIR@STEP, WORKDIR@last and WORKDIR@best select a checkpoint. The run may still be running:
+nothing in its workdir is changed. Exporting a checkpoint needs jax and runs on the CPU; the
+parameters must fit into host memory.
 """
 
 import os
@@ -24,14 +28,17 @@ from ftjax.storage import files as files_lib
 
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
 _TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it is a model folder.')
+_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
 )
 
 
-def convert(source: str, target: str, dtype: str | None):
-  """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored)."""
-  from ftjax.hf import load
+def convert(source: str, target: str, dtype: str | None, base: str = ''):
+  """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored); base: of an
+  adapter, '' for the one that it names.
+  """
+  from ftjax.hf import load, model_folder
   from ftjax.storage import snapshots
 
   workdir, which = snapshots.parse(source)
@@ -39,6 +46,11 @@ def convert(source: str, target: str, dtype: str | None):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
   export = None if which else load.newest_export(workdir)
   _check_target(target, export or source)
+  if model_folder.find_adapter(export or source) is not None:
+    _merge_adapter(export or source, target, dtype, base)
+    return
+  if base:
+    raise ConfigError(f'--base={base}: --source={source} is no adapter and needs no base')
   if export is None and snapshots.is_workdir(workdir):
     _convert_checkpoint(workdir, which, target, dtype)
   else:
@@ -50,7 +62,7 @@ def _check_target(target: str, source: str):
   if files_lib.absolute(target) == files_lib.absolute(source) or (
     not is_remote and Path(target).resolve() == Path(source).resolve()
   ):
-    raise ConfigError(f'--target={target} is the source itself')
+    raise ConfigError(f'--target={target} is the source itself, or the base of it')
 
 
 def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
@@ -80,6 +92,45 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
 
   step = saved_model.with_step(workdir, which, write)
   print(f'{target}: the model of {workdir} after step {step}')
+
+
+def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
+  """Writes the adapter of a PEFT folder, merged into its base."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import jax
+  import numpy as np
+
+  from ftjax.experiment import adapter_folder
+  from ftjax.hf import export, load, peft
+  from ftjax.models import kinds
+  from ftjax.runtime import sharding
+
+  folder = peft.find(source)
+  model = adapter_folder.open_adapter(folder, base, '')
+  _check_target(target, model.source)
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  jax.set_mesh(mesh)
+  stored = {
+    i.dtype for i in load.open_source(model.source).tensors.values() if i.dtype.kind in 'fV'
+  }
+  widest = np.dtype(np.float32) if len(stored) > 1 else stored.pop()
+  dtype = np.dtype(dtype or widest)
+  arch = kinds.with_merged(model.arch, dtype.name)
+
+  def places(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
+  params = peft.load_params(folder, model.source, arch, places, widest)
+  export.export(
+    params,
+    arch,
+    target,
+    source_config=model.config,
+    tokenizer_files=model.files,
+    dtype=dtype,
+    stop_ids=(),
+  )
+  print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype.name}')
 
 
 def _convert_files(source: str, target: str, dtype: str | None):
@@ -122,7 +173,7 @@ def main() -> None:
   """Converts --source to --target."""
   if not _SOURCE.value or not _TARGET.value:
     raise ConfigError('--source and --target are needed; see --help')
-  convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
+  convert(_SOURCE.value, _TARGET.value, _DTYPE.value, _BASE.value)
 
 
 if __name__ == '__main__':

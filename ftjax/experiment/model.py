@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
@@ -53,7 +53,13 @@ def random_config(random: dict) -> dict:
 
 
 def open_model(
-  path: str, random: dict, seed: int, labels: int = 0, workdir: str = '', family: str = ''
+  path: str,
+  random: dict,
+  seed: int,
+  labels: int = 0,
+  workdir: str = '',
+  family: str = '',
+  tokenizer_files: Mapping[str, bytes] | None = None,
 ) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
 
@@ -64,12 +70,16 @@ def open_model(
     labels: 1 makes a reward model of a language model.
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
+    tokenizer_files: in place of those of `path`, such as an adapter's.
 
   Raises:
     ConfigError: a reward model where a language model is wanted, or a model of another family.
   """
   if path:
     found = load.tokenizer_files(path)
+    if tokenizer_files is not None:
+      kept = {n: found[n] for n in ('generation_config.json',) if n in found}
+      found = kept | dict(tokenizer_files) | {'config.json': found['config.json']}
     config = load.read_config(path)
     hash_weights = functools.partial(model_record.fingerprint, path, workdir)
   else:

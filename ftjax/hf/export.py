@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.families import table, tensor_map
+from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
@@ -199,11 +200,12 @@ def export(
   time.
 
   Every process of a run calls this, since gathering a tensor needs all of them; process 0 writes.
-  Adapters and derived leaves are not written.
+  Adapters and derived leaves are not written, unless `arch` merges them.
 
   Args:
     params: nested dict of (possibly sharded) arrays.
-    arch: the model.
+    arch: the model; from `kinds.with_merged`, base and adapter are written as one model, each layer
+      merged when it is written.
     target: folder to write, replaced if it is a model folder.
     source_config: the model's config.json as `load.read_config` gave it, whose keys and values are
       kept; None for a random model.
@@ -221,10 +223,15 @@ def export(
 
   leaves, dtype = trees.flatten(params), np.dtype(dtype)
   bindings = layout.by_tensor(arch)
-  wanted = layout.leaf_shapes(arch)
-  # Adapters and derived leaves are no tensors of the model's files.
-  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
-  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  is_merged = arch.adapter is not None and bool(arch.adapter.merged)
+  if is_merged:
+    wanted = {n: p.shape for n, p in kinds.declared(arch).items()}
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+  else:
+    wanted = layout.leaf_shapes(arch)
+    # Adapters and derived leaves are no tensors of the model's files.
+    own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
+    found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
   if found != wanted:
     wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     raise ValueError(
@@ -232,8 +239,13 @@ def export(
       'in all'
     )
 
+  def value(b: Binding) -> np.ndarray:
+    if is_merged:
+      return on_host(kinds.merged(arch, params, b.leaf, *map(np.int32, b.at)), ())
+    return on_host(leaves[b.leaf], b.at)
+
   def read(name: str) -> np.ndarray:
-    parts = [(b, on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    parts = [(b, value(b)) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():

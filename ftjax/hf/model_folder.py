@@ -13,7 +13,7 @@ import logging
 import os
 from pathlib import Path
 
-from ftjax.hf import gguf_files, weight_files
+from ftjax.hf import gguf_files, peft_config, weight_files
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files, hub
 
@@ -42,9 +42,9 @@ _SIDE_FILES = (
 )
 TEMPLATES = 'additional_chat_templates'
 
-# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error.
+# Files of a hub model that are downloaded before its weights, or those of an adapter.
 _SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
-_SMALL += ('adapter_config.json',)
+_SMALL += peft_config.SMALL_FILES
 
 
 def locate(path: str | os.PathLike, weights: bool) -> str:
@@ -84,6 +84,32 @@ def _snapshot(name: str, weights: bool) -> Path:
       f'{_other_weights(name)}'
     )
   return folder
+
+
+def find_adapter(path: str | os.PathLike) -> Path | None:
+  """Returns the folder of a PEFT adapter, which a hub name is downloaded into; None where a path is
+  something else.
+
+  Raises:
+    ConfigError, DataError: see `hub.pin`.
+  """
+  if not hub.is_name(path):
+    folder = files.as_path(path)
+    return folder if is_adapter(folder) else None
+  name = hub.pin(os.fspath(path))
+  folder = hub.download(name, _SMALL, is_shown=False)
+  if not is_adapter(folder) or (folder / 'config.json').is_file():
+    return None
+  hub.download(name, [peft_config.WEIGHTS_FILE], is_shown=True)
+  return folder
+
+
+def is_adapter(folder: Path) -> bool:
+  """Returns whether a folder holds an adapter and no whole model."""
+  if not files.exists(folder / peft_config.CONFIG_FILE):
+    return False
+  whole = (weight_files.SINGLE_FILE, weight_files.INDEX_FILE)
+  return not any(files.exists(folder / name) for name in whole)
 
 
 def _other_weights(name: str) -> str:
