@@ -1,20 +1,26 @@
-"""python -m ftjax.convert --source=SRC --target=DIR|FILE.gguf [--dtype=DTYPE] [--push=org/name]
+"""python -m ftjax.convert --source=SRC --target=DIR|FILE.gguf [--dtype=DTYPE] [--base=BASE]
+[--push=org/name]
 
 Writes a model as a Hugging Face folder, which --push uploads to the hub, or as a GGUF file for
 llama.cpp and Ollama.
 
-SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
-on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
-Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
-exactly. DTYPE is float32 or bfloat16; for a GGUF file also float16 or q8_0.
+SRC is a HF folder, a .gguf file (of several parts, the first), a PEFT folder, a workdir of
+ftjax.train, or a model or adapter on the Hugging Face hub, org/name or org/name@REVISION, which is
+downloaded into the hub's cache. Without --dtype tensors stay as they are stored; GGUF weights
+become float32, which holds them exactly. DTYPE is float32 or bfloat16; for a GGUF file also float16
+or q8_0.
 
 A GGUF file is written for the families llama and qwen2, with norms and biases in float32, and a
 Modelfile beside it: `ollama create NAME -f Modelfile`.
 
-For a workdir, `export/` is copied. If the run has not ended, or was continued after its export, its
-newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
-select a checkpoint. The run may still be running: nothing in its workdir is changed. Exporting a
-checkpoint needs jax and runs on the CPU; the parameters must fit into host memory.
+An adapter is merged into its base, the one that its folder names or --base: in float32, rounded
+once to the dtype of the base's weights. That needs jax and runs on the CPU, in host memory.
+
+For a workdir, `export/` is copied, or merged where it is an adapter. If the run has not ended, or
+was continued after its export, its newest checkpoint is exported as the run itself would;
+WORKDIR@STEP, WORKDIR@last and WORKDIR@best select a checkpoint. The run may still be running:
+nothing in its workdir is changed. Exporting a checkpoint needs jax and runs on the CPU; the
+parameters must fit into host memory.
 
 --push creates a private model, or with --public a public one, and uploads the folder as one commit,
 with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
@@ -34,6 +40,7 @@ _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@S
 _TARGET = flags.DEFINE_string(
   'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
 )
+_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
 _FOLDER_DTYPES = ('float32', 'bfloat16')
 _DTYPE = flags.DEFINE_enum(
   'dtype',
@@ -45,14 +52,20 @@ _PUSH = flags.DEFINE_string('push', None, 'org/name of a model on the hub to upl
 _PUBLIC = flags.DEFINE_boolean('public', False, 'With --push: everybody may read the model.')
 
 
-def convert(source: str, target: str, dtype: str | None):
-  """Writes the model at `source` as a HF folder or GGUF file, weights in `dtype` (None: as stored).
+def convert(source: str, target: str, dtype: str | None, base: str = ''):
+  """Writes the model at `source` as a HF folder or GGUF file.
+
+  Args:
+    source: see the head of this file.
+    target: folder, or a file that ends in .gguf.
+    dtype: of the weights; None: as stored.
+    base: of an adapter; '': the one that it names.
 
   Raises:
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, load
+  from ftjax.hf import gguf_export, load, model_folder
   from ftjax.storage import snapshots
 
   if gguf_export.is_gguf(target):
@@ -67,6 +80,11 @@ def convert(source: str, target: str, dtype: str | None):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
   export = None if which else load.newest_export(workdir)
   _check_target(target, export or source)
+  if model_folder.find_adapter(export or source) is not None:
+    _merge_adapter(export or source, target, dtype, base)
+    return
+  if base:
+    raise ConfigError(f'--base={base}: --source={source} is no adapter and needs no base')
   if export is None and snapshots.is_workdir(workdir):
     _convert_checkpoint(workdir, which, target, dtype)
   else:
@@ -78,7 +96,7 @@ def _check_target(target: str, source: str):
   if files_lib.absolute(target) == files_lib.absolute(source) or (
     not is_remote and Path(target).resolve() == Path(source).resolve()
   ):
-    raise ConfigError(f'--target={target} is the source itself')
+    raise ConfigError(f'--target={target} is the source itself, or the base of it')
 
 
 def _check_outside(target: str, folder: Path):
@@ -107,9 +125,8 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   def write(saved: saved_model.SavedModel):
     model = saved.model
     if gguf_export.is_gguf(target):
-      _write_checkpoint_gguf(
-        saved, saved.load(lambda name: device, saved.param_dtype), target, dtype
-      )
+      params, kind = saved.load(lambda name: device, saved.param_dtype), saved.param_dtype
+      _write_gguf(model, params, target, dtype or kind, kind)
       return saved.step
     export.export(
       saved.load(lambda name: device, saved.param_dtype),
@@ -127,22 +144,74 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   print(f'{target}: the model of {workdir} after step {step}')
 
 
-def _write_checkpoint_gguf(saved, params, target: str, dtype: str | None):
-  """Writes the parameters of a checkpoint as a GGUF file."""
+def _write_gguf(model, params, target: str, dtype: str, stored: str):
+  """Writes parameters as a GGUF file.
+
+  Args:
+    model: of the parameters, see experiment.model.Model; an adapter of its architecture is merged.
+    params: nested dict of arrays.
+    target: the file.
+    dtype: of the weights in it.
+    stored: dtype that the weights are read in.
+  """
   import numpy as np
 
   from ftjax.families import table
   from ftjax.hf import export, gguf_export, layout
 
-  model = saved.model
   config = table.config(model.arch) if model.config is None else model.config
   files = dict(model.files)
   generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
-  read = export.host_reader(params, model.arch, np.dtype(saved.param_dtype))
-  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype or saved.param_dtype)
+  read = export.host_reader(params, model.arch, np.dtype(stored))
+  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype)
   print(gguf_export.export(target, model.arch, config, files, read, dtypes))
+
+
+def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
+  """Writes the adapter of a PEFT folder, merged into its base."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import dataclasses
+
+  import jax
+  import numpy as np
+
+  from ftjax.experiment import adapter_folder
+  from ftjax.hf import export, gguf_export, load, peft
+  from ftjax.models import kinds
+  from ftjax.runtime import sharding
+
+  folder = peft.find(source)
+  model = adapter_folder.open_adapter(folder, base, '')
+  _check_target(target, model.source)
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  jax.set_mesh(mesh)
+  stored = {
+    i.dtype for i in load.open_source(model.source).tensors.values() if i.dtype.kind in 'fV'
+  }
+  widest = np.dtype(np.float32) if len(stored) > 1 else stored.pop()
+  is_gguf = gguf_export.is_gguf(target)
+  merged = np.dtype(dtype) if dtype in _FOLDER_DTYPES else widest
+  model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, merged.name))
+
+  def places(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
+  params = peft.load_params(folder, model.source, model.arch, places, widest)
+  if is_gguf:
+    _write_gguf(model, params, target, dtype or merged.name, merged.name)
+  else:
+    export.export(
+      params,
+      model.arch,
+      target,
+      source_config=model.config,
+      tokenizer_files=model.files,
+      dtype=merged,
+      stop_ids=(),
+    )
+  print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
 
 
 def _convert_files(source: str, target: str, dtype: str | None):
@@ -217,7 +286,7 @@ def main() -> None:
   if _PUBLIC.value and not name:
     raise ConfigError('--public belongs to an upload; give --push=org/name too')
   if name is None:
-    convert(source, target, _DTYPE.value)
+    convert(source, target, _DTYPE.value, _BASE.value)
     return
   from ftjax.hf import pushed_folder
   from ftjax.storage import hub_push
@@ -227,7 +296,7 @@ def main() -> None:
   folder = target or _finished(source)
   pushed_folder.check(folder)
   if target:
-    convert(source, target, _DTYPE.value)
+    convert(source, target, _DTYPE.value, _BASE.value)
   print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value)}')
 
 

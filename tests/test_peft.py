@@ -1,6 +1,7 @@
 """Adapters leave as PEFT folders and come back the same; PEFT's folders are read as PEFT reads."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import tiny_model
 from parity import peft_cases
 
+from ftjax import convert
 from ftjax.config import keys
 from ftjax.experiment import adapters
 from ftjax.families import table
@@ -113,20 +115,85 @@ def logits(arch, params, ids):
   return tiny_model.logits(arch, params, ids, tiny_model.tokens_at(np.ones_like(ids)))
 
 
-@pytest.mark.parametrize('case', peft_cases.CASES)
+# A case of each kind; all of them in make test-all: each takes seconds to compile.
+EVERY_DAY = ('llama_dora', 'qwen2_modules')
+PEFT_CASES = [
+  pytest.param(n, marks=[pytest.mark.full] * (n not in EVERY_DAY)) for n in peft_cases.CASES
+]
+
+
+@pytest.mark.parametrize('case', PEFT_CASES)
 def test_an_adapter_that_peft_saved_computes_the_same(case):
   wanted = np.load(peft_cases.FOLDER / case / 'found.npz')
   folder = peft.read(peft_cases.FOLDER / case)
   base = GOLDEN / peft_cases.CASES[case].base
   arch = folder.architecture(table.architecture(load.read_config(base)))
   params = peft.load_params(folder, base, arch, shardings, np.float32)
-  found = logits(arch, params, wanted['ids'])
-  assert np.abs(found - wanted['logits']).max() < 1e-4
-  plain = arch.plain()
-  assert (
-    np.abs(
-      logits(plain, load.load_params(base, plain, shardings(plain), np.float32), wanted['ids'])
-      - wanted['logits']
-    ).max()
-    > 1e-2
+  assert np.abs(logits(arch, params, wanted['ids']) - wanted['logits']).max() < 1e-4
+
+
+@pytest.mark.parametrize('case', peft_cases.CASES)
+def test_settings_that_peft_saved_are_those_of_the_section_lora(case):
+  """Ranks, scales and leaves, by patterns of either side."""
+  found = peft_cases.CASES[case]
+  folder = peft.read(peft_cases.FOLDER / case)
+  arch = open_base(found.base, **found.lora)
+  other = folder.architecture(arch.plain())
+  assert other.adapter.maps == arch.adapter.maps
+  assert set(other.adapter.trained) == set(arch.adapter.trained)
+  assert other.adapter.dora == arch.adapter.dora
+
+
+PROMPT = 'Hello'
+
+
+def byte_base(folder):
+  """A base with a tokenizer, tied; and its architecture."""
+  path = tiny_model.write_folder(folder)
+  return path, table.architecture(load.read_config(path))
+
+
+def byte_adapter(tmp_path, base, plain, **lora):
+  """A PEFT folder of a base with a tokenizer; (folder, architecture, parameters)."""
+  c = keys.default()
+  c.lora.update({'rank': 4, 'alpha': 64.0, 'base': 'float32'} | lora)
+  arch = adapters.adapted(plain, c)
+  flat = trees.flatten(load.load_params(base, arch, shardings(arch), np.float32))
+  rng = np.random.default_rng(1)
+  for n in kinds.names(arch, 'adapter'):
+    x = rng.normal(size=flat[n].shape) * 0.3
+    flat[n] = tiny_model.place(x.astype(np.float32), *kinds.declared(arch)[n].axes)
+  params = trees.unflatten(flat)
+  peft_export.export(
+    params,
+    arch,
+    tmp_path / 'adapter',
+    base=base,
+    sha256=load.fingerprint(base),
+    source_config=load.read_config(base),
+    tokenizer_files=load.tokenizer_files(base),
+    stop_ids=(7,),
   )
+  return tmp_path / 'adapter', arch, params
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """(base, PEFT folder, architecture, parameters)."""
+  where = tmp_path_factory.mktemp('made')
+  base, plain = byte_base(where / 'base')
+  return base, *byte_adapter(where, base, plain)
+
+
+def test_the_merged_model_computes_what_base_and_adapter_do(made, tmp_path):
+  base, folder, arch, params = made
+  convert.convert(str(folder), str(tmp_path / 'merged'), None)
+  plain = arch.plain()
+  merged = load.load_params(tmp_path / 'merged', plain, shardings(plain), np.float32)
+  ids = tiny_model.ids(2, 12)
+  whole = logits(arch, params, ids)
+  assert np.abs(logits(plain, merged, ids) - whole).max() < 1e-4 * np.abs(whole).max()
+  before = load.load_params(base, plain, shardings(plain), np.float32)
+  assert np.abs(logits(plain, before, ids) - whole).max() > 0.1 * np.abs(whole).max()
+  kept = json.loads((tmp_path / 'merged' / 'generation_config.json').read_text())
+  assert kept['eos_token_id'] == [257, 7] or 7 in np.atleast_1d(kept['eos_token_id'])

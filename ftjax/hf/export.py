@@ -229,7 +229,8 @@ def export(
 
   Args:
     params: nested dict of (possibly sharded) arrays.
-    arch: the model.
+    arch: the model; from `kinds.with_merged`, base and adapter are written as one model, each layer
+      merged when it is written.
     target: folder to write, replaced if it is a model folder.
     source_config: the model's config.json as `load.read_config` gave it, whose keys and values are
       kept; None for a random model.

@@ -45,10 +45,10 @@ _SIDE_FILES = (
 TEMPLATES = 'additional_chat_templates'
 _LONGEST_CARD = 4 << 20  # bytes
 
-# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error,
-# the model card for its license.
+# Files of a hub model that are downloaded before its weights, or those of an adapter; the model card
+# for its license.
 _SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
-_SMALL += ('adapter_config.json', model_card.FILE)
+_SMALL += (*peft_config.SMALL_FILES, model_card.FILE)
 
 
 def locate(path: str | os.PathLike, weights: bool) -> str:
@@ -88,6 +88,32 @@ def _snapshot(name: str, weights: bool) -> Path:
       f'{_other_weights(name)}'
     )
   return folder
+
+
+def find_adapter(path: str | os.PathLike) -> Path | None:
+  """Returns the folder of a PEFT adapter, which a hub name is downloaded into; None where a path is
+  something else.
+
+  Raises:
+    ConfigError, DataError: see `hub.pin`.
+  """
+  if not hub.is_name(path):
+    folder = files.as_path(path)
+    return folder if is_adapter(folder) else None
+  name = hub.pin(os.fspath(path))
+  folder = hub.download(name, _SMALL, is_shown=False)
+  if not is_adapter(folder) or (folder / 'config.json').is_file():
+    return None
+  hub.download(name, [peft_config.WEIGHTS_FILE], is_shown=True)
+  return folder
+
+
+def is_adapter(folder: Path) -> bool:
+  """Returns whether a folder holds an adapter and no whole model."""
+  if not files.exists(folder / peft_config.CONFIG_FILE):
+    return False
+  whole = (weight_files.SINGLE_FILE, weight_files.INDEX_FILE)
+  return not any(files.exists(folder / name) for name in whole)
 
 
 def _other_weights(name: str) -> str:

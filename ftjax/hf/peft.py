@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ftjax.families import table
-from ftjax.hf import layout, load, peft_config, peft_names
+from ftjax.hf import layout, load, model_folder, peft_config, peft_names
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
 from ftjax.hf.peft_names import Place
-from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.hf.weight_files import PICKLED, file_inside, parse_json
+from ftjax.hf.tensor_source import TensorSource
+from ftjax.hf.weight_files import file_inside, parse_json
 from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
 from ftjax.runtime import trees
@@ -31,6 +31,10 @@ from ftjax.storage import files, hub
 if TYPE_CHECKING:
   import jax
 
+_PICKLED = (
+  ', which can run code when loaded and are never read here. Save it again where peft is '
+  'installed: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW)'
+)
 _STORAGES = ('', 'float32', 'bfloat16', 'int8', 'nf4')
 
 
@@ -58,7 +62,7 @@ class PeftFolder:
   place: Path
   base: Base
   config: PeftConfig
-  source: SafetensorsFolder
+  source: TensorSource
 
   def architecture(self, plain: Architecture) -> Architecture:
     """Returns the model of base and adapter; a reward model where the adapter has a score.
@@ -191,10 +195,14 @@ class PeftFolder:
     return self.source.read(one).tobytes() != self.source.read(other).tobytes()
 
 
-def is_folder(path: str | os.PathLike) -> bool:
-  """Returns whether a path is a folder with an adapter and without a whole model."""
-  folder = files.as_path(path)
-  return files.exists(folder / CONFIG_FILE) and not files.exists(folder / 'config.json')
+def find(path: str | os.PathLike) -> PeftFolder | None:
+  """Returns the PEFT folder at a path or under a hub name; None where that is something else.
+
+  Raises:
+    ConfigError, DataError: see `read` and `hub.pin`.
+  """
+  folder = model_folder.find_adapter(path)
+  return None if folder is None else read(folder)
 
 
 def read(path: str | os.PathLike) -> PeftFolder:
@@ -208,9 +216,11 @@ def read(path: str | os.PathLike) -> PeftFolder:
   config = peft_config.parse(_json(place), str(place))
   if not files.exists(folder / WEIGHTS_FILE):
     if files.exists(folder / 'adapter_model.bin'):
-      raise DataError(f'{folder}: only pickled weights (adapter_model.bin){PICKLED}')
+      raise DataError(f'{folder}: only pickled weights (adapter_model.bin){_PICKLED}')
     raise DataError(f'{folder}: {WEIGHTS_FILE} is missing (unfinished download?)')
-  return PeftFolder(folder, _base(folder, config), config, SafetensorsFolder(folder, WEIGHTS_FILE))
+  if not model_folder.is_adapter(folder):
+    raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
+  return PeftFolder(folder, _base(folder, config), config, load.open_source(folder))
 
 
 def _json(place: Path) -> object:
