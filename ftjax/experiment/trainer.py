@@ -154,8 +154,16 @@ class Trainer:
     if not self._base and not self._constant:
       return self._with_derived(state)
     first = self.run.load_first()
-    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, self._load_base(first)))
+    state = self._with_base(state, first)
     return self._with_constant(self._with_derived(state), self._load_constant(first))
+
+  def restore_model(self, checkpoints: Checkpoints, step: int) -> State:
+    """Returns the state saved at a step, for `model`: without constant auxiliary models."""
+    state = checkpoints.restore(step, self.saved(self.abstract))
+    return self._with_base(state, self.run.load_first()) if self._base else state
+
+  def _with_base(self, state: State, first: dict) -> State:
+    return dataclasses.replace(state, frozen=trees.merge(state.frozen, self._load_base(first)))
 
   def _load_base(self, first: dict) -> dict:
     """Returns the leaves of frozen bases under adapters; first: the weights that training starts

@@ -45,8 +45,8 @@ _SIDE_FILES = (
 TEMPLATES = 'additional_chat_templates'
 _LONGEST_CARD = 4 << 20  # bytes
 
-# Files of a hub model that are downloaded before its weights, or those of an adapter; the model card
-# for its license.
+# Files of a hub model that are downloaded before its weights, or those of an adapter; the model
+# card for its license.
 _SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
 _SMALL += (*peft_config.SMALL_FILES, model_card.FILE)
 

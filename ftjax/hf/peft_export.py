@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.hf import peft_names, safetensors
+from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
@@ -49,6 +49,7 @@ def export(
   source_config: Mapping[str, Any],
   tokenizer_files: Mapping[str, bytes],
   stop_ids: tuple[int, ...],
+  card: bytes | None = None,
 ) -> None:
   """Writes the adapter in `params` as a PEFT folder, completely or not at all.
 
@@ -64,6 +65,7 @@ def export(
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens.
     stop_ids: token ids that end a completion.
+    card: README.md; None for none.
 
   Raises:
     ConfigError: the adapter has no form as a PEFT folder.
@@ -81,6 +83,8 @@ def export(
   if generation is not None:
     files['generation_config.json'] = generation
   files[CONFIG_FILE] = dump_json(config)
+  if card is not None:
+    files[model_card.FILE] = card
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
   files[BASE_FILE] = dump_json(held)
   with whole_folder(target) as folder:

@@ -272,7 +272,15 @@ class Linear(nnx.Module):
       w = w + self._update()
     if self.lora_m is not None:
       w = w * self._lengths()[None]
-    return w.astype(self.merged)
+    return rounded(w, self.merged)
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+  """Returns float32[...] as `dtype`, rounded. A compiler may leave out a rounding whose result
+  becomes float32 again, unless it is told to reduce the precision.
+  """
+  kind = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
 def _product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:

@@ -18,7 +18,7 @@ from ftjax.models import lora, rope
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
@@ -254,7 +254,7 @@ def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None)
       found, (*module.inputs, *module.outputs), out_sharding=gathered(*module.axes)
     )
   leaf = module[last] if isinstance(module, nnx.Dict) else getattr(module, last)
-  return leaf[...].astype(arch.adapter.merged)
+  return rounded(leaf[...].astype(jnp.float32), arch.adapter.merged)
 
 
 def _layer_keys(keys: jax.Array, repeats: int) -> jax.Array:
