@@ -60,7 +60,8 @@ class Tokenizer:
       position, never by id).
     stop_ids: eos of the tokenizer, then those of generation_config.json and config.json, each once.
     special_ids: ids of tokens flagged special, and the stop ids.
-    prefix_ids: ids that the tokenizer's own post-processor puts before a text (usually BOS).
+    prefix_ids, suffix_ids: ids that the tokenizer's own post-processor puts before a text (usually
+      BOS) and behind it.
     is_special: bool[vocab_size], the same by id.
     template: the chat template or None.
     special_texts: texts of the special tokens by the names that templates use, 'pad_token' say;
@@ -86,7 +87,7 @@ class Tokenizer:
 
     # Truncation and padding saved in the file would silently shorten or fill our rows.
     model['truncation'] = model['padding'] = None
-    self.prefix_ids = _prefix(model, name)
+    self.prefix_ids, self.suffix_ids = _added(model, name)
     # Without the post-processor nothing is added and byte-level offsets keep their leading space:
     # spans tile the text.
     self._tokens = _load(model | {'post_processor': None}, name)
@@ -170,6 +171,10 @@ class Tokenizer:
     """Returns the text of ids; special tokens are left out unless `skip_special=False`."""
     return self._tokens.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+  def id_of(self, token: str) -> int | None:
+    """Returns the id of a token by its text in the vocabulary; None where there is none."""
+    return self._tokens.token_to_id(token)
+
   def token(self, token_id: int) -> str:
     """Returns one token's text for display; bytes of half a character show as U+FFFD."""
     return self.decode([token_id], skip_special=False)
@@ -187,16 +192,16 @@ def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
     raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 
 
-def _prefix(model: Mapping, name: str) -> tuple[int, ...]:
-  """Returns the ids that the file's post-processor puts before a text."""
+def _added(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the ids that the file's post-processor puts before a text and behind it."""
   if model.get('post_processor') is None:
-    return ()
+    return (), ()
   whole = _load(model, name)
   bare = whole.encode('a', add_special_tokens=False).ids
   full = whole.encode('a', add_special_tokens=True).ids
   for i in range(len(full) - len(bare) + 1):
     if full[i : i + len(bare)] == bare:
-      return tuple(full[:i])
+      return tuple(full[:i]), tuple(full[i + len(bare) :])
   raise DataError(
     f'{name}: the post-processor of tokenizer.json changes a text instead of adding to it'
   )

@@ -19,7 +19,7 @@ import numpy as np
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section, user_code
-from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment import compare, data_check, resume, run_card, summary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.run import Run
@@ -116,8 +116,10 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     checkpoints.close()
     params = trainer.model(state)
     del state
-    _export(run, params)
+    _export(run, params, exported)
     evaluator.tuned(params)
+    if c.eval.tasks:
+      run_card.refresh(run.workdir, run.model)
     if experiment.keeps_programs(c):
       folder = experiment.program_folder(run.workdir)
       processes.from_main(lambda: program_cache.record(folder))
@@ -316,9 +318,12 @@ def _cadence(run: Run) -> Cadence:
   )
 
 
-def _export(run: Run, params: dict) -> None:
-  """Writes the model to export/ of the workdir."""
+def _export(run: Run, params: dict, step: int) -> None:
+  """Writes the model after `step` to export/ of the workdir."""
   with run.watchdog.phase('export'):
+    card = processes.from_main(
+      lambda: run_card.build(run.workdir, run.model, step, has_results=False, is_adapter=False)
+    )
     hf_export.export(
       params,
       run.arch,
@@ -327,4 +332,5 @@ def _export(run: Run, params: dict) -> None:
       tokenizer_files=run.model.files,
       dtype=np.dtype(jnp.dtype(run.config.model.param_dtype)),
       stop_ids=run.model.stop_ids,
+      card=card.encode(),
     )

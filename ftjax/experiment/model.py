@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
@@ -66,6 +66,7 @@ def open_model(
   workdir: str = '',
   family: str = '',
   vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 - frozen
+  tokenizer_files: Mapping[str, bytes] | None = None,
 ) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
 
@@ -77,6 +78,7 @@ def open_model(
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
     vocabulary: what the config changes of the vocabulary.
+    tokenizer_files: in place of those of `path`, such as an adapter's.
 
   Raises:
     ConfigError: a reward model where a language model is wanted, a model of another family, or a
@@ -84,6 +86,9 @@ def open_model(
   """
   if path:
     found = load.tokenizer_files(path)
+    if tokenizer_files is not None:
+      kept = {n: found[n] for n in ('generation_config.json',) if n in found}
+      found = kept | dict(tokenizer_files) | {'config.json': found['config.json']}
     config = load.read_config(path)
     hash_weights = functools.partial(model_record.fingerprint, path, workdir)
   else:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ftjax.experiment import vocabulary
 from ftjax.families import table
 from ftjax.hf import load as hf_load
+from ftjax.hf import peft
 from ftjax.hf.new_rows import NewRows
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
@@ -30,7 +31,8 @@ def load(
   """Returns the parameters of a model as a nested dict of sharded arrays.
 
   Args:
-    source: HF folder or GGUF file; '': random weights by `seed`.
+    source: HF folder, GGUF file, or PEFT folder with the adapter of `arch`, whose base is read too;
+      '': random weights by `seed`.
     arch: the architecture wanted. A language model in `source` becomes a reward model where it has
       a score: its head goes, and a random score takes its place.
     mesh: the mesh.
@@ -45,6 +47,8 @@ def load(
   dtype, key = jnp.dtype(dtype), jax.random.key(seed)
   if not source:
     return _random(arch, key, dtype)
+  if (adapter := peft.find(source)) is not None:
+    return _adapted(adapter, arch, mesh, dtype, key)
   found = table.architecture(hf_load.read_config(source), family)
   missing = vocabulary.missing_rows(source, found.vocab_size, arch.vocab_size, new_rows)
   found = dataclasses.replace(
@@ -63,6 +67,24 @@ def load(
   if found.num_labels == arch.num_labels:
     return params
   return {k: v for k, v in params.items() if k != 'head'} | _score(arch, key, dtype)
+
+
+def _adapted(
+  folder: peft.PeftFolder, arch: Architecture, mesh: Mesh, dtype: jnp.dtype, key: jax.Array
+) -> dict:
+  """Returns the parameters of the base that a PEFT folder names, with its adapter."""
+  if arch.adapter is None:
+    raise ConfigError(
+      f'{folder.place} holds an adapter; set the keys of section lora as it was trained'
+    )
+
+  def shardings(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
+  if folder.base.path:
+    return peft.load_params(folder, folder.base.path, arch, shardings, dtype)
+  flat = trees.flatten(_random(arch, key, dtype))
+  return trees.unflatten(flat | peft.load_adapter(folder, arch, trees.flatten(shardings(arch))))
 
 
 def derived_from(first: dict, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:

@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
+from ftjax.hf import (
+  gguf_files,
+  gguf_tokenizer,
+  layout,
+  model_folder,
+  peft_config,
+  weight_files,
+)
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -44,18 +51,26 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revis
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model.
+  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model;
+  of a PEFT folder its own tensors.
 
   A process opens the same files once: what their weights were hashed for is then known to whoever
   asks for the fingerprint, and headers are read once.
   """
-  path = model_folder.locate(path, weights=True)
+  path = _locate(path)
   return _cached_source(path, stamp(path))
+
+
+def _locate(path: str | os.PathLike) -> str:
+  adapter = model_folder.find_adapter(path)
+  return model_folder.locate(path, weights=True) if adapter is None else str(adapter)
 
 
 @functools.lru_cache(maxsize=4)
 def _cached_source(path: str, stamped: tuple) -> TensorSource:
   del stamped  # files that changed are opened again
+  if model_folder.is_adapter(files.as_path(path)):
+    return SafetensorsFolder(path, peft_config.WEIGHTS_FILE)
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
@@ -411,12 +426,19 @@ def _sample(path: Path) -> str:
 
 
 def exported(workdir: str | os.PathLike) -> str | None:
-  """Returns the model folder that a run wrote to its workdir; None before it is complete.
+  """Returns the model or adapter folder that a run wrote to its workdir; None before it is
+  complete.
 
-  In a bucket config.json is written last: without it the folder is incomplete.
+  In a bucket its config is written last: without it the folder is incomplete.
   """
   folder = files.join(workdir, 'export')
-  return folder if files.exists(files.join(folder, 'config.json')) else None
+  return folder if _export_config(folder) else None
+
+
+def _export_config(folder: str) -> Path | None:
+  """Returns the config of a model or adapter folder; None where it has none."""
+  places = (files.as_path(folder) / n for n in ('config.json', peft_config.CONFIG_FILE))
+  return next((p for p in places if files.exists(p)), None)
 
 
 def newest_export(workdir: str) -> str | None:
@@ -427,7 +449,7 @@ def newest_export(workdir: str) -> str | None:
   if export is None:
     return None
   steps = snapshots.steps(workdir)
-  written = (files.as_path(export) / 'config.json').stat().st_mtime_ns
+  written = _export_config(export).stat().st_mtime_ns
   if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
     log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
     return None
@@ -443,7 +465,9 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(model_folder.locate(path, weights=True))
+  folder = files.as_path(_locate(path))
+  if model_folder.is_adapter(folder):
+    return [weight_files.file_inside(folder, peft_config.WEIGHTS_FILE)]
   file = model_folder.gguf_file(folder)
   if file is None:
     return weight_files.weight_files(folder)

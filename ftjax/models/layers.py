@@ -253,13 +253,15 @@ class Linear(nnx.Module):
 
   def _lengths(self) -> jax.Array:
     """Returns m / |w + scale * A B|, float32[O]: the length is a constant of the gradient (Liu et
-    al. 2024, section 4.3).
+    al. 2024, section 4.3). 1 in a layer without an adapter, whose scale
+    is 0, and for an output whose weights are 0.
     """
     w = self._base(jnp.float32) + self._update()
     squares = jnp.einsum('IO,IO->O', w, w, out_sharding=gathered(self._out_axes[0]))
     lengths = jax.lax.stop_gradient(jnp.sqrt(squares))
     m = jax.sharding.reshard(self.lora_m[...], gathered(*self._out_axes))
-    return m.reshape(-1) / lengths
+    is_adapted = (self.lora_scale[...] > 0) & (lengths > 0)
+    return jnp.where(is_adapted, m.reshape(-1) / jnp.where(lengths > 0, lengths, 1.0), 1.0)
 
   def merged_weights(self) -> jax.Array:
     """Returns the weights of the model after merging, [I, O] in its dtype: computed in float32 and

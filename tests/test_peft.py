@@ -1,0 +1,199 @@
+"""Adapters leave as PEFT folders and come back the same; PEFT's folders are read as PEFT reads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+from parity import peft_cases
+
+from ftjax import convert
+from ftjax.config import keys
+from ftjax.experiment import adapters
+from ftjax.families import table
+from ftjax.hf import load, peft, peft_export
+from ftjax.models import kinds
+from ftjax.runtime import sharding, trees
+
+GOLDEN = Path(__file__).parent / 'parity' / 'golden'
+
+
+def shardings(arch):
+  return sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
+
+
+def open_base(name='llama_untied_gqa', labels=0, **lora):
+  """The model of a base in golden/ with the adapter of a section lora."""
+  arch = table.architecture(load.read_config(GOLDEN / name))
+  c = keys.default()
+  c.lora.update({'rank': 4, 'alpha': 8.0, 'base': 'float32'} | lora)
+  return adapters.adapted(dataclasses.replace(arch, num_labels=labels), c)
+
+
+def random_params(arch, name='llama_untied_gqa', seed=0):
+  """Base weights of golden/, and an adapter in which nothing is zero but rows beyond a rank."""
+  rng = np.random.default_rng(seed)
+  held = dataclasses.replace(arch, num_labels=0)
+  flat = trees.flatten(load.load_params(GOLDEN / name, held, shardings(held), np.float32))
+  out = {}
+  for n, p in kinds.declared(arch).items():
+    out[n] = flat.get(n)
+    if p.origin != 'adapter':
+      continue
+    x = rng.normal(size=p.shape).astype(np.float32) * 0.2
+    map_name, _, leaf = n.rpartition('/')
+    if leaf in ('lora_a', 'lora_b', 'lora_a0', 'lora_b0'):
+      for layer, rank in enumerate(arch.adapter.find(map_name).ranks):
+        x[layer, rank:] = 0
+    elif n in flat:  # DoRA's lengths, norms, embedding
+      x = np.asarray(flat[n]) * (1 + 0.3 * x)
+    out[n] = tiny_model.place(x.astype(np.float32), *p.axes)
+  return trees.unflatten(out)
+
+
+def export(folder, arch, params, name='llama_untied_gqa', **more):
+  path = str(GOLDEN / name)
+  given = {
+    'base': path,
+    'sha256': load.fingerprint(path),
+    'source_config': load.read_config(path),
+    'tokenizer_files': load.tokenizer_files(path),
+    'stop_ids': (),
+  }
+  peft_export.export(params, arch, folder, **(given | more))
+  return folder
+
+
+RANKS = (('layer1/attn/q', 7), ('.*/mlp/down', 3), ('layer0/attn/k', 0))
+CASES = {
+  'lora': {},
+  'rslora': {'rslora': True, 'rank': 5},
+  'dora': {'dora': True},
+  'pissa': {'init': 'pissa'},
+  'pissa_dora': {'init': 'pissa', 'dora': True},
+  'patterns': {'rank_pattern': RANKS[:2], 'alpha_pattern': (('.*/attn/k', 20.0),), 'rank': 5},
+  'some_layers': {'targets': 'layer[02]/attn/[qo]', 'dora': True},
+  'trained': {'train': 'embed/w|head/w|.*norm/scale', 'targets': '.*/attn/v'},
+  'nf4': {'base': 'nf4', 'block': 16},
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_export_then_import_is_the_identity(tmp_path, case):
+  arch = open_base(**CASES[case])
+  params = random_params(arch)
+  export(tmp_path / 'out', arch, params)
+  folder = peft.read(tmp_path / 'out')
+  found = folder.architecture(arch.plain())
+  assert (found.base, found.block) == (arch.base, arch.block)
+  assert found.adapter.trained == tuple(
+    sorted(arch.adapter.trained, key=found.adapter.trained.index)
+  )
+  assert found.adapter.dora == arch.adapter.dora
+  factor = 2 if arch.adapter.pissa else 1
+  for m in arch.adapter.maps:
+    other = found.adapter.find(m.name)
+    assert other.ranks == tuple(factor * r for r in m.ranks)
+    # alpha / rank; some quotients that rsLoRA makes are no quotient of a float64 by its rank
+    assert other.scales == pytest.approx(m.scales, rel=1e-15)
+    assert np.float32(other.scales).tolist() == np.float32(m.scales).tolist()
+  assert len(found.adapter.maps) == len(arch.adapter.maps)
+  read = peft.load_adapter(folder, arch, trees.flatten(shardings(arch)))
+  wrote = trees.flatten(params)
+  assert read.keys() == set(kinds.names(arch, 'adapter'))
+  for n, x in read.items():
+    kept = np.ones(x.shape, bool)
+    if n.endswith('lora_m'):  # of a layer without an adapter it is nobody's
+      kept[np.equal(arch.adapter.find(n.rpartition('/')[0]).ranks, 0)] = False
+    assert np.array_equal(np.asarray(x)[kept], np.asarray(wrote[n])[kept]), n
+
+
+def logits(arch, params, ids):
+  return tiny_model.logits(arch, params, ids, tiny_model.tokens_at(np.ones_like(ids)))
+
+
+# A case of each kind; all of them in make test-all: each takes seconds to compile.
+EVERY_DAY = ('llama_dora', 'qwen2_modules')
+PEFT_CASES = [
+  pytest.param(n, marks=[pytest.mark.full] * (n not in EVERY_DAY)) for n in peft_cases.CASES
+]
+
+
+@pytest.mark.parametrize('case', PEFT_CASES)
+def test_an_adapter_that_peft_saved_computes_the_same(case):
+  wanted = np.load(peft_cases.FOLDER / case / 'found.npz')
+  folder = peft.read(peft_cases.FOLDER / case)
+  base = GOLDEN / peft_cases.CASES[case].base
+  arch = folder.architecture(table.architecture(load.read_config(base)))
+  params = peft.load_params(folder, base, arch, shardings, np.float32)
+  assert np.abs(logits(arch, params, wanted['ids']) - wanted['logits']).max() < 1e-4
+
+
+@pytest.mark.parametrize('case', peft_cases.CASES)
+def test_settings_that_peft_saved_are_those_of_the_section_lora(case):
+  """Ranks, scales and leaves, by patterns of either side."""
+  found = peft_cases.CASES[case]
+  folder = peft.read(peft_cases.FOLDER / case)
+  arch = open_base(found.base, **found.lora)
+  other = folder.architecture(arch.plain())
+  assert other.adapter.maps == arch.adapter.maps
+  assert set(other.adapter.trained) == set(arch.adapter.trained)
+  assert other.adapter.dora == arch.adapter.dora
+
+
+PROMPT = 'Hello'
+
+
+def byte_base(folder):
+  """A base with a tokenizer, tied; and its architecture."""
+  path = tiny_model.write_folder(folder)
+  return path, table.architecture(load.read_config(path))
+
+
+def byte_adapter(tmp_path, base, plain, **lora):
+  """A PEFT folder of a base with a tokenizer; (folder, architecture, parameters)."""
+  c = keys.default()
+  c.lora.update({'rank': 4, 'alpha': 64.0, 'base': 'float32'} | lora)
+  arch = adapters.adapted(plain, c)
+  flat = trees.flatten(load.load_params(base, arch, shardings(arch), np.float32))
+  rng = np.random.default_rng(1)
+  for n in kinds.names(arch, 'adapter'):
+    x = rng.normal(size=flat[n].shape) * 0.3
+    flat[n] = tiny_model.place(x.astype(np.float32), *kinds.declared(arch)[n].axes)
+  params = trees.unflatten(flat)
+  peft_export.export(
+    params,
+    arch,
+    tmp_path / 'adapter',
+    base=base,
+    sha256=load.fingerprint(base),
+    source_config=load.read_config(base),
+    tokenizer_files=load.tokenizer_files(base),
+    stop_ids=(7,),
+  )
+  return tmp_path / 'adapter', arch, params
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """(base, PEFT folder, architecture, parameters)."""
+  where = tmp_path_factory.mktemp('made')
+  base, plain = byte_base(where / 'base')
+  return base, *byte_adapter(where, base, plain)
+
+
+def test_the_merged_model_computes_what_base_and_adapter_do(made, tmp_path):
+  base, folder, arch, params = made
+  convert.convert(str(folder), str(tmp_path / 'merged'), None)
+  plain = arch.plain()
+  merged = load.load_params(tmp_path / 'merged', plain, shardings(plain), np.float32)
+  ids = tiny_model.ids(2, 12)
+  whole = logits(arch, params, ids)
+  assert np.abs(logits(plain, merged, ids) - whole).max() < 1e-4 * np.abs(whole).max()
+  before = load.load_params(base, plain, shardings(plain), np.float32)
+  assert np.abs(logits(plain, before, ids) - whole).max() > 0.1 * np.abs(whole).max()
+  kept = json.loads((tmp_path / 'merged' / 'generation_config.json').read_text())
+  assert kept['eos_token_id'] == [257, 7] or 7 in np.atleast_1d(kept['eos_token_id'])
