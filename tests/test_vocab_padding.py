@@ -205,10 +205,9 @@ def test_padding_stays_zero_under_every_optimizer(name):
   """Steps with weight decay from a gradient that is 0 there."""
   declared = kinds.declared(PADDED)
   info = optimizer.leaves(declared, PADDED.layer_slots())
-  recipe = optimizer.OptimizerConfig(
-    *(name, lambda k: 0.1, 0.9, 0.99, 1e-8, 0.1, 1.0),
-    **{'decay': (('.*', 1.0),), 'multipliers': (('.*', 1.0),), 'freeze': (('.*', False),)},
-  )
+  numbers = {'b1': 0.9, 'b2': 0.99, 'eps': 1e-8, 'weight_decay': 0.1, 'clip_norm': 1.0}
+  tables = {'decay': (('.*', 1.0),), 'multipliers': (('.*', 1.0),), 'freeze': (('.*', False),)}
+  recipe = optimizer.OptimizerConfig(name=name, schedule=lambda k: 0.1, **numbers, **tables)
   rule = optimizer.make_optimizer(recipe, info, info)
   # Without the mesh's axes, as the transforms of whole matrices take them.
   params, gradient = (jax.tree.map(np.asarray, init(PADDED, seed)) for seed in (0, 1))
