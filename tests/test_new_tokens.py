@@ -127,12 +127,14 @@ def test_what_cannot_be_added_is_refused(files, texts, error, message):
       "'<a>' is there twice",
     ),
     ({'vocab_multiple': 0}, 'model.vocab_multiple=0; expected at least 1'),
+    ({'add_tokens': ('<a>',), 'rank': 4}, 'model.add_tokens with lora.rank=4: an adapter belongs'),
   ],
 )
 def test_mistakes_in_the_keys_are_named(values, message):
   c = keys.default()
   c.model.path, c.data.train = 'somewhere', 'sums:20'
-  c.model.update(values)
+  c.lora.rank = values.get('rank', 0)
+  c.model.update({k: v for k, v in values.items() if k != 'rank'})
   with pytest.raises(ConfigError, match=message):
     validation.validate(c)
 

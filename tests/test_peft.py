@@ -197,3 +197,20 @@ def test_the_merged_model_computes_what_base_and_adapter_do(made, tmp_path):
   assert np.abs(logits(plain, before, ids) - whole).max() > 0.1 * np.abs(whole).max()
   kept = json.loads((tmp_path / 'merged' / 'generation_config.json').read_text())
   assert kept['eos_token_id'] == [257, 7] or 7 in np.atleast_1d(kept['eos_token_id'])
+
+
+def test_trained_tables_of_a_padded_vocabulary_leave_without_the_padding(tmp_path):
+  plain = open_base(**CASES['trained'])
+  arch = dataclasses.replace(plain, vocab_multiple=48)
+  params = random_params(arch)
+  assert params['embed']['w'].shape[0] == 144 > plain.vocab_size
+  found = peft.read(export(tmp_path / 'padded', arch, params))
+  cut = {
+    n: x[: plain.vocab_size] if n in ('embed/w', 'head/w') else x
+    for n, x in trees.flatten(params).items()
+  }
+  export(tmp_path / 'plain', plain, trees.unflatten(cut))
+  padded, without = (tmp_path / n / 'adapter_model.safetensors' for n in ('padded', 'plain'))
+  assert padded.read_bytes() == without.read_bytes()
+  for n, x in peft.load_adapter(found, arch, trees.flatten(shardings(arch))).items():
+    np.testing.assert_array_equal(x, trees.flatten(params)[n])

@@ -48,6 +48,12 @@ def check_new_tokens(c: ml_collections.ConfigDict) -> None:
       if text in seen:
         raise ConfigError(f'{key}: {text!r} is in {seen[text]} already: leave it out')
       seen[text] = key
+  if seen and c.lora.rank:
+    raise ConfigError(
+      f'{next(iter(seen.values()))} with lora.rank={c.lora.rank}: an adapter belongs to the tables '
+      'of its base, and cannot make them larger. Add the tokens to the base first, by a run with '
+      'lora.rank=0 whose export is then model.path'
+    )
   means: set[str] = set()
   for row in c.model.init_tokens:
     if (

@@ -278,15 +278,10 @@ def host_reader(
   pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _without_padding(b, on_host(*pick(b)))) for b in bindings[name]]
+    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   return read
-
-
-def _without_padding(binding: Binding, value: np.ndarray) -> np.ndarray:
-  """Returns a leaf's value without the padding of the vocabulary, which no file holds."""
-  return value[tuple(map(slice, binding.shape))]
 
 
 # What picks the part of a leaf that a binding names: (array, its index in it).

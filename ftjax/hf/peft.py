@@ -339,10 +339,10 @@ def _leaves(folder: PeftFolder, arch: Architecture) -> Iterator[tuple[str, np.nd
   for b in peft_names.trained(arch).values():
     rest.setdefault(b.leaf, []).append(b)
   for name, bindings in rest.items():
-    value = np.empty(declared[name].shape, np.float32)
+    value = np.zeros(declared[name].shape, np.float32)  # padding of the vocabulary stays 0
     for b in bindings:
       whole = tuple(slice(0, n) for n in b.shape)
-      value[b.at] = b.from_source(_read(folder, PREFIX + b.hf), whole)
+      value[b.at][whole] = b.from_source(_read(folder, PREFIX + b.hf), whole)
     yield name, value
 
 
