@@ -23,11 +23,6 @@ SETTINGS = {
   '8-bit moments': ('optim.moments=8bit',),
   'bfloat16, stochastic': (*BF16, 'optim.rounding=stochastic'),
   'bfloat16, nearest': BF16,
-  'bfloat16, stochastic, 8-bit moments': (
-    *BF16,
-    'optim.rounding=stochastic',
-    'optim.moments=8bit',
-  ),
 }
 USUAL = (
   'optim.lr=1e-5',
@@ -90,7 +85,7 @@ def draw(out: Path) -> None:
 
   matplotlib.rcParams.update({'svg.hashsalt': 'ftjax', 'svg.fonttype': 'none', 'font.size': 9})
   figure, ax = plt.subplots(figsize=(7, 3.5), layout='constrained')
-  styles = ('-', '--', '-', '-', ':')
+  styles = ('-', '--', '-', '-')
   for setting, style in zip(SETTINGS, styles, strict=True):
     found = rows(folder(out, setting), 'train')
     losses = [r['loss'] for r in found.values()]

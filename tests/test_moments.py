@@ -18,6 +18,8 @@ from ftjax.storage.checkpoint import Checkpoints, Retention
 from ftjax.training import moments, optimizer, state, step
 
 SIGNED, UNSIGNED = 1, 2
+encode = jax.jit(moments.encode, static_argnums=(1, 2))
+decode = jax.jit(moments.decode, static_argnums=(1, 2))
 DECLARED = {
   'embed/w': ((384, 32), ('vocab', 'embed'), 32, 0.0),
   'final_norm/scale': ((32,), ('norm',), 0, 1.0),
@@ -62,7 +64,7 @@ def test_codes_are_those_of_the_dynamic_map(lowest):
   rng = np.random.default_rng(0)
   x = np.concatenate([rng.uniform(-1, 1, 4000), 10 ** rng.uniform(-7, 0, 4000), [0, 1, -1]])
   x = (x if lowest == SIGNED else np.abs(x)).astype(np.float32)[None]
-  packed = moments.encode(jnp.asarray(x if lowest == SIGNED else x**2), (1, x.size), lowest)
+  packed = encode(jnp.asarray(x if lowest == SIGNED else x**2), (1, x.size), lowest)
   least = np.abs(known - x[0, :, None]).min(1)
   apart = np.abs(known[np.asarray(packed.codes[0])] - x[0])
   is_kept = (x[0] == 0) | (lowest == SIGNED) | (x[0] > 3e-7)
@@ -71,11 +73,11 @@ def test_codes_are_those_of_the_dynamic_map(lowest):
 
 def test_a_second_moment_that_is_not_zero_stays_so():
   x = jnp.asarray([[1.0, 1e-30, 0.0, 1e-13] * 64])
-  back = moments.decode(moments.encode(x, (1, 256), UNSIGNED), 1, UNSIGNED)
+  back = decode(encode(x, (1, 256), UNSIGNED), 1, UNSIGNED)
   assert ((np.asarray(back) > 0) == (np.asarray(x) > 0)).all()
   zero = jnp.zeros((2, 256))
   for lowest in (SIGNED, UNSIGNED):
-    assert not np.any(moments.decode(moments.encode(zero, (1, 256), lowest), 1, lowest))
+    assert not np.any(decode(encode(zero, (1, 256), lowest), 1, lowest))
 
 
 @pytest.mark.parametrize(
@@ -248,8 +250,8 @@ def compiled(held):
 
 
 def test_the_memory_of_a_step():
-  """By the compiler: two bytes and eight for each block instead of eight bytes a parameter; and
-  nothing of a parameter's size besides.
+  """By the compiler: two bytes and eight for each block instead of eight bytes a parameter; the
+  float32 moments of a layer at a time, and of the table, are less than what is saved.
   """
   (exact, _), (ours, shapes) = compiled('float32'), compiled('8bit')
   saved = 0
@@ -258,7 +260,7 @@ def test_the_memory_of_a_step():
       saved += p.size * 8 - (p.size * 2 + p.size // where[1] * 8)
   assert saved > 0.9 * 5.8 * sum(p.size for p in jax.tree.leaves(shapes.params))
   assert exact.argument_size_in_bytes - ours.argument_size_in_bytes == saved
-  print('temporaries', exact.temp_size_in_bytes, ours.temp_size_in_bytes)
+  assert ours.temp_size_in_bytes < exact.temp_size_in_bytes + saved * 0.8
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_the_bits_follow_from_key_and_name_on_any_mesh(use_mesh):
   assert found[0]['a']['w'].tobytes() != found[0]['b']['w'].tobytes()
 
 
+@pytest.mark.full
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
   """With 8-bit moments and stochastic rounding, through the entry: the losses and the export."""
   keys = ('model.param_dtype=bfloat16', 'optim.rounding=stochastic', 'optim.moments=8bit')
