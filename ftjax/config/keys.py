@@ -57,7 +57,7 @@ def _add_model(c: Section) -> None:
   c.model = Section()
   c.model.path = ''  # Hugging Face folder, GGUF file, or org/name[@revision] on the hub
   c.model.family = ''  # package.module:FAMILY, a model family of your own; '': by its model_type
-  c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
+  c.model.param_dtype = 'float32'  # dtype of master parameters
   c.model.compute_dtype = 'float32'  # dtype of activations and matrix products
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
   # a Hugging Face config.json.
@@ -120,6 +120,12 @@ def _add_optim(c: Section) -> None:
   # every name must be matched, and every row must match a name that no earlier row does.
   c.optim = Section()
   c.optim.name = 'adamw'  # the optimizer
+  # How moments are held between steps: as float32, or as 8bit, a byte each and a float32 for each
+  # block of up to 256 (adamw, lion, sgd).
+  c.optim.moments = 'float32'
+  # How a new parameter becomes bfloat16: the nearest number, or one of its two neighbours at random
+  # (stochastic), so that steps below half their distance add up; with model.param_dtype=bfloat16.
+  c.optim.rounding = 'nearest'
   c.optim.lr = 2e-5  # peak learning rate
   c.optim.schedule = 'cosine'  # course of the learning rate after the warmup
   c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0

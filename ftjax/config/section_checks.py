@@ -25,6 +25,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   record = algorithms.of(c)
   _check_idle(c)
   _check_metric(c)
+  _check_precision(c)
   if 'dpo' in record.reads:
     _check_dpo(c)
   record.check(c)
@@ -76,6 +77,26 @@ def unread_optimizer_keys(c: ml_collections.ConfigDict) -> list[str]:
   optim.name on the command line the keys of a config file for another optimizer are still there.
   """
   return [reason for key, reason in _unread_choices(c).items() if key.startswith('optim.')]
+
+
+def _check_precision(c: ml_collections.ConfigDict) -> None:
+  """Refuses 8-bit moments where there are none, and a rounding of float32 parameters."""
+  name, able = c.optim.name, [n for n, row in choices.OPTIMIZERS.items() if row.takes_8bit]
+  if c.optim.moments == '8bit' and name not in able:
+    raise ConfigError(
+      f'optim.moments=8bit with optim.name={name}: only {", ".join(able)} can hold their moments '
+      'in 8 bits; set optim.moments=float32'
+    )
+  if c.optim.moments == '8bit' and name == 'sgd' and not c.optim.b1:
+    raise ConfigError(
+      'optim.moments=8bit does nothing with optim.name=sgd and optim.b1=0, which has no momentum: '
+      'leave it out'
+    )
+  if c.optim.rounding == 'stochastic' and c.model.param_dtype != 'bfloat16':
+    raise ConfigError(
+      f'optim.rounding=stochastic with model.param_dtype={c.model.param_dtype}: only bfloat16 '
+      'parameters are rounded; set model.param_dtype=bfloat16, or leave optim.rounding out'
+    )
 
 
 def _check_metric(c: ml_collections.ConfigDict) -> None:

@@ -148,6 +148,9 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     fixed += [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in watched]
   if bool(saved['config'].get('optim.ema_decay')) != bool(now['optim.ema_decay']):
     fixed.append('optim.ema_decay switched on or off')
+  # A checkpoint from before there was the key has float32 moments.
+  if (before := saved['config'].get('optim.moments', 'float32')) != now['optim.moments']:
+    fixed.append(f'optim.moments: {before!r} -> {now["optim.moments"]!r}')
   if fixed:
     raise ConfigError(
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '

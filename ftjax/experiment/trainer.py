@@ -55,10 +55,11 @@ class Trainer:
 
   def __init__(self, run: Run, loss_fn: LossFn):
     c = run.config
-    if c.model.param_dtype == 'bfloat16':
+    if c.model.param_dtype == 'bfloat16' and c.optim.rounding == 'nearest':
       log.warning(
         'model.param_dtype=bfloat16: steps smaller than about 1/256 of a weight change nothing, '
-        'and with a usual optim.lr most are; float32 trains better where memory allows it'
+        'and with a usual optim.lr most are; set optim.rounding=stochastic, or, where memory '
+        'allows it, model.param_dtype=float32'
       )
     self.run = run
     # Auxiliary models that are part of the state and do not change.
@@ -70,6 +71,7 @@ class Trainer:
     )
     names = (
       'name',
+      'moments',
       'b1',
       'b2',
       'eps',
@@ -105,6 +107,7 @@ class Trainer:
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
+      is_stochastic=c.optim.rounding == 'stochastic',
       seed=c.seed,
     )
 

@@ -13,14 +13,15 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftjax.families import table, tensor_map
-from ftjax.hf import layout, model_folder
+from ftjax.families.tensor_map import Binding
+from ftjax.hf import layout, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
   import jax
 
 
-_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+_WEIGHTS = re.compile(r'(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors')
 
 
 def is_ours(path: Path) -> bool:
@@ -46,7 +47,8 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
+  small = (*model_folder.MODEL_FILES, *peft_config.SMALL_FILES)
+  known = path.name in small or model_folder.is_side_file(path.name)
   return known or bool(_WEIGHTS.fullmatch(path.name))
 
 
@@ -103,7 +105,8 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     temp.remove_tree()
     raise
   new, old = _objects(temp), _objects(target)
-  marks = ('config.json', INDEX_FILE)  # removed in this order, written in the reverse
+  # Removed in this order, written in the reverse.
+  marks = ('config.json', peft_config.CONFIG_FILE, INDEX_FILE)
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
       with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
@@ -197,7 +200,7 @@ def export(
   time.
 
   Every process of a run calls this, since gathering a tensor needs all of them; process 0 writes.
-  Adapters and derived leaves are not written.
+  An adapter is merged (`kinds.with_merged`), one tensor at a time. Derived leaves are not written.
 
   Args:
     params: nested dict of (possibly sharded) arrays.
@@ -213,25 +216,14 @@ def export(
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  # They import jax.
+  # It imports jax.
   from ftjax.cluster import processes
-  from ftjax.models import kinds
 
-  leaves, dtype = trees.flatten(params), np.dtype(dtype)
-  bindings = layout.by_tensor(arch)
-  wanted = layout.leaf_shapes(arch)
-  # Adapters and derived leaves are no tensors of the model's files.
-  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
-  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
-  if found != wanted:
-    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    raise ValueError(
-      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
-      'in all'
-    )
+  dtype, bindings = np.dtype(dtype), layout.by_tensor(arch)
+  pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
+    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
     return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
 
   if not processes.is_main():
@@ -247,8 +239,49 @@ def export(
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array."""
+# What picks the part of a leaf that a binding names: (array, its index in it).
+Picker = Callable[[Binding], tuple['jax.Array', Sequence[int]]]
+
+
+def _leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the parameters of a model without adapters.
+
+  Raises:
+    ValueError: the parameters are not those of the architecture.
+  """
+  from ftjax.models import kinds
+
+  leaves, wanted = trees.flatten(params), layout.leaf_shapes(arch)
+  # Derived leaves are no tensors of the model's files.
+  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
+  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  if found != wanted:
+    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    raise ValueError(
+      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
+      'in all'
+    )
+  return lambda binding: (leaves[binding.leaf], binding.at)
+
+
+def _merged_leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the model after merging its adapter, one layer at a time."""
+  import jax.numpy as jnp
+
+  from ftjax.models import kinds
+
+  def pick(binding):
+    layer, *rest = binding.at or (None,)
+    which = None if layer is None else jnp.int32(layer)
+    return kinds.merged(arch, params, binding.leaf, which), rest
+
+  return pick
+
+
+def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
+  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
+  processes call it.
+  """
   import jax
 
   # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the

@@ -53,6 +53,15 @@ def entropy(logits: jax.Array, z: jax.Array, axis: str | None) -> jax.Array:
   return -_total((jnp.exp(logp) * logp).sum(-1), axis)
 
 
+def divergence(logits: jax.Array, others: jax.Array, axis: str | None) -> jax.Array:
+  """Returns float32[n], the KL divergence in nats from softmax(logits) to softmax(others), both
+  float32[n, V'].
+  """
+  logp = logits - logsumexp(logits, axis)[:, None]
+  logq = others - logsumexp(others, axis)[:, None]
+  return _total((jnp.exp(logp) * (logp - logq)).sum(-1), axis)
+
+
 def logprob_gradient(
   logits: jax.Array,
   labels: jax.Array,

@@ -109,6 +109,20 @@ class Forward:
     table = kinds.head_weights(self.arch, params)
     return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
 
+  def divergence_from(self, params: dict, other: Self, others: dict, batch: dict) -> jax.Array:
+    """Returns the KL divergence in nats from this model's distribution of the next token to
+    another's, summed over the tokens with a weight: float32[].
+
+    Args:
+      params: of this model.
+      other: the forward pass of the other model.
+      others: its parameters.
+      batch: rows that both read.
+    """
+    ours = self.hidden_states(params, batch), kinds.head_weights(self.arch, params)
+    theirs = other.hidden_states(others, batch), kinds.head_weights(other.arch, others)
+    return head.divergence_sums(ours, theirs, batch['weights'])
+
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]
   ) -> tuple[jax.Array, ...]:

@@ -244,6 +244,35 @@ def _readout_backward(temperature, with_entropy, saved, cotangents):
 _readout.defvjp(_readout_forward, _readout_backward)
 
 
+def divergence_sums(
+  first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array], weights: jax.Array
+) -> jax.Array:
+  """Returns the sum over the tokens whose weight is not 0 of the KL divergence from the first to
+  the second model's distribution of the next token, float32[], nats.
+
+  Args:
+    first: hidden states [B, T, D] and head weights [V, D].
+    second: those of another model with the same vocabulary.
+    weights: float32[B, T].
+  """
+
+  def local(x, w, y, v, weights):
+    labels = jnp.zeros(weights.shape, jnp.int32)
+    ours, theirs = _Chunks(x, w, labels, weights), _Chunks(y, v, labels, weights)
+
+    def body(i, sum_):
+      _, _, m, logits = ours.take(i)
+      others = theirs.take(i)[3]
+      found = cross_entropy.divergence(logits, others, _vocab_axis())
+      return sum_ + jnp.where(m != 0, found, 0.0).sum()
+
+    found = jax.lax.fori_loop(0, ours.count, body, jnp.zeros((), jnp.float32))
+    return total(found, (*BATCH, 'context'))
+
+  specs = (_STATES, _TABLE, _STATES, _TABLE, _TOKENS)
+  return shard_map(local, specs, spec())(*first, *second, weights)
+
+
 def logits(x: jax.Array, w: jax.Array) -> jax.Array:
   """float32[B, V] of the last hidden states [B, D]: for decoding, where B is small."""
   w = jax.sharding.reshard(w.astype(x.dtype), spec('vocab', None))

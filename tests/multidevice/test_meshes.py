@@ -86,6 +86,7 @@ def train(mesh, batches, arch=TINY):
   info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   recipe = optimizer.OptimizerConfig(
     name='adamw',
+    moments='float32',
     schedule=lambda k: RATE,
     b1=0.9,
     b2=0.999,
@@ -111,6 +112,7 @@ def train(mesh, batches, arch=TINY):
     schedule=recipe.schedule,
     clip_norm=0.0,
     ema_decay=0.0,
+    is_stochastic=False,
     seed=0,
   )
   rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
