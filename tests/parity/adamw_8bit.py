@@ -1,8 +1,9 @@
 """What AdamW8bit of bitsandbytes makes of the same gradients (golden/adamw_8bit.npz).
 
-python tests/parity/adamw_8bit.py writes it; that needs torch and bitsandbytes.
+In the parity environment (make parity), `python tests/parity/adamw_8bit.py FOLDER` writes it.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def read() -> dict[float, np.ndarray]:
     return {s: found[str(s)] for s in SPREADS}
 
 
-def main():
+def main(target: Path):
   import bitsandbytes
   import torch
 
@@ -41,8 +42,8 @@ def main():
       optimizer.step()
     assert optimizer.state[p]['state1'].dtype == torch.uint8
     out[str(spread)] = p.detach().numpy()
-  np.savez_compressed(GOLDEN, **out)
+  np.savez_compressed(target / GOLDEN.name, **out)
 
 
 if __name__ == '__main__':
-  main()
+  main(Path(sys.argv[1]))

@@ -27,11 +27,16 @@ PREFIX = 'base_model.model.'
 FACTORS = {'lora_a': 'lora_A.weight', 'lora_b': 'lora_B.weight', 'lora_m': 'lora_magnitude_vector'}
 
 
+def adapted(case):
+  """The architecture of a base with the adapter of a case."""
+  c = keys.default()
+  c.lora.update({'base': 'float32'} | case.lora)
+  return adapters.adapted(families.architecture(load.read_config(cases.GOLDEN / case.base)), c)
+
+
 def open_case(case):
   """(architecture, parameters) of a base with a new adapter."""
-  folder, c = cases.GOLDEN / case.base, keys.default()
-  c.lora.update({'base': 'float32'} | case.lora)
-  arch = adapters.adapted(families.architecture(load.read_config(folder)), c)
+  folder, arch = cases.GOLDEN / case.base, adapted(case)
   places = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
   return arch, load.load_params(folder, arch, places, np.float32)
 
@@ -146,7 +151,7 @@ def test_loss_logits_and_gradient(name):
 
 def test_cases_cover_what_they_name():
   """Adapters of several ranks and scales, and each leaf that can be trained."""
-  archs = {name: open_case(case)[0] for name, case in cases.CASES.items()}
+  archs = {name: adapted(case) for name, case in cases.CASES.items()}
   assert {r for m in archs['llama_dora'].adapter.maps for r in m.ranks} == {3, 5, 7}
   assert len({s for m in archs['llama_rslora'].adapter.maps for s in m.scales}) >= 5
   assert len(archs['llama_modules'].adapter.trained) == 5
@@ -192,16 +197,11 @@ def test_twenty_steps_of_adamw(name, ratio):
     for n, leaf in optimizer.leaves(kinds.declared(arch), arch.layer_slots()).items()
   }
   adapter = kinds.names(arch, 'adapter')
-  usual = keys.default().optim
-  settings = optimizer.OptimizerConfig(
-    name='adamw',
-    schedule=optax.constant_schedule(c['lr']),
-    clip_norm=0.0,
-    decay=usual.decay,
-    multipliers=usual.multipliers,
-    freeze=usual.freeze,
-    **{k: c[k] for k in ('b1', 'b2', 'eps', 'weight_decay')},
-  )
+  fields = {f.name for f in dataclasses.fields(optimizer.OptimizerConfig)} - {'schedule'}
+  chosen = c | {'name': 'adamw', 'clip_norm': 0.0, 'schedule': optax.constant_schedule(c['lr'])}
+  usual = {n: v for n, v in keys.default().optim.items() if n in fields}
+  del chosen['lr']
+  settings = optimizer.OptimizerConfig(**(usual | chosen))
   made = optimizer.make_optimizer(settings, info, {n: info[n] for n in adapter})
   trained = {n: trees.flatten(params)[n] for n in adapter}
   state, losses = made.init(trees.unflatten(trained)), []
