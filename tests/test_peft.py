@@ -1,8 +1,11 @@
 """Adapters leave as PEFT folders and come back the same; PEFT's folders are read as PEFT reads."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -16,13 +19,14 @@ from ftjax import convert
 from ftjax.config import keys
 from ftjax.experiment import adapters
 from ftjax.families import table
-from ftjax.hf import load, peft, peft_export
+from ftjax.hf import load, peft, peft_export, peft_names
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.models import kinds
+from ftjax.models import head, kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
-GOLDEN = Path(__file__).parent / 'parity' / 'golden'
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / 'tests' / 'parity' / 'golden'
 
 
 def shardings(arch):
@@ -201,3 +205,114 @@ def test_the_merged_model_computes_what_base_and_adapter_do(made, tmp_path):
   assert np.abs(logits(plain, before, ids) - whole).max() > 0.1 * np.abs(whole).max()
   kept = json.loads((tmp_path / 'merged' / 'generation_config.json').read_text())
   assert kept['eos_token_id'] == [257, 7] or 7 in np.atleast_1d(kept['eos_token_id'])
+
+
+def parity_python():
+  """The interpreter with torch and peft; skips where there is none."""
+  found = os.environ.get('FTJAX_PARITY_PYTHON', str(ROOT / '.venv-parity/bin/python'))
+  if not Path(found).exists():
+    pytest.skip(f'{found} is not there: `make parity` makes it, FTJAX_PARITY_PYTHON names another')
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(arch, trained, frozen, ids, labels, weights, where):
+  """By `trained`, of the mean next-token loss, or of the scores at the last tokens."""
+
+  def loss(trained):
+    params = trees.unflatten(frozen | trained)
+    x = kinds.apply(arch, params, ids, where, dtype=jnp.float32)
+    table = jax.sharding.reshard(kinds.head_weights(arch, params), sharding.spec(None, None))
+    if arch.num_labels:
+      return jnp.einsum('BD,RD->', x[:, -1], table)
+    total = head.cross_entropy_sums(
+      x, kinds.head_weights(arch, params), labels, weights, head.LossConfig()
+    )[0]
+    return total / weights.sum()
+
+  return jax.grad(loss)(trained)
+
+
+def our_gradient(arch, params, ids):
+  """{name of the tensor: gradient}, as `export` would write it."""
+  weights = np.ones(ids.shape, np.float32)
+  weights[:, -1] = 0
+  flat = trees.flatten(params)
+  trained = {n: flat.pop(n) for n in kinds.names(arch, 'adapter') if not n.endswith('0')}
+  rows = [tiny_model.place(a, 'batch', 'seq') for a in (ids, np.roll(ids, -1, 1), weights)]
+  where = tiny_model.tokens_at(np.ones_like(ids))
+  return gradient(arch, trained, flat, *rows, where)
+
+
+# Base, labels, section lora.
+WRITTEN = {
+  'lora': ('llama_untied_gqa', 0, {}),
+  'rslora': ('llama_untied_gqa', 0, {'rslora': True, 'rank': 5}),
+  'dora_patterns': (
+    'llama_untied_gqa',
+    0,
+    {'dora': True, 'rank_pattern': RANKS, 'alpha_pattern': (('.*/attn/k', 20.0),)},
+  ),
+  'pissa': ('qwen2_untied', 0, {'init': 'pissa'}),
+  'pissa_dora': ('qwen2_untied', 0, {'init': 'pissa', 'dora': True}),
+  'trained': ('llama_untied_gqa', 0, {'train': 'embed/w|head/w|.*norm/scale'}),
+  'tied': ('qwen2_tied', 0, {'train': 'embed/w', 'targets': 'layer1/.*'}),
+  'reward': ('qwen2_tied', 1, {}),
+}
+
+
+@pytest.fixture(scope='module')
+def by_peft(tmp_path_factory):
+  """A folder with what PEFT computes with each of WRITTEN, in a process of its own."""
+  python, where = parity_python(), tmp_path_factory.mktemp('peft')
+  for case, (name, labels, lora) in WRITTEN.items():
+    arch = open_base(name, labels, **lora)
+    export(where / case, arch, random_params(arch, name), name)
+  np.save(where / 'ids.npy', tiny_model.ids(2, 12, vocab=128))
+  jobs = {case: str(GOLDEN / name) for case, (name, _, _) in WRITTEN.items()}
+  (where / 'jobs.json').write_text(json.dumps(jobs))
+  done = subprocess.run(
+    [python, ROOT / 'tests/parity/open_with_peft.py', where],
+    capture_output=True,
+    text=True,
+    env=os.environ | {'OMP_NUM_THREADS': '1'},
+  )
+  assert not done.returncode, done.stderr
+  return where
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('case', WRITTEN)
+def test_peft_computes_the_same_with_our_folder(by_peft, case):
+  """Logits, gradient, merged logits, no warning."""
+  name, labels, lora = WRITTEN[case]
+  arch = open_base(name, labels, **lora)
+  params, ids = random_params(arch, name), np.load(by_peft / 'ids.npy')
+  stored = np.load(by_peft / f'{case}.npz')
+  assert not stored['warnings'].tolist()
+  ours = logits(arch, params, ids)
+  ours = ours[:, -1] if labels else ours
+  size = np.abs(ours).max()
+  assert np.abs(stored['logits'] - ours).max() <= 1e-4 * max(1, size)
+  assert np.abs(stored['merged'] - ours).max() <= 1e-3 * max(1, size)
+  theirs = {k.removeprefix('gradient/'): stored[k] for k in stored if k.startswith('gradient/')}
+  found = our_gradient(arch, params, ids)
+  for place, m in peft_names.adapted(arch):
+    rank, (inputs, outputs) = m.ranks[place.layer], place.sides
+    a, b, magnitude = place.tensors
+
+    def own(leaf, place=place):
+      return np.asarray(found[f'{place.name}/{leaf}'])[place.binding.at]
+
+    pairs = [
+      (theirs.pop(a)[:rank], peft_names.to_hf(own('lora_a')[:rank], inputs)),
+      (theirs.pop(b)[:, :rank], peft_names.to_hf(own('lora_b')[:rank], outputs).T),
+    ]
+    if arch.adapter.dora:
+      pairs.append((theirs.pop(magnitude), peft_names.to_hf(own('lora_m')[None], outputs)[0]))
+    for one, other in pairs:
+      assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max(), place
+  for hf, b in peft_names.trained(arch).items():
+    other = b.to_hf(np.asarray(found[b.leaf])[b.at])
+    assert np.abs(theirs.pop(f'base_model.model.{hf}') - other).max() <= 1e-4 * np.abs(other).max()
+  assert not theirs

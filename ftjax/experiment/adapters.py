@@ -30,6 +30,7 @@ def adapted(arch: Architecture, c: ml_collections.ConfigDict) -> Architecture:
   names = _by_layer(arch, kinds.linear_maps(arch))
   wanted = _targets(lora.targets, [n for own in names.values() for n in own])
   ranks = _by_pattern(lora.rank_pattern, wanted, lora.rank, 'lora.rank_pattern')
+  ranks = {n: r for n, r in ranks.items() if r}  # 0: no adapter
   alphas = _by_pattern(lora.alpha_pattern, wanted, lora.alpha, 'lora.alpha_pattern')
   scales = {n: alphas[n] / (math.sqrt(r) if lora.rslora else r) for n, r in ranks.items()}
   maps = tuple(
