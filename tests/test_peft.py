@@ -17,7 +17,7 @@ from parity import peft_cases
 
 from ftjax import convert
 from ftjax.config import keys
-from ftjax.experiment import adapters
+from ftjax.experiment import adapters, weights
 from ftjax.families import table
 from ftjax.hf import load, peft, peft_export, peft_names
 from ftjax.hf.safetensors import write_file
@@ -474,6 +474,26 @@ def test_an_adapter_that_diverged_is_not_written(made, tmp_path):
       stop_ids=(),
     )
   assert {p.name: p.read_bytes() for p in old.iterdir()} == before
+
+
+def test_a_run_loads_its_export_for_evaluation(made, tmp_path):
+  """The folder has the adapter alone: the base is the one that it names, or random by the seed."""
+  _, folder, arch, params = made
+  mesh = jax.sharding.get_mesh()
+  found = trees.flatten(weights.load(str(folder), arch, mesh, 'float32', 0, ''))
+  wanted = trees.flatten(kinds.with_derived(arch, params))
+  assert found.keys() == wanted.keys()
+  assert all(np.array_equal(found[n], wanted[n]) for n in found)
+  with pytest.raises(ConfigError, match='set the keys of section lora'):
+    weights.load(str(folder), arch.plain(), mesh, 'float32', 0, '')
+  other = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, dora=True))
+  with pytest.raises(ConfigError, match='the adapter has dora = False, the config True'):
+    weights.load(str(folder), other, mesh, 'float32', 0, '')
+  nameless = copy(folder, tmp_path / 'nameless', {'base_model_name_or_path': None})
+  found = trees.flatten(weights.load(str(nameless), arch, mesh, 'float32', 5, ''))
+  start = trees.flatten(kinds.init(arch, jax.random.key(5)))
+  assert np.allclose(found['embed/w'], start['embed/w'], atol=1e-7)
+  assert np.array_equal(found['stack0/block0/attn/q/lora_b'], wanted['stack0/block0/attn/q/lora_b'])
 
 
 def test_trained_leaves_without_a_form_in_peft():
