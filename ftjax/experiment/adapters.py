@@ -42,7 +42,7 @@ def adapted(
   names = _by_layer(arch, kinds.linear_maps(arch))
   wanted = _targets(lora.targets, [n for own in names.values() for n in own])
   ranks = _by_pattern(lora.rank_pattern, wanted, lora.rank, 'lora.rank_pattern')
-  ranks = {n: r for n, r in ranks.items() if r}
+  ranks = {n: r for n, r in ranks.items() if r}  # 0: no adapter
   if not ranks:
     raise ConfigError('lora.rank_pattern gives every linear map rank 0; nothing is left to train')
   alphas = _by_pattern(lora.alpha_pattern, wanted, lora.alpha, 'lora.alpha_pattern')

@@ -22,14 +22,7 @@ from tqdm import tqdm
 
 from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import (
-  gguf_files,
-  gguf_tokenizer,
-  layout,
-  model_folder,
-  peft_config,
-  weight_files,
-)
+from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -57,20 +50,15 @@ def open_source(path: str | os.PathLike) -> TensorSource:
   A process opens the same files once: what their weights were hashed for is then known to whoever
   asks for the fingerprint, and headers are read once.
   """
-  path = _locate(path)
+  path = model_folder.locate_any(path)
   return _cached_source(path, stamp(path))
-
-
-def _locate(path: str | os.PathLike) -> str:
-  adapter = model_folder.find_adapter(path)
-  return model_folder.locate(path, weights=True) if adapter is None else str(adapter)
 
 
 @functools.lru_cache(maxsize=4)
 def _cached_source(path: str, stamped: tuple) -> TensorSource:
   del stamped  # files that changed are opened again
   if model_folder.is_adapter(files.as_path(path)):
-    return SafetensorsFolder(path, peft_config.WEIGHTS_FILE)
+    return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
@@ -432,13 +420,7 @@ def exported(workdir: str | os.PathLike) -> str | None:
   In a bucket its config is written last: without it the folder is incomplete.
   """
   folder = files.join(workdir, 'export')
-  return folder if _export_config(folder) else None
-
-
-def _export_config(folder: str) -> Path | None:
-  """Returns the config of a model or adapter folder; None where it has none."""
-  places = (files.as_path(folder) / n for n in ('config.json', peft_config.CONFIG_FILE))
-  return next((p for p in places if files.exists(p)), None)
+  return folder if model_folder.find_config(folder) else None
 
 
 def newest_export(workdir: str) -> str | None:
@@ -449,7 +431,7 @@ def newest_export(workdir: str) -> str | None:
   if export is None:
     return None
   steps = snapshots.steps(workdir)
-  written = _export_config(export).stat().st_mtime_ns
+  written = model_folder.find_config(export).stat().st_mtime_ns
   if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
     log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
     return None
@@ -465,9 +447,9 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(_locate(path))
+  folder = files.as_path(model_folder.locate_any(path))
   if model_folder.is_adapter(folder):
-    return [weight_files.file_inside(folder, peft_config.WEIGHTS_FILE)]
+    return [weight_files.file_inside(folder, model_folder.ADAPTER_WEIGHTS)]
   file = model_folder.gguf_file(folder)
   if file is None:
     return weight_files.weight_files(folder)

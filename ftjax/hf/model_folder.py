@@ -42,6 +42,7 @@ _SIDE_FILES = (
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
   *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
 )
+ADAPTER_WEIGHTS = peft_config.WEIGHTS_FILE
 TEMPLATES = 'additional_chat_templates'
 _LONGEST_CARD = 4 << 20  # bytes
 
@@ -106,6 +107,18 @@ def find_adapter(path: str | os.PathLike) -> Path | None:
     return None
   hub.download(name, [peft_config.WEIGHTS_FILE], is_shown=True)
   return folder
+
+
+def locate_any(path: str | os.PathLike) -> str:
+  """Returns where a model or an adapter is, with its weights; see `locate`."""
+  adapter = find_adapter(path)
+  return locate(path, weights=True) if adapter is None else str(adapter)
+
+
+def find_config(folder: str | os.PathLike) -> Path | None:
+  """Returns the config file of a model or adapter folder; None where it has none."""
+  places = (files.as_path(folder) / n for n in ('config.json', peft_config.CONFIG_FILE))
+  return next((p for p in places if files.exists(p)), None)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -1,5 +1,5 @@
 """Writes an adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors, the files of
-the tokenizer, and ftjax_base.json, which says what the base was.
+the tokenizer, and ftjax_base.json with the hash of the base and how it was held.
 
 What PEFT 0.21 computes with the folder is what was trained. The scale of each map is written as
 alpha / rank, whatever made it: loaders that ignore `use_rslora` are right too. An adapter that

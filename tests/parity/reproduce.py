@@ -130,6 +130,12 @@ def main(python: str) -> int:
   print(f'{count} golden files written again, {len(wrong)} differ')
   if run(['check_with_transformers.py', python]):
     failed.append('check_with_transformers.py')
+  # PEFT reads the adapters that ftjax writes.
+  tests = ['-m', 'pytest', '-q', '--full', 'tests/test_peft.py', '-k', 'peft_computes']
+  env = os.environ | {'FTJAX_PARITY_PYTHON': sys.executable}
+  env.pop('PYTHONPATH', None)
+  if subprocess.run([python, *tests], env=env).returncode:
+    failed.append('tests/test_peft.py')
   print('make parity:', 'failed' if failed or wrong else 'all agree')
   return int(bool(failed or wrong))
 
