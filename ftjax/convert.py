@@ -80,8 +80,8 @@ def _check_outside(target: str, folder: Path):
   is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
   if parent == folder if is_remote else parent.resolve() == folder.resolve():
     raise ConfigError(
-      f'--target={target} is in the folder of the source, which would hold two models; give another '
-      'folder'
+      f'--target={target} is in the folder of the source, which would hold two models; give '
+      'another folder'
     )
 
 
