@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from parity.mixed_strings import mixed_strings
+from parity.test_logits import open_model
 from test_gguf import interleave
 from tiny_model import QWEN2, TINY, UNTIED, init
 from tiny_tokenizer import SPECIAL, tiny_files
@@ -24,6 +25,7 @@ from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.models.architecture import RopeScaling
+from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
 TEMPLATES = Path(__file__).parent / 'templates'
@@ -94,6 +96,9 @@ def test_a_folder_comes_back_from_gguf_bit_for_bit(folders, tmp_path, name):
   config = load.read_config(source)
   assert load.read_config(tmp_path / 'hf').items() >= config.items()
   assert families.architecture(config) == of_tokenizer(ARCHS[name])
+  loaded = trees.flatten(open_model(tmp_path / 'x.gguf')[1])  # as train and generate read it
+  for leaf, value in trees.flatten(init(of_tokenizer(ARCHS[name]))).items():
+    np.testing.assert_array_equal(value, loaded[leaf])
   old, new = (Tokenizer(load.tokenizer_files(f)) for f in (source, tmp_path / 'hf'))
   assert [old.encode(t) for t in mixed_strings(200)] == [new.encode(t) for t in mixed_strings(200)]
   for value in ('template', 'bos_id', 'eos_id', 'pad_id', 'stop_ids', 'special_ids', 'prefix_ids'):
