@@ -141,7 +141,7 @@ def test_a_sentencepiece_vocabulary(tmp_path, caplog, scheme, prefix):
   assert found['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6]
   assert ('llama.cpp puts one before every text' in caplog.text) == (scheme == 'first')
   old, new = (Tokenizer(load.tokenizer_files(p)) for p in (source, tmp_path / 'x.gguf'))
-  for text in ('ab', 'abab ab', 'ab é<s>', 'a b\n'):
+  for text in ('ab', 'abab ab', 'ab é<s>', 'ab<unk>', 'a b\n'):
     assert old.encode(text) == new.encode(text), text
 
 
