@@ -4,7 +4,6 @@ llama.cpp would compute something else. parity/test_llama_cpp.py asks llama.cpp 
 
 import dataclasses
 import json
-import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -13,20 +12,20 @@ import gguf
 import numpy as np
 import pytest
 from parity.mixed_strings import mixed_strings
+from parity.test_logits import open_model
 from test_gguf import interleave
-from tiny_model import QWEN2, TINY, UNTIED, init, write_folder
+from tiny_model import QWEN2, TINY, UNTIED, init
 from tiny_tokenizer import SPECIAL, tiny_files
-from tokenizers import Tokenizer as Tokens
 
 from ftjax import convert
-from ftjax.data import chat_template
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import table as families
-from ftjax.hf import export, gguf_export, gguf_tokenizer, gguf_writer, load, modelfile
+from ftjax.hf import export, gguf_export, gguf_tokenizer, gguf_writer, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.models.architecture import RopeScaling
+from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
 TEMPLATES = Path(__file__).parent / 'templates'
@@ -97,6 +96,9 @@ def test_a_folder_comes_back_from_gguf_bit_for_bit(folders, tmp_path, name):
   config = load.read_config(source)
   assert load.read_config(tmp_path / 'hf').items() >= config.items()
   assert families.architecture(config) == of_tokenizer(ARCHS[name])
+  loaded = trees.flatten(open_model(tmp_path / 'x.gguf')[1])  # as train and generate read it
+  for leaf, value in trees.flatten(init(of_tokenizer(ARCHS[name]))).items():
+    np.testing.assert_array_equal(value, loaded[leaf])
   old, new = (Tokenizer(load.tokenizer_files(f)) for f in (source, tmp_path / 'hf'))
   assert [old.encode(t) for t in mixed_strings(200)] == [new.encode(t) for t in mixed_strings(200)]
   for value in ('template', 'bos_id', 'eos_id', 'pad_id', 'stop_ids', 'special_ids', 'prefix_ids'):
@@ -316,55 +318,7 @@ def test_a_bucket_gets_the_same_file(model, bucket):
   assert path.with_name('Modelfile').read_bytes() == target.with_name('Modelfile').read_bytes()
 
 
-# Models and tokenizers that are refused
-
-
-def changed(files, **changes):
-  content = json.loads(files['tokenizer.json'])
-  for key, change in changes.items():
-    content[key] = change(content[key])
-  return files | {'tokenizer.json': json.dumps(content).encode()}
-
-
-def digits_in_threes(pre):
-  del pre
-  return {
-    'type': 'Sequence',
-    'pretokenizers': [
-      {'type': 'Digits', 'individual_digits': False},
-      {'type': 'ByteLevel', 'add_prefix_space': False, 'use_regex': True, 'trim_offsets': True},
-    ],
-  }
-
-
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
-    ({'pre_tokenizer': digits_in_threes}, r'no name for its pre-tokenizer.*"Digits".*smollm'),
-    ({'pre_tokenizer': lambda p: p | {'add_prefix_space': True}}, 'no name for its pre-tokenizer'),
-    ({'normalizer': lambda n: {'type': 'NFKC'}}, 'with normalizer .*NFKC'),
-    ({'normalizer': lambda n: {'type': 'NFC'}}, 'with normalizer .*NFC'),
-    ({'model': lambda m: m | {'ignore_merges': True}}, 'ignore_merges=True'),
-    ({'model': lambda m: m | {'merges': []}}, '0 merges'),
-    ({'pre_tokenizer': lambda p: None}, 'neither byte-level BPE nor SentencePiece'),
-    ({'added_tokens': lambda a: [a[0] | {'lstrip': True}, *a[1:]]}, "'<|endoftext|>' has lstrip"),
-    ({'added_tokens': lambda a: [*a, a[0] | {'id': 400, 'content': '<x>'}]}, 'has id 400, and the'),
-  ],
-)
-def test_tokenizers_that_llama_cpp_cannot_have(model, change, message):
-  source, target = model
-  (source / 'tokenizer.json').write_bytes(changed(tiny_files(), **change)['tokenizer.json'])
-  with pytest.raises(DataError, match=message):
-    convert.convert(str(source), str(target), None)
-  assert not target.exists()
-
-
-def test_a_tokenizer_without_an_end_is_refused(model):
-  source, target = model
-  (source / 'tokenizer_config.json').write_text('{}')
-  (source / 'generation_config.json').unlink()
-  with pytest.raises(DataError, match='no eos_token ends a text'):
-    convert.convert(str(source), str(target), None)
+# Models that are refused
 
 
 def test_llama3_rope_of_qwen2_is_refused(tmp_path):
@@ -380,156 +334,3 @@ def test_a_reward_model_is_refused(tmp_path):
   arch = dataclasses.replace(of_tokenizer(TINY), num_labels=1)
   with pytest.raises(DataError, match='a reward model has no form'):
     gguf_export.export(tmp_path / 'x.gguf', arch, {}, tiny_files(), None, {})
-
-
-def test_a_model_without_tokenizer_merges_is_refused(tmp_path):
-  with pytest.raises(DataError, match='cannot be written to a GGUF file'):
-    convert.convert(write_folder(tmp_path / 'hf'), str(tmp_path / 'x.gguf'), None)
-
-
-def sentencepiece(scheme='legacy', vocab=('a', 'b', 'ab', '▁ab', '▁')):
-  """A SentencePiece BPE with a token for each byte."""
-  tokens = ['<unk>', '<s>', '</s>', *(f'<0x{b:02X}>' for b in range(256)), *vocab]
-  merges = [['a', 'b'], ['▁', 'ab']]
-  replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
-  prepend = {'type': 'Prepend', 'prepend': '▁'}
-  content = {
-    'version': '1.0',
-    'added_tokens': [
-      {
-        'id': i,
-        'content': t,
-        'special': True,
-        'normalized': False,
-        'single_word': False,
-        'lstrip': False,
-        'rstrip': False,
-      }
-      for i, t in enumerate(tokens[:3])
-    ],
-    'normalizer': {'type': 'Sequence', 'normalizers': [prepend, replace]},
-    'pre_tokenizer': None,
-    'post_processor': None,
-    'decoder': None,
-    'model': {
-      'type': 'BPE',
-      'vocab': {t: i for i, t in enumerate(tokens)},
-      'merges': merges,
-      'unk_token': '<unk>',
-      'byte_fallback': True,
-      'fuse_unk': True,
-    },
-  }
-  if scheme != 'legacy':
-    content['normalizer'] = None
-    content['pre_tokenizer'] = {
-      'type': 'Metaspace',
-      'replacement': '▁',
-      'prepend_scheme': scheme,
-      'split': False,
-    }
-  config = {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'}
-  return {
-    'tokenizer.json': json.dumps(content).encode(),
-    'tokenizer_config.json': json.dumps(config).encode(),
-  }
-
-
-@pytest.mark.parametrize(
-  ('scheme', 'prefix'), [('legacy', True), ('first', True), ('never', False)]
-)
-def test_a_sentencepiece_vocabulary(tmp_path, caplog, scheme, prefix):
-  source = write_model(tmp_path / 'hf', of_tokenizer(TINY), sentencepiece(scheme))
-  convert.convert(source, str(tmp_path / 'x.gguf'), None)
-  found = fields(tmp_path / 'x.gguf')
-  assert found['tokenizer.ggml.model'] == 'llama'
-  assert found['tokenizer.ggml.add_space_prefix'] == prefix
-  assert found['tokenizer.ggml.scores'][259:264] == [0.0, 0.0, 0.0, -1.0, 0.0]
-  assert found['tokenizer.ggml.token_type'][:4] == [2, 3, 3, 6]
-  assert ('llama.cpp puts one before every text' in caplog.text) == (scheme == 'first')
-  old, new = (Tokenizer(load.tokenizer_files(p)) for p in (source, tmp_path / 'x.gguf'))
-  for text in ('ab', 'abab ab', 'ab é<s>', 'a b\n'):
-    assert old.encode(text) == new.encode(text), text
-
-
-def test_merges_that_scores_do_not_give_are_refused(tmp_path):
-  files = sentencepiece(vocab=('a', 'b', 'ab', '▁ab', '▁', '▁a'))  # ▁a + b makes ▁ab too
-  source = write_model(tmp_path / 'hf', of_tokenizer(TINY), files)
-  with pytest.raises(DataError, match='not those of a SentencePiece vocabulary'):
-    convert.convert(source, str(tmp_path / 'x.gguf'), None)
-
-
-def test_characters_that_are_no_tokens_are_refused(tmp_path):
-  files = sentencepiece(vocab=('c', 'b', 'ab', '▁ab', '▁', 'cb'))
-
-  def without_a(model):
-    merges = [['c', 'b'], ['▁', 'ab']]
-    return model | {'merges': merges}
-
-  source = write_model(tmp_path / 'hf', of_tokenizer(TINY), changed(files, model=without_a))
-  with pytest.raises(DataError, match="the character 'a' of a merge is no token"):
-    convert.convert(source, str(tmp_path / 'x.gguf'), None)
-
-
-# Ollama
-
-
-def run_go(template, messages):
-  """The part of Go's templates that a Modelfile here uses."""
-  lead, loop, rest = re.fullmatch(
-    r'(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)', template, re.DOTALL
-  ).groups()
-  cases = re.findall(r'if eq \.Role "(\w+)" \}\}(.*?)\{\{ (?:else |end \}\})', loop, re.DOTALL)
-  turns = [dict(cases)[m['role']].replace('{{ .Content }}', m['content']) for m in messages]
-  return lead + ''.join(turns) + rest
-
-
-@pytest.mark.parametrize(
-  ('name', 'has_template', 'system'),
-  [
-    ('chatml', True, ''),
-    ('smollm2', True, 'You are S.'),
-    ('qwen2_5', True, 'You are a model named Q.'),
-    ('llama3', True, ''),
-    ('zephyr', True, ''),
-    ('llama2', False, ''),  # the system message is inside of a user turn
-    ('qwen3', False, ''),  # reasoning of earlier turns is left out
-  ],
-)
-def test_modelfile(name, has_template, system):
-  files = tiny_files((TEMPLATES / f'{name}.jinja').read_text(), adds_bos=name == 'llama3')
-  tokenizer = Tokenizer(files)
-  text = modelfile.text('mine.gguf', tokenizer)
-  assert text.startswith(modelfile.MARK + 'FROM ./mine.gguf\n')
-  assert text.endswith('PARAMETER stop "<|im_end|>"\n')
-  found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
-  assert (found is not None) == has_template
-  assert ('# No TEMPLATE' in text) != has_template
-  default = re.search(r'^SYSTEM """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
-  assert (default[1] if default else '').startswith(system) and bool(default) == bool(system)
-  if not found:
-    return
-  for messages in (
-    [{'role': 'user', 'content': 'Hi <b>'}],
-    [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'U\n\nV'}],
-    [{'role': r, 'content': r[:2]} for r in ('user', 'assistant', 'user', 'assistant', 'user')],
-  ):
-    expected = chat_template.trace(
-      tokenizer.template, messages, generation_prompt=True, special_tokens=tokenizer.special_texts
-    ).text
-    if default and messages[0]['role'] != 'system':
-      messages = [{'role': 'system', 'content': default[1]}, *messages]
-    # Where the tokenizer adds BOS, llama.cpp does.
-    bos = tokenizer.bos_token if tokenizer.prefix_ids else ''
-    assert bos + run_go(found[1], messages) == expected
-
-
-def test_modelfile_of_a_base_model():
-  text = modelfile.text('x.gguf', Tokenizer(tiny_files(None)))
-  assert 'TEMPLATE """{{ .Prompt }}"""\n' in text
-
-
-def test_a_token_of_no_text_is_unused_and_comes_back_as_none(folders, tmp_path):
-  convert.convert(folders['llama'], str(tmp_path / 'x.gguf'), None)
-  tokens = Tokens.from_str(load.tokenizer_files(tmp_path / 'x.gguf')['tokenizer.json'].decode())
-  assert tokens.token_to_id('[PAD399]') is None and tokens.get_vocab_size() == 384

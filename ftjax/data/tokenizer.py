@@ -40,6 +40,10 @@ def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
     return files['chat_template.jinja'].decode()
   value = config.get('chat_template')
   if isinstance(value, list):
+    if not all(isinstance(t, dict) and {'name', 'template'} <= t.keys() for t in value):
+      raise DataError(
+        'tokenizer_config.json: chat_template is a list; expected objects with name and template'
+      )
     named = {t['name']: t['template'] for t in value}
     if 'default' not in named:
       raise DataError(
@@ -47,7 +51,17 @@ def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
         "'default'"
       )
     value = named['default']
+  if value is not None and not isinstance(value, str):
+    raise DataError(f'tokenizer_config.json: chat_template is {value!r:.60}; expected a text')
   return value
+
+
+def _text(key: str, value: Any) -> str:
+  """Returns the text of a special token of a HF file: itself, or an object with its content."""
+  text = value.get('content') if isinstance(value, dict) else value
+  if not isinstance(text, str):
+    raise DataError(f'tokenizer_config.json: {key} is {value!r:.60}; expected the text of a token')
+  return text
 
 
 class Tokenizer:
@@ -97,7 +111,7 @@ class Tokenizer:
       value = config.get(f'{key}_token') or special.get(f'{key}_token')
       if value is None:
         return None
-      text = value['content'] if isinstance(value, dict) else value
+      text = _text(f'{key}_token', value)
       found = self._tokens.token_to_id(text)
       if found is None:
         raise DataError(f'{name}: {key}_token {text!r} is not in the vocabulary of tokenizer.json')
@@ -116,7 +130,7 @@ class Tokenizer:
     self.is_special[[i for i in self.special_ids if i < self.vocab_size]] = True
     self.template = _template(files, config)
     self.special_texts = {
-      name: value['content'] if isinstance(value, dict) else value
+      name: _text(name, value)
       for name in ('unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
       if (value := config.get(name) or special.get(name)) is not None
     } | {'bos_token': self.bos_token, 'eos_token': self.eos_token}

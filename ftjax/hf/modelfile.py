@@ -23,7 +23,7 @@ def text(file_name: str, tokenizer: Tokenizer) -> str:
   """Returns the Modelfile of a GGUF file in the same folder.
 
   Without a chat template a prompt is continued as it is. Where the chat template has no form that
-  Ollama knows, TEMPLATE is left out and a comment says so: Ollama then compares the template in the
+  Ollama knows, a comment stands in place of TEMPLATE: Ollama then compares the template in the
   GGUF file with those that it knows.
   """
   parts = [MARK, f'FROM ./{file_name}\n']
