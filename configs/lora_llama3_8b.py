@@ -16,11 +16,11 @@ def get_config():
   c.data.on_overlength = 'truncate_right'
   c.epochs = 2.0
   c.batch_size = 16
-  c.grad_accum = 16
+  c.grad_accum = 4
   c.seq_len = 2048
   c.remat = 'full'
   c.optim.lr = 2e-4
   c.optim.warmup_steps = 20
-  c.eval.batch_size = 1
+  c.eval.batch_size = 4
   c.checkpoint.every = 200
   return c
