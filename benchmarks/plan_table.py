@@ -169,7 +169,7 @@ def line(row: dict) -> str:
   return f'{start}| {_gib(held["peak"])} of {of} | {split} | {time}{end}'
 
 
-def table(rows: dict[tuple, dict], keys: tuple = ROWS) -> str:
+def table(rows: dict[tuple, dict], keys: tuple) -> str:
   """Markdown of `keys` that are there."""
   head = (
     '| config | slice | mesh | sequences x tokens / micro-batches, remat | attention | fits '
@@ -228,7 +228,7 @@ def write(rows: dict[tuple, dict]) -> None:
   text = PAGE.read_text()
   told = sorted({r['versions'] for k, r in rows.items() if k in ROWS})
   new = sorted({r['versions'] for k, r in rows.items() if k in ADAPTERS})
-  parts = {'table': table(rows) + '\n\nFrom ' + '; '.join(told) + '.'}
+  parts = {'table': table(rows, ROWS) + '\n\nFrom ' + '; '.join(told) + '.'}
   parts |= {'adapters': table(rows, ADAPTERS) + '\n\nFrom ' + '; '.join(new) + '.'}
   parts |= {'rollouts': rollouts(rows), 'ratios': ratios(rows)}
   for name, part in parts.items():
