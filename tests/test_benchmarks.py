@@ -117,7 +117,9 @@ def test_plan_table(script, tmp_path):
   row['capacity'] = 2**30
   row['cost'] |= {'seconds': 1.0, 'mfu': 0.5, 'bound': 'compute'}
   page = tmp_path / 'plans.md'
-  marks = [f'<!-- {n} -->\nold\n<!-- end of {n} -->' for n in ('table', 'adapters', 'rollouts', 'ratios')]
+  marks = [
+    f'<!-- {n} -->\nold\n<!-- end of {n} -->' for n in ('table', 'adapters', 'rollouts', 'ratios')
+  ]
   page.write_text('\n\n'.join(marks) + '\n')
   names = module['write'].__globals__
   names['ROWS'], names['PAGE'] = (key,), page
