@@ -51,6 +51,7 @@ def measure(method: str, args: argparse.Namespace) -> dict:
   c.model.path, c.data.train = args.model, 'sums:20'
   c.batch_size, c.seq_len, c.remat = args.batch_size, args.seq_len, args.remat
   c.steps, c.compile_cache, c.optim.schedule = 10**6, False, 'constant'
+  c.mesh.data, c.mesh.fsdp = -1, 1  # a block of nf4 is not split
   c.update_from_flattened_dict(overrides)
   validation.validate(c)
   with tempfile.TemporaryDirectory(prefix='ftjax-') as workdir:
