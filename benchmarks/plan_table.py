@@ -52,6 +52,21 @@ ROWS = (
   ('sft_llama3_70b', 'h200:8x4', 'batch_size=32 eval.batch_size=32'),
 )
 
+# Adapters: on the smallest slices of each kind that fit.
+ADAPTERS = (
+  ('qlora_llama3_8b', 'v5e:1x1', ''),
+  ('lora_llama3_8b', 'v6e:1x1', ''),
+  ('lora_llama3_8b', 'v5e:2x2', ''),
+  ('qlora_llama3_8b', 'v6e:1x1', ''),
+  ('qlora_llama3_8b', 'v5e:1x1', 'lora.base=int8 grad_accum=16 eval.batch_size=1'),
+  ('lora_llama3_8b', 'v5p:1x1x1', ''),
+  ('qlora_llama3_8b', 'v5p:1x1x1', ''),
+  ('lora_llama3_8b', 'h100:1', ''),
+  ('qlora_llama3_8b', 'h100:1', ''),
+  ('lora_llama3_8b', 'h200:1', ''),
+  ('qlora_llama3_8b', 'h200:1', ''),
+)
+
 _QWEN = 'model.path=models/Qwen2.5-1.5B-Instruct'
 
 # The same of algorithms that train on what the model says.
@@ -59,6 +74,9 @@ ROLLOUTS = (
   ('grpo_gsm8k', 'v5e:2x4', ''),
   ('grpo_gsm8k', 'v6e:2x2', ''),
   ('grpo_gsm8k', 'h200:1', 'grad_accum=8'),
+  ('grpo_gsm8k_lora', 'v5e:2x4', ''),
+  ('grpo_gsm8k_lora', 'v6e:2x2', ''),
+  ('grpo_gsm8k_lora', 'h200:1', 'grad_accum=16'),
   ('grpo_gsm8k', 'v5e:4x4', _QWEN),
   ('grpo_gsm8k', 'v6e:2x4', _QWEN),
   ('grpo_gsm8k', 'h200:4', f'{_QWEN} grad_accum=4'),
@@ -131,7 +149,9 @@ def _mesh(settings: dict) -> str:
 
 def line(row: dict) -> str:
   """A row of the table."""
-  config, topology, _ = row['key']
+  config, topology, overrides = row['key']
+  if 'lora.' in overrides:
+    config += ' ' + ' '.join(o for o in overrides.split() if o.startswith('lora.'))
   if 'error' in row:
     return f'| {config} | {topology} | | | | failed: {row["error"].splitlines()[-1][:80]} | | | | |'
   settings, of = row['settings'], _gib(row['capacity'])
@@ -149,14 +169,14 @@ def line(row: dict) -> str:
   return f'{start}| {_gib(held["peak"])} of {of} | {split} | {time}{end}'
 
 
-def table(rows: dict[tuple, dict]) -> str:
-  """Markdown of ROWS that are there."""
+def table(rows: dict[tuple, dict], keys: tuple) -> str:
+  """Markdown of `keys` that are there."""
   head = (
     '| config | slice | mesh | sequences x tokens / micro-batches, remat | attention | fits '
     '| peak GiB a device | parameters + optimizer + gradients + the rest '
     '| step, tokens/s a device, MFU, bound by | compile s |\n' + '|---' * 10 + '|'
   )
-  return '\n'.join([head, *(line(rows[k]) for k in ROWS if k in rows)])
+  return '\n'.join([head, *(line(rows[k]) for k in keys if k in rows)])
 
 
 def rollouts(rows: dict[tuple, dict]) -> str:
@@ -207,7 +227,9 @@ def write(rows: dict[tuple, dict]) -> None:
   """Puts the tables between their marks in docs/plans.md."""
   text = PAGE.read_text()
   told = sorted({r['versions'] for k, r in rows.items() if k in ROWS})
-  parts = {'table': table(rows) + '\n\nFrom ' + '; '.join(told) + '.'}
+  new = sorted({r['versions'] for k, r in rows.items() if k in ADAPTERS})
+  parts = {'table': table(rows, ROWS) + '\n\nFrom ' + '; '.join(told) + '.'}
+  parts |= {'adapters': table(rows, ADAPTERS) + '\n\nFrom ' + '; '.join(new) + '.'}
   parts |= {'rollouts': rollouts(rows), 'ratios': ratios(rows)}
   for name, part in parts.items():
     begin, end = f'<!-- {name} -->\n', f'\n<!-- end of {name} -->'
@@ -224,7 +246,7 @@ def main() -> None:
   parser.add_argument('--most', type=int, default=math.inf, help='rows to compile, at most')
   flags = parser.parse_args()
   rows, now, made = kept(), versions(), 0
-  for key in dict.fromkeys([*ROWS, *ROLLOUTS, *(p[1:4] for p in PUBLISHED)]):
+  for key in dict.fromkeys([*ROWS, *ADAPTERS, *ROLLOUTS, *(p[1:4] for p in PUBLISHED)]):
     old = rows.get(key)
     if old and 'error' not in old and (flags.stale or old['versions'] == now):
       continue

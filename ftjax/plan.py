@@ -126,8 +126,9 @@ def _gathering_lines(found) -> list[str]:
 def text(found, name: str) -> str:
   """Returns the report of a compile.Forecast as text."""
   settings = ' '.join(f'{k}={v}' for k, v in found.settings.items())
+  adapted = f' ({found.trained:,} trained)' if found.trained < found.parameters else ''
   lines = [
-    f'{name}: {found.parameters:,} parameters on {found.slice}, {found.devices} devices',
+    f'{name}: {found.parameters:,} parameters{adapted} on {found.slice}, {found.devices} devices',
     settings,
     f'compiled in {found.compile_seconds:.0f} s; attention: kernels/{found.attention}.py',
     f'compiler options: {compiler_options.format_flags(found.compiler_options) or "none"}',

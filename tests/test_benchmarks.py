@@ -117,12 +117,25 @@ def test_plan_table(script, tmp_path):
   row['capacity'] = 2**30
   row['cost'] |= {'seconds': 1.0, 'mfu': 0.5, 'bound': 'compute'}
   page = tmp_path / 'plans.md'
-  marks = [f'<!-- {n} -->\nold\n<!-- end of {n} -->' for n in ('table', 'rollouts', 'ratios')]
+  marks = [
+    f'<!-- {n} -->\nold\n<!-- end of {n} -->' for n in ('table', 'adapters', 'rollouts', 'ratios')
+  ]
   page.write_text('\n\n'.join(marks) + '\n')
   names = module['write'].__globals__
   names['ROWS'], names['PAGE'] = (key,), page
   module['write']({key: row})
   assert '| tiny_sft | cpu:1 | one device |' in page.read_text() and 'old' not in page.read_text()
+
+
+def test_adapters(script, model, capsys):
+  """The figures of one method in this process, and the table of them."""
+  settings = [f'--model={model}', '--batch-size=8', '--seq-len=32', '--steps=1', '--warmup=0']
+  module = script('benchmarks', 'adapters', *settings, '--methods=int8', '--here')
+  module['main']()
+  (row,) = lines(capsys.readouterr().out)
+  assert row['trained'] > 0 and row['step_mib'] > row['state_mib'] > 0
+  assert row['tokens_per_s'] * row['step_s'] == pytest.approx(256)
+  assert '| QLoRA, int8 |' in module['table']([row])
 
 
 def test_reward_curves(script, tmp_path):

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax.algorithms import sft
 from ftjax.config import keys, validation
-from ftjax.experiment import auxiliary
+from ftjax.experiment import adapters, auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import random_config
 from ftjax.experiment.trainer import Trainer
@@ -31,9 +31,9 @@ from ftjax.families import table as families
 from ftjax.generation import weights
 from ftjax.generation.engine import Engine
 from ftjax.generation.queue import ring_capacity
-from ftjax.models import counts
+from ftjax.models import counts, kinds
 from ftjax.planning import collectives, compile, cost, hlo, known_models, memory, suggest, topology
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
 
 needs_libtpu = pytest.mark.skipif(
@@ -326,11 +326,19 @@ def planned(c, name='cpu:8'):
   return compile.make(c, topology.parse(name), arch, sft.make_loss), arch
 
 
-@pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_the_plan_counts_the_bytes_that_live(mesh):
+NF4 = {'rank': 4, 'base': 'nf4', 'block': 8}
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'lora'),
+  [(dict(fsdp=8), {}), (dict(data=2, fsdp=2, tensor=2), {}), (dict(fsdp=4, tensor=2), NF4)],
+  ids=str,
+)
+def test_the_plan_counts_the_bytes_that_live(mesh, lora):
   """Every array that lives after a step of a real run, its metrics left out, on each device."""
   c = small()
   c.mesh.update(mesh)
+  c.lora.update(lora)
   found, arch = planned(c)
   assert found.fits and found.devices == 8
   whole = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
@@ -357,8 +365,10 @@ def test_the_plan_counts_the_bytes_that_live(mesh):
           live[shard.device] += shard.data.nbytes
   assert set(live.values()) == {found.memory.arguments}, live
   assert memory.shard_bytes((state, batch)) == found.memory.arguments
-  assert found.memory.parameters == memory.shard_bytes(trainer.abstract.params)
-  assert found.memory.optimizer >= 2 * found.memory.parameters
+  weights = trainer.abstract.params, trainer.abstract.frozen
+  assert found.memory.parameters == memory.shard_bytes(weights)
+  assert found.memory.optimizer >= 2 * memory.shard_bytes(trainer.abstract.params)
+  assert (found.trained < found.parameters) == bool(lora)
   assert found.memory.peak >= found.memory.arguments
   split = found.memory.gradients + found.memory.activations
   assert found.memory.gradients > 0 and split >= found.memory.temporaries
@@ -407,6 +417,18 @@ def test_the_plan_counts_the_memory_of_rollouts(mesh):
   assert found.needed == max(found.memory.peak + found.rollout.auxiliary, found.rollout.peak)
 
 
+def test_the_reference_is_the_base_under_an_adapter_and_no_copy():
+  """Of the reference only the scales of adapters are left; packed bytes are copied for sampling."""
+  changes = {'mesh.data': 2, 'mesh.fsdp': 4, 'policy.kl_coef': 0.1}
+  changes |= {f'lora.{k}': v for k, v in NF4.items()}
+  found, arch, c = small_rollout('grpo', **changes)
+  assert found.rollout.auxiliary == 0
+  held = trees.flatten(kinds.abstract(adapters.adapted(arch, c)))
+  assert found.rollout.weights == sum(x.size * x.dtype.itemsize for x in held.values())
+  codes = [n for n, x in held.items() if n.endswith('/codes') and x.dtype == jnp.uint8]
+  assert len(codes) == 7
+
+
 def test_memory_of_a_rollout_decides_too(monkeypatch):
   """On a slice that fits the step, but not the step with the auxiliary models."""
   found, _, _ = small_rollout('grpo', **{'mesh.fsdp': 8, 'policy.kl_coef': 0.1})
@@ -451,6 +473,23 @@ def test_candidates_leave_room_for_other_models():
   held = suggest.Held(trained=2, copies=1, samples=True)
   assert alone.tensor == 1
   assert suggest.candidates(arch, where, 64, 2048, 2, 1, held)[0].tensor > 1
+
+
+def test_a_candidate_with_an_adapter_needs_less():
+  """8B in float32 with its moments is no candidate for one chip of 16 GB; QLoRA is."""
+  arch, where = families.architecture(known_models.read('Llama-3.1-8B')), topology.parse('v5e:1x1')
+  c = keys.default()
+  c.lora.rank = 16
+
+  def least(arch):
+    (found,) = suggest.candidates(arch, where, 8, 1024, 2, 1)
+    return suggest._bytes(found, arch, 8, 1024, 2, suggest.Held()) / 2**30
+
+  assert least(arch) > 100
+  c.lora.base = 'bfloat16'
+  assert 15 < least(adapters.adapted(arch, c)) < 24
+  c.lora.base = 'nf4'
+  assert 5 < least(adapters.adapted(arch, c)) < 14
 
 
 STACKED = [
@@ -536,7 +575,7 @@ from ftjax.experiment import run as experiment
 from ftjax.algorithms import sft
 from ftjax.families import table as families
 from ftjax.planning import collectives as communication, hlo
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.experiment.trainer import Trainer
 c = config.default()
 c.model.random = dict(hidden_size=256, num_hidden_layers=3, num_attention_heads=4,

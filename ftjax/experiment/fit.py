@@ -297,19 +297,23 @@ def _write_manifest(
 
 
 def _throughput(trainer: Trainer) -> Throughput:
-  """Returns the speedometer of a run; without MFU where its formula would be wrong: with frozen
-  parameters it counts products that are not computed, with auxiliary models it leaves out some.
+  """Returns the speedometer of a run; without MFU with optim.freeze, where FLOPs depend on which
+  layers are frozen.
   """
-  run, arch = trainer.run, trainer.run.arch
-  has_mfu = not (run.auxiliary.in_state or trainer.frozen)
-  peak = find_peak() if has_mfu else None
+  run = trainer.run
+  models = [
+    (counts.train_flops if times == 3 else counts.forward_flops)(arch)
+    for arch, times in run.auxiliary.passes(run.arch)
+    if times
+  ]
+  flops = sum(models, start=counts.Flops())
+  peak = None if any(frozen for _, frozen in run.config.optim.freeze) else find_peak()
   if peak:
-    log.info('MFU = (6 P tokens + 12 L N H attended keys) / seconds / peak; peak: %s', peak.source)
-  return Throughput(
-    matmul_params=counts.matmul_params(arch),
-    attention_width=counts.attention_width(arch),
-    peak=peak,
-  )
+    log.info(
+      'MFU = (%.4g tokens + %.4g attended keys) FLOPs / seconds / peak; peak: %s',
+      *(flops.token, flops.pair, peak.source),
+    )
+  return Throughput(flops=flops, peak=peak)
 
 
 def _cadence(run: Run) -> Cadence:

@@ -1,9 +1,14 @@
-"""Numbers of parameters, and of those that enter FLOP counts, from what a model declares.
+"""Numbers and bytes of parameters, and model FLOPs of a step, from what a model declares. Padding of
+the vocabulary is not counted.
 
-Padding of the vocabulary is not counted.
-"""
+Model FLOPs are the products that the mathematics needs, as published figures count them: the head
+for every token although unsupervised ones are skipped, attention over the keys that a query can see
+only. Recomputation (remat), unpacking of a packed base and the norms of DoRA are not counted."""
 
+import dataclasses
 import math
+from collections.abc import Container
+from typing import Self
 
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
@@ -13,6 +18,12 @@ from ftjax.models.layers import Declared
 def num_params(arch: Architecture) -> int:
   """Returns the number of parameters, a tied head counted once, without derived leaves."""
   return sum(map(weights, kinds.declared(arch).values()))
+
+
+def num_trained(arch: Architecture) -> int:
+  """Returns the number of parameters that are trained: all, or with an adapter those of it."""
+  found = kinds.declared(arch).values()
+  return sum(weights(p) for p in found if not arch.adapter or p.origin == 'adapter')
 
 
 def weights(p: Declared) -> int:
@@ -25,15 +36,20 @@ def head_params(arch: Architecture) -> int:
   return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].file_shape)
 
 
-def matmul_params(arch: Architecture) -> int:
-  """Returns the number of parameters that a token is multiplied with: matrices of the blocks and
-  the head, without norms, biases and the embedding look-up.
+def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
+  """Returns the number of parameters that a token is multiplied with: matrices of the blocks,
+  adapters and the head, without norms, biases and the embedding look-up.
+
+  left_out: names of leaves that do not count.
   """
-  declared = kinds.declared(arch)
-  matrices = [p for p in declared.values() if p.fan_in and 'vocab' not in p.axes]
-  if 'vocab' in declared[kinds.of(arch).head_leaf(arch)].axes:
-    return sum(map(weights, matrices)) + head_params(arch)
-  return sum(map(weights, matrices))
+  head = kinds.of(arch).head_leaf(arch)
+  return sum(
+    weights(p)
+    for name, p in kinds.declared(arch).items()
+    if p.fan_in
+    and name not in left_out
+    and (name == head or 'vocab' not in p.axes or 'rank' in p.axes)
+  )
 
 
 def attention_width(arch: Architecture) -> int:
@@ -41,3 +57,35 @@ def attention_width(arch: Architecture) -> int:
   declared = kinds.declared(arch.plain()).values()
   queries = [p for p in declared if p.fan_in and p.axes[-2:] == ('heads', 'head_dim')]
   return sum(math.prod((p.shape[0], *p.shape[-2:])) for p in queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """Model FLOPs: of a token, in products with parameters; of a (query, key) pair within the
+  attention mask, in QK^T and AV, summed over layers and heads.
+  """
+
+  token: float = 0.0
+  pair: float = 0.0
+
+  def __add__(self, other: Self) -> Self:
+    return dataclasses.replace(self, token=self.token + other.token, pair=self.pair + other.pair)
+
+  def __call__(self, tokens: float, pairs: float) -> float:
+    """Returns the FLOPs of `tokens` tokens that attend to `pairs` keys in all."""
+    return self.token * tokens + self.pair * pairs
+
+
+def forward_flops(arch: Architecture) -> Flops:
+  """Returns 2 P a token and 4 L N H a pair, P as `matmul_params` counts."""
+  return Flops(2.0 * matmul_params(arch), 4.0 * attention_width(arch))
+
+
+def train_flops(arch: Architecture) -> Flops:
+  """Returns the FLOPs of forward and backward: a token is multiplied with a trained matrix three
+  times (forward, and the gradients of its input and of the matrix), with a frozen one twice. Under
+  an adapter the base is frozen. (4 P + 2 P_trained) a token, 12 L N H a pair.
+  """
+  frozen = kinds.names(arch, 'base') if arch.adapter else ()
+  trained = matmul_params(arch, left_out=frozen)
+  return Flops(4.0 * matmul_params(arch) + 2.0 * trained, 12.0 * attention_width(arch))

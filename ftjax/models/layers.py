@@ -190,8 +190,7 @@ class Linear(nnx.Module):
     if self.merged:
       y = _product(x, self.merged_weights().astype(x.dtype), last)
     elif self.storage:
-      # Without this the backward pass would keep the unpacked weights of all layers.
-      y = jax.checkpoint(lambda x: _product(x, self._base(x.dtype), last))(x)
+      y = self._packed_product(x, last)
     else:
       y = _product(x, self._base(x.dtype), last)
     if self.adapter is not None and not self.merged:
@@ -206,9 +205,11 @@ class Linear(nnx.Module):
     if not self.storage:
       w = jax.sharding.reshard(self.w[...].astype(dtype), gathered(*self.axes))
       return w.reshape(math.prod(self.inputs), math.prod(self.outputs))
-    names = self._packed_axes
-    packed = {field: p[...] for field, p in self.w.items()}
+    return self._unpacked({field: p[...] for field, p in self.w.items()}, dtype)
 
+  def _unpacked(self, packed: dict[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    """Returns the weights in `packed` as dtype[I, O], gathered over fsdp."""
+    names = self._packed_axes
     axes = {field: names[2 - p.ndim :] for field, p in packed.items()}
 
     def unpack(packed):
@@ -220,6 +221,24 @@ class Linear(nnx.Module):
 
     specs = {field: spec(*a) for field, a in axes.items()}
     return shard_map(unpack, (specs,), gathered(*names))(packed)
+
+  def _packed_product(self, x: jax.Array, last: str | None) -> jax.Array:
+    """Returns x [B, T, I] @ w [I, O] for packed weights, which have no gradient. Both passes unpack
+    them: kept for the backward pass, those of all layers would be in memory.
+    """
+
+    into, out = jax.typeof(x).sharding.spec, spec('batch', 'seq', last)
+
+    def forward(x, packed):
+      # As a plain product: the checkpoint policy of remat='dots' does not see into a custom_vjp.
+      return _plain_product(x, self._unpacked(packed, x.dtype), out), packed
+
+    def backward(packed, g):
+      return _plain_product(g, self._unpacked(packed, g.dtype).T, into), None
+
+    multiply = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    multiply.defvjp(forward, backward)
+    return multiply(x, {field: p[...] for field, p in self.w.items()})
 
   def _factors(self, a: Param, b: Param, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Returns (A as dtype[I, R], B as dtype[R, O])."""
@@ -289,9 +308,18 @@ def _product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:
     # One matrix product: with B and T apart, the compiler transposes copies of x for the gradient
     # of w.
     y = _multiply(x.reshape(-1, x.shape[-1]), w, spec('batch', last))
-    return y.reshape(*x.shape[:2], w.shape[1])
+    shape = (*x.shape[:2], w.shape[1])
+    return jax.lax.reshape(y, shape, out_sharding=spec('batch', 'seq', last))
   # Merging two split axes would move the activations.
   return jnp.einsum('BTi,io->BTo', x, w, out_sharding=spec('batch', 'seq', last))
+
+
+def _plain_product(x: jax.Array, w: jax.Array, out: P) -> jax.Array:
+  """Returns x [B, T, I] @ w [I, O]; out: the result's layout. JAX derives its gradient."""
+  if jax.sharding.get_abstract_mesh().shape['context'] > 1:
+    return jnp.einsum('BTi,io->BTo', x, w, out_sharding=out)
+  y = jnp.einsum('ni,io->no', x.reshape(-1, x.shape[-1]), w, out_sharding=P(out[0], out[2]))
+  return jax.lax.reshape(y, (*x.shape[:2], w.shape[1]), out_sharding=out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

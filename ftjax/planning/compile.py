@@ -17,7 +17,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from ftjax.config import algorithms, validation
-from ftjax.experiment import auxiliary
+from ftjax.experiment import adapters, auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.generation.sampling import Sampling
@@ -29,7 +29,7 @@ from ftjax.planning import hlo, known_models, suggest, topology
 from ftjax.planning import memory as memory_lib
 from ftjax.planning import rollout as rollout_lib
 from ftjax.planning.cost import Cost, estimate
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training.step import LossFn, program_text
 
@@ -50,7 +50,7 @@ class Forecast:
   itself ran out of device memory; `refused` is then the program that did (step or rollout), and
   `needed` the bytes that it required (0: unknown). collectives and gathering: None where the text
   of the program is not available; the cost then contains no communication. rollout: only of
-  algorithms that train on rollouts.
+  algorithms that train on rollouts. parameters, trained: numbers of the policy, adapters included.
   """
 
   slice: str
@@ -59,6 +59,7 @@ class Forecast:
   rows: int
   length: int
   parameters: int
+  trained: int
   attention: str
   compiler_options: dict[str, bool | int | float | str]
   compile_seconds: float
@@ -113,7 +114,8 @@ def make(
     settings=settings,
     rows=algorithms.rows_per_step(c),
     length=c.seq_len,
-    parameters=counts.num_params(arch),
+    parameters=counts.num_params(run.arch),
+    trained=counts.num_trained(run.arch),
     attention=_kernel(c, mesh, arch, chip),
     compiler_options=trainer.compiler_options,
     compile_seconds=time.perf_counter() - begin,
@@ -151,11 +153,12 @@ def _accounted(
   vocab = arch.vocab_rows // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
+  weights = run.auxiliary.without(trees.merge(trainer.abstract.params, trainer.abstract.frozen))
   if text:
     domains = topology.link_domains(mesh, chip)
     module = hlo.read(text)
     moved = tuple(communication.collectives(module, mesh, unknown_trips=loops, domains=domains))
-    gathering = memory_lib.gathering(module, trainer.abstract.params, mesh)
+    gathering = memory_lib.gathering(module, weights, mesh)
   needed = held.peak
   if rollout := out.rollout:
     needed = max(held.peak + rollout.auxiliary, rollout.peak)
@@ -165,7 +168,7 @@ def _accounted(
     needed=needed,
     memory=held,
     collectives=moved,
-    replicated=memory_lib.replicated(trainer.abstract.params, mesh),
+    replicated=memory_lib.replicated(weights, mesh),
     gathering=gathering,
     cost=estimate(
       *(run.auxiliary.passes(arch), where, held, moved or ()),
@@ -180,7 +183,6 @@ def _accounted(
 def _rollout(trainer: Trainer, chip: topology.Chip) -> rollout_lib.RolloutPlan:
   """Returns the plan of a rollout with prompts and completions of the maximal length."""
   run, c = trainer.run, trainer.run.config
-  models = [m.architecture(known_models.read) for m in run.auxiliary.of_rollouts]
   dtype = jnp.dtype(c.model.param_dtype)
   return rollout_lib.make(
     run.arch,
@@ -195,7 +197,10 @@ def _rollout(trainer: Trainer, chip: topology.Chip) -> rollout_lib.RolloutPlan:
     Sampling(c.rollout.temperature, c.rollout.top_k, c.rollout.top_p),
     dtype=jnp.dtype(c.model.compute_dtype),
     state=memory_lib.shard_bytes(trainer.abstract),
-    auxiliary=sum(rollout_lib.model_bytes(arch, run.mesh, dtype) for arch in models),
+    auxiliary=sum(
+      rollout_lib.leaf_bytes(m.leaves(known_models.read), run.mesh, dtype)
+      for m in run.auxiliary.of_rollouts
+    ),
     bandwidth=chip.bandwidth,
   )
 
@@ -233,16 +238,18 @@ def better(
 ) -> Forecast | None:
   """Compiles up to `most` candidates and returns the fastest that fits; None if none does."""
   width = jnp.dtype(c.model.compute_dtype).itemsize
-  others = auxiliary.find(c, arch)
-  models = others.passes(arch)
-  trained = sum(times == 3 for _, times in models)
+  adapted = adapters.adapted(arch, c)
+  others = auxiliary.find(c, adapted)
+  trained = [m for m in others.in_state if m.is_trained]
+  copies = [m for m in others.in_state if not m.is_trained]
+  copies += [m for m in others.of_rollouts if not m.path]
   held = suggest.Held(
-    trained,
-    len(models) - trained + sum(not m.path for m in others.of_rollouts),
+    1 + len(trained),
+    sum(not m.shares_base for m in copies),
     samples=algorithms.of(c).on_rollouts,
   )
   rows = algorithms.rows_per_step(c)
-  tried = suggest.candidates(arch, where, rows, c.seq_len, width, most, held)
+  tried = suggest.candidates(adapted, where, rows, c.seq_len, width, most, held)
   best = None
   for candidate in tried:
     other = c.copy_and_resolve_references()

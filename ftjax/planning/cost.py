@@ -10,7 +10,6 @@ from ftjax.models.architecture import Architecture
 from ftjax.planning.collectives import Collective
 from ftjax.planning.memory import Memory
 from ftjax.planning.topology import Topology
-from ftjax.telemetry.throughput import train_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +47,17 @@ Pass = tuple[Architecture, int]
 
 
 def model_flops(models: Sequence[Pass], rows: int, length: int) -> float:
-  """Computes the FLOPs of models over full rows of one document each; see train_flops."""
-  return sum(
-    times
-    / 3
-    * train_flops(
-      rows * length,
-      rows * length * (length + 1) / 2,
-      matmul_params=counts.matmul_params(arch),
-      attention_width=counts.attention_width(arch),
-    )
-    for arch, times in models
-  )
+  """Computes the FLOPs of models over full rows of one document each; see models/counts.py."""
+  tokens, pairs = rows * length, rows * length * (length + 1) / 2
+  of = {3: counts.train_flops, 1: counts.forward_flops}
+  return sum(of[times](arch)(tokens, pairs) for arch, times in models if times)
 
 
 def recomputed(arch: Architecture, rows: int, length: int, remat: str) -> float:
   """Computes the FLOPs that the backward pass repeats: with 'dots' attention, with 'full' all
   blocks."""
-  attention = 4.0 * counts.attention_width(arch)
-  attention *= rows * length * (length + 1) / 2
+  forward = counts.forward_flops(arch)
+  attention = forward.pair * rows * length * (length + 1) / 2
   blocks = counts.matmul_params(arch) - counts.head_params(arch)
   return {'none': 0.0, 'dots': attention, 'full': attention + 2.0 * blocks * rows * length}[remat]
 

@@ -5,18 +5,20 @@ Prefill and decode are compiled like the step, for the same devices."""
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.generation.weights import rollout_mesh
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
+from ftjax.models.layers import Declared
 from ftjax.planning import memory
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def make(
   """
   where = rollout_mesh(mesh)
   engine = Engine(arch, dtype, (), 0, slots=size.slots)
-  params = _placed(arch, where, dtype)
+  params = _sharded(kinds.declared(arch), where, dtype)
   with jax.set_mesh(where):
     first = min(size.prompts, -(-size.slots // size.group))
     found = engine.compile(
@@ -90,7 +92,7 @@ def make(
   weights, cache = memory.shard_bytes(params), memory.shard_bytes(found.cache)
   read = math.ceil(first / found.run) * _made(found.prefill)
   most = max(
-    model_bytes(arch, mesh, dtype),  # in the trainer's layout, before it is moved
+    leaf_bytes(kinds.declared(arch), mesh, dtype),  # in the trainer's layout, before it is moved
     cache + read + _temporary(found.prefill),
     cache + _temporary(found.decode),
   )
@@ -104,19 +106,22 @@ def make(
   )
 
 
-def model_bytes(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> int:
-  """Returns the bytes per device of one copy of a model on a mesh."""
-  return memory.shard_bytes(_placed(arch, mesh, dtype))
+def leaf_bytes(leaves: Mapping[str, Declared], mesh: Mesh, dtype: jnp.dtype) -> int:
+  """Returns the bytes per device of {name: declaration} on a mesh; dtype: of those that declare
+  none.
+  """
+  return memory.shard_bytes(_sharded(leaves, mesh, dtype))
 
 
-def _placed(arch: Architecture, mesh: Mesh, dtype: jnp.dtype) -> dict:
+def _sharded(leaves: Mapping[str, Declared], mesh: Mesh, dtype: jnp.dtype) -> dict:
   """Returns a nested dict of ShapeDtypeStruct."""
-  where = sharding.shardings(mesh, kinds.axes(arch))
-  return jax.tree.map(
-    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-    kinds.abstract(arch, dtype),
-    where,
-  )
+  flat = {
+    n: jax.ShapeDtypeStruct(
+      p.shape, p.dtype or dtype, sharding=NamedSharding(mesh, sharding.spec(*p.axes))
+    )
+    for n, p in leaves.items()
+  }
+  return trees.unflatten(flat)
 
 
 def _made(compiled: jax.stages.Compiled) -> int:

@@ -7,11 +7,13 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ftjax.models import counts
+import jax.numpy as jnp
+
+from ftjax.models import counts, kinds
 from ftjax.models.architecture import Architecture, BlockSpec
 from ftjax.planning.topology import Topology
 
-_STATE_BYTES = 16  # of a float32 parameter: itself, two moments of Adam, the gradient
+_STATE_BYTES = 16  # of a trained float32 parameter: itself, two moments of Adam, the gradient
 _COPY_BYTES = 4  # of a float32 parameter that is not trained
 
 
@@ -67,6 +69,14 @@ def _inner(spec: BlockSpec) -> int:
   return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim + 3 * spec.mlp.ffn_dim
 
 
+def _base_bytes(arch: Architecture) -> int:
+  """Returns the bytes of the frozen base under an adapter; 0 without one."""
+  if not arch.adapter:
+    return 0
+  found = kinds.declared(arch).values()
+  return sum(math.prod(p.shape) * jnp.dtype(p.dtype).itemsize for p in found if p.origin == 'base')
+
+
 def _bytes(
   c: Candidate, arch: Architecture, rows: int, length: int, width: int, held: Held
 ) -> float:
@@ -82,8 +92,11 @@ def _bytes(
   kept = arch.model_dim + (inner + arch.model_dim if c.remat == 'dots' else 0)
   saved = held.trained * arch.num_layers * tokens * kept * width
   gathered = 4 * table + 2 * layer * width
-  state = (_STATE_BYTES * held.trained + _COPY_BYTES * held.copies) * n / (c.fsdp * c.tensor)
-  sampling = width * n / c.tensor if held.samples else 0.0
+  base = _base_bytes(arch)
+  copy = base or _COPY_BYTES * n
+  state = _STATE_BYTES * held.trained * counts.num_trained(arch) + base + copy * held.copies
+  state /= c.fsdp * c.tensor
+  sampling = (base or width * n) / c.tensor if held.samples else 0.0
   return state + max(gathered + saved + 2 * tokens * inner * width, sampling)
 
 

@@ -81,25 +81,6 @@ def find_peak() -> Peak | None:
   )
 
 
-def train_flops(
-  tokens: float, attended: float, *, matmul_params: int, attention_width: int
-) -> float:
-  """Computes the model FLOPs of a full training step: 6 P tokens + 12 (L N H) attended.
-
-  The first term is forward plus backward of every matrix a token is multiplied with, the head
-  counted for every token although unsupervised ones are skipped, as published figures do. The
-  second is QK^T and AV; it is causal-aware: only keys that a query can see are counted.
-  Recomputation (remat) is not counted.
-
-  Args:
-    tokens: non-padding tokens.
-    attended: (query, key) pairs within the attention mask, summed over tokens.
-    matmul_params: P.
-    attention_width: N * H, summed over the layers.
-  """
-  return 6.0 * matmul_params * tokens + 12.0 * attention_width * attended
-
-
 class Throughput:
   """Measures tokens/s, MFU and input wait between two readings.
 
@@ -109,7 +90,7 @@ class Throughput:
   out.
 
   Args:
-    matmul_params, attention_width: of the model, see `train_flops`.
+    flops: (tokens, attended) -> model FLOPs of a step; see models/counts.py.
     peak: FLOP/s of all devices, None to leave MFU out.
     clock: seconds, monotonic.
   """
@@ -117,16 +98,11 @@ class Throughput:
   def __init__(
     self,
     *,
-    matmul_params: int,
-    attention_width: int,
+    flops: Callable[[float, float], float],
     peak: Peak | None,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    self._flops = functools.partial(
-      train_flops,
-      matmul_params=matmul_params,
-      attention_width=attention_width,
-    )
+    self._flops = flops
     self._peak = peak
     self._clock = clock
     self.trained_s = 0.0  # seconds of counted steps without the wait for batches
@@ -166,7 +142,7 @@ class Throughput:
     Args:
       tokens: non-padding tokens.
       supervised: tokens with a loss.
-      attended: see `train_flops`.
+      attended: (query, key) pairs within the attention mask, summed over tokens.
     """
     if not self._is_warm:
       self._is_warm = True
@@ -186,8 +162,8 @@ class Throughput:
       supervised_tokens_per_s: those with a loss.
       step_s: seconds per step.
       input_wait: share of the time spent waiting for a batch.
-      mfu: model FLOPs (see `train_flops`, causal-aware attention) / seconds / peak.
-      mfu_6n: the same without attention, 6 P tokens: the older convention.
+      mfu: model FLOPs (causal-aware attention) / seconds / peak.
+      mfu_6n: the same without attention, 6 P tokens in full fine-tuning: the older convention.
       Both are left out where mfu would exceed 1: the peak was measured while the cores were busy.
     """
     seconds = self._clock() - self._since - self._paused
