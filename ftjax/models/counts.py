@@ -1,5 +1,5 @@
-"""Numbers and bytes of parameters, and model FLOPs of a step, from what a model declares. Padding of
-the vocabulary is not counted.
+"""Numbers and bytes of parameters, and model FLOPs of a step, from what a model declares.
+Padding of the vocabulary is not counted.
 
 Model FLOPs are the products that the mathematics needs, as published figures count them: the head
 for every token although unsupervised ones are skipped, attention over the keys that a query can see
