@@ -229,7 +229,9 @@ def gradient(arch, trained, frozen, ids, labels, weights, where):
     x = kinds.apply(arch, params, ids, where, dtype=jnp.float32)
     table = jax.sharding.reshard(kinds.head_weights(arch, params), sharding.spec(None, None))
     if arch.num_labels:
-      return jnp.einsum('BD,RD->', x[:, -1], table)
+      where_to = sharding.spec('batch', 'seq', None)
+      scores = jnp.einsum('BTD,RD->BTR', x, table, out_sharding=where_to)
+      return (scores[..., 0] * (1 - weights)).sum()  # of the last tokens
     total = head.cross_entropy_sums(
       x, kinds.head_weights(arch, params), labels, weights, head.LossConfig()
     )[0]
