@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
+PARITY_PYTHON ?= python3.11
 
 # One shard of the long tests, for CI: SHARD=I/N.
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: env assets demo test test-all test-shard optimized lint lock
+.PHONY: env assets demo test test-all test-shard parity optimized lint lock lock-parity
 env: $(VENV)/.ready
 
 $(VENV)/.ready: third_party/requirements.txt
@@ -27,9 +28,14 @@ demo: assets
 test: env
 	@$(PYTEST)
 
-# Also what takes long: every mesh, every kill, learning runs.
+# Also what takes long: every mesh, every kill, learning runs; and the reference libraries.
 test-all: env
 	@$(PYTEST) --full
+	@tests/parity/parity.sh $(RUN) $(PARITY_PYTHON)
+
+# The golden numbers once more, by torch, transformers, PEFT, TRL and bitsandbytes in an environment of their own; see tests/parity/parity.sh.
+parity: env
+	@tests/parity/parity.sh $(RUN) $(PARITY_PYTHON)
 
 test-shard: env
 	@$(PYTEST) --shard=$(SHARD)
@@ -44,3 +50,7 @@ lint: env
 # Needs uv; rewrites the hash-locked requirements for every supported Python.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra test pyproject.toml -o third_party/requirements.txt
+
+# The same for the reference libraries; uv must find torch's CPU build (UV_FIND_LINKS or UV_INDEX).
+lock-parity:
+	uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header third_party/requirements/parity.in -o third_party/requirements/parity.txt

@@ -1,16 +1,30 @@
-"""python -m ftjax.convert --source=SRC --target=DIR [--dtype=float32|bfloat16]
+"""python -m ftjax.convert --source=SRC --target=DIR|FILE.gguf [--dtype=DTYPE] [--base=BASE]
+[--push=org/name]
 
-Writes a model as a Hugging Face folder.
+Writes a model as a Hugging Face folder, which --push uploads to the hub, or as a GGUF file for
+llama.cpp and Ollama.
 
-SRC is a HF folder, a .gguf file (of several parts, the first), a workdir of ftjax.train, or a model
-on the Hugging Face hub, org/name or org/name@REVISION, which is downloaded into the hub's cache.
-Without --dtype tensors stay as they are stored; GGUF weights become float32, which holds them
-exactly.
+SRC is a HF folder, a .gguf file (of several parts, the first), a PEFT folder, a workdir of
+ftjax.train, or a model or adapter on the Hugging Face hub, org/name or org/name@REVISION, which is
+downloaded into the hub's cache. Without --dtype tensors stay as they are stored; GGUF weights
+become float32, which holds them exactly. DTYPE is float32 or bfloat16; for a GGUF file also float16
+or q8_0.
 
-For a workdir, `export/` is copied. If the run has not ended, or was continued after its export, its
-newest checkpoint is exported as the run itself would; WORKDIR@STEP, WORKDIR@last and WORKDIR@best
-select a checkpoint. The run may still be running: nothing in its workdir is changed. Exporting a
-checkpoint needs jax and runs on the CPU; the parameters must fit into host memory.
+A GGUF file is written for the families llama and qwen2, with norms and biases in float32, and a
+Modelfile beside it: `ollama create NAME -f Modelfile`.
+
+An adapter is merged into its base, the one that its folder names or --base: in float32, rounded
+once to the dtype of the base's weights. That needs jax and runs on the CPU, in host memory.
+
+For a workdir, `export/` is copied, or merged where it is an adapter. If the run has not ended, or
+was continued after its export, its newest checkpoint is exported as the run itself would;
+WORKDIR@STEP, WORKDIR@last and WORKDIR@best select a checkpoint. The run may still be running:
+nothing in its workdir is changed. Exporting a checkpoint needs jax and runs on the CPU; the
+parameters must fit into host memory.
+
+--push creates a private model, or with --public a public one, and uploads the folder as one commit,
+with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
+model folder, or the export of a workdir.
 """
 
 import os
@@ -23,22 +37,54 @@ from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
-_TARGET = flags.DEFINE_string('target', None, 'Folder to write; replaced if it is a model folder.')
-_DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'dtype of the weights; default: as stored.'
+_TARGET = flags.DEFINE_string(
+  'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
 )
+_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
+_FOLDER_DTYPES = ('float32', 'bfloat16')
+_DTYPE = flags.DEFINE_enum(
+  'dtype',
+  None,
+  [*_FOLDER_DTYPES, 'float16', 'q8_0'],
+  'dtype of the weights, float16 and q8_0 in GGUF files alone; default: as stored.',
+)
+_PUSH = flags.DEFINE_string('push', None, 'org/name of a model on the hub to upload the folder to.')
+_PUBLIC = flags.DEFINE_boolean('public', False, 'With --push: everybody may read the model.')
 
 
-def convert(source: str, target: str, dtype: str | None):
-  """Writes the model at `source` as a HF folder, weights in `dtype` (None: as stored)."""
-  from ftjax.hf import load
+def convert(source: str, target: str, dtype: str | None, base: str = ''):
+  """Writes the model at `source` as a HF folder or GGUF file.
+
+  Args:
+    source: see the head of this file.
+    target: folder, or a file that ends in .gguf.
+    dtype: of the weights; None: as stored.
+    base: of an adapter; '': the one that it names.
+
+  Raises:
+    ConfigError: the target is in the source, or has no such dtype.
+    DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
+  """
+  from ftjax.hf import gguf_export, load, model_folder
   from ftjax.storage import snapshots
 
+  if gguf_export.is_gguf(target):
+    gguf_export.check_target(target)
+  elif dtype and dtype not in _FOLDER_DTYPES:
+    raise ConfigError(
+      f'--dtype={dtype} is of GGUF files; expected {" or ".join(_FOLDER_DTYPES)}, or a --target '
+      'that ends in .gguf'
+    )
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
   export = None if which else load.newest_export(workdir)
   _check_target(target, export or source)
+  if model_folder.find_adapter(export or source) is not None:
+    _merge_adapter(export or source, target, dtype, base)
+    return
+  if base:
+    raise ConfigError(f'--base={base}: --source={source} is no adapter and needs no base')
   if export is None and snapshots.is_workdir(workdir):
     _convert_checkpoint(workdir, which, target, dtype)
   else:
@@ -50,7 +96,18 @@ def _check_target(target: str, source: str):
   if files_lib.absolute(target) == files_lib.absolute(source) or (
     not is_remote and Path(target).resolve() == Path(source).resolve()
   ):
-    raise ConfigError(f'--target={target} is the source itself')
+    raise ConfigError(f'--target={target} is the source itself, or the base of it')
+
+
+def _check_outside(target: str, folder: Path):
+  """Raises ConfigError for a GGUF file in a model folder."""
+  parent = files_lib.as_path(target).parent
+  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
+  if parent == folder if is_remote else parent.resolve() == folder.resolve():
+    raise ConfigError(
+      f'--target={target} is in the folder of the source, which would hold two models; give '
+      'another folder'
+    )
 
 
 def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None):
@@ -60,13 +117,17 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   import jax
   import numpy as np
 
-  from ftjax.experiment import saved_model
-  from ftjax.hf import export
+  from ftjax.experiment import run_card, saved_model
+  from ftjax.hf import export, gguf_export
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def write(saved: saved_model.SavedModel):
     model = saved.model
+    if gguf_export.is_gguf(target):
+      params, kind = saved.load(lambda name: device, saved.param_dtype), saved.param_dtype
+      _write_gguf(model, params, target, dtype or kind, kind)
+      return saved.step
     export.export(
       saved.load(lambda name: device, saved.param_dtype),
       model.arch,
@@ -75,11 +136,82 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
       tokenizer_files=model.files,
       dtype=np.dtype(dtype or saved.param_dtype),
       stop_ids=model.stop_ids,
+      card=run_card.of_checkpoint(workdir, model, saved.step),
     )
     return saved.step
 
   step = saved_model.with_step(workdir, which, write)
   print(f'{target}: the model of {workdir} after step {step}')
+
+
+def _write_gguf(model, params, target: str, dtype: str, stored: str):
+  """Writes parameters as a GGUF file.
+
+  Args:
+    model: of the parameters, see experiment.model.Model; an adapter of its architecture is merged.
+    params: nested dict of arrays.
+    target: the file.
+    dtype: of the weights in it.
+    stored: dtype that the weights are read in.
+  """
+  import numpy as np
+
+  from ftjax.families import table
+  from ftjax.hf import export, gguf_export, layout
+
+  config = table.config(model.arch) if model.config is None else model.config
+  files = dict(model.files)
+  generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
+  if generation is not None:
+    files['generation_config.json'] = generation
+  read = export.host_reader(params, model.arch, np.dtype(stored))
+  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype)
+  print(gguf_export.export(target, model.arch, config, files, read, dtypes))
+
+
+def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
+  """Writes the adapter of a PEFT folder, merged into its base."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  import dataclasses
+
+  import jax
+  import numpy as np
+
+  from ftjax.experiment import adapter_folder
+  from ftjax.hf import export, gguf_export, load, peft
+  from ftjax.models import kinds
+  from ftjax.runtime import sharding
+
+  folder = peft.find(source)
+  model = adapter_folder.open_adapter(folder, base, '')
+  _check_target(target, model.source)
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  jax.set_mesh(mesh)
+  stored = {
+    i.dtype for i in load.open_source(model.source).tensors.values() if i.dtype.kind in 'fV'
+  }
+  widest = np.dtype(np.float32) if len(stored) > 1 else stored.pop()
+  is_gguf = gguf_export.is_gguf(target)
+  merged = np.dtype(dtype) if dtype in _FOLDER_DTYPES else widest
+  model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, merged.name))
+
+  def places(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
+  params = peft.load_params(folder, model.source, model.arch, places, widest)
+  if is_gguf:
+    _write_gguf(model, params, target, dtype or merged.name, merged.name)
+  else:
+    export.export(
+      params,
+      model.arch,
+      target,
+      source_config=model.config,
+      tokenizer_files=model.files,
+      dtype=merged,
+      stop_ids=(),
+    )
+  print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
 
 
 def _convert_files(source: str, target: str, dtype: str | None):
@@ -88,7 +220,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, load, model_folder
+  from ftjax.hf import export, gguf_export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -100,6 +232,12 @@ def _convert_files(source: str, target: str, dtype: str | None):
   if path.suffix == '.gguf' or table.is_known(config):
     # A part of a split model has a config too.
     load.check_tensors(weights, table.architecture(config))
+  if gguf_export.is_gguf(target):
+    _check_outside(target, path)
+    arch = table.architecture(config)
+    dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
+    print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
+    return
   kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
   def kind(stored: np.dtype) -> np.dtype:
@@ -111,6 +249,8 @@ def _convert_files(source: str, target: str, dtype: str | None):
   }
   if dtype:
     files['config.json'] = export.config_file(config, files['config.json'], kinds[dtype])
+  if model_card.is_card(card := model_folder.readme(path)):
+    files[model_card.FILE] = card
   export.write_model(
     target, tensors, lambda name: weights.read(name).astype(tensors[name].dtype, copy=False), files
   )
@@ -118,11 +258,46 @@ def _convert_files(source: str, target: str, dtype: str | None):
   print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
+def _finished(source: str) -> str:
+  """Returns the model folder that a source already is, or holds.
+
+  Raises:
+    ConfigError: it has to be written first.
+  """
+  from ftjax.hf import load
+  from ftjax.storage import snapshots
+
+  workdir, which = snapshots.parse(source)
+  found = source if os.path.isdir(source) else None
+  if snapshots.is_workdir(workdir):
+    found = None if which else load.newest_export(workdir)
+  if found is None or _DTYPE.value:
+    raise ConfigError(
+      f'--source={source} is not uploaded as it is; give --target=DIR for the folder to upload'
+    )
+  return found
+
+
 def main() -> None:
-  """Converts --source to --target."""
-  if not _SOURCE.value or not _TARGET.value:
-    raise ConfigError('--source and --target are needed; see --help')
-  convert(_SOURCE.value, _TARGET.value, _DTYPE.value)
+  """Converts --source to --target, and uploads that."""
+  source, target, name = _SOURCE.value, _TARGET.value, _PUSH.value
+  if not source or not (target or name):
+    raise ConfigError('--source and --target are needed, or --source and --push; see --help')
+  if _PUBLIC.value and not name:
+    raise ConfigError('--public belongs to an upload; give --push=org/name too')
+  if name is None:
+    convert(source, target, _DTYPE.value, _BASE.value)
+    return
+  from ftjax.hf import pushed_folder
+  from ftjax.storage import hub_push
+
+  # Before anything is written.
+  hub_push.check(name)
+  folder = target or _finished(source)
+  pushed_folder.check(folder)
+  if target:
+    convert(source, target, _DTYPE.value, _BASE.value)
+  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value)}')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ def main() -> None:
   """Loads the export and evaluates it; results of the base model are cached."""
   c = flags.FLAGS.config
   validation.validate(c)
-  from ftjax.experiment import compare
+  from ftjax.experiment import compare, run_card
   from ftjax.experiment import run as experiment
   from ftjax.hf import load
   from ftjax.runtime.errors import ConfigError
@@ -47,6 +47,7 @@ def main() -> None:
     )
   evaluator = compare.Evaluator(run)
   evaluator.tuned(run.load_params(export, c.model.param_dtype))
+  run_card.refresh(run.workdir, run.model)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,12 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
 on the terminal)
 
-DIR is a HF folder, a GGUF file, or a workdir, of which export/ is loaded, or the newest checkpoint
-if the run has not ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads
-one prompt per line, or JSON lines with "prompt" or "messages", and prints each as a JSON line with
-the generated text under "completion". If the model has a chat template, a prompt is a user turn
-unless --raw is given."""
+DIR is a HF folder, a GGUF file, a PEFT folder (an adapter, used on the base that it names or on
+--base), or a workdir, of which export/ is loaded, or the newest checkpoint if the run has not
+ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads one prompt per line,
+or JSON lines with "prompt" or "messages", and prints each as a JSON line with the generated text
+under "completion". If the model has a chat template, a prompt is a user turn unless --raw is
+given."""
 
 import json
 import logging
@@ -17,8 +18,9 @@ from ftjax import cli
 from ftjax.runtime.errors import ConfigError
 
 _MODEL = flags.DEFINE_string(
-  'model', None, 'HF folder, GGUF file or workdir[@STEP].', required=True
+  'model', None, 'HF folder, GGUF file, PEFT folder or workdir[@STEP].', required=True
 )
+_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
 _PROMPT = flags.DEFINE_string('prompt', None, 'One prompt.')
 _PROMPTS = flags.DEFINE_string('prompts', None, 'A file of prompts.')
 _MAX_TOKENS = flags.DEFINE_integer(
@@ -71,6 +73,7 @@ def main() -> None:
       batch_size=_BATCH.value,
       dtype=_DTYPE.value,
       family=_FAMILY.value,
+      base=_BASE.value,
     ),
   )
   if _PROMPT.value is not None:

@@ -189,7 +189,14 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   make_loss = cli.algorithm(c.algorithm).make_loss
   arch = table.architecture(shape, c.model.family)
   table.check_own(c.model.family, arch, f'model.path={c.model.path}')
-  arch = dataclasses.replace(arch, num_labels=algorithms.of(c).num_labels)
+  # A name may stand for a shape without a tokenizer: each new token is taken to need a row.
+  size = arch.vocab_size + len((*c.model.add_tokens, *c.model.add_special_tokens))
+  arch = dataclasses.replace(
+    arch,
+    num_labels=algorithms.of(c).num_labels,
+    vocab_size=size,
+    vocab_multiple=c.model.vocab_multiple,
+  )
   name = c.model.path or 'model.random'
   found = compile.make(c, where, arch, make_loss, dump)
   best = found if found.fits else None

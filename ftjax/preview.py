@@ -11,7 +11,7 @@ import tempfile
 from absl import flags
 
 from ftjax import cli
-from ftjax.config import algorithms, validation
+from ftjax.config import algorithms, section, validation
 
 cli.define_config()
 _ROWS = flags.DEFINE_integer('rows', 1, 'Number of packed sequences to print.', lower_bound=0)
@@ -31,6 +31,7 @@ def main() -> None:
   validation.validate(c)
   from ftjax.data import describe
   from ftjax.experiment import data as examples
+  from ftjax.experiment import vocabulary
   from ftjax.experiment.model import open_model
 
   model = open_model(
@@ -39,6 +40,7 @@ def main() -> None:
     c.seed,
     labels=algorithms.of(c).num_labels,
     family=c.model.family,
+    vocabulary=vocabulary.of(section.flat(c)),
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:

@@ -2,8 +2,10 @@
 
 Repositories hold commits of files. `env` is what a program needs to be sent here instead of to the
 real hub, with a cache of its own; `HF_HUB_OFFLINE` in it is off (conftest.py sets it for all else).
+It also takes uploads: creating a repository, large files by LFS, commits.
 """
 
+import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -13,6 +15,7 @@ import time
 from http import HTTPStatus, server
 from urllib.parse import parse_qs, unquote, urlparse
 
+import yaml
 from loopback import Loopback
 
 from ftjax.data import hub_dataset
@@ -23,12 +26,13 @@ from ftjax.storage import hub
 @dataclasses.dataclass
 class Repo:
   """refs: branch or tag -> commit. needs: '' or the token that may read; gated: who asks without
-  it is told of terms to accept."""
+  it is told of terms to accept. private: what is told of who may read it."""
 
   commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
   refs: dict[str, str] = dataclasses.field(default_factory=dict)
   needs: str = ''
   gated: bool = False
+  private: bool = False
 
   def push(self, files, branch='main'):
     """Adds a commit with these files and returns its hash."""
@@ -42,7 +46,9 @@ class FakeHub(Loopback):
   """The server; a context manager. `repos` is by 'models/org/name' or 'datasets/org/name'.
 
   requests: (method, path, bytes sent) of what was answered. slow_files: seconds of sleep in the
-  middle of a file. status: answers everything with this HTTP status, if it is not 0.
+  middle of a file. status: answers everything with this HTTP status, if it is not 0. writers:
+  {token: organization it may write to}. blobs: large files by their SHA-256. broken: (part of a
+  path, status) of requests that are answered with an error.
   """
 
   def __init__(self, home):
@@ -50,6 +56,9 @@ class FakeHub(Loopback):
     self.requests: list[tuple[str, str, int]] = []
     self.slow_files: dict[str, float] = {}
     self.status = 0
+    self.writers: dict[str, str] = {}
+    self.blobs: dict[str, bytes] = {}
+    self.broken: tuple[str, int] | None = None
     self._begun: list[str] = []
     self._server = server.ThreadingHTTPServer(('127.0.0.1', 0), self._handler())
     self._server.daemon_threads = True
@@ -96,6 +105,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf' / 'hub'))
     monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'hf' / 'token'))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
     monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', fake.url)
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', False)
     monkeypatch.delenv('HF_TOKEN', raising=False)
@@ -114,7 +124,8 @@ def forget():
 
 
 _API = re.compile(
-  r'/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?'
+  r'/api/(models|datasets)/([^/]+/[^/]+)'
+  r'(?:/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.*))?)?'
 )
 _RESOLVE = re.compile(r'/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)')
 
@@ -135,11 +146,34 @@ class _Handler(server.BaseHTTPRequestHandler):
   def do_POST(self):
     self._answer()
 
+  def do_PUT(self):
+    self._answer()
+
+  def _body(self):
+    if self.headers.get('Transfer-Encoding') != 'chunked':
+      return self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    parts = []
+    while size := int(self.rfile.readline(), 16):
+      parts.append(self.rfile.read(size))
+      self.rfile.readline()
+    self.rfile.readline()
+    return b''.join(parts)
+
   def _answer(self):
-    body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    body = self._body()
     url = urlparse(self.path)
     if self.fake.status:
       return self._error(self.fake.status, '', 'out of order')
+    if self.fake.broken and self.fake.broken[0] in self.path:
+      return self._error(self.fake.broken[1], '', 'broken')
+    if url.path == '/api/repos/create':
+      return self._create(json.loads(body))
+    if url.path == '/api/validate-yaml':
+      return self._validate(json.loads(body)['content'])
+    if url.path.endswith('.git/info/lfs/objects/batch'):
+      return self._batch(json.loads(body)['objects'])
+    if url.path.startswith('/lfs/'):
+      return self._blob(url.path.removeprefix('/lfs/'), body)
     if found := _API.fullmatch(url.path):
       kind, name, what, revision, inside = found.groups()
     elif found := _RESOLVE.fullmatch(url.path):
@@ -150,6 +184,11 @@ class _Handler(server.BaseHTTPRequestHandler):
     repo = self.fake.repos.get(f'{kind}/{name}')
     if refused := self._refused(repo, what):
       return self._error(*refused)
+    if what in ('preupload', 'commit'):
+      if not self._may_write(name.partition('/')[0]):
+        return None
+      lines = [json.loads(line) for line in body.splitlines()]
+      return (self._preupload if what == 'preupload' else self._commit)(name, lines)
     revision = unquote(revision or 'main')
     commit = repo.refs.get(revision, revision)
     if commit not in repo.commits:
@@ -171,7 +210,7 @@ class _Handler(server.BaseHTTPRequestHandler):
       {
         'id': name,
         'sha': commit,
-        'private': bool(repo.needs),
+        'private': repo.private or bool(repo.needs),
         'gated': 'auto' if repo.gated else False,
         'tags': [],
         'downloads': 0,
@@ -192,6 +231,73 @@ class _Handler(server.BaseHTTPRequestHandler):
       return ((403 if token else 401), 'GatedRepo', 'gated') if what == 'resolve' else None
     return (404 if token else 401), 'RepoNotFound', 'Repository not found'
 
+  def _may_write(self, organization):
+    token = self.headers.get('Authorization', '').removeprefix('Bearer ')
+    if token not in self.fake.writers:
+      self._error(401, '', 'Invalid username or password.')
+    elif self.fake.writers[token] != organization:
+      self._error(403, '', f"You don't have the rights to create a model under {organization}")
+    return self.fake.writers.get(token) == organization
+
+  def _create(self, asked):
+    name = f'{asked["organization"]}/{asked["name"]}'
+    if not self._may_write(asked['organization']):
+      return
+    if f'models/{name}' in self.fake.repos:
+      return self._json({'error': 'exists', 'url': f'{self.fake.url}/{name}'}, 409)
+    repo = self.fake.repo(name)
+    repo.private = asked.get('visibility') == 'private' or asked.get('private', False)
+    repo.push({'.gitattributes': b'*.safetensors filter=lfs\n'})
+    self._json({'url': f'{self.fake.url}/{name}', 'name': name})
+
+  def _validate(self, card):
+    try:
+      meta = yaml.safe_load(card.split('---\n')[1]) if card.startswith('---\n') else {}
+      wrong = [] if isinstance(meta, dict) else ['metadata is no mapping']
+    except yaml.YAMLError as error:
+      wrong = [str(error)]
+    errors = [{'message': message} for message in wrong]
+    self._json({'errors': errors, 'warnings': []}, 400 if wrong else 200)
+
+  def _preupload(self, name, lines):
+    self._json({
+      'files': [
+        {
+          'path': f['path'],
+          'uploadMode': 'lfs' if f['path'].endswith('.safetensors') else 'regular',
+          'shouldIgnore': False,
+        }
+        for f in lines[0]['files']
+      ]
+    })  # fmt: skip
+
+  def _batch(self, objects):
+    found = []
+    for o in objects:
+      actions = {'upload': {'href': f'{self.fake.url}/lfs/{o["oid"]}'}}
+      found.append(o if o['oid'] in self.fake.blobs else o | {'actions': actions})
+    self._json({'transfer': 'basic', 'objects': found})
+
+  def _blob(self, oid, body):
+    if hashlib.sha256(body).hexdigest() != oid:
+      return self._error(400, '', 'other bytes than their hash')
+    self.fake.blobs[oid] = body
+    self._json({})
+
+  def _commit(self, name, lines):
+    repo = self.fake.repos[f'models/{name}']
+    files = dict(repo.commits[repo.refs['main']])
+    for line in lines[1:]:
+      value = line['value']
+      if line['key'] == 'file':
+        files[value['path']] = base64.b64decode(value['content'])
+      elif line['key'] == 'lfsFile':
+        files[value['path']] = self.fake.blobs[value['oid']]
+      elif line['key'] == 'deletedFile':
+        del files[value['path']]
+    made = repo.push(files)
+    self._json({'commitOid': made, 'commitUrl': f'{self.fake.url}/{name}/commit/{made}'})
+
   def _error(self, status, code, message):
     self.send_response(status)
     if code:
@@ -199,8 +305,8 @@ class _Handler(server.BaseHTTPRequestHandler):
     self.send_header('X-Error-Message', message)
     self._finish(json.dumps({'error': message}).encode())
 
-  def _json(self, value):
-    self.send_response(HTTPStatus.OK)
+  def _json(self, value, status=HTTPStatus.OK):
+    self.send_response(status)
     self.send_header('Content-Type', 'application/json')
     self._finish(json.dumps(value).encode())
 

@@ -148,6 +148,22 @@ def test_reward_curves(script, tmp_path):
   assert '</svg>' in out.read_text()
 
 
+def test_optimizer_memory(script, tmp_path, capsys):
+  """Of runs that are done, a table with a row for each, and their curves."""
+  module = script('benchmarks', 'optimizer_memory', tmp_path, '--steps=2', 'seq_len=128')
+  for k, setting in enumerate(module['SETTINGS']):
+    workdir = module['folder'](tmp_path, setting)
+    (workdir / 'export').mkdir(parents=True)
+    (workdir / 'train.log').write_text('expected peak memory of a step: 2.5 GiB per device\n')
+    train = [dict(split='train', step=s, loss=k + s, tokens_per_s=50.0) for s in (1, 2)]
+    write(workdir / 'metrics.jsonl', [*train, dict(split='eval', step=2, loss=k + 0.5)])
+  module['main']()
+  told = capsys.readouterr().out
+  assert '| 8-bit moments | 2.5000 | 1.5000 | 2.5 GiB | 50 |' in told
+  drawn = tmp_path / 'curves.svg'
+  assert 'no curves.svg' in told or '8-bit moments' in drawn.read_text()
+
+
 def sentiment_rows(count):
   asked = 'Is this review positive or negative?\n\nsentence '
   return [

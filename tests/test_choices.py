@@ -79,7 +79,7 @@ def test_what_a_surrogate_reads(name):
 @pytest.mark.parametrize('name', choices.OPTIMIZERS)
 def test_what_an_optimizer_reads(name):
   config = Recorder({k: KEYS.optim[k] for k in ('b1', 'b2', 'eps')})
-  leaves = {'w': optimizer.Leaf(('w',), False, 1, False)}
+  leaves = {'w': optimizer.Leaf(('w',), False, 1, False, ('embed', 'ffn'))}
   made = optimizer.OPTIMIZERS[name](config, leaves)
   assert isinstance(made, optax.GradientTransformation)
   assert config.read == {*choices.OPTIMIZERS[name].reads}

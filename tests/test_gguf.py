@@ -341,12 +341,12 @@ def write_plain(path, arch='llama', tensors=('token_embd.weight',), kind='F32'):
   ('options', 'message'),
   [
     ({'arch': 'gemma3'}, "architecture='gemma3'"),
-    ({'arch': 'qwen2'}, "architecture='qwen2'.*from their HF folder"),
+    ({'arch': 'qwen3'}, "architecture='qwen3'.*from their HF folder"),
     (
       {'tensors': ('blk.0.attn_q_norm.weight',)},
       'no HF name is known for tensor blk.0.attn_q_norm.weight',
     ),
-    ({'tensors': ('blk.0.attn_q.bias',)}, 'no HF name'),
+    ({'tensors': ('blk.0.attn_output.bias',)}, 'no HF name'),
     ({'kind': 'Q5_1'}, 'is Q5_1; supported: F32'),
   ],
 )

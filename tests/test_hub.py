@@ -67,7 +67,7 @@ def test_only_what_is_needed_is_downloaded_and_only_once(hub, tmp_path):
     'tokenizer.json',
     'additional_chat_templates/a.jinja',
   }
-  small = {'config.json', 'generation_config.json', 'tokenizer.json', 'a.jinja'}
+  small = {'config.json', 'generation_config.json', 'tokenizer.json', 'a.jinja', 'README.md'}
   assert set(hub.fetched()) == small | {safetensors.INDEX_FILE}, 'no weights yet'
   source = load.open_source('org/m')
   assert set(hub.fetched()) == small | {safetensors.INDEX_FILE} | shards

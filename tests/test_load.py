@@ -226,7 +226,7 @@ def test_a_path_like_nothing_there_has_no_suggestion(tmp_path):
     ({'tokenizer.json': '{}', 'a.txt': ''}, r'It holds a\.txt, tokenizer\.json; expected config'),
     ({'inner/config.json': '{}'}, 'inner has one; give that folder'),
     ({'refs/main': '', 'snapshots/0a1b/config.json': '{}'}, 'snapshots/0a1b has one'),
-    ({'adapter_config.json': '{}'}, 'LoRA adapter.*merge_and_unload'),
+    ({'adapter_config.json': '{}'}, 'LoRA adapter.*ftjax.convert'),
     ({'params.json': '{}', 'consolidated.00.pth': ''}, "authors' own format"),
     ({'model.safetensors': ''}, r'It holds model\.safetensors'),
   ],

@@ -46,7 +46,14 @@ def schedule(k):
 
 def recipe(name, **changes):
   settings = dict(
-    schedule=schedule, b1=B1, b2=B2, eps=EPS, weight_decay=0.1, clip_norm=0.0, decay=DECAY
+    moments='float32',
+    schedule=schedule,
+    b1=B1,
+    b2=B2,
+    eps=EPS,
+    weight_decay=0.1,
+    clip_norm=0.0,
+    decay=DECAY,
   )
   settings |= dict(multipliers=MULTIPLIERS, freeze=FREEZE)
   return OptimizerConfig(name=name, **(settings | changes))
@@ -221,7 +228,7 @@ def test_adamw_as_in_torch():
     [1.0053077, -2.0024199, 0.26681578],
     [1.0425947, -2.0380716, 0.20709634],
   ]
-  info = {'w': Leaf(('w',), False, 0, False)}
+  info = {'w': Leaf(('w',), False, 0, False, ('norm',))}
   table = dict(decay=(('.*', 1.0),), multipliers=(('.*', 1.0),), freeze=NOTHING)
   r = recipe('adamw', schedule=lambda k: 0.1, **table)
   for count in (1, 2, 5):

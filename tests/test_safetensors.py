@@ -273,7 +273,7 @@ def test_shards_without_their_index_are_named(tmp_path):
 @pytest.mark.parametrize('name', ['adapter_config.json', 'adapter_model.safetensors'])
 def test_an_adapter_is_never_left_out_silently(tmp_path, name):
   (tmp_path / name).write_bytes(b'{}')
-  with pytest.raises(DataError, match=r'LoRA adapter, not a whole model.*merge_and_unload'):
+  with pytest.raises(DataError, match=r'LoRA adapter, not a whole model.*ftjax.convert'):
     SafetensorsFolder(tmp_path)
   write(tmp_path)
   with pytest.raises(DataError, match=rf'a whole model and a LoRA adapter \({name}\)'):

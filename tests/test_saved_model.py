@@ -117,6 +117,8 @@ def test_the_last_checkpoint_of_a_reward_model_is_its_export(reward, tmp_path):
   assert content(tmp_path / 'out') == content(reward / 'export')
   config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   assert config['architectures'] == ['LlamaForSequenceClassification']
+  card = (tmp_path / 'out' / 'README.md').read_text()
+  assert 'pipeline_tag: "text-classification"' in card and '"reward-model"' in card
   with pytest.raises(ConfigError, match='is a reward model; it scores text'):
     generator.Generator(f'{reward}@last', generator.Settings())
 

@@ -20,8 +20,9 @@ INFO = optimizer.leaves(kinds.declared(TINY), TINY.layer_slots())
 def make_optimizer(name):
   c = keys.default()
   r = optimizer.OptimizerConfig(
-    name=name, schedule=lambda k: 0.1, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1,
-    clip_norm=1.0, decay=c.optim.decay, multipliers=c.optim.multipliers, freeze=c.optim.freeze,
+    name=name, moments='float32', schedule=lambda k: 0.1, b1=0.9, b2=0.99, eps=1e-8,
+    weight_decay=0.1, clip_norm=1.0, decay=c.optim.decay, multipliers=c.optim.multipliers,
+    freeze=c.optim.freeze,
   )  # fmt: skip
   return optimizer.make_optimizer(r, INFO, INFO)
 

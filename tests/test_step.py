@@ -21,6 +21,7 @@ from ftjax.training.state import create, state_shardings, with_shardings
 from ftjax.training.step import SIGNAL, batch_stats, compile_step, make_step
 
 SETTINGS = dict(mask=lambda g: g, schedule=lambda k: 0.1, clip_norm=0.0, ema_decay=0.0, seed=7)
+SETTINGS |= dict(is_stochastic=False)
 
 
 def square_loss(params, rows, keys):
@@ -208,7 +209,8 @@ def test_bfloat16_parameters_train(ragged, name, micro):
   info = optimizer_lib.leaves(kinds.declared(TINY), TINY.layer_slots())
   names = ('b1', 'b2', 'eps', 'weight_decay', 'clip_norm', 'decay', 'multipliers', 'freeze')
   rate = 3e-2 if name in ('sgd', 'muon') else 3e-3
-  recipe = optimizer_lib.OptimizerConfig(name, lambda _: rate, **{n: c.optim[n] for n in names})
+  numbers = {n: c.optim[n] for n in names}
+  recipe = optimizer_lib.OptimizerConfig(name, 'float32', lambda _: rate, **numbers)
   optimizer = optimizer_lib.make_optimizer(recipe, info, info)
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), init(TINY))
   mesh = jax.sharding.get_mesh()

@@ -85,6 +85,24 @@ def test_template_file_wins_and_lists_need_a_default():
     Tokenizer(tiny_files(named[1:]))
 
 
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('bos_token', 7),
+    ('pad_token', {'text': 'x'}),
+    ('unk_token', ['x']),
+    ('chat_template', 7),
+    ('chat_template', [{'name': 'default'}]),
+    ('chat_template', [7]),
+  ],
+)
+def test_values_of_another_type_are_named(key, value):
+  files = tiny_files()
+  config = json.loads(files['tokenizer_config.json']) | {key: value}
+  with pytest.raises(DataError, match=f'tokenizer_config.json: {key} is .*expected'):
+    Tokenizer(files | {'tokenizer_config.json': json.dumps(config).encode()})
+
+
 def test_saved_truncation_and_padding_are_ignored():
   files = tiny_files()
   model = json.loads(files['tokenizer.json'])

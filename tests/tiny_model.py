@@ -101,13 +101,14 @@ def ids(batch, length, seed=0, vocab=TINY.vocab_size):
 
 def init(arch, seed=0):
   """Random parameters on the current mesh, of numpy, which compiles nothing. Norm scales and biases
-  are drawn too: no factor is 1, no summand 0 by luck.
+  are drawn too: no factor is 1, no summand 0 by luck. Padding of the vocabulary changes no draw.
   """
   rng = np.random.default_rng(seed)
   leaves = {}
   for name, p in sorted(kinds.declared(arch).items()):
-    x = rng.normal(size=p.shape)
+    x = rng.normal(size=p.file_shape)
     x = x * p.fan_in**-0.5 if p.fan_in else p.constant + 0.1 * x
+    x = np.pad(x, [(0, n - m) for n, m in zip(p.shape, p.file_shape, strict=True)])
     leaves[name] = place(x.astype(np.float32), *p.axes)
   return trees.unflatten(leaves)
 

@@ -56,6 +56,13 @@ class RewardObjective(Choice):
   example: str = 'pair'
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Choice):
+  """A row of optim.name. takes_8bit: it can hold its moments in 8 bits."""
+
+  takes_8bit: bool = False
+
+
 PREFERENCE_LOSSES = {
   'sigmoid': PreferenceLoss(('label_smoothing', 'reference')),
   'sigmoid_norm': PreferenceLoss(('reference',)),
@@ -96,11 +103,11 @@ ADVANTAGES = {
   'reinforce_pp': Advantage(is_relative=False),
 }
 OPTIMIZERS = {
-  'adamw': Choice(('b1', 'b2', 'eps')),
-  'adafactor': Choice(),
-  'lion': Choice(('b1', 'b2')),
-  'muon': Choice(('b1', 'b2', 'eps')),
-  'sgd': Choice(('b1',)),
+  'adamw': Optimizer(('b1', 'b2', 'eps'), takes_8bit=True),
+  'adafactor': Optimizer(),
+  'lion': Optimizer(('b1', 'b2'), takes_8bit=True),
+  'muon': Optimizer(('b1', 'b2', 'eps')),
+  'sgd': Optimizer(('b1',), takes_8bit=True),
 }
 SCHEDULES = {
   'constant': Choice(),
@@ -137,6 +144,8 @@ _PLAIN = {
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),
+  'optim.moments': ('float32', '8bit'),
+  'optim.rounding': ('nearest', 'stochastic'),
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_unrendered': ('error', 'warn'),
   'data.on_bad_row': ('error', 'drop'),

@@ -57,8 +57,17 @@ def _add_model(c: Section) -> None:
   c.model = Section()
   c.model.path = ''  # Hugging Face folder, GGUF file, or org/name[@revision] on the hub
   c.model.family = ''  # package.module:FAMILY, a model family of your own; '': by its model_type
-  c.model.param_dtype = 'float32'  # dtype of master parameters; optimizer moments are float32
+  c.model.param_dtype = 'float32'  # dtype of master parameters
   c.model.compute_dtype = 'float32'  # dtype of activations and matrix products
+  # Texts that become one new token each, of the text that is read and written. Their rows start as
+  # the mean of all rows.
+  c.model.add_tokens = ()
+  c.model.add_special_tokens = ()  # the same for special tokens, which decoded text leaves out
+  # (new token, text) pairs: its rows start as the mean of the rows of the text's tokens instead.
+  c.model.init_tokens = ()
+  # Rows of the vocabulary's tables are padded to a multiple of this in memory, so that mesh.tensor
+  # divides them; results and exports are those without padding.
+  c.model.vocab_multiple = 1
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
   # a Hugging Face config.json.
   c.model.random = Section()
@@ -83,6 +92,7 @@ def _add_data(c: Section) -> None:
   c.data.on_bad_row = 'error'
   # Tokens that are supervised: every turn of the assistant, its last turn (completion), all tokens.
   c.data.loss_on = 'assistant'
+  c.data.chat_template = ''  # file with a jinja template in place of the model's; exported with it
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
   c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
@@ -120,6 +130,12 @@ def _add_optim(c: Section) -> None:
   # every name must be matched, and every row must match a name that no earlier row does.
   c.optim = Section()
   c.optim.name = 'adamw'  # the optimizer
+  # How moments are held between steps: as float32, or as 8bit, a byte each and a float32 for each
+  # block of up to 256 (adamw, lion, sgd).
+  c.optim.moments = 'float32'
+  # How a new parameter becomes bfloat16: the nearest number, or one of its two neighbours at random
+  # (stochastic), so that steps below half their distance add up; with model.param_dtype=bfloat16.
+  c.optim.rounding = 'nearest'
   c.optim.lr = 2e-5  # peak learning rate
   c.optim.schedule = 'cosine'  # course of the learning rate after the warmup
   c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0

@@ -25,6 +25,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   record = algorithms.of(c)
   _check_idle(c)
   _check_metric(c)
+  _check_precision(c)
   if 'dpo' in record.reads:
     _check_dpo(c)
   record.check(c)
@@ -35,6 +36,41 @@ def check(c: ml_collections.ConfigDict) -> None:
   if rows_per_step(c) % c.grad_accum:
     what = 'rows per update' if record.on_rollouts else 'batch_size'
     raise ConfigError(f'grad_accum={c.grad_accum} must divide {what}={rows_per_step(c)}')
+
+
+def check_new_tokens(c: ml_collections.ConfigDict) -> None:
+  """Checks the lists of new tokens, before a tokenizer is read."""
+  seen: dict[str, str] = {}
+  for key in ('model.add_tokens', 'model.add_special_tokens'):
+    for text in c[key]:
+      if not isinstance(text, str) or not text:
+        raise ConfigError(f'{key}: {text!r} is no token; expected texts of one character or more')
+      if text in seen:
+        raise ConfigError(f'{key}: {text!r} is in {seen[text]} already: leave it out')
+      seen[text] = key
+  if seen and c.lora.rank:
+    raise ConfigError(
+      f'{next(iter(seen.values()))} with lora.rank={c.lora.rank}: an adapter belongs to the tables '
+      'of its base, and cannot make them larger. Add the tokens to the base first, by a run with '
+      'lora.rank=0 whose export is then model.path'
+    )
+  means: set[str] = set()
+  for row in c.model.init_tokens:
+    if (
+      not isinstance(row, tuple | list)
+      or len(row) != 2
+      or not all(isinstance(text, str) and text for text in row)
+    ):
+      raise ConfigError(
+        f'model.init_tokens: {row!r} is not a pair; expected (new token, text) such as '
+        "('<tool>', 'tool call')"
+      )
+    if row[0] not in seen or row[0] in means:
+      why = 'is there twice' if row[0] in means else 'is in neither list of new tokens'
+      raise ConfigError(f'model.init_tokens: {row[0]!r} {why}; expected each new token once')
+    means.add(row[0])
+  if means and not c.model.path:
+    raise ConfigError('model.init_tokens does nothing with model.random, whose rows are random')
 
 
 def _check_idle(c: ml_collections.ConfigDict) -> None:
@@ -76,6 +112,26 @@ def unread_optimizer_keys(c: ml_collections.ConfigDict) -> list[str]:
   optim.name on the command line the keys of a config file for another optimizer are still there.
   """
   return [reason for key, reason in _unread_choices(c).items() if key.startswith('optim.')]
+
+
+def _check_precision(c: ml_collections.ConfigDict) -> None:
+  """Refuses 8-bit moments where there are none, and a rounding of float32 parameters."""
+  name, able = c.optim.name, [n for n, row in choices.OPTIMIZERS.items() if row.takes_8bit]
+  if c.optim.moments == '8bit' and name not in able:
+    raise ConfigError(
+      f'optim.moments=8bit with optim.name={name}: only {", ".join(able)} can hold their moments '
+      'in 8 bits; set optim.moments=float32'
+    )
+  if c.optim.moments == '8bit' and name == 'sgd' and not c.optim.b1:
+    raise ConfigError(
+      'optim.moments=8bit does nothing with optim.name=sgd and optim.b1=0, which has no momentum: '
+      'leave it out'
+    )
+  if c.optim.rounding == 'stochastic' and c.model.param_dtype != 'bfloat16':
+    raise ConfigError(
+      f'optim.rounding=stochastic with model.param_dtype={c.model.param_dtype}: only bfloat16 '
+      'parameters are rounded; set model.param_dtype=bfloat16, or leave optim.rounding out'
+    )
 
 
 def _check_metric(c: ml_collections.ConfigDict) -> None:

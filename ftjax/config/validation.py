@@ -22,6 +22,7 @@ from ftjax.runtime.errors import ConfigError
 from ftjax.storage import locations
 
 POSITIVE = (
+  'model.vocab_multiple',
   'batch_size',
   'seq_len',
   'grad_accum',
@@ -70,7 +71,13 @@ NOT_NEGATIVE = (
   'policy.entropy_coef',
   'policy.overlong',
 )
-_LOCATIONS = ('init_from', 'data.cache', 'ppo.value_from', 'rollout.reward_model')
+_LOCATIONS = (
+  'init_from',
+  'data.cache',
+  'data.chat_template',
+  'ppo.value_from',
+  'rollout.reward_model',
+)
 _TABLES = ('optim.decay', 'optim.multipliers', 'optim.freeze')
 
 
@@ -115,6 +122,7 @@ def _validate(c: Section) -> None:
       'eval.prompts'
     )
   _check_options(c.compiler_options)
+  section_checks.check_new_tokens(c)
   _check_random(c)
   if not c.steps and c.epochs <= 0:
     raise ConfigError(f'steps={c.steps}, epochs={c.epochs}: one of them must be positive')

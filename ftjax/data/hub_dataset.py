@@ -47,6 +47,14 @@ def is_name(path: str) -> bool:
   return kind_of(name) is None and not name.endswith(ARCHIVE)
 
 
+def repository(path: str) -> str:
+  """Returns 'org/name' of a data set on the hub. Raises ValueError for another path."""
+  found = _NAME.fullmatch(path)
+  if found is None:
+    raise ValueError(f'{path!r} is no name on the hub')
+  return found['repo']
+
+
 @functools.cache
 def list_files(path: str) -> tuple[File, ...]:
   """Returns the files of a data set in the order they are read; downloads what the cache lacks.

@@ -40,6 +40,10 @@ def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
     return files['chat_template.jinja'].decode()
   value = config.get('chat_template')
   if isinstance(value, list):
+    if not all(isinstance(t, dict) and {'name', 'template'} <= t.keys() for t in value):
+      raise DataError(
+        'tokenizer_config.json: chat_template is a list; expected objects with name and template'
+      )
     named = {t['name']: t['template'] for t in value}
     if 'default' not in named:
       raise DataError(
@@ -47,7 +51,17 @@ def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
         "'default'"
       )
     value = named['default']
+  if value is not None and not isinstance(value, str):
+    raise DataError(f'tokenizer_config.json: chat_template is {value!r:.60}; expected a text')
   return value
+
+
+def _text(key: str, value: Any) -> str:
+  """Returns the text of a special token of a HF file: itself, or an object with its content."""
+  text = value.get('content') if isinstance(value, dict) else value
+  if not isinstance(text, str):
+    raise DataError(f'tokenizer_config.json: {key} is {value!r:.60}; expected the text of a token')
+  return text
 
 
 class Tokenizer:
@@ -60,7 +74,8 @@ class Tokenizer:
       position, never by id).
     stop_ids: eos of the tokenizer, then those of generation_config.json and config.json, each once.
     special_ids: ids of tokens flagged special, and the stop ids.
-    prefix_ids: ids that the tokenizer's own post-processor puts before a text (usually BOS).
+    prefix_ids, suffix_ids: ids that the tokenizer's own post-processor puts before a text (usually
+      BOS) and behind it.
     is_special: bool[vocab_size], the same by id.
     template: the chat template or None.
     special_texts: texts of the special tokens by the names that templates use, 'pad_token' say;
@@ -86,7 +101,7 @@ class Tokenizer:
 
     # Truncation and padding saved in the file would silently shorten or fill our rows.
     model['truncation'] = model['padding'] = None
-    self.prefix_ids = _prefix(model, name)
+    self.prefix_ids, self.suffix_ids = _added(model, name)
     # Without the post-processor nothing is added and byte-level offsets keep their leading space:
     # spans tile the text.
     self._tokens = _load(model | {'post_processor': None}, name)
@@ -96,7 +111,7 @@ class Tokenizer:
       value = config.get(f'{key}_token') or special.get(f'{key}_token')
       if value is None:
         return None
-      text = value['content'] if isinstance(value, dict) else value
+      text = _text(f'{key}_token', value)
       found = self._tokens.token_to_id(text)
       if found is None:
         raise DataError(f'{name}: {key}_token {text!r} is not in the vocabulary of tokenizer.json')
@@ -115,7 +130,7 @@ class Tokenizer:
     self.is_special[[i for i in self.special_ids if i < self.vocab_size]] = True
     self.template = _template(files, config)
     self.special_texts = {
-      name: value['content'] if isinstance(value, dict) else value
+      name: _text(name, value)
       for name in ('unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
       if (value := config.get(name) or special.get(name)) is not None
     } | {'bos_token': self.bos_token, 'eos_token': self.eos_token}
@@ -139,6 +154,10 @@ class Tokenizer:
   def eos_token(self) -> str:
     """Returns the text of the EOS token, '' if there is none."""
     return '' if self.eos_id is None else self._tokens.id_to_token(self.eos_id)
+
+  def find(self, text: str) -> int | None:
+    """Returns the id of the token that is written like `text`; None where there is none."""
+    return self._tokens.token_to_id(text)
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without those of the tokenizer's post-processor (BOS)."""
@@ -166,6 +185,10 @@ class Tokenizer:
     """Returns the text of ids; special tokens are left out unless `skip_special=False`."""
     return self._tokens.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+  def id_of(self, token: str) -> int | None:
+    """Returns the id of a token by its text in the vocabulary; None where there is none."""
+    return self._tokens.token_to_id(token)
+
   def token(self, token_id: int) -> str:
     """Returns one token's text for display; bytes of half a character show as U+FFFD."""
     return self.decode([token_id], skip_special=False)
@@ -183,16 +206,16 @@ def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
     raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 
 
-def _prefix(model: Mapping, name: str) -> tuple[int, ...]:
-  """Returns the ids that the file's post-processor puts before a text."""
+def _added(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns the ids that the file's post-processor puts before a text and behind it."""
   if model.get('post_processor') is None:
-    return ()
+    return (), ()
   whole = _load(model, name)
   bare = whole.encode('a', add_special_tokens=False).ids
   full = whole.encode('a', add_special_tokens=True).ids
   for i in range(len(full) - len(bare) + 1):
     if full[i : i + len(bare)] == bare:
-      return tuple(full[:i])
+      return tuple(full[:i]), tuple(full[i + len(bare) :])
   raise DataError(
     f'{name}: the post-processor of tokenizer.json changes a text instead of adding to it'
   )

@@ -14,11 +14,23 @@ from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
+# What makes an adapter: not to be changed by a resume.
+FIXED = tuple(
+  f'lora.{n}'
+  for n in (
+    *('rank', 'alpha', 'targets', 'rank_pattern', 'alpha_pattern', 'rslora', 'dora', 'init'),
+    *('train', 'base', 'block', 'on_init_from'),
+  )
+)
 ALL_LINEAR = 'all-linear'  # but the head, as in PEFT
 
 
-def adapted(arch: Architecture, c: ml_collections.ConfigDict) -> Architecture:
+def adapted(
+  arch: Architecture, c: ml_collections.ConfigDict, continued: bool = False
+) -> Architecture:
   """Returns the architecture with the adapter of a config; as it is where lora.rank is 0.
+
+  continued: whether training starts from the adapter of another run.
 
   Raises:
     ConfigError: a pattern that does not parse or matches nothing, or parameters that cannot be
@@ -30,6 +42,9 @@ def adapted(arch: Architecture, c: ml_collections.ConfigDict) -> Architecture:
   names = _by_layer(arch, kinds.linear_maps(arch))
   wanted = _targets(lora.targets, [n for own in names.values() for n in own])
   ranks = _by_pattern(lora.rank_pattern, wanted, lora.rank, 'lora.rank_pattern')
+  ranks = {n: r for n, r in ranks.items() if r}  # 0: no adapter
+  if not ranks:
+    raise ConfigError('lora.rank_pattern gives every linear map rank 0; nothing is left to train')
   alphas = _by_pattern(lora.alpha_pattern, wanted, lora.alpha, 'lora.alpha_pattern')
   scales = {n: alphas[n] / (math.sqrt(r) if lora.rslora else r) for n, r in ranks.items()}
   maps = tuple(
@@ -43,8 +58,23 @@ def adapted(arch: Architecture, c: ml_collections.ConfigDict) -> Architecture:
     dropout=lora.dropout,
     dora=lora.dora,
     pissa=lora.init == 'pissa',
+    continued=continued,
   )
   return dataclasses.replace(arch, adapter=adapter, base=lora.base, block=lora.block)
+
+
+def check_new_tokens(arch: Architecture, has_new: bool) -> None:
+  """Raises ConfigError where new tokens have rows that no adapter file would hold; has_new: whether
+  the run adds tokens.
+  """
+  tables = ['embed/w'] if arch.tied or arch.num_labels else ['embed/w', 'head/w']
+  if not has_new or arch.adapter is None:
+    return
+  if missing := [n for n in tables if n not in arch.adapter.trained]:
+    raise ConfigError(
+      f'tokens are added, and {missing[0]} is frozen: the rows of the new tokens would not be '
+      f"trained, nor be part of the adapter; set lora.train='{'|'.join(tables)}'"
+    )
 
 
 def _by_layer(arch: Architecture, names: Sequence[str]) -> dict[str, list[str]]:

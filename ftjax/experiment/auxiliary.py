@@ -92,6 +92,7 @@ class AuxiliaryModel:
     """
     has_own = self.path and self.is_of_rollouts
     arch = table.architecture(read_config(self.path), self.family) if has_own else self.policy
+    arch = dataclasses.replace(arch, vocab_multiple=self.policy.vocab_multiple)
     return arch.with_score() if self.record.has_score else arch.untrained()
 
   @property

@@ -126,7 +126,7 @@ class Evaluator:
     c, out = self.run.config, {}
     settings = {
       'compute_dtype': c.model.compute_dtype,
-      'param_dtype': c.model.param_dtype,
+      'param_dtype': c.lora.base if c.lora.rank else c.model.param_dtype,
       'max_tokens': c.eval.max_tokens,
     }
     base = functools.cache(

@@ -19,7 +19,14 @@ import numpy as np
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section, user_code
-from ftjax.experiment import compare, data_check, resume, summary
+from ftjax.experiment import (
+  adapter_export,
+  compare,
+  data_check,
+  resume,
+  run_card,
+  summary,
+)
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.run import Run
@@ -112,16 +119,21 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     if exported != latest:
       log.info('exporting the best checkpoint, of step %d', best)
       state = None  # two states may not fit
-      state = checkpoints.restore(best, trainer.saved(trainer.abstract))
+      state = trainer.restore_model(checkpoints, best)
     checkpoints.close()
     params = trainer.model(state)
     del state
-    _export(run, params)
+    _export(run, params, exported)
     evaluator.tuned(params)
+    if c.eval.tasks:
+      run_card.refresh(run.workdir, run.model)
     if experiment.keeps_programs(c):
       folder = experiment.program_folder(run.workdir)
       processes.from_main(lambda: program_cache.record(folder))
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
+    if run.arch.adapter is not None and c.lora.merge:
+      with run.watchdog.phase('export'):
+        adapter_export.export_merged(run, params, _card(run, exported, is_adapter=False))
 
 
 @contextlib.contextmanager
@@ -320,9 +332,19 @@ def _cadence(run: Run) -> Cadence:
   )
 
 
-def _export(run: Run, params: dict) -> None:
-  """Writes the model to export/ of the workdir."""
+def _card(run: Run, step: int, is_adapter: bool) -> bytes:
+  return processes.from_main(
+    lambda: run_card.build(run.workdir, run.model, step, has_results=False, is_adapter=is_adapter)
+  ).encode()
+
+
+def _export(run: Run, params: dict, step: int) -> None:
+  """Writes the model after `step` to export/ of the workdir."""
   with run.watchdog.phase('export'):
+    card = _card(run, step, is_adapter=run.arch.adapter is not None)
+    if run.arch.adapter is not None:
+      adapter_export.export(run, params, card)
+      return
     hf_export.export(
       params,
       run.arch,
@@ -331,4 +353,5 @@ def _export(run: Run, params: dict) -> None:
       tokenizer_files=run.model.files,
       dtype=np.dtype(jnp.dtype(run.config.model.param_dtype)),
       stop_ids=run.model.stop_ids,
+      card=card,
     )

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
+from ftjax.experiment.vocabulary import Vocabulary
 from ftjax.families import llama, table
 from ftjax.hf import load, reward_head
+from ftjax.hf.new_rows import NewRows
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -21,7 +23,8 @@ class Model:
 
   source: HF folder, GGUF file or hub name; '' for a random one.
   stop_ids: tokens that end a completion: the tokenizer's, and the one its template ends turns with.
-  hash_weights: returns the SHA-256 of the weights' content.
+  hash_weights: returns the SHA-256 of the weights' content. new_rows: of tokens that are added to
+  the model; None without.
   """
 
   source: str
@@ -31,15 +34,18 @@ class Model:
   config: dict
   files: dict[str, bytes]
   hash_weights: Callable[[], str]
+  new_rows: NewRows | None = None
 
   @functools.cached_property
   def fingerprint(self) -> str:
     """The SHA-256 of the weights' content and of the architecture; all processes ask for it.
 
-    The same weights under another rope or another epsilon are another model. Before the weights
-    are loaded this reads them; see model_record.py.
+    The same weights under another rope or another epsilon are another model; padding in memory
+    makes none. Before the weights are loaded this reads them; see model_record.py.
     """
-    return digest([self.hash_weights(), self.arch.plain().facts()])
+    facts = dataclasses.replace(self.arch.plain(), vocab_multiple=1).facts()
+    new = [dataclasses.asdict(self.new_rows)] if self.new_rows else []
+    return digest([self.hash_weights(), facts, *new])
 
 
 def random_config(random: dict) -> dict:
@@ -53,7 +59,14 @@ def random_config(random: dict) -> dict:
 
 
 def open_model(
-  path: str, random: dict, seed: int, labels: int = 0, workdir: str = '', family: str = ''
+  path: str,
+  random: dict,
+  seed: int,
+  labels: int = 0,
+  workdir: str = '',
+  family: str = '',
+  vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 - frozen
+  tokenizer_files: Mapping[str, bytes] | None = None,
 ) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
 
@@ -64,12 +77,18 @@ def open_model(
     labels: 1 makes a reward model of a language model.
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
+    vocabulary: what the config changes of the vocabulary.
+    tokenizer_files: in place of those of `path`, such as an adapter's.
 
   Raises:
-    ConfigError: a reward model where a language model is wanted, or a model of another family.
+    ConfigError: a reward model where a language model is wanted, a model of another family, or a
+      token that cannot be added.
   """
   if path:
     found = load.tokenizer_files(path)
+    if tokenizer_files is not None:
+      kept = {n: found[n] for n in ('generation_config.json',) if n in found}
+      found = kept | dict(tokenizer_files) | {'config.json': found['config.json']}
     config = load.read_config(path)
     hash_weights = functools.partial(model_record.fingerprint, path, workdir)
   else:
@@ -77,12 +96,13 @@ def open_model(
     config = random_config(random)
     found['config.json'] = json.dumps(config).encode()
     hash_weights = functools.partial(digest, [config, seed])
+  name = path or 'model.random'
+  found, config, tokenizer, rows = vocabulary.apply(found, config, name)
   arch = table.architecture(config, family)
   table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
   if arch.num_labels and not labels:
     raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
-  arch = dataclasses.replace(arch, num_labels=labels)
-  tokenizer = Tokenizer(found, path or 'model.random')
+  arch = dataclasses.replace(arch, num_labels=labels, vocab_multiple=vocabulary.multiple)
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
       f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
@@ -91,4 +111,4 @@ def open_model(
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
   if labels:
     found, config = reward_head.describe(arch.family, found, config, tokenizer, stops)
-  return Model(path, arch, tokenizer, stops, config, found, hash_weights)
+  return Model(path, arch, tokenizer, stops, config, found, hash_weights, rows)

@@ -7,15 +7,16 @@ import logging
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+import ml_collections
+
 from ftjax.cluster import processes
-from ftjax.config import algorithms, section, user_code
-from ftjax.experiment import model_record
+from ftjax.config import algorithms, keys, section, user_code
+from ftjax.experiment import adapters, init_from, model_record, vocabulary
 from ftjax.experiment.run import Run
-from ftjax.hf import load
+from ftjax.hf import load, peft
 from ftjax.runtime import redaction
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.storage import files
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.training.loop import Progress
 
@@ -31,6 +32,7 @@ _FIXED = (
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
+_FIXED += vocabulary.FIXED + adapters.FIXED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def find(run: Run, checkpoints: Checkpoints) -> Start:
   step = processes.from_main(checkpoints.latest)
   if step is None:
     if c.init_from:
-      check_source(c.init_from)
+      check_source(c)
     return Start(0, None, True)
   saved = checkpoints.meta(step)
   check(saved, run, fingerprints(run))
@@ -111,14 +113,11 @@ def find(run: Run, checkpoints: Checkpoints) -> Start:
   return Start(step, saved, is_left and not has_ended(saved, c.checkpoint.patience))
 
 
-def check_source(workdir: str) -> None:
-  """Refuses an init_from without an export; all processes must see the same one."""
-  export = load.exported(workdir)
-  if export is None:
-    raise ConfigError(
-      f'init_from={workdir}: there is no export/ in it; it is written when a run ends'
-    )
-  processes.check_same('init_from', digest(load.outline(export)))
+def check_source(c: ml_collections.ConfigDict) -> None:
+  """Refuses an init_from that cannot be used; all processes must see the same one."""
+  start = init_from.find(c)
+  held = peft.read(start.adapter).source.stored() if start.adapter else load.outline(start.base)
+  processes.check_same('init_from', digest(held))
 
 
 def check(saved: dict, run: Run, found: dict[str, str]) -> None:
@@ -134,11 +133,13 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     ConfigError: names what changed.
   """
   now = redaction.redact(section.plain(run.config))
-  changed = [k for k in now if saved['config'].get(k) != now[k]]
+  # A checkpoint from before a key existed was written as if it had the default.
+  before = redaction.redact(section.plain(keys.default())) | saved['config']
+  changed = [k for k in now if before.get(k) != now[k]]
   within = saved['step'] % algorithms.steps_per_batch(run.config)
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))
-  fixed = [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
+  fixed = [f'{k}: {before.get(k)!r} -> {now[k]!r}' for k in changed if k in kept]
   code = user_code.fingerprints(run.config)
   edited = [k for k, v in saved.get('code', {}).items() if k in code and code[k] != v]
   fixed += [f'{k}: the code of {now[k]} was edited' for k in edited if k in kept]
@@ -148,6 +149,9 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     fixed += [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in watched]
   if bool(saved['config'].get('optim.ema_decay')) != bool(now['optim.ema_decay']):
     fixed.append('optim.ema_decay switched on or off')
+  # A checkpoint from before there was the key has float32 moments.
+  if (before := saved['config'].get('optim.moments', 'float32')) != now['optim.moments']:
+    fixed.append(f'optim.moments: {before!r} -> {now["optim.moments"]!r}')
   if fixed:
     raise ConfigError(
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '
@@ -173,12 +177,13 @@ def first_fingerprint(run: Run) -> str:
   Raises:
     ConfigError: it is not there.
   """
-  c = run.config
-  if not c.init_from:
+  start = init_from.find(run.config)
+  if start.base:
+    return model_record.fingerprint(start.base, run.workdir)
+  if not start.adapter:
     return run.model.fingerprint
-  check_source(c.init_from)
-  export = files.join(c.init_from, 'export')
-  return model_record.fingerprint(export, run.workdir)
+  adapter = processes.from_main(lambda: peft.read(start.adapter).source.fingerprint())
+  return digest([run.model.fingerprint, adapter])
 
 
 def fingerprints(run: Run) -> dict[str, str]:
@@ -190,5 +195,7 @@ def fingerprints(run: Run) -> dict[str, str]:
   """
   own = {'model': run.model.fingerprint, 'tokenizer': run.model.tokenizer.fingerprint}
   first = functools.partial(first_fingerprint, run)
+  if run.arch.adapter is not None and run.config.init_from:
+    own['init_from'] = first()  # a resume reads it again
   models = {m.name: m.fingerprint(first, run.workdir) for m in run.auxiliary}
   return own | run.data.fingerprints() | {k: v for k, v in models.items() if v is not None}

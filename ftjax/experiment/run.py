@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
-from ftjax.experiment import adapters, model_record, weights
+from ftjax.data.token_cache import Corpus
+from ftjax.experiment import adapters, init_from, model_record, vocabulary, weights
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
 from ftjax.hf import load as hf_load
+from ftjax.hf import peft
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
@@ -158,10 +160,14 @@ class Run:
 
   def eval_batches(self) -> Iterator[dict[str, jax.Array]]:
     """Yields device arrays [B, T] over the evaluation rows."""
+    return self.batches_of(self.data.evaluation)
+
+  def batches_of(self, corpora: Sequence[Corpus]) -> Iterator[dict[str, jax.Array]]:
+    """Yields device arrays [B, T] over all rows of corpora, in order."""
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
-    for corpus in self.data.evaluation:
+    for corpus in corpora:
       for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
         yield place(batch, where)
 
@@ -176,17 +182,40 @@ class Run:
     with self.watchdog.phase('restore'):
       if source and (source == self.model.source or c.init_from):
         model_record.hash_while_loading(source, self.workdir)  # a resume needs its fingerprint
-      return weights.load(source, arch, self.mesh, dtype, c.seed, c.model.family)
+      new = self.model.new_rows
+      return weights.load(source, arch, self.mesh, dtype, c.seed, c.model.family, new)
 
   @property
   def first_source(self) -> str:
-    """Folder of the weights that training starts from, of init_from or model.path; '': random."""
-    init_from = self.config.init_from
-    return hf_load.exported(init_from) if init_from else self.model.source
+    """Folder of the weights that training starts from, of init_from or model.path; '': random. Of
+    an adapter run its base.
+    """
+    return init_from.find(self.config).base or self.model.source
+
+  def first_hash(self) -> str:
+    """Returns the SHA-256 of the weights' content in `first_source`; all processes ask for it."""
+    source = self.first_source
+    if source == self.model.source:
+      return self.model.hash_weights()
+    return model_record.fingerprint(source, self.workdir)
 
   def load_first(self) -> dict:
-    """Returns the model's weights as they are before the first step."""
-    return self.load_params(self.first_source, self.config.model.param_dtype)
+    """Returns the model's weights as they are before the first step.
+
+    Raises:
+      DataError: the adapter of init_from was trained on another base.
+      ConfigError: the section lora describes another adapter than that.
+    """
+    params = self.load_params(self.first_source, self.config.model.param_dtype)
+    adapter = init_from.find(self.config).adapter
+    if not adapter:
+      return params
+    with self.watchdog.phase('restore'):
+      folder = peft.read(adapter)
+      peft.check_base(folder, self.first_source or 'model.random', self.first_hash())
+      places = trees.flatten(sharding.shardings(self.mesh, kinds.axes(self.arch)))
+      leaves = peft.load_adapter(folder, self.arch, places)
+    return trees.unflatten(trees.flatten(params) | leaves)
 
   def load_auxiliary(self, model: AuxiliaryModel, first: dict | None = None) -> dict:
     """Returns the own weights of an auxiliary model as they are before the first step. Arrays of
@@ -225,8 +254,11 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
     random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
-    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family)
-    model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
+    wanted = vocabulary.of(section.flat(c))
+    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
+    continued = bool(c.lora.rank and init_from.find(c).adapter)
+    model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
+    adapters.check_new_tokens(model.arch, model.new_rows is not None)
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)

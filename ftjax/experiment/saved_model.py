@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from ftjax.config import algorithms
+from ftjax.experiment import vocabulary
 from ftjax.experiment.model import Model, open_model
 from ftjax.models import kinds
 from ftjax.runtime import trees
@@ -133,7 +134,10 @@ def _open(workdir: str, step: int) -> SavedModel:
       'model back'
     )
   labels, family = algorithms.find(config['algorithm']).num_labels, config.get('model.family', '')
-  model = open_model(path, dict(random), config['seed'], labels=labels, family=family)
+  wanted = vocabulary.of(config)
+  model = open_model(
+    path, dict(random), config['seed'], labels=labels, family=family, vocabulary=wanted
+  )
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

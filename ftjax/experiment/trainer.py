@@ -55,10 +55,11 @@ class Trainer:
 
   def __init__(self, run: Run, loss_fn: LossFn):
     c = run.config
-    if c.model.param_dtype == 'bfloat16':
+    if c.model.param_dtype == 'bfloat16' and c.optim.rounding == 'nearest':
       log.warning(
         'model.param_dtype=bfloat16: steps smaller than about 1/256 of a weight change nothing, '
-        'and with a usual optim.lr most are; float32 trains better where memory allows it'
+        'and with a usual optim.lr most are; set optim.rounding=stochastic, or, where memory '
+        'allows it, model.param_dtype=float32'
       )
     self.run = run
     # Auxiliary models that are part of the state and do not change.
@@ -70,6 +71,7 @@ class Trainer:
     )
     names = (
       'name',
+      'moments',
       'b1',
       'b2',
       'eps',
@@ -105,6 +107,7 @@ class Trainer:
       schedule=self.schedule,
       clip_norm=c.optim.clip_norm,
       ema_decay=c.optim.ema_decay,
+      is_stochastic=c.optim.rounding == 'stochastic',
       seed=c.seed,
     )
 
@@ -151,8 +154,16 @@ class Trainer:
     if not self._base and not self._constant:
       return self._with_derived(state)
     first = self.run.load_first()
-    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, self._load_base(first)))
+    state = self._with_base(state, first)
     return self._with_constant(self._with_derived(state), self._load_constant(first))
+
+  def restore_model(self, checkpoints: Checkpoints, step: int) -> State:
+    """Returns the state saved at a step, for `model`: without constant auxiliary models."""
+    state = checkpoints.restore(step, self.saved(self.abstract))
+    return self._with_base(state, self.run.load_first()) if self._base else state
+
+  def _with_base(self, state: State, first: dict) -> State:
+    return dataclasses.replace(state, frozen=trees.merge(state.frozen, self._load_base(first)))
 
   def _load_base(self, first: dict) -> dict:
     """Returns the leaves of frozen bases under adapters; first: the weights that training starts

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ftjax.experiment import vocabulary
 from ftjax.families import table
 from ftjax.hf import load as hf_load
+from ftjax.hf import peft
+from ftjax.hf.new_rows import NewRows
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import sharding, trees
@@ -16,25 +19,43 @@ from ftjax.runtime.errors import ConfigError
 _random = jax.jit(kinds.init, static_argnums=(0, 2))
 
 
-def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int, family: str) -> dict:
+def load(
+  source: str,
+  arch: Architecture,
+  mesh: Mesh,
+  dtype: str,
+  seed: int,
+  family: str,
+  new_rows: NewRows | None = None,
+) -> dict:
   """Returns the parameters of a model as a nested dict of sharded arrays.
 
   Args:
-    source: HF folder or GGUF file; '': random weights by `seed`.
+    source: HF folder, GGUF file, or PEFT folder with the adapter of `arch`, whose base is read too;
+      '': random weights by `seed`.
     arch: the architecture wanted. A language model in `source` becomes a reward model where it has
       a score: its head goes, and a random score takes its place.
     mesh: the mesh.
     dtype: of all parameters.
     seed: of random weights.
     family: value of model.family.
+    new_rows: of tokens that are added to the model, which `source` may hold already.
 
   Raises:
-    ConfigError: `source` holds a model of another architecture.
+    ConfigError: `source` holds a model of another architecture or vocabulary.
   """
   dtype, key = jnp.dtype(dtype), jax.random.key(seed)
   if not source:
     return _random(arch, key, dtype)
-  found = table.architecture(hf_load.read_config(source), family) if arch.num_labels else arch
+  if (adapter := peft.find(source)) is not None:
+    return _adapted(adapter, arch, mesh, dtype, key)
+  found = table.architecture(hf_load.read_config(source), family)
+  missing = vocabulary.missing_rows(source, found.vocab_size, arch.vocab_size, new_rows)
+  found = dataclasses.replace(
+    found if arch.num_labels else arch,
+    vocab_size=arch.vocab_size,
+    vocab_multiple=arch.vocab_multiple,
+  )
   plain = arch.plain()
   if dataclasses.replace(found.plain(), num_labels=arch.num_labels) != plain:
     raise ConfigError(
@@ -42,10 +63,28 @@ def load(source: str, arch: Architecture, mesh: Mesh, dtype: str, seed: int, fam
     )
   found = dataclasses.replace(arch, num_labels=found.num_labels)
   where = sharding.shardings(mesh, kinds.axes(found))
-  params = hf_load.load_params(source, found, where, dtype, seed)
+  params = hf_load.load_params(source, found, where, dtype, seed, missing)
   if found.num_labels == arch.num_labels:
     return params
   return {k: v for k, v in params.items() if k != 'head'} | _score(arch, key, dtype)
+
+
+def _adapted(
+  folder: peft.PeftFolder, arch: Architecture, mesh: Mesh, dtype: jnp.dtype, key: jax.Array
+) -> dict:
+  """Returns the parameters of the base that a PEFT folder names, with its adapter."""
+  if arch.adapter is None:
+    raise ConfigError(
+      f'{folder.place} holds an adapter; set the keys of section lora as it was trained'
+    )
+
+  def shardings(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
+  if folder.base.path:
+    return peft.load_params(folder, folder.base.path, arch, shardings, dtype)
+  flat = trees.flatten(_random(arch, key, dtype))
+  return trees.unflatten(flat | peft.load_adapter(folder, arch, trees.flatten(shardings(arch))))
 
 
 def derived_from(first: dict, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ftjax.families import hf_config, tensor_map
+from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.tensor_map import Binding, Row, Sizes
 from ftjax.models.architecture import Architecture
@@ -21,7 +22,8 @@ class Family:
   change the computation are refused. read: (config, family name) -> architecture. write: the
   inverse, a complete config.json. rows, sizes: see tensor_map. unused: HF tensors that may be in a
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
-  tied model may repeat the first as the second.
+  tied model may repeat the first as the second. gguf: the family in GGUF files; None where it is
+  neither read from them nor written to them.
   """
 
   model_types: tuple[str, ...]
@@ -33,6 +35,7 @@ class Family:
   unused: re.Pattern
   tied: tuple[str, str]
   sizes: Sizes = tensor_map.decoder_sizes
+  gguf: Gguf | None = None
 
   def architecture(self, config: dict[str, Any], name: str) -> Architecture:
     """Returns the architecture of a config.json of this family, named `name`.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ftjax.families import hf_rope
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import (
@@ -61,9 +62,18 @@ ROWS = (
   Row(f'{_ATTENTION}q_proj.weight', 'NH D', 'attn/q/w', 'DNH', gguf='blk.{l}.attn_q.weight'),
   Row(f'{_ATTENTION}k_proj.weight', 'KH D', 'attn/k/w', 'DKH', gguf='blk.{l}.attn_k.weight'),
   Row(f'{_ATTENTION}v_proj.weight', 'KH D', 'attn/v/w', 'DKH', gguf='blk.{l}.attn_v.weight'),
-  Row(f'{_ATTENTION}q_proj.bias', 'NH', 'attn/q/b', 'NH', _biased),
-  Row(f'{_ATTENTION}k_proj.bias', 'KH', 'attn/k/b', 'KH', _biased),
-  Row(f'{_ATTENTION}v_proj.bias', 'KH', 'attn/v/b', 'KH', _biased),
+  Row(
+    *(f'{_ATTENTION}q_proj.bias', 'NH', 'attn/q/b', 'NH', _biased),
+    gguf='blk.{l}.attn_q.bias',
+  ),
+  Row(
+    *(f'{_ATTENTION}k_proj.bias', 'KH', 'attn/k/b', 'KH', _biased),
+    gguf='blk.{l}.attn_k.bias',
+  ),
+  Row(
+    *(f'{_ATTENTION}v_proj.bias', 'KH', 'attn/v/b', 'KH', _biased),
+    gguf='blk.{l}.attn_v.bias',
+  ),
   Row(f'{_ATTENTION}o_proj.weight', 'D NH', 'attn/o/w', 'NHD', gguf='blk.{l}.attn_output.weight'),
   Row(
     *('model.layers.{l}.post_attention_layernorm.weight', 'D', 'mlp_norm/scale', 'D'),
@@ -229,4 +239,10 @@ LLAMA = Family(
   rows=ROWS,
   unused=UNUSED,
   tied=TIED,
+  gguf=Gguf(
+    arch='llama',
+    fixed=(('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)),
+    interleaved=('.q_proj.weight', '.k_proj.weight'),
+    scales_rope=True,
+  ),
 )

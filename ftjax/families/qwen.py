@@ -4,6 +4,7 @@ from typing import Any
 
 from ftjax.families import llama
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
 from ftjax.models.architecture import Architecture
 
@@ -31,4 +32,5 @@ QWEN2 = Family(
   rows=llama.ROWS,
   unused=llama.UNUSED,
   tied=llama.TIED,
+  gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), normalizes=True),
 )

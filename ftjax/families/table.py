@@ -56,6 +56,16 @@ def find(config: Mapping[str, Any], own: str = '') -> str:
   )
 
 
+def of_gguf(arch: str) -> Family | None:
+  """Returns the first shipped family of a general.architecture of GGUF files; None without one."""
+  return next((f for f in FAMILIES.values() if f.gguf and f.gguf.arch == arch), None)
+
+
+def gguf_archs() -> list[str]:
+  """Returns the architectures of GGUF files that shipped families have."""
+  return list(dict.fromkeys(f.gguf.arch for f in FAMILIES.values() if f.gguf))
+
+
 def architecture(config: Mapping[str, Any], own: str = '') -> Architecture:
   """Returns the architecture of a config.json; `own` as in `find`.
 

@@ -135,8 +135,10 @@ class Binding:
 
   def to_hf(self, value: np.ndarray) -> np.ndarray:
     """Returns the HF tensor, or this part of it with an axis of its own size where it is fused:
-    the inverse of reading the whole place.
+    the inverse of reading the whole place. Padding of the vocabulary, beyond the place's shape, is
+    left out.
     """
+    value = value[tuple(map(slice, self.shape))]
     value = value.transpose([self.axes.index(a) for a in self.letters])
     shape = []
     for axis, (outer, inner) in enumerate(self.words):

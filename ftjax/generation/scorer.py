@@ -56,7 +56,8 @@ class Scorer:
         places = Tokens(jnp.ones_like(positions), positions)
         x, _ = kinds.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
-      totals.append(head.token_logprobs(states, table, labels, weight).sum(-1))
+      logp = head.token_logprobs(states, table, labels, weight, vocab=self.arch.vocab_size)
+      totals.append(logp.sum(-1))
     return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it
 
   def score(

@@ -10,17 +10,18 @@ files keep the source's content.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftjax.families import table, tensor_map
-from ftjax.hf import layout, model_folder
+from ftjax.families.tensor_map import Binding
+from ftjax.hf import layout, model_card, model_folder, peft_config
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.safetensors import MAX_SHARD_BYTES, write_folder
 from ftjax.hf.tensor_source import TensorInfo
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
   # `convert` writes through here without jax; only `export` needs it.
   import jax
 
-
-_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+log = logging.getLogger(__name__)
 
 
 def is_ours(path: Path) -> bool:
@@ -46,8 +46,9 @@ def is_ours(path: Path) -> bool:
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
-  known = path.name in model_folder.MODEL_FILES or model_folder.is_side_file(path.name)
-  return known or bool(_WEIGHTS.fullmatch(path.name))
+  if path.name == model_card.FILE:
+    return model_card.is_card(path.read_bytes())
+  return model_folder.is_model_file(path.name)
 
 
 @contextlib.contextmanager
@@ -103,7 +104,8 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
     temp.remove_tree()
     raise
   new, old = _objects(temp), _objects(target)
-  marks = ('config.json', INDEX_FILE)  # removed in this order, written in the reverse
+  # Removed in this order, written in the reverse.
+  marks = ('config.json', peft_config.CONFIG_FILE, INDEX_FILE)
   try:
     for name in (*(m for m in marks if m in old), *sorted(old.keys() - new.keys() - {*marks})):
       with contextlib.suppress(FileNotFoundError):  # a second try whose first one came through
@@ -140,11 +142,36 @@ def write_model(
     DataError: the target is there and is not a model folder.
   """
   with whole_folder(target) as folder:
-    for name, content in files.items():
+    for name, content in (dict(files) | _edited_card(files_lib.as_path(target))).items():
       place = folder / name
       place.parent.mkdir(exist_ok=True)
       place.write_bytes(content)
     write_folder(folder, tensors, read, max_shard_bytes)
+
+
+def _edited_card(target: Path) -> dict[str, bytes]:
+  """Returns the model card of a folder that is replaced, if somebody edited it."""
+  path = target / model_card.FILE
+  if not path.is_file() or model_card.is_unchanged(content := path.read_bytes()):
+    return {}
+  log.warning(
+    '%s was edited since ftjax wrote it: it is kept, and describes the model before. Remove it '
+    'for a new one',
+    path,
+  )
+  return {model_card.FILE: content}
+
+
+def replace_card(target: str | os.PathLike, content: str) -> None:
+  """Replaces README.md of a model folder atomically."""
+  path = files_lib.as_path(target) / model_card.FILE
+  if files_lib.is_remote(target):
+    files_lib.write_text(path, content)
+    return
+  # Beside the folder: a process that is killed here must leave no foreign file in it.
+  temp = path.parent.with_name(f'.{path.parent.name}.card')
+  files_lib.write_text(temp, content)
+  temp.replace(path)
 
 
 def config_file(source: Mapping[str, Any], original: bytes | None, dtype: np.dtype) -> bytes:
@@ -191,17 +218,19 @@ def export(
   tokenizer_files: Mapping[str, bytes],
   dtype: np.dtype,
   stop_ids: tuple[int, ...],
+  card: bytes | None = None,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ):
   """Writes parameters as a HF folder: HF names and layout, unstacked, one tensor on the host at a
   time.
 
   Every process of a run calls this, since gathering a tensor needs all of them; process 0 writes.
-  Adapters and derived leaves are not written.
+  An adapter is merged (`kinds.with_merged`), one tensor at a time. Derived leaves are not written.
 
   Args:
     params: nested dict of (possibly sharded) arrays.
-    arch: the model.
+    arch: the model; from `kinds.with_merged`, base and adapter are written as one model, each layer
+      merged when it is written.
     target: folder to write, replaced if it is a model folder.
     source_config: the model's config.json as `load.read_config` gave it, whose keys and values are
       kept; None for a random model.
@@ -209,33 +238,17 @@ def export(
       tokens and dtype.
     dtype: of the written tensors.
     stop_ids: token ids that end a completion.
+    card: README.md; None for none.
 
   Raises:
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
-  # They import jax.
-  from ftjax.cluster import processes
-  from ftjax.models import kinds
+  from ftjax.cluster import processes  # imports jax
 
-  leaves, dtype = trees.flatten(params), np.dtype(dtype)
-  bindings = layout.by_tensor(arch)
-  wanted = layout.leaf_shapes(arch)
-  # Adapters and derived leaves are no tensors of the model's files.
-  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
-  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
-  if found != wanted:
-    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    raise ValueError(
-      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
-      'in all'
-    )
-
-  def read(name: str) -> np.ndarray:
-    parts = [(b, _on_host(leaves[b.leaf], b.at)) for b in bindings[name]]
-    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
-
+  dtype = np.dtype(dtype)
+  read = host_reader(params, arch, dtype)
   if not processes.is_main():
-    for name in bindings:
+    for name in layout.by_tensor(arch):
       read(name)
     return
   config = table.config(arch) if source_config is None else source_config
@@ -244,11 +257,78 @@ def export(
   generation = generation_file(files.get('generation_config.json'), config, stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
+  if card is not None:
+    files[model_card.FILE] = card
   write_model(target, layout.hf_tensors(arch, dtype), read, files, max_shard_bytes)
 
 
-def _on_host(leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array."""
+def host_reader(
+  params: Mapping, arch: Architecture, dtype: np.dtype
+) -> Callable[[str], np.ndarray]:
+  """Returns a function that gives a HF tensor by its name, on the host, in HF's layout.
+
+  Every process of a run calls it for the same names in the same order.
+
+  Args:
+    params: nested dict of (possibly sharded) arrays.
+    arch: the model; an adapter is merged, derived leaves are no HF tensors.
+    dtype: of the tensors.
+  """
+  bindings = layout.by_tensor(arch)
+  pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
+
+  def read(name: str) -> np.ndarray:
+    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
+    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
+
+  return read
+
+
+# What picks the part of a leaf that a binding names: (array, its index in it).
+Picker = Callable[[Binding], tuple['jax.Array', Sequence[int]]]
+
+
+def _leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the parameters of a model without adapters.
+
+  Raises:
+    ValueError: the parameters are not those of the architecture.
+  """
+  from ftjax.models import kinds
+
+  leaves, wanted = trees.flatten(params), layout.leaf_shapes(arch)
+  # Derived leaves are no tensors of the model's files.
+  own = {n for n, p in kinds.declared(arch).items() if p.origin != 'base'}
+  found = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name not in own}
+  padded = {n: p.shape for n, p in kinds.declared(arch).items() if p.padding}
+  found |= {n: wanted[n] for n, shape in padded.items() if found.get(n) == shape}
+  if found != wanted:
+    wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    raise ValueError(
+      f'{wrong[0]} is {found.get(wrong[0])}, expected {wanted.get(wrong[0])}; {len(wrong)} differ '
+      'in all'
+    )
+  return lambda binding: (leaves[binding.leaf], binding.at)
+
+
+def _merged_leaves(params: Mapping, arch: Architecture) -> Picker:
+  """Returns what picks from the model after merging its adapter, one layer at a time."""
+  import jax.numpy as jnp
+
+  from ftjax.models import kinds
+
+  def pick(binding):
+    layer, *rest = binding.at or (None,)
+    which = None if layer is None else jnp.int32(layer)
+    return kinds.merged(arch, params, binding.leaf, which), rest
+
+  return pick
+
+
+def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
+  """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
+  processes call it.
+  """
   import jax
 
   # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the

@@ -3,41 +3,29 @@ HF config.
 
 Quantized tensors are dequantized row by row to float32 by the `gguf` package. The `llama`
 architecture stores Q and K for interleaved rotary embedding; they are put back into HF's
-half-rotation order here. The tokenizer is in `gguf_tokenizer.py`.
+half-rotation order here. Names and metadata keys are in families/gguf.py, the tokenizer is in
+`gguf_tokenizer.py`, the way out in `gguf_export.py`.
 """
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ftjax.families import llama, table
+from ftjax.families import gguf, hf_rope, table
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  Rope,
-  RopeScaling,
-)
+from ftjax.models.architecture import Architecture, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
 
-# {name in a GGUF file: HF name}, each with {l} for the layer.
-_NAMES = {row.gguf: row.hf for row in llama.ROWS if row.gguf}
-_ROPE_TENSOR = 'rope_freqs.weight'
-
 
 class GGUFSource(TensorSource):
-  """Reads tensors, as float32, from one GGUF file of the `llama` architecture.
+  """Reads tensors, as float32, from one GGUF file of a family that families/ knows.
 
   Of a model in several parts the first is given; the others are in the same folder.
 
@@ -53,11 +41,14 @@ class GGUFSource(TensorSource):
     self._reader = parts[0].reader
     self.metadata = {k: v for k, v in self._reader.fields.items() if not k.startswith('GGUF.')}
     arch = self.field('general.architecture')
-    if arch != 'llama':
+    family = table.of_gguf(arch)
+    if family is None or family.gguf is None:
       raise DataError(
-        f'{path}: general.architecture={arch!r} is not supported; supported: llama. Other families '
-        'are read from their HF folder'
+        f'{path}: general.architecture={arch!r} is not supported; supported: '
+        f'{", ".join(table.gguf_archs())}. Other families are read from their HF folder'
       )
+    self._family, self._gguf = family, family.gguf
+    self.normalizes = family.gguf.normalizes
     self._stored: dict[str, tuple[Path, Any]] = {}  # (file, tensor of the reader)
     self.tensors: dict[str, TensorInfo] = {}
     self._rope_factors: np.ndarray | None = None
@@ -71,8 +62,13 @@ class GGUFSource(TensorSource):
       raise DataError(
         f'{path}: {tensor.name} is {kind}; supported: {", ".join(TYPES)}. Requantize, e.g. to Q8_0'
       )
-    is_rope = tensor.name == _ROPE_TENSOR
-    name = tensor.name if is_rope else _hf_name(tensor.name, str(path))
+    is_rope = tensor.name == gguf.ROPE_TENSOR and self._gguf.scales_rope
+    name = tensor.name if is_rope else gguf.hf_name(self._family.rows, tensor.name)
+    if name is None:
+      raise DataError(
+        f'{path}: no HF name is known for tensor {tensor.name}; this decoder does not compute with '
+        'it'
+      )
     if name in self._stored:
       raise DataError(f'{path}: {tensor.name} is also in {self._stored[name][0].name}')
     self._stored[name] = path, tensor
@@ -82,6 +78,10 @@ class GGUFSource(TensorSource):
     # GGUF lists the fastest axis first.
     shape = tuple(int(n) for n in reversed(tensor.shape))
     self.tensors[name] = TensorInfo(shape, np.dtype(np.float32))
+
+  def key(self, name: str) -> str:
+    """Returns the metadata key of a setting of the architecture: 'llama.block_count'."""
+    return f'{self._gguf.arch}.{name}'
 
   def field(self, key: str, default: Any = None) -> Any:
     """Returns a metadata value as a Python value, or `default`."""
@@ -118,7 +118,7 @@ class GGUFSource(TensorSource):
     """Returns a tensor or a part of it as float32; dequantizes only the rows that it needs."""
     shape = self.tensors[name].shape
     index = full_index(shape, index)
-    if not name.endswith(('.q_proj.weight', '.k_proj.weight')):
+    if not name.endswith(self._gguf.interleaved):
       return np.ascontiguousarray(self._dequantize(name, index[0])[(slice(None), *index[1:])])
     head_dim = self._head_dim()
     begin, end, _ = index[0].indices(shape[0])
@@ -172,10 +172,11 @@ class GGUFSource(TensorSource):
     return out
 
   def _head_dim(self) -> int:
-    for key in ('llama.attention.key_length', 'llama.rope.dimension_count'):
-      if key in self.metadata:
-        return self.count(key)
-    return self.count('llama.embedding_length') // self.count('llama.attention.head_count')
+    for name in ('attention.key_length', 'rope.dimension_count'):
+      if self.key(name) in self.metadata:
+        return self.count(self.key(name))
+    heads = self.count(self.key('attention.head_count'))
+    return self.count(self.key('embedding_length')) // heads
 
   def architecture(self) -> Architecture:
     """Returns sizes and constants from the metadata.
@@ -183,43 +184,47 @@ class GGUFSource(TensorSource):
     Raises:
       DataError: a key is missing, or a rotary embedding that is neither plain nor `llama3`.
     """
-    heads, head_dim = self.count('llama.attention.head_count'), self._head_dim()
-    theta = self.number('llama.rope.freq_base', 10000.0)
-    if self.field('llama.rope.dimension_count', head_dim) != head_dim:
+    stated = self._stated_config()
+    try:
+      return table.architecture(stated)
+    except DataError as error:
+      raise DataError(f'{self.place}, as {error}') from error
+
+  def _stated_config(self) -> dict[str, Any]:
+    """Returns the keys of a config.json that the metadata and the tensors give."""
+    config: dict[str, Any] = {'model_type': self._family.model_types[0]} | dict(self._gguf.fixed)
+    defaults: dict[str, float] = {'rope.freq_base': 10000.0}
+    defaults['attention.head_count_kv'] = self.count(self.key('attention.head_count'))
+    defaults['attention.key_length'] = head_dim = self._head_dim()
+    for name, key in gguf.KEYS.items():
+      is_number = name in ('rope.freq_base', 'attention.layer_norm_rms_epsilon')
+      read = self.number if is_number else self.count
+      config[key] = read(self.key(name), defaults.get(name))  # type: ignore[operator]
+    embed, head = self._family.tied
+    if embed not in self.tensors:
+      raise DataError(f'{self.place}: {gguf.gguf_name(self._family.rows, embed)} is missing')
+    config['vocab_size'] = self.tensors[embed].shape[0]
+    config['tie_word_embeddings'] = head not in self.tensors
+    if scaling := self._rope_scaling(config['rope_theta'], head_dim):
+      config['rope_scaling'] = hf_rope.write(scaling)
+    return config
+
+  def _rope_scaling(self, theta: float, head_dim: int) -> RopeScaling | None:
+    if self.field(self.key('rope.dimension_count'), head_dim) != head_dim:
       raise DataError(
-        f'{self.place}: rotary embedding of a part of the head (llama.rope.dimension_count) is not '
-        'supported'
+        f'{self.place}: rotary embedding of a part of the head '
+        f'({self.key("rope.dimension_count")}) is not supported'
       )
-    kind = self.field('llama.rope.scaling.type', 'none')
+    kind = self.field(self.key('rope.scaling.type'), 'none')
     if kind != 'none' and (kind != 'llama3' or self._rope_factors is None):
       raise DataError(
-        f'{self.place}: llama.rope.scaling.type={kind!r} is not supported; supported: none, llama3'
+        f'{self.place}: {self.key("rope.scaling.type")}={kind!r} is not supported; supported: '
+        'none, llama3'
       )
-    scaling = None
-    if self._rope_factors is not None:
-      original = self.field('llama.rope.scaling.original_context_length')
-      scaling = llama3_scaling(self._rope_factors, theta, head_dim, original, self.place)
-    embed = self.tensors.get('model.embed_tokens.weight')
-    if embed is None:
-      raise DataError(f'{self.place}: token_embd.weight is missing')
-    norm = Norm(self.number('llama.attention.layer_norm_rms_epsilon'))
-    mixer = AttentionSpec(
-      num_heads=heads,
-      num_kv_heads=self.count('llama.attention.head_count_kv', heads),
-      head_dim=head_dim,
-      rope=Rope(theta, scaling),
-    )
-    mlp = GatedMlpSpec(self.count('llama.feed_forward_length'))
-    block = BlockSpec(mixer, mlp, norm)
-    return Architecture(
-      family='llama',
-      vocab_size=embed.shape[0],
-      model_dim=self.count('llama.embedding_length'),
-      stacks=(((block,), self.count('llama.block_count')),),
-      final_norm=norm,
-      tied='lm_head.weight' not in self.tensors,
-      max_len=self.count('llama.context_length'),
-    )
+    if self._rope_factors is None:
+      return None
+    original = self.field(self.key('rope.scaling.original_context_length'))
+    return llama3_scaling(self._rope_factors, theta, head_dim, original, self.place)
 
   def config(self) -> dict[str, Any]:
     """Returns a HF config.json."""
@@ -235,17 +240,6 @@ TOKEN_ID_KEYS = {
 }
 
 
-def _hf_name(name: str, place: str) -> str:
-  layer = re.match(r'blk\.(\d+)\.', name)
-  number = layer[1] if layer else ''
-  found = _NAMES.get(name.replace(f'blk.{number}.', 'blk.{l}.', 1))
-  if found is None:
-    raise DataError(
-      f'{place}: no HF name is known for tensor {name}; this decoder does not compute with it'
-    )
-  return found.replace('{l}', number)
-
-
 def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
   """Puts each head's rows, stored in the order 0, H/2, 1, H/2 + 1, ..., in the order 0 .. H-1.
 
@@ -254,6 +248,12 @@ def half_rotation(rows: np.ndarray, head_dim: int) -> np.ndarray:
     head_dim: H.
   """
   heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+  return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
+  """Undoes `half_rotation`: puts each head's rows in the order 0, H/2, 1, H/2 + 1, ..."""
+  heads = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
   return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -290,7 +290,7 @@ def llama3_scaling(
   factors = np.asarray(factors, np.float64)
   if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all():
     raise DataError(
-      f'{place}: {_ROPE_TENSOR} has shape {factors.shape}; expected ({head_dim // 2},) finite '
+      f'{place}: {gguf.ROPE_TENSOR} has shape {factors.shape}; expected ({head_dim // 2},) finite '
       'numbers'
     )
   if (factors == 1).all():
@@ -298,8 +298,8 @@ def llama3_scaling(
   factor = float(factors.max())
   ramp = (factors > 1 + 1e-6) & (factors < factor * (1 - 1e-6))
   refuse = DataError(
-    f'{place}: {_ROPE_TENSOR} does not determine a llama3 rope scaling; put the HF folder of this '
-    'model in its place'
+    f'{place}: {gguf.ROPE_TENSOR} does not determine a llama3 rope scaling; put the HF folder of '
+    'this model in its place'
   )
   if ramp.sum() < 2 or factors[-1] != factor:
     raise refuse

@@ -2,17 +2,19 @@
 
 `gpt2` vocabularies are byte-level BPE with merges in the file and a pre-tokenizer named by
 `tokenizer.ggml.pre`; `llama` vocabularies are SentencePiece BPE, whose merges are implied by the
-scores. Other kinds are refused.
+scores. Other kinds are refused. gguf_vocabulary.py is the way out.
 """
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftjax.hf.gguf import GGUFSource
 from ftjax.runtime.errors import DataError
 
 # tokenizer.ggml.token_type
-_CONTROL, _USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+STOPS = ('eos', 'eot', 'eom')
 
 _LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -21,9 +23,21 @@ _LLAMA3_SPLIT = (
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
 
 
-def _pre_tokenizer(pre: str, place: str):
-  """Returns the pre-tokenizer that `tokenizer.ggml.pre` names."""
-  from tokenizers import Regex, pre_tokenizers
+class Splitting(NamedTuple):
+  """What a name in `tokenizer.ggml.pre` stands for, in objects of `tokenizers`.
+
+  normalizer: None for none; that of the models' own tokenizers, since llama.cpp applies none.
+  ignore_merges: whether a word that is a token is taken whole, whatever the merges say.
+  """
+
+  pre_tokenizer: Any
+  normalizer: Any = None
+  ignore_merges: bool = False
+
+
+def splittings() -> dict[str, Splitting]:
+  """Returns every name in `tokenizer.ggml.pre` that is supported, with its meaning."""
+  from tokenizers import Regex, normalizers, pre_tokenizers
 
   def split(pattern):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -32,46 +46,60 @@ def _pre_tokenizer(pre: str, place: str):
     )
 
   gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-  match pre:
-    case 'gpt-2' | 'default':
-      return gpt2
-    case 'smollm':
-      return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    case 'llama-bpe':
-      return split(_LLAMA3_SPLIT)
-    case 'qwen2':
-      return split(_QWEN2_SPLIT)
-  raise DataError(
-    f'{place}: tokenizer.ggml.pre={pre!r} is not supported; supported: smollm, llama-bpe, gpt-2, '
-    'default, qwen2. '
-    'Use the HF folder of this model'
-  )
+  digits = pre_tokenizers.Digits(individual_digits=True)
+  return {
+    'gpt-2': Splitting(gpt2),
+    'smollm': Splitting(pre_tokenizers.Sequence([digits, gpt2])),
+    'llama-bpe': Splitting(split(_LLAMA3_SPLIT), ignore_merges=True),
+    'qwen2': Splitting(split(_QWEN2_SPLIT), normalizers.NFC()),
+  }
+
+
+def _splitting(pre: str, place: str) -> Splitting:
+  known = splittings()
+  name = 'gpt-2' if pre == 'default' else pre
+  if name not in known:
+    raise DataError(
+      f'{place}: tokenizer.ggml.pre={pre!r} is not supported; supported: {", ".join(known)}, '
+      'default. Use the HF folder of this model'
+    )
+  return known[name]
 
 
 def _byte_level(source: GGUFSource, tokens: list[str]):
   from tokenizers import Tokenizer, decoders, models
 
-  pre = source.field('tokenizer.ggml.pre', 'default')
+  split = _splitting(source.field('tokenizer.ggml.pre', 'default'), source.place)
   merges = [tuple(merge.split(' ')) for merge in source.need('tokenizer.ggml.merges')]
-  vocab = {token: i for i, token in enumerate(tokens)}
-  # Llama 3's own tokenizer takes a word that is a token whole, whatever the merges say.
   bpe = models.BPE(
-    vocab=vocab,
+    vocab=_vocabulary(source, tokens),
     merges=merges,
     fuse_unk=False,
     byte_fallback=False,
-    ignore_merges=pre == 'llama-bpe',
+    ignore_merges=split.ignore_merges,
   )
   tokenizer = Tokenizer(bpe)
-  tokenizer.pre_tokenizer = _pre_tokenizer(pre, source.place)
+  if split.normalizer is not None and source.normalizes:
+    tokenizer.normalizer = split.normalizer
+  tokenizer.pre_tokenizer = split.pre_tokenizer
   tokenizer.decoder = decoders.ByteLevel()
   return tokenizer
+
+
+def filler(token_id: int) -> str:
+  """Returns the text that stands for a row of the embedding that is no token."""
+  return f'[PAD{token_id}]'
+
+
+def _vocabulary(source: GGUFSource, tokens: list[str]) -> dict[str, int]:
+  types = source.field('tokenizer.ggml.token_type', [])
+  unused = {i for i, kind in enumerate(types) if kind == UNUSED}
+  return {t: i for i, t in enumerate(tokens) if not (i in unused and t == filler(i))}
 
 
 def _sentencepiece(source: GGUFSource, tokens: list[str]):
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-  vocab = {token: i for i, token in enumerate(tokens)}
   stated = source.field('tokenizer.ggml.merges')
   if stated is not None:
     merges = [tuple(merge.split(' ')) for merge in stated]
@@ -79,7 +107,7 @@ def _sentencepiece(source: GGUFSource, tokens: list[str]):
     merges = implied_merges(tokens, source.need('tokenizer.ggml.scores'))
   unk = source.field('tokenizer.ggml.unknown_token_id')
   bpe = models.BPE(
-    vocab=vocab,
+    vocab=_vocabulary(source, tokens),
     merges=merges,
     unk_token=None if unk is None else tokens[unk],
     fuse_unk=True,
@@ -138,9 +166,9 @@ def build(source: GGUFSource):
   tokenizer = makers[kind](source, tokens)
   types = source.field('tokenizer.ggml.token_type', [])
   for token, token_type in zip(tokens, types, strict=False):
-    if token_type == _CONTROL:
+    if token_type in (CONTROL, UNKNOWN):
       tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-    elif token_type == _USER_DEFINED:
+    elif token_type == USER_DEFINED:
       tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
   if processor := _post_processor(source, tokens):
     tokenizer.post_processor = processor
@@ -202,16 +230,14 @@ def files(source: GGUFSource) -> dict[str, bytes]:
     'add_bos_token': _adds_bos(source),
     'add_eos_token': bool(source.field('tokenizer.ggml.add_eos_token', False)),
     'clean_up_tokenization_spaces': False,
-    'model_max_length': int(source.need('llama.context_length')),
+    'model_max_length': int(source.need(source.key('context_length'))),
   }
   config |= {name: tokens[i] for name, i in ids.items() if i is not None}
   if template := source.field('tokenizer.chat_template'):
     config['chat_template'] = template
-  # An end-of-turn token stops generation as the end of text does.
-  stops = [
-    i for i in (ids['eos_token'], source.field('tokenizer.ggml.eot_token_id')) if i is not None
-  ]
-  stops = list(dict.fromkeys(int(i) for i in stops))
+  # Tokens that end a turn or a message stop generation as the end of text does.
+  stops = [source.field(f'tokenizer.ggml.{kind}_token_id') for kind in STOPS]
+  stops = list(dict.fromkeys(int(i) for i in stops if i is not None))
   generation: dict[str, Any] = {}
   if ids['bos_token'] is not None:
     generation['bos_token_id'] = int(ids['bos_token'])

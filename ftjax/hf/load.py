@@ -24,6 +24,7 @@ from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
 from ftjax.hf.gguf import GGUFSource
+from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorSource, row_blocks
 from ftjax.hf.weight_files import parse_json
@@ -43,18 +44,21 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revis
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
-  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model.
+  """Returns the tensor source of a HF folder, of a GGUF file, or of a folder with one GGUF model;
+  of a PEFT folder its own tensors.
 
   A process opens the same files once: what their weights were hashed for is then known to whoever
   asks for the fingerprint, and headers are read once.
   """
-  path = model_folder.locate(path, weights=True)
+  path = model_folder.locate_any(path)
   return _cached_source(path, stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
 def _cached_source(path: str, stamped: tuple) -> TensorSource:
   del stamped  # files that changed are opened again
+  if model_folder.is_adapter(files.as_path(path)):
+    return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
   return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
@@ -198,7 +202,12 @@ def _check_tied(source: TensorSource, embed: str, head: str):
 
 
 def load_params(
-  path: str | os.PathLike, arch: Architecture, shardings: Mapping, dtype: np.dtype, seed: int = 0
+  path: str | os.PathLike,
+  arch: Architecture,
+  shardings: Mapping,
+  dtype: np.dtype,
+  seed: int = 0,
+  new_rows: NewRows | None = None,
 ) -> dict[str, jax.Array]:
   """Reads the weights of a model into arrays of a given sharding, as a nested dict.
 
@@ -211,6 +220,7 @@ def load_params(
     shardings: a `jax.sharding.Sharding` for each parameter, a nested dict like the result.
     dtype: of all parameters that declare none of their own.
     seed: of adapter leaves, which the files do not hold.
+    new_rows: of the vocabulary, which they do not hold either.
 
   Raises:
     DataError: see `check_tensors`.
@@ -219,8 +229,11 @@ def load_params(
   from ftjax.models import kinds
 
   source = open_source(path)
+  if new_rows:
+    source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)
   declared, places = kinds.declared(arch), trees.flatten(shardings)
+  whole_model = kinds.declared(arch.plain())
   rows: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     rows.setdefault(b.leaf, []).append(b)
@@ -245,10 +258,11 @@ def load_params(
     disable=size < 1e9 or not processes.is_main(),
   ) as bar:
     for name in order:
+      whole = whole_model[name].shape
       if name in declared:
-        found = {name: _load_leaf(source, rows[name], shapes[name], places[name], dtypes[name])}
+        found = {name: _load_leaf(source, rows[name], whole, places[name], dtypes[name])}
       else:
-        found = _load_packed(source, arch, rows[name], shapes[name], places, dtypes[name])
+        found = _load_packed(source, arch, rows[name], whole, places, dtypes[name])
       bar.update(math.prod(shapes[name]) * dtypes[name].itemsize)
       leaves |= found
   params = trees.unflatten({name: leaves[name] for name in sorted(leaves)})
@@ -296,7 +310,7 @@ def check_leaves(
 
   declared = kinds.declared(arch.plain())
   shapes = tensor_map.leaf_shapes([b for bound in rows.values() for b in bound])
-  wanted = {n: p.shape for n, p in declared.items() if p.origin == 'base'}
+  wanted = {n: p.file_shape for n, p in declared.items() if p.origin == 'base'}
   if shapes != wanted:
     wrong = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
     raise ValueError(
@@ -348,12 +362,14 @@ def _fill(
   source: TensorSource, rows: list[Binding], shape: tuple[int, ...], index, dtype
 ) -> np.ndarray:
   ranges = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
-  out = np.empty([len(r) for r in ranges], dtype)
+  out = np.zeros([len(r) for r in ranges], dtype)
   for b in rows:
     # Of the axes that are filled index by index (layers, experts), those that are wanted.
     if all(i in r for i, r in zip(b.at, ranges, strict=False)):
       at = tuple(i - r.start for i, r in zip(b.at, ranges, strict=False))
-      _fill_tensor(source, b, ranges[len(at) :], out[at])
+      # Padding of the vocabulary is behind the binding's shape, and stays 0.
+      held = [r[: max(0, n - r.start)] for r, n in zip(ranges[len(at) :], b.shape, strict=True)]
+      _fill_tensor(source, b, held, out[at][tuple(slice(len(r)) for r in held)])
   return out
 
 
@@ -398,12 +414,13 @@ def _sample(path: Path) -> str:
 
 
 def exported(workdir: str | os.PathLike) -> str | None:
-  """Returns the model folder that a run wrote to its workdir; None before it is complete.
+  """Returns the model or adapter folder that a run wrote to its workdir; None before it is
+  complete.
 
-  In a bucket config.json is written last: without it the folder is incomplete.
+  In a bucket its config is written last: without it the folder is incomplete.
   """
   folder = files.join(workdir, 'export')
-  return folder if files.exists(files.join(folder, 'config.json')) else None
+  return folder if model_folder.find_config(folder) else None
 
 
 def newest_export(workdir: str) -> str | None:
@@ -414,7 +431,7 @@ def newest_export(workdir: str) -> str | None:
   if export is None:
     return None
   steps = snapshots.steps(workdir)
-  written = (files.as_path(export) / 'config.json').stat().st_mtime_ns
+  written = model_folder.find_config(export).stat().st_mtime_ns
   if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
     log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
     return None
@@ -430,7 +447,9 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(model_folder.locate(path, weights=True))
+  folder = files.as_path(model_folder.locate_any(path))
+  if model_folder.is_adapter(folder):
+    return [weight_files.file_inside(folder, model_folder.ADAPTER_WEIGHTS)]
   file = model_folder.gguf_file(folder)
   if file is None:
     return weight_files.weight_files(folder)

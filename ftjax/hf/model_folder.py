@@ -11,9 +11,10 @@ import functools
 import glob
 import logging
 import os
+import re
 from pathlib import Path
 
-from ftjax.hf import gguf_files, weight_files
+from ftjax.hf import gguf_files, model_card, peft_config, weight_files
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files, hub
 
@@ -32,7 +33,8 @@ _TOKENIZER_FILES = (
   'chat_template.json',
   'generation_config.json',
 )
-MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+_MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+_WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 # Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
   *_TOKENIZER_FILES,
@@ -40,11 +42,14 @@ _SIDE_FILES = (
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
   *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
 )
+ADAPTER_WEIGHTS = peft_config.WEIGHTS_FILE
 TEMPLATES = 'additional_chat_templates'
+_LONGEST_CARD = 4 << 20  # bytes
 
-# Files of a hub model that are downloaded before its weights. An adapter's is wanted for the error.
+# Files of a hub model that are downloaded before its weights, or those of an adapter; the model
+# card for its license.
 _SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
-_SMALL += ('adapter_config.json',)
+_SMALL += (*peft_config.SMALL_FILES, model_card.FILE)
 
 
 def locate(path: str | os.PathLike, weights: bool) -> str:
@@ -86,6 +91,44 @@ def _snapshot(name: str, weights: bool) -> Path:
   return folder
 
 
+def find_adapter(path: str | os.PathLike) -> Path | None:
+  """Returns the folder of a PEFT adapter, which a hub name is downloaded into; None where a path is
+  something else.
+
+  Raises:
+    ConfigError, DataError: see `hub.pin`.
+  """
+  if not hub.is_name(path):
+    folder = files.as_path(path)
+    return folder if is_adapter(folder) else None
+  name = hub.pin(os.fspath(path))
+  folder = hub.download(name, _SMALL, is_shown=False)
+  if not is_adapter(folder) or (folder / 'config.json').is_file():
+    return None
+  hub.download(name, [peft_config.WEIGHTS_FILE], is_shown=True)
+  return folder
+
+
+def locate_any(path: str | os.PathLike) -> str:
+  """Returns where a model or an adapter is, with its weights; see `locate`."""
+  adapter = find_adapter(path)
+  return locate(path, weights=True) if adapter is None else str(adapter)
+
+
+def find_config(folder: str | os.PathLike) -> Path | None:
+  """Returns the config file of a model or adapter folder; None where it has none."""
+  places = (files.as_path(folder) / n for n in ('config.json', peft_config.CONFIG_FILE))
+  return next((p for p in places if files.exists(p)), None)
+
+
+def is_adapter(folder: Path) -> bool:
+  """Returns whether a folder holds an adapter and no whole model."""
+  if not files.exists(folder / peft_config.CONFIG_FILE):
+    return False
+  whole = (weight_files.SINGLE_FILE, weight_files.INDEX_FILE)
+  return not any(files.exists(folder / name) for name in whole)
+
+
 def _other_weights(name: str) -> str:
   """Returns what a hub model without safetensors holds instead, to be put behind a message."""
   names = hub.list_files(name)
@@ -106,6 +149,12 @@ def is_side_file(name: str) -> bool:
   return any(fnmatch.fnmatchcase(name, pattern) for pattern in _SIDE_FILES)
 
 
+def is_model_file(name: str) -> bool:
+  """Returns whether a file of this name, directly in a model folder, is a part of the model."""
+  known = (*_MODEL_FILES, *peft_config.SMALL_FILES, peft_config.WEIGHTS_FILE)
+  return name in known or is_side_file(name) or bool(_WEIGHTS.fullmatch(name))
+
+
 def side_files(folder: Path) -> list[str]:
   """Returns the names of such files in a folder, and 'additional_chat_templates/NAME', sorted.
 
@@ -123,6 +172,18 @@ def read(folder: Path, name: str) -> bytes:
   """Returns the content of a file that `side_files` named."""
   inside, _, plain = name.rpartition('/')
   return weight_files.file_inside(folder, plain, inside).read_bytes()
+
+
+def readme(path: str | os.PathLike) -> bytes:
+  """Returns README.md of a model; b'' for a GGUF file, and where none of usual size can be read."""
+  folder = files.as_path(locate(path, weights=False))
+  try:
+    is_there = folder.is_dir() and (folder / model_card.FILE).is_file()
+    if not is_there or (folder / model_card.FILE).stat().st_size > _LONGEST_CARD:
+      return b''
+    return read(folder, model_card.FILE)
+  except (DataError, OSError):  # a link to the outside; no permission
+    return b''
 
 
 def gguf_file(path: Path) -> Path | None:

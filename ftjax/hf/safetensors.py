@@ -19,6 +19,7 @@ from ftjax.hf.weight_files import (
   INDEX_FILE,
   MAX_HEADER_BYTES,
   SINGLE_FILE,
+  file_inside,
   parse_json,
   weight_files,
   weight_map,
@@ -124,22 +125,26 @@ def _entry(path: Path, name: str, row: Any, start: int) -> _Entry:
 class SafetensorsFolder(TensorSource):
   """Reads tensors from the safetensors files of a HF folder.
 
+  Args:
+    folder: the folder.
+    file: the one file of it to read; '': those that are the weights of a whole model.
+
   Raises:
     DataError: see `weight_files` and `read_header`; or index and shards disagree about where a
       tensor is.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(self, folder: str | os.PathLike, file: str = ''):
     super().__init__()
     root = files.as_path(folder)
-    self.place = str(root)
+    self.place = str(root / file)
     self._entries: dict[str, _Entry] = {}
-    for path in weight_files(root):
+    for path in [file_inside(root, file)] if file else weight_files(root):
       for name, entry in read_header(path).items():
         if name in self._entries:
           raise DataError(f'{path}: {name} is also in {self._entries[name].path.name}')
         self._entries[name] = entry
-    if (root / INDEX_FILE).exists():
+    if not file and (root / INDEX_FILE).exists():
       self._check_index(root)
     self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
@@ -231,19 +236,20 @@ def write_folder(
       shards.append({})
     shards[-1][name] = info
   if len(shards) == 1:
-    _write_file(folder / SINGLE_FILE, shards[0], read)
+    write_file(folder / SINGLE_FILE, shards[0], read)
     return
   weight_map = {}
   for i, shard in enumerate(shards):
     file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    _write_file(folder / file, shard, read)
+    write_file(folder / file, shard, read)
     weight_map |= dict.fromkeys(shard, file)
   total = {'total_size': sum(info.nbytes for info in tensors.values())}
   text = json.dumps({'metadata': total, 'weight_map': dict(sorted(weight_map.items()))}, indent=2)
   (folder / INDEX_FILE).write_text(text + '\n')
 
 
-def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]):
+def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]):
+  """Writes one safetensors file; arguments and errors as in `write_folder`."""
   # Wide dtypes first, as the format's own writer does: every tensor is then aligned to its item
   # size.
   order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)

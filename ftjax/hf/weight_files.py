@@ -131,9 +131,9 @@ def _some(names: list[str]) -> str:
 
 
 ADAPTER_ALONE = (
-  'this is a LoRA adapter, not a whole model. Merge it into its base (adapter_config.json names '
-  'it) where peft is installed: PeftModel.from_pretrained(BASE, DIR).merge_and_unload()'
-  '.save_pretrained(NEW), and give NEW'
+  'this is a LoRA adapter, not a whole model. To train on from it, set model.path to its base '
+  '(adapter_config.json names it) and init_from to the adapter; for a whole model merge it: '
+  'python -m ftjax.convert --source=ADAPTER --target=DIR'
 )
 
 

@@ -3,7 +3,8 @@ vocabulary.
 
 Pure functions on arrays. `axis` names the mapped axis over which the vocabulary is split (None: it
 is not split), `offset` is the first vocabulary id of this part; models/head.py loops over chunks
-and owns the weights."""
+and owns the weights. Where the vocabulary is padded, `without_padding` comes first: the padding has
+probability 0 and no gradient in every function here."""
 
 import dataclasses
 
@@ -30,6 +31,15 @@ def _largest(x: jax.Array, axis: str | None) -> jax.Array:
   return x if axis is None else jax.lax.pmax(x, axis)
 
 
+def _ids(logits: jax.Array, offset: jax.Array) -> jax.Array:
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset
+
+
+def without_padding(logits: jax.Array, offset: jax.Array, vocab: int | None) -> jax.Array:
+  """Returns float32[n, V'] with -inf for ids from `vocab` on; None: every id is a token."""
+  return logits if vocab is None else jnp.where(_ids(logits, offset) < vocab, logits, -jnp.inf)
+
+
 def logsumexp(logits: jax.Array, axis: str | None) -> jax.Array:
   """Returns float32[n] of float32[n, V'], over the parts of all members of `axis`."""
   top = _largest(jax.lax.stop_gradient(logits.max(-1)), axis)
@@ -50,7 +60,18 @@ def entropy(logits: jax.Array, z: jax.Array, axis: str | None) -> jax.Array:
   """Returns float32[n], the entropy in nats of softmax(logits float32[n, V']) with logsumexp z
   float32[n]."""
   logp = logits - z[:, None]
-  return -_total((jnp.exp(logp) * logp).sum(-1), axis)
+  probs = jnp.exp(logp)
+  return -_total(jnp.where(probs == 0, 0.0, probs * logp).sum(-1), axis)
+
+
+def divergence(logits: jax.Array, others: jax.Array, axis: str | None) -> jax.Array:
+  """Returns float32[n], the KL divergence in nats from softmax(logits) to softmax(others), both
+  float32[n, V'].
+  """
+  logp = logits - logsumexp(logits, axis)[:, None]
+  logq = others - logsumexp(others, axis)[:, None]
+  probs = jnp.exp(logp)
+  return _total(jnp.where(probs == 0, 0.0, probs * (logp - logq)).sum(-1), axis)
 
 
 def logprob_gradient(
@@ -76,7 +97,8 @@ def logprob_gradient(
   z = logsumexp(logits, axis)
   logp = logits - z[:, None]
   probs = jnp.exp(logp)
-  hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset == labels[:, None]
+  logp = jnp.where(probs == 0, 0.0, logp)  # of padding: 0 log 0 is 0
+  hit = _ids(logits, offset) == labels[:, None]
   gradient = jnp.where(hit, d_logp[:, None], 0.0) - probs * d_logp[:, None]
   if d_entropy is not None:
     h = -_total((probs * logp).sum(-1), axis)
@@ -91,6 +113,7 @@ def loss_and_gradient(
   terms: LossConfig,
   axis: str | None,
   offset: jax.Array,
+  vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Computes weighted sums over a chunk, and the gradient of the loss by the logits.
 
@@ -101,6 +124,7 @@ def loss_and_gradient(
     terms: the loss's terms.
     axis: name of the axis the vocabulary is split over.
     offset: int32[], first id of this part.
+    vocab: ids from it on are padding, whose logits are -inf; None: there is none.
 
   Returns:
     (sum of weight * loss float32[], sum of weight * nll float32[], d(sum of loss)/d(logits)
@@ -117,12 +141,16 @@ def loss_and_gradient(
     loss = loss + terms.z_loss * z * z
     scale = scale + 2 * terms.z_loss * z
   smoothing = terms.label_smoothing
-  hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + offset == labels[:, None]
+  hit = _ids(logits, offset) == labels[:, None]
   target = jnp.where(hit, 1.0 - smoothing, 0.0)
   if smoothing:
-    vocab = logits.shape[-1] * (1 if axis is None else jax.lax.axis_size(axis))
-    uniform = z - _total(logits.sum(-1), axis) / vocab
+    size = vocab or logits.shape[-1] * (1 if axis is None else jax.lax.axis_size(axis))
+    share = smoothing / size
+    if vocab is not None:
+      is_token = _ids(logits, offset) < vocab
+      logits, share = jnp.where(is_token, logits, 0.0), jnp.where(is_token, share, 0.0)
+    uniform = z - _total(logits.sum(-1), axis) / size
     loss = loss + smoothing * (uniform - nll)
-    target = target + smoothing / vocab
+    target = target + share
   gradient = probs * (scale * weights / total)[:, None] - target * weights[:, None]
   return (loss * weights).sum(), (nll * weights).sum(), gradient

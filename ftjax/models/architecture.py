@@ -135,9 +135,10 @@ class Architecture:
   family: a name in families/table.py, or 'package.module:FAMILY'. stacks: see the file's docstring.
   tied: the head is the embedding table. max_len: positions that the model was made for. num_labels:
   1 is a reward model, which has a score in place of the vocabulary's head. kind: the model kind, a
-  name in kinds.py or 'package.module:KIND'. adapter: what is trained, where the rest is frozen.
-  base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of all
-  parameters. block: most inputs that share a scale in nf4.
+  name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
+  to a multiple of it in memory, and never in files. adapter: what is trained, where the rest is
+  frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of
+  all parameters. block: most inputs that share a scale in nf4.
   """
 
   family: str
@@ -149,9 +150,15 @@ class Architecture:
   max_len: int
   num_labels: int = 0
   kind: str = 'decoder'
+  vocab_multiple: int = 1
   adapter: Adapter | None = None
   base: str = ''
   block: int = 64
+
+  @property
+  def vocab_rows(self) -> int:
+    """Rows of the embedding and head tables in memory: vocab_size and the padding."""
+    return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
   def plain(self) -> 'Architecture':
     """Returns the model that files hold: without an adapter, its weights as they are stored."""

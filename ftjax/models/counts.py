@@ -1,4 +1,5 @@
-"""Numbers and bytes of parameters, and model FLOPs of a step, from what a model declares.
+"""Numbers and bytes of parameters, and model FLOPs of a step, from what a model declares. Padding of
+the vocabulary is not counted.
 
 Model FLOPs are the products that the mathematics needs, as published figures count them: the head
 for every token although unsupervised ones are skipped, attention over the keys that a query can see
@@ -27,12 +28,12 @@ def num_trained(arch: Architecture) -> int:
 
 def weights(p: Declared) -> int:
   """Returns the numbers of the model that a leaf holds, also where they are packed."""
-  return 0 if p.origin == 'derived' or p.is_fixed else math.prod(p.shape) * p.weights
+  return 0 if p.origin == 'derived' or p.is_fixed else math.prod(p.file_shape) * p.weights
 
 
 def head_params(arch: Architecture) -> int:
   """Returns the number of parameters of the head, which may be the embedding table."""
-  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].shape)
+  return math.prod(kinds.declared(arch)[kinds.of(arch).head_leaf(arch)].file_shape)
 
 
 def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:

@@ -91,13 +91,17 @@ class Forward:
     """
     x = self.hidden_states(params, batch, noise)
     table = kinds.head_weights(self.arch, params)
-    return head.cross_entropy_sums(x, table, batch['labels'], batch['weights'], config)
+    return head.cross_entropy_sums(
+      x, table, batch['labels'], batch['weights'], config, self.arch.vocab_size
+    )
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
-    return head.token_logprobs(x, table, batch['labels'], batch['weights'])
+    return head.token_logprobs(
+      x, table, batch['labels'], batch['weights'], vocab=self.arch.vocab_size
+    )
 
   def logprobs_and_entropy(
     self, params: dict, batch: dict, temperature: float
@@ -107,7 +111,23 @@ class Forward:
     """
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
-    return head.logprobs_and_entropies(x, table, batch['labels'], batch['weights'], temperature)
+    return head.logprobs_and_entropies(
+      x, table, batch['labels'], batch['weights'], temperature, self.arch.vocab_size
+    )
+
+  def divergence_from(self, params: dict, other: Self, others: dict, batch: dict) -> jax.Array:
+    """Returns the KL divergence in nats from this model's distribution of the next token to
+    another's, summed over the tokens with a weight: float32[].
+
+    Args:
+      params: of this model.
+      other: the forward pass of the other model.
+      others: its parameters.
+      batch: rows that both read.
+    """
+    ours = self.hidden_states(params, batch), kinds.head_weights(self.arch, params)
+    theirs = other.hidden_states(others, batch), kinds.head_weights(other.arch, others)
+    return head.divergence_sums(ours, theirs, batch['weights'], self.arch.vocab_size)
 
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]

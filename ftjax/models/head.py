@@ -3,7 +3,8 @@
 Inside `shard_map` each shard sorts its supervised positions to the front and loops
 ceil(supervised / chunk) times over chunks with its part of the vocabulary; no array of
 tokens x vocabulary exists, and
-unsupervised positions cost nothing. SFT computes the gradients inside that one loop (the loss is
+unsupervised positions cost nothing. Ids from `vocab` on are padding and have the logit -inf. SFT
+computes the gradients inside that one loop (the loss is
 linear in its cotangent), so nothing is recomputed. Log-probs have cotangents that are known only
 later: a second loop in the backward pass computes their logits again. The only collective in the
 loop is over `tensor`, whose members hold the same tokens and so loop equally often."""
@@ -17,6 +18,7 @@ from ftjax.losses import cross_entropy
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.runtime.sharding import (
   BATCH,
+  axis_size,
   gather,
   index,
   is_alone,
@@ -47,14 +49,20 @@ def _vocab_axis() -> str | None:
   return None if is_alone() else 'tensor'
 
 
+def _padded_from(vocab: int | None, rows: int) -> int | None:
+  """Returns the first id of the padding of a table of `rows` rows; None where there is none."""
+  return None if vocab == rows else vocab
+
+
 class _Chunks:
   """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks. `more`:
-  float32[B, T] arrays that go along."""
+  float32[B, T] arrays that go along. vocab: None where the table has no padding."""
 
-  def __init__(self, x, w, labels, weights, *more):
+  def __init__(self, vocab, x, w, labels, weights, *more):
     self.shape, self.tokens = x.shape, labels.size
     self.w = gather(w.astype(x.dtype), 'fsdp', 1)
     self.offset = index('tensor') * self.w.shape[0]
+    self.vocab = _padded_from(vocab, self.w.shape[0] * axis_size('tensor'))
     self.size = chunk_tokens(self.w.shape[0], self.tokens)
     flat = weights.reshape(-1)
     self.order = jnp.argsort(flat == 0, stable=True)
@@ -75,6 +83,7 @@ class _Chunks:
       jax.lax.dynamic_slice_in_dim(a, i * self.size, self.size) for a in self.arrays
     )
     logits = jnp.einsum('nD,VD->nV', x, self.w, preferred_element_type=jnp.float32)
+    logits = cross_entropy.without_padding(logits, self.offset, self.vocab)
     return x, labels, weights, logits, *more
 
   def put(self, buffer, i, values):
@@ -90,14 +99,14 @@ class _Chunks:
     )
 
 
-def _train_local(x, w, labels, weights, *, terms: LossConfig):
-  chunks = _Chunks(x, w, labels, weights)
+def _train_local(x, w, labels, weights, *, terms: LossConfig, vocab: int | None):
+  chunks = _Chunks(vocab, x, w, labels, weights)
 
   def body(i, carry):
     loss, nll, dx, dw = carry
     a, y, m, logits = chunks.take(i)
     more_loss, more_nll, g = cross_entropy.loss_and_gradient(
-      logits, y, m, terms, _vocab_axis(), chunks.offset
+      logits, y, m, terms, _vocab_axis(), chunks.offset, chunks.vocab
     )
     g = g.astype(a.dtype)
     da = jnp.einsum('nV,VD->nD', g, chunks.w, preferred_element_type=jnp.float32)
@@ -114,9 +123,14 @@ def _train_local(x, w, labels, weights, *, terms: LossConfig):
   return loss, nll, chunks.scatter(dx), dw.astype(w.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sums(
-  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, terms: LossConfig
+  x: jax.Array,
+  w: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  terms: LossConfig,
+  vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums of the loss over all tokens of all devices.
 
@@ -128,27 +142,29 @@ def cross_entropy_sums(
     labels: int32[B, T], the token that follows (shifted on the host).
     weights: float32[B, T]; 0 skips the position.
     terms: label smoothing and z-loss.
+    vocab: tokens of the vocabulary; None: as many as w has rows.
 
   Returns:
     (sum of weight * loss, sum of weight * nll), float32[], nats.
   """
-  return _train(x, w, labels, weights, terms)[:2]
+  return _train(x, w, labels, weights, terms, vocab)[:2]
 
 
-def _train(x, w, labels, weights, terms):
+def _train(x, w, labels, weights, terms, vocab):
   return shard_map(
-    functools.partial(_train_local, terms=terms),
+    functools.partial(_train_local, terms=terms, vocab=vocab),
     (_STATES, _TABLE, _TOKENS, _TOKENS),
     (spec(), spec(), _STATES, _TABLE),
   )(x, w, labels, weights)
 
 
-def _forward(x, w, labels, weights, terms):
-  loss, nll, dx, dw = _train(x, w, labels, weights, terms)
+def _forward(x, w, labels, weights, terms, vocab):
+  loss, nll, dx, dw = _train(x, w, labels, weights, terms, vocab)
   return (loss, nll), (dx, dw)
 
 
-def _backward(terms, gradients, cotangents):
+def _backward(terms, vocab, gradients, cotangents):
+  del terms, vocab
   dx, dw = gradients
   scale = cotangents[0]
   return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
@@ -158,14 +174,24 @@ cross_entropy_sums.defvjp(_forward, _backward)
 
 
 def token_logprobs(
-  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, temperature: float = 1.0
+  x: jax.Array,
+  w: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  temperature: float = 1.0,
+  vocab: int | None = None,
 ) -> jax.Array:
   """float32[B, T]: log p(label) where weights is not 0, else 0; see `logprobs_and_entropies`."""
-  return _readout(x, w, labels, weights, temperature, False)[0]
+  return _readout(x, w, labels, weights, temperature, False, vocab)[0]
 
 
 def logprobs_and_entropies(
-  x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array, temperature: float
+  x: jax.Array,
+  w: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  temperature: float,
+  vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log p(label) and the entropy of p = softmax(logits / temperature), where weights is not 0.
 
@@ -177,19 +203,20 @@ def logprobs_and_entropies(
     labels: int32[B, T], the token that follows.
     weights: float32[B, T]; 0 skips the position, other values do not scale.
     temperature: of the softmax, static.
+    vocab: tokens of the vocabulary; None: as many as w has rows.
 
   Returns:
     (float32[B, T] nats, float32[B, T] nats), 0 where weights is 0.
   """
-  return _readout(x, w, labels, weights, temperature, True)
+  return _readout(x, w, labels, weights, temperature, True, vocab)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _readout(x, w, labels, weights, temperature, with_entropy):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _readout(x, w, labels, weights, temperature, with_entropy, vocab):
   """(log-probs, entropies or zeros)."""
 
   def local(x, w, labels, weights):
-    chunks = _Chunks(x, w, labels, weights)
+    chunks = _Chunks(vocab, x, w, labels, weights)
 
     def body(i, carry):
       out, entropies = carry
@@ -211,13 +238,14 @@ def _readout(x, w, labels, weights, temperature, with_entropy):
   return shard_map(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights)
 
 
-def _readout_forward(x, w, labels, weights, temperature, with_entropy):
-  return _readout(x, w, labels, weights, temperature, with_entropy), (x, w, labels, weights)
+def _readout_forward(x, w, labels, weights, temperature, with_entropy, vocab):
+  found = _readout(x, w, labels, weights, temperature, with_entropy, vocab)
+  return found, (x, w, labels, weights)
 
 
-def _readout_backward(temperature, with_entropy, saved, cotangents):
+def _readout_backward(temperature, with_entropy, vocab, saved, cotangents):
   def local(x, w, labels, weights, d_logp, d_entropy):
-    chunks = _Chunks(x, w, labels, weights, d_logp, d_entropy)
+    chunks = _Chunks(vocab, x, w, labels, weights, d_logp, d_entropy)
 
     def body(i, carry):
       dx, dw = carry
@@ -244,9 +272,48 @@ def _readout_backward(temperature, with_entropy, saved, cotangents):
 _readout.defvjp(_readout_forward, _readout_backward)
 
 
-def logits(x: jax.Array, w: jax.Array) -> jax.Array:
-  """float32[B, V] of the last hidden states [B, D]: for decoding, where B is small."""
+def divergence_sums(
+  first: tuple[jax.Array, jax.Array],
+  second: tuple[jax.Array, jax.Array],
+  weights: jax.Array,
+  vocab: int | None = None,
+) -> jax.Array:
+  """Returns the sum over the tokens whose weight is not 0 of the KL divergence from the first to
+  the second model's distribution of the next token, float32[], nats.
+
+  Args:
+    first: hidden states [B, T, D] and head weights [V, D].
+    second: those of another model with the same vocabulary.
+    weights: float32[B, T].
+    vocab: tokens of the vocabulary; None: as many as w has rows.
+  """
+
+  def local(x, w, y, v, weights):
+    labels = jnp.zeros(weights.shape, jnp.int32)
+    ours, theirs = (_Chunks(vocab, *model, labels, weights) for model in ((x, w), (y, v)))
+
+    def body(i, sum_):
+      _, _, m, logits = ours.take(i)
+      others = theirs.take(i)[3]
+      found = cross_entropy.divergence(logits, others, _vocab_axis())
+      return sum_ + jnp.where(m != 0, found, 0.0).sum()
+
+    found = jax.lax.fori_loop(0, ours.count, body, jnp.zeros((), jnp.float32))
+    return total(found, (*BATCH, 'context'))
+
+  specs = (_STATES, _TABLE, _STATES, _TABLE, _TOKENS)
+  return shard_map(local, specs, spec())(*first, *second, weights)
+
+
+def logits(x: jax.Array, w: jax.Array, vocab: int | None = None) -> jax.Array:
+  """float32[B, V] of the last hidden states [B, D]: for decoding, where B is small. Those of ids
+  from `vocab` on, which are padding, are -inf.
+  """
   w = jax.sharding.reshard(w.astype(x.dtype), spec('vocab', None))
-  return jnp.einsum(
+  found = jnp.einsum(
     'BD,VD->BV', x, w, preferred_element_type=jnp.float32, out_sharding=spec('batch', 'vocab')
   )
+  if _padded_from(vocab, w.shape[0]) is None:
+    return found
+  ids = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1, out_sharding=spec('batch', 'vocab'))
+  return jnp.where(ids < vocab, found, -jnp.inf)

@@ -6,6 +6,7 @@ never import the file that implements a kind. A kind outside the package is name
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -48,7 +49,9 @@ class Kind:
   weights are loaded, and not while their sources train. linear_maps: (arch) -> names of the
   maps that may have an adapter. adapters: (arch, declared, params with base leaves, names, key) ->
   {name: initial value} of adapter leaves; those it leaves out are drawn like base leaves. pack:
-  (arch, declared, name, leaf of files) -> {name: leaf as the base is held}.
+  (arch, declared, name, leaf of files) -> {name: leaf as the base is held}. merged: (arch, params,
+  name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
+  the kind has no adapters.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -59,6 +62,7 @@ class Kind:
   linear_maps: Callable[[Architecture], tuple[str, ...]] = lambda arch: ()
   adapters: Callable[..., dict[str, jax.Array]] = _none
   pack: Callable[..., dict[str, jax.Array]] = _as_it_is
+  merged: Callable[..., jax.Array] | None = None
 
 
 DECODER = Kind(
@@ -70,6 +74,7 @@ DECODER = Kind(
   transformer.linear_maps,
   lora.initial,
   lora.pack,
+  transformer.merged,
 )
 KINDS = {'decoder': DECODER}
 
@@ -140,6 +145,10 @@ def _draw(name: str, p: Declared, key: jax.Array, dtype: jnp.dtype) -> jax.Array
     return jnp.full(p.shape, p.constant, dtype, out_sharding=where)
   own = jax.random.fold_in(key, zlib.crc32(name.encode()))
   x = jax.random.normal(own, p.shape, jnp.float32, out_sharding=where)
+  if p.padding:
+    # A number depends on its flat index alone, so that padding does not change the other rows.
+    row = jax.lax.broadcasted_iota(jnp.int32, p.shape, p.axes.index('vocab'), out_sharding=where)
+    x = jnp.where(row < p.shape[p.axes.index('vocab')] - p.padding, x, 0.0)
   return (x * p.fan_in**-0.5).astype(dtype)
 
 
@@ -210,6 +219,24 @@ def of_model(arch: Architecture, params: dict, name: str) -> dict:
   shared = trees.flatten(params)
   own = trees.flatten(params.get(name, {})) if name else shared
   return trees.unflatten({n: own[n] if n in own else shared[n] for n in sorted(declared(arch))})
+
+
+def with_merged(arch: Architecture, dtype: str) -> Architecture:
+  """Returns the architecture that computes with the weights after merging its adapter, in `dtype`.
+
+  The parameters stay base and adapter: each weight is merged where it is used.
+  """
+  return dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, merged=dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def merged(
+  arch: Architecture, params: dict, name: str, layer: jax.Array | None = None
+) -> jax.Array:
+  """Returns a leaf of the model after merging; arch: of `with_merged`, layer: int32[] of a leaf
+  with an L axis. See transformer.merged.
+  """
+  return of(arch).merged(arch, params, name, layer)
 
 
 def apply(

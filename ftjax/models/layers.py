@@ -30,6 +30,8 @@ class Declared(NamedTuple):
   saved or exported. dtype: name of its own dtype, '' for the run's model.param_dtype. is_fixed: an
   adapter leaf that keeps its initial value; it is saved. weights: numbers of the model that one
   number of the leaf stands for: 2 where two are packed into a byte, 0 where it belongs to others.
+  padding: how many of the last rows along the axis 'vocab' belong to no token: they are 0, no
+  gradient reaches them, and files do not hold them.
   """
 
   shape: tuple[int, ...]
@@ -40,6 +42,15 @@ class Declared(NamedTuple):
   dtype: str = ''
   is_fixed: bool = False
   weights: int = 1
+  padding: int = 0
+
+  @property
+  def file_shape(self) -> tuple[int, ...]:
+    """The shape without the padding, as files hold the parameter."""
+    return tuple(
+      n - self.padding if axis == 'vocab' else n
+      for n, axis in zip(self.shape, self.axes, strict=True)
+    )
 
 
 class Param(nnx.Param):
@@ -116,7 +127,7 @@ class Linear(nnx.Module):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
     self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
     self.b = declare(outputs, out[2:], 0) if bias else None
-    self.storage, self.name, self.adapter = '', '', None
+    self.storage, self.name, self.adapter, self.merged = '', '', None, ''
 
   # What is declared beside w and b.
 
@@ -176,13 +187,13 @@ class Linear(nnx.Module):
     """Maps x [B, T, *inputs] to [B, T, *outputs] in x's dtype. dropout: of the adapter's input."""
     lead, last = x.shape[:2], self.out[2]
     x = x.reshape(*lead, math.prod(self.inputs))
-    if self.adapter is not None and self.adapter.merged:
-      y = _product(x, self._merged(x.dtype), last)
+    if self.merged:
+      y = _product(x, self.merged_weights().astype(x.dtype), last)
     elif self.storage:
       y = self._packed_product(x, last)
     else:
       y = _product(x, self._base(x.dtype), last)
-    if self.adapter is not None and not self.adapter.merged:
+    if self.adapter is not None and not self.merged:
       y = y + self._low_rank(dropout(self.name, x) if dropout else x)
       if self.lora_m is not None:
         y = y * self._lengths().astype(y.dtype)[None, None]
@@ -261,20 +272,34 @@ class Linear(nnx.Module):
 
   def _lengths(self) -> jax.Array:
     """Returns m / |w + scale * A B|, float32[O]: the length is a constant of the gradient (Liu et
-    al. 2024, section 4.3).
+    al. 2024, section 4.3). 1 in a layer without an adapter, whose scale
+    is 0, and for an output whose weights are 0.
     """
     w = self._base(jnp.float32) + self._update()
     squares = jnp.einsum('IO,IO->O', w, w, out_sharding=gathered(self._out_axes[0]))
     lengths = jax.lax.stop_gradient(jnp.sqrt(squares))
     m = jax.sharding.reshard(self.lora_m[...], gathered(*self._out_axes))
-    return m.reshape(-1) / lengths
+    is_adapted = (self.lora_scale[...] > 0) & (lengths > 0)
+    return jnp.where(is_adapted, m.reshape(-1) / jnp.where(lengths > 0, lengths, 1.0), 1.0)
 
-  def _merged(self, dtype: jnp.dtype) -> jax.Array:
-    """Returns the weights of the merged model, rounded to its dtype, as dtype[I, O]."""
-    w = self._base(jnp.float32) + self._update()
+  def merged_weights(self) -> jax.Array:
+    """Returns the weights of the model after merging, [I, O] in its dtype: computed in float32 and
+    rounded once.
+    """
+    w = self._base(jnp.float32)
+    if self.adapter is not None:
+      w = w + self._update()
     if self.lora_m is not None:
       w = w * self._lengths()[None]
-    return w.astype(self.adapter.merged).astype(dtype)
+    return rounded(w, self.merged)
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+  """Returns float32[...] as `dtype`, rounded. A compiler may leave out a rounding whose result
+  becomes float32 again, unless it is told to reduce the precision.
+  """
+  kind = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
 def _product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:

@@ -46,6 +46,8 @@ def define(module: nnx.Module, prefix: str, arch: Architecture) -> Definition:
       node.pack(arch.base, arch.block)
     if adapter and (found := adapter.find(prefix + name)):
       node.adapt(name, max(found.ranks), adapter)
+    if adapter:
+      node.merged = adapter.merged
   definition, state = nnx.split(module)
   params = nnx.to_pure_dict(
     jax.tree.map(lambda p: p, state, is_leaf=lambda x: isinstance(x, nnx.Variable)),

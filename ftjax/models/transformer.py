@@ -18,9 +18,9 @@ from ftjax.models import lora, rope
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded
 from ftjax.models.mlp import GatedMlp
-from ftjax.runtime.sharding import gather, index, shard_map, spec, total
+from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
@@ -105,14 +105,15 @@ class EmbedAndHead(nnx.Module):
   """The parameters around the blocks: embedding table, last norm, and an untied head."""
 
   def __init__(self, arch: Architecture):
-    shape = (arch.vocab_size, arch.model_dim)
-    self.embed = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
+    shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
+    table = functools.partial(declare, shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
+    self.embed = nnx.Dict(w=table())
     self.final_norm = Normalize(arch.model_dim, arch.final_norm)
     if arch.num_labels:
       dim = arch.model_dim
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
     elif not arch.tied:
-      self.head = nnx.Dict(w=declare(shape, ('vocab', 'embed'), arch.model_dim))
+      self.head = nnx.Dict(w=table())
 
 
 @functools.cache
@@ -226,6 +227,36 @@ def apply(
   return _norm(arch, params, x)
 
 
+def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None) -> jax.Array:
+  """Returns a leaf of the model after merging its adapter, float[...] in that model's dtype.
+
+  Args:
+    arch: with the dtype of the merged model in its adapter.
+    params: nested dict of base and adapter.
+    name: of the leaf in the plain model.
+    layer: int32[], of a leaf with an L axis; None for another leaf.
+  """
+  if layer is None:
+    module, path = nnx.merge(_around(arch)[0], _around_params(params)), name.split('/')
+  else:
+    stack, block, *path = name.split('/')
+    spec_of = {slot: kind for slot, kind, _ in arch.blocks()}[f'{stack}/{block}']
+    weights = jax.tree.map(
+      lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), params[stack][block]
+    )
+    module = nnx.merge(_block(arch, f'{stack}/{block}', spec_of)[0], weights)
+  *folders, last = path
+  for folder in folders:
+    module = module[folder] if isinstance(module, nnx.Dict) else getattr(module, folder)
+  if isinstance(module, Linear) and last == 'w':
+    found = module.merged_weights()
+    return jax.lax.reshape(
+      found, (*module.inputs, *module.outputs), out_sharding=gathered(*module.axes)
+    )
+  leaf = module[last] if isinstance(module, nnx.Dict) else getattr(module, last)
+  return rounded(leaf[...].astype(jnp.float32), arch.adapter.merged)
+
+
 def _layer_keys(keys: jax.Array, repeats: int) -> jax.Array:
   """Returns key[L, B]: those of the rows in each layer."""
   return jax.vmap(lambda layer: jax.vmap(lambda k: jax.random.fold_in(k, layer))(keys))(
@@ -238,8 +269,11 @@ def _fold(keys: jax.Array, name: str) -> jax.Array:
 
 
 def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
-  around = {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
-  return nnx.merge(_around(arch)[0], around).final_norm(x)
+  return nnx.merge(_around(arch)[0], _around_params(params)).final_norm(x)
+
+
+def _around_params(params: dict) -> dict:
+  return {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
 
 
 def decode(

@@ -150,7 +150,7 @@ def _accounted(
   c, mesh, arch = run.config, run.mesh, run.arch
   held = memory_lib.memory(compiled, trainer.abstract)
   local_tokens = out.rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
-  vocab = arch.vocab_size // mesh.shape['tensor']
+  vocab = arch.vocab_rows // mesh.shape['tensor']
   loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
   weights = run.auxiliary.without(trees.merge(trainer.abstract.params, trainer.abstract.frozen))

@@ -230,7 +230,10 @@ def check_divides(
     for size, logical, part in zip(shapes[name], names, spec(*names), strict=True):
       count = math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
       if size % count:
+        pad = ''
+        if logical == 'vocab':
+          pad = f'set model.vocab_multiple={count} (or a multiple of it), or '
         raise ConfigError(
           f'{name}: its {logical} dimension of {size} cannot be split into {count} shards; '
-          f'change mesh.{part} to a divisor of {size}'
+          f'{pad}change mesh.{part} to a divisor of {size}'
         )

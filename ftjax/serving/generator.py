@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.data import encode, formats, prompt_rows, stop_texts
-from ftjax.experiment import saved_model
+from ftjax.experiment import adapter_folder, saved_model
 from ftjax.experiment.model import open_model
 from ftjax.generation.batch import Conversation
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.hf import load
+from ftjax.hf import load, peft
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
@@ -32,7 +32,8 @@ class Settings:
 
   max_tokens: longest completion; 0: 256, or what fits. stop: strings that end a completion and are
   left out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
-  family: as model.family of a config; a workdir has its own.
+  family: as model.family of a config; a workdir has its own. base: of an adapter; '': the one that
+  its folder names.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -44,13 +45,14 @@ class Settings:
   batch_size: int = 8
   dtype: str = 'float32'
   family: str = ''
+  base: str = ''
 
 
 class Generator:
   """A model with its tokenizer, ready to generate.
 
   Args:
-    path: HF folder, GGUF file, or workdir[@STEP].
+    path: HF folder, GGUF file, PEFT folder, or workdir[@STEP].
     settings: how text is generated.
 
   Raises:
@@ -67,7 +69,7 @@ class Generator:
     )
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
     jax.set_mesh(mesh)
-    model, self._params = _load(path, mesh, dtype, settings.family)
+    model, self._params = _load(path, mesh, dtype, settings)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
@@ -199,11 +201,14 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
   return text[: len(text) - max(ends, default=0)]
 
 
-def _load(path: str, mesh, dtype, family: str) -> tuple:
+def _load(path: str, mesh, dtype, settings: Settings) -> tuple:
   """Returns (experiment.Model, parameters) of --model."""
 
+  def axes(arch):
+    return sharding.shardings(mesh, kinds.axes(arch))
+
   def places(model):
-    return sharding.shardings(mesh, kinds.axes(model.arch))
+    return axes(model.arch)
 
   def from_checkpoint(saved):
     saved_model.check_generates(saved.model, f'--model={path}')
@@ -214,9 +219,20 @@ def _load(path: str, mesh, dtype, family: str) -> tuple:
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--model={path}: {workdir} is not a workdir of ftjax.train')
   export = None if which else load.newest_export(workdir)
+  if export is not None and not settings.base:
+    adapter = peft.find(export)
+    if adapter is not None and not adapter.base.path:  # of a random model, which the run knows
+      export = None
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
-  family = family or (saved_model.family(workdir) if export else '')
+  family = settings.family or (saved_model.family(workdir) if export else '')
+  adapter = peft.find(export or path)
+  if adapter is not None:
+    model = adapter_folder.open_adapter(adapter, settings.base, family)
+    saved_model.check_generates(model, f'--model={path}')
+    return model, peft.load_params(adapter, model.source, model.arch, axes, dtype)
+  if settings.base:
+    raise ConfigError(f'--base={settings.base}: --model={path} is no adapter and needs no base')
   model = open_model(export or path, {}, 0, family=family)
   return model, load.load_params(export or path, model.arch, places(model), dtype)
 

@@ -22,7 +22,7 @@ _PART = r'[A-Za-z0-9][\w.-]*'
 _NAME = re.compile(rf'({_PART}/{_PART})(?:@(\w[\w./-]*))?')
 _COMMIT = re.compile('[0-9a-f]{40}')
 # What huggingface_hub raises where a proxy or a login page answers in place of the hub.
-_STRANGE = (KeyError, TypeError, AttributeError)
+STRANGE = (KeyError, TypeError, AttributeError)
 
 
 def is_name(path: str | os.PathLike) -> bool:
@@ -77,7 +77,7 @@ def pin(text: str, kind: str = 'model') -> str:
     found = HfApi(library_name='ftjax').resolve_revision(
       repo, repo_type=kind, revision=revision or None
     )
-  except (HTTPError, RevisionResolutionError, OSError, ValueError, *_STRANGE) as error:
+  except (HTTPError, RevisionResolutionError, OSError, ValueError, *STRANGE) as error:
     raise explain(text, error, kind) from error
   return f'{repo}@{found.resolved}'
 
@@ -114,7 +114,7 @@ def download(text: str, patterns: Sequence[str], is_shown: bool, kind: str = 'mo
         tqdm_class=None if is_shown else Quiet,
       )
     )
-  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *_STRANGE) as error:
+  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *STRANGE) as error:
     raise explain(text, error, kind) from error
 
 
@@ -135,7 +135,7 @@ def list_files(text: str) -> list[str]:
 
   try:
     return sorted(HfApi(library_name='ftjax').list_repo_files(repo, revision=commit))
-  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *_STRANGE) as error:
+  except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, *STRANGE) as error:
     raise explain(text, error) from error
 
 
@@ -207,7 +207,7 @@ def explain(text: str, error: BaseException, kind: str = 'model') -> RunError:
       f'({type(error).__name__}: {reason}). Check the network, HF_ENDPOINT and proxies; finished '
       'files of a download are kept'
     )
-  if isinstance(error, (json.JSONDecodeError, *_STRANGE)):
+  if isinstance(error, (json.JSONDecodeError, *STRANGE)):
     return DataError(
       f'{place} nothing was found: {constants.ENDPOINT} did not answer as the hub does '
       f'({type(error).__name__}: {error}). Check HF_ENDPOINT, '

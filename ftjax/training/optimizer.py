@@ -18,6 +18,7 @@ import optax
 
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
+from ftjax.training import moments
 
 Table = Sequence[tuple[str, Any]]
 
@@ -32,6 +33,7 @@ class Leaf:
     split: how many dimensions, after the layer axis, are a matrix's input side; 0 for scales and
       biases.
     table: whether it is an embedding or head table, which muon leaves to Adam.
+    axes: logical axes of its dimensions.
     rate: factor of its learning rate, besides that of optim.multipliers.
   """
 
@@ -39,6 +41,7 @@ class Leaf:
   stacked: bool
   split: int
   table: bool
+  axes: tuple[str | None, ...]
   rate: float = 1.0
 
 
@@ -47,6 +50,7 @@ class OptimizerConfig:
   """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each."""
 
   name: str
+  moments: str
   schedule: Callable
   b1: float
   b2: float
@@ -79,7 +83,7 @@ def leaves(
     if stacked:
       block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
       names = tuple(f'layer{i}/{rest}' for i in layers['/'.join(block)])
-    out[name] = Leaf(names, stacked, split, 'vocab' in axes)
+    out[name] = Leaf(names, stacked, split, 'vocab' in axes, tuple(axes))
   return out
 
 
@@ -252,6 +256,8 @@ OPTIMIZERS = {
   'muon': _muon,
   'sgd': _sgd,
 }
+# Of the optimizers that can hold their moments in 8 bits: which these are.
+IN_8BIT = {'adamw': moments.ADAM, 'lion': moments.LION, 'sgd': moments.SGD}
 
 
 def _direction(config: OptimizerConfig, info: Mapping[str, Leaf]) -> optax.GradientTransformation:
@@ -289,7 +295,16 @@ def make_optimizer(
   frozen = _by_leaf(config.freeze, info, 'optim.freeze')
   rates = _by_leaf(config.multipliers, info, 'optim.multipliers')
   decay = _by_leaf(config.decay, info, 'optim.decay')
-  parts = [_direction(config, trained)]
+  direction = _direction(config, trained)
+  if config.moments == '8bit':
+    if config.name not in IN_8BIT:
+      raise ConfigError(
+        f'optim.moments=8bit with optim.name={config.name}: only {", ".join(IN_8BIT)} can hold '
+        'their moments in 8 bits; set optim.moments=float32'
+      )
+    axes = {n: leaf.axes for n, leaf in trained.items()}
+    direction = moments.in_8bit(direction, IN_8BIT[config.name], axes)
+  parts = [direction]
   # Either way one part: a decay that is switched on or off leaves the state's shape as it was.
   parts.append(
     _add_decay(config.weight_decay, {n: decay[n] for n in trained})

@@ -1,6 +1,7 @@
 """The state of a training run: what is sharded, donated to every step, and saved."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -55,7 +56,7 @@ def create(
 
 def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> State:
   """Returns the shardings of an abstract state: leaves with a parameter's name and its shape, or
-  its shape with dimensions merged, are sharded like it; the rest is replicated.
+  its shape with dimensions merged or cut into blocks, are sharded like it; the rest is replicated.
 
   Args:
     state: from `jax.eval_shape(create, ...)`.
@@ -69,8 +70,11 @@ def state_shardings(state: State, parameter_shardings: Mapping, mesh: Mesh) -> S
     keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
     for i in range(len(keys)):
       name = '/'.join(keys[i:])
-      if name in known and (found := _merged(known[name], shapes[name], leaf.shape)):
-        return found
+      if name in known:
+        found = _merged(known[name], shapes[name], leaf.shape)
+        found = found or _blocked(known[name], shapes[name], leaf.shape)
+        if found:
+          return found
     return NamedSharding(mesh, P())
 
   return jax.tree_util.tree_map_with_path(place, state)
@@ -92,6 +96,22 @@ def _merged(
       return None
     spec.append(axis)
   return None if left else NamedSharding(where.mesh, P(*spec))
+
+
+def _blocked(
+  where: NamedSharding, shape: tuple[int, ...], target: tuple[int, ...]
+) -> NamedSharding | None:
+  """Returns the sharding of one number for each block of an array of `shape`: a dimension whose
+  shards hold whole blocks is sharded like the array's; None where `target` is no such shape.
+  """
+  if len(shape) != len(target) or any(n % t for n, t in zip(shape, target, strict=True)):
+    return None
+  spec = []
+  for blocks, axis in zip(target, (*where.spec, *[None] * len(shape)), strict=False):
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    is_whole = blocks % math.prod(where.mesh.shape[a] for a in names) == 0
+    spec.append(axis if is_whole else None)
+  return NamedSharding(where.mesh, P(*spec))
 
 
 def with_shardings(abstract, shardings):

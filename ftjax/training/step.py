@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ftjax.runtime import compiler_options, trees
 from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import axis_size, zigzag
+from ftjax.training import rounding
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -89,15 +90,21 @@ def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _make_update(
-  optimizer: optax.GradientTransformation, shardings: State, ema_decay: float
+  optimizer: optax.GradientTransformation,
+  shardings: State,
+  ema_decay: float,
+  is_stochastic: bool,
 ) -> Callable:
-  """Returns (gradient, bool[], state) -> (params, opt, ema): the new ones where that is True, else
-  the old ones.
+  """Returns (gradient, bool[], key, state) -> (params, opt, ema): the new ones where that is True,
+  else the old ones.
   """
 
-  def update(gradient, is_made, state: State):
+  def update(gradient, is_made, key, state: State):
     updates, opt = optimizer.update(gradient, state.opt, state.params)
-    params = optax.apply_updates(state.params, updates)
+    if is_stochastic:
+      params = rounding.apply_updates(state.params, updates, key)
+    else:
+      params = optax.apply_updates(state.params, updates)
     ema = (
       jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
       if ema_decay
@@ -121,6 +128,7 @@ def make_step(
   schedule: Callable,
   clip_norm: float,
   ema_decay: float,
+  is_stochastic: bool,
   seed: int,
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
   """Returns the step of an algorithm, to be compiled with `compile_step`.
@@ -133,6 +141,7 @@ def make_step(
     schedule: update number -> learning rate, for the log.
     clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
     ema_decay: of the moving average of the parameters; 0 means none.
+    is_stochastic: whether bfloat16 parameters are rounded stochastically, see rounding.py.
     seed: of the step's random keys, which are a function of (seed, step, row).
 
   Returns:
@@ -146,7 +155,7 @@ def make_step(
   the weights, and the schedule would run ahead. `step` alone counts it, with `no_signal`.
   """
 
-  update = _make_update(optimizer, shardings, ema_decay)
+  update = _make_update(optimizer, shardings, ema_decay, is_stochastic)
 
   def step(state: State, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -163,7 +172,9 @@ def make_step(
     signal = weight != 0
     if SIGNAL in metrics:
       signal = signal & (metrics[SIGNAL][0] != 0)
-    params, opt, ema = update(gradient, ok & signal, state)
+    # Rows are numbered from 0, so that none has this key.
+    above = jax.random.fold_in(key, 2**32 - 1)
+    params, opt, ema = update(gradient, ok & signal, above, state)
     bad, idle = (~ok).astype(jnp.int32), (ok & ~signal).astype(jnp.int32)
     new = State(
       step=state.step + 1,

@@ -1,5 +1,6 @@
 """The shipped SFT loss, step and sampler on every mesh of eight devices against one device."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tiny_model import QWEN2, TINY, ids, init, tokens_at
+from tiny_model import QWEN2, TINY, ids, init, tokens_at, with_mixer
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
@@ -86,6 +87,7 @@ def train(mesh, batches, arch=TINY):
   info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   recipe = optimizer.OptimizerConfig(
     name='adamw',
+    moments='float32',
     schedule=lambda k: RATE,
     b1=0.9,
     b2=0.999,
@@ -111,6 +113,7 @@ def train(mesh, batches, arch=TINY):
     schedule=recipe.schedule,
     clip_norm=0.0,
     ema_decay=0.0,
+    is_stochastic=False,
     seed=0,
   )
   rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
@@ -186,6 +189,27 @@ def test_biases_are_sharded_with_their_heads(sizes, use_mesh, batches, qwen2_on_
     assert (start[leaf] != 0).all() and qwen2_on_one_device[1][leaf].any()
     placed = trees.flatten(init(QWEN2))[leaf]
     assert placed.addressable_shards[0].data.shape == (3, heads // 2, 8)
+
+
+@pytest.mark.parametrize(
+  'tied', [pytest.param(True, marks=pytest.mark.full), False], ids=['tied', 'untied']
+)
+def test_a_padded_vocabulary_on_a_mesh_is_the_plain_one_on_one_device(tied, use_mesh, batches):
+  """256 tokens in 288 rows on four ways: the last of them holds 40 tokens and all the padding.
+
+  Weight decay is on; the padding has no gradient and stays 0.
+  """
+  plain = with_mixer(dataclasses.replace(TINY, tied=tied), num_kv_heads=4)
+  expected = train(jax.sharding.get_mesh(), batches, plain)
+  mesh = use_mesh(tensor=4, fsdp=2)
+  padded = dataclasses.replace(plain, vocab_multiple=96)
+  losses, gradient, start, params = train(mesh, batches, padded)
+  tables = ['embed/w'] if tied else ['embed/w', 'head/w']
+  for name in tables:
+    for leaf in (gradient[name], start[name], params[name]):
+      assert leaf.shape[0] == 288 and not leaf[256:].any()
+  cut = [x | {n: x[n][:256] for n in tables} for x in (gradient, start, params)]
+  check((losses, *cut), expected)
 
 
 def test_all_meshes_are_tried_and_every_day_each_pair_of_axes():

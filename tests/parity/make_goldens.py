@@ -1,10 +1,11 @@
-"""Makes tests/parity/golden/ with torch and transformers. Run by hand, from the repository's root,
-where both are installed:
+"""Makes tests/parity/golden/ with torch and transformers, in the parity environment (make parity),
+from the repository's root:
 
-  PYTHONPATH=tests PYTHON tests/parity/make_goldens.py [llama] [qwen2] [tokenizers] [smollm2]
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_goldens.py FOLDER [TASK ...]
 
-`smollm2` needs .cache/SmolLM2-135M-Instruct.Q4_1.gguf (demo/assets.py). The tests read the files
-and never import torch. Written with torch 2.13.0 and transformers 5.23.0, `qwen2` with 5.24.0.
+FOLDER is tests/parity/golden to replace them, TASK llama, qwen2, tokenizers or smollm2, which needs
+.cache/SmolLM2-135M-Instruct.Q4_1.gguf (demo/assets.py). The tests read the files and never import
+torch.
 """
 
 import os
@@ -30,7 +31,6 @@ from transformers import (
 from parity.mixed_strings import mixed_strings
 from parity.toy_gguf import Toy, write_toy
 
-GOLDEN = Path(__file__).parent / 'golden'
 GGUF_FOLDER, GGUF = '.cache', 'SmolLM2-135M-Instruct.Q4_1.gguf'
 
 LLAMA3 = {
@@ -106,7 +106,7 @@ def draw(model):
   return torch.randint(0, 128, (2, 96))
 
 
-def llama():
+def llama(target: Path):
   """Random HF models in HF folders, each with logits float32[B, T, V] for ids int32[B, T]."""
   for name, changes in LLAMA.items():
     torch.manual_seed(len(name))
@@ -114,10 +114,10 @@ def llama():
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     ids = draw(model)
     with torch.no_grad():
-      save(model, name, ids, logits=model(ids).logits.numpy())
+      save(model, target / name, ids, logits=model(ids).logits.numpy())
 
 
-def qwen2():
+def qwen2(target: Path):
   """The same of Qwen2, and the loss of one step with its gradient: the mean of -log p of each next
   token, by HF's own `labels`.
   """
@@ -130,16 +130,16 @@ def qwen2():
     found.loss.backward()
     gradient = {f'gradient/{k}': p.grad.numpy() for k, p in model.named_parameters()}
     logits = found.logits.detach().numpy()
-    save(model, name, ids, logits=logits, loss=found.loss.item(), **gradient)
+    save(model, target / name, ids, logits=logits, loss=found.loss.item(), **gradient)
 
 
-def save(model, name: str, ids, **arrays):
+def save(model, folder: Path, ids, **arrays):
   """The model as a HF folder, and what was computed of ids beside it."""
-  model.save_pretrained(GOLDEN / name)
-  np.savez_compressed(GOLDEN / name / 'logits.npz', ids=ids.numpy().astype(np.int32), **arrays)
+  model.save_pretrained(folder)
+  np.savez_compressed(folder / 'logits.npz', ids=ids.numpy().astype(np.int32), **arrays)
   print(
-    *(name, 'max |logit|', np.abs(arrays['logits']).max()),
-    sorted(p.name for p in (GOLDEN / name).iterdir()),
+    *(folder.name, 'max |logit|', np.abs(arrays['logits']).max()),
+    sorted(p.name for p in folder.iterdir()),
   )
 
 
@@ -157,7 +157,7 @@ def encode(folder: str, file: str, texts: list[str], special: bool) -> list[list
   return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
 
 
-def tokenizers():
+def tokenizers(target: Path):
   """Ids of the mixed strings for toy GGUF files of each kind, by transformers' conversion."""
   out = {}
   with tempfile.TemporaryDirectory() as folder:
@@ -167,10 +167,10 @@ def tokenizers():
       rows = encode(folder, f'{name}.gguf', mixed_strings(300), special=False)
       out |= {f'{name}_{key}': value for key, value in pack(rows).items()}
       print(name, len(out[f'{name}_ids']), 'ids')
-  np.savez_compressed(GOLDEN / 'toy_tokenizers.npz', **out)
+  np.savez_compressed(target / 'toy_tokenizers.npz', **out)
 
 
-def smollm2():
+def smollm2(target: Path):
   """Logits, greedy continuations and token ids of SmolLM2 as transformers loads the GGUF file."""
   tokenizer = AutoTokenizer.from_pretrained(GGUF_FOLDER, gguf_file=GGUF)
   texts = mixed_strings()
@@ -184,7 +184,7 @@ def smollm2():
   )
   digits = pack([backend.encode(text, add_special_tokens=False).ids for text in texts])
   np.savez_compressed(
-    GOLDEN / 'smollm2_tokenizer.npz',
+    target / 'smollm2_tokenizer.npz',
     **{f'hf_{k}': v for k, v in hf.items()},
     **{f'digits_{k}': v for k, v in digits.items()},
   )
@@ -213,7 +213,7 @@ def smollm2():
   points = np.stack([rng.integers(0, n, 200) for n in logits.shape], 1)
   gap = np.take_along_axis(logits, top, 1)
   np.savez_compressed(
-    GOLDEN / 'smollm2_logits.npz',
+    target / 'smollm2_logits.npz',
     ids=ids,
     top_ids=top.astype(np.int32),
     top_logits=gap,
@@ -228,7 +228,7 @@ def smollm2():
     (gap[:, 0] - gap[:, 1]).min(),
   )
   np.savez_compressed(
-    GOLDEN / 'smollm2_greedy.npz',
+    target / 'smollm2_greedy.npz',
     **{f'prompt_{k}': v for k, v in pack(prompts).items()},
     continuations=np.array(continuations),
     margins=np.array(margins),
@@ -243,15 +243,17 @@ def smollm2():
 
 def greedy(model, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
   """The most likely tokens one after the other, and each one's lead over the second."""
-  ids, gaps = list(prompt), []
+  ids, gaps, cache, new = [], [], None, prompt
   for _ in range(count):
-    top = model(torch.tensor([ids])).logits[0, -1].topk(2)
-    ids.append(int(top.indices[0]))
+    found = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+    top = found.logits[0, -1].topk(2)
+    cache, new = found.past_key_values, [int(top.indices[0])]
+    ids += new
     gaps.append(float(top.values[0] - top.values[1]))
-  return ids[len(prompt) :], gaps
+  return ids, gaps
 
 
 if __name__ == '__main__':
   tasks = {'llama': llama, 'qwen2': qwen2, 'tokenizers': tokenizers, 'smollm2': smollm2}
-  for task in sys.argv[1:] or tasks:
-    tasks[task]()
+  for task in sys.argv[2:] or tasks:
+    tasks[task](Path(sys.argv[1]))

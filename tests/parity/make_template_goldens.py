@@ -1,16 +1,18 @@
-"""Makes tests/parity/golden/templates.json with transformers (no torch). Run by hand, from the
-repository's root, where transformers, jinja2 and tokenizers are installed:
+"""Makes tests/parity/golden/templates.json with transformers, in the parity environment (make
+parity), from the repository's root:
 
-  PYTHONPATH=tests PYTHON tests/parity/make_template_goldens.py
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_template_goldens.py FOLDER
 
 Per template and conversation: ids and assistant mask of the conversation up to each of its
 assistant turns, as `apply_chat_template` of a copy with generation tags gives them, the ids of the
-prompt of the last turn, and which texts no rendering contains. Written with transformers 5.24.0.
+prompt of the last turn, and which texts no rendering contains.
 """
 
 import datetime
 import hashlib
 import json
+import sys
+from pathlib import Path
 
 import template_cases as cases
 
@@ -134,7 +136,7 @@ def cell(tokenizer, name, conversation):
   }
 
 
-def main() -> None:
+def main(target: Path) -> None:
   # Here, so that the tests can use `digest` and `runs` without transformers.
   import transformers
   from tokenizers import Tokenizer
@@ -151,10 +153,10 @@ def main() -> None:
     )
     out[name] = {k: cell(tokenizer, name, c) for k, c in cases.CONVERSATIONS.items()}
   lines = [f' {json.dumps(n)}: {json.dumps(c, separators=(",", ":"))}' for n, c in out.items()]
-  cases.GOLDEN.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+  (target / 'templates.json').write_text('{\n' + ',\n'.join(lines) + '\n}\n')
   cells = [c for t in out.values() for c in t.values()]
   print(transformers.__version__, len(cells), 'cells', sum('error' in c for c in cells), 'refused')
 
 
 if __name__ == '__main__':
-  main()
+  main(Path(sys.argv[1]))

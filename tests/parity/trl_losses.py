@@ -1,13 +1,13 @@
 """Losses and advantages of ftjax against TRL's own functions, on the same random numbers.
 
-TRL is no dependency of ftjax or of its tests. It lives in an environment of its own:
+TRL is no dependency of ftjax or of its tests; it is in the parity environment (make parity), and
+beside it TRL 1.9, the last with PPO:
 
-  python3 -m venv /tmp/trl && /tmp/trl/bin/pip install torch transformers==5.24.0 trl==1.16.0
-  /tmp/trl/bin/pip install --no-deps --target /tmp/trl-1.9 trl==1.9.0      # the last with PPO
-  PYTHONPATH=tests /tmp/trl/bin/python tests/parity/trl_losses.py golden /tmp/trl-1.9
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/trl_losses.py golden FOLDER \
+    .venv-parity/trl-1.9
   PYTHONPATH=tests:. .venv/bin/python tests/parity/trl_losses.py compare
 
-`golden` calls TRL (parity/from_trl.py) and writes golden/trl_losses.npz, inputs and outputs;
+`golden` calls TRL (parity/from_trl.py) and writes trl_losses.npz, inputs and outputs, to FOLDER;
 `compare` prints the largest differences. test_trl_losses.py reads the same file without torch.
 """
 
@@ -99,10 +99,11 @@ def main() -> int:
     from parity import from_trl
 
     inputs = make_inputs()
-    outputs = from_trl.outputs(inputs, Path(sys.argv[2]))
+    target = Path(sys.argv[2]) / GOLDEN.name
+    outputs = from_trl.outputs(inputs, Path(sys.argv[3]))
     stored = {f'in/{k}': v for k, v in inputs.items()} | {f'trl/{k}': v for k, v in outputs.items()}
-    np.savez_compressed(GOLDEN, **stored)
-    print(f'{GOLDEN}: {len(outputs)} outputs, {GOLDEN.stat().st_size} bytes')
+    np.savez_compressed(target, **stored)
+    print(f'{target}: {len(outputs)} outputs, {target.stat().st_size} bytes')
     return 0
   from parity import from_ftjax
 

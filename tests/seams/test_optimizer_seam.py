@@ -72,8 +72,8 @@ def test_what_they_return_is_checked():
     name = 'toy_optimizer:no_optimizer'
     numbers = (0.9, 0.99, 1e-8, 0.0, 1.0)
     tables = ((('.*', 1.0),), (('.*', 1.0),), (('.*', False),))
-    leaves = {'w': optimizer.Leaf(('w',), False, 1, False)}
-    settings = optimizer.OptimizerConfig(name, lambda k: 0.1, *numbers, *tables)
+    leaves = {'w': optimizer.Leaf(('w',), False, 1, False, ('embed', 'ffn'))}
+    settings = optimizer.OptimizerConfig(name, 'float32', lambda k: 0.1, *numbers, *tables)
     optimizer.make_optimizer(settings, leaves, leaves)
   with pytest.raises(ConfigError, match=r'optim.schedule=.* returned a float; expected a function'):
     make_schedule('toy_optimizer:no_schedule', ScheduleConfig(0.1, 4, 0, 0.0, 0))

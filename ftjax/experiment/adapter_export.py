@@ -1,0 +1,193 @@
+"""What an adapter run leaves: the adapter in export/, as a PEFT folder, and the merged model in
+merged/, as a Hugging Face folder, where it computes the same.
+
+The merged weights are rounded to the dtype of the base, which may change what the model computes.
+So before merged/ is written the KL divergence from the adapter's distribution of the next token to
+the merged model's is measured on held-out rows.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax.cluster import processes
+from ftjax.experiment.data import PromptData
+from ftjax.experiment.run import Run
+from ftjax.hf import export as hf_export
+from ftjax.hf import peft_export
+from ftjax.models import kinds
+from ftjax.models.forward import Forward
+from ftjax.models.layers import rounded
+from ftjax.runtime import trees
+from ftjax.runtime.errors import CheckError
+from ftjax.storage import files
+from ftjax.training.prefetch import place
+
+log = logging.getLogger(__name__)
+
+TOKENS = 4096  # held-out tokens of the comparison
+FOLDER, REPORT = 'merged', 'merge.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """How far a merged model is from its adapter.
+
+  kl: mean over tokens of the KL divergence from adapter to merged model, in nats; of a reward model
+  None. score: of a reward model, the mean over tokens of the difference of the scores, in absolute
+  value; else None. tokens: of the comparison. held_out: whether they are of evaluation rows, else
+  of training rows. dtype: of the merged weights.
+  """
+
+  kl: float | None
+  score: float | None
+  tokens: int
+  held_out: bool
+  dtype: str
+
+  def text(self) -> str:
+    """Returns the comparison in words."""
+    rows = 'held-out' if self.held_out else 'training'
+    end = f'on {self.tokens:,} {rows} tokens, with {self.dtype} weights'
+    if self.kl is None:
+      return f'its scores differ from the adapter by {self.score:.3g} on average, {end}'
+    return f'KL from adapter to merged model: {self.kl:.3g} nats per token, {end}'
+
+
+def export(run: Run, params: dict, card: bytes) -> None:
+  """Writes the adapter to export/.
+
+  Args:
+    run: of the adapter.
+    params: of base and adapter, nested dict of sharded arrays.
+    card: README.md.
+
+  Raises:
+    NonFiniteError: a tensor holds NaN or infinity.
+  """
+  model = run.model
+  peft_export.export(
+    params,
+    run.arch,
+    files.join(run.workdir, 'export'),
+    base=run.first_source,
+    sha256=run.first_hash(),
+    source_config=model.config,
+    tokenizer_files=model.files,
+    stop_ids=model.stop_ids,
+    card=card,
+  )
+
+
+def export_merged(run: Run, params: dict, card: bytes) -> None:
+  """Writes the merged model to merged/, after comparing it with the adapter.
+
+  Args:
+    run: of the adapter.
+    params: of base and adapter, nested dict of sharded arrays.
+    card: README.md.
+
+  Raises:
+    CheckError: it is further from the adapter than lora.merge_kl; merged/ is not written, and an
+      older one is removed.
+    NonFiniteError: a tensor holds NaN or infinity.
+  """
+  folder, most = files.join(run.workdir, FOLDER), run.config.lora.merge_kl
+  dtype = merged_dtype(run.config.lora.base)
+  found = compare(run, params, dtype)
+  is_close = found.kl is None or found.kl <= most
+  if processes.is_main():
+    report = dataclasses.asdict(found) | {'is_written': is_close}
+    files.write_text(files.join(run.workdir, REPORT), json.dumps(report, indent=1) + '\n')
+  if not is_close:
+    processes.from_main(lambda: files.remove_tree(folder))
+    raise CheckError(
+      f'{folder} is not written: {found.text()}; the limit is lora.merge_kl={most}. Use the '
+      f'adapter in {run.workdir}/export, or set a larger lora.merge_kl and run the same command '
+      'again'
+    )
+  log.info('%s: %s', folder, found.text())
+  hf_export.export(
+    params,
+    kinds.with_merged(run.arch, dtype),
+    folder,
+    source_config=run.model.config,
+    tokenizer_files=run.model.files,
+    dtype=np.dtype(jnp.dtype(dtype)),
+    stop_ids=run.model.stop_ids,
+    card=card,
+  )
+
+
+def merged_dtype(base: str) -> str:
+  """Returns the dtype of the merged weights, by how the base is held."""
+  return 'float32' if base == 'float32' else 'bfloat16'
+
+
+def compare(run: Run, params: dict, dtype: str) -> Comparison:
+  """Returns how far the model after merging into weights of `dtype` is from base and adapter."""
+  ours = run.forward.without_remat()
+  merged = Forward(kinds.with_merged(run.arch, dtype), ours.dtype)
+  rounded = _rounded(run, params, dtype)
+
+  @jax.jit
+  def measure(params, rounded, batch):
+    batch = batch | {'weights': (batch['segments'] > 0).astype(jnp.float32)}
+    if run.arch.num_labels:
+      gap = ours.token_scores(params, batch) - merged.token_scores(rounded, batch)
+      total = (jnp.abs(gap) * batch['weights']).sum()
+    else:
+      total = ours.divergence_from(params, merged, rounded, batch)
+    return total, batch['weights'].sum()
+
+  total = count = 0.0
+  held_out = bool(run.data.evaluation)
+  for batch in _rows(run):
+    more, tokens = map(float, measure(params, rounded, batch))
+    total, count = total + more, count + tokens
+    if count >= TOKENS:
+      break
+  mean = max(total / max(count, 1.0), 0.0)  # rounding may leave a tiny negative sum
+  is_reward = bool(run.arch.num_labels)
+  return Comparison(
+    *(None if is_reward else mean, mean if is_reward else None),
+    *(int(count), held_out, dtype),
+  )
+
+
+def _rounded(run: Run, params: dict, dtype: str) -> dict:
+  """Returns the parameters with those that are trained whole rounded as merged/ holds them."""
+  whole = {*run.arch.adapter.trained, 'score/w'}
+
+  def one(name, leaf):
+    return rounded(leaf, dtype).astype(leaf.dtype) if name in whole else leaf
+
+  return trees.map_named(one, params)
+
+
+def _rows(run: Run) -> Iterator[dict[str, jax.Array]]:
+  """Yields batches [B, T] of evaluation rows, or of training rows where there are none."""
+  if not isinstance(run.data, PromptData):
+    yield from run.batches_of(run.data.evaluation or run.data.corpora)
+    return
+  where, c = run.batch_shardings(micro=False), run.config
+  found = [p.ids for s in run.data.evaluation or run.data.sources for p in s.rows]
+  for begin in range(0, len(found), c.eval.batch_size):
+    batch = _prompt_rows(found[begin : begin + c.eval.batch_size], c.eval.batch_size, c.seq_len)
+    yield place(batch, {k: where[k] for k in batch})
+
+
+def _prompt_rows(prompts: list[list[int]], size: int, length: int) -> dict[str, np.ndarray]:
+  """Returns arrays int32[size, length] of prompts, one in each row."""
+  batch = {k: np.zeros((size, length), np.int32) for k in ('tokens', 'segments', 'positions')}
+  for row, ids in enumerate(prompts):
+    ids = ids[:length]
+    batch['tokens'][row, : len(ids)] = ids
+    batch['segments'][row, : len(ids)] = 1
+    batch['positions'][row, : len(ids)] = range(len(ids))
+  return batch

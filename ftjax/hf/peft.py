@@ -1,0 +1,397 @@
+"""Reads PEFT folders: which adapter they hold, of which base, and its weights.
+
+A folder is hostile until checked. What PEFT 0.21 would compute with it is what is computed here, or
+it is refused: a setting that is not known, a tensor that nothing reads, a tensor that is missing.
+Pickled weights are never read. Next: `peft_config.py` for the settings, `peft_export.py` for the
+way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ftjax.families import table
+from ftjax.hf import layout, load, model_folder, peft_config, peft_names
+from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
+from ftjax.hf.peft_names import Place
+from ftjax.hf.tensor_source import TensorSource
+from ftjax.hf.weight_files import file_inside, parse_json
+from ftjax.models import kinds
+from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
+from ftjax.runtime import trees
+from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.storage import files, hub
+
+if TYPE_CHECKING:
+  import jax
+
+_PICKLED = (
+  ', which can run code when loaded and are never read here. Save it again where peft is '
+  'installed: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW)'
+)
+_STORAGES = ('', 'float32', 'bfloat16', 'int8', 'nf4')
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """The base of an adapter.
+
+  path: HF folder, GGUF file or hub name, '' where the folder names none. sha256: of its weights, ''
+  where it is not recorded. storage, block: how it was held, as in architecture.Architecture.
+  """
+
+  path: str
+  sha256: str = ''
+  storage: str = ''
+  block: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftFolder:
+  """A PEFT folder whose settings are checked and whose weights are not read.
+
+  place: the folder. base: what it is an adapter of. config: its settings. source: its tensors.
+  """
+
+  place: Path
+  base: Base
+  config: PeftConfig
+  source: TensorSource
+
+  def architecture(self, plain: Architecture) -> Architecture:
+    """Returns the model of base and adapter; a reward model where the adapter has a score.
+
+    Args:
+      plain: of the base, a language model.
+
+    Raises:
+      DataError: the adapter does not fit this base, or is none that is computed here.
+    """
+    if self.config.labels:
+      labels = self._score_rows()
+      plain = dataclasses.replace(plain, num_labels=labels)
+    saved = self._saved(plain)
+    maps = self._maps(plain, saved)
+    found = dataclasses.replace(
+      plain,
+      adapter=Adapter(maps, self._trained(plain, saved), dora=self.config.dora),
+      base=self.base.storage,
+      block=self.base.block,
+    )
+    self._check_tensors(found, saved)
+    return found
+
+  def _score_rows(self) -> int:
+    name = f'{PREFIX}score.weight'
+    info = self.source.tensors.get(name)
+    if info is None or len(info.shape) != 2 or info.shape[0] != 1:
+      shape = 'missing' if info is None else list(info.shape)
+      raise DataError(
+        f'{self.source.place}: {name} is {shape}; a reward model with one score [1, D] is expected'
+      )
+    return info.shape[0]
+
+  def _saved(self, plain: Architecture) -> list[str]:
+    """Returns the HF tensors of modules that are saved whole; of a tied model not the head's."""
+    tensors = [b.hf for b in layout.bindings(plain)]
+    saved = [n for n in dict.fromkeys(tensors) if self.config.is_saved(n)]
+    if plain.num_labels and 'score.weight' not in saved:
+      saved.append('score.weight')  # PEFT saves it unasked
+    return saved
+
+  def _maps(self, plain: Architecture, saved: list[str]) -> tuple[AdaptedMap, ...]:
+    places = peft_names.places(plain)
+    modules = dict.fromkeys(peft_names.module(b.hf) for b in layout.bindings(plain))
+    tied = peft_names.tied_head(plain)
+    heads = {'lm_head', 'score'} | ({peft_names.module(tied[1])} if tied else set())
+    if tied:
+      modules[peft_names.module(tied[1])] = None
+    if self.config.targets == peft_config.ALL_LINEAR:
+      modules = {m: None for m in modules if m in places}
+    wanted = [m for m in modules if self.config.is_target(m, m in heads)]
+    wanted = [m for m in wanted if not any(peft_names.module(t) == m for t in saved)]
+    if other := [m for m in wanted if m not in places]:
+      raise DataError(
+        f'{self.config.place}: target_modules has {other[0]}, whose adapter is not supported here: '
+        'it is no linear map of its own. Merge the adapter with PEFT (merge_and_unload)'
+      )
+    ranks: dict[str, dict[int, tuple[int, float]]] = {}
+    for m in wanted:
+      p = places[m]
+      ranks.setdefault(p.name, {})[p.layer] = self.config.factors(m)
+    layers: dict[str, int] = {}
+    for p in places.values():
+      layers[p.name] = max(layers.get(p.name, 0), p.layer + 1)
+    out = []
+    for name in kinds.linear_maps(plain):
+      if name in ranks:
+        rows = [ranks[name].get(layer, (0, 0.0)) for layer in range(layers[name])]
+        out.append(AdaptedMap(name, *(tuple(column) for column in zip(*rows, strict=True))))
+    return tuple(out)
+
+  def _trained(self, plain: Architecture, saved: list[str]) -> tuple[str, ...]:
+    """Returns the leaves that are trained whole."""
+    bindings = layout.bindings(plain)
+    leaves = dict.fromkeys(b.leaf for b in bindings if b.hf in saved)
+    if lacking := [b for b in bindings if b.leaf in leaves and b.hf not in saved]:
+      raise DataError(
+        f'{self.config.place}: modules_to_save has {leaves and next(iter(leaves))} of some layers '
+        f'and not {lacking[0].hf}; the layers of a stack are trained together here'
+      )
+    return tuple(n for n in leaves if n != 'score/w')
+
+  def _expected(self, arch: Architecture, saved: list[str]) -> Iterator[tuple[str, tuple]]:
+    """Yields (name, shape) of every tensor that PEFT reads."""
+    for place, found in peft_names.adapted(arch):
+      rank, (inputs, outputs) = found.ranks[place.layer], place.shapes
+      a, b, magnitude = place.tensors
+      yield a, (rank, inputs)
+      yield b, (outputs, rank)
+      if arch.adapter.dora:
+        yield magnitude, (outputs,)
+    shapes = {b.hf: b.hf_shape for b in layout.bindings(arch)}
+    for name in saved:
+      yield PREFIX + name, shapes[name]
+    tied = peft_names.tied_head(arch)
+    if tied and tied[0] in saved:
+      yield PREFIX + tied[1], shapes[tied[0]]
+
+  def _check_tensors(self, arch: Architecture, saved: list[str]) -> None:
+    """Compares the tensors with what the settings say."""
+    need, have = dict(self._expected(arch, saved)), self.source.tensors
+    problems = [f'missing {n}' for n in need if n not in have]
+    problems += [f'nothing reads {n} {list(have[n].shape)}' for n in have if n not in need]
+    problems += [
+      f'{n} is {list(have[n].shape)}, expected {list(shape)}'
+      for n, shape in need.items()
+      if n in have and have[n].shape != shape
+    ]
+    problems += [
+      f'{n} is {have[n].dtype}; expected float32, bfloat16 or float16'
+      for n in need
+      if n in have and have[n].dtype.name not in ('float32', 'bfloat16', 'float16')
+    ]
+    if problems:
+      more = f'; and {len(problems) - 6} more' if len(problems) > 6 else ''
+      raise DataError(
+        f'{self.source.place} does not fit {self.config.place} and the base {self.base.path}: '
+        f'{"; ".join(problems[:6])}{more}'
+      )
+    tied = peft_names.tied_head(arch)
+    if tied and tied[0] in saved and self._differ(*(PREFIX + n for n in tied)):
+      raise DataError(
+        f'{self.source.place}: the embedding and the head are trained apart, and are one tensor in '
+        f'the base {self.base.path}. Save the adapter with ensure_weight_tying, or merge it with '
+        'PEFT into a model with tie_word_embeddings: false'
+      )
+
+  def _differ(self, one: str, other: str) -> bool:
+    return self.source.read(one).tobytes() != self.source.read(other).tobytes()
+
+
+def find(path: str | os.PathLike) -> PeftFolder | None:
+  """Returns the PEFT folder at a path or under a hub name; None where that is something else.
+
+  Raises:
+    ConfigError, DataError: see `read` and `hub.pin`.
+  """
+  folder = model_folder.find_adapter(path)
+  return None if folder is None else read(folder)
+
+
+def read(path: str | os.PathLike) -> PeftFolder:
+  """Returns a PEFT folder after checking its settings and the header of its weights.
+
+  Raises:
+    DataError: it is none, or has a setting that is not computed here.
+  """
+  folder = files.as_path(path)
+  place = file_inside(folder, CONFIG_FILE)
+  config = peft_config.parse(_json(place), str(place))
+  if not files.exists(folder / WEIGHTS_FILE):
+    if files.exists(folder / 'adapter_model.bin'):
+      raise DataError(f'{folder}: only pickled weights (adapter_model.bin){_PICKLED}')
+    raise DataError(f'{folder}: {WEIGHTS_FILE} is missing (unfinished download?)')
+  if not model_folder.is_adapter(folder):
+    raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
+  return PeftFolder(folder, _base(folder, config), config, load.open_source(folder))
+
+
+def _json(place: Path) -> object:
+  return parse_json(place.read_bytes(), str(place))
+
+
+def _base(folder: Path, config: PeftConfig) -> Base:
+  """Returns the base that adapter_config.json names, with what ftjax_base.json records of it."""
+  path = config.base
+  if config.revision and hub.is_name(path):
+    path = f'{path}@{config.revision}'
+  if not files.exists(folder / BASE_FILE):
+    return Base(path)
+  place = file_inside(folder, BASE_FILE)
+  found = _json(place)
+  is_fit = (
+    isinstance(found, dict)
+    and found.keys() == {'sha256', 'storage', 'block'}
+    and isinstance(found['sha256'], str)
+    and found['storage'] in _STORAGES
+    and type(found['block']) is int
+    and found['block'] > 1
+  )
+  if not is_fit:
+    raise DataError(f'{place}: {found!r}; expected sha256, storage (of {_STORAGES}) and block')
+  return Base(path, **found)
+
+
+def check_base(folder: PeftFolder, path: str, sha256: str) -> None:
+  """Raises DataError where the weights of a base are not those that the adapter was trained on.
+
+  Args:
+    folder: the adapter's.
+    path: of the base, for the message.
+    sha256: of the base's weights, see `load.fingerprint`.
+  """
+  if folder.base.sha256 and folder.base.sha256 != sha256:
+    raise DataError(
+      f'{folder.place}: the adapter was trained on {folder.base.path or "a base"} with weights of '
+      f'SHA-256 {folder.base.sha256[:16]}..., and those of {path} are {sha256[:16]}...; give the '
+      'base that it was trained on'
+    )
+
+
+def load_adapter(
+  folder: PeftFolder, arch: Architecture, shardings: Mapping[str, jax.sharding.Sharding]
+) -> dict[str, jax.Array]:
+  """Returns the adapter's leaves {name: float32 array}, padded to the largest rank of a stack.
+
+  Args:
+    folder: the adapter's.
+    arch: the model, with an adapter of the same maps, ranks and scales: `folder.architecture`, or
+      that of the run which wrote the folder.
+    shardings: of the leaves, by name.
+
+  Raises:
+    ConfigError: `arch` has another adapter.
+    DataError: a tensor holds NaN or infinity, or does not fit.
+  """
+  import jax
+
+  found = folder.architecture(dataclasses.replace(arch.plain(), num_labels=0))
+  _check_same(folder, arch, found)
+  declared = kinds.declared(arch)
+  out = {}
+  for name, value in _leaves(folder, arch):
+    if value.shape != declared[name].shape:
+      raise ValueError(f'{name} is {value.shape}, declared {declared[name].shape}')
+
+    def part(index, value=value):
+      return value[index]
+
+    out[name] = jax.make_array_from_callback(value.shape, shardings[name], part)
+  return out
+
+
+def _check_same(folder: PeftFolder, arch: Architecture, found: Architecture) -> None:
+  """Raises ConfigError where the adapters of two architectures differ in what files hold."""
+
+  def facts(own: Architecture, factor: int) -> dict:
+    maps = own.adapter.maps
+    rows = {m.name: [factor * r for r in m.ranks] for m in maps}
+    scales = {f'scale of {m.name}': [float(np.float32(s)) for s in m.scales] for m in maps}
+    more = {'trained': sorted(own.adapter.trained), 'dora': own.adapter.dora}
+    return rows | scales | more | {'labels': own.num_labels}
+
+  wanted, have = facts(arch, 2 if arch.adapter.pissa else 1), facts(found, 1)
+  if other := [k for k in {**wanted, **have} if wanted.get(k) != have.get(k)]:
+    key = other[0]
+    raise ConfigError(
+      f'{folder.place}: the adapter has {key} = {have.get(key)}, the config {wanted.get(key)}; set '
+      'the keys of section lora as the adapter has them'
+    )
+
+
+def _leaves(folder: PeftFolder, arch: Architecture) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, value) of every adapter leaf that the folder holds, one at a time."""
+  declared = kinds.declared(arch)
+  maps: dict[str, list[Place]] = {}
+  for place, _ in peft_names.adapted(arch):
+    maps.setdefault(place.name, []).append(place)
+  for name, places in maps.items():
+    for leaf in ('lora_a', 'lora_b', 'lora_m', 'lora_a0', 'lora_b0'):
+      if (full := f'{name}/{leaf}') in declared:
+        start = np.ones if leaf == 'lora_m' else np.zeros
+        value = start(declared[full].shape, np.float32)
+        for place in places:
+          rows = _rows(folder, place, leaf, arch)
+          at = place.binding.at
+          if leaf == 'lora_m':
+            value[at] = rows[0]
+          else:
+            value[at][: len(rows)] = rows
+        yield full, value
+  rest: dict[str, list] = {}
+  for b in peft_names.trained(arch).values():
+    rest.setdefault(b.leaf, []).append(b)
+  for name, bindings in rest.items():
+    value = np.zeros(declared[name].shape, np.float32)  # padding of the vocabulary stays 0
+    for b in bindings:
+      whole = tuple(slice(0, n) for n in b.shape)
+      value[b.at][whole] = b.from_source(_read(folder, PREFIX + b.hf), whole)
+    yield name, value
+
+
+def _rows(folder: PeftFolder, place: Place, leaf: str, arch: Architecture) -> np.ndarray:
+  """Returns the rows of a layer's own rank, in our order of axes: float32[R, ...]."""
+  a, b, magnitude = place.tensors
+  inputs, outputs = place.sides
+  if leaf == 'lora_m':
+    return peft_names.from_hf(_read(folder, magnitude)[None], outputs, place.binding.sizes)
+  is_a = leaf.startswith('lora_a')
+  x = _read(folder, a) if is_a else _read(folder, b).T
+  if arch.adapter.pissa:  # [A; A0] and [B, -B0]
+    rank = len(x) // 2
+    x = x[:rank] if leaf in ('lora_a', 'lora_b') else x[rank:] * (1 if is_a else -1)
+  return peft_names.from_hf(x, inputs if is_a else outputs, place.binding.sizes)
+
+
+def _read(folder: PeftFolder, name: str) -> np.ndarray:
+  value = folder.source.read(name).astype(np.float32)
+  if not np.isfinite(value).all():
+    raise DataError(f'{folder.source.place}: {name} holds NaN or infinity')
+  return value
+
+
+def load_params(
+  folder: PeftFolder,
+  base: str,
+  arch: Architecture,
+  shardings: Callable[[Architecture], Mapping],
+  dtype: np.dtype,
+) -> dict[str, jax.Array]:
+  """Returns the parameters of base and adapter as a nested dict.
+
+  Args:
+    folder: the adapter's.
+    base: path of the base.
+    arch: the model with its adapter, see `load_adapter`.
+    shardings: (architecture) -> those of all its parameters, a nested dict.
+    dtype: of base parameters that declare none of their own.
+
+  Raises:
+    ConfigError, DataError: see `load_adapter`, `load.load_params` and `check_base`.
+  """
+  if folder.base.sha256:
+    load.open_source(base).hash_reads()
+  # The score of a reward model is the adapter's, unless the base has one.
+  labels = table.architecture(load.read_config(base), arch.family).num_labels
+  held = dataclasses.replace(arch, num_labels=labels)
+  flat = trees.flatten(load.load_params(base, held, shardings(held), dtype))
+  check_base(folder, base, load.fingerprint(base) if folder.base.sha256 else '')
+  flat |= load_adapter(folder, arch, trees.flatten(shardings(arch)))
+  return trees.unflatten({n: flat[n] for n in sorted(kinds.declared(arch))})
