@@ -66,7 +66,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, load, model_folder
+  from ftjax.hf import gguf_export, model_folder, run_export
   from ftjax.storage import snapshots
 
   if gguf_export.is_gguf(target):
@@ -79,7 +79,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else load.newest_export(workdir)
+  export = None if which else run_export.find_newest(workdir)
   _check_target(target, export or source)
   if (folder := model_folder.find_adapter(export or source)) is not None:
     from ftjax.hf import peft
@@ -273,13 +273,13 @@ def _finished(source: str) -> str:
   Raises:
     ConfigError: it has to be written first.
   """
-  from ftjax.hf import load
+  from ftjax.hf import run_export
   from ftjax.storage import snapshots
 
   workdir, which = snapshots.parse(source)
   found = source if os.path.isdir(source) else None
   if snapshots.is_workdir(workdir):
-    found = None if which else load.newest_export(workdir)
+    found = None if which else run_export.find_newest(workdir)
   if found is None or _DTYPE.value:
     raise ConfigError(
       f'--source={source} is not uploaded as it is; give --target=DIR for the folder to upload'

@@ -2,7 +2,7 @@
 
 Reads only: the run may be alive, so its lock is not taken and nothing in its workdir changes. The
 model is the one that the run would export: of the moving average where there is one, without a
-value model or a reference. The checkpoints of an adapter run hold the adapter alone; its base is read
+value model or a reference. Checkpoints of an adapter run hold the adapter alone; its base is read
 from where the run read it.
 """
 
