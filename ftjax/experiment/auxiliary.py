@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from ftjax.cluster import processes
 from ftjax.config import algorithms, section
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.experiment import model_record, weights
+from ftjax.experiment import adapter_folder, model_record, weights
 from ftjax.families import table
 from ftjax.hf import load as hf_load
+from ftjax.hf import peft
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.layers import Declared
-from ftjax.runtime import trees
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
@@ -91,36 +92,57 @@ class AuxiliaryModel:
     read_config: folder -> config.json as a dict.
     """
     has_own = self.path and self.is_of_rollouts
-    arch = table.architecture(read_config(self.path), self.family) if has_own else self.policy
+    arch = self._of_path(read_config) if has_own else self.policy
     arch = dataclasses.replace(arch, vocab_multiple=self.policy.vocab_multiple)
     return arch.with_score() if self.record.has_score else arch.untrained()
+
+  def _of_path(self, read_config: Callable[[str], dict]) -> Architecture:
+    """Returns the architecture of the model in its folder, which may be an adapter."""
+    folder = peft.find(self.path)
+    if folder is not None:
+      return adapter_folder.architecture(folder, self.family)
+    return table.architecture(read_config(self.path), self.family)
 
   @property
   def shares_base(self) -> bool:
     """Whether its base leaves are those of the trained model, under an adapter."""
-    return self.policy.adapter is not None and not self.path
+    if self.policy.adapter is None:
+      return False
+    return not self.path or (self.is_in_state and peft.find(self.path) is not None)
 
   def leaves(self, read_config: Callable[[str], dict] = hf_load.read_config) -> dict[str, Declared]:
     """Returns {name: declaration} of the parameters that it does not share."""
     found = kinds.declared(self.architecture(read_config))
     return {n: p for n, p in found.items() if not (self.shares_base and p.origin == 'base')}
 
-  def load(self, first: Callable[[], dict], mesh: Mesh, dtype: str, seed: int) -> dict:
+  def load(
+    self, first: Callable[[], dict], base_hash: Callable[[], str], mesh: Mesh, dtype: str, seed: int
+  ) -> dict:
     """Returns its own weights as they are before the first step, a nested dict of sharded arrays.
 
     A model with a score that starts from a language model starts with score 0.
 
     Args:
       first: returns the weights that the trained model starts from.
+      base_hash: returns the SHA-256 of the base under the trained model's adapter.
       mesh: the mesh of training.
       dtype: of all parameters that declare none.
       seed: of random weights.
+
+    Raises:
+      ConfigError, DataError: its folder holds another model than the one expected, or an adapter of
+        another base.
     """
     arch = self.architecture()
-    if self.path:
+    if self.path and not self.shares_base:
       return weights.load(self.path, arch, mesh, dtype, seed, self.family)
     params = weights.derived_from(first(), arch, mesh, dtype, seed)
-    if self.record.has_score:
+    if self.path:
+      folder = peft.find(self.path)
+      peft.check_base(folder, 'model.path', base_hash())
+      places = trees.flatten(sharding.shardings(mesh, kinds.axes(arch)))
+      params = trees.unflatten(trees.flatten(params) | peft.load_adapter(folder, arch, places))
+    elif self.record.has_score:
       params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
     own = self.leaves()
     return trees.select(params, lambda name: name in own)[0]
@@ -140,7 +162,12 @@ class AuxiliaryModel:
       return
     key = f'{self.record.source_key}={self.path}'
     _check_tokens(key, Tokenizer(hf_load.tokenizer_files(self.path), self.path), policy)
-    found = table.architecture(hf_load.read_config(self.path), self.family)
+    found = self._of_path(hf_load.read_config)
+    if found.adapter is not None and self.is_trained and self.policy.adapter is None:
+      raise ConfigError(
+        f'{key} is an adapter, and all parameters are trained here: set lora.rank, or name the '
+        'merged/ folder of its run'
+      )
     if self.record.has_score and not found.num_labels:
       raise ConfigError(
         f'{key} is no reward model: it has no score. Name the export/ folder of a run with '

@@ -228,7 +228,7 @@ class Run:
       if model.path:
         model_record.hash_while_loading(model.path, self.workdir)
       load_first = self.load_first if first is None else lambda: first
-      return model.load(load_first, self.mesh, c.model.param_dtype, c.seed)
+      return model.load(load_first, self.first_hash, self.mesh, c.model.param_dtype, c.seed)
 
 
 def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) -> Run:
