@@ -1,5 +1,6 @@
 """Tiny runs of the algorithms that train on rollouts: by hand, and as a user runs them."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -9,6 +10,7 @@ import numpy as np
 
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import keys, validation
+from ftjax.experiment import adapters
 from ftjax.experiment import data as examples
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
@@ -40,6 +42,7 @@ def tiny(algorithm='grpo', **overrides):
 def start(folder, algorithm='grpo', **overrides):
   c = tiny(algorithm, **overrides)
   model = open_model('', c.model.random.to_dict(), c.seed)
+  model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
   data = examples.open_data(c, model.tokenizer, str(folder))
   mesh = jax.sharding.get_mesh()
   return experiment.Run(c, str(folder), mesh, model, data, Watchdog(c.watchdog.to_dict()))

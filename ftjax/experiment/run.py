@@ -224,6 +224,8 @@ class Run:
     first: what `load_first` returns, where it is in memory.
     """
     c = self.config
+    if model.shares_base and not model.leaves():
+      return {}  # the base would be in memory twice while it is read
     with self.watchdog.phase('restore'):
       if model.path:
         model_record.hash_while_loading(model.path, self.workdir)

@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -298,21 +298,32 @@ def load_adapter(
 
 
 def _check_same(folder: PeftFolder, arch: Architecture, found: Architecture) -> None:
-  """Raises ConfigError where the adapters of two architectures differ in what files hold."""
+  """Raises ConfigError where two architectures differ in their adapters, as files hold them, or in
+  how the base is held, where the folder records that.
+  """
 
-  def facts(own: Architecture, factor: int) -> dict:
-    maps = own.adapter.maps
-    rows = {m.name: [factor * r for r in m.ranks] for m in maps}
-    scales = {f'scale of {m.name}': [float(np.float32(s)) for s in m.scales] for m in maps}
-    more = {'trained': sorted(own.adapter.trained), 'dora': own.adapter.dora}
-    return rows | scales | more | {'labels': own.num_labels}
+  def facts(own: Architecture, factor: int) -> dict[tuple[str, str], Any]:
+    out = {}
+    for m in own.adapter.maps:
+      ranks = [factor * r for r in m.ranks]
+      scales = [float(np.float32(s)) for s in m.scales]
+      out['lora.rank, lora.rank_pattern and lora.targets', f'ranks of {m.name}'] = ranks
+      out['lora.alpha, lora.alpha_pattern and lora.rslora', f'scales of {m.name}'] = scales
+    out['lora.train', 'parameters trained whole'] = sorted(own.adapter.trained)
+    out['lora.dora', 'DoRA'] = own.adapter.dora
+    out['algorithm', 'labels'] = own.num_labels
+    if folder.base.storage:
+      out['lora.base', 'base held as'] = own.base
+      out['lora.block', 'weights that share a scale'] = own.block if own.base == 'nf4' else None
+    return out
 
   wanted, have = facts(arch, 2 if arch.adapter.pissa else 1), facts(found, 1)
   if other := [k for k in {**wanted, **have} if wanted.get(k) != have.get(k)]:
-    key = other[0]
+    keys, what = other[0]
     raise ConfigError(
-      f'{folder.place}: the adapter has {key} = {have.get(key)}, the config {wanted.get(key)}; set '
-      'the keys of section lora as the adapter has them'
+      f'{folder.place} is another adapter than the config describes: {what} '
+      f'{have.get(other[0], "(none)")} there, {wanted.get(other[0], "(none)")} by the config; set '
+      f'{keys} as the adapter has them'
     )
 
 

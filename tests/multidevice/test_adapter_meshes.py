@@ -1,0 +1,134 @@
+"""Adapters on meshes of eight devices against one device: the loss, the gradient and the update of
+the step that a run of the config compiles.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny_adapters
+from jax.sharding import NamedSharding
+from test_meshes import MESHES, distance, micro_batches, name
+from tiny_model import decoder
+
+from ftjax.algorithms import sft
+from ftjax.experiment import run as experiment
+from ftjax.experiment.trainer import Trainer
+from ftjax.runtime import sharding, trees
+from ftjax.training import prefetch
+from ftjax.training.state import create
+
+STEPS = 3
+# Eight ways of fsdp divide the groups of 16 outputs, and two of tensor those of the keys.
+ARCH = decoder(
+  vocab_size=256,
+  model_dim=128,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  ffn_dim=128,
+)
+CASES = {
+  'ranks-dropout': dict(
+    rank_pattern=tiny_adapters.RANKS,
+    alpha_pattern=(('.*/mlp/.*', 3.0),),
+    dropout=0.25,
+    train='embed/w|.*norm/scale',
+  ),
+  'int8-dora': dict(base='int8', dora=True, rank_pattern=tiny_adapters.RANKS),
+  'nf4-pissa': dict(base='nf4', block=4, init='pissa', b_lr_ratio=4.0),
+  'bfloat16-dora-pissa': dict(base='bfloat16', dora=True, init='pissa', rslora=True),
+}
+# Every axis is split with every other in one of these, and every case on one of them.
+EVERY_DAY = (
+  ('ranks-dropout', dict(data=2, fsdp=2, context=2)),
+  ('int8-dora', dict(fsdp=2, tensor=2, expert=2)),
+  ('nf4-pissa', dict(fsdp=4, tensor=2)),
+  ('bfloat16-dora-pissa', dict(data=2, context=2, tensor=2)),
+)
+
+
+@pytest.fixture(scope='module')
+def batches():
+  return [micro_batches(i) for i in range(STEPS)]
+
+
+def config(case):
+  c = tiny_adapters.config(**CASES[case])
+  c.batch_size, c.grad_accum, c.seq_len, c.steps = 16, 2, 32, 100
+  c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 1e-3, 0, 'constant'
+  c.optim.weight_decay, c.optim.clip_norm, c.remat = 0.1, 0.0, 'none'
+  return c
+
+
+def train(mesh, batches, case):
+  """Losses of the steps, the gradient of the first, the trained leaves before and after, as numpy
+  arrays by name.
+  """
+  c = config(case)
+  run = experiment.without_data(c, mesh, ARCH)
+  trainer = Trainer(run, sft.make_loss(run.forward, c))
+  params = tiny_adapters.init(run.arch)
+  frozen, trained = trees.select(params, lambda n: n in trainer.frozen)
+  places = jax.tree.map(lambda a: a.sharding, trainer.abstract)
+  state = jax.jit(lambda t, f: create(t, f, trainer.optimizer, False), out_shardings=places)(
+    trained, frozen
+  )
+  rows = NamedSharding(mesh, sharding.spec(None, 'batch', 'seq'))
+  start, compiled = host(state.params), trainer.compile()
+  losses, gradient = [], None
+  for batch in batches:
+    state, metrics = compiled(state, prefetch.place(batch, dict.fromkeys(batch, rows)))
+    losses.append(float(metrics['loss']))
+    if gradient is None:  # the first moment is a tenth of the first gradient
+      gradient = {n: 10 * x for n, x in host(state.opt[0].mu).items()}
+  assert state.params.keys() == trained.keys()
+  before = host(frozen)
+  for n, leaf in host(state.frozen).items():
+    np.testing.assert_array_equal(leaf, before[n])
+  return losses, gradient, start, host(state.params)
+
+
+def host(tree):
+  return {n: np.asarray(x) for n, x in trees.flatten(tree).items()}
+
+
+@pytest.fixture(scope='module')
+def one_device(batches):
+  """Returns what a case gives on one device; each is trained once."""
+  alone = jax.sharding.get_mesh()  # of a fixture of the module: before `use_mesh` of any test
+
+  @functools.cache
+  def found(case):
+    with jax.set_mesh(alone):
+      return train(alone, batches, case)
+
+  return found
+
+
+PAIRS = [(case, sizes) for case in CASES for sizes in MESHES]
+MARKED = [
+  pytest.param(
+    case,
+    sizes,
+    marks=[]
+    if (case, {k: v for k, v in sizes.items() if v > 1}) in EVERY_DAY
+    else [pytest.mark.full],
+    id=f'{case}-{name(sizes)}',
+  )
+  for case, sizes in PAIRS
+]
+
+
+@pytest.mark.parametrize(('case', 'sizes'), MARKED)
+def test_steps_are_those_of_one_device(case, sizes, use_mesh, batches, one_device):
+  expected_losses, expected_gradient, start, expected = one_device(case)
+  losses, gradient, _, params = train(use_mesh(**sizes), batches, case)
+  np.testing.assert_allclose(losses, expected_losses, rtol=3e-6)
+  assert distance(gradient, expected_gradient) <= 5e-6
+  moved = {n: params[n] - start[n] for n in start}
+  should = {n: expected[n] - start[n] for n in start}
+  # Adam divides by the gradient's own size, so rounding weighs more where it is small.
+  assert distance(moved, should) <= 1e-3

@@ -1,0 +1,60 @@
+"""Adapters on the decoder of tiny_model.py, whose values are random: no factor is zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny_model
+
+from ftjax.config import keys
+from ftjax.experiment import adapters
+from ftjax.models import kinds
+from ftjax.runtime import trees
+
+# Ranks that differ by layer and by map; a layer without an adapter among them.
+RANKS = (('layer0/attn/q', 0), ('layer1/.*', 2), ('.*/mlp/down', 3))
+
+
+def config(**lora):
+  """A config with an adapter of rank 4 on a float32 base."""
+  c = keys.default()
+  c.lora.update({'rank': 4, 'alpha': 8.0, 'base': 'float32'} | lora)
+  return c
+
+
+def adapted(arch, **lora):
+  return adapters.adapted(arch, config(**lora))
+
+
+def init(arch, seed=0):
+  """Random parameters on the current mesh: the base of `tiny_model.init` as `arch` holds it,
+  adapters as they begin, and moved from there by random numbers, but for what is fixed and for rows
+  beyond a layer's rank.
+  """
+  base = trees.flatten(tiny_model.init(arch.plain(), seed))
+
+  @jax.jit
+  def start(base):
+    held = {}
+    for name, leaf in base.items():
+      held |= kinds.packed(arch, name, leaf, jnp.float32)
+    whole = kinds.completed(arch, trees.unflatten(held), lambda name: None, seed, jnp.float32)
+    return trees.flatten(whole)
+
+  rng, out = np.random.default_rng(seed), start(base)
+  for name, p in sorted(kinds.declared(arch).items()):
+    is_added = 'lora_' in name and p.origin == 'adapter' and not p.is_fixed
+    if is_added:
+      move = 0.1 * rng.normal(size=p.shape).astype(np.float32) * kept_rows(arch, name)
+      out[name] = out[name] + tiny_model.place(move, *p.axes)
+  return trees.unflatten({n: out[n] for n in sorted(out)})
+
+
+def kept_rows(arch, name):
+  """1 for the numbers of a leaf that belong to a layer's own rank, 0 beyond it."""
+  shape = kinds.declared(arch)[name].shape
+  own, _, last = name.rpartition('/')
+  if last not in ('lora_a', 'lora_b'):
+    return np.ones(shape, np.float32)
+  ranks = np.asarray(arch.adapter.find(own).ranks)
+  kept = np.arange(shape[1]) < ranks[:, None]
+  return kept.reshape(*shape[:2], *[1] * (len(shape) - 2)).astype(np.float32)
