@@ -102,7 +102,7 @@ def read(workdir: Path) -> dict:
     'mcnemar': summary['mcnemar'],
     'answer_loss': -statistics.mean(own),
     'train_loss': statistics.mean(r['loss'] for r in steps[-LAST:]),
-    'lr': config['optim']['lr'],
+    'lr': config['optim.lr'],
     'steps': len(steps),
     'tokens': sum(r['tokens'] for r in steps),
     'ids': [r['id'] for r in tuned],

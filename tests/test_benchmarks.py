@@ -183,7 +183,7 @@ def made_up_run(workdir, seed, right):
   (workdir / 'eval').mkdir(parents=True)
   steps = [dict(split='train', step=s, loss=s, tokens=9, batch_checksum=s + seed) for s in (1, 2)]
   write(workdir / 'metrics.jsonl', steps)
-  write(workdir / 'config.json', [{'optim': {'lr': 1e-4}}])
+  write(workdir / 'config.json', [{'optim.lr': 1e-4}])
   rows = [
     {'model': 'tuned', 'id': f'{k}', 'right': bool(r), 'scores': [-0.5, -1.5]}
     for k, r in enumerate(right)
@@ -198,8 +198,11 @@ def test_method_accuracy(script, model, tmp_path, monkeypatch, capsys):
   """One method is trained by the real entry; runs that are done are read, not made again."""
   folder = tmp_path / 'data'
   folder.mkdir()
-  test = write(folder / 'test.jsonl', sentiment_rows(4))
-  keys = [f'model.path={model}', f'data.train={write(folder / "train.jsonl", sentiment_rows(40))}']
+  train = write(folder / 'train.jsonl', sentiment_rows(40))
+  asked = [{'prompt': f'sentence {n}', 'label': ('positive', 'negative')[n % 2]} for n in range(4)]
+  asked = [r | {'choices': ['negative', 'positive']} for r in asked]
+  test = write(folder / 'test.jsonl', asked)
+  keys = [f'model.path={model}', f'data.train={train}']
   keys += [f'eval.tasks=("sentiment=choice:{test}",)', 'steps=2', 'optim.warmup_steps=0']
   keys += ['eval.batch_size=4']
   out = tmp_path / 'out'
