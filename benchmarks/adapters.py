@@ -24,6 +24,7 @@ from pathlib import Path
 # {method: (title, overrides)}
 METHODS = {
   'full': ('full, float32', {}),
+  'full_8bit': ('full, moments in 8 bits', {'optim.moments': '8bit'}),
   'lora': ('LoRA, bfloat16 base', {'lora.rank': 16}),
   'lora_float32': ('LoRA, float32 base', {'lora.rank': 16, 'lora.base': 'float32'}),
   'dora': ('DoRA, bfloat16 base', {'lora.rank': 16, 'lora.dora': True}),

@@ -27,6 +27,7 @@ with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC i
 model folder, or the export of a workdir.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, load, model_folder
+  from ftjax.hf import gguf_export, model_folder, run_export
   from ftjax.storage import snapshots
 
   if gguf_export.is_gguf(target):
@@ -78,11 +79,15 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else load.newest_export(workdir)
+  export = None if which else run_export.find_newest(workdir)
   _check_target(target, export or source)
-  if model_folder.find_adapter(export or source) is not None:
-    _merge_adapter(export or source, target, dtype, base)
-    return
+  if (folder := model_folder.find_adapter(export or source)) is not None:
+    from ftjax.hf import peft
+
+    if export is None or base or peft.read(folder).base.path:
+      _merge_adapter(str(folder), target, dtype, base)
+      return
+    export = None  # of a random model, which the run knows
   if base:
     raise ConfigError(f'--base={base}: --source={source} is no adapter and needs no base')
   if export is None and snapshots.is_workdir(workdir):
@@ -119,22 +124,28 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
 
   from ftjax.experiment import run_card, saved_model
   from ftjax.hf import export, gguf_export
+  from ftjax.models import kinds
+  from ftjax.runtime import sharding, trees
 
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+  jax.set_mesh(mesh)
 
   def write(saved: saved_model.SavedModel):
-    model = saved.model
+    model, kind = saved.model, saved.param_dtype
+    places = trees.flatten(sharding.shardings(mesh, kinds.axes(model.arch)))
+    params = saved.load(places.__getitem__, kind)
+    if model.arch.adapter:
+      model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, kind))
     if gguf_export.is_gguf(target):
-      params, kind = saved.load(lambda name: device, saved.param_dtype), saved.param_dtype
       _write_gguf(model, params, target, dtype or kind, kind)
       return saved.step
     export.export(
-      saved.load(lambda name: device, saved.param_dtype),
+      params,
       model.arch,
       target,
       source_config=model.config,
       tokenizer_files=model.files,
-      dtype=np.dtype(dtype or saved.param_dtype),
+      dtype=np.dtype(dtype or kind),
       stop_ids=model.stop_ids,
       card=run_card.of_checkpoint(workdir, model, saved.step),
     )
@@ -172,8 +183,6 @@ def _write_gguf(model, params, target: str, dtype: str, stored: str):
 def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
   """Writes the adapter of a PEFT folder, merged into its base."""
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  import dataclasses
-
   import jax
   import numpy as np
 
@@ -264,13 +273,13 @@ def _finished(source: str) -> str:
   Raises:
     ConfigError: it has to be written first.
   """
-  from ftjax.hf import load
+  from ftjax.hf import run_export
   from ftjax.storage import snapshots
 
   workdir, which = snapshots.parse(source)
   found = source if os.path.isdir(source) else None
   if snapshots.is_workdir(workdir):
-    found = None if which else load.newest_export(workdir)
+    found = None if which else run_export.find_newest(workdir)
   if found is None or _DTYPE.value:
     raise ConfigError(
       f'--source={source} is not uploaded as it is; give --target=DIR for the folder to upload'

@@ -21,7 +21,7 @@ def main() -> None:
   validation.validate(c)
   from ftjax.experiment import compare, run_card
   from ftjax.experiment import run as experiment
-  from ftjax.hf import load
+  from ftjax.hf import run_export
   from ftjax.runtime.errors import ConfigError
   from ftjax.storage import files
 
@@ -31,7 +31,7 @@ def main() -> None:
       'eval.tasks is empty; give tasks, for example '
       '--config.eval.tasks="(\'mine=choice:rows.jsonl\',)"'
     )
-  export = load.exported(_WORKDIR.value)
+  export = run_export.find(_WORKDIR.value)
   if export is None:
     raise ConfigError(
       f'--workdir={_WORKDIR.value}: it has no export/, which is written when training ends'

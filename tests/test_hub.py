@@ -17,7 +17,7 @@ from test_saved_model import tiny
 from ftjax import convert
 from ftjax.data import synthetic
 from ftjax.experiment import model_record, run
-from ftjax.hf import load, safetensors
+from ftjax.hf import load, peft, safetensors
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.planning import known_models
 from ftjax.runtime.errors import ConfigError, DataError
@@ -116,6 +116,21 @@ def test_the_error_for_a_name_without_a_model(hub, name, error, words):
     load.read_config(name)
     load.open_source(name)
   assert not {'pytorch_model.bin', 'm.Q4_0.gguf'} & set(hub.fetched())
+
+
+def test_an_adapter_of_the_hub(hub):
+  """Its files are downloaded, no others; its revision of a base on the hub is read too."""
+  folder = GOLDEN / 'peft' / 'llama_lora'
+  config = json.loads((folder / 'adapter_config.json').read_text())
+  config |= {'base_model_name_or_path': 'org/base', 'revision': 'a' * 40}
+  content = {n: (folder / n).read_bytes() for n in ('adapter_model.safetensors',)}
+  content |= {'adapter_config.json': json.dumps(config).encode(), 'optimizer.pt': b'x'}
+  hub.repo('org/adapter').push(content)
+  found = peft.find('org/adapter')
+  assert found.base.path == f'org/base@{"a" * 40}'
+  assert found.source.fingerprint() == peft.read(folder).source.fingerprint()
+  assert 'optimizer.pt' not in hub.fetched()
+  assert peft.find(GOLDEN / 'llama_tied') is None
 
 
 def test_permission_comes_with_the_token_of_the_library(hub, monkeypatch, tmp_path, caplog):

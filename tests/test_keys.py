@@ -354,8 +354,8 @@ def test_every_algorithm_has_a_tiny_config():
 def test_the_defaults_are_the_golden_ones():
   """A changed default changes everybody's runs: change the golden file too, and tell.
 
-  To write it: python -c "import json; from ftjax import config as c;
-  print(json.dumps(c.plain(c.default()), indent=1))" > tests/golden/default_config.json
+  To write it: python -c "import json; from ftjax.config import keys, section as s;
+  print(json.dumps(s.plain(keys.default()), indent=1))" > tests/golden/default_config.json
   """
   assert section.plain(config.default()) == json.loads(GOLDEN.read_text())
 

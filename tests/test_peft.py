@@ -229,7 +229,9 @@ def gradient(arch, trained, frozen, ids, labels, weights, where):
     x = kinds.apply(arch, params, ids, where, dtype=jnp.float32)
     table = jax.sharding.reshard(kinds.head_weights(arch, params), sharding.spec(None, None))
     if arch.num_labels:
-      return jnp.einsum('BD,RD->', x[:, -1], table)
+      where_to = sharding.spec('batch', 'seq', None)
+      scores = jnp.einsum('BTD,RD->BTR', x, table, out_sharding=where_to)
+      return (scores[..., 0] * (1 - weights)).sum()  # of the last tokens
     total = head.cross_entropy_sums(
       x, kinds.head_weights(arch, params), labels, weights, head.LossConfig()
     )[0]
@@ -474,6 +476,21 @@ def test_an_adapter_that_diverged_is_not_written(made, tmp_path):
       stop_ids=(),
     )
   assert {p.name: p.read_bytes() for p in old.iterdir()} == before
+
+
+def test_sharded_parameters_are_written_the_same(made, tmp_path, use_mesh):
+  base, folder, arch, _ = made
+  use_mesh(fsdp=2, tensor=2)
+  read = peft.load_adapter(peft.read(folder), arch, trees.flatten(shardings(arch)))
+  assert any(not x.sharding.is_fully_replicated for x in read.values())
+  files = load.tokenizer_files(base)
+  settings = {'source_config': load.read_config(base), 'tokenizer_files': files, 'stop_ids': (7,)}
+  sha256 = load.fingerprint(base)
+  target = tmp_path / 'out'
+  whole = trees.unflatten(read)
+  peft_export.export(whole, arch, target, base=base, sha256=sha256, **settings)
+  for path in folder.iterdir():
+    assert (target / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_run_loads_its_export_for_evaluation(made, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from ftjax import cli, convert
 from ftjax.config import validation
 from ftjax.experiment import fit, saved_model
-from ftjax.hf import load
+from ftjax.hf import run_export
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
@@ -149,9 +149,9 @@ def test_the_lock_of_a_live_run_does_not_matter(unended, tmp_path):
 def test_an_export_that_is_older_than_a_checkpoint_is_not_the_newest(averaged, tmp_path, caplog):
   """The run ended, was given more steps, and goes on."""
   run = shutil.copytree(averaged, tmp_path / 'run')
-  assert load.newest_export(str(run)) == str(run / 'export')
+  assert run_export.find_newest(str(run)) == str(run / 'export')
   os.utime(run / 'export' / 'config.json', (1, 1))
-  assert load.newest_export(str(run)) is None and 'older than checkpoint 4' in caplog.text
+  assert run_export.find_newest(str(run)) is None and 'older than checkpoint 4' in caplog.text
   convert.convert(str(run), str(tmp_path / 'out'), None)
   convert.convert(f'{run}@4', str(tmp_path / 'four'), None)
   assert content(tmp_path / 'out') == content(tmp_path / 'four')

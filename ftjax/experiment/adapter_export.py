@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.cluster import processes
+from ftjax.experiment import adapters
 from ftjax.experiment.data import PromptData
 from ftjax.experiment.run import Run
 from ftjax.hf import export as hf_export
@@ -98,7 +99,7 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
     NonFiniteError: a tensor holds NaN or infinity.
   """
   folder, most = files.join(run.workdir, FOLDER), run.config.lora.merge_kl
-  dtype = merged_dtype(run.config.lora.base)
+  dtype = adapters.merged_dtype(run.config.lora.base)
   found = compare(run, params, dtype)
   is_close = found.kl is None or found.kl <= most
   if processes.is_main():
@@ -122,11 +123,6 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
     stop_ids=run.model.stop_ids,
     card=card,
   )
-
-
-def merged_dtype(base: str) -> str:
-  """Returns the dtype of the merged weights, by how the base is held."""
-  return 'float32' if base == 'float32' else 'bfloat16'
 
 
 def compare(run: Run, params: dict, dtype: str) -> Comparison:

@@ -63,6 +63,11 @@ def adapted(
   return dataclasses.replace(arch, adapter=adapter, base=lora.base, block=lora.block)
 
 
+def merged_dtype(base: str) -> str:
+  """Returns the dtype of the weights after merging, by how the base is held."""
+  return 'float32' if base == 'float32' else 'bfloat16'
+
+
 def check_new_tokens(arch: Architecture, has_new: bool) -> None:
   """Raises ConfigError where new tokens have rows that no adapter file would hold; has_new: whether
   the run adds tokens.

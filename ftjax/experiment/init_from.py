@@ -5,7 +5,7 @@ import dataclasses
 
 import ml_collections
 
-from ftjax.hf import load, model_folder
+from ftjax.hf import model_folder, run_export
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files
 
@@ -29,7 +29,7 @@ def find(c: ml_collections.ConfigDict) -> Start:
   """
   if not c.init_from:
     return Start()
-  export = load.exported(c.init_from)
+  export = run_export.find(c.init_from)
   if export is None and model_folder.find_adapter(c.init_from) is not None:
     export = c.init_from
   if export is None:

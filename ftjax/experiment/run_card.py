@@ -13,7 +13,7 @@ from ftjax.cluster import processes
 from ftjax.config import keys, section
 from ftjax.data import hub_dataset, sources
 from ftjax.experiment.model import Model
-from ftjax.hf import export, load, model_card, model_folder
+from ftjax.hf import export, model_card, model_folder, run_export
 from ftjax.runtime import redaction
 from ftjax.storage import files, hub
 
@@ -79,7 +79,7 @@ def refresh(workdir: str, model: Model) -> None:
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
   """Returns README.md for a checkpoint: the export's own where that is of the same step."""
   path = files.join(workdir, 'export', model_card.FILE)
-  known = files.read_bytes(path) if load.exported(workdir) and files.exists(path) else b''
+  known = files.read_bytes(path) if run_export.find(workdir) and files.exists(path) else b''
   if model_card.step_of(known) == step:
     return known
   return build(workdir, model, step, has_results=False, is_adapter=False).encode()

@@ -2,7 +2,8 @@
 
 Reads only: the run may be alive, so its lock is not taken and nothing in its workdir changes. The
 model is the one that the run would export: of the moving average where there is one, without a
-value model or a reference.
+value model or a reference. Checkpoints of an adapter run hold the adapter alone; its base is read
+from where the run read it.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ftjax.config import algorithms
-from ftjax.experiment import vocabulary
+from ftjax.config import algorithms, keys
+from ftjax.experiment import adapters, init_from, vocabulary, weights
 from ftjax.experiment.model import Model, open_model
+from ftjax.hf import load
 from ftjax.models import kinds
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError
@@ -30,20 +32,28 @@ class SavedModel:
   """The model of one checkpoint, its weights not yet read.
 
   model: architecture, tokenizer and files, from the run's model.path. param_dtype: of the run's
-  parameters, which its export has.
+  parameters, which its export has; of an adapter run that of the merged model. base: folder of the
+  base of an adapter run; '': random. base_hash: what its fingerprint must be, '' where it is not
+  known. seed: of random weights.
   """
 
   workdir: str
   step: int
   model: Model
   param_dtype: str
+  base: str = ''
+  base_hash: str = ''
+  seed: int = 0
 
   def load(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
     """Returns the parameters as a nested dict of arrays.
 
     Args:
       sharding: of a parameter, by its name such as 'stack0/block0/attn/q/w'.
-      dtype: of all parameters.
+      dtype: of all parameters that declare none.
+
+    Raises:
+      DataError: the base is not the one that the adapter was trained on.
     """
     saved = snapshots.shapes(self.workdir, self.step)
     places = {
@@ -51,7 +61,8 @@ class SavedModel:
     }
     wanted: dict[str, dict[str, Any]] = {}
     arch = self.model.arch
-    for name in kinds.names(arch, 'base', 'adapter'):
+    held = ('adapter',) if arch.adapter else ('base', 'adapter')
+    for name in kinds.names(arch, *held):
       shape, own_dtype = kinds.declared(arch)[name].shape, kinds.declared(arch)[name].dtype
       field = next((f for f, leaves in places.items() if name in leaves), None)
       if field is None or tuple(places[field][name].shape) != shape:
@@ -65,8 +76,33 @@ class SavedModel:
     tree = {field: trees.unflatten(leaves) for field, leaves in wanted.items()}
     found = snapshots.read(self.workdir, self.step, tree)
     merged = {n: x for field in wanted for n, x in trees.flatten(found[field]).items()}
+    if arch.adapter:
+      merged |= trees.flatten(self._load_base(sharding, dtype))
     params = trees.unflatten({name: merged[name] for name in sorted(merged)})
     return kinds.completed(arch, params, sharding, 0, np.dtype(dtype))
+
+  def _load_base(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
+    """Returns the leaves of the base under the adapter."""
+    arch, seed = self.model.arch, self.seed
+    bare = dataclasses.replace(arch, adapter=None)
+    places = {n: sharding(n) for n in kinds.declared(arch) if n in kinds.declared(bare)}
+    if not self.base:
+      found = weights.random(bare, jax.random.key(seed), np.dtype(dtype), places)
+    else:
+      load.open_source(self.base).hash_reads()
+      found = load.load_params(self.base, bare, trees.unflatten(places), np.dtype(dtype))
+      if self.base_hash not in ('', self._fingerprint()):
+        raise DataError(
+          f'{self.workdir}: the base of its adapter, {self.base}, holds other weights than those '
+          'that it was trained on; put them back'
+        )
+    own = set(kinds.names(arch, 'base'))
+    return trees.select(found, lambda n: n in own)[0]
+
+  def _fingerprint(self) -> str:
+    """Returns the fingerprint of the base, in the form in which the run recorded it."""
+    is_own = self.base == self.model.source
+    return self.model.fingerprint if is_own else load.fingerprint(self.base)
 
 
 def with_step(workdir: str, which: str, use: Callable[[SavedModel], T]) -> T:
@@ -144,7 +180,18 @@ def _open(workdir: str, step: int) -> SavedModel:
       f'{path or workdir}: its tokenizer or chat template is not the one that {workdir} was '
       'trained with; put that one back'
     )
-  return SavedModel(workdir, step, model, config['model.param_dtype'])
+  if not config.get('lora.rank'):
+    return SavedModel(workdir, step, model, config['model.param_dtype'])
+  c = keys.default()
+  own = {k: v for k, v in config.items() if k.startswith('lora.') or k == 'init_from'}
+  c.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+  model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
+  base, known = init_from.find(c).base, saved.get('fingerprints', {})
+  return SavedModel(
+    *(workdir, step, model, adapters.merged_dtype(c.lora.base), base or model.source),
+    base_hash=known.get('init_from' if base else 'model', ''),
+    seed=config['seed'],
+  )
 
 
 def check_generates(model: Model, name: str) -> None:

@@ -1,9 +1,11 @@
 """Weights of a model for a run: read from a model folder, or random."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ftjax.experiment import vocabulary
@@ -17,6 +19,14 @@ from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
 
 _random = jax.jit(kinds.init, static_argnums=(0, 2))
+
+
+def random(
+  arch: Architecture, key: jax.Array, dtype: np.dtype, places: Mapping[str, jax.sharding.Sharding]
+) -> dict:
+  """Returns random weights as a nested dict; places: sharding of each, by name."""
+  make = jax.jit(kinds.init, static_argnums=(0, 2), out_shardings=trees.unflatten(places))
+  return make(arch, key, dtype)
 
 
 def load(

@@ -31,7 +31,7 @@ from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
-from ftjax.storage import files, snapshots
+from ftjax.storage import files
 
 if TYPE_CHECKING:
   # Converting files needs no jax and should start quickly; `load_params` imports it.
@@ -411,31 +411,6 @@ def _sample(path: Path) -> str:
       f.seek(last * i // (_SAMPLES - 1))
       digest.update(f.read(_SAMPLE_BYTES))
   return digest.hexdigest()
-
-
-def exported(workdir: str | os.PathLike) -> str | None:
-  """Returns the model or adapter folder that a run wrote to its workdir; None before it is
-  complete.
-
-  In a bucket its config is written last: without it the folder is incomplete.
-  """
-  folder = files.join(workdir, 'export')
-  return folder if model_folder.find_config(folder) else None
-
-
-def newest_export(workdir: str) -> str | None:
-  """Returns the export of a workdir; None without one, or where a newer checkpoint is there: a run
-  that ended and was continued.
-  """
-  export = exported(workdir)
-  if export is None:
-    return None
-  steps = snapshots.steps(workdir)
-  written = model_folder.find_config(export).stat().st_mtime_ns
-  if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
-    log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
-    return None
-  return export
 
 
 def fingerprint(path: str | os.PathLike) -> str:

@@ -296,7 +296,7 @@ class Linear(nnx.Module):
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
   """Returns float32[...] as `dtype`, rounded. A compiler may leave out a rounding whose result
-  becomes float32 again, unless it is told to reduce the precision.
+  becomes float32 again, but not a reduction of the precision.
   """
   kind = jnp.finfo(dtype)
   return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)

@@ -18,7 +18,7 @@ from ftjax.generation.batch import Conversation
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.hf import load, peft
+from ftjax.hf import load, peft, run_export
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
@@ -218,7 +218,7 @@ def _load(path: str, mesh, dtype, settings: Settings) -> tuple:
   workdir, which = snapshots.parse(path)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--model={path}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else load.newest_export(workdir)
+  export = None if which else run_export.find_newest(workdir)
   if export is not None and not settings.base:
     adapter = peft.find(export)
     if adapter is not None and not adapter.base.path:  # of a random model, which the run knows
