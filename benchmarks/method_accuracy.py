@@ -44,7 +44,7 @@ METHODS = {
   'dora': ('DoRA, bfloat16 base', 'lora_sentiment', (*ADAPTER, 'lora.dora=True')),
   'int8': ('QLoRA, int8', 'lora_sentiment', (*ADAPTER, 'lora.base=int8')),
   'nf4': ('QLoRA, nf4', 'lora_sentiment', (*ADAPTER, 'lora.base=nf4')),
-  'moments_8bit': ('full, 8-bit moments', 'sft_sentiment', ('optim.moments=8bit',)),
+  'moments_8bit': ('full, moments in 8 bits', 'sft_sentiment', ('optim.moments=8bit',)),
 }
 # Nothing that costs time and does not change what is trained.
 USUAL = ('checkpoint.every=0', 'eval.prompts=()')
