@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import tiny_model
 import tiny_run
@@ -175,6 +176,82 @@ def sentiment_rows(count):
     }
     for n in range(count)
   ]
+
+
+def made_up_run(workdir, seed, right):
+  """What ftjax.train leaves of a run of two steps on four examples; `right`: of each, 0 or 1."""
+  (workdir / 'eval').mkdir(parents=True)
+  steps = [dict(split='train', step=s, loss=s, tokens=9, batch_checksum=s + seed) for s in (1, 2)]
+  write(workdir / 'metrics.jsonl', steps)
+  write(workdir / 'config.json', [{'optim.lr': 1e-4}])
+  rows = [
+    {'model': 'tuned', 'id': f'{k}', 'right': bool(r), 'scores': [-0.5, -1.5]}
+    for k, r in enumerate(right)
+  ]
+  write(workdir / 'eval' / 'sentiment.jsonl', rows)
+  accuracy = {'accuracy': {'value': sum(right) / 4, 'low': 0.1, 'high': 0.9}}
+  summary = {'base': accuracy, 'tuned': accuracy, 'mcnemar': {}}
+  write(workdir / 'eval' / 'summary.json', [{'tasks': {'sentiment': summary}}])
+
+
+def test_method_accuracy(script, model, tmp_path, monkeypatch, capsys):
+  """One method is trained by the real entry; runs that are done are read, not made again."""
+  folder = tmp_path / 'data'
+  folder.mkdir()
+  train = write(folder / 'train.jsonl', sentiment_rows(40))
+  asked = [{'prompt': f'sentence {n}', 'label': ('positive', 'negative')[n % 2]} for n in range(4)]
+  asked = [r | {'choices': ['negative', 'positive']} for r in asked]
+  test = write(folder / 'test.jsonl', asked)
+  keys = [f'model.path={model}', f'data.train={train}']
+  keys += [f'eval.tasks=("sentiment=choice:{test}",)', 'steps=2', 'optim.warmup_steps=0']
+  keys += ['eval.batch_size=4']
+  out = tmp_path / 'out'
+  module = script('benchmarks', 'method_accuracy', out, '--seeds=0,1', *keys)
+  own = module['main'].__globals__
+  for method in [m for m in module['METHODS'] if m not in ('full', 'int8')]:
+    del module['METHODS'][method]
+  made_up_run(out / 'full_0', 0, (1, 1, 0, 0))
+  made_up_run(out / 'full_1', 1, (1, 1, 1, 1))
+  made_up_run(out / 'int8_1', 1, (1, 0, 0, 1))
+  with pytest.raises(SystemExit, match='int8 of seed 0 and full of seed 0 had different batches'):
+    module['main']()
+  run = module['read'](out / 'int8_0')
+  assert run['steps'] == 2 and run['lr'] == 1e-3 and len(run['right']) == 4
+  assert 0 < run['answer_loss'] < 100 and len(list((out / 'base').iterdir())) == 1
+  assert not (out / 'int8_0' / 'export').exists() and (out / 'tokens').exists()
+  # Done runs alone.
+  own['train'] = None
+  pathlib.Path(out / 'int8_0').rename(tmp_path / 'other')
+  made_up_run(out / 'int8_0', 0, (0, 0, 0, 0))
+  module['main']()
+  told = (out / 'table.md').read_text()
+  assert told in capsys.readouterr().out and '4 of 4 runs; 2 steps, 18 tokens; 4 test' in told
+  found = json.loads((out / 'results.json').read_text())['over_seeds']
+  assert found['full']['mean']['value'] == 0.75 and found['int8']['minus_full']['value'] == -0.5
+  assert found['full']['answer_loss'] == 0.75  # right: -0.5, else -1.5
+  assert '| QLoRA, int8 | 0.0001 | 0.0 | 0.0 [10.0, 90.0] | 50.0 [10.0, 90.0] | 25.0 [' in told
+  # A run that fails is named, and the others are made.
+  (out / 'int8_0' / 'eval' / 'summary.json').unlink()
+  own['train'] = lambda *_: 75
+  with pytest.raises(SystemExit, match='int8_0'):
+    module['main']()
+  assert '3 of 4 runs' in (out / 'table.md').read_text()
+
+
+def test_method_accuracy_interval(script, tmp_path):
+  """The bootstrap of examples and seeds: against the normal law, and where nothing varies."""
+  interval = script('benchmarks', 'method_accuracy', tmp_path)['interval']
+  chance = np.random.default_rng(1)
+  same = np.tile(chance.random(400) < 0.8, (3, 1))  # seeds agree: the chance of examples alone
+  found = interval(same)
+  half = 1.96 * same[0].std() / 20
+  assert found['value'] == same.mean()
+  assert found['low'] == pytest.approx(same.mean() - half, abs=0.004)
+  assert found['high'] == pytest.approx(same.mean() + half, abs=0.004)
+  # Examples agree: the chance of the seeds alone, of which one is drawn three times.
+  assert interval([[0.0] * 9, [0.3] * 9, [0.6] * 9]) == pytest.approx(
+    {'value': 0.3, 'low': 0.0, 'high': 0.6}
+  )
 
 
 def test_sentiment_rewards(script, tmp_path, capsys):
