@@ -98,7 +98,7 @@ def _add_data(c: Section) -> None:
 
 
 def _add_lora(c: Section) -> None:
-  # Low-rank adapters on a frozen base. Names of linear maps: layer0/attn/q, layer0/mlp/down, head.
+  # Low-rank adapters on a frozen base. Names of linear maps: layer0/attn/q, layer0/mlp/down.
   c.lora = Section()
   c.lora.rank = 0  # rank of the adapters; 0: none, the model itself is trained
   c.lora.alpha = 32.0  # the update is scaled by alpha / rank

@@ -22,7 +22,7 @@ FIXED = tuple(
     *('train', 'base', 'block', 'on_init_from'),
   )
 )
-ALL_LINEAR = 'all-linear'  # but the head, as in PEFT
+ALL_LINEAR = 'all-linear'
 
 
 def adapted(
@@ -104,14 +104,15 @@ def _pattern(text: str, key: str) -> re.Pattern:
 def _targets(text: str, names: Sequence[str]) -> list[str]:
   """Returns the linear maps, by layer, that get an adapter."""
   if text == ALL_LINEAR:
-    return [n for n in names if '/' in n]
+    return list(names)
   pattern = _pattern(text, 'lora.targets')
   found = [n for n in names if pattern.fullmatch(n)]
   if not found:
     kinds = dict.fromkeys(n.split('/', 1)[-1] for n in names)
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
-      f'{names[0]!r}. The maps of a layer are {", ".join(kinds)}'
+      f'{names[0]!r}. The maps of a layer are {", ".join(kinds)}; embed/w and head/w may be trained '
+      'whole, see lora.train'
     )
   return found
 

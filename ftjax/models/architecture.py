@@ -93,7 +93,7 @@ class BlockSpec:
 class AdaptedMap:
   """The low-rank adapter of one linear map, in all layers of its stack.
 
-  name: `stack{i}/block{j}/attn/q`, or 'head'. ranks: of each layer; 0: the layer has no adapter.
+  name: `stack{i}/block{j}/attn/q`. ranks: of each layer; 0: the layer has no adapter.
   scales: factors of the product of each layer, alpha / rank for LoRA.
   """
 
@@ -176,9 +176,8 @@ class Architecture:
     """Returns the reward or value model of this model: with a score in place of its head."""
     adapter = self.adapter
     if adapter is not None:
-      maps = tuple(m for m in adapter.maps if m.name != 'head')
       trained = tuple(n for n in adapter.trained if not n.startswith('head/'))
-      adapter = dataclasses.replace(adapter, maps=maps, trained=trained)
+      adapter = dataclasses.replace(adapter, trained=trained)
     return dataclasses.replace(self, num_labels=1, adapter=adapter)
 
   def blocks(self) -> Iterator[tuple[str, BlockSpec, int]]:
