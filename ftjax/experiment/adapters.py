@@ -111,8 +111,8 @@ def _targets(text: str, names: Sequence[str]) -> list[str]:
     kinds = dict.fromkeys(n.split('/', 1)[-1] for n in names)
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
-      f'{names[0]!r}. The maps of a layer are {", ".join(kinds)}; embed/w and head/w may be trained '
-      'whole, see lora.train'
+      f'{names[0]!r}. The maps of a layer are {", ".join(kinds)}; embed/w and head/w may be '
+      'trained whole, see lora.train'
     )
   return found
 

@@ -141,8 +141,8 @@ def declared(arch: Architecture) -> dict[str, Declared]:
 
 @functools.cache
 def linear_maps(arch: Architecture) -> tuple[str, ...]:
-  """Returns the names of the maps that may have an adapter, `stack{i}/block{j}/attn/q`: those of the
-  blocks. The head is a table whose gradient head.py computes; it may be trained whole.
+  """Returns the names of the maps that may have an adapter, `stack{i}/block{j}/attn/q`: those of
+  the blocks. The head is a table whose gradient head.py computes; it may be trained whole.
   """
   return tuple(
     f'{s}/{n}' for s, kind, _ in arch.blocks() for n in lora.linear_maps(Block(arch, kind))
