@@ -68,20 +68,6 @@ def merged_dtype(base: str) -> str:
   return 'float32' if base == 'float32' else 'bfloat16'
 
 
-def check_new_tokens(arch: Architecture, has_new: bool) -> None:
-  """Raises ConfigError where new tokens have rows that no adapter file would hold; has_new: whether
-  the run adds tokens.
-  """
-  tables = ['embed/w'] if arch.tied or arch.num_labels else ['embed/w', 'head/w']
-  if not has_new or arch.adapter is None:
-    return
-  if missing := [n for n in tables if n not in arch.adapter.trained]:
-    raise ConfigError(
-      f'tokens are added, and {missing[0]} is frozen: the rows of the new tokens would not be '
-      f"trained, nor be part of the adapter; set lora.train='{'|'.join(tables)}'"
-    )
-
-
 def _by_layer(arch: Architecture, names: Sequence[str]) -> dict[str, list[str]]:
   """Returns {name: its names by layer, `layer3/attn/q`}; one outside of the blocks is its own."""
   layers: dict[str, list[int]] = {}

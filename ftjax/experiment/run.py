@@ -260,7 +260,6 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
     continued = bool(c.lora.rank and init_from.find(c).adapter)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
-    adapters.check_new_tokens(model.arch, model.new_rows is not None)
     read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
