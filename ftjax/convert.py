@@ -194,6 +194,9 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
   folder = peft.find(source)
   model = adapter_folder.open_adapter(folder, base, '')
   _check_target(target, model.source)
+  if gguf_export.is_gguf(target):
+    for place in (folder.place, model.source):
+      _check_outside(target, files_lib.as_path(place))
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)
   stored = {
@@ -302,6 +305,8 @@ def main() -> None:
 
   # Before anything is written.
   hub_push.check(name)
+  if _BASE.value and not target:
+    raise ConfigError(f'--base={_BASE.value} belongs to a merge; give its --target=DIR too')
   folder = target or _finished(source)
   pushed_folder.check(folder)
   if target:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from ftjax import convert
 from ftjax.config import keys
 from ftjax.experiment import adapters, weights
 from ftjax.families import table
-from ftjax.hf import load, peft, peft_export, peft_names
+from ftjax.hf import load, peft, peft_config, peft_export, peft_names
 from ftjax.hf.safetensors import write_file
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import head, kinds
@@ -350,6 +351,15 @@ def read_all(folder, plain):
 
 Q = 'base_model.model.model.layers.0.self_attn.q_proj.lora_'
 FLOAT = np.float32
+
+
+class _Digits(int):
+  """A number that JSON writes with more digits than Python reads."""
+
+  def __repr__(self):
+    return '1' * 5000
+
+
 HOSTILE = {
   'ia3': ({'peft_type': 'IA3'}, {}, r"peft_type='IA3'"),
   'bias': ({'bias': 'all'}, {}, "bias='all'"),
@@ -369,6 +379,9 @@ HOSTILE = {
   'alpha': ({'lora_alpha': 0}, {}, 'lora_alpha=0; expected a positive'),
   'alpha_huge': ({'lora_alpha': float('inf')}, {}, 'adapter_config.json'),
   'pattern': ({'rank_pattern': {'(': 3}}, {}, 'rank_pattern.*no regular expression'),
+  'alpha_long': ({'lora_alpha': 10**400}, {}, 'lora_alpha=1000.*expected a positive'),
+  'rank_long': ({'r': 10**400}, {}, 'r=1000.*expected a whole number'),
+  'number_long': ({'r': _Digits()}, {}, 'adapter_config.json: not JSON: Exceeds'),
   'pattern_kind': ({'alpha_pattern': [1]}, {}, 'alpha_pattern'),
   'targets': ({'target_modules': 3}, {}, 'target_modules=3'),
   'fewer_targets': ({'target_modules': ['k_proj']}, {}, 'nothing reads .*q_proj.lora_A'),
@@ -405,6 +418,52 @@ def test_what_is_not_computed_in_the_same_way_is_refused(made, tmp_path, case):
     read_all(bad, arch.plain())
   assert str(bad) in str(found.value)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['bad']
+
+
+def test_patterns_that_take_forever_are_ended(made, tmp_path):
+  _, folder, arch, _ = made
+  slow = {'target_modules': r'(.*)*(.*)*(.*)*!'}, {'rank_pattern': {r'((\w|\.)+)+!': 4}}
+  for i, config in enumerate(slow):
+    begun = time.monotonic()
+    try:
+      peft.read(copy(folder, tmp_path / f'{i}', config)).architecture(arch.plain())
+    except DataError:
+      pass
+    assert time.monotonic() - begun < 20
+  pattern = peft_config.Pattern(r'(a|b|ab)*(bc)*(b|c|bc)*d', 'a key', peft_config.Clock(0.1))
+  with pytest.raises(DataError, match='a key: its patterns take more than'):
+    for _ in range(10_000):
+      pattern.match('abc' * 9000)
+
+
+def test_an_edited_card_of_an_adapter_is_kept(made, tmp_path):
+  _, _, arch, params = made
+  base = made[0]
+
+  def write(card):
+    peft_export.export(
+      params,
+      arch,
+      tmp_path / 'out',
+      base=str(base),
+      sha256='',
+      source_config=load.read_config(base),
+      tokenizer_files=load.tokenizer_files(base),
+      stop_ids=(),
+      card=card,
+    )
+
+  mark = b'<!-- ftjax: step 1, sha256 of the text above ' + b'0' * 64 + b' -->\n'
+  write(mark)
+  write(b'another card\n')
+  assert (tmp_path / 'out' / 'README.md').read_bytes() == mark
+
+
+def test_a_gguf_file_does_not_go_into_the_folder_of_the_base(made):
+  base, folder, _, _ = made
+  for place in (base, folder):
+    with pytest.raises(ConfigError, match='is in the folder of the source'):
+      convert.convert(str(folder), f'{place}/x.gguf', None)
 
 
 def test_files_that_are_not_those_of_an_adapter(made, tmp_path):

@@ -77,9 +77,13 @@ def refresh(workdir: str, model: Model) -> None:
 
 
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
-  """Returns README.md for a checkpoint: the export's own where that is of the same step."""
-  path = files.join(workdir, 'export', model_card.FILE)
-  known = files.read_bytes(path) if run_export.find(workdir) and files.exists(path) else b''
+  """Returns README.md of a whole model for a checkpoint: the export's own where that is a whole
+  model of the same step.
+  """
+  folder = files.join(workdir, 'export')
+  path = files.join(folder, model_card.FILE)
+  is_whole = run_export.find(workdir) and files.exists(files.join(folder, 'config.json'))
+  known = files.read_bytes(path) if is_whole and files.exists(path) else b''
   if model_card.step_of(known) == step:
     return known
   return build(workdir, model, step, has_results=False, is_adapter=False).encode()

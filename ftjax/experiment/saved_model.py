@@ -17,6 +17,7 @@ import numpy as np
 from ftjax.config import algorithms, keys
 from ftjax.experiment import adapters, init_from, vocabulary, weights
 from ftjax.experiment.model import Model, open_model
+from ftjax.families import table
 from ftjax.hf import load
 from ftjax.models import kinds
 from ftjax.runtime import trees
@@ -84,7 +85,11 @@ class SavedModel:
   def _load_base(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
     """Returns the leaves of the base under the adapter."""
     arch, seed = self.model.arch, self.seed
-    bare = dataclasses.replace(arch, adapter=None)
+    # The score of a reward model is the adapter's, unless the base has one.
+    labels = arch.num_labels
+    if self.base:
+      labels = table.architecture(load.read_config(self.base), arch.family).num_labels
+    bare = dataclasses.replace(arch, adapter=None, num_labels=labels)
     places = {n: sharding(n) for n in kinds.declared(arch) if n in kinds.declared(bare)}
     if not self.base:
       found = weights.random(bare, jax.random.key(seed), np.dtype(dtype), places)

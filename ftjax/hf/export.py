@@ -142,14 +142,14 @@ def write_model(
     DataError: the target is there and is not a model folder.
   """
   with whole_folder(target) as folder:
-    for name, content in (dict(files) | _edited_card(files_lib.as_path(target))).items():
+    for name, content in (dict(files) | edited_card(files_lib.as_path(target))).items():
       place = folder / name
       place.parent.mkdir(exist_ok=True)
       place.write_bytes(content)
     write_folder(folder, tensors, read, max_shard_bytes)
 
 
-def _edited_card(target: Path) -> dict[str, bytes]:
+def edited_card(target: Path) -> dict[str, bytes]:
   """Returns the model card of a folder that is replaced, if somebody edited it."""
   path = target / model_card.FILE
   if not path.is_file() or model_card.is_unchanged(content := path.read_bytes()):

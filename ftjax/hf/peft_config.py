@@ -6,9 +6,11 @@ ends of module names or one regex over whole names, the patterns are regexes ove
 
 import dataclasses
 import math
-import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import regex
 
 from ftjax.runtime.errors import DataError
 
@@ -33,13 +35,63 @@ _IDLE = {
 }
 
 
+_LARGEST_RANK = 1 << 20
+_SECONDS = 5.0  # of matching the patterns of a file with all names
+
+
+class Pattern:
+  """A regular expression of a file, which may be made to take forever.
+
+  Args:
+    text: the expression.
+    key: that it belongs to, for messages.
+    clock: one for all patterns of a file.
+
+  Raises:
+    DataError: it is none.
+  """
+
+  def __init__(self, text: str, key: str, clock: 'Clock'):
+    self._key, self._clock = key, clock
+    try:
+      self._regex = regex.compile(text)
+    except (regex.error, OverflowError, RecursionError) as error:
+      raise DataError(f'{key}: {text[:200]!r} is no regular expression: {error}') from error
+
+  def match(self, name: str) -> regex.Match | None:
+    """Returns the match at the beginning of a name."""
+    return self._run(self._regex.match, name)
+
+  def fullmatch(self, name: str) -> regex.Match | None:
+    """Returns the match with a whole name."""
+    return self._run(self._regex.fullmatch, name)
+
+  def _run(self, call: Callable, name: str) -> regex.Match | None:
+    begun = time.monotonic()
+    try:
+      return call(name, timeout=max(self._clock.left, 0.01))
+    except TimeoutError as error:
+      raise DataError(
+        f'{self._key}: its patterns take more than {_SECONDS:g} s; expected plain names'
+      ) from error
+    finally:
+      self._clock.left -= time.monotonic() - begun
+
+
+@dataclasses.dataclass
+class Clock:
+  """The seconds that are left for matching."""
+
+  left: float = _SECONDS
+
+
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
   """A LoRA adapter by its adapter_config.json, checked.
 
   place: the file. base, revision: of the base model, '' where they are not named. labels: whether
-  it scores (task_type SEQ_CLS). targets: a regex, or ends of names. ranks, alphas: (compiled
-  pattern, value) pairs, before the usual ones.
+  it scores (task_type SEQ_CLS). targets: a pattern, ends of names, or ALL_LINEAR. ranks, alphas:
+  (pattern, value) pairs, before the usual ones.
   """
 
   place: str
@@ -50,12 +102,12 @@ class PeftConfig:
   alpha: float
   rslora: bool
   dora: bool
-  targets: str | tuple[str, ...]
-  excluded: str | tuple[str, ...]
+  targets: str | Pattern | tuple[str, ...]
+  excluded: str | Pattern | tuple[str, ...]
   layers: tuple[int, ...] | None
-  layers_patterns: tuple[re.Pattern, ...]
-  ranks: tuple[tuple[re.Pattern, int], ...]
-  alphas: tuple[tuple[re.Pattern, float], ...]
+  layers_patterns: tuple[Pattern, ...]
+  ranks: tuple[tuple[Pattern, int], ...]
+  alphas: tuple[tuple[Pattern, float], ...]
   saved: tuple[str, ...]
 
   def is_saved(self, tensor: str) -> bool:
@@ -68,11 +120,11 @@ class PeftConfig:
     """Returns whether PEFT gives a linear map an adapter; is_head: it makes logits or scores."""
     if _is_named(module, self.excluded):
       return False
-    if any(re.match(rf'(^|.*\.){re.escape(m)}($|\..*)', module) for m in self.saved):
+    if any(f'.{m}.' in f'.{module}.' for m in self.saved):
       return False
     if self.targets == ALL_LINEAR:
       return not is_head
-    if isinstance(self.targets, str) or not _is_named(module, self.targets):
+    if isinstance(self.targets, Pattern) or not _is_named(module, self.targets):
       return _is_named(module, self.targets)
     if self.layers is None or module in self.targets:
       return True
@@ -86,9 +138,9 @@ class PeftConfig:
     return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _is_named(module: str, names: str | Sequence[str]) -> bool:
-  if isinstance(names, str):
-    return bool(names) and re.fullmatch(names, module) is not None
+def _is_named(module: str, names: Pattern | Sequence[str]) -> bool:
+  if isinstance(names, Pattern):
+    return names.fullmatch(module) is not None
   return any(module == n or module.endswith(f'.{n}') for n in names)
 
 
@@ -107,9 +159,9 @@ def parse(content: Any, place: str) -> PeftConfig:
   task = content.get('task_type')
   if task not in (None, 'CAUSAL_LM', 'SEQ_CLS'):
     raise DataError(f"{place}: task_type={task!r}; expected 'CAUSAL_LM' or 'SEQ_CLS'")
-  get = _Reader(content, place)
+  get = _Reader(content, place, Clock())
   layers = content.get('layers_to_transform')
-  layers = (layers,) if isinstance(layers, int) else get.list('layers_to_transform', int)
+  layers = (layers,) if type(layers) is int else get.list('layers_to_transform', int)
   around = content.get('layers_pattern')
   around = (around,) if isinstance(around, str) else get.list('layers_pattern', str)
   return PeftConfig(
@@ -157,6 +209,7 @@ class _Reader:
 
   content: Mapping[str, Any]
   place: str
+  clock: Clock
 
   def text(self, key: str) -> str:
     value = self.content.get(key)
@@ -181,14 +234,15 @@ class _Reader:
       raise self._wrong(key, value, f'a list of {kind.__name__}')
     return tuple(value)
 
-  def names(self, key: str) -> str | tuple[str, ...]:
+  def names(self, key: str) -> str | Pattern | tuple[str, ...]:
     value = self.content.get(key)
     if not isinstance(value, str):
       return self.list(key, str)
-    self.compile(key, value)
-    return value
+    if key == 'target_modules' and value == ALL_LINEAR:
+      return ALL_LINEAR
+    return self.compile(key, value) if value else ()
 
-  def patterns(self, key: str, read) -> tuple[tuple[re.Pattern, Any], ...]:
+  def patterns(self, key: str, read) -> tuple[tuple[Pattern, Any], ...]:
     value = self.content.get(key)
     if value is not None and not isinstance(value, dict):
       raise self._wrong(key, value, 'an object')
@@ -198,22 +252,18 @@ class _Reader:
     )
 
   def rank(self, key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise self._wrong(key, value, 'a whole number, at least 1')
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_RANK:
+      raise self._wrong(key, value, f'a whole number from 1 to {_LARGEST_RANK}')
     return value
 
   def alpha(self, key: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
+    if not (is_number and 1e-30 <= value <= 1e30):  # in float32, divided by a rank
       raise self._wrong(key, value, 'a positive number')
     return float(value)
 
-  def compile(self, key: str, pattern: str) -> re.Pattern:
-    try:
-      return re.compile(pattern)
-    except re.error as error:
-      text = f'{self.place}: {key}: {pattern!r} is no regular expression: {error}'
-      raise DataError(text) from error
+  def compile(self, key: str, text: str) -> Pattern:
+    return Pattern(text, f'{self.place}: {key}', self.clock)
 
   def _wrong(self, key: str, value: Any, expected: str) -> DataError:
-    return DataError(f'{self.place}: {key}={value!r}; expected {expected}')
+    return DataError(f'{self.place}: {key}={repr(value)[:200]}; expected {expected}')

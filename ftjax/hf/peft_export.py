@@ -19,13 +19,14 @@ import numpy as np
 
 from ftjax.cluster import processes
 from ftjax.hf import model_card, peft_names, safetensors
-from ftjax.hf.export import generation_file, on_host, whole_folder
+from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from ftjax.hf.peft_names import Place
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models.architecture import AdaptedMap, Architecture
 from ftjax.runtime import trees
+from ftjax.storage import files as files_lib
 from ftjax.storage import hub
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def export(
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
   files[BASE_FILE] = dump_json(held)
   with whole_folder(target) as folder:
-    for name, content in files.items():
+    for name, content in (files | edited_card(files_lib.as_path(target))).items():
       place = folder / name
       place.parent.mkdir(exist_ok=True)
       place.write_bytes(content)

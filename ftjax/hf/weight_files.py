@@ -44,6 +44,8 @@ def parse_json(text: bytes, place: str) -> Any:
     raise DataError(f'{place}: {e}') from e
   except json.JSONDecodeError as e:
     raise DataError(f'{place}:{e.lineno}: not JSON: {e.msg}') from e
+  except ValueError as e:  # a number of more than 4,300 digits
+    raise DataError(f'{place}: not JSON: {e}') from e
   except RecursionError as e:
     raise DataError(f'{place}: JSON nested too deep') from e
 
