@@ -85,7 +85,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     from ftjax.hf import peft
 
     if export is None or base or peft.read(folder).base.path:
-      _merge_adapter(str(folder), target, dtype, base)
+      _merge_adapter(str(folder), target, dtype, base, workdir if export else '')
       return
     export = None  # of a random model, which the run knows
   if base:
@@ -180,14 +180,16 @@ def _write_gguf(model, params, target: str, dtype: str, stored: str):
   print(gguf_export.export(target, model.arch, config, files, read, dtypes))
 
 
-def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
-  """Writes the adapter of a PEFT folder, merged into its base."""
+def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workdir: str):
+  """Writes the adapter of a PEFT folder, merged into its base; workdir: of the run that wrote it,
+  '' where it is not known.
+  """
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
   import numpy as np
 
-  from ftjax.experiment import adapter_folder
-  from ftjax.hf import export, gguf_export, load, peft
+  from ftjax.experiment import adapter_folder, run_card
+  from ftjax.hf import export, gguf_export, load, model_card, model_folder, peft
   from ftjax.models import kinds
   from ftjax.runtime import sharding
 
@@ -210,6 +212,8 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
   def places(arch):
     return sharding.shardings(mesh, kinds.axes(arch))
 
+  step = model_card.step_of(model_folder.readme(folder.place)) if workdir else None
+  card = None if step is None else run_card.of_checkpoint(workdir, model, step)
   params = peft.load_params(folder, model.source, model.arch, places, widest)
   if is_gguf:
     _write_gguf(model, params, target, dtype or merged.name, merged.name)
@@ -222,6 +226,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
       tokenizer_files=model.files,
       dtype=merged,
       stop_ids=(),
+      card=card,
     )
   print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
 

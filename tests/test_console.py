@@ -260,11 +260,11 @@ def test_the_prompt_of_the_next_command_is_one_line():
 
 def test_the_next_commands():
   flags = ['--config=tiny_sft', '--workdir=w']
-  assert console.next_commands('w', False, "'a b'", flags, True) == [
+  assert console.next_commands('w', '', "'a b'", flags, True) == [
     ('next', "python -m ftjax.generate --model=w --prompt='a b'"),
     ('next', 'python -m ftjax.evaluate --config=tiny_sft --workdir=w'),
   ]
-  ((_, text),) = console.next_commands('w', True, '', flags, False)
+  ((_, text),) = console.next_commands('w', 'w/export', '', flags, False)
   assert 'rollout.reward_model=w/export' in text
 
 

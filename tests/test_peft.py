@@ -1,5 +1,6 @@
 """Adapters leave as PEFT folders and come back the same; PEFT's folders are read as PEFT reads."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -351,15 +352,6 @@ def read_all(folder, plain):
 
 Q = 'base_model.model.model.layers.0.self_attn.q_proj.lora_'
 FLOAT = np.float32
-
-
-class _Digits(int):
-  """A number that JSON writes with more digits than Python reads."""
-
-  def __repr__(self):
-    return '1' * 5000
-
-
 HOSTILE = {
   'ia3': ({'peft_type': 'IA3'}, {}, r"peft_type='IA3'"),
   'bias': ({'bias': 'all'}, {}, "bias='all'"),
@@ -381,7 +373,6 @@ HOSTILE = {
   'pattern': ({'rank_pattern': {'(': 3}}, {}, 'rank_pattern.*no regular expression'),
   'alpha_long': ({'lora_alpha': 10**400}, {}, 'lora_alpha=1000.*expected a positive'),
   'rank_long': ({'r': 10**400}, {}, 'r=1000.*expected a whole number'),
-  'number_long': ({'r': _Digits()}, {}, 'adapter_config.json: not JSON: Exceeds'),
   'pattern_kind': ({'alpha_pattern': [1]}, {}, 'alpha_pattern'),
   'targets': ({'target_modules': 3}, {}, 'target_modules=3'),
   'fewer_targets': ({'target_modules': ['k_proj']}, {}, 'nothing reads .*q_proj.lora_A'),
@@ -425,12 +416,10 @@ def test_patterns_that_take_forever_are_ended(made, tmp_path):
   slow = {'target_modules': r'(.*)*(.*)*(.*)*!'}, {'rank_pattern': {r'((\w|\.)+)+!': 4}}
   for i, config in enumerate(slow):
     begun = time.monotonic()
-    try:
+    with contextlib.suppress(DataError):
       peft.read(copy(folder, tmp_path / f'{i}', config)).architecture(arch.plain())
-    except DataError:
-      pass
     assert time.monotonic() - begun < 20
-  pattern = peft_config.Pattern(r'(a|b|ab)*(bc)*(b|c|bc)*d', 'a key', peft_config.Clock(0.1))
+  pattern = peft_config.Pattern(r'(.*)(.*)(.*)\3\2\1$', 'a key', peft_config.Clock(0.1))
   with pytest.raises(DataError, match='a key: its patterns take more than'):
     for _ in range(10_000):
       pattern.match('abc' * 9000)
@@ -473,6 +462,9 @@ def test_files_that_are_not_those_of_an_adapter(made, tmp_path):
     peft.read(bad)
   (bad / 'adapter_model.bin').write_bytes(b'x')
   with pytest.raises(DataError, match='pickled weights'):
+    peft.read(bad)
+  (bad / 'adapter_config.json').write_text(f'{{"r": {"1" * 5000}}}')
+  with pytest.raises(DataError, match=r'adapter_config\.json: not JSON: Exceeds'):
     peft.read(bad)
   (bad / 'adapter_config.json').write_text('[1]')
   with pytest.raises(DataError, match=f'{bad}/adapter_config.json: expected a JSON object'):

@@ -1,5 +1,6 @@
 """The model of any checkpoint of a run, ended or not, without a change to its workdir."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -11,9 +12,11 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import tiny_model
 
 from ftjax import cli, convert
 from ftjax.config import validation
+from ftjax.data import synthetic
 from ftjax.experiment import fit, saved_model
 from ftjax.hf import run_export
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -255,3 +258,26 @@ def test_text_from_a_checkpoint_is_that_of_its_export(averaged, unended, tmp_pat
   ]
   assert texts[0] == texts[1]
   assert [r.keys() for r in texts[0]] == [{'prompt', 'completion'}] * 3
+
+
+@pytest.mark.full
+def test_the_last_checkpoint_of_a_reward_adapter_is_its_merged_model(tmp_path):
+  arch = dataclasses.replace(tiny_model.TINY, vocab_size=synthetic.VOCAB_SIZE, max_len=256)
+  base = Path(tiny_model.write_folder(tmp_path / 'base', arch))
+  for name, text in synthetic.byte_tokenizer().items():
+    (base / name).write_bytes(text)
+  changes = {'model.path': str(base), 'model.random': {}, 'lora.rank': 2, 'steps': 2}
+  c = tiny('reward_model', **changes, **{'eval.every': 0})
+  workdir = train(c, tmp_path / 'run')
+  for source in (f'{workdir}@last', str(workdir)):
+    convert.convert(source, str(tmp_path / 'out'), 'bfloat16')
+    found = (tmp_path / 'out' / 'model.safetensors').read_bytes()
+    if '@' in source:
+      assert found == (workdir / 'merged' / 'model.safetensors').read_bytes()
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'library_name: "transformers"' in card and 'AutoPeftModel' not in card
+  own = (workdir / 'export' / 'README.md').read_text()
+  assert 'AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1)' in own
+  c.lora.merge = False
+  train(c, workdir)
+  assert not (workdir / 'merged').exists(), 'it may be of an older adapter'

@@ -125,6 +125,18 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
   )
 
 
+def remove_merged(run: Run) -> None:
+  """Removes the merged model of an earlier export, which is not that of the adapter in export/."""
+  folder = files.join(run.workdir, FOLDER)
+
+  def remove():
+    if files.exists(files.join(folder, 'config.json')):
+      log.warning('%s was merged from an earlier adapter of this run and is removed', folder)
+      files.remove_tree(folder)
+
+  processes.from_main(remove)
+
+
 def compare(run: Run, params: dict, dtype: str) -> Comparison:
   """Returns how far the model after merging into weights of `dtype` is from base and adapter."""
   ours = run.forward.without_remat()

@@ -131,7 +131,9 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
       folder = experiment.program_folder(run.workdir)
       processes.from_main(lambda: program_cache.record(folder))
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
-    if run.arch.adapter is not None and c.lora.merge:
+    if run.arch.adapter is not None and not c.lora.merge:
+      adapter_export.remove_merged(run)
+    elif run.arch.adapter is not None:
       with run.watchdog.phase('export'):
         adapter_export.export_merged(run, params, _card(run, exported, is_adapter=False))
 

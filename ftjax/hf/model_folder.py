@@ -103,7 +103,10 @@ def find_adapter(path: str | os.PathLike) -> Path | None:
     return folder if is_adapter(folder) else None
   name = hub.pin(os.fspath(path))
   folder = hub.download(name, _SMALL, is_shown=False)
-  if not is_adapter(folder) or (folder / 'config.json').is_file():
+  if not is_adapter(folder):
+    return None
+  # Some programs put the base's config.json beside an adapter; weights are not downloaded yet.
+  if (folder / 'config.json').is_file() and weight_files.SINGLE_FILE in hub.list_files(name):
     return None
   hub.download(name, [peft_config.WEIGHTS_FILE], is_shown=True)
   return folder

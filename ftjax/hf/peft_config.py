@@ -69,7 +69,9 @@ class Pattern:
   def _run(self, call: Callable, name: str) -> regex.Match | None:
     begun = time.monotonic()
     try:
-      return call(name, timeout=max(self._clock.left, 0.01))
+      if self._clock.left <= 0:
+        raise TimeoutError
+      return call(name, timeout=self._clock.left)
     except TimeoutError as error:
       raise DataError(
         f'{self._key}: its patterns take more than {_SECONDS:g} s; expected plain names'

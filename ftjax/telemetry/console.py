@@ -413,12 +413,14 @@ def not_updated(no_signal: int, skipped: int) -> str:
 
 
 def next_commands(
-  workdir: str, is_reward_model: bool, prompt: str, command_line: Sequence[str], has_tasks: bool
+  workdir: str, reward_model: str, prompt: str, command_line: Sequence[str], has_tasks: bool
 ) -> list[tuple[str, str]]:
-  """Returns rows of a block: commands to run next. command_line: flags of this run, quoted."""
+  """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
+  that the run made, '' for other runs. command_line: flags of this run, quoted.
+  """
   python = 'python -m ftjax.'
-  if is_reward_model:
-    return [('next', f'--config.rollout.reward_model={workdir}/export with algorithm grpo or ppo')]
+  if reward_model:
+    return [('next', f'--config.rollout.reward_model={reward_model} with algorithm grpo or ppo')]
   rows = [
     ('next', f'{python}generate --model={workdir}' + (f' --prompt={prompt}' if prompt else ''))
   ]
