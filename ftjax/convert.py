@@ -27,9 +27,12 @@ with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC i
 model folder, or the export of a workdir.
 """
 
+import collections
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -81,6 +84,8 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
   export = None if which else run_export.find_newest(workdir)
   _check_target(target, export or source)
+  if snapshots.is_workdir(workdir):  # it would lose what the run wrote at its end
+    _check_target(target, files_lib.join(workdir, 'export'))
   if (folder := model_folder.find_adapter(export or source)) is not None:
     from ftjax.hf import peft
 
@@ -101,7 +106,10 @@ def _check_target(target: str, source: str):
   if files_lib.absolute(target) == files_lib.absolute(source) or (
     not is_remote and Path(target).resolve() == Path(source).resolve()
   ):
-    raise ConfigError(f'--target={target} is the source itself, or the base of it')
+    raise ConfigError(
+      f'--target={target} is the source itself, the export of it, or the base of it; give another '
+      'place'
+    )
 
 
 def _check_outside(target: str, folder: Path):
@@ -201,12 +209,9 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
       _check_outside(target, files_lib.as_path(place))
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)
-  stored = {
-    i.dtype for i in load.open_source(model.source).tensors.values() if i.dtype.kind in 'fV'
-  }
-  widest = np.dtype(np.float32) if len(stored) > 1 else stored.pop()
+  stored = _usual_dtype(load.open_source(model.source).tensors.values())
   is_gguf = gguf_export.is_gguf(target)
-  merged = np.dtype(dtype) if dtype in _FOLDER_DTYPES else widest
+  merged = np.dtype(dtype) if dtype in _FOLDER_DTYPES else stored
   model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, merged.name))
 
   def places(arch):
@@ -214,7 +219,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
 
   step = model_card.step_of(model_folder.readme(folder.place)) if workdir else None
   card = None if step is None else run_card.of_checkpoint(workdir, model, step)
-  params = peft.load_params(folder, model.source, model.arch, places, widest)
+  params = peft.load_params(folder, model.source, model.arch, places, stored)
   if is_gguf:
     _write_gguf(model, params, target, dtype or merged.name, merged.name)
   else:
@@ -229,6 +234,18 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
       card=card,
     )
   print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
+
+
+def _usual_dtype(tensors: Iterable[Any]) -> Any:
+  """Returns the float dtype of most bytes of a model's tensors; float32 for rare ones."""
+  import numpy as np
+
+  sizes = collections.Counter()
+  for info in tensors:
+    sizes[info.dtype] += info.nbytes if info.dtype.kind in 'fV' else 0
+  usual = max(sizes, key=sizes.__getitem__)
+  is_usual = usual.name in ('float32', 'bfloat16', 'float16')
+  return usual if is_usual else np.dtype(np.float32)
 
 
 def _convert_files(source: str, target: str, dtype: str | None):

@@ -425,6 +425,19 @@ def test_patterns_that_take_forever_are_ended(made, tmp_path):
       pattern.match('abc' * 9000)
 
 
+def test_a_merge_has_the_dtype_of_most_of_the_base(made, tmp_path):
+  base, folder, _, _ = made
+  source, mixed = load.open_source(base), tmp_path / 'mixed'
+  shutil.copytree(base, mixed)
+  types = {n: FLOAT if n == 'model.norm.weight' else jnp.bfloat16 for n in source.tensors}
+  infos = {n: TensorInfo(i.shape, np.dtype(types[n])) for n, i in source.tensors.items()}
+  write_file(mixed / 'model.safetensors', infos, lambda n: source.read(n).astype(types[n]))
+  own = copy(folder, tmp_path / 'own', drop=['ftjax_base.json'])
+  convert.convert(str(own), str(tmp_path / 'out'), None, str(mixed))
+  found = load.open_source(tmp_path / 'out').tensors.values()
+  assert {i.dtype.name for i in found} == {'bfloat16'}
+
+
 def test_an_edited_card_of_an_adapter_is_kept(made, tmp_path):
   _, _, arch, params = made
   base = made[0]
@@ -494,7 +507,7 @@ def test_another_base_is_refused(made, tmp_path):
   with pytest.raises(DataError, match=f'{base} with weights of SHA-256 .* those of {other}'):
     convert.convert(str(folder), str(tmp_path / 'out'), None, other)
   assert not (tmp_path / 'out').exists()
-  with pytest.raises(ConfigError, match='is the source itself, or the base'):
+  with pytest.raises(ConfigError, match='or the base of it'):
     convert.convert(str(folder), base, None)
   moved = copy(folder, tmp_path / 'moved', {'base_model_name_or_path': str(tmp_path / 'gone')})
   with pytest.raises(DataError, match=r'gone, is not there.*--base'):

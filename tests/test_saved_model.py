@@ -276,6 +276,8 @@ def test_the_last_checkpoint_of_a_reward_adapter_is_its_merged_model(tmp_path):
       assert found == (workdir / 'merged' / 'model.safetensors').read_bytes()
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert 'library_name: "transformers"' in card and 'AutoPeftModel' not in card
+  with pytest.raises(ConfigError, match='is the source itself, the export of it'):
+    convert.convert(f'{workdir}@last', str(workdir / 'export'), None)
   own = (workdir / 'export' / 'README.md').read_text()
   assert 'AutoPeftModelForSequenceClassification.from_pretrained(path, num_labels=1)' in own
   c.lora.merge = False

@@ -140,8 +140,8 @@ def _looked_up(codes: jax.Array) -> jax.Array:
 
 
 def _selected(codes: jax.Array) -> jax.Array:
-  """By selections: a table look-up is slow on a TPU. On a GPU each selection would be an array in
-  memory.
+  """Returns the same by selections: a table look-up is slow on a TPU. On a GPU each selection would
+  be an array in memory.
   """
   found: list = list(NF4)
   for bit in range(4):
