@@ -353,6 +353,11 @@ _GENERATE = """print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64
 
 
 def _loading(card: Card) -> str:
+  if card.is_adapter and card.base is None:
+    return (
+      '## Loading\n\nThe base has random weights, which no folder holds: load the merged model '
+      '(`merged/` of the run), or make one with `python -m ftjax.convert --source=WORKDIR`.'
+    )
   kind = 'SequenceClassification' if card.is_reward else 'CausalLM'
   name = f'{"AutoPeftModelFor" if card.is_adapter else "AutoModelFor"}{kind}'
   imports = f'from transformers import {name}, AutoTokenizer'
