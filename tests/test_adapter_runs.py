@@ -4,6 +4,7 @@ reference, what the state holds, and what the optimizer moves.
 
 import functools
 import math
+import types
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import tiny_pairs
 import tiny_rollouts
 
-from ftjax.algorithms import dpo
+from ftjax.algorithms import dpo, reference_logps
 from ftjax.experiment.trainer import Trainer
 from ftjax.models import kinds
 from ftjax.runtime import trees
+from ftjax.runtime.errors import ConfigError
 
 FULL = pytest.mark.full
 LR = 1e-5
@@ -128,6 +130,25 @@ def test_b_learns_faster_than_a():
     moved = np.median(np.abs(after[name] - before[name]))
     ratio = 16 if name.endswith('/lora_b') else 1
     assert moved == pytest.approx(ratio * rate, rel=0.01), name
+
+
+def test_a_freeze_that_leaves_nothing_of_an_adapter_is_refused():
+  freeze = (('.*lora_.*', True), ('.*', False))
+  run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, optim__freeze=freeze))
+  with pytest.raises(ConfigError, match=r'optim\.freeze freezes all of the adapter'):
+    Trainer(run, dpo.make_loss(run.forward, run.config))
+
+
+def test_a_cached_reference_is_of_the_base_whatever_the_adapter_is():
+  """Runs with another adapter read the same log-probs; with a base held in another way, others."""
+
+  def key(**changes):
+    settings = tiny_pairs.settings(dpo__reference='cache', **(LORA | changes))
+    corpus = types.SimpleNamespace(fingerprint='rows')
+    return reference_logps._key(tiny_pairs.shapes_only(settings), corpus, 'weights')
+
+  assert key() == key(lora__rank=8, lora__dora=True, lora__targets='.*attn/q', lora__dropout=0.1)
+  assert key() != key(lora__base='int8')
 
 
 # On rollouts.

@@ -14,6 +14,7 @@ from jax import monitoring
 from ftjax.experiment.run import Run
 from ftjax.models import kinds
 from ftjax.runtime import compiler_options, sharding, trees
+from ftjax.runtime.errors import ConfigError
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
@@ -92,6 +93,8 @@ class Trainer:
     frozen = optimizer_lib.frozen_names(settings.freeze, info)
     self.frozen = frozen | self._derived | self._base | fixed
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
+    if not trained:
+      raise ConfigError('optim.freeze freezes all of the adapter; nothing is left to train')
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
