@@ -37,9 +37,14 @@ CASES = {
 }
 
 
-@functools.cache
 def trained(case):
-  """(run, trainer, compiled step, a batch on the devices)."""
+  """(run, trainer, compiled step, a batch on the devices), on the current mesh."""
+  return _trained(case, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _trained(case, mesh):
+  del mesh  # the current one
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, **CASES[case]))
   trainer = Trainer(run, dpo.make_loss(run.forward, run.config))
   return run, trainer, trainer.compile(), tiny_pairs.on_devices(tiny_pairs.rows(), run)
@@ -130,6 +135,28 @@ def test_b_learns_faster_than_a():
     moved = np.median(np.abs(after[name] - before[name]))
     ratio = 16 if name.endswith('/lora_b') else 1
     assert moved == pytest.approx(ratio * rate, rel=0.01), name
+
+
+def three_steps(case):
+  """[(loss, norm of the gradient)] of three steps."""
+  _, trainer, step, batch = trained(case)
+  state, found = trainer.fresh(), []
+  for _ in range(3):
+    state, metrics = step(state, batch)
+    found.append([float(metrics[k]) for k in ('loss', 'grad_norm')])
+  return found
+
+
+@FULL
+@pytest.mark.parametrize(
+  'sizes', [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, expert=2)], ids=str
+)
+def test_with_a_reference_on_a_mesh_the_steps_are_the_same(sizes, use_mesh):
+  expected = three_steps('int8')
+  use_mesh(**sizes)
+  found = three_steps('int8')
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  assert expected[2][0] < expected[0][0] - 1e-3
 
 
 def test_a_freeze_that_leaves_nothing_of_an_adapter_is_refused():

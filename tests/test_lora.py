@@ -13,6 +13,7 @@ import tiny_adapters
 from tiny_adapters import RANKS, adapted, init
 from tiny_model import TINY, ids, logits, place, tokens_at
 
+from ftjax.algorithms import sft
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.models import kinds
@@ -248,6 +249,25 @@ def test_dropout_keeps_the_mean_and_is_of_each_row_alone():
   assert forward.with_dropout(keys).untrained().dropout_keys is None
   plain = np.asarray(jax.jit(forward.hidden_states)(params, batch))
   assert (plain != found).any(-1).all()
+
+
+@FULL
+def test_an_evaluation_drops_nothing():
+  """Its loss has the bits of a model without dropout, and that of training has others."""
+  arch, params = model('int8-dora', dropout=0.5)
+  tokens, segments = whole()
+  where, following = tokens_at(segments), np.roll(tokens, -1, 1)
+  weights = (segments > 0).astype(np.float32)
+  batch = {'tokens': tokens, 'labels': following, 'weights': weights}
+  batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
+  batch |= {'segments': where.segments, 'positions': where.positions}
+  plain = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, dropout=0.0))
+  found = [sft.make_eval_loss(Forward(a, jnp.float32))(params, batch)[0] for a in (arch, plain)]
+  assert found[0] == found[1]
+  keys = jax.random.split(jax.random.key(0), B)
+  loss = jax.jit(sft.make_loss(Forward(arch, jnp.float32), tiny_adapters.config()))
+  dropped = loss(params, batch, keys)[0]
+  assert abs(float(dropped / found[0]) - 1) > 1e-4
 
 
 def test_the_numbers_that_are_dropped():
