@@ -106,6 +106,21 @@ def test_the_state_holds_the_base_once_and_moments_of_the_adapter_alone(case):
   assert not base & saved.keys() and not any(n.startswith('reference/') for n in saved)
 
 
+def test_a_run_begins_with_the_base_as_it_was_read(monkeypatch):
+  """The very arrays: a copy, though short-lived, would need the memory of two bases. The state is
+  donated, so what else begins with the same weights has copies.
+  """
+  run, trainer, step, batch = trained('lora')
+  first = run.load_first()
+  monkeypatch.setattr(run, 'load_first', lambda: first)
+  state = trainer.fresh()
+  flat, held = trees.flatten(first), trees.flatten(state.frozen)
+  for name in kinds.names(run.arch, 'base'):
+    assert held[name] is flat[name]
+  assert held['reference/embed/w'] is not flat['embed/w']
+  assert float(step(state, batch)[1]['loss']) == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_hundred_steps_at_a_small_rate_move_the_adapter_on_a_bfloat16_base():
   """At 1e-5, which is lost on bfloat16 weights: the adapter is float32."""
   run, trainer, step, batch = trained('lora')

@@ -101,7 +101,9 @@ class Trainer:
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=self._without_constant(shardings))
+    self._init = jax.jit(
+      self._create, out_shardings=self._without_base(self._without_constant(shardings))
+    )
     self._step = make_step(
       loss_fn,
       self.optimizer,
@@ -136,7 +138,7 @@ class Trainer:
   # Where a state comes from.
 
   def _create(self, params: dict) -> State:
-    """Returns a fresh state of the trained models, without constant ones."""
+    """Returns a fresh state of parameters of the trained models."""
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
     return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
 
@@ -147,7 +149,11 @@ class Trainer:
     trained = {m.name: run.load_auxiliary(m, first) for m in run.auxiliary.in_state if m.is_trained}
     # Copies: a state is donated whole, and no buffer twice.
     constant = jax.tree.map(jnp.copy, self._load_constant(first))
-    return self._with_constant(self._init(first | trained), constant)
+    # The base as it was read: as a result of the program it would be in memory twice.
+    base, others = trees.select(first | trained, lambda n: n in self._base)
+    state = self._init(others)
+    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, base))
+    return self._with_constant(state, constant)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
     """Returns the state saved at a step, with the base under an adapter, its derived leaves and
@@ -195,11 +201,16 @@ class Trainer:
     """Returns what is saved of a state, of its shapes or of its shardings: all but the base under
     an adapter, derived leaves and the constant auxiliary models.
     """
-    state = self._without_constant(state)
-    left_out = self._derived | self._base
-    if not left_out:
+    state = self._without_base(self._without_constant(state))
+    if not self._derived:
       return state
-    _, kept = trees.select(state.frozen, lambda n: n in left_out)
+    _, kept = trees.select(state.frozen, lambda n: n in self._derived)
+    return dataclasses.replace(state, frozen=kept)
+
+  def _without_base(self, state: State) -> State:
+    if not self._base:
+      return state
+    _, kept = trees.select(state.frozen, lambda n: n in self._base)
     return dataclasses.replace(state, frozen=kept)
 
   def _without_constant(self, state: State) -> State:
