@@ -487,7 +487,7 @@ def test_a_run_loads_its_export_for_evaluation(made, tmp_path):
   with pytest.raises(ConfigError, match='set the keys of section lora'):
     weights.load(str(folder), arch.plain(), mesh, 'float32', 0, '')
   other = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, dora=True))
-  with pytest.raises(ConfigError, match='DoRA False there, True by the config; set lora.dora'):
+  with pytest.raises(ConfigError, match=r'DoRA False there, True by the config; set lora\.dora'):
     weights.load(str(folder), other, mesh, 'float32', 0, '')
   nameless = copy(folder, tmp_path / 'nameless', {'base_model_name_or_path': None})
   found = trees.flatten(weights.load(str(nameless), arch, mesh, 'float32', 5, ''))
