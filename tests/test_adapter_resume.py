@@ -49,7 +49,7 @@ ARCH = dataclasses.replace(
 def settings(folder, algorithm='sft', **changes):
   own = {'model.path': str(folder), 'model.random': {}, 'data.train': 'sums:60', 'eval.every': 2}
   if algorithm != 'sft':
-    own['data.train'] = 'pairs:60'
+    own |= {'data.train': 'pairs:60', 'data.eval_fraction': 0.3}
   return tiny(algorithm, **(own | ADAPTER | changes))
 
 

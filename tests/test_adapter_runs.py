@@ -4,6 +4,7 @@ reference, what the state holds, and what the optimizer moves.
 
 import functools
 import math
+import types
 
 import jax
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 import tiny_pairs
 import tiny_rollouts
 
-from ftjax.algorithms import dpo
+from ftjax.algorithms import dpo, reference_logps
 from ftjax.experiment.trainer import Trainer
 from ftjax.models import kinds
 from ftjax.runtime import trees
+from ftjax.runtime.errors import ConfigError
 
 FULL = pytest.mark.full
 LR = 1e-5
+FEW = '.*(attn/q|mlp/down)'
 LORA = dict(lora__rank=4, lora__alpha=8.0)
 CASES = {
   'lora': dict(lora__train='embed/w', optim__lr=LR),
@@ -27,15 +30,21 @@ CASES = {
     lora__init='pissa',
     lora__dora=True,
     lora__b_lr_ratio=16.0,
+    lora__targets=FEW,
     optim__weight_decay=0.0,
   ),
   'int8': dict(lora__base='int8', lora__dora=True, lora__train='embed/w|.*norm/scale'),
 }
 
 
-@functools.cache
 def trained(case):
-  """(run, trainer, compiled step, a batch on the devices)."""
+  """(run, trainer, compiled step, a batch on the devices), on the current mesh."""
+  return _trained(case, jax.sharding.get_mesh())
+
+
+@functools.cache
+def _trained(case, mesh):
+  del mesh  # the current one
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, **CASES[case]))
   trainer = Trainer(run, dpo.make_loss(run.forward, run.config))
   return run, trainer, trainer.compile(), tiny_pairs.on_devices(tiny_pairs.rows(), run)
@@ -97,6 +106,21 @@ def test_the_state_holds_the_base_once_and_moments_of_the_adapter_alone(case):
   assert not base & saved.keys() and not any(n.startswith('reference/') for n in saved)
 
 
+def test_a_run_begins_with_the_base_as_it_was_read(monkeypatch):
+  """The very arrays: a copy, though short-lived, would need the memory of two bases. The state is
+  donated, so what else begins with the same weights has copies.
+  """
+  run, trainer, step, batch = trained('lora')
+  first = run.load_first()
+  monkeypatch.setattr(run, 'load_first', lambda: first)
+  state = trainer.fresh()
+  flat, held = trees.flatten(first), trees.flatten(state.frozen)
+  for name in kinds.names(run.arch, 'base'):
+    assert held[name] is flat[name]
+  assert held['reference/embed/w'] is not flat['embed/w']
+  assert float(step(state, batch)[1]['loss']) == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_a_hundred_steps_at_a_small_rate_move_the_adapter_on_a_bfloat16_base():
   """At 1e-5, which is lost on bfloat16 weights: the adapter is float32."""
   run, trainer, step, batch = trained('lora')
@@ -128,6 +152,47 @@ def test_b_learns_faster_than_a():
     assert moved == pytest.approx(ratio * rate, rel=0.01), name
 
 
+def three_steps(case):
+  """[(loss, norm of the gradient)] of three steps."""
+  _, trainer, step, batch = trained(case)
+  state, found = trainer.fresh(), []
+  for _ in range(3):
+    state, metrics = step(state, batch)
+    found.append([float(metrics[k]) for k in ('loss', 'grad_norm')])
+  return found
+
+
+@FULL
+@pytest.mark.parametrize(
+  'sizes', [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, context=2, expert=2)], ids=str
+)
+def test_with_a_reference_on_a_mesh_the_steps_are_the_same(sizes, use_mesh):
+  expected = three_steps('int8')
+  use_mesh(**sizes)
+  found = three_steps('int8')
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  assert expected[2][0] < expected[0][0] - 1e-3
+
+
+def test_a_freeze_that_leaves_nothing_of_an_adapter_is_refused():
+  freeze = (('.*lora_.*', True), ('.*', False))
+  run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, optim__freeze=freeze))
+  with pytest.raises(ConfigError, match=r'optim\.freeze freezes all of the adapter'):
+    Trainer(run, dpo.make_loss(run.forward, run.config))
+
+
+def test_a_cached_reference_is_of_the_base_whatever_the_adapter_is():
+  """Runs with another adapter read the same log-probs; with a base held in another way, others."""
+
+  def key(**changes):
+    settings = tiny_pairs.settings(dpo__reference='cache', **(LORA | changes))
+    corpus = types.SimpleNamespace(fingerprint='rows')
+    return reference_logps._key(tiny_pairs.shapes_only(settings), corpus, 'weights')
+
+  assert key() == key(lora__rank=8, lora__dora=True, lora__targets='.*attn/q', lora__dropout=0.1)
+  assert key() != key(lora__base='int8')
+
+
 # On rollouts.
 
 ROLLOUTS = {'lora.rank': 4, 'policy.kl_coef': 0.1}
@@ -136,7 +201,7 @@ ROLLOUTS = {'lora.rank': 4, 'policy.kl_coef': 0.1}
 @pytest.mark.parametrize(
   'changes',
   [
-    {'lora.train': 'embed/w', 'lora.base': 'int8'},
+    pytest.param({'lora.train': 'embed/w', 'lora.base': 'int8'}, marks=FULL),
     pytest.param({'lora.base': 'nf4', 'lora.block': 8, 'lora.init': 'pissa'}, marks=FULL),
     pytest.param({'lora.dora': True, 'policy.kl': 'reward', 'lora.train': 'embed/w'}, marks=FULL),
   ],
@@ -157,13 +222,14 @@ def test_on_policy_the_ratio_is_one_and_the_divergence_zero(changes, tmp_path):
 
 
 def test_a_value_model_shares_the_base_and_has_an_adapter_of_its_own(tmp_path):
-  changes = {'lora.base': 'nf4', 'lora.block': 8, 'lora.dora': True, 'lora.train': 'embed/w'}
+  changes = {'lora.base': 'nf4', 'lora.block': 8, 'lora.targets': FEW, 'lora.train': 'embed/w'}
   s = tiny_rollouts.Steps(tmp_path, 'ppo', **ROLLOUTS, **changes)
   before, frozen = host(s.state.params), host(s.state.frozen)
   batch = s.batch()
   assert not np.asarray(batch['old_values']).any(), 'values begin at 0'
   state, metrics = s.step(s.state, batch)
-  assert metrics['ratio'] == 1 and metrics['ok']
+  assert metrics['ratio'] == 1 and metrics['approx_kl'] == 0 and metrics['ok']
+  assert abs(s.rows[0][1]['kl']) < 1e-6, 'the log-probs of the sampler, within rounding'
   after = host(state.params)
   value = {n for n in after if n.startswith('value/')}
   policy = after.keys() - value

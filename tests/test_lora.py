@@ -13,6 +13,7 @@ import tiny_adapters
 from tiny_adapters import RANKS, adapted, init
 from tiny_model import TINY, ids, logits, place, tokens_at
 
+from ftjax.algorithms import sft
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.models import kinds
@@ -21,6 +22,7 @@ from ftjax.models.layers import Dropout
 from ftjax.runtime import trees
 from ftjax.training import optimizer
 
+FULL = pytest.mark.full
 B, T = 4, 24
 ONE_EACH = np.ones((B, T), np.int32)
 # Together they have everything that an adapter may have.
@@ -29,10 +31,8 @@ CASES = {
   'nf4-pissa': dict(base='nf4', block=8, init='pissa', rslora=True, alpha_pattern=(('.*/q', 3.0),)),
   'bfloat16-dora-pissa': dict(base='bfloat16', dora=True, init='pissa', rank_pattern=RANKS),
 }
-EVERY_DAY = ('int8-dora', 'nf4-pissa')
-MARKED = [
-  pytest.param(case, marks=[] if case in EVERY_DAY else [pytest.mark.full]) for case in CASES
-]
+EVERY_DAY = ('nf4-pissa',)
+MARKED = [pytest.param(case, marks=[] if case in EVERY_DAY else FULL) for case in CASES]
 
 
 @functools.cache
@@ -58,12 +58,10 @@ def close(found, expected, limit):
 
 # Where training begins.
 
-FULL = pytest.mark.full
-
 
 @pytest.mark.parametrize(
   'base',
-  ['bfloat16', 'nf4', pytest.param('float32', marks=FULL), pytest.param('int8', marks=FULL)],
+  ['nf4', *(pytest.param(base, marks=FULL) for base in ('float32', 'bfloat16', 'int8'))],
 )
 def test_a_new_adapter_changes_no_bit(base):
   arch = adapted(TINY, base=base, rank_pattern=RANKS, **{'block': 8} if base == 'nf4' else {})
@@ -191,10 +189,10 @@ def test_packed_is_padded_and_accumulated_is_whole(case):
 @pytest.mark.parametrize(
   ('case', 'remat'),
   [
-    ('int8-dora', 'dots'),
+    ('nf4-pissa', 'dots'),
+    pytest.param('nf4-pissa', 'full', marks=FULL),
+    pytest.param('int8-dora', 'dots', marks=FULL),
     pytest.param('int8-dora', 'full', marks=FULL),
-    pytest.param('nf4-pissa', 'dots', marks=FULL),
-    ('nf4-pissa', 'full'),
   ],
 )
 def test_recomputed_is_plain(case, remat):
@@ -204,7 +202,7 @@ def test_recomputed_is_plain(case, remat):
   same(again, expected)
 
 
-@pytest.mark.parametrize('case', [*EVERY_DAY])
+@pytest.mark.parametrize('case', MARKED)
 def test_the_cache_is_the_full_forward(case):
   """Completions of base and adapter, none merged: their log-probs are the full forward's."""
   arch, params = model(case)
@@ -253,6 +251,25 @@ def test_dropout_keeps_the_mean_and_is_of_each_row_alone():
   assert (plain != found).any(-1).all()
 
 
+@FULL
+def test_an_evaluation_drops_nothing():
+  """Its loss has the bits of a model without dropout, and that of training has others."""
+  arch, params = model('int8-dora', dropout=0.5)
+  tokens, segments = whole()
+  where, following = tokens_at(segments), np.roll(tokens, -1, 1)
+  weights = (segments > 0).astype(np.float32)
+  batch = {'tokens': tokens, 'labels': following, 'weights': weights}
+  batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
+  batch |= {'segments': where.segments, 'positions': where.positions}
+  plain = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, dropout=0.0))
+  found = [sft.make_eval_loss(Forward(a, jnp.float32))(params, batch)[0] for a in (arch, plain)]
+  assert found[0] == found[1]
+  keys = jax.random.split(jax.random.key(0), B)
+  loss = jax.jit(sft.make_loss(Forward(arch, jnp.float32), tiny_adapters.config()))
+  dropped = loss(params, batch, keys)[0]
+  assert abs(float(dropped / found[0]) - 1) > 1e-4
+
+
 def test_the_numbers_that_are_dropped():
   """A quarter of them, the others 4/3 as large; each map, layer and row has its own."""
   drop = Dropout(0.25, jax.random.split(jax.random.key(0), 8))
@@ -268,15 +285,19 @@ def test_the_numbers_that_are_dropped():
 # Ranks that differ by layer.
 
 
-@pytest.mark.parametrize('moments', ['float32', '8bit'])
-@pytest.mark.parametrize('name', ['adamw', 'muon', 'lion', 'sgd', 'adafactor'])
+RULES = [(name, 'float32') for name in optimizer.OPTIMIZERS]
+RULES += [(name, '8bit') for name in optimizer.IN_8BIT]
+COMMON = (('adamw', 'float32'), ('adamw', '8bit'), ('muon', 'float32'), ('lion', 'float32'))
+
+
+@pytest.mark.parametrize(
+  ('name', 'moments'), [pytest.param(*r, marks=[] if r in COMMON else FULL) for r in RULES]
+)
 def test_rows_beyond_a_layers_rank_stay_zero(name, moments):
   """After steps with weight decay, whatever the gradient of the rows of its own is."""
-  if moments == '8bit' and name not in optimizer.IN_8BIT:
-    pytest.skip(f'{name} holds no moments in 8 bits')
   arch, params = model('int8-dora')
   info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
-  names = [n for n in info if n.rpartition('/')[2] in ('lora_a', 'lora_b')]
+  names = [n for n in info if n.endswith(('attn/k/lora_a', 'attn/k/lora_b', 'mlp/down/lora_a'))]
   trained = {n: info[n] for n in names}
   flat = {n: np.asarray(trees.flatten(params)[n]) for n in names}
   c = tiny_adapters.config().optim

@@ -131,7 +131,7 @@ def fill(run: Run, load_first: Callable[[], dict]) -> None:
 
 
 def _key(run: Run, corpus: Corpus, weights: str) -> str:
-  c, arch = run.config, dataclasses.asdict(run.arch)
+  c, arch = run.config, dataclasses.asdict(run.arch.untrained())
   dtypes = (c.model.param_dtype, c.model.compute_dtype)
   return digest([VERSION, corpus.fingerprint, weights, arch, *dtypes, c.seq_len])[:32]
 

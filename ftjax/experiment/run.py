@@ -206,13 +206,15 @@ class Run:
       DataError: the adapter of init_from was trained on another base.
       ConfigError: the section lora describes another adapter than that.
     """
-    params = self.load_params(self.first_source, self.config.model.param_dtype)
+    source, dtype = self.first_source, self.config.model.param_dtype
     adapter = init_from.find(self.config).adapter
     if not adapter:
-      return params
+      return self.load_params(source, dtype)
+    folder = peft.read(adapter)
+    peft.check_same(folder, self.arch)  # before the base is read
+    params = self.load_params(source, dtype)
     with self.watchdog.phase('restore'):
-      folder = peft.read(adapter)
-      peft.check_base(folder, self.first_source or 'model.random', self.first_hash())
+      peft.check_base(folder, source or 'model.random', self.first_hash())
       places = trees.flatten(sharding.shardings(self.mesh, kinds.axes(self.arch)))
       leaves = peft.load_adapter(folder, self.arch, places)
     return trees.unflatten(trees.flatten(params) | leaves)

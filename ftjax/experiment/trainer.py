@@ -14,6 +14,7 @@ from jax import monitoring
 from ftjax.experiment.run import Run
 from ftjax.models import kinds
 from ftjax.runtime import compiler_options, sharding, trees
+from ftjax.runtime.errors import ConfigError
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
@@ -92,13 +93,17 @@ class Trainer:
     frozen = optimizer_lib.frozen_names(settings.freeze, info)
     self.frozen = frozen | self._derived | self._base | fixed
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
+    if not trained:
+      raise ConfigError('optim.freeze freezes all of the adapter; nothing is left to train')
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=self._without_constant(shardings))
+    self._init = jax.jit(
+      self._create, out_shardings=self._without_base(self._without_constant(shardings))
+    )
     self._step = make_step(
       loss_fn,
       self.optimizer,
@@ -133,7 +138,7 @@ class Trainer:
   # Where a state comes from.
 
   def _create(self, params: dict) -> State:
-    """Returns a fresh state of the trained models, without constant ones."""
+    """Returns a fresh state of parameters of the trained models."""
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
     return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
 
@@ -144,7 +149,11 @@ class Trainer:
     trained = {m.name: run.load_auxiliary(m, first) for m in run.auxiliary.in_state if m.is_trained}
     # Copies: a state is donated whole, and no buffer twice.
     constant = jax.tree.map(jnp.copy, self._load_constant(first))
-    return self._with_constant(self._init(first | trained), constant)
+    # The base as it was read: as a result of the program it would be in memory twice.
+    base, others = trees.select(first | trained, lambda n: n in self._base)
+    state = self._init(others)
+    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, base))
+    return self._with_constant(state, constant)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
     """Returns the state saved at a step, with the base under an adapter, its derived leaves and
@@ -192,11 +201,16 @@ class Trainer:
     """Returns what is saved of a state, of its shapes or of its shardings: all but the base under
     an adapter, derived leaves and the constant auxiliary models.
     """
-    state = self._without_constant(state)
-    left_out = self._derived | self._base
-    if not left_out:
+    state = self._without_base(self._without_constant(state))
+    if not self._derived:
       return state
-    _, kept = trees.select(state.frozen, lambda n: n in left_out)
+    _, kept = trees.select(state.frozen, lambda n: n in self._derived)
+    return dataclasses.replace(state, frozen=kept)
+
+  def _without_base(self, state: State) -> State:
+    if not self._base:
+      return state
+    _, kept = trees.select(state.frozen, lambda n: n in self._base)
     return dataclasses.replace(state, frozen=kept)
 
   def _without_constant(self, state: State) -> State:

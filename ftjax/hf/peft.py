@@ -282,8 +282,7 @@ def load_adapter(
   """
   import jax
 
-  found = folder.architecture(dataclasses.replace(arch.plain(), num_labels=0))
-  _check_same(folder, arch, found)
+  check_same(folder, arch)
   declared = kinds.declared(arch)
   out = {}
   for name, value in _leaves(folder, arch):
@@ -297,10 +296,11 @@ def load_adapter(
   return out
 
 
-def _check_same(folder: PeftFolder, arch: Architecture, found: Architecture) -> None:
-  """Raises ConfigError where two architectures differ in their adapters, as files hold them, or in
-  how the base is held, where the folder records that.
+def check_same(folder: PeftFolder, arch: Architecture) -> None:
+  """Raises ConfigError where `arch` has another adapter than the folder, or holds the base in
+  another way than the folder records, and DataError where the folder does not fit its base.
   """
+  found = folder.architecture(dataclasses.replace(arch.plain(), num_labels=0))
 
   def facts(own: Architecture, factor: int) -> dict[tuple[str, str], Any]:
     out = {}
