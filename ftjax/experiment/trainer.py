@@ -14,6 +14,7 @@ from jax import monitoring
 from ftjax.experiment.run import Run
 from ftjax.models import kinds
 from ftjax.runtime import compiler_options, sharding, trees
+from ftjax.runtime.errors import ConfigError
 from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
@@ -92,13 +93,16 @@ class Trainer:
     frozen = optimizer_lib.frozen_names(settings.freeze, info)
     self.frozen = frozen | self._derived | self._base | fixed
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
+    if is_adapted:
+      self._check_tables(fixed)
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(self._create, out_shardings=self._without_constant(shardings))
+    own = self._without_base(self._without_constant(shardings))
+    self._init = jax.jit(self._create, out_shardings=own)
     self._step = make_step(
       loss_fn,
       self.optimizer,
@@ -130,10 +134,20 @@ class Trainer:
     log.info(console.compiled(seconds, cache, *_memory(compiled)))
     return compiled
 
+  def _check_tables(self, fixed: set[str]) -> None:
+    """Refuses tables of the optimizer that leave an adapter untrained, or that are about its frozen
+    base alone; fixed: names of adapter leaves that keep their initial values.
+    """
+    held, c = self._base | self._derived | fixed, self.run.config
+    if self.leaves.keys() <= self.frozen:
+      raise ConfigError('optim.freeze freezes the whole adapter; nothing is left to train')
+    names = [x for n, leaf in self.leaves.items() if n not in held for x in leaf.names]
+    trees.match_table(c.optim.multipliers, names, 'optim.multipliers (the base is frozen)')
+
   # Where a state comes from.
 
   def _create(self, params: dict) -> State:
-    """Returns a fresh state of the trained models, without constant ones."""
+    """Returns a fresh state around parameters."""
     frozen, trained = trees.select(params, lambda n: n in self.frozen)
     return create(trained, frozen, self.optimizer, bool(self.run.config.optim.ema_decay))
 
@@ -144,7 +158,11 @@ class Trainer:
     trained = {m.name: run.load_auxiliary(m, first) for m in run.auxiliary.in_state if m.is_trained}
     # Copies: a state is donated whole, and no buffer twice.
     constant = jax.tree.map(jnp.copy, self._load_constant(first))
-    return self._with_constant(self._init(first | trained), constant)
+    # The base under an adapter stays where it is: as a result of the program it would be copied.
+    base, others = trees.select(first | trained, lambda n: n in self._base)
+    state = self._init(others)
+    state = dataclasses.replace(state, frozen=trees.merge(state.frozen, base))
+    return self._with_constant(state, constant)
 
   def restore(self, checkpoints: Checkpoints, step: int) -> State:
     """Returns the state saved at a step, with the base under an adapter, its derived leaves and
@@ -197,6 +215,12 @@ class Trainer:
     if not left_out:
       return state
     _, kept = trees.select(state.frozen, lambda n: n in left_out)
+    return dataclasses.replace(state, frozen=kept)
+
+  def _without_base(self, state: State) -> State:
+    if not self._base:
+      return state
+    _, kept = trees.select(state.frozen, lambda n: n in self._base)
     return dataclasses.replace(state, frozen=kept)
 
   def _without_constant(self, state: State) -> State:
