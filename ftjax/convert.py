@@ -85,7 +85,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     from ftjax.hf import peft
 
     if export is None or base or peft.read(folder).base.path:
-      _merge_adapter(str(folder), target, dtype, base)
+      _merge_adapter(str(folder), target, dtype, base, '' if export is None else workdir)
       return
     export = None  # of a random model, which the run knows
   if base:
@@ -135,6 +135,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
     places = trees.flatten(sharding.shardings(mesh, kinds.axes(model.arch)))
     params = saved.load(places.__getitem__, kind)
     if model.arch.adapter:
+      kind = dtype if dtype in _FOLDER_DTYPES else kind  # rounded once
       model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, kind))
     if gguf_export.is_gguf(target):
       _write_gguf(model, params, target, dtype or kind, kind)
@@ -180,19 +181,21 @@ def _write_gguf(model, params, target: str, dtype: str, stored: str):
   print(gguf_export.export(target, model.arch, config, files, read, dtypes))
 
 
-def _merge_adapter(source: str, target: str, dtype: str | None, base: str):
-  """Writes the adapter of a PEFT folder, merged into its base."""
+def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workdir: str):
+  """Writes the adapter of a PEFT folder, merged into its base; workdir: of the run that made it, ''
+  for none.
+  """
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
   import numpy as np
 
-  from ftjax.experiment import adapter_folder
+  from ftjax.experiment import adapter_folder, saved_model
   from ftjax.hf import export, gguf_export, load, peft
   from ftjax.models import kinds
   from ftjax.runtime import sharding
 
   folder = peft.find(source)
-  model = adapter_folder.open_adapter(folder, base, '')
+  model = adapter_folder.open_adapter(folder, base, saved_model.family(workdir) if workdir else '')
   _check_target(target, model.source)
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)

@@ -77,10 +77,12 @@ def refresh(workdir: str, model: Model) -> None:
 
 
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
-  """Returns README.md for a checkpoint: the export's own where that is of the same step."""
+  """Returns README.md for a checkpoint: the export's own where that is of the same step, and no
+  adapter, which a checkpoint is merged from.
+  """
   path = files.join(workdir, 'export', model_card.FILE)
   known = files.read_bytes(path) if run_export.find(workdir) and files.exists(path) else b''
-  if model_card.step_of(known) == step:
+  if model_card.step_of(known) == step and model.arch.adapter is None:
     return known
   return build(workdir, model, step, has_results=False, is_adapter=False).encode()
 
