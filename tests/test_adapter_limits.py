@@ -64,7 +64,7 @@ def test_tables_of_the_optimizer_that_would_do_nothing(key):
 def test_a_fresh_state_holds_the_base_that_was_loaded(monkeypatch, use_mesh):
   """A copy would make the start of a run need more memory than its steps."""
   loaded = []
-  use_mesh(fsdp=2, tensor=2)
+  use_mesh(data=2, fsdp=2)
 
   def load(run, load_first=Run.load_first):
     loaded.append(load_first(run))
