@@ -293,6 +293,8 @@ class Linear(nnx.Module):
     return rounded(w, self.merged)
 
 
+# For the gradient x is kept as it came, and not its float32 copy.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
   """Returns x times a float32 factor, in x's dtype. A factor that was rounded to bfloat16 first
   would be wrong by the same amount for all numbers, and one near 1 would change none.
