@@ -143,6 +143,7 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
     places = trees.flatten(sharding.shardings(mesh, kinds.axes(model.arch)))
     params = saved.load(places.__getitem__, kind)
     if model.arch.adapter:
+      kind = dtype if dtype in _FOLDER_DTYPES else kind  # rounded once
       model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, kind))
     if gguf_export.is_gguf(target):
       _write_gguf(model, params, target, dtype or kind, kind)
@@ -196,13 +197,13 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   import jax
   import numpy as np
 
-  from ftjax.experiment import adapter_folder, run_card
+  from ftjax.experiment import adapter_folder, run_card, saved_model
   from ftjax.hf import export, gguf_export, load, model_card, model_folder, peft
   from ftjax.models import kinds
   from ftjax.runtime import sharding
 
   folder = peft.find(source)
-  model = adapter_folder.open_adapter(folder, base, '')
+  model = adapter_folder.open_adapter(folder, base, saved_model.family(workdir) if workdir else '')
   _check_target(target, model.source)
   if gguf_export.is_gguf(target):
     for place in (folder.place, model.source):

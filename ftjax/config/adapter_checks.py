@@ -37,6 +37,8 @@ def check(c: ml_collections.ConfigDict) -> None:
     raise ConfigError(f'lora.block={lora.block}; expected a power of two, at least 2')
   if lora.block != flat(default())['lora.block'] and lora.base != 'nf4':
     raise ConfigError(f'lora.block={lora.block} does nothing with lora.base={lora.base}')
+  if lora.merge_kl != flat(default())['lora.merge_kl'] and not lora.merge:
+    raise ConfigError(f'lora.merge_kl={lora.merge_kl} does nothing with lora.merge=False')
   for key, least in (('rank_pattern', 0), ('alpha_pattern', None)):
     for row in lora[key]:
       _check_row(f'lora.{key}', row, least)

@@ -112,8 +112,8 @@ class AuxiliaryModel:
 
   def leaves(self, read_config: Callable[[str], dict] = hf_load.read_config) -> dict[str, Declared]:
     """Returns {name: declaration} of the parameters that it does not share."""
-    found = kinds.declared(self.architecture(read_config))
-    return {n: p for n, p in found.items() if not (self.shares_base and p.origin == 'base')}
+    found, shares_base = kinds.declared(self.architecture(read_config)), self.shares_base
+    return {n: p for n, p in found.items() if not (shares_base and p.origin == 'base')}
 
   def load(
     self, first: Callable[[], dict], base_hash: Callable[[], str], mesh: Mesh, dtype: str, seed: int
@@ -186,8 +186,16 @@ class AuxiliaryModel:
     """
     if not self.path:
       return None if self.is_trained else first()
-    processes.check_same(self.record.source_key, digest(hf_load.outline(self.path)))
-    return model_record.fingerprint(self.path, workdir)
+    folder = peft.find(self.path)
+    # Of an adapter on a base of its own also that, and what adapter_config.json says of both.
+    base = '' if folder is None or self.shares_base else folder.base.path
+    held = [hf_load.outline(path) for path in (self.path, base)]
+    processes.check_same(self.record.source_key, digest(held))
+    found = model_record.fingerprint(self.path, workdir)
+    if folder is None:
+      return found
+    facts = self._of_path(hf_load.read_config).facts()
+    return digest([found, facts, *([model_record.fingerprint(base, workdir)] if base else [])])
 
   def describe(self) -> str:
     """Returns a few words for the summary at the start of a run."""

@@ -124,9 +124,10 @@ class Evaluator:
     where none are given.
     """
     c, out = self.run.config, {}
+    held = c.lora.base if c.lora.rank else c.model.param_dtype
     settings = {
       'compute_dtype': c.model.compute_dtype,
-      'param_dtype': c.lora.base if c.lora.rank else c.model.param_dtype,
+      'param_dtype': f'nf4/{c.lora.block}' if held == 'nf4' else held,
       'max_tokens': c.eval.max_tokens,
     }
     base = functools.cache(

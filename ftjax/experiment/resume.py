@@ -99,6 +99,11 @@ def find(run: Run, checkpoints: Checkpoints) -> Start:
     return Start(0, None, True)
   saved = checkpoints.meta(step)
   check(saved, run, fingerprints(run))
+  is_read_again = run.arch.adapter is not None or any(
+    not m.path and not m.is_trained for m in run.auxiliary
+  )
+  if c.init_from and is_read_again:  # by every process; the fingerprints are of the first one's
+    check_source(c)
   if saved['cursor'] != run.cursor(step) and saved['config'].get('batch_size') == c.batch_size:
     raise DataError(
       f'{run.workdir}: checkpoint {step} has cursor {saved["cursor"]}, expected '

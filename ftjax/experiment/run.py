@@ -281,7 +281,8 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
 
 def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> dict[str, str]:
   """Puts the commits of hub models into the config; returns {path as given: path with commit}."""
-  others = (a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key)
+  others = [a.source_key for a in algorithms.of(c).auxiliary(c) if a.source_key]
+  others += ['init_from'] if c.lora.rank else []  # an adapter, which a resume reads again
   values, pinned = section.flat(c), {}
   for key in ('model.path', *others):
     pinned[values[key]] = model_record.pin(values[key], workdir)
@@ -367,7 +368,8 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
       mesh,
     )
   except ConfigError as error:
-    if arch.base != 'nf4':
+    is_packed = str(error).partition(':')[0].endswith(('/codes', '/absmax', '/scales'))
+    if arch.base != 'nf4' or not is_packed:
       raise
     raise ConfigError(f'{error}. A block of nf4 is not split: try a smaller lora.block') from error
   size = math.prod(mesh.shape[a] for a in sharding.BATCH)

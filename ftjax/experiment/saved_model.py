@@ -35,7 +35,8 @@ class SavedModel:
   model: architecture, tokenizer and files, from the run's model.path. param_dtype: of the run's
   parameters, which its export has; of an adapter run that of the merged model. base: folder of the
   base of an adapter run; '': random. base_hash: what its fingerprint must be, '' where it is not
-  known. seed: of random weights.
+  known; base_record: its name among those of the run, 'model' or 'init_from'. seed: of random
+  weights.
   """
 
   workdir: str
@@ -44,6 +45,7 @@ class SavedModel:
   param_dtype: str
   base: str = ''
   base_hash: str = ''
+  base_record: str = 'model'
   seed: int = 0
 
   def load(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
@@ -84,13 +86,14 @@ class SavedModel:
 
   def _load_base(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
     """Returns the leaves of the base under the adapter."""
-    arch, seed = self.model.arch, self.seed
-    # The score of a reward model is the adapter's, unless the base has one.
-    labels = arch.num_labels
+    arch, seed, labels = self.model.arch, self.seed, 0
     if self.base:
       labels = table.architecture(load.read_config(self.base), arch.family).num_labels
+    # The score of a reward model is the adapter's, unless the base has one; the head that is there
+    # instead lies like the embedding, and goes.
     bare = dataclasses.replace(arch, adapter=None, num_labels=labels)
-    places = {n: sharding(n) for n in kinds.declared(arch) if n in kinds.declared(bare)}
+    known = kinds.declared(arch)
+    places = {n: sharding(n if n in known else 'embed/w') for n in kinds.declared(bare)}
     if not self.base:
       found = weights.random(bare, jax.random.key(seed), np.dtype(dtype), places)
     else:
@@ -106,7 +109,7 @@ class SavedModel:
 
   def _fingerprint(self) -> str:
     """Returns the fingerprint of the base, in the form in which the run recorded it."""
-    is_own = self.base == self.model.source
+    is_own = self.base_record == 'model'
     return self.model.fingerprint if is_own else load.fingerprint(self.base)
 
 
@@ -192,9 +195,11 @@ def _open(workdir: str, step: int) -> SavedModel:
   c.update_from_flattened_dict({k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
   model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c))
   base, known = init_from.find(c).base, saved.get('fingerprints', {})
+  record = 'init_from' if base else 'model'
   return SavedModel(
     *(workdir, step, model, adapters.merged_dtype(c.lora.base), base or model.source),
-    base_hash=known.get('init_from' if base else 'model', ''),
+    base_hash=known.get(record, ''),
+    base_record=record,
     seed=config['seed'],
   )
 

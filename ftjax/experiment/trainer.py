@@ -93,17 +93,16 @@ class Trainer:
     frozen = optimizer_lib.frozen_names(settings.freeze, info)
     self.frozen = frozen | self._derived | self._base | fixed
     trained = {n: leaf for n, leaf in info.items() if n not in self.frozen}
-    if not trained:
-      raise ConfigError('optim.freeze freezes all of the adapter; nothing is left to train')
+    if is_adapted:
+      self._check_tables(fixed)
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
     abstract = jax.eval_shape(self._create, run.abstract_params())
     others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
     shardings = state_shardings(abstract, run.parameter_shardings(), run.mesh)
     self.abstract = with_shardings(abstract, shardings)
-    self._init = jax.jit(
-      self._create, out_shardings=self._without_base(self._without_constant(shardings))
-    )
+    own = self._without_base(self._without_constant(shardings))
+    self._init = jax.jit(self._create, out_shardings=own)
     self._step = make_step(
       loss_fn,
       self.optimizer,
@@ -134,6 +133,16 @@ class Trainer:
     seconds, cache = time.perf_counter() - begin, counts.close()
     log.info(console.compiled(seconds, cache, *_memory(compiled)))
     return compiled
+
+  def _check_tables(self, fixed: set[str]) -> None:
+    """Refuses tables of the optimizer that leave an adapter untrained, or that are about its frozen
+    base alone; fixed: names of adapter leaves that keep their initial values.
+    """
+    held, c = self._base | self._derived | fixed, self.run.config
+    if self.leaves.keys() <= self.frozen:
+      raise ConfigError('optim.freeze freezes the whole adapter; nothing is left to train')
+    names = [x for n, leaf in self.leaves.items() if n not in held for x in leaf.names]
+    trees.match_table(c.optim.multipliers, names, 'optim.multipliers (the base is frozen)')
 
   # Where a state comes from.
 

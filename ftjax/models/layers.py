@@ -196,7 +196,7 @@ class Linear(nnx.Module):
     if self.adapter is not None and not self.merged:
       y = y + self._low_rank(dropout(self.name, x) if dropout else x)
       if self.lora_m is not None:
-        y = y * self._lengths().astype(y.dtype)[None, None]
+        y = _scaled(y, self._lengths()[None, None])
     y = jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
     return y if self.b is None else y + self.b[...].astype(y.dtype)[None, None]
 
@@ -255,9 +255,8 @@ class Linear(nnx.Module):
 
   def _low_rank(self, x: jax.Array) -> jax.Array:
     """Returns scale * (x A) B, [B, T, O]."""
-    scale = self.lora_scale[...].astype(x.dtype)
     return sum(
-      _product(_product(x, a, None) * (sign * scale), b, self.out[2])
+      _product(_scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
       for sign, (a, b) in self._pairs(x.dtype)
     )
 
@@ -292,6 +291,15 @@ class Linear(nnx.Module):
     if self.lora_m is not None:
       w = w * self._lengths()[None]
     return rounded(w, self.merged)
+
+
+# For the gradient x is kept as it came, and not its float32 copy.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """Returns x times a float32 factor, in x's dtype. A factor that was rounded to bfloat16 first
+  would be wrong by the same amount for all numbers, and one near 1 would change none.
+  """
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
