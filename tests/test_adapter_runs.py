@@ -177,7 +177,7 @@ def test_with_a_reference_on_a_mesh_the_steps_are_the_same(sizes, use_mesh):
 def test_a_freeze_that_leaves_nothing_of_an_adapter_is_refused():
   freeze = (('.*lora_.*', True), ('.*', False))
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, optim__freeze=freeze))
-  with pytest.raises(ConfigError, match=r'optim\.freeze freezes all of the adapter'):
+  with pytest.raises(ConfigError, match=r'optim\.freeze freezes the whole adapter'):
     Trainer(run, dpo.make_loss(run.forward, run.config))
 
 

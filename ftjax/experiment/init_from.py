@@ -48,7 +48,7 @@ def find(c: ml_collections.ConfigDict) -> Start:
       f'is not there. Write it: python -m ftjax.convert --source={c.init_from} --target={merged}'
     )
   written = [model_folder.find_config(f).stat().st_mtime_ns for f in (merged, export)]
-  if written[0] < written[1]:  # the run went on with lora.merge=False
+  if written[0] < written[1]:  # the run was continued with lora.merge=False
     raise ConfigError(
       f'init_from={c.init_from}: {merged} is older than the adapter in {export}, and may be of '
       f'fewer steps. Write it again: python -m ftjax.convert --source={c.init_from} '

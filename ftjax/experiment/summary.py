@@ -158,9 +158,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
   idle = console.not_updated(state.get('no_signal', 0), state.get('skipped', 0))
   summary = files.join(run.workdir, 'eval', 'summary.json')
   prompt = typed_prompt(c.eval.prompts)
-  # A reward model is used whole: of an adapter run, the merged one.
-  whole = 'export' if run.arch.adapter is None else 'merged'
-  reward_model = files.join(run.workdir, whole) if run.arch.num_labels else ''
+  reward_model = files.join(run.workdir, 'export') if run.arch.num_labels else ''
   rows = [
     ('trained', f'{text}; this start took {console.duration(seconds)}'),
     ('no update', idle),

@@ -43,10 +43,17 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
     mesh: of the same devices, as `rollout_mesh` gives it.
     dtype: compute dtype of the rollout.
   """
-  # Cast first, where the parameters lie: half the bytes travel.
+  frozen, own = trees.select(params, _frozen_names(arch).__contains__)
+  # Cast first, where the parameters lie: half the bytes travel. A frozen base has its dtype already,
+  # and where it lies as it should it is not copied.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
-    small = _cast(params, jnp.dtype(dtype), arch)
+    small = trees.merge(_cast(own, jnp.dtype(dtype), arch), frozen)
   return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
+
+
+def _frozen_names(arch: Architecture) -> set[str]:
+  """Returns the names of the base leaves under an adapter, which declare their dtypes."""
+  return set(kinds.names(arch, 'base')) if arch.adapter else set()
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

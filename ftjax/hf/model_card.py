@@ -374,7 +374,7 @@ inputs = tokenizer.apply_chat_template(messages, {options})"""
     inputs = "inputs = tokenizer('Once', return_tensors='pt')"
     note = 'The tokenizer has no chat template: the model was trained on plain text.'
   use = 'print(model(**inputs).logits[0, 0])  # the score' if card.is_reward else _GENERATE
-  # The base's own config.json says nothing of a score, and two would be made.
+  # The base's own config.json has no number of labels, and transformers would make two.
   labels = ', num_labels=1' if card.is_adapter and card.is_reward else ''
   lines = [imports, '', _LOAD, f'model = {name}.from_pretrained(path{labels})', inputs, use]
   return '## Loading\n\n```python\n' + '\n'.join(lines) + f'\n```\n\n{note}'
