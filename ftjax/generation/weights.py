@@ -44,8 +44,8 @@ def rollout_params(params: dict, arch: Architecture, mesh: Mesh, dtype: jnp.dtyp
     dtype: compute dtype of the rollout.
   """
   frozen, own = trees.select(params, _frozen_names(arch).__contains__)
-  # Cast first, where the parameters lie: half the bytes travel. A frozen base has its dtype already,
-  # and where it lies as it should it is not copied.
+  # Cast first, where the parameters lie: half the bytes travel. A frozen base has its dtype
+  # already, and where it lies as it should it is not copied.
   with jax.set_mesh(jax.tree.leaves(params)[0].sharding.mesh):
     small = trees.merge(_cast(own, jnp.dtype(dtype), arch), frozen)
   return jax.device_put(small, sharding.shardings(mesh, kinds.axes(arch)))
