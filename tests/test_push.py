@@ -30,17 +30,18 @@ def hub(tmp_path, monkeypatch):
 
 
 def run(*words):
-  """Calls the entry in this process, with its flags."""
+  """Calls the entry in this process, with its flags alone: other tests import other entries."""
+  own = flags.FlagValues()
+  for flag in flags.FLAGS.get_flags_for_module('ftjax.convert'):
+    own[flag.name] = flag
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['convert'])
-  saved = flags.FLAGS.flag_values_dict()
-  names = ('source', 'target', 'dtype', 'push', 'public')
+    flags.FLAGS.mark_as_parsed()
   try:
-    flags.FLAGS(['convert', *words])
+    own(['convert', *words])
     convert.main()
   finally:
-    for name in names:
-      flags.FLAGS[name].value = saved[name]
+    for name in own:
+      own[name].unparse()
 
 
 def tree(folder):
