@@ -82,17 +82,13 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else run_export.find_newest(workdir)
+  export = None if which else run_export.find_newest(workdir, base)
   _check_target(target, export or source)
   if snapshots.is_workdir(workdir):  # it would lose what the run wrote at its end
     _check_target(target, files_lib.join(workdir, 'export'))
   if (folder := model_folder.find_adapter(export or source)) is not None:
-    from ftjax.hf import peft
-
-    if export is None or base or peft.read(folder).base.path:
-      _merge_adapter(str(folder), target, dtype, base, workdir if export else '')
-      return
-    export = None  # of a random model, which the run knows
+    _merge_adapter(str(folder), target, dtype, base, workdir if export else '')
+    return
   if base:
     raise ConfigError(f'--base={base}: --source={source} is no adapter and needs no base')
   if export is None and snapshots.is_workdir(workdir):
@@ -128,10 +124,8 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
   # The run itself may be using the accelerators.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   import jax
-  import numpy as np
 
   from ftjax.experiment import run_card, saved_model
-  from ftjax.hf import export, gguf_export
   from ftjax.models import kinds
   from ftjax.runtime import sharding, trees
 
@@ -145,47 +139,50 @@ def _convert_checkpoint(workdir: str, which: str, target: str, dtype: str | None
     if model.arch.adapter:
       kind = dtype if dtype in _FOLDER_DTYPES else kind  # rounded once
       model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, kind))
-    if gguf_export.is_gguf(target):
-      _write_gguf(model, params, target, dtype or kind, kind)
-      return saved.step
-    export.export(
-      params,
-      model.arch,
-      target,
-      source_config=model.config,
-      tokenizer_files=model.files,
-      dtype=np.dtype(dtype or kind),
-      stop_ids=model.stop_ids,
-      card=run_card.of_checkpoint(workdir, model, saved.step),
-    )
+    _write(model, params, target, dtype, kind, run_card.of_checkpoint(workdir, model, saved.step))
     return saved.step
 
   step = saved_model.with_step(workdir, which, write)
   print(f'{target}: the model of {workdir} after step {step}')
 
 
-def _write_gguf(model, params, target: str, dtype: str, stored: str):
-  """Writes parameters as a GGUF file.
+def _write(
+  model: Any, params: Any, target: str, dtype: str | None, stored: str, card: bytes | None
+):
+  """Writes parameters as a HF folder or GGUF file.
 
   Args:
     model: of the parameters, see experiment.model.Model; an adapter of its architecture is merged.
     params: nested dict of arrays.
-    target: the file.
-    dtype: of the weights in it.
+    target: the folder or file.
+    dtype: of the weights in it; None: `stored`.
     stored: dtype that the weights are read in.
+    card: README.md of a folder; None for none.
   """
   import numpy as np
 
   from ftjax.families import table
   from ftjax.hf import export, gguf_export, layout
 
+  if not gguf_export.is_gguf(target):
+    export.export(
+      params,
+      model.arch,
+      target,
+      source_config=model.config,
+      tokenizer_files=model.files,
+      dtype=np.dtype(dtype or stored),
+      stop_ids=model.stop_ids,
+      card=card,
+    )
+    return
   config = table.config(model.arch) if model.config is None else model.config
   files = dict(model.files)
   generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
   read = export.host_reader(params, model.arch, np.dtype(stored))
-  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype)
+  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype or stored)
   print(gguf_export.export(target, model.arch, config, files, read, dtypes))
 
 
@@ -198,7 +195,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   import numpy as np
 
   from ftjax.experiment import adapter_folder, run_card, saved_model
-  from ftjax.hf import export, gguf_export, load, model_card, model_folder, peft
+  from ftjax.hf import gguf_export, load, model_card, model_folder, peft
   from ftjax.models import kinds
   from ftjax.runtime import sharding
 
@@ -211,7 +208,6 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)
   stored = _usual_dtype(load.open_source(model.source).tensors.values())
-  is_gguf = gguf_export.is_gguf(target)
   merged = np.dtype(dtype) if dtype in _FOLDER_DTYPES else stored
   model = dataclasses.replace(model, arch=kinds.with_merged(model.arch, merged.name))
 
@@ -221,19 +217,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   step = model_card.step_of(model_folder.readme(folder.place)) if workdir else None
   card = None if step is None else run_card.of_checkpoint(workdir, model, step)
   params = peft.load_params(folder, model.source, model.arch, places, stored)
-  if is_gguf:
-    _write_gguf(model, params, target, dtype or merged.name, merged.name)
-  else:
-    export.export(
-      params,
-      model.arch,
-      target,
-      source_config=model.config,
-      tokenizer_files=model.files,
-      dtype=merged,
-      stop_ids=(),
-      card=card,
-    )
+  _write(model, params, target, dtype, merged.name, card)
   print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
 
 

@@ -20,7 +20,7 @@ from ftjax.experiment import adapters
 from ftjax.experiment.data import PromptData
 from ftjax.experiment.run import Run
 from ftjax.hf import export as hf_export
-from ftjax.hf import peft_export
+from ftjax.hf import peft_export, run_export
 from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.models.layers import rounded
@@ -32,7 +32,7 @@ from ftjax.training.prefetch import place
 log = logging.getLogger(__name__)
 
 TOKENS = 4096  # held-out tokens of the comparison
-FOLDER, REPORT = 'merged', 'merge.json'
+REPORT = 'merge.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
       older one is removed.
     NonFiniteError: a tensor holds NaN or infinity.
   """
-  folder, most = files.join(run.workdir, FOLDER), run.config.lora.merge_kl
+  folder, most = files.join(run.workdir, run_export.MERGED), run.config.lora.merge_kl
   dtype = adapters.merged_dtype(run.config.lora.base)
   found = compare(run, params, dtype)
   is_close = found.kl is None or found.kl <= most
@@ -127,7 +127,7 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
 
 def remove_merged(run: Run) -> None:
   """Removes the merged model of an earlier export, which is not that of the adapter in export/."""
-  folder = files.join(run.workdir, FOLDER)
+  folder = files.join(run.workdir, run_export.MERGED)
 
   def remove():
     if files.exists(files.join(folder, 'config.json')):
@@ -141,22 +141,22 @@ def compare(run: Run, params: dict, dtype: str) -> Comparison:
   """Returns how far the model after merging into weights of `dtype` is from base and adapter."""
   ours = run.forward.without_remat()
   merged = Forward(kinds.with_merged(run.arch, dtype), ours.dtype)
-  rounded = _rounded(run, params, dtype)
+  merged_params = _rounded(run, params, dtype)
 
   @jax.jit
-  def measure(params, rounded, batch):
+  def measure(params, merged_params, batch):
     batch = batch | {'weights': (batch['segments'] > 0).astype(jnp.float32)}
     if run.arch.num_labels:
-      gap = ours.token_scores(params, batch) - merged.token_scores(rounded, batch)
+      gap = ours.token_scores(params, batch) - merged.token_scores(merged_params, batch)
       total = (jnp.abs(gap) * batch['weights']).sum()
     else:
-      total = ours.divergence_from(params, merged, rounded, batch)
+      total = ours.divergence_from(params, merged, merged_params, batch)
     return total, batch['weights'].sum()
 
   total = count = 0.0
   held_out = bool(run.data.evaluation)
   for batch in _rows(run):
-    more, tokens = map(float, measure(params, rounded, batch))
+    more, tokens = map(float, measure(params, merged_params, batch))
     total, count = total + more, count + tokens
     if count >= TOKENS:
       break

@@ -40,7 +40,7 @@ def find(c: ml_collections.ConfigDict) -> Start:
     return Start(base=export)
   if c.lora.rank and c.lora.on_init_from == 'continue':
     return Start(adapter=export)
-  merged = files.join(c.init_from, 'merged')
+  merged = files.join(c.init_from, run_export.MERGED)
   if not files.exists(files.join(merged, 'config.json')):
     why = 'lora.on_init_from=merge' if c.lora.rank else 'lora.rank=0'
     raise ConfigError(

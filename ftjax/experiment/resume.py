@@ -31,7 +31,7 @@ _FIXED = (
   'seq_len',
   'data.on_overlength',
 )
-_FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.freeze')
+_FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.moments', 'optim.freeze')
 _FIXED += vocabulary.FIXED + adapters.FIXED
 
 
@@ -154,9 +154,6 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     fixed += [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in watched]
   if bool(saved['config'].get('optim.ema_decay')) != bool(now['optim.ema_decay']):
     fixed.append('optim.ema_decay switched on or off')
-  # A checkpoint from before there was the key has float32 moments.
-  if (before := saved['config'].get('optim.moments', 'float32')) != now['optim.moments']:
-    fixed.append(f'optim.moments: {before!r} -> {now["optim.moments"]!r}')
   if fixed:
     raise ConfigError(
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '

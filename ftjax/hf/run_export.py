@@ -1,4 +1,4 @@
-"""The model or adapter folder that a run writes to its workdir."""
+"""The model and adapter folders that a run writes to its workdir."""
 
 import logging
 import os
@@ -7,6 +7,8 @@ from ftjax.hf import model_folder
 from ftjax.storage import files, snapshots
 
 log = logging.getLogger(__name__)
+
+MERGED = 'merged'  # folder of the merged model of an adapter run
 
 
 def find(workdir: str | os.PathLike) -> str | None:
@@ -19,9 +21,12 @@ def find(workdir: str | os.PathLike) -> str | None:
   return folder if model_folder.find_config(folder) else None
 
 
-def find_newest(workdir: str) -> str | None:
-  """Returns the export of a workdir; None without one, or where a newer checkpoint is there: a run
-  that ended and was continued.
+def find_newest(workdir: str, base: str = '') -> str | None:
+  """Returns the export of a workdir; None where its newest checkpoint is to be read instead:
+  without an export, where a run ended and was continued, and for an adapter that names no base,
+  since the run knows how its random base was made.
+
+  base: of an adapter; '': the one that it names.
   """
   export = find(workdir)
   if export is None:
@@ -31,4 +36,8 @@ def find_newest(workdir: str) -> str | None:
   if steps and snapshots.committed_ns(workdir, steps[-1]) > written:
     log.warning('%s is older than checkpoint %d, which is used', export, steps[-1])
     return None
+  if model_folder.is_adapter(files.as_path(export)) and not base:
+    from ftjax.hf import peft  # imports jax
+
+    return export if peft.read(export).base.path else None
   return export

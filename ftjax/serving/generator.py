@@ -218,11 +218,7 @@ def _load(path: str, mesh, dtype, settings: Settings) -> tuple:
   workdir, which = snapshots.parse(path)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--model={path}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else run_export.find_newest(workdir)
-  if export is not None and not settings.base:
-    adapter = peft.find(export)
-    if adapter is not None and not adapter.base.path:  # of a random model, which the run knows
-      export = None
+  export = None if which else run_export.find_newest(workdir, settings.base)
   if export is None and snapshots.is_workdir(workdir):
     return saved_model.with_step(workdir, which, from_checkpoint)
   family = settings.family or (saved_model.family(workdir) if export else '')
