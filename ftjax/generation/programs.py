@@ -108,7 +108,7 @@ class Programs:
     else:
       old = cache.tokens
       kept = jnp.where(old.positions < unread.known, old.segments, 0)
-      cache = Cache(cache.keys, cache.values, Tokens(kept, old.positions))
+      cache = Cache(cache.entries, cache.states, Tokens(kept, old.positions))
     x, cache = kinds.decode(
       self.arch, params, unread.tokens, places, cache, unread.at, dtype=self.dtype
     )

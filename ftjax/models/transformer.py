@@ -15,9 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import lora, rope
-from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  DeltaNetSpec,
+  GatedMlpSpec,
+)
 from ftjax.models.attention import Tokens, attend
-from ftjax.models.kv_cache import Cache
+from ftjax.models.delta_net import DeltaNet
+from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
@@ -39,7 +46,7 @@ class Context:
 
 
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
-  mixers = [block.mixer for _, block, _ in arch.blocks()]
+  mixers = [b.mixer for _, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
   kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
   return Context(query, key, {k: rope.angles(*k, query.positions) for k in kinds})
 
@@ -57,18 +64,20 @@ class Attention(nnx.Module):
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
 
-  def __call__(self, x, context: Context, store):
+  def __call__(self, x, context: Context, memory: Memory | None):
     drop = context.dropout
     q, k = self.q(x, drop), self.k(x, drop)
     if self.spec.rope is not None:
       angles = context.angles[self.spec.rope, self.spec.head_dim]
       q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-    k, v, memory = store(k, self.v(x, drop))
+    v = self.v(x, drop)
+    if memory is not None:
+      (k, v), memory = memory.append(keys=k, values=v)
     return self.o(attend(q, k, v, context.query, context.key), drop), memory
 
 
 # The class of a spec is the kind; the module computes it.
-MIXERS = {AttentionSpec: Attention}
+MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet}
 MLPS = {GatedMlpSpec: GatedMlp}
 
 
@@ -87,11 +96,9 @@ class Block(nnx.Module):
     self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
     self.mlp_out_norm = Normalize(dim, spec.norm) if after else None
 
-  def __call__(self, x, context: Context, store):
-    """Returns (x, memory). `store(k, v) -> (keys to attend to, values, memory)`: training returns
-    its arguments, decoding writes the cache.
-    """
-    y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
+  def __call__(self, x, context: Context, memory: Memory | None):
+    """Returns (x, memory). memory: what the mixer has in the cache; None in training."""
+    y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
     x = x + _normalized(self.attn_out_norm, y)
     y = self.mlp(_normalized(self.mlp_norm, x), context.dropout)
     return x + _normalized(self.mlp_out_norm, y), memory
@@ -222,7 +229,7 @@ def apply(
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
-        x, _ = block(x, here, lambda k, v: (k, v, None))
+        x, _ = block(x, here, None)
       return x, None
 
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
@@ -310,34 +317,26 @@ def decode(
   )
   context = _context(arch, where, key)
   x = embed(params['embed']['w'], tokens, dtype)
-  keys, values = dict(cache.keys), dict(cache.values)
+  slots = [slot for slot, _, _ in arch.blocks()]
+  kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
   for i, (pattern, repeats) in enumerate(arch.stacks):
     # The cache is a carry: as scan inputs and outputs it would be copied whole at every step.
     def body(carry, layer, i=i, pattern=pattern):
-      x, ks, vs = carry
+      x, kept = carry
       weights, index = layer
       for j, kind in enumerate(pattern):
         name = f'stack{i}/block{j}'
-
-        def store(k, v, name=name, ks=ks, vs=vs):
-          zero = jnp.zeros((), jnp.int32)
-          start = (index, zero, at, zero, zero)
-          new_k = jax.lax.dynamic_update_slice(ks[name], k[None].astype(ks[name].dtype), start)
-          new_v = jax.lax.dynamic_update_slice(vs[name], v[None].astype(vs[name].dtype), start)
-          pick = functools.partial(
-            jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False
-          )
-          return pick(new_k), pick(new_v), (new_k, new_v)
-
         block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
-        x, (new_k, new_v) = block(x, context, store)
-        ks, vs = ks | {name: new_k}, vs | {name: new_v}
-      return (x, ks, vs), None
+        x, memory = block(x, context, Memory(kept[name], index, at))
+        kept = kept | {name: memory.arrays}
+      return (x, kept), None
 
-    mine = [f'stack{i}/block{j}' for j in range(len(pattern))]
-    carry = (x, {n: keys[n] for n in mine}, {n: values[n] for n in mine})
-    (x, ks, vs), _ = jax.lax.scan(
-      body, carry, (params[f'stack{i}'], jnp.arange(repeats, dtype=jnp.int32))
-    )
-    keys, values = keys | ks, values | vs
-  return _norm(arch, params, x), Cache(keys, values, key)
+    mine = {n: kept[n] for n in (f'stack{i}/block{j}' for j in range(len(pattern)))}
+    layers = params[f'stack{i}'], jnp.arange(repeats, dtype=jnp.int32)
+    (x, new), _ = jax.lax.scan(body, (x, mine), layers)
+    kept = kept | new
+  entries, states = (
+    {slot: {n: kept[slot][n] for n in names} for slot, names in arrays.items()}
+    for arrays in (cache.entries, cache.states)
+  )
+  return _norm(arch, params, x), Cache(entries, states, key)
