@@ -165,8 +165,7 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
     ({'model_type': None}, 'model_type'),
     ({'hidden_act': 'xielu'}, 'hidden_act'),
     ({'mlp_bias': True}, 'mlp_bias'),
-    ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'yarn'),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
+    ({'rope_scaling': {'rope_type': 'axial', 'factor': 2.0}}, 'axial.*longrope, proportional'),
     ({'head_dim': 7}, 'head_dim'),
     ({'rope_theta': float('inf')}, 'rope_theta'),
     ({'num_key_value_heads': 3}, 'num_attention_heads=4'),
@@ -184,7 +183,7 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, named):
     ({'layer_types': ['full_attention', 'chunked_attention']}, 'chunked_attention'),
     ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types has 2 entries'),
     ({'attention_bias': False}, 'attention_bias=False'),
-    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'yarn'),
+    ({'rope_scaling': {'type': 'mrope', 'factor': 4.0}}, 'mrope.*longrope, proportional'),
     ({'model_type': 'qwen2_moe'}, 'qwen2_moe.*supported: llama, qwen2'),
     (
       {'architectures': ['Qwen2ForSequenceClassification'], 'id2label': {'0': 'a', '1': 'b'}},

@@ -218,7 +218,7 @@ def check_flag(c: HfConfig, key: str, expected: bool, *, of_class: bool) -> None
 
 
 def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str, Any]:
-  """Returns the keys of a config.json that Llama-like decoders share."""
+  """Returns the keys of a config.json that Llama-like decoders share, but those of the rope."""
   block = arch.layers()[0]
   names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return {
@@ -232,7 +232,6 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
     'head_dim': block.mixer.head_dim,
     'intermediate_size': block.mlp.ffn_dim,
     'rms_norm_eps': block.norm.eps,
-    'rope_theta': block.mixer.rope.theta,
     'hidden_act': names[block.mlp.activation],
     'tie_word_embeddings': arch.tied,
     'max_position_embeddings': arch.max_len,
@@ -241,6 +240,5 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
 
 
 def write_rope(arch: Architecture) -> dict[str, Any]:
-  """Returns {'rope_scaling': ...} where the layers have a scaling rule, else {}."""
-  scaling = arch.layers()[0].mixer.rope.scaling
-  return {'rope_scaling': hf_rope.write(scaling)} if scaling else {}
+  """Returns the keys of a config.json with the rotary embedding that all layers share."""
+  return hf_rope.write(arch.layers()[0].mixer.rope, arch.max_len)

@@ -22,7 +22,7 @@ from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, r
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
-# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
+# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 
 
@@ -41,7 +41,10 @@ class Context:
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
   mixers = [block.mixer for _, block, _ in arch.blocks()]
   kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
-  return Context(query, key, {k: rope.angles(*k, query.positions) for k in kinds})
+  lengths = None
+  if any(kind.uses_length for kind, _ in kinds):
+    lengths = rope.document_lengths(query.segments, query.positions)
+  return Context(query, key, {k: rope.angles(*k, query.positions, lengths) for k in kinds})
 
 
 class Attention(nnx.Module):
@@ -73,6 +76,7 @@ class Attention(nnx.Module):
     if spec.rope is not None:
       angles = context.angles[spec.rope, spec.head_dim]
       q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+      q = rope.scale_queries(spec.rope, q, context.query.positions)
     if spec.scale is not None:  # attend divides by sqrt(head_dim)
       q = scaled(q, spec.scale * spec.head_dim**0.5)
     k, v, memory = store(k, self.v(x, drop))

@@ -23,7 +23,7 @@ def _read(c, family):
 
 def _write(arch):
   more = {'layer_norm_eps': arch.final_norm.eps}
-  return decoder.write_model(arch, 'Toy', 'toy_llama') | more
+  return decoder.write_model(arch, 'Toy', 'toy_llama') | decoder.write_rope(arch) | more
 
 
 _KEPT = [r for r in decoder.rows() if 'layernorm' not in r.hf and 'gate' not in r.hf]
