@@ -113,11 +113,16 @@ def init(arch, seed=0):
   return trees.unflatten(leaves)
 
 
+def all_logits(arch, params, x):
+  """float32[B, T, V] of hidden states x, of every token: what the product never makes."""
+  table = jax.sharding.reshard(kinds.head_weights(arch, params), spec(None, None))
+  return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(arch, params, tokens, where, remat):
   x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-  table = jax.sharding.reshard(kinds.head_weights(arch, params), spec(None, None))
-  return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
+  return all_logits(arch, params, x)
 
 
 def logits(arch, params, tokens, where, remat='none'):
