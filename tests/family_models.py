@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from parity import family_cases as cases
 from tiny_model import place, tokens_at
@@ -13,7 +15,9 @@ from tiny_model import place, tokens_at
 from ftjax.families import table, tensor_map
 from ftjax.hf import layout, safetensors
 from ftjax.hf.tensor_source import TensorInfo
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
+from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 
 
@@ -106,3 +110,13 @@ def batch(tokens, segments=None, weights=None):
   found = {n: place(a, 'batch', 'seq') for n, a in zip(names, arrays, strict=True)}
   where = tokens_at(segments)
   return found | {'segments': where.segments, 'positions': where.positions}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def loss_and_gradient(arch, params, batch, remat='none'):
+  """The loss of a batch, summed over its weights, and its gradient."""
+
+  def total(params):
+    return Forward(arch, jnp.float32, remat).cross_entropy(params, batch, LossConfig())[0]
+
+  return jax.value_and_grad(total)(params)
