@@ -357,6 +357,13 @@ CHANGES = {
   'AttentionSpec.head_dim': 16,
   'AttentionSpec.rope': None,
   'AttentionSpec.qkv_bias': True,
+  'AttentionSpec.out_bias': True,
+  'AttentionSpec.window': 2,
+  'AttentionSpec.scale': 0.1,
+  'AttentionSpec.soft_cap': 0.5,
+  'AttentionSpec.qk_norm': Norm(),
+  'AttentionSpec.qk_norm_width': 'all',
+  'AttentionSpec.gate': True,
   'GatedMlpSpec.ffn_dim': 32,
   'GatedMlpSpec.activation': 'gelu',
   'Rope.theta': 100.0,
@@ -364,10 +371,12 @@ CHANGES = {
   'Norm.eps': 0.5,
   'Norm.kind': 'layer',
   'Norm.offset': 1.0,
+  'Norm.bias': True,
   'BlockSpec.mixer': None,  # its own fields are here
   'BlockSpec.mlp': None,
   'BlockSpec.norm': None,
   'BlockSpec.norm_placement': 'after',
+  'BlockSpec.residual_scale': 0.5,
 }
 
 
@@ -395,12 +404,15 @@ def test_every_field_of_a_spec_changes_the_model(name, value, params):
   """No field that nothing reads: leaves other than Llama's, or other hidden states from the same
   ones.
   """
-  arch = TINY.with_blocks(lambda block: changed(block, *name.split('.'), value))
-  declared = [{n: p[:4] for n, p in kinds.declared(a).items()} for a in (arch, TINY)]
+  plain = TINY
+  if 'qk_norm_' in name:  # a field that says how another is meant
+    plain = with_mixer(TINY, qk_norm=Norm())
+  arch = plain.with_blocks(lambda block: changed(block, *name.split('.'), value))
+  declared = [{n: p[:4] for n, p in kinds.declared(a).items()} for a in (arch, plain)]
   if declared[0] != declared[1]:
     return
   tokens = ids(B, T)
-  before, after = (full(a, params, tokens, ONE_EACH) for a in (TINY, arch))
+  before, after = (full(a, params, tokens, ONE_EACH) for a in (plain, arch))
   assert np.abs(after - before).max() > 1e-3
 
 
