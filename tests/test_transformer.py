@@ -14,6 +14,7 @@ from tiny_model import (
   QWEN2,
   TINY,
   UNTIED,
+  decoded,
   decoder,
   ids,
   init,
@@ -24,7 +25,7 @@ from tiny_model import (
   with_mixer,
 )
 
-from ftjax.models import head, kinds, kv_cache
+from ftjax.models import head, kinds
 from ftjax.models.architecture import (
   AttentionSpec,
   BlockSpec,
@@ -33,7 +34,6 @@ from ftjax.models.architecture import (
   Rope,
   RopeScaling,
 )
-from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 
 B, T = 3, 24
@@ -269,27 +269,6 @@ def test_abstract_axes_and_init_have_one_structure():
     assert (x.shape, x.dtype) == (shapes[name].shape, shapes[name].dtype)
     assert len(axes[name]) == len(x.shape)
     assert ('layers' in axes[name]) == name.startswith('stack')
-
-
-def decoded(arch, params, tokens, segments, prompt):
-  """Hidden states [B, T, D] by prefill of the first `prompt` tokens and a step for each of the
-  rest, with room for four more.
-  """
-  positions = np.asarray(tokens_at(segments).positions)
-  decode = jax.jit(functools.partial(kinds.decode, arch, dtype=jnp.float32))
-  memory = kv_cache.empty(arch, B, T + 4, jnp.float32)
-  parts, at = [], 0
-  for length in [prompt] + [1] * (T - prompt):
-    cut = slice(at, at + length)
-    where = Tokens(*(place(a[:, cut], 'batch', 'seq') for a in (segments, positions)))
-    x, memory = decode(
-      params, place(tokens[:, cut], 'batch', 'seq'), where, memory, jnp.asarray(at, jnp.int32)
-    )
-    parts.append(np.asarray(x))
-    at += length
-  np.testing.assert_array_equal(memory.tokens.segments, np.pad(segments, ((0, 0), (0, 4))))
-  np.testing.assert_array_equal(memory.tokens.positions, np.pad(positions, ((0, 0), (0, 4))))
-  return np.concatenate(parts, 1)
 
 
 _apply = functools.partial(jax.jit, static_argnames=('arch', 'dtype'))(kinds.apply)
