@@ -196,7 +196,7 @@ class Linear(nnx.Module):
     if self.adapter is not None and not self.merged:
       y = y + self._low_rank(dropout(self.name, x) if dropout else x)
       if self.lora_m is not None:
-        y = _scaled(y, self._lengths()[None, None])
+        y = scaled(y, self._lengths()[None, None])
     y = jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
     return y if self.b is None else y + self.b[...].astype(y.dtype)[None, None]
 
@@ -256,7 +256,7 @@ class Linear(nnx.Module):
   def _low_rank(self, x: jax.Array) -> jax.Array:
     """Returns scale * (x A) B, [B, T, O]."""
     return sum(
-      _product(_scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
+      _product(scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
       for sign, (a, b) in self._pairs(x.dtype)
     )
 
@@ -295,7 +295,7 @@ class Linear(nnx.Module):
 
 # For the gradient x is kept as it came, and not its float32 copy.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
   """Returns x times a float32 factor, in x's dtype. A factor that was rounded to bfloat16 first
   would be wrong by the same amount for all numbers, and one near 1 would change none.
   """
@@ -352,20 +352,32 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Normalize(nnx.Module):
-  """(x - mean) / rms(x - mean) * (offset + scale) over the last axis, in float32; without the mean
-  for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016, without a bias).
+  """(x - mean) / rms(x - mean) * (offset + scale) + bias over the last axes, in float32; without
+  the mean for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016).
+
+  Args:
+    shape: sizes of the axes that are normalized together.
+    norm: how.
+    axes: their logical names.
   """
 
-  def __init__(self, dim: int, norm: Norm):
-    self.norm = norm
-    self.scale = declare((dim,), ('norm',), 0, constant=1.0 - norm.offset)
+  bias = None
+
+  def __init__(self, shape: tuple[int, ...], norm: Norm, axes: tuple[str, ...] = ('norm',)):
+    self.norm, self.over = norm, tuple(range(-len(shape), 0))
+    self.scale = declare(shape, axes, 0, constant=1.0 - norm.offset)
+    if norm.bias:
+      self.bias = declare(shape, axes, 0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
+    x32, lead = x.astype(jnp.float32), (None,) * (x.ndim - len(self.over))
     if self.norm.kind == 'layer':
-      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.norm.eps)
+      x32 = x32 - jnp.mean(x32, axis=self.over, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self.over, keepdims=True) + self.norm.eps)
     scale = self.scale[...].astype(jnp.float32)
     if self.norm.offset:
       scale = scale + self.norm.offset
-    return (x32 * inverse * scale[None, None]).astype(x.dtype)
+    y = x32 * inverse * scale[lead]
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)[lead]
+    return y.astype(x.dtype)

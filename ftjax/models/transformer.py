@@ -25,11 +25,11 @@ from ftjax.models.architecture import (
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
 from ftjax.models.kv_cache import Cache, Memory
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
-# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, H/2].
+# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 
 
@@ -48,11 +48,16 @@ class Context:
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
   mixers = [b.mixer for _, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
   kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
-  return Context(query, key, {k: rope.angles(*k, query.positions) for k in kinds})
+  lengths = None
+  if any(kind.uses_length for kind, _ in kinds):
+    lengths = rope.document_lengths(query.segments, query.positions)
+  return Context(query, key, {k: rope.angles(*k, query.positions, lengths) for k in kinds})
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention, with rotary positions where the spec has them."""
+  """Grouped-query attention with what its spec has of rotary positions, norms, gate and caps."""
+
+  q_norm = k_norm = gate = None
 
   def __init__(self, model_dim: int, spec: AttentionSpec):
     d, n, k, h = model_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -62,18 +67,32 @@ class Attention(nnx.Module):
     self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
     self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
-    self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
+    out = ('batch', 'seq', 'act_embed')
+    self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), out, spec.out_bias)
+    if spec.gate:
+      self.gate = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads)
+    if spec.qk_norm is not None and spec.qk_norm_width == 'all':
+      self.q_norm = Normalize((n, h), spec.qk_norm, heads[2:])
+      self.k_norm = Normalize((k, h), spec.qk_norm, kv[2:])
+    elif spec.qk_norm is not None:
+      self.q_norm, self.k_norm = (Normalize((h,), spec.qk_norm) for _ in 'qk')
 
   def __call__(self, x, context: Context, memory: Memory | None):
-    drop = context.dropout
-    q, k = self.q(x, drop), self.k(x, drop)
-    if self.spec.rope is not None:
-      angles = context.angles[self.spec.rope, self.spec.head_dim]
+    spec, drop = self.spec, context.dropout
+    q, k = _normalized(self.q_norm, self.q(x, drop)), _normalized(self.k_norm, self.k(x, drop))
+    if spec.rope is not None:
+      angles = context.angles[spec.rope, spec.head_dim]
       q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
+      q = rope.scale_queries(spec.rope, q, context.query.positions)
+    if spec.scale is not None:  # attend divides by sqrt(head_dim)
+      q = scaled(q, spec.scale * spec.head_dim**0.5)
     v = self.v(x, drop)
     if memory is not None:
       (k, v), memory = memory.append(keys=k, values=v)
-    return self.o(attend(q, k, v, context.query, context.key), drop), memory
+    y = attend(q, k, v, context.query, context.key, spec.window, spec.soft_cap)
+    if self.gate is not None:
+      y = y * jax.nn.sigmoid(self.gate(x, drop))
+    return self.o(y, drop), memory
 
 
 # The class of a spec is the kind; the module computes it.
@@ -89,19 +108,25 @@ class Block(nnx.Module):
     if spec.norm_placement not in ('before', 'after', 'both'):
       raise ValueError(f'norm_placement={spec.norm_placement!r}; expected before, after or both')
     before, after = spec.norm_placement != 'after', spec.norm_placement != 'before'
-    self.attn_norm = Normalize(dim, spec.norm) if before else None
+    self.residual_scale = spec.residual_scale
+    self.attn_norm = Normalize((dim,), spec.norm) if before else None
     self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
-    self.attn_out_norm = Normalize(dim, spec.norm) if after else None
-    self.mlp_norm = Normalize(dim, spec.norm) if before else None
+    self.attn_out_norm = Normalize((dim,), spec.norm) if after else None
+    self.mlp_norm = Normalize((dim,), spec.norm) if before else None
     self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
-    self.mlp_out_norm = Normalize(dim, spec.norm) if after else None
+    self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
 
   def __call__(self, x, context: Context, memory: Memory | None):
     """Returns (x, memory). memory: what the mixer has in the cache; None in training."""
     y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
-    x = x + _normalized(self.attn_out_norm, y)
+    x = x + self._branch(self.attn_out_norm, y)
     y = self.mlp(_normalized(self.mlp_norm, x), context.dropout)
-    return x + _normalized(self.mlp_out_norm, y), memory
+    return x + self._branch(self.mlp_out_norm, y), memory
+
+  def _branch(self, norm: Normalize | None, y: jax.Array) -> jax.Array:
+    """Returns what a branch adds to the residual stream."""
+    y = _normalized(norm, y)
+    return y if self.residual_scale == 1 else scaled(y, self.residual_scale)
 
 
 def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
@@ -109,15 +134,20 @@ def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
 
 
 class EmbedAndHead(nnx.Module):
-  """The parameters around the blocks: embedding table, last norm, and an untied head."""
+  """The parameters around the blocks: the embedding tables of tokens and of learned positions, last
+  norm, and an untied head.
+  """
 
   def __init__(self, arch: Architecture):
     shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
     table = functools.partial(declare, shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
     self.embed = nnx.Dict(w=table())
-    self.final_norm = Normalize(arch.model_dim, arch.final_norm)
+    self.final_norm = Normalize((arch.model_dim,), arch.final_norm)
+    dim = arch.model_dim
+    if arch.learned_positions:
+      rows = (arch.learned_positions, dim)
+      self.positions = nnx.Dict(w=declare(rows, ('position', 'embed'), dim))
     if arch.num_labels:
-      dim = arch.model_dim
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
     elif not arch.tied:
       self.head = nnx.Dict(w=table())
@@ -181,6 +211,31 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
 
 
+def positions(table: jax.Array, places: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns rows of table [P, D] for positions int32[B, T], as dtype[B, T, D]; of positions beyond
+  the table NaN, so that no run goes on with them.
+  """
+
+  def local(table, places):
+    table = gather(table, 'fsdp', 1)
+    return table.at[places].get(mode='fill', fill_value=jnp.nan).astype(dtype)
+
+  specs = (spec('position', 'embed'), spec('batch', 'seq'))
+  return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, places)
+
+
+def _embed(arch: Architecture, params: dict, tokens: jax.Array, where: Tokens, dtype) -> jax.Array:
+  """Returns what the first block reads, dtype[B, T, D]."""
+  x = embed(params['embed']['w'], tokens, dtype)
+  if arch.embed_scale != 1:
+    x = x * jnp.asarray(
+      arch.embed_scale, dtype
+    )  # rounded to the dtype, as transformers' Gemma does
+  if arch.learned_positions:
+    x = x + positions(params['positions']['w'], where.positions, dtype)
+  return x
+
+
 def _remat(body, policy: str):
   if policy == 'none':
     return body
@@ -216,7 +271,7 @@ def apply(
   Returns:
     dtype[B, T, D].
   """
-  x = embed(params['embed']['w'], tokens, dtype)
+  x = _embed(arch, params, tokens, where, dtype)
   if noise is not None:
     x = x + noise.astype(dtype)
   context = _context(arch, where, where)
@@ -283,7 +338,8 @@ def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
 
 
 def _around_params(params: dict) -> dict:
-  return {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
+  names = ('embed', 'positions', 'final_norm', 'head', 'score')
+  return {n: params[n] for n in names if n in params}
 
 
 def decode(
@@ -316,7 +372,7 @@ def decode(
     put(cache.tokens.segments, where.segments), put(cache.tokens.positions, where.positions)
   )
   context = _context(arch, where, key)
-  x = embed(params['embed']['w'], tokens, dtype)
+  x = _embed(arch, params, tokens, where, dtype)
   slots = [slot for slot, _, _ in arch.blocks()]
   kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
   for i, (pattern, repeats) in enumerate(arch.stacks):
