@@ -28,30 +28,141 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+  """The `linear` rule: all frequencies are divided by `factor` (Chen et al. 2023)."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicScaling:
+  """The `dynamic` rule: beyond original_len the base grows with the length of the document
+  ("NTK-aware" scaling, appendix B.2 of Peng et al. 2023).
+  """
+
+  factor: float
+  original_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+  """The `yarn` rule (Peng et al. 2023): pairs that turn less than beta_slow times in original_len
+  tokens are slowed by `factor`, those that turn more than beta_fast times are kept, and a ramp over
+  the pairs lies between. truncate: the ramp begins and ends at whole pairs. attention_factor:
+  multiplies the rotated part of queries and keys.
+  """
+
+  factor: float
+  original_len: int
+  attention_factor: float
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+  """The `longrope` rule (Ding et al. 2024): the frequency of each pair is divided by its number in
+  short_factors, and by that in long_factors in documents longer than original_len.
+  attention_factor: multiplies the rotated part of queries and keys.
+  """
+
+  short_factors: tuple[float, ...]
+  long_factors: tuple[float, ...]
+  original_len: int
+  attention_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ProportionalScaling:
+  """The `proportional` rule (Gemma 4): the frequencies are those of the whole head, only the first
+  Rope.fraction of the pairs turn, and all frequencies are divided by `factor`.
+  """
+
+  factor: float = 1.0
+
+
+Scaling = (
+  RopeScaling | LinearScaling | DynamicScaling | YarnScaling | LongScaling | ProportionalScaling
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryScaling:
+  """Queries are multiplied by 1 + beta log(1 + floor(position / original_len)) after the rotation
+  (Llama 4, Ministral 3).
+  """
+
+  beta: float
+  original_len: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
-  """A rotary embedding of the whole head. theta: base of its frequencies."""
+  """A rotary embedding.
+
+  theta: base of its frequencies. scaling: how they differ from the plain ones. fraction: share of
+  the head that is rotated, its first coordinates. query: a factor of the queries.
+  """
 
   theta: float = 10000.0
-  scaling: RopeScaling | None = None
+  scaling: Scaling | None = None
+  fraction: float = 1.0
+  query: QueryScaling | None = None
+
+  @property
+  def uses_length(self) -> bool:
+    """Whether the frequencies depend on the length of the document."""
+    return isinstance(self.scaling, DynamicScaling | LongScaling)
+
+  def size(self, head_dim: int) -> int:
+    """Returns the number of rotary coordinates that the frequencies are made for."""
+    whole = isinstance(self.scaling, ProportionalScaling)
+    return head_dim if whole else int(head_dim * self.fraction)
+
+  def check(self, head_dim: int) -> None:
+    """Raises DataError where the rule does not fit a head of this size."""
+    size, rule = self.size(head_dim), self.scaling
+    if not 0 < self.fraction <= 1 or size < 2 or size % 2:
+      raise DataError(
+        f'config.json: partial_rotary_factor={self.fraction} rotates {size} of {head_dim=} '
+        'coordinates; expected an even number, at least 2'
+      )
+    if isinstance(rule, DynamicScaling) and size == 2:
+      raise DataError("config.json: rope_type='dynamic' is not defined for 2 rotary coordinates")
+    if isinstance(rule, LongScaling):
+      for name, factors in (('short', rule.short_factors), ('long', rule.long_factors)):
+        if len(factors) != size // 2:
+          raise DataError(
+            f'config.json: {name}_factor has {len(factors)} numbers; expected {size // 2}, one for '
+            f'each pair of the {size} rotary coordinates'
+          )
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-  """A normalization over the model axis.
+  """A normalization.
 
   eps: added to the mean square. kind: 'rms', or 'layer', which subtracts the mean first. offset:
-  the scale is `offset + weight`; with 1 the weight is stored around 0.
+  the scale is `offset + weight`; with 1 the weight is stored around 0. bias: one is added.
   """
 
   eps: float = 1e-6
   kind: str = 'rms'
   offset: float = 0.0
+  bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-  """Grouped-query attention. rope: None rotates nothing. qkv_bias: the projections to queries, keys
-  and values add a bias.
+  """Grouped-query attention.
+
+  rope: None rotates nothing. qkv_bias, out_bias: the projections to queries, keys and values, and
+  the output projection, add a bias. window: tokens that a query sees, itself and those just before
+  it; None: all. scale: factor of the scores; None: 1 / sqrt(head_dim). soft_cap: largest size of a
+  score. qk_norm: normalization of queries and keys before the rotation, of each head, or with
+  qk_norm_width='all' of all heads together. gate: the output of each head is multiplied with the
+  sigmoid of a projection of the layer's input.
   """
 
   num_heads: int
@@ -59,12 +170,23 @@ class AttentionSpec:
   head_dim: int
   rope: Rope | None = Rope()
   qkv_bias: bool = False
+  out_bias: bool = False
+  window: int | None = None
+  scale: float | None = None
+  soft_cap: float | None = None
+  qk_norm: Norm | None = None
+  qk_norm_width: str = 'head'
+  gate: bool = False
 
   def __post_init__(self):
+    if self.qk_norm_width not in ('head', 'all'):
+      raise ValueError(f'qk_norm_width={self.qk_norm_width!r}; expected head or all')
     if self.num_heads % self.num_kv_heads:
       raise DataError(
         f'config.json: num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads=}'
       )
+    if self.rope is not None:
+      self.rope.check(self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +226,27 @@ class BlockSpec:
   """One kind of layer: a mixer and an MLP, each a residual branch.
 
   norm_placement: 'before' a branch, 'after' it (on its output, before the residual addition), or
-  'both'.
+  'both'. residual_scale: factor of the output of a branch (Granite).
   """
 
   mixer: AttentionSpec
   mlp: GatedMlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
+  residual_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitSpec:
+  """How logits follow from the product of hidden states and head weights: `scale * product`; with
+  a soft cap c, `c tanh(scale * product / c)` (Gemma 2, 2024, section 2).
+
+  vocab: the ids from it on are padding: their logits are -inf. None: there is no padding.
+  """
+
+  vocab: int | None = None
+  scale: float = 1.0
+  soft_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +298,9 @@ class Architecture:
   name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
   to a multiple of it in memory, and never in files. adapter: what is trained, where the rest is
   frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of
-  all parameters. block: most inputs that share a scale in nf4.
+  all parameters. block: most inputs that share a scale in nf4. embed_scale: factor of the
+  embeddings. logit_scale, logit_soft_cap: see LogitSpec. learned_positions: rows of a table of
+  positions that is added to the embeddings; 0: there is none.
   """
 
   family: str
@@ -178,6 +316,15 @@ class Architecture:
   adapter: Adapter | None = None
   base: str = ''
   block: int = 64
+  embed_scale: float = 1.0
+  logit_scale: float = 1.0
+  logit_soft_cap: float | None = None
+  learned_positions: int = 0
+
+  @property
+  def logit_spec(self) -> LogitSpec:
+    """How the logits follow from the hidden states and the head."""
+    return LogitSpec(self.vocab_size, self.logit_scale, self.logit_soft_cap)
 
   @property
   def vocab_rows(self) -> int:

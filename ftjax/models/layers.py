@@ -366,20 +366,32 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Normalize(nnx.Module):
-  """(x - mean) / rms(x - mean) * (offset + scale) over the last axis, in float32; without the mean
-  for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016, without a bias).
+  """(x - mean) / rms(x - mean) * (offset + scale) + bias over the last axes, in float32; without
+  the mean for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016).
+
+  Args:
+    shape: sizes of the axes that are normalized together.
+    norm: how.
+    axes: their logical names.
   """
 
-  def __init__(self, dim: int, norm: Norm):
-    self.norm = norm
-    self.scale = declare((dim,), ('norm',), 0, constant=1.0 - norm.offset)
+  bias = None
+
+  def __init__(self, shape: tuple[int, ...], norm: Norm, axes: tuple[str, ...] = ('norm',)):
+    self.norm, self.over = norm, tuple(range(-len(shape), 0))
+    self.scale = declare(shape, axes, 0, constant=1.0 - norm.offset)
+    if norm.bias:
+      self.bias = declare(shape, axes, 0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
+    x32, lead = x.astype(jnp.float32), (None,) * (x.ndim - len(self.over))
     if self.norm.kind == 'layer':
-      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.norm.eps)
+      x32 = x32 - jnp.mean(x32, axis=self.over, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self.over, keepdims=True) + self.norm.eps)
     scale = self.scale[...].astype(jnp.float32)
     if self.norm.offset:
       scale = scale + self.norm.offset
-    return (x32 * inverse * scale[None, None]).astype(x.dtype)
+    y = x32 * inverse * scale[lead]
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)[lead]
+    return y.astype(x.dtype)

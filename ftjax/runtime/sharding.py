@@ -40,6 +40,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'route': None,  # the experts that a router chooses from
   'vocab': 'tensor',
   'norm': None,
+  'position': None,  # rows of a table of learned positions
   'label': None,
   'rank': None,  # of an adapter
 }
