@@ -38,6 +38,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'channels': None,  # of a delta net's head
   'taps': None,  # of a convolution
   'ffn': 'tensor',
+  'expert': 'expert',
+  'route': None,  # the experts that a router chooses from
   'vocab': 'tensor',
   'norm': None,
   'position': None,  # rows of a table of learned positions
