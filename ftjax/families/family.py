@@ -9,6 +9,7 @@ from ftjax.families import hf_config, tensor_map
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.tensor_map import Binding, Row, Sizes
+from ftjax.families.text_part import TextPart
 from ftjax.models.architecture import Architecture
 
 
@@ -23,7 +24,8 @@ class Family:
   inverse, a complete config.json. rows, sizes: see tensor_map. unused: HF tensors that may be in a
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
   tied model may repeat the first as the second. gguf: the family in GGUF files; None where it is
-  neither read from them nor written to them.
+  neither read from them nor written to them. text: how its models stand in multimodal folders;
+  None where they do not.
   """
 
   model_types: tuple[str, ...]
@@ -36,6 +38,12 @@ class Family:
   tied: tuple[str, str]
   sizes: Sizes = tensor_map.decoder_sizes
   gguf: Gguf | None = None
+  text: TextPart | None = None
+
+  @property
+  def of_whole(self) -> tuple[str, ...]:
+    """The model_type of multimodal folders whose text model it reads."""
+    return (self.text.model_type,) if self.text else ()
 
   def architecture(self, config: dict[str, Any], name: str) -> Architecture:
     """Returns the architecture of a config.json of this family, named `name`.

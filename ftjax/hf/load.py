@@ -27,6 +27,7 @@ from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.text_source import TextSource
 from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -60,7 +61,12 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if model_folder.is_adapter(files.as_path(path)):
     return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
-  return SafetensorsFolder(path) if file is None else GGUFSource(file)
+  if file is not None:
+    return GGUFSource(file)
+  config = files.as_path(path) / 'config.json'
+  source = SafetensorsFolder(path)
+  part = table.text_part(_parsed(config)) if config.is_file() else None
+  return source if part is None else TextSource(source, part)
 
 
 def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
@@ -82,7 +88,8 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
 
-  Settings that are read and not applied (dropout) are logged once.
+  Of a multimodal folder it is that of the text model. Settings that are read and not applied
+  (dropout) are logged once.
   """
   folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)
@@ -90,18 +97,25 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  place = weight_files.file_inside(folder, 'config.json')
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
+  config = _parsed(weight_files.file_inside(folder, 'config.json'))
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
-  for line in hf_config.notices(config):
+  text = table.text_config(config)
+  if text != config:
+    _warn_once(f'{folder}: of model_type={config["model_type"]!r} only the text model is read')
+  for line in hf_config.notices(text):
     _warn_once(f'{folder}/{line}')
+  return text
+
+
+def _parsed(place: Path) -> dict[str, Any]:
+  config = parse_json(place.read_bytes(), str(place))
+  if not isinstance(config, dict):
+    raise DataError(f'{place}: expected a JSON object')
   return config
 
 
@@ -112,7 +126,8 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
+  """Returns the tokenizer's files by name, and config.json, of a multimodal folder that of the text
+  model; of a GGUF file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
@@ -124,6 +139,8 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
+  if config and (text := table.text_config(whole := _parsed(folder / 'config.json'))) != whole:
+    out['config.json'] = gguf_tokenizer.dump_json(text)
   _compare_templates(str(folder), out)
   return out
 

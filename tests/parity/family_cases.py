@@ -122,4 +122,35 @@ CASES = {
       'rms_norm_eps': 1e-6,
     }
   ),
+  # 80 tokens are more than a chunk of 64, and the states forget slowly enough to join chunks.
+  'qwen3_5': Case(
+    {
+      'model_type': 'qwen3_5_text',
+      'vocab_size': 67,
+      'hidden_size': 24,
+      'intermediate_size': 40,
+      'num_hidden_layers': 5,
+      'num_attention_heads': 6,
+      'num_key_value_heads': 2,
+      'head_dim': 16,
+      'linear_num_key_heads': 2,
+      'linear_key_head_dim': 6,
+      'linear_num_value_heads': 6,
+      'linear_value_head_dim': 10,
+      'linear_conv_kernel_dim': 4,
+      'max_position_embeddings': 128,
+      'rms_norm_eps': 1e-2,
+      'tie_word_embeddings': True,
+      'rope_parameters': {
+        'rope_type': 'default',
+        'rope_theta': 10000.0,
+        'partial_rotary_factor': 0.25,
+        'mrope_section': [1, 1, 0],
+        'mrope_interleaved': True,
+      },
+    },
+    tokens=80,
+    norm=0.0,
+    rules=((r'dt_bias$', -3.0, 1.0), (r'linear_attn\.norm\.weight$', 1.0, 0.25), (r'linear_attn\.out_proj', 0.0, 0.1)),
+  ),
 }
