@@ -30,6 +30,7 @@ from ftjax.models.architecture import (
   BlockSpec,
   GatedMlpSpec,
   Norm,
+  QueryScaling,
   Rope,
   RopeScaling,
 )
@@ -382,6 +383,8 @@ CHANGES = {
   'GatedMlpSpec.activation': 'gelu',
   'Rope.theta': 100.0,
   'Rope.scaling': _ROPE,
+  'Rope.fraction': 0.5,
+  'Rope.query': QueryScaling(beta=0.3, original_len=8),
   'Norm.eps': 0.5,
   'Norm.kind': 'layer',
   'Norm.offset': 1.0,
