@@ -1,6 +1,7 @@
 """The chunked head against dense logits: values, gradients, borders of chunks, and memory."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, kinds
+from ftjax.models.architecture import LogitSpec
 
 B, T, D, V = 2, 160, 32, 256  # 320 tokens: two chunks of 128 and a half one
 TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.2, 1e-2)]
@@ -59,6 +61,19 @@ def dense(x, w, labels, weights, terms):
   return (loss * weights).sum(), (nll * weights).sum()
 
 
+SHAPED = LogitSpec(vocab=V - 3, scale=0.5, soft_cap=4.0)
+
+
+def dense_shaped(x, w, labels, weights, temperature):
+  """The log-probs and entropies of SHAPED, from all logits of its V - 3 ids."""
+  logits = 4 * jnp.tanh(jnp.einsum('BTD,VD->BTV', x, w)[..., :-3] * 0.5 / 4) / temperature
+  logp = jax.nn.log_softmax(logits)
+  picked = jnp.take_along_axis(logp, labels[..., None], -1)[..., 0]
+  return jnp.where(weights != 0, picked, 0), jnp.where(
+    weights != 0, -(jnp.exp(logp) * logp).sum(-1), 0
+  )
+
+
 def on_mesh(x, w, labels, weights):
   return (
     place(x, 'batch', 'seq', 'act_embed'),
@@ -69,7 +84,7 @@ def on_mesh(x, w, labels, weights):
 
 
 both = jax.jit(
-  jax.value_and_grad(head.cross_entropy_sums, argnums=(0, 1), has_aux=True), static_argnums=4
+  jax.value_and_grad(head.cross_entropy_sums, argnums=(0, 1), has_aux=True), static_argnums=(4, 5)
 )
 dense_both = jax.jit(jax.value_and_grad(dense, argnums=(0, 1), has_aux=True), static_argnums=4)
 
@@ -166,6 +181,42 @@ def test_logprobs_and_entropies_have_the_gradients_of_dense_logits(temperature):
       np.testing.assert_allclose(g, e, atol=1e-5, err_msg=name)
     for g, e in zip(gradients, dense_gradients, strict=True):
       np.testing.assert_allclose(g, e, atol=1e-5 * max(1.0, np.abs(e).max()), err_msg=name)
+
+
+@pytest.mark.parametrize('sizes', [{}, {'fsdp': 2, 'tensor': 2, 'context': 2}])
+def test_scaled_and_capped_logits_with_padding(sizes, use_mesh):
+  """Log-probs, entropies, loss, divergence and logits, and their gradients, against dense ones."""
+  x, w, labels = example()
+  labels, weights, w = labels % (V - 3), ragged(), w * 3
+  theirs = readout_sum(dense_shaped)(x, w, labels, weights, 0.7)
+  nll = jax.value_and_grad(
+    lambda x, w: -(dense_shaped(x, w, labels, weights, 1.0)[0] * weights).sum(), argnums=(0, 1)
+  )(x, w)
+  if sizes:
+    use_mesh(**sizes)
+  placed = on_mesh(x, w, labels, weights)
+  shaped = functools.partial(head.logprobs_and_entropies, logit_spec=SHAPED)
+  ours = readout_sum(shaped)(*placed, 0.7)
+  loss = both(*placed, LossConfig(), SHAPED)
+  alike = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+  alike(loss[0][0], nll[0])
+  for g, e in zip(
+    (*ours[0][1], *ours[1], *loss[1]), (*theirs[0][1], *theirs[1], *nll[1]), strict=True
+  ):
+    alike(g, e, atol=1e-5 * max(1.0, np.abs(e).max()))
+  plain = dataclasses.replace(SHAPED, soft_cap=None)
+  model = placed[:2]
+  divergence = functools.partial(head.divergence_sums, model, model, placed[3])
+  assert abs(jax.jit(divergence, static_argnums=0)(SHAPED)) < 1e-4
+  assert not np.allclose(both(*placed, LossConfig(), plain)[0][0], loss[0][0], rtol=1e-2)
+
+
+def test_scaled_and_capped_logits_of_the_last_states():
+  x, w, _ = example()
+  arguments = place(x[:, -1], 'batch', None), place(w, 'vocab', 'embed')
+  got = jax.jit(head.logits, static_argnums=2)(*arguments, SHAPED)
+  np.testing.assert_allclose(got[:, :-3], 4 * np.tanh(x[:, -1] @ w[:-3].T / 8), atol=1e-5)
+  assert np.isneginf(got[:, -3:]).all()
 
 
 def test_logprobs_without_entropy_have_the_same_gradient():

@@ -62,12 +62,12 @@ def test_a_bias_is_added_in_the_compute_dtype(context, use_mesh):
 def test_fan_in_counts_all_inputs():
   definition = layers.Linear((4, 2), (6,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'norm'))
   assert definition.w.declared.fan_in == 8
-  assert layers.Normalize(6, Norm(1e-5)).scale.declared.fan_in == 0
+  assert layers.Normalize((6,), Norm(1e-5)).scale.declared.fan_in == 0
 
 
 @pytest.mark.parametrize('size', [1e-4, 1.0, 300.0])
 def test_rms_norm_against_float64(size):
-  module, weights = fill(layers.Normalize(32, Norm(1e-5)))
+  module, weights = fill(layers.Normalize((32,), Norm(1e-5)))
   x = normal((2, 3, 32)) * np.float32(size)
   wide = x.astype(np.float64)
   expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(weights['scale'])
@@ -76,7 +76,7 @@ def test_rms_norm_against_float64(size):
 
 def test_rms_norm_of_bfloat16_is_rounded_once():
   """Sums of squares in bfloat16 stop growing at 256 terms of one; here there are 4,096."""
-  module, _ = fill(layers.Normalize(4096, Norm(1e-5)))
+  module, _ = fill(layers.Normalize((4096,), Norm(1e-5)))
   x = jnp.asarray(normal((1, 2, 4096)), jnp.bfloat16)
   y = module(x)
   assert y.dtype == jnp.bfloat16

@@ -14,6 +14,7 @@ from tiny_model import (
   QWEN2,
   TINY,
   UNTIED,
+  decoded,
   decoder,
   ids,
   init,
@@ -24,7 +25,7 @@ from tiny_model import (
   with_mixer,
 )
 
-from ftjax.models import head, kinds, kv_cache
+from ftjax.models import head, kinds
 from ftjax.models.architecture import (
   AttentionSpec,
   BlockSpec,
@@ -34,7 +35,6 @@ from ftjax.models.architecture import (
   Rope,
   RopeScaling,
 )
-from ftjax.models.attention import Tokens
 from ftjax.runtime import trees
 
 B, T = 3, 24
@@ -272,27 +272,6 @@ def test_abstract_axes_and_init_have_one_structure():
     assert ('layers' in axes[name]) == name.startswith('stack')
 
 
-def decoded(arch, params, tokens, segments, prompt):
-  """Hidden states [B, T, D] by prefill of the first `prompt` tokens and a step for each of the
-  rest, with room for four more.
-  """
-  positions = np.asarray(tokens_at(segments).positions)
-  decode = jax.jit(functools.partial(kinds.decode, arch, dtype=jnp.float32))
-  memory = kv_cache.empty(arch, B, T + 4, jnp.float32)
-  parts, at = [], 0
-  for length in [prompt] + [1] * (T - prompt):
-    cut = slice(at, at + length)
-    where = Tokens(*(place(a[:, cut], 'batch', 'seq') for a in (segments, positions)))
-    x, memory = decode(
-      params, place(tokens[:, cut], 'batch', 'seq'), where, memory, jnp.asarray(at, jnp.int32)
-    )
-    parts.append(np.asarray(x))
-    at += length
-  np.testing.assert_array_equal(memory.tokens.segments, np.pad(segments, ((0, 0), (0, 4))))
-  np.testing.assert_array_equal(memory.tokens.positions, np.pad(positions, ((0, 0), (0, 4))))
-  return np.concatenate(parts, 1)
-
-
 _apply = functools.partial(jax.jit, static_argnames=('arch', 'dtype'))(kinds.apply)
 
 
@@ -379,6 +358,13 @@ CHANGES = {
   'AttentionSpec.head_dim': 16,
   'AttentionSpec.rope': None,
   'AttentionSpec.qkv_bias': True,
+  'AttentionSpec.out_bias': True,
+  'AttentionSpec.window': 2,
+  'AttentionSpec.scale': 0.1,
+  'AttentionSpec.soft_cap': 0.5,
+  'AttentionSpec.qk_norm': Norm(),
+  'AttentionSpec.qk_norm_width': 'all',
+  'AttentionSpec.gate': True,
   'GatedMlpSpec.ffn_dim': 32,
   'GatedMlpSpec.activation': 'gelu',
   'Rope.theta': 100.0,
@@ -388,10 +374,12 @@ CHANGES = {
   'Norm.eps': 0.5,
   'Norm.kind': 'layer',
   'Norm.offset': 1.0,
+  'Norm.bias': True,
   'BlockSpec.mixer': None,  # its own fields are here
   'BlockSpec.mlp': None,
   'BlockSpec.norm': None,
   'BlockSpec.norm_placement': 'after',
+  'BlockSpec.residual_scale': 0.5,
 }
 
 
@@ -419,12 +407,15 @@ def test_every_field_of_a_spec_changes_the_model(name, value, params):
   """No field that nothing reads: leaves other than Llama's, or other hidden states from the same
   ones.
   """
-  arch = TINY.with_blocks(lambda block: changed(block, *name.split('.'), value))
-  declared = [{n: p[:4] for n, p in kinds.declared(a).items()} for a in (arch, TINY)]
+  plain = TINY
+  if 'qk_norm_' in name:  # a field that says how another is meant
+    plain = with_mixer(TINY, qk_norm=Norm())
+  arch = plain.with_blocks(lambda block: changed(block, *name.split('.'), value))
+  declared = [{n: p[:4] for n, p in kinds.declared(a).items()} for a in (arch, plain)]
   if declared[0] != declared[1]:
     return
   tokens = ids(B, T)
-  before, after = (full(a, params, tokens, ONE_EACH) for a in (TINY, arch))
+  before, after = (full(a, params, tokens, ONE_EACH) for a in (plain, arch))
   assert np.abs(after - before).max() > 1e-3
 
 

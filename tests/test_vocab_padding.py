@@ -18,6 +18,7 @@ from ftjax.hf import export, load
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import counts, head, kinds
+from ftjax.models.architecture import LogitSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError
@@ -53,11 +54,12 @@ def placed(x, w, labels, weights):
 
 
 def loss(x, w, labels, weights, vocab=None):
+  logit_spec = LogitSpec(vocab)
   """All that the head computes of a table, as one number, and its parts."""
   terms = LossConfig(label_smoothing=0.1, z_loss=1e-2)
-  sums = head.cross_entropy_sums(x, w, labels, weights, terms, vocab)
-  logp, entropy = head.logprobs_and_entropies(x, w, labels, weights, 0.7, vocab)
-  alone = head.token_logprobs(x, w, labels, weights, vocab=vocab)
+  sums = head.cross_entropy_sums(x, w, labels, weights, terms, logit_spec)
+  logp, entropy = head.logprobs_and_entropies(x, w, labels, weights, 0.7, logit_spec)
+  alone = head.token_logprobs(x, w, labels, weights, logit_spec=logit_spec)
   scale = jax.sharding.reshard(jnp.cos(jnp.arange(T, dtype=jnp.float32)), jax.P())[None]
   scale = jax.sharding.reshard(jnp.broadcast_to(scale, (B, T)), sharding.spec('batch', 'seq'))
   value = sums[0] + (scale * (logp + 0.5 * entropy - 2 * alone)).sum()
@@ -86,7 +88,7 @@ def test_probabilities_of_the_true_vocabulary_sum_to_one(use_mesh):
   x, w, _, _ = example()
   use_mesh(tensor=4)
   logits = jax.jit(head.logits, static_argnums=2)(
-    place(x[:, -1], 'batch', None), place(w, 'vocab', 'embed'), V
+    place(x[:, -1], 'batch', None), place(w, 'vocab', 'embed'), LogitSpec(V)
   )
   assert logits.shape == (B, ROWS) and (np.asarray(logits)[:, V:] == -np.inf).all()
   np.testing.assert_allclose(np.asarray(jax.nn.softmax(logits))[:, :V].sum(-1), 1, rtol=1e-6)

@@ -25,12 +25,10 @@ def adapted(arch, **lora):
   return adapters.adapted(arch, config(**lora))
 
 
-def init(arch, seed=0):
-  """Random parameters on the current mesh: the base of `tiny_model.init` as `arch` holds it,
-  adapters as they begin, and moved from there by random numbers, but for what is fixed and for rows
-  beyond a layer's rank.
+def begin(arch, base, seed=0):
+  """{leaf: value} on the current mesh where training begins, of the nested dict of a plain model's
+  parameters.
   """
-  base = trees.flatten(tiny_model.init(arch.plain(), seed))
 
   @jax.jit
   def start(base):
@@ -40,12 +38,26 @@ def init(arch, seed=0):
     whole = kinds.completed(arch, trees.unflatten(held), lambda name: None, seed, jnp.float32)
     return trees.flatten(whole)
 
-  rng, out = np.random.default_rng(seed), start(base)
+  return start(trees.flatten(base))
+
+
+def init(arch, seed=0):
+  """Random parameters on the current mesh: the base of `tiny_model.init` as `arch` holds it,
+  adapters as they begin, and moved as `move` does.
+  """
+  return move(arch, begin(arch, tiny_model.init(arch.plain(), seed), seed), seed)
+
+
+def move(arch, begun, seed=0):
+  """Parameters in which adapters are moved by random numbers from where they begin, but for what is
+  fixed and for rows beyond a layer's rank.
+  """
+  rng, out = np.random.default_rng(seed), dict(begun)
   for name, p in sorted(kinds.declared(arch).items()):
     is_added = 'lora_' in name and p.origin == 'adapter' and not p.is_fixed
     if is_added:
-      move = 0.1 * rng.normal(size=p.shape).astype(np.float32) * kept_rows(arch, name)
-      out[name] = out[name] + tiny_model.place(move, *p.axes)
+      moved = 0.1 * rng.normal(size=p.shape).astype(np.float32) * kept_rows(arch, name)
+      out[name] = out[name] + tiny_model.place(moved, *p.axes)
   return trees.unflatten({n: out[n] for n in sorted(out)})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ftjax.data import synthetic
 from ftjax.hf import export
-from ftjax.models import head, kinds
+from ftjax.models import head, kinds, kv_cache
 from ftjax.models.architecture import (
   Architecture,
   AttentionSpec,
@@ -113,11 +113,19 @@ def init(arch, seed=0):
   return trees.unflatten(leaves)
 
 
+def all_logits(arch, params, x):
+  """float32[B, T, V] of hidden states x, of every token: what the product never makes."""
+  rows = jax.sharding.reshard(x, spec(None, None, None)).reshape(-1, x.shape[-1])
+  rows = jax.sharding.reshard(rows, spec('batch', None))
+  found = head.logits(rows, kinds.head_weights(arch, params), arch.logit_spec)
+  found = jax.sharding.reshard(found, spec(None, None))
+  return found[:, : arch.vocab_size].reshape(*x.shape[:2], -1)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _logits(arch, params, tokens, where, remat):
   x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-  table = jax.sharding.reshard(kinds.head_weights(arch, params), spec(None, None))
-  return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
+  return all_logits(arch, params, x)
 
 
 def logits(arch, params, tokens, where, remat='none'):
@@ -135,3 +143,24 @@ def logprobs(arch, params, tokens, labels, weights, where):
   """float32[B, T]: log p of each label whose weight is not 0, through the head."""
   arrays = (place(a, 'batch', 'seq') for a in (tokens, labels, np.float32(weights)))
   return np.asarray(_logprobs(arch, params, *arrays, where))
+
+
+def decoded(arch, params, tokens, segments, prompt):
+  """Hidden states float32[B, T, D] by prefill of the first `prompt` tokens and a step for each of
+  the rest, with room for four more.
+  """
+  (batch, length), positions = tokens.shape, np.asarray(tokens_at(segments).positions)
+  decode = jax.jit(functools.partial(kinds.decode, arch, dtype=jnp.float32))
+  memory = kv_cache.empty(arch, batch, length + 4, jnp.float32)
+  parts, at = [], 0
+  for count in [prompt] + [1] * (length - prompt):
+    part = slice(at, at + count)
+    where = Tokens(*(place(a[:, part], 'batch', 'seq') for a in (segments, positions)))
+    x, memory = decode(
+      params, place(tokens[:, part], 'batch', 'seq'), where, memory, jnp.asarray(at, jnp.int32)
+    )
+    parts.append(np.asarray(x))
+    at += count
+  np.testing.assert_array_equal(memory.tokens.segments, np.pad(segments, ((0, 0), (0, 4))))
+  np.testing.assert_array_equal(memory.tokens.positions, np.pad(positions, ((0, 0), (0, 4))))
+  return np.concatenate(parts, 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftjax.families import rope_rule
 from ftjax.families.hf_config import HfConfig, is_neutral
+from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.rope_rule import BETA, ORIGINAL, PARTIAL, Reading, Rule, class_rule
 from ftjax.models.architecture import (
   DynamicScaling,
@@ -23,7 +24,6 @@ from ftjax.runtime.errors import DataError
 
 # A family with a second base for its sliding layers has one more, such as rope_local_base_freq.
 KEYS = frozenset(('rope_theta', 'rope_scaling', 'rope_parameters', ORIGINAL, PARTIAL))
-FULL, SLIDING = 'full_attention', 'sliding_attention'
 
 
 def read(c: HfConfig, reading: Reading = Reading()) -> Rope:  # noqa: B008 - frozen

@@ -122,7 +122,7 @@ class Programs:
     keys = token_keys(seed, slots.prompt, slots.completion, slots.position + 1)
     # For one row, jax 0.12 loses in indexing how the batch is sharded.
     x = jax.sharding.reshard(x, spec('batch', None))
-    logits = head.logits(x, kinds.head_weights(self.arch, params), self.arch.vocab_size)
+    logits = head.logits(x, kinds.head_weights(self.arch, params), self.arch.logit_spec)
     # The vocabulary whole on every device.
     logits = jax.sharding.reshard(logits, spec('batch', None))
     token, logprob = sample(logits, keys, sampling, self._vocab_size)

@@ -141,21 +141,28 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-  """A normalization over the model axis.
+  """A normalization.
 
   eps: added to the mean square. kind: 'rms', or 'layer', which subtracts the mean first. offset:
-  the scale is `offset + weight`; with 1 the weight is stored around 0.
+  the scale is `offset + weight`; with 1 the weight is stored around 0. bias: one is added.
   """
 
   eps: float = 1e-6
   kind: str = 'rms'
   offset: float = 0.0
+  bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-  """Grouped-query attention. rope: None rotates nothing. qkv_bias: the projections to queries, keys
-  and values add a bias.
+  """Grouped-query attention.
+
+  rope: None rotates nothing. qkv_bias, out_bias: the projections to queries, keys and values, and
+  the output projection, add a bias. window: tokens that a query sees, itself and those just before
+  it; None: all. scale: factor of the scores; None: 1 / sqrt(head_dim). soft_cap: largest size of a
+  score. qk_norm: normalization of queries and keys before the rotation, of each head, or with
+  qk_norm_width='all' of all heads together. gate: the output of each head is multiplied with the
+  sigmoid of a projection of the layer's input.
   """
 
   num_heads: int
@@ -163,8 +170,17 @@ class AttentionSpec:
   head_dim: int
   rope: Rope | None = Rope()
   qkv_bias: bool = False
+  out_bias: bool = False
+  window: int | None = None
+  scale: float | None = None
+  soft_cap: float | None = None
+  qk_norm: Norm | None = None
+  qk_norm_width: str = 'head'
+  gate: bool = False
 
   def __post_init__(self):
+    if self.qk_norm_width not in ('head', 'all'):
+      raise ValueError(f'qk_norm_width={self.qk_norm_width!r}; expected head or all')
     if self.num_heads % self.num_kv_heads:
       raise DataError(
         f'config.json: num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads=}'
@@ -182,17 +198,55 @@ class GatedMlpSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeSpec:
+  """A mixture of experts: sum over the top_k experts of a token of weight * down(activation(gate x)
+  * up x), weights from a softmax over all experts (Shazeer et al. 2017; Fedus et al. 2021).
+
+  ffn_dim: of an expert. renormalize: the top_k weights are divided by their sum. balance: factor of
+  the load-balance loss that the model's config names.
+  """
+
+  num_experts: int
+  top_k: int
+  ffn_dim: int
+  activation: str = 'silu'
+  renormalize: bool = True
+  balance: float = 0.001
+
+  def __post_init__(self):
+    if not 1 <= self.top_k <= self.num_experts:
+      raise DataError(
+        f'config.json: num_experts_per_tok={self.top_k}; expected 1 to the number of experts, '
+        f'{self.num_experts}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockSpec:
   """One kind of layer: a mixer and an MLP, each a residual branch.
 
   norm_placement: 'before' a branch, 'after' it (on its output, before the residual addition), or
-  'both'.
+  'both'. residual_scale: factor of the output of a branch (Granite).
   """
 
   mixer: AttentionSpec
-  mlp: GatedMlpSpec
+  mlp: GatedMlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
+  residual_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitSpec:
+  """How logits follow from the product of hidden states and head weights: `scale * product`; with
+  a soft cap c, `c tanh(scale * product / c)` (Gemma 2, 2024, section 2).
+
+  vocab: the ids from it on are padding: their logits are -inf. None: there is no padding.
+  """
+
+  vocab: int | None = None
+  scale: float = 1.0
+  soft_cap: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +298,9 @@ class Architecture:
   name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
   to a multiple of it in memory, and never in files. adapter: what is trained, where the rest is
   frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of
-  all parameters. block: most inputs that share a scale in nf4.
+  all parameters. block: most inputs that share a scale in nf4. embed_scale: factor of the
+  embeddings. logit_scale, logit_soft_cap: see LogitSpec. learned_positions: rows of a table of
+  positions that is added to the embeddings; 0: there is none.
   """
 
   family: str
@@ -260,6 +316,15 @@ class Architecture:
   adapter: Adapter | None = None
   base: str = ''
   block: int = 64
+  embed_scale: float = 1.0
+  logit_scale: float = 1.0
+  logit_soft_cap: float | None = None
+  learned_positions: int = 0
+
+  @property
+  def logit_spec(self) -> LogitSpec:
+    """How the logits follow from the hidden states and the head."""
+    return LogitSpec(self.vocab_size, self.logit_scale, self.logit_soft_cap)
 
   @property
   def vocab_rows(self) -> int:
@@ -303,6 +368,10 @@ class Architecture:
     for i, (pattern, repeats) in enumerate(self.stacks):
       slots += [(f'stack{i}/block{j}', r) for r in range(repeats) for j in range(len(pattern))]
     return slots
+
+  def mixtures(self) -> list[MoeSpec]:
+    """Returns the spec of each layer that has experts, in order."""
+    return [spec.mlp for spec in self.layers() if isinstance(spec.mlp, MoeSpec)]
 
   def layers(self) -> list[BlockSpec]:
     """Returns the spec of each layer, in order."""

@@ -38,7 +38,7 @@ def head_params(arch: Architecture) -> int:
 
 def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
   """Returns the number of parameters that a token is multiplied with: matrices of the blocks,
-  adapters and the head, without norms, biases and the embedding look-up.
+  adapters and the head, without norms, biases and the look-ups of embeddings and positions.
 
   left_out: names of leaves that do not count.
   """
@@ -48,6 +48,7 @@ def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
     for name, p in kinds.declared(arch).items()
     if p.fan_in
     and name not in left_out
+    and 'position' not in p.axes
     and (name == head or 'vocab' not in p.axes or 'rank' in p.axes)
   )
 

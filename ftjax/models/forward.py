@@ -92,7 +92,7 @@ class Forward:
     x = self.hidden_states(params, batch, noise)
     table = kinds.head_weights(self.arch, params)
     return head.cross_entropy_sums(
-      x, table, batch['labels'], batch['weights'], config, self.arch.vocab_size
+      x, table, batch['labels'], batch['weights'], config, self.arch.logit_spec
     )
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
@@ -100,7 +100,7 @@ class Forward:
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
     return head.token_logprobs(
-      x, table, batch['labels'], batch['weights'], vocab=self.arch.vocab_size
+      x, table, batch['labels'], batch['weights'], logit_spec=self.arch.logit_spec
     )
 
   def logprobs_and_entropy(
@@ -112,7 +112,7 @@ class Forward:
     x = self.hidden_states(params, batch)
     table = kinds.head_weights(self.arch, params)
     return head.logprobs_and_entropies(
-      x, table, batch['labels'], batch['weights'], temperature, self.arch.vocab_size
+      x, table, batch['labels'], batch['weights'], temperature, self.arch.logit_spec
     )
 
   def divergence_from(self, params: dict, other: Self, others: dict, batch: dict) -> jax.Array:
@@ -127,7 +127,7 @@ class Forward:
     """
     ours = self.hidden_states(params, batch), kinds.head_weights(self.arch, params)
     theirs = other.hidden_states(others, batch), kinds.head_weights(other.arch, others)
-    return head.divergence_sums(ours, theirs, batch['weights'], self.arch.vocab_size)
+    return head.divergence_sums(ours, theirs, batch['weights'], self.arch.logit_spec)
 
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]

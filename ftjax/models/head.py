@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from ftjax.losses import cross_entropy
 from ftjax.losses.cross_entropy import LossConfig
+from ftjax.models.architecture import LogitSpec
 from ftjax.runtime.sharding import (
   BATCH,
   axis_size,
@@ -30,6 +31,7 @@ from ftjax.runtime.sharding import (
 
 # Bytes of one chunk's float32 logits, per device: large enough for full-speed matrix products.
 CHUNK_BYTES = 96 * 2**20
+PLAIN = LogitSpec()
 
 _STATES, _TABLE, _TOKENS = (
   spec('batch', 'seq', 'act_embed'),
@@ -54,15 +56,25 @@ def _padded_from(vocab: int | None, rows: int) -> int | None:
   return None if vocab == rows else vocab
 
 
+def _shaped(product: jax.Array, spec: LogitSpec) -> jax.Array:
+  """Returns the logits of products of hidden states and head weights, float32[..., V]."""
+  if spec.scale != 1:
+    product = product * spec.scale
+  if spec.soft_cap is None:
+    return product
+  return spec.soft_cap * jnp.tanh(product / spec.soft_cap)
+
+
 class _Chunks:
   """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks. `more`:
-  float32[B, T] arrays that go along. vocab: None where the table has no padding."""
+  float32[B, T] arrays that go along."""
 
-  def __init__(self, vocab, x, w, labels, weights, *more):
+  def __init__(self, spec, x, w, labels, weights, *more):
     self.shape, self.tokens = x.shape, labels.size
     self.w = gather(w.astype(x.dtype), 'fsdp', 1)
     self.offset = index('tensor') * self.w.shape[0]
-    self.vocab = _padded_from(vocab, self.w.shape[0] * axis_size('tensor'))
+    self.spec = spec
+    self.vocab = _padded_from(spec.vocab, self.w.shape[0] * axis_size('tensor'))
     self.size = chunk_tokens(self.w.shape[0], self.tokens)
     flat = weights.reshape(-1)
     self.order = jnp.argsort(flat == 0, stable=True)
@@ -83,8 +95,15 @@ class _Chunks:
       jax.lax.dynamic_slice_in_dim(a, i * self.size, self.size) for a in self.arrays
     )
     logits = jnp.einsum('nD,VD->nV', x, self.w, preferred_element_type=jnp.float32)
-    logits = cross_entropy.without_padding(logits, self.offset, self.vocab)
+    logits = cross_entropy.without_padding(_shaped(logits, self.spec), self.offset, self.vocab)
     return x, labels, weights, logits, *more
+
+  def product_gradient(self, g, logits):
+    """Returns the gradient of the product x w, float32[n, V'], from that of the logits."""
+    if self.spec.soft_cap is not None:
+      slope = 1 - jnp.square(logits / self.spec.soft_cap)
+      g = jnp.where(jnp.isfinite(logits), g * slope, 0.0)  # not where a logit is -inf
+    return g if self.spec.scale == 1 else g * self.spec.scale
 
   def put(self, buffer, i, values):
     return jax.lax.dynamic_update_slice_in_dim(
@@ -99,8 +118,8 @@ class _Chunks:
     )
 
 
-def _train_local(x, w, labels, weights, *, terms: LossConfig, vocab: int | None):
-  chunks = _Chunks(vocab, x, w, labels, weights)
+def _train_local(x, w, labels, weights, *, terms: LossConfig, logit_spec: LogitSpec):
+  chunks = _Chunks(logit_spec, x, w, labels, weights)
 
   def body(i, carry):
     loss, nll, dx, dw = carry
@@ -108,7 +127,7 @@ def _train_local(x, w, labels, weights, *, terms: LossConfig, vocab: int | None)
     more_loss, more_nll, g = cross_entropy.loss_and_gradient(
       logits, y, m, terms, _vocab_axis(), chunks.offset, chunks.vocab
     )
-    g = g.astype(a.dtype)
+    g = chunks.product_gradient(g, logits).astype(a.dtype)
     da = jnp.einsum('nV,VD->nD', g, chunks.w, preferred_element_type=jnp.float32)
     dx = chunks.put(dx, i, total(da, 'tensor'))
     dw = dw + jnp.einsum('nV,nD->VD', g, a, preferred_element_type=jnp.float32)
@@ -130,7 +149,7 @@ def cross_entropy_sums(
   labels: jax.Array,
   weights: jax.Array,
   terms: LossConfig,
-  vocab: int | None = None,
+  logit_spec: LogitSpec = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sums of the loss over all tokens of all devices.
 
@@ -142,29 +161,29 @@ def cross_entropy_sums(
     labels: int32[B, T], the token that follows (shifted on the host).
     weights: float32[B, T]; 0 skips the position.
     terms: label smoothing and z-loss.
-    vocab: tokens of the vocabulary; None: as many as w has rows.
+    logit_spec: how logits follow from x and w; static.
 
   Returns:
     (sum of weight * loss, sum of weight * nll), float32[], nats.
   """
-  return _train(x, w, labels, weights, terms, vocab)[:2]
+  return _train(x, w, labels, weights, terms, logit_spec)[:2]
 
 
-def _train(x, w, labels, weights, terms, vocab):
+def _train(x, w, labels, weights, terms, logit_spec):
   return shard_map(
-    functools.partial(_train_local, terms=terms, vocab=vocab),
+    functools.partial(_train_local, terms=terms, logit_spec=logit_spec),
     (_STATES, _TABLE, _TOKENS, _TOKENS),
     (spec(), spec(), _STATES, _TABLE),
   )(x, w, labels, weights)
 
 
-def _forward(x, w, labels, weights, terms, vocab):
-  loss, nll, dx, dw = _train(x, w, labels, weights, terms, vocab)
+def _forward(x, w, labels, weights, terms, logit_spec):
+  loss, nll, dx, dw = _train(x, w, labels, weights, terms, logit_spec)
   return (loss, nll), (dx, dw)
 
 
-def _backward(terms, vocab, gradients, cotangents):
-  del terms, vocab
+def _backward(terms, logit_spec, gradients, cotangents):
+  del terms, logit_spec
   dx, dw = gradients
   scale = cotangents[0]
   return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, None)
@@ -179,10 +198,10 @@ def token_logprobs(
   labels: jax.Array,
   weights: jax.Array,
   temperature: float = 1.0,
-  vocab: int | None = None,
+  logit_spec: LogitSpec = PLAIN,
 ) -> jax.Array:
   """float32[B, T]: log p(label) where weights is not 0, else 0; see `logprobs_and_entropies`."""
-  return _readout(x, w, labels, weights, temperature, False, vocab)[0]
+  return _readout(x, w, labels, weights, temperature, False, logit_spec)[0]
 
 
 def logprobs_and_entropies(
@@ -191,7 +210,7 @@ def logprobs_and_entropies(
   labels: jax.Array,
   weights: jax.Array,
   temperature: float,
-  vocab: int | None = None,
+  logit_spec: LogitSpec = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
   """Log p(label) and the entropy of p = softmax(logits / temperature), where weights is not 0.
 
@@ -203,20 +222,20 @@ def logprobs_and_entropies(
     labels: int32[B, T], the token that follows.
     weights: float32[B, T]; 0 skips the position, other values do not scale.
     temperature: of the softmax, static.
-    vocab: tokens of the vocabulary; None: as many as w has rows.
+    logit_spec: how logits follow from x and w; static.
 
   Returns:
     (float32[B, T] nats, float32[B, T] nats), 0 where weights is 0.
   """
-  return _readout(x, w, labels, weights, temperature, True, vocab)
+  return _readout(x, w, labels, weights, temperature, True, logit_spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _readout(x, w, labels, weights, temperature, with_entropy, vocab):
+def _readout(x, w, labels, weights, temperature, with_entropy, logit_spec):
   """(log-probs, entropies or zeros)."""
 
   def local(x, w, labels, weights):
-    chunks = _Chunks(vocab, x, w, labels, weights)
+    chunks = _Chunks(logit_spec, x, w, labels, weights)
 
     def body(i, carry):
       out, entropies = carry
@@ -238,14 +257,14 @@ def _readout(x, w, labels, weights, temperature, with_entropy, vocab):
   return shard_map(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights)
 
 
-def _readout_forward(x, w, labels, weights, temperature, with_entropy, vocab):
-  found = _readout(x, w, labels, weights, temperature, with_entropy, vocab)
+def _readout_forward(x, w, labels, weights, temperature, with_entropy, logit_spec):
+  found = _readout(x, w, labels, weights, temperature, with_entropy, logit_spec)
   return found, (x, w, labels, weights)
 
 
-def _readout_backward(temperature, with_entropy, vocab, saved, cotangents):
+def _readout_backward(temperature, with_entropy, logit_spec, saved, cotangents):
   def local(x, w, labels, weights, d_logp, d_entropy):
-    chunks = _Chunks(vocab, x, w, labels, weights, d_logp, d_entropy)
+    chunks = _Chunks(logit_spec, x, w, labels, weights, d_logp, d_entropy)
 
     def body(i, carry):
       dx, dw = carry
@@ -254,7 +273,7 @@ def _readout_backward(temperature, with_entropy, vocab, saved, cotangents):
       g = cross_entropy.logprob_gradient(
         logits / temperature, y, dp, dh if with_entropy else None, _vocab_axis(), chunks.offset
       )
-      g = (g / temperature).astype(a.dtype)
+      g = chunks.product_gradient(g / temperature, logits).astype(a.dtype)
       da = jnp.einsum('nV,VD->nD', g, chunks.w, preferred_element_type=jnp.float32)
       dx = chunks.put(dx, i, total(da, 'tensor'))
       return dx, dw + jnp.einsum('nV,nD->VD', g, a, preferred_element_type=jnp.float32)
@@ -276,7 +295,7 @@ def divergence_sums(
   first: tuple[jax.Array, jax.Array],
   second: tuple[jax.Array, jax.Array],
   weights: jax.Array,
-  vocab: int | None = None,
+  logit_spec: LogitSpec = PLAIN,
 ) -> jax.Array:
   """Returns the sum over the tokens whose weight is not 0 of the KL divergence from the first to
   the second model's distribution of the next token, float32[], nats.
@@ -285,12 +304,12 @@ def divergence_sums(
     first: hidden states [B, T, D] and head weights [V, D].
     second: those of another model with the same vocabulary.
     weights: float32[B, T].
-    vocab: tokens of the vocabulary; None: as many as w has rows.
+    logit_spec: how logits follow from x and w; static.
   """
 
   def local(x, w, y, v, weights):
     labels = jnp.zeros(weights.shape, jnp.int32)
-    ours, theirs = (_Chunks(vocab, *model, labels, weights) for model in ((x, w), (y, v)))
+    ours, theirs = (_Chunks(logit_spec, *model, labels, weights) for model in ((x, w), (y, v)))
 
     def body(i, sum_):
       _, _, m, logits = ours.take(i)
@@ -305,15 +324,17 @@ def divergence_sums(
   return shard_map(local, specs, spec())(*first, *second, weights)
 
 
-def logits(x: jax.Array, w: jax.Array, vocab: int | None = None) -> jax.Array:
+def logits(x: jax.Array, w: jax.Array, logit_spec: LogitSpec = PLAIN) -> jax.Array:
   """float32[B, V] of the last hidden states [B, D]: for decoding, where B is small. Those of ids
-  from `vocab` on, which are padding, are -inf.
+  of the padding are -inf.
   """
   w = jax.sharding.reshard(w.astype(x.dtype), spec('vocab', None))
   found = jnp.einsum(
     'BD,VD->BV', x, w, preferred_element_type=jnp.float32, out_sharding=spec('batch', 'vocab')
   )
-  if _padded_from(vocab, w.shape[0]) is None:
+  found = _shaped(found, logit_spec)
+  vocab = _padded_from(logit_spec.vocab, w.shape[0])
+  if vocab is None:
     return found
   ids = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1, out_sharding=spec('batch', 'vocab'))
   return jnp.where(ids < vocab, found, -jnp.inf)

@@ -31,7 +31,8 @@ class Declared(NamedTuple):
   adapter leaf that keeps its initial value; it is saved. weights: numbers of the model that one
   number of the leaf stands for: 2 where two are packed into a byte, 0 where it belongs to others.
   padding: how many of the last rows along the axis 'vocab' belong to no token: they are 0, no
-  gradient reaches them, and files do not hold them.
+  gradient reaches them, and files do not hold them. share: of the leaf that a token is multiplied
+  with, below 1 for experts.
   """
 
   shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Declared(NamedTuple):
   is_fixed: bool = False
   weights: int = 1
   padding: int = 0
+  share: float = 1.0
 
   @property
   def file_shape(self) -> tuple[int, ...]:
@@ -125,9 +127,21 @@ class Linear(nnx.Module):
     bias: bool = False,
   ):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
-    self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
-    self.b = declare(outputs, out[2:], 0) if bias else None
+    self.w = self.leaf((*inputs, *outputs), axes, math.prod(inputs))
+    self.b = self.leaf(outputs, out[2:], 0) if bias else None
     self.storage, self.name, self.adapter, self.merged = '', '', None, ''
+
+  leaf = staticmethod(declare)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The sizes of w's axes."""
+    return (*self.inputs, *self.outputs)
+
+  @property
+  def leaf_axes(self) -> tuple[str, ...]:
+    """The logical names of w's axes."""
+    return self.axes
 
   # What is declared beside w and b.
 
@@ -140,7 +154,7 @@ class Linear(nnx.Module):
     parts = jax.eval_shape(pack, whole)._asdict()
     self.w = nnx.Dict(
       {
-        field: declare(
+        field: self.leaf(
           p.shape,
           self._packed_axes[2 - p.ndim :],
           inputs if field == 'codes' else 0,
@@ -157,13 +171,13 @@ class Linear(nnx.Module):
     own = {'origin': 'adapter', 'dtype': 'float32'}
 
     def factor(sizes, axes, **more):
-      return declare((rank, *sizes), ('rank', *axes), rank, **own, **more)
+      return self.leaf((rank, *sizes), ('rank', *axes), rank, **own, **more)
 
     self.lora_a = factor(self.inputs, self._in_axes)
     self.lora_b = factor(self.outputs, self._out_axes)
-    self.lora_scale = declare((), (), 0, 1.0, origin='derived', dtype='float32')
+    self.lora_scale = self.leaf((), (), 0, 1.0, origin='derived', dtype='float32')
     if adapter.dora:
-      self.lora_m = declare(self.outputs, self._out_axes, 0, 1.0, **own)
+      self.lora_m = self.leaf(self.outputs, self._out_axes, 0, 1.0, **own)
     if adapter.pissa:
       self.lora_a0 = factor(self.inputs, self._in_axes, is_fixed=True)
       self.lora_b0 = factor(self.outputs, self._out_axes, is_fixed=True)
@@ -196,7 +210,7 @@ class Linear(nnx.Module):
     if self.adapter is not None and not self.merged:
       y = y + self._low_rank(dropout(self.name, x) if dropout else x)
       if self.lora_m is not None:
-        y = _scaled(y, self._lengths()[None, None])
+        y = scaled(y, self._lengths()[None, None])
     y = jax.lax.reshape(y, (*lead, *self.outputs), out_sharding=spec(*self.out))
     return y if self.b is None else y + self.b[...].astype(y.dtype)[None, None]
 
@@ -256,7 +270,7 @@ class Linear(nnx.Module):
   def _low_rank(self, x: jax.Array) -> jax.Array:
     """Returns scale * (x A) B, [B, T, O]."""
     return sum(
-      _product(_scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
+      _product(scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
       for sign, (a, b) in self._pairs(x.dtype)
     )
 
@@ -295,7 +309,7 @@ class Linear(nnx.Module):
 
 # For the gradient x is kept as it came, and not its float32 copy.
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
   """Returns x times a float32 factor, in x's dtype. A factor that was rounded to bfloat16 first
   would be wrong by the same amount for all numbers, and one near 1 would change none.
   """
@@ -352,20 +366,32 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Normalize(nnx.Module):
-  """(x - mean) / rms(x - mean) * (offset + scale) over the last axis, in float32; without the mean
-  for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016, without a bias).
+  """(x - mean) / rms(x - mean) * (offset + scale) + bias over the last axes, in float32; without
+  the mean for kind 'rms' (Zhang and Sennrich 2019, eq. 4; 'layer': Ba et al. 2016).
+
+  Args:
+    shape: sizes of the axes that are normalized together.
+    norm: how.
+    axes: their logical names.
   """
 
-  def __init__(self, dim: int, norm: Norm):
-    self.norm = norm
-    self.scale = declare((dim,), ('norm',), 0, constant=1.0 - norm.offset)
+  bias = None
+
+  def __init__(self, shape: tuple[int, ...], norm: Norm, axes: tuple[str, ...] = ('norm',)):
+    self.norm, self.over = norm, tuple(range(-len(shape), 0))
+    self.scale = declare(shape, axes, 0, constant=1.0 - norm.offset)
+    if norm.bias:
+      self.bias = declare(shape, axes, 0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
+    x32, lead = x.astype(jnp.float32), (None,) * (x.ndim - len(self.over))
     if self.norm.kind == 'layer':
-      x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.norm.eps)
+      x32 = x32 - jnp.mean(x32, axis=self.over, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=self.over, keepdims=True) + self.norm.eps)
     scale = self.scale[...].astype(jnp.float32)
     if self.norm.offset:
       scale = scale + self.norm.offset
-    return (x32 * inverse * scale[None, None]).astype(x.dtype)
+    y = x32 * inverse * scale[lead]
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)[lead]
+    return y.astype(x.dtype)

@@ -9,17 +9,25 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import lora, rope
-from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  MoeSpec,
+)
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp
+from ftjax.models.moe import Moe, Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
@@ -48,7 +56,9 @@ def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention, with rotary positions where the spec has them."""
+  """Grouped-query attention with what its spec has of rotary positions, norms, gate and caps."""
+
+  q_norm = k_norm = gate = None
 
   def __init__(self, model_dim: int, spec: AttentionSpec):
     d, n, k, h = model_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
@@ -58,22 +68,35 @@ class Attention(nnx.Module):
     self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
     self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
-    self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), ('batch', 'seq', 'act_embed'))
+    out = ('batch', 'seq', 'act_embed')
+    self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), out, spec.out_bias)
+    if spec.gate:
+      self.gate = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads)
+    if spec.qk_norm is not None and spec.qk_norm_width == 'all':
+      self.q_norm = Normalize((n, h), spec.qk_norm, heads[2:])
+      self.k_norm = Normalize((k, h), spec.qk_norm, kv[2:])
+    elif spec.qk_norm is not None:
+      self.q_norm, self.k_norm = (Normalize((h,), spec.qk_norm) for _ in 'qk')
 
   def __call__(self, x, context: Context, store):
-    drop = context.dropout
-    q, k = self.q(x, drop), self.k(x, drop)
-    if self.spec.rope is not None:
-      angles = context.angles[self.spec.rope, self.spec.head_dim]
+    spec, drop = self.spec, context.dropout
+    q, k = _normalized(self.q_norm, self.q(x, drop)), _normalized(self.k_norm, self.k(x, drop))
+    if spec.rope is not None:
+      angles = context.angles[spec.rope, spec.head_dim]
       q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-      q = rope.scale_queries(self.spec.rope, q, context.query.positions)
+      q = rope.scale_queries(spec.rope, q, context.query.positions)
+    if spec.scale is not None:  # attend divides by sqrt(head_dim)
+      q = scaled(q, spec.scale * spec.head_dim**0.5)
     k, v, memory = store(k, self.v(x, drop))
-    return self.o(attend(q, k, v, context.query, context.key), drop), memory
+    y = attend(q, k, v, context.query, context.key, spec.window, spec.soft_cap)
+    if self.gate is not None:
+      y = y * jax.nn.sigmoid(self.gate(x, drop))
+    return self.o(y, drop), memory
 
 
 # The class of a spec is the kind; the module computes it.
 MIXERS = {AttentionSpec: Attention}
-MLPS = {GatedMlpSpec: GatedMlp}
+MLPS = {GatedMlpSpec: GatedMlp, MoeSpec: Moe}
 
 
 class Block(nnx.Module):
@@ -84,21 +107,31 @@ class Block(nnx.Module):
     if spec.norm_placement not in ('before', 'after', 'both'):
       raise ValueError(f'norm_placement={spec.norm_placement!r}; expected before, after or both')
     before, after = spec.norm_placement != 'after', spec.norm_placement != 'before'
-    self.attn_norm = Normalize(dim, spec.norm) if before else None
+    self.residual_scale = spec.residual_scale
+    self.attn_norm = Normalize((dim,), spec.norm) if before else None
     self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
-    self.attn_out_norm = Normalize(dim, spec.norm) if after else None
-    self.mlp_norm = Normalize(dim, spec.norm) if before else None
+    self.attn_out_norm = Normalize((dim,), spec.norm) if after else None
+    self.mlp_norm = Normalize((dim,), spec.norm) if before else None
     self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
-    self.mlp_out_norm = Normalize(dim, spec.norm) if after else None
+    self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
 
   def __call__(self, x, context: Context, store):
-    """Returns (x, memory). `store(k, v) -> (keys to attend to, values, memory)`: training returns
-    its arguments, decoding writes the cache.
+    """Returns (x, memory, Routing; None without experts). `store(k, v) -> (keys to attend to,
+    values, memory)`: training returns its arguments, decoding writes the cache.
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
-    x = x + _normalized(self.attn_out_norm, y)
-    y = self.mlp(_normalized(self.mlp_norm, x), context.dropout)
-    return x + _normalized(self.mlp_out_norm, y), memory
+    x = x + self._branch(self.attn_out_norm, y)
+    y, routing = _normalized(self.mlp_norm, x), None
+    if isinstance(self.mlp, Moe):
+      y, routing = self.mlp(y, context.query.segments)
+    else:
+      y = self.mlp(y, context.dropout)
+    return x + self._branch(self.mlp_out_norm, y), memory, routing
+
+  def _branch(self, norm: Normalize | None, y: jax.Array) -> jax.Array:
+    """Returns what a branch adds to the residual stream."""
+    y = _normalized(norm, y)
+    return y if self.residual_scale == 1 else scaled(y, self.residual_scale)
 
 
 def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
@@ -106,15 +139,20 @@ def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
 
 
 class EmbedAndHead(nnx.Module):
-  """The parameters around the blocks: embedding table, last norm, and an untied head."""
+  """The parameters around the blocks: the embedding tables of tokens and of learned positions, last
+  norm, and an untied head.
+  """
 
   def __init__(self, arch: Architecture):
     shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
     table = functools.partial(declare, shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
     self.embed = nnx.Dict(w=table())
-    self.final_norm = Normalize(arch.model_dim, arch.final_norm)
+    self.final_norm = Normalize((arch.model_dim,), arch.final_norm)
+    dim = arch.model_dim
+    if arch.learned_positions:
+      rows = (arch.learned_positions, dim)
+      self.positions = nnx.Dict(w=declare(rows, ('position', 'embed'), dim))
     if arch.num_labels:
-      dim = arch.model_dim
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
     elif not arch.tied:
       self.head = nnx.Dict(w=table())
@@ -178,6 +216,31 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
 
 
+def positions(table: jax.Array, places: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Returns rows of table [P, D] for positions int32[B, T], as dtype[B, T, D]; of positions beyond
+  the table NaN, so that no run goes on with them.
+  """
+
+  def local(table, places):
+    table = gather(table, 'fsdp', 1)
+    return table.at[places].get(mode='fill', fill_value=jnp.nan).astype(dtype)
+
+  specs = (spec('position', 'embed'), spec('batch', 'seq'))
+  return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, places)
+
+
+def _embed(arch: Architecture, params: dict, tokens: jax.Array, where: Tokens, dtype) -> jax.Array:
+  """Returns what the first block reads, dtype[B, T, D]."""
+  x = embed(params['embed']['w'], tokens, dtype)
+  if arch.embed_scale != 1:
+    x = x * jnp.asarray(
+      arch.embed_scale, dtype
+    )  # rounded to the dtype, as transformers' Gemma does
+  if arch.learned_positions:
+    x = x + positions(params['positions']['w'], where.positions, dtype)
+  return x
+
+
 def _remat(body, policy: str):
   if policy == 'none':
     return body
@@ -186,7 +249,7 @@ def _remat(body, policy: str):
   return jax.checkpoint(body)
 
 
-def apply(
+def routed(
   arch: Architecture,
   params: dict,
   tokens: jax.Array,
@@ -196,8 +259,8 @@ def apply(
   remat: str = 'none',
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
-) -> jax.Array:
-  """Returns the hidden states after the last norm.
+) -> tuple[jax.Array, Routing | None]:
+  """Returns the hidden states after the last norm, and what the routers did.
 
   Args:
     arch: the architecture.
@@ -211,27 +274,50 @@ def apply(
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
 
   Returns:
-    dtype[B, T, D].
+    (dtype[B, T, D], Routing with a leading axis of the layers that have experts, in order; None for
+    a model without).
   """
-  x = embed(params['embed']['w'], tokens, dtype)
+  x = _embed(arch, params, tokens, where, dtype)
   if noise is not None:
     x = x + noise.astype(dtype)
-  context = _context(arch, where, where)
+  context, routings = _context(arch, where, where), []
   for i, (pattern, repeats) in enumerate(arch.stacks):
 
     def body(x, layer, i=i, pattern=pattern):
-      weights, keys = layer
+      (weights, keys), found = layer, []
       for j, kind in enumerate(pattern):
         slot = f'stack{i}/block{j}'
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
-        x, _ = block(x, here, lambda k, v: (k, v, None))
-      return x, None
+        x, _, routing = block(x, here, lambda k, v: (k, v, None))
+        found += [] if routing is None else [routing]
+      return x, found
 
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
-    x, _ = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
-  return _norm(arch, params, x)
+    x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
+    routings += [_in_order(found)] if found else []
+  return _norm(arch, params, x), _joined(routings)
+
+
+def apply(*arguments: Any, **named: Any) -> jax.Array:
+  """Returns the hidden states of `routed` alone, dtype[B, T, D]."""
+  return routed(*arguments, **named)[0]
+
+
+def _in_order(found: list[Routing]) -> Routing:
+  """Returns the routing of a stack's layers in order; found: of each block of the pattern, with an
+  axis of repeats.
+  """
+  if len(found) == 1:
+    return found[0]
+  return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *found)
+
+
+def _joined(routings: list[Routing]) -> Routing | None:
+  if len(routings) < 2:
+    return routings[0] if routings else None
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *routings)
 
 
 def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None) -> jax.Array:
@@ -257,9 +343,7 @@ def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None)
     module = module[folder] if isinstance(module, nnx.Dict) else getattr(module, folder)
   if isinstance(module, Linear) and last == 'w':
     found = module.merged_weights()
-    return jax.lax.reshape(
-      found, (*module.inputs, *module.outputs), out_sharding=gathered(*module.axes)
-    )
+    return jax.lax.reshape(found, module.shape, out_sharding=gathered(*module.leaf_axes))
   leaf = module[last] if isinstance(module, nnx.Dict) else getattr(module, last)
   return rounded(leaf[...].astype(jnp.float32), arch.adapter.merged)
 
@@ -280,7 +364,8 @@ def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
 
 
 def _around_params(params: dict) -> dict:
-  return {n: params[n] for n in ('embed', 'final_norm', 'head', 'score') if n in params}
+  names = ('embed', 'positions', 'final_norm', 'head', 'score')
+  return {n: params[n] for n in names if n in params}
 
 
 def decode(
@@ -313,7 +398,7 @@ def decode(
     put(cache.tokens.segments, where.segments), put(cache.tokens.positions, where.positions)
   )
   context = _context(arch, where, key)
-  x = embed(params['embed']['w'], tokens, dtype)
+  x = _embed(arch, params, tokens, where, dtype)
   keys, values = dict(cache.keys), dict(cache.values)
   for i, (pattern, repeats) in enumerate(arch.stacks):
     # The cache is a carry: as scan inputs and outputs it would be copied whole at every step.
@@ -334,7 +419,7 @@ def decode(
           return pick(new_k), pick(new_v), (new_k, new_v)
 
         block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
-        x, (new_k, new_v) = block(x, context, store)
+        x, (new_k, new_v), _ = block(x, context, store)
         ks, vs = ks | {name: new_k}, vs | {name: new_v}
       return (x, ks, vs), None
 

@@ -32,6 +32,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
   """Returns the writers' command lines."""
   return [
     ['make_goldens.py', str(target), *tasks],
+    ['make_family_goldens.py', str(target)],
     ['make_peft_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
     ['adamw_8bit.py', str(target)],

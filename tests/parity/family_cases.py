@@ -1,0 +1,125 @@
+"""A small model of each family, which transformers and ftjax both compute. Reads neither torch nor
+jax: the writer of the golden numbers (make_family_goldens.py) and the tests share it.
+
+A new family is one more case here. After that, in the parity environment (make parity),
+
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_family_goldens.py \
+    tests/parity/golden CASE
+
+writes golden/families/CASE.npz, which the tests read: test_families.py compares with transformers,
+../test_family_invariants.py and ../multidevice/test_family_meshes.py hold the case to the
+invariants. Weights are not stored: `draw` makes them from their names.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / 'golden' / 'families'
+ROWS, PROMPTS, NEW_TOKENS = 2, 20, 8
+
+# Scales of normalizations, and lengths of heads: all of these are vectors.
+_NORM = re.compile(r'(norm|ln_\w+|layernorm)\.weight$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A small model.
+
+  config: what transformers' config class takes, with its model_type. Sizes are unusual on purpose:
+  head_dim is not hidden_size / heads, the heads are no power of two, the vocabulary is a multiple
+  of nothing. Even numbers of kv heads and a hidden_size that 8 divides let meshes split them.
+  tokens: T of the compared rows; more than a window or an original context, where the model has
+  one. norm: the number that stored norm weights lie around, 0 where the model adds 1 to them.
+  rules: (pattern, centre, scale) of tensors that need other values; the first pattern that is found
+  in a name counts.
+  """
+
+  config: Mapping[str, Any]
+  tokens: int = 48
+  norm: float = 1.0
+  rules: tuple[tuple[str, float, float], ...] = ()
+
+  @property
+  def vocab(self) -> int:
+    """Tokens of the vocabulary."""
+    return self.config['vocab_size']
+
+
+def draw(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """Returns the values of a tensor, float32[shape]: they depend on its name, its shape and the
+  case's rules alone. RandomState's numbers are frozen for all versions of numpy.
+  """
+  centre, scale = (case.norm, 0.25) if _NORM.search(name) else (0.0, 0.25)
+  for pattern, *other in case.rules:
+    if re.search(pattern, name):
+      centre, scale = other
+      break
+  x = _random(name).standard_normal(shape)
+  return (centre + scale * x).astype(np.float32)
+
+
+def ids(case: Case) -> np.ndarray:
+  """Returns the compared rows, int32[ROWS, T]."""
+  return _random('ids').randint(0, case.vocab, (ROWS, case.tokens)).astype(np.int32)
+
+
+def prompts(case: Case) -> list[list[int]]:
+  """Returns PROMPTS prompts of 1 to T tokens. Their greedy continuations are NEW_TOKENS long."""
+  lengths = np.linspace(1, case.tokens, PROMPTS).round().astype(int)
+  rng = _random('prompts')
+  return [rng.randint(0, case.vocab, n).tolist() for n in lengths]
+
+
+def _random(name: str) -> np.random.RandomState:
+  return np.random.RandomState(zlib.crc32(name.encode()))
+
+
+_LLAMA = {
+  'model_type': 'llama',
+  'vocab_size': 67,
+  'hidden_size': 24,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 6,
+  'num_key_value_heads': 2,
+  'head_dim': 10,
+  'max_position_embeddings': 64,
+  'rms_norm_eps': 1e-5,
+  'bos_token_id': 1,
+  'eos_token_id': 2,
+}
+
+CASES = {
+  'llama': Case(_LLAMA | {'tie_word_embeddings': False}),
+  # 48 tokens are three times the original context: the scaled frequencies matter.
+  'llama3': Case(
+    _LLAMA
+    | {
+      'tie_word_embeddings': True,
+      'num_hidden_layers': 2,
+      'rope_parameters': {
+        'rope_type': 'llama3',
+        'rope_theta': 10000.0,
+        'factor': 4.0,
+        'low_freq_factor': 1.0,
+        'high_freq_factor': 4.0,
+        'original_max_position_embeddings': 16,
+      },
+    }
+  ),
+  'qwen2': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen2',
+      'tie_word_embeddings': True,
+      'rope_theta': 1e6,
+      'rms_norm_eps': 1e-6,
+    }
+  ),
+}
