@@ -133,10 +133,11 @@ def check_scorer(python: str, family: str, folder: Path) -> None:
   the right class and computes what ftjax does.
   """
   name = f'{family} reward model'
-  command = [python, '-c', MAKE, family, str(folder / family)]
+  target = folder / f'{family}_scorer'
+  command = [python, '-c', MAKE, family, str(target)]
   subprocess.run(command, check=True, cwd=ROOT)
-  loaded, left = model(folder / family, AutoModelForSequenceClassification)
-  stored = np.load(folder / f'{family}.npz')
+  loaded, left = model(target, AutoModelForSequenceClassification)
+  stored = np.load(f'{target}.npz')
   with torch.no_grad():
     out = loaded(torch.tensor(stored['ids'].astype(np.int64))).logits.numpy().reshape(-1)
   report(f'{name}: {type(loaded).__name__}, nothing missing or unexpected', not left, str(left))
