@@ -85,6 +85,40 @@ def test_qwen2_as_transformers_4_and_5_write_it(changes):
   assert families.architecture(QWEN | changes) == QWEN2
 
 
+@pytest.mark.parametrize(
+  ('config', 'windows'),
+  [
+    (QWEN | {'use_sliding_window': True}, [None, None, 64]),
+    (QWEN | {'use_sliding_window': True, 'max_window_layers': 0}, [64, 64, 64]),
+    (
+      QWEN | {'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention']},
+      [64, None, 64],
+    ),
+    (CONFIG | {'sliding_window': 64}, [64, 64, 64]),
+    (CONFIG | {'sliding_window': 64, 'use_sliding_window': False}, [None, None, None]),
+    (
+      CONFIG
+      | {
+        'sliding_window': 64,
+        'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention'],
+      },
+      [None, 64, 64],
+    ),
+  ],
+)
+def test_windows_are_read_and_written(config, windows):
+  arch = families.architecture(config)
+  assert [block.mixer.window for block in arch.layers()] == windows
+  assert families.architecture(families.config(arch)) == arch
+
+
+def test_a_window_of_llama_is_a_notice():
+  """transformers' class has none: a user should know that it computes something else."""
+  assert not notices(CONFIG | {'sliding_window': 4096})
+  (line,) = notices(CONFIG | {'sliding_window': 64})
+  assert 'sliding_window=64' in line and 'transformers' in line
+
+
 def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
   config = families.config(QWEN2)
   assert config['architectures'] == ['Qwen2ForCausalLM'] and 'attention_bias' not in config
@@ -96,6 +130,8 @@ def test_a_config_made_for_qwen2_names_its_class_and_no_llama_flag():
   [
     ({'num_key_value_heads': None}, 'num_kv_heads', 4),
     ({'head_dim': 16}, 'head_dim', 16),
+    ({'attention_bias': True}, 'qkv_bias', True),
+    ({'hidden_act': 'gelu'}, 'num_layers', 3),
     ({'head_dim': None}, 'head_dim', 8),
     ({'tie_word_embeddings': False}, 'tied', False),
     ({'rope_theta': 500000}, 'rope_theta', 500000.0),
@@ -127,11 +163,9 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
   [
     ({'model_type': 'mamba'}, 'mamba'),
     ({'model_type': None}, 'model_type'),
-    ({'hidden_act': 'gelu'}, 'hidden_act'),
-    ({'attention_bias': True}, 'attention_bias'),
+    ({'hidden_act': 'xielu'}, 'hidden_act'),
     ({'mlp_bias': True}, 'mlp_bias'),
-    ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'yarn'),
-    ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'linear'),
+    ({'rope_scaling': {'rope_type': 'axial', 'factor': 2.0}}, 'axial.*longrope, proportional'),
     ({'head_dim': 7}, 'head_dim'),
     ({'rope_theta': float('inf')}, 'rope_theta'),
     ({'num_key_value_heads': 3}, 'num_attention_heads=4'),
@@ -145,10 +179,11 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, named):
 @pytest.mark.parametrize(
   ('changes', 'named'),
   [
-    ({'use_sliding_window': True}, 'use_sliding_window=True'),
-    ({'layer_types': ['full_attention', 'sliding_attention']}, 'sliding_attention'),
+    ({'use_sliding_window': True, 'sliding_window': None}, 'sliding_window'),
+    ({'layer_types': ['full_attention', 'chunked_attention']}, 'chunked_attention'),
+    ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types has 2 entries'),
     ({'attention_bias': False}, 'attention_bias=False'),
-    ({'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, 'yarn'),
+    ({'rope_scaling': {'type': 'mrope', 'factor': 4.0}}, 'mrope.*longrope, proportional'),
     ({'model_type': 'qwen2_moe'}, 'qwen2_moe.*supported: llama, qwen2'),
     (
       {'architectures': ['Qwen2ForSequenceClassification'], 'id2label': {'0': 'a', '1': 'b'}},
@@ -348,7 +383,6 @@ def test_a_value_of_another_type_is_named(key, value):
     ('layer_norm_eps', 1e-5),
     ('moe', {'experts': 8}),
     ('pruned_heads', {'0': [1]}),
-    ('sliding_window', 64),
   ],
 )
 def test_an_unknown_key_that_may_change_the_computation_is_refused_by_name(key, value):

@@ -346,7 +346,7 @@ def write_plain(path, arch='llama', tensors=('token_embd.weight',), kind='F32'):
       {'tensors': ('blk.0.attn_q_norm.weight',)},
       'no HF name is known for tensor blk.0.attn_q_norm.weight',
     ),
-    ({'tensors': ('blk.0.attn_output.bias',)}, 'no HF name'),
+    ({'tensors': ('blk.0.attn_sinks.weight',)}, 'no HF name'),
     ({'kind': 'Q5_1'}, 'is Q5_1; supported: F32'),
   ],
 )

@@ -158,7 +158,7 @@ def test_a_config_of_transformers_own_class_is_read(name):
   written = family.write(full)
   assert families.architecture(written) == full
   from_class = {k for k in defaults if k in family.keys and defaults[k] is not None}
-  assert from_class - written.keys() <= {'rope_parameters', 'layer_types'}
+  assert from_class - written.keys() <= {'rope_parameters', 'layer_types', 'max_window_layers'}
 
 
 def test_model_random_has_the_defaults_of_llamas_class():

@@ -112,17 +112,19 @@ class HfConfig:
       raise DataError(f'config.json: {key} is missing or null; expected {expected}')
     return value
 
-  def count(self, key: str, default: int | None = None, *, of_class: bool = False) -> int:
-    """Returns a positive whole number.
+  def count(
+    self, key: str, default: int | None = None, *, of_class: bool = False, least: int = 1
+  ) -> int:
+    """Returns a whole number of at least `least`.
 
     Raises:
       DataError: another type or sign, or absent without a default.
     """
-    expected = 'a positive whole number'
+    expected = 'a positive whole number' if least else 'a whole number from 0 on'
     value = self._value(key, default, of_class, expected)
     if not isinstance(value, int) or isinstance(value, bool):
       raise _wrong(key, value, expected)
-    if value < 1:
+    if value < least:
       raise DataError(f'config.json: {key}={value}; expected {expected}')
     return value
 
@@ -247,6 +249,17 @@ def notices(config: Mapping[str, Any]) -> list[str]:
     for key, value in found.items()
     if _dropout(key, value) > 0
   ]
+  window, longest = config.get('sliding_window'), config.get('max_position_embeddings')
+  if (
+    config.get('model_type') == 'llama'
+    and isinstance(window, int)
+    and config.get('use_sliding_window') is not False
+    and window < (longest or math.inf)
+  ):
+    out.append(
+      f'config.json: sliding_window={window} is computed here; transformers computes llama without '
+      "a window: for the same results there the exported folder needs model_type='mistral'"
+    )
   own = config.get('auto_map')
   if isinstance(own, Mapping) and any('Model' in str(name) for name in own):
     out.append(

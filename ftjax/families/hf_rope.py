@@ -1,40 +1,34 @@
-"""Reads and writes the rotary embedding of a HF config.json.
+"""Reads and writes the rotary embeddings of a HF config.json.
 
-transformers 5 writes {rope_theta, rope_type, ...} under rope_parameters; 4 wrote rope_theta with
-rope_scaling. Where a file has several of them they must mean the same: transformers 5 would take
-rope_scaling, transformers 4 does not know rope_parameters.
+transformers 5 writes {rope_theta, rope_type, ...} under rope_parameters, or such an object for each
+layer type; 4 wrote rope_theta with rope_scaling. Where a file has several of them they must mean
+the same: transformers 5 would take rope_scaling, transformers 4 does not know rope_parameters.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families.hf_config import HfConfig, class_defaults, is_neutral
-from ftjax.models.architecture import Rope, RopeScaling
+from ftjax.families import rope_rule
+from ftjax.families.hf_config import HfConfig, is_neutral
+from ftjax.families.layer_types import FULL, SLIDING
+from ftjax.families.rope_rule import BETA, ORIGINAL, PARTIAL, Reading, Rule, class_rule
+from ftjax.models.architecture import LongScaling, QueryScaling, Rope
 from ftjax.runtime.errors import DataError
 
-KEYS = frozenset(
-  ('rope_theta', 'rope_scaling', 'rope_parameters', 'original_max_position_embeddings')
-)
-_LLAMA3 = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+# A family with a second base for its sliding layers has one more, such as rope_local_base_freq.
+KEYS = frozenset(('rope_theta', 'rope_scaling', 'rope_parameters', ORIGINAL, PARTIAL))
 
 
-def read(c: HfConfig) -> Rope:
+def read(c: HfConfig, reading: Reading = Reading()) -> Rope:  # noqa: B008 - frozen
   """Returns the rotary embedding of all layers.
 
   Raises:
     DataError: two keys differ (names the keys), or a rule that is not computed here.
   """
-  top = None if c.get('rope_theta') is None else c.number('rope_theta')
   found: dict[str, Rope] = {}
   for key in ('rope_parameters', 'rope_scaling'):
-    if rule := c.mapping(key):
-      theta = top if rule.get('rope_theta') is None else HfConfig(rule).number('rope_theta')
-      theta = _class_theta(c) if theta is None else theta
-      if top is not None and theta != top:
-        raise DataError(
-          f'config.json: rope_theta={top} and {key} has rope_theta={theta}; delete the wrong one'
-        )
-      found[key] = Rope(theta, _scaling(key, rule, c))
+    if content := c.mapping(key):
+      found[key] = _rope(Rule(key, content, c, reading))
   if len(found) == 2 and found['rope_parameters'] != found['rope_scaling']:
     both = ' and '.join(f'{k}={dict(c.mapping(k))}' for k in found)
     raise DataError(
@@ -43,64 +37,179 @@ def read(c: HfConfig) -> Rope:
     )
   if found:
     return next(iter(found.values()))
-  return Rope(_class_theta(c) if top is None else top)
+  # The class that scales queries has a whole rule as its default (Ministral 3).
+  content = class_rule(c) if reading.scaled_queries else {}
+  return _rope(Rule('rope_parameters', content, c, reading))
 
 
-def _class_theta(c: HfConfig) -> float:
-  """Returns the base of transformers' config class of this model_type."""
-  rule = class_defaults(str(c.model_type)).get('rope_parameters') or {}
-  return HfConfig({'rope_theta': rule.get('rope_theta')}).number('rope_theta')
+def read_by_layer_type(
+  c: HfConfig,
+  local_theta: str,
+  reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> dict[str, Rope]:
+  """Returns the rotary embeddings of full and of sliding layers: {layer type: Rope}.
 
+  rope_parameters has an object for each type. Of the old keys, rope_theta and rope_scaling are
+  those of full layers, and sliding ones turn without scaling.
 
-def _scaling(key: str, rule: Mapping[str, Any], c: HfConfig) -> RopeScaling | None:
-  """Returns the scaling rule under `key`; None for the plain embedding."""
-  kinds = {rule[k] for k in ('rope_type', 'type') if isinstance(rule.get(k), str)}
-  if len(kinds) > 1:
+  Args:
+    c: the config.json.
+    local_theta: the old key with the base of sliding layers: 'rope_local_base_freq' (Gemma 3),
+      'rope_theta' (OLMo 3); '': none.
+    reading: what the family computes.
+
+  Raises:
+    DataError: as `read`.
+  """
+  new, old = c.mapping('rope_parameters'), c.mapping('rope_scaling')
+  if other := [k for k in new if k not in (FULL, SLIDING) and not is_neutral(new[k])]:
     raise DataError(
-      f'config.json: {key} has rope_type={rule["rope_type"]!r} and type={rule["type"]!r}'
+      f'config.json: rope_parameters has {other[0]}={new[other[0]]!r}; for '
+      f'model_type={c.model_type!r} it has an object for each of {FULL}, {SLIDING}'
     )
-  kind = next(iter(kinds), 'default')
-  if kind not in ('default', 'llama3'):
+  stated = [k for k in ('rope_theta', 'rope_scaling', local_theta) if c.get(k) is not None]
+  if stated and not (local_theta or new):
     raise DataError(
-      f'config.json: {key} has rope_type={kind!r}, which is not supported; supported: default, '
-      'llama3'
+      f'config.json: {stated[0]} is not read for model_type={c.model_type!r}, which has '
+      'rope_parameters'
     )
-  known = ('rope_type', 'type', 'rope_theta', 'original_max_position_embeddings')
-  known += _LLAMA3 if kind == 'llama3' else ()
-  if other := [k for k, v in rule.items() if k not in known and not is_neutral(v)]:
-    raise DataError(
-      f'config.json: {key} has {other[0]}={rule[other[0]]!r}, which is not computed with '
-      f'rope_type={kind!r}'
-    )
-  if kind == 'default':
-    return None
-  place = HfConfig({f'{key}.{k}': rule.get(k) for k in _LLAMA3})
-  scaling = RopeScaling(
-    factor=place.number(f'{key}.factor'),
-    low_freq_factor=place.number(f'{key}.low_freq_factor'),
-    high_freq_factor=place.number(f'{key}.high_freq_factor'),
-    original_len=place.count(f'{key}.original_max_position_embeddings'),
-  )
-  if scaling.low_freq_factor >= scaling.high_freq_factor:
-    raise DataError(
-      f'config.json: {key} has low_freq_factor={scaling.low_freq_factor}, expected less than '
-      f'high_freq_factor={scaling.high_freq_factor}'
-    )
-  top = c.get('original_max_position_embeddings')
-  if top is not None and top != scaling.original_len:
-    raise DataError(
-      f'config.json: original_max_position_embeddings={top!r} and {key} has '
-      f'{scaling.original_len}; delete the wrong one'
-    )
-  return scaling
+  out: dict[str, Rope] = {}
+  for kind, theta in ((FULL, 'rope_theta'), (SLIDING, local_theta)):
+    place = f'rope_parameters.{kind}'
+    content = HfConfig({place: new.get(kind)}).mapping(place)
+    content = content if new or stated else class_rule(c, kind)
+    rule = Rule(place, content, c, reading, kind, theta)
+    if kind == SLIDING and local_theta == 'rope_theta':
+      _check_one_theta(rule)
+    out[kind] = _rope(rule)
+    if rule.given('truncate'):
+      raise DataError(
+        f'config.json: {rule.name("truncate")} is not read by transformers, which looks for it '
+        'beside the layer types; delete it'
+      )
+  if old:
+    full = _rope(Rule('rope_scaling', old, c, reading, FULL))
+    if new.get(FULL) and full != out[FULL]:
+      raise DataError(
+        f'config.json: rope_scaling={old} and rope_parameters.{FULL}={new[FULL]} are two different '
+        'rotary embeddings; delete the one that the model was not trained with'
+      )
+    out[FULL] = full
+  return out
 
 
-def write(scaling: RopeScaling) -> dict[str, Any]:
-  """Returns the value of rope_scaling."""
-  return {
-    'rope_type': 'llama3',
-    'factor': scaling.factor,
-    'low_freq_factor': scaling.low_freq_factor,
-    'high_freq_factor': scaling.high_freq_factor,
-    'original_max_position_embeddings': scaling.original_len,
-  }
+def _check_one_theta(rule: Rule) -> None:
+  """Refuses a rope_theta that transformers 5 gives to full layers alone, and 4 to all."""
+  top = rule.c.get('rope_theta')
+  if top is not None and not rule.given('rope_theta') and top != rule.default('rope_theta'):
+    raise DataError(
+      f'config.json: rope_theta={top!r} is that of all layers in transformers 4, and of full '
+      f'layers alone in 5; state {rule.name("rope_theta")}'
+    )
+
+
+def _rope(rule: Rule) -> Rope:
+  """Returns the embedding of a rule. Raises DataError for a key that it does not read."""
+  kind = rope_rule.kind_of(rule.content, rule.place)
+  known = (*rope_rule.KEYS_OF_ALL, *rope_rule.KEYS[kind], *rule.reading.ignored)
+  known += (BETA,) if rule.reading.scaled_queries else ()
+  if other := [k for k, v in rule.content.items() if k not in known and not is_neutral(v)]:
+    raise DataError(
+      f'config.json: {rule.place} has {other[0]}={rule.content[other[0]]!r}, which is not computed '
+      f'with rope_type={kind!r}'
+    )
+  query = None
+  if rule.reading.scaled_queries:
+    query = QueryScaling(rule.number(BETA), rope_rule.original_len(rule, kind))
+  return Rope(_theta(rule), rope_rule.scaling(rule, kind), _fraction(rule, kind), query)
+
+
+def _theta(rule: Rule) -> float:
+  key = rule.theta_key
+  top = None if rule.c.get(key) is None else rule.c.number(key)
+  if not rule.given('rope_theta'):
+    name = key or rule.name('rope_theta')
+    return HfConfig({name: rule.default('rope_theta') if top is None else top}).number(name)
+  theta = rule.number('rope_theta')
+  if top is not None and theta != top:
+    raise DataError(
+      f'config.json: {key}={top} and {rule.place} has rope_theta={theta}; delete the wrong one'
+    )
+  return theta
+
+
+def _fraction(rule: Rule, kind: str) -> float:
+  """Returns partial_rotary_factor, of the rule or beside it."""
+  top = None if rule.c.get(PARTIAL) is None else rule.c.number(PARTIAL)
+  own = rule.number(PARTIAL) if rule.given(PARTIAL) else None
+  if top is not None and own is not None and top != own:
+    raise DataError(
+      f'config.json: {PARTIAL}={top} and {rule.place} has {own}; delete the wrong one'
+    )
+  found = top if own is None else own
+  if found is None:
+    partial = rule.reading.partial and kind != 'proportional'
+    return float(rule.default(PARTIAL) or 1.0) if partial else 1.0
+  if found != 1 and kind != 'proportional' and not rule.reading.partial:
+    raise DataError(
+      f'config.json: {PARTIAL}={found} is not computed with rope_type={kind!r} by '
+      f'model_type={rule.c.model_type!r}, which rotates whole heads'
+    )
+  if found > 1:
+    raise DataError(f'config.json: {PARTIAL}={found}; expected at most 1')
+  return found
+
+
+def write(rope: Rope, max_len: int) -> dict[str, Any]:
+  """Returns the keys of a config.json, those that transformers 4 and 5 both read.
+
+  Args:
+    rope: of all layers.
+    max_len: what max_position_embeddings is.
+  """
+  out: dict[str, Any] = {'rope_theta': rope.theta}
+  if rule := _written(rope, max_len):
+    out['rope_scaling'] = rule
+  if rope.fraction != 1:
+    out[PARTIAL] = rope.fraction
+  if isinstance(rope.scaling, LongScaling):
+    # transformers 4 takes it from here alone.
+    out[ORIGINAL] = rope.scaling.original_len
+  return out
+
+
+def write_by_layer_type(
+  ropes: Mapping[str, Rope], max_len: int, local_theta: str
+) -> dict[str, Any]:
+  """Returns the keys of a config.json with a rotary embedding for each layer type: rope_parameters
+  for transformers 5, and where they can say it the old keys for transformers 4.
+
+  Args:
+    ropes: {layer type: Rope} of full and sliding layers.
+    max_len: what max_position_embeddings is.
+    local_theta: as in `read_by_layer_type`.
+  """
+  full, sliding = ropes[FULL], ropes[SLIDING]
+  new = {}
+  for kind, rope in ropes.items():
+    rule = _written(rope, max_len) or {'rope_type': 'default'}
+    partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
+    new[kind] = {'rope_theta': rope.theta} | rule | partial
+  plain = sliding == Rope(sliding.theta) and full.fraction == 1
+  if not local_theta or not plain or (local_theta == 'rope_theta' and full.theta != sliding.theta):
+    return {'rope_parameters': new}
+  old = {'rope_theta': full.theta, local_theta: sliding.theta}
+  if rule := _written(full, max_len):
+    old['rope_scaling'] = rule
+  return {'rope_parameters': new} | old
+
+
+def _written(rope: Rope, max_len: int) -> dict[str, Any]:
+  """Returns the value of rope_scaling; {} for the plain embedding."""
+  out = rope_rule.content(rope.scaling, max_len)
+  if rope.query is not None:
+    own = out.get(ORIGINAL, rope.query.original_len)
+    if own != rope.query.original_len:
+      raise DataError(f'{rope}: a config.json has one {ORIGINAL}')
+    out = (out or {'rope_type': 'default'}) | {ORIGINAL: own, BETA: rope.query.beta}
+  return out

@@ -1,36 +1,60 @@
-"""Qwen2 and Qwen2.5: Llama's decoder with biases on queries, keys and values."""
+"""Qwen2 and Qwen2.5."""
 
 from typing import Any
 
-from ftjax.families import llama
+from ftjax.families import decoder, hf_rope, layer_types, llama
 from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
 from ftjax.models.architecture import Architecture
 
+KEYS = llama.KEYS | {'max_window_layers'}
+
+
+def types(c: HfConfig) -> tuple[str, ...]:
+  """Returns the type of each layer: with use_sliding_window those from max_window_layers on have a
+  window.
+  """
+  first = layers = c.size('num_hidden_layers')
+  if c.flag('use_sliding_window', of_class=True):
+    first = c.count('max_window_layers', of_class=True, least=0)
+  derived = [layer_types.FULL if i < first else layer_types.SLIDING for i in range(layers)]
+  return layer_types.read(c, derived)
+
+
+def write_windows(arch: Architecture) -> dict[str, Any]:
+  """Returns the keys of the windows of a decoder."""
+  window = layer_types.window(arch)
+  if window is None:
+    return {'use_sliding_window': False}
+  return {
+    'use_sliding_window': True,
+    'sliding_window': window,
+    'layer_types': layer_types.of(arch),
+  }
+
 
 def _read(c: HfConfig, family: str) -> Architecture:
   # Keys that its class does not have: it always adds biases to q, k and v, and no others.
-  llama.check_flag(c, 'attention_bias', True, of_class=False)
-  llama.check_flag(c, 'mlp_bias', False, of_class=False)
-  if c.get('sliding_window') is not None:
-    c.count('sliding_window')  # its class reads it only with use_sliding_window
-  return llama.read_sizes(c, family, qkv_bias=True)
+  decoder.check_flag(c, 'attention_bias', True, of_class=False)
+  decoder.check_flag(c, 'mlp_bias', False, of_class=False)
+  block = decoder.with_mixer(decoder.read_block(c, hf_rope.read(c)), qkv_bias=True)
+  return decoder.read_model(c, family, decoder.with_windows(c, block, types(c)))
 
 
 def _write(arch: Architecture) -> dict[str, Any]:
-  more = {'use_sliding_window': False}
-  return llama.write_sizes(arch, 'Qwen2', 'qwen2') | more | llama.write_rope(arch)
+  written = decoder.write_model(arch, 'Qwen2', 'qwen2') | decoder.write_rope(arch)
+  return written | write_windows(arch)
 
 
 QWEN2 = Family(
   model_types=('qwen2',),
   hf_class='Qwen2',
-  keys=llama.KEYS,
+  keys=KEYS,
   read=_read,
   write=_write,
-  rows=llama.ROWS,
-  unused=llama.UNUSED,
-  tied=llama.TIED,
+  rows=decoder.rows(),
+  unused=decoder.UNUSED,
+  tied=decoder.TIED,
   gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), normalizes=True),
 )

@@ -17,7 +17,7 @@ import numpy as np
 from ftjax.families import gguf, hf_rope, table
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
-from ftjax.models.architecture import Architecture, RopeScaling
+from ftjax.models.architecture import Architecture, Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
@@ -206,7 +206,9 @@ class GGUFSource(TensorSource):
     config['vocab_size'] = self.tensors[embed].shape[0]
     config['tie_word_embeddings'] = head not in self.tensors
     if scaling := self._rope_scaling(config['rope_theta'], head_dim):
-      config['rope_scaling'] = hf_rope.write(scaling)
+      config |= hf_rope.write(
+        Rope(config['rope_theta'], scaling), config['max_position_embeddings']
+      )
     return config
 
   def _rope_scaling(self, theta: float, head_dim: int) -> RopeScaling | None:

@@ -21,7 +21,7 @@ from ftjax.hf import gguf_vocabulary, gguf_writer, layout, modelfile
 from ftjax.hf.gguf import interleaved, llama3_factors
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import check_finite
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files as files_lib
 
@@ -120,12 +120,21 @@ def _known(family: Family, arch: Architecture) -> Gguf:
     raise DataError('a reward model has no form in GGUF files; export a Hugging Face folder')
   if any(spec != arch.layers()[0] for spec in arch.layers()):
     raise DataError('layers that differ have no form in GGUF files here')
-  if arch.layers()[0].mixer.rope.scaling and not family.gguf.scales_rope:
+  rope = arch.layers()[0].mixer.rope
+  if rope is None or not _has_rope(rope):
+    raise DataError(f'a model with {rope=} is not written as GGUF; export a Hugging Face folder')
+  if rope.scaling and not family.gguf.scales_rope:
     raise DataError(
       f'config.json: rope_scaling is not applied by llama.cpp for the architecture '
       f'{family.gguf.arch!r}; export a Hugging Face folder'
     )
   return family.gguf
+
+
+def _has_rope(rope: Rope) -> bool:
+  """Returns whether the files can hold a rotary embedding: whole heads, plain or `llama3`."""
+  known = rope.scaling is None or isinstance(rope.scaling, RopeScaling)
+  return known and rope == Rope(rope.theta, rope.scaling)
 
 
 def _names(family: Family, arch: Architecture) -> dict[str, str]:

@@ -4,37 +4,34 @@ outputs of attention and MLP, with tanh-GELU, and with gate and up fused in one 
 import dataclasses
 import re
 
-from ftjax.families import llama
+from ftjax.families import decoder, hf_rope
 from ftjax.families.family import Family
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import GatedMlpSpec, Norm
 
 
 def _read(c, family):
-  arch = llama.read_sizes(c, family, qkv_bias=False)
-  norm = Norm(c.number('layer_norm_eps'), kind='layer')
-  arch = arch.with_blocks(
-    lambda block: dataclasses.replace(
-      block,
-      norm=norm,
-      norm_placement='after',
-      mlp=GatedMlpSpec(block.mlp.ffn_dim, activation='gelu_tanh'),
-    )
+  block = decoder.read_block(c, hf_rope.read(c))
+  block = dataclasses.replace(
+    block,
+    norm=Norm(c.number('layer_norm_eps'), kind='layer'),
+    norm_placement='after',
+    mlp=GatedMlpSpec(block.mlp.ffn_dim, activation='gelu_tanh'),
   )
-  return dataclasses.replace(arch, final_norm=norm)
+  return decoder.read_model(c, family, [block] * c.size('num_hidden_layers'))
 
 
 def _write(arch):
   more = {'layer_norm_eps': arch.final_norm.eps}
-  return llama.write_sizes(arch, 'Toy', 'toy_llama') | more
+  return decoder.write_model(arch, 'Toy', 'toy_llama') | decoder.write_rope(arch) | more
 
 
-_KEPT = [r for r in llama.ROWS if 'layernorm' not in r.hf and 'gate' not in r.hf]
+_KEPT = [r for r in decoder.rows() if 'layernorm' not in r.hf and 'gate' not in r.hf]
 _LAYER = 'model.layers.{l}.'
 FAMILY = Family(
   model_types=('toy_llama',),
   hf_class='Toy',
-  keys=llama.KEYS | {'layer_norm_eps'},
+  keys=decoder.KEYS | {'layer_norm_eps'},
   read=_read,
   write=_write,
   rows=(
@@ -45,5 +42,5 @@ FAMILY = Family(
     Row(f'{_LAYER}mlp.gate_up_proj.weight', '[F] D', 'mlp/up/w', 'DF'),
   ),
   unused=re.compile('nothing'),
-  tied=llama.TIED,
+  tied=decoder.TIED,
 )
