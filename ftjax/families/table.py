@@ -3,14 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import llama, qwen
+from ftjax.families import gemma, llama, qwen
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 KEY = 'model.family'
-FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2}
+FAMILIES: dict[str, Family] = {
+  'llama': llama.LLAMA,
+  'qwen2': qwen.QWEN2,
+  'qwen3': qwen.QWEN3,
+  'gemma2': gemma.GEMMA2,
+  'gemma3': gemma.GEMMA3,
+}
 
 
 def named(name: str) -> Family:

@@ -95,6 +95,13 @@ _LLAMA = {
   'eos_token_id': 2,
 }
 
+_GEMMA = _LLAMA | {
+  'tie_word_embeddings': True,
+  'query_pre_attn_scalar': 7,
+  'sliding_window': 8,
+  'pad_token_id': None,  # torch gives the row of a padding token no gradient
+}
+
 CASES = {
   'llama': Case(_LLAMA | {'tie_word_embeddings': False}),
   # 48 tokens are three times the original context: the scaled frequencies matter.
@@ -121,5 +128,37 @@ CASES = {
       'rope_theta': 1e6,
       'rms_norm_eps': 1e-6,
     }
+  ),
+  'qwen3': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3',
+      'tie_word_embeddings': False,
+      'head_dim': 14,
+      'rope_theta': 1e6,
+      'rms_norm_eps': 1e-6,
+      'attention_bias': True,
+      # The last two layers see 7 tokens.
+      'use_sliding_window': True,
+      'sliding_window': 7,
+      'max_window_layers': 1,
+    }
+  ),
+  'gemma2': Case(
+    _GEMMA | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
+    norm=0.0,
+  ),
+  # A row holds six windows; both kinds of layers turn, the full ones by an eighth of the angle.
+  'gemma3': Case(
+    _GEMMA
+    | {
+      'model_type': 'gemma3_text',
+      'num_hidden_layers': 4,
+      'sliding_window_pattern': 3,
+      'rope_theta': 1e5,
+      'rope_local_base_freq': 1e3,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+    },
+    norm=0.0,
   ),
 }
