@@ -154,6 +154,21 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+  """An array that a mixer keeps of each sequence from one step of decoding to the next.
+
+  sizes, axes: of the axes after those of layers and batch, and their logical names. dtype: its
+  name; '' for the compute dtype. grows: the array has an entry for each token; its axis, 'seq',
+  comes before `sizes`. What does not grow is a state, which each token changes.
+  """
+
+  sizes: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  dtype: str = ''
+  grows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
   """Grouped-query attention.
 
@@ -187,6 +202,78 @@ class AttentionSpec:
       )
     if self.rope is not None:
       self.rope.check(self.head_dim)
+
+  @property
+  def split_heads(self) -> int:
+    """Heads that `mesh.tensor` must divide."""
+    return self.num_kv_heads
+
+  @property
+  def inner(self) -> int:
+    """Numbers of a token between the projections."""
+    return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+  def kept(self) -> dict[str, Kept]:
+    """Returns what decoding keeps: the rotated keys, and the values."""
+    entry = Kept((self.num_kv_heads, self.head_dim), ('kv_heads', None), grows=True)
+    return {'keys': entry, 'values': entry}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetSpec:
+  """A gated delta net (Yang et al. 2025, "Gated delta networks"): linear attention whose state is
+  decayed and corrected at each token; see models/delta_net.py.
+
+  num_key_heads, key_dim: heads of queries and of keys, and their size. num_value_heads, value_dim:
+  of values; each key head serves the same number of neighbouring value heads. conv_width: tokens
+  that the convolution sees, itself and those just before it. eps: of the norm of a head's output.
+  """
+
+  num_key_heads: int
+  key_dim: int
+  num_value_heads: int
+  value_dim: int
+  conv_width: int = 4
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    if self.num_value_heads % self.num_key_heads:
+      raise DataError(
+        f'config.json: linear_num_value_heads={self.num_value_heads} is no multiple of '
+        f'linear_num_key_heads={self.num_key_heads}'
+      )
+
+  @property
+  def channels(self) -> int:
+    """Channels of a key head in the convolution: its query, its key and its values."""
+    return 2 * self.key_dim + self.num_value_heads // self.num_key_heads * self.value_dim
+
+  @property
+  def split_heads(self) -> int:
+    """Heads that `mesh.tensor` must divide."""
+    return self.num_key_heads
+
+  @property
+  def inner(self) -> int:
+    """Numbers of a token between the projections: before and after the convolution, gate, output.
+    """
+    return 2 * self.num_key_heads * self.channels + 2 * self.num_value_heads * self.value_dim
+
+  @property
+  def state_size(self) -> int:
+    """Numbers of the state of a sequence."""
+    return self.num_value_heads * self.key_dim * self.value_dim
+
+  def kept(self) -> dict[str, Kept]:
+    """Returns what decoding keeps: the last inputs of the convolution, and the state."""
+    return {
+      'inputs': Kept(
+        (self.conv_width - 1, self.num_key_heads, self.channels), (None, 'kv_heads', None)
+      ),
+      'state': Kept(
+        (self.num_value_heads, self.key_dim, self.value_dim), ('heads', None, None), 'float32'
+      ),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +316,7 @@ class BlockSpec:
   'both'. residual_scale: factor of the output of a branch (Granite).
   """
 
-  mixer: AttentionSpec
+  mixer: AttentionSpec | DeltaNetSpec
   mlp: GatedMlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
