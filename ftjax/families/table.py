@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import llama, qwen
+from ftjax.families import llama, mixtral, qwen, qwen3_moe
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 KEY = 'model.family'
-FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2}
+FAMILIES: dict[str, Family] = {
+  'llama': llama.LLAMA,
+  'qwen2': qwen.QWEN2,
+  'mixtral': mixtral.MIXTRAL,
+  'qwen3_moe': qwen3_moe.QWEN3_MOE,
+}
 
 
 def named(name: str) -> Family:

@@ -122,4 +122,33 @@ CASES = {
       'rms_norm_eps': 1e-6,
     }
   ),
+  'mixtral': Case(
+    _LLAMA
+    | {
+      'model_type': 'mixtral',
+      'tie_word_embeddings': False,
+      'intermediate_size': 20,
+      'num_hidden_layers': 2,
+      'num_local_experts': 6,
+      'num_experts_per_tok': 2,
+      'router_aux_loss_coef': 0.02,
+      'sliding_window': 19,
+    }
+  ),
+  # A dense layer between those with experts, and weights that are not divided by their sum.
+  'qwen3_moe': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3_moe',
+      'tie_word_embeddings': False,
+      'num_hidden_layers': 4,
+      'mlp_only_layers': [1],
+      'moe_intermediate_size': 12,
+      'num_experts': 6,
+      'num_experts_per_tok': 3,
+      'norm_topk_prob': False,
+      'router_aux_loss_coef': 0.05,
+      'rope_theta': 1e6,
+    }
+  ),
 }
