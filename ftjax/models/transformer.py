@@ -27,7 +27,8 @@ from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp
-from ftjax.models.moe import Moe, Routing
+from ftjax.models.moe import Moe
+from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
