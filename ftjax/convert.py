@@ -239,7 +239,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, gguf_export, load, model_card, model_folder
+  from ftjax.hf import export, fused_tensors, gguf_export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -250,7 +250,8 @@ def _convert_files(source: str, target: str, dtype: str | None):
   check_unquantized(config)
   if path.suffix == '.gguf' or table.is_known(config):
     # A part of a split model has a config too.
-    load.check_tensors(weights, table.architecture(config))
+    arch = table.architecture(config)
+    load.check_tensors(fused_tensors.in_family_form(weights, arch), arch)
   if gguf_export.is_gguf(target):
     _check_outside(target, path)
     arch = table.architecture(config)

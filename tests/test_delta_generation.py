@@ -62,9 +62,7 @@ def test_a_refilled_slot_begins_with_its_prompt_s_states():
 
 
 def test_prompts_that_begin_together_are_as_from_the_queue():
-  together = engine(3).generate_at_once(
-    params(), PROMPTS, max_tokens=MOST, sampling=WARM, seed=3
-  )
+  together = engine(3).generate_at_once(params(), PROMPTS, max_tokens=MOST, sampling=WARM, seed=3)
   assert [c.tokens for c in together] == [row[0] for row in tokens(rollout(3))]
 
 
@@ -107,8 +105,7 @@ def test_a_conversation_is_as_if_read_whole(reads):
 
 
 def test_a_conversation_that_is_cut_back_is_read_anew(reads):
-  """No token can be taken out of a state: the same prompt again, a part of it, another second turn.
-  """
+  """No token can be taken out of a state: the same prompt again, a part of it, another second turn."""
   conversation = Conversation()
   (first, answer), _ = talk(TURNS[:2], conversation)
   for turns in (TURNS[:1], [TURNS[0][:5]], [TURNS[0], [99]]):

@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
+from ftjax.hf import (
+  fused_tensors,
+  gguf_files,
+  gguf_tokenizer,
+  layout,
+  model_folder,
+  weight_files,
+)
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -228,7 +235,7 @@ def load_params(
   from ftjax.cluster import processes
   from ftjax.models import kinds
 
-  source = open_source(path)
+  source = fused_tensors.in_family_form(open_source(path), arch)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

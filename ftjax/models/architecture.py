@@ -255,8 +255,7 @@ class DeltaNetSpec:
 
   @property
   def inner(self) -> int:
-    """Numbers of a token between the projections: before and after the convolution, gate, output.
-    """
+    """Numbers of a token between the projections: before and after the convolution, gate, output."""
     return 2 * self.num_key_heads * self.channels + 2 * self.num_value_heads * self.value_dim
 
   @property

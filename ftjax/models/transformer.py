@@ -29,7 +29,8 @@ from ftjax.models.delta_net import DeltaNet
 from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp
-from ftjax.models.moe import Moe, Routing
+from ftjax.models.moe import Moe
+from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.

@@ -145,7 +145,8 @@ CASES = {
     }
   ),
   'gemma2': Case(
-    _GEMMA | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
+    _GEMMA
+    | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
     norm=0.0,
   ),
   # A row holds six windows; both kinds of layers turn, the full ones by an eighth of the angle.
@@ -160,5 +161,34 @@ CASES = {
       'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
     },
     norm=0.0,
+  ),
+  'mixtral': Case(
+    _LLAMA
+    | {
+      'model_type': 'mixtral',
+      'tie_word_embeddings': False,
+      'intermediate_size': 20,
+      'num_hidden_layers': 2,
+      'num_local_experts': 6,
+      'num_experts_per_tok': 2,
+      'router_aux_loss_coef': 0.02,
+      'sliding_window': 19,
+    }
+  ),
+  # A dense layer between those with experts, and weights that are not divided by their sum.
+  'qwen3_moe': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3_moe',
+      'tie_word_embeddings': False,
+      'num_hidden_layers': 4,
+      'mlp_only_layers': [1],
+      'moe_intermediate_size': 12,
+      'num_experts': 6,
+      'num_experts_per_tok': 3,
+      'norm_topk_prob': False,
+      'router_aux_loss_coef': 0.05,
+      'rope_theta': 1e6,
+    }
   ),
 }
