@@ -35,6 +35,7 @@ ACTIVATIONS = {
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
   'gelu_fast': 'gelu_tanh',
+  'relu': 'relu',
 }
 # {norm of a block: (name of the HF module, name in GGUF files)}.
 NORMS = {
@@ -140,6 +141,12 @@ def read_activation(c: HfConfig, key: str = 'hidden_act') -> str:
   return ACTIVATIONS[act]
 
 
+def activation_name(ours: str, preferred: str = '') -> str:
+  """Returns the name in transformers of an activation, the preferred one of several."""
+  names = [theirs for theirs, mine in ACTIVATIONS.items() if mine == ours]
+  return preferred if preferred in names else names[0]
+
+
 def read_block(c: HfConfig, rope: Rope | None) -> BlockSpec:
   """Returns Llama's block with the sizes of a config.json.
 
@@ -220,7 +227,6 @@ def check_flag(c: HfConfig, key: str, expected: bool, *, of_class: bool) -> None
 def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str, Any]:
   """Returns the keys of a config.json that Llama-like decoders share, but those of the rope."""
   block = arch.layers()[0]
-  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return {
     'architectures': [f'{hf_class}ForCausalLM'],
     'model_type': model_type,
@@ -232,7 +238,7 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
     'head_dim': block.mixer.head_dim,
     'intermediate_size': block.mlp.ffn_dim,
     'rms_norm_eps': block.norm.eps,
-    'hidden_act': names[block.mlp.activation],
+    'hidden_act': activation_name(block.mlp.activation),
     'tie_word_embeddings': arch.tied,
     'max_position_embeddings': arch.max_len,
     'initializer_range': 0.02,

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import llama, qwen
+from ftjax.families import gpt2, llama, qwen
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 KEY = 'model.family'
-FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2}
+FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2, 'gpt2': gpt2.GPT2}
 
 
 def named(name: str) -> Family:

@@ -26,7 +26,7 @@ from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_fi
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
 from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -149,6 +149,12 @@ def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
     )
 
 
+def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
+  """Returns the tensors of a model's files under the names of its family's tensor map."""
+  source = open_source(path)
+  return RenamedSource(source, table.of(arch).names(arch, source.tensors))
+
+
 def check_tensors(source: TensorSource, arch: Architecture):
   """Compares the names and shapes of a file with what a model needs.
 
@@ -228,7 +234,7 @@ def load_params(
   from ftjax.cluster import processes
   from ftjax.models import kinds
 
-  source = open_source(path)
+  source = open_model_source(path, arch)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

@@ -191,10 +191,22 @@ class AttentionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GatedMlpSpec:
-  """down(activation(gate x) * up x). activation: a name in mlp.ACTIVATIONS."""
+  """down(activation(gate x) * up x). activation: a name in mlp.ACTIVATIONS. bias: the projections
+  add one.
+  """
 
   ffn_dim: int
   activation: str = 'silu'
+  bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpSpec:
+  """down(activation(up x)). activation, bias: as in GatedMlpSpec."""
+
+  ffn_dim: int
+  activation: str = 'silu'
+  bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +218,7 @@ class BlockSpec:
   """
 
   mixer: AttentionSpec
-  mlp: GatedMlpSpec
+  mlp: GatedMlpSpec | MlpSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
   residual_scale: float = 1.0

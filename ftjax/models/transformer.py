@@ -15,11 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import lora, rope
-from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  MlpSpec,
+)
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
-from ftjax.models.mlp import GatedMlp
+from ftjax.models.mlp import GatedMlp, Mlp
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
@@ -88,7 +94,7 @@ class Attention(nnx.Module):
 
 # The class of a spec is the kind; the module computes it.
 MIXERS = {AttentionSpec: Attention}
-MLPS = {GatedMlpSpec: GatedMlp}
+MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp}
 
 
 class Block(nnx.Module):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from ftjax.models import counts, kinds
-from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.architecture import Architecture, BlockSpec, MlpSpec
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a trained float32 parameter: itself, two moments of Adam, the gradient
@@ -65,8 +65,9 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
 
 def _inner(spec: BlockSpec) -> int:
   """Returns how many numbers of a token stand between the matrices of a layer."""
-  mixer = spec.mixer
-  return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim + 3 * spec.mlp.ffn_dim
+  mixer, wide = spec.mixer, 2 if isinstance(spec.mlp, MlpSpec) else 3
+  heads = 2 * mixer.num_heads + 2 * mixer.num_kv_heads
+  return heads * mixer.head_dim + wide * spec.mlp.ffn_dim
 
 
 def _base_bytes(arch: Architecture) -> int:

@@ -122,4 +122,17 @@ CASES = {
       'rms_norm_eps': 1e-6,
     }
   ),
+  'gpt2': Case(
+    {
+      'model_type': 'gpt2',
+      'vocab_size': 67,
+      'n_embd': 24,
+      'n_inner': 40,
+      'n_layer': 3,
+      'n_head': 6,
+      'n_positions': 61,
+      'bos_token_id': 1,
+      'eos_token_id': 2,
+    }
+  ),
 }
