@@ -64,6 +64,11 @@ def _out_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
   return spec is not None and spec.mixer.out_bias
 
 
+def _mlp_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
+  del arch
+  return spec is not None and spec.mlp.bias
+
+
 def _qk_norm(arch: Architecture, spec: BlockSpec | None) -> bool:
   del arch
   return spec is not None and spec.mixer.qk_norm is not None
@@ -96,6 +101,9 @@ MLP = (
   Row(f'{_MLP}gate_proj.weight', 'F D', 'mlp/gate/w', 'DF', gguf='blk.{l}.ffn_gate.weight'),
   Row(f'{_MLP}up_proj.weight', 'F D', 'mlp/up/w', 'DF', gguf='blk.{l}.ffn_up.weight'),
   Row(f'{_MLP}down_proj.weight', 'D F', 'mlp/down/w', 'FD', gguf='blk.{l}.ffn_down.weight'),
+  Row(f'{_MLP}gate_proj.bias', 'F', 'mlp/gate/b', 'F', _mlp_bias, gguf='blk.{l}.ffn_gate.bias'),
+  Row(f'{_MLP}up_proj.bias', 'F', 'mlp/up/b', 'F', _mlp_bias, gguf='blk.{l}.ffn_up.bias'),
+  Row(f'{_MLP}down_proj.bias', 'D', 'mlp/down/b', 'D', _mlp_bias, gguf='blk.{l}.ffn_down.bias'),
 )
 HEAD = (
   Row('model.norm.weight', 'D', 'final_norm/scale', 'D', gguf='output_norm.weight'),
@@ -246,5 +254,8 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
 
 
 def write_rope(arch: Architecture) -> dict[str, Any]:
-  """Returns the keys of a config.json with the rotary embedding that all layers share."""
-  return hf_rope.write(arch.layers()[0].mixer.rope, arch.max_len)
+  """Returns the keys of a config.json with the rotary embedding that all layers share, but for
+  those that have none.
+  """
+  ropes = [b.mixer.rope for b in arch.layers() if b.mixer.rope is not None]
+  return hf_rope.write(ropes[0], arch.max_len) if ropes else {}

@@ -3,14 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import gpt2, llama, qwen
+from ftjax.families import gpt2, granite, llama, olmo, phi, qwen, smollm3
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 KEY = 'model.family'
-FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2, 'gpt2': gpt2.GPT2}
+FAMILIES: dict[str, Family] = {
+  'llama': llama.LLAMA,
+  'qwen2': qwen.QWEN2,
+  'gpt2': gpt2.GPT2,
+  'smollm3': smollm3.SMOLLM3,
+  'olmo2': olmo.OLMO2,
+  'olmo3': olmo.OLMO3,
+  'granite': granite.GRANITE,
+  'granitemoehybrid': granite.GRANITE_HYBRID,
+  'phi3': phi.PHI3,
+}
 
 
 def named(name: str) -> Family:
