@@ -23,8 +23,8 @@ class Family:
   inverse, a complete config.json. rows, sizes: see tensor_map. unused: HF tensors that may be in a
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
   tied model may repeat the first as the second. prefix: of the tensors of transformers' model
-  without its head, which files of that model alone leave out. gguf: the family in GGUF files; None where it is
-  neither read from them nor written to them.
+  without its head, which files of that model alone leave out. gguf: the family in GGUF files; None
+  where it is neither read from them nor written to them.
   """
 
   model_types: tuple[str, ...]

@@ -71,6 +71,10 @@ _OF_OTHERS = {
   'mamba_n_heads', 'mamba_n_groups', 'mamba_d_state', 'mamba_d_head', 'mamba_d_conv',
   'mamba_expand', 'mamba_chunk_size', 'mamba_conv_bias', 'mamba_proj_bias', 'time_step_limit',
 }  # fmt: skip
+_HYBRID_KEYS = {
+  'num_local_experts', 'layer_types', 'layers_block_type', 'position_embedding_type',
+  'shared_intermediate_size',
+}  # fmt: skip
 _SHARED = 'model.layers.{l}.shared_mlp.'
 _MLP = (
   Row(f'{_SHARED}input_linear.weight', '[F] D', 'mlp/gate/w', 'DF'),
@@ -132,10 +136,7 @@ def _write_hybrid(arch: Architecture) -> dict[str, Any]:
 GRANITE_HYBRID = Family(
   model_types=('granitemoehybrid',),
   hf_class='GraniteMoeHybrid',
-  keys=_KEYS | _OF_OTHERS | {
-    'num_local_experts', 'layer_types', 'layers_block_type', 'position_embedding_type',
-    'shared_intermediate_size',
-  },  # fmt: skip
+  keys=_KEYS | _HYBRID_KEYS | _OF_OTHERS,
   read=_read_hybrid,
   write=_write_hybrid,
   rows=decoder.rows(mlp=_MLP),

@@ -38,8 +38,7 @@ def read(c: HfConfig, reading: Reading = Reading()) -> Rope:  # noqa: B008 - fro
   if found:
     return next(iter(found.values()))
   # The class that scales queries has a whole rule as its default (Ministral 3).
-  needs_class = c.get('rope_theta') is None or reading.scaled_queries
-  content = class_rule(c) if needs_class else {}
+  content = class_rule(c) if reading.scaled_queries else {}
   return _rope(Rule('rope_parameters', content, c, reading))
 
 

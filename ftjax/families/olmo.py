@@ -1,5 +1,5 @@
-"""OLMo 2 and OLMo 3: norms on the outputs of attention and MLP, and of all queries and all keys of a
-token together.
+"""OLMo 2 and OLMo 3: norms on the outputs of attention and MLP, and of all queries of a token, and
+all its keys, together.
 """
 
 import dataclasses

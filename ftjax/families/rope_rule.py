@@ -83,7 +83,7 @@ class Rule:
 
   def numbers(self, key: str) -> tuple[float, ...]:
     found = self.content.get(key)
-    if not isinstance(found, list) or not found:
+    if not isinstance(found, list | tuple) or not found:
       raise DataError(f'config.json: {self.name(key)}={found!r}; expected a list of numbers')
     name = f'an entry of {self.name(key)}'
     return tuple(HfConfig({name: x}).number(name) for x in found)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import gpt2, granite, llama, olmo, phi, qwen, smollm3
+from ftjax.families import gemma, gpt2, granite, llama, olmo, phi, qwen, smollm3
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
@@ -13,6 +13,9 @@ KEY = 'model.family'
 FAMILIES: dict[str, Family] = {
   'llama': llama.LLAMA,
   'qwen2': qwen.QWEN2,
+  'qwen3': qwen.QWEN3,
+  'gemma2': gemma.GEMMA2,
+  'gemma3': gemma.GEMMA3,
   'gpt2': gpt2.GPT2,
   'smollm3': smollm3.SMOLLM3,
   'olmo2': olmo.OLMO2,

@@ -210,6 +210,30 @@ class MlpSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeSpec:
+  """A mixture of experts: sum over the top_k experts of a token of weight * down(activation(gate x)
+  * up x), weights from a softmax over all experts (Shazeer et al. 2017; Fedus et al. 2021).
+
+  ffn_dim: of an expert. renormalize: the top_k weights are divided by their sum. balance: factor of
+  the load-balance loss that the model's config names.
+  """
+
+  num_experts: int
+  top_k: int
+  ffn_dim: int
+  activation: str = 'silu'
+  renormalize: bool = True
+  balance: float = 0.001
+
+  def __post_init__(self):
+    if not 1 <= self.top_k <= self.num_experts:
+      raise DataError(
+        f'config.json: num_experts_per_tok={self.top_k}; expected 1 to the number of experts, '
+        f'{self.num_experts}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockSpec:
   """One kind of layer: a mixer and an MLP, each a residual branch.
 
@@ -218,7 +242,7 @@ class BlockSpec:
   """
 
   mixer: AttentionSpec
-  mlp: GatedMlpSpec | MlpSpec
+  mlp: GatedMlpSpec | MlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
   residual_scale: float = 1.0
@@ -356,6 +380,10 @@ class Architecture:
     for i, (pattern, repeats) in enumerate(self.stacks):
       slots += [(f'stack{i}/block{j}', r) for r in range(repeats) for j in range(len(pattern))]
     return slots
+
+  def mixtures(self) -> list[MoeSpec]:
+    """Returns the spec of each layer that has experts, in order."""
+    return [spec.mlp for spec in self.layers() if isinstance(spec.mlp, MoeSpec)]
 
   def layers(self) -> list[BlockSpec]:
     """Returns the spec of each layer, in order."""

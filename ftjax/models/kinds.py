@@ -18,6 +18,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared
+from ftjax.models.moe import Routing
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.sharding import spec
@@ -51,7 +52,8 @@ class Kind:
   {name: initial value} of adapter leaves; those it leaves out are drawn like base leaves. pack:
   (arch, declared, name, leaf of files) -> {name: leaf as the base is held}. merged: (arch, params,
   name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
-  the kind has no adapters.
+  the kind has no adapters. routed: as `apply`, with what the routers did, see transformer.routed;
+  None where the kind has no experts.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -63,6 +65,7 @@ class Kind:
   adapters: Callable[..., dict[str, jax.Array]] = _none
   pack: Callable[..., dict[str, jax.Array]] = _as_it_is
   merged: Callable[..., jax.Array] | None = None
+  routed: Callable[..., tuple[jax.Array, Routing | None]] | None = None
 
 
 DECODER = Kind(
@@ -75,6 +78,7 @@ DECODER = Kind(
   lora.initial,
   lora.pack,
   transformer.merged,
+  transformer.routed,
 )
 KINDS = {'decoder': DECODER}
 

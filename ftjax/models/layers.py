@@ -31,7 +31,8 @@ class Declared(NamedTuple):
   adapter leaf that keeps its initial value; it is saved. weights: numbers of the model that one
   number of the leaf stands for: 2 where two are packed into a byte, 0 where it belongs to others.
   padding: how many of the last rows along the axis 'vocab' belong to no token: they are 0, no
-  gradient reaches them, and files do not hold them.
+  gradient reaches them, and files do not hold them. share: of the leaf that a token is multiplied
+  with, below 1 for experts.
   """
 
   shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Declared(NamedTuple):
   is_fixed: bool = False
   weights: int = 1
   padding: int = 0
+  share: float = 1.0
 
   @property
   def file_shape(self) -> tuple[int, ...]:
@@ -125,9 +127,21 @@ class Linear(nnx.Module):
     bias: bool = False,
   ):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
-    self.w = declare((*inputs, *outputs), axes, math.prod(inputs))
-    self.b = declare(outputs, out[2:], 0) if bias else None
+    self.w = self.leaf((*inputs, *outputs), axes, math.prod(inputs))
+    self.b = self.leaf(outputs, out[2:], 0) if bias else None
     self.storage, self.name, self.adapter, self.merged = '', '', None, ''
+
+  leaf = staticmethod(declare)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The sizes of w's axes."""
+    return (*self.inputs, *self.outputs)
+
+  @property
+  def leaf_axes(self) -> tuple[str, ...]:
+    """The logical names of w's axes."""
+    return self.axes
 
   # What is declared beside w and b.
 
@@ -140,7 +154,7 @@ class Linear(nnx.Module):
     parts = jax.eval_shape(pack, whole)._asdict()
     self.w = nnx.Dict(
       {
-        field: declare(
+        field: self.leaf(
           p.shape,
           self._packed_axes[2 - p.ndim :],
           inputs if field == 'codes' else 0,
@@ -157,13 +171,13 @@ class Linear(nnx.Module):
     own = {'origin': 'adapter', 'dtype': 'float32'}
 
     def factor(sizes, axes, **more):
-      return declare((rank, *sizes), ('rank', *axes), rank, **own, **more)
+      return self.leaf((rank, *sizes), ('rank', *axes), rank, **own, **more)
 
     self.lora_a = factor(self.inputs, self._in_axes)
     self.lora_b = factor(self.outputs, self._out_axes)
-    self.lora_scale = declare((), (), 0, 1.0, origin='derived', dtype='float32')
+    self.lora_scale = self.leaf((), (), 0, 1.0, origin='derived', dtype='float32')
     if adapter.dora:
-      self.lora_m = declare(self.outputs, self._out_axes, 0, 1.0, **own)
+      self.lora_m = self.leaf(self.outputs, self._out_axes, 0, 1.0, **own)
     if adapter.pissa:
       self.lora_a0 = factor(self.inputs, self._in_axes, is_fixed=True)
       self.lora_b0 = factor(self.outputs, self._out_axes, is_fixed=True)

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,13 @@ from ftjax.models.architecture import (
   BlockSpec,
   GatedMlpSpec,
   MlpSpec,
+  MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp, Mlp
+from ftjax.models.moe import Moe, Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
@@ -94,7 +97,7 @@ class Attention(nnx.Module):
 
 # The class of a spec is the kind; the module computes it.
 MIXERS = {AttentionSpec: Attention}
-MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp}
+MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
 
 
 class Block(nnx.Module):
@@ -114,13 +117,17 @@ class Block(nnx.Module):
     self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
 
   def __call__(self, x, context: Context, store):
-    """Returns (x, memory). `store(k, v) -> (keys to attend to, values, memory)`: training returns
-    its arguments, decoding writes the cache.
+    """Returns (x, memory, Routing; None without experts). `store(k, v) -> (keys to attend to,
+    values, memory)`: training returns its arguments, decoding writes the cache.
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
     x = x + self._branch(self.attn_out_norm, y)
-    y = self.mlp(_normalized(self.mlp_norm, x), context.dropout)
-    return x + self._branch(self.mlp_out_norm, y), memory
+    y, routing = _normalized(self.mlp_norm, x), None
+    if isinstance(self.mlp, Moe):
+      y, routing = self.mlp(y, context.query.segments)
+    else:
+      y = self.mlp(y, context.dropout)
+    return x + self._branch(self.mlp_out_norm, y), memory, routing
 
   def _branch(self, norm: Normalize | None, y: jax.Array) -> jax.Array:
     """Returns what a branch adds to the residual stream."""
@@ -243,7 +250,7 @@ def _remat(body, policy: str):
   return jax.checkpoint(body)
 
 
-def apply(
+def routed(
   arch: Architecture,
   params: dict,
   tokens: jax.Array,
@@ -253,8 +260,8 @@ def apply(
   remat: str = 'none',
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
-) -> jax.Array:
-  """Returns the hidden states after the last norm.
+) -> tuple[jax.Array, Routing | None]:
+  """Returns the hidden states after the last norm, and what the routers did.
 
   Args:
     arch: the architecture.
@@ -268,27 +275,50 @@ def apply(
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
 
   Returns:
-    dtype[B, T, D].
+    (dtype[B, T, D], Routing with a leading axis of the layers that have experts, in order; None for
+    a model without).
   """
   x = _embed(arch, params, tokens, where, dtype)
   if noise is not None:
     x = x + noise.astype(dtype)
-  context = _context(arch, where, where)
+  context, routings = _context(arch, where, where), []
   for i, (pattern, repeats) in enumerate(arch.stacks):
 
     def body(x, layer, i=i, pattern=pattern):
-      weights, keys = layer
+      (weights, keys), found = layer, []
       for j, kind in enumerate(pattern):
         slot = f'stack{i}/block{j}'
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
-        x, _ = block(x, here, lambda k, v: (k, v, None))
-      return x, None
+        x, _, routing = block(x, here, lambda k, v: (k, v, None))
+        found += [] if routing is None else [routing]
+      return x, found
 
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
-    x, _ = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
-  return _norm(arch, params, x)
+    x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
+    routings += [_in_order(found)] if found else []
+  return _norm(arch, params, x), _joined(routings)
+
+
+def apply(*arguments: Any, **named: Any) -> jax.Array:
+  """Returns the hidden states of `routed` alone, dtype[B, T, D]."""
+  return routed(*arguments, **named)[0]
+
+
+def _in_order(found: list[Routing]) -> Routing:
+  """Returns the routing of a stack's layers in order; found: of each block of the pattern, with an
+  axis of repeats.
+  """
+  if len(found) == 1:
+    return found[0]
+  return jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *found)
+
+
+def _joined(routings: list[Routing]) -> Routing | None:
+  if len(routings) < 2:
+    return routings[0] if routings else None
+  return jax.tree.map(lambda *a: jnp.concatenate(a), *routings)
 
 
 def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None) -> jax.Array:
@@ -314,9 +344,7 @@ def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None)
     module = module[folder] if isinstance(module, nnx.Dict) else getattr(module, folder)
   if isinstance(module, Linear) and last == 'w':
     found = module.merged_weights()
-    return jax.lax.reshape(
-      found, (*module.inputs, *module.outputs), out_sharding=gathered(*module.axes)
-    )
+    return jax.lax.reshape(found, module.shape, out_sharding=gathered(*module.leaf_axes))
   leaf = module[last] if isinstance(module, nnx.Dict) else getattr(module, last)
   return rounded(leaf[...].astype(jnp.float32), arch.adapter.merged)
 
@@ -392,7 +420,7 @@ def decode(
           return pick(new_k), pick(new_v), (new_k, new_v)
 
         block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
-        x, (new_k, new_v) = block(x, context, store)
+        x, (new_k, new_v), _ = block(x, context, store)
         ks, vs = ks | {name: new_k}, vs | {name: new_v}
       return (x, ks, vs), None
 

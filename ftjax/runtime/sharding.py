@@ -36,6 +36,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'kv_heads': 'tensor',
   'head_dim': None,
   'ffn': 'tensor',
+  'expert': 'expert',
+  'route': None,  # the experts that a router chooses from
   'vocab': 'tensor',
   'norm': None,
   'position': None,  # rows of a table of learned positions
