@@ -255,7 +255,7 @@ class DeltaNetSpec:
 
   @property
   def inner(self) -> int:
-    """Numbers of a token between the projections: before and after the convolution, gate, output."""
+    """Numbers of a token between the projections: around the convolution, gate and output."""
     return 2 * self.num_key_heads * self.channels + 2 * self.num_value_heads * self.value_dim
 
   @property
@@ -277,10 +277,22 @@ class DeltaNetSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GatedMlpSpec:
-  """down(activation(gate x) * up x). activation: a name in mlp.ACTIVATIONS."""
+  """down(activation(gate x) * up x). activation: a name in mlp.ACTIVATIONS. bias: the projections
+  add one.
+  """
 
   ffn_dim: int
   activation: str = 'silu'
+  bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpSpec:
+  """down(activation(up x)). activation, bias: as in GatedMlpSpec."""
+
+  ffn_dim: int
+  activation: str = 'silu'
+  bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +328,7 @@ class BlockSpec:
   """
 
   mixer: AttentionSpec | DeltaNetSpec
-  mlp: GatedMlpSpec | MoeSpec
+  mlp: GatedMlpSpec | MlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'
   residual_scale: float = 1.0
