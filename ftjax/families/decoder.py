@@ -140,28 +140,40 @@ def read_activation(c: HfConfig, key: str = 'hidden_act') -> str:
   return ACTIVATIONS[act]
 
 
-def read_block(c: HfConfig, rope: Rope | None) -> BlockSpec:
+def read_block(
+  c: HfConfig, rope: Rope | None, *, activation: str = 'hidden_act', free_head: bool = False
+) -> BlockSpec:
   """Returns Llama's block with the sizes of a config.json.
 
-  rope: of the layer, from hf_rope.
+  Args:
+    c: the config.json.
+    rope: of the layer, from hf_rope.
+    activation: the key of the activation.
+    free_head: a missing head_dim is the number of transformers' class; else it is hidden_size /
+      num_attention_heads.
 
   Raises:
     DataError: a value of another type, or a setting that is not computed here.
   """
-  heads, dim = c.size('num_attention_heads'), c.size('hidden_size')
-  if c.get('head_dim') is None and dim % heads:
-    raise DataError(
-      f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
-      'is not given'
-    )
-  head_dim = c.count('head_dim', dim // heads)
+  heads = c.size('num_attention_heads')
+  head_dim = c.size('head_dim') if free_head else _derived_head_dim(c, heads)
   if head_dim % 2:
     raise DataError(f'config.json: head_dim={head_dim} must be even')
   mixer = AttentionSpec(
     num_heads=heads, num_kv_heads=_kv_heads(c, heads), head_dim=head_dim, rope=rope
   )
-  mlp = GatedMlpSpec(c.size('intermediate_size'), read_activation(c))
+  mlp = GatedMlpSpec(c.size('intermediate_size'), read_activation(c, activation))
   return BlockSpec(mixer, mlp, Norm(c.number('rms_norm_eps', of_class=True)))
+
+
+def _derived_head_dim(c: HfConfig, heads: int) -> int:
+  dim = c.size('hidden_size')
+  if c.get('head_dim') is None and dim % heads:
+    raise DataError(
+      f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
+      'is not given'
+    )
+  return c.count('head_dim', dim // heads)
 
 
 def with_mixer(block: BlockSpec, **changes: Any) -> BlockSpec:

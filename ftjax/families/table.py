@@ -10,7 +10,11 @@ from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 KEY = 'model.family'
-FAMILIES: dict[str, Family] = {'llama': llama.LLAMA, 'qwen2': qwen.QWEN2}
+FAMILIES: dict[str, Family] = {
+  'llama': llama.LLAMA,
+  'qwen2': qwen.QWEN2,
+  'qwen3': qwen.QWEN3,
+}
 
 
 def named(name: str) -> Family:

@@ -122,4 +122,19 @@ CASES = {
       'rms_norm_eps': 1e-6,
     }
   ),
+  'qwen3': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3',
+      'tie_word_embeddings': False,
+      'head_dim': 14,
+      'rope_theta': 1e6,
+      'rms_norm_eps': 1e-6,
+      'attention_bias': True,
+      # The last two layers see 7 tokens.
+      'use_sliding_window': True,
+      'sliding_window': 7,
+      'max_window_layers': 1,
+    }
+  ),
 }
