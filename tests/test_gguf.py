@@ -14,7 +14,7 @@ from ftjax.families import table as families
 from ftjax.hf import gguf as gguf_source
 from ftjax.hf import gguf_tokenizer, layout, load
 from ftjax.hf.gguf import GGUFSource, half_rotation, llama3_factors, llama3_scaling
-from ftjax.models.architecture import RopeScaling
+from ftjax.models.rope_spec import RopeScaling
 from ftjax.runtime.errors import DataError
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0')

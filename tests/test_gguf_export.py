@@ -24,7 +24,7 @@ from ftjax.hf import export, gguf_export, gguf_tokenizer, gguf_writer, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.models.architecture import LinearScaling, QueryScaling, Rope, RopeScaling, YarnScaling
+from ftjax.models.rope_spec import LinearScaling, QueryScaling, Rope, RopeScaling, YarnScaling
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 

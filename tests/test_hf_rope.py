@@ -14,7 +14,7 @@ from ftjax.families import table as families
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.hf_rope import FULL, SLIDING
 from ftjax.families.rope_rule import KEYS, Reading
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,

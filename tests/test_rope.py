@@ -14,7 +14,7 @@ import pytest
 from tiny_model import TINY, ids, init, logits, place, tokens_at, with_mixer
 
 from ftjax.models import kinds, rope
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,

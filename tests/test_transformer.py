@@ -26,15 +26,8 @@ from tiny_model import (
 )
 
 from ftjax.models import head, kinds
-from ftjax.models.architecture import (
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  QueryScaling,
-  Rope,
-  RopeScaling,
-)
+from ftjax.models.architecture import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
+from ftjax.models.rope_spec import QueryScaling, Rope, RopeScaling
 from ftjax.runtime import trees
 
 B, T = 3, 24

@@ -12,7 +12,7 @@ from ftjax.families import rope_rule
 from ftjax.families.hf_config import HfConfig, is_neutral
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.rope_rule import BETA, ORIGINAL, PARTIAL, Reading, Rule, class_rule
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LongScaling,
   QueryScaling,

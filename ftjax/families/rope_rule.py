@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax.families.hf_config import HfConfig, class_defaults
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,

@@ -17,7 +17,8 @@ import numpy as np
 from ftjax.families import gguf, hf_rope, table
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
-from ftjax.models.architecture import Architecture, Rope, RopeScaling
+from ftjax.models.architecture import Architecture
+from ftjax.models.rope_spec import Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,

@@ -21,7 +21,7 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import export, load
 from ftjax.hf import gguf as gguf_source
 from ftjax.hf.gguf import GGUFSource
-from ftjax.models.architecture import RopeScaling
+from ftjax.models.rope_spec import RopeScaling
 from parity.llama_cpp import LlamaCpp, dequantized
 from parity.mixed_strings import mixed_strings
 from parity.test_logits import SMOLLM2, complete, open_model

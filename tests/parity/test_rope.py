@@ -21,7 +21,7 @@ from ftjax.families.hf_config import HfConfig
 from ftjax.families.rope_rule import Reading
 from ftjax.hf import load
 from ftjax.models import head, kinds, kv_cache, rope
-from ftjax.models.architecture import DynamicScaling, RopeScaling
+from ftjax.models.rope_spec import DynamicScaling, RopeScaling
 from ftjax.runtime import sharding
 from parity.rope_cases import (
   BY_LAYER_TYPE,
