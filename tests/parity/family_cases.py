@@ -296,4 +296,15 @@ CASES = {
       },
     }
   ),
+  # Layers 1 and 2 see 9 tokens.
+  'qwen2_window': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen2',
+      'tie_word_embeddings': False,
+      'use_sliding_window': True,
+      'sliding_window': 9,
+      'max_window_layers': 1,
+    }
+  ),
 }
