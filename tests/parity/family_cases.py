@@ -145,7 +145,8 @@ CASES = {
     }
   ),
   'gemma2': Case(
-    _GEMMA | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
+    _GEMMA
+    | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
     norm=0.0,
   ),
   # A row holds six windows; both kinds of layers turn, the full ones by an eighth of the angle.
@@ -153,8 +154,8 @@ CASES = {
     _GEMMA
     | {
       'model_type': 'gemma3_text',
-      'num_hidden_layers': 4,
-      'sliding_window_pattern': 3,
+      'sliding_window_pattern': 2,
+      'query_pre_attn_scalar': 20,
       'rope_theta': 1e5,
       'rope_local_base_freq': 1e3,
       'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
