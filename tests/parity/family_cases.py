@@ -167,8 +167,8 @@ CASES = {
     _GEMMA
     | {
       'model_type': 'gemma3_text',
-      'num_hidden_layers': 4,
-      'sliding_window_pattern': 3,
+      'sliding_window_pattern': 2,
+      'query_pre_attn_scalar': 20,
       'rope_theta': 1e5,
       'rope_local_base_freq': 1e3,
       'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
