@@ -37,6 +37,8 @@ ACTIVATIONS = {
   'gelu_fast': 'gelu_tanh',
   'relu': 'relu',
 }
+# For classes whose default is an id beyond a small vocabulary, which transformers refuses.
+NO_TOKENS = {'pad_token_id': None, 'bos_token_id': None, 'eos_token_id': None}
 # {norm of a block: (name of the HF module, name in GGUF files)}.
 NORMS = {
   'attn_norm': ('input_layernorm', 'attn_norm'),

@@ -37,8 +37,8 @@ def _read_block(c: HfConfig, rope: Rope) -> BlockSpec:
   return dataclasses.replace(decoder.with_mixer(block, **mixer), norm_placement='after')
 
 
-def _bias(arch: Architecture) -> dict[str, bool]:
-  return {'attention_bias': arch.layers()[0].mixer.out_bias}
+def _write_block(arch: Architecture) -> dict[str, Any]:
+  return {'attention_bias': arch.layers()[0].mixer.out_bias} | decoder.NO_TOKENS
 
 
 def _read_olmo2(c: HfConfig, family: str) -> Architecture:
@@ -47,7 +47,7 @@ def _read_olmo2(c: HfConfig, family: str) -> Architecture:
 
 
 def _write_olmo2(arch: Architecture) -> dict[str, Any]:
-  written = decoder.write_model(arch, 'Olmo2', 'olmo2') | _bias(arch)
+  written = decoder.write_model(arch, 'Olmo2', 'olmo2') | _write_block(arch)
   return written | decoder.write_rope(arch)
 
 
@@ -68,7 +68,7 @@ def _write_olmo3(arch: Architecture) -> dict[str, Any]:
   usual = Rope(next(iter(found.values())).theta)  # of a type that no layer has
   ropes = {kind: found.get(kind, usual) for kind in (FULL, SLIDING)}
   windows = {'layer_types': types, 'sliding_window': layer_types.window(arch)}
-  written = decoder.write_model(arch, 'Olmo3', 'olmo3') | _bias(arch) | windows
+  written = decoder.write_model(arch, 'Olmo3', 'olmo3') | _write_block(arch) | windows
   return written | hf_rope.write_by_layer_type(ropes, arch.max_len, 'rope_theta')
 
 

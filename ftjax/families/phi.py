@@ -51,9 +51,7 @@ def _read(c: HfConfig, family: str) -> Architecture:
 
 def _write(arch: Architecture) -> dict[str, Any]:
   written = decoder.write_model(arch, 'Phi3', 'phi3') | decoder.write_rope(arch)
-  # Its class fills these in with ids beyond a small vocabulary.
-  ids = {'pad_token_id': None, 'bos_token_id': None, 'eos_token_id': None}
-  return written | {'sliding_window': layer_types.window(arch)} | ids
+  return written | {'sliding_window': layer_types.window(arch)} | decoder.NO_TOKENS
 
 
 PHI3 = Family(

@@ -59,7 +59,8 @@ def _read(c: HfConfig, family: str) -> Architecture:
 def _write(arch: Architecture) -> dict[str, Any]:
   rotated = {'no_rope_layers': [int(b.mixer.rope is not None) for b in arch.layers()]}
   written = decoder.write_model(arch, 'SmolLM3', 'smollm3') | decoder.write_rope(arch)
-  return written | llama.write_biases(arch) | rotated | qwen.write_windows(arch)
+  written |= llama.write_biases(arch) | rotated | qwen.write_windows(arch)
+  return written | decoder.NO_TOKENS
 
 
 SMOLLM3 = Family(

@@ -209,6 +209,7 @@ CASES = {
     _LLAMA
     | {
       'model_type': 'smollm3',
+      'pad_token_id': None,
       'tie_word_embeddings': True,
       'num_hidden_layers': 4,
       'no_rope_layer_interval': 2,
@@ -218,12 +219,15 @@ CASES = {
       'sliding_window': 9,
     }
   ),
-  'olmo2': Case(_LLAMA | {'model_type': 'olmo2', 'tie_word_embeddings': False}),
+  'olmo2': Case(
+    _LLAMA | {'model_type': 'olmo2', 'pad_token_id': None, 'tie_word_embeddings': False}
+  ),
   # 48 tokens are three times the original context of the full layer, and six windows of the others.
   'olmo3': Case(
     _LLAMA
     | {
       'model_type': 'olmo3',
+      'pad_token_id': None,
       'tie_word_embeddings': False,
       'num_hidden_layers': 5,
       'attention_bias': True,
@@ -273,7 +277,7 @@ CASES = {
       'tie_word_embeddings': True,
       'partial_rotary_factor': 0.6,
       'sliding_window': 9,
-      'pad_token_id': 0,
+      'pad_token_id': None,
     }
   ),
   # Transformers' check of the factors takes a head to be hidden_size / heads. 48 tokens are three
@@ -286,7 +290,7 @@ CASES = {
       'num_hidden_layers': 2,
       'hidden_size': 48,
       'head_dim': 8,
-      'pad_token_id': 0,
+      'pad_token_id': None,
       'partial_rotary_factor': 0.75,
       'original_max_position_embeddings': 16,
       'rope_scaling': {
