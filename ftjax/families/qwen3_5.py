@@ -1,11 +1,12 @@
 """Qwen3.5, Qwen3.6 and Qwen3.8, the dense models: three gated delta nets to one full attention.
 
-Of multimodal folders the text model is read (TEXT): images, and the head that predicts further
-tokens (`mtp`), are left out.
+Of multimodal folders the text model is read (multimodal.py). The head that predicts further tokens
+(`mtp`) is left out.
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,6 @@ from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.rope_rule import PARTIAL, Reading
 from ftjax.families.tensor_map import Row
-from ftjax.families.text_part import TextPart
 from ftjax.models.architecture import (
   Architecture,
   AttentionSpec,
@@ -37,22 +37,7 @@ KEYS = decoder.KEYS | {*_SIZE_KEYS.values()} | {
 }  # fmt: skip
 # Positions of images, which text does not have: its three positions are equal.
 ROPE = Reading(partial=True, ignored=('mrope_section', 'mrope_interleaved'))
-TEXT = TextPart(
-  model_type='qwen3_5',
-  text_type='qwen3_5_text',
-  hf_class='Qwen3_5ForCausalLM',
-  prefixes=(('model.language_model.', 'model.'),),
-  left_out=('model.visual.', 'mtp.'),
-  keys=frozenset(
-    {
-      'vision_config',
-      'image_token_id',
-      'video_token_id',
-      'vision_start_token_id',
-      'vision_end_token_id',
-    }
-  ),  # fmt: skip
-)
+UNUSED = re.compile(rf'{decoder.UNUSED.pattern}|mtp\..*')
 
 
 def _types(c: HfConfig) -> tuple[str, ...]:
@@ -69,7 +54,7 @@ def _read(c: HfConfig, family: str) -> Architecture:
   for key, expected in (('hidden_act', 'silu'), ('mamba_ssm_dtype', 'float32')):
     if c.text(key, expected) != expected:
       raise DataError(f'config.json: {key}={c.get(key)!r} is not supported; expected {expected!r}')
-  full = decoder.read_block(c, hf_rope.read(c, ROPE))
+  full = decoder.read_block(c, hf_rope.read(c, ROPE), free_head=True)
   norm = dataclasses.replace(full.norm, offset=1.0)
   full = dataclasses.replace(decoder.with_mixer(full, gate=True, qk_norm=norm), norm=norm)
   net = DeltaNetSpec(**{field: c.size(key) for field, key in _SIZE_KEYS.items()}, eps=norm.eps)
@@ -164,8 +149,7 @@ QWEN3_5 = Family(
   read=_read,
   write=_write,
   rows=tuple(dataclasses.replace(row, gguf='') for row in decoder.rows(attention=_MIXERS)),
-  unused=decoder.UNUSED,
+  unused=UNUSED,
   tied=decoder.TIED,
   sizes=_sizes,
-  text=TEXT,
 )

@@ -3,9 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import llama, qwen, qwen3_5
+from ftjax.families import (
+  gemma,
+  gpt2,
+  granite,
+  llama,
+  mixtral,
+  olmo,
+  phi,
+  qwen,
+  qwen3_5,
+  qwen3_moe,
+  smollm3,
+)
 from ftjax.families.family import Family
-from ftjax.families.text_part import TextPart
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
@@ -14,7 +25,19 @@ KEY = 'model.family'
 FAMILIES: dict[str, Family] = {
   'llama': llama.LLAMA,
   'qwen2': qwen.QWEN2,
+  'qwen3': qwen.QWEN3,
+  'gemma2': gemma.GEMMA2,
+  'gemma3': gemma.GEMMA3,
+  'mixtral': mixtral.MIXTRAL,
+  'qwen3_moe': qwen3_moe.QWEN3_MOE,
   'qwen3_5': qwen3_5.QWEN3_5,
+  'gpt2': gpt2.GPT2,
+  'smollm3': smollm3.SMOLLM3,
+  'olmo2': olmo.OLMO2,
+  'olmo3': olmo.OLMO3,
+  'granite': granite.GRANITE,
+  'granitemoehybrid': granite.GRANITE_HYBRID,
+  'phi3': phi.PHI3,
 }
 
 
@@ -38,24 +61,6 @@ def is_known(config: Mapping[str, Any]) -> bool:
   return any(config.get('model_type') in f.model_types for f in FAMILIES.values())
 
 
-def text_part(config: Mapping[str, Any]) -> TextPart | None:
-  """Returns where the text model stands in the folder of a config.json; None where no other part
-  can be in it.
-  """
-  kind, parts = config.get('model_type'), (f.text for f in FAMILIES.values() if f.text)
-  return next((p for p in parts if kind in (p.model_type, p.text_type)), None)
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the config.json of the text model in a multimodal folder; another one as it is.
-
-  Raises:
-    DataError: see TextPart.config.
-  """
-  part = text_part(config)
-  return config if part is None else part.config(config)
-
-
 def find(config: Mapping[str, Any], own: str = '') -> str:
   """Returns the name of the family that reads a config.json, by its model_type.
 
@@ -72,7 +77,7 @@ def find(config: Mapping[str, Any], own: str = '') -> str:
   for name, family in families.items():
     if kind in family.model_types:
       return name
-  known = ', '.join(t for f in families.values() for t in (*f.model_types, *f.of_whole))
+  known = ', '.join(t for family in families.values() for t in family.model_types)
   raise DataError(
     f'config.json: model_type={kind!r} is not supported; supported: {known}. A family of your own '
     f'is named by {KEY}=package.module:FAMILY'

@@ -22,12 +22,18 @@ from tqdm import tqdm
 
 from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
+from ftjax.hf import (
+  fused_tensors,
+  gguf_files,
+  gguf_tokenizer,
+  layout,
+  model_folder,
+  weight_files,
+)
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.hf.tensor_source import TensorSource, row_blocks
-from ftjax.hf.text_source import TextSource
+from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
 from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -61,12 +67,7 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if model_folder.is_adapter(files.as_path(path)):
     return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
-  if file is not None:
-    return GGUFSource(file)
-  config = files.as_path(path) / 'config.json'
-  source = SafetensorsFolder(path)
-  part = table.text_part(_parsed(config)) if config.is_file() else None
-  return source if part is None else TextSource(source, part)
+  return SafetensorsFolder(path) if file is None else GGUFSource(file)
 
 
 def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
@@ -88,8 +89,7 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
   """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
 
-  Of a multimodal folder it is that of the text model. Settings that are read and not applied
-  (dropout) are logged once.
+  Settings that are read and not applied (dropout) are logged once.
   """
   folder = files.as_path(model_folder.locate(path, weights=False))
   file = model_folder.gguf_file(folder)
@@ -97,25 +97,18 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  config = _parsed(weight_files.file_inside(folder, 'config.json'))
+  place = weight_files.file_inside(folder, 'config.json')
+  config = parse_json(place.read_bytes(), str(place))
+  if not isinstance(config, dict):
+    raise DataError(f'{place}: expected a JSON object')
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
-  text = table.text_config(config)
-  if text != config:
-    _warn_once(f'{folder}: of model_type={config["model_type"]!r} only the text model is read')
-  for line in hf_config.notices(text):
+  for line in hf_config.notices(config):
     _warn_once(f'{folder}/{line}')
-  return text
-
-
-def _parsed(place: Path) -> dict[str, Any]:
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
   return config
 
 
@@ -126,8 +119,7 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the tokenizer's files by name, and config.json, of a multimodal folder that of the text
-  model; of a GGUF file: from its metadata.
+  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
@@ -139,8 +131,6 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
-  if config and (text := table.text_config(whole := _parsed(folder / 'config.json'))) != whole:
-    out['config.json'] = gguf_tokenizer.dump_json(text)
   _compare_templates(str(folder), out)
   return out
 
@@ -164,6 +154,13 @@ def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
       f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
       'in transformers. Delete the other one if that is right'
     )
+
+
+def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
+  """Returns the tensors of a model's files under the names of its family's tensor map."""
+  source = open_source(path)
+  source = RenamedSource(source, table.of(arch).names(arch, source.tensors))
+  return fused_tensors.in_family_form(source, arch)
 
 
 def check_tensors(source: TensorSource, arch: Architecture):
@@ -245,7 +242,7 @@ def load_params(
   from ftjax.cluster import processes
   from ftjax.models import kinds
 
-  source = open_source(path)
+  source = open_model_source(path, arch)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

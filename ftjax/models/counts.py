@@ -38,13 +38,14 @@ def head_params(arch: Architecture) -> int:
 
 def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
   """Returns the number of parameters that a token is multiplied with: matrices of the blocks,
-  adapters and the head, without norms, biases and the look-ups of embeddings and positions.
+  adapters and the head, without norms, biases and the look-ups of embeddings and positions. Of
+  experts those that a token is computed by count.
 
   left_out: names of leaves that do not count.
   """
   head = kinds.of(arch).head_leaf(arch)
   return sum(
-    weights(p)
+    round(weights(p) * p.share)
     for name, p in kinds.declared(arch).items()
     if p.fan_in
     and name not in left_out

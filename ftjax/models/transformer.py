@@ -22,14 +22,16 @@ from ftjax.models.architecture import (
   BlockSpec,
   DeltaNetSpec,
   GatedMlpSpec,
+  MlpSpec,
   MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
 from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
-from ftjax.models.mlp import GatedMlp
-from ftjax.models.moe import Moe, Routing
+from ftjax.models.mlp import GatedMlp, Mlp
+from ftjax.models.moe import Moe
+from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
 
 # The class of a spec is the kind; the module computes it.
 MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet}
-MLPS = {GatedMlpSpec: GatedMlp, MoeSpec: Moe}
+MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
 
 
 class Block(nnx.Module):

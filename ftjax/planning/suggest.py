@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from ftjax.models import counts, kinds
-from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.architecture import Architecture, BlockSpec, MlpSpec
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a trained float32 parameter: itself, two moments of Adam, the gradient
@@ -65,7 +65,8 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
 
 def _inner(spec: BlockSpec) -> int:
   """Returns how many numbers of a token stand between the matrices of a layer."""
-  return spec.mixer.inner + 3 * spec.mlp.ffn_dim
+  wide = 2 if isinstance(spec.mlp, MlpSpec) else 3
+  return spec.mixer.inner + wide * spec.mlp.ffn_dim
 
 
 def _base_bytes(arch: Architecture) -> int:
