@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import gemma, llama, qwen
+from ftjax.families import gemma, llama, mistral, qwen
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
@@ -16,6 +16,8 @@ FAMILIES: dict[str, Family] = {
   'qwen3': qwen.QWEN3,
   'gemma2': gemma.GEMMA2,
   'gemma3': gemma.GEMMA3,
+  'mistral': mistral.MISTRAL,
+  'ministral3': mistral.MINISTRAL3,
 }
 
 
