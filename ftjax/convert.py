@@ -250,10 +250,12 @@ def _convert_files(source: str, target: str, dtype: str | None):
   check_unquantized(config)
   if path.suffix == '.gguf' or table.is_known(config):
     # A part of a split model has a config too.
-    load.check_tensors(weights, table.architecture(config))
+    arch = table.architecture(config)
+    load.check_tensors(load.open_model_source(path, arch), arch)
   if gguf_export.is_gguf(target):
     _check_outside(target, path)
     arch = table.architecture(config)
+    weights = load.open_model_source(path, arch)
     dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
     print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
     return

@@ -11,7 +11,8 @@ from ftjax.families import decoder, hf_rope, layer_types
 from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.layer_types import FULL, SLIDING
-from ftjax.models.architecture import Architecture, BlockSpec, Rope
+from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
 
 SCALAR = 'query_pre_attn_scalar'

@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import gemma, llama, mistral, qwen
+from ftjax.families import (
+  gemma,
+  gpt2,
+  granite,
+  llama,
+  mistral,
+  mixtral,
+  olmo,
+  phi,
+  qwen,
+  qwen3_moe,
+  smollm3,
+)
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
@@ -18,6 +30,15 @@ FAMILIES: dict[str, Family] = {
   'gemma3': gemma.GEMMA3,
   'mistral': mistral.MISTRAL,
   'ministral3': mistral.MINISTRAL3,
+  'mixtral': mixtral.MIXTRAL,
+  'qwen3_moe': qwen3_moe.QWEN3_MOE,
+  'gpt2': gpt2.GPT2,
+  'smollm3': smollm3.SMOLLM3,
+  'olmo2': olmo.OLMO2,
+  'olmo3': olmo.OLMO3,
+  'granite': granite.GRANITE,
+  'granitemoehybrid': granite.GRANITE_HYBRID,
+  'phi3': phi.PHI3,
 }
 
 

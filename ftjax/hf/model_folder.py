@@ -12,6 +12,7 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ftjax.hf import gguf_files, model_card, peft_config, weight_files
@@ -183,6 +184,34 @@ def read(folder: Path, name: str) -> bytes:
   return weight_files.file_inside(folder, plain, inside).read_bytes()
 
 
+def differing_templates(place: str, found: Mapping[str, bytes]) -> str:
+  """Returns a warning of chat templates that differ, '' without; the first is used, as in
+  transformers.
+
+  Args:
+    place: the folder, for the message.
+    found: {name: content} of its files.
+  """
+  texts = {}
+  if 'chat_template.jinja' in found:
+    texts['chat_template.jinja'] = found['chat_template.jinja'].decode(errors='replace')
+  for name in ('tokenizer_config.json', 'chat_template.json'):
+    if name in found:
+      content = weight_files.parse_json(found[name], f'{place}/{name}')
+      text = content.get('chat_template') if isinstance(content, dict) else None
+      if isinstance(text, list):
+        text = next((t.get('template') for t in text if t.get('name') == 'default'), None)
+      if isinstance(text, str):
+        texts[name] = text
+  if len({text.removesuffix('\n') for text in texts.values()}) <= 1:
+    return ''
+  used, *others = texts
+  return (
+    f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
+    'in transformers. Delete the other one if that is right'
+  )
+
+
 def readme(path: str | os.PathLike) -> bytes:
   """Returns README.md of a model; b'' for a GGUF file, and where none of usual size can be read."""
   folder = files.as_path(locate(path, weights=False))
@@ -196,8 +225,8 @@ def readme(path: str | os.PathLike) -> bytes:
 
 
 def gguf_file(path: Path) -> Path | None:
-  """Returns the GGUF file that `path` is or holds (of several parts, the first); None for a HF
-  folder.
+  """Returns the GGUF file that `path` is or holds (of several parts, the first, whichever is
+  given); None for a HF folder.
 
   Raises:
     DataError: neither, or a folder with two models.
@@ -207,7 +236,7 @@ def gguf_file(path: Path) -> Path | None:
       raise DataError(
         f'{path}: a model is a HF folder or a .gguf file; for a safetensors file give its folder'
       )
-    return path
+    return gguf_files.first_of(path)
   if not path.is_dir():
     raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file{remedy(path)}')
   found = sorted(path.glob('*.gguf'))
@@ -238,6 +267,8 @@ def remedy(path: Path) -> str:
     return f'. ~ is not expanded here: write {os.path.expanduser(text)}'
   if path.name in ('smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf') and '.cache' in path.parts:
     return '. `make assets` makes it'
+  if path.name == 'gemma-3-270m-q4_k_m.gguf' and '.cache' in path.parts:
+    return '. `make gemma` makes it, under the Gemma Terms of Use'
   near = _nearest(path)
   return f'. Did you mean {near}?' if near else ''
 
