@@ -219,7 +219,7 @@ def write_by_layer_type(
   if not local_theta or not plain or (local_theta == 'rope_theta' and full.theta != sliding.theta):
     return {'rope_parameters': new}
   old = {'rope_theta': full.theta, local_theta: sliding.theta}
-  if rule := _written_of_type(full, max_len):
+  if rule := _written(full, max_len):
     old['rope_scaling'] = rule
   return {'rope_parameters': new} | old
 

@@ -8,6 +8,7 @@ from ftjax.families import (
   gpt2,
   granite,
   llama,
+  mistral,
   mixtral,
   olmo,
   phi,
@@ -36,6 +37,8 @@ FAMILIES: dict[str, Family] = {
   'granite': granite.GRANITE,
   'granitemoehybrid': granite.GRANITE_HYBRID,
   'phi3': phi.PHI3,
+  'mistral': mistral.MISTRAL,
+  'ministral3': mistral.MINISTRAL3,
 }
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.families import hf_config, table, tensor_map
+from ftjax.families import hf_config, multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import (
   fused_tensors,
@@ -28,6 +28,7 @@ from ftjax.hf import (
   gguf_tokenizer,
   layout,
   model_folder,
+  safetensors,
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
@@ -67,7 +68,11 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if model_folder.is_adapter(files.as_path(path)):
     return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
-  return SafetensorsFolder(path) if file is None else GGUFSource(file)
+  if file is not None:
+    return GGUFSource(file)
+  has_config = (files.as_path(path) / 'config.json').is_file()
+  wrapper = multimodal.of(_config_file(files.as_path(path))) if has_config else None
+  return SafetensorsFolder(path, rename=wrapper.name if wrapper else None)
 
 
 def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
@@ -87,7 +92,8 @@ def _stamp(path: Path) -> tuple[str | int, ...]:
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
+  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file; of a
+  model with a text part that of the text part.
 
   Settings that are read and not applied (dropout) are logged once.
   """
@@ -97,19 +103,37 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  place = weight_files.file_inside(folder, 'config.json')
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
+  config = _config_file(folder)
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
+  config = multimodal.text_config(config, functools.partial(_stored_names, path))
   for line in hf_config.notices(config):
     _warn_once(f'{folder}/{line}')
   return config
+
+
+def _config_file(folder: Path) -> dict[str, Any]:
+  """Returns the config.json of a HF folder as it is."""
+  place = weight_files.file_inside(folder, 'config.json')
+  config = parse_json(place.read_bytes(), str(place))
+  if not isinstance(config, dict):
+    raise DataError(f'{place}: expected a JSON object')
+  return config
+
+
+def _stored_names(path: str | os.PathLike) -> list[str]:
+  """Returns the names of the tensors in the files of a HF folder. Its weights are downloaded where
+  no index lists them.
+  """
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  if (folder / weight_files.INDEX_FILE).is_file():
+    return list(weight_files.weight_map(folder))
+  found = weight_files.weight_files(files.as_path(model_folder.locate(path, weights=True)))
+  return [name for file in found for name in safetensors.read_header(file)]
 
 
 @functools.cache
@@ -119,7 +143,8 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
+  """Returns the tokenizer's files by name, and config.json as `read_config` gives it; of a GGUF
+  file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
@@ -131,6 +156,9 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
+  if config and multimodal.of(_config_file(folder)):
+    out = {n: x for n, x in out.items() if n not in model_folder.PROCESSOR_FILES}
+    out['config.json'] = gguf_tokenizer.dump_json(read_config(path))
   _compare_templates(str(folder), out)
   return out
 

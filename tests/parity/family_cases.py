@@ -316,4 +316,34 @@ CASES = {
       'max_window_layers': 1,
     }
   ),
+  'mistral': Case(_LLAMA | {'model_type': 'mistral', 'head_dim': 14, 'sliding_window': 9}),
+  'ministral': Case(
+    _LLAMA
+    | {
+      'model_type': 'ministral',
+      'num_hidden_layers': 2,
+      'sliding_window': 9,
+      'layer_types': ['full_attention', 'sliding_attention'],
+    }
+  ),
+  # 48 tokens are three times the original context: the queries have three factors.
+  'ministral3': Case(
+    _LLAMA
+    | {
+      'model_type': 'ministral3',
+      'tie_word_embeddings': True,
+      'head_dim': 14,
+      'rope_parameters': {
+        'rope_type': 'yarn',
+        'rope_theta': 1000.0,
+        'factor': 4.0,
+        'original_max_position_embeddings': 16,
+        'beta_fast': 4.0,
+        'beta_slow': 1.0,
+        'mscale': 1.0,
+        'mscale_all_dim': 1.0,
+        'llama_4_scaling_beta': 0.5,
+      },
+    }
+  ),
 }
