@@ -67,6 +67,40 @@ ADAPTERS = (
   ('qlora_llama3_8b', 'h200:1', ''),
 )
 
+# The shipped configs of further families, each on a slice of every kind.
+FAMILIES = (
+  ('sft_qwen3_0_6b', 'v5e:2x2', ''),
+  ('sft_qwen3_0_6b', 'v6e:1x1', ''),
+  ('sft_qwen3_0_6b', 'v5p:1x1x1', ''),
+  ('sft_qwen3_0_6b', 'tpu7x:1x1x1', ''),
+  ('sft_qwen3_0_6b', 'h100:1', ''),
+  ('sft_qwen3_0_6b', 'h200:1', ''),
+  ('sft_gemma3_1b', 'v5e:2x2', ''),
+  ('sft_gemma3_1b', 'v6e:1x1', 'grad_accum=8 eval.batch_size=2'),
+  ('sft_gemma3_1b', 'v5p:1x1x1', ''),
+  ('sft_gemma3_1b', 'tpu7x:1x1x1', ''),
+  ('sft_gemma3_1b', 'h100:1', ''),
+  ('sft_gemma3_1b', 'h200:1', ''),
+  ('lora_qwen3_8b', 'v5e:2x2', ''),
+  ('lora_qwen3_8b', 'v6e:1x1', ''),
+  ('lora_qwen3_8b', 'v5p:1x1x1', ''),
+  ('lora_qwen3_8b', 'tpu7x:1x1x1', ''),
+  ('lora_qwen3_8b', 'h100:1', ''),
+  ('lora_qwen3_8b', 'h200:1', ''),
+  ('lora_qwen3_5_4b', 'v5e:2x2', ''),
+  ('lora_qwen3_5_4b', 'v6e:1x1', ''),
+  ('lora_qwen3_5_4b', 'v5p:1x1x1', ''),
+  ('lora_qwen3_5_4b', 'tpu7x:1x1x1', ''),
+  ('lora_qwen3_5_4b', 'h100:1', ''),
+  ('lora_qwen3_5_4b', 'h200:1', ''),
+  ('lora_qwen3_30b_a3b', 'v5e:4x4', 'mesh.expert=16 grad_accum=1 eval.batch_size=16'),
+  ('lora_qwen3_30b_a3b', 'v6e:2x4', 'mesh.expert=8 grad_accum=2 eval.batch_size=8'),
+  ('lora_qwen3_30b_a3b', 'v5p:1x1x2', 'mesh.expert=2'),
+  ('lora_qwen3_30b_a3b', 'tpu7x:1x1x1', ''),
+  ('lora_qwen3_30b_a3b', 'h100:2', 'mesh.expert=2'),
+  ('lora_qwen3_30b_a3b', 'h200:1', ''),
+)
+
 _QWEN = 'model.path=models/Qwen2.5-1.5B-Instruct'
 
 # The same of algorithms that train on what the model says.
@@ -226,10 +260,10 @@ def ratios(rows: dict[tuple, dict]) -> str:
 def write(rows: dict[tuple, dict]) -> None:
   """Puts the tables between their marks in docs/plans.md."""
   text = PAGE.read_text()
-  told = sorted({r['versions'] for k, r in rows.items() if k in ROWS})
-  new = sorted({r['versions'] for k, r in rows.items() if k in ADAPTERS})
-  parts = {'table': table(rows, ROWS) + '\n\nFrom ' + '; '.join(told) + '.'}
-  parts |= {'adapters': table(rows, ADAPTERS) + '\n\nFrom ' + '; '.join(new) + '.'}
+  parts = {}
+  for name, keys in (('table', ROWS), ('adapters', ADAPTERS), ('families', FAMILIES)):
+    sources = sorted({r['versions'] for k, r in rows.items() if k in keys})
+    parts[name] = table(rows, keys) + '\n\nFrom ' + '; '.join(sources) + '.'
   parts |= {'rollouts': rollouts(rows), 'ratios': ratios(rows)}
   for name, part in parts.items():
     begin, end = f'<!-- {name} -->\n', f'\n<!-- end of {name} -->'
@@ -246,7 +280,7 @@ def main() -> None:
   parser.add_argument('--most', type=int, default=math.inf, help='rows to compile, at most')
   flags = parser.parse_args()
   rows, now, made = kept(), versions(), 0
-  for key in dict.fromkeys([*ROWS, *ADAPTERS, *ROLLOUTS, *(p[1:4] for p in PUBLISHED)]):
+  for key in dict.fromkeys([*ROWS, *ADAPTERS, *FAMILIES, *ROLLOUTS, *(p[1:4] for p in PUBLISHED)]):
     old = rows.get(key)
     if old and 'error' not in old and (flags.stale or old['versions'] == now):
       continue

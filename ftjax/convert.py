@@ -239,7 +239,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
 
   from ftjax.families import table
   from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, fused_tensors, gguf_export, load, model_card, model_folder
+  from ftjax.hf import export, gguf_export, load, model_card, model_folder
   from ftjax.hf.tensor_source import TensorInfo
 
   path = files_lib.as_path(model_folder.locate(source, weights=True))
@@ -251,10 +251,11 @@ def _convert_files(source: str, target: str, dtype: str | None):
   if path.suffix == '.gguf' or table.is_known(config):
     # A part of a split model has a config too.
     arch = table.architecture(config)
-    load.check_tensors(fused_tensors.in_family_form(weights, arch), arch)
+    load.check_tensors(load.open_model_source(path, arch), arch)
   if gguf_export.is_gguf(target):
     _check_outside(target, path)
     arch = table.architecture(config)
+    weights = load.open_model_source(path, arch)
     dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
     print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
     return

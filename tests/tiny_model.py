@@ -10,15 +10,9 @@ import numpy as np
 from ftjax.data import synthetic
 from ftjax.hf import export
 from ftjax.models import head, kinds, kv_cache
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  Rope,
-)
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from ftjax.models.attention import Tokens
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime import trees
 from ftjax.runtime.sharding import put, spec
 
@@ -115,8 +109,11 @@ def init(arch, seed=0):
 
 def all_logits(arch, params, x):
   """float32[B, T, V] of hidden states x, of every token: what the product never makes."""
-  table = jax.sharding.reshard(kinds.head_weights(arch, params), spec(None, None))
-  return jnp.einsum('BTD,VD->BTV', x, table, out_sharding=spec('batch', 'seq', None))
+  rows = jax.sharding.reshard(x, spec(None, None, None)).reshape(-1, x.shape[-1])
+  rows = jax.sharding.reshard(rows, spec('batch', None))
+  found = head.logits(rows, kinds.head_weights(arch, params), arch.logit_spec)
+  found = jax.sharding.reshard(found, spec(None, None))
+  return found[:, : arch.vocab_size].reshape(*x.shape[:2], -1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -50,11 +50,9 @@ class Model:
 
 def random_config(random: dict) -> dict:
   """Returns model.random as a HF config.json, complete for the family `llama`."""
-  config = {
-    'model_type': 'llama',
-    'vocab_size': synthetic.VOCAB_SIZE,
-    'num_key_value_heads': None,  # as many as heads
-  } | random
+  config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
+  if config['model_type'] != 'gpt2':  # which has no such key
+    config = {'num_key_value_heads': None} | config  # as many as heads
   return llama.DEFAULTS | config if config['model_type'] == 'llama' else config
 
 

@@ -392,5 +392,6 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
     )
   if c.seq_len > arch.max_len:
     raise ConfigError(
-      f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for'
+      f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for '
+      '(max_position_embeddings, of GPT-2 n_positions, in its config.json); lower seq_len'
     )

@@ -12,14 +12,8 @@ from typing import Any
 from ftjax.families import hf_rope, layer_types
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.tensor_map import Row
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  Rope,
-)
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec, Norm
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
 
 KEYS = hf_rope.KEYS | {
@@ -35,7 +29,10 @@ ACTIVATIONS = {
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
   'gelu_fast': 'gelu_tanh',
+  'relu': 'relu',
 }
+# For classes whose default is an id beyond a small vocabulary, which transformers refuses.
+NO_TOKENS = {'pad_token_id': None, 'bos_token_id': None, 'eos_token_id': None}
 # {norm of a block: (name of the HF module, name in GGUF files)}.
 NORMS = {
   'attn_norm': ('input_layernorm', 'attn_norm'),
@@ -61,6 +58,11 @@ def _qkv_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
 def _out_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
   del arch
   return spec is not None and spec.mixer.out_bias
+
+
+def _mlp_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
+  del arch
+  return spec is not None and isinstance(spec.mlp, GatedMlpSpec) and spec.mlp.bias
 
 
 def _qk_norm(arch: Architecture, spec: BlockSpec | None) -> bool:
@@ -95,6 +97,9 @@ MLP = (
   Row(f'{_MLP}gate_proj.weight', 'F D', 'mlp/gate/w', 'DF', gguf='blk.{l}.ffn_gate.weight'),
   Row(f'{_MLP}up_proj.weight', 'F D', 'mlp/up/w', 'DF', gguf='blk.{l}.ffn_up.weight'),
   Row(f'{_MLP}down_proj.weight', 'D F', 'mlp/down/w', 'FD', gguf='blk.{l}.ffn_down.weight'),
+  Row(f'{_MLP}gate_proj.bias', 'F', 'mlp/gate/b', 'F', _mlp_bias, gguf='blk.{l}.ffn_gate.bias'),
+  Row(f'{_MLP}up_proj.bias', 'F', 'mlp/up/b', 'F', _mlp_bias, gguf='blk.{l}.ffn_up.bias'),
+  Row(f'{_MLP}down_proj.bias', 'D', 'mlp/down/b', 'D', _mlp_bias, gguf='blk.{l}.ffn_down.bias'),
 )
 HEAD = (
   Row('model.norm.weight', 'D', 'final_norm/scale', 'D', gguf='output_norm.weight'),
@@ -140,28 +145,46 @@ def read_activation(c: HfConfig, key: str = 'hidden_act') -> str:
   return ACTIVATIONS[act]
 
 
-def read_block(c: HfConfig, rope: Rope | None) -> BlockSpec:
+def activation_name(ours: str, preferred: str = '') -> str:
+  """Returns the name in transformers of an activation, the preferred one of several."""
+  names = [theirs for theirs, mine in ACTIVATIONS.items() if mine == ours]
+  return preferred if preferred in names else names[0]
+
+
+def read_block(
+  c: HfConfig, rope: Rope | None, *, activation: str = 'hidden_act', free_head: bool = False
+) -> BlockSpec:
   """Returns Llama's block with the sizes of a config.json.
 
-  rope: of the layer, from hf_rope.
+  Args:
+    c: the config.json.
+    rope: of the layer, from hf_rope.
+    activation: the key of the activation.
+    free_head: a missing head_dim is the number of transformers' class; else it is hidden_size /
+      num_attention_heads.
 
   Raises:
     DataError: a value of another type, or a setting that is not computed here.
   """
-  heads, dim = c.size('num_attention_heads'), c.size('hidden_size')
-  if c.get('head_dim') is None and dim % heads:
-    raise DataError(
-      f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
-      'is not given'
-    )
-  head_dim = c.count('head_dim', dim // heads)
+  heads = c.size('num_attention_heads')
+  head_dim = c.size('head_dim') if free_head else _derived_head_dim(c, heads)
   if head_dim % 2:
     raise DataError(f'config.json: head_dim={head_dim} must be even')
   mixer = AttentionSpec(
     num_heads=heads, num_kv_heads=_kv_heads(c, heads), head_dim=head_dim, rope=rope
   )
-  mlp = GatedMlpSpec(c.size('intermediate_size'), read_activation(c))
+  mlp = GatedMlpSpec(c.size('intermediate_size'), read_activation(c, activation))
   return BlockSpec(mixer, mlp, Norm(c.number('rms_norm_eps', of_class=True)))
+
+
+def _derived_head_dim(c: HfConfig, heads: int) -> int:
+  dim = c.size('hidden_size')
+  if c.get('head_dim') is None and dim % heads:
+    raise DataError(
+      f'config.json: hidden_size={dim} is no multiple of num_attention_heads={heads}, and head_dim '
+      'is not given'
+    )
+  return c.count('head_dim', dim // heads)
 
 
 def with_mixer(block: BlockSpec, **changes: Any) -> BlockSpec:
@@ -220,7 +243,6 @@ def check_flag(c: HfConfig, key: str, expected: bool, *, of_class: bool) -> None
 def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str, Any]:
   """Returns the keys of a config.json that Llama-like decoders share, but those of the rope."""
   block = arch.layers()[0]
-  names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
   return {
     'architectures': [f'{hf_class}ForCausalLM'],
     'model_type': model_type,
@@ -232,7 +254,7 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
     'head_dim': block.mixer.head_dim,
     'intermediate_size': block.mlp.ffn_dim,
     'rms_norm_eps': block.norm.eps,
-    'hidden_act': names[block.mlp.activation],
+    'hidden_act': activation_name(block.mlp.activation),
     'tie_word_embeddings': arch.tied,
     'max_position_embeddings': arch.max_len,
     'initializer_range': 0.02,
@@ -240,5 +262,8 @@ def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str,
 
 
 def write_rope(arch: Architecture) -> dict[str, Any]:
-  """Returns the keys of a config.json with the rotary embedding that all layers share."""
-  return hf_rope.write(arch.layers()[0].mixer.rope, arch.max_len)
+  """Returns the keys of a config.json with the rotary embedding that all layers share, but for
+  those that have none.
+  """
+  ropes = [b.mixer.rope for b in arch.layers() if b.mixer.rope is not None]
+  return hf_rope.write(ropes[0], arch.max_len) if ropes else {}

@@ -6,11 +6,12 @@ and vLLM do.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from ftjax.families.hf_config import HfConfig
-from ftjax.families.tensor_map import Row
+from ftjax.families.tensor_map import Condition, Row
 from ftjax.models.architecture import Architecture, BlockSpec, MoeSpec
 from ftjax.runtime.errors import DataError
 
@@ -32,7 +33,13 @@ def is_dense(arch: Architecture, spec: BlockSpec | None) -> bool:
 
 def dense(rows: Sequence[Row]) -> tuple[Row, ...]:
   """Returns the rows of an MLP, of the layers that have no experts."""
-  return tuple(dataclasses.replace(row, needs=is_dense) for row in rows)
+  return tuple(
+    dataclasses.replace(row, needs=functools.partial(_in_dense, row.needs)) for row in rows
+  )
+
+
+def _in_dense(needs: Condition, arch: Architecture, spec: BlockSpec | None) -> bool:
+  return is_dense(arch, spec) and needs(arch, spec)
 
 
 def rows(folder: str, names: tuple[str, str, str]) -> tuple[Row, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ftjax.families import hf_config, tensor_map
@@ -23,8 +23,9 @@ class Family:
   inverse, a complete config.json. rows, sizes: see tensor_map. other_rows: the rows of another form
   of the files, which is read and not written; () for none. unused: HF tensors that may be in a
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
-  tied model may repeat the first as the second. gguf: the family in GGUF files; None where it is
-  neither read from them nor written to them.
+  tied model may repeat the first as the second. prefix: of the tensors of transformers' model
+  without its head, which files of that model alone leave out. gguf: the family in GGUF files; None
+  where it is neither read from them nor written to them.
   """
 
   model_types: tuple[str, ...]
@@ -38,6 +39,7 @@ class Family:
   other_rows: tuple[Row, ...] = ()
   sizes: Sizes = tensor_map.decoder_sizes
   gguf: Gguf | None = None
+  prefix: str = ''
 
   def architecture(self, config: dict[str, Any], name: str) -> Architecture:
     """Returns the architecture of a config.json of this family, named `name`.
@@ -57,3 +59,13 @@ class Family:
   def other_bindings(self, arch: Architecture) -> list[Binding]:
     """Returns the bindings of `other_rows`."""
     return tensor_map.bindings(self.other_rows, arch, self.sizes)
+
+  def names(self, arch: Architecture, stored: Collection[str]) -> dict[str, str]:
+    """Returns {name in the tensor map: stored name} of the tensors of a file, in its order."""
+    known = {b.hf for b in self.bindings(arch)}
+    out = {}
+    for name in stored:
+      full = self.prefix + name
+      is_bare = full not in stored and (full in known or self.unused.fullmatch(full))
+      out[full if is_bare else name] = name
+    return out

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ftjax.families.hf_config import HfConfig
+from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.models.architecture import Architecture, BlockSpec
 from ftjax.runtime.errors import DataError
 
@@ -38,14 +38,20 @@ def read(
 
 
 def read_window(c: HfConfig, types: Sequence[str]) -> int | None:
-  """Returns sliding_window, which is required where a layer has a window; else None.
+  """Returns sliding_window, of transformers' class where it is absent; None where no layer has a
+  window.
 
   Raises:
     DataError: no positive whole number, also where no layer has a window.
   """
   if c.get('sliding_window') is None and SLIDING not in types:
     return None
-  window = c.count('sliding_window')
+  default = None
+  if 'sliding_window' not in c.content:
+    # Qwen's classes have the number where windows are switched on.
+    known = class_defaults(str(c.model_type), use_sliding_window=True)
+    default = known.get('sliding_window')
+  window = c.count('sliding_window', default)
   return window if SLIDING in types else None
 
 

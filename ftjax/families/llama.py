@@ -1,12 +1,14 @@
 """Llama 2, 3, 3.1 and later, SmolLM2, TinyLlama."""
 
+import dataclasses
 from typing import Any
 
 from ftjax.families import decoder, hf_rope, layer_types
 from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import Rope
 
 KEYS = decoder.KEYS | {
   'attention_bias', 'mlp_bias', 'use_sliding_window', 'sliding_window', 'layer_types',
@@ -34,11 +36,22 @@ def _types(c: HfConfig) -> tuple[str, ...]:
   return layer_types.read(c, [kind] * c.size('num_hidden_layers'))
 
 
-def _read(c: HfConfig, family: str) -> Architecture:
-  decoder.check_flag(c, 'mlp_bias', False, of_class=True)
+def read_block(c: HfConfig, rope: Rope | None) -> BlockSpec:
+  """Returns the block of a config.json with its biases; rope: of the layer."""
   bias = c.flag('attention_bias', of_class=True)
-  block = decoder.read_block(c, hf_rope.read(c))
-  block = decoder.with_mixer(block, qkv_bias=bias, out_bias=bias)
+  block = decoder.with_mixer(decoder.read_block(c, rope), qkv_bias=bias, out_bias=bias)
+  mlp = dataclasses.replace(block.mlp, bias=c.flag('mlp_bias', of_class=True))
+  return dataclasses.replace(block, mlp=mlp)
+
+
+def write_biases(arch: Architecture) -> dict[str, bool]:
+  """Returns the keys of the biases of a decoder."""
+  block = arch.layers()[0]
+  return {'attention_bias': block.mixer.out_bias, 'mlp_bias': block.mlp.bias}
+
+
+def _read(c: HfConfig, family: str) -> Architecture:
+  block = read_block(c, hf_rope.read(c))
   return decoder.read_model(c, family, decoder.with_windows(c, block, _types(c)))
 
 
@@ -49,9 +62,8 @@ def write_windows(arch: Architecture) -> dict[str, Any]:
 
 
 def _write(arch: Architecture) -> dict[str, Any]:
-  flags = {'attention_bias': arch.layers()[0].mixer.out_bias, 'mlp_bias': False}
-  written = decoder.write_model(arch, 'Llama', 'llama') | flags | decoder.write_rope(arch)
-  return written | write_windows(arch)
+  written = decoder.write_model(arch, 'Llama', 'llama') | write_biases(arch)
+  return written | decoder.write_rope(arch) | write_windows(arch)
 
 
 LLAMA = Family(

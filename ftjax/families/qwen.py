@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5."""
+"""Qwen2, Qwen2.5 and the dense Qwen3."""
 
 from typing import Any
 
@@ -57,4 +57,30 @@ QWEN2 = Family(
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), normalizes=True),
+)
+
+
+def _read_qwen3(c: HfConfig, family: str) -> Architecture:
+  decoder.check_flag(c, 'mlp_bias', False, of_class=False)
+  bias = c.flag('attention_bias', of_class=True)
+  block = decoder.read_block(c, hf_rope.read(c), free_head=True)
+  block = decoder.with_mixer(block, qkv_bias=bias, out_bias=bias, qk_norm=block.norm)
+  return decoder.read_model(c, family, decoder.with_windows(c, block, types(c)))
+
+
+def _write_qwen3(arch: Architecture) -> dict[str, Any]:
+  bias = {'attention_bias': arch.layers()[0].mixer.out_bias}
+  written = decoder.write_model(arch, 'Qwen3', 'qwen3') | bias | decoder.write_rope(arch)
+  return written | write_windows(arch)
+
+
+QWEN3 = Family(
+  model_types=('qwen3',),
+  hf_class='Qwen3',
+  keys=KEYS,
+  read=_read_qwen3,
+  write=_write_qwen3,
+  rows=decoder.rows((*decoder.ATTENTION, *decoder.QK_NORMS)),
+  unused=decoder.UNUSED,
+  tied=decoder.TIED,
 )

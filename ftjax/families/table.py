@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import llama, mixtral, qwen, qwen3_moe
+from ftjax.families import (
+  gemma,
+  gpt2,
+  granite,
+  llama,
+  mixtral,
+  olmo,
+  phi,
+  qwen,
+  qwen3_moe,
+  smollm3,
+)
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
@@ -13,8 +24,18 @@ KEY = 'model.family'
 FAMILIES: dict[str, Family] = {
   'llama': llama.LLAMA,
   'qwen2': qwen.QWEN2,
+  'qwen3': qwen.QWEN3,
+  'gemma2': gemma.GEMMA2,
+  'gemma3': gemma.GEMMA3,
   'mixtral': mixtral.MIXTRAL,
   'qwen3_moe': qwen3_moe.QWEN3_MOE,
+  'gpt2': gpt2.GPT2,
+  'smollm3': smollm3.SMOLLM3,
+  'olmo2': olmo.OLMO2,
+  'olmo3': olmo.OLMO3,
+  'granite': granite.GRANITE,
+  'granitemoehybrid': granite.GRANITE_HYBRID,
+  'phi3': phi.PHI3,
 }
 
 

@@ -166,10 +166,11 @@ def whole_tensor(parts: Sequence[tuple[Binding, np.ndarray]]) -> np.ndarray:
 
 
 def decoder_sizes(arch: Architecture, spec: BlockSpec | None) -> dict[str, int]:
-  """Returns the sizes of V, D and R (labels), and of a layer also of N heads, K kv heads, H head,
-  F ffn and, where it has them, E experts.
+  """Returns the sizes of V, D, R (labels) and P (learned positions), and of a layer also of N
+  heads, K kv heads, H head, F ffn and, where it has them, E experts.
   """
   out = {'V': arch.vocab_size, 'D': arch.model_dim, 'R': arch.num_labels}
+  out['P'] = arch.learned_positions
   if spec is None:
     return out
   m, mlp = spec.mixer, spec.mlp

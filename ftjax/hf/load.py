@@ -33,7 +33,7 @@ from ftjax.hf import (
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.hf.tensor_source import TensorSource, row_blocks
+from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
 from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
@@ -156,6 +156,13 @@ def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
     )
 
 
+def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
+  """Returns the tensors of a model's files under the names of its family's tensor map."""
+  source = open_source(path)
+  source = RenamedSource(source, table.of(arch).names(arch, source.tensors))
+  return fused_tensors.in_family_form(source, arch)
+
+
 def check_tensors(source: TensorSource, arch: Architecture):
   """Compares the names and shapes of a file with what a model needs.
 
@@ -235,7 +242,7 @@ def load_params(
   from ftjax.cluster import processes
   from ftjax.models import kinds
 
-  source = fused_tensors.in_family_form(open_source(path), arch)
+  source = open_model_source(path, arch)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

@@ -375,13 +375,13 @@ class Normalize(nnx.Module):
     axes: their logical names.
   """
 
-  bias = None
+  b = None
 
   def __init__(self, shape: tuple[int, ...], norm: Norm, axes: tuple[str, ...] = ('norm',)):
     self.norm, self.over = norm, tuple(range(-len(shape), 0))
     self.scale = declare(shape, axes, 0, constant=1.0 - norm.offset)
     if norm.bias:
-      self.bias = declare(shape, axes, 0)
+      self.b = declare(shape, axes, 0)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32, lead = x.astype(jnp.float32), (None,) * (x.ndim - len(self.over))
@@ -392,6 +392,6 @@ class Normalize(nnx.Module):
     if self.norm.offset:
       scale = scale + self.norm.offset
     y = x32 * inverse * scale[lead]
-    if self.bias is not None:
-      y = y + self.bias[...].astype(jnp.float32)[lead]
+    if self.b is not None:
+      y = y + self.b[...].astype(jnp.float32)[lead]
     return y.astype(x.dtype)

@@ -1,11 +1,13 @@
-"""The gated MLP: down(activation(gate x) * up x) (Shazeer 2020; SwiGLU with silu)."""
+"""The MLPs: down(activation(gate x) * up x) (Shazeer 2020; SwiGLU with silu), and without a gate
+down(activation(up x)) (Vaswani et al. 2017, section 3.3).
+"""
 
 import functools
 
 import jax
 from flax import nnx
 
-from ftjax.models.architecture import GatedMlpSpec
+from ftjax.models.architecture import GatedMlpSpec, MlpSpec
 from ftjax.models.layers import Dropout, Linear
 
 # 'gelu_tanh' is transformers' gelu_pytorch_tanh, 'gelu' the exact one.
@@ -13,20 +15,39 @@ ACTIVATIONS = {
   'silu': jax.nn.silu,
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+  'relu': jax.nn.relu,
 }
+
+
+def _to_wide(model_dim: int, spec: GatedMlpSpec | MlpSpec) -> Linear:
+  wide = ('batch', 'seq', 'ffn')
+  return Linear((model_dim,), (spec.ffn_dim,), ('embed', 'ffn'), wide, spec.bias)
+
+
+def _to_narrow(model_dim: int, spec: GatedMlpSpec | MlpSpec) -> Linear:
+  narrow = ('batch', 'seq', 'act_embed')
+  return Linear((spec.ffn_dim,), (model_dim,), ('ffn', 'embed'), narrow, spec.bias)
 
 
 class GatedMlp(nnx.Module):
   """x [B, T, D] -> [B, T, D] through F = ffn_dim."""
 
   def __init__(self, model_dim: int, spec: GatedMlpSpec):
-    ffn_dim = spec.ffn_dim
-    wide, narrow = ('batch', 'seq', 'ffn'), ('batch', 'seq', 'act_embed')
     self.activation = ACTIVATIONS[spec.activation]
-    self.gate = Linear((model_dim,), (ffn_dim,), ('embed', 'ffn'), wide)
-    self.up = Linear((model_dim,), (ffn_dim,), ('embed', 'ffn'), wide)
-    self.down = Linear((ffn_dim,), (model_dim,), ('ffn', 'embed'), narrow)
+    self.gate, self.up = _to_wide(model_dim, spec), _to_wide(model_dim, spec)
+    self.down = _to_narrow(model_dim, spec)
 
   def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     wide = self.activation(self.gate(x, dropout)) * self.up(x, dropout)
     return self.down(wide, dropout)
+
+
+class Mlp(nnx.Module):
+  """x [B, T, D] -> [B, T, D] through F = ffn_dim, without a gate."""
+
+  def __init__(self, model_dim: int, spec: MlpSpec):
+    self.activation = ACTIVATIONS[spec.activation]
+    self.up, self.down = _to_wide(model_dim, spec), _to_narrow(model_dim, spec)
+
+  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+    return self.down(self.activation(self.up(x, dropout)), dropout)

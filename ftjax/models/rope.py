@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,
@@ -49,9 +49,14 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 def _periods(rope: Rope, head_dim: int) -> np.ndarray:
   """Returns float32[R/2]: positions per radian of each pair, before the scaling rule."""
-  # HF computes the exponent and the power in float32; so do we, to agree to the last bit.
   size = rope.size(head_dim)
-  return np.float32(rope.theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+  if rope.scaling is None or isinstance(rope.scaling, RopeScaling):
+    # numpy's float32 power is up to two units in the last place from torch's. These rules are older
+    # than the others, and keep the bits with which their models were trained.
+    return np.float32(rope.theta) ** exponent
+  # HF rounds the exponent to float32 and computes the power with less than one unit of error.
+  return (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def _llama3(rule: RopeScaling, freq: np.ndarray) -> np.ndarray:
@@ -103,9 +108,12 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
   ordered or split over `context`. In decoding it is what has been written so far, up to the tokens
   that are computed now. Keys in the cache stay as they were rotated, as in transformers: once the
   text has grown past the original length, they differ from those of a forward pass over the whole
-  text. (transformers' Phi-3 alone computes its cache again at that token.) A rollout leaves the
-  last token of a prompt to the first step of decoding (engine.py), so the rest of the prompt has
-  the length without it.
+  text. A rollout leaves the last token of a prompt to the first step of decoding (engine.py), so
+  the rest of the prompt has the length without it.
+
+  Two habits of transformers are not followed. Its Phi-3 computes the whole cache again at the token
+  that first goes beyond the original length. Its `dynamic` rule keeps the frequencies of the
+  longest text that the process has seen, until one shorter than the original length comes.
 
   Args:
     segments: int32[B, T], of documents that are numbered from 1, so at most T.
@@ -122,18 +130,20 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
   return shard_map(local, (where, where), where)(segments, positions)
 
 
-def _frequencies_of(rope: Rope, head_dim: int, lengths: jax.Array) -> jax.Array:
-  """Returns float32[B, T, R/2]: radians per position in documents of lengths int32[B, T]."""
-  short, rule = inverse_frequencies(rope, head_dim), rope.scaling
+def frequencies_of(rope: Rope, head_dim: int, lengths: jax.Array) -> jax.Array:
+  """Returns float32[B, T, R/2]: radians per position in documents of lengths int32[B, T], for a
+  rope that uses them.
+  """
+  short, rule = inverse_frequencies(rope, head_dim)[None, None], rope.scaling
   if isinstance(rule, LongScaling):
-    long = _divided(_periods(rope, head_dim), rule.long_factors)
+    long = _divided(_periods(rope, head_dim), rule.long_factors)[None, None]
     return jnp.where((lengths > rule.original_len)[..., None], long, short)
   # The base grows by stretch ** (R / (R - 2)). As a factor of the plain frequencies the power stays
   # exact near 1, and is 1 in documents of the original length.
   longer = jnp.maximum(lengths, rule.original_len).astype(jnp.float32)
   stretch = rule.factor * longer / rule.original_len - (rule.factor - 1)
   size = rope.size(head_dim)
-  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size - 2)
+  exponent = np.arange(0, size, 2, dtype=np.float32)[None, None] / np.float32(size - 2)
   return short * jnp.exp(-exponent * jnp.log(stretch)[..., None])
 
 
@@ -146,7 +156,7 @@ def angles(
   lengths: int32[B, T], `document_lengths`, for a rope that uses them.
   """
   if rope.uses_length:
-    freq = _frequencies_of(rope, head_dim, lengths)
+    freq = frequencies_of(rope, head_dim, lengths)
   else:
     freq = inverse_frequencies(rope, head_dim)[None, None]
   theta = positions[..., None].astype(jnp.float32) * freq

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from ftjax.models import counts, kinds
-from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.architecture import Architecture, BlockSpec, MlpSpec
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a trained float32 parameter: itself, two moments of Adam, the gradient
@@ -52,7 +52,7 @@ def _divisors(n: int, most: int) -> list[int]:
 def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iterator[Candidate]:
   slices, devices = topology.slices, topology.num_devices
   local, specs = devices // slices, arch.layers()
-  for tensor in _divisors(math.gcd(*(s.mixer.num_kv_heads for s in specs), local), 16):
+  for tensor in _divisors(math.gcd(*(s.mixer.split_heads for s in specs), local), 16):
     for context in _divisors(local // tensor, 64):
       fsdp = local // tensor // context
       ways = fsdp * slices
@@ -65,8 +65,8 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
 
 def _inner(spec: BlockSpec) -> int:
   """Returns how many numbers of a token stand between the matrices of a layer."""
-  mixer = spec.mixer
-  return (2 * mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim + 3 * spec.mlp.ffn_dim
+  wide = 2 if isinstance(spec.mlp, MlpSpec) else 3
+  return spec.mixer.inner + wide * spec.mlp.ffn_dim
 
 
 def _base_bytes(arch: Architecture) -> int:

@@ -32,7 +32,7 @@ class Leaf:
     stacked: whether axis 0 counts layers.
     split: how many dimensions, after the layer axis, are a matrix's input side; 0 for scales and
       biases.
-    table: whether it is an embedding or head table, which muon leaves to Adam.
+    table: whether it is a table of tokens or positions, which muon leaves to Adam.
     axes: logical axes of its dimensions.
     rate: factor of its learning rate, besides that of optim.multipliers.
   """
@@ -83,7 +83,7 @@ def leaves(
     if stacked:
       block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
       names = tuple(f'layer{i}/{rest}' for i in layers['/'.join(block)])
-    out[name] = Leaf(names, stacked, split, 'vocab' in axes, tuple(axes))
+    out[name] = Leaf(names, stacked, split, 'vocab' in axes or 'position' in axes, tuple(axes))
   return out
 
 

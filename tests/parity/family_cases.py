@@ -95,6 +95,13 @@ _LLAMA = {
   'eos_token_id': 2,
 }
 
+_GEMMA = _LLAMA | {
+  'tie_word_embeddings': True,
+  'query_pre_attn_scalar': 7,
+  'sliding_window': 8,
+  'pad_token_id': None,  # torch gives the row of a padding token no gradient
+}
+
 CASES = {
   'llama': Case(_LLAMA | {'tie_word_embeddings': False}),
   # 48 tokens are three times the original context: the scaled frequencies matter.
@@ -121,6 +128,52 @@ CASES = {
       'rope_theta': 1e6,
       'rms_norm_eps': 1e-6,
     }
+  ),
+  'gpt2': Case(
+    {
+      'model_type': 'gpt2',
+      'vocab_size': 67,
+      'n_embd': 24,
+      'n_inner': 40,
+      'n_layer': 3,
+      'n_head': 6,
+      'n_positions': 61,
+      'bos_token_id': 1,
+      'eos_token_id': 2,
+    }
+  ),
+  'qwen3': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3',
+      'tie_word_embeddings': False,
+      'head_dim': 14,
+      'rope_theta': 1e6,
+      'rms_norm_eps': 1e-6,
+      'attention_bias': True,
+      # The last two layers see 7 tokens.
+      'use_sliding_window': True,
+      'sliding_window': 7,
+      'max_window_layers': 1,
+    }
+  ),
+  'gemma2': Case(
+    _GEMMA
+    | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
+    norm=0.0,
+  ),
+  # A row holds six windows; both kinds of layers turn, the full ones by an eighth of the angle.
+  'gemma3': Case(
+    _GEMMA
+    | {
+      'model_type': 'gemma3_text',
+      'sliding_window_pattern': 2,
+      'query_pre_attn_scalar': 20,
+      'rope_theta': 1e5,
+      'rope_local_base_freq': 1e3,
+      'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
+    },
+    norm=0.0,
   ),
   'mixtral': Case(
     _LLAMA
@@ -149,6 +202,113 @@ CASES = {
       'norm_topk_prob': False,
       'router_aux_loss_coef': 0.05,
       'rope_theta': 1e6,
+    }
+  ),
+  # Layers 1 and 3 do not turn, and have a window.
+  'smollm3': Case(
+    _LLAMA
+    | {
+      'model_type': 'smollm3',
+      'pad_token_id': None,
+      'tie_word_embeddings': True,
+      'num_hidden_layers': 4,
+      'no_rope_layer_interval': 2,
+      'attention_bias': True,
+      'mlp_bias': True,
+      'use_sliding_window': True,
+      'sliding_window': 9,
+    }
+  ),
+  'olmo2': Case(
+    _LLAMA | {'model_type': 'olmo2', 'pad_token_id': None, 'tie_word_embeddings': False}
+  ),
+  # 48 tokens are three times the original context of the full layer, and six windows of the others.
+  'olmo3': Case(
+    _LLAMA
+    | {
+      'model_type': 'olmo3',
+      'pad_token_id': None,
+      'tie_word_embeddings': False,
+      'num_hidden_layers': 5,
+      'attention_bias': True,
+      'sliding_window': 8,
+      'rope_theta': 1e4,
+      'rope_scaling': {
+        'rope_type': 'yarn',
+        'factor': 4.0,
+        'original_max_position_embeddings': 16,
+        'beta_fast': 4.0,
+      },
+    }
+  ),
+  'granite': Case(
+    _LLAMA
+    | {
+      'model_type': 'granite',
+      'tie_word_embeddings': True,
+      'mlp_bias': True,
+      'embedding_multiplier': 3.7,
+      'attention_multiplier': 0.21,
+      'residual_multiplier': 0.43,
+      'logits_scaling': 0.6,
+    }
+  ),
+  'granitemoehybrid': Case(
+    _LLAMA
+    | {
+      'model_type': 'granitemoehybrid',
+      'tie_word_embeddings': False,
+      'layer_types': ['attention'] * 3,
+      'num_local_experts': 0,
+      'shared_intermediate_size': 36,
+      'mamba_n_heads': 1,
+      'attention_bias': True,
+      'embedding_multiplier': 3.7,
+      'attention_multiplier': 0.21,
+      'residual_multiplier': 0.43,
+      'logits_scaling': 0.6,
+    }
+  ),
+  # A token sees 9; 6 of 10 coordinates turn.
+  'phi3': Case(
+    _LLAMA
+    | {
+      'model_type': 'phi3',
+      'tie_word_embeddings': True,
+      'partial_rotary_factor': 0.6,
+      'sliding_window': 9,
+      'pad_token_id': None,
+    }
+  ),
+  # Transformers' check of the factors takes a head to be hidden_size / heads. 48 tokens are three
+  # times the original context.
+  'phi3_longrope': Case(
+    _LLAMA
+    | {
+      'model_type': 'phi3',
+      'tie_word_embeddings': False,
+      'num_hidden_layers': 2,
+      'hidden_size': 48,
+      'head_dim': 8,
+      'pad_token_id': None,
+      'partial_rotary_factor': 0.75,
+      'original_max_position_embeddings': 16,
+      'rope_scaling': {
+        'type': 'longrope',
+        'short_factor': [1.0, 1.1, 1.3],
+        'long_factor': [1.2, 2.5, 6.0],
+      },
+    }
+  ),
+  # Layers 1 and 2 see 9 tokens.
+  'qwen2_window': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen2',
+      'tie_word_embeddings': False,
+      'use_sliding_window': True,
+      'sliding_window': 9,
+      'max_window_layers': 1,
     }
   ),
 }
