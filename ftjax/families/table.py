@@ -14,6 +14,7 @@ from ftjax.families import (
   olmo,
   phi,
   qwen,
+  qwen3_5,
   qwen3_moe,
   smollm3,
 )
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
   'gemma3': gemma.GEMMA3,
   'mixtral': mixtral.MIXTRAL,
   'qwen3_moe': qwen3_moe.QWEN3_MOE,
+  'qwen3_5': qwen3_5.QWEN3_5,
   'gpt2': gpt2.GPT2,
   'smollm3': smollm3.SMOLLM3,
   'olmo2': olmo.OLMO2,
