@@ -9,7 +9,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: env assets demo test test-all test-shard parity optimized lint lock lock-parity
+.PHONY: env assets gemma demo test test-all test-shard parity optimized lint lock lock-parity
 env: $(VENV)/.ready
 
 $(VENV)/.ready: third_party/requirements.txt
@@ -21,6 +21,10 @@ $(VENV)/.ready: third_party/requirements.txt
 
 assets: env
 	@$(RUN) demo/assets.py .cache
+
+# Gemma 3 270M, 253 MB, under the Gemma Terms of Use.
+gemma: env
+	@$(RUN) demo/gemma.py .cache
 
 demo: assets
 	@$(RUN) -m ftjax.train --config=configs/sft_sentiment.py --workdir=$(WORKDIR)

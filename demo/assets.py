@@ -33,8 +33,8 @@ NUM_TEST = 400
 NEGATIVE_BELOW, POSITIVE_ABOVE = -0.5, 0.5
 
 
-def download(folder: Path) -> None:
-  """Fills `folder` with the wheel and the sdist that REQUIREMENTS pins."""
+def download(folder: Path, requirements: Path = REQUIREMENTS) -> None:
+  """Fills `folder` with the wheels and sdists that `requirements` pins."""
   if folder.is_dir():
     return
   temp = fresh(folder)
@@ -51,7 +51,7 @@ def download(folder: Path) -> None:
     'off',
   ]
   subprocess.run(
-    [*command, '--quiet', '--dest', str(temp), '--requirement', str(REQUIREMENTS)], check=True
+    [*command, '--quiet', '--dest', str(temp), '--requirement', str(requirements)], check=True
   )
   temp.rename(folder)
 

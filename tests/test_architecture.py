@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from ftjax.families import table as families
 from ftjax.families.hf_config import notices
 from ftjax.models import counts, kinds
-from ftjax.models.architecture import Norm, Rope, RopeScaling
+from ftjax.models.architecture import Norm
+from ftjax.models.rope_spec import Rope, RopeScaling
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 

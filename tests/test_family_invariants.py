@@ -7,6 +7,7 @@ import dataclasses
 import functools
 
 import family_models
+import family_training
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +17,6 @@ import tiny_model
 from parity import family_cases as cases
 from tiny_model import tokens_at
 
-from ftjax.algorithms import sft
-from ftjax.config import keys
-from ftjax.experiment import run as experiment
-from ftjax.experiment.trainer import Trainer
 from ftjax.families import table
 from ftjax.hf import export, layout, load
 from ftjax.losses.cross_entropy import LossConfig
@@ -27,10 +24,13 @@ from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.storage.checkpoint import Checkpoints, Retention
-from ftjax.training.state import create
 
 EVERY = pytest.mark.parametrize('name', cases.CASES)
 FULL = pytest.mark.full
+# Of what takes seconds a case: one every day.
+ONE = pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=[FULL] * (n != 'llama')) for n in cases.CASES]
+)
 ROWS = cases.ROWS
 
 
@@ -172,16 +172,14 @@ def test_the_cache_is_the_full_forward(name):
   close(found[segments > 0], expected[segments > 0])
 
 
-@FULL
-@EVERY
+@ONE
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_no_loss_and_no_gradient(name, remat):
   tokens, segments, _ = packed(name)
   same(gradient(name, tokens, segments, remat), gradient(name, tokens, segments))
 
 
-@FULL
-@EVERY
+@ONE
 def test_gradients_cross_no_border_exactly(name):
   """Of one document's loss by the embeddings (through `noise`): zero on all others, on padding, and
   after its last label.
@@ -275,25 +273,11 @@ def test_an_adapter_begins_as_its_base_and_merges_to_one_model(name, method, tmp
 # Checkpoints.
 
 
-def start(name):
-  """(compiled step, state of no steps, its shapes, batch) of the training of a case."""
-  arch, params = model(name)
-  tokens, segments, _ = packed(name)
-  c = keys.default()
-  c.batch_size, c.seq_len, c.steps, c.optim.lr = ROWS, tokens.shape[1], 10, 1e-2
-  run = experiment.without_data(c, jax.sharding.get_mesh(), arch)
-  trainer = Trainer(run, sft.make_loss(run.forward, c))
-  places = jax.tree.map(lambda a: a.sharding, trainer.abstract)
-  make = jax.jit(lambda p: create(p, {}, trainer.optimizer, False), out_shardings=places)
-  batch = {n: np.asarray(x)[None] for n, x in family_models.batch(tokens, segments).items()}
-  placed = {n: tiny_model.place(x, None, 'batch', 'seq') for n, x in batch.items()}
-  return trainer.compile(), make(params), trainer.abstract, placed
-
-
 @FULL
 @EVERY
 def test_a_restored_state_takes_the_next_step_bitwise(name, tmp_path):
-  step, state, abstract, batch = start(name)
+  tokens, segments, _ = packed(name)
+  step, state, abstract, batch = family_training.start(*model(name), tokens, segments)
   state, first = step(state, batch)
   checkpoints = Checkpoints(str(tmp_path), Retention(1, '', 'min'))
   checkpoints.save(1, state, {}, None)

@@ -11,9 +11,10 @@ from parity.toy_gguf import Toy, toy_tensors, weight, write_toy
 from tokenizers import Tokenizer
 
 from ftjax.families import table as families
+from ftjax.hf import gguf as gguf_source
 from ftjax.hf import gguf_tokenizer, layout, load
 from ftjax.hf.gguf import GGUFSource, half_rotation, llama3_factors, llama3_scaling
-from ftjax.models.architecture import RopeScaling
+from ftjax.models.rope_spec import RopeScaling
 from ftjax.runtime.errors import DataError
 
 TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0')
@@ -77,6 +78,41 @@ def test_q_is_unpermuted_and_parts_equal_the_whole(toy):
     for _ in range(10):
       index = tuple(slice(*map(int, sorted(rng.integers(0, n + 1, 2)))) for n in whole.shape)
       np.testing.assert_array_equal(source.read(other, index), whole[index])
+
+
+def write_blocks(path, kind, rows, width, seed=0):
+  """A file whose embedding is random bytes of a type: any number in any field of its blocks."""
+  raw = gguf.GGMLQuantizationType[kind]
+  size, nbytes = gguf.GGML_QUANT_SIZES[raw]
+  stored = np.random.default_rng(seed).integers(0, 256, (rows, width // size * nbytes), np.uint8)
+  writer = gguf.GGUFWriter(str(path), 'llama')
+  writer.add_tensor('token_embd.weight', stored, raw_dtype=raw)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return stored, raw
+
+
+@pytest.mark.parametrize('kind', gguf_source.TYPES)
+def test_every_type_is_dequantized_as_by_the_gguf_package(tmp_path, kind):
+  """Bit for bit, whole and in part; of float types the stored numbers themselves."""
+  stored, raw = write_blocks(tmp_path / 'x.gguf', kind, 5, 512)
+  source = GGUFSource(tmp_path / 'x.gguf')
+  with np.errstate(all='ignore'):
+    expected = gguf.quants.dequantize(stored, raw)
+  got = source.read('model.embed_tokens.weight')
+  assert got.dtype == np.float32 and got.shape == (5, 512)
+  np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+  part = source.read('model.embed_tokens.weight', (slice(2, 4), slice(100, 300)))
+  np.testing.assert_array_equal(part, expected[2:4, 100:300])
+
+
+@pytest.mark.parametrize('kind', ['IQ2_XXS', 'IQ3_S', 'IQ4_NL', 'IQ4_XS', 'NVFP4'])
+def test_other_types_are_refused_by_name(tmp_path, kind):
+  write_blocks(tmp_path / 'x.gguf', kind, 2, 256)
+  with pytest.raises(DataError, match=f'token_embd.weight is {kind}; supported: F32, .*Requantize'):
+    GGUFSource(tmp_path / 'x.gguf')
 
 
 @pytest.mark.parametrize('kind', ['Q4_K', 'Q6_K'])
@@ -196,36 +232,76 @@ def test_every_part_counts_for_the_fingerprint(parts):
 
 
 @pytest.mark.parametrize('number', [2, 3])
-def test_a_missing_part_and_a_later_part_are_named(parts, number):
+def test_any_part_names_the_model(parts, number):
   later = parts.with_name(f'toy-0000{number}-of-00003.gguf')
-  with pytest.raises(
-    DataError, match=f'part {number} of 3; give the first part, toy-00001-of-0000'
-  ):
-    load.read_config(later)
+  assert load.read_config(later) == load.read_config(parts)
+  assert load.tokenizer_files(later) == load.tokenizer_files(parts)
+  assert load.fingerprint(later) == load.fingerprint(parts)
+  assert load.stamp(later) == load.stamp(parts)
   later.unlink()
   for path in (parts, parts.parent):
     with pytest.raises(DataError, match=f'part {number} of 3, {later.name}, is missing'):
       load.open_source(path)
 
 
-def test_a_folder_without_the_first_part_names_it(parts):
+def test_without_the_first_part_it_is_named(parts):
+  later = parts.with_name('toy-00002-of-00003.gguf')
   parts.unlink()
-  with pytest.raises(DataError, match=r'part 1 of 3, toy-00001-of-00003\.gguf, is missing'):
-    load.open_source(parts.parent)
+  for path in (parts.parent, later):
+    with pytest.raises(DataError, match=r'part 1 of 3, toy-00001-of-00003\.gguf, is missing'):
+      load.open_source(path)
 
 
 def test_parts_of_two_models_are_refused(parts, tmp_path):
   second, third = (parts.with_name(f'toy-0000{i}-of-00003.gguf') for i in (2, 3))
+  kept = second.read_bytes()
   shutil.copy(third, second)
-  with pytest.raises(DataError, match=r'says part 3 of 3; expected part 2 of 3'):
+  with pytest.raises(DataError, match=r'00002-of-00003.gguf: .*says part 3 of 3; expected part 2'):
     load.open_source(parts)
+  shutil.copy(parts, second)  # a part twice
+  with pytest.raises(DataError, match='says part 1 of 3; expected part 2 of 3'):
+    load.open_source(parts)
+  other = Toy(tied=False, num_layers=1)
+  write_toy(tmp_path / 'b.gguf', other, 'gpt2', split=5)
+  shutil.copy(tmp_path / 'b-00002-of-00003.gguf', second)
+  with pytest.raises(DataError, match=r'00002-of-00003\.gguf: split\.tensors\.count=12, and 21'):
+    load.open_source(parts)
+  # The second of two parts of other sizes, whose tensors are the first one's.
+  write_toy(tmp_path / 'c.gguf', Toy(tied=False, num_layers=2), 'gpt2', split=7)
+  shutil.copy(tmp_path / 'c-00002-of-00003.gguf', second)
+  with pytest.raises(DataError, match=r'is also in toy-00001|tensors, split\.tensors\.count=21'):
+    load.open_source(parts)
+  second.write_bytes(kept)
+  load.open_source(parts)
   shutil.copy(tmp_path / 'whole.gguf', parts.with_name('other.gguf'))
   with pytest.raises(DataError, match='holds 4 GGUF files'):
     load.open_source(parts.parent)
-  write_toy(tmp_path / 'b.gguf', Toy(tied=False, num_layers=1), 'gpt2', split=5)
-  shutil.copy(tmp_path / 'b-00002-of-00003.gguf', second)
-  with pytest.raises(DataError, match=r'tensors, split\.tensors\.count=21'):
-    load.open_source(parts)
+
+
+def test_names_and_numbers_of_parts_that_contradict_each_other(parts, tmp_path):
+  """A whole file under the name of a part; parts that say another count; a count of a million."""
+  alone = shutil.copy(tmp_path / 'whole.gguf', tmp_path / 'toy-00001-of-00002.gguf')
+  with pytest.raises(DataError, match=r'00001-of-00002\.gguf: its metadata says 1 parts.*name 2'):
+    load.open_source(alone)
+  two = parts.rename(parts.with_name('toy-00001-of-00002.gguf'))
+  with pytest.raises(DataError, match='says 3 parts, its name 2'):
+    load.open_source(two)
+  many = parts.with_name('many.gguf')
+  write_toy(many, Toy(), 'gpt2', split__count=1_000_000, split__no=0)
+  with pytest.raises(DataError, match='part 2 of 1000000, many-00002-of-1000000'):
+    load.open_source(many)
+  write_toy(many, Toy(), 'gpt2', split__count='three')
+  with pytest.raises(DataError, match=r"split\.count is 'three'; a whole number"):
+    load.open_source(many)
+
+
+def test_a_part_that_is_cut_is_named(parts):
+  second = parts.with_name('toy-00002-of-00003.gguf')
+  content = second.read_bytes()
+  for size in (0, 20, len(content) // 2, len(content) - 1):
+    second.write_bytes(content[:size])
+    with pytest.raises(DataError, match=r'00002-of-00003\.gguf: not a readable GGUF file'):
+      load.open_source(parts)
 
 
 def test_a_renamed_part_asks_for_its_name(parts):
@@ -347,7 +423,6 @@ def write_plain(path, arch='llama', tensors=('token_embd.weight',), kind='F32'):
       'no HF name is known for tensor blk.0.attn_q_norm.weight',
     ),
     ({'tensors': ('blk.0.attn_sinks.weight',)}, 'no HF name'),
-    ({'kind': 'Q5_1'}, 'is Q5_1; supported: F32'),
   ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(tmp_path, options, message):

@@ -14,7 +14,7 @@ import pytest
 from parity.mixed_strings import mixed_strings
 from parity.test_logits import open_model
 from test_gguf import interleave
-from tiny_model import QWEN2, TINY, UNTIED, init
+from tiny_model import QWEN2, TINY, UNTIED, init, with_mixer
 from tiny_tokenizer import SPECIAL, tiny_files
 
 from ftjax import convert
@@ -24,7 +24,7 @@ from ftjax.hf import export, gguf_export, gguf_tokenizer, gguf_writer, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.models.architecture import RopeScaling
+from ftjax.models.rope_spec import LinearScaling, QueryScaling, Rope, RopeScaling, YarnScaling
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
@@ -328,6 +328,23 @@ def test_llama3_rope_of_qwen2_is_refused(tmp_path):
   )
   with pytest.raises(DataError, match=r"rope_scaling is not applied.*'qwen2'"):
     convert.convert(source, str(tmp_path / 'x.gguf'), None)
+
+
+@pytest.mark.parametrize(
+  ('rope', 'named'),
+  [
+    (Rope(scaling=YarnScaling(4.0, 32, 1.2)), 'YarnScaling.*is not written as GGUF'),
+    (Rope(scaling=LinearScaling(4.0)), 'LinearScaling'),
+    (Rope(fraction=0.5), 'fraction=0.5'),
+    (Rope(scaling=RopeScaling(4.0, 1.0, 4.0, 32), fraction=0.5), 'fraction=0.5'),
+    (Rope(query=QueryScaling(0.1, 32)), 'QueryScaling'),
+    (None, 'rope=None'),
+  ],
+)
+def test_a_rope_that_the_files_cannot_hold_is_refused(tmp_path, rope, named):
+  arch = of_tokenizer(with_mixer(TINY, rope=rope))
+  with pytest.raises(DataError, match=named):
+    gguf_export.export(tmp_path / 'x.gguf', arch, {}, tiny_files(), None, {})
 
 
 def test_a_reward_model_is_refused(tmp_path):

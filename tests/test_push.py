@@ -67,7 +67,6 @@ def card(step=7, **changes):
 @pytest.fixture
 def folder(tmp_path):
   out = shutil.copytree(GOLDEN / 'llama_tied', tmp_path / 'model')
-  (out / 'logits.npz').unlink()
   (out / 'additional_chat_templates').mkdir()
   (out / 'additional_chat_templates' / 'rag.jinja').write_bytes(b'{{ messages }}\r\n')
   (out / 'README.md').write_bytes(card())

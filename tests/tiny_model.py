@@ -10,15 +10,9 @@ import numpy as np
 from ftjax.data import synthetic
 from ftjax.hf import export
 from ftjax.models import head, kinds, kv_cache
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  Rope,
-)
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from ftjax.models.attention import Tokens
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime import trees
 from ftjax.runtime.sharding import put, spec
 

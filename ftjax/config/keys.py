@@ -18,6 +18,7 @@ def default() -> Section:
   _add_lora(c)
   _add_optim(c)
   _add_loss(c)
+  _add_moe(c)
   _add_dpo(c)
   _add_reward_model(c)
   _add_rollout(c)
@@ -161,6 +162,12 @@ def _add_loss(c: Section) -> None:
   c.loss.z_loss = 0.0  # weight of logsumexp squared
   # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
   c.loss.neftune = 0.0
+
+
+def _add_moe(c: Section) -> None:
+  c.moe = Section()
+  # Factor of the load-balance loss of a model with experts; 0: none, -1: that of its config.json.
+  c.moe.balance = -1.0
 
 
 def _add_dpo(c: Section) -> None:

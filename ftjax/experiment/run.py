@@ -29,6 +29,7 @@ from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.models.layers import Declared
+from ftjax.models.routing import RouterLog
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
@@ -61,6 +62,7 @@ class Run:
   model: Model
   data: examples.Data | examples.PromptData | None  # None: the run trains nothing
   watchdog: Watchdog
+  router_log: RouterLog = dataclasses.field(default_factory=RouterLog)
 
   @property
   def arch(self) -> Architecture:
@@ -70,7 +72,8 @@ class Run:
   def forward(self) -> Forward:
     """The forward pass of the model as the config computes it."""
     c = self.config
-    return Forward(self.arch, jnp.dtype(c.model.compute_dtype), c.remat)
+    dtype = jnp.dtype(c.model.compute_dtype)
+    return Forward(self.arch, dtype, c.remat, router_log=self.router_log)
 
   @property
   def steps(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import monitoring
 
+from ftjax.experiment import balance
 from ftjax.experiment.run import Run
 from ftjax.models import kinds
 from ftjax.runtime import compiler_options, sharding, trees
@@ -104,7 +105,7 @@ class Trainer:
     own = self._without_base(self._without_constant(shardings))
     self._init = jax.jit(self._create, out_shardings=own)
     self._step = make_step(
-      loss_fn,
+      balance.with_balance(run, loss_fn),
       self.optimizer,
       shardings,
       mask=optimizer_lib.layer_mask(settings, info, trained),

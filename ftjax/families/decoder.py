@@ -12,14 +12,8 @@ from typing import Any
 from ftjax.families import hf_rope, layer_types
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.tensor_map import Row
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  GatedMlpSpec,
-  Norm,
-  Rope,
-)
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec, Norm
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
 
 KEYS = hf_rope.KEYS | {

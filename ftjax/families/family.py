@@ -20,7 +20,8 @@ class Family:
   model_types: of the config.json files that it reads. hf_class: prefix of transformers' classes,
   'Llama' of LlamaForCausalLM. keys: of config.json that `read` reads or checks; others that may
   change the computation are refused. read: (config, family name) -> architecture. write: the
-  inverse, a complete config.json. rows, sizes: see tensor_map. unused: HF tensors that may be in a
+  inverse, a complete config.json. rows, sizes: see tensor_map. other_rows: the rows of another form
+  of the files, which is read and not written; () for none. unused: HF tensors that may be in a
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
   tied model may repeat the first as the second. prefix: of the tensors of transformers' model
   without its head, which files of that model alone leave out. gguf: the family in GGUF files; None
@@ -35,6 +36,7 @@ class Family:
   rows: tuple[Row, ...]
   unused: re.Pattern
   tied: tuple[str, str]
+  other_rows: tuple[Row, ...] = ()
   sizes: Sizes = tensor_map.decoder_sizes
   gguf: Gguf | None = None
   prefix: str = ''
@@ -53,6 +55,10 @@ class Family:
   def bindings(self, arch: Architecture) -> list[Binding]:
     """Returns every HF tensor of a model with the place that it fills."""
     return tensor_map.bindings(self.rows, arch, self.sizes)
+
+  def other_bindings(self, arch: Architecture) -> list[Binding]:
+    """Returns the bindings of `other_rows`."""
+    return tensor_map.bindings(self.other_rows, arch, self.sizes)
 
   def names(self, arch: Architecture, stored: Collection[str]) -> dict[str, str]:
     """Returns {name in the tensor map: stored name} of the tensors of a file, in its order."""

@@ -11,7 +11,8 @@ from ftjax.families import decoder, hf_rope, layer_types
 from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.layer_types import FULL, SLIDING
-from ftjax.models.architecture import Architecture, BlockSpec, Rope
+from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
 
 SCALAR = 'query_pre_attn_scalar'
@@ -48,8 +49,8 @@ def _read_block(c: HfConfig, rope: Rope) -> BlockSpec:
   if c.get('hidden_act') is not None and decoder.read_activation(c) != activation:
     raise DataError(
       f'config.json: hidden_act={c.get("hidden_act")!r} differs from hidden_activation='
-      f'{c.text("hidden_activation", of_class=True)!r}, which transformers reads. Delete the first, '
-      'or state the second'
+      f'{c.text("hidden_activation", of_class=True)!r}, which transformers reads; delete the '
+      'first, or state the second'
     )
   block = decoder.read_block(c, rope, activation='hidden_activation', free_head=True)
   scalar, bias = c.count(SCALAR, of_class=True), c.flag('attention_bias', of_class=True)

@@ -84,9 +84,7 @@ def _read(c: HfConfig, family: str) -> Architecture:
   activation = decoder.read_activation(c, 'activation_function')
   mlp = MlpSpec(c.count('n_inner', 4 * dim), activation, bias=True)
   mixers = [
-    AttentionSpec(
-      heads, heads, dim // heads, rope=None, qkv_bias=True, out_bias=True, scale=scale
-    )
+    AttentionSpec(heads, heads, dim // heads, rope=None, qkv_bias=True, out_bias=True, scale=scale)
     for scale in scales
   ]
   positions = _positions(c)

@@ -47,7 +47,9 @@ _HARMLESS = {
 }  # fmt: skip
 _HARMLESS_NAMES = re.compile(r'_.*|.*version|unsloth.*|transformers[._].*|.*_token_id')
 
-_DROPOUT = re.compile(r'.*dropout(_(prob|rate|p))?|.*_pdrop|.*drop_rate|layer_?drop')
+_DROPOUT = re.compile(
+  r'.*dropout(_(prob|rate|p))?|.*_pdrop|.*drop_rate|layer_?drop|router_jitter_noise'
+)
 
 _COMPUTATION = re.compile(
   r'act(ivation)?|hidden_act.*|attn|attention|rope|rotary|position|pos|norm|mlp|ffn|mask|window'
@@ -134,13 +136,16 @@ class HfConfig:
     """
     return self.count(key, of_class=key not in self.content)
 
-  def number(self, key: str, default: float | None = None, *, of_class: bool = False) -> float:
-    """Returns a positive finite number. Raises as `count`."""
-    value = self._value(key, default, of_class, 'a positive number')
+  def number(
+    self, key: str, default: float | None = None, *, of_class: bool = False, or_zero: bool = False
+  ) -> float:
+    """Returns a positive finite number; with `or_zero` also 0. Raises as `count`."""
+    expected = 'a positive number' + ' or 0' * or_zero
+    value = self._value(key, default, of_class, expected)
     if not isinstance(value, int | float) or isinstance(value, bool):
-      raise _wrong(key, value, 'a positive number')
-    if not 0 < value < math.inf:
-      raise DataError(f'config.json: {key}={value}; expected a positive finite number')
+      raise _wrong(key, value, expected)
+    if not 0 < value < math.inf and not (or_zero and value == 0):
+      raise DataError(f'config.json: {key}={value}; expected {expected}, and finite')
     return float(value)
 
   def flag(self, key: str, default: bool | None = None, *, of_class: bool = False) -> bool:
@@ -235,6 +240,9 @@ def _short(value: Any) -> str:
   return text if len(text) <= 60 else f'{text[:57]}...'
 
 
+_WHAT = ('dropout', 'noise of routers')
+
+
 def _dropout(key: str, value: Any) -> float:
   if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
     raise DataError(f'config.json: {key}={value!r}; expected a number from 0 to below 1')
@@ -245,7 +253,7 @@ def notices(config: Mapping[str, Any]) -> list[str]:
   """Returns a line for each setting of an accepted config.json that is read and not applied."""
   found = {k: v for k, v in config.items() if _DROPOUT.fullmatch(k) and not is_neutral(v)}
   out = [
-    f'config.json: {key}={value} is not applied: training here uses no dropout'
+    f'config.json: {key}={value} is not applied: training here uses no {_WHAT["jitter" in key]}'
     for key, value in found.items()
     if _dropout(key, value) > 0
   ]

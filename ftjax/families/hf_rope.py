@@ -12,7 +12,14 @@ from ftjax.families import rope_rule
 from ftjax.families.hf_config import HfConfig, is_neutral
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.rope_rule import BETA, ORIGINAL, PARTIAL, Reading, Rule, class_rule
-from ftjax.models.architecture import LongScaling, QueryScaling, Rope
+from ftjax.models.rope_spec import (
+  DynamicScaling,
+  LongScaling,
+  QueryScaling,
+  Rope,
+  RopeScaling,
+  YarnScaling,
+)
 from ftjax.runtime.errors import DataError
 
 # A family with a second base for its sliding layers has one more, such as rope_local_base_freq.
@@ -82,11 +89,6 @@ def read_by_layer_type(
     if kind == SLIDING and local_theta == 'rope_theta':
       _check_one_theta(rule)
     out[kind] = _rope(rule)
-    if rule.given('truncate'):
-      raise DataError(
-        f'config.json: {rule.name("truncate")} is not read by transformers, which looks for it '
-        'beside the layer types; delete it'
-      )
   if old:
     full = _rope(Rule('rope_scaling', old, c, reading, FULL))
     if new.get(FULL) and full != out[FULL]:
@@ -95,6 +97,7 @@ def read_by_layer_type(
         'rotary embeddings; delete the one that the model was not trained with'
       )
     out[FULL] = full
+  _check_truncates(out)
   return out
 
 
@@ -106,6 +109,15 @@ def _check_one_theta(rule: Rule) -> None:
       f'config.json: rope_theta={top!r} is that of all layers in transformers 4, and of full '
       f'layers alone in 5; state {rule.name("rope_theta")}'
     )
+
+
+def _check_truncates(ropes: Mapping[str, Rope]) -> None:
+  for kind, rope in ropes.items():
+    if isinstance(rope.scaling, YarnScaling) and not rope.scaling.truncate:
+      raise DataError(
+        f'config.json: truncate=False in the rule of {kind}: transformers 5 does not read it there '
+        'and truncates; set it to true if the model was trained so'
+      )
 
 
 def _rope(rule: Rule) -> Rope:
@@ -160,18 +172,22 @@ def _fraction(rule: Rule, kind: str) -> float:
   return found
 
 
-def write(rope: Rope, max_len: int) -> dict[str, Any]:
+def write(
+  rope: Rope,
+  max_len: int,
+  reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> dict[str, Any]:
   """Returns the keys of a config.json, those that transformers 4 and 5 both read.
 
   Args:
     rope: of all layers.
     max_len: what max_position_embeddings is.
+    reading: what the family computes.
   """
   out: dict[str, Any] = {'rope_theta': rope.theta}
   if rule := _written(rope, max_len):
     out['rope_scaling'] = rule
-  if rope.fraction != 1:
-    out[PARTIAL] = rope.fraction
+  out |= _partial(rope, reading)
   if isinstance(rope.scaling, LongScaling):
     # transformers 4 takes it from here alone.
     out[ORIGINAL] = rope.scaling.original_len
@@ -179,7 +195,10 @@ def write(rope: Rope, max_len: int) -> dict[str, Any]:
 
 
 def write_by_layer_type(
-  ropes: Mapping[str, Rope], max_len: int, local_theta: str
+  ropes: Mapping[str, Rope],
+  max_len: int,
+  local_theta: str,
+  reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
   """Returns the keys of a config.json with a rotary embedding for each layer type: rope_parameters
   for transformers 5, and where they can say it the old keys for transformers 4.
@@ -188,13 +207,14 @@ def write_by_layer_type(
     ropes: {layer type: Rope} of full and sliding layers.
     max_len: what max_position_embeddings is.
     local_theta: as in `read_by_layer_type`.
+    reading: what the family computes.
   """
+  _check_truncates(ropes)
   full, sliding = ropes[FULL], ropes[SLIDING]
   new = {}
   for kind, rope in ropes.items():
     rule = _written_of_type(rope, max_len) or {'rope_type': 'default'}
-    partial = {PARTIAL: rope.fraction} if rope.fraction != 1 else {}
-    new[kind] = {'rope_theta': rope.theta} | rule | partial
+    new[kind] = {'rope_theta': rope.theta} | rule | _partial(rope, reading)
   plain = sliding == Rope(sliding.theta) and full.fraction == 1
   if not local_theta or not plain or (local_theta == 'rope_theta' and full.theta != sliding.theta):
     return {'rope_parameters': new}
@@ -212,12 +232,17 @@ def _written_of_type(rope: Rope, max_len: int) -> dict[str, Any]:
   return rule
 
 
+def _partial(rope: Rope, reading: Reading) -> dict[str, float]:
+  # transformers' class may have another default than 1.
+  return {PARTIAL: rope.fraction} if reading.partial or rope.fraction != 1 else {}
+
+
 def _written(rope: Rope, max_len: int) -> dict[str, Any]:
   """Returns the value of rope_scaling; {} for the plain embedding."""
-  out = rope_rule.content(rope.scaling, max_len)
-  if rope.query is not None:
-    own = out.get(ORIGINAL, rope.query.original_len)
-    if own != rope.query.original_len:
-      raise DataError(f'{rope}: a config.json has one {ORIGINAL}')
-    out = (out or {'rope_type': 'default'}) | {ORIGINAL: own, BETA: rope.query.beta}
-  return out
+  rule, query = rope_rule.content(rope.scaling, max_len), rope.query
+  if query is None:
+    return rule
+  with_length = isinstance(rope.scaling, RopeScaling | DynamicScaling | YarnScaling | LongScaling)
+  if with_length and rope.scaling.original_len != query.original_len:
+    raise DataError(f'{rope} has two original lengths; a config.json has one {ORIGINAL}')
+  return (rule or {'rope_type': 'default'}) | {ORIGINAL: query.original_len, BETA: query.beta}

@@ -7,7 +7,8 @@ from ftjax.families import decoder, hf_rope, layer_types
 from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
-from ftjax.models.architecture import Architecture, BlockSpec, Rope
+from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import Rope
 
 KEYS = decoder.KEYS | {
   'attention_bias', 'mlp_bias', 'use_sliding_window', 'sliding_window', 'layer_types',

@@ -10,7 +10,8 @@ from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.tensor_map import Row
-from ftjax.models.architecture import Architecture, BlockSpec, Rope
+from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import Rope
 
 KEYS = decoder.KEYS | {'attention_bias'}
 _ATTENTION = 'model.layers.{l}.self_attn.'

@@ -7,7 +7,8 @@ from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.rope_rule import Reading
 from ftjax.families.tensor_map import Row
-from ftjax.models.architecture import Architecture, LongScaling
+from ftjax.models.architecture import Architecture
+from ftjax.models.rope_spec import LongScaling
 from ftjax.runtime.errors import DataError
 
 KEYS = decoder.KEYS | {'attention_bias', 'mlp_bias', 'lm_head_bias', 'sliding_window'}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax.families.hf_config import HfConfig, class_defaults
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,
@@ -36,6 +36,7 @@ KEYS: dict[str, tuple[str, ...]] = {
   'proportional': ('factor',),
 }
 KEYS_OF_ALL = ('rope_type', 'type', 'rope_theta', ORIGINAL, PARTIAL)
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _OLD_NAMES = {'su': 'longrope'}  # of the first Phi-3 files
 
 
@@ -175,7 +176,7 @@ def _llama3(rule: Rule) -> RopeScaling:
 def _yarn(rule: Rule) -> YarnScaling:
   original = original_len(rule, 'yarn')
   factor = rule.number('factor', rule.max_len() / original)
-  fast, slow = rule.optional('beta_fast') or 32.0, rule.optional('beta_slow') or 1.0
+  fast, slow = rule.optional('beta_fast') or _BETA_FAST, rule.optional('beta_slow') or _BETA_SLOW
   if fast < slow:
     raise DataError(f'config.json: {rule.place} has beta_fast={fast}, less than beta_slow={slow}')
   truncate = HfConfig({rule.name('truncate'): rule.content.get('truncate')})
@@ -190,15 +191,18 @@ def _yarn(rule: Rule) -> YarnScaling:
 
 
 def _yarn_attention(rule: Rule, factor: float) -> float:
-  """Returns attention_factor: equation 22 of Peng et al. 2023, with DeepSeek's mscale numbers."""
-
-  def magnitude(mscale: float) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
+  """Returns attention_factor, or what follows from DeepSeek's two mscale numbers."""
   if rule.given('attention_factor'):
     return rule.number('attention_factor')
   up, down = rule.optional('mscale'), rule.optional('mscale_all_dim')
-  return magnitude(up) / magnitude(down) if up and down else magnitude(1.0)
+  if up and down:
+    return _yarn_magnitude(factor, up) / _yarn_magnitude(factor, down)
+  return _yarn_magnitude(factor, 1.0)
+
+
+def _yarn_magnitude(factor: float, mscale: float) -> float:
+  """Equation 22 of Peng et al. 2023, where mscale is 1."""
+  return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _longrope(rule: Rule) -> LongScaling:
@@ -233,15 +237,14 @@ def content(scaling: Scaling | None, max_len: int) -> dict[str, Any]:
       ORIGINAL: scaling.original_len,
     }
   if isinstance(scaling, YarnScaling):
-    return {
-      'rope_type': 'yarn',
-      'factor': scaling.factor,
-      ORIGINAL: scaling.original_len,
-      'attention_factor': scaling.attention_factor,
-      'beta_fast': scaling.beta_fast,
-      'beta_slow': scaling.beta_slow,
-      'truncate': scaling.truncate,
+    out = {'rope_type': 'yarn', 'factor': scaling.factor, ORIGINAL: scaling.original_len}
+    stated = {
+      'attention_factor': (scaling.attention_factor, _yarn_magnitude(scaling.factor, 1.0)),
+      'beta_fast': (scaling.beta_fast, _BETA_FAST),
+      'beta_slow': (scaling.beta_slow, _BETA_SLOW),
+      'truncate': (scaling.truncate, True),
     }
+    return out | {key: value for key, (value, default) in stated.items() if value != default}
   factors = {
     'short_factor': list(scaling.short_factors),
     'long_factor': list(scaling.long_factors),

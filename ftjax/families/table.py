@@ -3,7 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import gemma, gpt2, granite, llama, olmo, phi, qwen, smollm3
+from ftjax.families import (
+  gemma,
+  gpt2,
+  granite,
+  llama,
+  mixtral,
+  olmo,
+  phi,
+  qwen,
+  qwen3_moe,
+  smollm3,
+)
 from ftjax.families.family import Family
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
@@ -16,6 +27,8 @@ FAMILIES: dict[str, Family] = {
   'qwen3': qwen.QWEN3,
   'gemma2': gemma.GEMMA2,
   'gemma3': gemma.GEMMA3,
+  'mixtral': mixtral.MIXTRAL,
+  'qwen3_moe': qwen3_moe.QWEN3_MOE,
   'gpt2': gpt2.GPT2,
   'smollm3': smollm3.SMOLLM3,
   'olmo2': olmo.OLMO2,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.architecture import Architecture, BlockSpec, MoeSpec
 
 # Sizes of axis letters: those of the model for None, those of a layer for its spec.
 Sizes = Callable[[Architecture, BlockSpec | None], Mapping[str, int]]
@@ -166,15 +166,16 @@ def whole_tensor(parts: Sequence[tuple[Binding, np.ndarray]]) -> np.ndarray:
 
 
 def decoder_sizes(arch: Architecture, spec: BlockSpec | None) -> dict[str, int]:
-  """Returns the sizes of V, D, R (labels) and P (learned positions), and of a layer also of
-  N heads, K kv heads, H head and F ffn.
+  """Returns the sizes of V, D, R (labels) and P (learned positions), and of a layer also of N
+  heads, K kv heads, H head, F ffn and, where it has them, E experts.
   """
   out = {'V': arch.vocab_size, 'D': arch.model_dim, 'R': arch.num_labels}
   out['P'] = arch.learned_positions
   if spec is None:
     return out
-  m = spec.mixer
-  return out | {'N': m.num_heads, 'K': m.num_kv_heads, 'H': m.head_dim, 'F': spec.mlp.ffn_dim}
+  m, mlp = spec.mixer, spec.mlp
+  out |= {'N': m.num_heads, 'K': m.num_kv_heads, 'H': m.head_dim, 'F': mlp.ffn_dim}
+  return out | ({'E': mlp.num_experts} if isinstance(mlp, MoeSpec) else {})
 
 
 def bindings(rows: Sequence[Row], arch: Architecture, sizes: Sizes) -> list[Binding]:

@@ -27,22 +27,27 @@ Ended = list[tuple[Unfinished, Completion]]
 class Conversation:
   """The cache of a conversation between two of its turns.
 
-  cache: of one sequence; None before the first turn and after an interrupted one. tokens: those
-  that the cache holds, from position 0. at: index of the cache that is written next; beyond it
-  nothing was written.
+  cache: of one sequence; None before the first turn, after an interrupted one, and where it holds
+  states of tokens that do not belong to the conversation. tokens: those that the cache holds, from
+  position 0. at: index of the cache that is written next; beyond it nothing was written.
   """
 
   cache: Cache | None = None
   tokens: list[int] = dataclasses.field(default_factory=list)
   at: int = 0
 
-  def take(self, prompt: Sequence[int], most: int) -> tuple[Cache | None, int, int]:
+  def take(
+    self, prompt: Sequence[int], most: int, has_states: bool
+  ) -> tuple[Cache | None, int, int]:
     """Takes the cache out, for a prompt and `most` tokens after it.
+
+    has_states: of the model; no token can be taken out of a state again.
 
     Returns:
       (cache, how many tokens of the prompt it holds, index to be written next); (None, 0, 0) where
-      it holds none of them, has no room for the rest, or is more than twice as large as a new one:
-      every step reads all of it, also what a conversation that was reset has left there.
+      it holds none of them, has states of other tokens too, has no room for the rest, or is more
+      than twice as large as a new one: every step reads all of it, also what a conversation that
+      was reset has left there.
     """
     cache, self.cache = self.cache, None
     # One token at least is read, for the logits of the next.
@@ -51,7 +56,7 @@ class Conversation:
       if ours != theirs:
         break
       known += 1
-    if cache is None or not known:
+    if cache is None or not known or (has_states and known < len(self.tokens)):
       return None, 0, 0
     needed = self.at + short_bucket(len(prompt) - known) + most
     capacity = cache.tokens.segments.shape[1]
@@ -94,7 +99,7 @@ def respond(
 ) -> Completion:
   """Returns the completion of a request of one prompt; see `Engine.respond`."""
   (prompt,) = request.prompts
-  cache, known, at = conversation.take(prompt, max(request.most))
+  cache, known, at = conversation.take(prompt, max(request.most), programs.has_states)
   length = (short_bucket if known else bucket)(len(prompt) - known)
   needed = length + _room(request, programs)
   capacity = _conversation_capacity(needed)
@@ -113,6 +118,9 @@ def respond(
   # The last token was drawn, but not read.
   conversation.tokens = [*prompt, *sequence.tokens[:-1]]
   conversation.cache, conversation.at = decoder.cache, at + length + decoder.steps
+  # `ended` looks at tokens between dispatches: the model has then read more than it gave.
+  if programs.has_states and decoder.steps >= len(sequence.tokens):
+    conversation.cache = None
   return found[0][1]
 
 

@@ -42,9 +42,9 @@ class Unread:
   """What `read` reads of prompts.
 
   tokens: int32[B, T], padded on the left. where: their segments, and positions counted from the
-  first of them. known: int32[], tokens before them that the cache holds; what it holds at later
-  positions is forgotten. at: int32[], index of the cache that is written first, at most
-  capacity - T.
+  first of them. known: int32[], tokens before them that the cache holds; entries that it holds at
+  later positions are forgotten, and states must be of these tokens alone. at: int32[], index of the
+  cache that is written first, at most capacity - T.
   """
 
   tokens: jax.Array
@@ -72,7 +72,7 @@ class Programs:
     width: int,
     vocab_size: int | None,
   ):
-    self.arch, self.dtype = arch, dtype
+    self.arch, self.dtype, self.has_states = arch, dtype, kv.has_states(arch)
     self.stop_ids, self.width, self._vocab_size = tuple(stop_ids), width, vocab_size
     self.compilations = 0  # each function below counts when it is traced
     self.start = jax.jit(self._start, static_argnums=(0, 1))
@@ -108,7 +108,7 @@ class Programs:
     else:
       old = cache.tokens
       kept = jnp.where(old.positions < unread.known, old.segments, 0)
-      cache = Cache(cache.keys, cache.values, Tokens(kept, old.positions))
+      cache = Cache(cache.entries, cache.states, Tokens(kept, old.positions))
     x, cache = kinds.decode(
       self.arch, params, unread.tokens, places, cache, unread.at, dtype=self.dtype
     )

@@ -17,17 +17,22 @@ import numpy as np
 from ftjax.families import gguf, hf_rope, table
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
-from ftjax.models.architecture import Architecture, Rope, RopeScaling
+from ftjax.models.architecture import Architecture
+from ftjax.models.rope_spec import Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
-TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q4_K', 'Q6_K')
+# Those of the `gguf` package whose numbers tests/parity/test_llama_cpp.py compares with ggml's own.
+TYPES = (
+  'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q2_K', 'Q3_K', 'Q4_K', 'Q5_K',
+  'Q6_K', 'TQ1_0', 'TQ2_0', 'MXFP4',
+)  # fmt: skip
 
 
 class GGUFSource(TensorSource):
   """Reads tensors, as float32, from one GGUF file of a family that families/ knows.
 
-  Of a model in several parts the first is given; the others are in the same folder.
+  Of a model in several parts any is given; the others are in the same folder.
 
   Raises:
     DataError: not a GGUF file, damaged, a part is missing, another architecture, or a tensor type

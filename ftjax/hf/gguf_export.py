@@ -21,7 +21,8 @@ from ftjax.hf import gguf_vocabulary, gguf_writer, layout, modelfile
 from ftjax.hf.gguf import interleaved, llama3_factors
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import check_finite
-from ftjax.models.architecture import Architecture, Rope, RopeScaling
+from ftjax.models.architecture import Architecture
+from ftjax.models.rope_spec import Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files as files_lib
 

@@ -1,7 +1,9 @@
 """Opens the file or the files of a GGUF model: one file, or parts named NAME-00001-of-00003.gguf.
 
-The first part has the metadata and the number of parts; it is the one to be given, with the others
-in the same folder. gguf.py presents their tensors.
+The first part has the metadata of the model, each one the number of parts; they are in one folder,
+and any of them may be given. What is there is checked: names, numbers of parts and of tensors. That
+parts with equal numbers and shapes come from two models cannot be seen: nothing in them names the
+model. gguf.py presents their tensors.
 """
 
 import functools
@@ -54,6 +56,21 @@ def first_part(found: Sequence[Path]) -> Path | None:
   raise DataError(_missing(found[0], 1, int(names[0][3])))  # type: ignore[index]
 
 
+def first_of(path: Path) -> Path:
+  """Returns the first part of the model that a file is a part of, by its name; else the file.
+
+  Raises:
+    DataError: the first part is not in the same folder.
+  """
+  name = _PART_NAME.fullmatch(path.name)
+  if name is None or int(name[2]) == 1:
+    return path
+  first = path.with_name(_name(path, 1, int(name[3])))
+  if not first.is_file():
+    raise DataError(_missing(path, 1, int(name[3])))
+  return first
+
+
 def _name(path: Path, number: int, count: int) -> str:
   """Returns the name of a part in the folder of another one."""
   name = _PART_NAME.fullmatch(path.name)
@@ -67,59 +84,72 @@ def _missing(beside: Path, number: int, count: int) -> str:
   )
 
 
-def _field(part: Part, key: str, default: int | None) -> int | None:
+def _field(part: Part, key: str, default: int) -> int:
   if key not in part.reader.fields:
     return default
   try:
     value = part.reader.fields[key].contents()
   except READ_ERRORS as error:
     raise DataError(f'{part.path}: metadata {key} cannot be read: {error}') from error
-  if not isinstance(value, int) or isinstance(value, bool):
-    raise DataError(f'{part.path}: metadata {key} is {value!r}; expected a whole number')
+  if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    raise DataError(f'{part.path}: metadata {key} is {value!r}; a whole number is expected')
   return value
 
 
 def open_parts(path: Path) -> list[Part]:
-  """Returns the files of the model whose only file, or first part, is `path`; the first one first.
+  """Returns the files of the model whose only file, or any part, is `path`; the first one first.
 
   Raises:
-    DataError: not readable, a later part, or a part that is missing or of another model.
+    DataError: not readable, or a part that is missing or of another model. Names the file.
   """
+  path = first_of(path)
   first = Part(path, _reader(path))
-  count = _field(first, 'split.count', 1) or 1
-  if count < 2:
-    return [first]
-  number = (_field(first, 'split.no', 0) or 0) + 1
-  if number != 1:
+  count = max(1, _field(first, 'split.count', 1))
+  name = _PART_NAME.fullmatch(path.name)
+  if name and int(name[3]) != count:
     raise DataError(
-      f'{path}: part {number} of {count}; give the first part, {_name(path, 1, count)}, with the '
-      'others in the same folder'
+      f'{path}: its metadata says {count} parts, its name {int(name[3])}; rename the parts as they '
+      'were published'
     )
   parts = [first]
   for number in range(2, count + 1):
     other = path.with_name(_name(path, number, count))
     if not other.is_file():
       raise DataError(_missing(path, number, count))
-    part = Part(other, _later_reader(other))
-    found = ((_field(part, 'split.no', 0) or 0) + 1, _field(part, 'split.count', 1))
-    if found != (number, count):
-      raise DataError(
-        f'{other}: its metadata says part {found[0]} of {found[1]}; expected part {number} of '
-        f'{count}'
-      )
-    parts.append(part)
-  tensors = sum(len(p.reader.tensors) for p in parts)
-  expected = _field(first, 'split.tensors.count', tensors)
-  if tensors != expected:
-    raise DataError(
-      f'{path}: its {count} parts hold {tensors} tensors, split.tensors.count={expected}: parts of '
-      'different models, or unfinished downloads'
-    )
+    parts.append(Part(other, _later_reader(other)))
+  if count > 1:
+    _check_parts(parts)
   return parts
 
 
+def _check_parts(parts: Sequence[Part]) -> None:
+  """Raises DataError where the metadata of the parts, or the number of their tensors, differ."""
+  count = sum(len(p.reader.tensors) for p in parts)
+  expected = _field(parts[0], 'split.tensors.count', count)
+  for i, part in enumerate(parts):
+    found = _field(part, 'split.no', 0) + 1, _field(part, 'split.count', 1)
+    if found != (i + 1, len(parts)):
+      raise DataError(
+        f'{part.path}: its metadata says part {found[0]} of {found[1]}; expected part {i + 1} of '
+        f'{len(parts)}'
+      )
+    own = _field(part, 'split.tensors.count', expected)
+    if own != expected:
+      raise DataError(
+        f'{part.path}: split.tensors.count={own}, and {expected} in {parts[0].path.name}: parts of '
+        'different models'
+      )
+  if count != expected:
+    raise DataError(
+      f'{parts[0].path}: its {len(parts)} parts hold {count} tensors, '
+      f'split.tensors.count={expected}: parts of different models, or unfinished downloads'
+    )
+
+
 def weight_files(path: Path) -> list[Path]:
-  """Returns the files that hold the tensors of a GGUF model, in order. Raises as `open_parts`."""
+  """Returns the files that hold the tensors of the GGUF model that `path` is, or is a part of, in
+  order. Raises as `open_parts`.
+  """
   return [part.path for part in open_parts(path)] if _PART_NAME.fullmatch(path.name) else [path]
 
 

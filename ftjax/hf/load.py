@@ -22,7 +22,14 @@ from tqdm import tqdm
 
 from ftjax.families import hf_config, table, tensor_map
 from ftjax.families.tensor_map import Binding
-from ftjax.hf import gguf_files, gguf_tokenizer, layout, model_folder, weight_files
+from ftjax.hf import (
+  fused_tensors,
+  gguf_files,
+  gguf_tokenizer,
+  layout,
+  model_folder,
+  weight_files,
+)
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
@@ -152,7 +159,8 @@ def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
 def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
   """Returns the tensors of a model's files under the names of its family's tensor map."""
   source = open_source(path)
-  return RenamedSource(source, table.of(arch).names(arch, source.tensors))
+  source = RenamedSource(source, table.of(arch).names(arch, source.tensors))
+  return fused_tensors.in_family_form(source, arch)
 
 
 def check_tensors(source: TensorSource, arch: Architecture):

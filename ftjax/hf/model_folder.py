@@ -190,8 +190,8 @@ def readme(path: str | os.PathLike) -> bytes:
 
 
 def gguf_file(path: Path) -> Path | None:
-  """Returns the GGUF file that `path` is or holds (of several parts, the first); None for a HF
-  folder.
+  """Returns the GGUF file that `path` is or holds (of several parts, the first, whichever is
+  given); None for a HF folder.
 
   Raises:
     DataError: neither, or a folder with two models.
@@ -201,7 +201,7 @@ def gguf_file(path: Path) -> Path | None:
       raise DataError(
         f'{path}: a model is a HF folder or a .gguf file; for a safetensors file give its folder'
       )
-    return path
+    return gguf_files.first_of(path)
   if not path.is_dir():
     raise DataError(f'{path}: no such model; expected a HF folder or a .gguf file{remedy(path)}')
   found = sorted(path.glob('*.gguf'))
@@ -232,6 +232,8 @@ def remedy(path: Path) -> str:
     return f'. ~ is not expanded here: write {os.path.expanduser(text)}'
   if path.name in ('smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf') and '.cache' in path.parts:
     return '. `make assets` makes it'
+  if path.name == 'gemma-3-270m-q4_k_m.gguf' and '.cache' in path.parts:
+    return '. `make gemma` makes it, under the Gemma Terms of Use'
   near = _nearest(path)
   return f'. Did you mean {near}?' if near else ''
 

@@ -14,129 +14,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """The `llama3` rule: long wavelengths slowed by `factor`, short ones kept, a ramp between."""
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_len: int
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-  """The `linear` rule: all frequencies are divided by `factor` (Chen et al. 2023)."""
-
-  factor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DynamicScaling:
-  """The `dynamic` rule: beyond original_len the base grows with the length of the document
-  ("NTK-aware" scaling, appendix B.2 of Peng et al. 2023).
-  """
-
-  factor: float
-  original_len: int
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-  """The `yarn` rule (Peng et al. 2023): pairs that turn less than beta_slow times in original_len
-  tokens are slowed by `factor`, those that turn more than beta_fast times are kept, and a ramp over
-  the pairs lies between. truncate: the ramp begins and ends at whole pairs. attention_factor:
-  multiplies the rotated part of queries and keys.
-  """
-
-  factor: float
-  original_len: int
-  attention_factor: float
-  beta_fast: float = 32.0
-  beta_slow: float = 1.0
-  truncate: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class LongScaling:
-  """The `longrope` rule (Ding et al. 2024): the frequency of each pair is divided by its number in
-  short_factors, and by that in long_factors in documents longer than original_len.
-  attention_factor: multiplies the rotated part of queries and keys.
-  """
-
-  short_factors: tuple[float, ...]
-  long_factors: tuple[float, ...]
-  original_len: int
-  attention_factor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ProportionalScaling:
-  """The `proportional` rule (Gemma 4): the frequencies are those of the whole head, only the first
-  Rope.fraction of the pairs turn, and all frequencies are divided by `factor`.
-  """
-
-  factor: float = 1.0
-
-
-Scaling = (
-  RopeScaling | LinearScaling | DynamicScaling | YarnScaling | LongScaling | ProportionalScaling
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryScaling:
-  """Queries are multiplied by 1 + beta log(1 + floor(position / original_len)) after the rotation
-  (Llama 4, Ministral 3).
-  """
-
-  beta: float
-  original_len: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-  """A rotary embedding.
-
-  theta: base of its frequencies. scaling: how they differ from the plain ones. fraction: share of
-  the head that is rotated, its first coordinates. query: a factor of the queries.
-  """
-
-  theta: float = 10000.0
-  scaling: Scaling | None = None
-  fraction: float = 1.0
-  query: QueryScaling | None = None
-
-  @property
-  def uses_length(self) -> bool:
-    """Whether the frequencies depend on the length of the document."""
-    return isinstance(self.scaling, DynamicScaling | LongScaling)
-
-  def size(self, head_dim: int) -> int:
-    """Returns the number of rotary coordinates that the frequencies are made for."""
-    whole = isinstance(self.scaling, ProportionalScaling)
-    return head_dim if whole else int(head_dim * self.fraction)
-
-  def check(self, head_dim: int) -> None:
-    """Raises DataError where the rule does not fit a head of this size."""
-    size, rule = self.size(head_dim), self.scaling
-    if not 0 < self.fraction <= 1 or size < 2 or size % 2:
-      raise DataError(
-        f'config.json: partial_rotary_factor={self.fraction} rotates {size} of {head_dim=} '
-        'coordinates; expected an even number, at least 2'
-      )
-    if isinstance(rule, DynamicScaling) and size == 2:
-      raise DataError("config.json: rope_type='dynamic' is not defined for 2 rotary coordinates")
-    if isinstance(rule, LongScaling):
-      for name, factors in (('short', rule.short_factors), ('long', rule.long_factors)):
-        if len(factors) != size // 2:
-          raise DataError(
-            f'config.json: {name}_factor has {len(factors)} numbers; expected {size // 2}, one for '
-            f'each pair of the {size} rotary coordinates'
-          )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +33,21 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+  """An array that a mixer keeps of each sequence from one step of decoding to the next.
+
+  sizes, axes: of the axes after those of layers and batch, and their logical names. dtype: its
+  name; '' for the compute dtype. grows: the array has an entry for each token; its axis, 'seq',
+  comes before `sizes`. What does not grow is a state, which each token changes.
+  """
+
+  sizes: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  dtype: str = ''
+  grows: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
   """Grouped-query attention.
 
@@ -168,7 +62,7 @@ class AttentionSpec:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope: Rope | None = Rope()
+  rope: Rope | None = Rope()  # noqa: RUF009 - frozen
   qkv_bias: bool = False
   out_bias: bool = False
   window: int | None = None
@@ -187,6 +81,77 @@ class AttentionSpec:
       )
     if self.rope is not None:
       self.rope.check(self.head_dim)
+
+  @property
+  def split_heads(self) -> int:
+    """Heads that `mesh.tensor` must divide."""
+    return self.num_kv_heads
+
+  @property
+  def inner(self) -> int:
+    """Numbers of a token between the projections."""
+    return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+  def kept(self) -> dict[str, Kept]:
+    """Returns what decoding keeps: the rotated keys, and the values."""
+    entry = Kept((self.num_kv_heads, self.head_dim), ('kv_heads', None), grows=True)
+    return {'keys': entry, 'values': entry}
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetSpec:
+  """A gated delta net (Yang et al. 2025, "Gated delta networks"): linear attention whose state is
+  decayed and corrected at each token; see models/delta_net.py.
+
+  num_key_heads, key_dim: heads of queries and of keys, and their size. num_value_heads, value_dim:
+  of values; each key head serves the same number of neighbouring value heads. conv_width: tokens
+  that the convolution sees, itself and those just before it. eps: of the norm of a head's output.
+  """
+
+  num_key_heads: int
+  key_dim: int
+  num_value_heads: int
+  value_dim: int
+  conv_width: int = 4
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    if self.num_value_heads % self.num_key_heads:
+      raise DataError(
+        f'config.json: linear_num_value_heads={self.num_value_heads} is no multiple of '
+        f'linear_num_key_heads={self.num_key_heads}'
+      )
+
+  @property
+  def channels(self) -> int:
+    """Channels of a key head in the convolution: its query, its key and its values."""
+    return 2 * self.key_dim + self.num_value_heads // self.num_key_heads * self.value_dim
+
+  @property
+  def split_heads(self) -> int:
+    """Heads that `mesh.tensor` must divide."""
+    return self.num_key_heads
+
+  @property
+  def inner(self) -> int:
+    """Numbers of a token between the projections: around the convolution, gate and output."""
+    return 2 * self.num_key_heads * self.channels + 2 * self.num_value_heads * self.value_dim
+
+  @property
+  def state_size(self) -> int:
+    """Numbers of the state of a sequence."""
+    return self.num_value_heads * self.key_dim * self.value_dim
+
+  def kept(self) -> dict[str, Kept]:
+    """Returns what decoding keeps: the last inputs of the convolution, and the state."""
+    return {
+      'inputs': Kept(
+        (self.conv_width - 1, self.num_key_heads, self.channels), (None, 'kv_heads', None)
+      ),
+      'state': Kept(
+        (self.num_value_heads, self.key_dim, self.value_dim), ('heads', None, None), 'float32'
+      ),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +206,7 @@ class BlockSpec:
   'both'. residual_scale: factor of the output of a branch (Granite).
   """
 
-  mixer: AttentionSpec
+  mixer: AttentionSpec | DeltaNetSpec
   mlp: GatedMlpSpec | MlpSpec | MoeSpec
   norm: Norm = Norm()
   norm_placement: str = 'before'

@@ -11,7 +11,7 @@ from collections.abc import Container
 from typing import Self
 
 from ftjax.models import kinds
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, DeltaNetSpec
 from ftjax.models.layers import Declared
 
 
@@ -38,13 +38,14 @@ def head_params(arch: Architecture) -> int:
 
 def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
   """Returns the number of parameters that a token is multiplied with: matrices of the blocks,
-  adapters and the head, without norms, biases and the look-ups of embeddings and positions.
+  adapters and the head, without norms, biases and the look-ups of embeddings and positions. Of
+  experts those that a token is computed by count.
 
   left_out: names of leaves that do not count.
   """
   head = kinds.of(arch).head_leaf(arch)
   return sum(
-    weights(p)
+    round(weights(p) * p.share)
     for name, p in kinds.declared(arch).items()
     if p.fan_in
     and name not in left_out
@@ -55,15 +56,24 @@ def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
 
 def attention_width(arch: Architecture) -> int:
   """Returns the sum over layers of heads times head size: the queries of a token, in numbers."""
-  declared = kinds.declared(arch.plain()).values()
-  queries = [p for p in declared if p.fan_in and p.axes[-2:] == ('heads', 'head_dim')]
+  queries = [
+    p
+    for name, p in kinds.declared(arch.plain()).items()
+    if p.fan_in and p.axes[-2:] == ('heads', 'head_dim') and not name.endswith('/gate/w')
+  ]
   return sum(math.prod((p.shape[0], *p.shape[-2:])) for p in queries)
+
+
+def state_size(arch: Architecture) -> int:
+  """Returns the sum over delta nets of the numbers of their state."""
+  nets = ((spec.mixer, n) for _, spec, n in arch.blocks() if isinstance(spec.mixer, DeltaNetSpec))
+  return sum(n * net.state_size for net, n in nets)
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-  """Model FLOPs: of a token, in products with parameters; of a (query, key) pair within the
-  attention mask, in QK^T and AV, summed over layers and heads.
+  """Model FLOPs: of a token, in products with parameters and with the states of delta nets; of a
+  (query, key) pair within the attention mask, in QK^T and AV, summed over layers and heads.
   """
 
   token: float = 0.0
@@ -78,15 +88,19 @@ class Flops:
 
 
 def forward_flops(arch: Architecture) -> Flops:
-  """Returns 2 P a token and 4 L N H a pair, P as `matmul_params` counts."""
-  return Flops(2.0 * matmul_params(arch), 4.0 * attention_width(arch))
+  """Returns 2 P + 6 S a token and 4 L N H a pair, P as `matmul_params` counts. Of the S numbers of
+  the states each is multiplied with the key, corrected, and multiplied with the query.
+  """
+  token = 2.0 * matmul_params(arch) + 6.0 * state_size(arch)
+  return Flops(token, 4.0 * attention_width(arch))
 
 
 def train_flops(arch: Architecture) -> Flops:
   """Returns the FLOPs of forward and backward: a token is multiplied with a trained matrix three
   times (forward, and the gradients of its input and of the matrix), with a frozen one twice. Under
-  an adapter the base is frozen. (4 P + 2 P_trained) a token, 12 L N H a pair.
+  an adapter the base is frozen. 4 P + 2 P_trained + 18 S a token, 12 L N H a pair.
   """
   frozen = kinds.names(arch, 'base') if arch.adapter else ()
   trained = matmul_params(arch, left_out=frozen)
-  return Flops(4.0 * matmul_params(arch) + 2.0 * trained, 12.0 * attention_width(arch))
+  token = 4.0 * matmul_params(arch) + 2.0 * trained + 18.0 * state_size(arch)
+  return Flops(token, 12.0 * attention_width(arch))

@@ -101,8 +101,9 @@ class ExpertLinear(Linear):
   # Inside a shard_map; p: of `leaves`, the shard's own.
 
   def multiply(self, p: dict, x: jax.Array, rows: Rows) -> jax.Array:
-    """Returns the map of each row by its expert, [M, O] in x's dtype. Where `tensor` splits I, it is
-    this shard's part of a sum. Rows behind the last group are 0.
+    """Returns the map of each row by its expert, [M, O] in x's dtype; 0 behind the last group.
+
+    Where `tensor` splits I, it is this shard's part of a sum.
     """
     if self.merged:
       return grouped.dot(x, self._merged(p).astype(x.dtype), rows.sizes)

@@ -14,6 +14,7 @@ from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.routing import RouterLog
 
 # Keeps the random numbers of dropout apart from others of the same row.
 _DROPOUT = 0x5EED
@@ -28,6 +29,7 @@ class Forward:
     dtype: compute dtype of activations and matrix products.
     remat: what a backward pass recomputes; see kinds.apply.
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
+    router_log: where passes with a gradient note what their routers did; None: nowhere.
 
   The methods take `params`, a nested dict with the model's parameters. Entries of other models in
   it (experiment/auxiliary.py) are not read.
@@ -37,10 +39,11 @@ class Forward:
   dtype: jnp.dtype
   remat: str = 'none'
   dropout_keys: jax.Array | None = None
+  router_log: RouterLog | None = None
 
   def without_remat(self) -> Self:
     """Returns the same forward pass for use without a gradient."""
-    return dataclasses.replace(self, remat='none')
+    return dataclasses.replace(self, remat='none', router_log=None)
 
   def with_score(self) -> Self:
     """Returns the forward pass of a reward or value model: this architecture with a score head."""
@@ -48,7 +51,8 @@ class Forward:
 
   def untrained(self) -> Self:
     """Returns the forward pass of the model that training starts from."""
-    return dataclasses.replace(self, arch=self.arch.untrained(), dropout_keys=None)
+    arch = self.arch.untrained()
+    return dataclasses.replace(self, arch=arch, dropout_keys=None, router_log=None)
 
   def find_params(self, params: dict, name: str) -> dict:
     """Returns the parameters of the auxiliary model `name` whose forward pass this is; see
@@ -72,7 +76,7 @@ class Forward:
     noise: added to the embeddings, [B, T, D], or None.
     """
     where = Tokens(batch['segments'], batch['positions'])
-    return kinds.apply(
+    x, routing = kinds.routed(
       self.arch,
       params,
       batch['tokens'],
@@ -82,6 +86,9 @@ class Forward:
       noise=noise,
       dropout_keys=self.dropout_keys,
     )
+    if self.router_log is not None and routing is not None:
+      self.router_log.add(routing)
+    return x
 
   def cross_entropy(
     self, params: dict, batch: dict, config: LossConfig, noise: jax.Array | None = None

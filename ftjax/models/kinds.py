@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared
-from ftjax.models.moe import Routing
+from ftjax.models.routing import Routing
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.sharding import spec
@@ -257,6 +258,19 @@ def apply(
   """Returns hidden states dtype[B, T, D] of tokens int32[B, T]; see transformer.apply."""
   more = {} if dropout_keys is None else {'dropout_keys': dropout_keys}
   return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise, **more)
+
+
+def routed(
+  arch: Architecture, params: dict, tokens: jax.Array, where: Tokens, **how: Any
+) -> tuple[jax.Array, Routing | None]:
+  """Returns (what `apply` returns, what the routers did; None for a model without experts).
+
+  how: the named arguments of `apply`.
+  """
+  function = of(arch).routed
+  if function is None:
+    return apply(arch, params, tokens, where, **how), None
+  return function(arch, params, tokens, where, **how)
 
 
 def decode(

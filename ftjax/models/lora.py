@@ -6,10 +6,11 @@ stack have the largest rank, and the rows beyond a layer's own are zero; they ha
 they stay zero.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,18 +79,20 @@ def pack(
   arch: Architecture, declared: Mapping[str, Declared], name: str, leaf: jax.Array
 ) -> dict[str, jax.Array]:
   """Returns a leaf of the model's files as the base is held: {name: leaf}, or its packed parts
-  {name/codes: ..., ...}, layer by layer.
+  {name/codes: ..., ...}, matrix by matrix.
   """
   codes = declared.get(f'{name}/codes')
   if codes is None:
     return {name: leaf}
-  layers, inputs, outputs = codes.shape
+  *lead, inputs, outputs = codes.shape
   inputs *= codes.weights
-  rows = jax.lax.reshape(leaf, (layers, inputs, outputs), out_sharding=spec(*codes.axes))
+  rows = jax.lax.reshape(leaf, (*lead, inputs, outputs), out_sharding=spec(*codes.axes))
 
   def one(w):
     return quantize.PACK[arch.base](w, arch.block)._asdict()
 
+  if len(lead) > 1:  # experts
+    one = jax.vmap(one)
   found = jax.lax.map(one, rows)
   return {f'{name}/{field}': part for field, part in found.items()}
 
@@ -136,27 +139,47 @@ def _own_key(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+class _Sizes(NamedTuple):
+  """Sizes of an adapted map: experts () or (E,)."""
+
+  layers: int
+  experts: tuple[int, ...]
+  rank: int
+  inputs: int
+  outputs: int
+
+
+def _sizes(m, declared) -> _Sizes:
+  a, b = (declared[f'{m.name}/lora_{x}'] for x in 'ab')
+  at = a.axes.index('rank')
+  inputs, outputs = math.prod(a.shape[at + 1 :]), math.prod(b.shape[at + 1 :])
+  return _Sizes(a.shape[0], a.shape[1:at], a.shape[at], inputs, outputs)
+
+
 def _factors(m, arch, declared, flat, key) -> dict[str, jax.Array]:
-  """Returns lora_a and lora_b as [L, R, I] and [L, R, O], with pissa also lora_a0 and lora_b0."""
-  layers, rank, *inputs = declared[f'{m.name}/lora_a'].shape
-  _, _, *outputs = declared[f'{m.name}/lora_b'].shape
-  kept = np.arange(rank) < np.asarray(m.ranks)[:, None]  # rows of the layer's own rank
+  """Returns lora_a and lora_b as [L, R, I] and [L, R, O], with pissa also lora_a0 and lora_b0; an
+  axis of experts follows L where there is one.
+  """
+  size = _sizes(m, declared)
+  kept = np.arange(size.rank) < np.asarray(m.ranks)[:, None]  # rows of the layer's own rank
+  kept = kept.reshape(size.layers, *(1 for _ in size.experts), size.rank)
   own = _own_key(key, m.name)
   if arch.adapter.pissa:
-    a, b = _principal(m, arch, declared, flat, rank, own)
+    a, b = _principal(m, arch, declared, flat, size.rank, own)
     a, b = (jnp.where(kept[..., None], x, 0.0) for x in (a, b))
     return {'lora_a': a, 'lora_b': b, 'lora_a0': a, 'lora_b0': b}
-  size = math.prod(inputs)
-  a = jax.random.uniform(own, (layers, rank, size), minval=-1.0) / math.sqrt(size)
+  lead = (size.layers, *size.experts, size.rank)
+  a = jax.random.uniform(own, (*lead, size.inputs), minval=-1.0) / math.sqrt(size.inputs)
   a = jnp.where(kept[..., None], a, 0.0)
-  return {'lora_a': a, 'lora_b': jnp.zeros((layers, rank, math.prod(outputs)))}
+  return {'lora_a': a, 'lora_b': jnp.zeros((*lead, size.outputs))}
 
 
 def base_weights(
   name: str, arch: Architecture, flat: Mapping[str, jax.Array], layer: jax.Array | int
 ) -> jax.Array:
   """Returns the base's weights of one layer of a linear map, float32[*inputs, *outputs], or
-  float32[I, O] where they are packed; not split over devices.
+  float32[I, O] where they are packed, after an axis of experts if there is one; not split over
+  devices.
   """
 
   def pick(leaf):
@@ -166,24 +189,31 @@ def base_weights(
   if arch.base in QUANTIZED:
     prefix = f'{name}/w/'
     packed = {n[len(prefix) :]: pick(x) for n, x in flat.items() if n.startswith(prefix)}
-    return quantize.unpack(arch.base, packed, jnp.float32)
+    unpack = functools.partial(quantize.unpack, arch.base, dtype=jnp.float32)
+    return jax.vmap(unpack)(packed) if packed['codes'].ndim == 3 else unpack(packed)
   return pick(flat[f'{name}/w']).astype(jnp.float32)
 
 
 def _by_layer(m, arch, declared, flat, function) -> Any:
-  """Returns function(weights float32[I, O], layer) of every layer, stacked."""
-  inputs = math.prod(declared[f'{m.name}/lora_a'].shape[2:])
+  """Returns function(weights float32[I, O], layer, expert) of every layer, and of every expert in
+  it, stacked.
+  """
+  size = _sizes(m, declared)
 
   def one(layer):
     w = base_weights(m.name, arch, flat, layer)
-    return function(w.reshape(inputs, -1), layer)
+    w = w.reshape(*size.experts, size.inputs, size.outputs)
+    if not size.experts:
+      return function(w, layer, 0)
+    numbers = jnp.arange(*size.experts)
+    return jax.lax.map(lambda item: function(item[0], layer, item[1]), (w, numbers))
 
   return jax.lax.map(one, jnp.arange(len(m.ranks)))
 
 
 def _lengths(m, arch, declared, flat) -> jax.Array:
   """Returns the length of each output's weights, float32[L, O]."""
-  return _by_layer(m, arch, declared, flat, lambda w, layer: jnp.sqrt((w * w).sum(0)))
+  return _by_layer(m, arch, declared, flat, lambda w, layer, expert: jnp.sqrt((w * w).sum(0)))
 
 
 # Of the range finder: columns beyond the rank, and passes over the matrix.
@@ -197,9 +227,10 @@ def _principal(m, arch, declared, flat, rank, key) -> tuple[jax.Array, jax.Array
   """
   scales = jnp.asarray(m.scales, jnp.float32)
 
-  def one(w, layer):
+  def one(w, layer, expert):
     width = min(rank + _OVERSAMPLED, *w.shape)
-    q = jax.random.normal(jax.random.fold_in(key, layer), (w.shape[1], width))
+    own = jax.random.fold_in(key, layer + len(m.ranks) * expert)
+    q = jax.random.normal(own, (w.shape[1], width))
     for _ in range(_PASSES):
       q, _ = jnp.linalg.qr(w @ q)
       q, _ = jnp.linalg.qr(w.T @ q)

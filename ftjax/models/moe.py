@@ -8,8 +8,6 @@ batch: its members gather their tokens, each computes the choices that fall on i
 a reduce-scatter brings the sums back (`ragged_all_to_all`, which would move each token to its
 experts alone, has no form on CPU). `tensor` splits the inner axis of each expert."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +16,7 @@ from ftjax.models.architecture import MoeSpec
 from ftjax.models.experts import ExpertLinear, Rows
 from ftjax.models.layers import declare
 from ftjax.models.mlp import ACTIVATIONS
+from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import (
   BATCH,
   axis_size,
@@ -28,21 +27,6 @@ from ftjax.runtime.sharding import (
   spec,
   total,
 )
-
-
-class Routing(NamedTuple):
-  """What routers did with the tokens of a batch, padding left out; of one layer, or with a leading
-  axis of layers.
-
-  chosen: float32[E], how many tokens chose each expert. probs: float32[E], the sums of their
-  probabilities, which have a gradient. tokens: float32[], how many tokens there were. choices:
-  int32[B, T, k], the experts of each token, the most probable first.
-  """
-
-  chosen: jax.Array
-  probs: jax.Array
-  tokens: jax.Array
-  choices: jax.Array
 
 
 class Moe(nnx.Module):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.models.architecture import (
+from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
   LongScaling,
@@ -108,9 +108,12 @@ def document_lengths(segments: jax.Array, positions: jax.Array) -> jax.Array:
   ordered or split over `context`. In decoding it is what has been written so far, up to the tokens
   that are computed now. Keys in the cache stay as they were rotated, as in transformers: once the
   text has grown past the original length, they differ from those of a forward pass over the whole
-  text. (transformers' Phi-3 alone computes its cache again at that token.) A rollout leaves the
-  last token of a prompt to the first step of decoding (engine.py), so the rest of the prompt has
-  the length without it.
+  text. A rollout leaves the last token of a prompt to the first step of decoding (engine.py), so
+  the rest of the prompt has the length without it.
+
+  Two habits of transformers are not followed. Its Phi-3 computes the whole cache again at the token
+  that first goes beyond the original length. Its `dynamic` rule keeps the frequencies of the
+  longest text that the process has seen, until one shorter than the original length comes.
 
   Args:
     segments: int32[B, T], of documents that are numbered from 1, so at most T.

@@ -20,15 +20,18 @@ from ftjax.models.architecture import (
   Architecture,
   AttentionSpec,
   BlockSpec,
+  DeltaNetSpec,
   GatedMlpSpec,
   MlpSpec,
   MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
-from ftjax.models.kv_cache import Cache
+from ftjax.models.delta_net import DeltaNet
+from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
 from ftjax.models.mlp import GatedMlp, Mlp
-from ftjax.models.moe import Moe, Routing
+from ftjax.models.moe import Moe
+from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
@@ -48,7 +51,7 @@ class Context:
 
 
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
-  mixers = [block.mixer for _, block, _ in arch.blocks()]
+  mixers = [b.mixer for _, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
   kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
   lengths = None
   if any(kind.uses_length for kind, _ in kinds):
@@ -79,7 +82,7 @@ class Attention(nnx.Module):
     elif spec.qk_norm is not None:
       self.q_norm, self.k_norm = (Normalize((h,), spec.qk_norm) for _ in 'qk')
 
-  def __call__(self, x, context: Context, store):
+  def __call__(self, x, context: Context, memory: Memory | None):
     spec, drop = self.spec, context.dropout
     q, k = _normalized(self.q_norm, self.q(x, drop)), _normalized(self.k_norm, self.k(x, drop))
     if spec.rope is not None:
@@ -88,7 +91,9 @@ class Attention(nnx.Module):
       q = rope.scale_queries(spec.rope, q, context.query.positions)
     if spec.scale is not None:  # attend divides by sqrt(head_dim)
       q = scaled(q, spec.scale * spec.head_dim**0.5)
-    k, v, memory = store(k, self.v(x, drop))
+    v = self.v(x, drop)
+    if memory is not None:
+      (k, v), memory = memory.append(keys=k, values=v)
     y = attend(q, k, v, context.query, context.key, spec.window, spec.soft_cap)
     if self.gate is not None:
       y = y * jax.nn.sigmoid(self.gate(x, drop))
@@ -96,7 +101,7 @@ class Attention(nnx.Module):
 
 
 # The class of a spec is the kind; the module computes it.
-MIXERS = {AttentionSpec: Attention}
+MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet}
 MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
 
 
@@ -116,11 +121,11 @@ class Block(nnx.Module):
     self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
     self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
 
-  def __call__(self, x, context: Context, store):
-    """Returns (x, memory, Routing; None without experts). `store(k, v) -> (keys to attend to,
-    values, memory)`: training returns its arguments, decoding writes the cache.
+  def __call__(self, x, context: Context, memory: Memory | None):
+    """Returns (x, memory, Routing; None without experts). memory: what the mixer has in the cache;
+    None in training.
     """
-    y, memory = self.attn(_normalized(self.attn_norm, x), context, store)
+    y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
     x = x + self._branch(self.attn_out_norm, y)
     y, routing = _normalized(self.mlp_norm, x), None
     if isinstance(self.mlp, Moe):
@@ -291,7 +296,7 @@ def routed(
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
-        x, _, routing = block(x, here, lambda k, v: (k, v, None))
+        x, _, routing = block(x, here, None)
         found += [] if routing is None else [routing]
       return x, found
 
@@ -400,34 +405,26 @@ def decode(
   )
   context = _context(arch, where, key)
   x = _embed(arch, params, tokens, where, dtype)
-  keys, values = dict(cache.keys), dict(cache.values)
+  slots = [slot for slot, _, _ in arch.blocks()]
+  kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
   for i, (pattern, repeats) in enumerate(arch.stacks):
     # The cache is a carry: as scan inputs and outputs it would be copied whole at every step.
     def body(carry, layer, i=i, pattern=pattern):
-      x, ks, vs = carry
+      x, kept = carry
       weights, index = layer
       for j, kind in enumerate(pattern):
         name = f'stack{i}/block{j}'
-
-        def store(k, v, name=name, ks=ks, vs=vs):
-          zero = jnp.zeros((), jnp.int32)
-          start = (index, zero, at, zero, zero)
-          new_k = jax.lax.dynamic_update_slice(ks[name], k[None].astype(ks[name].dtype), start)
-          new_v = jax.lax.dynamic_update_slice(vs[name], v[None].astype(vs[name].dtype), start)
-          pick = functools.partial(
-            jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False
-          )
-          return pick(new_k), pick(new_v), (new_k, new_v)
-
         block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
-        x, (new_k, new_v), _ = block(x, context, store)
-        ks, vs = ks | {name: new_k}, vs | {name: new_v}
-      return (x, ks, vs), None
+        x, memory, _ = block(x, context, Memory(kept[name], index, at))
+        kept = kept | {name: memory.arrays}
+      return (x, kept), None
 
-    mine = [f'stack{i}/block{j}' for j in range(len(pattern))]
-    carry = (x, {n: keys[n] for n in mine}, {n: values[n] for n in mine})
-    (x, ks, vs), _ = jax.lax.scan(
-      body, carry, (params[f'stack{i}'], jnp.arange(repeats, dtype=jnp.int32))
-    )
-    keys, values = keys | ks, values | vs
-  return _norm(arch, params, x), Cache(keys, values, key)
+    mine = {n: kept[n] for n in (f'stack{i}/block{j}' for j in range(len(pattern)))}
+    layers = params[f'stack{i}'], jnp.arange(repeats, dtype=jnp.int32)
+    (x, new), _ = jax.lax.scan(body, (x, mine), layers)
+    kept = kept | new
+  entries, states = (
+    {slot: {n: kept[slot][n] for n in names} for slot, names in arrays.items()}
+    for arrays in (cache.entries, cache.states)
+  )
+  return _norm(arch, params, x), Cache(entries, states, key)

@@ -22,7 +22,7 @@ from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.generation.sampling import Sampling
 from ftjax.models import attention, counts, head
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
 from ftjax.planning import hlo, known_models, suggest, topology
@@ -131,12 +131,16 @@ def make(
 
 
 def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) -> str:
+  mixers = (spec.mixer for spec in arch.layers())
+  sizes = [m.head_dim for m in mixers if isinstance(m, AttentionSpec)]
+  if not sizes:
+    return 'none'
   problem = attention.Problem(
     platform=chip.platform,
     context=mesh.shape['context'],
     queries=c.seq_len,
     keys=c.seq_len,
-    head_dim=max(spec.mixer.head_dim for spec in arch.layers()),
+    head_dim=max(sizes),
     dtype=c.model.compute_dtype,
   )
   return attention.kernel(problem)

@@ -52,7 +52,7 @@ def _divisors(n: int, most: int) -> list[int]:
 def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iterator[Candidate]:
   slices, devices = topology.slices, topology.num_devices
   local, specs = devices // slices, arch.layers()
-  for tensor in _divisors(math.gcd(*(s.mixer.num_kv_heads for s in specs), local), 16):
+  for tensor in _divisors(math.gcd(*(s.mixer.split_heads for s in specs), local), 16):
     for context in _divisors(local // tensor, 64):
       fsdp = local // tensor // context
       ways = fsdp * slices
@@ -65,9 +65,8 @@ def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iter
 
 def _inner(spec: BlockSpec) -> int:
   """Returns how many numbers of a token stand between the matrices of a layer."""
-  mixer, wide = spec.mixer, 2 if isinstance(spec.mlp, MlpSpec) else 3
-  heads = 2 * mixer.num_heads + 2 * mixer.num_kv_heads
-  return heads * mixer.head_dim + wide * spec.mlp.ffn_dim
+  wide = 2 if isinstance(spec.mlp, MlpSpec) else 3
+  return spec.mixer.inner + wide * spec.mlp.ffn_dim
 
 
 def _base_bytes(arch: Architecture) -> int:

@@ -35,6 +35,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'heads': 'tensor',
   'kv_heads': 'tensor',
   'head_dim': None,
+  'channels': None,  # of a delta net's head
+  'taps': None,  # of a convolution
   'ffn': 'tensor',
   'expert': 'expert',
   'route': None,  # the experts that a router chooses from
@@ -214,6 +216,14 @@ def unzigzag(x: jax.Array, shards: int) -> jax.Array:
     return x
   halves = x.reshape(x.shape[0], shards, 2, -1, *x.shape[2:])
   return jnp.concatenate([halves[:, :, 0], halves[:, ::-1, 1]], axis=1).reshape(x.shape)
+
+
+def rezigzag(x: jax.Array, shards: int) -> jax.Array:
+  """Returns [B, T, ...] in the order of `zigzag` from natural order, the inverse of `unzigzag`."""
+  if shards == 1:
+    return x
+  halves = x.reshape(x.shape[0], 2, shards, -1, *x.shape[2:])
+  return jnp.stack([halves[:, 0], halves[:, 1, ::-1]], axis=2).reshape(x.shape)
 
 
 def check_divides(

@@ -5,8 +5,9 @@ The loss function returns sums, not means; sums over all micro-batches and devic
 here, by the summed weight. So a step does not depend on how its rows are cut into micro-batches.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,18 @@ SIGNAL = 'signal'
 LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
 
 
+class CoupledLoss(NamedTuple):
+  """A loss with a term that couples all rows of a step.
+
+  sums: (params, micro-batch, keys) -> a tree of sums over its rows, which are constants of the
+  gradient. loss: a LossFn with one more argument, these sums over all micro-batches; None where the
+  micro-batch is the whole step.
+  """
+
+  sums: Callable[[dict, dict, jax.Array], Any]
+  loss: Callable[[dict, dict, jax.Array, Any], tuple[jax.Array, jax.Array, dict]]
+
+
 def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
   """Returns key[A, M], one for each row of a step, whichever micro-batch the row is in."""
   like = jax.tree.leaves(batch)[0]
@@ -35,10 +48,36 @@ def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
   return jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(rows)
 
 
-def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax.Array):
+def _whole(loss_fn: CoupledLoss, params: dict, frozen: dict, batch: dict, keys: jax.Array) -> Any:
+  """Returns the sums of a coupled loss over all micro-batches; None for one, which has them itself.
+
+  What the sums do not need of the forward pass, the compiler leaves out.
+  """
+  if len(keys) == 1:
+    return None
+
+  def one(rows, keys):
+    return loss_fn.sums(trees.merge(params, frozen), rows, keys)
+
+  def body(carry, item):
+    return jax.tree.map(jnp.add, carry, one(*item)), None
+
+  shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], batch), keys[0])
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(body, zeros, (batch, keys))[0]
+
+
+def _gradient(
+  loss_fn: LossFn | CoupledLoss, params: dict, frozen: dict, batch: dict, key: jax.Array
+):
   """Returns (gradient of the total, total, weight, metrics), summed over the micro-batches
   [A, M, ...] of `batch`.
   """
+
+  keys = _row_keys(key, batch)
+  if isinstance(loss_fn, CoupledLoss):
+    whole = _whole(loss_fn, params, frozen, batch, keys)
+    loss_fn = functools.partial(loss_fn.loss, whole=whole)
 
   def one(rows, keys):
     def total_loss(trained):
@@ -48,7 +87,6 @@ def _gradient(loss_fn: LossFn, params: dict, frozen: dict, batch: dict, key: jax
     (total, (weight, metrics)), gradient = jax.value_and_grad(total_loss, has_aux=True)(params)
     return gradient, total, weight, metrics
 
-  keys = _row_keys(key, batch)
   first = jax.tree.map(lambda x: x[0], batch), keys[0]
   if len(keys) == 1:  # a loop of one would hold a second copy of the gradient
     return one(*first)
@@ -120,7 +158,7 @@ def _make_update(
 
 
 def make_step(
-  loss_fn: LossFn,
+  loss_fn: LossFn | CoupledLoss,
   optimizer: optax.GradientTransformation,
   shardings: State,
   *,

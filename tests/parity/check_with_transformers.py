@@ -1,10 +1,11 @@
 """Loads converted and exported folders with transformers and compares. In the parity environment
 (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/check_with_transformers.py FTJAX_PYTHON
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/check_with_transformers.py FTJAX_PYTHON \
+    [CASE ...]
 
-FTJAX_PYTHON has ftjax. Prints a line a check and exits 1 if one
-fails. Needs .cache/ (demo/assets.py) for the checks of SmolLM2.
+FTJAX_PYTHON has ftjax. CASE: of family_cases.py; all of them and SmolLM2 where none is given.
+Prints a line a check and exits 1 if one fails. SmolLM2 needs .cache/ (demo/assets.py).
 """
 
 import json
@@ -26,6 +27,8 @@ from transformers import (
   GenerationConfig,
 )
 
+from parity import open_with_peft
+from parity.family_cases import CASES
 from parity.mixed_strings import mixed_strings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,29 +57,21 @@ import jax, jax.numpy as jnp, numpy as np
 from ftjax.experiment import run as experiment
 from ftjax.models.forward import Forward
 from ftjax.hf import export, layout as names
-from ftjax.models import head, kinds
-from ftjax.models.attention import Tokens
 from ftjax.runtime import sharding, trees
-family, labels, target = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+family, target = sys.argv[1:]
 jax.config.update('jax_default_matmul_precision', 'highest')
 jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1]))
 sizes = dict(model_type=family, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
   num_key_value_heads=2, intermediate_size=48, rope_theta=1e6)
-model = experiment.open_model('', sizes, 0, labels=labels)
+model = experiment.open_model('', sizes, 0, labels=1)
 rng, arch = np.random.default_rng(0), model.arch
 params = trees.unflatten({n: jnp.asarray(rng.normal(size=s) * 0.25, jnp.float32)
   for n, s in names.leaf_shapes(arch).items()})
 ids = rng.integers(0, 200, (1, 40), np.int32)
 arrays = dict(tokens=jnp.asarray(ids), segments=jnp.ones_like(ids),
   positions=jnp.arange(40, dtype=jnp.int32)[None])
-if labels:
-  out = Forward(arch, jnp.float32).token_scores(params, arrays)[:, -1:]
-else:
-  x = kinds.apply(arch, params, arrays['tokens'], Tokens(arrays['segments'],
-    arrays['positions']), dtype=jnp.float32)
-  out = head.logits(x[0], kinds.head_weights(arch, params))
-config = model.config if labels else None  # then architecture.to_hf makes it
-export.export(params, arch, target, source_config=config, tokenizer_files=model.files,
+out = Forward(arch, jnp.float32).token_scores(params, arrays)[:, -1:]
+export.export(params, arch, target, source_config=model.config, tokenizer_files=model.files,
   dtype=np.float32, stop_ids=model.stop_ids)
 np.savez(target + '.npz', ids=ids, out=out)
 """
@@ -102,41 +97,51 @@ def export(python: str, source: Path, target: Path, shard: int) -> None:
   subprocess.run([python, '-c', EXPORT, str(source), str(target), str(shard)], check=True, cwd=ROOT)
 
 
-def check_tiny(python: str, name: str, folder: Path) -> None:
-  """A golden model, imported and exported in shards: transformers computes what it does with the
-  golden one, which is the stored logits but for rounding, as other processors add in another order.
+def check_family(python: str, name: str, folder: Path) -> None:
+  """A case of family_cases.py, imported, trained for five steps and exported in shards; and PEFT
+  folders of adapters on it: transformers and PEFT compute what ftjax does.
   """
-  export(python, GOLDEN / name, folder / name, 20_000)
-  (loaded, left), (original, _) = model(folder / name), model(GOLDEN / name)
-  stored = np.load(GOLDEN / name / 'logits.npz')
+  script = [python, 'tests/parity/from_families.py', name, str(folder)]
+  env = os.environ | {'PYTHONPATH': 'tests:.', 'JAX_PLATFORMS': 'cpu'}
+  if subprocess.run(script, check=False, cwd=ROOT, env=env).returncode:
+    report(f'{name}: trained and exported', False)
+    return
+  stored = np.load(folder / 'logits.npz')
+  ids = torch.tensor(stored['ids'].astype(np.int64))
+  loaded, left = model(folder / 'trained')
+  report(f'{name} trained: nothing missing or unexpected', not left, str(left))
   with torch.no_grad():
-    ids = torch.tensor(stored['ids'].astype(np.int64))
-    logits, expected = (m(ids).logits.numpy() for m in (loaded, original))
-  report(f'{name}: nothing missing or unexpected', not left, str(left))
-  report(
-    f'{name}: logits bitwise equal',
-    np.array_equal(logits, expected),
-    f'max |delta| {np.abs(logits - expected).max()}',
-  )
-  error = np.abs(logits - stored['logits']).max() / np.abs(stored['logits']).max()
-  report(f'{name}: the stored logits within 1e-5', error <= 1e-5, f'max |delta| / max {error}')
+    compare(f'{name} trained: logits', loaded(ids).logits.numpy(), stored['trained'], 1e-5)
+    before = model(folder / 'source')[0](ids).logits.numpy()
+  apart = np.abs(before - stored['trained']).max() / np.abs(before).max()
+  report(f'{name} trained: is another model', apart > 0.1, f'max |delta| / max {apart:.2f}')
+  for kind in ('lora', 'dora'):
+    found = open_with_peft.compute(folder / kind, str(folder / 'source'), ids)
+    texts = found['warnings'].tolist()
+    report(f'{name} {kind}: PEFT loads it without a warning', not texts, str(texts))
+    compare(f'{name} {kind}: logits', found['logits'], stored[kind], 1e-5)
+    compare(f"{name} {kind}: logits after PEFT's merge", found['merged'], stored[kind], 1e-4)
 
 
-def check_made(python: str, family: str, labels: int, folder: Path) -> None:
-  """A random model without a HF folder behind it, a language or a reward model: transformers takes
-  the exported folder for the right class and computes what ftjax does.
+def compare(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> None:
+  error = np.abs(found - expected).max() / np.abs(expected).max()
+  report(f'{name} within {limit}', error <= limit, f'max |delta| / max {error:.1e}')
+
+
+def check_scorer(python: str, family: str, folder: Path) -> None:
+  """A random reward model without a HF folder behind it: transformers takes the exported folder for
+  the right class and computes what ftjax does.
   """
-  name = f'{family}_made_{labels}'
-  command = [python, '-c', MAKE, family, str(labels), str(folder / name)]
+  name = f'{family} reward model'
+  target = folder / f'{family}_scorer'
+  command = [python, '-c', MAKE, family, str(target)]
   subprocess.run(command, check=True, cwd=ROOT)
-  kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-  loaded, left = model(folder / name, kind)
-  stored = np.load(folder / f'{name}.npz')
+  loaded, left = model(target, AutoModelForSequenceClassification)
+  stored = np.load(f'{target}.npz')
   with torch.no_grad():
     out = loaded(torch.tensor(stored['ids'].astype(np.int64))).logits.numpy().reshape(-1)
-  error = np.abs(out - stored['out'].reshape(-1)).max() / np.abs(out).max()
   report(f'{name}: {type(loaded).__name__}, nothing missing or unexpected', not left, str(left))
-  report(f'{name}: equal within 1e-5', error <= 1e-5, f'max |delta| / max {error}')
+  compare(f'{name}: scores', out, stored['out'].reshape(-1), 1e-5)
 
 
 def check_smollm2(python: str, folder: Path) -> None:
@@ -253,13 +258,13 @@ def check_tokenizer(folder: Path) -> None:
 
 if __name__ == '__main__':
   with tempfile.TemporaryDirectory() as temp:
-    for tiny in ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied'):
-      check_tiny(sys.argv[1], tiny, Path(temp))
-    for family in ('llama', 'qwen2'):
-      for labels in (0, 1):
-        check_made(sys.argv[1], family, labels, Path(temp))
-    if (CACHE / 'smollm2').exists():
-      check_smollm2(sys.argv[1], Path(temp))
-      check_tokenizer(Path(temp))
+    for case in sys.argv[2:] or CASES:
+      check_family(sys.argv[1], case, Path(temp) / case)
+    if not sys.argv[2:]:
+      for family in ('llama', 'qwen2'):
+        check_scorer(sys.argv[1], family, Path(temp))
+      if (CACHE / 'smollm2').exists():
+        check_smollm2(sys.argv[1], Path(temp))
+        check_tokenizer(Path(temp))
   print(json.dumps({'failures': failures}))
   sys.exit(bool(failures))

@@ -164,7 +164,8 @@ CASES = {
     }
   ),
   'gemma2': Case(
-    _GEMMA | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
+    _GEMMA
+    | {'model_type': 'gemma2', 'attn_logit_softcapping': 3.0, 'final_logit_softcapping': 5.0},
     norm=0.0,
   ),
   # A row holds six windows; both kinds of layers turn, the full ones by an eighth of the angle.
@@ -172,13 +173,42 @@ CASES = {
     _GEMMA
     | {
       'model_type': 'gemma3_text',
-      'num_hidden_layers': 4,
-      'sliding_window_pattern': 3,
+      'sliding_window_pattern': 2,
+      'query_pre_attn_scalar': 20,
       'rope_theta': 1e5,
       'rope_local_base_freq': 1e3,
       'rope_scaling': {'rope_type': 'linear', 'factor': 8.0},
     },
     norm=0.0,
+  ),
+  'mixtral': Case(
+    _LLAMA
+    | {
+      'model_type': 'mixtral',
+      'tie_word_embeddings': False,
+      'intermediate_size': 20,
+      'num_hidden_layers': 2,
+      'num_local_experts': 6,
+      'num_experts_per_tok': 2,
+      'router_aux_loss_coef': 0.02,
+      'sliding_window': 19,
+    }
+  ),
+  # A dense layer between those with experts, and weights that are not divided by their sum.
+  'qwen3_moe': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen3_moe',
+      'tie_word_embeddings': False,
+      'num_hidden_layers': 4,
+      'mlp_only_layers': [1],
+      'moe_intermediate_size': 12,
+      'num_experts': 6,
+      'num_experts_per_tok': 3,
+      'norm_topk_prob': False,
+      'router_aux_loss_coef': 0.05,
+      'rope_theta': 1e6,
+    }
   ),
   # Layers 1 and 3 do not turn, and have a window.
   'smollm3': Case(
@@ -274,5 +304,16 @@ CASES = {
       },
     },
     short=16,
+  ),
+  # Layers 1 and 2 see 9 tokens.
+  'qwen2_window': Case(
+    _LLAMA
+    | {
+      'model_type': 'qwen2',
+      'tie_word_embeddings': False,
+      'use_sliding_window': True,
+      'sliding_window': 9,
+      'max_window_layers': 1,
+    }
   ),
 }

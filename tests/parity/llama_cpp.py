@@ -102,6 +102,18 @@ def _library() -> ctypes.CDLL:
   return lib
 
 
+def dequantized(kind: str, stored: np.ndarray, count: int) -> np.ndarray:
+  """float32[count] by ggml's C function for a quantized type."""
+  _library()
+  ggml = ctypes.CDLL(str(_libraries() / 'libggml-base.so'))
+  out, raw = np.empty(count, np.float32), np.ascontiguousarray(stored)
+  function = getattr(ggml, f'dequantize_row_{kind.lower().replace("_k", "_K")}')
+  function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+  function.restype = None
+  function(raw.ctypes.data, out.ctypes.data, count)
+  return out
+
+
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _LINES: list[str] = []
 

@@ -3,9 +3,9 @@ from the repository's root:
 
   PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_goldens.py FOLDER [TASK ...]
 
-FOLDER is tests/parity/golden to replace them, TASK llama, qwen2, tokenizers or smollm2, which needs
+FOLDER is tests/parity/golden to replace them, TASK folders, tokenizers or smollm2, which needs
 .cache/SmolLM2-135M-Instruct.Q4_1.gguf (demo/assets.py). The tests read the files and never import
-torch.
+torch. What families compute is in make_family_goldens.py.
 """
 
 import os
@@ -41,24 +41,26 @@ LLAMA3 = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 32,
 }
-LLAMA = {
+# Random models as HF folders: files to read, and the bases of PEFT's adapters.
+FOLDERS = {
   'llama_tied': {'tie_word_embeddings': True, 'num_key_value_heads': 4},
   'llama_untied_gqa': {
     'tie_word_embeddings': False,
     'num_key_value_heads': 2,
     'num_hidden_layers': 3,
   },
-  # 96 tokens are three times the original context: the scaled frequencies matter.
   'llama3_rope': {'tie_word_embeddings': True, 'num_key_value_heads': 1, 'rope_parameters': LLAMA3},
-}
-# Published models have theta 1e6, epsilon 1e-6 and grouped keys.
-QWEN2 = {
+  # Published models have theta 1e6, epsilon 1e-6 and grouped keys.
   'qwen2_tied': {'tie_word_embeddings': True, 'num_key_value_heads': 2},
   'qwen2_untied': {
     'tie_word_embeddings': False,
     'num_key_value_heads': 1,
     'num_hidden_layers': 3,
   },
+}
+CLASSES = {
+  'llama': (LlamaForCausalLM, LlamaConfig, {'head_dim': 8, 'rms_norm_eps': 1e-5}),
+  'qwen2': (Qwen2ForCausalLM, Qwen2Config, {'rope_theta': 1e6, 'rms_norm_eps': 1e-6}),
 }
 PROMPTS = (
   'The capital of France is',
@@ -98,49 +100,16 @@ SETTINGS = {
 }
 
 
-def draw(model):
-  """Random parameters, norms around 1; and ids int64[2, 96] of a text."""
-  with torch.no_grad():
-    for key, value in model.named_parameters():
-      value.copy_(torch.randn(value.shape) * 0.25 + (1.0 if 'norm' in key else 0.0))
-  return torch.randint(0, 128, (2, 96))
-
-
-def llama(target: Path):
-  """Random HF models in HF folders, each with logits float32[B, T, V] for ids int32[B, T]."""
-  for name, changes in LLAMA.items():
+def folders(target: Path):
+  """Random HF models in HF folders, norms around 1."""
+  for name, changes in FOLDERS.items():
     torch.manual_seed(len(name))
-    settings = SETTINGS | {'head_dim': 8, 'rms_norm_eps': 1e-5} | changes
-    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
-    ids = draw(model)
+    model, config, more = CLASSES['qwen2' if name.startswith('qwen2') else 'llama']
+    model = model(config(**(SETTINGS | more | changes)))
     with torch.no_grad():
-      save(model, target / name, ids, logits=model(ids).logits.numpy())
-
-
-def qwen2(target: Path):
-  """The same of Qwen2, and the loss of one step with its gradient: the mean of -log p of each next
-  token, by HF's own `labels`.
-  """
-  for name, changes in QWEN2.items():
-    torch.manual_seed(len(name))
-    settings = SETTINGS | {'rope_theta': 1e6, 'rms_norm_eps': 1e-6} | changes
-    model = Qwen2ForCausalLM(Qwen2Config(**settings)).eval()
-    ids = draw(model)
-    found = model(ids, labels=ids)
-    found.loss.backward()
-    gradient = {f'gradient/{k}': p.grad.numpy() for k, p in model.named_parameters()}
-    logits = found.logits.detach().numpy()
-    save(model, target / name, ids, logits=logits, loss=found.loss.item(), **gradient)
-
-
-def save(model, folder: Path, ids, **arrays):
-  """The model as a HF folder, and what was computed of ids beside it."""
-  model.save_pretrained(folder)
-  np.savez_compressed(folder / 'logits.npz', ids=ids.numpy().astype(np.int32), **arrays)
-  print(
-    *(folder.name, 'max |logit|', np.abs(arrays['logits']).max()),
-    sorted(p.name for p in folder.iterdir()),
-  )
+      for key, value in model.named_parameters():
+        value.copy_(torch.randn(value.shape) * 0.25 + (1.0 if 'norm' in key else 0.0))
+    model.save_pretrained(target / name)
 
 
 def pack(rows: list[list[int]]) -> dict[str, np.ndarray]:
@@ -254,6 +223,6 @@ def greedy(model, prompt: list[int], count: int) -> tuple[list[int], list[float]
 
 
 if __name__ == '__main__':
-  tasks = {'llama': llama, 'qwen2': qwen2, 'tokenizers': tokenizers, 'smollm2': smollm2}
+  tasks = {'folders': folders, 'tokenizers': tokenizers, 'smollm2': smollm2}
   for task in sys.argv[2:] or tasks:
     tasks[task](Path(sys.argv[1]))

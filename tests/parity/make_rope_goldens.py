@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ftjax.families import hf_rope
+from ftjax.families.hf_config import HfConfig
 from parity.rope_cases import BY_LAYER_TYPE, CASES, LENGTHS, MODELS, PROMPT, ids, weights
 
 # model_type -> folder and beginning of the class names in transformers.
@@ -42,20 +44,44 @@ def embedding(content: dict):
   return getattr(module, f'{name}RotaryEmbedding')(config_of(content))
 
 
-def frequencies() -> dict[str, np.ndarray]:
+def of_all_layers(content: dict) -> dict[str, np.ndarray]:
+  """The frequencies of each length and the attention factor."""
   out = {}
-  for name, (content, _) in CASES.items():
-    for length in LENGTHS:
-      found = embedding(content)
-      found(torch.zeros(1), torch.arange(length)[None])
-      out[f'{name}/{length}'] = found.inv_freq.numpy().copy()
-    out[f'{name}/attention'] = np.float64(found.attention_scaling)
-  for name, (content, _) in BY_LAYER_TYPE.items():
+  for length in LENGTHS:
     found = embedding(content)
-    for kind in ('full_attention', 'sliding_attention'):
-      out[f'{name}/{kind}'] = getattr(found, f'{kind}_inv_freq').numpy().copy()
-      scale = getattr(found, f'{kind}_attention_scaling')
-      out[f'{name}/{kind}/attention'] = np.float64(scale)
+    found(torch.zeros(1), torch.arange(length)[None])
+    out[f'{length}'] = found.inv_freq.numpy().copy()
+  return out | {'attention': np.float64(found.attention_scaling)}
+
+
+def of_layer_types(content: dict) -> dict[str, np.ndarray]:
+  """The frequencies of each layer type and the attention factors."""
+  out, found = {}, embedding(content)
+  for kind in (hf_rope.FULL, hf_rope.SLIDING):
+    out[kind] = getattr(found, f'{kind}_inv_freq').numpy().copy()
+    out[f'{kind}/attention'] = np.float64(getattr(found, f'{kind}_attention_scaling'))
+  return out
+
+
+def frequencies() -> dict[str, np.ndarray]:
+  """Those of every case; transformers must read what ftjax writes as it reads the case."""
+  out = {}
+  for name, (content, reading) in CASES.items():
+    rest = {k: v for k, v in content.items() if k not in hf_rope.KEYS}
+    c = HfConfig(content)
+    max_len = c.count('max_position_embeddings', of_class=True)
+    written = hf_rope.write(hf_rope.read(c, reading), max_len, reading)
+    found, again = of_all_layers(content), of_all_layers(rest | written)
+    assert all(np.array_equal(found[k], again[k]) for k in found), (name, found, again)
+    out |= {f'{name}/{k}': v for k, v in found.items()}
+  for name, (content, local) in BY_LAYER_TYPE.items():
+    rest = {k: v for k, v in content.items() if k not in (*hf_rope.KEYS, local)}
+    written = hf_rope.write_by_layer_type(
+      hf_rope.read_by_layer_type(HfConfig(content), local), 128, local
+    )
+    found, again = of_layer_types(content), of_layer_types(rest | written)
+    assert all(np.array_equal(found[k], again[k]) for k in found), (name, found, again)
+    out |= {f'{name}/{k}': v for k, v in found.items()}
   return out
 
 

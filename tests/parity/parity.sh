@@ -21,4 +21,4 @@ if ! locked | cmp -s - $venv/locked.txt; then
     -r $requirements/parity-ppo.txt
   locked > $venv/locked.txt
 fi
-PYTHONPATH=tests exec $venv/bin/python tests/parity/reproduce.py "$ours"
+PYTHONPATH=tests:. exec $venv/bin/python tests/parity/reproduce.py "$ours"

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).parent
 GOLDEN = HERE / 'golden'
 ASSET = Path('.cache') / 'SmolLM2-135M-Instruct.Q4_1.gguf'
-TASKS = ('llama', 'qwen2', 'tokenizers', 'smollm2')
+TASKS = ('folders', 'tokenizers', 'smollm2')
 # Other processors add in another order: max |delta| / max |golden|, and after twenty steps.
 TOLERANCE, AFTER_STEPS = 1e-5, 1e-3
 STEPS = ('adamw_8bit.npz', 'peft/adamw.npz', 'peft/lora_plus.npz')
@@ -34,6 +34,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
     ['make_goldens.py', str(target), *tasks],
     ['make_family_goldens.py', str(target)],
     ['make_peft_goldens.py', str(target)],
+    ['make_rope_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
     ['adamw_8bit.py', str(target)],
     ['trl_losses.py', 'golden', str(target), str(Path(sys.prefix) / 'trl-1.9')],

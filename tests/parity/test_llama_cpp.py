@@ -11,6 +11,7 @@ import json
 import numpy as np
 import pytest
 import tiny_run
+from test_gguf import write_blocks
 from tiny_model import QWEN2, TINY, UNTIED, init, logits, tokens_at
 from tiny_tokenizer import tiny_files
 from tokenizers import Tokenizer as Tokens
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer as Tokens
 from ftjax import convert
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.hf import export, load
-from ftjax.models.architecture import RopeScaling
-from parity.llama_cpp import LlamaCpp
+from ftjax.hf import gguf as gguf_source
+from ftjax.hf.gguf import GGUFSource
+from ftjax.models.rope_spec import RopeScaling
+from parity.llama_cpp import LlamaCpp, dequantized
 from parity.mixed_strings import mixed_strings
 from parity.test_logits import SMOLLM2, complete, open_model
 from parity.toy_gguf import Toy, write_toy
@@ -48,6 +51,23 @@ PROMPTS = (
   'What year did the second world war end?',
   'Complete: once upon a time',
 )
+
+
+@pytest.mark.parametrize('kind', [t for t in gguf_source.TYPES if '_' in t or t == 'MXFP4'])
+def test_quantized_types_against_ggml(tmp_path, kind):
+  """Random blocks, by ggml's own code; it is compiled with fused multiply-add, so not bit for bit.
+  Zeros, infinities and NaN are where they are there.
+  """
+  stored, _ = write_blocks(tmp_path / 'x.gguf', kind, 64, 1024)
+  expected = dequantized(kind, stored, 64 * 1024).reshape(64, 1024)
+  got = GGUFSource(tmp_path / 'x.gguf').read('model.embed_tokens.weight')
+  finite = np.isfinite(expected)
+  np.testing.assert_array_equal(np.isfinite(got), finite)
+  assert finite.mean() > 0.5
+  # A block is scale * q - minimum: differences are measured in what is subtracted.
+  size = np.nanmax(np.where(finite, np.abs(expected), 0).reshape(-1, 32), axis=1)
+  error = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, expected, 0)), 0)
+  assert (error.reshape(-1, 32).max(axis=1) <= 2e-6 * size).all()
 
 
 def write_model(folder, arch, files):

@@ -1,5 +1,5 @@
-"""Logits and gradients of imported models against HF torch's (golden/, made by make_goldens.py), in
-float32.
+"""Logits and greedy continuations of SmolLM2 against HF torch's (golden/, made by make_goldens.py),
+in float32. test_families.py has the small models of all families.
 """
 
 import functools
@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import logits, place, tokens_at
+from tiny_model import place, tokens_at
 
 from ftjax.families import table as families
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.hf import layout, load
+from ftjax.hf import load
 from ftjax.models import head, kinds
-from ftjax.runtime import sharding, trees
+from ftjax.runtime import sharding
 
 GOLDEN = Path(__file__).parent / 'golden'
-TINY = ('llama_tied', 'llama_untied_gqa', 'llama3_rope', 'qwen2_tied', 'qwen2_untied')
 SMOLLM2 = Path(__file__).parents[2] / '.cache' / 'smollm2'
 
 
@@ -34,56 +33,6 @@ def complete(arch, params, prompts, most):
   engine = Engine(arch, jnp.float32, (), 0, slots=len(prompts))
   found = engine.generate_at_once(params, prompts, max_tokens=most, sampling=Sampling())
   return [c.tokens for c in found]
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_tiny_models(name):
-  """96 tokens; llama3_rope was made for 32, so two thirds lie beyond its original context."""
-  arch, params = open_model(GOLDEN / name)
-  stored = np.load(GOLDEN / name / 'logits.npz')
-  got = logits(arch, params, stored['ids'], tokens_at(np.ones_like(stored['ids'])))
-  assert np.abs(got - stored['logits']).max() <= 1e-5 * np.abs(stored['logits']).max()
-  assert name != 'llama3_rope' or arch.layers()[0].mixer.rope.scaling.original_len == 32
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_greedy_continuations_of_tiny_models(name):
-  """The cache, against the likeliest tokens of HF's logits for the second half of each text."""
-  arch, params = open_model(GOLDEN / name)
-  stored = np.load(GOLDEN / name / 'logits.npz')
-  prompts = [row[:n].tolist() for row in stored['ids'] for n in (33, 64, 96)]
-  expected = [row[n - 1].argmax() for row in stored['logits'] for n in (33, 64, 96)]
-  assert complete(arch, params, prompts, 1) == [[e] for e in expected]
-
-
-@pytest.mark.parametrize('name', ['qwen2_tied', 'qwen2_untied'])
-def test_loss_and_gradient_of_tiny_models(name):
-  """Of the mean over each next token, as HF's `labels` has it; by every tensor of the file."""
-  arch, params = open_model(GOLDEN / name)
-  stored = np.load(GOLDEN / name / 'logits.npz')
-  weights = np.ones(stored['ids'].shape, np.float32)
-  weights[:, -1] = 0  # nothing follows
-  tokens, labels, weights = (
-    place(a, 'batch', 'seq') for a in (stored['ids'], np.roll(stored['ids'], -1, 1), weights)
-  )
-  where = tokens_at(np.ones_like(stored['ids']))
-
-  @jax.jit
-  @jax.value_and_grad
-  def run(params):
-    x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
-    table = kinds.head_weights(arch, params)
-    return head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0] / weights.sum()
-
-  loss, gradient = run(params)
-  assert float(loss) == pytest.approx(float(stored['loss']), rel=1e-6)
-  leaves = {n: np.asarray(g) for n, g in trees.flatten(gradient).items()}
-  bindings = layout.bindings(arch)
-  assert {f'gradient/{b.hf}' for b in bindings} == {k for k in stored if k.startswith('gradient/')}
-  for b in bindings:
-    got = b.to_hf(leaves[b.leaf][b.at])
-    expected = stored[f'gradient/{b.hf}']
-    assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max() and expected.any(), b.hf
 
 
 @pytest.fixture(scope='module')

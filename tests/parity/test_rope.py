@@ -21,7 +21,7 @@ from ftjax.families.hf_config import HfConfig
 from ftjax.families.rope_rule import Reading
 from ftjax.hf import load
 from ftjax.models import head, kinds, kv_cache, rope
-from ftjax.models.architecture import DynamicScaling, RopeScaling
+from ftjax.models.rope_spec import DynamicScaling, RopeScaling
 from ftjax.runtime import sharding
 from parity.rope_cases import (
   BY_LAYER_TYPE,
@@ -115,14 +115,11 @@ def open_model(name, folder):
 def decoded(arch, params, tokens):
   """Logits [B, T - PROMPT, V] of the tokens after the prompt, read one by one."""
   run = jax.jit(functools.partial(kinds.decode, arch, dtype=jnp.float32))
-  where = tokens_at(np.ones((1, TOKENS), np.int32))
-  cache, parts, table = (
-    kv_cache.empty(arch, 1, TOKENS, jnp.float32),
-    [],
-    kinds.head_weights(arch, params),
-  )
+  segments, positions = np.ones((1, TOKENS), np.int32), np.arange(TOKENS, dtype=np.int32)[None]
+  cache, table = kv_cache.empty(arch, 1, TOKENS, jnp.float32), kinds.head_weights(arch, params)
+  parts = []
   for a, b in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, TOKENS))]:
-    part = jax.tree.map(lambda x, a=a, b=b: x[:, a:b], where)
+    part = tokens_at(segments[:, a:b], positions[:, a:b])
     x, cache = run(params, place(tokens[:, a:b], 'batch', 'seq'), part, cache, np.int32(a))
     parts.append(np.asarray(head.logits(x[0], table)))
   return np.concatenate(parts[1:])[None]

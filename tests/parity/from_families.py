@@ -1,0 +1,89 @@
+"""What ftjax makes of a case of family_cases.py, for check_with_transformers.py:
+
+  PYTHONPATH=tests PYTHON tests/parity/from_families.py CASE FOLDER
+
+Writes FOLDER/source, the case as a HF folder; FOLDER/trained, exported in shards after 5 steps of
+training from it, with a config.json of ftjax's own; FOLDER/lora and FOLDER/dora, PEFT folders of
+adapters on it; and FOLDER/logits.npz: ids int32[B, T] and the logits of the last three.
+"""
+
+import sys
+from pathlib import Path
+
+import family_models
+import family_training
+import jax
+import numpy as np
+import tiny_adapters
+import tiny_model
+
+from ftjax.families import table
+from ftjax.hf import export, load, peft_export
+from ftjax.models import kinds
+from ftjax.runtime import sharding
+from parity import family_cases as cases
+
+STEPS = 5
+ADAPTERS = {'lora': {}, 'dora': {'dora': True}}
+
+
+def logits(arch, params, ids):
+  return tiny_model.logits(arch, params, ids, tiny_model.tokens_at(np.ones_like(ids)))
+
+
+def train(arch, params, ids, target: Path):
+  """Exports the trained model; returns its logits."""
+  step, state, _, batch = family_training.start(arch, params, ids, np.ones_like(ids))
+  for _ in range(STEPS):
+    state, _ = step(state, batch)
+  export.export(
+    state.params,
+    arch,
+    target,
+    source_config=None,
+    tokenizer_files={},
+    dtype=np.float32,
+    stop_ids=(),
+    max_shard_bytes=20_000,
+  )
+  return logits(arch, state.params, ids)
+
+
+def adapt(arch, params, ids, source: Path, target: Path, lora: dict):
+  """Exports an adapter whose values are random; returns the model's logits."""
+  arch = tiny_adapters.adapted(arch, **lora)
+  params = tiny_adapters.move(arch, tiny_adapters.begin(arch, params))
+  peft_export.export(
+    params,
+    arch,
+    target,
+    base=str(source),
+    sha256=load.fingerprint(source),
+    source_config=load.read_config(source),
+    tokenizer_files={},
+    stop_ids=(),
+  )
+  return logits(arch, params, ids)
+
+
+def main(name: str, folder: Path) -> None:
+  folder.mkdir()
+  source = folder / 'source'
+  family_models.write_folder(name, source)
+  arch, ids = table.architecture(load.read_config(source)), cases.ids(cases.CASES[name])
+  places = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
+
+  def load_params():
+    return load.load_params(source, arch, places, np.float32)
+
+  found = {'trained': train(arch, load_params(), ids, folder / 'trained')}
+  for kind, lora in ADAPTERS.items():
+    found[kind] = adapt(arch, load_params(), ids, source, folder / kind, lora)
+  np.savez(folder / 'logits.npz', ids=ids, **found)
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  jax.set_mesh(sharding.make_mesh(sizes, jax.devices()[:1]))
+  main(sys.argv[1], Path(sys.argv[2]))
