@@ -317,7 +317,6 @@ CASES = {
       'max_window_layers': 1,
     }
   ),
-<<<<<<< HEAD
   'mistral': Case(_LLAMA | {'model_type': 'mistral', 'head_dim': 14, 'sliding_window': 9}),
   'ministral': Case(
     _LLAMA
@@ -347,7 +346,7 @@ CASES = {
         'llama_4_scaling_beta': 0.5,
       },
     }
-=======
+  ),
   # 80 tokens are more than a chunk of 64, and the states forget slowly enough to join chunks.
   'qwen3_5': Case(
     {
@@ -382,6 +381,5 @@ CASES = {
       (r'linear_attn\.norm\.weight$', 1.0, 0.25),
       (r'linear_attn\.out_proj', 0.0, 0.1),
     ),
->>>>>>> f2-delta
   ),
 }
