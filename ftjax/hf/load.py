@@ -13,7 +13,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from ftjax.hf import (
   gguf_tokenizer,
   layout,
   model_folder,
-  safetensors,
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
