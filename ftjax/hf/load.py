@@ -9,12 +9,10 @@ error with the names. Next: families/ for the tensor maps, `layout.py` for the l
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +21,8 @@ from tqdm import tqdm
 from ftjax.families import hf_config, multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import (
+  file_marks,
   fused_tensors,
-  gguf_files,
   gguf_tokenizer,
   layout,
   model_folder,
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revisions
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
@@ -57,7 +54,7 @@ def open_source(path: str | os.PathLike) -> TensorSource:
   asks for the fingerprint, and headers are read once.
   """
   path = model_folder.locate_any(path)
-  return _cached_source(path, stamp(path))
+  return _cached_source(path, file_marks.stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -71,22 +68,6 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   has_config = (files.as_path(path) / 'config.json').is_file()
   wrapper = multimodal.of(weight_files.read_config(files.as_path(path))) if has_config else None
   return SafetensorsFolder(path, rename=wrapper.name if wrapper else None)
-
-
-def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
-  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
-
-  For a local file: name, size, inode, and times of modification and of change in ns. For an object
-  in a bucket: name, size and generation.
-  """
-  return tuple(_stamp(p) for p in _weight_files(path))
-
-
-def _stamp(path: Path) -> tuple[str | int, ...]:
-  stat = path.stat()
-  if files.is_remote(path):
-    return str(path), stat.st_size, stat.generation
-  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -400,42 +381,9 @@ def _fill_tensor(source: TensorSource, binding: Binding, ranges: list[range], ou
     out[tuple(place)] = layout.read(source, binding, tuple(index))
 
 
-def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
-  """Returns (name, bytes, mark of the revision) of the weight files, to be compared between hosts;
-  [] for no path. The mark is an object's generation, or a hash over some blocks of a local file.
-  """
-  if not path:
-    return []
-  remote = files.is_remote(path)
-  return [
-    (p.name, p.stat().st_size, str(p.stat().generation) if remote else _sample(p))
-    for p in _weight_files(path)
-  ]
-
-
-def _sample(path: Path) -> str:
-  """Returns the SHA-256, in hex, of evenly spaced blocks of a file, with its first and last."""
-  digest, last = hashlib.sha256(), max(0, path.stat().st_size - _SAMPLE_BYTES)
-  with path.open('rb') as f:
-    for i in range(_SAMPLES):
-      f.seek(last * i // (_SAMPLES - 1))
-      digest.update(f.read(_SAMPLE_BYTES))
-  return digest.hexdigest()
-
-
 def fingerprint(path: str | os.PathLike) -> str:
   """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
 
   Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
   """
   return open_source(path).fingerprint()
-
-
-def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(model_folder.locate_any(path))
-  if model_folder.is_adapter(folder):
-    return [weight_files.file_inside(folder, model_folder.ADAPTER_WEIGHTS)]
-  file = model_folder.gguf_file(folder)
-  if file is None:
-    return weight_files.weight_files(folder)
-  return gguf_files.weight_files(file)
