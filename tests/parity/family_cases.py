@@ -36,9 +36,9 @@ class Case:
   of nothing. Even numbers of kv heads and a hidden_size that 8 divides let meshes split them.
   tokens: T of the compared rows; more than a window or an original context, where the model has
   one. short: tokens of a document from which on its frequencies are others, so that its cache must
-  end before or begin behind it; 0: there is no such number. norm: the number that stored norm weights lie around, 0 where the model adds 1 to them.
-  rules: (pattern, centre, scale) of tensors that need other values; the first pattern that is found
-  in a name counts.
+  end before or begin behind it; 0: there is no such number. norm: the number that stored norm
+  weights lie around, 0 where the model adds 1 to them. rules: (pattern, centre, scale) of tensors
+  that need other values; the first pattern that is found in a name counts.
   """
 
   config: Mapping[str, Any]
