@@ -213,23 +213,15 @@ def write_by_layer_type(
   full, sliding = ropes[FULL], ropes[SLIDING]
   new = {}
   for kind, rope in ropes.items():
-    rule = _written_of_type(rope, max_len) or {'rope_type': 'default'}
+    rule = _written(rope, max_len) or {'rope_type': 'default'}
     new[kind] = {'rope_theta': rope.theta} | rule | _partial(rope, reading)
   plain = sliding == Rope(sliding.theta) and full.fraction == 1
   if not local_theta or not plain or (local_theta == 'rope_theta' and full.theta != sliding.theta):
     return {'rope_parameters': new}
   old = {'rope_theta': full.theta, local_theta: sliding.theta}
-  if rule := _written_of_type(full, max_len):
+  if rule := _written(full, max_len):
     old['rope_scaling'] = rule
   return {'rope_parameters': new} | old
-
-
-def _written_of_type(rope: Rope, max_len: int) -> dict[str, Any]:
-  """Returns `_written` of a rule for one layer type, in which transformers reads no `truncate`."""
-  rule = _written(rope, max_len)
-  if not rule.pop('truncate', True):
-    raise DataError(f'{rope}: a rule for one layer type has truncate=true in a config.json')
-  return rule
 
 
 def _partial(rope: Rope, reading: Reading) -> dict[str, float]:

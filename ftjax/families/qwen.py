@@ -83,4 +83,7 @@ QWEN3 = Family(
   rows=decoder.rows((*decoder.ATTENTION, *decoder.QK_NORMS)),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='qwen3', fixed=(('hidden_act', 'silu'), ('attention_bias', False)), normalizes=True
+  ),
 )

@@ -158,7 +158,7 @@ def test_names_and_shapes_are_peft_s(bases, tmp_path):
 def test_dora_of_a_part_is_refused(bases):
   """PEFT would train the lengths of all outputs of the matrix."""
   arch, _ = random(bases / 'phi3', dora=True, targets='.*/attn/[qv]')
-  with pytest.raises(ConfigError, match='layers.0.self_attn.qkv_proj .*attn/k has no adapter'):
+  with pytest.raises(ConfigError, match=r'layers\.0\.self_attn\.qkv_proj .*attn/k has no adapter'):
     peft_export.check(arch)
 
 
