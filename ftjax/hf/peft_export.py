@@ -135,7 +135,6 @@ class _Tensors:
     """Returns the HF tensor that parts make."""
     return tensor_map.whole_tensor([(b, on_host(self.leaves[b.leaf], b.at)) for b in parts])
 
-<<<<<<< HEAD
   def _add_module(self, found: Adapted) -> None:
     times = 2 if self.arch.adapter.pissa else 1
     rank, (inputs, outputs) = times * found.rank, found.shapes
@@ -146,16 +145,6 @@ class _Tensors:
     a, b, magnitude = found.tensors
     self._add(a, (rank, inputs), lambda: self._first(found))
     self._add(b, (outputs, rank), lambda: self._second(found))
-=======
-    def factor(leaf, side, sign):
-      parts = [self._rows(place, leaf, rank)]
-      if pissa:
-        parts.append(sign * self._rows(place, f'{leaf}0', rank))
-      return peft_names.to_hf(np.concatenate(parts), side)
-
-    self._add(a, (rank_of_file, place.shapes[0]), lambda: factor('lora_a', inputs, 1))
-    self._add(b, (place.shapes[1], rank_of_file), lambda: factor('lora_b', outputs, -1).T)
->>>>>>> main
     if self.arch.adapter.dora:
       self._add(magnitude, (outputs,), lambda: self._magnitude(found))
 
@@ -170,7 +159,7 @@ class _Tensors:
     blocks = []
     for part in found.parts:
       sizes = part.place.binding.sizes
-      outputs = math.prod(sizes[a] for a in part.place.sides[1][1])
+      outputs = math.prod(sizes[a] for a in part.place.sides[1].hf)
       block = np.zeros((outputs, times * found.rank), np.float32)
       if part.rank:
         begin = times * found.begin(part)

@@ -40,12 +40,13 @@ class Place(NamedTuple):
   binding: Binding
 
   @property
-  def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(letters of ours, letters of HF's) of the inputs and of the outputs, of this part alone."""
+  def sides(self) -> tuple[Side, Side]:
+    """Those of the inputs and of the outputs, of this part alone."""
     hf = [outer + inner for outer, inner in self.binding.words]
     own = [''.join(a for a in self.binding.axes if a in letters) for letters in hf]
-    into, out = _sides(self.binding)
-    return (own[into], hf[into]), (own[out], hf[out])
+    orders = self.binding.order, ()
+    into, out = (Side(own[i], hf[i], orders[i]) for i in _sides(self.binding))
+    return into, out
 
   def rows(self, x: np.ndarray) -> np.ndarray:
     """Returns this part's rows of an array [outputs of the module, ...], in HF's order."""
@@ -94,7 +95,6 @@ class Adapted(NamedTuple):
     return f'{start}A.weight', f'{start}B.weight', f'{start}magnitude_vector'
 
   @property
-<<<<<<< HEAD
   def rank(self) -> int:
     """The sum of the parts' ranks."""
     return sum(p.rank for p in self.parts)
@@ -103,13 +103,6 @@ class Adapted(NamedTuple):
   def scale(self) -> float:
     """The scale of the module."""
     return next(p.scale for p in self.parts if p.rank)
-=======
-  def sides(self) -> tuple[Side, Side]:
-    """Those of the inputs and of the outputs."""
-    hf = [outer + inner for outer, inner in self.binding.words]
-    own = [''.join(a for a in self.binding.axes if a in letters) for letters in hf]
-    return Side(own[1], hf[1]), Side(own[0], hf[0], self.binding.order)
->>>>>>> main
 
   @property
   def shapes(self) -> tuple[int, int]:
