@@ -12,8 +12,10 @@ from ftjax.experiment.model import random_config
 from ftjax.families import hf_config, table
 from ftjax.hf import load, safetensors
 from ftjax.hf.tensor_source import TensorInfo
+from ftjax.models import counts
 from ftjax.models.architecture import MlpSpec
 from ftjax.models.rope_spec import LongScaling, YarnScaling
+from ftjax.planning import known_models
 from ftjax.runtime.errors import DataError
 
 SIZES = {
@@ -159,6 +161,32 @@ def test_a_phi_4_mini_reads_its_factors():
   rope = found.layers()[0].mixer.rope
   assert isinstance(rope.scaling, LongScaling) and rope.fraction == 0.75
   assert table.architecture(table.config(found)) == found
+
+
+# Parameters, as the models' pages count them.
+RELEASED = {
+  'gpt2': 124_439_808,
+  'gpt2-medium': 354_823_168,
+  'gpt2-large': 774_030_080,
+  'gpt2-xl': 1_557_611_200,
+  'SmolLM3-3B': 3_075_098_624,
+  'Phi-3-mini-4k-instruct': 3_821_079_552,
+  'phi-4': 14_659_507_200,
+}
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_sizes_have_the_known_numbers_of_parameters(name):
+  arch = table.architecture(known_models.read(name))
+  assert counts.num_params(arch) == RELEASED[name]
+
+
+def test_counts_leave_out_look_ups_of_positions():
+  arch = read('gpt2')
+  biases = 5 * (3 * 32 + 32 + 128 + 32)
+  norms = (5 * 2 + 1) * 2 * 32
+  inside = counts.num_params(arch) - biases - norms
+  assert counts.matmul_params(arch) == inside - 1024 * 32
 
 
 @pytest.mark.parametrize('prefix', ['', 'transformer.'])

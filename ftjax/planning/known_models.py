@@ -56,6 +56,26 @@ def _qwen2(dim, layers, heads, kv_heads, ffn, vocab=151936, tied=True) -> dict:
   }
 
 
+def _gpt2(dim, layers, heads) -> dict:
+  sizes = {'n_embd': dim, 'n_layer': layers, 'n_head': heads, 'vocab_size': 50257}
+  return sizes | {
+    'model_type': 'gpt2',
+    'n_positions': 1024,
+    'layer_norm_epsilon': 1e-5,
+    'activation_function': 'gelu_new',
+    'tie_word_embeddings': True,
+  }
+
+
+def _phi3(dim, layers, heads, kv_heads, ffn, vocab, **more) -> dict:
+  return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
+    'model_type': 'phi3',
+    'rms_norm_eps': 1e-5,
+    'tie_word_embeddings': False,
+    **more,
+  }
+
+
 _SMALL = {'tie_word_embeddings': True, 'rope_scaling': _LLAMA3_ROPE | {'factor': 32.0}}
 SHAPES = {
   'SmolLM2-135M': _llama(
@@ -73,6 +93,30 @@ SHAPES = {
   'Qwen2.5-1.5B': _qwen2(1536, 28, 12, 2, 8960),
   'Qwen2.5-3B': _qwen2(2048, 36, 16, 2, 11008),
   'Qwen2.5-7B': _qwen2(3584, 28, 28, 4, 18944, vocab=152064, tied=False),
+  'gpt2': _gpt2(768, 12, 12),
+  'gpt2-medium': _gpt2(1024, 24, 16),
+  'gpt2-large': _gpt2(1280, 36, 20),
+  'gpt2-xl': _gpt2(1600, 48, 25),
+  'SmolLM3-3B': _sizes(2048, 36, 16, 4, 11008, 128256)
+  | {
+    'model_type': 'smollm3',
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 5000000.0,
+    'max_position_embeddings': 65536,
+    'no_rope_layer_interval': 4,
+    'tie_word_embeddings': True,
+  },
+  'Phi-3-mini-4k-instruct': _phi3(
+    *(3072, 32, 32, 32, 8192, 32064),
+    rope_theta=10000.0,
+    max_position_embeddings=4096,
+    sliding_window=2047,
+  ),
+  'phi-4': _phi3(
+    *(5120, 40, 40, 10, 17920, 100352),
+    rope_theta=250000.0,
+    max_position_embeddings=16384,
+  ),
 }
 
 
