@@ -92,6 +92,24 @@ def write_windows(arch: Architecture, period: int) -> dict[str, Any]:
   return out
 
 
+def read_experts(file: GgufFile) -> dict[str, Any]:
+  """Returns the numbers of experts, under the keys that transformers 5 writes."""
+  return {
+    'num_local_experts': file.count('expert_count'),
+    'num_experts_per_tok': file.count('expert_used_count'),
+  }
+
+
+def write_experts(arch: Architecture) -> dict[str, Any]:
+  """Returns the metadata of a decoder with experts."""
+  spec = arch.mixtures()[0]
+  return write_decoder(arch) | {
+    'expert_count': spec.num_experts,
+    'expert_used_count': spec.top_k,
+    'expert_feed_forward_length': spec.ffn_dim,
+  }
+
+
 def write_decoder(arch: Architecture) -> dict[str, Any]:
   """Returns the metadata that Llama-like decoders share, without the architecture's name."""
   block = arch.layers()[0]
