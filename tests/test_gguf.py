@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from ftjax.families import table as families
 from ftjax.families.gguf_rope import llama3_factors, llama3_scaling
+from ftjax.hf import file_marks, gguf_tokenizer, layout, load
 from ftjax.hf import gguf as gguf_source
-from ftjax.hf import gguf_tokenizer, layout, load
 from ftjax.hf.gguf import GGUFSource, half_rotation
 from ftjax.models.rope_spec import RopeScaling
 from ftjax.runtime.errors import DataError
@@ -221,7 +221,7 @@ def test_a_model_in_parts_is_the_model_in_one_file(parts, tmp_path):
     assert load.read_config(path) == whole.config()
     assert load.tokenizer_files(path) == load.tokenizer_files(tmp_path / 'whole.gguf')
     load.check_tensors(source, families.architecture(load.read_config(path)))
-    assert [name for name, _, _ in load.outline(path)] == sorted(os.listdir(parts.parent))
+    assert [name for name, _, _ in file_marks.outline(path)] == sorted(os.listdir(parts.parent))
 
 
 def test_every_part_counts_for_the_fingerprint(parts):
@@ -239,7 +239,7 @@ def test_any_part_names_the_model(parts, number):
   assert load.read_config(later) == load.read_config(parts)
   assert load.tokenizer_files(later) == load.tokenizer_files(parts)
   assert load.fingerprint(later) == load.fingerprint(parts)
-  assert load.stamp(later) == load.stamp(parts)
+  assert file_marks.stamp(later) == file_marks.stamp(parts)
   later.unlink()
   for path in (parts, parts.parent):
     with pytest.raises(DataError, match=f'part {number} of 3, {later.name}, is missing'):

@@ -242,7 +242,7 @@ def check_flag(c: HfConfig, key: str, expected: bool, *, of_class: bool) -> None
 
 def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str, Any]:
   """Returns the keys of a config.json that Llama-like decoders share, but those of the rope."""
-  block = arch.layers()[0]
+  block = next(b for b in arch.layers() if isinstance(b.mixer, AttentionSpec))
   return {
     'architectures': [f'{hf_class}ForCausalLM'],
     'model_type': model_type,

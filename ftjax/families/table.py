@@ -9,10 +9,12 @@ from ftjax.families import (
   gpt2,
   granite,
   llama,
+  mistral,
   mixtral,
   olmo,
   phi,
   qwen,
+  qwen3_5,
   qwen3_moe,
   smollm3,
 )
@@ -31,6 +33,7 @@ FAMILIES: dict[str, Family] = {
   'gemma3': gemma.GEMMA3,
   'mixtral': mixtral.MIXTRAL,
   'qwen3_moe': qwen3_moe.QWEN3_MOE,
+  'qwen3_5': qwen3_5.QWEN3_5,
   'gpt2': gpt2.GPT2,
   'smollm3': smollm3.SMOLLM3,
   'olmo2': olmo.OLMO2,
@@ -38,6 +41,8 @@ FAMILIES: dict[str, Family] = {
   'granite': granite.GRANITE,
   'granitemoehybrid': granite.GRANITE_HYBRID,
   'phi3': phi.PHI3,
+  'mistral': mistral.MISTRAL,
+  'ministral3': mistral.MINISTRAL3,
 }
 
 

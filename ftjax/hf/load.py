@@ -9,7 +9,6 @@ error with the names. Next: families/ for the tensor maps, `layout.py` for the l
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import os
@@ -20,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.families import hf_config, table, tensor_map
+from ftjax.families import hf_config, multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import (
+  file_marks,
   fused_tensors,
-  gguf_files,
   gguf_tokenizer,
   layout,
   model_folder,
+  safetensors,
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revisions
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
@@ -58,7 +57,7 @@ def open_source(path: str | os.PathLike) -> TensorSource:
   asks for the fingerprint, and headers are read once.
   """
   path = model_folder.locate_any(path)
-  return _cached_source(path, stamp(path))
+  return _cached_source(path, file_marks.stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,27 +66,16 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if model_folder.is_adapter(files.as_path(path)):
     return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
-  return SafetensorsFolder(path) if file is None else GGUFSource(file)
-
-
-def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
-  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
-
-  For a local file: name, size, inode, and times of modification and of change in ns. For an object
-  in a bucket: name, size and generation.
-  """
-  return tuple(_stamp(p) for p in _weight_files(path))
-
-
-def _stamp(path: Path) -> tuple[str | int, ...]:
-  stat = path.stat()
-  if files.is_remote(path):
-    return str(path), stat.st_size, stat.generation
-  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+  if file is not None:
+    return GGUFSource(file)
+  has_config = (files.as_path(path) / 'config.json').is_file()
+  wrapper = multimodal.of(_config_file(files.as_path(path))) if has_config else None
+  return SafetensorsFolder(path, rename=wrapper.name if wrapper else None)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
+  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file; of a
+  model with a text part that of the text part.
 
   Settings that are read and not applied (dropout) are logged once.
   """
@@ -97,19 +85,37 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  place = weight_files.file_inside(folder, 'config.json')
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
+  config = _config_file(folder)
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
+  config = multimodal.text_config(config, functools.partial(_stored_names, path))
   for line in hf_config.notices(config):
     _warn_once(f'{folder}/{line}')
   return config
+
+
+def _config_file(folder: Path) -> dict[str, Any]:
+  """Returns the config.json of a HF folder as it is."""
+  place = weight_files.file_inside(folder, 'config.json')
+  config = parse_json(place.read_bytes(), str(place))
+  if not isinstance(config, dict):
+    raise DataError(f'{place}: expected a JSON object')
+  return config
+
+
+def _stored_names(path: str | os.PathLike) -> list[str]:
+  """Returns the names of the tensors in the files of a HF folder. Its weights are downloaded where
+  no index lists them.
+  """
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  if (folder / weight_files.INDEX_FILE).is_file():
+    return list(weight_files.weight_map(folder))
+  found = weight_files.weight_files(files.as_path(model_folder.locate(path, weights=True)))
+  return [name for file in found for name in safetensors.read_header(file)]
 
 
 @functools.cache
@@ -119,7 +125,8 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
+  """Returns the tokenizer's files by name, and config.json as `read_config` gives it; of a GGUF
+  file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
@@ -131,6 +138,9 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
+  if config and multimodal.of(_config_file(folder)):
+    out = {n: x for n, x in out.items() if n not in model_folder.PROCESSOR_FILES}
+    out['config.json'] = gguf_tokenizer.dump_json(read_config(path))
   _compare_templates(str(folder), out)
   return out
 
@@ -404,42 +414,9 @@ def _fill_tensor(source: TensorSource, binding: Binding, ranges: list[range], ou
     out[tuple(place)] = layout.read(source, binding, tuple(index))
 
 
-def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
-  """Returns (name, bytes, mark of the revision) of the weight files, to be compared between hosts;
-  [] for no path. The mark is an object's generation, or a hash over some blocks of a local file.
-  """
-  if not path:
-    return []
-  remote = files.is_remote(path)
-  return [
-    (p.name, p.stat().st_size, str(p.stat().generation) if remote else _sample(p))
-    for p in _weight_files(path)
-  ]
-
-
-def _sample(path: Path) -> str:
-  """Returns the SHA-256, in hex, of evenly spaced blocks of a file, with its first and last."""
-  digest, last = hashlib.sha256(), max(0, path.stat().st_size - _SAMPLE_BYTES)
-  with path.open('rb') as f:
-    for i in range(_SAMPLES):
-      f.seek(last * i // (_SAMPLES - 1))
-      digest.update(f.read(_SAMPLE_BYTES))
-  return digest.hexdigest()
-
-
 def fingerprint(path: str | os.PathLike) -> str:
   """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
 
   Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
   """
   return open_source(path).fingerprint()
-
-
-def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(model_folder.locate_any(path))
-  if model_folder.is_adapter(folder):
-    return [weight_files.file_inside(folder, model_folder.ADAPTER_WEIGHTS)]
-  file = model_folder.gguf_file(folder)
-  if file is None:
-    return weight_files.weight_files(folder)
-  return gguf_files.weight_files(file)

@@ -35,12 +35,18 @@ _TOKENIZER_FILES = (
 )
 _MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
 _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+# Of models that read images too; a text model has none.
+PROCESSOR_FILES = (
+  'preprocessor_config.json',
+  'processor_config.json',
+  'video_preprocessor_config.json',
+)
 # Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
   *_TOKENIZER_FILES,
   *('tokenizer*.json', '*.model', '*.model.v*', '*.tiktoken', '*.jinja', 'chat_template*'),
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
-  *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
+  *PROCESSOR_FILES,
 )
 ADAPTER_WEIGHTS = peft_config.WEIGHTS_FILE
 TEMPLATES = 'additional_chat_templates'

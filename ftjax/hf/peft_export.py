@@ -130,11 +130,11 @@ class _Tensors:
     rank_of_file = rank * (2 if pissa else 1)
     self.adapted[place.module] = rank_of_file, found.scales[place.layer]
 
-    def factor(leaf, letters, sign):
+    def factor(leaf, side, sign):
       parts = [self._rows(place, leaf, rank)]
       if pissa:
         parts.append(sign * self._rows(place, f'{leaf}0', rank))
-      return peft_names.to_hf(np.concatenate(parts), letters)
+      return peft_names.to_hf(np.concatenate(parts), side)
 
     self._add(a, (rank_of_file, place.shapes[0]), lambda: factor('lora_a', inputs, 1))
     self._add(b, (place.shapes[1], rank_of_file), lambda: factor('lora_b', outputs, -1).T)

@@ -19,6 +19,14 @@ from ftjax.models.architecture import AdaptedMap, Architecture
 from ftjax.runtime.errors import ConfigError
 
 
+class Side(NamedTuple):
+  """The axes of a linear map's inputs or outputs: our letters, HF's, and tensor_map.Row.order."""
+
+  own: str
+  hf: str
+  order: tuple[int, ...] = ()
+
+
 class Place(NamedTuple):
   """A linear map of one layer. name: of the map; layer: its index along L, 0 without that axis."""
 
@@ -34,11 +42,11 @@ class Place(NamedTuple):
     return f'{start}A.weight', f'{start}B.weight', f'{start}magnitude_vector'
 
   @property
-  def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
-    """(letters of ours, letters of HF's) of the inputs and of the outputs."""
+  def sides(self) -> tuple[Side, Side]:
+    """Those of the inputs and of the outputs."""
     hf = [outer + inner for outer, inner in self.binding.words]
     own = [''.join(a for a in self.binding.axes if a in letters) for letters in hf]
-    return (own[1], hf[1]), (own[0], hf[0])
+    return Side(own[1], hf[1]), Side(own[0], hf[0], self.binding.order)
 
   @property
   def shapes(self) -> tuple[int, int]:
@@ -112,15 +120,17 @@ def tied_head(arch: Architecture) -> tuple[str, str] | None:
   return table.of(arch).tied if arch.tied and not arch.num_labels else None
 
 
-def to_hf(x: np.ndarray, letters: tuple[str, str]) -> np.ndarray:
-  """Returns [R, *sizes in our order] as [R, sizes in HF's order]; letters: of Place.sides."""
-  own, hf = letters
-  return x.transpose(0, *(1 + own.index(a) for a in hf)).reshape(len(x), -1)
+def to_hf(x: np.ndarray, side: Side) -> np.ndarray:
+  """Returns [R, *sizes in our order] as [R, sizes in HF's order]."""
+  own, hf, order = side
+  x = x.transpose(0, *(1 + own.index(a) for a in hf)).reshape(len(x), -1)
+  return x[:, np.argsort(order)] if order else x
 
 
-def from_hf(x: np.ndarray, letters: tuple[str, str], sizes: Mapping[str, int]) -> np.ndarray:
+def from_hf(x: np.ndarray, side: Side, sizes: Mapping[str, int]) -> np.ndarray:
   """Returns [R, sizes in HF's order] as [R, *sizes in our order], the inverse of `to_hf`."""
-  own, hf = letters
+  own, hf, order = side
+  x = x[:, order] if order else x
   apart = x.reshape(len(x), *(sizes[a] for a in hf))
   return apart.transpose(0, *(1 + hf.index(a) for a in own))
 
