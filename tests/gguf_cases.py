@@ -50,6 +50,14 @@ CASES = {
     'tie_word_embeddings': True,
     'rope_scaling': _YARN | {'beta_fast': 8.0, 'beta_slow': 0.5},
   },
+  'mistral': _LLAMA | {'model_type': 'mistral', 'sliding_window': None},
+  'ministral3': _LLAMA
+  | {
+    'model_type': 'ministral3',
+    'sliding_window': None,
+    'rope_parameters': _YARN
+    | {'rope_theta': 1e4, 'mscale': 1.0, 'mscale_all_dim': 1.0, 'llama_4_scaling_beta': 0.7},
+  },
   'gemma2': _GEMMA
   | {
     'model_type': 'gemma2',
@@ -154,6 +162,7 @@ REFUSED = {
     r'scaling\.attention_factor=1\.5 would be 1\.13',
   ),
   'yarn truncate': ('qwen2', {'rope_scaling': _YARN | {'truncate': False}}, 'truncate=False'),
+  'mistral window': ('mistral', {'sliding_window': 17}, r'mixer\.window=17 would be None'),
   'qwen3 bias': ('qwen3', {'attention_bias': True}, r'mixer\.qkv_bias=True would be False'),
   'qwen3 window': (
     *('qwen3', {'use_sliding_window': True, 'sliding_window': 9, 'max_window_layers': 1}),

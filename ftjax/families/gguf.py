@@ -110,8 +110,10 @@ def write_experts(arch: Architecture) -> dict[str, Any]:
   }
 
 
-def write_decoder(arch: Architecture) -> dict[str, Any]:
-  """Returns the metadata that Llama-like decoders share, without the architecture's name."""
+def write_decoder(arch: Architecture, *, scaled_queries: bool = False) -> dict[str, Any]:
+  """Returns the metadata that Llama-like decoders share, without the architecture's name;
+  scaled_queries: as in gguf_rope.
+  """
   block = arch.layers()[0]
   width = block.mlp.ffn_dim if isinstance(block.mlp, GatedMlpSpec | MlpSpec | MoeSpec) else 0
   out = {
@@ -127,7 +129,9 @@ def write_decoder(arch: Architecture) -> dict[str, Any]:
     'attention.layer_norm_rms_epsilon': block.norm.eps,
   }
   rope = file_rope(arch)
-  return out if rope is None else out | write_rope(rope, block.mixer.head_dim)
+  if rope is None:
+    return out
+  return out | write_rope(rope, block.mixer.head_dim, scaled_queries=scaled_queries)
 
 
 @dataclasses.dataclass(frozen=True)
