@@ -1,5 +1,4 @@
-"""Movie-review sentences for a base model, which has no chat template: python demo/gemma_sentiment.py
-CACHE
+"""Movie-review sentences for a base model, which has no chat template: gemma_sentiment.py CACHE
 
 From CACHE/data/sentiment (demo/assets.py) it makes CACHE/data/sentiment_text: train.jsonl and
 heldout.jsonl, rows {prompt, completion}, and test.jsonl, the held-out rows with both choices. The
