@@ -217,6 +217,7 @@ GEMMA2 = Family(
 GEMMA3 = Family(
   model_types=('gemma3_text',),
   hf_class='Gemma3',
+  score_class='Gemma3Text',
   keys=KEYS | {PATTERN, LOCAL_THETA},
   read=_read_gemma3,
   write=_write_gemma3,

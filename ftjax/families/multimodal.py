@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from ftjax.families import hf_config
-from ftjax.families.hf_config import HfConfig, class_defaults
+from ftjax.families import hf_config, table
+from ftjax.families.hf_config import HfConfig
 from ftjax.runtime.errors import DataError
 
 TIED, TEXT = 'tie_word_embeddings', 'text_config'
@@ -27,14 +27,14 @@ _INHERITED = (
 class Wrapper:
   """A model with a text part.
 
-  text_types: {model_type of the text part: prefix of its classes}; the first is that of a
-  text_config without one. keys: of config.json beside text_config, which change nothing in the text
-  part. prefixes: (beginning of a tensor's name in the files, what takes its place), the first that
-  fits counts; two spellings are common. left_out: names of the tensors that belong to other parts.
-  head: the name of the text part's head.
+  text_types: model_types of the text part; the first is that of a text_config without one. keys: of
+  config.json beside text_config, which change nothing in the text part. left_out: names of the
+  tensors that belong to other parts. prefixes: (beginning of a tensor's name in the files, what
+  takes its place), the first that fits counts; two spellings are common. head: the name of the text
+  part's head.
   """
 
-  text_types: Mapping[str, str]
+  text_types: tuple[str, ...]
   keys: frozenset[str]
   left_out: re.Pattern
   prefixes: tuple[tuple[str, str], ...] = (
@@ -60,7 +60,7 @@ _IMAGES = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\..*')
 # model_type of the config.json -> how its text part is found.
 WRAPPERS = {
   'gemma3': Wrapper(
-    text_types={'gemma3_text': 'Gemma3'},
+    text_types=('gemma3_text',),
     keys=frozenset(
       (
         *('vision_config', 'mm_tokens_per_image', 'image_token_index', 'boi_token_index'),
@@ -70,7 +70,7 @@ WRAPPERS = {
     left_out=_IMAGES,
   ),
   'mistral3': Wrapper(
-    text_types={'mistral': 'Mistral', 'ministral3': 'Ministral3'},
+    text_types=('mistral', 'ministral3'),
     keys=frozenset(
       (
         *('vision_config', 'vision_feature_layer', 'spatial_merge_size', 'image_token_index'),
@@ -108,7 +108,7 @@ def text_config(config: dict[str, Any], names: Callable[[], Collection[str]]) ->
     raise DataError(
       f'config.json: model_type={c.model_type!r} has no {TEXT}, which describes its text part'
     )
-  kind = text.get('model_type') or next(iter(wrapper.text_types))
+  kind = text.get('model_type') or wrapper.text_types[0]
   if kind not in wrapper.text_types:
     raise DataError(
       f'config.json: {TEXT} has model_type={kind!r}, which is not supported in '
@@ -116,10 +116,10 @@ def text_config(config: dict[str, Any], names: Callable[[], Collection[str]]) ->
     )
   hf_config.check_names(config, wrapper.keys | {TEXT, TIED, *_INHERITED})
   inherited = {k: config[k] for k in _INHERITED if config.get(k) is not None}
-  task = 'SequenceClassification' if c.num_labels() else 'CausalLM'
+  task = 'ForSequenceClassification' if c.num_labels() else 'ForCausalLM'
   found = inherited | text
   found['model_type'] = kind
-  found['architectures'] = [f'{wrapper.text_types[kind]}For{task}']
+  found['architectures'] = [table.hf_class(table.find(found), task)]
   found[TIED] = _tied(c, HfConfig(found), names, wrapper)
   return found
 
@@ -132,8 +132,7 @@ def _tied(
   transformers 4 reads the flag of text_config and 5 the one beside it, which its classes write
   though it may differ; both go by the files where these have a head. So do we where they differ.
   """
-  inner = text.flag(TIED, bool(class_defaults(str(text.model_type)).get(TIED, True)))
-  outer = c.flag(TIED, bool(class_defaults(str(c.model_type)).get(TIED, True)))
+  inner, outer = text.flag(TIED, of_class=True), c.flag(TIED, of_class=True)
   if inner == outer:
     return inner
   return wrapper.head not in {wrapper.name(n) for n in names()}

@@ -157,4 +157,6 @@ def config(arch: Architecture) -> dict[str, Any]:
 
 def hf_class(family: str, task: str) -> str:
   """Returns transformers' class of a family for `ForCausalLM` or `ForSequenceClassification`."""
-  return named(family).hf_class + task
+  found = named(family)
+  scores = task == 'ForSequenceClassification' and found.score_class
+  return (found.score_class if scores else found.hf_class) + task

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +26,12 @@ from ftjax.hf import (
   gguf_tokenizer,
   layout,
   model_folder,
-  safetensors,
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
-from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
@@ -69,7 +66,7 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if file is not None:
     return GGUFSource(file)
   has_config = (files.as_path(path) / 'config.json').is_file()
-  wrapper = multimodal.of(_config_file(files.as_path(path))) if has_config else None
+  wrapper = multimodal.of(weight_files.read_config(files.as_path(path))) if has_config else None
   return SafetensorsFolder(path, rename=wrapper.name if wrapper else None)
 
 
@@ -85,7 +82,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  config = _config_file(folder)
+  config = weight_files.read_config(folder)
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
@@ -98,24 +95,14 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
   return config
 
 
-def _config_file(folder: Path) -> dict[str, Any]:
-  """Returns the config.json of a HF folder as it is."""
-  place = weight_files.file_inside(folder, 'config.json')
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
-  return config
-
-
 def _stored_names(path: str | os.PathLike) -> list[str]:
-  """Returns the names of the tensors in the files of a HF folder. Its weights are downloaded where
-  no index lists them.
+  """Returns the names of the tensors in the files of a HF folder, which are downloaded where no
+  index lists them.
   """
   folder = files.as_path(model_folder.locate(path, weights=False))
   if (folder / weight_files.INDEX_FILE).is_file():
     return list(weight_files.weight_map(folder))
-  found = weight_files.weight_files(files.as_path(model_folder.locate(path, weights=True)))
-  return [name for file in found for name in safetensors.read_header(file)]
+  return [*SafetensorsFolder(model_folder.locate(path, weights=True)).tensors]
 
 
 @functools.cache
@@ -138,32 +125,12 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
-  if config and multimodal.of(_config_file(folder)):
+  if config and multimodal.of(weight_files.read_config(folder)):
     out = {n: x for n, x in out.items() if n not in model_folder.PROCESSOR_FILES}
     out['config.json'] = gguf_tokenizer.dump_json(read_config(path))
-  _compare_templates(str(folder), out)
+  if differing := model_folder.differing_templates(str(folder), out):
+    _warn_once(differing)
   return out
-
-
-def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
-  """Warns of chat templates that differ; which one is used is what transformers uses, the first."""
-  texts = {}
-  if 'chat_template.jinja' in found:
-    texts['chat_template.jinja'] = found['chat_template.jinja'].decode(errors='replace')
-  for name in ('tokenizer_config.json', 'chat_template.json'):
-    if name in found:
-      content = parse_json(found[name], f'{place}/{name}')
-      text = content.get('chat_template') if isinstance(content, dict) else None
-      if isinstance(text, list):
-        text = next((t.get('template') for t in text if t.get('name') == 'default'), None)
-      if isinstance(text, str):
-        texts[name] = text
-  if len({text.removesuffix('\n') for text in texts.values()}) > 1:
-    used, *others = texts
-    _warn_once(
-      f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
-      'in transformers. Delete the other one if that is right'
-    )
 
 
 def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
