@@ -15,12 +15,14 @@ from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout
 from ftjax.hf.peft_config import PREFIX
 from ftjax.models import kinds
-from ftjax.models.architecture import AdaptedMap, Architecture
+from ftjax.models.architecture import AdaptedMap, Architecture, MoeSpec
 from ftjax.runtime.errors import ConfigError
 
 
 class Place(NamedTuple):
-  """A linear map of one layer. name: of the map; layer: its index along L, 0 without that axis."""
+  """A linear map of one layer, or of one expert in it. name: of the map; layer: its index along L,
+  0 without that axis.
+  """
 
   module: str
   name: str
@@ -56,7 +58,7 @@ def places(arch: Architecture) -> dict[str, Place]:
   maps, out = set(kinds.linear_maps(arch)), {}
   for b in layout.bindings(arch.plain()):
     name, _, last = b.leaf.rpartition('/')
-    if last == 'w' and name in maps and b.fused is None and len(b.at) < 2:
+    if last == 'w' and name in maps and b.fused is None:
       out[module(b.hf)] = Place(module(b.hf), name, b.at[0] if b.at else 0, b)
   return out
 
@@ -76,6 +78,29 @@ def adapted(arch: Architecture) -> list[tuple[Place, AdaptedMap]]:
     )
   pairs = ((p, arch.adapter.find(p.name)) for p in found.values())
   return [(p, m) for p, m in pairs if m is not None and m.ranks[p.layer]]
+
+
+def obstacle(arch: Architecture) -> str:
+  """Returns why PEFT 0.21 with transformers 5 cannot load the adapter; '' where it can.
+
+  transformers 5 has one array of all experts of a layer where their files have a matrix each. PEFT
+  brings an adapter of the matrices into that form, if those of all layers are alike.
+  """
+  slots = {slot: spec.mlp for slot, spec, _ in arch.blocks()}
+  own = {s for s, mlp in slots.items() if isinstance(mlp, MoeSpec)}
+  found = {m.name: m for m in arch.adapter.maps if '/mlp/' in m.name}
+  if not own or not found:
+    return ''
+  if others := [n for n in found if n.rpartition('/mlp/')[0] not in own]:
+    return f'{others[0]} is of a layer without experts, and has the name of a matrix of experts'
+  if arch.adapter.dora:
+    return 'DoRA of experts'
+  gates = {tuple(n for n in ('gate', 'up') if f'{s}/mlp/{n}' in found) for s in own}
+  downs = {f'{s}/mlp/down' in found for s in own}
+  pairs = {p for m in found.values() for p in zip(m.ranks, m.scales, strict=True)}
+  if not gates <= {(), ('gate', 'up')} or len(gates) + len(downs) + len(pairs) > 3:
+    return 'experts whose gate and up, or whose layers, have unequal adapters'
+  return ''
 
 
 def trained(arch: Architecture) -> dict[str, Binding]:
