@@ -42,6 +42,13 @@ def check(arch: Architecture) -> None:
   """Raises ConfigError where an adapter has no form as a PEFT folder."""
   peft_names.adapted(arch)
   peft_names.trained(arch)
+  if why := peft_names.obstacle(arch):
+    log.warning(
+      'PEFT 0.21 with transformers 5 will not load this adapter: %s. With lora.merge=True the run '
+      'writes the merged model too, and python -m ftjax.convert merges the adapter later; or leave '
+      'these maps out of lora.targets',
+      why,
+    )
 
 
 def export(

@@ -17,7 +17,7 @@ from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout
 from ftjax.hf.peft_config import PREFIX
 from ftjax.models import kinds
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, MoeSpec
 from ftjax.runtime.errors import ConfigError
 
 
@@ -30,8 +30,8 @@ class Side(NamedTuple):
 
 
 class Place(NamedTuple):
-  """A linear map of one layer: a matrix of HF's, or a part of a fused one. name: of the map; layer:
-  its index along L, 0 without that axis.
+  """A linear map of one layer, or of one expert in it: a matrix of HF's, or a part of a fused one.
+  name: of the map; layer: its index along L, 0 without that axis.
   """
 
   module: str
@@ -149,7 +149,7 @@ def places(arch: Architecture) -> dict[str, tuple[Place, ...]]:
     names = [b.leaf.rpartition('/') for b in parts]
     if not all(last == 'w' and name in maps for name, _, last in names):
       continue
-    if all(len(b.at) < 2 and b.fused in (None, _sides(b)[1]) for b in parts):
+    if all(b.fused in (None, _sides(b)[1]) for b in parts):
       out[module(hf)] = tuple(
         Place(module(hf), name, b.at[0] if b.at else 0, b)
         for b, (name, _, _) in zip(parts, names, strict=True)
@@ -191,6 +191,29 @@ def adapted(arch: Architecture) -> list[Adapted]:
       )
     out.append(one)
   return out
+
+
+def obstacle(arch: Architecture) -> str:
+  """Returns why PEFT 0.21 with transformers 5 cannot load the adapter; '' where it can.
+
+  transformers 5 has one array of all experts of a layer where their files have a matrix each. PEFT
+  brings an adapter of the matrices into that form, if those of all layers are alike.
+  """
+  slots = {slot: spec.mlp for slot, spec, _ in arch.blocks()}
+  own = {s for s, mlp in slots.items() if isinstance(mlp, MoeSpec)}
+  found = {m.name: m for m in arch.adapter.maps if '/mlp/' in m.name}
+  if not own or not found:
+    return ''
+  if others := [n for n in found if n.rpartition('/mlp/')[0] not in own]:
+    return f'{others[0]} is of a layer without experts, and has the name of a matrix of experts'
+  if arch.adapter.dora:
+    return 'DoRA of experts'
+  gates = {tuple(n for n in ('gate', 'up') if f'{s}/mlp/{n}' in found) for s in own}
+  downs = {f'{s}/mlp/down' in found for s in own}
+  pairs = {p for m in found.values() for p in zip(m.ranks, m.scales, strict=True)}
+  if not gates <= {(), ('gate', 'up')} or len(gates) + len(downs) + len(pairs) > 3:
+    return 'experts whose gate and up, or whose layers, have unequal adapters'
+  return ''
 
 
 def trained(arch: Architecture) -> dict[str, list[Binding]]:
