@@ -1,4 +1,4 @@
-"""The engine with a model that keeps states: slots that are refilled, padded prompts, conversations.
+"""The engine with a model that keeps states: slots that are refilled, prompts, conversations.
 States hold all tokens that were read, so any that leaks or is lost changes what follows.
 """
 
@@ -105,9 +105,8 @@ def test_a_conversation_is_as_if_read_whole(reads):
 
 
 def test_a_conversation_that_is_cut_back_is_read_anew(reads):
-  """No token can be taken out of a state: the same prompt again, a part of it, another second turn."""
+  """No token can be taken out of a state: the same prompt, a part of it, another second turn."""
   conversation = Conversation()
-  (first, answer), _ = talk(TURNS[:2], conversation)
   for turns in (TURNS[:1], [TURNS[0][:5]], [TURNS[0], [99]]):
     talk(TURNS[:2], conversation)
     del reads[:]

@@ -193,7 +193,7 @@ def with_mixer(block: BlockSpec, **changes: Any) -> BlockSpec:
 
 
 def with_windows(c: HfConfig, block: BlockSpec, types: Sequence[str]) -> list[BlockSpec]:
-  """Returns a block for each layer, with sliding_window where its type says so."""
+  """Returns a block for each layer, with sliding_window where its type is that."""
   window = layer_types.read_window(c, types)
   windowed = with_mixer(block, window=window)
   return [windowed if kind == layer_types.SLIDING else block for kind in types]
@@ -242,7 +242,7 @@ def check_flag(c: HfConfig, key: str, expected: bool, *, of_class: bool) -> None
 
 def write_model(arch: Architecture, hf_class: str, model_type: str) -> dict[str, Any]:
   """Returns the keys of a config.json that Llama-like decoders share, but those of the rope."""
-  block = arch.layers()[0]
+  block = next(b for b in arch.layers() if isinstance(b.mixer, AttentionSpec))
   return {
     'architectures': [f'{hf_class}ForCausalLM'],
     'model_type': model_type,

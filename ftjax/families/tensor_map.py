@@ -9,6 +9,8 @@ that HF stores a matrix [N*H, D] and the leaf is an array [D, N, H]. What a tabl
 - `'[NH] D'`: the tensor is fused. Rows of one HF name are its parts, in order along the axis of the
   brackets. What stands before the bracket in its word is shared: `'N[H] D'` twice is, per head, one
   part and then the other; `'F[] D'` twice interleaves two parts one by one.
+- `1`: an axis of HF's of that size, which the leaf does not have.
+- `order` of a row: HF's first axis has its numbers in another order than the leaf.
 
 No jax is imported here: files are converted without it.
 """
@@ -25,6 +27,7 @@ from ftjax.models.architecture import Architecture, BlockSpec, MoeSpec
 # Sizes of axis letters: those of the model for None, those of a layer for its spec.
 Sizes = Callable[[Architecture, BlockSpec | None], Mapping[str, int]]
 Condition = Callable[[Architecture, BlockSpec | None], bool]
+Order = Callable[[BlockSpec], tuple[int, ...]]
 Slices = tuple[slice, ...]
 
 
@@ -39,7 +42,8 @@ class Row:
 
   hf, leaf: names; leaf is relative to its block where hf has `{l}`. hf_axes: a word for each axis
   of HF's. axes: a letter for each axis of the leaf, without L. needs: whether a model, or a layer
-  of it, has the tensor. gguf: the tensor's name in a GGUF file, '' where there is none.
+  of it, has the tensor. gguf: the tensor's name in a GGUF file, '' where there is none. order: for
+  each place of the leaf along the letters of HF's first axis, the place on that axis.
   """
 
   hf: str
@@ -48,6 +52,7 @@ class Row:
   axes: str
   needs: Condition = _always
   gguf: str = ''
+  order: Order | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Binding:
   experts, () for the whole leaf. shape: of that place. words: for each HF axis, its letters before
   the bracket and those inside it (all of them inside where there is no bracket). sizes: of the
   letters. fused: the axis with the bracket, None where the tensor is no part. begin, total: where
-  the part begins along the fused axis, and the parts' sum.
+  the part begins along the fused axis, and the parts' sum. order: see Row; () is that of the leaf.
   """
 
   hf: str
@@ -72,6 +77,7 @@ class Binding:
   fused: int | None = None
   begin: int = 0
   total: int = 0
+  order: tuple[int, ...] = ()
 
   @property
   def letters(self) -> str:
@@ -89,6 +95,15 @@ class Binding:
     want = {a: range(*s.indices(self.sizes[a])) for a, s in zip(self.axes, index, strict=True)}
     slices, shape, cut = [], [], []
     for axis, (outer, inner) in enumerate(self.words):
+      if not outer + inner and axis != self.fused:
+        slices.append(slice(0, 1))
+        continue
+      if axis == 0 and self.order:
+        taken = self._taken(want)
+        slices.append(slice(int(taken.min()), int(taken.max()) + 1))
+        shape.append(int(taken.max() - taken.min()) + 1)
+        cut.append(slice(None))
+        continue
       size = self._size(inner)
       is_part = axis == self.fused
       whole = self.total if is_part else size
@@ -117,6 +132,10 @@ class Binding:
     want = {a: range(*s.indices(self.sizes[a])) for a, s in zip(self.axes, index, strict=True)}
     _, shape, cut = self.source_slices(index)
     value = block.reshape(shape)[cut]
+    if self.order:
+      taken = self._taken(want)
+      value = value[(taken - taken.min()).reshape(-1)]
+      value = value.reshape(*taken.shape, *value.shape[1:])
     if self.fused is not None and self.words[self.fused][0]:
       # The parts' axis is cut to this one's: now its own letters can be.
       inner = self.words[self.fused][1]
@@ -133,6 +152,12 @@ class Binding:
       value = value.reshape(*value.shape[:before], *value.shape[before + 1 :])
     return value.transpose([self.letters.index(a) for a in self.axes])
 
+  def _taken(self, want: Mapping[str, range]) -> np.ndarray:
+    """Returns the places on HF's first axis of what is wanted, an axis for each of its letters."""
+    letters = ''.join(self.words[0])
+    places = np.asarray(self.order).reshape([self.sizes[a] for a in letters])
+    return places[tuple(_slice(want[a]) for a in letters)]
+
   def to_hf(self, value: np.ndarray) -> np.ndarray:
     """Returns the HF tensor, or this part of it with an axis of its own size where it is fused:
     the inverse of reading the whole place. Padding of the vocabulary, beyond the place's shape, is
@@ -146,7 +171,8 @@ class Binding:
         shape += [self._size(outer), self._size(inner)]
       else:
         shape.append(self._size(outer + inner))
-    return value.reshape(shape)
+    value = value.reshape(shape)
+    return value[np.argsort(self.order)] if self.order else value
 
   def _size(self, letters: Sequence[str]) -> int:
     return math.prod(self.sizes[a] for a in letters)
@@ -195,15 +221,19 @@ def bindings(rows: Sequence[Row], arch: Architecture, sizes: Sizes) -> list[Bind
           for r in per_layer
           if r.needs(arch, spec)
         ]
-        out += _bind(own, f'{slot}/', (index,), sizes(arch, spec))
+        out += _bind(own, f'{slot}/', (index,), sizes(arch, spec), spec)
   return out
 
 
-_WORD = re.compile(r'([A-Z]*)\[([A-Z]*)\]|([A-Z]+)')
+_WORD = re.compile(r'([A-Z]*)\[([A-Z]*)\]|([A-Z]+)|1')
 
 
 def _bind(
-  rows: Sequence[Row], prefix: str, at: tuple[int, ...], sizes: Mapping[str, int]
+  rows: Sequence[Row],
+  prefix: str,
+  at: tuple[int, ...],
+  sizes: Mapping[str, int],
+  spec: BlockSpec | None = None,
 ) -> list[Binding]:
   """Returns the bindings of rows whose HF names are complete but for `{e}`."""
   out, parts = [], {}
@@ -211,8 +241,8 @@ def _bind(
     parts.setdefault(row.hf, []).append(row)
   for row in rows:
     found = [_WORD.fullmatch(word) for word in row.hf_axes.split()]
-    words = tuple((m[1], m[2]) if m[3] is None else ('', m[3]) for m in found)
-    fused = next((i for i, m in enumerate(found) if m[3] is None), None)
+    words = tuple((m[1] or '', m[2] or m[3] or '') for m in found)
+    fused = next((i for i, m in enumerate(found) if '[' in m[0]), None)
     begin = total = 0
     if fused is not None:
       each = [_part(r, fused, sizes) for r in parts[row.hf]]
@@ -235,6 +265,7 @@ def _bind(
       fused=fused,
       begin=begin,
       total=total,
+      order=row.order(spec) if row.order else (),
     )
     out += _experts(binding) if '{e}' in row.hf else [binding]
   return out

@@ -93,5 +93,5 @@ def test_heads_that_cannot_be_split(use_mesh):
   arch = model(2, 4)
   mesh = use_mesh(tensor=4, data=2)
   axes, shapes = trees.flatten(kinds.axes(arch)), trees.flatten(kinds.abstract(arch))
-  with pytest.raises(ConfigError, match='attn/.*kv_heads dimension of 2 cannot be split into 4'):
+  with pytest.raises(ConfigError, match=r'attn/.*kv_heads dimension of 2 cannot be split into 4'):
     sharding.check_divides(axes, {n: s.shape for n, s in shapes.items()}, mesh)
