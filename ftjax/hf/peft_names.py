@@ -193,7 +193,6 @@ def adapted(arch: Architecture) -> list[Adapted]:
   return out
 
 
-<<<<<<< HEAD
 def obstacle(arch: Architecture) -> str:
   """Returns why PEFT 0.21 with transformers 5 cannot load the adapter; '' where it can.
 
@@ -217,12 +216,8 @@ def obstacle(arch: Architecture) -> str:
   return ''
 
 
-def trained(arch: Architecture) -> dict[str, Binding]:
-  """Returns {HF tensor: its place} of the leaves that are trained whole, a score among them.
-=======
 def trained(arch: Architecture) -> dict[str, list[Binding]]:
   """Returns {HF tensor: its parts} of the leaves that are trained whole, a score among them.
->>>>>>> main
 
   Raises:
     ConfigError: a module of which PEFT would save more or less than these leaves.
