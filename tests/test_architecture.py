@@ -165,7 +165,6 @@ def test_llama3_rope_under_the_keys_of_transformers_4_and_5(key):
     ({'model_type': 'mamba'}, 'mamba'),
     ({'model_type': None}, 'model_type'),
     ({'hidden_act': 'xielu'}, 'hidden_act'),
-    ({'mlp_bias': True}, 'mlp_bias'),
     ({'rope_scaling': {'rope_type': 'axial', 'factor': 2.0}}, 'axial.*longrope, proportional'),
     ({'head_dim': 7}, 'head_dim'),
     ({'rope_theta': float('inf')}, 'rope_theta'),

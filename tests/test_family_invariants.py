@@ -162,7 +162,9 @@ def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
 def test_the_cache_is_the_full_forward(name):
   """Prompts of 10 and 3 tokens that end at one place, and what follows, token by token."""
   arch, params = model(name)
-  tokens, segments = ids(name, 0), np.ones((ROWS, cases.CASES[name].tokens), np.int32)
+  case = cases.CASES[name]
+  tokens = ids(name, 0)[:, : case.short or case.tokens]
+  segments = np.ones_like(tokens)
   segments[1, :7] = 0
   expected = logits(name, tokens, segments)
   states = tiny_model.decoded(arch, params, tokens, segments, 10)

@@ -24,7 +24,7 @@ from ftjax.hf import export, gguf_export, gguf_tokenizer, gguf_writer, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import SafetensorsFolder
-from ftjax.models.rope_spec import LinearScaling, QueryScaling, Rope, RopeScaling, YarnScaling
+from ftjax.models.rope_spec import DynamicScaling, QueryScaling, Rope, RopeScaling, YarnScaling
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError, NonFiniteError
 
@@ -231,7 +231,7 @@ def test_one_tensor_is_in_memory_at_a_time():
 
   sink = Sink()
   tracemalloc.start()
-  gguf_writer.write(sink, {}, tensors, lambda name: np.full((1024, 1024), int(name), np.float32))
+  gguf_writer.write(sink, {}, tensors, lambda name: [np.full((1024, 1024), int(name), np.float32)])
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert sink.size > sum(t.nbytes for t in tensors) == 20 * 1024 * 1024 // 32 * 34
@@ -333,12 +333,12 @@ def test_llama3_rope_of_qwen2_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ('rope', 'named'),
   [
-    (Rope(scaling=YarnScaling(4.0, 32, 1.2)), 'YarnScaling.*is not written as GGUF'),
-    (Rope(scaling=LinearScaling(4.0)), 'LinearScaling'),
-    (Rope(fraction=0.5), 'fraction=0.5'),
-    (Rope(scaling=RopeScaling(4.0, 1.0, 4.0, 32), fraction=0.5), 'fraction=0.5'),
+    (Rope(scaling=YarnScaling(4.0, 32, 1.2)), r'scaling\.attention_factor=1\.2 would be 1\.138'),
+    (Rope(scaling=DynamicScaling(4.0, 32)), 'DynamicScaling.*has no form in GGUF'),
+    (Rope(fraction=0.5), 'part of the head'),
+    (Rope(scaling=RopeScaling(4.0, 1.0, 4.0, 32), fraction=0.5), 'part of the head'),
     (Rope(query=QueryScaling(0.1, 32)), 'QueryScaling'),
-    (None, 'rope=None'),
+    (None, "layer 0.mixer.rope=None would be 'Rope'"),
   ],
 )
 def test_a_rope_that_the_files_cannot_hold_is_refused(tmp_path, rope, named):

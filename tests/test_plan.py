@@ -673,12 +673,52 @@ def test_sizes_that_do_not_divide_are_refused_before_compiling(monkeypatch, mesh
     ('Qwen2.5-1.5B', 1.543714304),
     ('Qwen2.5-3B', 3.085938688),
     ('Qwen2.5-7B', 7.615616512),
+    ('Qwen3-0.6B', 0.596049920),
+    ('Qwen3-1.7B', 1.720574976),
+    ('Qwen3-4B', 4.022468096),
+    ('Qwen3-8B', 8.190735360),
+    ('Qwen3-14B', 14.768307200),
+    ('Qwen3-32B', 32.762123264),
+    ('gemma-2-2b', 2.614341888),
+    ('gemma-2-9b', 9.241705984),
+    ('gemma-2-27b', 27.227128320),
+    ('gemma-3-270m', 0.268098176),
+    ('gemma-3-1b', 0.999885952),
+    ('gemma-3-4b', 3.880263168),
+    ('gemma-3-12b', 11.766034176),
+    ('gemma-3-27b', 27.009346304),
+    ('Mistral-7B-v0.1', 7.241732096),
+    ('Mistral-7B-v0.3', 7.248023552),
+    ('Mistral-Nemo-2407', 12.247782400),
+    ('Mistral-Small-24B-2501', 23.572403200),
   ],
 )
 def test_shapes_have_the_published_number_of_parameters(name, billions):
   assert counts.num_params(
     families.architecture(known_models.read(f'models/{name}-Instruct'))
   ) == round(billions * 1e9)
+
+
+@pytest.mark.parametrize(
+  ('name', 'billions'),
+  [('Ministral-3-3B', 3.4), ('Ministral-3-8B', 8.4), ('Ministral-3-14B', 13.5)],
+)
+def test_the_text_parts_of_ministral_3_have_their_rounded_number_of_parameters(name, billions):
+  arch = families.architecture(known_models.read(f'mistralai/{name}-Reasoning-2512'))
+  assert counts.num_params(arch) / 1e9 == pytest.approx(billions, abs=0.1)
+
+
+@pytest.mark.parametrize(
+  ('path', 'name'),
+  [
+    ('google/gemma-3-1b-it', 'gemma-3-1b'),
+    ('google/gemma-3-4b-pt@0123abc', 'gemma-3-4b'),
+    ('Qwen/Qwen3-8B-Base', 'Qwen3-8B'),
+    ('mistralai/Mistral-7B-Instruct-v0.3', 'Mistral-7B-v0.3'),
+  ],
+)
+def test_a_model_that_was_trained_further_has_the_shape_of_its_base(path, name):
+  assert known_models.read(path) == known_models.SHAPES[name]
 
 
 def test_an_unknown_model_names_the_known_ones():

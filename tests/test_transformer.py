@@ -231,6 +231,7 @@ CHANGES = {
   'AttentionSpec.gate': True,
   'GatedMlpSpec.ffn_dim': 32,
   'GatedMlpSpec.activation': 'gelu',
+  'GatedMlpSpec.bias': True,
   'Rope.theta': 100.0,
   'Rope.scaling': _ROPE,
   'Rope.fraction': 0.5,

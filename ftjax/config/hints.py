@@ -136,6 +136,9 @@ ROWS = (
    'optim.multipliers', "A table such as (('embed/w', 0.1), ('.*', 1.0))"),
   (('label_smoothing_factor',), 'loss.label_smoothing', ''),
   (('neftune_noise_alpha', 'neftune_alpha'), 'loss.neftune', ''),
+  (('router_aux_loss_coef', 'moe_aux_loss_coeff', 'aux_loss_alpha', 'load_balance_loss_weight',
+    'output_router_logits', 'router_aux_loss_weight'), 'moe.balance',
+   'It is added without being asked, with the factor of config.json'),
   (('z_loss_multiplier', 'z_loss_weight', 'zloss'), 'loss.z_loss', ''),
   # Preference and rewards.
   (('loss_type', 'pref_loss', 'dpo_loss_type', 'preference_loss'),

@@ -22,8 +22,8 @@ from ftjax.config import algorithms, section
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import adapter_folder, model_record, weights
 from ftjax.families import table
+from ftjax.hf import file_marks, peft
 from ftjax.hf import load as hf_load
-from ftjax.hf import peft
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.layers import Declared
@@ -189,7 +189,7 @@ class AuxiliaryModel:
     folder = peft.find(self.path)
     # Of an adapter on a base of its own also that, and what adapter_config.json says of both.
     base = '' if folder is None or self.shares_base else folder.base.path
-    held = [hf_load.outline(path) for path in (self.path, base)]
+    held = [file_marks.outline(path) for path in (self.path, base)]
     processes.check_same(self.record.source_key, digest(held))
     found = model_record.fingerprint(self.path, workdir)
     if folder is None:

@@ -51,6 +51,8 @@ def _coupled(loss: LossFn, log: RouterLog, factor: float) -> CoupledLoss:
   def total(params, batch, keys, whole):
     total, weight, metrics, found = run(params, batch, keys)
     weights, loads = (weight, _loads(found)) if whole is None else whole
+    if not found and not factor:
+      return total, weight, metrics
     if not found:
       raise ConfigError(
         'the loss of this algorithm makes no pass with run.forward, so the load of the experts '

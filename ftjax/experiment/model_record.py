@@ -4,7 +4,7 @@ Commits: a name like `org/name` or `org/name@main` is looked up when a run start
 time. The config then holds `org/name@COMMIT`, and a resume, an evaluation or the text of a
 checkpoint read that commit, wherever the branch has moved since.
 
-Fingerprints: SHA-256 of weights, by what `load.stamp` says of their files. When one is needed:
+Fingerprints: SHA-256 of weights, by the `file_marks.stamp` of their files. When one is needed:
 
 - A fresh run needs it after its weights are loaded (manifest, checkpoints, the cache of the base's
   scores). They are hashed while they are read, by process 0, which reads for the hash what it does
@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 
 from ftjax.cluster import processes
-from ftjax.hf import load
+from ftjax.hf import file_marks, load
 from ftjax.runtime.digest import digest
 from ftjax.storage import files, hub
 
@@ -81,7 +81,7 @@ def _keep_commits(pinned: Mapping[str, str], workdir: str) -> None:
 
 def hash_while_loading(path: str, workdir: str) -> None:
   """Makes the next load of these weights hash them, where their fingerprint is not recorded."""
-  if processes.is_main() and digest(load.stamp(path)) not in _read(workdir)['fingerprints']:
+  if processes.is_main() and digest(file_marks.stamp(path)) not in _read(workdir)['fingerprints']:
     load.open_source(path).hash_reads()
 
 
@@ -95,12 +95,12 @@ def fingerprint(path: str, workdir: str) -> str:
 
 
 def _fingerprint(path: str, workdir: str) -> str:
-  stamp, now = load.stamp(path), time.time_ns()
+  stamp, now = file_marks.stamp(path), time.time_ns()
   key = digest(stamp)
   if known := _read(workdir)['fingerprints'].get(key):
     return known
   found = load.fingerprint(path)
   is_settled = all(now - ns > _SETTLED_NS for file in stamp for ns in file[3:])
-  if is_settled and load.stamp(path) == stamp:
+  if is_settled and file_marks.stamp(path) == stamp:
     _add(workdir, 'fingerprints', key, found)
   return found

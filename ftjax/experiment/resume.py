@@ -13,7 +13,7 @@ from ftjax.cluster import processes
 from ftjax.config import algorithms, keys, section, user_code
 from ftjax.experiment import adapters, init_from, model_record, vocabulary
 from ftjax.experiment.run import Run
-from ftjax.hf import load, peft
+from ftjax.hf import file_marks, peft
 from ftjax.runtime import redaction
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -121,7 +121,10 @@ def find(run: Run, checkpoints: Checkpoints) -> Start:
 def check_source(c: ml_collections.ConfigDict) -> None:
   """Refuses an init_from that cannot be used; all processes must see the same one."""
   start = init_from.find(c)
-  held = peft.read(start.adapter).source.stored() if start.adapter else load.outline(start.base)
+  if start.adapter:
+    held = peft.read(start.adapter).source.stored()
+  else:
+    held = file_marks.outline(start.base)
   processes.check_same('init_from', digest(held))
 
 

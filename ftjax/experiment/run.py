@@ -23,8 +23,7 @@ from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
-from ftjax.hf import load as hf_load
-from ftjax.hf import peft
+from ftjax.hf import file_marks, peft
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
@@ -265,7 +264,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
     continued = bool(c.lora.rank and init_from.find(c).adapter)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
-    read = [hf_load.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
+    read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
   data = None

@@ -193,7 +193,7 @@ def with_mixer(block: BlockSpec, **changes: Any) -> BlockSpec:
 
 
 def with_windows(c: HfConfig, block: BlockSpec, types: Sequence[str]) -> list[BlockSpec]:
-  """Returns a block for each layer, with sliding_window where its type says so."""
+  """Returns a block for each layer, with sliding_window where its type is that."""
   window = layer_types.read_window(c, types)
   windowed = with_mixer(block, window=window)
   return [windowed if kind == layer_types.SLIDING else block for kind in types]

@@ -7,8 +7,11 @@ by sqrt(hidden_size), and most of their layers attend to a window.
 import dataclasses
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types
+from ftjax.families import decoder, gguf, hf_rope, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
+from ftjax.families.gguf_rope import read_rope
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.models.architecture import Architecture, BlockSpec
@@ -132,6 +135,67 @@ def _write_gemma3(arch: Architecture) -> dict[str, Any]:
   return written | hf_rope.write_by_layer_type(ropes, arch.max_len, LOCAL_THETA)
 
 
+# In GGUF files. llama.cpp divides the scores of a model of 46 layers (Gemma 2 27B) or 62 (Gemma 3
+# 27B) by the root of hidden_size / num_attention_heads, and those of others by that of head_dim.
+
+
+def _read_gguf(file: GgufFile, layers_27b: int, period: int) -> dict[str, Any]:
+  """Returns the keys that both families share, but those of the rope and the caps."""
+  sizes = gguf.read_sizes(file)
+  scalar = sizes['head_dim']
+  if sizes['num_hidden_layers'] == layers_27b:
+    scalar = sizes['hidden_size'] // sizes['num_attention_heads']
+  windows = gguf.has_windows(file, period)
+  return sizes | {
+    'hidden_activation': 'gelu_pytorch_tanh',
+    SCALAR: scalar,
+    'layer_types': [SLIDING if windowed else FULL for windowed in windows],
+  }
+
+
+def _read_gguf2(file: GgufFile) -> dict[str, Any]:
+  return (
+    _read_gguf(file, 46, 2)
+    | hf_rope.write(read_rope(file), file.count('context_length'))
+    | {
+      WINDOW: file.count('attention.sliding_window', 4096),
+      CAP: file.number('attn_logit_softcapping', 50.0),
+      LOGIT_CAP: file.number('final_logit_softcapping', 30.0),
+    }
+  )
+
+
+def _read_gguf3(file: GgufFile) -> dict[str, Any]:
+  ropes = {FULL: read_rope(file), SLIDING: Rope(file.number('rope.freq_base_swa', 10000.0))}
+  found = _read_gguf(file, 62, 6)
+  if file.get('attention.sliding_window', 0):
+    found[WINDOW] = file.count('attention.sliding_window')
+  else:
+    found['layer_types'] = [FULL] * file.count('block_count')
+  capped = file.get('final_logit_softcapping', 0.0)
+  found[LOGIT_CAP] = file.number('final_logit_softcapping') if capped else None
+  return found | hf_rope.write_by_layer_type(ropes, file.count('context_length'), LOCAL_THETA)
+
+
+def _write_caps(arch: Architecture) -> dict[str, Any]:
+  caps = {
+    'attn_logit_softcapping': arch.layers()[0].mixer.soft_cap,
+    'final_logit_softcapping': arch.logit_soft_cap,
+  }
+  return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+def _write_gguf2(arch: Architecture) -> dict[str, Any]:
+  return gguf.write_decoder(arch) | _write_caps(arch) | gguf.write_windows(arch, 2)
+
+
+def _write_gguf3(arch: Architecture) -> dict[str, Any]:
+  windowed = (b.mixer.rope for b in arch.layers() if b.mixer.window is not None)
+  local = next(windowed, None)
+  theta = {} if local is None or local.theta == 10000 else {'rope.freq_base_swa': local.theta}
+  return gguf.write_decoder(arch) | _write_caps(arch) | gguf.write_windows(arch, 6) | theta
+
+
 GEMMA2 = Family(
   model_types=('gemma2',),
   hf_class='Gemma2',
@@ -141,14 +205,31 @@ GEMMA2 = Family(
   rows=decoder.rows(norms=NORMS),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='gemma2',
+    fixed=(('attention_bias', False),),
+    read=_read_gguf2,
+    write=_write_gguf2,
+    shifted=True,
+    tied=True,
+  ),
 )
 GEMMA3 = Family(
   model_types=('gemma3_text',),
   hf_class='Gemma3',
+  score_class='Gemma3Text',
   keys=KEYS | {PATTERN, LOCAL_THETA},
   read=_read_gemma3,
   write=_write_gemma3,
   rows=decoder.rows((*decoder.ATTENTION, *decoder.QK_NORMS), norms=NORMS),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='gemma3',
+    fixed=(('attention_bias', False),),
+    read=_read_gguf3,
+    write=_write_gguf3,
+    shifted=True,
+    tied=True,
+  ),
 )

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types
+from ftjax.families import decoder, gguf, gguf_rope, hf_rope, layer_types
 from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
@@ -77,8 +77,9 @@ LLAMA = Family(
   tied=decoder.TIED,
   gguf=Gguf(
     arch='llama',
-    fixed=(('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)),
-    interleaved=('.q_proj.weight', '.k_proj.weight'),
-    scales_rope=True,
+    fixed=(('hidden_act', 'silu'),),
+    read=gguf.read_biased,
+    interleaved=gguf.INTERLEAVED,
+    rope_tensors=(gguf_rope.FREQS,),
   ),
 )

@@ -56,7 +56,7 @@ QWEN2 = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
-  gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), normalizes=True),
+  gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), square=True, normalizes=True),
 )
 
 
@@ -83,4 +83,7 @@ QWEN3 = Family(
   rows=decoder.rows((*decoder.ATTENTION, *decoder.QK_NORMS)),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='qwen3', fixed=(('hidden_act', 'silu'), ('attention_bias', False)), normalizes=True
+  ),
 )

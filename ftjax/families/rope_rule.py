@@ -208,11 +208,11 @@ def _yarn_magnitude(factor: float, mscale: float) -> float:
 def _longrope(rule: Rule) -> LongScaling:
   original = original_len(rule, 'longrope')
   factor = rule.number('factor', rule.max_len() / original)
-  attention = rule.number('attention_factor', _long_attention(factor, original))
+  attention = rule.number('attention_factor', long_attention(factor, original))
   return LongScaling(rule.numbers('short_factor'), rule.numbers('long_factor'), original, attention)
 
 
-def _long_attention(factor: float, original: int) -> float:
+def long_attention(factor: float, original: int) -> float:
   """Returns the attention factor of a longrope rule that states none (Ding et al. 2024)."""
   return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
@@ -249,7 +249,7 @@ def content(scaling: Scaling | None, max_len: int) -> dict[str, Any]:
     'short_factor': list(scaling.short_factors),
     'long_factor': list(scaling.long_factors),
   }
-  derived = _long_attention(max_len / scaling.original_len, scaling.original_len)
+  derived = long_attention(max_len / scaling.original_len, scaling.original_len)
   if scaling.attention_factor == derived:
     return {'type': 'longrope'} | factors  # transformers 4's Phi-3 takes these three keys alone
   more = {ORIGINAL: scaling.original_len, 'attention_factor': scaling.attention_factor}

@@ -5,9 +5,11 @@ from typing import Any
 
 from ftjax.families import (
   gemma,
+  gguf,
   gpt2,
   granite,
   llama,
+  mistral,
   mixtral,
   olmo,
   phi,
@@ -17,6 +19,7 @@ from ftjax.families import (
   smollm3,
 )
 from ftjax.families.family import Family
+from ftjax.families.gguf_file import GgufFile
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
@@ -38,6 +41,8 @@ FAMILIES: dict[str, Family] = {
   'granite': granite.GRANITE,
   'granitemoehybrid': granite.GRANITE_HYBRID,
   'phi3': phi.PHI3,
+  'mistral': mistral.MISTRAL,
+  'ministral3': mistral.MINISTRAL3,
 }
 
 
@@ -84,9 +89,35 @@ def find(config: Mapping[str, Any], own: str = '') -> str:
   )
 
 
-def of_gguf(arch: str) -> Family | None:
-  """Returns the first shipped family of a general.architecture of GGUF files; None without one."""
-  return next((f for f in FAMILIES.values() if f.gguf and f.gguf.arch == arch), None)
+def of_gguf(arch: str, metadata: Mapping[str, Any]) -> Family | None:
+  """Returns the first shipped family of a general.architecture of GGUF files whose mark the
+  metadata has, else the first without a mark; None without one.
+  """
+  found = [f for f in FAMILIES.values() if f.gguf and f.gguf.arch == arch]
+  marked = [f for f in found if f.gguf.mark and metadata.get(f'{arch}.{f.gguf.mark}')]
+  return next((f for f in (*marked, *found) if f in marked or not f.gguf.mark), None)
+
+
+def gguf_architecture(family: Family, file: GgufFile) -> Architecture:
+  """Returns the architecture of a GGUF file of a family.
+
+  Raises:
+    DataError: a key is missing, or something that is not computed here.
+  """
+  known = family.gguf
+  embed, head = (gguf.gguf_name(family.rows, name) for name in family.tied)
+  if known is None or embed not in file.shapes:
+    raise DataError(f'{file.place}: {embed} is missing')
+  config = {
+    'model_type': family.model_types[0],
+    'vocab_size': file.shapes[embed][0],
+    'tie_word_embeddings': head not in file.shapes,
+  }
+  config |= dict(known.fixed) | known.read(file)
+  try:
+    return architecture(config)
+  except DataError as error:
+    raise DataError(f'{file.place}, as {error}') from error
 
 
 def gguf_archs() -> list[str]:
@@ -126,4 +157,6 @@ def config(arch: Architecture) -> dict[str, Any]:
 
 def hf_class(family: str, task: str) -> str:
   """Returns transformers' class of a family for `ForCausalLM` or `ForSequenceClassification`."""
-  return named(family).hf_class + task
+  found = named(family)
+  scores = task == 'ForSequenceClassification' and found.score_class
+  return (found.score_class if scores else found.hf_class) + task

@@ -7,28 +7,29 @@ gguf_vocabulary.py, the format in gguf_writer.py.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.families import gguf, table
+from ftjax.families import gguf, gguf_rope, table
 from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
-from ftjax.hf import gguf_vocabulary, gguf_writer, layout, modelfile
-from ftjax.hf.gguf import interleaved, llama3_factors
+from ftjax.families.gguf_file import GgufFile
+from ftjax.hf import gguf_kept, gguf_vocabulary, gguf_writer, layout, modelfile
+from ftjax.hf.gguf import interleaved
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import check_finite
 from ftjax.models.architecture import Architecture
-from ftjax.models.rope_spec import Rope, RopeScaling
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files as files_lib
 
 _MAGIC = b'GGUF'
 _KINDS = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
 DTYPES = tuple(_KINDS)
+_ROUTER = 'ffn_gate_inp.weight'  # of experts: float32 in all files, as it is computed
 
 
 def is_gguf(target: str | os.PathLike) -> bool:
@@ -85,26 +86,31 @@ def export(
   tokenizer = Tokenizer(files, str(path))
   names = _names(table.of(arch), arch)
   metadata = _metadata(arch, known, path.name)
+  head_dim = arch.layers()[0].mixer.head_dim
+  rope = gguf_rope.tensors(gguf.file_rope(arch), head_dim)
+  shapes = _shapes(arch, known, names)
+  gguf_kept.check(arch, GgufFile(str(path), known.arch, metadata, shapes, rope))
   metadata |= gguf_vocabulary.metadata(
     tokenizer, arch.vocab_size, config, normalizes=known.normalizes
   )
-  shapes = {name: b[0].hf_shape for name, b in layout.by_tensor(arch).items()}
-  tensors = [Tensor(g, shapes[n], _kind(shapes[n], dtypes[n])) for g, n in names.items()]
+  kinds = {name: _kind(name, shapes[name], dtypes[parts[0]]) for name, parts in names.items()}
+  tensors = [Tensor(name, shape, kinds[name]) for name, shape in shapes.items()]
   metadata |= _file_type(tensors)
-  head_dim = arch.layers()[0].mixer.head_dim
+  tensors += [Tensor(name, factors.shape, 'F32') for name, factors in rope.items()]
 
-  def value(name: str) -> np.ndarray:
-    if name == gguf.ROPE_TENSOR:
-      return _rope_factors(arch)
-    found = read(names[name])
-    check_finite(names[name], found)
-    return interleaved(found, head_dim) if names[name].endswith(known.interleaved) else found
+  def parts(name: str) -> Iterator[np.ndarray]:
+    if name in rope:
+      yield rope[name]
+      return
+    for hf in names[name]:
+      found = read(hf)
+      check_finite(hf, found)
+      found = _as_stored(found, hf, known, head_dim)
+      yield found[None] if _is_stacked(name) else found
 
-  if (factors := _rope_factors(arch)) is not None:
-    tensors.append(Tensor(gguf.ROPE_TENSOR, factors.shape, 'F32'))
   beside = path.with_name(modelfile.NAME), modelfile.text(path.name, tokenizer)
   with _whole_file(path) as file:
-    gguf_writer.write(file, metadata, tensors, value)
+    gguf_writer.write(file, metadata, tensors, parts)
   files_lib.write_text(*beside)
   size = sum(t.nbytes for t in tensors)
   return f'{path}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {modelfile.NAME} beside it'
@@ -112,77 +118,95 @@ def export(
 
 def _known(family: Family, arch: Architecture) -> Gguf:
   """Returns what the family is in GGUF files; checks that they can hold the model."""
-  if family.gguf is None:
+  known = family.gguf
+  if known is None:
     raise DataError(
       f'model_type {family.model_types[0]} is not written as GGUF; supported: '
       f'{", ".join(table.gguf_archs())}. Export a Hugging Face folder'
     )
   if arch.num_labels:
     raise DataError('a reward model has no form in GGUF files; export a Hugging Face folder')
-  if any(spec != arch.layers()[0] for spec in arch.layers()):
-    raise DataError('layers that differ have no form in GGUF files here')
-  rope = arch.layers()[0].mixer.rope
-  if rope is None or not _has_rope(rope):
-    raise DataError(f'a model with {rope=} is not written as GGUF; export a Hugging Face folder')
-  if rope.scaling and not family.gguf.scales_rope:
+  mixer = arch.layers()[0].mixer
+  if set(gguf_rope.tensors(gguf.file_rope(arch), mixer.head_dim)) - set(known.rope_tensors):
     raise DataError(
       f'config.json: rope_scaling is not applied by llama.cpp for the architecture '
-      f'{family.gguf.arch!r}; export a Hugging Face folder'
+      f'{known.arch!r}; export a Hugging Face folder'
     )
-  return family.gguf
+  if known.tied is not None and arch.tied != known.tied:
+    raise DataError(
+      f'config.json: tie_word_embeddings={arch.tied} is not computed by llama.cpp for the '
+      f'architecture {known.arch!r}; export a Hugging Face folder'
+    )
+  width = mixer.num_heads * mixer.head_dim
+  if known.square and width != arch.model_dim:
+    raise DataError(
+      f'config.json: {mixer.num_heads} heads of {mixer.head_dim} are {width} wide and the model '
+      f'{arch.model_dim}; llama.cpp requires equal widths for the architecture {known.arch!r}. '
+      'Export a Hugging Face folder'
+    )
+  return known
 
 
-def _has_rope(rope: Rope) -> bool:
-  """Returns whether the files can hold a rotary embedding: whole heads, plain or `llama3`."""
-  known = rope.scaling is None or isinstance(rope.scaling, RopeScaling)
-  return known and rope == Rope(rope.theta, rope.scaling)
-
-
-def _names(family: Family, arch: Architecture) -> dict[str, str]:
-  """Returns {name in the file: HF name} of all tensors."""
-  out = {}
+def _names(family: Family, arch: Architecture) -> dict[str, list[str]]:
+  """Returns {name in the file: HF names} of all tensors: one, or those of all experts in order."""
+  out: dict[str, list[str]] = {}
   for name in layout.by_tensor(arch):
     stored = gguf.gguf_name(family.rows, name)
     if stored is None:
       raise DataError(f'{name} has no name in GGUF files')
-    out[stored] = name
+    out.setdefault(stored, []).append(name)
   return out
+
+
+def _shapes(
+  arch: Architecture, known: Gguf, names: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+  """Returns {name in the file: shape}, rows first."""
+  found, out = layout.by_tensor(arch), {}
+  for name, parts in names.items():
+    shape = found[parts[0]][0].hf_shape
+    shape = shape[::-1] if parts[0].endswith(known.transposed) else shape
+    out[name] = (len(parts), *shape) if _is_stacked(name) else shape
+  return out
+
+
+def _is_stacked(name: str) -> bool:
+  """Returns whether a tensor holds those of all experts, also of one."""
+  return '_exps.' in name
+
+
+def _as_stored(value: np.ndarray, name: str, known: Gguf, head_dim: int) -> np.ndarray:
+  """Returns a tensor of HF's in the layout of the file; name: HF's."""
+  if name.endswith(known.transposed):
+    return value.T
+  if name.endswith(known.interleaved):
+    return interleaved(value, head_dim)
+  if known.shifted and name.endswith('norm.weight'):
+    # Rounded to float32 as llama.cpp's converter does, and as the norm itself adds them.
+    return value.astype(np.float32) + np.float32(1)
+  return value
 
 
 def _metadata(arch: Architecture, known: Gguf, name: str) -> dict[str, Any]:
   """Returns the metadata of the model, without its tokenizer."""
-  config, block = table.config(arch), arch.layers()[0]
   out: dict[str, Any] = {
     'general.architecture': known.arch,
     'general.type': 'model',
     'general.name': name.removesuffix('.gguf'),
-    f'{known.arch}.vocab_size': arch.vocab_size,
-    f'{known.arch}.attention.value_length': block.mixer.head_dim,
-    f'{known.arch}.rope.dimension_count': block.mixer.head_dim,
   }
-  out |= {f'{known.arch}.{key}': config[hf] for key, hf in gguf.KEYS.items()}
-  if scaling := block.mixer.rope.scaling:
-    # No rope.scaling.type: llama.cpp knows none of this name and applies the tensor without it.
-    out[f'{known.arch}.rope.scaling.original_context_length'] = scaling.original_len
-  return out
+  return out | {f'{known.arch}.{key}': value for key, value in known.write(arch).items()}
 
 
-def _rope_factors(arch: Architecture) -> np.ndarray | None:
-  """Returns float32[H/2], the divisors of the rotary frequencies; None where all are 1."""
-  mixer = arch.layers()[0].mixer
-  if not mixer.rope.scaling:
-    return None
-  return llama3_factors(mixer.rope.scaling, mixer.rope.theta, mixer.head_dim).astype(np.float32)
-
-
-def _kind(shape: tuple[int, ...], dtype: str) -> str:
+def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
+  if name.endswith(_ROUTER):
+    return 'F32'
   kind = _KINDS.get(dtype, 'F32')  # of another stored type, float64 say
   if len(shape) < 2 or (kind == 'Q8_0' and shape[-1] % 32):
     return 'F32'
   return kind
 
 
-def _file_type(tensors: list[Tensor]) -> dict[str, int]:
+def _file_type(tensors: Iterable[Tensor]) -> dict[str, int]:
   """Returns general.file_type, which names the type of most weights, and its companion."""
   from gguf import GGML_QUANT_VERSION, LlamaFileType
 

@@ -6,7 +6,7 @@ blocks to any file. Its quantization is used.
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -103,27 +103,28 @@ def write(
   file: BinaryIO,
   metadata: Mapping[str, Any],
   tensors: Sequence[Tensor],
-  read: Callable[[str], np.ndarray],
+  read: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
-  """Writes a whole GGUF file, one tensor in memory at a time, and a block of it encoded.
+  """Writes a whole GGUF file, one part of a tensor in memory at a time, and a block of it encoded.
 
   Args:
     file: open for writing, empty.
     metadata, tensors: as in `header`.
-    read: gives the tensor of a name, of its shape and of any float dtype, finite.
+    read: gives the tensor of a name, of its shape and of any float dtype, finite, in parts that
+      follow each other along its first axis.
 
   Raises:
     DataError: a value that its type cannot hold.
   """
   file.write(header(metadata, tensors))
   for t in tensors:
-    value = read(t.name)
-    if value.shape != t.shape:
-      raise ValueError(f'{t.name}: got {value.shape}, announced {t.shape}')
     written = 0
-    for block in encoded(t, value):
-      file.write(memoryview(block.reshape(-1).view(np.uint8)))
-      written += block.nbytes
+    for value in read(t.name):
+      if value.shape[1:] != t.shape[1:]:
+        raise ValueError(f'{t.name}: got {value.shape}, announced {t.shape}')
+      for block in encoded(Tensor(t.name, value.shape, t.kind), value):
+        file.write(memoryview(block.reshape(-1).view(np.uint8)))
+        written += block.nbytes
     if written != t.nbytes:
       raise ValueError(f'{t.name}: wrote {written} bytes, announced {t.nbytes}')
     file.write(b'\0' * _padding(written))

@@ -9,22 +9,20 @@ error with the names. Next: families/ for the tensor maps, `layout.py` for the l
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.families import hf_config, table, tensor_map
+from ftjax.families import hf_config, multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import (
+  file_marks,
   fused_tensors,
-  gguf_files,
   gguf_tokenizer,
   layout,
   model_folder,
@@ -34,7 +32,6 @@ from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
-from ftjax.hf.weight_files import parse_json
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
-_SAMPLES, _SAMPLE_BYTES = 16, 64 << 10  # of a weight file, to distinguish revisions
 
 
 def open_source(path: str | os.PathLike) -> TensorSource:
@@ -58,7 +54,7 @@ def open_source(path: str | os.PathLike) -> TensorSource:
   asks for the fingerprint, and headers are read once.
   """
   path = model_folder.locate_any(path)
-  return _cached_source(path, stamp(path))
+  return _cached_source(path, file_marks.stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,27 +63,16 @@ def _cached_source(path: str, stamped: tuple) -> TensorSource:
   if model_folder.is_adapter(files.as_path(path)):
     return SafetensorsFolder(path, model_folder.ADAPTER_WEIGHTS)
   file = model_folder.gguf_file(files.as_path(path))
-  return SafetensorsFolder(path) if file is None else GGUFSource(file)
-
-
-def stamp(path: str | os.PathLike) -> tuple[tuple[str | int, ...], ...]:
-  """Returns what changes whenever a weight file is written, replaced or moved, for each of them.
-
-  For a local file: name, size, inode, and times of modification and of change in ns. For an object
-  in a bucket: name, size and generation.
-  """
-  return tuple(_stamp(p) for p in _weight_files(path))
-
-
-def _stamp(path: Path) -> tuple[str | int, ...]:
-  stat = path.stat()
-  if files.is_remote(path):
-    return str(path), stat.st_size, stat.generation
-  return str(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+  if file is not None:
+    return GGUFSource(file)
+  has_config = (files.as_path(path) / 'config.json').is_file()
+  wrapper = multimodal.of(weight_files.read_config(files.as_path(path))) if has_config else None
+  return SafetensorsFolder(path, rename=wrapper.name if wrapper else None)
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file.
+  """Returns the config.json of a HF folder, or one derived from the metadata of a GGUF file; of a
+  model with a text part that of the text part.
 
   Settings that are read and not applied (dropout) are logged once.
   """
@@ -97,19 +82,27 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     return GGUFSource(file).config()
   if not (folder / 'config.json').is_file():
     raise model_folder.no_config(folder)
-  place = weight_files.file_inside(folder, 'config.json')
-  config = parse_json(place.read_bytes(), str(place))
-  if not isinstance(config, dict):
-    raise DataError(f'{place}: expected a JSON object')
+  config = weight_files.read_config(folder)
   if 'model_type' not in config and 'algorithm' in config:
     raise DataError(
       f'{path} is a workdir of ftjax.train, not a model folder. Give {path}/export, which a run '
       f'writes at its end, or make a folder of a checkpoint: python -m ftjax.convert '
       f'--source={path} --target=DIR'
     )
+  config = multimodal.text_config(config, functools.partial(_stored_names, path))
   for line in hf_config.notices(config):
     _warn_once(f'{folder}/{line}')
   return config
+
+
+def _stored_names(path: str | os.PathLike) -> list[str]:
+  """Returns the names of the tensors in the files of a HF folder, which are downloaded where no
+  index lists them.
+  """
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  if (folder / weight_files.INDEX_FILE).is_file():
+    return list(weight_files.weight_map(folder))
+  return [*SafetensorsFolder(model_folder.locate(path, weights=True)).tensors]
 
 
 @functools.cache
@@ -119,7 +112,8 @@ def _warn_once(line: str) -> None:
 
 
 def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the tokenizer's files by name, and config.json; of a GGUF file: from its metadata.
+  """Returns the tokenizer's files by name, and config.json as `read_config` gives it; of a GGUF
+  file: from its metadata.
 
   Names of further chat templates begin with 'additional_chat_templates/'.
   """
@@ -131,29 +125,12 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
   config = ['config.json'] if (folder / 'config.json').exists() else []
   found = [*model_folder.side_files(folder), *config]
   out = {name: model_folder.read(folder, name) for name in found}
-  _compare_templates(str(folder), out)
+  if config and multimodal.of(weight_files.read_config(folder)):
+    out = {n: x for n, x in out.items() if n not in model_folder.PROCESSOR_FILES}
+    out['config.json'] = gguf_tokenizer.dump_json(read_config(path))
+  if differing := model_folder.differing_templates(str(folder), out):
+    _warn_once(differing)
   return out
-
-
-def _compare_templates(place: str, found: Mapping[str, bytes]) -> None:
-  """Warns of chat templates that differ; which one is used is what transformers uses, the first."""
-  texts = {}
-  if 'chat_template.jinja' in found:
-    texts['chat_template.jinja'] = found['chat_template.jinja'].decode(errors='replace')
-  for name in ('tokenizer_config.json', 'chat_template.json'):
-    if name in found:
-      content = parse_json(found[name], f'{place}/{name}')
-      text = content.get('chat_template') if isinstance(content, dict) else None
-      if isinstance(text, list):
-        text = next((t.get('template') for t in text if t.get('name') == 'default'), None)
-      if isinstance(text, str):
-        texts[name] = text
-  if len({text.removesuffix('\n') for text in texts.values()}) > 1:
-    used, *others = texts
-    _warn_once(
-      f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
-      'in transformers. Delete the other one if that is right'
-    )
 
 
 def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
@@ -404,42 +381,9 @@ def _fill_tensor(source: TensorSource, binding: Binding, ranges: list[range], ou
     out[tuple(place)] = layout.read(source, binding, tuple(index))
 
 
-def outline(path: str | os.PathLike) -> list[tuple[str, int, str]]:
-  """Returns (name, bytes, mark of the revision) of the weight files, to be compared between hosts;
-  [] for no path. The mark is an object's generation, or a hash over some blocks of a local file.
-  """
-  if not path:
-    return []
-  remote = files.is_remote(path)
-  return [
-    (p.name, p.stat().st_size, str(p.stat().generation) if remote else _sample(p))
-    for p in _weight_files(path)
-  ]
-
-
-def _sample(path: Path) -> str:
-  """Returns the SHA-256, in hex, of evenly spaced blocks of a file, with its first and last."""
-  digest, last = hashlib.sha256(), max(0, path.stat().st_size - _SAMPLE_BYTES)
-  with path.open('rb') as f:
-    for i in range(_SAMPLES):
-      f.seek(last * i // (_SAMPLES - 1))
-      digest.update(f.read(_SAMPLE_BYTES))
-  return digest.hexdigest()
-
-
 def fingerprint(path: str | os.PathLike) -> str:
   """Returns the SHA-256 of the weights' content, in hex; see tensor_source.py.
 
   Bytes that `open_source(path).hash_reads()` let a load hash are not read again.
   """
   return open_source(path).fingerprint()
-
-
-def _weight_files(path: str | os.PathLike) -> list[Path]:
-  folder = files.as_path(model_folder.locate_any(path))
-  if model_folder.is_adapter(folder):
-    return [weight_files.file_inside(folder, model_folder.ADAPTER_WEIGHTS)]
-  file = model_folder.gguf_file(folder)
-  if file is None:
-    return weight_files.weight_files(folder)
-  return gguf_files.weight_files(file)

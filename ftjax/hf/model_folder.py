@@ -12,6 +12,7 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ftjax.hf import gguf_files, model_card, peft_config, weight_files
@@ -35,12 +36,18 @@ _TOKENIZER_FILES = (
 )
 _MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
 _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
+# Of models that read images too; a text model has none.
+PROCESSOR_FILES = (
+  'preprocessor_config.json',
+  'processor_config.json',
+  'video_preprocessor_config.json',
+)
 # Further chat templates are in the subfolder TEMPLATES.
 _SIDE_FILES = (
   *_TOKENIZER_FILES,
   *('tokenizer*.json', '*.model', '*.model.v*', '*.tiktoken', '*.jinja', 'chat_template*'),
   *('vocab.*', 'vocab*.json', 'merges.*', 'tekken.json', 'normalizer.json', 'spiece.*'),
-  *('preprocessor_config.json', 'processor_config.json', 'video_preprocessor_config.json'),
+  *PROCESSOR_FILES,
 )
 ADAPTER_WEIGHTS = peft_config.WEIGHTS_FILE
 TEMPLATES = 'additional_chat_templates'
@@ -175,6 +182,34 @@ def read(folder: Path, name: str) -> bytes:
   """Returns the content of a file that `side_files` named."""
   inside, _, plain = name.rpartition('/')
   return weight_files.file_inside(folder, plain, inside).read_bytes()
+
+
+def differing_templates(place: str, found: Mapping[str, bytes]) -> str:
+  """Returns a warning of chat templates that differ, '' without; the first is used, as in
+  transformers.
+
+  Args:
+    place: the folder, for the message.
+    found: {name: content} of its files.
+  """
+  texts = {}
+  if 'chat_template.jinja' in found:
+    texts['chat_template.jinja'] = found['chat_template.jinja'].decode(errors='replace')
+  for name in ('tokenizer_config.json', 'chat_template.json'):
+    if name in found:
+      content = weight_files.parse_json(found[name], f'{place}/{name}')
+      text = content.get('chat_template') if isinstance(content, dict) else None
+      if isinstance(text, list):
+        text = next((t.get('template') for t in text if t.get('name') == 'default'), None)
+      if isinstance(text, str):
+        texts[name] = text
+  if len({text.removesuffix('\n') for text in texts.values()}) <= 1:
+    return ''
+  used, *others = texts
+  return (
+    f'{place}: {used} and the chat_template of {" and ".join(others)} differ; {used} is used, as '
+    'in transformers. Delete the other one if that is right'
+  )
 
 
 def readme(path: str | os.PathLike) -> bytes:

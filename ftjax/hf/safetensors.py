@@ -128,13 +128,20 @@ class SafetensorsFolder(TensorSource):
   Args:
     folder: the folder.
     file: the one file of it to read; '': those that are the weights of a whole model.
+    rename: gives the name that a tensor of the files has here, or None where it is left out; None:
+      all have their own.
 
   Raises:
     DataError: see `weight_files` and `read_header`; or index and shards disagree about where a
-      tensor is.
+      tensor is; or two get one name.
   """
 
-  def __init__(self, folder: str | os.PathLike, file: str = ''):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    file: str = '',
+    rename: Callable[[str], str | None] | None = None,
+  ):
     super().__init__()
     root = files.as_path(folder)
     self.place = str(root / file)
@@ -146,6 +153,8 @@ class SafetensorsFolder(TensorSource):
         self._entries[name] = entry
     if not file and (root / INDEX_FILE).exists():
       self._check_index(root)
+    if rename is not None:
+      self._entries = self._renamed(rename)
     self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
   def _check_index(self, root: Path):
@@ -158,6 +167,16 @@ class SafetensorsFolder(TensorSource):
         'index says '
         f'{listed.get(n)}, the shards {found.get(n)}'
       )
+
+  def _renamed(self, rename: Callable[[str], str | None]) -> dict[str, _Entry]:
+    found: dict[str, str] = {}
+    for stored in self._entries:
+      name = rename(stored)
+      if name in found:
+        raise DataError(f'{self.place}: {found[name]} and {stored} are both {name}')
+      if name is not None:
+        found[name] = stored
+    return {name: self._entries[stored] for name, stored in found.items()}
 
   def read(self, name: str, index: Index | None = None) -> np.ndarray:
     """Returns a tensor or a part of it; reads only the rows that the index selects.

@@ -156,6 +156,15 @@ def _check_adapter(folder: Path, has_weights: bool) -> None:
   )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+  """Returns the config.json of a folder as it is. Raises DataError where it is none."""
+  path = file_inside(folder, 'config.json')
+  config = _read_json(path)
+  if not isinstance(config, dict):
+    raise DataError(f'{path}: expected a JSON object')
+  return config
+
+
 def weight_map(folder: Path) -> dict[str, Any]:
   """Returns {tensor: file} of the index of a folder. Raises DataError where it is none."""
   path = folder / INDEX_FILE

@@ -71,6 +71,7 @@ class Moe(nnx.Module):
       *total(_counts(probs, choices, is_real), (*BATCH, 'context')),
       choices.reshape(*shape[:2], k),
     )
+    weights = jnp.where(is_real[:, None], weights, 0.0)
     # The tokens of all members of `expert`.
     x, weights, choices, is_real = (gather(a, 'expert', 0) for a in (x, weights, choices, is_real))
     mine = self.spec.num_experts // axis_size('expert')
@@ -108,9 +109,9 @@ class Moe(nnx.Module):
 
 def _counts(probs, choices, is_real):
   """Returns the first three fields of Routing, of a shard."""
-  real = is_real.astype(jnp.float32)[:, None]
   picked = jax.nn.one_hot(choices, probs.shape[1], dtype=jnp.float32).sum(1)
-  return (real * picked).sum(0), (real * probs).sum(0), real.sum()
+  sums = (jnp.where(is_real[:, None], a, 0.0).sum(0) for a in (picked, probs))
+  return *sums, is_real.sum(dtype=jnp.float32)
 
 
 @jax.custom_vjp

@@ -35,7 +35,9 @@ class Case:
   head_dim is not hidden_size / heads, the heads are no power of two, the vocabulary is a multiple
   of nothing. Even numbers of kv heads and a hidden_size that 8 divides let meshes split them.
   tokens: T of the compared rows; more than a window or an original context, where the model has
-  one. norm: the number that stored norm weights lie around, 0 where the model adds 1 to them.
+  one. short: tokens of a document from which on its frequencies are others, so that its cache must
+  end before or begin behind it; 0: there is no such number. norm: the number that stored norm
+  weights lie around, 0 where the model adds 1 to them.
   rules: (pattern, centre, scale) of tensors that need other values; the first pattern that is found
   in a name counts.
   """
@@ -43,6 +45,7 @@ class Case:
   config: Mapping[str, Any]
   tokens: int = 48
   norm: float = 1.0
+  short: int = 0
   rules: tuple[tuple[str, float, float], ...] = ()
 
   @property
@@ -70,8 +73,12 @@ def ids(case: Case) -> np.ndarray:
 
 
 def prompts(case: Case) -> list[list[int]]:
-  """Returns PROMPTS prompts of 1 to T tokens. Their greedy continuations are NEW_TOKENS long."""
+  """Returns PROMPTS prompts of 1 to T tokens. Their greedy continuations are NEW_TOKENS long, and
+  cross no `short`: there transformers' Phi-3 computes its cache again, and ftjax keeps it.
+  """
   lengths = np.linspace(1, case.tokens, PROMPTS).round().astype(int)
+  crosses = (lengths <= case.short + 1) & (lengths + NEW_TOKENS >= case.short)
+  lengths = np.where(crosses, case.short + 2, lengths) if case.short else lengths
   rng = _random('prompts')
   return [rng.randint(0, case.vocab, n).tolist() for n in lengths]
 
@@ -213,7 +220,6 @@ CASES = {
       'tie_word_embeddings': True,
       'num_hidden_layers': 4,
       'no_rope_layer_interval': 2,
-      'attention_bias': True,
       'mlp_bias': True,
       'use_sliding_window': True,
       'sliding_window': 9,
@@ -262,7 +268,6 @@ CASES = {
       'num_local_experts': 0,
       'shared_intermediate_size': 36,
       'mamba_n_heads': 1,
-      'attention_bias': True,
       'embedding_multiplier': 3.7,
       'attention_multiplier': 0.21,
       'residual_multiplier': 0.43,
@@ -298,7 +303,8 @@ CASES = {
         'short_factor': [1.0, 1.1, 1.3],
         'long_factor': [1.2, 2.5, 6.0],
       },
-    }
+    },
+    short=16,
   ),
   # Layers 1 and 2 see 9 tokens.
   'qwen2_window': Case(
@@ -309,6 +315,36 @@ CASES = {
       'use_sliding_window': True,
       'sliding_window': 9,
       'max_window_layers': 1,
+    }
+  ),
+  'mistral': Case(_LLAMA | {'model_type': 'mistral', 'head_dim': 14, 'sliding_window': 9}),
+  'ministral': Case(
+    _LLAMA
+    | {
+      'model_type': 'ministral',
+      'num_hidden_layers': 2,
+      'sliding_window': 9,
+      'layer_types': ['full_attention', 'sliding_attention'],
+    }
+  ),
+  # 48 tokens are three times the original context: the queries have three factors.
+  'ministral3': Case(
+    _LLAMA
+    | {
+      'model_type': 'ministral3',
+      'tie_word_embeddings': True,
+      'head_dim': 14,
+      'rope_parameters': {
+        'rope_type': 'yarn',
+        'rope_theta': 1000.0,
+        'factor': 4.0,
+        'original_max_position_embeddings': 16,
+        'beta_fast': 4.0,
+        'beta_slow': 1.0,
+        'mscale': 1.0,
+        'mscale_all_dim': 1.0,
+        'llama_4_scaling_beta': 0.5,
+      },
     }
   ),
   # 80 tokens are more than a chunk of 64, and the states forget slowly enough to join chunks. A
@@ -325,7 +361,7 @@ CASES = {
       'num_key_value_heads': 2,
       'head_dim': 16,
       'linear_num_key_heads': 2,
-      'linear_key_head_dim': 6,
+      'linear_key_head_dim': 14,
       'linear_num_value_heads': 6,
       'linear_value_head_dim': 10,
       'linear_conv_kernel_dim': 4,
