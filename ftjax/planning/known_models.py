@@ -190,6 +190,7 @@ SHAPES = {
   'Qwen3.5-4B': _sizes(2560, 32, 16, 4, 9216, 248320)
   | {
     'model_type': 'qwen3_5_text',
+    'attention_bias': False,
     'head_dim': 256,
     'rms_norm_eps': 1e-6,
     'full_attention_interval': 4,
