@@ -15,7 +15,7 @@ from ftjax.families import table
 from ftjax.hf import load, peft, peft_export, peft_names
 from ftjax.models import counts, kinds
 from ftjax.models.architecture import MoeSpec
-from ftjax.planning import known_models
+from ftjax.planning import known_models, suggest, topology
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -190,3 +190,16 @@ def test_a_token_is_computed_by_its_own_experts(name, whole, active):
   assert counts.num_params(arch) == whole
   embedding = arch.vocab_size * arch.model_dim  # is looked up, and counts as active all the same
   assert counts.matmul_params(arch) + embedding == pytest.approx(active, rel=0.003)
+
+
+def test_proposed_meshes_spread_the_experts():
+  """Where all experts' matrices would be gathered, and only as far as they divide."""
+  arch = table.architecture(known_models.SHAPES['Qwen3-30B-A3B'])
+  where = topology.parse('v5p:4x4x4')
+  found = suggest.candidates(arch, where, 64, 4096, 2, 6)
+  assert found[0].expert > 1 and found[0].overrides()['mesh.expert'] == found[0].expert
+  for c in found:
+    assert c.data * c.fsdp * c.context * c.tensor * c.expert == where.num_devices
+    assert 128 % c.expert == 0 and 64 % (c.data * c.fsdp * c.expert) == 0
+  dense = table.architecture(known_models.SHAPES['Llama-3.1-8B'])
+  assert {c.expert for c in suggest.candidates(dense, where, 64, 4096, 2, 6)} == {1}
