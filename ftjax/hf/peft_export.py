@@ -39,7 +39,9 @@ _FLOAT = np.dtype(np.float32)
 
 
 def check(arch: Architecture) -> None:
-  """Raises ConfigError where an adapter has no form as a PEFT folder."""
+  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT will not read
+  the one that it has.
+  """
   peft_names.adapted(arch)
   peft_names.trained(arch)
   if why := peft_names.obstacle(arch):
