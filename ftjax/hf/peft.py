@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.families import table
+from ftjax.families import multimodal, table
 from ftjax.hf import layout, load, model_folder, peft_config, peft_names
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
 from ftjax.hf.peft_names import Place
-from ftjax.hf.tensor_source import TensorSource
+from ftjax.hf.tensor_source import RenamedSource, TensorSource
 from ftjax.hf.weight_files import file_inside, parse_json
 from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
@@ -57,12 +57,15 @@ class PeftFolder:
   """A PEFT folder whose settings are checked and whose weights are not read.
 
   place: the folder. base: what it is an adapter of. config: its settings. source: its tensors.
+  modules: what begins the names of the layers in its files; 'model.', as in `source`, unless it is
+  an adapter of the text part of a multimodal model.
   """
 
   place: Path
   base: Base
   config: PeftConfig
   source: TensorSource
+  modules: str = multimodal.MODULES
 
   def architecture(self, plain: Architecture) -> Architecture:
     """Returns the model of base and adapter; a reward model where the adapter has a score.
@@ -87,6 +90,9 @@ class PeftFolder:
     self._check_tensors(found, saved)
     return found
 
+  def _own(self, name: str) -> str:
+    return multimodal.own_name(name, self.modules)
+
   def _score_rows(self) -> int:
     name = f'{PREFIX}score.weight'
     info = self.source.tensors.get(name)
@@ -100,7 +106,7 @@ class PeftFolder:
   def _saved(self, plain: Architecture) -> list[str]:
     """Returns the HF tensors of modules that are saved whole; of a tied model not the head's."""
     tensors = [b.hf for b in layout.bindings(plain)]
-    saved = [n for n in dict.fromkeys(tensors) if self.config.is_saved(n)]
+    saved = [n for n in dict.fromkeys(tensors) if self.config.is_saved(self._own(n))]
     if plain.num_labels and 'score.weight' not in saved:
       saved.append('score.weight')  # PEFT saves it unasked
     return saved
@@ -114,7 +120,7 @@ class PeftFolder:
       modules[peft_names.module(tied[1])] = None
     if self.config.targets == peft_config.ALL_LINEAR:
       modules = {m: None for m in modules if m in places}
-    wanted = [m for m in modules if self.config.is_target(m, m in heads)]
+    wanted = [m for m in modules if self.config.is_target(self._own(m), m in heads)]
     wanted = [m for m in wanted if not any(peft_names.module(t) == m for t in saved)]
     if other := [m for m in wanted if m not in places]:
       raise DataError(
@@ -124,7 +130,7 @@ class PeftFolder:
     ranks: dict[str, dict[int, tuple[int, float]]] = {}
     for m in wanted:
       p = places[m]
-      ranks.setdefault(p.name, {})[p.layer] = self.config.factors(m)
+      ranks.setdefault(p.name, {})[p.layer] = self.config.factors(self._own(m))
     layers: dict[str, int] = {}
     for p in places.values():
       layers[p.name] = max(layers.get(p.name, 0), p.layer + 1)
@@ -220,7 +226,23 @@ def read(path: str | os.PathLike) -> PeftFolder:
     raise DataError(f'{folder}: {WEIGHTS_FILE} is missing (unfinished download?)')
   if not model_folder.is_adapter(folder):
     raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
-  return PeftFolder(folder, _base(folder, config), config, load.open_source(folder))
+  source, modules = _text_part(load.open_source(folder))
+  return PeftFolder(folder, _base(folder, config), config, source, modules)
+
+
+def _text_part(source: TensorSource) -> tuple[TensorSource, str]:
+  """Returns (tensors under the names of a text model, what begins the names of its layers in the
+  files).
+  """
+  for modules in multimodal.beginnings():
+    start = PREFIX + modules
+    if any(n.startswith(start) for n in source.tensors):
+      text = PREFIX + multimodal.MODULES
+      names = [text + n.removeprefix(start) if n.startswith(start) else n for n in source.tensors]
+      if double := [n for n in names if names.count(n) > 1]:
+        raise DataError(f'{source.place}: {double[0]} is there under two names')
+      return RenamedSource(source, dict(zip(names, source.tensors, strict=True))), modules
+  return source, multimodal.MODULES
 
 
 def _json(place: Path) -> object:

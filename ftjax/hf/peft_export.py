@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.cluster import processes
+from ftjax.families import multimodal
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
@@ -47,6 +48,7 @@ def export(
   *,
   base: str,
   sha256: str,
+  modules: str = multimodal.MODULES,
   source_config: Mapping[str, Any],
   tokenizer_files: Mapping[str, bytes],
   stop_ids: tuple[int, ...],
@@ -62,6 +64,7 @@ def export(
     target: folder to write, replaced if it is a model or adapter folder.
     base: the base's path as the user gave it, a hub name with its commit; '': a random model.
     sha256: of the base's weights, see `load.fingerprint`.
+    modules: what begins the names of the base's layers, see `load.module_prefix`.
     source_config: the base's config.json.
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens.
@@ -73,7 +76,7 @@ def export(
     NonFiniteError: a tensor holds NaN or infinity. Nothing is left behind, an older target stays.
   """
   leaves = trees.flatten(params)
-  tensors = _Tensors(arch, leaves)
+  tensors = _Tensors(arch, leaves, modules)
   config = _config(arch, base, tensors)
   if not processes.is_main():
     for read in tensors.readers.values():
@@ -102,8 +105,8 @@ class _Tensors:
   run call the readers in one order.
   """
 
-  def __init__(self, arch: Architecture, leaves: Mapping):
-    self.arch, self.leaves = arch, leaves
+  def __init__(self, arch: Architecture, leaves: Mapping, modules: str):
+    self.arch, self.leaves, self.modules = arch, leaves, modules
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.readers: dict[str, Callable[[], np.ndarray]] = {}
     self.adapted: dict[str, tuple[int, float]] = {}  # {module: (rank, scale)}
@@ -112,15 +115,20 @@ class _Tensors:
       self._add_map(place, found)
     for hf, b in peft_names.trained(arch).items():
       self._add(PREFIX + hf, b.hf_shape, lambda b=b: b.to_hf(on_host(self.leaves[b.leaf], b.at)))
-      if peft_names.module(hf) not in self.saved:
-        self.saved.append(peft_names.module(hf))
+      module = self._own(peft_names.module(hf))
+      if module not in self.saved:
+        self.saved.append(module)
     tied = peft_names.tied_head(arch)
-    self.ties = tied is not None and PREFIX + tied[0] in self.readers
+    embed = PREFIX + self._own(tied[0]) if tied else ''
+    self.ties = embed in self.readers
     if self.ties:  # PEFT reads it twice
-      embed, head = (PREFIX + name for name in tied)
-      self._add(head, self.shapes[embed], self.readers[embed])
+      self._add(PREFIX + tied[1], self.shapes[embed], self.readers[embed])
+
+  def _own(self, name: str) -> str:
+    return multimodal.own_name(name, self.modules)
 
   def _add(self, name: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
+    name = PREFIX + self._own(name.removeprefix(PREFIX))
     self.shapes[name] = shape
     self.readers[name] = lambda: np.ascontiguousarray(read(), _FLOAT)
 
@@ -128,7 +136,7 @@ class _Tensors:
     rank, (inputs, outputs) = found.ranks[place.layer], place.sides
     pissa, (a, b, magnitude) = self.arch.adapter.pissa, place.tensors
     rank_of_file = rank * (2 if pissa else 1)
-    self.adapted[place.module] = rank_of_file, found.scales[place.layer]
+    self.adapted[self._own(place.module)] = rank_of_file, found.scales[place.layer]
 
     def factor(leaf, side, sign):
       parts = [self._rows(place, leaf, rank)]
@@ -139,15 +147,15 @@ class _Tensors:
     self._add(a, (rank_of_file, place.shapes[0]), lambda: factor('lora_a', inputs, 1))
     self._add(b, (place.shapes[1], rank_of_file), lambda: factor('lora_b', outputs, -1).T)
     if self.arch.adapter.dora:
-      lengths = lambda: peft_names.to_hf(self._own(place, 'lora_m')[None], outputs)[0]  # noqa: E731
+      lengths = lambda: peft_names.to_hf(self._leaf(place, 'lora_m')[None], outputs)[0]  # noqa: E731
       self._add(magnitude, (place.shapes[1],), lengths)
 
-  def _own(self, place: Place, leaf: str) -> np.ndarray:
+  def _leaf(self, place: Place, leaf: str) -> np.ndarray:
     return on_host(self.leaves[f'{place.name}/{leaf}'], place.binding.at)
 
   def _rows(self, place: Place, leaf: str, rank: int) -> np.ndarray:
     """Returns the rows of the layer's own rank of a factor."""
-    whole = self._own(place, leaf)
+    whole = self._leaf(place, leaf)
     if whole[rank:].any():
       raise ValueError(f'{place.name}/{leaf}: rows beyond the rank {rank} of layer {place.layer}')
     return whole[:rank]
