@@ -318,6 +318,36 @@ def test_gemma(script, tmp_path, capsys):
   assert target.read_bytes() == b'abcd'
 
 
+def test_gemma_sentiment_and_its_held_out_loss(script, tmp_path, capsys):
+  folder = tmp_path / 'data' / 'sentiment'
+  folder.mkdir(parents=True)
+  for name, count in (('train', 30), ('test', 120)):
+    rows = [row | {'label': 'negative'} for row in sentiment_rows(count)]
+    write(folder / f'{name}.jsonl', rows)
+  script('demo', 'gemma_sentiment')['main'](tmp_path)
+  told = {p.name: p.read_text().splitlines() for p in tmp_path.rglob('sentiment_text/*')}
+  assert {n: len(rows) for n, rows in told.items()} == {
+    'train.jsonl': 30,
+    'heldout.jsonl': 100,
+    'test.jsonl': 100,
+  }
+  row, asked = json.loads(told['heldout.jsonl'][0]), json.loads(told['test.jsonl'][0])
+  assert row['prompt'] == asked['prompt'] and row['completion'] == asked['label']
+  assert asked['prompt'].startswith('Review: ') and 'positive or negative?' not in asked['prompt']
+  scores = [(-1.0, -3.0), (-4.0, -2.0), (-1.0, -9.0)]
+  results = [
+    {'model': model, 'id': str(i), 'label': 'ab'[i == 1], 'prediction': 'ab'[i == 1]}
+    | {'right': True, 'scores': [s / (1 + (model == 'tuned')) for s in pair]}
+    for model in ('base', 'tuned')
+    for i, pair in enumerate(scores)
+  ]
+  (tmp_path / 'eval').mkdir()
+  write(tmp_path / 'eval' / 'task.jsonl', results)
+  script('demo', 'held_out_loss')['main'](str(tmp_path), 'task')
+  told = capsys.readouterr().out
+  assert '3 rows, held-out loss 1.3333 before, 0.6667 after; difference -0.6667 [-1.0000,' in told
+
+
 def test_assets(script, tmp_path, capsys):
   """The split of the sentences, and a second start, which finds everything there."""
   module = script('demo', 'assets')

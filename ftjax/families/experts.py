@@ -45,15 +45,19 @@ def _in_dense(needs: Condition, arch: Architecture, spec: BlockSpec | None) -> b
 def rows(folder: str, names: tuple[str, str, str]) -> tuple[Row, ...]:
   """Returns the rows of a layer's router and of each expert's matrices.
 
-  folder: of the tensors in a layer. names: of the gate, up and down matrices.
+  folder: of the tensors in a layer. names: of the gate, up and down matrices. GGUF files hold each
+  kind of matrix of all experts in one tensor.
   """
   layer = f'model.layers.{{l}}.{folder}.'
   gate, up, down = (f'{layer}experts.{{e}}.{name}.weight' for name in names)
   return (
-    Row(f'{layer}gate.weight', 'E D', 'mlp/router/w', 'DE', has_experts),
-    Row(gate, 'F D', 'mlp/gate/w', 'EDF', has_experts),
-    Row(up, 'F D', 'mlp/up/w', 'EDF', has_experts),
-    Row(down, 'D F', 'mlp/down/w', 'EFD', has_experts),
+    Row(
+      *(f'{layer}gate.weight', 'E D', 'mlp/router/w', 'DE', has_experts),
+      gguf='blk.{l}.ffn_gate_inp.weight',
+    ),
+    Row(gate, 'F D', 'mlp/gate/w', 'EDF', has_experts, gguf='blk.{l}.ffn_gate_exps.weight'),
+    Row(up, 'F D', 'mlp/up/w', 'EDF', has_experts, gguf='blk.{l}.ffn_up_exps.weight'),
+    Row(down, 'D F', 'mlp/down/w', 'EFD', has_experts, gguf='blk.{l}.ffn_down_exps.weight'),
   )
 
 

@@ -92,8 +92,28 @@ def write_windows(arch: Architecture, period: int) -> dict[str, Any]:
   return out
 
 
-def write_decoder(arch: Architecture) -> dict[str, Any]:
-  """Returns the metadata that Llama-like decoders share, without the architecture's name."""
+def read_experts(file: GgufFile) -> dict[str, Any]:
+  """Returns the numbers of experts, under the keys that transformers 5 writes."""
+  return {
+    'num_local_experts': file.count('expert_count'),
+    'num_experts_per_tok': file.count('expert_used_count'),
+  }
+
+
+def write_experts(arch: Architecture) -> dict[str, Any]:
+  """Returns the metadata of a decoder with experts."""
+  spec = arch.mixtures()[0]
+  return write_decoder(arch) | {
+    'expert_count': spec.num_experts,
+    'expert_used_count': spec.top_k,
+    'expert_feed_forward_length': spec.ffn_dim,
+  }
+
+
+def write_decoder(arch: Architecture, *, scaled_queries: bool = False) -> dict[str, Any]:
+  """Returns the metadata that Llama-like decoders share, without the architecture's name;
+  scaled_queries: as in gguf_rope.
+  """
   block = arch.layers()[0]
   width = block.mlp.ffn_dim if isinstance(block.mlp, GatedMlpSpec | MlpSpec | MoeSpec) else 0
   out = {
@@ -109,7 +129,9 @@ def write_decoder(arch: Architecture) -> dict[str, Any]:
     'attention.layer_norm_rms_epsilon': block.norm.eps,
   }
   rope = file_rope(arch)
-  return out if rope is None else out | write_rope(rope, block.mixer.head_dim)
+  if rope is None:
+    return out
+  return out | write_rope(rope, block.mixer.head_dim, scaled_queries=scaled_queries)
 
 
 @dataclasses.dataclass(frozen=True)

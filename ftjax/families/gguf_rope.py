@@ -15,6 +15,7 @@ from ftjax.families.gguf_file import GgufFile, shortest
 from ftjax.models.rope_spec import (
   LinearScaling,
   LongScaling,
+  QueryScaling,
   Rope,
   RopeScaling,
   Scaling,
@@ -27,10 +28,11 @@ LONG, SHORT = 'rope_factors_long.weight', 'rope_factors_short.weight'
 TENSORS = (FREQS, LONG, SHORT)
 
 
-def read_rope(file: GgufFile, *, partial: bool = False) -> Rope:
+def read_rope(file: GgufFile, *, partial: bool = False, scaled_queries: bool = False) -> Rope:
   """Returns the rotary embedding that a file states.
 
-  partial: whether llama.cpp rotates a part of the head for this architecture.
+  partial: whether llama.cpp rotates a part of the head for this architecture. scaled_queries:
+  whether it multiplies queries by a factor of their position, and reads yarn's `mscale_all_dim`.
 
   Raises:
     DataError: a rule that is not computed here or there.
@@ -42,10 +44,15 @@ def read_rope(file: GgufFile, *, partial: bool = False) -> Rope:
       f'{file.place}: rotary embedding of a part of the head '
       f'({file.key("rope.dimension_count")}={size} of {head_dim}) is not supported'
     )
-  return Rope(file.theta(), _read_scaling(file, size), size / head_dim)
+  query = None
+  if scaled_queries and file.has('attention.temperature_scale'):
+    original = file.count('rope.scaling.original_context_length', file.count('context_length'))
+    query = QueryScaling(file.number('attention.temperature_scale'), original)
+  scaling = _read_scaling(file, size, scaled_queries)
+  return Rope(file.theta(), scaling, size / head_dim, query)
 
 
-def _read_scaling(file: GgufFile, size: int) -> Scaling | None:
+def _read_scaling(file: GgufFile, size: int, log_multiplier: bool) -> Scaling | None:
   # Without a type llama.cpp takes the factor for that of linear scaling.
   kind = file.get('rope.scaling.type', 'linear')
   factor = file.get('rope.scaling.factor', file.get('rope.scale_linear', 0.0))
@@ -63,19 +70,21 @@ def _read_scaling(file: GgufFile, size: int) -> Scaling | None:
   if kind == 'linear':
     return LinearScaling(file.number('rope.scaling.factor', factor))
   if kind == 'yarn':
-    return _read_yarn(file)
+    return _read_yarn(file, log_multiplier)
   raise DataError(
     f'{file.place}: {file.key("rope.scaling.type")}={kind!r} is not supported; supported: none, '
     'linear, yarn, and those with tensors of divisors'
   )
 
 
-def _read_yarn(file: GgufFile) -> YarnScaling:
+def _read_yarn(file: GgufFile, log_multiplier: bool) -> YarnScaling:
   for name in ('rope.scaling.yarn_log_multiplier', 'rope.scaling.yarn_ext_factor'):
-    if file.has(name):
+    if file.has(name) and not (log_multiplier and name.endswith('log_multiplier')):
       raise DataError(f'{file.place}: {file.key(name)}={file.get(name)!r} is not supported')
   factor = file.number('rope.scaling.factor')
   attention = file.number('rope.scaling.attn_factor', 1.0)
+  if multiplier := file.get('rope.scaling.yarn_log_multiplier', 0.0):
+    attention /= 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
   return YarnScaling(
     factor=factor,
     original_len=file.count('rope.scaling.original_context_length', file.count('context_length')),
@@ -104,8 +113,9 @@ def _read_long(file: GgufFile) -> LongScaling:
   return LongScaling(short, long, original, attention)
 
 
-def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
-  """Returns the metadata of a rotary embedding, without the architecture's name.
+def write_rope(rope: Rope, head_dim: int, *, scaled_queries: bool = False) -> dict[str, Any]:
+  """Returns the metadata of a rotary embedding, without the architecture's name; scaled_queries: as
+  in `read_rope`.
 
   Raises:
     DataError: files cannot say it.
@@ -115,9 +125,8 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     'rope.dimension_count': rope.size(head_dim),
     'rope.freq_base': rope.theta,
   }
-  if rope.query is not None or not isinstance(
-    rule, RopeScaling | LinearScaling | YarnScaling | LongScaling | None
-  ):
+  known = isinstance(rule, RopeScaling | LinearScaling | YarnScaling | LongScaling | None)
+  if not known or (rope.query is not None and not scaled_queries):
     raise DataError(f'{rope} has no form in GGUF files here; export a Hugging Face folder')
   if isinstance(rule, LinearScaling):
     out |= {'rope.scaling.type': 'linear', 'rope.scaling.factor': rule.factor}
@@ -128,6 +137,11 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
         'rope.scaling.yarn_beta_fast': rule.beta_fast,
         'rope.scaling.yarn_beta_slow': rule.beta_slow,
       }
+    if scaled_queries and rule.attention_factor == 1:
+      out['rope.scaling.yarn_log_multiplier'] = 1.0
+  if rope.query is not None:
+    out['attention.temperature_scale'] = rope.query.beta
+    out['rope.scaling.original_context_length'] = rope.query.original_len
   if isinstance(rule, LongScaling):
     out |= {'rope.scaling.type': 'longrope', 'rope.scaling.attn_factor': rule.attention_factor}
   # The `llama3` rule has no type there: llama.cpp knows none of this name and applies the tensor

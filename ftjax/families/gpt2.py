@@ -3,8 +3,10 @@
 import re
 from typing import Any
 
-from ftjax.families import decoder, layer_types
+from ftjax.families import decoder, gguf, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, MlpSpec, Norm
@@ -23,26 +25,26 @@ _BLOCK = 'transformer.h.{l}.'
 _QKV = f'{_BLOCK}attn.c_attn'
 # Conv1D of transformers stores a matrix as [inputs, outputs].
 ROWS = (
-  Row('transformer.wte.weight', 'V D', 'embed/w', 'VD'),
-  Row('transformer.wpe.weight', 'P D', 'positions/w', 'PD'),
-  Row(f'{_BLOCK}ln_1.weight', 'D', 'attn_norm/scale', 'D'),
-  Row(f'{_BLOCK}ln_1.bias', 'D', 'attn_norm/b', 'D'),
-  Row(f'{_QKV}.weight', 'D [NH]', 'attn/q/w', 'DNH'),
-  Row(f'{_QKV}.weight', 'D [KH]', 'attn/k/w', 'DKH'),
-  Row(f'{_QKV}.weight', 'D [KH]', 'attn/v/w', 'DKH'),
-  Row(f'{_QKV}.bias', '[NH]', 'attn/q/b', 'NH'),
-  Row(f'{_QKV}.bias', '[KH]', 'attn/k/b', 'KH'),
-  Row(f'{_QKV}.bias', '[KH]', 'attn/v/b', 'KH'),
-  Row(f'{_BLOCK}attn.c_proj.weight', 'NH D', 'attn/o/w', 'NHD'),
-  Row(f'{_BLOCK}attn.c_proj.bias', 'D', 'attn/o/b', 'D'),
-  Row(f'{_BLOCK}ln_2.weight', 'D', 'mlp_norm/scale', 'D'),
-  Row(f'{_BLOCK}ln_2.bias', 'D', 'mlp_norm/b', 'D'),
-  Row(f'{_BLOCK}mlp.c_fc.weight', 'D F', 'mlp/up/w', 'DF'),
-  Row(f'{_BLOCK}mlp.c_fc.bias', 'F', 'mlp/up/b', 'F'),
-  Row(f'{_BLOCK}mlp.c_proj.weight', 'F D', 'mlp/down/w', 'FD'),
-  Row(f'{_BLOCK}mlp.c_proj.bias', 'D', 'mlp/down/b', 'D'),
-  Row('transformer.ln_f.weight', 'D', 'final_norm/scale', 'D'),
-  Row('transformer.ln_f.bias', 'D', 'final_norm/b', 'D'),
+  Row('transformer.wte.weight', 'V D', 'embed/w', 'VD', gguf='token_embd.weight'),
+  Row('transformer.wpe.weight', 'P D', 'positions/w', 'PD', gguf='position_embd.weight'),
+  Row(f'{_BLOCK}ln_1.weight', 'D', 'attn_norm/scale', 'D', gguf='blk.{l}.attn_norm.weight'),
+  Row(f'{_BLOCK}ln_1.bias', 'D', 'attn_norm/b', 'D', gguf='blk.{l}.attn_norm.bias'),
+  Row(f'{_QKV}.weight', 'D [NH]', 'attn/q/w', 'DNH', gguf='blk.{l}.attn_qkv.weight'),
+  Row(f'{_QKV}.weight', 'D [KH]', 'attn/k/w', 'DKH', gguf='blk.{l}.attn_qkv.weight'),
+  Row(f'{_QKV}.weight', 'D [KH]', 'attn/v/w', 'DKH', gguf='blk.{l}.attn_qkv.weight'),
+  Row(f'{_QKV}.bias', '[NH]', 'attn/q/b', 'NH', gguf='blk.{l}.attn_qkv.bias'),
+  Row(f'{_QKV}.bias', '[KH]', 'attn/k/b', 'KH', gguf='blk.{l}.attn_qkv.bias'),
+  Row(f'{_QKV}.bias', '[KH]', 'attn/v/b', 'KH', gguf='blk.{l}.attn_qkv.bias'),
+  Row(f'{_BLOCK}attn.c_proj.weight', 'NH D', 'attn/o/w', 'NHD', gguf='blk.{l}.attn_output.weight'),
+  Row(f'{_BLOCK}attn.c_proj.bias', 'D', 'attn/o/b', 'D', gguf='blk.{l}.attn_output.bias'),
+  Row(f'{_BLOCK}ln_2.weight', 'D', 'mlp_norm/scale', 'D', gguf='blk.{l}.ffn_norm.weight'),
+  Row(f'{_BLOCK}ln_2.bias', 'D', 'mlp_norm/b', 'D', gguf='blk.{l}.ffn_norm.bias'),
+  Row(f'{_BLOCK}mlp.c_fc.weight', 'D F', 'mlp/up/w', 'DF', gguf='blk.{l}.ffn_up.weight'),
+  Row(f'{_BLOCK}mlp.c_fc.bias', 'F', 'mlp/up/b', 'F', gguf='blk.{l}.ffn_up.bias'),
+  Row(f'{_BLOCK}mlp.c_proj.weight', 'F D', 'mlp/down/w', 'FD', gguf='blk.{l}.ffn_down.weight'),
+  Row(f'{_BLOCK}mlp.c_proj.bias', 'D', 'mlp/down/b', 'D', gguf='blk.{l}.ffn_down.bias'),
+  Row('transformer.ln_f.weight', 'D', 'final_norm/scale', 'D', gguf='output_norm.weight'),
+  Row('transformer.ln_f.bias', 'D', 'final_norm/b', 'D', gguf='output_norm.bias'),
   *(row for row in decoder.HEAD if row.leaf in ('head/w', 'score/w')),
 )
 
@@ -132,6 +134,23 @@ def _write(arch: Architecture) -> dict[str, Any]:
   } | _write_scales(arch)
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  return {
+    'n_positions': file.count('context_length'),
+    'n_embd': file.count('embedding_length'),
+    'n_layer': file.count('block_count'),
+    'n_head': file.count('attention.head_count'),
+    'n_inner': file.count('feed_forward_length'),
+    'layer_norm_epsilon': file.number('attention.layer_norm_epsilon'),
+  }
+
+
+def _write_gguf(arch: Architecture) -> dict[str, Any]:
+  out = gguf.write_decoder(arch)
+  out['attention.layer_norm_epsilon'] = out.pop('attention.layer_norm_rms_epsilon')
+  return out
+
+
 GPT2 = Family(
   model_types=('gpt2',),
   hf_class='GPT2',
@@ -143,4 +162,16 @@ GPT2 = Family(
   unused=re.compile(r'transformer\.h\.\d+\.attn\.(bias|masked_bias)'),
   tied=('transformer.wte.weight', 'lm_head.weight'),
   prefix='transformer.',
+  gguf=Gguf(
+    arch='gpt2',
+    fixed=(('activation_function', 'gelu_new'),),
+    read=_read_gguf,
+    write=_write_gguf,
+    transposed=(
+      '.attn.c_attn.weight',
+      '.attn.c_proj.weight',
+      '.mlp.c_fc.weight',
+      '.mlp.c_proj.weight',
+    ),
+  ),
 )

@@ -4,8 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, llama
+from ftjax.families import decoder, gguf, gguf_rope, hf_rope, llama
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.layer_types import FULL
 from ftjax.families.tensor_map import Row
@@ -52,6 +54,25 @@ def _write(arch: Architecture) -> dict[str, Any]:
   return written | decoder.write_rope(arch) | _write_multipliers(arch)
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  return gguf.read_biased(file) | {
+    'embedding_multiplier': file.number('embedding_scale', 1.0),
+    'attention_multiplier': file.number('attention.scale', file.head_dim() ** -0.5),
+    'residual_multiplier': file.number('residual_scale', 1.0),
+    'logits_scaling': file.number('logit_scale'),
+  }
+
+
+def _write_gguf(arch: Architecture) -> dict[str, Any]:
+  found = _write_multipliers(arch)
+  return gguf.write_decoder(arch) | {
+    'embedding_scale': found['embedding_multiplier'],
+    'attention.scale': found['attention_multiplier'],
+    'residual_scale': found['residual_multiplier'],
+    'logit_scale': found['logits_scaling'],
+  }
+
+
 GRANITE = Family(
   model_types=('granite',),
   hf_class='Granite',
@@ -61,6 +82,14 @@ GRANITE = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='granite',
+    fixed=(('hidden_act', 'silu'),),
+    read=_read_gguf,
+    write=_write_gguf,
+    interleaved=gguf.INTERLEAVED,
+    rope_tensors=(gguf_rope.FREQS,),
+  ),
 )
 
 # Granite 4 dense: model_type granitemoehybrid without experts and without Mamba layers.

@@ -4,8 +4,11 @@ queries by a factor of their position.
 
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types
+from ftjax.families import decoder, gguf, hf_rope, layer_types, llama
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
+from ftjax.families.gguf_rope import read_rope
 from ftjax.families.hf_config import HfConfig, class_defaults
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.rope_rule import Reading
@@ -59,6 +62,19 @@ def _write_ministral3(arch: Architecture) -> dict[str, Any]:
   return written | _write_windows(arch)
 
 
+# llama.cpp has Mistral's models under Llama's name, and computes no window.
+
+
+def _read_gguf3(file: GgufFile) -> dict[str, Any]:
+  rope = read_rope(file, scaled_queries=True)
+  sizes = gguf.read_sizes(file) | {WINDOW: None}
+  return sizes | hf_rope.write(rope, file.count('context_length'))
+
+
+def _write_gguf3(arch: Architecture) -> dict[str, Any]:
+  return gguf.write_decoder(arch, scaled_queries=True)
+
+
 MISTRAL = Family(
   model_types=('mistral', 'ministral'),
   hf_class='Mistral',
@@ -68,6 +84,7 @@ MISTRAL = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=llama.LLAMA.gguf,
 )
 MINISTRAL3 = Family(
   model_types=('ministral3',),
@@ -78,4 +95,11 @@ MINISTRAL3 = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='mistral3',
+    fixed=(('hidden_act', 'silu'),),
+    read=_read_gguf3,
+    write=_write_gguf3,
+    interleaved=gguf.INTERLEAVED,
+  ),
 )

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
-from ftjax.families import decoder, experts, hf_rope, layer_types
+from ftjax.families import decoder, experts, gguf, gguf_rope, hf_rope, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
 from ftjax.models.architecture import Architecture
 
@@ -25,6 +27,11 @@ def _write(arch: Architecture) -> dict[str, Any]:
   return written | experts.write(arch) | {'sliding_window': layer_types.window(arch)}
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  # llama.cpp computes no window under this name.
+  return gguf.read_decoder(file) | gguf.read_experts(file) | {'sliding_window': None}
+
+
 MIXTRAL = Family(
   model_types=('mixtral',),
   hf_class='Mixtral',
@@ -35,4 +42,13 @@ MIXTRAL = Family(
   other_rows=decoder.rows(mlp=experts.FUSED),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='llama',
+    fixed=(('hidden_act', 'silu'),),
+    read=_read_gguf,
+    write=gguf.write_experts,
+    mark='expert_count',
+    interleaved=gguf.INTERLEAVED,
+    rope_tensors=(gguf_rope.FREQS,),
+  ),
 )

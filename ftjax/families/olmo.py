@@ -5,8 +5,11 @@ all its keys, together.
 import dataclasses
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types
+from ftjax.families import decoder, gguf, hf_rope, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
+from ftjax.families.gguf_rope import read_rope
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.layer_types import FULL, SLIDING
 from ftjax.families.tensor_map import Row
@@ -73,6 +76,33 @@ def _write_olmo3(arch: Architecture) -> dict[str, Any]:
   return written | hf_rope.write_by_layer_type(ropes, arch.max_len, 'rope_theta')
 
 
+# llama.cpp has one name for both; a file of OLMo 3 states a window.
+
+
+def _read_gguf3(file: GgufFile) -> dict[str, Any]:
+  ropes = {FULL: read_rope(file), SLIDING: Rope(file.theta())}
+  windows = gguf.has_windows(file, 4)
+  longest = file.count('context_length')
+  return (
+    gguf.read_sizes(file)
+    | hf_rope.write_by_layer_type(ropes, longest, 'rope_theta')
+    | {
+      'sliding_window': file.count('attention.sliding_window'),
+      'layer_types': [SLIDING if windowed else FULL for windowed in windows],
+    }
+  )
+
+
+def _write_gguf3(arch: Architecture) -> dict[str, Any]:
+  return gguf.write_decoder(arch) | gguf.write_windows(arch, 4)
+
+
+_GGUF = Gguf(
+  arch='olmo2',
+  fixed=(('hidden_act', 'silu'), ('attention_bias', False)),
+  square=True,
+  tied=False,
+)
 OLMO2 = Family(
   model_types=('olmo2',),
   hf_class='Olmo2',
@@ -82,6 +112,7 @@ OLMO2 = Family(
   rows=decoder.rows((*decoder.ATTENTION, *_QK_NORMS), norms=_NORMS),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=_GGUF,
 )
 OLMO3 = dataclasses.replace(
   OLMO2,
@@ -90,4 +121,7 @@ OLMO3 = dataclasses.replace(
   keys=KEYS | {'layer_types', 'sliding_window'},
   read=_read_olmo3,
   write=_write_olmo3,
+  gguf=dataclasses.replace(
+    _GGUF, read=_read_gguf3, write=_write_gguf3, mark='attention.sliding_window'
+  ),
 )

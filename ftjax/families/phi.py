@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types
+from ftjax.families import decoder, gguf, gguf_rope, hf_rope, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
+from ftjax.families.gguf_rope import read_rope
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.rope_rule import Reading
 from ftjax.families.tensor_map import Row
@@ -15,14 +18,14 @@ KEYS = decoder.KEYS | {'attention_bias', 'mlp_bias', 'lm_head_bias', 'sliding_wi
 _QKV = 'model.layers.{l}.self_attn.qkv_proj.weight'
 _GATE_UP = 'model.layers.{l}.mlp.gate_up_proj.weight'
 _ATTENTION = (
-  Row(_QKV, '[NH] D', 'attn/q/w', 'DNH'),
-  Row(_QKV, '[KH] D', 'attn/k/w', 'DKH'),
-  Row(_QKV, '[KH] D', 'attn/v/w', 'DKH'),
+  Row(_QKV, '[NH] D', 'attn/q/w', 'DNH', gguf='blk.{l}.attn_qkv.weight'),
+  Row(_QKV, '[KH] D', 'attn/k/w', 'DKH', gguf='blk.{l}.attn_qkv.weight'),
+  Row(_QKV, '[KH] D', 'attn/v/w', 'DKH', gguf='blk.{l}.attn_qkv.weight'),
   *(row for row in decoder.ATTENTION if row.leaf == 'attn/o/w'),
 )
 _MLP = (
-  Row(_GATE_UP, '[F] D', 'mlp/gate/w', 'DF'),
-  Row(_GATE_UP, '[F] D', 'mlp/up/w', 'DF'),
+  Row(_GATE_UP, '[F] D', 'mlp/gate/w', 'DF', gguf='blk.{l}.ffn_up.weight'),
+  Row(_GATE_UP, '[F] D', 'mlp/up/w', 'DF', gguf='blk.{l}.ffn_up.weight'),
   *(row for row in decoder.MLP if row.leaf == 'mlp/down/w'),
 )
 
@@ -55,6 +58,13 @@ def _write(arch: Architecture) -> dict[str, Any]:
   return written | {'sliding_window': layer_types.window(arch)} | decoder.NO_TOKENS
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  # llama.cpp reads a window and computes none.
+  return gguf.read_sizes(file) | hf_rope.write(
+    read_rope(file, partial=True), file.count('context_length')
+  )
+
+
 PHI3 = Family(
   model_types=('phi3',),
   hf_class='Phi3',
@@ -64,4 +74,11 @@ PHI3 = Family(
   rows=decoder.rows(_ATTENTION, _MLP),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='phi3',
+    fixed=(('hidden_act', 'silu'),),
+    read=_read_gguf,
+    rope_tensors=(gguf_rope.LONG, gguf_rope.SHORT),
+    square=True,
+  ),
 )

@@ -56,7 +56,7 @@ QWEN2 = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
-  gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), normalizes=True),
+  gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), square=True, normalizes=True),
 )
 
 

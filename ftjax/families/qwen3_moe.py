@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
-from ftjax.families import decoder, experts, hf_rope, layer_types
+from ftjax.families import decoder, experts, gguf, hf_rope, layer_types
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
 from ftjax.models.architecture import Architecture, MoeSpec, Norm
 from ftjax.runtime.errors import DataError
@@ -72,6 +74,22 @@ def _write(arch: Architecture) -> dict[str, Any]:
   )
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  # llama.cpp has experts in each layer and divides their weights by the sum.
+  return (
+    gguf.read_decoder(file)
+    | gguf.read_experts(file)
+    | {
+      'moe_intermediate_size': file.count(
+        'expert_feed_forward_length', file.count('feed_forward_length')
+      ),
+      'norm_topk_prob': True,
+      'decoder_sparse_step': 1,
+      'mlp_only_layers': [],
+    }
+  )
+
+
 QWEN3_MOE = Family(
   model_types=('qwen3_moe',),
   hf_class='Qwen3Moe',
@@ -91,4 +109,11 @@ QWEN3_MOE = Family(
   ),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='qwen3moe',
+    fixed=(('hidden_act', 'silu'), ('attention_bias', False), ('use_sliding_window', False)),
+    read=_read_gguf,
+    write=gguf.write_experts,
+    normalizes=True,
+  ),
 )

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from ftjax.families import decoder, hf_rope, layer_types, llama, qwen
+from ftjax.families import decoder, gguf, hf_rope, layer_types, llama, qwen
 from ftjax.families.family import Family
+from ftjax.families.gguf import Gguf
+from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import DataError
@@ -63,6 +65,12 @@ def _write(arch: Architecture) -> dict[str, Any]:
   return written | decoder.NO_TOKENS
 
 
+def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  # llama.cpp rotates no queries and keys in each fourth layer, whatever the file says.
+  layers = range(file.count('block_count'))
+  return gguf.read_decoder(file) | {'no_rope_layers': [int((i + 1) % 4 != 0) for i in layers]}
+
+
 SMOLLM3 = Family(
   model_types=('smollm3',),
   hf_class='SmolLM3',
@@ -72,4 +80,10 @@ SMOLLM3 = Family(
   rows=decoder.rows(),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf=Gguf(
+    arch='smollm3',
+    fixed=(('hidden_act', 'silu'), ('attention_bias', False), ('mlp_bias', False)),
+    read=_read_gguf,
+    interleaved=gguf.INTERLEAVED,
+  ),
 )

@@ -11,7 +11,9 @@ from typing import Any
 
 from ftjax.families import table
 from ftjax.families.gguf_file import GgufFile
+from ftjax.families.gguf_rope import FREQS
 from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.rope_spec import RopeScaling
 from ftjax.runtime.errors import DataError
 
 # Numbers are float32 in files.
@@ -21,7 +23,12 @@ _NOT_IN_FILES = ('family', 'stacks', 'balance', 'vocab_multiple')
 
 
 def check(arch: Architecture, file: GgufFile) -> None:
-  """Raises DataError where the model that a file states differs from `arch`; names the settings."""
+  """Raises DataError where the model that a file states differs from `arch`; names the settings.
+
+  The tensor of the `llama3` rule is no part of it: it is the rule's divisors themselves, of which
+  the rule cannot always be found again.
+  """
+  file = dataclasses.replace(file, rope={k: v for k, v in file.rope.items() if k != FREQS})
   family = table.of_gguf(file.arch, file.values)
   if family is None:
     raise ValueError(f'no family of {file.arch!r}')
@@ -44,17 +51,20 @@ def _settings(arch: Architecture) -> Iterator[tuple[str, Any]]:
   """Yields (name, value) of all settings of a model and its layers."""
   yield from _flat('', arch)
   for i, block in enumerate(arch.layers()):
-    yield from _flat(f'layer {i}', _rounded(block))
+    yield from _flat(f'layer {i}', _in_metadata(block))
 
 
-def _rounded(block: BlockSpec) -> BlockSpec:
-  """Returns a block whose partial rotation is a share that a whole number of coordinates is."""
+def _in_metadata(block: BlockSpec) -> BlockSpec:
+  """Returns a block with a rotary embedding as metadata have it: a partial rotation is a whole
+  number of coordinates, and nothing tells of `llama3`.
+  """
   rope = block.mixer.rope
   if rope is None:
     return block
   share = rope.size(block.mixer.head_dim) / block.mixer.head_dim
-  mixer = dataclasses.replace(block.mixer, rope=dataclasses.replace(rope, fraction=share))
-  return dataclasses.replace(block, mixer=mixer)
+  scaling = None if isinstance(rope.scaling, RopeScaling) else rope.scaling
+  rope = dataclasses.replace(rope, fraction=share, scaling=scaling)
+  return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, rope=rope))
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ gguf_tokenizer.py is the way in.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ftjax.data.tokenizer import Tokenizer
@@ -148,16 +148,16 @@ def _sentencepiece(
     elif token == model.get('unk_token'):
       types[i] = UNKNOWN
   merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in model['merges']]
-  ranks: dict[str, int] = {}
-  for rank, pair in enumerate(merges):
-    ranks.setdefault(''.join(pair), rank)
+  added = {tokens[token['id']] for token in content.get('added_tokens') or ()}
+  ranks = _ranks(merges, added)
   scores = [-float(ranks[token]) if token in ranks else 0.0 for token in tokens]
   if gguf_tokenizer.implied_merges(tokens, scores) != merges:
     raise _refused(
       tokenizer, 'its merges are not those of a SentencePiece vocabulary, which scores would give'
     )
   # llama.cpp merges characters that are no tokens too, where others write them as bytes.
-  if lone := sorted(set(''.join(map(''.join, merges))) - set(tokens)):
+  # A space is written as ▁ before that.
+  if lone := sorted(set(''.join(map(''.join, merges))) - set(tokens) - {' '}):
     raise _refused(tokenizer, f'the character {lone[0]!r} of a merge is no token of its own')
   return {
     'tokenizer.ggml.model': 'llama',
@@ -167,11 +167,36 @@ def _sentencepiece(
   }
 
 
+def _ranks(merges: Sequence[tuple[str, ...]], added: Collection[str]) -> dict[str, int]:
+  """Returns {token: rank} from the merges that make it; the best rank is 0.
+
+  Tokens whose merges stand mixed had one score (Gemma's). Their order counts in a BPE and not in
+  llama.cpp, so all of them but one must be added tokens, which are found before any merge.
+  """
+  last = {''.join(pair): rank for rank, pair in enumerate(merges)}
+  ranks: dict[str, int] = {}
+  start, end, alone = 0, -1, True
+  for rank, pair in enumerate(merges):
+    token = ''.join(pair)
+    if rank > end:
+      start, alone = rank, True
+    end = max(end, last[token])
+    if token in ranks:
+      continue
+    mixed = start != rank and token not in added and not alone
+    ranks[token] = rank if mixed else start
+    alone = alone and token in added
+  return ranks
+
+
 def _space_prefix(tokenizer: Tokenizer, content: Mapping[str, Any]) -> bool:
   """Returns whether a text gets a space in front."""
   replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
   prepend = {'type': 'Prepend', 'prepend': '▁'}
   steps, normalizer = _steps(content.get('pre_tokenizer')), _steps(content.get('normalizer'))
+  if normalizer == [replace]:
+    # Splitting at spaces does nothing once they are replaced (Gemma).
+    steps = [s for s in steps if (s['type'], s.get('pattern')) != ('Split', {'String': ' '})]
   if not steps and normalizer in ([prepend, replace], [replace]):
     return normalizer[0] == prepend
   if not normalizer and len(steps) == 1 and steps[0]['type'] == 'Metaspace':

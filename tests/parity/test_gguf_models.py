@@ -9,7 +9,7 @@ import pytest
 from tiny_model import logits, tokens_at
 from tokenizers import Tokenizer as Tokens
 
-from ftjax.hf import load
+from ftjax import convert
 from parity.llama_cpp import LlamaCpp
 from parity.make_gguf_goldens import MODELS, logps
 from parity.mixed_strings import mixed_strings
@@ -50,9 +50,21 @@ GEMMA_TEXTS = (
 )
 
 
-def test_token_ids_of_gemma():
+@pytest.fixture(scope='module')
+def gemma_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('gemma') / 'hf'
+  convert.convert(str(file_of('gemma3')), str(folder), 'bfloat16')
+  return folder
+
+
+@pytest.mark.parametrize('written', ['by others', 'by us'])
+def test_token_ids_of_gemma(gemma_folder, tmp_path, written):
+  """Of the file as it is, and of what is written from the HF folder made of it."""
   file = file_of('gemma3')
-  tokens = Tokens.from_str(load.tokenizer_files(file)['tokenizer.json'].decode())
+  if written == 'by us':
+    file = tmp_path / 'x.gguf'
+    convert.convert(str(gemma_folder), str(file), 'q8_0')
+  tokens = Tokens.from_file(str(gemma_folder / 'tokenizer.json'))
   texts = [*mixed_strings(500), *GEMMA_TEXTS]
   with LlamaCpp(file) as model:
     wrong = [

@@ -8,6 +8,7 @@ same, its own greedy decoding writes the same text.
 import dataclasses
 import json
 
+import gguf_cases
 import numpy as np
 import pytest
 import tiny_run
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer as Tokens
 
 from ftjax import convert
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import export, load
+from ftjax.hf import export, gguf_tokenizer, load
 from ftjax.hf import gguf as gguf_source
 from ftjax.hf.gguf import GGUFSource
 from ftjax.models.rope_spec import RopeScaling
@@ -111,6 +112,27 @@ def test_logits_of_tiny_models(tmp_path, arch):
   assert np.abs(got - ours).max() <= 1e-5 * np.abs(ours).max()
 
 
+@pytest.mark.parametrize('name', gguf_cases.CASES)
+def test_every_family(tmp_path, name):
+  """Logits of 100 tokens, longer than windows and original contexts; and its greedy continuation,
+  token by token under teacher forcing. ggml computes GELU from a table in float16.
+  """
+  folder = gguf_cases.write_folder(tmp_path / 'hf', gguf_cases.CASES[name])
+  convert.convert(folder, str(tmp_path / 'x.gguf'), 'float32')
+  arch, params = open_model(tmp_path / 'x.gguf')
+  ids = np.random.default_rng(0).integers(0, 384, 100).tolist()
+  ids += complete(arch, params, [ids], 20)[0]
+  row = np.array([ids], np.int32)
+  ours = logits(arch, params, row, tokens_at(np.ones_like(row)))[0]
+  with LlamaCpp(tmp_path / 'x.gguf') as model:
+    got = model.logits(ids)
+  error = np.abs(got - ours).max() / np.abs(ours).max()
+  print(f'{name}: largest difference {error:.1e} of the largest logit')
+  assert error <= (2e-3 if 'gelu' in arch.layers()[0].mlp.activation else 3e-5)
+  top = got[99:-1].max(-1) - got[np.arange(99, 119), ids[100:]]
+  assert (top <= 2 * error * np.abs(ours).max()).all()  # the same token, or as likely a one
+
+
 def as_llama2(path):
   """Makes the toy's SentencePiece tokenizer one like Llama 2's: the normalizer puts in spaces, and
   every character of a token is a token.
@@ -129,7 +151,7 @@ def as_llama2(path):
 
 @pytest.mark.parametrize(
   ('kind', 'pre'),
-  [('gpt2', 'gpt-2'), ('gpt2', 'qwen2'), ('gpt2', 'llama-bpe'), ('gpt2', 'smollm'), ('llama', '')],
+  [('llama', ''), *(('gpt2', pre) for pre in gguf_tokenizer.splittings())],
 )
 def test_every_kind_of_vocabulary(tmp_path, kind, pre):
   write_toy(tmp_path / 'toy.gguf', Toy(), kind, pre)
