@@ -235,7 +235,9 @@ def read(path: str | os.PathLike) -> PeftFolder:
     raise DataError(f'{folder}: {WEIGHTS_FILE} is missing (unfinished download?)')
   if not model_folder.is_adapter(folder):
     raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
-  return PeftFolder(folder, peft_base.read(folder, config), config, load.open_source(folder))
+  source, modules = peft_names.text_part(load.open_source(folder))
+  config = dataclasses.replace(config, modules=modules)
+  return PeftFolder(folder, peft_base.read(folder, config), config, source)
 
 
 def check_base(folder: PeftFolder, path: str, sha256: str) -> None:
