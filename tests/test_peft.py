@@ -306,9 +306,9 @@ def test_peft_computes_the_same_with_our_folder(by_peft, case):
   assert np.abs(stored['merged'] - ours).max() <= 1e-3 * max(1, size)
   theirs = {k.removeprefix('gradient/'): stored[k] for k in stored if k.startswith('gradient/')}
   found = our_gradient(arch, params, ids)
-  for place, m in peft_names.adapted(arch):
-    rank, (inputs, outputs) = m.ranks[place.layer], place.sides
-    a, b, magnitude = place.tensors
+  for module in peft_names.adapted(arch):
+    ((place, rank, _),) = module.parts
+    (inputs, outputs), (a, b, magnitude) = place.sides, module.tensors
 
     def own(leaf, place=place):
       return np.asarray(found[f'{place.name}/{leaf}'])[place.binding.at]
@@ -321,7 +321,7 @@ def test_peft_computes_the_same_with_our_folder(by_peft, case):
       pairs.append((theirs.pop(magnitude), peft_names.to_hf(own('lora_m')[None], outputs)[0]))
     for one, other in pairs:
       assert np.abs(one - other).max() <= 1e-4 * np.abs(other).max(), place
-  for hf, b in peft_names.trained(arch).items():
+  for hf, (b,) in peft_names.trained(arch).items():
     other = b.to_hf(np.asarray(found[b.leaf])[b.at])
     assert np.abs(theirs.pop(f'base_model.model.{hf}') - other).max() <= 1e-4 * np.abs(other).max()
   assert not theirs

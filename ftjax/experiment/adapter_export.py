@@ -60,6 +60,14 @@ class Comparison:
     return f'KL from adapter to merged model: {self.kl:.3g} nats per token, {end}'
 
 
+def check(run: Run) -> None:
+  """Raises ConfigError, before anything is trained, where the adapter has no form as a PEFT folder;
+  warns where PEFT will not load it.
+  """
+  if run.arch.adapter is not None:
+    peft_export.check(run.arch)
+
+
 def export(run: Run, params: dict, card: bytes) -> None:
   """Writes the adapter to export/.
 

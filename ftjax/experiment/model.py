@@ -9,7 +9,7 @@ from ftjax.data import encode, synthetic
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
 from ftjax.experiment.vocabulary import Vocabulary
-from ftjax.families import llama, table
+from ftjax.families import hf_config, llama, table
 from ftjax.hf import load, reward_head
 from ftjax.hf.new_rows import NewRows
 from ftjax.models.architecture import Architecture
@@ -51,9 +51,15 @@ class Model:
 def random_config(random: dict) -> dict:
   """Returns model.random as a HF config.json, complete for the family `llama`."""
   config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
-  if config['model_type'] != 'gpt2':  # which has no such key
+  kind = config['model_type']
+  if kind != 'gpt2':  # which has no such key
     config = {'num_key_value_heads': None} | config  # as many as heads
-  return llama.DEFAULTS | config if config['model_type'] == 'llama' else config
+  if kind == 'llama':
+    return llama.DEFAULTS | config
+  pad = hf_config.class_defaults(str(kind)).get('pad_token_id')
+  if pad is not None and isinstance(config['vocab_size'], int) and pad >= config['vocab_size']:
+    config = {'pad_token_id': None} | config  # transformers refuses an id beyond the vocabulary
+  return config
 
 
 def open_model(

@@ -13,11 +13,13 @@ class Completion:
   tokens: ids, with the stop token that ended it. logprobs: float32[len(tokens)], in nats, under
   softmax(logits / temperature) over the whole vocabulary (temperature 0: those of temperature 1):
   what the trainer's forward computes. truncated: whether it was cut at max_tokens, and not ended by
-  a stop token or string."""
+  a stop token or string. choices: int16[len(tokens), L, k], the experts of the token before each,
+  in each layer that has experts; None where the engine does not return them."""
 
   tokens: list[int]
   logprobs: np.ndarray
   truncated: bool
+  choices: np.ndarray | None = None
 
   def before_stop(self, stop_ids: Sequence[int]) -> list[int]:
     """Returns the tokens without a stop token at the end."""
@@ -43,15 +45,21 @@ class Unfinished:
   most: int
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
+  choices: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-  def extend(self, tokens, logprobs, stop_ids, ended) -> Completion | None:
-    """Takes a dispatch's tokens; returns the completion, if one of them was its last."""
-    for token, logprob in zip(tokens, logprobs, strict=True):
+  def extend(self, drawn, stop_ids, ended) -> Completion | None:
+    """Takes what a dispatch drew: tokens, log-probs and perhaps experts. Returns the completion, if
+    one of the tokens was its last.
+    """
+    for token, logprob, *choices in zip(*drawn, strict=True):
       self.tokens.append(int(token))
       self.logprobs.append(logprob)
+      self.choices += choices
       stopped = token in stop_ids or bool(ended and ended(self.tokens))
       if stopped or len(self.tokens) == self.most:
-        return Completion(self.tokens, np.array(self.logprobs, np.float32), truncated=not stopped)
+        logprobs = np.array(self.logprobs, np.float32)
+        choices = np.stack(self.choices) if self.choices else None
+        return Completion(self.tokens, logprobs, not stopped, choices)
     return None
 
 

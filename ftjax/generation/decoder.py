@@ -97,12 +97,14 @@ class Decoder:
     return self.collect([o[:, :taken] for o in out])
 
   def collect(self, out: Sequence[np.ndarray]) -> list[tuple[Unfinished, Completion]]:
-    """Gives (tokens, logprobs) [B, steps] to the sequences; see `dispatch`."""
+    """Gives (tokens, logprobs) [B, steps], and experts beside them, to the sequences; see
+    `dispatch`.
+    """
     ended = []
     for slot, sequence in enumerate(self.slots):
       if sequence:
-        rows = (o[slot] for o in out)
-        completion = sequence.extend(*rows, self._programs.stop_ids, self._request.ended)
+        rows = [o[slot] for o in out]
+        completion = sequence.extend(rows, self._programs.stop_ids, self._request.ended)
         if completion:
           ended.append((sequence, completion))
           self.slots[slot] = None

@@ -70,6 +70,7 @@ class Engine:
     vocab_size: of the tokenizer; ids from it on are never drawn. Many models have rows beyond it
       (Qwen2.5: 151,936 for 151,665 ids), which no training has seen and no text has tokens for.
       None: the model's.
+    routed: whether the completions of `generate` have `choices`, of a model with experts.
   """
 
   def __init__(
@@ -82,13 +83,14 @@ class Engine:
     slots: int,
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
     vocab_size: int | None = None,
+    routed: bool = False,
   ):
     if slots < 1 or tokens_per_dispatch < 1:
       raise ConfigError(f'{slots=}, {tokens_per_dispatch=}: expected both to be at least 1')
     self.arch, self.pad_id = arch, pad_id
     self.stop_ids, self.slots = tuple(stop_ids), slots
     self.tokens_per_dispatch = tokens_per_dispatch
-    self._programs = Programs(arch, dtype, self.stop_ids, tokens_per_dispatch, vocab_size)
+    self._programs = Programs(arch, dtype, self.stop_ids, tokens_per_dispatch, vocab_size, routed)
 
   @property
   def compilations(self) -> int:

@@ -62,6 +62,7 @@ class Programs:
     stop_ids: tokens that end a completion.
     width: columns of the output of `decode`: the most steps of one dispatch.
     vocab_size: ids from it on are never drawn; None: any may be.
+    routed: whether `decode` returns the experts that the routers chose.
   """
 
   def __init__(
@@ -71,7 +72,9 @@ class Programs:
     stop_ids: Sequence[int],
     width: int,
     vocab_size: int | None,
+    routed: bool = False,
   ):
+    self.routed = routed
     self.arch, self.dtype, self.has_states = arch, dtype, kv.has_states(arch)
     self.stop_ids, self.width, self._vocab_size = tuple(stop_ids), width, vocab_size
     self.compilations = 0  # each function below counts when it is traced
@@ -147,7 +150,7 @@ class Programs:
 
     Returns:
       (cache, slots, steps taken, (tokens, logprobs) [B, width]); the last two are whole on every
-      device.
+      device. Where `routed`, with the experts of the token of each step, int16[B, width, L, k].
     """
     self.compilations += 1
     batch, capacity = cache.tokens.segments.shape
@@ -160,11 +163,14 @@ class Programs:
         for a in (slots.token, alive.astype(jnp.int32), slots.position)
       )
       where, index = Tokens(segment, position), (at + i) % capacity
-      x, cache = kinds.decode(self.arch, params, token, where, cache, index, dtype=self.dtype)
+      x, cache, *found = kinds.decode(
+        self.arch, params, token, where, cache, index, dtype=self.dtype, routed=self.routed
+      )
       slots, drawn = self._draw(params, x[:, 0], slots, seed, sampling)
+      new = (*drawn, *(r.choices[:, :, 0].transpose(1, 0, 2).astype(jnp.int16) for r in found))
       out = tuple(
         jax.lax.dynamic_update_slice_in_dim(o, d[:, None], i, 1)
-        for o, d in zip(out, drawn, strict=True)
+        for o, d in zip(out, new, strict=True)
       )
       return i + 1, cache, slots, out
 
@@ -172,10 +178,16 @@ class Programs:
       i, _, slots, _ = carry
       return (i < steps) & jnp.any(slots.left > 0)
 
+    columns = [(jnp.int32, ()), (jnp.float32, ())]
+    if self.routed:
+      mixtures = self.arch.mixtures()
+      columns.append((jnp.int16, (len(mixtures), mixtures[0].top_k)))
     out = tuple(
-      jnp.zeros((batch, self.width), d, out_sharding=spec('batch', None))
-      for d in (jnp.int32, jnp.float32)
+      jnp.zeros(
+        (batch, self.width, *more), d, out_sharding=spec('batch', None, *[None] * len(more))
+      )
+      for d, more in columns
     )
     zero = jnp.zeros((), jnp.int32)
     i, cache, slots, out = jax.lax.while_loop(should_continue, step, (zero, cache, slots, out))
-    return cache, slots, i, tuple(jax.sharding.reshard(o, spec(None, None)) for o in out)
+    return cache, slots, i, tuple(jax.sharding.reshard(o, P()) for o in out)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from ftjax.families import table
 from ftjax.hf import layout, load, model_folder, peft_config, peft_names
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
-from ftjax.hf.peft_names import Place
+from ftjax.hf.peft_names import Adapted, Part
 from ftjax.hf.tensor_source import TensorSource
 from ftjax.hf.weight_files import file_inside, parse_json
 from ftjax.models import kinds
@@ -43,13 +43,16 @@ class Base:
   """The base of an adapter.
 
   path: HF folder, GGUF file or hub name, '' where the folder names none. sha256: of its weights, ''
-  where it is not recorded. storage, block: how it was held, as in architecture.Architecture.
+  where it is not recorded. storage, block: how it was held, as in architecture.Architecture. parts:
+  {module: (rank, scale) of each part} of the fused matrices whose adapter is that of its parts; see
+  peft_names.Adapted.
   """
 
   path: str
   sha256: str = ''
   storage: str = ''
   block: int = 64
+  parts: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,12 @@ class PeftFolder:
       base=self.base.storage,
       block=self.base.block,
     )
+    # PEFT corrects it for the modules that it is false of, so false is right for all.
+    if self.config.transposed and not any(m.is_transposed for m in peft_names.adapted(found)):
+      raise DataError(
+        f'{self.config.place}: fan_in_fan_out=True is not supported for a base whose matrices are '
+        'stored as [outputs, inputs]; expected false'
+      )
     self._check_tensors(found, saved)
     return found
 
@@ -121,12 +130,15 @@ class PeftFolder:
         f'{self.config.place}: target_modules has {other[0]}, whose adapter is not supported here: '
         'it is no linear map of its own. Merge the adapter with PEFT (merge_and_unload)'
       )
+    if other := [m for m in self.base.parts if m not in wanted]:
+      raise DataError(f'{self.place / BASE_FILE}: parts has {other[0]}, which has no adapter')
     ranks: dict[str, dict[int, tuple[int, float]]] = {}
     for m in wanted:
-      p = places[m]
-      ranks.setdefault(p.name, {})[p.layer] = self.config.factors(m)
+      for p, found in zip(places[m], self._factors(m, len(places[m])), strict=True):
+        if found[0]:
+          ranks.setdefault(p.name, {})[p.layer] = found
     layers: dict[str, int] = {}
-    for p in places.values():
+    for p in (p for parts in places.values() for p in parts):
       layers[p.name] = max(layers.get(p.name, 0), p.layer + 1)
     out = []
     for name in kinds.linear_maps(plain):
@@ -134,6 +146,27 @@ class PeftFolder:
         rows = [ranks[name].get(layer, (0, 0.0)) for layer in range(layers[name])]
         out.append(AdaptedMap(name, *(tuple(column) for column in zip(*rows, strict=True))))
     return tuple(out)
+
+  def _factors(self, module: str, count: int) -> Sequence[tuple[int, float]]:
+    """Returns (rank, scale) of the adapter of each of a module's parts. All parts share A where the
+    folder does not say that they have their own.
+    """
+    rank, scale = self.config.factors(module)
+    parts = self.base.parts.get(module, ((rank, scale),) * count)
+    if module in self.base.parts:
+      scales = [s / scale for r, s in parts if r]
+      is_fit = len(parts) == count and sum(r for r, _ in parts) == rank and scales
+      if not is_fit or abs(scales[0] - 1) > 1e-9 or not 1e-6 < min(scales) <= max(scales) < 1e6:
+        raise DataError(
+          f'{self.place / BASE_FILE}: parts has {parts} for {module}; expected rank and scale of '
+          f'{count} parts, ranks with the sum {rank} and a first scale of {scale}, as '
+          f'{self.config.place} has them'
+        )
+    return parts
+
+  def is_shared(self, found: Adapted) -> bool:
+    """Returns whether the parts of a module have one factor A in the file."""
+    return len(found.parts) > 1 and found.module not in self.base.parts
 
   def _trained(self, plain: Architecture, saved: list[str]) -> tuple[str, ...]:
     """Returns the leaves that are trained whole."""
@@ -148,9 +181,9 @@ class PeftFolder:
 
   def _expected(self, arch: Architecture, saved: list[str]) -> Iterator[tuple[str, tuple]]:
     """Yields (name, shape) of every tensor that PEFT reads."""
-    for place, found in peft_names.adapted(arch):
-      rank, (inputs, outputs) = found.ranks[place.layer], place.shapes
-      a, b, magnitude = place.tensors
+    for found in peft_names.adapted(arch):
+      rank = found.parts[0].rank if self.is_shared(found) else found.rank
+      (inputs, outputs), (a, b, magnitude) = found.shapes, found.tensors
       yield a, (rank, inputs)
       yield b, (outputs, rank)
       if arch.adapter.dora:
@@ -238,7 +271,7 @@ def _base(folder: Path, config: PeftConfig) -> Base:
   found = _json(place)
   is_fit = (
     isinstance(found, dict)
-    and found.keys() == {'sha256', 'storage', 'block'}
+    and found.keys() - {'parts'} == {'sha256', 'storage', 'block'}
     and isinstance(found['sha256'], str)
     and found['storage'] in _STORAGES
     and type(found['block']) is int
@@ -246,7 +279,20 @@ def _base(folder: Path, config: PeftConfig) -> Base:
   )
   if not is_fit:
     raise DataError(f'{place}: {found!r}; expected sha256, storage (of {_STORAGES}) and block')
-  return Base(path, **found)
+  return Base(path, **found | {'parts': _parts(found.get('parts', {}), place)})
+
+
+def _parts(content: object, place: Path) -> dict[str, tuple[tuple[int, float], ...]]:
+  def is_part(x: object) -> bool:
+    if not isinstance(x, list) or len(x) != 2 or any(isinstance(n, bool) for n in x):
+      return False
+    rank, scale = x
+    return isinstance(rank, int) and rank >= 0 and isinstance(scale, int | float) and scale >= 0
+
+  lists = content.values() if isinstance(content, dict) else [None]
+  if not all(isinstance(parts, list) and all(map(is_part, parts)) for parts in lists):
+    raise DataError(f'{place}: parts={content!r}; expected lists of [rank, scale] by module')
+  return {m: tuple((r, float(s)) for r, s in parts) for m, parts in content.items()}
 
 
 def check_base(folder: PeftFolder, path: str, sha256: str) -> None:
@@ -330,45 +376,61 @@ def check_same(folder: PeftFolder, arch: Architecture) -> None:
 def _leaves(folder: PeftFolder, arch: Architecture) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (name, value) of every adapter leaf that the folder holds, one at a time."""
   declared = kinds.declared(arch)
-  maps: dict[str, list[Place]] = {}
-  for place, _ in peft_names.adapted(arch):
-    maps.setdefault(place.name, []).append(place)
-  for name, places in maps.items():
+  maps: dict[str, list[tuple[Adapted, Part]]] = {}
+  for found in peft_names.adapted(arch):
+    for part in found.parts:
+      if part.rank:
+        maps.setdefault(part.place.name, []).append((found, part))
+  for name, parts in maps.items():
     for leaf in ('lora_a', 'lora_b', 'lora_m', 'lora_a0', 'lora_b0'):
       if (full := f'{name}/{leaf}') in declared:
         start = np.ones if leaf == 'lora_m' else np.zeros
         value = start(declared[full].shape, np.float32)
-        for place in places:
-          rows = _rows(folder, place, leaf, arch)
-          at = place.binding.at
+        for found, part in parts:
+          rows = _rows(folder, found, part, leaf, arch)
+          at = part.place.binding.at
           if leaf == 'lora_m':
             value[at] = rows[0]
           else:
             value[at][: len(rows)] = rows
         yield full, value
   rest: dict[str, list] = {}
-  for b in peft_names.trained(arch).values():
+  for b in (b for parts in peft_names.trained(arch).values() for b in parts):
     rest.setdefault(b.leaf, []).append(b)
   for name, bindings in rest.items():
     value = np.zeros(declared[name].shape, np.float32)  # padding of the vocabulary stays 0
     for b in bindings:
       whole = tuple(slice(0, n) for n in b.shape)
-      value[b.at][whole] = b.from_source(_read(folder, PREFIX + b.hf), whole)
+      tensor = _read(folder, PREFIX + b.hf)
+      value[b.at][whole] = b.from_source(tensor[b.source_slices(whole)[0]], whole)
     yield name, value
 
 
-def _rows(folder: PeftFolder, place: Place, leaf: str, arch: Architecture) -> np.ndarray:
+def _rows(
+  folder: PeftFolder, found: Adapted, part: Part, leaf: str, arch: Architecture
+) -> np.ndarray:
   """Returns the rows of a layer's own rank, in our order of axes: float32[R, ...]."""
-  a, b, magnitude = place.tensors
-  inputs, outputs = place.sides
+  a, b, magnitude = found.tensors
+  place = part.place
+  (inputs, outputs), sizes = place.sides, place.binding.sizes
   if leaf == 'lora_m':
-    return peft_names.from_hf(_read(folder, magnitude)[None], outputs, place.binding.sizes)
+    return peft_names.from_hf(place.rows(_read(folder, magnitude))[None], outputs, sizes)
   is_a = leaf.startswith('lora_a')
-  x = _read(folder, a) if is_a else _read(folder, b).T
+  x = _read(folder, a) if is_a else place.rows(_read(folder, b)).T
+  if not folder.is_shared(found):
+    times = 2 if arch.adapter.pissa else 1
+    begin = times * found.begin(part)
+    own = slice(begin, begin + times * part.rank)
+    if not is_a and np.delete(x, own, axis=0).any():
+      raise DataError(
+        f'{folder.source.place}: {b} has numbers outside the blocks that parts in {BASE_FILE} '
+        'names; delete parts there, and all parts share one factor'
+      )
+    x = x[own] if is_a else x[own] / found.ratio(part)
   if arch.adapter.pissa:  # [A; A0] and [B, -B0]
     rank = len(x) // 2
     x = x[:rank] if leaf in ('lora_a', 'lora_b') else x[rank:] * (1 if is_a else -1)
-  return peft_names.from_hf(x, inputs if is_a else outputs, place.binding.sizes)
+  return peft_names.from_hf(x, inputs if is_a else outputs, sizes)
 
 
 def _read(folder: PeftFolder, name: str) -> np.ndarray:

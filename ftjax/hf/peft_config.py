@@ -27,6 +27,7 @@ _READ = {
   *('peft_type', 'task_type', 'base_model_name_or_path', 'revision', 'r', 'lora_alpha'),
   *('target_modules', 'exclude_modules', 'layers_to_transform', 'layers_pattern', 'rank_pattern'),
   *('alpha_pattern', 'use_rslora', 'use_dora', 'modules_to_save', 'init_lora_weights', 'bias'),
+  'fan_in_fan_out',
 }
 # They change nothing that the saved adapter computes.
 _IDLE = {
@@ -93,7 +94,8 @@ class PeftConfig:
 
   place: the file. base, revision: of the base model, '' where they are not named. labels: whether
   it scores (task_type SEQ_CLS). targets: a pattern, ends of names, or ALL_LINEAR. ranks, alphas:
-  (pattern, value) pairs, before the usual ones.
+  (pattern, value) pairs, before the usual ones. transposed: the matrices of the base are stored as
+  [inputs, outputs], as GPT-2's are.
   """
 
   place: str
@@ -111,6 +113,7 @@ class PeftConfig:
   ranks: tuple[tuple[Pattern, int], ...]
   alphas: tuple[tuple[Pattern, float], ...]
   saved: tuple[str, ...]
+  transposed: bool
 
   def is_saved(self, tensor: str) -> bool:
     """Returns whether a HF tensor belongs to a module that is saved whole."""
@@ -185,6 +188,7 @@ def parse(content: Any, place: str) -> PeftConfig:
     ranks=get.patterns('rank_pattern', get.rank),
     alphas=get.patterns('alpha_pattern', get.alpha),
     saved=get.list('modules_to_save', str),
+    transposed=get.flag('fan_in_fan_out'),
   )
 
 

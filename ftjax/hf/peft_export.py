@@ -4,27 +4,31 @@ the tokenizer, and ftjax_base.json with the hash of the base and how it was held
 What PEFT 0.21 computes with the folder is what was trained. The scale of each map is written as
 alpha / rank, whatever made it: loaders that ignore `use_rslora` are right too. An adapter that
 began as principal components is written as their difference, of twice the rank, so that it fits the
-untouched base. Next: `peft.py`, which reads such folders.
+untouched base. The adapters of the parts of a fused matrix are written as one of that matrix;
+ftjax_base.json has the parts' ranks and scales. Next: `peft.py`, which reads such folders.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ftjax.cluster import processes
+from ftjax.families import tensor_map
+from ftjax.families.tensor_map import Binding
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
-from ftjax.hf.peft_names import Place
+from ftjax.hf.peft_names import Adapted, Part, Place
 from ftjax.hf.tensor_source import TensorInfo
-from ftjax.models.architecture import AdaptedMap, Architecture
+from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.storage import files as files_lib
 from ftjax.storage import hub
@@ -35,9 +39,18 @@ _FLOAT = np.dtype(np.float32)
 
 
 def check(arch: Architecture) -> None:
-  """Raises ConfigError where an adapter has no form as a PEFT folder."""
+  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT will not read
+  the one that it has.
+  """
   peft_names.adapted(arch)
   peft_names.trained(arch)
+  if why := peft_names.obstacle(arch):
+    log.warning(
+      'PEFT 0.21 with transformers 5 will not load this adapter: %s. With lora.merge=True the run '
+      'writes the merged model too, and python -m ftjax.convert merges the adapter later; or leave '
+      'these maps out of lora.targets',
+      why,
+    )
 
 
 def export(
@@ -87,6 +100,7 @@ def export(
   if card is not None:
     files[model_card.FILE] = card
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
+  held |= {'parts': tensors.parts} if tensors.parts else {}
   files[BASE_FILE] = dump_json(held)
   with whole_folder(target) as folder:
     for name, content in (files | edited_card(files_lib.as_path(target))).items():
@@ -108,10 +122,12 @@ class _Tensors:
     self.readers: dict[str, Callable[[], np.ndarray]] = {}
     self.adapted: dict[str, tuple[int, float]] = {}  # {module: (rank, scale)}
     self.saved: list[str] = []  # modules
-    for place, found in peft_names.adapted(arch):
-      self._add_map(place, found)
-    for hf, b in peft_names.trained(arch).items():
-      self._add(PREFIX + hf, b.hf_shape, lambda b=b: b.to_hf(on_host(self.leaves[b.leaf], b.at)))
+    self.parts: dict[str, list[list[int | float]]] = {}  # [rank, scale] of a fused module's parts
+    self.is_transposed = False
+    for found in peft_names.adapted(arch):
+      self._add_module(found)
+    for hf, parts in peft_names.trained(arch).items():
+      self._add(PREFIX + hf, parts[0].hf_shape, lambda parts=parts: self._whole(parts))
       if peft_names.module(hf) not in self.saved:
         self.saved.append(peft_names.module(hf))
     tied = peft_names.tied_head(arch)
@@ -124,33 +140,69 @@ class _Tensors:
     self.shapes[name] = shape
     self.readers[name] = lambda: np.ascontiguousarray(read(), _FLOAT)
 
-  def _add_map(self, place: Place, found: AdaptedMap) -> None:
-    rank, (inputs, outputs) = found.ranks[place.layer], place.sides
-    pissa, (a, b, magnitude) = self.arch.adapter.pissa, place.tensors
-    rank_of_file = rank * (2 if pissa else 1)
-    self.adapted[place.module] = rank_of_file, found.scales[place.layer]
+  def _whole(self, parts: Sequence[Binding]) -> np.ndarray:
+    """Returns the HF tensor that parts make."""
+    return tensor_map.whole_tensor([(b, on_host(self.leaves[b.leaf], b.at)) for b in parts])
 
-    def factor(leaf, side, sign):
-      parts = [self._rows(place, leaf, rank)]
-      if pissa:
-        parts.append(sign * self._rows(place, f'{leaf}0', rank))
-      return peft_names.to_hf(np.concatenate(parts), side)
-
-    self._add(a, (rank_of_file, place.shapes[0]), lambda: factor('lora_a', inputs, 1))
-    self._add(b, (place.shapes[1], rank_of_file), lambda: factor('lora_b', outputs, -1).T)
+  def _add_module(self, found: Adapted) -> None:
+    times = 2 if self.arch.adapter.pissa else 1
+    rank, (inputs, outputs) = times * found.rank, found.shapes
+    self.adapted[found.module] = rank, found.scale
+    self.is_transposed |= found.is_transposed
+    if len(found.parts) > 1:
+      self.parts[found.module] = [[times * p.rank, p.scale] for p in found.parts]
+    a, b, magnitude = found.tensors
+    self._add(a, (rank, inputs), lambda: self._first(found))
+    self._add(b, (outputs, rank), lambda: self._second(found))
     if self.arch.adapter.dora:
-      lengths = lambda: peft_names.to_hf(self._own(place, 'lora_m')[None], outputs)[0]  # noqa: E731
-      self._add(magnitude, (place.shapes[1],), lengths)
+      self._add(magnitude, (outputs,), lambda: self._magnitude(found))
+
+  def _first(self, found: Adapted) -> np.ndarray:
+    """Returns A [R, inputs] of a module."""
+    rows = [self._factor(p, 'lora_a', 1) for p in found.parts if p.rank]
+    return np.concatenate(rows)
+
+  def _second(self, found: Adapted) -> np.ndarray:
+    """Returns B [outputs, R] of a module."""
+    times = 2 if self.arch.adapter.pissa else 1
+    blocks = []
+    for part in found.parts:
+      sizes = part.place.binding.sizes
+      outputs = math.prod(sizes[a] for a in part.place.sides[1].hf)
+      block = np.zeros((outputs, times * found.rank), np.float32)
+      if part.rank:
+        begin = times * found.begin(part)
+        own = self._factor(part, 'lora_b', -1).T * found.ratio(part)
+        block[:, begin : begin + times * part.rank] = own
+      blocks.append(block)
+    return found.joined(blocks)
+
+  def _factor(self, part: Part, leaf: str, sign: int) -> np.ndarray:
+    """Returns a factor of a part, [R, ...] in HF's order; of one that began as principal components
+    those of the difference, [A; A0] and [B, -B0].
+    """
+    own = [self._rows(part, leaf)]
+    if self.arch.adapter.pissa:
+      own.append(sign * self._rows(part, f'{leaf}0'))
+    return peft_names.to_hf(np.concatenate(own), part.place.sides[leaf == 'lora_b'])
+
+  def _magnitude(self, found: Adapted) -> np.ndarray:
+    def of_part(place: Place) -> np.ndarray:
+      return peft_names.to_hf(self._own(place, 'lora_m')[None], place.sides[1])[0]
+
+    return found.joined([of_part(p.place) for p in found.parts])
 
   def _own(self, place: Place, leaf: str) -> np.ndarray:
     return on_host(self.leaves[f'{place.name}/{leaf}'], place.binding.at)
 
-  def _rows(self, place: Place, leaf: str, rank: int) -> np.ndarray:
+  def _rows(self, part: Part, leaf: str) -> np.ndarray:
     """Returns the rows of the layer's own rank of a factor."""
-    whole = self._own(place, leaf)
-    if whole[rank:].any():
-      raise ValueError(f'{place.name}/{leaf}: rows beyond the rank {rank} of layer {place.layer}')
-    return whole[:rank]
+    whole, place = self._own(part.place, leaf), part.place
+    if whole[part.rank :].any():
+      raise ValueError(
+        f'{place.name}/{leaf}: rows beyond the rank {part.rank} of layer {place.layer}'
+      )
+    return whole[: part.rank]
 
 
 def _config(arch: Architecture, base: str, tensors: _Tensors) -> dict[str, Any]:
@@ -185,6 +237,6 @@ def _config(arch: Architecture, base: str, tensors: _Tensors) -> dict[str, Any]:
     'use_dora': arch.adapter.dora,
     'modules_to_save': tensors.saved or None,
     'bias': 'none',
-    'fan_in_fan_out': False,
+    'fan_in_fan_out': tensors.is_transposed,
     'init_lora_weights': True,
   } | ({'ensure_weight_tying': True} if tensors.ties else {})

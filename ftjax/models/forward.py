@@ -90,6 +90,13 @@ class Forward:
       self.router_log.add(routing)
     return x
 
+  def router_choices(self, params: dict, batch: dict) -> jax.Array:
+    """Returns the experts of each token in each layer that has experts, int32[B, T, L, k]."""
+    where = Tokens(batch['segments'], batch['positions'])
+    tokens = batch['tokens']
+    _, found = kinds.routed(self.arch, params, tokens, where, dtype=self.dtype, remat=self.remat)
+    return found.choices.transpose(1, 2, 0, 3)
+
   def cross_entropy(
     self, params: dict, batch: dict, config: LossConfig, noise: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array]:

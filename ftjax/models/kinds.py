@@ -282,8 +282,10 @@ def decode(
   at: jax.Array,
   *,
   dtype: jnp.dtype,
-) -> tuple[jax.Array, Cache]:
-  """Returns (hidden states dtype[B, T, D], the extended cache); see transformer.decode.
+  routed: bool = False,
+) -> tuple[jax.Array, Cache] | tuple[jax.Array, Cache, Routing | None]:
+  """Returns (hidden states dtype[B, T, D], the extended cache), and with `routed` what the routers
+  did; see transformer.decode.
 
   Raises:
     ConfigError: the kind generates no text.
@@ -291,7 +293,8 @@ def decode(
   function = of(arch).decode
   if function is None:
     raise ConfigError(f'a model of kind {arch.kind!r} generates no text')
-  return function(arch, params, tokens, where, cache, at, dtype=dtype)
+  more = {'routed': True} if routed else {}
+  return function(arch, params, tokens, where, cache, at, dtype=dtype, **more)
 
 
 def head_weights(arch: Architecture, params: Mapping) -> jax.Array:

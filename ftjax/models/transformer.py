@@ -383,7 +383,8 @@ def decode(
   at: jax.Array,
   *,
   dtype: jnp.dtype,
-) -> tuple[jax.Array, Cache]:
+  routed: bool = False,
+) -> tuple[jax.Array, Cache] | tuple[jax.Array, Cache, Routing | None]:
   """Computes `apply` for T new tokens that are written into `cache` at index `at` and attend to all
   of it.
 
@@ -395,9 +396,10 @@ def decode(
     cache: to be extended; the caller donates it.
     at: int32[], the common index of the first new token.
     dtype: compute dtype.
+    routed: whether what the routers did is returned too.
 
   Returns:
-    (dtype[B, T, D], the extended cache).
+    (dtype[B, T, D], the extended cache), and with `routed` what the function of that name returns.
   """
   put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=1)
   key = Tokens(
@@ -407,24 +409,28 @@ def decode(
   x = _embed(arch, params, tokens, where, dtype)
   slots = [slot for slot, _, _ in arch.blocks()]
   kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
+  routings = []
   for i, (pattern, repeats) in enumerate(arch.stacks):
     # The cache is a carry: as scan inputs and outputs it would be copied whole at every step.
     def body(carry, layer, i=i, pattern=pattern):
       x, kept = carry
-      weights, index = layer
+      (weights, index), found = layer, []
       for j, kind in enumerate(pattern):
         name = f'stack{i}/block{j}'
         block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
-        x, memory, _ = block(x, context, Memory(kept[name], index, at))
+        x, memory, routing = block(x, context, Memory(kept[name], index, at))
         kept = kept | {name: memory.arrays}
-      return (x, kept), None
+        found += [] if routing is None or not routed else [routing]
+      return (x, kept), found
 
     mine = {n: kept[n] for n in (f'stack{i}/block{j}' for j in range(len(pattern)))}
     layers = params[f'stack{i}'], jnp.arange(repeats, dtype=jnp.int32)
-    (x, new), _ = jax.lax.scan(body, (x, mine), layers)
+    (x, new), found = jax.lax.scan(body, (x, mine), layers)
     kept = kept | new
+    routings += [_in_order(found)] if found else []
   entries, states = (
     {slot: {n: kept[slot][n] for n in names} for slot, names in arrays.items()}
     for arrays in (cache.entries, cache.states)
   )
-  return _norm(arch, params, x), Cache(entries, states, key)
+  out = _norm(arch, params, x), Cache(entries, states, key)
+  return (*out, _joined(routings)) if routed else out

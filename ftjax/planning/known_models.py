@@ -144,6 +144,26 @@ def _ministral3(dim, layers, ffn, theta=1e6, tied=False) -> dict:
   }
 
 
+def _gpt2(dim, layers, heads) -> dict:
+  sizes = {'n_embd': dim, 'n_layer': layers, 'n_head': heads, 'vocab_size': 50257}
+  return sizes | {
+    'model_type': 'gpt2',
+    'n_positions': 1024,
+    'layer_norm_epsilon': 1e-5,
+    'activation_function': 'gelu_new',
+    'tie_word_embeddings': True,
+  }
+
+
+def _phi3(dim, layers, heads, kv_heads, ffn, vocab, **more) -> dict:
+  return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
+    'model_type': 'phi3',
+    'rms_norm_eps': 1e-5,
+    'tie_word_embeddings': False,
+    **more,
+  }
+
+
 _SMALL = {'tie_word_embeddings': True, 'rope_scaling': _LLAMA3_ROPE | {'factor': 32.0}}
 SHAPES = {
   'SmolLM2-135M': _llama(
@@ -167,6 +187,49 @@ SHAPES = {
   'Qwen3-8B': _qwen3(4096, 36, 32, 12288, tied=False),
   'Qwen3-14B': _qwen3(5120, 40, 40, 17408, tied=False),
   'Qwen3-32B': _qwen3(5120, 64, 64, 25600, tied=False),
+  'Qwen3.5-4B': _sizes(2560, 32, 16, 4, 9216, 248320)
+  | {
+    'model_type': 'qwen3_5_text',
+    'head_dim': 256,
+    'rms_norm_eps': 1e-6,
+    'full_attention_interval': 4,
+    'linear_num_key_heads': 16,
+    'linear_key_head_dim': 128,
+    'linear_num_value_heads': 32,
+    'linear_value_head_dim': 128,
+    'linear_conv_kernel_dim': 4,
+    'rope_parameters': {
+      'rope_type': 'default',
+      'rope_theta': 10000000.0,
+      'partial_rotary_factor': 0.25,
+    },
+    'max_position_embeddings': 262144,
+    'tie_word_embeddings': True,
+  },
+  'Qwen3-30B-A3B': _qwen3(2048, 48, 32, 6144, tied=False)
+  | {
+    'model_type': 'qwen3_moe',
+    'num_key_value_heads': 4,
+    'num_experts': 128,
+    'num_experts_per_tok': 8,
+    'moe_intermediate_size': 768,
+    'norm_topk_prob': True,
+    'decoder_sparse_step': 1,
+    'mlp_only_layers': [],
+    'router_aux_loss_coef': 0.001,
+  },
+  'Mixtral-8x7B-v0.1': _sizes(4096, 32, 32, 8, 14336, 32000)
+  | {
+    'model_type': 'mixtral',
+    'num_local_experts': 8,
+    'num_experts_per_tok': 2,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 1e6,
+    'max_position_embeddings': 32768,
+    'sliding_window': None,
+    'tie_word_embeddings': False,
+    'router_aux_loss_coef': 0.02,
+  },
   'gemma-2-2b': _gemma2(2304, 26, 8, 4, 9216),
   'gemma-2-9b': _gemma2(3584, 42, 16, 8, 14336),
   'gemma-2-27b': _gemma2(4608, 46, 32, 16, 36864, head_dim=128, scalar=144),
@@ -182,6 +245,30 @@ SHAPES = {
   'Ministral-3-3B-2512': _ministral3(3072, 26, 9216, tied=True),
   'Ministral-3-8B-2512': _ministral3(4096, 34, 14336),
   'Ministral-3-14B-2512': _ministral3(5120, 40, 16384, theta=1e9),
+  'gpt2': _gpt2(768, 12, 12),
+  'gpt2-medium': _gpt2(1024, 24, 16),
+  'gpt2-large': _gpt2(1280, 36, 20),
+  'gpt2-xl': _gpt2(1600, 48, 25),
+  'SmolLM3-3B': _sizes(2048, 36, 16, 4, 11008, 128256)
+  | {
+    'model_type': 'smollm3',
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 5000000.0,
+    'max_position_embeddings': 65536,
+    'no_rope_layer_interval': 4,
+    'tie_word_embeddings': True,
+  },
+  'Phi-3-mini-4k-instruct': _phi3(
+    *(3072, 32, 32, 32, 8192, 32064),
+    rope_theta=10000.0,
+    max_position_embeddings=4096,
+    sliding_window=2047,
+  ),
+  'phi-4': _phi3(
+    *(5120, 40, 40, 10, 17920, 100352),
+    rope_theta=250000.0,
+    max_position_embeddings=16384,
+  ),
 }
 
 

@@ -43,6 +43,7 @@ class PolicySampler:
       model.tokenizer.pad_id,
       slots=c.rollout.slots,
       vocab_size=model.tokenizer.vocab_size,
+      routed=bool(run.arch.mixtures()),
     )
     self._mesh = weights.rollout_mesh(run.mesh)
     self._is_checked = False

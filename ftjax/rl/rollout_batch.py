@@ -48,6 +48,20 @@ def rows(
   return out
 
 
+def sampler_choices(
+  prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], shape: tuple[int, int]
+) -> np.ndarray:
+  """Returns the experts that the sampler's routers chose, int16[R, T, L, k]; -1 for tokens that it
+  did not read one by one. shape: (R, T), of the first R completions.
+  """
+  pairs = [(p, c) for p, cs in zip(prompts, completions, strict=True) for c in cs][: shape[0]]
+  out = np.full((*shape, *pairs[0][1].choices.shape[1:]), -1, np.int16)
+  for row, (prompt, completion) in zip(out, pairs, strict=True):
+    start = len(prompt.ids) - 1
+    row[start : start + len(completion.tokens)] = completion.choices
+  return out
+
+
 def fill_unscored(totals: np.ndarray, groups: int) -> np.ndarray:
   """Returns rewards float32[R] of `groups` groups with the mean of its group in place of each NaN,
   0 where a group has nothing else: such a completion has no advantage over its group.

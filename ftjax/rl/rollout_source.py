@@ -202,6 +202,8 @@ class RolloutSource(Source):
       metrics |= self._compare(params, arrays, measured['old_logp'])
       if not self._needs_old_logp:
         del measured['old_logp']
+    if number is not None and self.run.arch.mixtures():
+      metrics |= self._compare_experts(params, arrays, prompts, found)
     group = len(found.completions[0])
     sampled = RolloutBatch(
       arrays | measured,
@@ -230,6 +232,24 @@ class RolloutSource(Source):
       self._is_checked = True
     self._alarm(mean)
     return {'mismatch/mean': mean, 'mismatch/max': largest} if self._needs_old_logp else {}
+
+  def _compare_experts(
+    self,
+    params: dict,
+    arrays: dict[str, np.ndarray],
+    prompts: Sequence[Prompt],
+    found: Rollout,
+  ) -> dict[str, float]:
+    """Returns the share of the experts that the sampler's routers chose for the tokens of the first
+    micro-batch of completions, which the trainer's choose too: a mean over tokens and layers.
+    """
+    c = self.run.config
+    size = algorithms.rows_per_step(c) // c.grad_accum
+    few = {k: v[:size] for k, v in arrays.items()}
+    ours = self.measure(few, {'choices': ('choices', params)})['choices']
+    theirs = rollout_batch.sampler_choices(prompts, found.completions, few['tokens'].shape)
+    share = (theirs[..., :, None] == ours[..., None, :]).any(-1).mean((-2, -1))
+    return {'mismatch/same_experts': float(share[few['weights'] > 0].mean())}
 
   def _rounding(
     self, params: dict, arrays: dict[str, np.ndarray], logp: np.ndarray
@@ -290,6 +310,8 @@ def _measures(run: Run) -> dict[str, Measure]:
     'logp': lambda p, batch: forward.logprobs_and_entropy(p, batch, c.rollout.temperature)[0],
     'ref_logp': ref_logp,
   }
+  if run.arch.mixtures():
+    found['choices'] = forward.router_choices
   if model := run.auxiliary.find(_REWARD_MODEL):
     score = Forward(model.architecture(), jnp.dtype(c.model.compute_dtype))
     found[_REWARD_MODEL] = lambda p, batch: score.sequence_rewards(p, batch, 1)[0]

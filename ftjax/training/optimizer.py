@@ -2,7 +2,7 @@
 
 A stacked leaf must be treated as the layers it holds. Transforms that look at single numbers
 (adamw, lion, sgd) need nothing; those that look at a whole matrix (muon, adafactor) are vmapped
-over the layer axis and shown each layer as a matrix [in, out]. Weight decay, freezing and
+over the axes of layers and experts and shown each matrix as [in, out]. Weight decay, freezing and
 learning-rate multipliers come from regex tables over per-layer names, `layer3/attn/q/w`, and become
 a number or a vector over the layer axis per leaf."""
 
@@ -30,8 +30,8 @@ class Leaf:
   Attributes:
     names: the per-layer names of a stacked leaf in layer order, or one name.
     stacked: whether axis 0 counts layers.
-    split: how many dimensions, after the layer axis, are a matrix's input side; 0 for scales and
-      biases.
+    split: how many dimensions, after the axes of layers and experts, are a matrix's input side; 0
+      for scales and biases.
     table: whether it is a table of tokens or positions, which muon leaves to Adam.
     axes: logical axes of its dimensions.
     rate: factor of its learning rate, besides that of optim.multipliers.
@@ -43,6 +43,13 @@ class Leaf:
   table: bool
   axes: tuple[str | None, ...]
   rate: float = 1.0
+
+  @property
+  def lead(self) -> int:
+    """How many axes count layers and experts, each of which has a matrix of its own."""
+    return next(
+      (i for i, a in enumerate(self.axes) if a not in ('layers', 'expert')), len(self.axes)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,7 @@ def leaves(
   out = {}
   for name, (shape, axes, fan_in, *_) in declared.items():
     stacked = axes[0] == 'layers'
-    dims = shape[1:] if stacked else shape
+    dims = tuple(n for n, a in zip(shape, axes, strict=True) if a not in ('layers', 'expert'))
     split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)
     # A bias of heads has two dimensions and is no matrix.
     split = split if fan_in else 0
@@ -158,28 +165,29 @@ def per_matrix(
   """`transform` applied to every layer of every leaf on its own, a layer's matrix shown as [in,
   out].
 
-  Its state is a flat {leaf name: state}, stacked leaves with a leading layer axis throughout.
+  Its state is a flat {leaf name: state}, with the leading axes of layers and experts throughout.
   """
 
   def view(name, x):
     leaf = info[name]
-    lead = x.shape[:1] if leaf.stacked else ()
+    lead = x.shape[: leaf.lead]
     dims = x.shape[len(lead) :]
     if not leaf.split:
       return x.reshape(*lead, math.prod(dims))
     return x.reshape(*lead, math.prod(dims[: leaf.split]), math.prod(dims[leaf.split :]))
 
+  def each(name, function):
+    for _ in range(info[name].lead):
+      function = jax.vmap(function)
+    return function
+
   def init(params):
-    return {
-      n: (jax.vmap(transform.init) if info[n].stacked else transform.init)(view(n, p))
-      for n, p in trees.flatten(params).items()
-    }
+    return {n: each(n, transform.init)(view(n, p)) for n, p in trees.flatten(params).items()}
 
   def update(updates, state, params):
     flat, new, out = trees.flatten(params), {}, {}
     for n, u in trees.flatten(updates).items():
-      run = jax.vmap(transform.update) if info[n].stacked else transform.update
-      moved, new[n] = run(view(n, u), state[n], view(n, flat[n]))
+      moved, new[n] = each(n, transform.update)(view(n, u), state[n], view(n, flat[n]))
       out[n] = moved.reshape(u.shape)
     return trees.unflatten(out), new
 

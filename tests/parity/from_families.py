@@ -18,13 +18,25 @@ import tiny_adapters
 import tiny_model
 
 from ftjax.families import table
-from ftjax.hf import export, load, peft_export
+from ftjax.hf import export, load, peft_export, peft_names
 from ftjax.models import kinds
+from ftjax.models.architecture import MoeSpec
 from ftjax.runtime import sharding
 from parity import family_cases as cases
 
 STEPS = 5
 ADAPTERS = {'lora': {}, 'dora': {'dora': True}}
+
+
+def targets(arch, lora):
+  """The maps that PEFT can adapt: of experts not with DoRA, nor those of other layers beside them;
+  see peft_names.obstacle.
+  """
+  if not arch.mixtures():
+    return {}
+  layers = [i for i, spec in enumerate(arch.layers()) if isinstance(spec.mlp, MoeSpec)]
+  experts = '' if lora.get('dora') else f'|layer({"|".join(map(str, layers))})/mlp/.*'
+  return {'targets': f'.*/attn/.*{experts}'}
 
 
 def logits(arch, params, ids):
@@ -51,7 +63,8 @@ def train(arch, params, ids, target: Path):
 
 def adapt(arch, params, ids, source: Path, target: Path, lora: dict):
   """Exports an adapter whose values are random; returns the model's logits."""
-  arch = tiny_adapters.adapted(arch, **lora)
+  arch = tiny_adapters.adapted(arch, **lora, **targets(arch, lora))
+  assert not peft_names.obstacle(arch)
   params = tiny_adapters.move(arch, tiny_adapters.begin(arch, params))
   peft_export.export(
     params,

@@ -8,6 +8,7 @@ Writes FOLDER/peft. `make parity` writes into a temporary one and compares (repr
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -21,17 +22,19 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import add_fused_lm_head
 
+from parity import family_cases
 from parity import peft_cases as cases
 from parity.from_trl import make
+from parity.make_family_goldens import open_case
 
 
 def open_base(name: str):
   return AutoModelForCausalLM.from_pretrained(cases.GOLDEN / name, dtype=torch.float32).eval()
 
 
-def adapt(case: cases.Case):
+def adapt(case: cases.Case, base=None):
   settings = {'target_modules': 'all-linear', 'task_type': 'CAUSAL_LM'} | case.peft
-  return get_peft_model(open_base(case.base), LoraConfig(**settings))
+  return get_peft_model(base or open_base(case.base), LoraConfig(**settings))
 
 
 def saved_names(model) -> dict[str, torch.nn.Parameter]:
@@ -45,9 +48,9 @@ def saved_names(model) -> dict[str, torch.nn.Parameter]:
   return found
 
 
-def drawn(name: str, case: cases.Case):
-  """The model of a case with its random adapter."""
-  model, done = adapt(case), set()
+def drawn(name: str, case: cases.Case, base=None):
+  """The model of a case with its random adapter; base: the model to adapt, else the case's."""
+  model, done = adapt(case, base), set()
   for key, p in saved_names(model).items():
     if id(p) in done:  # a tied head's second name
       continue
@@ -82,6 +85,18 @@ def adapters(folder: Path) -> None:
     model.save_pretrained(folder / name)
     (folder / name / 'README.md').unlink()  # PEFT's empty model card
     save(folder / name / 'found.npz', ids=ids, logits=found.logits, loss=found.loss, **gradient)
+
+
+def fused(folder: Path) -> None:
+  """Of each of cases.FUSED the adapter's folder, with ids int32[B, T] and logits in found.npz."""
+  for name, case in cases.FUSED.items():
+    with tempfile.TemporaryDirectory() as temp:
+      base, _ = open_case(family_cases.CASES[case.base], Path(temp))
+    model, ids = drawn(name, case, base), family_cases.ids(family_cases.CASES[case.base])
+    model.peft_config['default'].base_model_name_or_path = case.base
+    model.save_pretrained(folder / name)
+    (folder / name / 'README.md').unlink()
+    save(folder / name / 'found.npz', ids=ids, logits=loss_of(model, ids).logits)
 
 
 def pissa(folder: Path) -> None:
@@ -205,5 +220,5 @@ def save(path: Path, **arrays) -> None:
 if __name__ == '__main__':
   target = Path(sys.argv[1]) / 'peft'
   torch.manual_seed(0)
-  for write in (adapters, pissa, steps, nf4, dpo):
+  for write in (adapters, fused, pissa, steps, nf4, dpo):
     write(target)

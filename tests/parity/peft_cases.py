@@ -72,6 +72,15 @@ CASES = {
     {**_PLAIN[1], 'train': 'embed/w'},
   ),
 }
+# Adapters of modules whose matrix is several linear maps of ftjax; base: of family_cases.py.
+FUSED = {
+  'gpt2_lora': Case('gpt2', {**_PLAIN[0], 'rank_pattern': {'h.1.attn.c_attn': 3}}, {}),
+  'gpt2_dora': Case('gpt2', {**_PLAIN[0], 'use_dora': True}, {}),
+  'phi3_lora': Case(
+    'phi3', {**_PLAIN[0], 'target_modules': ['qkv_proj', 'down_proj'], 'use_rslora': True}, {}
+  ),
+  'phi3_dora': Case('phi3', {**_PLAIN[0], 'use_dora': True}, {}),
+}
 PISSA = Case(
   'qwen2_tied', {**_PLAIN[0], 'init_lora_weights': 'pissa'}, {**_PLAIN[1], 'init': 'pissa'}
 )
