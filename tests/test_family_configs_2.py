@@ -116,6 +116,14 @@ REFUSED = {
     {'rope_scaling': {'type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0] * 4}},
     'short_factor has 1 numbers; expected 4',
   ),
+  # What transformers reads of every family.
+  'causal': ('olmo2', {'is_causal': False}, 'is_causal=False'),
+  'causal gpt2': ('gpt2', {'is_causal': None}, 'is_causal=None'),
+  'weights': ('olmo2', {'transformers_weights': 'b.safetensors'}, 'transformers_weights='),
+  'list': ('olmo2', {'hidden_act': ['silu']}, 'hidden_act=.*not supported'),
+  'layers': ('olmo2', {'num_hidden_layers': 10**9}, 'num_hidden_layers=1000000000; .*at most 500'),
+  'large': ('olmo3', {'sliding_window': 2**31}, 'sliding_window=2147483648; expected at most'),
+  'kv heads': ('granite', {'num_key_value_heads': 3}, 'no multiple of num_key_value_heads=3'),
   'phi': ('phi3', {'model_type': 'phi'}, "model_type='phi' is not supported"),
 }
 
