@@ -39,7 +39,7 @@ _FLOAT = np.dtype(np.float32)
 
 
 def check(arch: Architecture) -> None:
-  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT will not read
+  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT cannot read
   the one that it has.
   """
   peft_names.adapted(arch)
