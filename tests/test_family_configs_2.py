@@ -8,7 +8,8 @@ import family_models
 import numpy as np
 import pytest
 
-from ftjax.experiment.model import random_config
+from ftjax.config import keys, section
+from ftjax.experiment.model import open_model, random_config
 from ftjax.families import hf_config, table
 from ftjax.hf import load, safetensors
 from ftjax.hf.tensor_source import TensorInfo
@@ -225,3 +226,12 @@ def test_a_random_model_has_no_padding_id_beyond_its_vocabulary(kind):
   pad = (dict(hf_config.class_defaults(kind)) | found).get('pad_token_id')
   assert pad is None or pad < 259
   assert dataclasses.is_dataclass(table.architecture(found))
+
+
+def test_model_random_of_a_config_takes_the_keys_of_gpt2():
+  c = keys.default()
+  c.model.random = {'model_type': 'gpt2', 'n_embd': 32, 'n_layer': 2, 'n_head': 4}
+  c.model.random.n_positions = 64
+  model = open_model('', c.model.random.to_dict(), 0)
+  assert (model.arch.family, model.arch.max_len) == ('gpt2', 64)
+  assert section.random_required('gpt2') == ('n_embd', 'n_layer', 'n_head')

@@ -35,8 +35,29 @@ _RANDOM_OPTIONAL = (
   'rope_scaling',
   'tie_word_embeddings',
   'max_position_embeddings',
+  # Of some families, which check them.
+  'hidden_act', 'attention_bias', 'mlp_bias', 'layer_types', 'use_sliding_window', 'sliding_window',
+  'max_window_layers', 'no_rope_layers', 'no_rope_layer_interval', 'partial_rotary_factor',
+  'original_max_position_embeddings', 'rope_parameters', 'embedding_multiplier',
+  'attention_multiplier', 'residual_multiplier', 'logits_scaling', 'shared_intermediate_size',
+  'num_local_experts', 'position_embedding_type',
+)  # fmt: skip
+_RANDOM_GPT2 = ('n_embd', 'n_layer', 'n_head')  # required
+_RANDOM_GPT2_OPTIONAL = (
+  'n_inner', 'n_positions', 'activation_function', 'layer_norm_epsilon', 'scale_attn_weights',
+  'scale_attn_by_inverse_layer_idx',
+)  # fmt: skip
+RANDOM_KEYS = tuple(
+  f'model.random.{k}'
+  for k in (*RANDOM_REQUIRED, *_RANDOM_OPTIONAL, *_RANDOM_GPT2, *_RANDOM_GPT2_OPTIONAL)
 )
-RANDOM_KEYS = tuple(f'model.random.{k}' for k in (*RANDOM_REQUIRED, *_RANDOM_OPTIONAL))
+
+
+def random_required(model_type: str) -> tuple[str, ...]:
+  """Returns the keys that model.random must have."""
+  return _RANDOM_GPT2 if model_type == 'gpt2' else RANDOM_REQUIRED
+
+
 # Sections that take keys which `default()` does not have. Those of `custom` are checked when the
 # algorithm's module is imported, by validation.py.
 _OPEN_SECTIONS = ('model.random', 'custom')

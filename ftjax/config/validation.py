@@ -16,7 +16,7 @@ from ftjax.config import (
   task_specs,
 )
 from ftjax.config.keys import default
-from ftjax.config.section import RANDOM_REQUIRED, Section, flat, place_of
+from ftjax.config.section import Section, flat, place_of, random_required
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import locations
@@ -277,5 +277,6 @@ def warnings(c: Section) -> list[str]:
 def _check_random(c: Section) -> None:
   if not len(c.model.random):
     return
-  if missing := [k for k in RANDOM_REQUIRED if k not in c.model.random]:
+  required = random_required(c.model.random.get('model_type', ''))
+  if missing := [k for k in required if k not in c.model.random]:
     raise ConfigError(f'model.random lacks {", ".join(missing)}')

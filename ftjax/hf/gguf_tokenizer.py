@@ -22,6 +22,15 @@ _LLAMA3_SPLIT = (
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
 
+# Words by their letters' case: capitals and what follows them (o200k, 2024; Tekken, 2024).
+_UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+_FIRST = rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+'
+_SECOND = rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*'
+_REST = r'| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = rf'{_FIRST}{_SHORT}|{_SECOND}{_SHORT}|\p{{N}}{{1,3}}{_REST}'
+_TEKKEN_SPLIT = rf'{_FIRST}|{_SECOND}|\p{{N}}{_REST}'
+
 
 class Splitting(NamedTuple):
   """What a name in `tokenizer.ggml.pre` stands for, in objects of `tokenizers`.
@@ -52,6 +61,10 @@ def splittings() -> dict[str, Splitting]:
     'smollm': Splitting(pre_tokenizers.Sequence([digits, gpt2])),
     'llama-bpe': Splitting(split(_LLAMA3_SPLIT), ignore_merges=True),
     'qwen2': Splitting(split(_QWEN2_SPLIT), normalizers.NFC()),
+    'dbrx': Splitting(split(_LLAMA3_SPLIT)),  # OLMo 2, Phi-4
+    'gpt-4o': Splitting(split(_GPT4O_SPLIT)),  # Phi-4 mini
+    'tekken': Splitting(split(_TEKKEN_SPLIT), ignore_merges=True),  # Mistral Nemo and later
+    'refact': Splitting(pre_tokenizers.Sequence([digits, gpt2])),  # Granite; as smollm
   }
 
 

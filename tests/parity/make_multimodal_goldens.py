@@ -4,8 +4,9 @@ environment (make parity), from the repository's root:
   PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER
 
 FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/MODEL_TYPE.npz has the config.json
-that transformers writes, names and shapes of the tensors in its files, and ids int32[B, T] with
-logits float32[B, T, V]. The weights are drawn by their names as in family_cases.py.
+that transformers writes, names and shapes of the tensors in its files, the names of the linear maps
+of the text part in its class, and ids int32[B, T] with logits float32[B, T, V]. The weights are
+drawn by their names as in family_cases.py.
 """
 
 import sys
@@ -54,6 +55,11 @@ def compute(name: str, folder: Path) -> dict[str, np.ndarray]:
     'config': (folder / 'config.json').read_text(),
     'names': list(tensors),
     'shapes': [' '.join(map(str, x.shape)) for x in tensors.values()],
+    'linear': [
+      n
+      for n, m in model.named_modules()
+      if isinstance(m, torch.nn.Linear) and '.language_model.' in n
+    ],
     'ids': ids,
     'logits': logits,
   }

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Tokens
 
 from ftjax import convert
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.hf import export, load
+from ftjax.hf import export, gguf_tokenizer, load
 from ftjax.hf import gguf as gguf_source
 from ftjax.hf.gguf import GGUFSource
 from ftjax.models.rope_spec import RopeScaling
@@ -151,7 +151,7 @@ def as_llama2(path):
 
 @pytest.mark.parametrize(
   ('kind', 'pre'),
-  [('gpt2', 'gpt-2'), ('gpt2', 'qwen2'), ('gpt2', 'llama-bpe'), ('gpt2', 'smollm'), ('llama', '')],
+  [('llama', ''), *(('gpt2', pre) for pre in gguf_tokenizer.splittings())],
 )
 def test_every_kind_of_vocabulary(tmp_path, kind, pre):
   write_toy(tmp_path / 'toy.gguf', Toy(), kind, pre)
