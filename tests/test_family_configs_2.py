@@ -158,6 +158,12 @@ def test_layers_are_what_the_keys_say():
   assert read('phi3', sliding_window=262144) == read('phi3')
 
 
+def test_an_olmo3_without_windows_is_written_as_transformers_reads_it():
+  """Its model makes the mask of a window in any case, of the class's size where none is stated."""
+  written = table.config(read('olmo3', layer_types=['full_attention'] * 5))
+  assert (dict(hf_config.class_defaults('olmo3')) | written)['sliding_window'] == 4096
+
+
 def test_a_phi_4_mini_reads_its_factors():
   found = read(
     'phi3',
