@@ -1,9 +1,9 @@
 """What transformers computes for text with small models that also read images. Runs in the parity
 environment (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER [MODEL_TYPE ...]
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER [TYPE ...]
 
-FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/MODEL_TYPE.npz has the config.json
+FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/TYPE.npz has the config.json
 that transformers writes, names and shapes of the tensors in its files, the names of the linear maps
 of the text part in its class, and ids int32[B, T] with logits float32[B, T, V]. The weights are
 drawn by their names as in family_cases.py.
