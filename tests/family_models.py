@@ -17,6 +17,7 @@ from ftjax.hf import layout, safetensors
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
+from ftjax.models.architecture import AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 
@@ -74,6 +75,15 @@ def params(name, arch):
   declared = kinds.declared(arch)
   found = {n: place(x, *declared[n].axes) for n, x in sorted(host_params(name, arch).items())}
   return trees.unflatten(found)
+
+
+def idle(arch):
+  """The leaves whose gradient is 0 but for rounding: without a rotary embedding a bias of the keys
+  adds the same number to all scores of a query.
+  """
+  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
+  found = [f'{slot}/attn/k/b' for slot, mixer in blocks if mixer.rope is None]
+  return {n for n in found if n in kinds.declared(arch)}
 
 
 def cut(arch, count):

@@ -248,7 +248,10 @@ def test_an_adapter_begins_as_its_base_and_merges_to_one_model(name, method, tmp
   where = tokens_at(np.ones_like(tokens))
   expected = tiny_model.logits(base, own, tokens, where)
   got = tiny_model.logits(arch, trees.unflatten(begun), tokens, where)
-  close(got, expected, 1e-6 if arch.adapter.dora else 0)
+  # GPT-2 on packed weights is bitwise the same as users' programs are compiled, and not with the
+  # flags of conftest.py.
+  is_exact = not arch.adapter.dora and (name != 'gpt2' or arch.base not in ('int8', 'nf4'))
+  close(got, expected, 0 if is_exact else 1e-6)
   trained = tiny_adapters.move(arch, begun)
   found = tiny_model.logits(arch, trained, tokens, where)
   assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max(), 'it has no weight'

@@ -179,7 +179,8 @@ class Gguf:
   setting that separates its files from those of another family of the same name. interleaved:
   endings of the HF names whose rows are stored, head by head, in the order of an interleaved
   rotary embedding. transposed: endings of the HF names whose matrices are stored transposed.
-  shifted: whether norm weights, which HF stores around 0, are stored with the 1 that is added to them.
+  shifted: whether norm weights, which HF stores around 0, are stored with the 1 that is added to
+  them.
   rope_tensors: those of gguf_rope.TENSORS that llama.cpp applies. square: whether it requires that
   the heads are together as wide as the model. tied: None where a file may have a head of its own
   and need not; else what llama.cpp requires. normalizes: whether the family's own tokenizers

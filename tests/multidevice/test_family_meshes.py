@@ -105,5 +105,6 @@ def test_loss_and_gradient_are_those_of_one_device(case, sizes, use_mesh, one_de
   loss, gradient = compute(case, use_mesh(**sizes), batch(case))
   assert loss == pytest.approx(expected_loss, rel=1e-6)
   assert distance(gradient, expected) <= 2e-6
+  idle = family_models.idle(family_models.architecture(case))
   for n, g in expected.items():
-    assert g.any() and distance({n: gradient[n]}, {n: g}) <= 1e-5, n
+    assert n in idle or (g.any() and distance({n: gradient[n]}, {n: g}) <= 1e-5), n

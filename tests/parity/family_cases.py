@@ -361,7 +361,7 @@ CASES = {
       'num_key_value_heads': 2,
       'head_dim': 16,
       'linear_num_key_heads': 2,
-      'linear_key_head_dim': 6,
+      'linear_key_head_dim': 14,
       'linear_num_value_heads': 6,
       'linear_value_head_dim': 10,
       'linear_conv_kernel_dim': 4,

@@ -1,9 +1,9 @@
 """What transformers computes for text with small models that also read images. Runs in the parity
 environment (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER [TYPE ...]
 
-FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/MODEL_TYPE.npz has the config.json
+FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/TYPE.npz has the config.json
 that transformers writes, names and shapes of the tensors in its files, the names of the linear maps
 of the text part in its class, and ids int32[B, T] with logits float32[B, T, V]. The weights are
 drawn by their names as in family_cases.py.
@@ -29,9 +29,25 @@ VISION = {
   'image_size': 28,
   'patch_size': 14,
 }
+IMAGE = {'image_token_index': 66}
 MODELS = {
-  'gemma3': ('gemma3', {'mm_tokens_per_image': 4}, VISION | {'model_type': 'siglip_vision_model'}),
-  'mistral3': ('ministral3', {}, VISION | {'model_type': 'pixtral', 'head_dim': 8}),
+  'gemma3': (
+    *('gemma3', IMAGE | {'mm_tokens_per_image': 4}),
+    VISION | {'model_type': 'siglip_vision_model'},
+  ),
+  'mistral3': ('ministral3', IMAGE, VISION | {'model_type': 'pixtral', 'head_dim': 8}),
+  'qwen3_5': (
+    *('qwen3_5', {'image_token_id': 66, 'tie_word_embeddings': True}),
+    {
+      'hidden_size': 16,
+      'intermediate_size': 24,
+      'depth': 1,
+      'num_heads': 2,
+      'patch_size': 4,
+      'out_hidden_size': 24,
+      'num_position_embeddings': 16,
+    },
+  ),
 }
 
 
@@ -39,7 +55,7 @@ def compute(name: str, folder: Path) -> dict[str, np.ndarray]:
   text, settings, vision = MODELS[name]
   case = cases.CASES[text]
   config = AutoConfig.for_model(
-    *(name,), text_config=dict(case.config), vision_config=vision, image_token_index=66, **settings
+    *(name,), text_config=dict(case.config), vision_config=vision, **settings
   )
   empty = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
   tensors = {n: cases.draw(case, n, x.shape) for n, x in stored(empty, folder).items()}
@@ -68,6 +84,6 @@ def compute(name: str, folder: Path) -> dict[str, np.ndarray]:
 if __name__ == '__main__':
   target = Path(sys.argv[1]) / 'multimodal'
   target.mkdir(parents=True, exist_ok=True)
-  for model in MODELS:
+  for model in sys.argv[2:] or MODELS:
     with tempfile.TemporaryDirectory() as temp:
       np.savez_compressed(target / f'{model}.npz', **compute(model, Path(temp)))
