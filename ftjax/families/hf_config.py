@@ -50,9 +50,10 @@ _HARMLESS_NAMES = re.compile(r'_.*|.*version|unsloth.*|transformers[._].*|.*_tok
 # is_causal null and false let a token see those after it; transformers_weights names the file.
 _FIXED = {'is_causal': True, 'transformers_weights': None}
 
-# The largest numbers: arrays here have indices of 32 bits. Of layers, far more than models have:
-# finding out which are alike takes the square of their number.
-_MOST = {'num_hidden_layers': 500, 'n_layer': 500}
+# Far more layers than models have: finding out which are alike takes the square of their number.
+MOST_LAYERS = 500
+# The largest numbers. Arrays here have indices of 32 bits.
+_MOST = {'num_hidden_layers': MOST_LAYERS, 'n_layer': MOST_LAYERS}
 _MOST_OF_ALL = 2**31 - 1
 
 _DROPOUT = re.compile(
