@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from parity import family_cases as cases
 from tiny_model import place, tokens_at
 
@@ -20,6 +21,17 @@ from ftjax.models import kinds
 from ftjax.models.architecture import AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
+
+# What takes a second or more a case is tested every day on these, which differ most: plain; learned
+# positions and LayerNorm; caps, windows and norms on both sides; experts; delta nets. On the others
+# it is in make test-all.
+EVERY_DAY = ('llama', 'gpt2', 'gemma2', 'qwen3_moe', 'qwen3_5')
+
+
+def parametrize(every_day=EVERY_DAY):
+  """Marks a test of every case, `full` for those that are not named."""
+  marks = {n: [] if n in every_day else [pytest.mark.full] for n in cases.CASES}
+  return pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
 @functools.cache

@@ -27,10 +27,8 @@ from ftjax.storage.checkpoint import Checkpoints, Retention
 
 EVERY = pytest.mark.parametrize('name', cases.CASES)
 FULL = pytest.mark.full
-# Of what takes seconds a case: one every day.
-ONE = pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[FULL] * (n != 'llama')) for n in cases.CASES]
-)
+SOME = family_models.parametrize()
+ONE = family_models.parametrize(('llama',))
 ROWS = cases.ROWS
 
 
@@ -142,7 +140,7 @@ def added(*parts):
   return sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in parts[0][1]}
 
 
-@EVERY
+@SOME
 def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
   tokens, segments, lengths = packed(name)
   whole = gradient(name, tokens, segments)
@@ -158,7 +156,7 @@ def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
   same(added(*apart), rows[0])
 
 
-@EVERY
+@SOME
 def test_the_cache_is_the_full_forward(name):
   """Prompts of 10 and 3 tokens that end at one place, and what follows, token by token."""
   arch, params = model(name)

@@ -176,11 +176,10 @@ class Gguf:
   arch: value of general.architecture. fixed: (key, value) of config.json that the files do not say,
   because llama.cpp computes nothing else. read: the other keys of config.json of a file, without
   vocab_size and tie_word_embeddings. write: the metadata, without the architecture's name. mark: a
-  setting that separates its files from those of another family of the same name. interleaved:
-  endings of the HF names whose rows are stored, head by head, in the order of an interleaved
-  rotary embedding. transposed: endings of the HF names whose matrices are stored transposed.
-  shifted: whether norm weights, which HF stores around 0, are stored with the 1 that is added to
-  them.
+  setting that its files have, and those of another family of the same name have not. interleaved:
+  endings of the HF names whose rows are stored, head by head, in the order of an interleaved rotary
+  embedding. transposed: endings of the HF names whose matrices are stored transposed. shifted:
+  whether norm weights, which HF stores around 0, are stored with the 1 that is added to them.
   rope_tensors: those of gguf_rope.TENSORS that llama.cpp applies. square: whether it requires that
   the heads are together as wide as the model. tied: None where a file may have a head of its own
   and need not; else what llama.cpp requires. normalizes: whether the family's own tokenizers

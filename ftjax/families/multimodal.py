@@ -82,6 +82,7 @@ WRAPPERS = {
       )
     ),
     left_out=re.compile(r'(model\.)?visual\..*|mtp\..*'),
+    modules=MODULES,  # AutoModelForCausalLM makes a model of the text part alone
   ),
   'mistral3': Wrapper(
     text_types=('mistral', 'ministral3'),

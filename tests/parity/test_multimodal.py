@@ -22,7 +22,7 @@ from ftjax.runtime.errors import DataError
 from parity import family_cases as cases
 
 TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3', 'qwen3_5': 'qwen3_5'}
-EVERY = pytest.mark.parametrize('name', multimodal.WRAPPERS.keys() & TEXT.keys())
+EVERY = pytest.mark.parametrize('name', sorted(multimodal.WRAPPERS.keys() & TEXT.keys()))
 # transformers writes the first, and of Qwen3.5 the second; its modules are called as in the second.
 OLD, NEW = 'language_model.model.', 'model.language_model.'
 WRITTEN = {'gemma3': OLD, 'mistral3': OLD, 'qwen3_5': NEW}
