@@ -29,10 +29,8 @@ from ftjax.storage.checkpoint import Checkpoints, Retention
 
 EVERY = pytest.mark.parametrize('name', cases.CASES)
 FULL = pytest.mark.full
-# Of what takes seconds a case: one every day.
-ONE = pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[FULL] * (n != 'llama')) for n in cases.CASES]
-)
+SOME = family_models.parametrize()
+ONE = family_models.parametrize(('llama',))
 ROWS = cases.ROWS
 
 
@@ -144,7 +142,7 @@ def added(*parts):
   return sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in parts[0][1]}
 
 
-@EVERY
+@SOME
 def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
   tokens, segments, lengths = packed(name)
   whole = gradient(name, tokens, segments)
@@ -160,7 +158,7 @@ def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
   same(added(*apart), rows[0])
 
 
-@EVERY
+@SOME
 def test_the_cache_is_the_full_forward(name):
   """Prompts of 10 and 3 tokens that end at one place, and what follows, token by token."""
   arch, params = model(name)
@@ -250,7 +248,10 @@ def test_an_adapter_begins_as_its_base_and_merges_to_one_model(name, method, tmp
   where = tokens_at(np.ones_like(tokens))
   expected = tiny_model.logits(base, own, tokens, where)
   got = tiny_model.logits(arch, trees.unflatten(begun), tokens, where)
-  close(got, expected, 1e-6 if arch.adapter.dora else 0)
+  # GPT-2 on packed weights is bitwise the same as users' programs are compiled, and not with the
+  # flags of conftest.py.
+  is_exact = not arch.adapter.dora and (name != 'gpt2' or arch.base not in ('int8', 'nf4'))
+  close(got, expected, 0 if is_exact else 1e-6)
   trained = tiny_adapters.move(arch, begun)
   found = tiny_model.logits(arch, trained, tokens, where)
   assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max(), 'it has no weight'

@@ -2,6 +2,7 @@
 logits of text, and what is written.
 """
 
+import dataclasses
 import json
 
 import family_models
@@ -11,17 +12,20 @@ import pytest
 import tiny_model
 from safetensors.numpy import load_file, save_file
 
+from ftjax.config import keys
+from ftjax.experiment import adapters
 from ftjax.families import multimodal, table
-from ftjax.hf import export, load
+from ftjax.hf import export, load, peft, peft_config, peft_export
 from ftjax.models import kinds
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import DataError
 from parity import family_cases as cases
 
-TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3'}
-EVERY = pytest.mark.parametrize('name', multimodal.WRAPPERS.keys() & TEXT.keys())
-# transformers writes the first; its modules are called as in the second.
+TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3', 'qwen3_5': 'qwen3_5'}
+EVERY = pytest.mark.parametrize('name', sorted(multimodal.WRAPPERS.keys() & TEXT.keys()))
+# transformers writes the first, and of Qwen3.5 the second; its modules are called as in the second.
 OLD, NEW = 'language_model.model.', 'model.language_model.'
+WRITTEN = {'gemma3': OLD, 'mistral3': OLD, 'qwen3_5': NEW}
 
 
 def golden(name):
@@ -76,7 +80,8 @@ def test_logits_of_text_and_the_text_model_that_is_written(name, tmp_path):
     stop_ids=(),
   )
   written = load_file(tmp_path / 'target' / 'model.safetensors')
-  expected = {n.replace(OLD, 'model.'): x for n, x in content.items() if n.startswith(OLD)}
+  prefix = WRITTEN[name]
+  expected = {n.replace(prefix, 'model.'): x for n, x in content.items() if n.startswith(prefix)}
   assert {n: x.tobytes() for n, x in written.items()} == {
     n: x.tobytes() for n, x in expected.items()
   }
@@ -97,13 +102,26 @@ def moved(content):
   return {name(n): x for n, x in content.items()}
 
 
-@EVERY
+@pytest.mark.parametrize('name', [n for n, prefix in WRITTEN.items() if prefix == OLD])
 def test_the_other_spelling(name, tmp_path):
   one = write(tmp_path / 'one', config_of(name), tensors(name))
   other = write(tmp_path / 'other', config_of(name), moved(tensors(name)))
   assert load.open_source(one).tensors == load.open_source(other).tensors
   load.check_tensors(load.open_source(other), table.architecture(load.read_config(other)))
   assert load.fingerprint(one) == load.fingerprint(other)
+
+
+def test_the_head_of_further_tokens_is_left_out(tmp_path):
+  """Of Qwen3.5's folders, multimodal or not; other heads are an error."""
+  more = {'mtp.fc.weight': np.zeros((2, 3), np.float32)}
+  whole = write(tmp_path / 'whole', config_of('qwen3_5'), tensors('qwen3_5') | more)
+  arch, _ = read(whole)
+  text = {n.replace(NEW, 'model.'): x for n, x in tensors('qwen3_5').items() if NEW in n}
+  config = family_models.config('qwen3_5')
+  assert read(write(tmp_path / 'text', config, text | more))[0] == arch
+  folder = write(tmp_path / 'other', config, text | {'mtp2.fc.weight': more['mtp.fc.weight']})
+  with pytest.raises(DataError, match=r'no parameter takes mtp2\.fc\.weight'):
+    read(folder)
 
 
 @pytest.mark.parametrize('name', ['audio_tower.layers.0.weight', 'model.projector.weight'])
@@ -178,3 +196,86 @@ def test_labels_and_token_ids_beside_the_text_part_count(tmp_path):
   found = load.read_config(folder)
   assert table.architecture(found).num_labels == 1
   assert found['eos_token_id'] == [1, 106] and found['bos_token_id'] == 1
+
+
+def adapter(folder, base, targets='all-linear'):
+  """Writes a random adapter of a base as a PEFT folder; returns (architecture, its leaves)."""
+  arch, params = read(base)
+  c = keys.default()
+  c.lora.update({'rank': 3, 'alpha': 5.0, 'base': 'float32', 'targets': targets})
+  arch, rng = adapters.adapted(arch, c), np.random.default_rng(0)
+  new = {
+    n: rng.standard_normal(p.shape).astype(np.float32)
+    for n, p in kinds.declared(arch).items()
+    if p.origin == 'adapter'
+  }
+  peft_export.export(
+    trees.unflatten(trees.flatten(params) | {n: jax.numpy.asarray(x) for n, x in new.items()}),
+    arch,
+    folder,
+    base=str(base),
+    sha256='',
+    modules=load.module_prefix(base),
+    source_config=load.read_config(base),
+    tokenizer_files={},
+    stop_ids=(),
+  )
+  return arch, new
+
+
+def leaves(folder, arch):
+  found = peft.read(folder)
+  model = found.architecture(arch.plain())
+  places = trees.flatten(sharding.shardings(jax.sharding.get_mesh(), kinds.axes(model)))
+  return model, {n: np.asarray(x) for n, x in peft.load_adapter(found, model, places).items()}
+
+
+@EVERY
+def test_an_adapter_has_the_names_of_the_class_of_its_base(name, tmp_path):
+  base = write(tmp_path / 'base', config_of(name), tensors(name))
+  arch, new = adapter(tmp_path / 'adapter', base)
+  config = json.loads((tmp_path / 'adapter' / peft_config.CONFIG_FILE).read_text())
+  assert sorted(config['target_modules']) == sorted(golden(name)['linear'].tolist())
+  stored = load_file(tmp_path / 'adapter' / peft_config.WEIGHTS_FILE)
+  modules = [n.removeprefix('base_model.model.').partition('.lora_')[0] for n in stored]
+  assert sorted({*modules}) == sorted(config['target_modules'])
+  model, found = leaves(tmp_path / 'adapter', arch)
+  assert dataclasses.replace(model, base=arch.base) == arch
+  assert found.keys() == new.keys() and all((found[n] == x).all() for n, x in new.items())
+
+
+@pytest.mark.parametrize(
+  ('modules', 'targets'),
+  [
+    ('language_model.model.', ['q_proj', 'k_proj']),  # of transformers before 4.52
+    ('model.language_model.', r'.*language_model.*\.(q_proj|k_proj)'),
+    ('model.', ['q_proj', 'k_proj']),
+  ],
+)
+def test_an_adapter_of_other_programs_is_read(modules, targets, tmp_path):
+  base = write(tmp_path / 'base', config_of('gemma3'), tensors('gemma3'))
+  arch, new = adapter(tmp_path / 'adapter', base, '.*attn/[qk]')
+  file, settings = (
+    tmp_path / 'adapter' / n for n in (peft_config.WEIGHTS_FILE, 'adapter_config.json')
+  )
+  stored = {n.replace(NEW, modules): x for n, x in load_file(file).items()}
+  save_file(stored, file)
+  config = json.loads(settings.read_text()) | {'target_modules': targets}
+  settings.write_text(json.dumps(config))
+  model, found = leaves(tmp_path / 'adapter', arch)
+  assert dataclasses.replace(model, base=arch.base) == arch
+  assert all((found[n] == x).all() for n, x in new.items())
+  vision = {'base_model.model.model.vision_tower.fc.lora_A.weight': np.zeros((3, 4), np.float32)}
+  save_file(stored | vision, file)
+  with pytest.raises(DataError, match=r'nothing reads .*vision_tower'):
+    leaves(tmp_path / 'adapter', arch)
+
+
+def test_an_adapter_with_both_spellings_is_an_error(tmp_path):
+  base = write(tmp_path / 'base', config_of('gemma3'), tensors('gemma3'))
+  adapter(tmp_path / 'adapter', base)
+  file = tmp_path / 'adapter' / peft_config.WEIGHTS_FILE
+  stored = load_file(file)
+  save_file(stored | {n.replace(NEW, 'model.'): x for n, x in stored.items()}, file)
+  with pytest.raises(DataError, match='under two names'):
+    peft.read(tmp_path / 'adapter')
