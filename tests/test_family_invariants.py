@@ -18,6 +18,8 @@ from parity import family_cases as cases
 from tiny_model import tokens_at
 
 from ftjax.families import table
+from ftjax.generation.engine import Engine
+from ftjax.generation.sampling import Sampling
 from ftjax.hf import export, layout, load
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
@@ -289,3 +291,27 @@ def test_a_restored_state_takes_the_next_step_bitwise(name, tmp_path):
   assert float(again['loss']) == float(metrics['loss']) != float(first['loss'])
   for got, x in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
     assert np.asarray(got).tobytes() == np.asarray(x).tobytes()
+
+
+@FULL
+@pytest.mark.parametrize('name', ['gemma2', 'gpt2', 'mixtral', 'phi3', 'qwen3_5'])
+def test_log_probs_of_the_sampler_are_the_trainer_s(name):
+  """Windows, caps, learned positions, experts, states: prompts of 1 to 40 tokens in slots that are
+  refilled, up to the end of GPT-2's table.
+  """
+  arch, params = model(name)
+  rng, vocab = np.random.default_rng(0), cases.CASES[name].vocab
+  prompts = [rng.integers(0, vocab, n).tolist() for n in (1, 40, 2, 30, 5, 16, 1, 9)]
+  engine = Engine(arch, jnp.float32, tuple(range(0, vocab, 9)), 0, slots=3, tokens_per_dispatch=4)
+  found = engine.generate(
+    params, prompts, group=2, max_tokens=20, sampling=Sampling(1.0), seed=3
+  ).completions
+  pairs = [(p, c) for p, row in zip(prompts, found, strict=True) for c in row]
+  tokens, labels, weights, segments = np.zeros((4, len(pairs), 60), np.int32)
+  for i, (prompt, c) in enumerate(pairs):
+    whole = prompt + c.tokens
+    tokens[i, : len(whole)], labels[i, : len(whole) - 1] = whole, whole[1:]
+    weights[i, len(prompt) - 1 : len(whole) - 1], segments[i, : len(whole)] = 1, 1
+  expected = tiny_model.logprobs(arch, params, tokens, labels, weights, tokens_at(segments))
+  got = np.concatenate([c.logprobs for _, c in pairs])
+  np.testing.assert_allclose(got, expected[weights > 0], atol=5e-5)
