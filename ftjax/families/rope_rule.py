@@ -94,7 +94,7 @@ class Rule:
     return self.c.count('max_position_embeddings', of_class=True)
 
   def default(self, key: str) -> Any:
-    """Returns what transformers' class gives to a rule without this key; None where it gives none."""
+    """Returns the default of transformers' class for a key of the rule; None where it has none."""
     if key == 'rope_theta' and self.reading.scaled_queries:
       return _BASE_THETA  # that of Ministral 3's own rule is for files without a rule
     return class_rule(self.c, self.layer_type).get(key)
