@@ -395,3 +395,23 @@ def test_the_mask_zeroes_frozen_layers_of_a_gradient():
       np.testing.assert_array_equal(g[np.array([0, 2])], gradient[name][np.array([0, 2])])
     else:
       np.testing.assert_array_equal(g, gradient[name])
+
+
+@pytest.mark.parametrize('name', ['muon', 'adafactor', 'adamw'])
+def test_each_expert_moves_as_a_matrix_of_its_own(name):
+  leaf, rng = 'stack0/block0/mlp/up/w', np.random.default_rng(0)
+  start, gradient = (rng.normal(size=(1, 3, 128, 136)).astype(np.float32) for _ in range(2))
+  gradient[:, 1] *= 100
+
+  def moved(axes, start, gradient):
+    info = optimizer.leaves({leaf: (start.shape, axes, 128, 0.0)}, [('stack0/block0', 0)])
+    tx = optimizer.make_optimizer(
+      recipe(name, decay=ALL, multipliers=ALL, freeze=NOTHING), info, info
+    )
+    params, found = (trees.unflatten({leaf: x}) for x in (start, gradient))
+    return np.asarray(trees.flatten(tx.update(found, tx.init(params), params)[0])[leaf])
+
+  found = moved(('layers', 'expert', 'embed', 'ffn'), start, gradient)
+  for e in range(3):
+    alone = moved(('layers', 'embed', 'ffn'), start[:, e], gradient[:, e])
+    np.testing.assert_allclose(found[:, e], alone, rtol=1e-4, atol=1e-6)
