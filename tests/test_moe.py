@@ -30,10 +30,6 @@ from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 from ftjax.training.state import create
 
-MIXTURES = ['mixtral', 'qwen3_moe']
-EVERY = pytest.mark.parametrize('name', MIXTURES)
-
-
 # Products by group.
 
 
@@ -162,7 +158,7 @@ def balance(arch, params, batch):
   return jax.value_and_grad(total)(params)
 
 
-@EVERY
+@pytest.mark.parametrize('name', [pytest.param('mixtral', marks=pytest.mark.full), 'qwen3_moe'])
 def test_the_load_balance_loss_is_that_of_transformers(name):
   """In value and gradient, of the tokens that are no padding, over all layers together."""
   arch, stored = family_models.architecture(name), golden()
@@ -224,6 +220,7 @@ def test_accumulated_is_the_whole_batch():
     np.testing.assert_allclose(other[name], g, rtol=0, atol=2e-6 * np.abs(g).max(), err_msg=name)
 
 
+@pytest.mark.full
 def test_the_factor_can_be_set():
   """With 0 rows do not know of each other; the statistics are there all the same."""
   usual, none = stepped('mixtral')[0], stepped('mixtral', factor=0.0)[0]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny_rollouts
 
-from ftjax.generation.engine import Engine
-from ftjax.generation.sampling import Sampling
+from ftjax.experiment.model import open_model
 from ftjax.runtime import trees
+
+pytestmark = pytest.mark.full
 
 SIZES = dict(
   model_type='qwen3_moe',
@@ -29,7 +30,12 @@ SIZES = dict(
 
 @pytest.fixture(scope='module')
 def steps(tmp_path_factory):
-  return tiny_rollouts.Steps(tmp_path_factory.mktemp('run'), **{'model.random': SIZES})
+  with pytest.MonkeyPatch.context() as patch:
+    # model.random has no keys of experts.
+    patch.setattr(
+      tiny_rollouts, 'open_model', lambda path, sizes, seed: open_model('', SIZES, seed)
+    )
+    return tiny_rollouts.Steps(tmp_path_factory.mktemp('run'))
 
 
 def test_the_trainer_chooses_the_experts_of_the_sampler(steps):
@@ -58,10 +64,3 @@ def test_a_step_on_a_rollout_balances_the_load(steps):
   # Each of the two experts of a token counts: without loss of balance it is 2.
   assert 1 < metrics['moe/balance'] < 10
   assert int(state.step) == 1
-
-
-def test_an_engine_that_is_not_asked_returns_no_experts(steps):
-  engine = Engine(steps.run.arch, jax.numpy.float32, (), 0, slots=2)
-  params = steps.trainer.model(steps.trainer.fresh())
-  found = engine.generate(params, [[1, 2]], group=1, max_tokens=2, sampling=Sampling(), seed=0)
-  assert found.completions[0][0].choices is None

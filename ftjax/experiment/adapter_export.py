@@ -19,8 +19,9 @@ from ftjax.cluster import processes
 from ftjax.experiment import adapters
 from ftjax.experiment.data import PromptData
 from ftjax.experiment.run import Run
+from ftjax.families import multimodal
 from ftjax.hf import export as hf_export
-from ftjax.hf import peft_export, run_export
+from ftjax.hf import load, peft_export, run_export
 from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.models.layers import rounded
@@ -60,6 +61,14 @@ class Comparison:
     return f'KL from adapter to merged model: {self.kl:.3g} nats per token, {end}'
 
 
+def check(run: Run) -> None:
+  """Raises ConfigError, before anything is trained, where the adapter has no form as a PEFT folder;
+  warns where PEFT will not load it.
+  """
+  if run.arch.adapter is not None:
+    peft_export.check(run.arch)
+
+
 def export(run: Run, params: dict, card: bytes) -> None:
   """Writes the adapter to export/.
 
@@ -78,6 +87,7 @@ def export(run: Run, params: dict, card: bytes) -> None:
     files.join(run.workdir, 'export'),
     base=run.first_source,
     sha256=run.first_hash(),
+    modules=load.module_prefix(run.first_source) if run.first_source else multimodal.MODULES,
     source_config=model.config,
     tokenizer_files=model.files,
     stop_ids=model.stop_ids,

@@ -93,6 +93,7 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     stack.callback(source.close)
     stack.enter_context(_locked(run.workdir))
     data_check.check(run)
+    adapter_export.check(run)
     for model in run.auxiliary:
       model.check(run.model.tokenizer, c.seq_len)
     # Optimizer, the state in shapes, and the step.

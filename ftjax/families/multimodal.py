@@ -16,6 +16,7 @@ from ftjax.families.hf_config import HfConfig
 from ftjax.runtime.errors import DataError
 
 TIED, TEXT = 'tie_word_embeddings', 'text_config'
+MODULES = 'model.'  # begins the names of the modules of a text model
 # Keys beside text_config that say how text is classified, stored or generated.
 _INHERITED = (
   *('id2label', 'label2id', 'num_labels', 'problem_type', 'quantization_config', 'dtype'),
@@ -31,7 +32,8 @@ class Wrapper:
   config.json beside text_config, which change nothing in the text part. left_out: names of the
   tensors that belong to other parts. prefixes: (beginning of a tensor's name in the files, what
   takes its place), the first that fits counts; two spellings are common. head: the name of the text
-  part's head.
+  part's head. modules: what begins the names of the text part's modules in transformers' class, in
+  place of 'model.'; adapters of PEFT have these names.
   """
 
   text_types: tuple[str, ...]
@@ -43,6 +45,7 @@ class Wrapper:
     ('model.language_model.', 'model.'),
   )
   head: str = 'lm_head.weight'
+  modules: str = 'model.language_model.'
 
   def name(self, stored: str) -> str | None:
     """Returns what the text model calls a tensor of the files; None where it is left out. A name
@@ -79,6 +82,7 @@ WRAPPERS = {
       )
     ),
     left_out=re.compile(r'(model\.)?visual\..*|mtp\..*'),
+    modules=MODULES,  # AutoModelForCausalLM makes a model of the text part alone
   ),
   'mistral3': Wrapper(
     text_types=('mistral', 'ministral3'),
@@ -96,6 +100,20 @@ WRAPPERS = {
 def of(config: Mapping[str, Any]) -> Wrapper | None:
   """Returns how the text part of a config.json is found; None where it is a text model's own."""
   return WRAPPERS.get(str(config.get('model_type')))
+
+
+def own_name(name: str, modules: str) -> str:
+  """Returns what a tensor or module of a text model is called in a class whose text part has names
+  that begin with `modules`.
+  """
+  return modules + name.removeprefix(MODULES) if name.startswith(MODULES) else name
+
+
+def beginnings() -> list[str]:
+  """Returns what may begin the names of the modules of a text part, in any wrapper."""
+  found = [w.modules for w in WRAPPERS.values()]
+  found += [old for w in WRAPPERS.values() for old, new in w.prefixes if new == MODULES]
+  return [p for p in dict.fromkeys(found) if p != MODULES]
 
 
 def text_config(config: dict[str, Any], names: Callable[[], Collection[str]]) -> dict[str, Any]:

@@ -317,10 +317,18 @@ def _merged_leaves(params: Mapping, arch: Architecture) -> Picker:
 
   from ftjax.models import kinds
 
+  held: dict[tuple[str, int], jax.Array] = {}  # of the layer whose experts are written
+
   def pick(binding):
     layer, *rest = binding.at or (None,)
     which = None if layer is None else jnp.int32(layer)
-    return kinds.merged(arch, params, binding.leaf, which), rest
+    if not rest:
+      return kinds.merged(arch, params, binding.leaf, which), rest
+    # One tensor after the other: all experts of a layer are merged at once.
+    if (binding.leaf, layer) not in held:
+      held.clear()
+      held[binding.leaf, layer] = kinds.merged(arch, params, binding.leaf, which)
+    return held[binding.leaf, layer], rest
 
   return pick
 

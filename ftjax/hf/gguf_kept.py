@@ -56,7 +56,7 @@ def _settings(arch: Architecture) -> Iterator[tuple[str, Any]]:
 
 def _in_metadata(block: BlockSpec) -> BlockSpec:
   """Returns a block with a rotary embedding as metadata have it: a partial rotation is a whole
-  number of coordinates, and nothing tells of `llama3`.
+  number of coordinates, and nothing records `llama3`.
   """
   rope = block.mixer.rope
   if rope is None:

@@ -95,6 +95,17 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
   return config
 
 
+def module_prefix(path: str | os.PathLike) -> str:
+  """Returns what begins the names of a model's layers in the class that transformers opens it with,
+  'model.' but for the text part of a multimodal model.
+  """
+  folder = files.as_path(model_folder.locate(path, weights=False))
+  if model_folder.gguf_file(folder) is not None or not (folder / 'config.json').is_file():
+    return multimodal.MODULES
+  wrapper = multimodal.of(weight_files.read_config(folder))
+  return wrapper.modules if wrapper else multimodal.MODULES
+
+
 def _stored_names(path: str | os.PathLike) -> list[str]:
   """Returns the names of the tensors in the files of a HF folder, which are downloaded where no
   index lists them.

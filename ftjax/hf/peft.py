@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.families import table
-from ftjax.hf import layout, load, model_folder, peft_config, peft_names
+from ftjax.hf import layout, load, model_folder, peft_base, peft_config, peft_names
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
 from ftjax.hf.peft_names import Adapted, Part
 from ftjax.hf.tensor_source import TensorSource
@@ -26,7 +26,7 @@ from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.storage import files, hub
+from ftjax.storage import files
 
 if TYPE_CHECKING:
   import jax
@@ -35,24 +35,6 @@ _PICKLED = (
   ', which can run code when loaded and are never read here. Save it again where peft is '
   'installed: PeftModel.from_pretrained(BASE, DIR).save_pretrained(NEW)'
 )
-_STORAGES = ('', 'float32', 'bfloat16', 'int8', 'nf4')
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-  """The base of an adapter.
-
-  path: HF folder, GGUF file or hub name, '' where the folder names none. sha256: of its weights, ''
-  where it is not recorded. storage, block: how it was held, as in architecture.Architecture. parts:
-  {module: (rank, scale) of each part} of the fused matrices whose adapter is that of its parts; see
-  peft_names.Adapted.
-  """
-
-  path: str
-  sha256: str = ''
-  storage: str = ''
-  block: int = 64
-  parts: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +45,7 @@ class PeftFolder:
   """
 
   place: Path
-  base: Base
+  base: peft_base.Base
   config: PeftConfig
   source: TensorSource
 
@@ -246,53 +228,16 @@ def read(path: str | os.PathLike) -> PeftFolder:
   """
   folder = files.as_path(path)
   place = file_inside(folder, CONFIG_FILE)
-  config = peft_config.parse(_json(place), str(place))
+  config = peft_config.parse(parse_json(place.read_bytes(), str(place)), str(place))
   if not files.exists(folder / WEIGHTS_FILE):
     if files.exists(folder / 'adapter_model.bin'):
       raise DataError(f'{folder}: only pickled weights (adapter_model.bin){_PICKLED}')
     raise DataError(f'{folder}: {WEIGHTS_FILE} is missing (unfinished download?)')
   if not model_folder.is_adapter(folder):
     raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
-  return PeftFolder(folder, _base(folder, config), config, load.open_source(folder))
-
-
-def _json(place: Path) -> object:
-  return parse_json(place.read_bytes(), str(place))
-
-
-def _base(folder: Path, config: PeftConfig) -> Base:
-  """Returns the base that adapter_config.json names, with what ftjax_base.json records of it."""
-  path = config.base
-  if config.revision and hub.is_name(path):
-    path = f'{path}@{config.revision}'
-  if not files.exists(folder / BASE_FILE):
-    return Base(path)
-  place = file_inside(folder, BASE_FILE)
-  found = _json(place)
-  is_fit = (
-    isinstance(found, dict)
-    and found.keys() - {'parts'} == {'sha256', 'storage', 'block'}
-    and isinstance(found['sha256'], str)
-    and found['storage'] in _STORAGES
-    and type(found['block']) is int
-    and found['block'] > 1
-  )
-  if not is_fit:
-    raise DataError(f'{place}: {found!r}; expected sha256, storage (of {_STORAGES}) and block')
-  return Base(path, **found | {'parts': _parts(found.get('parts', {}), place)})
-
-
-def _parts(content: object, place: Path) -> dict[str, tuple[tuple[int, float], ...]]:
-  def is_part(x: object) -> bool:
-    if not isinstance(x, list) or len(x) != 2 or any(isinstance(n, bool) for n in x):
-      return False
-    rank, scale = x
-    return isinstance(rank, int) and rank >= 0 and isinstance(scale, int | float) and scale >= 0
-
-  lists = content.values() if isinstance(content, dict) else [None]
-  if not all(isinstance(parts, list) and all(map(is_part, parts)) for parts in lists):
-    raise DataError(f'{place}: parts={content!r}; expected lists of [rank, scale] by module')
-  return {m: tuple((r, float(s)) for r, s in parts) for m, parts in content.items()}
+  source, modules = peft_names.text_part(load.open_source(folder))
+  config = dataclasses.replace(config, modules=modules)
+  return PeftFolder(folder, peft_base.read(folder, config), config, source)
 
 
 def check_base(folder: PeftFolder, path: str, sha256: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import regex
 
+from ftjax.families import multimodal
 from ftjax.runtime.errors import DataError
 
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
@@ -95,7 +96,8 @@ class PeftConfig:
   place: the file. base, revision: of the base model, '' where they are not named. labels: whether
   it scores (task_type SEQ_CLS). targets: a pattern, ends of names, or ALL_LINEAR. ranks, alphas:
   (pattern, value) pairs, before the usual ones. transposed: the matrices of the base are stored as
-  [inputs, outputs], as GPT-2's are.
+  [inputs, outputs], as GPT-2's are. modules: what begins the names of layers in the file; in what
+  the methods take it is 'model.'.
   """
 
   place: str
@@ -114,15 +116,17 @@ class PeftConfig:
   alphas: tuple[tuple[Pattern, float], ...]
   saved: tuple[str, ...]
   transposed: bool
+  modules: str = multimodal.MODULES
 
   def is_saved(self, tensor: str) -> bool:
     """Returns whether a HF tensor belongs to a module that is saved whole."""
-    parts = tensor.split('.')
+    parts = multimodal.own_name(tensor, self.modules).split('.')
     modules = ['.'.join(parts[:n]) for n in range(1, len(parts))]
     return any(m.endswith(end) for m in modules for end in self.saved)
 
   def is_target(self, module: str, is_head: bool) -> bool:
     """Returns whether PEFT gives a linear map an adapter; is_head: it makes logits or scores."""
+    module = multimodal.own_name(module, self.modules)
     if _is_named(module, self.excluded):
       return False
     if any(f'.{m}.' in f'.{module}.' for m in self.saved):
@@ -138,6 +142,7 @@ class PeftConfig:
 
   def factors(self, module: str) -> tuple[int, float]:
     """Returns (rank, scale) of a module's adapter."""
+    module = multimodal.own_name(module, self.modules)
     rank = next((v for p, v in self.ranks if p.match(module)), self.rank)
     alpha = next((v for p, v in self.alphas if p.match(module)), self.alpha)
     return rank, alpha / (math.sqrt(rank) if self.rslora else rank)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.families import tensor_map
+from ftjax.families import multimodal, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
@@ -39,7 +39,9 @@ _FLOAT = np.dtype(np.float32)
 
 
 def check(arch: Architecture) -> None:
-  """Raises ConfigError where an adapter has no form as a PEFT folder."""
+  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT will not
+  read the one that it has.
+  """
   peft_names.adapted(arch)
   peft_names.trained(arch)
   if why := peft_names.obstacle(arch):
@@ -58,6 +60,7 @@ def export(
   *,
   base: str,
   sha256: str,
+  modules: str = multimodal.MODULES,
   source_config: Mapping[str, Any],
   tokenizer_files: Mapping[str, bytes],
   stop_ids: tuple[int, ...],
@@ -73,6 +76,7 @@ def export(
     target: folder to write, replaced if it is a model or adapter folder.
     base: the base's path as the user gave it, a hub name with its commit; '': a random model.
     sha256: of the base's weights, see `load.fingerprint`.
+    modules: what begins the names of the base's layers, see `load.module_prefix`.
     source_config: the base's config.json.
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens.
@@ -85,6 +89,7 @@ def export(
   """
   leaves = trees.flatten(params)
   tensors = _Tensors(arch, leaves)
+  tensors.rename(lambda name: multimodal.own_name(name, modules))
   config = _config(arch, base, tensors)
   if not processes.is_main():
     for read in tensors.readers.values():
@@ -133,6 +138,14 @@ class _Tensors:
     if self.ties:  # PEFT reads it twice
       embed, head = (PREFIX + name for name in tied)
       self._add(head, self.shapes[embed], self.readers[embed])
+
+  def rename(self, change: Callable[[str], str]) -> None:
+    """Gives all modules and their tensors the names in the class of the base."""
+    renamed = {name: PREFIX + change(name.removeprefix(PREFIX)) for name in self.shapes}
+    self.shapes = {renamed[n]: x for n, x in self.shapes.items()}
+    self.readers = {renamed[n]: x for n, x in self.readers.items()}
+    self.adapted = {change(m): x for m, x in self.adapted.items()}
+    self.saved = [change(m) for m in self.saved]
 
   def _add(self, name: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> None:
     self.shapes[name] = shape

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ftjax.families import table
+from ftjax.families import multimodal, table
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import layout
 from ftjax.hf.peft_config import PREFIX
+from ftjax.hf.tensor_source import RenamedSource, TensorSource
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture, MoeSpec
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 
 
 class Side(NamedTuple):
@@ -132,6 +133,24 @@ class Adapted(NamedTuple):
     outer = _size(b, b.words[b.fused][0])
     whole = np.concatenate([x.reshape(outer, -1, *x.shape[1:]) for x in values], axis=1)
     return whole.reshape(-1, *values[0].shape[1:])
+
+
+def text_part(source: TensorSource) -> tuple[TensorSource, str]:
+  """Returns (an adapter's tensors under the names of a text model, what begins the names of its
+  layers in the files, which differs in adapters of the text part of a multimodal model).
+
+  Raises:
+    DataError: two tensors get one name.
+  """
+  for modules in multimodal.beginnings():
+    start = PREFIX + modules
+    if any(n.startswith(start) for n in source.tensors):
+      text = PREFIX + multimodal.MODULES
+      names = [text + n.removeprefix(start) if n.startswith(start) else n for n in source.tensors]
+      if double := [n for n in names if names.count(n) > 1]:
+        raise DataError(f'{source.place}: {double[0]} is there under two names')
+      return RenamedSource(source, dict(zip(names, source.tensors, strict=True))), modules
+  return source, multimodal.MODULES
 
 
 def module(tensor: str) -> str:

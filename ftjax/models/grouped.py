@@ -59,7 +59,7 @@ dot.defvjp(_forward, _backward)
 
 
 def _ragged(x, w, sizes):
-  # Outside of a shard_map, on one device, JAX must be told the layout of the result.
+  # Outside of a shard_map, on one device, JAX needs the layout of the result.
   where = jax.P() if is_alone() else None
   return jax.lax.ragged_dot_general(x, w, sizes, _OF_ROWS, out_sharding=where)
 

@@ -224,7 +224,7 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def positions(table: jax.Array, places: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Returns rows of table [P, D] for positions int32[B, T], as dtype[B, T, D]; of positions beyond
-  the table NaN, so that no run goes on with them.
+  the table NaN, which ends a run.
   """
 
   def local(table, places):

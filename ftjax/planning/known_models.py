@@ -219,6 +219,18 @@ SHAPES = {
     'mlp_only_layers': [],
     'router_aux_loss_coef': 0.001,
   },
+  'Mixtral-8x7B-v0.1': _sizes(4096, 32, 32, 8, 14336, 32000)
+  | {
+    'model_type': 'mixtral',
+    'num_local_experts': 8,
+    'num_experts_per_tok': 2,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 1e6,
+    'max_position_embeddings': 32768,
+    'sliding_window': None,
+    'tie_word_embeddings': False,
+    'router_aux_loss_coef': 0.02,
+  },
   'gemma-2-2b': _gemma2(2304, 26, 8, 4, 9216),
   'gemma-2-9b': _gemma2(3584, 42, 16, 8, 14336),
   'gemma-2-27b': _gemma2(4608, 46, 32, 16, 36864, head_dim=128, scalar=144),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from ftjax.models import counts, kinds
-from ftjax.models.architecture import Architecture, BlockSpec, MlpSpec
+from ftjax.models.architecture import Architecture, BlockSpec, MlpSpec, MoeSpec
 from ftjax.planning.topology import Topology
 
 _STATE_BYTES = 16  # of a trained float32 parameter: itself, two moments of Adam, the gradient
@@ -38,11 +38,18 @@ class Candidate:
   tensor: int
   grad_accum: int
   remat: str
+  expert: int = 1
 
   def overrides(self) -> dict[str, int | str]:
     """Returns the settings by config key."""
-    mesh = {f'mesh.{a}': getattr(self, a) for a in ('data', 'fsdp', 'context', 'tensor')}
-    return mesh | {'mesh.expert': 1, 'grad_accum': self.grad_accum, 'remat': self.remat}
+    axes = ('data', 'fsdp', 'context', 'tensor', 'expert')
+    mesh = {f'mesh.{a}': getattr(self, a) for a in axes}
+    return mesh | {'grad_accum': self.grad_accum, 'remat': self.remat}
+
+  @property
+  def rows(self) -> int:
+    """Ways that the rows of a step are split."""
+    return self.data * self.fsdp * self.expert
 
 
 def _divisors(n: int, most: int) -> list[int]:
@@ -52,21 +59,40 @@ def _divisors(n: int, most: int) -> list[int]:
 def _all(arch: Architecture, topology: Topology, rows: int, length: int) -> Iterator[Candidate]:
   slices, devices = topology.slices, topology.num_devices
   local, specs = devices // slices, arch.layers()
+  experts = math.gcd(*(m.num_experts for m in arch.mixtures())) if arch.mixtures() else 1
   for tensor in _divisors(math.gcd(*(s.mixer.split_heads for s in specs), local), 16):
     for context in _divisors(local // tensor, 64):
-      fsdp = local // tensor // context
-      ways = fsdp * slices
-      if length % (context * 128) or rows % ways or arch.model_dim % fsdp:
+      left = local // tensor // context
+      if length % (context * 128) or rows % (left * slices):
         continue
-      for accum in _divisors(rows // ways, 64):
-        for remat in ('dots', 'full'):
-          yield Candidate(slices, fsdp, context, tensor, accum, remat)
+      for expert in _divisors(math.gcd(left, experts), 64):
+        fsdp = left // expert
+        if arch.model_dim % fsdp:
+          continue
+        for accum in _divisors(rows // (left * slices), 64):
+          for remat in ('dots', 'full'):
+            yield Candidate(slices, fsdp, context, tensor, accum, remat, expert)
 
 
-def _inner(spec: BlockSpec) -> int:
-  """Returns how many numbers of a token stand between the matrices of a layer."""
-  wide = 2 if isinstance(spec.mlp, MlpSpec) else 3
-  return spec.mixer.inner + wide * spec.mlp.ffn_dim
+def _inner(spec: BlockSpec, model_dim: int, expert: int) -> int:
+  """Returns how many numbers of a token stand between the matrices of a layer: with experts, of
+  each choice of all tokens whose experts a device may have.
+  """
+  mlp = spec.mlp
+  if isinstance(mlp, MoeSpec):
+    return spec.mixer.inner + expert * mlp.top_k * (3 * mlp.ffn_dim + 2 * model_dim)
+  return spec.mixer.inner + (2 if isinstance(mlp, MlpSpec) else 3) * mlp.ffn_dim
+
+
+def _kept(spec: BlockSpec, model_dim: int) -> int:
+  """Returns how many of them remat='dots' keeps: not those of experts."""
+  return spec.mixer.inner if isinstance(spec.mlp, MoeSpec) else _inner(spec, model_dim, 1)
+
+
+def _expert_params(arch: Architecture) -> int:
+  """Returns the number of parameters that `expert` splits."""
+  found = kinds.declared(arch).values()
+  return sum(counts.weights(p) for p in found if 'expert' in p.axes)
 
 
 def _base_bytes(arch: Architecture) -> int:
@@ -84,25 +110,41 @@ def _bytes(
   (one gathered layer and embedding table, saved activations, activations of a layer) and the copy
   for sampling.
   """
-  n = counts.num_params(arch)
-  tokens = rows // (c.data * c.fsdp) // c.grad_accum * length / c.context
-  layer = (n - arch.vocab_size * arch.model_dim) / arch.num_layers / c.tensor
+  n, of_experts = counts.num_params(arch), _expert_params(arch)
+  split = 1 - of_experts / n * (1 - 1 / c.expert)  # share of the parameters, with `expert`
+  tokens = rows // c.rows // c.grad_accum * length / c.context
+  layer = (n * split - arch.vocab_size * arch.model_dim) / arch.num_layers / c.tensor
   table = arch.vocab_size * arch.model_dim / c.tensor
-  inner = max(map(_inner, arch.layers())) / c.tensor
-  kept = arch.model_dim + (inner + arch.model_dim if c.remat == 'dots' else 0)
+  dim, layers = arch.model_dim, arch.layers()
+  inner = max(_inner(spec, dim, c.expert) for spec in layers) / c.tensor
+  most = max(_kept(spec, dim) for spec in layers) / c.tensor
+  kept = dim + (most + dim if c.remat == 'dots' else 0)
   saved = held.trained * arch.num_layers * tokens * kept * width
   gathered = 4 * table + 2 * layer * width
   base = _base_bytes(arch)
   copy = base or _COPY_BYTES * n
   state = _STATE_BYTES * held.trained * counts.num_trained(arch) + base + copy * held.copies
-  state /= c.fsdp * c.tensor
+  state *= split / (c.fsdp * c.tensor)
   sampling = (base or width * n) / c.tensor if held.samples else 0.0
   return state + max(gathered + saved + 2 * tokens * inner * width, sampling)
 
 
-def _preference(c: Candidate) -> tuple:
+def _preference(c: Candidate, arch: Architecture, rows: int, length: int) -> tuple:
   """Returns a sort key, smaller is better: communication, then rematerialization, then latency."""
-  return (c.context * c.tensor, c.tensor > 1, c.grad_accum * (1.3 if c.remat == 'full' else 1.0))
+  steps = c.grad_accum * (1.3 if c.remat == 'full' else 1.0)
+  return (c.context * c.tensor, c.tensor > 1, _traffic(c, arch, rows, length), steps)
+
+
+def _traffic(c: Candidate, arch: Architecture, rows: int, length: int) -> float:
+  """Returns the numbers that a device receives in a step for its experts: their matrices over fsdp,
+  the tokens of the others over expert. 0 for a model without experts.
+  """
+  if not arch.mixtures():
+    return 0.0
+  own = _expert_params(arch) / (c.expert * c.tensor)
+  weights = own * (1 - 1 / c.fsdp) * c.grad_accum
+  tokens = rows // c.rows * length / c.context
+  return weights + (c.expert - 1) * tokens * arch.model_dim * len(arch.mixtures())
 
 
 def candidates(
@@ -129,5 +171,5 @@ def candidates(
   room = topology.chip.memory
   likely = [c for c in found if _bytes(c, arch, rows, length, width, held) <= 1.1 * room]
   if likely:
-    return sorted(likely, key=_preference)[:most]
+    return sorted(likely, key=lambda c: _preference(c, arch, rows, length))[:most]
   return sorted(found, key=lambda c: _bytes(c, arch, rows, length, width, held))[:most]

@@ -49,7 +49,6 @@ MESHES = (
   dict(fsdp=2, expert=4),
   dict(fsdp=4, tensor=2),
 )
-EVERY_DAY = (('whole', MESHES[0]),)
 
 
 @pytest.fixture(scope='module')
@@ -112,11 +111,7 @@ def one_device(batch, first):
   return found
 
 
-PAIRS = [
-  pytest.param(case, sizes, marks=[] if (case, sizes) in EVERY_DAY else [pytest.mark.full])
-  for case in CASES
-  for sizes in MESHES
-]
+PAIRS = [pytest.param(case, sizes, marks=pytest.mark.full) for case in CASES for sizes in MESHES]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """What transformers computes for text with small models that also read images. Runs in the parity
 environment (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py FOLDER [MODEL_TYPE ...]
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_multimodal_goldens.py DIR [TYPE ...]
 
-FOLDER is tests/parity/golden to replace them; FOLDER/multimodal/MODEL_TYPE.npz has the config.json
-that transformers writes, names and shapes of the tensors in its files, and ids int32[B, T] with
-logits float32[B, T, V]. The weights are drawn by their names as in family_cases.py.
+DIR is tests/parity/golden to replace them; DIR/multimodal/TYPE.npz has the config.json
+that transformers writes, names and shapes of the tensors in its files, the names of the linear maps
+of the text part in the class that opens it, and ids int32[B, T] with logits float32[B, T, V]. The
+weights are drawn by their names as in family_cases.py.
 """
 
 import sys
@@ -16,7 +17,12 @@ import numpy as np
 import torch
 from make_family_goldens import FILE, stored
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import (
+  MODEL_FOR_CAUSAL_LM_MAPPING,
+  AutoConfig,
+  AutoModelForCausalLM,
+  AutoModelForImageTextToText,
+)
 
 from parity import family_cases as cases
 
@@ -50,6 +56,17 @@ MODELS = {
 }
 
 
+def linear_names(config) -> list[str]:
+  """Returns the linear maps of the text part in the class that opens the model for text, but for
+  the head; a class that opens text alone has no other parts.
+  """
+  kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+  model = (kind or AutoModelForImageTextToText).from_config(config)
+  found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+  text = [n for n in found if '.language_model.' in n]
+  return text or [n for n in found if n != 'lm_head']
+
+
 def compute(name: str, folder: Path) -> dict[str, np.ndarray]:
   text, settings, vision = MODELS[name]
   case = cases.CASES[text]
@@ -70,6 +87,7 @@ def compute(name: str, folder: Path) -> dict[str, np.ndarray]:
     'config': (folder / 'config.json').read_text(),
     'names': list(tensors),
     'shapes': [' '.join(map(str, x.shape)) for x in tensors.values()],
+    'linear': linear_names(config),
     'ids': ids,
     'logits': logits,
   }

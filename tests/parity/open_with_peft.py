@@ -49,7 +49,7 @@ def compute(folder: Path, base: str, ids: torch.Tensor) -> dict[str, np.ndarray]
       out[f'gradient/{plain}'] = p.grad.numpy().copy()
   with torch.no_grad():
     out['merged'] = model.merge_and_unload()(ids).logits.numpy()
-  # transformers' own deprecations are not about the folder, nor is what PEFT says of patterns that it
+  # Deprecations of transformers are not about the folder, nor is what PEFT says of patterns that it
   # made itself for experts.
   texts = [str(w.message) for w in caught]
   texts = [t for t in texts if 'deprecated' not in t and 'gate_up_proj' not in t]

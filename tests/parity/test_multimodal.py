@@ -2,6 +2,7 @@
 logits of text, and what is written.
 """
 
+import dataclasses
 import json
 
 import family_models
@@ -11,15 +12,17 @@ import pytest
 import tiny_model
 from safetensors.numpy import load_file, save_file
 
+from ftjax.config import keys
+from ftjax.experiment import adapters
 from ftjax.families import multimodal, table
-from ftjax.hf import export, load
+from ftjax.hf import export, load, peft, peft_config, peft_export
 from ftjax.models import kinds
-from ftjax.runtime import sharding
+from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import DataError
 from parity import family_cases as cases
 
 TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3', 'qwen3_5': 'qwen3_5'}
-EVERY = pytest.mark.parametrize('name', multimodal.WRAPPERS.keys() & TEXT.keys())
+EVERY = pytest.mark.parametrize('name', sorted(multimodal.WRAPPERS.keys() & TEXT.keys()))
 # transformers writes the first, and of Qwen3.5 the second; its modules are called as in the second.
 OLD, NEW = 'language_model.model.', 'model.language_model.'
 WRITTEN = {'gemma3': OLD, 'mistral3': OLD, 'qwen3_5': NEW}
@@ -193,3 +196,86 @@ def test_labels_and_token_ids_beside_the_text_part_count(tmp_path):
   found = load.read_config(folder)
   assert table.architecture(found).num_labels == 1
   assert found['eos_token_id'] == [1, 106] and found['bos_token_id'] == 1
+
+
+def adapter(folder, base, targets='all-linear'):
+  """Writes a random adapter of a base as a PEFT folder; returns (architecture, its leaves)."""
+  arch, params = read(base)
+  c = keys.default()
+  c.lora.update({'rank': 3, 'alpha': 5.0, 'base': 'float32', 'targets': targets})
+  arch, rng = adapters.adapted(arch, c), np.random.default_rng(0)
+  new = {
+    n: rng.standard_normal(p.shape).astype(np.float32)
+    for n, p in kinds.declared(arch).items()
+    if p.origin == 'adapter'
+  }
+  peft_export.export(
+    trees.unflatten(trees.flatten(params) | {n: jax.numpy.asarray(x) for n, x in new.items()}),
+    arch,
+    folder,
+    base=str(base),
+    sha256='',
+    modules=load.module_prefix(base),
+    source_config=load.read_config(base),
+    tokenizer_files={},
+    stop_ids=(),
+  )
+  return arch, new
+
+
+def leaves(folder, arch):
+  found = peft.read(folder)
+  model = found.architecture(arch.plain())
+  places = trees.flatten(sharding.shardings(jax.sharding.get_mesh(), kinds.axes(model)))
+  return model, {n: np.asarray(x) for n, x in peft.load_adapter(found, model, places).items()}
+
+
+@EVERY
+def test_an_adapter_has_the_names_of_the_class_of_its_base(name, tmp_path):
+  base = write(tmp_path / 'base', config_of(name), tensors(name))
+  arch, new = adapter(tmp_path / 'adapter', base)
+  config = json.loads((tmp_path / 'adapter' / peft_config.CONFIG_FILE).read_text())
+  assert sorted(config['target_modules']) == sorted(golden(name)['linear'].tolist())
+  stored = load_file(tmp_path / 'adapter' / peft_config.WEIGHTS_FILE)
+  modules = [n.removeprefix('base_model.model.').partition('.lora_')[0] for n in stored]
+  assert sorted({*modules}) == sorted(config['target_modules'])
+  model, found = leaves(tmp_path / 'adapter', arch)
+  assert dataclasses.replace(model, base=arch.base) == arch
+  assert found.keys() == new.keys() and all((found[n] == x).all() for n, x in new.items())
+
+
+@pytest.mark.parametrize(
+  ('modules', 'targets'),
+  [
+    ('language_model.model.', ['q_proj', 'k_proj']),  # of transformers before 4.52
+    ('model.language_model.', r'.*language_model.*\.(q_proj|k_proj)'),
+    ('model.', ['q_proj', 'k_proj']),
+  ],
+)
+def test_an_adapter_of_other_programs_is_read(modules, targets, tmp_path):
+  base = write(tmp_path / 'base', config_of('gemma3'), tensors('gemma3'))
+  arch, new = adapter(tmp_path / 'adapter', base, '.*attn/[qk]')
+  file, settings = (
+    tmp_path / 'adapter' / n for n in (peft_config.WEIGHTS_FILE, 'adapter_config.json')
+  )
+  stored = {n.replace(NEW, modules): x for n, x in load_file(file).items()}
+  save_file(stored, file)
+  config = json.loads(settings.read_text()) | {'target_modules': targets}
+  settings.write_text(json.dumps(config))
+  model, found = leaves(tmp_path / 'adapter', arch)
+  assert dataclasses.replace(model, base=arch.base) == arch
+  assert all((found[n] == x).all() for n, x in new.items())
+  vision = {'base_model.model.model.vision_tower.fc.lora_A.weight': np.zeros((3, 4), np.float32)}
+  save_file(stored | vision, file)
+  with pytest.raises(DataError, match=r'nothing reads .*vision_tower'):
+    leaves(tmp_path / 'adapter', arch)
+
+
+def test_an_adapter_with_both_spellings_is_an_error(tmp_path):
+  base = write(tmp_path / 'base', config_of('gemma3'), tensors('gemma3'))
+  adapter(tmp_path / 'adapter', base)
+  file = tmp_path / 'adapter' / peft_config.WEIGHTS_FILE
+  stored = load_file(file)
+  save_file(stored | {n.replace(NEW, 'model.'): x for n, x in stored.items()}, file)
+  with pytest.raises(DataError, match='under two names'):
+    peft.read(tmp_path / 'adapter')
