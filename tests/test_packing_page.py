@@ -1,5 +1,5 @@
-"""docs/packing_delta_net.md: its code prints what the page has, where influences are exactly 0; what
-it has of transformers is what the parity environment wrote.
+"""docs/packing_delta_net.md: its code prints influences of exactly 0; what the page has of
+transformers is what the parity environment wrote.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""What the test of docs/packing_delta_net.md prints for transformers. Runs in the parity environment
-(make parity), from the repository's root:
+"""What the test of docs/packing_delta_net.md prints for transformers. Runs in the parity
+environment (make parity), from the repository's root:
 
   PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_packing_goldens.py FOLDER
 
-FOLDER is tests/parity/golden to replace it; FOLDER/packing_page.json has what the page's code prints
-with position_ids alone, and the error with the lengths of the documents too.
+FOLDER is tests/parity/golden to replace it; FOLDER/packing_page.json has what the page's code
+prints with position_ids alone, and the error with the lengths of the documents too.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from packing_page import blocks, printed
 
 
