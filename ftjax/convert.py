@@ -4,14 +4,14 @@
 Writes a model as a Hugging Face folder, which --push uploads to the hub, or as a GGUF file for
 llama.cpp and Ollama.
 
-SRC is a HF folder, a .gguf file (of several parts, the first), a PEFT folder, a workdir of
+SRC is a HF folder, a .gguf file (of several parts, any), a PEFT folder, a workdir of
 ftjax.train, or a model or adapter on the Hugging Face hub, org/name or org/name@REVISION, which is
 downloaded into the hub's cache. Without --dtype tensors stay as they are stored; GGUF weights
 become float32, which holds them exactly. DTYPE is float32 or bfloat16; for a GGUF file also float16
 or q8_0.
 
-A GGUF file is written for the families llama and qwen2, with norms and biases in float32, and a
-Modelfile beside it: `ollama create NAME -f Modelfile`.
+A GGUF file is written for the families that llama.cpp names (docs/families.md), with norms and
+biases in float32, and a Modelfile beside it: `ollama create NAME -f Modelfile`.
 
 An adapter is merged into its base, the one that its folder names or --base: in float32, rounded
 once to the dtype of the base's weights. That needs jax and runs on the CPU, in host memory.

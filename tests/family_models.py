@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from parity import family_cases as cases
 from tiny_model import place, tokens_at
 
@@ -17,8 +18,20 @@ from ftjax.hf import layout, safetensors
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
+from ftjax.models.architecture import AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
+
+# What takes a second or more a case is tested every day on these, which differ most: plain; learned
+# positions and LayerNorm; caps, windows and norms on both sides; experts; delta nets. On the others
+# it is in make test-all.
+EVERY_DAY = ('llama', 'gpt2', 'gemma2', 'qwen3_moe', 'qwen3_5')
+
+
+def parametrize(every_day=EVERY_DAY):
+  """Marks a test of every case, `full` for those that are not named."""
+  marks = {n: [] if n in every_day else [pytest.mark.full] for n in cases.CASES}
+  return pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
 @functools.cache
@@ -74,6 +87,15 @@ def params(name, arch):
   declared = kinds.declared(arch)
   found = {n: place(x, *declared[n].axes) for n, x in sorted(host_params(name, arch).items())}
   return trees.unflatten(found)
+
+
+def idle(arch):
+  """The leaves whose gradient is 0 but for rounding: without a rotary embedding a bias of the keys
+  adds the same number to all scores of a query.
+  """
+  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
+  found = [f'{slot}/attn/k/b' for slot, mixer in blocks if mixer.rope is None]
+  return {n for n in found if n in kinds.declared(arch)}
 
 
 def cut(arch, count):

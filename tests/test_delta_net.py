@@ -69,6 +69,18 @@ def test_chunks_are_the_recurrence(length, chunk, monkeypatch):
       np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize('decay', [300.0, 1e6])
+def test_what_follows_a_token_that_forgets_everything_is_as_exact(decay, monkeypatch):
+  monkeypatch.setattr(delta_net, 'CHUNK', 64)
+  *floats, run = random_inputs(131)
+  floats[3] = np.where(np.random.default_rng(3).uniform(size=floats[3].shape) < 0.1, -decay, -0.02)
+  floats[3] = np.float32(floats[3])
+  state = np.zeros((B, 2, 2, 8, 6), np.float32)
+  found = jax.jit(delta_net.recur)(*floats, run, state)
+  for a, b in zip(found, by_definition(*floats, run, state), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def step_by_step(q, k, v, g, beta, run, state):
   """`recur` as a scan over tokens, which JAX differentiates."""
 

@@ -2,6 +2,7 @@
 their log-probabilities against the trainer's forward.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -264,3 +265,17 @@ def test_a_split_sequence_is_refused(use_mesh):
   use_mesh(context=2)
   with pytest.raises(ConfigError, match=r'mesh\.context=2'):
     engine(8).generate(init(TINY), PROMPTS, group=1, max_tokens=4, sampling=WARM, seed=0)
+
+
+def test_an_idle_slot_reads_no_position_beyond_a_learned_table():
+  """Its NaN would stay in the entries of the sequence that follows in the slot."""
+  arch = dataclasses.replace(TINY, learned_positions=48, max_len=48)
+  weights, prompts, most = init(arch), [ids(1, n)[0].tolist() for n in (44, 3, 5)], [4, 40, 6]
+
+  def found(slots):
+    engine = Engine(arch, jnp.float32, (), 0, slots=slots, tokens_per_dispatch=32)
+    return engine.generate(weights, prompts, group=1, max_tokens=most, sampling=WARM, seed=3)
+
+  refilled, alone = found(2), found(3)
+  assert tokens(refilled) == tokens(alone)
+  np.testing.assert_allclose(scores(refilled), scores(alone), atol=1e-5)

@@ -2,6 +2,7 @@
 classes make of what is left out and of what is written, and what is refused.
 """
 
+import copy
 import dataclasses
 import json
 
@@ -50,6 +51,7 @@ SETTINGS = [
   ('ministral', {'layer_types': ['sliding_attention', 'full_attention'] * 3 + ['full_attention']}),
   ('ministral', {'sliding_window': None}),
   ('ministral3', {'rope_parameters': YARN, 'head_dim': 10}),
+  ('ministral3', {'rope_parameters': {k: v for k, v in YARN.items() if k != 'rope_theta'}}),
   ('ministral3', {'sliding_window': 9, 'tie_word_embeddings': True}),
 ]
 EVERY = pytest.mark.parametrize(('kind', 'changes'), [*((t, {}) for t in TYPES), *SETTINGS])
@@ -60,8 +62,8 @@ def config(kind, changes=()):
 
 
 def by_class(content):
-  """The complete config.json that transformers' class makes of one."""
-  settings = dict(content)
+  """The complete config.json that transformers' class makes of one, whose objects it changes."""
+  settings = copy.deepcopy(dict(content))
   return AutoConfig.for_model(settings.pop('model_type'), **settings).to_dict()
 
 

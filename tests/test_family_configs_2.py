@@ -116,6 +116,14 @@ REFUSED = {
     {'rope_scaling': {'type': 'longrope', 'short_factor': [1.0], 'long_factor': [1.0] * 4}},
     'short_factor has 1 numbers; expected 4',
   ),
+  # What transformers reads of every family.
+  'causal': ('olmo2', {'is_causal': False}, 'is_causal=False'),
+  'causal gpt2': ('gpt2', {'is_causal': None}, 'is_causal=None'),
+  'weights': ('olmo2', {'transformers_weights': 'b.safetensors'}, 'transformers_weights='),
+  'list': ('olmo2', {'hidden_act': ['silu']}, 'hidden_act=.*not supported'),
+  'layers': ('olmo2', {'num_hidden_layers': 10**9}, 'num_hidden_layers=1000000000; .*at most 500'),
+  'large': ('olmo3', {'sliding_window': 2**31}, 'sliding_window=2147483648; expected at most'),
+  'kv heads': ('granite', {'num_key_value_heads': 3}, 'no multiple of num_key_value_heads=3'),
   'phi': ('phi3', {'model_type': 'phi'}, "model_type='phi' is not supported"),
 }
 
@@ -148,6 +156,12 @@ def test_layers_are_what_the_keys_say():
   assert of('phi3', 'window', sliding_window=2047) == [2047] * 5
   # Released files have windows beyond their positions.
   assert read('phi3', sliding_window=262144) == read('phi3')
+
+
+def test_an_olmo3_without_windows_is_written_as_transformers_reads_it():
+  """Its model makes the mask of a window in any case, of the class's size where none is stated."""
+  written = table.config(read('olmo3', layer_types=['full_attention'] * 5))
+  assert (dict(hf_config.class_defaults('olmo3')) | written)['sliding_window'] == 4096
 
 
 def test_a_phi_4_mini_reads_its_factors():

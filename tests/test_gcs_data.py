@@ -21,7 +21,7 @@ from ftjax.data import sources, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import table as families
-from ftjax.hf import export, gguf_files, layout, load, safetensors
+from ftjax.hf import export, file_marks, gguf_files, layout, load, safetensors
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorInfo
@@ -238,7 +238,7 @@ def test_a_gguf_file_is_read_by_ranges(bucket, tmp_path, monkeypatch, header):
     np.testing.assert_array_equal(there.read(name), here.read(name))
     part = (slice(1, info.shape[0] - 1), *(slice(0, n // 2) for n in info.shape[1:]))
     np.testing.assert_array_equal(there.read(name, part), here.read(name, part))
-  stored = sum(t.n_bytes for t in here._reader.tensors)
+  stored = sum(nbytes for _, nbytes in here.stored().values())
   assert stored < bucket.sent() <= 2 * stored
   assert load.tokenizer_files(f'{ROOT}/model') == load.tokenizer_files(path)
 
@@ -408,9 +408,9 @@ def test_opening_checkpoints_deletes_only_what_a_crash_tore(bucket):
 def test_the_outline_differs_between_revisions(bucket, tmp_path):
   for name, value in (('a', 1.0), ('same', 1.0), ('b', 2.0)):
     write(tmp_path / name, value)
-  one, same, other = (load.outline(tmp_path / name) for name in ('a', 'same', 'b'))
+  one, same, other = (file_marks.outline(tmp_path / name) for name in ('a', 'same', 'b'))
   assert one == same != other and [x[:2] for x in one] == [x[:2] for x in other]
   write(f'{ROOT}/model')
-  first = load.outline(f'{ROOT}/model')
+  first = file_marks.outline(f'{ROOT}/model')
   write(f'{ROOT}/model', 2.0)
-  assert load.outline(f'{ROOT}/model') != first
+  assert file_marks.outline(f'{ROOT}/model') != first

@@ -391,6 +391,11 @@ def test_unknown_rotary_embeddings_are_refused(tmp_path, fields, message):
     ('llama__attention__head_count_kv', 0),
     ('llama__block_count', 'two'),
     ('llama__rope__freq_base', 'fast'),
+    ('llama__block_count', 10**12),
+    # Settings of other architectures, which would be ignored.
+    ('llama__logit_scale', 8.0),
+    ('llama__attn_logit_softcapping', 50.0),
+    ('llama__attention__causal', False),
   ],
 )
 def test_senseless_metadata_is_a_data_error(tmp_path, key, value):
@@ -505,8 +510,8 @@ def test_an_end_of_turn_token_is_a_stop_token(tmp_path):
 
 
 def test_other_pre_tokenizers_are_refused(tmp_path):
-  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', 'tekken')
-  with pytest.raises(DataError, match=r"pre='tekken'.*smollm"):
+  write_toy(tmp_path / 'x.gguf', Toy(), 'gpt2', 'chatglm-bpe')
+  with pytest.raises(DataError, match=r"pre='chatglm-bpe'.*smollm"):
     load.tokenizer_files(tmp_path)
 
 

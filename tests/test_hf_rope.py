@@ -13,7 +13,7 @@ from ftjax.families import hf_rope
 from ftjax.families import table as families
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.hf_rope import FULL, SLIDING
-from ftjax.families.rope_rule import KEYS, Reading
+from ftjax.families.rope_rule import KEYS, Reading, long_attention
 from ftjax.models.rope_spec import (
   DynamicScaling,
   LinearScaling,
@@ -33,7 +33,10 @@ LOCAL = 'rope_local_base_freq'
 def drawn(kind, rng):
   """(a rotary embedding of a kind, max_position_embeddings)."""
   max_len, original = rng.choice([512, 1000]), rng.choice([33, 64])
-  factor, attention = rng.choice([2.0, 3.7]), rng.choice([1.0, 1.25])
+  factor = rng.choice([2.0, 3.7])
+  # Of longrope also the one that follows from the lengths, which is not written.
+  derived = long_attention(max_len / original, original)
+  attention = rng.choice([1.0, 1.25, derived if kind == 'longrope' else 1.5])
   pairs = tuple(rng.uniform(1, 9) for _ in range(4))
   betas = rng.choice([(32.0, 1.0), (7.5, 0.25)])
   scaling = {

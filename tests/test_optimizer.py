@@ -3,6 +3,7 @@
 import functools
 import re
 
+import family_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,17 +313,28 @@ def test_the_decoder_as_an_optimizer_sees_it(arch):
       assert int(np.prod(dims[: leaf.split])) == inside
 
 
-@pytest.mark.parametrize('arch', [UNTIED, QWEN2])
-def test_norm_scales_and_biases_do_not_decay_by_default(arch):
+def still(arch):
+  """The leaves that do not decay by default."""
   info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   r = recipe('sgd', b1=0.0, decay=keys.default().optim.decay, multipliers=ALL, freeze=NOTHING)
   start = {n: np.ones(p.shape, np.float32) for n, p in kinds.declared(arch).items()}
   tx, params = optimizer.make_optimizer(r, info, info), trees.unflatten(start)
   zero = jax.tree.map(np.zeros_like, params)
   moved = trees.flatten(tx.update(zero, tx.init(params), params)[0])
-  still = {n.removeprefix('stack0/block0/') for n, u in moved.items() if not np.asarray(u).any()}
+  return {n.removeprefix('stack0/block0/') for n, u in moved.items() if not np.asarray(u).any()}
+
+
+@pytest.mark.parametrize('arch', [UNTIED, QWEN2])
+def test_norm_scales_and_biases_do_not_decay_by_default(arch):
   biases = {'attn/q/b', 'attn/k/b', 'attn/v/b'} if arch.layers()[0].mixer.qkv_bias else set()
-  assert still == {'attn_norm/scale', 'mlp_norm/scale', 'final_norm/scale'} | biases
+  assert still(arch) == {'attn_norm/scale', 'mlp_norm/scale', 'final_norm/scale'} | biases
+
+
+def test_norms_and_rates_of_delta_nets_do_not_decay_by_default():
+  arch = family_models.architecture('qwen3_5')
+  vectors = {n for n, p in kinds.declared(arch).items() if not p.fan_in}
+  assert still(arch) == {n.removeprefix('stack0/block0/') for n in vectors}
+  assert sum('a_log' in n for n in vectors) >= 1
 
 
 @pytest.mark.parametrize('key', ['decay', 'multipliers', 'freeze'])
@@ -383,3 +395,23 @@ def test_the_mask_zeroes_frozen_layers_of_a_gradient():
       np.testing.assert_array_equal(g[np.array([0, 2])], gradient[name][np.array([0, 2])])
     else:
       np.testing.assert_array_equal(g, gradient[name])
+
+
+@pytest.mark.parametrize('name', ['muon', 'adafactor', 'adamw'])
+def test_each_expert_moves_as_a_matrix_of_its_own(name):
+  leaf, rng = 'stack0/block0/mlp/up/w', np.random.default_rng(0)
+  start, gradient = (rng.normal(size=(1, 3, 128, 136)).astype(np.float32) for _ in range(2))
+  gradient[:, 1] *= 100
+
+  def moved(axes, start, gradient):
+    info = optimizer.leaves({leaf: (start.shape, axes, 128, 0.0)}, [('stack0/block0', 0)])
+    tx = optimizer.make_optimizer(
+      recipe(name, decay=ALL, multipliers=ALL, freeze=NOTHING), info, info
+    )
+    params, found = (trees.unflatten({leaf: x}) for x in (start, gradient))
+    return np.asarray(trees.flatten(tx.update(found, tx.init(params), params)[0])[leaf])
+
+  found = moved(('layers', 'expert', 'embed', 'ffn'), start, gradient)
+  for e in range(3):
+    alone = moved(('layers', 'embed', 'ffn'), start[:, e], gradient[:, e])
+    np.testing.assert_allclose(found[:, e], alone, rtol=1e-4, atol=1e-6)

@@ -130,7 +130,8 @@ def logits(arch, params, tokens, where, remat='none'):
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(arch, params, tokens, labels, weights, where):
   x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
-  return head.token_logprobs(x, kinds.head_weights(arch, params), labels, weights)
+  table = kinds.head_weights(arch, params)
+  return head.token_logprobs(x, table, labels, weights, logit_spec=arch.logit_spec)
 
 
 def logprobs(arch, params, tokens, labels, weights, where):

@@ -150,8 +150,8 @@ def _add_optim(c: Section) -> None:
   # Decay of a moving average of the parameters, which is evaluated and exported in place of them;
   # 0: none.
   c.optim.ema_decay = 0.0
-  # Factors of weight_decay; norm scales and biases have none.
-  c.optim.decay = (('.*(norm/scale|/b)', 0.0), ('.*', 1.0))
+  # Factors of weight_decay; norm scales, biases and the rates of delta nets have none.
+  c.optim.decay = (('.*(norm/scale|/b|attn/(norm|a_log|dt_bias))', 0.0), ('.*', 1.0))
   c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
   c.optim.freeze = (('.*', False),)  # True: not trained
 

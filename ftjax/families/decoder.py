@@ -138,7 +138,7 @@ def read_activation(c: HfConfig, key: str = 'hidden_act') -> str:
     DataError: one that is not computed here.
   """
   act = c.text(key, of_class=True)
-  if act not in ACTIVATIONS:
+  if not isinstance(act, str) or act not in ACTIVATIONS:
     raise DataError(
       f'config.json: {key}={act!r} is not supported; supported: {", ".join(ACTIVATIONS)}'
     )

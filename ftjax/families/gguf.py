@@ -58,6 +58,41 @@ def read_biased(file: GgufFile) -> dict[str, Any]:
   }
 
 
+# Settings that llama.cpp reads for some architectures, with the values that change nothing.
+_CHANGING: dict[str, tuple[Any, ...]] = {
+  'attention.causal': (True,),
+  'attention.clamp_kqv': (0,),
+  'attention.max_alibi_bias': (0,),
+  'attention.scale': (0,),
+  'attn_logit_softcapping': (0,),
+  'final_logit_softcapping': (0,),
+  'embedding_scale': (0, 1),
+  'residual_scale': (0, 1),
+  'logit_scale': (0, 1),
+  'use_parallel_residual': (False,),
+}
+
+
+def check_settings(file: GgufFile, arch: Architecture, known: 'Gguf') -> None:
+  """Refuses a setting of another architecture in a file: it would be ignored.
+
+  Args:
+    file: the header.
+    arch: what was read of it.
+    known: its family in GGUF files.
+
+  Raises:
+    DataError: names the setting.
+  """
+  stated = [n for n, off in _CHANGING.items() if file.has(n) and file.get(n) not in off]
+  own = known.write(arch) if stated else {}
+  if other := [n for n in stated if n not in own]:
+    raise DataError(
+      f'{file.place}: metadata {file.key(other[0])}={file.get(other[0])!r} is not computed with '
+      f'general.architecture={file.arch!r}; is it the architecture of the model?'
+    )
+
+
 def file_rope(arch: Architecture) -> Rope | None:
   """Returns the rotary embedding that files state: of a layer without a window, where there is one
   that rotates.
@@ -141,8 +176,8 @@ class Gguf:
   arch: value of general.architecture. fixed: (key, value) of config.json that the files do not say,
   because llama.cpp computes nothing else. read: the other keys of config.json of a file, without
   vocab_size and tie_word_embeddings. write: the metadata, without the architecture's name. mark: a
-  setting that separates its files from those of another family of the same name. interleaved: endings
-  of the HF names whose rows are stored, head by head, in the order of an interleaved rotary
+  setting that its files have, and those of another family of the same name have not. interleaved:
+  endings of the HF names whose rows are stored, head by head, in the order of an interleaved rotary
   embedding. transposed: endings of the HF names whose matrices are stored transposed. shifted:
   whether norm weights, which HF stores around 0, are stored with the 1 that is added to them.
   rope_tensors: those of gguf_rope.TENSORS that llama.cpp applies. square: whether it requires that

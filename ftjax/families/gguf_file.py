@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ftjax.families import hf_config
 from ftjax.runtime.errors import DataError
 
 
@@ -48,6 +49,11 @@ class GgufFile:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
       raise DataError(
         f'{self.place}: metadata {self.key(name)} is {value!r}; a positive whole number is expected'
+      )
+    if name == 'block_count' and value > hf_config.MOST_LAYERS:  # a list of layers is made of it
+      raise DataError(
+        f'{self.place}: metadata {self.key(name)} is {value}; expected at most '
+        f'{hf_config.MOST_LAYERS}'
       )
     return value
 

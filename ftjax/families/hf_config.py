@@ -46,6 +46,15 @@ _HARMLESS = {
   'use_flash_attention', 'use_flash_attention_2',
 }  # fmt: skip
 _HARMLESS_NAMES = re.compile(r'_.*|.*version|unsloth.*|transformers[._].*|.*_token_id')
+# Keys that transformers reads of every family, and the one value that is computed here: of
+# is_causal null and false let a token see those after it; transformers_weights names the file.
+_FIXED = {'is_causal': True, 'transformers_weights': None}
+
+# Far more layers than models have: finding out which are alike takes the square of their number.
+MOST_LAYERS = 500
+# The largest numbers. Arrays here have indices of 32 bits.
+_MOST = {'num_hidden_layers': MOST_LAYERS, 'n_layer': MOST_LAYERS}
+_MOST_OF_ALL = 2**31 - 1
 
 _DROPOUT = re.compile(
   r'.*dropout(_(prob|rate|p))?|.*_pdrop|.*drop_rate|layer_?drop|router_jitter_noise'
@@ -120,7 +129,7 @@ class HfConfig:
     """Returns a whole number of at least `least`.
 
     Raises:
-      DataError: another type or sign, or absent without a default.
+      DataError: another type or sign, too large, or absent without a default.
     """
     expected = 'a positive whole number' if least else 'a whole number from 0 on'
     value = self._value(key, default, of_class, expected)
@@ -128,6 +137,8 @@ class HfConfig:
       raise _wrong(key, value, expected)
     if value < least:
       raise DataError(f'config.json: {key}={value}; expected {expected}')
+    if value > (most := _MOST.get(key, _MOST_OF_ALL)):
+      raise DataError(f'config.json: {key}={value}; expected at most {most}')
     return value
 
   def size(self, key: str) -> int:
@@ -215,6 +226,9 @@ def check_names(config: Mapping[str, Any], read: frozenset[str]) -> None:
   """
   unknown = []
   for key, value in config.items():
+    if key in _FIXED:
+      unknown += [f'{key}={_short(value)}'] * (value is not _FIXED[key])
+      continue
     if key in read or key in _READ or key in _HARMLESS or is_neutral(value):
       continue
     if _HARMLESS_NAMES.fullmatch(key):

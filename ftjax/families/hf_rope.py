@@ -213,13 +213,13 @@ def write_by_layer_type(
   full, sliding = ropes[FULL], ropes[SLIDING]
   new = {}
   for kind, rope in ropes.items():
-    rule = _written(rope, max_len) or {'rope_type': 'default'}
+    rule = _with_length(rope, max_len) or {'rope_type': 'default'}
     new[kind] = {'rope_theta': rope.theta} | rule | _partial(rope, reading)
   plain = sliding == Rope(sliding.theta) and full.fraction == 1
   if not local_theta or not plain or (local_theta == 'rope_theta' and full.theta != sliding.theta):
     return {'rope_parameters': new}
   old = {'rope_theta': full.theta, local_theta: sliding.theta}
-  if rule := _written(full, max_len):
+  if rule := _with_length(full, max_len):
     old['rope_scaling'] = rule
   return {'rope_parameters': new} | old
 
@@ -227,6 +227,12 @@ def write_by_layer_type(
 def _partial(rope: Rope, reading: Reading) -> dict[str, float]:
   # transformers' class may have another default than 1.
   return {PARTIAL: rope.fraction} if reading.partial or rope.fraction != 1 else {}
+
+
+def _with_length(rope: Rope, max_len: int) -> dict[str, Any]:
+  """Returns `_written` with the original length of longrope, which each layer type has its own."""
+  length = {ORIGINAL: rope.scaling.original_len} if isinstance(rope.scaling, LongScaling) else {}
+  return _written(rope, max_len) | length
 
 
 def _written(rope: Rope, max_len: int) -> dict[str, Any]:

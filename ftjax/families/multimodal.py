@@ -72,6 +72,18 @@ WRAPPERS = {
     ),
     left_out=_IMAGES,
   ),
+  # `mtp` predicts tokens beyond the next one.
+  'qwen3_5': Wrapper(
+    text_types=('qwen3_5_text',),
+    keys=frozenset(
+      (
+        *('vision_config', 'image_token_id', 'video_token_id'),
+        *('vision_start_token_id', 'vision_end_token_id'),
+      )
+    ),
+    left_out=re.compile(r'(model\.)?visual\..*|mtp\..*'),
+    modules=MODULES,  # AutoModelForCausalLM makes a model of the text part alone
+  ),
   'mistral3': Wrapper(
     text_types=('mistral', 'ministral3'),
     keys=frozenset(

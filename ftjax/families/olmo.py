@@ -71,7 +71,9 @@ def _write_olmo3(arch: Architecture) -> dict[str, Any]:
   found = {kind: b.mixer.rope for kind, b in zip(types, arch.layers(), strict=True)}
   usual = Rope(next(iter(found.values())).theta)  # of a type that no layer has
   ropes = {kind: found.get(kind, usual) for kind in (FULL, SLIDING)}
-  windows = {'layer_types': types, 'sliding_window': layer_types.window(arch)}
+  # Transformers makes the mask of a window for every model of the class: a null is an error there.
+  window = layer_types.window(arch)
+  windows = {'layer_types': types} | ({} if window is None else {'sliding_window': window})
   written = decoder.write_model(arch, 'Olmo3', 'olmo3') | _write_block(arch) | windows
   return written | hf_rope.write_by_layer_type(ropes, arch.max_len, 'rope_theta')
 

@@ -37,6 +37,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 KEYS_OF_ALL = ('rope_type', 'type', 'rope_theta', ORIGINAL, PARTIAL)
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
+_BASE_THETA = 10000.0  # RotaryEmbeddingConfigMixin.default_theta
 _OLD_NAMES = {'su': 'longrope'}  # of the first Phi-3 files
 
 
@@ -93,7 +94,9 @@ class Rule:
     return self.c.count('max_position_embeddings', of_class=True)
 
   def default(self, key: str) -> Any:
-    """Returns what the rule of transformers' class has; None where it has no such key."""
+    """Returns the default of transformers' class for a key of the rule; None where it has none."""
+    if key == 'rope_theta' and self.reading.scaled_queries:
+      return _BASE_THETA  # that of Ministral 3's own rule is for files without a rule
     return class_rule(self.c, self.layer_type).get(key)
 
 

@@ -115,9 +115,11 @@ def gguf_architecture(family: Family, file: GgufFile) -> Architecture:
   }
   config |= dict(known.fixed) | known.read(file)
   try:
-    return architecture(config)
+    found = architecture(config)
   except DataError as error:
     raise DataError(f'{file.place}, as {error}') from error
+  gguf.check_settings(file, found, known)
+  return found
 
 
 def gguf_archs() -> list[str]:

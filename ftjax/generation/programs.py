@@ -158,9 +158,11 @@ class Programs:
     def step(carry):
       i, cache, slots, out = carry
       alive = slots.left > 0
+      # An idle slot counts on: beyond a table of positions its NaN would stay in its entries.
+      places = jnp.where(alive, slots.position, 0)
       token, segment, position = (
         jax.sharding.reshard(a[:, None], spec('batch', 'seq'))
-        for a in (slots.token, alive.astype(jnp.int32), slots.position)
+        for a in (slots.token, alive.astype(jnp.int32), places)
       )
       where, index = Tokens(segment, position), (at + i) % capacity
       x, cache, *found = kinds.decode(

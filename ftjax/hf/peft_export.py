@@ -39,8 +39,8 @@ _FLOAT = np.dtype(np.float32)
 
 
 def check(arch: Architecture) -> None:
-  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT cannot read
-  the one that it has.
+  """Raises ConfigError where an adapter has no form as a PEFT folder; warns where PEFT will not
+  read the one that it has.
   """
   peft_names.adapted(arch)
   peft_names.trained(arch)

@@ -77,7 +77,8 @@ class AttentionSpec:
       raise ValueError(f'qk_norm_width={self.qk_norm_width!r}; expected head or all')
     if self.num_heads % self.num_kv_heads:
       raise DataError(
-        f'config.json: num_attention_heads={self.num_heads} is no multiple of {self.num_kv_heads=}'
+        f'config.json: num_attention_heads={self.num_heads} is no multiple of '
+        f'num_key_value_heads={self.num_kv_heads}'
       )
     if self.rope is not None:
       self.rope.check(self.head_dim)

@@ -37,6 +37,9 @@ from ftjax.runtime.sharding import spec
 CHUNK = 64
 # The initial decay of a state is exp(-exp(A_log) softplus(dt_bias)) = 0.99 a token.
 _A_LOG, _DT_BIAS = 0.0, -4.6
+# A state that decays by exp(-20) is lost in the rounding of float32. A longer decay would only take
+# digits from those of the tokens behind it, which are differences of sums within the chunk.
+_FORGOTTEN = -20.0
 
 # The state is float32, and so are its products: errors stay in it for as long as it remembers.
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -255,7 +258,7 @@ def _chunk(carry, chunk):
   dtype = v.dtype
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   q, k = _unit(q) * q.shape[-1] ** -0.5, _unit(k)
-  g, beta = (jnp.moveaxis(x, 1, -1) for x in (g, beta))  # [B, K, G, c]
+  g, beta = (jnp.moveaxis(x, 1, -1) for x in (jnp.maximum(g, _FORGOTTEN), beta))  # [B, K, G, c]
   size = run.shape[1]
   order = jnp.arange(size)
   sees = (run[:, :, None] == run[:, None]) & (order[:, None] >= order[None])[None]

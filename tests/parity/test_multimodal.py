@@ -21,10 +21,11 @@ from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import DataError
 from parity import family_cases as cases
 
-TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3'}
-EVERY = pytest.mark.parametrize('name', multimodal.WRAPPERS.keys() & TEXT.keys())
-# transformers writes the first; its modules are called as in the second.
+TEXT = {'gemma3': 'gemma3', 'mistral3': 'ministral3', 'qwen3_5': 'qwen3_5'}
+EVERY = pytest.mark.parametrize('name', sorted(multimodal.WRAPPERS.keys() & TEXT.keys()))
+# transformers writes the first, and of Qwen3.5 the second; its modules are called as in the second.
 OLD, NEW = 'language_model.model.', 'model.language_model.'
+WRITTEN = {'gemma3': OLD, 'mistral3': OLD, 'qwen3_5': NEW}
 
 
 def golden(name):
@@ -79,7 +80,8 @@ def test_logits_of_text_and_the_text_model_that_is_written(name, tmp_path):
     stop_ids=(),
   )
   written = load_file(tmp_path / 'target' / 'model.safetensors')
-  expected = {n.replace(OLD, 'model.'): x for n, x in content.items() if n.startswith(OLD)}
+  prefix = WRITTEN[name]
+  expected = {n.replace(prefix, 'model.'): x for n, x in content.items() if n.startswith(prefix)}
   assert {n: x.tobytes() for n, x in written.items()} == {
     n: x.tobytes() for n, x in expected.items()
   }
@@ -100,13 +102,26 @@ def moved(content):
   return {name(n): x for n, x in content.items()}
 
 
-@EVERY
+@pytest.mark.parametrize('name', [n for n, prefix in WRITTEN.items() if prefix == OLD])
 def test_the_other_spelling(name, tmp_path):
   one = write(tmp_path / 'one', config_of(name), tensors(name))
   other = write(tmp_path / 'other', config_of(name), moved(tensors(name)))
   assert load.open_source(one).tensors == load.open_source(other).tensors
   load.check_tensors(load.open_source(other), table.architecture(load.read_config(other)))
   assert load.fingerprint(one) == load.fingerprint(other)
+
+
+def test_the_head_of_further_tokens_is_left_out(tmp_path):
+  """Of Qwen3.5's folders, multimodal or not; other heads are an error."""
+  more = {'mtp.fc.weight': np.zeros((2, 3), np.float32)}
+  whole = write(tmp_path / 'whole', config_of('qwen3_5'), tensors('qwen3_5') | more)
+  arch, _ = read(whole)
+  text = {n.replace(NEW, 'model.'): x for n, x in tensors('qwen3_5').items() if NEW in n}
+  config = family_models.config('qwen3_5')
+  assert read(write(tmp_path / 'text', config, text | more))[0] == arch
+  folder = write(tmp_path / 'other', config, text | {'mtp2.fc.weight': more['mtp.fc.weight']})
+  with pytest.raises(DataError, match=r'no parameter takes mtp2\.fc\.weight'):
+    read(folder)
 
 
 @pytest.mark.parametrize('name', ['audio_tower.layers.0.weight', 'model.projector.weight'])
