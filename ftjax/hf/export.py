@@ -333,6 +333,19 @@ def _merged_leaves(params: Mapping, arch: Architecture) -> Picker:
   return pick
 
 
+def _of_split_axis(x: jax.Array, i: int) -> jax.Array:
+  """Returns x[i], bit for bit, of an axis that is split over devices: the other experts stay where
+  they are.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+  place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0, out_sharding=x.sharding)
+  found = jnp.where(place == i, bits, 0).sum(0, dtype=bits.dtype)
+  return jax.lax.bitcast_convert_type(found, x.dtype)
+
+
 def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
   """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
   processes call it.
@@ -343,7 +356,10 @@ def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
   # host.
   part = leaf
   for i in at:
-    part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
+    if len(part.sharding.device_set) > 1 and part.sharding.spec[:1] not in ((), (None,)):
+      part = _of_split_axis(part, i)
+    else:
+      part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
   if part.is_fully_addressable:
     return np.asarray(part)
   from jax.experimental import multihost_utils

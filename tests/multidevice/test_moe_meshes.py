@@ -17,6 +17,7 @@ from ftjax.algorithms import sft
 from ftjax.config import keys
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
+from ftjax.hf import export
 from ftjax.models import kinds
 from ftjax.models.architecture import MoeSpec
 from ftjax.runtime import sharding, trees
@@ -135,3 +136,12 @@ def test_experts_that_do_not_divide_are_refused(use_mesh):
   wanted = 'its expert dimension of 6 cannot be split into 4 shards; change mesh.expert'
   with pytest.raises(ConfigError, match=wanted):
     experiment.without_data(config('whole'), use_mesh(fsdp=2, expert=4), arch)
+
+
+def test_an_expert_is_read_from_a_split_axis_bitwise(use_mesh):
+  """What stands in the others does not matter."""
+  use_mesh(fsdp=2, expert=4)
+  x = np.random.default_rng(0).normal(size=(2, 8, 4, 6)).astype(np.float32)
+  x[1, 3, 0, :2], x[1, 2] = (-0.0, np.inf), np.nan
+  leaf = place(x, 'layers', 'expert', 'embed', 'ffn')
+  assert export.on_host(leaf, (1, 3)).tobytes() == x[1, 3].tobytes()
