@@ -258,13 +258,15 @@ def ratios(rows: dict[tuple, dict]) -> str:
 
 
 def write(rows: dict[tuple, dict]) -> None:
-  """Puts the tables between their marks in docs/plans.md."""
-  text = PAGE.read_text()
-  parts = {}
+  """Puts the tables that have rows between their marks in docs/plans.md."""
+  text, parts = PAGE.read_text(), {}
   for name, keys in (('table', ROWS), ('adapters', ADAPTERS), ('families', FAMILIES)):
-    sources = sorted({r['versions'] for k, r in rows.items() if k in keys})
-    parts[name] = table(rows, keys) + '\n\nFrom ' + '; '.join(sources) + '.'
-  parts |= {'rollouts': rollouts(rows), 'ratios': ratios(rows)}
+    if sources := sorted({r['versions'] for k, r in rows.items() if k in keys}):
+      parts[name] = table(rows, keys) + '\n\nFrom ' + '; '.join(sources) + '.'
+  if any(k in rows for k in ROLLOUTS):
+    parts['rollouts'] = rollouts(rows)
+  if any(p[1:4] in rows for p in PUBLISHED):
+    parts['ratios'] = ratios(rows)
   for name, part in parts.items():
     begin, end = f'<!-- {name} -->\n', f'\n<!-- end of {name} -->'
     before, rest = text.split(begin)
