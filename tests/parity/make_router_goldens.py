@@ -3,7 +3,8 @@ them. Runs in the parity environment (make parity), from the repository's root:
 
   PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_router_goldens.py FOLDER
 
-FOLDER is tests/parity/golden to replace them; FOLDER/routers.npz has for each CASE, of rows with padding on the right (attention_mask; -100 as labels):
+FOLDER is tests/parity/golden to replace them. FOLDER/routers.npz has for each CASE, of rows with
+padding on the right (attention_mask; -100 as labels):
 
 - CASE/ids, CASE/mask: int32[B, T]
 - CASE/balance: aux_loss. CASE/loss: with labels and output_router_logits, the mean of -log p and
