@@ -75,7 +75,7 @@ def test_a_mixture_of_the_forms_and_a_gap_are_refused(tmp_path):
   refused(both, tensors | {f'{experts}.0.gate_proj.weight': one})
   gap = {n: x for n, x in tensors.items() if n != f'{experts}.down_proj'}
   refused(f'missing {experts}.0.down_proj.weight', gap)
-  short = f'{experts}.gate_up_proj is [5, 24, 24], expected [6, 24, 24]'
+  short = f'{experts}.gate_up_proj is [5, 24, 24], expected [8, 24, 24]'
   refused(short, tensors | {f'{experts}.gate_up_proj': tensors[f'{experts}.gate_up_proj'][:5]})
 
 
@@ -90,8 +90,8 @@ def read(name, **changes):
 def test_what_a_config_says_of_experts():
   arch = read('qwen3_moe', mlp_only_layers=[], decoder_sparse_step=2)
   assert [isinstance(s.mlp, MoeSpec) for s in arch.layers()] == [False, True, False, True]
-  assert arch.mixtures()[0] == MoeSpec(6, 3, 12, renormalize=False, balance=0.05)
-  assert read('qwen3_moe', num_local_experts=..., num_experts=6) == read('qwen3_moe')
+  assert arch.mixtures()[0] == MoeSpec(8, 3, 12, renormalize=False, balance=0.05)
+  assert read('qwen3_moe', num_local_experts=..., num_experts=8) == read('qwen3_moe')
   # transformers' own default, and no loss at all.
   assert read('mixtral', router_aux_loss_coef=...).mixtures()[0].balance == 0.001
   assert read('mixtral', router_aux_loss_coef=0).mixtures()[0].balance == 0
@@ -103,14 +103,14 @@ def test_what_a_config_says_of_experts():
 @pytest.mark.parametrize(
   ('name', 'changes', 'text'),
   [
-    ('mixtral', {'num_experts_per_tok': 7}, 'num_experts_per_tok=7; expected 1 to the number of'),
+    ('mixtral', {'num_experts_per_tok': 9}, 'num_experts_per_tok=9; expected 1 to the number of'),
     ('mixtral', {'num_experts_per_tok': 0}, 'num_experts_per_tok=0'),
     ('mixtral', {'num_local_experts': 'six'}, "num_local_experts='six' is text"),
     ('mixtral', {'router_aux_loss_coef': -0.1}, 'router_aux_loss_coef=-0.1'),
     ('mixtral', {'router_aux_loss_coef': True}, 'router_aux_loss_coef=True'),
     ('mixtral', {'output_router_logits': 3}, 'output_router_logits=3'),
     ('mixtral', {'n_shared_experts': 2}, 'n_shared_experts=2: not known here'),
-    ('qwen3_moe', {'num_experts': 5}, 'num_experts=5 and num_local_experts=6; delete the wrong'),
+    ('qwen3_moe', {'num_experts': 5}, 'num_experts=5 and num_local_experts=8; delete the wrong'),
     ('qwen3_moe', {'mlp_only_layers': [4]}, 'mlp_only_layers has 4; there are 4 layers'),
     ('qwen3_moe', {'mlp_only_layers': 'all'}, "mlp_only_layers='all'; expected a list"),
     ('qwen3_moe', {'mlp_only_layers': [0, 1, 2, 3]}, 'leave no layer with experts'),

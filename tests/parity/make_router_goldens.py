@@ -1,10 +1,10 @@
 """What transformers computes of the load of experts, for the cases of family_cases.py that have
 them. Runs in the parity environment (make parity), from the repository's root:
 
-  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_router_goldens.py \
-    tests/parity/golden/routers.npz
+  PYTHONPATH=tests .venv-parity/bin/python tests/parity/make_router_goldens.py FOLDER
 
-For each CASE, of rows with padding on the right (attention_mask; -100 as labels):
+FOLDER is tests/parity/golden to replace them. FOLDER/routers.npz has for each CASE, of rows with
+padding on the right (attention_mask; -100 as labels):
 
 - CASE/ids, CASE/mask: int32[B, T]
 - CASE/balance: aux_loss. CASE/loss: with labels and output_router_logits, the mean of -log p and
@@ -49,5 +49,5 @@ def compute(name: str) -> dict[str, np.ndarray]:
 if __name__ == '__main__':
   mixtures = [n for n, c in cases.CASES.items() if 'num_experts_per_tok' in c.config]
   out = {f'{n}/{k}': v for n in mixtures for k, v in compute(n).items()}
-  np.savez_compressed(sys.argv[1], **out)
+  np.savez_compressed(Path(sys.argv[1]) / 'routers.npz', **out)
   print({k: float(v) for k, v in out.items() if np.ndim(v) == 0})

@@ -36,6 +36,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
     ['make_packing_goldens.py', str(target)],
     ['make_peft_goldens.py', str(target)],
     ['make_rope_goldens.py', str(target)],
+    ['make_router_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
     ['adamw_8bit.py', str(target)],
     ['trl_losses.py', 'golden', str(target), str(Path(sys.prefix) / 'trl-1.9')],
