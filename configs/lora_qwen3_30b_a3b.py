@@ -14,7 +14,7 @@ def get_config():
   c.model.path = 'models/Qwen3-30B-A3B'
   c.model.compute_dtype = 'bfloat16'
   c.lora.rank = 16
-  c.lora.targets = r'attn/.*'
+  c.lora.targets = r'.*/attn/.*'
   c.data.train = 'data/train.jsonl'
   c.data.on_overlength = 'truncate_right'
   c.epochs = 2.0
