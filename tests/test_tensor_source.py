@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from parity.toy_gguf import Toy, write_toy
 
 from ftjax.families import table as families
-from ftjax.hf import layout, load, safetensors, tensor_source
+from ftjax.hf import file_marks, layout, load, safetensors, tensor_source
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import TensorInfo
@@ -127,13 +127,13 @@ def test_files_that_changed_are_opened_again(tmp_path):
   first = load.open_source(path)
   assert load.open_source(path) is first
   known = load.fingerprint(path)
-  stamped = load.stamp(path)
+  stamped = file_marks.stamp(path)
   raw = bytearray((path / 'model.safetensors').read_bytes())
   raw[-1] ^= 1
   times = (path / 'model.safetensors').stat()
   (path / 'model.safetensors').write_bytes(raw)
   os.utime(path / 'model.safetensors', ns=(times.st_atime_ns, times.st_mtime_ns))
-  assert load.stamp(path) != stamped, 'the time of change cannot be set back'
+  assert file_marks.stamp(path) != stamped, 'the time of change cannot be set back'
   assert load.open_source(path) is not first
   assert load.fingerprint(path) != known
 

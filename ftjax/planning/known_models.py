@@ -151,6 +151,10 @@ def _gpt2(dim, layers, heads) -> dict:
     'n_positions': 1024,
     'layer_norm_epsilon': 1e-5,
     'activation_function': 'gelu_new',
+    'add_cross_attention': False,
+    'reorder_and_upcast_attn': False,
+    'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False,
     'tie_word_embeddings': True,
   }
 
@@ -159,6 +163,7 @@ def _phi3(dim, layers, heads, kv_heads, ffn, vocab, **more) -> dict:
   return _sizes(dim, layers, heads, kv_heads, ffn, vocab) | {
     'model_type': 'phi3',
     'rms_norm_eps': 1e-5,
+    'partial_rotary_factor': 1.0,
     'tie_word_embeddings': False,
     **more,
   }
@@ -257,6 +262,9 @@ SHAPES = {
     'rope_theta': 5000000.0,
     'max_position_embeddings': 65536,
     'no_rope_layer_interval': 4,
+    'use_sliding_window': False,
+    'attention_bias': False,
+    'mlp_bias': False,
     'tie_word_embeddings': True,
   },
   'Phi-3-mini-4k-instruct': _phi3(
