@@ -85,7 +85,8 @@ def leaves(
     dims = tuple(n for n, a in zip(shape, axes, strict=True) if a not in ('layers', 'expert'))
     split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)
     # A bias of heads has two dimensions and is no matrix.
-    split = split if fan_in else 0
+    # Nor are the taps of a convolution: each channel has its own.
+    split = split if fan_in and 'taps' not in axes else 0
     names = (name,)
     if stacked:
       block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
