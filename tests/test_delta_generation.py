@@ -61,6 +61,7 @@ def test_a_refilled_slot_begins_with_its_prompt_s_states():
   np.testing.assert_allclose(got, expected[weights > 0], atol=5e-5)
 
 
+@pytest.mark.full
 def test_prompts_that_begin_together_are_as_from_the_queue():
   together = engine(3).generate_at_once(params(), PROMPTS, max_tokens=MOST, sampling=WARM, seed=3)
   assert [c.tokens for c in together] == [row[0] for row in tokens(rollout(3))]

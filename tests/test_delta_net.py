@@ -187,6 +187,7 @@ def test_gradients_of_packed_are_those_of_separate():
     np.testing.assert_allclose(found, apart[name], atol=2e-5 * np.abs(apart[name]).max())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_rematerialization_changes_no_gradient(remat):
   tokens, segments = packed()
@@ -266,7 +267,7 @@ def decoded(params, tokens, segments, prompt):
   return np.concatenate(parts, 1), memory
 
 
-@pytest.mark.parametrize('prompt', [2, 13])
+@pytest.mark.parametrize('prompt', [pytest.param(2, marks=pytest.mark.full), 13])
 def test_cache_is_the_full_forward(prompt):
   """Padded on the left, also by more than the first piece holds."""
   params, tokens = init(HYBRID), ids(B, T)

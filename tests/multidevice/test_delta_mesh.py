@@ -72,9 +72,9 @@ def expected(key_heads, value_heads):
 @pytest.mark.parametrize(
   ('heads', 'axes'),
   [
-    ((2, 4), dict(data=2, fsdp=2, tensor=2)),
-    ((2, 4), dict(context=4, expert=2)),
-    ((4, 8), dict(context=4, fsdp=2)),
+    pytest.param((2, 4), dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.full),
+    pytest.param((2, 4), dict(context=4, expert=2), marks=pytest.mark.full),
+    pytest.param((4, 8), dict(context=4, fsdp=2), marks=pytest.mark.full),
     ((4, 8), dict(context=2, tensor=2, fsdp=2)),
   ],
 )
