@@ -1,5 +1,5 @@
-"""Qwen3.5: config.json files that are read and refused, the order of joint projections in parts that
-a mesh reads, FLOPs, and which leaves optimizers take for matrices.
+"""Qwen3.5: config.json files that are read and refused, the order of joint projections in parts
+that a mesh reads, FLOPs, and which leaves optimizers take for matrices.
 """
 
 import dataclasses
