@@ -2,13 +2,11 @@
 that a mesh reads, FLOPs, and which leaves optimizers take for matrices.
 """
 
-import dataclasses
-
 import family_models
 import numpy as np
 import pytest
 
-from ftjax.families import table
+from ftjax.families import multimodal, table
 from ftjax.hf import layout
 from ftjax.models import counts, kinds
 from ftjax.models.architecture import DeltaNetSpec
@@ -64,8 +62,6 @@ RELEASED = {
 
 def read(**changes):
   """The architecture of the text part with other keys."""
-  from ftjax.families import multimodal
-
   text = RELEASED['text_config'] | changes
   return table.architecture(multimodal.text_config(RELEASED | {'text_config': text}, list))
 
@@ -161,7 +157,7 @@ def test_flops_of_a_state():
 
 
 def test_taps_are_no_matrix():
-  arch = dataclasses.replace(family_models.architecture('qwen3_5'))
+  arch = family_models.architecture('qwen3_5')
   info = optimizer.leaves(kinds.declared(arch), arch.layer_slots())
   own = {n.rpartition('attn/')[2]: leaf.split for n, leaf in info.items() if 'stack0' in n}
   assert own['conv'] == own['a_log'] == own['dt_bias'] == own['norm'] == 0
