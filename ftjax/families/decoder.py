@@ -192,6 +192,12 @@ def with_mixer(block: BlockSpec, **changes: Any) -> BlockSpec:
   return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, **changes))
 
 
+def with_bias(c: HfConfig, block: BlockSpec) -> BlockSpec:
+  """Returns a block whose four projections of attention add a bias where attention_bias is true."""
+  bias = c.flag('attention_bias', of_class=True)
+  return with_mixer(block, qkv_bias=bias, out_bias=bias)
+
+
 def with_windows(c: HfConfig, block: BlockSpec, types: Sequence[str]) -> list[BlockSpec]:
   """Returns a block for each layer, with sliding_window where its type is that."""
   window = layer_types.read_window(c, types)

@@ -56,13 +56,9 @@ def _read_block(c: HfConfig, rope: Rope) -> BlockSpec:
       'first, or state the second'
     )
   block = decoder.read_block(c, rope, activation='hidden_activation', free_head=True)
-  scalar, bias = c.count(SCALAR, of_class=True), c.flag('attention_bias', of_class=True)
-  block = decoder.with_mixer(
-    block,
-    qkv_bias=bias,
-    out_bias=bias,
-    scale=None if scalar == block.mixer.head_dim else scalar**-0.5,
-  )
+  scalar = c.count(SCALAR, of_class=True)
+  scale = None if scalar == block.mixer.head_dim else scalar**-0.5
+  block = decoder.with_mixer(decoder.with_bias(c, block), scale=scale)
   norm = dataclasses.replace(block.norm, offset=1.0)
   return dataclasses.replace(block, norm=norm, norm_placement='both')
 

@@ -139,9 +139,7 @@ def _read_hybrid(c: HfConfig, family: str) -> Architecture:
       f"config.json: position_embedding_type={kind!r}; expected 'rope', or null for no positions"
     )
   rope = hf_rope.read(c)
-  bias = c.flag('attention_bias', of_class=True)
-  block = decoder.read_block(c, rope if kind == 'rope' else None)
-  block = decoder.with_mixer(block, qkv_bias=bias, out_bias=bias)
+  block = decoder.with_bias(c, decoder.read_block(c, rope if kind == 'rope' else None))
   size = c.count('shared_intermediate_size', of_class=True)
   mlp = dataclasses.replace(block.mlp, ffn_dim=size)
   return _read_layers(c, family, dataclasses.replace(block, mlp=mlp))

@@ -38,8 +38,7 @@ def _types(c: HfConfig) -> tuple[str, ...]:
 
 def read_block(c: HfConfig, rope: Rope | None) -> BlockSpec:
   """Returns the block of a config.json with its biases; rope: of the layer."""
-  bias = c.flag('attention_bias', of_class=True)
-  block = decoder.with_mixer(decoder.read_block(c, rope), qkv_bias=bias, out_bias=bias)
+  block = decoder.with_bias(c, decoder.read_block(c, rope))
   mlp = dataclasses.replace(block.mlp, bias=c.flag('mlp_bias', of_class=True))
   return dataclasses.replace(block, mlp=mlp)
 

@@ -35,10 +35,9 @@ _NORMS = {
 
 
 def _read_block(c: HfConfig, rope: Rope) -> BlockSpec:
-  bias = c.flag('attention_bias', of_class=True)
-  block = decoder.read_block(c, rope)
-  mixer = dict(qkv_bias=bias, out_bias=bias, qk_norm=block.norm, qk_norm_width='all')
-  return dataclasses.replace(decoder.with_mixer(block, **mixer), norm_placement='after')
+  block = decoder.with_bias(c, decoder.read_block(c, rope))
+  block = decoder.with_mixer(block, qk_norm=block.norm, qk_norm_width='all')
+  return dataclasses.replace(block, norm_placement='after')
 
 
 def _write_block(arch: Architecture) -> dict[str, Any]:

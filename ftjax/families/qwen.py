@@ -62,9 +62,8 @@ QWEN2 = Family(
 
 def _read_qwen3(c: HfConfig, family: str) -> Architecture:
   decoder.check_flag(c, 'mlp_bias', False, of_class=False)
-  bias = c.flag('attention_bias', of_class=True)
-  block = decoder.read_block(c, hf_rope.read(c), free_head=True)
-  block = decoder.with_mixer(block, qkv_bias=bias, out_bias=bias, qk_norm=block.norm)
+  block = decoder.with_bias(c, decoder.read_block(c, hf_rope.read(c), free_head=True))
+  block = decoder.with_mixer(block, qk_norm=block.norm)
   return decoder.read_model(c, family, decoder.with_windows(c, block, types(c)))
 
 

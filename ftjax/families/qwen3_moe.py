@@ -8,7 +8,7 @@ from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
-from ftjax.models.architecture import Architecture, MoeSpec, Norm
+from ftjax.models.architecture import Architecture, MoeSpec
 from ftjax.runtime.errors import DataError
 
 KEYS = decoder.KEYS | experts.KEYS | {
@@ -29,10 +29,8 @@ def _sparse(c: HfConfig) -> list[bool]:
 
 
 def _read(c: HfConfig, family: str) -> Architecture:
-  bias = c.flag('attention_bias', of_class=True)
-  block = decoder.read_block(c, hf_rope.read(c))
-  norm = Norm(block.norm.eps)
-  block = decoder.with_mixer(block, qkv_bias=bias, out_bias=bias, qk_norm=norm)
+  block = decoder.with_bias(c, decoder.read_block(c, hf_rope.read(c)))
+  block = decoder.with_mixer(block, qk_norm=block.norm)
   renormalize = c.flag('norm_topk_prob', of_class=True)
   width = c.count('moe_intermediate_size', of_class=True)
   mlp = experts.read(c, block.mlp.activation, width, renormalize)

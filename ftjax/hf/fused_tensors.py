@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax.families import table
 from ftjax.families.tensor_map import Binding
-from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
+from ftjax.hf.tensor_source import DerivedSource, Index, TensorInfo, TensorSource, full_index
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import DataError
 
@@ -30,7 +30,7 @@ def in_family_form(source: TensorSource, arch: Architecture) -> TensorSource:
   return _ApartSource(source, own, found) if found else source
 
 
-class _ApartSource(TensorSource):
+class _ApartSource(DerivedSource):
   """A source with the tensors of `own` that the tensors of `found` hold.
 
   Args:
@@ -40,9 +40,7 @@ class _ApartSource(TensorSource):
   """
 
   def __init__(self, source: TensorSource, own: Mapping[str, Binding], found: list[Binding]):
-    super().__init__()
-    self._source, self.place = source, source.place
-    self.tensors = dict(source.tensors)
+    super().__init__(source)
     self._parts: dict[str, tuple[Binding, Binding]] = {}
     for other in found:
       info = source.tensors[other.hf]
@@ -74,11 +72,3 @@ class _ApartSource(TensorSource):
     block = self._source.read(other.hf, other.source_slices(place)[0])
     value = other.from_source(block, place)[(0,) * len(at)]
     return np.ascontiguousarray(value.transpose([own.axes.index(a) for a in own.letters]))
-
-  def stored(self) -> dict[str, tuple[str, int]]:
-    """Returns (type and shape as text, bytes) of every stored tensor, by its stored name."""
-    return self._source.stored()
-
-  def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
-    """Returns a range of the bytes of a stored tensor."""
-    return self._source.read_bytes(name, begin, end)

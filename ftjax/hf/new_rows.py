@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index, row_blocks
+from ftjax.hf.tensor_source import (
+  DerivedSource,
+  Index,
+  TensorInfo,
+  TensorSource,
+  full_index,
+  row_blocks,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,7 @@ class NewRows:
     return range(self.first, self.first + len(self.texts))
 
 
-class GrownSource(TensorSource):
+class GrownSource(DerivedSource):
   """The tensors of a model with new rows in its tables.
 
   Args:
@@ -43,11 +50,10 @@ class GrownSource(TensorSource):
   """
 
   def __init__(self, source: TensorSource, rows: NewRows, tables: Sequence[str]):
-    super().__init__()
-    self._source, self._rows, self.place = source, rows, source.place
+    super().__init__(source)
+    self._rows = rows
     self._tables = frozenset(tables)
     self._means: dict[str, np.ndarray] = {}
-    self.tensors = dict(source.tensors)
     for name in tables:
       if name in self.tensors:
         shape, dtype = self.tensors[name]
@@ -94,11 +100,3 @@ class GrownSource(TensorSource):
         for ids in self._rows.means
       ]
     )
-
-  def stored(self) -> dict[str, tuple[str, int]]:
-    """Returns (type and shape as text, bytes) of every stored tensor, by its stored name."""
-    return self._source.stored()
-
-  def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
-    """Returns a range of the bytes of a stored tensor."""
-    return self._source.read_bytes(name, begin, end)

@@ -111,20 +111,14 @@ class TensorSource(abc.ABC):
     return self._fingerprint
 
 
-class RenamedSource(TensorSource):
-  """Tensors of another source under other names; the fingerprint is that of the other source.
-
-  names: {name here: name there} of the tensors that are here.
+class DerivedSource(TensorSource):
+  """Tensors that are made of those of another source; its bytes are the stored ones, so the
+  fingerprint is that of the other source.
   """
 
-  def __init__(self, source: TensorSource, names: Mapping[str, str]):
+  def __init__(self, source: TensorSource):
     super().__init__()
-    self._source, self._names, self.place = source, names, source.place
-    self.tensors = {name: source.tensors[there] for name, there in names.items()}
-
-  def read(self, name: str, index: Index | None = None) -> np.ndarray:
-    """Returns the tensor, or the part that a tuple of step-1 slices selects, as a new array."""
-    return self._source.read(self._names[name], index)
+    self._source, self.place, self.tensors = source, source.place, dict(source.tensors)
 
   def stored(self) -> dict[str, tuple[str, int]]:
     """Returns (type and shape as text, bytes) of every stored tensor, by its stored name."""
@@ -133,6 +127,22 @@ class RenamedSource(TensorSource):
   def read_bytes(self, name: str, begin: int, end: int) -> memoryview:
     """Returns a range of the bytes of a stored tensor."""
     return self._source.read_bytes(name, begin, end)
+
+
+class RenamedSource(DerivedSource):
+  """Tensors of another source under other names.
+
+  names: {name here: name there} of the tensors that are here.
+  """
+
+  def __init__(self, source: TensorSource, names: Mapping[str, str]):
+    super().__init__(source)
+    self._names = names
+    self.tensors = {name: source.tensors[there] for name, there in names.items()}
+
+  def read(self, name: str, index: Index | None = None) -> np.ndarray:
+    """Returns the tensor, or the part that a tuple of step-1 slices selects, as a new array."""
+    return self._source.read(self._names[name], index)
 
 
 def full_index(shape: tuple[int, ...], index: Index | None) -> Index:

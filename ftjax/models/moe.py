@@ -46,7 +46,7 @@ class Moe(nnx.Module):
 
     x: [B, T, D] in the compute dtype. segments: int32[B, T], 0 for padding.
     """
-    maps = {name: self[name].leaves() for name in ('gate', 'up', 'down')}
+    maps = {name: own.leaves() for name, own in self._maps.items()}
     axes = {name: names for name, (_, names) in maps.items()}
     specs = jax.tree.map(lambda a: spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple))
     states, tokens = spec('batch', 'seq', 'act_embed'), spec('batch', 'seq')
@@ -58,8 +58,9 @@ class Moe(nnx.Module):
     )
     return island(x, segments, self.router.w[...], {n: found for n, (found, _) in maps.items()})
 
-  def __getitem__(self, name: str) -> ExpertLinear:
-    return {'gate': self.gate, 'up': self.up, 'down': self.down}[name]
+  @property
+  def _maps(self) -> dict[str, ExpertLinear]:
+    return {'gate': self.gate, 'up': self.up, 'down': self.down}
 
   # Inside the shard_map; n: tokens of the shard, m: choices that the shard looks at.
 
@@ -102,7 +103,7 @@ class Moe(nnx.Module):
     sizes = jnp.bincount(owner, length=experts + 1)[:experts].astype(jnp.int32)
     rows = Rows(sizes, jnp.minimum(owner[order], experts - 1))
     x = _permuted(x, order, place)
-    gate, up = (self[n].multiply(maps[n], x, rows) for n in ('gate', 'up'))
+    gate, up = (self._maps[n].multiply(maps[n], x, rows) for n in ('gate', 'up'))
     y = self.down.multiply(maps['down'], ACTIVATIONS[self.spec.activation](gate) * up, rows)
     return _permuted(y, place, order)
 

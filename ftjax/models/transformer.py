@@ -239,9 +239,8 @@ def _embed(arch: Architecture, params: dict, tokens: jax.Array, where: Tokens, d
   """Returns what the first block reads, dtype[B, T, D]."""
   x = embed(params['embed']['w'], tokens, dtype)
   if arch.embed_scale != 1:
-    x = x * jnp.asarray(
-      arch.embed_scale, dtype
-    )  # rounded to the dtype, as transformers' Gemma does
+    # Rounded to the dtype, as transformers' Gemma does.
+    x = x * jnp.asarray(arch.embed_scale, dtype)
   if arch.learned_positions:
     x = x + positions(params['positions']['w'], where.positions, dtype)
   return x
