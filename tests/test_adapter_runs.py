@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_pairs
 import tiny_rollouts
+from tiny_model import host
 
 from ftjax.algorithms import dpo, reference_logps
 from ftjax.experiment.trainer import Trainer
@@ -48,10 +49,6 @@ def _trained(case, mesh):
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**LORA, **CASES[case]))
   trainer = Trainer(run, dpo.make_loss(run.forward, run.config))
   return run, trainer, trainer.compile(), tiny_pairs.on_devices(tiny_pairs.rows(), run)
-
-
-def host(tree):
-  return {n: np.asarray(x) for n, x in trees.flatten(tree).items()}
 
 
 MARKED = ['lora', 'nf4', pytest.param('int8', marks=FULL)]

@@ -159,3 +159,22 @@ def decoded(arch, params, tokens, segments, prompt):
   np.testing.assert_array_equal(memory.tokens.segments, np.pad(segments, ((0, 0), (0, 4))))
   np.testing.assert_array_equal(memory.tokens.positions, np.pad(positions, ((0, 0), (0, 4))))
   return np.concatenate(parts, 1)
+
+
+def host(tree):
+  """{leaf name: numpy array} of a nested dict."""
+  return {n: np.asarray(x) for n, x in trees.flatten(tree).items()}
+
+
+def on_one_device(function):
+  """function(mesh, case) on the mesh of now, once a case. For fixtures of a module, which come
+  before `use_mesh` of any test.
+  """
+  alone = jax.sharding.get_mesh()
+
+  @functools.cache
+  def found(case):
+    with jax.set_mesh(alone):
+      return function(alone, case)
+
+  return found

@@ -10,7 +10,7 @@ import pytest
 import tiny_adapters
 from jax.sharding import NamedSharding
 from test_meshes import MESHES, distance, micro_batches, name
-from tiny_model import decoder, place
+from tiny_model import decoder, host, on_one_device, place
 
 from ftjax.algorithms import sft
 from ftjax.experiment import run as experiment
@@ -99,21 +99,10 @@ def train(mesh, batches, case, first):
   return losses, gradient, start, host(state.params)
 
 
-def host(tree):
-  return {n: np.asarray(x) for n, x in trees.flatten(tree).items()}
-
-
 @pytest.fixture(scope='module')
 def one_device(batches, first):
   """Returns what a case gives on one device; each is trained once."""
-  alone = jax.sharding.get_mesh()  # of a fixture of the module: before `use_mesh` of any test
-
-  @functools.cache
-  def found(case):
-    with jax.set_mesh(alone):
-      return train(alone, batches, case, first(case))
-
-  return found
+  return on_one_device(lambda mesh, case: train(mesh, batches, case, first(case)))
 
 
 PAIRS = [(case, sizes) for case in CASES for sizes in MESHES]

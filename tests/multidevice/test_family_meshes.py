@@ -7,13 +7,12 @@ import functools
 import zlib
 
 import family_models
-import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from parity import family_cases as cases
 from test_meshes import EVERY_DAY, distance, name
-from tiny_model import tokens_at
+from tiny_model import on_one_device, tokens_at
 
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
@@ -73,19 +72,15 @@ def one_device():
   """Returns what a case gives on one device; each is computed once, a few rows at a time, by the
   program that the other tests of families have.
   """
-  alone = jax.sharding.get_mesh()  # of a fixture of the module: before `use_mesh` of any test
 
-  @functools.cache
-  def found(case):
-    rows = batch(case)
-    starts = range(0, B, cases.ROWS)
-    with jax.set_mesh(alone):
-      parts = [
-        compute(case, alone, {k: x[i : i + cases.ROWS] for k, x in rows.items()}) for i in starts
-      ]
+  def whole(mesh, case):
+    rows, starts = batch(case), range(0, B, cases.ROWS)
+    parts = [
+      compute(case, mesh, {k: x[i : i + cases.ROWS] for k, x in rows.items()}) for i in starts
+    ]
     return sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in parts[0][1]}
 
-  return found
+  return on_one_device(whole)
 
 
 def is_every_day(case, index):

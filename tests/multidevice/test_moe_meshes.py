@@ -11,7 +11,7 @@ import pytest
 import tiny_adapters
 from jax.sharding import NamedSharding
 from test_meshes import distance, micro_batches, name
-from tiny_model import decoder, init, place
+from tiny_model import decoder, host, init, on_one_device, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys
@@ -95,21 +95,10 @@ def train(mesh, batch, case, first):
   return {k: float(v) for k, v in metrics.items()}, host(state.opt[0].trace)
 
 
-def host(tree):
-  return {n: np.asarray(x) for n, x in trees.flatten(tree).items()}
-
-
 @pytest.fixture(scope='module')
 def one_device(batch, first):
   """Returns what a case gives on one device; each is trained once."""
-  alone = jax.sharding.get_mesh()  # of a fixture of the module: before `use_mesh` of any test
-
-  @functools.cache
-  def found(case):
-    with jax.set_mesh(alone):
-      return train(alone, batch, case, first(case))
-
-  return found
+  return on_one_device(lambda mesh, case: train(mesh, batch, case, first(case)))
 
 
 PAIRS = [pytest.param(case, sizes, marks=pytest.mark.full) for case in CASES for sizes in MESHES]
