@@ -7,27 +7,21 @@ without gradient counts first where there are several micro-batches."""
 import jax
 import jax.numpy as jnp
 
-from ftjax.experiment.run import Run
+from ftjax.experiment.run import BALANCE_OF_MODEL, Run
 from ftjax.models import routing
 from ftjax.models.routing import RouterLog, Routing
 from ftjax.runtime.errors import ConfigError
 from ftjax.training.step import CoupledLoss, LossFn
 
-_OF_MODEL = -1.0  # of moe.balance
-
 
 def with_balance(run: Run, loss: LossFn) -> LossFn | CoupledLoss:
-  """Returns a loss with the load-balance loss of every pass of the model that has a gradient.
-
-  Raises:
-    ConfigError: moe.balance is set and the model has no experts.
+  """Returns a loss with the load-balance loss of every pass of the model that has a gradient; the
+  loss itself for a model without experts.
   """
   mixtures, own = run.arch.mixtures(), run.config.moe.balance
   if not mixtures:
-    if own != _OF_MODEL:
-      raise ConfigError(f'moe.balance={own}: the model has no experts; leave it at {_OF_MODEL:g}')
     return loss
-  factor = mixtures[0].balance if own == _OF_MODEL else own
+  factor = mixtures[0].balance if own == BALANCE_OF_MODEL else own
   return _coupled(loss, run.router_log, factor)
 
 

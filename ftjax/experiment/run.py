@@ -36,6 +36,7 @@ from ftjax.storage import files, program_cache
 from ftjax.training.prefetch import local_rows, place
 
 log = logging.getLogger(__name__)
+BALANCE_OF_MODEL = -1.0  # moe.balance: the factor of config.json
 
 
 def batches_in(epochs: float, rows: int, batch_size: int) -> int:
@@ -388,6 +389,10 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
     raise ConfigError(
       f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
       'chunks of a row'
+    )
+  if c.moe.balance != BALANCE_OF_MODEL and not arch.mixtures():
+    raise ConfigError(
+      f'moe.balance={c.moe.balance}: the model has no experts; leave it at {BALANCE_OF_MODEL:g}'
     )
   if c.seq_len > arch.max_len:
     raise ConfigError(

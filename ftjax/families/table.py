@@ -84,8 +84,9 @@ def find(config: Mapping[str, Any], own: str = '') -> str:
       return name
   known = ', '.join(t for family in families.values() for t in family.model_types)
   raise DataError(
-    f'config.json: model_type={kind!r} is not supported; supported: {known}. A family of your own '
-    f'is named by {KEY}=package.module:FAMILY'
+    f'config.json: model_type={kind!r} is not supported; supported: {known}, and the text part of '
+    f'some multimodal models (docs/families.md). A family of your own is named by '
+    f'{KEY}=package.module:FAMILY'
   )
 
 

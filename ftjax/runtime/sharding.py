@@ -81,8 +81,9 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     raise ConfigError(f'{wanted}: sizes are positive, and at most one may be -1')
   if free:
     if num_devices % fixed:
+      given = ' or '.join(f'mesh.{a}' for a, s in zip(AXES, shape, strict=True) if s > 1)
       raise ConfigError(
-        f'{wanted}: {num_devices} devices are no multiple of {fixed}; change mesh.{AXES[free[0]]}'
+        f'{wanted}: {num_devices} devices are no multiple of {fixed}; change {given}'
       )
     shape[free[0]] = num_devices // fixed
   elif fixed != num_devices:
