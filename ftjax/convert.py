@@ -195,7 +195,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   import numpy as np
 
   from ftjax.experiment import adapter_folder, run_card, saved_model
-  from ftjax.hf import gguf_export, load, model_card, model_folder, peft
+  from ftjax.hf import gguf_export, load, model_card, model_folder, peft, peft_weights
   from ftjax.models import kinds
   from ftjax.runtime import sharding
 
@@ -216,7 +216,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
 
   step = model_card.step_of(model_folder.readme(folder.place)) if workdir else None
   card = None if step is None else run_card.of_checkpoint(workdir, model, step)
-  params = peft.load_params(folder, model.source, model.arch, places, stored)
+  params = peft_weights.load_params(folder, model.source, model.arch, places, stored)
   _write(model, params, target, dtype, merged.name, card)
   print(f'{target}: {model.source} with the adapter of {folder.place}, in {dtype or merged.name}')
 

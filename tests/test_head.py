@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import head, kinds
+from ftjax.models import head, kinds, logit_chunks
 from ftjax.models.architecture import LogitSpec
 
 B, T, D, V = 2, 160, 32, 256  # 320 tokens: two chunks of 128 and a half one
@@ -20,7 +20,7 @@ TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.2, 1
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(head, 'CHUNK_BYTES', 1)  # the least: 128 tokens
+  monkeypatch.setattr(logit_chunks, 'CHUNK_BYTES', 1)  # the least: 128 tokens
 
 
 def example(seed=0):
@@ -205,7 +205,7 @@ def test_scaled_and_capped_logits_with_padding(sizes, use_mesh):
   ):
     alike(g, e, atol=1e-5 * max(1.0, np.abs(e).max()))
   plain = dataclasses.replace(SHAPED, soft_cap=None)
-  model = placed[:2]
+  model = (*placed[:2], None)
   divergence = functools.partial(head.divergence_sums, model, model, placed[3])
   assert abs(jax.jit(divergence, static_argnums=0)(SHAPED)) < 1e-4
   assert not np.allclose(both(*placed, LossConfig(), plain)[0][0], loss[0][0], rtol=1e-2)
@@ -289,8 +289,8 @@ def test_on_a_mesh_as_on_one_device(sizes, use_mesh):
   ],
 )
 def test_chunk_sizes(vocab, tokens, expected, monkeypatch):
-  monkeypatch.setattr(head, 'CHUNK_BYTES', 96 * 2**20)
-  assert head.chunk_tokens(vocab, tokens) == expected
+  monkeypatch.setattr(logit_chunks, 'CHUNK_BYTES', 96 * 2**20)
+  assert logit_chunks.chunk_tokens(vocab, tokens) == expected
 
 
 # The step's memory: a vocabulary far wider than everything else.

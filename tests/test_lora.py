@@ -25,19 +25,22 @@ from ftjax.training import optimizer
 FULL = pytest.mark.full
 B, T = 4, 24
 ONE_EACH = np.ones((B, T), np.int32)
+# With a head that may have an adapter, and padding in it.
+ARCH = dataclasses.replace(TINY, tied=False, vocab_multiple=96)
 # Together they have everything that an adapter may have.
 CASES = {
   'int8-dora': dict(base='int8', dora=True, rank_pattern=RANKS, train='embed/w|.*norm/scale'),
   'nf4-pissa': dict(base='nf4', block=8, init='pissa', rslora=True, alpha_pattern=(('.*/q', 3.0),)),
   'bfloat16-dora-pissa': dict(base='bfloat16', dora=True, init='pissa', rank_pattern=RANKS),
 }
+CASES = {name: {'targets': '.*'} | case for name, case in CASES.items()}
 EVERY_DAY = ('nf4-pissa',)
 MARKED = [pytest.param(case, marks=[] if case in EVERY_DAY else FULL) for case in CASES]
 
 
 @functools.cache
 def model(case, **changes):
-  arch = adapted(TINY, **CASES[case] | changes)
+  arch = adapted(ARCH, **CASES[case] | changes)
   return arch, init(arch)
 
 
@@ -64,7 +67,8 @@ def close(found, expected, limit):
   ['nf4', *(pytest.param(base, marks=FULL) for base in ('float32', 'bfloat16', 'int8'))],
 )
 def test_a_new_adapter_changes_no_bit(base):
-  arch = adapted(TINY, base=base, rank_pattern=RANKS, **{'block': 8} if base == 'nf4' else {})
+  more = {'block': 8} if base == 'nf4' else {}
+  arch = adapted(ARCH, base=base, rank_pattern=RANKS, targets='.*', **more)
   own, params = begun(arch)
   tokens = ids(B, T)
   expected = logits(
@@ -86,7 +90,7 @@ def test_a_new_adapter_changes_no_bit(base):
   ],
 )
 def test_what_begins_otherwise_computes_the_same(case):
-  arch = adapted(TINY, **CASES[case])
+  arch = adapted(ARCH, **CASES[case])
   arch = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, trained=()))
   own, params = begun(arch)
   tokens = ids(B, T)

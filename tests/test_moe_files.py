@@ -12,7 +12,7 @@ import tiny_adapters
 from safetensors.numpy import load_file, save_file
 
 from ftjax.families import table
-from ftjax.hf import load, peft, peft_export, peft_names
+from ftjax.hf import load, peft, peft_export, peft_names, peft_weights
 from ftjax.models import counts, kinds
 from ftjax.models.architecture import MoeSpec
 from ftjax.planning import known_models, suggest, topology
@@ -143,7 +143,7 @@ def test_an_adapter_of_experts_is_read_as_it_was_written(lora, tmp_path):
     stop_ids=(),
   )
   places = trees.flatten(sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch)))
-  found = peft.load_adapter(peft.read(tmp_path / 'adapter'), arch, places)
+  found = peft_weights.load_adapter(peft.read(tmp_path / 'adapter'), arch, places, {})
   own = {n: x for n, x in trees.flatten(params).items() if n in kinds.names(arch, 'adapter')}
   assert found.keys() == own.keys()
   for n, x in own.items():

@@ -21,7 +21,7 @@ from ftjax import convert
 from ftjax.config import keys
 from ftjax.experiment import adapters, weights
 from ftjax.families import table
-from ftjax.hf import load, peft, peft_config, peft_export, peft_names
+from ftjax.hf import load, peft, peft_config, peft_export, peft_names, peft_weights
 from ftjax.hf.safetensors import write_file
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import head, kinds
@@ -58,10 +58,13 @@ def random_params(arch, name='llama_untied_gqa', seed=0):
     x = rng.normal(size=p.shape).astype(np.float32) * 0.2
     map_name, _, leaf = n.rpartition('/')
     if leaf in ('lora_a', 'lora_b', 'lora_a0', 'lora_b0'):
-      for layer, rank in enumerate(arch.adapter.find(map_name).ranks):
+      found = arch.adapter.find(map_name)
+      for layer, rank in enumerate(found.ranks if found.is_stacked else ()):
         x[layer, rank:] = 0
     elif n in flat:  # DoRA's lengths, norms, embedding
       x = np.asarray(flat[n]) * (1 + 0.3 * x)
+    if p.padding:
+      x[(*[slice(None)] * p.axes.index('vocab'), slice(-p.padding, None))] = 0
     out[n] = tiny_model.place(x.astype(np.float32), *p.axes)
   return trees.unflatten(out)
 
@@ -89,12 +92,14 @@ CASES = {
   'patterns': {'rank_pattern': RANKS[:2], 'alpha_pattern': (('.*/attn/k', 20.0),), 'rank': 5},
   'some_layers': {'targets': 'layer[02]/attn/[qo]', 'dora': True},
   'trained': {'train': 'embed/w|head/w|.*norm/scale', 'targets': '.*/attn/v'},
+  'head': {'targets': '.*/attn/q|head', 'rank_pattern': (('head', 6),), 'dora': True},
+  'head_pissa': {'targets': 'head', 'init': 'pissa', 'base': 'nf4', 'block': 16},
   'nf4': {'base': 'nf4', 'block': 16},
 }
 
 
 # Their initial values take seconds to compile.
-SLOW = ('pissa', 'nf4')
+SLOW = ('pissa', 'nf4', 'head_pissa')
 
 
 @pytest.mark.parametrize(
@@ -119,12 +124,12 @@ def test_export_then_import_is_the_identity(tmp_path, case):
     assert other.scales == pytest.approx(m.scales, rel=1e-15)
     assert np.float32(other.scales).tolist() == np.float32(m.scales).tolist()
   assert len(found.adapter.maps) == len(arch.adapter.maps)
-  read = peft.load_adapter(folder, arch, trees.flatten(shardings(arch)))
+  read = peft_weights.load_adapter(folder, arch, trees.flatten(shardings(arch)), {})
   wrote = trees.flatten(params)
   assert read.keys() == set(kinds.names(arch, 'adapter'))
   for n, x in read.items():
     kept = np.ones(x.shape, bool)
-    if n.endswith('lora_m'):  # of a layer without an adapter it is nobody's
+    if n.endswith('lora_m') and n != 'head/lora_m':  # without an adapter it is nobody's
       kept[np.equal(arch.adapter.find(n.rpartition('/')[0]).ranks, 0)] = False
     assert np.array_equal(np.asarray(x)[kept], np.asarray(wrote[n])[kept]), n
 
@@ -146,7 +151,7 @@ def test_an_adapter_that_peft_saved_computes_the_same(case):
   folder = peft.read(peft_cases.FOLDER / case)
   base = GOLDEN / peft_cases.CASES[case].base
   arch = folder.architecture(table.architecture(load.read_config(base)))
-  params = peft.load_params(folder, base, arch, shardings, np.float32)
+  params = peft_weights.load_params(folder, base, arch, shardings, np.float32)
   assert np.abs(logits(arch, params, wanted['ids']) - wanted['logits']).max() < 1e-4
 
 
@@ -229,14 +234,14 @@ def gradient(arch, trained, frozen, ids, labels, weights, where):
   def loss(trained):
     params = trees.unflatten(frozen | trained)
     x = kinds.apply(arch, params, ids, where, dtype=jnp.float32)
-    table = jax.sharding.reshard(kinds.head_weights(arch, params), sharding.spec(None, None))
     if arch.num_labels:
+      table = jax.sharding.reshard(kinds.head_weights(arch, params), sharding.spec(None, None))
       where_to = sharding.spec('batch', 'seq', None)
       scores = jnp.einsum('BTD,RD->BTR', x, table, out_sharding=where_to)
       return (scores[..., 0] * (1 - weights)).sum()  # of the last tokens
-    total = head.cross_entropy_sums(
-      x, kinds.head_weights(arch, params), labels, weights, head.LossConfig()
-    )[0]
+    table, update = kinds.head_weights(arch, params), kinds.head_update(arch, params, x)
+    terms = head.LossConfig()
+    total = head.cross_entropy_sums(x, table, labels, weights, terms, update=update)[0]
     return total / weights.sum()
 
   return jax.grad(loss)(trained)
@@ -265,6 +270,9 @@ WRITTEN = {
   'pissa': ('qwen2_untied', 0, {'init': 'pissa'}),
   'pissa_dora': ('qwen2_untied', 0, {'init': 'pissa', 'dora': True}),
   'trained': ('llama_untied_gqa', 0, {'train': 'embed/w|head/w|.*norm/scale'}),
+  'head': ('llama_untied_gqa', 0, CASES['head'] | {'dora': False}),
+  'head_dora': ('llama_untied_gqa', 0, CASES['head']),
+  'head_pissa': ('llama_untied_gqa', 0, {'targets': 'head', 'init': 'pissa'}),
   'tied': ('qwen2_tied', 0, {'train': 'embed/w', 'targets': 'layer1/.*'}),
   'reward': ('qwen2_tied', 1, {}),
 }
@@ -347,7 +355,7 @@ def copy(source, target, config=None, tensors=None, drop=()):
 def read_all(folder, plain):
   found = peft.read(folder)
   arch = found.architecture(plain)
-  return peft.load_adapter(found, arch, trees.flatten(shardings(arch)))
+  return peft_weights.load_adapter(found, arch, trees.flatten(shardings(arch)), {})
 
 
 Q = 'base_model.model.model.layers.0.self_attn.q_proj.lora_'
@@ -545,7 +553,7 @@ def test_an_adapter_that_diverged_is_not_written(made, tmp_path):
 def test_sharded_parameters_are_written_the_same(made, tmp_path, use_mesh):
   base, folder, arch, _ = made
   use_mesh(fsdp=2, tensor=2)
-  read = peft.load_adapter(peft.read(folder), arch, trees.flatten(shardings(arch)))
+  read = peft_weights.load_adapter(peft.read(folder), arch, trees.flatten(shardings(arch)), {})
   assert any(not x.sharding.is_fully_replicated for x in read.values())
   files = load.tokenizer_files(base)
   settings = {'source_config': load.read_config(base), 'tokenizer_files': files, 'stop_ids': (7,)}
@@ -601,18 +609,31 @@ def test_a_run_is_told_how_to_train_from_an_adapter(made):
     load.read_config(made[1])
 
 
-def test_trained_tables_of_a_padded_vocabulary_leave_without_the_padding(tmp_path):
-  plain = open_base(**CASES['trained'])
+def test_a_copy_of_the_head_that_peft_saved_is_that_of_the_base(tmp_path):
+  """PEFT reads the copy in place of the base's."""
+  case = peft_cases.CASES['llama_head']
+  name, base = 'base_model.model.lm_head.base_layer.weight', GOLDEN / case.base
+  arch = table.architecture(load.read_config(base))
+  other = peft.read(peft_cases.FOLDER / 'llama_head').source.read(name).copy()
+  other[5, 7] += 1e-4
+  folder = peft.read(copy(peft_cases.FOLDER / 'llama_head', tmp_path / 'other', {}, {name: other}))
+  with pytest.raises(DataError, match=r'base_layer.weight is not the head of the base'):
+    peft_weights.load_params(folder, base, folder.architecture(arch), shardings, np.float32)
+  folder = peft.read(copy(peft_cases.FOLDER / 'llama_head', tmp_path / 'none', {}, {name: None}))
+  peft_weights.load_params(folder, base, folder.architecture(arch), shardings, np.float32)
+
+
+@pytest.mark.parametrize('case', ['trained', 'head'])
+def test_tables_of_a_padded_vocabulary_leave_without_the_padding(tmp_path, case):
+  plain = open_base(**CASES[case])
   arch = dataclasses.replace(plain, vocab_multiple=48)
   params = random_params(arch)
   assert params['embed']['w'].shape[0] == 144 > plain.vocab_size
   found = peft.read(export(tmp_path / 'padded', arch, params))
-  cut = {
-    n: x[: plain.vocab_size] if n in ('embed/w', 'head/w') else x
-    for n, x in trees.flatten(params).items()
-  }
+  shapes = {n: p.file_shape for n, p in kinds.declared(arch).items()}
+  cut = {n: x[tuple(map(slice, shapes[n]))] for n, x in trees.flatten(params).items()}
   export(tmp_path / 'plain', plain, trees.unflatten(cut))
   padded, without = (tmp_path / n / 'adapter_model.safetensors' for n in ('padded', 'plain'))
   assert padded.read_bytes() == without.read_bytes()
-  for n, x in peft.load_adapter(found, arch, trees.flatten(shardings(arch))).items():
+  for n, x in peft_weights.load_adapter(found, arch, trees.flatten(shardings(arch)), {}).items():
     np.testing.assert_array_equal(x, trees.flatten(params)[n])

@@ -17,7 +17,7 @@ from ftjax.generation.scorer import Scorer
 from ftjax.hf import export, load
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.losses.cross_entropy import LossConfig
-from ftjax.models import counts, head, kinds
+from ftjax.models import counts, head, kinds, logit_chunks
 from ftjax.models.architecture import LogitSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
@@ -31,7 +31,7 @@ B, T, D, V, ROWS = 2, 80, 32, 130, 256
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-  monkeypatch.setattr(head, 'CHUNK_BYTES', 1)
+  monkeypatch.setattr(logit_chunks, 'CHUNK_BYTES', 1)
 
 
 def example():

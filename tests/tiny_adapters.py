@@ -62,11 +62,14 @@ def move(arch, begun, seed=0):
 
 
 def kept_rows(arch, name):
-  """1 for the numbers of a leaf that belong to a layer's own rank, 0 beyond it."""
-  shape = kinds.declared(arch)[name].shape
+  """1 for the numbers of a leaf that belong to a layer's own rank and to no padding, else 0."""
+  p = kinds.declared(arch)[name]
+  kept = np.ones(p.shape, np.float32)
+  if p.padding:
+    kept[..., -p.padding :] = 0  # the vocabulary is the last axis of an adapter's leaves
   own, _, last = name.rpartition('/')
-  if last not in ('lora_a', 'lora_b'):
-    return np.ones(shape, np.float32)
-  ranks = np.asarray(arch.adapter.find(own).ranks)
-  kept = np.arange(shape[1]) < ranks[:, None]
-  return kept.reshape(*shape[:2], *[1] * (len(shape) - 2)).astype(np.float32)
+  found = arch.adapter.find(own)
+  if last in ('lora_a', 'lora_b') and found.is_stacked:
+    for layer, rank in enumerate(found.ranks):
+      kept[layer, rank:] = 0
+  return kept

@@ -111,7 +111,9 @@ def all_logits(arch, params, x):
   """float32[B, T, V] of hidden states x, of every token: what the product never makes."""
   rows = jax.sharding.reshard(x, spec(None, None, None)).reshape(-1, x.shape[-1])
   rows = jax.sharding.reshard(rows, spec('batch', None))
-  found = head.logits(rows, kinds.head_weights(arch, params), arch.logit_spec)
+  update = kinds.head_update(arch, params, rows[:, None])
+  update = None if update is None else update._replace(u=update.u[:, 0])
+  found = head.logits(rows, kinds.head_weights(arch, params), arch.logit_spec, update)
   found = jax.sharding.reshard(found, spec(None, None))
   return found[:, : arch.vocab_size].reshape(*x.shape[:2], -1)
 
@@ -131,7 +133,8 @@ def logits(arch, params, tokens, where, remat='none'):
 def _logprobs(arch, params, tokens, labels, weights, where):
   x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
   table = kinds.head_weights(arch, params)
-  return head.token_logprobs(x, table, labels, weights, logit_spec=arch.logit_spec)
+  update = kinds.head_update(arch, params, x)
+  return head.token_logprobs(x, table, labels, weights, logit_spec=arch.logit_spec, update=update)
 
 
 def logprobs(arch, params, tokens, labels, weights, where):

@@ -40,7 +40,7 @@ def adapted(
   if not lora.rank:
     return arch
   names = _by_layer(arch, kinds.linear_maps(arch))
-  wanted = _targets(lora.targets, [n for own in names.values() for n in own])
+  wanted = _targets(lora.targets, [n for own in names.values() for n in own], arch)
   ranks = _by_pattern(lora.rank_pattern, wanted, lora.rank, 'lora.rank_pattern')
   ranks = {n: r for n, r in ranks.items() if r}  # 0: no adapter
   if not ranks:
@@ -87,17 +87,20 @@ def _pattern(text: str, key: str) -> re.Pattern:
     raise ConfigError(f'{key}: {text!r} is no regular expression: {error}') from error
 
 
-def _targets(text: str, names: Sequence[str]) -> list[str]:
-  """Returns the linear maps, by layer, that get an adapter."""
+def _targets(text: str, names: Sequence[str], arch: Architecture) -> list[str]:
+  """Returns the linear maps, by layer, that get an adapter. As in PEFT, the head is none of
+  all-linear.
+  """
   if text == ALL_LINEAR:
-    return list(names)
+    head = kinds.of(arch).head_leaf(arch)
+    return [n for n in names if f'{n}/w' != head]
   pattern = _pattern(text, 'lora.targets')
   found = [n for n in names if pattern.fullmatch(n)]
   if not found:
-    kinds = dict.fromkeys(n.split('/', 1)[-1] for n in names)
+    own = dict.fromkeys(n.split('/', 1)[-1] for n in names)
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
-      f'{names[0]!r}. The maps of a layer are {", ".join(kinds)}; embed/w and head/w may be '
+      f'{names[0]!r}. The maps of a layer are {", ".join(own)}; embed/w and head/w may be '
       'trained whole, see lora.train'
     )
   return found

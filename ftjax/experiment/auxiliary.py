@@ -22,7 +22,7 @@ from ftjax.config import algorithms, section
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import adapter_folder, model_record, weights
 from ftjax.families import table
-from ftjax.hf import file_marks, peft
+from ftjax.hf import file_marks, peft, peft_weights
 from ftjax.hf import load as hf_load
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
@@ -141,7 +141,8 @@ class AuxiliaryModel:
       folder = peft.find(self.path)
       peft.check_base(folder, 'model.path', base_hash())
       places = trees.flatten(sharding.shardings(mesh, kinds.axes(arch)))
-      params = trees.unflatten(trees.flatten(params) | peft.load_adapter(folder, arch, places))
+      flat = trees.flatten(params)
+      params = trees.unflatten(flat | peft_weights.load_adapter(folder, arch, places, flat))
     elif self.record.has_score:
       params |= {'score': jax.tree.map(jnp.zeros_like, params['score'])}
     own = self.leaves()

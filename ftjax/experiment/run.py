@@ -23,7 +23,7 @@ from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
 from ftjax.experiment.model import Model, open_model
-from ftjax.hf import file_marks, peft
+from ftjax.hf import file_marks, peft, peft_weights
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
@@ -219,8 +219,9 @@ class Run:
     with self.watchdog.phase('restore'):
       peft.check_base(folder, source or 'model.random', self.first_hash())
       places = trees.flatten(sharding.shardings(self.mesh, kinds.axes(self.arch)))
-      leaves = peft.load_adapter(folder, self.arch, places)
-    return trees.unflatten(trees.flatten(params) | leaves)
+      flat = trees.flatten(params)
+      leaves = peft_weights.load_adapter(folder, self.arch, places, flat)
+    return trees.unflatten(flat | leaves)
 
   def load_auxiliary(self, model: AuxiliaryModel, first: dict | None = None) -> dict:
     """Returns the own weights of an auxiliary model as they are before the first step. Arrays of

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ftjax.experiment import vocabulary
 from ftjax.families import table
 from ftjax.hf import load as hf_load
-from ftjax.hf import peft
+from ftjax.hf import peft, peft_weights
 from ftjax.hf.new_rows import NewRows
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
@@ -92,9 +92,10 @@ def _adapted(
     return sharding.shardings(mesh, kinds.axes(arch))
 
   if folder.base.path:
-    return peft.load_params(folder, folder.base.path, arch, shardings, dtype)
+    return peft_weights.load_params(folder, folder.base.path, arch, shardings, dtype)
   flat = trees.flatten(_random(arch, key, dtype))
-  return trees.unflatten(flat | peft.load_adapter(folder, arch, trees.flatten(shardings(arch))))
+  places = trees.flatten(shardings(arch))
+  return trees.unflatten(flat | peft_weights.load_adapter(folder, arch, places, flat))
 
 
 def derived_from(first: dict, arch: Architecture, mesh: Mesh, dtype: str, seed: int) -> dict:

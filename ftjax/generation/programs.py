@@ -125,7 +125,10 @@ class Programs:
     keys = token_keys(seed, slots.prompt, slots.completion, slots.position + 1)
     # For one row, jax 0.12 loses in indexing how the batch is sharded.
     x = jax.sharding.reshard(x, spec('batch', None))
-    logits = head.logits(x, kinds.head_weights(self.arch, params), self.arch.logit_spec)
+    update = kinds.head_update(self.arch, params, x[:, None])
+    update = None if update is None else update._replace(u=update.u[:, 0])
+    table = kinds.head_weights(self.arch, params)
+    logits = head.logits(x, table, self.arch.logit_spec, update)
     # The vocabulary whole on every device.
     logits = jax.sharding.reshard(logits, spec('batch', None))
     token, logprob = sample(logits, keys, sampling, self._vocab_size)

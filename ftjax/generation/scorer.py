@@ -56,7 +56,14 @@ class Scorer:
         places = Tokens(jnp.ones_like(positions), positions)
         x, _ = kinds.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
-      logp = head.token_logprobs(states, table, labels, weight, logit_spec=self.arch.logit_spec)
+      logp = head.token_logprobs(
+        states,
+        table,
+        labels,
+        weight,
+        logit_spec=self.arch.logit_spec,
+        update=kinds.head_update(self.arch, params, states),
+      )
       totals.append(logp.sum(-1))
     return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it
 

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.families import table
 from ftjax.hf import layout, load, model_folder, peft_base, peft_config, peft_names
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
-from ftjax.hf.peft_names import Adapted, Part
+from ftjax.hf.peft_names import Adapted
 from ftjax.hf.tensor_source import TensorSource
 from ftjax.hf.weight_files import file_inside, parse_json
 from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
-from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
 
 if TYPE_CHECKING:
-  import jax
+  pass
 
 _PICKLED = (
   ', which can run code when loaded and are never read here. Save it again where peft is '
@@ -179,7 +177,9 @@ class PeftFolder:
 
   def _check_tensors(self, arch: Architecture, saved: list[str]) -> None:
     """Compares the tensors with what the settings say."""
-    need, have = dict(self._expected(arch, saved)), self.source.tensors
+    have = self.source.tensors
+    copies = {n: shape for n, shape in peft_names.base_copies(arch).items() if n in have}
+    need = dict(self._expected(arch, saved)) | copies
     problems = [f'missing {n}' for n in need if n not in have]
     problems += [f'nothing reads {n} {list(have[n].shape)}' for n in have if n not in need]
     problems += [
@@ -256,37 +256,6 @@ def check_base(folder: PeftFolder, path: str, sha256: str) -> None:
     )
 
 
-def load_adapter(
-  folder: PeftFolder, arch: Architecture, shardings: Mapping[str, jax.sharding.Sharding]
-) -> dict[str, jax.Array]:
-  """Returns the adapter's leaves {name: float32 array}, padded to the largest rank of a stack.
-
-  Args:
-    folder: the adapter's.
-    arch: the model, with an adapter of the same maps, ranks and scales: `folder.architecture`, or
-      that of the run which wrote the folder.
-    shardings: of the leaves, by name.
-
-  Raises:
-    ConfigError: `arch` has another adapter.
-    DataError: a tensor holds NaN or infinity, or does not fit.
-  """
-  import jax
-
-  check_same(folder, arch)
-  declared = kinds.declared(arch)
-  out = {}
-  for name, value in _leaves(folder, arch):
-    if value.shape != declared[name].shape:
-      raise ValueError(f'{name} is {value.shape}, declared {declared[name].shape}')
-
-    def part(index, value=value):
-      return value[index]
-
-    out[name] = jax.make_array_from_callback(value.shape, shardings[name], part)
-  return out
-
-
 def check_same(folder: PeftFolder, arch: Architecture) -> None:
   """Raises ConfigError where `arch` has another adapter than the folder, or holds the base in
   another way than the folder records, and DataError where the folder does not fit its base.
@@ -316,100 +285,3 @@ def check_same(folder: PeftFolder, arch: Architecture) -> None:
       f'{have.get(other[0], "(none)")} there, {wanted.get(other[0], "(none)")} by the config; set '
       f'{keys} as the adapter has them'
     )
-
-
-def _leaves(folder: PeftFolder, arch: Architecture) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, value) of every adapter leaf that the folder holds, one at a time."""
-  declared = kinds.declared(arch)
-  maps: dict[str, list[tuple[Adapted, Part]]] = {}
-  for found in peft_names.adapted(arch):
-    for part in found.parts:
-      if part.rank:
-        maps.setdefault(part.place.name, []).append((found, part))
-  for name, parts in maps.items():
-    for leaf in ('lora_a', 'lora_b', 'lora_m', 'lora_a0', 'lora_b0'):
-      if (full := f'{name}/{leaf}') in declared:
-        start = np.ones if leaf == 'lora_m' else np.zeros
-        value = start(declared[full].shape, np.float32)
-        for found, part in parts:
-          rows = _rows(folder, found, part, leaf, arch)
-          at = part.place.binding.at
-          if leaf == 'lora_m':
-            value[at] = rows[0]
-          else:
-            value[at][: len(rows)] = rows
-        yield full, value
-  rest: dict[str, list] = {}
-  for b in (b for parts in peft_names.trained(arch).values() for b in parts):
-    rest.setdefault(b.leaf, []).append(b)
-  for name, bindings in rest.items():
-    value = np.zeros(declared[name].shape, np.float32)  # padding of the vocabulary stays 0
-    for b in bindings:
-      whole = tuple(slice(0, n) for n in b.shape)
-      tensor = _read(folder, PREFIX + b.hf)
-      value[b.at][whole] = b.from_source(tensor[b.source_slices(whole)[0]], whole)
-    yield name, value
-
-
-def _rows(
-  folder: PeftFolder, found: Adapted, part: Part, leaf: str, arch: Architecture
-) -> np.ndarray:
-  """Returns the rows of a layer's own rank, in our order of axes: float32[R, ...]."""
-  a, b, magnitude = found.tensors
-  place = part.place
-  (inputs, outputs), sizes = place.sides, place.binding.sizes
-  if leaf == 'lora_m':
-    return peft_names.from_hf(place.rows(_read(folder, magnitude))[None], outputs, sizes)
-  is_a = leaf.startswith('lora_a')
-  x = _read(folder, a) if is_a else place.rows(_read(folder, b)).T
-  if not folder.is_shared(found):
-    times = 2 if arch.adapter.pissa else 1
-    begin = times * found.begin(part)
-    own = slice(begin, begin + times * part.rank)
-    if not is_a and np.delete(x, own, axis=0).any():
-      raise DataError(
-        f'{folder.source.place}: {b} has numbers outside the blocks that parts in {BASE_FILE} '
-        'names; delete parts there, and all parts share one factor'
-      )
-    x = x[own] if is_a else x[own] / found.ratio(part)
-  if arch.adapter.pissa:  # [A; A0] and [B, -B0]
-    rank = len(x) // 2
-    x = x[:rank] if leaf in ('lora_a', 'lora_b') else x[rank:] * (1 if is_a else -1)
-  return peft_names.from_hf(x, inputs if is_a else outputs, sizes)
-
-
-def _read(folder: PeftFolder, name: str) -> np.ndarray:
-  value = folder.source.read(name).astype(np.float32)
-  if not np.isfinite(value).all():
-    raise DataError(f'{folder.source.place}: {name} holds NaN or infinity')
-  return value
-
-
-def load_params(
-  folder: PeftFolder,
-  base: str,
-  arch: Architecture,
-  shardings: Callable[[Architecture], Mapping],
-  dtype: np.dtype,
-) -> dict[str, jax.Array]:
-  """Returns the parameters of base and adapter as a nested dict.
-
-  Args:
-    folder: the adapter's.
-    base: path of the base.
-    arch: the model with its adapter, see `load_adapter`.
-    shardings: (architecture) -> those of all its parameters, a nested dict.
-    dtype: of base parameters that declare none of their own.
-
-  Raises:
-    ConfigError, DataError: see `load_adapter`, `load.load_params` and `check_base`.
-  """
-  if folder.base.sha256:
-    load.open_source(base).hash_reads()
-  # The score of a reward model is the adapter's, unless the base has one.
-  labels = table.architecture(load.read_config(base), arch.family).num_labels
-  held = dataclasses.replace(arch, num_labels=labels)
-  flat = trees.flatten(load.load_params(base, held, shardings(held), dtype))
-  check_base(folder, base, load.fingerprint(base) if folder.base.sha256 else '')
-  flat |= load_adapter(folder, arch, trees.flatten(shardings(arch)))
-  return trees.unflatten({n: flat[n] for n in sorted(kinds.declared(arch))})

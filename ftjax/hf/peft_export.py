@@ -28,6 +28,7 @@ from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from ftjax.hf.peft_names import Adapted, Part, Place
 from ftjax.hf.tensor_source import TensorInfo
+from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
 from ftjax.runtime import trees
 from ftjax.storage import files as files_lib
@@ -120,7 +121,7 @@ class _Tensors:
   """
 
   def __init__(self, arch: Architecture, leaves: Mapping):
-    self.arch, self.leaves = arch, leaves
+    self.arch, self.leaves, self.declared = arch, leaves, kinds.declared(arch)
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.readers: dict[str, Callable[[], np.ndarray]] = {}
     self.adapted: dict[str, tuple[int, float]] = {}  # {module: (rank, scale)}
@@ -204,7 +205,10 @@ class _Tensors:
     return found.joined([of_part(p.place) for p in found.parts])
 
   def _own(self, place: Place, leaf: str) -> np.ndarray:
-    return on_host(self.leaves[f'{place.name}/{leaf}'], place.binding.at)
+    name = f'{place.name}/{leaf}'
+    whole = on_host(self.leaves[name], place.binding.at)
+    sizes = self.declared[name].file_shape[len(place.binding.at) :]
+    return whole[tuple(slice(n) for n in sizes)]
 
   def _rows(self, part: Part, leaf: str) -> np.ndarray:
     """Returns the rows of the layer's own rank of a factor."""

@@ -64,10 +64,11 @@ def _size(b: Binding, letters: str) -> int:
 
 
 def _sides(b: Binding) -> tuple[int, int]:
-  """Returns HF's axes of the inputs and of the outputs. Ours has the inputs first; HF's has them
-  last, but for GPT-2's Conv1D.
+  """Returns HF's axes of the inputs and of the outputs. Ours has the inputs first, but for the
+  head; HF's has them last, but for GPT-2's Conv1D.
   """
-  return (0, 1) if b.axes[0] in ''.join(b.words[0]) else (1, 0)
+  into = b.axes[-1 if b.axes[0] == 'V' else 0]
+  return (0, 1) if into in ''.join(b.words[0]) else (1, 0)
 
 
 class Part(NamedTuple):
@@ -210,6 +211,16 @@ def adapted(arch: Architecture) -> list[Adapted]:
       )
     out.append(one)
   return out
+
+
+def base_copies(arch: Architecture) -> dict[str, tuple[int, ...]]:
+  """Returns {tensor: shape} of the copies of base weights that PEFT writes beside an adapter: of
+  the head, where it has one.
+  """
+  own = (m.parts[0].place for m in adapted(arch))
+  return {
+    f'{PREFIX}{p.module}.base_layer.weight': p.binding.hf_shape for p in own if p.name == 'head'
+  }
 
 
 def obstacle(arch: Architecture) -> str:

@@ -231,13 +231,18 @@ class LogitSpec:
 class AdaptedMap:
   """The low-rank adapter of one linear map, in all layers of its stack.
 
-  name: `stack{i}/block{j}/attn/q`. ranks: of each layer; 0: the layer has no adapter.
-  scales: factors of the product of each layer, alpha / rank for LoRA.
+  name: `stack{i}/block{j}/attn/q`, or `head`, which counts as one layer. ranks: of each layer; 0:
+  the layer has no adapter. scales: factors of the product of each layer, alpha / rank for LoRA.
   """
 
   name: str
   ranks: tuple[int, ...]
   scales: tuple[float, ...]
+
+  @property
+  def is_stacked(self) -> bool:
+    """Whether the leaves have an L axis; those of the head have none."""
+    return self.name != 'head'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,8 +330,9 @@ class Architecture:
     """Returns the reward or value model of this model: with a score in place of its head."""
     adapter = self.adapter
     if adapter is not None:
+      maps = tuple(m for m in adapter.maps if m.is_stacked)
       trained = tuple(n for n in adapter.trained if not n.startswith('head/'))
-      adapter = dataclasses.replace(adapter, trained=trained)
+      adapter = dataclasses.replace(adapter, maps=maps, trained=trained)
     return dataclasses.replace(self, num_labels=1, adapter=adapter)
 
   def blocks(self) -> Iterator[tuple[str, BlockSpec, int]]:

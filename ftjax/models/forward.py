@@ -14,6 +14,7 @@ from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import RouterLog
 
 # Keeps the random numbers of dropout apart from others of the same row.
@@ -90,6 +91,14 @@ class Forward:
       self.router_log.add(routing)
     return x
 
+  def _readout(
+    self, params: dict, batch: dict, noise: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, LowRank | None]:
+    """Returns what logits are made of: hidden states, head weights, what an adapter adds."""
+    x = self.hidden_states(params, batch, noise)
+    update = kinds.head_update(self.arch, params, x, self.dropout_keys)
+    return x, kinds.head_weights(self.arch, params), update
+
   def router_choices(self, params: dict, batch: dict) -> jax.Array:
     """Returns the experts of each token in each layer that has experts, int32[B, T, L, k]."""
     where = Tokens(batch['segments'], batch['positions'])
@@ -103,18 +112,16 @@ class Forward:
     """Returns (weighted sum of the loss, weighted sum of -log p(label)) over all tokens, float32[]
     in nats; see head.cross_entropy_sums. Only the first is differentiable.
     """
-    x = self.hidden_states(params, batch, noise)
-    table = kinds.head_weights(self.arch, params)
+    x, table, update = self._readout(params, batch, noise)
     return head.cross_entropy_sums(
-      x, table, batch['labels'], batch['weights'], config, self.arch.logit_spec
+      x, table, batch['labels'], batch['weights'], config, self.arch.logit_spec, update
     )
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""
-    x = self.hidden_states(params, batch)
-    table = kinds.head_weights(self.arch, params)
+    x, table, update = self._readout(params, batch)
     return head.token_logprobs(
-      x, table, batch['labels'], batch['weights'], logit_spec=self.arch.logit_spec
+      x, table, batch['labels'], batch['weights'], logit_spec=self.arch.logit_spec, update=update
     )
 
   def logprobs_and_entropy(
@@ -123,10 +130,9 @@ class Forward:
     """Returns (log p(label), entropy of p), each float32[B, T] in nats, of p = softmax(logits /
     temperature); 0 where weights are 0.
     """
-    x = self.hidden_states(params, batch)
-    table = kinds.head_weights(self.arch, params)
+    x, table, update = self._readout(params, batch)
     return head.logprobs_and_entropies(
-      x, table, batch['labels'], batch['weights'], temperature, self.arch.logit_spec
+      x, table, batch['labels'], batch['weights'], temperature, self.arch.logit_spec, update
     )
 
   def divergence_from(self, params: dict, other: Self, others: dict, batch: dict) -> jax.Array:
@@ -139,8 +145,7 @@ class Forward:
       others: its parameters.
       batch: rows that both read.
     """
-    ours = self.hidden_states(params, batch), kinds.head_weights(self.arch, params)
-    theirs = other.hidden_states(others, batch), kinds.head_weights(other.arch, others)
+    ours, theirs = self._readout(params, batch), other._readout(others, batch)
     return head.divergence_sums(ours, theirs, batch['weights'], self.arch.logit_spec)
 
   def side_logprobs(

@@ -19,6 +19,7 @@ from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared
+from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import Routing
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
@@ -33,6 +34,10 @@ def _nothing(arch: Architecture, params: Mapping) -> dict[str, jax.Array]:
 def _none(arch, declared, params, names, key) -> dict[str, jax.Array]:
   del arch, declared, params, names, key
   return {}
+
+
+def _no_update(arch, params, x, dropout_keys) -> None:
+  del arch, params, x, dropout_keys
 
 
 def _as_it_is(arch, declared, name: str, leaf: jax.Array) -> dict[str, jax.Array]:
@@ -54,7 +59,8 @@ class Kind:
   (arch, declared, name, leaf of files) -> {name: leaf as the base is held}. merged: (arch, params,
   name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
   the kind has no adapters. routed: as `apply`, with what the routers did, see transformer.routed;
-  None where the kind has no experts.
+  None where the kind has no experts. head_update: (arch, params, hidden states, dropout keys or
+  None) -> what an adapter of the head adds to the logits, or None; see transformer.head_update.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -67,6 +73,7 @@ class Kind:
   pack: Callable[..., dict[str, jax.Array]] = _as_it_is
   merged: Callable[..., jax.Array] | None = None
   routed: Callable[..., tuple[jax.Array, Routing | None]] | None = None
+  head_update: Callable[..., LowRank | None] = _no_update
 
 
 DECODER = Kind(
@@ -80,6 +87,7 @@ DECODER = Kind(
   lora.pack,
   transformer.merged,
   transformer.routed,
+  transformer.head_update,
 )
 KINDS = {'decoder': DECODER}
 
@@ -299,9 +307,22 @@ def decode(
 
 def head_weights(arch: Architecture, params: Mapping) -> jax.Array:
   """Returns the head's weights [V, D], which a tied model shares with its embedding; of a reward
-  model the score's [R, D].
+  model the score's [R, D]. After merging an adapter of the head (`with_merged`) those with it.
   """
+  name = of(arch).head_leaf(arch)
+  if arch.adapter and arch.adapter.merged and arch.adapter.find(name.rpartition('/')[0]):
+    return merged(arch, params, name)
   leaf = params
-  for part in of(arch).head_leaf(arch).split('/'):
+  for part in name.split('/'):
     leaf = leaf[part]
   return leaf
+
+
+def head_update(
+  arch: Architecture, params: Mapping, x: jax.Array, dropout_keys: jax.Array | None = None
+) -> LowRank | None:
+  """Returns what an adapter of the head adds to the logits of hidden states x [B, T, D], or None.
+
+  dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
+  """
+  return of(arch).head_update(arch, params, x, dropout_keys)

@@ -202,11 +202,11 @@ class Linear(nnx.Module):
     lead, last = x.shape[:2], self.out[2]
     x = x.reshape(*lead, math.prod(self.inputs))
     if self.merged:
-      y = _product(x, self.merged_weights().astype(x.dtype), last)
+      y = product(x, self.merged_weights().astype(x.dtype), last)
     elif self.storage:
       y = self._packed_product(x, last)
     else:
-      y = _product(x, self._base(x.dtype), last)
+      y = product(x, self._base(x.dtype), last)
     if self.adapter is not None and not self.merged:
       y = y + self._low_rank(dropout(self.name, x) if dropout else x)
       if self.lora_m is not None:
@@ -270,7 +270,7 @@ class Linear(nnx.Module):
   def _low_rank(self, x: jax.Array) -> jax.Array:
     """Returns scale * (x A) B, [B, T, O]."""
     return sum(
-      _product(scaled(_product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
+      product(scaled(product(x, a, None), sign * self.lora_scale[...]), b, self.out[2])
       for sign, (a, b) in self._pairs(x.dtype)
     )
 
@@ -324,7 +324,7 @@ def rounded(x: jax.Array, dtype: str) -> jax.Array:
   return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
-def _product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, last: str | None) -> jax.Array:
   """Returns x [B, T, I] @ w [I, O]; last: logical name of O."""
   if jax.sharding.get_abstract_mesh().shape['context'] == 1:
     # One matrix product: with B and T apart, the compiler transposes copies of x for the gradient

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from ftjax.models import quantize
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import AdaptedMap, Architecture
 from ftjax.models.layers import Declared, Linear
 from ftjax.runtime import trees
 from ftjax.runtime.sharding import spec
@@ -69,10 +69,13 @@ def _held(p: Declared, name: str, arch: Architecture) -> Declared:
 
 
 def derive(arch: Architecture, params: Mapping) -> dict[str, jax.Array]:
-  """Returns the scales of all adapters, {`.../lora_scale`: float32[L]}."""
+  """Returns the scales of all adapters, {`.../lora_scale`: float32[L]}, of the head float32[]."""
   del params
   maps = arch.adapter.maps if arch.adapter else ()
-  return {f'{m.name}/lora_scale': jnp.asarray(m.scales, jnp.float32) for m in maps}
+  return {
+    f'{m.name}/lora_scale': jnp.asarray(m.scales if m.is_stacked else m.scales[0], jnp.float32)
+    for m in maps
+  }
 
 
 def pack(
@@ -132,6 +135,10 @@ def initial(
 
 
 def _placed(x: jax.Array, p: Declared) -> jax.Array:
+  """Returns x as the leaf that is declared, with zeros where it is padding."""
+  if p.padding:
+    ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    x = jnp.where(ids < x.shape[-1] - p.padding, x, 0.0)
   return jax.lax.reshape(x, p.shape, out_sharding=spec(*p.axes))
 
 
@@ -140,7 +147,7 @@ def _own_key(key: jax.Array, name: str) -> jax.Array:
 
 
 class _Sizes(NamedTuple):
-  """Sizes of an adapted map: experts () or (E,)."""
+  """Sizes of an adapted map: experts () or (E,). The head is one layer."""
 
   layers: int
   experts: tuple[int, ...]
@@ -153,7 +160,8 @@ def _sizes(m, declared) -> _Sizes:
   a, b = (declared[f'{m.name}/lora_{x}'] for x in 'ab')
   at = a.axes.index('rank')
   inputs, outputs = math.prod(a.shape[at + 1 :]), math.prod(b.shape[at + 1 :])
-  return _Sizes(a.shape[0], a.shape[1:at], a.shape[at], inputs, outputs)
+  layers = a.shape[0] if at else 1
+  return _Sizes(layers, a.shape[1:at], a.shape[at], inputs, outputs)
 
 
 def _factors(m, arch, declared, flat, key) -> dict[str, jax.Array]:
@@ -175,23 +183,25 @@ def _factors(m, arch, declared, flat, key) -> dict[str, jax.Array]:
 
 
 def base_weights(
-  name: str, arch: Architecture, flat: Mapping[str, jax.Array], layer: jax.Array | int
+  m: AdaptedMap, arch: Architecture, flat: Mapping[str, jax.Array], layer: jax.Array | int
 ) -> jax.Array:
   """Returns the base's weights of one layer of a linear map, float32[*inputs, *outputs], or
-  float32[I, O] where they are packed, after an axis of experts if there is one; not split over
-  devices.
+  float32[I, O] where they are packed, after an axis of experts if there is one; of the head
+  float32[D, V]; not split over devices.
   """
+  if not m.is_stacked:
+    return jax.sharding.reshard(flat[f'{m.name}/w'], jax.P()).astype(jnp.float32).T
 
   def pick(leaf):
     one = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
     return jax.sharding.reshard(one, jax.P())
 
   if arch.base in QUANTIZED:
-    prefix = f'{name}/w/'
+    prefix = f'{m.name}/w/'
     packed = {n[len(prefix) :]: pick(x) for n, x in flat.items() if n.startswith(prefix)}
     unpack = functools.partial(quantize.unpack, arch.base, dtype=jnp.float32)
     return jax.vmap(unpack)(packed) if packed['codes'].ndim == 3 else unpack(packed)
-  return pick(flat[f'{name}/w']).astype(jnp.float32)
+  return pick(flat[f'{m.name}/w']).astype(jnp.float32)
 
 
 def _by_layer(m, arch, declared, flat, function) -> Any:
@@ -201,7 +211,7 @@ def _by_layer(m, arch, declared, flat, function) -> Any:
   size = _sizes(m, declared)
 
   def one(layer):
-    w = base_weights(m.name, arch, flat, layer)
+    w = base_weights(m, arch, flat, layer)
     w = w.reshape(*size.experts, size.inputs, size.outputs)
     if not size.experts:
       return function(w, layer, 0)

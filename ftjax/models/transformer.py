@@ -27,8 +27,10 @@ from ftjax.models.architecture import (
 )
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
+from ftjax.models.head_map import Head
 from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
+from ftjax.models.logit_chunks import LowRank
 from ftjax.models.mlp import GatedMlp, Mlp
 from ftjax.models.moe import Moe
 from ftjax.models.routing import Routing
@@ -151,8 +153,8 @@ class EmbedAndHead(nnx.Module):
 
   def __init__(self, arch: Architecture):
     shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
-    table = functools.partial(declare, shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
-    self.embed = nnx.Dict(w=table())
+    table = declare(shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
+    self.embed = nnx.Dict(w=table)
     self.final_norm = Normalize((arch.model_dim,), arch.final_norm)
     dim = arch.model_dim
     if arch.learned_positions:
@@ -161,7 +163,7 @@ class EmbedAndHead(nnx.Module):
     if arch.num_labels:
       self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
     elif not arch.tied:
-      self.head = nnx.Dict(w=table())
+      self.head = Head(arch.vocab_rows, dim, padding)
 
 
 @functools.cache
@@ -190,11 +192,10 @@ def declared(arch: Architecture) -> dict[str, Declared]:
 @functools.cache
 def linear_maps(arch: Architecture) -> tuple[str, ...]:
   """Returns the names of the maps that may have an adapter, `stack{i}/block{j}/attn/q`: those of
-  the blocks. The head is a table whose gradient head.py computes; it may be trained whole.
+  the blocks, and `head` where the head is no other table.
   """
-  return tuple(
-    f'{s}/{n}' for s, kind, _ in arch.blocks() for n in lora.linear_maps(Block(arch, kind))
-  )
+  names = (f'{s}/{n}' for s, kind, _ in arch.blocks() for n in lora.linear_maps(Block(arch, kind)))
+  return *names, *lora.linear_maps(EmbedAndHead(arch))
 
 
 def head_leaf(arch: Architecture) -> str:
@@ -202,6 +203,20 @@ def head_leaf(arch: Architecture) -> str:
   if arch.num_labels:
     return 'score/w'
   return 'embed/w' if arch.tied else 'head/w'
+
+
+def head_update(
+  arch: Architecture, params: dict, x: jax.Array, dropout_keys: jax.Array | None = None
+) -> LowRank | None:
+  """Returns what an adapter of the head adds to the logits of hidden states x [B, T, D]; None
+  without one. dropout_keys: see `routed`.
+  """
+  if arch.adapter is None or arch.adapter.find('head') is None:
+    return None
+  drop = None
+  if dropout_keys is not None:
+    drop = Dropout(arch.adapter.dropout, _fold(dropout_keys, 'head'))
+  return nnx.merge(_around(arch)[0], _around_params(params)).head.update(x, drop)
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:

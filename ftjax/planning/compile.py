@@ -21,7 +21,7 @@ from ftjax.experiment import adapters, auxiliary
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.generation.sampling import Sampling
-from ftjax.models import attention, counts, head
+from ftjax.models import attention, counts, logit_chunks
 from ftjax.models.architecture import Architecture, AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.planning import collectives as communication
@@ -155,7 +155,7 @@ def _accounted(
   held = memory_lib.memory(compiled, trainer.abstract)
   local_tokens = out.rows // c.grad_accum * c.seq_len // (mesh.size // mesh.shape['tensor'])
   vocab = arch.vocab_rows // mesh.shape['tensor']
-  loops = -(-local_tokens // head.chunk_tokens(vocab, local_tokens))
+  loops = -(-local_tokens // logit_chunks.chunk_tokens(vocab, local_tokens))
   moved = gathering = None
   weights = run.auxiliary.without(trees.merge(trainer.abstract.params, trainer.abstract.frozen))
   if text:

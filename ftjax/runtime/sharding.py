@@ -156,7 +156,7 @@ def shard_map(
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
   def whole(*args):
-    out = local(*(jax.sharding.reshard(a, P()) for a in args))
+    out = local(*jax.tree.map(lambda a: jax.sharding.reshard(a, P()), args))
     return jax.tree.map(jax.sharding.reshard, out, out_specs)
 
   return whole

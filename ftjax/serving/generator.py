@@ -18,7 +18,7 @@ from ftjax.generation.batch import Conversation
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.hf import load, peft, run_export
+from ftjax.hf import load, peft, peft_weights, run_export
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
@@ -226,7 +226,7 @@ def _load(path: str, mesh, dtype, settings: Settings) -> tuple:
   if adapter is not None:
     model = adapter_folder.open_adapter(adapter, settings.base, family)
     saved_model.check_generates(model, f'--model={path}')
-    return model, peft.load_params(adapter, model.source, model.arch, axes, dtype)
+    return model, peft_weights.load_params(adapter, model.source, model.arch, axes, dtype)
   if settings.base:
     raise ConfigError(f'--base={settings.base}: --model={path} is no adapter and needs no base')
   model = open_model(export or path, {}, 0, family=family)

@@ -54,7 +54,7 @@ def block(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[int, in
   dimension that no mesh axis shards is preferred, then one over `tensor`, which has few shards; but
   not where the blocks would have less than 64 numbers and another dimension allows more.
   """
-  stacked = axes[0] == 'layers'
+  stacked = axes[:1] == ('layers',)
   if math.prod(shape[stacked:]) < SMALLEST_LEAF:
     return None
   found = []

@@ -81,7 +81,7 @@ def leaves(
     layers.setdefault(block, []).append(layer)
   out = {}
   for name, (shape, axes, fan_in, *_) in declared.items():
-    stacked = axes[0] == 'layers'
+    stacked = axes[:1] == ('layers',)
     dims = tuple(n for n, a in zip(shape, axes, strict=True) if a not in ('layers', 'expert'))
     split = next((i for i in range(1, len(dims)) if math.prod(dims[:i]) == fan_in), 1)
     # A bias of heads has two dimensions and is no matrix.
@@ -91,7 +91,8 @@ def leaves(
     if stacked:
       block, rest = name.split('/', 2)[:2], name.split('/', 2)[2]
       names = tuple(f'layer{i}/{rest}' for i in layers['/'.join(block)])
-    out[name] = Leaf(names, stacked, split, 'vocab' in axes or 'position' in axes, tuple(axes))
+    is_table = ('vocab' in axes or 'position' in axes) and 'rank' not in axes
+    out[name] = Leaf(names, stacked, split, is_table, tuple(axes))
   return out
 
 

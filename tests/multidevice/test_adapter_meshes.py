@@ -2,6 +2,7 @@
 the step that a run of the config compiles.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -30,7 +31,9 @@ ARCH = decoder(
   num_kv_heads=2,
   head_dim=16,
   ffn_dim=128,
+  tied=False,
 )
+ARCH = dataclasses.replace(ARCH, vocab_multiple=96)
 CASES = {
   'nf4-dora-pissa': dict(
     base='nf4',
@@ -38,7 +41,7 @@ CASES = {
     init='pissa',
     dora=True,
     rank_pattern=tiny_adapters.RANKS,
-    targets='.*(q|o|up|down)',
+    targets='.*(q|o|up|down)|head',
     dropout=0.25,
     train='embed/w|.*norm/scale',
   ),

@@ -72,6 +72,18 @@ CASES = {
     {**_PLAIN[1], 'train': 'embed/w'},
   ),
 }
+_HEAD = (
+  {'target_modules': ['q_proj', 'lm_head'], 'rank_pattern': {'lm_head': 6}},
+  {'targets': '.*/attn/q|head', 'rank_pattern': (('head', 6),)},
+)
+CASES |= {
+  'llama_head': Case('llama_untied_gqa', {**_PLAIN[0], **_HEAD[0]}, {**_PLAIN[1], **_HEAD[1]}),
+  'llama_head_dora': Case(
+    'llama_untied_gqa',
+    {**_PLAIN[0], **_HEAD[0], 'use_dora': True},
+    {**_PLAIN[1], **_HEAD[1], 'dora': True},
+  ),
+}
 # Adapters of modules whose matrix is several linear maps of ftjax; base: of family_cases.py.
 FUSED = {
   'gpt2_lora': Case('gpt2', {**_PLAIN[0], 'rank_pattern': {'h.1.attn.c_attn': 3}}, {}),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ftjax.config import keys
 from ftjax.experiment import adapters
 from ftjax.families import multimodal, table
-from ftjax.hf import export, load, peft, peft_config, peft_export
+from ftjax.hf import export, load, peft, peft_config, peft_export, peft_weights
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import DataError
@@ -227,7 +227,9 @@ def leaves(folder, arch):
   found = peft.read(folder)
   model = found.architecture(arch.plain())
   places = trees.flatten(sharding.shardings(jax.sharding.get_mesh(), kinds.axes(model)))
-  return model, {n: np.asarray(x) for n, x in peft.load_adapter(found, model, places).items()}
+  return model, {
+    n: np.asarray(x) for n, x in peft_weights.load_adapter(found, model, places, {}).items()
+  }
 
 
 @EVERY

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from safetensors.numpy import load_file
-from tiny_model import place, tokens_at
+from tiny_model import all_logits, place, tokens_at
 
 from ftjax.config import keys
 from ftjax.experiment import adapters
@@ -41,11 +41,23 @@ def open_case(case):
   return arch, load.load_params(folder, arch, places, np.float32)
 
 
+def _is_stacked(arch, leaf):
+  found = arch.adapter.find(leaf.rpartition('/')[0])
+  return found is None or found.is_stacked
+
+
+def _module(bound, name, layer):
+  """The HF module of a linear map's layer, with a dot; the head has no layers."""
+  found = bound.get((f'{name}/w', (layer,))) or bound[f'{name}/w', ()]
+  return found.hf.removesuffix('weight')
+
+
 def tensors(arch, leaves):
   """{name in adapter_model.safetensors: array} of adapter leaves, or of a gradient by them. Rows
   beyond a layer's own rank must be 0.
   """
   out, bound = {}, {(b.leaf, b.at[:1]): b for b in layout.bindings(arch)}
+  leaves = {n: x if _is_stacked(arch, n) else x[None] for n, x in leaves.items()}
   maps = {m.name: m for m in arch.adapter.maps}
   for name, leaf in leaves.items():
     place_of, _, field = name.rpartition('/')
@@ -54,7 +66,7 @@ def tensors(arch, leaves):
         out[PREFIX + b.hf] = b.to_hf(leaf[b.at])
       continue
     for layer, rank in enumerate(maps[place_of].ranks):
-      hf = bound[f'{place_of}/w', (layer,)].hf.removesuffix('weight') + FACTORS[field]
+      hf = _module(bound, place_of, layer) + FACTORS[field]
       x = leaf[layer].reshape(leaf.shape[1], -1) if field != 'lora_m' else leaf[layer].reshape(-1)
       if field != 'lora_m':
         assert not x[rank:].any(), name
@@ -71,12 +83,13 @@ def with_tensors(arch, params, stored):
   for name in kinds.names(arch, 'adapter'):
     place_of, _, field = name.rpartition('/')
     leaf = np.zeros(declared[name].shape, np.float32)
+    whole, leaf = leaf, leaf if _is_stacked(arch, name) else leaf[None]
     if field not in FACTORS:
       for b in (b for b in bound.values() if b.leaf == name):
         leaf[b.at] = left.pop(PREFIX + b.hf).T if b.axes == 'DV' else left.pop(PREFIX + b.hf)
     else:
       for layer, rank in enumerate(maps[place_of].ranks):
-        hf = bound[f'{place_of}/w', (layer,)].hf.removesuffix('weight') + FACTORS[field]
+        hf = _module(bound, place_of, layer) + FACTORS[field]
         x = left.pop(PREFIX + hf)
         assert field == 'lora_m' or x.shape[field == 'lora_b'] == rank, hf
         if field == 'lora_m':
@@ -84,7 +97,8 @@ def with_tensors(arch, params, stored):
         else:
           rows = x.T if field == 'lora_b' else x
           leaf[layer, :rank] = rows.reshape(rank, *leaf.shape[2:])
-    flat[name] = place(leaf, *declared[name].axes)
+    flat[name] = place(whole, *declared[name].axes)
+  left.pop(f'{PREFIX}lm_head.base_layer.weight', None)  # of the base
   if arch.tied:  # PEFT names the one table twice
     left.pop(f'{PREFIX}lm_head.weight', None)
   assert not left
@@ -105,10 +119,10 @@ def run(arch, trained, frozen, tokens, labels, weights, where):
   def loss(trained):
     params = trees.unflatten(frozen | trained)
     x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
-    table = kinds.head_weights(arch, params)
-    total = head.cross_entropy_sums(x, table, labels, weights, head.LossConfig())[0]
-    whole = jax.sharding.reshard(table, spec(None, None))
-    logits = jnp.einsum('BTD,VD->BTV', x, whole, out_sharding=spec('batch', 'seq', None))
+    table, update = kinds.head_weights(arch, params), kinds.head_update(arch, params, x)
+    sums = functools.partial(head.cross_entropy_sums, terms=head.LossConfig(), update=update)
+    total = sums(x, table, labels, weights)[0]
+    logits = all_logits(arch, params, x)
     return total / weights.sum(), logits
 
   return jax.value_and_grad(loss, has_aux=True)(trained)

@@ -14,7 +14,7 @@ import tiny_adapters
 import tiny_model
 from safetensors.numpy import load_file
 
-from ftjax.hf import load, peft, peft_config, peft_export
+from ftjax.hf import load, peft, peft_config, peft_export, peft_weights
 from ftjax.hf.safetensors import write_file
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import kinds
@@ -42,7 +42,7 @@ def read(path, base):
   """(architecture, parameters) of a PEFT folder on a base."""
   folder = peft.read(path)
   arch = folder.architecture(family_models.architecture(base.name))
-  return arch, peft.load_params(folder, base, arch, shardings, np.float32)
+  return arch, peft_weights.load_params(folder, base, arch, shardings, np.float32)
 
 
 def random(base, seed=0, **lora):
@@ -129,7 +129,7 @@ def test_export_then_import_is_the_identity(bases, tmp_path, case):
   base, (arch, params) = bases / name, random(bases / name, **lora)
   export(tmp_path / 'out', base, arch, params)
   folder, places = peft.read(tmp_path / 'out'), trees.flatten(shardings(arch))
-  found = trees.flatten(params) | peft.load_adapter(folder, arch, places)
+  found = trees.flatten(params) | peft_weights.load_adapter(folder, arch, places, {})
   assert_same(arch, params, trees.unflatten(found), 1e-6 if case == 'patterns' else 0)
   expected = logits(name, arch, params)
   if case in ('patterns', 'dora', 'whole'):
