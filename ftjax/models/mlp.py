@@ -1,5 +1,8 @@
 """The MLPs: down(activation(gate x) * up x) (Shazeer 2020; SwiGLU with silu), and without a gate
 down(activation(up x)) (Vaswani et al. 2017, section 3.3).
+
+All MLPs are called alike, those of moe.py too: with x [B, T, D], segments int32[B, T] and the
+dropout of adapters, and return (y [B, T, D], Routing; None without experts).
 """
 
 import functools
@@ -37,9 +40,12 @@ class GatedMlp(nnx.Module):
     self.gate, self.up = _to_wide(model_dim, spec), _to_wide(model_dim, spec)
     self.down = _to_narrow(model_dim, spec)
 
-  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, segments: jax.Array, dropout: Dropout | None = None
+  ) -> tuple[jax.Array, None]:
+    del segments
     wide = self.activation(self.gate(x, dropout)) * self.up(x, dropout)
-    return self.down(wide, dropout)
+    return self.down(wide, dropout), None
 
 
 class Mlp(nnx.Module):
@@ -49,5 +55,8 @@ class Mlp(nnx.Module):
     self.activation = ACTIVATIONS[spec.activation]
     self.up, self.down = _to_wide(model_dim, spec), _to_narrow(model_dim, spec)
 
-  def __call__(self, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-    return self.down(self.activation(self.up(x, dropout)), dropout)
+  def __call__(
+    self, x: jax.Array, segments: jax.Array, dropout: Dropout | None = None
+  ) -> tuple[jax.Array, None]:
+    del segments
+    return self.down(self.activation(self.up(x, dropout)), dropout), None

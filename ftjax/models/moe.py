@@ -14,7 +14,7 @@ from flax import nnx
 
 from ftjax.models.architecture import MoeSpec
 from ftjax.models.experts import ExpertLinear, Rows
-from ftjax.models.layers import declare
+from ftjax.models.layers import Dropout, declare
 from ftjax.models.mlp import ACTIVATIONS
 from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import (
@@ -41,11 +41,15 @@ class Moe(nnx.Module):
     self.up = ExpertLinear(e, k, d, f, ('embed', 'ffn'))
     self.down = ExpertLinear(e, k, f, d, ('ffn', 'embed'))
 
-  def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Routing]:
+  def __call__(
+    self, x: jax.Array, segments: jax.Array, dropout: Dropout | None = None
+  ) -> tuple[jax.Array, Routing]:
     """Returns (the layer's output, 0 for padding; what the router did).
 
-    x: [B, T, D] in the compute dtype. segments: int32[B, T], 0 for padding.
+    x: [B, T, D] in the compute dtype. segments: int32[B, T], 0 for padding. dropout: not read, as
+    adapters of experts have none; see ExpertLinear.adapt.
     """
+    del dropout
     maps = {name: own.leaves() for name, own in self._maps.items()}
     axes = {name: names for name, (_, names) in maps.items()}
     specs = jax.tree.map(lambda a: spec(*a), axes, is_leaf=lambda a: isinstance(a, tuple))

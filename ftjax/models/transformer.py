@@ -129,11 +129,8 @@ class Block(nnx.Module):
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
     x = x + self._branch(self.attn_out_norm, y)
-    y, routing = _normalized(self.mlp_norm, x), None
-    if isinstance(self.mlp, Moe):
-      y, routing = self.mlp(y, context.query.segments)
-    else:
-      y = self.mlp(y, context.dropout)
+    y = _normalized(self.mlp_norm, x)
+    y, routing = self.mlp(y, context.query.segments, context.dropout)
     return x + self._branch(self.mlp_out_norm, y), memory, routing
 
   def _branch(self, norm: Normalize | None, y: jax.Array) -> jax.Array:
