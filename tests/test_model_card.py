@@ -57,6 +57,7 @@ def card(text='org/base', **changes):
     base=base,
     continues=False,
     is_adapter=False,
+    merge='',
     sources=[model_card.Source('train', text, 'org/rows', 90, 10, 'e' * 64)],
     config=model_card.config_file({'data.train': text}),
     tasks=[comparison(text)],
@@ -355,7 +356,9 @@ def test_a_workdir_without_its_records_still_gives_a_card(trained, tmp_path):
     empty.mkdir()
     for file in ('config.json', 'manifest.json') if name else ():
       (empty / file).write_text(name)
-    content = run_card.build(str(empty), run_card_model(c), 3, True, False).encode()
+    content = run_card.build(
+      str(empty), run_card_model(c), 3, has_results=True, is_adapter=False
+    ).encode()
     assert model_card.step_of(content) == 3 and b'tiny-base' in content
 
 
@@ -377,7 +380,7 @@ def test_sources_are_named_as_the_config_names_them(trained, tmp_path):
   }
   for name, content in (('config', config), ('manifest', manifest)):
     (tmp_path / f'{name}.json').write_text(json.dumps(content))
-  text = run_card.build(str(tmp_path), run_card_model(c), 3, False, False)
+  text = run_card.build(str(tmp_path), run_card_model(c), 3, has_results=False, is_adapter=False)
   (tmp_path / 'README.md').write_text(text)
   assert ModelCard.load(tmp_path / 'README.md').data.datasets == ['some-org/rows']
   for use in ('train', 'eval'):
@@ -393,7 +396,7 @@ def test_a_secret_in_a_config_is_not_told(trained, tmp_path):
   config = json.loads((workdir / 'config.json').read_text())
   config |= {'eval.prompts': [f'say {SECRET}'], 'data.train': f'https://me:{SECRET}@x.org/a.jsonl'}
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  content = run_card.build(str(tmp_path), run_card_model(c), 3, False, False)
+  content = run_card.build(str(tmp_path), run_card_model(c), 3, has_results=False, is_adapter=False)
   assert SECRET not in content and 'x.org' not in content
   assert "c.eval.prompts = ('say <redacted>',)" in content and "c.data.train = 'a.jsonl'" in content
 
@@ -403,7 +406,9 @@ def test_a_model_in_the_hubs_cache_is_named_by_its_hub_name(trained, tmp_path):
   cache = tmp_path / 'models--org--base' / 'snapshots' / COMMIT
   shutil.copytree(Path(c.model.path), cache)
   model = dataclasses.replace(run_card_model(c), source=str(cache))
-  (tmp_path / 'README.md').write_text(run_card.build(str(workdir), model, 2, True, False))
+  (tmp_path / 'README.md').write_text(
+    run_card.build(str(workdir), model, 2, has_results=True, is_adapter=False)
+  )
   found = ModelCard.load(tmp_path / 'README.md')
   assert found.data.base_model == 'org/base' and f'| commit | `{COMMIT}` |' in found.content
 
@@ -415,3 +420,23 @@ def test_the_card_in_a_bucket_is_replaced(bucket):
   write('gs://bucket/out', rendered(step=3))
   assert files.read_bytes('gs://bucket/out/README.md') == rendered(step=3)
   assert not [n for n in bucket.names() if 'card' in n or 'partial' in n]
+
+
+def test_a_merged_model_has_the_scores_of_its_adapter(trained, tmp_path):
+  """And its distance from the adapter; so has a conversion, without the distance."""
+  _, c = trained
+  c = c.copy_and_resolve_references()
+  c.lora.update({'rank': 2, 'alpha': 4.0, 'merge_kl': 1.0})
+  workdir = train(c, tmp_path / 'run')
+  convert.convert(str(workdir), str(tmp_path / 'out'), None)
+  folders = workdir / 'export', workdir / 'merged', tmp_path / 'out'
+  adapter, merged, converted = ((f / 'README.md').read_text() for f in folders)
+  assert all('## Evaluation' in text for text in (adapter, merged, converted))
+  assert 'after merging' not in adapter and 'after merging.' in converted
+  kl = json.loads((workdir / 'merge.json').read_text())['kl']
+  assert f'after merging: {kl:.3g} nats per token' in merged
+  summary = json.loads((workdir / 'eval' / 'summary.json').read_text())
+  summary['tasks']['sums']['n'] = 4321
+  (workdir / 'eval' / 'summary.json').write_text(json.dumps(summary))
+  run_card.refresh(str(workdir), run_card_model(c))
+  assert all('4321' in (f / 'README.md').read_text() for f in folders[:2])

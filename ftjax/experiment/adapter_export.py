@@ -9,7 +9,7 @@ the merged model's is measured on held-out rows.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from ftjax.training.prefetch import place
 log = logging.getLogger(__name__)
 
 TOKENS = 4096  # held-out tokens of the comparison
-REPORT = 'merge.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +94,13 @@ def export(run: Run, params: dict, card: bytes) -> None:
   )
 
 
-def export_merged(run: Run, params: dict, card: bytes) -> None:
+def export_merged(run: Run, params: dict, card: Callable[[], bytes]) -> None:
   """Writes the merged model to merged/, after comparing it with the adapter.
 
   Args:
     run: of the adapter.
     params: of base and adapter, nested dict of sharded arrays.
-    card: README.md.
+    card: returns README.md; called after the report of the comparison is written.
 
   Raises:
     CheckError: it is further from the adapter than lora.merge_kl; merged/ is not written, and an
@@ -114,7 +113,9 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
   is_close = found.kl is None or found.kl <= most
   if processes.is_main():
     report = dataclasses.asdict(found) | {'is_written': is_close}
-    files.write_text(files.join(run.workdir, REPORT), json.dumps(report, indent=1) + '\n')
+    files.write_text(
+      files.join(run.workdir, run_export.MERGE_REPORT), json.dumps(report, indent=1) + '\n'
+    )
   if not is_close:
     processes.from_main(lambda: files.remove_tree(folder))
     raise CheckError(
@@ -131,7 +132,7 @@ def export_merged(run: Run, params: dict, card: bytes) -> None:
     tokenizer_files=run.model.files,
     dtype=np.dtype(jnp.dtype(dtype)),
     stop_ids=run.model.stop_ids,
-    card=card,
+    card=card(),
   )
 
 

@@ -32,6 +32,7 @@ from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
+from ftjax.hf import run_export
 from ftjax.models import counts
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import attempt
@@ -136,7 +137,10 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
       adapter_export.remove_merged(run)
     elif run.arch.adapter is not None:
       with run.watchdog.phase('export'):
-        adapter_export.export_merged(run, params, _card(run, exported, is_adapter=False))
+        has_results = bool(c.eval.tasks)
+        adapter_export.export_merged(
+          run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
+        )
 
 
 @contextlib.contextmanager
@@ -335,16 +339,24 @@ def _cadence(run: Run) -> Cadence:
   )
 
 
-def _card(run: Run, step: int, is_adapter: bool) -> bytes:
+def _card(run: Run, step: int, folder: str, has_results: bool) -> bytes:
+  is_adapter = run.arch.adapter is not None and folder != run_export.MERGED
   return processes.from_main(
-    lambda: run_card.build(run.workdir, run.model, step, has_results=False, is_adapter=is_adapter)
+    lambda: run_card.build(
+      run.workdir,
+      run.model,
+      step,
+      has_results=has_results,
+      is_adapter=is_adapter,
+      folder=folder,
+    )
   ).encode()
 
 
 def _export(run: Run, params: dict, step: int) -> None:
   """Writes the model after `step` to export/ of the workdir."""
   with run.watchdog.phase('export'):
-    card = _card(run, step, is_adapter=run.arch.adapter is not None)
+    card = _card(run, step, 'export', has_results=False)
     if run.arch.adapter is not None:
       adapter_export.export(run, params, card)
       return

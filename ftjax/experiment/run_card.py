@@ -24,7 +24,15 @@ _OWN = ('data.cache', 'data.workers', 'compile_cache', 'log.', 'profile.', 'watc
 _SNAPSHOT = re.compile(r'.*/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?')
 
 
-def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: bool) -> str:
+def build(
+  workdir: str,
+  model: Model,
+  step: int,
+  *,
+  has_results: bool,
+  is_adapter: bool,
+  folder: str = 'export',
+) -> str:
   """Returns README.md for the weights of a run.
 
   Args:
@@ -33,6 +41,7 @@ def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: 
     step: of the weights.
     has_results: whether eval/summary.json compares these weights with the base.
     is_adapter: whether the folder holds an adapter alone.
+    folder: of the workdir, for which it is; '': for another place.
   """
   config, manifest = _read(workdir, 'config.json'), _read(workdir, 'manifest.json')
   config = redaction.redact(config)
@@ -47,6 +56,7 @@ def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: 
       base=_base(model, manifest),
       continues=bool(config.get('init_from')),
       is_adapter=is_adapter,
+      merge='' if is_adapter else _merge(workdir, config, folder),
       sources=_sources(config, manifest),
       config=model_card.config_file(_changed(config)),
       tasks=list(tasks.values()),
@@ -56,13 +66,28 @@ def build(workdir: str, model: Model, step: int, has_results: bool, is_adapter: 
   )
 
 
+def _merge(workdir: str, config: Mapping[str, Any], folder: str) -> str:
+  """Returns how the weights of a folder were merged; '' where no adapter was."""
+  if not config.get('lora.rank'):
+    return ''
+  kl = _read(workdir, run_export.MERGE_REPORT).get('kl') if folder == run_export.MERGED else None
+  distance = (
+    '' if kl is None else f': {kl:.3g} nats per token (KL divergence) from base and adapter'
+  )
+  return f'These are the weights after merging{distance}.'
+
+
 def refresh(workdir: str, model: Model) -> None:
-  """Writes eval/summary.json, just made, into the card of the export; a card that somebody edited
-  stays. All processes may call this.
+  """Writes eval/summary.json, just made, into the cards of export/ and merged/; one that somebody
+  edited stays. All processes may call this.
   """
-  if not processes.is_main():
-    return
-  folder = files.join(workdir, 'export')
+  if processes.is_main():
+    for name in ('export', run_export.MERGED):
+      _refresh(workdir, name, model)
+
+
+def _refresh(workdir: str, name: str, model: Model) -> None:
+  folder = files.join(workdir, name)
   path = files.join(folder, model_card.FILE)
   if not files.exists(path):  # of an older ftjax
     return
@@ -72,7 +97,7 @@ def refresh(workdir: str, model: Model) -> None:
     log.warning('%s is not as ftjax wrote it; the new results are not added to it', path)
     return
   is_adapter = not files.exists(files.join(folder, 'config.json'))
-  text = build(workdir, model, step, has_results=True, is_adapter=is_adapter)
+  text = build(workdir, model, step, has_results=True, is_adapter=is_adapter, folder=name)
   export.replace_card(folder, text)
 
 
@@ -82,11 +107,13 @@ def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:
   """
   folder = files.join(workdir, 'export')
   path = files.join(folder, model_card.FILE)
-  is_whole = run_export.find(workdir) and files.exists(files.join(folder, 'config.json'))
-  known = files.read_bytes(path) if is_whole and files.exists(path) else b''
-  if model_card.step_of(known) == step:
+  known = files.read_bytes(path) if run_export.find(workdir) and files.exists(path) else b''
+  is_same = model_card.step_of(known) == step
+  if is_same and files.exists(files.join(folder, 'config.json')):
     return known
-  return build(workdir, model, step, has_results=False, is_adapter=False).encode()
+  has_results = is_same and model_card.has_results(known)
+  found = build(workdir, model, step, has_results=has_results, is_adapter=False, folder='')
+  return found.encode()
 
 
 def _read(workdir: str, name: str) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class Card:
     base: None for a model that began with random weights.
     continues: whether training began with the export of another run (init_from).
     is_adapter: whether the folder holds an adapter for the base.
+    merge: of a model with a merged adapter, how far it is from base and adapter, with which its
+      scores were measured; '' for others.
     sources: of the data.
     config: the config as Python code; see `config_file`.
     tasks: comparisons of base and tuned model, as evaluation.report.compare returns them.
@@ -96,6 +98,7 @@ class Card:
   base: Base | None
   continues: bool
   is_adapter: bool
+  merge: str
   sources: Sequence[Source]
   config: str
   tasks: Sequence[Mapping[str, Any]]
@@ -135,6 +138,11 @@ def is_unchanged(content: bytes) -> bool:
   return hashlib.sha256(content[: found[-1].start()]).hexdigest().encode() == found[-1][2]
 
 
+def has_results(content: bytes) -> bool:
+  """Returns whether a card has scores."""
+  return b'\n## Evaluation\n' in content
+
+
 def step_of(content: bytes) -> int | None:
   """Returns the step of the weights that a card describes; None for another README.md."""
   found = list(_MARK.finditer(content))
@@ -170,7 +178,7 @@ def render(card: Card) -> str:
     _base(card),
     _data(card),
     _training(card),
-    _evaluation(card.tasks),
+    _evaluation(card),
     _loading(card),
   ]
   text = '\n\n'.join(part for part in parts if part) + '\n\n'
@@ -314,9 +322,11 @@ def _training(card: Card) -> str:
   )
 
 
-def _evaluation(tasks: Sequence[Mapping[str, Any]]) -> str:
+def _evaluation(card: Card) -> str:
+  tasks = card.tasks
   if not tasks:
     return ''
+  merge = f'The scores are those of the adapter on its base. {card.merge}\n\n' if card.merge else ''
   rows = []
   for task in tasks:
     for score, diff in task['difference'].items():
@@ -327,7 +337,7 @@ def _evaluation(tasks: Sequence[Mapping[str, Any]]) -> str:
       rows.append((_code(task['task']), str(task['n']), score, *numbers))
   level = f'{100 * tasks[0]["method"]["level"]:g} %'
   return (
-    '## Evaluation\n\n'
+    f'## Evaluation\n\n{merge}'
     + _table(('task', 'examples', 'score', 'base', 'tuned', 'tuned - base', 'p'), rows)
     + f'\n\nIn brackets: {level} intervals, of accuracy by Wilson, else by bootstrap. p: paired '
     'bootstrap, two-sided.\n\n' + '\n'.join(map(_mcnemar, tasks))

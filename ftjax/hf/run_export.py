@@ -9,6 +9,7 @@ from ftjax.storage import files, snapshots
 log = logging.getLogger(__name__)
 
 MERGED = 'merged'  # folder of the merged model of an adapter run
+MERGE_REPORT = 'merge.json'  # how far it is from the adapter
 
 
 def find(workdir: str | os.PathLike) -> str | None:
