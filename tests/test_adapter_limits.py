@@ -52,6 +52,24 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+  ('targets', 'expected'),
+  [
+    ('q_proj', '(.*/)?(attn/q)'),
+    ('(q_proj|v_proj)', '(.*/)?(attn/q|attn/v)'),
+    ("['gate_proj', 'lm_head']", '(.*/)?(mlp/gate|head)'),
+  ],
+)
+def test_targets_written_as_for_peft_are_told_our_names(targets, expected):
+  arch = dataclasses.replace(tiny_model.TINY, tied=False)
+  with pytest.raises(ConfigError) as found:
+    adapted(arch, targets=targets)
+  hint = str(found.value).partition("names are here: lora.targets='")[2].rstrip("'")
+  assert hint == expected
+  names = {m.name.rpartition('/attn/')[2] for m in adapted(arch, targets=hint).adapter.maps}
+  assert len(names) == len(expected.split('|'))
+
+
 @pytest.mark.parametrize('key', WRONG)
 def test_tables_of_the_optimizer_that_would_do_nothing(key):
   table, message = WRONG[key]

@@ -23,6 +23,12 @@ FIXED = tuple(
   )
 )
 ALL_LINEAR = 'all-linear'
+# Linear maps by their names in PEFT.
+_IN_PEFT = {
+  **{f'{n}_proj': f'attn/{n}' for n in 'qkvo'},
+  **{f'{n}_proj': f'mlp/{n}' for n in ('gate', 'up', 'down')},
+  'lm_head': 'head',
+}
 
 
 def adapted(
@@ -101,9 +107,17 @@ def _targets(text: str, names: Sequence[str], arch: Architecture) -> list[str]:
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
       f'{names[0]!r}. The maps of a layer are {", ".join(own)}; embed/w and head/w may be '
-      'trained whole, see lora.train'
+      f'trained whole, see lora.train{_hint(text)}'
     )
   return found
+
+
+def _hint(text: str) -> str:
+  """Returns what to add to a message where targets are written as for PEFT; else ''."""
+  words = re.findall(r'[a-z_]+', text)
+  if not words or not all(w in _IN_PEFT for w in words):
+    return ''
+  return f". PEFT's names are here: lora.targets='(.*/)?({'|'.join(_IN_PEFT[w] for w in words)})'"
 
 
 def _by_pattern(
