@@ -60,7 +60,7 @@ WRONG = {
     ("['gate_proj', 'lm_head']", '(.*/)?(mlp/gate|head)'),
   ],
 )
-def test_targets_written_as_for_peft_are_told_our_names(targets, expected):
+def test_targets_with_the_names_of_peft_are_answered_with_ours(targets, expected):
   arch = dataclasses.replace(tiny_model.TINY, tied=False)
   with pytest.raises(ConfigError) as found:
     adapted(arch, targets=targets)
