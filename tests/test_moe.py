@@ -66,6 +66,31 @@ def test_the_loop_of_cpu_is_the_product_of_other_platforms():
   )
 
 
+@pytest.mark.parametrize('shape', [(40, 6, 5), (300, 70, 130)])
+def test_the_kernels_of_gpus_are_the_product_of_other_platforms(shape):
+  """Step by step; widths below and beyond a block, an empty group, rows behind the last one."""
+  rows, inputs, outputs = shape
+  rng = np.random.default_rng(2)
+  x, w, g = (
+    jnp.float32(rng.normal(size=s)) for s in ((rows, inputs), (4, inputs, outputs), (rows, outputs))
+  )
+  first = rows // 3
+  sizes = jnp.int32([first, 0, rows - first - 7, 4])
+  inside = slice(rows - 3)
+  # In an island: interpret mode knows no Explicit axes.
+  product, sums = (
+    jax.jit(jax.shard_map(f, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
+    for f in (
+      functools.partial(grouped._by_kernel, interpret=True),
+      functools.partial(grouped._sums_by_kernel, interpret=True),
+    )
+  )
+  expected = grouped._blocked(x, w, sizes)
+  np.testing.assert_allclose(product(x, w, sizes)[inside], expected[inside], atol=1e-4)
+  expected = grouped._blocked_sums(x, g, sizes)
+  np.testing.assert_allclose(sums(x, g, sizes), expected, atol=1e-4)
+
+
 # A layer.
 
 SPEC = MoeSpec(num_experts=5, top_k=2, ffn_dim=12)
