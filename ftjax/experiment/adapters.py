@@ -106,10 +106,16 @@ def _targets(text: str, names: Sequence[str], arch: Architecture) -> list[str]:
     own = dict.fromkeys(n.split('/', 1)[-1] for n in names)
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
-      f'{names[0]!r}. The maps of a layer are {", ".join(own)}; embed/w and head/w may be '
-      f'trained whole, see lora.train{_hint(text)}'
+      f'{names[0]!r}. The maps are {", ".join(own)}; {_others(arch)}{_hint(text)}'
     )
   return found
+
+
+def _others(arch: Architecture) -> str:
+  """Returns what may be trained without being a linear map."""
+  if arch.tied:
+    return 'the head is the table of the embedding; embed/w may be trained whole, see lora.train'
+  return 'embed/w and head/w may be trained whole, see lora.train'
 
 
 def _hint(text: str) -> str:
