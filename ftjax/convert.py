@@ -181,9 +181,10 @@ def _write(
   generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
-  read = export.host_reader(params, model.arch, np.dtype(stored))
-  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype or stored)
-  print(gguf_export.export(target, model.arch, config, files, read, dtypes))
+  arch = table.in_gguf(model.arch)
+  read = export.host_reader(params, arch, np.dtype(stored))
+  dtypes = dict.fromkeys(layout.by_tensor(arch), dtype or stored)
+  print(gguf_export.export(target, arch, config, files, read, dtypes))
 
 
 def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workdir: str):
@@ -254,7 +255,7 @@ def _convert_files(source: str, target: str, dtype: str | None):
     load.check_tensors(load.open_model_source(path, arch), arch)
   if gguf_export.is_gguf(target):
     _check_outside(target, path)
-    arch = table.architecture(config)
+    arch = table.in_gguf(table.architecture(config))
     weights = load.open_model_source(path, arch)
     dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
     print(gguf_export.export(target, arch, config, files, weights.read, dtypes))

@@ -37,6 +37,32 @@ _GEMMA = {k: v for k, v in _LLAMA.items() if k != 'hidden_act'} | {
 _YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
 _EXPERTS = {'num_local_experts': 5, 'num_experts_per_tok': 2}
 
+_QWEN3_5 = {k: v for k, v in _LLAMA.items() if k not in ('rope_theta', 'hidden_act')} | {
+  'model_type': 'qwen3_5_text',
+  'num_hidden_layers': 4,
+  'head_dim': 24,
+  'linear_num_key_heads': 2,
+  'linear_key_head_dim': 16,
+  'linear_num_value_heads': 2,
+  'linear_value_head_dim': 16,
+  'linear_conv_kernel_dim': 4,
+  'tie_word_embeddings': True,
+  'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5},
+}
+_GRANITE4 = _LLAMA | {
+  'model_type': 'granitemoehybrid',
+  'layer_types': ['attention'] * 3,
+  'num_local_experts': 0,
+  'num_experts_per_tok': 0,
+  'shared_intermediate_size': 36,
+  'position_embedding_type': 'rope',
+  'tie_word_embeddings': True,
+  'embedding_multiplier': 3.7,
+  'attention_multiplier': 0.21,
+  'residual_multiplier': 0.43,
+  'logits_scaling': 0.6,
+}
+
 # The rows that are compared are 100 tokens long: more than each window and original context.
 CASES = {
   'llama': _LLAMA | {'attention_bias': True, 'mlp_bias': True},
@@ -132,6 +158,19 @@ CASES = {
     'residual_multiplier': 0.43,
     'logits_scaling': 0.6,
   },
+  # As many values as keys; in groups of three, with a pattern of its own.
+  'qwen3_5': _QWEN3_5,
+  'qwen3_5_groups': _QWEN3_5
+  | {
+    'linear_num_value_heads': 6,
+    'num_hidden_layers': 5,
+    'tie_word_embeddings': False,
+    'layer_types': [
+      *('linear_attention', 'full_attention', 'linear_attention', 'linear_attention'),
+      'full_attention',
+    ],
+  },
+  'granite4': _GRANITE4,
   'smollm3': _LLAMA
   | {'model_type': 'smollm3', 'num_hidden_layers': 5, 'no_rope_layer_interval': 4},
   'gpt2': {
@@ -211,6 +250,14 @@ REFUSED = {
     *('smollm3', {'no_rope_layer_interval': 2}),
     r"layer 1\.mixer\.rope=None would be 'Rope'",
   ),
+  'qwen3_5 sizes': (
+    *('qwen3_5', {'linear_value_head_dim': 12}),
+    r'qwen35\.ssm\.inner_size=24; llama.cpp requires that values are as wide as keys',
+  ),
+  'granite4 no rope': (
+    *('granite4', {'position_embedding_type': None}),
+    r"layer 0\.mixer\.rope=None would be 'Rope'",
+  ),
   'gpt2 scale': (
     *('gpt2', {'scale_attn_by_inverse_layer_idx': True}),
     r'layer 1\.mixer\.scale=.* would be None',
@@ -223,10 +270,20 @@ def architecture(config):
   return table.architecture(config)
 
 
+def is_centred(config):
+  """Whether norm weights are stored around 0."""
+  return config['model_type'].startswith(('gemma', 'qwen3_5'))
+
+
 def write_folder(folder, config):
   """Writes a HF folder with weights that depend on the names of the tensors alone."""
-  arch, norm = table.architecture(config), 0.0 if 'gemma' in config['model_type'] else 1.0
-  case = family_cases.Case(config, norm=norm)
+  arch, norm = table.architecture(config), 0.0 if is_centred(config) else 1.0
+  rules = (
+    (r'dt_bias$', -3.0, 1.0),
+    (r'linear_attn\.norm\.weight$', 1.0, 0.25),
+    (r'conv1d', 0.0, 0.6),
+  )
+  case = family_cases.Case(config, norm=norm, rules=rules)
   shapes = {name: b[0].hf_shape for name, b in layout.by_tensor(arch).items()}
   tensors = {name: TensorInfo(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
   files = tiny_files() | {'config.json': json.dumps(table.config(arch)).encode()}
