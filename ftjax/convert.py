@@ -24,7 +24,8 @@ parameters must fit into host memory.
 
 --push creates a private model, or with --public a public one, and uploads the folder as one commit,
 with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
-model folder, or the export of a workdir.
+model folder, or the export of a workdir. Of an adapter --base=org/name is then the name of its base
+on the hub, which is uploaded in place of the path that adapter_config.json records.
 """
 
 import collections
@@ -44,7 +45,9 @@ _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@S
 _TARGET = flags.DEFINE_string(
   'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
 )
-_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
+_BASE = flags.DEFINE_string(
+  'base', '', 'The base of an adapter, or its name on the hub; by default the one that it names.'
+)
 _FOLDER_DTYPES = ('float32', 'bfloat16')
 _DTYPE = flags.DEFINE_enum(
   'dtype',
@@ -315,13 +318,13 @@ def main() -> None:
 
   # Before anything is written.
   hub_push.check(name)
-  if _BASE.value and not target:
-    raise ConfigError(f'--base={_BASE.value} belongs to a merge; give its --target=DIR too')
-  folder = target or _finished(source)
-  pushed_folder.check(folder)
+  folder, base = target or _finished(source), _BASE.value
   if target:
-    convert(source, target, _DTYPE.value, _BASE.value)
-  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value)}')
+    # Before anything is written: what is written has no base.
+    pushed_folder.check_place(folder)
+    convert(source, target, _DTYPE.value, base)
+    base = ''
+  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value, base)}')
 
 
 if __name__ == '__main__':
