@@ -6,14 +6,16 @@ import dataclasses
 
 import gguf
 import gguf_cases as cases
+import jax
 import numpy as np
 import pytest
 
 from ftjax import convert
 from ftjax.families import table
-from ftjax.hf import gguf_writer, load
+from ftjax.hf import export, gguf_writer, layout, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, write_file
+from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError, NonFiniteError
 
 
@@ -74,6 +76,20 @@ def test_routers_stay_float32(tmp_path):
   kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / 'x.gguf').tensors}
   assert kinds['blk.0.ffn_gate_inp.weight'] == 'F32'
   assert kinds['blk.0.ffn_gate_exps.weight'] == 'BF16'
+
+
+def test_parameters_are_written_in_the_form_of_the_other_family(tmp_path):
+  """As a checkpoint of Granite 4 is, whose GGUF files are of Granite 3."""
+  source = cases.write_folder(tmp_path / 'hf', cases.CASES['granite4'])
+  arch = table.architecture(load.read_config(source))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = trees.unflatten(dict.fromkeys(layout.leaf_shapes(arch), place))
+  params = load.load_params(source, arch, places, np.float32)
+  read = export.host_reader(params, table.in_gguf(arch), np.dtype(np.float32))
+  files, family = opened(source)
+  assert family is table.named('granite')
+  for name in files.tensors:
+    np.testing.assert_array_equal(read(name), files.read(name))
 
 
 def test_convolutions_stay_float32(tmp_path):
