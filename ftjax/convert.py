@@ -72,7 +72,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, model_folder, run_export
+  from ftjax.hf import gguf_export, model_copy, model_folder, run_export
   from ftjax.storage import snapshots
 
   if gguf_export.is_gguf(target):
@@ -97,7 +97,12 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
   if export is None and snapshots.is_workdir(workdir):
     _convert_checkpoint(workdir, which, target, dtype)
   else:
-    _convert_files(export or source, target, dtype)
+    path = files_lib.as_path(model_folder.locate(export or source, weights=True))
+    if not path.exists():
+      raise DataError(
+        f'--source={export or source}: no such file or folder{model_folder.remedy(path)}'
+      )
+    print(model_copy.write(path, target, dtype))
 
 
 def _check_target(target: str, source: str):
@@ -108,17 +113,6 @@ def _check_target(target: str, source: str):
     raise ConfigError(
       f'--target={target} is the source itself, the export of it, or the base of it; give another '
       'place'
-    )
-
-
-def _check_outside(target: str, folder: Path):
-  """Raises ConfigError for a GGUF file in a model folder."""
-  parent = files_lib.as_path(target).parent
-  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
-  if parent == folder if is_remote else parent.resolve() == folder.resolve():
-    raise ConfigError(
-      f'--target={target} is in the folder of the source, which would hold two models; give '
-      'another folder'
     )
 
 
@@ -208,7 +202,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   _check_target(target, model.source)
   if gguf_export.is_gguf(target):
     for place in (folder.place, model.source):
-      _check_outside(target, files_lib.as_path(place))
+      gguf_export.check_outside(target, files_lib.as_path(place))
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)
   stored = _usual_dtype(load.open_source(model.source).tensors.values())
@@ -235,52 +229,6 @@ def _usual_dtype(tensors: Iterable[Any]) -> Any:
   usual = max(sizes, key=sizes.__getitem__)
   is_usual = usual.name in ('float32', 'bfloat16', 'float16')
   return usual if is_usual else np.dtype(np.float32)
-
-
-def _convert_files(source: str, target: str, dtype: str | None):
-  import ml_dtypes
-  import numpy as np
-
-  from ftjax.families import table
-  from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, gguf_export, load, model_card, model_folder
-  from ftjax.hf.tensor_source import TensorInfo
-
-  path = files_lib.as_path(model_folder.locate(source, weights=True))
-  if not path.exists():
-    raise DataError(f'--source={source}: no such file or folder{model_folder.remedy(path)}')
-  weights = load.open_source(path)
-  config, files = load.read_config(path), load.tokenizer_files(path)
-  check_unquantized(config)
-  if path.suffix == '.gguf' or table.is_known(config):
-    # A part of a split model has a config too.
-    arch = table.architecture(config)
-    load.check_tensors(load.open_model_source(path, arch), arch)
-  if gguf_export.is_gguf(target):
-    _check_outside(target, path)
-    arch = table.in_gguf(table.architecture(config))
-    weights = load.open_model_source(path, arch)
-    dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
-    print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
-    return
-  kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-
-  def kind(stored: np.dtype) -> np.dtype:
-    # kind 'V' is ml_dtypes' floats; indexes and masks keep their type.
-    return kinds[dtype] if dtype and stored.kind in 'fV' else stored
-
-  tensors = {
-    name: TensorInfo(info.shape, kind(info.dtype)) for name, info in weights.tensors.items()
-  }
-  if dtype:
-    files['config.json'] = export.config_file(config, files['config.json'], kinds[dtype])
-  if model_card.is_card(card := model_folder.readme(path)):
-    files[model_card.FILE] = card
-  export.write_model(
-    target, tensors, lambda name: weights.read(name).astype(tensors[name].dtype, copy=False), files
-  )
-  size = sum(info.nbytes for info in tensors.values())
-  print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
 def _finished(source: str) -> str:

@@ -6,8 +6,9 @@ import numpy as np
 from parity import family_cases
 from tiny_tokenizer import tiny_files
 
+from ftjax import convert
 from ftjax.families import table
-from ftjax.hf import export, layout
+from ftjax.hf import export, gguf_writer, layout
 from ftjax.hf.tensor_source import TensorInfo
 
 VOCAB = 400  # rows of the embeddings; the tokenizer has 384 tokens
@@ -264,6 +265,50 @@ REFUSED = {
   ),
   'gpt2 activation': ('gpt2', {'activation_function': 'relu'}, "activation='relu' would be"),
 }
+
+
+# Of a block of `qwen3_5` that predicts the token after the next.
+FURTHER = {
+  f'blk.4.{name}': shape
+  for name, shape in {
+    'attn_norm.weight': (48,),
+    'post_attention_norm.weight': (48,),
+    'attn_q.weight': (2 * 6 * 24, 48),
+    'attn_k.weight': (2 * 24, 48),
+    'attn_v.weight': (2 * 24, 48),
+    'attn_output.weight': (48, 6 * 24),
+    'attn_q_norm.weight': (24,),
+    'attn_k_norm.weight': (24,),
+    'ffn_gate.weight': (80, 48),
+    'ffn_up.weight': (80, 48),
+    'ffn_down.weight': (48, 80),
+    'nextn.eh_proj.weight': (48, 2 * 48),
+    'nextn.enorm.weight': (48,),
+    'nextn.hnorm.weight': (48,),
+    'nextn.shared_head_norm.weight': (48,),
+  }.items()
+}
+
+
+def write_changed(tmp_path, monkeypatch, name, change, more=()):
+  """Writes the GGUF file of a case with other metadata, None for none, and with further tensors of
+  ones, {name: shape}; returns it.
+  """
+  real, more = gguf_writer.write, dict(more)
+
+  def write(file, metadata, tensors, parts):
+    extra = [gguf_writer.Tensor(n, shape, 'F32') for n, shape in more.items()]
+    metadata = {k: v for k, v in (metadata | change).items() if v is not None}
+
+    def all_parts(n):
+      return iter([np.ones(more[n], np.float32)]) if n in more else parts(n)
+
+    real(file, metadata, [*tensors, *extra], all_parts)
+
+  monkeypatch.setattr(gguf_writer, 'write', write)
+  source = write_folder(tmp_path / 'hf', CASES[name])
+  convert.convert(source, str(tmp_path / 'x.gguf'), None)
+  return tmp_path / 'x.gguf'
 
 
 def architecture(config):

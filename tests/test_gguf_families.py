@@ -12,7 +12,7 @@ import pytest
 
 from ftjax import convert
 from ftjax.families import table
-from ftjax.hf import export, gguf_writer, layout, load
+from ftjax.hf import export, layout, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, write_file
 from ftjax.runtime import trees
@@ -100,30 +100,12 @@ def test_convolutions_stay_float32(tmp_path):
   assert kinds['blk.0.ssm_out.weight'] == 'Q8_0'
 
 
-def write_changed(tmp_path, monkeypatch, name, change, more=()):
-  """Writes a case with other metadata, and further tensors of zeros; returns the file."""
-  real, extra = gguf_writer.write, [gguf_writer.Tensor(n, (4, 32), 'F32') for n in more]
-
-  def write(file, metadata, tensors, parts):
-    zeros = [np.zeros((4, 32), np.float32)]
-    found = lambda n: iter(zeros) if n in more else parts(n)  # noqa: E731
-    metadata = {k: v for k, v in (metadata | change).items() if v is not None}
-    real(file, metadata, [*tensors, *extra], found)
-
-  monkeypatch.setattr(gguf_writer, 'write', write)
-  source = cases.write_folder(tmp_path / 'hf', cases.CASES[name])
-  convert.convert(source, str(tmp_path / 'x.gguf'), None)
-  return GGUFSource(tmp_path / 'x.gguf')
-
-
 def test_blocks_that_predict_further_tokens_are_left_out(tmp_path, monkeypatch):
   change = {'qwen35.block_count': 5, 'qwen35.nextn_predict_layers': 1}
-  more = ('blk.4.nextn.eh_proj.weight', 'blk.4.attn_q.weight')
-  source = write_changed(tmp_path, monkeypatch, 'qwen3_5', change, more)
+  found = cases.write_changed(tmp_path, monkeypatch, 'qwen3_5', change, cases.FURTHER)
+  source = GGUFSource(found)
   assert source.architecture() == table.architecture(cases.CASES['qwen3_5'])
-  assert not any('layers.4' in name for name in source.tensors)
-  before, _ = opened(tmp_path / 'hf')
-  assert source.tensors.keys() == before.tensors.keys()
+  assert source.tensors.keys() == opened(tmp_path / 'hf')[0].tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +121,7 @@ def test_blocks_that_predict_further_tokens_are_left_out(tmp_path, monkeypatch):
 )
 def test_files_that_are_no_such_model_are_refused(tmp_path, monkeypatch, name, change, message):
   with pytest.raises(DataError, match=message):
-    write_changed(tmp_path, monkeypatch, name, change).architecture()
+    GGUFSource(cases.write_changed(tmp_path, monkeypatch, name, change)).architecture()
 
 
 def test_a_rate_that_no_file_can_hold_is_refused(tmp_path):

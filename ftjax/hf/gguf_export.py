@@ -23,7 +23,7 @@ from ftjax.hf.gguf import interleaved
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import check_finite
 from ftjax.models.architecture import Architecture
-from ftjax.runtime.errors import DataError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
 _MAGIC = b'GGUF'
@@ -52,6 +52,17 @@ def check_target(target: str | os.PathLike) -> None:
     raise DataError(
       f'{beside} is there and was not written by ftjax.convert; it is not replaced. Write the GGUF '
       'file into another folder'
+    )
+
+
+def check_outside(target: str, folder: Path):
+  """Raises ConfigError for a GGUF file in a model folder."""
+  parent = files_lib.as_path(target).parent
+  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
+  if parent == folder if is_remote else parent.resolve() == folder.resolve():
+    raise ConfigError(
+      f'--target={target} is in the folder of the source, which would hold two models; give '
+      'another folder'
     )
 
 
