@@ -24,7 +24,8 @@ parameters must fit into host memory.
 
 --push creates a private model, or with --public a public one, and uploads the folder as one commit,
 with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
-model folder, or the export of a workdir.
+model folder, or the export of a workdir. Of an adapter --base=org/name is then the name of its base
+on the hub, which is uploaded in place of the path that adapter_config.json records.
 """
 
 import collections
@@ -44,7 +45,9 @@ _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@S
 _TARGET = flags.DEFINE_string(
   'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
 )
-_BASE = flags.DEFINE_string('base', '', 'The base of an adapter; by default the one that it names.')
+_BASE = flags.DEFINE_string(
+  'base', '', 'The base of an adapter, or its name on the hub; by default the one that it names.'
+)
 _FOLDER_DTYPES = ('float32', 'bfloat16')
 _DTYPE = flags.DEFINE_enum(
   'dtype',
@@ -69,7 +72,7 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, model_folder, run_export
+  from ftjax.hf import gguf_export, model_copy, model_folder, run_export
   from ftjax.storage import snapshots
 
   if gguf_export.is_gguf(target):
@@ -94,7 +97,12 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
   if export is None and snapshots.is_workdir(workdir):
     _convert_checkpoint(workdir, which, target, dtype)
   else:
-    _convert_files(export or source, target, dtype)
+    path = files_lib.as_path(model_folder.locate(export or source, weights=True))
+    if not path.exists():
+      raise DataError(
+        f'--source={export or source}: no such file or folder{model_folder.remedy(path)}'
+      )
+    print(model_copy.write(path, target, dtype))
 
 
 def _check_target(target: str, source: str):
@@ -105,17 +113,6 @@ def _check_target(target: str, source: str):
     raise ConfigError(
       f'--target={target} is the source itself, the export of it, or the base of it; give another '
       'place'
-    )
-
-
-def _check_outside(target: str, folder: Path):
-  """Raises ConfigError for a GGUF file in a model folder."""
-  parent = files_lib.as_path(target).parent
-  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
-  if parent == folder if is_remote else parent.resolve() == folder.resolve():
-    raise ConfigError(
-      f'--target={target} is in the folder of the source, which would hold two models; give '
-      'another folder'
     )
 
 
@@ -181,9 +178,10 @@ def _write(
   generation = export.generation_file(files.get('generation_config.json'), config, model.stop_ids)
   if generation is not None:
     files['generation_config.json'] = generation
-  read = export.host_reader(params, model.arch, np.dtype(stored))
-  dtypes = dict.fromkeys(layout.by_tensor(model.arch), dtype or stored)
-  print(gguf_export.export(target, model.arch, config, files, read, dtypes))
+  arch = table.in_gguf(model.arch)
+  read = export.host_reader(params, arch, np.dtype(stored))
+  dtypes = dict.fromkeys(layout.by_tensor(arch), dtype or stored)
+  print(gguf_export.export(target, arch, config, files, read, dtypes))
 
 
 def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workdir: str):
@@ -204,7 +202,7 @@ def _merge_adapter(source: str, target: str, dtype: str | None, base: str, workd
   _check_target(target, model.source)
   if gguf_export.is_gguf(target):
     for place in (folder.place, model.source):
-      _check_outside(target, files_lib.as_path(place))
+      gguf_export.check_outside(target, files_lib.as_path(place))
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
   jax.set_mesh(mesh)
   stored = _usual_dtype(load.open_source(model.source).tensors.values())
@@ -231,52 +229,6 @@ def _usual_dtype(tensors: Iterable[Any]) -> Any:
   usual = max(sizes, key=sizes.__getitem__)
   is_usual = usual.name in ('float32', 'bfloat16', 'float16')
   return usual if is_usual else np.dtype(np.float32)
-
-
-def _convert_files(source: str, target: str, dtype: str | None):
-  import ml_dtypes
-  import numpy as np
-
-  from ftjax.families import table
-  from ftjax.families.hf_config import check_unquantized
-  from ftjax.hf import export, gguf_export, load, model_card, model_folder
-  from ftjax.hf.tensor_source import TensorInfo
-
-  path = files_lib.as_path(model_folder.locate(source, weights=True))
-  if not path.exists():
-    raise DataError(f'--source={source}: no such file or folder{model_folder.remedy(path)}')
-  weights = load.open_source(path)
-  config, files = load.read_config(path), load.tokenizer_files(path)
-  check_unquantized(config)
-  if path.suffix == '.gguf' or table.is_known(config):
-    # A part of a split model has a config too.
-    arch = table.architecture(config)
-    load.check_tensors(load.open_model_source(path, arch), arch)
-  if gguf_export.is_gguf(target):
-    _check_outside(target, path)
-    arch = table.architecture(config)
-    weights = load.open_model_source(path, arch)
-    dtypes = {n: dtype or info.dtype.name for n, info in weights.tensors.items()}
-    print(gguf_export.export(target, arch, config, files, weights.read, dtypes))
-    return
-  kinds = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
-
-  def kind(stored: np.dtype) -> np.dtype:
-    # kind 'V' is ml_dtypes' floats; indexes and masks keep their type.
-    return kinds[dtype] if dtype and stored.kind in 'fV' else stored
-
-  tensors = {
-    name: TensorInfo(info.shape, kind(info.dtype)) for name, info in weights.tensors.items()
-  }
-  if dtype:
-    files['config.json'] = export.config_file(config, files['config.json'], kinds[dtype])
-  if model_card.is_card(card := model_folder.readme(path)):
-    files[model_card.FILE] = card
-  export.write_model(
-    target, tensors, lambda name: weights.read(name).astype(tensors[name].dtype, copy=False), files
-  )
-  size = sum(info.nbytes for info in tensors.values())
-  print(f'{target}: {len(tensors)} tensors, {size / 1e6:.1f} MB, and {", ".join(sorted(files))}')
 
 
 def _finished(source: str) -> str:
@@ -314,13 +266,13 @@ def main() -> None:
 
   # Before anything is written.
   hub_push.check(name)
-  if _BASE.value and not target:
-    raise ConfigError(f'--base={_BASE.value} belongs to a merge; give its --target=DIR too')
-  folder = target or _finished(source)
-  pushed_folder.check(folder)
+  folder, base = target or _finished(source), _BASE.value
   if target:
-    convert(source, target, _DTYPE.value, _BASE.value)
-  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value)}')
+    # Before anything is written: what is written has no base.
+    pushed_folder.check_place(folder)
+    convert(source, target, _DTYPE.value, base)
+    base = ''
+  print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value, base)}')
 
 
 if __name__ == '__main__':

@@ -6,8 +6,9 @@ import numpy as np
 from parity import family_cases
 from tiny_tokenizer import tiny_files
 
+from ftjax import convert
 from ftjax.families import table
-from ftjax.hf import export, layout
+from ftjax.hf import export, gguf_writer, layout
 from ftjax.hf.tensor_source import TensorInfo
 
 VOCAB = 400  # rows of the embeddings; the tokenizer has 384 tokens
@@ -36,6 +37,32 @@ _GEMMA = {k: v for k, v in _LLAMA.items() if k != 'hidden_act'} | {
 }
 _YARN = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 32}
 _EXPERTS = {'num_local_experts': 5, 'num_experts_per_tok': 2}
+
+_QWEN3_5 = {k: v for k, v in _LLAMA.items() if k not in ('rope_theta', 'hidden_act')} | {
+  'model_type': 'qwen3_5_text',
+  'num_hidden_layers': 4,
+  'head_dim': 24,
+  'linear_num_key_heads': 2,
+  'linear_key_head_dim': 16,
+  'linear_num_value_heads': 2,
+  'linear_value_head_dim': 16,
+  'linear_conv_kernel_dim': 4,
+  'tie_word_embeddings': True,
+  'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5},
+}
+_GRANITE4 = _LLAMA | {
+  'model_type': 'granitemoehybrid',
+  'layer_types': ['attention'] * 3,
+  'num_local_experts': 0,
+  'num_experts_per_tok': 0,
+  'shared_intermediate_size': 36,
+  'position_embedding_type': 'rope',
+  'tie_word_embeddings': True,
+  'embedding_multiplier': 3.7,
+  'attention_multiplier': 0.21,
+  'residual_multiplier': 0.43,
+  'logits_scaling': 0.6,
+}
 
 # The rows that are compared are 100 tokens long: more than each window and original context.
 CASES = {
@@ -132,6 +159,19 @@ CASES = {
     'residual_multiplier': 0.43,
     'logits_scaling': 0.6,
   },
+  # As many values as keys; in groups of three, with a pattern of its own.
+  'qwen3_5': _QWEN3_5,
+  'qwen3_5_groups': _QWEN3_5
+  | {
+    'linear_num_value_heads': 6,
+    'num_hidden_layers': 5,
+    'tie_word_embeddings': False,
+    'layer_types': [
+      *('linear_attention', 'full_attention', 'linear_attention', 'linear_attention'),
+      'full_attention',
+    ],
+  },
+  'granite4': _GRANITE4,
   'smollm3': _LLAMA
   | {'model_type': 'smollm3', 'num_hidden_layers': 5, 'no_rope_layer_interval': 4},
   'gpt2': {
@@ -211,6 +251,14 @@ REFUSED = {
     *('smollm3', {'no_rope_layer_interval': 2}),
     r"layer 1\.mixer\.rope=None would be 'Rope'",
   ),
+  'qwen3_5 sizes': (
+    *('qwen3_5', {'linear_value_head_dim': 12}),
+    r'qwen35\.ssm\.inner_size=24; llama.cpp requires that values are as wide as keys',
+  ),
+  'granite4 no rope': (
+    *('granite4', {'position_embedding_type': None}),
+    r"layer 0\.mixer\.rope=None would be 'Rope'",
+  ),
   'gpt2 scale': (
     *('gpt2', {'scale_attn_by_inverse_layer_idx': True}),
     r'layer 1\.mixer\.scale=.* would be None',
@@ -219,14 +267,68 @@ REFUSED = {
 }
 
 
+# Of a block of `qwen3_5` that predicts the token after the next.
+FURTHER = {
+  f'blk.4.{name}': shape
+  for name, shape in {
+    'attn_norm.weight': (48,),
+    'post_attention_norm.weight': (48,),
+    'attn_q.weight': (2 * 6 * 24, 48),
+    'attn_k.weight': (2 * 24, 48),
+    'attn_v.weight': (2 * 24, 48),
+    'attn_output.weight': (48, 6 * 24),
+    'attn_q_norm.weight': (24,),
+    'attn_k_norm.weight': (24,),
+    'ffn_gate.weight': (80, 48),
+    'ffn_up.weight': (80, 48),
+    'ffn_down.weight': (48, 80),
+    'nextn.eh_proj.weight': (48, 2 * 48),
+    'nextn.enorm.weight': (48,),
+    'nextn.hnorm.weight': (48,),
+    'nextn.shared_head_norm.weight': (48,),
+  }.items()
+}
+
+
+def write_changed(tmp_path, monkeypatch, name, change, more=()):
+  """Writes the GGUF file of a case with other metadata, None for none, and with further tensors of
+  ones, {name: shape}; returns it.
+  """
+  real, more = gguf_writer.write, dict(more)
+
+  def write(file, metadata, tensors, parts):
+    extra = [gguf_writer.Tensor(n, shape, 'F32') for n, shape in more.items()]
+    metadata = {k: v for k, v in (metadata | change).items() if v is not None}
+
+    def all_parts(n):
+      return iter([np.ones(more[n], np.float32)]) if n in more else parts(n)
+
+    real(file, metadata, [*tensors, *extra], all_parts)
+
+  monkeypatch.setattr(gguf_writer, 'write', write)
+  source = write_folder(tmp_path / 'hf', CASES[name])
+  convert.convert(source, str(tmp_path / 'x.gguf'), None)
+  return tmp_path / 'x.gguf'
+
+
 def architecture(config):
   return table.architecture(config)
 
 
+def is_centred(config):
+  """Whether norm weights are stored around 0."""
+  return config['model_type'].startswith(('gemma', 'qwen3_5'))
+
+
 def write_folder(folder, config):
   """Writes a HF folder with weights that depend on the names of the tensors alone."""
-  arch, norm = table.architecture(config), 0.0 if 'gemma' in config['model_type'] else 1.0
-  case = family_cases.Case(config, norm=norm)
+  arch, norm = table.architecture(config), 0.0 if is_centred(config) else 1.0
+  rules = (
+    (r'dt_bias$', -3.0, 1.0),
+    (r'linear_attn\.norm\.weight$', 1.0, 0.25),
+    (r'conv1d', 0.0, 0.6),
+  )
+  case = family_cases.Case(config, norm=norm, rules=rules)
   shapes = {name: b[0].hf_shape for name, b in layout.by_tensor(arch).items()}
   tensors = {name: TensorInfo(shape, np.dtype(np.float32)) for name, shape in shapes.items()}
   files = tiny_files() | {'config.json': json.dumps(table.config(arch)).encode()}

@@ -1,5 +1,6 @@
 """ftjax.convert --push against a hub on loopback: what arrives, and why something does not."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -127,9 +128,59 @@ def test_an_adapter_is_uploaded_too(hub, folder):
   assert pushed(hub) == tree(folder)
 
 
+def make_adapter(folder, base):
+  (folder / 'config.json').unlink()
+  (folder / 'model.safetensors').rename(folder / 'adapter_model.safetensors')
+  content = {'peft_type': 'LORA', 'base_model_name_or_path': base, 'revision': None}
+  (folder / 'adapter_config.json').write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('base', ['/home/me/models/secret', './llama', 'gs://bucket/llama', 'own'])
+def test_an_adapter_of_a_base_that_others_do_not_have_is_refused(hub, folder, tmp_path, base):
+  """PEFT uploads such a path, and nobody else can load the adapter."""
+  (tmp_path / 'own').mkdir()
+  base = str(tmp_path / 'own') if base == 'own' else base
+  make_adapter(folder, base)
+  with pytest.raises(ConfigError, match=rf'names its base {base}, .*Give --base=org/name'):
+    run(f'--source={folder}', '--push=org/tuned')
+  assert 'models/org/tuned' not in hub.repos
+  run(f'--source={folder}', '--push=org/tuned', f'--base={base}')  # who says so is believed
+  assert pushed(hub) == tree(folder)
+
+
+@pytest.mark.parametrize(('given', 'revision'), [('org/base', None), ('org/base@v1', 'v1')])
+def test_the_name_of_the_base_on_the_hub_is_uploaded_in_place_of_its_path(
+  hub, folder, given, revision
+):
+  make_adapter(folder, '/home/me/models/secret')
+  before = tree(folder)
+  run(f'--source={folder}', '--push=org/tuned', f'--base={given}')
+  assert tree(folder) == before, 'the folder itself stays'
+  found = pushed(hub)
+  content = {'peft_type': 'LORA', 'base_model_name_or_path': 'org/base', 'revision': revision}
+  assert json.loads(found.pop('adapter_config.json')) == content
+  before.pop('adapter_config.json')
+  assert found == before and not any(b'secret' in x for x in found.values())
+
+
+@pytest.mark.parametrize('base', ['org/base', 'gpt2', None])
+def test_an_adapter_of_a_base_on_the_hub_is_uploaded_as_it_is(hub, folder, base):
+  make_adapter(folder, base)
+  run(f'--source={folder}', '--push=org/tuned')
+  assert pushed(hub) == tree(folder)
+
+
+def test_a_base_that_the_adapter_does_not_have_is_refused(hub, folder):
+  make_adapter(folder, '/home/me/models/secret')
+  with pytest.raises(ConfigError, match='--base=/other: with --push expected the name of the base'):
+    run(f'--source={folder}', '--push=org/tuned', '--base=/other')
+  assert 'models/org/tuned' not in hub.repos
+
+
 @pytest.mark.parametrize(
   ('words', 'error', 'message'),
   [
+    (['--push=org/tuned', '--base=org/base'], ConfigError, 'belongs to a merge; give its --target'),
     (['--push=tuned'], ConfigError, 'expected org/name'),
     (['--push=org/a/b'], ConfigError, 'expected org/name'),
     (['--push=org/tuned@main'], ConfigError, 'expected org/name'),

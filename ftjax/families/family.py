@@ -25,8 +25,9 @@ class Family:
   file though nothing computes with them. tied: the HF tensors of embedding and head; the files of a
   tied model may repeat the first as the second. prefix: of the tensors of transformers' model
   without its head, which files of that model alone leave out. gguf: the family in GGUF files; None
-  where it is neither read from them nor written to them. score_class: prefix of the class of reward
-  models, '' for hf_class.
+  where it is neither read from them nor written to them. gguf_family: name of another family in
+  whose form its GGUF files are, and as which they are read, '' for none. score_class: prefix of the
+  class of reward models, '' for hf_class.
   """
 
   model_types: tuple[str, ...]
@@ -40,6 +41,7 @@ class Family:
   other_rows: tuple[Row, ...] = ()
   sizes: Sizes = tensor_map.decoder_sizes
   gguf: Gguf | None = None
+  gguf_family: str = ''
   score_class: str = ''
   prefix: str = ''
 

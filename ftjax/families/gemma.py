@@ -206,7 +206,7 @@ GEMMA2 = Family(
     fixed=(('attention_bias', False),),
     read=_read_gguf2,
     write=_write_gguf2,
-    shifted=True,
+    shifted=('norm.weight',),
     tied=True,
   ),
 )
@@ -225,7 +225,7 @@ GEMMA3 = Family(
     fixed=(('attention_bias', False),),
     read=_read_gguf3,
     write=_write_gguf3,
-    shifted=True,
+    shifted=('norm.weight',),
     tied=True,
   ),
 )

@@ -15,7 +15,14 @@ from ftjax.families import hf_rope
 from ftjax.families.gguf_file import GgufFile
 from ftjax.families.gguf_rope import read_rope, write_rope
 from ftjax.families.tensor_map import Row
-from ftjax.models.architecture import Architecture, GatedMlpSpec, MlpSpec, MoeSpec
+from ftjax.models.architecture import (
+  Architecture,
+  AttentionSpec,
+  BlockSpec,
+  GatedMlpSpec,
+  MlpSpec,
+  MoeSpec,
+)
 from ftjax.models.rope_spec import Rope
 from ftjax.runtime.errors import DataError
 
@@ -93,11 +100,17 @@ def check_settings(file: GgufFile, arch: Architecture, known: 'Gguf') -> None:
     )
 
 
+def attention(arch: Architecture) -> BlockSpec:
+  """Returns the first layer with attention, whose sizes are those in metadata."""
+  return next(b for b in arch.layers() if isinstance(b.mixer, AttentionSpec))
+
+
 def file_rope(arch: Architecture) -> Rope | None:
   """Returns the rotary embedding that files state: of a layer without a window, where there is one
   that rotates.
   """
-  rotating = [b.mixer for b in arch.layers() if b.mixer.rope is not None]
+  mixers = [b.mixer for b in arch.layers() if isinstance(b.mixer, AttentionSpec)]
+  rotating = [m for m in mixers if m.rope is not None]
   whole = [m for m in rotating if m.window is None]
   return next((m.rope for m in (*whole, *rotating)), None)
 
@@ -149,7 +162,7 @@ def write_decoder(arch: Architecture, *, scaled_queries: bool = False) -> dict[s
   """Returns the metadata that Llama-like decoders share, without the architecture's name;
   scaled_queries: as in gguf_rope.
   """
-  block = arch.layers()[0]
+  block = attention(arch)
   width = block.mlp.ffn_dim if isinstance(block.mlp, GatedMlpSpec | MlpSpec | MoeSpec) else 0
   out = {
     'vocab_size': arch.vocab_size,
@@ -170,6 +183,26 @@ def write_decoder(arch: Architecture, *, scaled_queries: bool = False) -> dict[s
 
 
 @dataclasses.dataclass(frozen=True)
+class Form:
+  """How a tensor is stored, where a change of names does not say it.
+
+  axis, order: for each place along this axis of HF's, the place in the file; () where it is the
+  same. squeezed: whether HF's second axis, of one, is left out. decay: whether the file has
+  -exp(x).
+  """
+
+  axis: int = 0
+  order: tuple[int, ...] = ()
+  squeezed: bool = False
+  decay: bool = False
+
+
+def _no_forms(arch: Architecture) -> Mapping[str, Form]:
+  del arch
+  return {}
+
+
+@dataclasses.dataclass(frozen=True)
 class Gguf:
   """A family as llama.cpp knows it.
 
@@ -178,8 +211,10 @@ class Gguf:
   vocab_size and tie_word_embeddings. write: the metadata, without the architecture's name. mark: a
   setting that its files have, and those of another family of the same name have not. interleaved:
   endings of the HF names whose rows are stored, head by head, in the order of an interleaved rotary
-  embedding. transposed: endings of the HF names whose matrices are stored transposed. shifted:
-  whether norm weights, which HF stores around 0, are stored with the 1 that is added to them.
+  embedding. transposed: endings of the HF names whose matrices are stored transposed. shifted: of
+  those of norm weights which HF stores around 0, and files with the 1 that is added to them. forms:
+  (architecture) -> {ending of HF names: how such a tensor is stored}. surplus: the setting that
+  counts the last blocks of files which are no layers of the model; they are left out, '' for none.
   rope_tensors: those of gguf_rope.TENSORS that llama.cpp applies. square: whether it requires that
   the heads are together as wide as the model. tied: None where a file may have a head of its own
   and need not; else what llama.cpp requires. normalizes: whether the family's own tokenizers
@@ -193,11 +228,36 @@ class Gguf:
   mark: str = ''
   interleaved: tuple[str, ...] = ()
   transposed: tuple[str, ...] = ()
-  shifted: bool = False
+  shifted: tuple[str, ...] = ()
+  forms: Callable[[Architecture], Mapping[str, Form]] = _no_forms
+  surplus: str = ''
   rope_tensors: tuple[str, ...] = ()
   square: bool = False
   tied: bool | None = None
   normalizes: bool = False
+
+
+def surplus(file: GgufFile, known: Gguf) -> range:
+  """Returns the numbers of a file's blocks that are no layers of the model.
+
+  Raises:
+    DataError: their count is no whole number.
+  """
+  extra = file.count(known.surplus, 0, least=0) if known.surplus else 0
+  if not extra:
+    return range(0)
+  blocks = file.count('block_count')
+  if extra >= blocks:
+    raise DataError(
+      f'{file.place}: metadata {file.key(known.surplus)} is {extra} of {blocks} blocks; expected '
+      'fewer'
+    )
+  return range(blocks - extra, blocks)
+
+
+def form(forms: Mapping[str, Form], name: str) -> Form | None:
+  """Returns the form of a tensor by its HF name; None where it is stored as it is."""
+  return next((f for ending, f in forms.items() if name.endswith(ending)), None)
 
 
 # HF names of families whose rows of Q and K llama.cpp rotates in neighbouring pairs.

@@ -43,13 +43,14 @@ class GgufFile:
       raise DataError(f'{self.place}: metadata {self.key(name)} is missing')
     return self.get(name, default)
 
-  def count(self, name: str, default: int | None = None) -> int:
-    """Returns a setting that must be a positive whole number; without a default it is required."""
+  def count(self, name: str, default: int | None = None, least: int = 1) -> int:
+    """Returns a setting that must be a whole number, positive or not below `least`; without a
+    default it is required.
+    """
     value = self._stated(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise DataError(
-        f'{self.place}: metadata {self.key(name)} is {value!r}; a positive whole number is expected'
-      )
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+      kind = 'positive whole number' if least == 1 else f'whole number from {least} on'
+      raise DataError(f'{self.place}: metadata {self.key(name)} is {value!r}; a {kind} is expected')
     if name == 'block_count' and value > hf_config.MOST_LAYERS:  # a list of layers is made of it
       raise DataError(
         f'{self.place}: metadata {self.key(name)} is {value}; expected at most '

@@ -18,6 +18,12 @@ _MULTIPLIERS = {
   'embedding_multiplier', 'attention_multiplier', 'residual_multiplier', 'logits_scaling',
 }  # fmt: skip
 _KEYS = decoder.KEYS | _MULTIPLIERS | {'attention_bias'}
+_SHARED = 'model.layers.{l}.shared_mlp.'
+_MLP = (  # of Granite 4
+  Row(f'{_SHARED}input_linear.weight', '[F] D', 'mlp/gate/w', 'DF'),
+  Row(f'{_SHARED}input_linear.weight', '[F] D', 'mlp/up/w', 'DF'),
+  Row(f'{_SHARED}output_linear.weight', 'D F', 'mlp/down/w', 'FD'),
+)
 
 
 def _read_layers(c: HfConfig, family: str, block: BlockSpec) -> Architecture:
@@ -55,6 +61,11 @@ def _write(arch: Architecture) -> dict[str, Any]:
 
 
 def _read_gguf(file: GgufFile) -> dict[str, Any]:
+  if file.get('rope.scaling.finetuned') is False:  # llama.cpp then rotates nothing
+    raise DataError(
+      f'{file.place}: {file.key("rope.scaling.finetuned")}=False, attention without positions, is '
+      'not supported'
+    )
   return gguf.read_biased(file) | {
     'embedding_multiplier': file.number('embedding_scale', 1.0),
     'attention_multiplier': file.number('attention.scale', file.head_dim() ** -0.5),
@@ -80,6 +91,8 @@ GRANITE = Family(
   read=_read,
   write=_write,
   rows=decoder.rows(),
+  # That of Granite 4, whose GGUF files are of this family too.
+  other_rows=decoder.rows(mlp=_MLP),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf=Gguf(
@@ -104,12 +117,6 @@ _HYBRID_KEYS = {
   'num_local_experts', 'layer_types', 'layers_block_type', 'position_embedding_type',
   'shared_intermediate_size',
 }  # fmt: skip
-_SHARED = 'model.layers.{l}.shared_mlp.'
-_MLP = (
-  Row(f'{_SHARED}input_linear.weight', '[F] D', 'mlp/gate/w', 'DF'),
-  Row(f'{_SHARED}input_linear.weight', '[F] D', 'mlp/up/w', 'DF'),
-  Row(f'{_SHARED}output_linear.weight', 'D F', 'mlp/down/w', 'FD'),
-)
 
 
 def _check_dense(c: HfConfig) -> None:
@@ -169,4 +176,5 @@ GRANITE_HYBRID = Family(
   rows=decoder.rows(mlp=_MLP),
   unused=decoder.UNUSED,
   tied=decoder.TIED,
+  gguf_family='granite',
 )

@@ -1,5 +1,6 @@
 """The families that can be read, and which one a config.json or an architecture belongs to."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,6 +122,14 @@ def gguf_architecture(family: Family, file: GgufFile) -> Architecture:
     raise DataError(f'{file.place}, as {error}') from error
   gguf.check_settings(file, found, known)
   return found
+
+
+def in_gguf(arch: Architecture) -> Architecture:
+  """Returns the same model as of the family that its GGUF files are of; its leaves have the same
+  names.
+  """
+  other = of(arch).gguf_family
+  return dataclasses.replace(arch, family=other) if other else arch
 
 
 def gguf_archs() -> list[str]:

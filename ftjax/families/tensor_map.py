@@ -18,7 +18,7 @@ No jax is imported here: files are converted without it.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -78,6 +78,11 @@ class Binding:
   begin: int = 0
   total: int = 0
   order: tuple[int, ...] = ()
+
+  @property
+  def size(self) -> int:
+    """How much of the fused axis is this part's, for each place of what stands before it."""
+    return self._size('' if self.fused is None else self.words[self.fused][1])
 
   @property
   def letters(self) -> str:
@@ -182,13 +187,29 @@ def _slice(r: range) -> slice:
   return slice(r.start, r.stop)
 
 
-def whole_tensor(parts: Sequence[tuple[Binding, np.ndarray]]) -> np.ndarray:
-  """Returns a HF tensor from the values of all its places, the inverse of import."""
-  first, value = parts[0]
-  if first.fused is None:
-    return first.to_hf(value)
-  joined = np.concatenate([b.to_hf(v) for b, v in parts], axis=first.fused + 1)
-  return joined.reshape(first.hf_shape)
+def whole_tensor(
+  parts: Iterable[tuple[Binding, np.ndarray]], dtype: np.dtype | None = None
+) -> np.ndarray:
+  """Returns a HF tensor from the values of all its places, the inverse of import.
+
+  Args:
+    parts: all places of the tensor in order, each put into the result before the next is taken.
+    dtype: of the result; None: that of the values.
+  """
+  out = shape = None
+  for binding, value in parts:
+    part, shape, axis = binding.to_hf(value), binding.hf_shape, binding.fused
+    if axis is None:
+      return np.asarray(part, dtype, order='C')
+    if out is None:
+      whole = (*part.shape[: axis + 1], binding.total, *part.shape[axis + 2 :])
+      out = np.empty(whole, dtype or part.dtype)
+    own = slice(binding.begin, binding.begin + binding.size)
+    out[(*(slice(None) for _ in range(axis + 1)), own)] = part
+    del part, value  # before the next one comes
+  if out is None:
+    raise ValueError('a tensor without a part')
+  return out.reshape(shape)
 
 
 def decoder_sizes(arch: Architecture, spec: BlockSpec | None) -> dict[str, int]:

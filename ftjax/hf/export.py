@@ -278,8 +278,7 @@ def host_reader(
   pick = _merged_leaves(params, arch) if arch.adapter else _leaves(params, arch)
 
   def read(name: str) -> np.ndarray:
-    parts = [(b, on_host(*pick(b))) for b in bindings[name]]
-    return np.ascontiguousarray(tensor_map.whole_tensor(parts)).astype(dtype, copy=False)
+    return tensor_map.whole_tensor(((b, on_host(*pick(b))) for b in bindings[name]), dtype)
 
   return read
 
@@ -346,6 +345,16 @@ def _of_split_axis(x: jax.Array, i: int) -> jax.Array:
   return jax.lax.bitcast_convert_type(found, x.dtype)
 
 
+def _whole_axes(x: jax.Array, limit: int) -> int:
+  """Returns how many of the first `limit` axes of x no device holds a part of, up to the first that
+  is split.
+  """
+  if len(x.sharding.device_set) == 1:
+    return limit
+  spec = (*x.sharding.spec, *([None] * x.ndim))[:limit]
+  return next((i for i, axis in enumerate(spec) if axis not in (None, ())), limit)
+
+
 def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
   """Returns `leaf[at]` (an index of its layers, perhaps of its experts) as one host array; all
   processes call it.
@@ -353,13 +362,18 @@ def on_host(leaf: jax.Array, at: Sequence[int]) -> np.ndarray:
   import jax
 
   # Cut on the devices, where it stays sharded: of a stacked leaf only this layer crosses to the
-  # host.
-  part = leaf
-  for i in at:
-    if len(part.sharding.device_set) > 1 and part.sharding.spec[:1] not in ((), (None,)):
-      part = _of_split_axis(part, i)
+  # host, and of its experts only this one.
+  part, at = leaf, list(at)
+  while at:
+    whole = _whole_axes(part, len(at))
+    if whole:
+      # At once: a layer's experts would be copied for each of them.
+      own, at = at[:whole], at[whole:]
+      rest = part.shape[whole:]
+      cut = jax.lax.dynamic_slice(part, (*own, *(0 for _ in rest)), (*(1 for _ in own), *rest))
+      part = jax.lax.squeeze(cut, range(whole))
     else:
-      part = jax.lax.dynamic_index_in_dim(part, i, 0, keepdims=False)
+      part = _of_split_axis(part, at.pop(0))
   if part.is_fully_addressable:
     return np.asarray(part)
   from jax.experimental import multihost_utils

@@ -4,11 +4,13 @@ HF config.
 Quantized tensors are dequantized row by row to float32 by the `gguf` package. Where llama.cpp's
 layout differs from HF's it is undone here: Q and K that are stored for interleaved rotary embedding
 (`llama`), the 1 in norm weights (`gemma3`), transposed matrices (`gpt2`), the matrices of all
-experts in one tensor. Names and metadata keys are in families/gguf.py, the tokenizer is in
-`gguf_tokenizer.py`, the way out in `gguf_export.py`.
+experts in one tensor, the order of value heads and the rates of decay (`qwen35`). Names and
+metadata keys are in families/gguf.py, the tokenizer is in `gguf_tokenizer.py`, the way out in
+`gguf_export.py`.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.families import gguf, table
+from ftjax.families.gguf import Form, Gguf
 from ftjax.families.gguf_file import GgufFile
 from ftjax.hf import gguf_files
 from ftjax.hf.tensor_source import Index, TensorInfo, TensorSource, full_index
@@ -110,6 +113,8 @@ class GGUFSource(TensorSource):
     self.normalizes = family.gguf.normalizes
     self._stored: dict[str, _Stored] = {}
     self.tensors: dict[str, TensorInfo] = {}
+    header = GgufFile(self.place, arch, self.metadata, {}, {})
+    self._surplus = gguf.surplus(header, self._gguf)
     shapes: dict[str, tuple[int, ...]] = {}
     rope: dict[str, np.ndarray] = {}
     for part in parts:
@@ -120,8 +125,29 @@ class GGUFSource(TensorSource):
         if tensor.name in self._gguf.rope_tensors:
           rope[tensor.name] = self._dequantize(tensor.name, slice(None))
     self.file = GgufFile(self.place, arch, self.metadata, shapes, rope)
+    self._forms = self._read_forms()
+
+  def _read_forms(self) -> dict[str, Form]:
+    """Returns {HF name: form} of the tensors that are stored in another one; gives HF's shapes."""
+    out = {}
+    if self._gguf.forms is not Gguf.forms:  # only then are the sizes needed to open a file
+      forms = self._gguf.forms(self.architecture())
+      for name, info in self.tensors.items():
+        if found := gguf.form(forms, name):
+          out[name] = found
+          if found.squeezed:
+            shape = (info.shape[0], 1, *info.shape[1:])
+            self.tensors[name] = TensorInfo(shape, info.dtype)
+    return out
+
+  def _is_surplus(self, name: str) -> bool:
+    """Returns whether a tensor is of a block that is no layer of the model."""
+    found = re.match(r'blk\.(\d+)\.', name)
+    return found is not None and int(found[1]) in self._surplus
 
   def _add(self, path: Path, tensor: Any, shape: tuple[int, ...]) -> None:
+    if self._is_surplus(tensor.name):
+      return
     kind = tensor.tensor_type.name
     if kind not in TYPES:
       raise DataError(
@@ -165,13 +191,37 @@ class GGUFSource(TensorSource):
     """Returns a tensor or a part of it as float32; dequantizes only the rows that it needs."""
     shape = self.tensors[name].shape
     index = full_index(shape, index)
+    if name in self._forms:
+      return self._read_formed(name, self._forms[name], index)
     if name.endswith(self._gguf.transposed):
       return np.ascontiguousarray(self._dequantize(name, index[1])[:, index[0]].T)
     if name.endswith(self._gguf.interleaved):
       return self._read_half_rotated(name, index)
     value = self._dequantize(name, index[0])[(slice(None), *index[1:])]
-    if self._gguf.shifted and name.endswith('norm.weight'):
+    if name.endswith(self._gguf.shifted):
       value = value - 1
+    return np.ascontiguousarray(value)
+
+  def _read_formed(self, name: str, form: Form, index: Index) -> np.ndarray:
+    shape = self.tensors[name].shape
+    inner = index[1:]
+    if form.squeezed:
+      outer, inner = index[1], index[2:]
+    if form.order and form.axis == 0:
+      places = np.array(form.order)[index[0]]
+      begin, end = (places.min(), places.max() + 1) if places.size else (0, 0)
+      value = self._dequantize(name, slice(int(begin), int(end)))[places - begin]
+    else:
+      value = self._dequantize(name, index[0])
+    if form.order and form.axis == 1:
+      value = value[:, np.array(form.order)[inner[0]]]
+      inner = (slice(None), *inner[1:])
+    value = value[(slice(None), *inner)]
+    if form.squeezed:
+      value = value[:, None][:, slice(*outer.indices(shape[1]))]
+    if form.decay:
+      with np.errstate(divide='ignore', invalid='ignore'):  # a check of the numbers names them
+        value = np.log(-value.astype(np.float64)).astype(np.float32)
     return np.ascontiguousarray(value)
 
   def _read_half_rotated(self, name: str, index: Index) -> np.ndarray:

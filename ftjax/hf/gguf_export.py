@@ -16,20 +16,21 @@ import numpy as np
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import gguf, gguf_rope, table
 from ftjax.families.family import Family
-from ftjax.families.gguf import Gguf
+from ftjax.families.gguf import Form, Gguf
 from ftjax.families.gguf_file import GgufFile
 from ftjax.hf import gguf_kept, gguf_vocabulary, gguf_writer, layout, modelfile
 from ftjax.hf.gguf import interleaved
 from ftjax.hf.gguf_writer import Tensor
 from ftjax.hf.safetensors import check_finite
 from ftjax.models.architecture import Architecture
-from ftjax.runtime.errors import DataError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
 _MAGIC = b'GGUF'
 _KINDS = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'q8_0': 'Q8_0'}
 DTYPES = tuple(_KINDS)
-_ROUTER = 'ffn_gate_inp.weight'  # of experts: float32 in all files, as it is computed
+# Float32 in all files, as they are computed: routers of experts, and convolutions.
+_FLOAT32 = ('ffn_gate_inp.weight', 'ssm_conv1d.weight')
 
 
 def is_gguf(target: str | os.PathLike) -> bool:
@@ -51,6 +52,17 @@ def check_target(target: str | os.PathLike) -> None:
     raise DataError(
       f'{beside} is there and was not written by ftjax.convert; it is not replaced. Write the GGUF '
       'file into another folder'
+    )
+
+
+def check_outside(target: str, folder: Path):
+  """Raises ConfigError for a GGUF file in a model folder."""
+  parent = files_lib.as_path(target).parent
+  is_remote = files_lib.is_remote(parent) or files_lib.is_remote(folder)
+  if parent == folder if is_remote else parent.resolve() == folder.resolve():
+    raise ConfigError(
+      f'--target={target} is in the folder of the source, which would hold two models; give '
+      'another folder'
     )
 
 
@@ -86,9 +98,9 @@ def export(
   tokenizer = Tokenizer(files, str(path))
   names = _names(table.of(arch), arch)
   metadata = _metadata(arch, known, path.name)
-  head_dim = arch.layers()[0].mixer.head_dim
+  head_dim, forms = gguf.attention(arch).mixer.head_dim, known.forms(arch)
   rope = gguf_rope.tensors(gguf.file_rope(arch), head_dim)
-  shapes = _shapes(arch, known, names)
+  shapes = _shapes(arch, known, names, forms)
   gguf_kept.check(arch, GgufFile(str(path), known.arch, metadata, shapes, rope))
   metadata |= gguf_vocabulary.metadata(
     tokenizer, arch.vocab_size, config, normalizes=known.normalizes
@@ -105,7 +117,8 @@ def export(
     for hf in names[name]:
       found = read(hf)
       check_finite(hf, found)
-      found = _as_stored(found, hf, known, head_dim)
+      found = _as_stored(found, hf, known, head_dim, gguf.form(forms, hf))
+      check_finite(name, found)  # -exp(x) may be none
       yield found[None] if _is_stacked(name) else found
 
   beside = path.with_name(modelfile.NAME), modelfile.text(path.name, tokenizer)
@@ -126,7 +139,7 @@ def _known(family: Family, arch: Architecture) -> Gguf:
     )
   if arch.num_labels:
     raise DataError('a reward model has no form in GGUF files; export a Hugging Face folder')
-  mixer = arch.layers()[0].mixer
+  mixer = gguf.attention(arch).mixer
   if set(gguf_rope.tensors(gguf.file_rope(arch), mixer.head_dim)) - set(known.rope_tensors):
     raise DataError(
       f'config.json: rope_scaling is not applied by llama.cpp for the architecture '
@@ -159,13 +172,18 @@ def _names(family: Family, arch: Architecture) -> dict[str, list[str]]:
 
 
 def _shapes(
-  arch: Architecture, known: Gguf, names: Mapping[str, Sequence[str]]
+  arch: Architecture,
+  known: Gguf,
+  names: Mapping[str, Sequence[str]],
+  forms: Mapping[str, Form],
 ) -> dict[str, tuple[int, ...]]:
   """Returns {name in the file: shape}, rows first."""
   found, out = layout.by_tensor(arch), {}
   for name, parts in names.items():
     shape = found[parts[0]][0].hf_shape
     shape = shape[::-1] if parts[0].endswith(known.transposed) else shape
+    if (form := gguf.form(forms, parts[0])) and form.squeezed:
+      shape = (shape[0], *shape[2:])
     out[name] = (len(parts), *shape) if _is_stacked(name) else shape
   return out
 
@@ -175,15 +193,30 @@ def _is_stacked(name: str) -> bool:
   return '_exps.' in name
 
 
-def _as_stored(value: np.ndarray, name: str, known: Gguf, head_dim: int) -> np.ndarray:
+def _as_stored(
+  value: np.ndarray, name: str, known: Gguf, head_dim: int, form: Form | None
+) -> np.ndarray:
   """Returns a tensor of HF's in the layout of the file; name: HF's."""
+  if form:
+    return _formed(value, form)
   if name.endswith(known.transposed):
     return value.T
   if name.endswith(known.interleaved):
     return interleaved(value, head_dim)
-  if known.shifted and name.endswith('norm.weight'):
+  if name.endswith(known.shifted):
     # Rounded to float32 as llama.cpp's converter does, and as the norm itself adds them.
     return value.astype(np.float32) + np.float32(1)
+  return value
+
+
+def _formed(value: np.ndarray, form: Form) -> np.ndarray:
+  if form.squeezed:
+    value = value[:, 0]
+  if form.order:
+    value = value.take(np.argsort(form.order), form.axis)
+  if form.decay:
+    with np.errstate(over='ignore'):
+      return (-np.exp(value.astype(np.float64))).astype(np.float32)
   return value
 
 
@@ -198,7 +231,7 @@ def _metadata(arch: Architecture, known: Gguf, name: str) -> dict[str, Any]:
 
 
 def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
-  if name.endswith(_ROUTER):
+  if name.endswith(_FLOAT32):
     return 'F32'
   kind = _KINDS.get(dtype, 'F32')  # of another stored type, float64 say
   if len(shape) < 2 or (kind == 'Q8_0' and shape[-1] % 32):

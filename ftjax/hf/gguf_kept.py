@@ -12,7 +12,7 @@ from typing import Any
 from ftjax.families import table
 from ftjax.families.gguf_file import GgufFile
 from ftjax.families.gguf_rope import FREQS
-from ftjax.models.architecture import Architecture, BlockSpec
+from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec
 from ftjax.models.rope_spec import RopeScaling
 from ftjax.runtime.errors import DataError
 
@@ -58,7 +58,7 @@ def _in_metadata(block: BlockSpec) -> BlockSpec:
   """Returns a block with a rotary embedding as metadata have it: a partial rotation is a whole
   number of coordinates, and nothing records `llama3`.
   """
-  rope = block.mixer.rope
+  rope = block.mixer.rope if isinstance(block.mixer, AttentionSpec) else None
   if rope is None:
     return block
   share = rope.size(block.mixer.head_dim) / block.mixer.head_dim

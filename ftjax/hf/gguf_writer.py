@@ -48,7 +48,7 @@ def _text(value: str) -> bytes:
 
 def _value(value: Any) -> bytes:
   """Returns a metadata value with its type: bool, int (uint32), float (float32), str, or a list of
-  int (int32), float or str.
+  bool, int (int32), float or str.
   """
   match value:
     case bool():
@@ -61,11 +61,11 @@ def _value(value: Any) -> bytes:
       return struct.pack('<I', _STRING) + _text(value)
   if not value:
     raise ValueError('an empty list has no type')
-  kind = {int: _INT32, float: _FLOAT32, str: _STRING}[type(value[0])]
+  kind = {bool: _BOOL, int: _INT32, float: _FLOAT32, str: _STRING}[type(value[0])]
   head = struct.pack('<IIQ', _ARRAY, kind, len(value))
   if kind == _STRING:
     return head + b''.join(map(_text, value))
-  return head + np.array(value, '<i4' if kind == _INT32 else '<f4').tobytes()
+  return head + np.array(value, {_BOOL: '?', _INT32: '<i4', _FLOAT32: '<f4'}[kind]).tobytes()
 
 
 def header(metadata: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:

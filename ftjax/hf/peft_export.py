@@ -154,7 +154,7 @@ class _Tensors:
 
   def _whole(self, parts: Sequence[Binding]) -> np.ndarray:
     """Returns the HF tensor that parts make."""
-    return tensor_map.whole_tensor([(b, on_host(self.leaves[b.leaf], b.at)) for b in parts])
+    return tensor_map.whole_tensor((b, on_host(self.leaves[b.leaf], b.at)) for b in parts)
 
   def _add_module(self, found: Adapted) -> None:
     times = 2 if self.arch.adapter.pissa else 1

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -287,12 +287,15 @@ def write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[st
   with path.open('wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
     for name in order:
-      value = read(name)
-      if (value.shape, value.dtype) != tensors[name]:
-        raise ValueError(f'{name}: got {value.dtype}{value.shape}, announced {tensors[name]}')
-      check_finite(name, value)
-      f.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
+      _write_tensor(f, name, tensors[name], read(name))  # which ends with the call
     files.to_disk(f)
+
+
+def _write_tensor(f: BinaryIO, name: str, info: TensorInfo, value: np.ndarray):
+  if (value.shape, value.dtype) != info:
+    raise ValueError(f'{name}: got {value.dtype}{value.shape}, announced {info}')
+  check_finite(name, value)
+  f.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
 
 
 def check_finite(name: str, value: np.ndarray):
@@ -300,8 +303,9 @@ def check_finite(name: str, value: np.ndarray):
   if value.dtype.kind in 'biu' or not value.size:
     return
   flat = value.reshape(-1)
-  for begin in range(0, flat.size, BLOCK_BYTES):
-    finite = np.isfinite(flat[begin : begin + BLOCK_BYTES])
+  block = BLOCK_BYTES // value.dtype.itemsize
+  for begin in range(0, flat.size, block):
+    finite = np.isfinite(flat[begin : begin + block])
     if not finite.all():
       at = np.unravel_index(begin + int(np.argmin(finite)), value.shape)
       place = tuple(int(i) for i in at)

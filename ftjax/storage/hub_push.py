@@ -46,13 +46,13 @@ def check(name: str) -> None:
 
 
 def push(
-  name: str, files: Mapping[str, Path], is_public: bool, is_stale: Callable[[str], bool]
+  name: str, files: Mapping[str, Path | bytes], is_public: bool, is_stale: Callable[[str], bool]
 ) -> str:
   """Makes a model on the hub hold these files, and returns the address of the commit.
 
   Args:
     name: 'org/name'; created if it is not there.
-    files: {name in the repository: local file}.
+    files: {name in the repository: local file, or its content}.
     is_public: whether everybody may read it. A private upload into a public repository is refused.
     is_stale: whether another file of this name, which is in the repository, is removed.
 
@@ -81,7 +81,10 @@ def push(
     done = api.create_commit(
       name,
       [
-        *(CommitOperationAdd(path, os.fspath(file)) for path, file in files.items()),
+        *(
+          CommitOperationAdd(path, file if isinstance(file, bytes) else os.fspath(file))
+          for path, file in files.items()
+        ),
         *(CommitOperationDelete(path) for path in stale),
       ],
       commit_message='Model written by ftjax',

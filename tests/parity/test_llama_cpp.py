@@ -133,6 +133,18 @@ def test_every_family(tmp_path, name):
   assert (top <= 2 * error * np.abs(ours).max()).all()  # the same token, or as likely a one
 
 
+def test_a_file_with_a_block_that_predicts_further_tokens(tmp_path, monkeypatch):
+  """llama.cpp opens it and does not compute with that block either."""
+  change = {'qwen35.block_count': 5, 'qwen35.nextn_predict_layers': 1}
+  found = gguf_cases.write_changed(tmp_path, monkeypatch, 'qwen3_5', change, gguf_cases.FURTHER)
+  arch, params = open_model(found)
+  row = np.random.default_rng(0).integers(0, 384, (1, 100)).astype(np.int32)
+  ours = logits(arch, params, row, tokens_at(np.ones_like(row)))[0]
+  with LlamaCpp(found) as model:
+    got = model.logits(row[0].tolist())
+  assert np.abs(got - ours).max() <= 3e-5 * np.abs(ours).max()
+
+
 def as_llama2(path):
   """Makes the toy's SentencePiece tokenizer one like Llama 2's: the normalizer puts in spaces, and
   every character of a token is a token.
