@@ -135,7 +135,7 @@ def make_adapter(folder, base):
   (folder / 'adapter_config.json').write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize('base', ['/home/me/models/secret', './llama', 'gs://bucket/llama', 'own'])
+@pytest.mark.parametrize('base', ['/srv/models/secret', './llama', 'gs://bucket/llama', 'own'])
 def test_an_adapter_of_a_base_that_others_do_not_have_is_refused(hub, folder, tmp_path, base):
   """PEFT uploads such a path, and nobody else can load the adapter."""
   (tmp_path / 'own').mkdir()
@@ -152,7 +152,7 @@ def test_an_adapter_of_a_base_that_others_do_not_have_is_refused(hub, folder, tm
 def test_the_name_of_the_base_on_the_hub_is_uploaded_in_place_of_its_path(
   hub, folder, given, revision
 ):
-  make_adapter(folder, '/home/me/models/secret')
+  make_adapter(folder, '/srv/models/secret')
   before = tree(folder)
   run(f'--source={folder}', '--push=org/tuned', f'--base={given}')
   assert tree(folder) == before, 'the folder itself stays'
@@ -171,7 +171,7 @@ def test_an_adapter_of_a_base_on_the_hub_is_uploaded_as_it_is(hub, folder, base)
 
 
 def test_a_base_that_the_adapter_does_not_have_is_refused(hub, folder):
-  make_adapter(folder, '/home/me/models/secret')
+  make_adapter(folder, '/srv/models/secret')
   with pytest.raises(ConfigError, match='--base=/other: with --push expected the name of the base'):
     run(f'--source={folder}', '--push=org/tuned', '--base=/other')
   assert 'models/org/tuned' not in hub.repos

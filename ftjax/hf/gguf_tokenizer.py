@@ -21,6 +21,10 @@ _LLAMA3_SPLIT = (
   r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r'\p{N}{1,3}', r'\p{N}')
+# Combining marks belong to words.
+_QWEN35_SPLIT = _QWEN2_SPLIT.replace(r'?\p{L}+', r'?[\p{L}\p{M}]+').replace(
+  r'[^\s\p{L}\p{N}]', r'[^\s\p{L}\p{M}\p{N}]'
+)
 
 # Words by their letters' case: capitals and what follows them (o200k, 2024; Tekken, 2024).
 _UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
@@ -61,6 +65,7 @@ def splittings() -> dict[str, Splitting]:
     'smollm': Splitting(pre_tokenizers.Sequence([digits, gpt2])),
     'llama-bpe': Splitting(split(_LLAMA3_SPLIT), ignore_merges=True),
     'qwen2': Splitting(split(_QWEN2_SPLIT), normalizers.NFC()),
+    'qwen35': Splitting(split(_QWEN35_SPLIT), normalizers.NFC()),
     'dbrx': Splitting(split(_LLAMA3_SPLIT)),  # OLMo 2, Phi-4
     'gpt-4o': Splitting(split(_GPT4O_SPLIT)),  # Phi-4 mini
     'tekken': Splitting(split(_TEKKEN_SPLIT), ignore_merges=True),  # Mistral Nemo and later

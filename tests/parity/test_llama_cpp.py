@@ -181,6 +181,26 @@ def test_every_kind_of_vocabulary(tmp_path, kind, pre):
   assert not wrong, (len(wrong), wrong[:3])
 
 
+@pytest.mark.parametrize(('pre', 'is_joined'), [('qwen2', False), ('qwen35', True)])
+def test_a_combining_mark_belongs_to_its_word(tmp_path, pre, is_joined):
+  """An x with an accent, of which no normalization makes one character: the first byte of the mark
+  can be merged with the letter where both are of one word.
+  """
+  write_toy(tmp_path / 'toy.gguf', Toy(), 'gpt2', pre)
+  convert.convert(str(tmp_path / 'toy.gguf'), str(tmp_path / 'hf'), None)
+  path = tmp_path / 'hf' / 'tokenizer.json'
+  content = json.loads(path.read_text())
+  vocab, merges = content['model']['vocab'], content['model']['merges']
+  joined = vocab['x\u00cc'] = vocab.pop(''.join(merges[-1]))  # nothing is merged from the last
+  merges[-1] = ['x', '\u00cc']
+  path.write_text(json.dumps(content))
+  convert.convert(str(tmp_path / 'hf'), str(tmp_path / 'x.gguf'), None)
+  ours = Tokens.from_file(str(path)).encode('x\u0301!', add_special_tokens=False).ids
+  assert (joined in ours) == is_joined
+  with LlamaCpp(tmp_path / 'x.gguf') as model:
+    assert model.tokenize('x\u0301!') == ours
+
+
 @pytest.fixture(scope='module')
 def tuned(tmp_path_factory):
   """A workdir of SmolLM2-135M-Instruct, tuned for three steps."""
