@@ -133,6 +133,7 @@ class _Tensors:
       self._add(PREFIX + hf, parts[0].hf_shape, lambda parts=parts: self._whole(parts))
       if peft_names.module(hf) not in self.saved:
         self.saved.append(peft_names.module(hf))
+    self.saved = peft_names.outermost(self.saved)
     tied = peft_names.tied_head(arch)
     self.ties = tied is not None and PREFIX + tied[0] in self.readers
     if self.ties:  # PEFT reads it twice

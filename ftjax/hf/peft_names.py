@@ -7,7 +7,7 @@ theirs: `Adapted`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -248,12 +248,17 @@ def trained(arch: Architecture) -> dict[str, list[Binding]]:
   modules: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     modules.setdefault(module(b.hf), []).append(b)
+  inside: dict[str, list[Binding]] = {}
+  for found in modules.values():
+    for b in found:
+      for name in _around(b.hf):
+        inside.setdefault(name, []).append(b)
   for name, found in modules.items():
     chosen = [b for b in found if is_trained[b.leaf]]
     if not chosen:
       continue
-    others = [b.leaf for b in found if not is_trained[b.leaf]]
-    others += [b.leaf for b in found if b.leaf.rpartition('/')[0] in maps]
+    others = [b.leaf for b in inside[name] if not is_trained[b.leaf]]
+    others += [b.leaf for b in inside[name] if b.leaf.rpartition('/')[0] in maps]
     if others:
       raise ConfigError(
         f'lora.train: {chosen[0].leaf} alone has no form as a PEFT folder, which holds all of '
@@ -263,6 +268,18 @@ def trained(arch: Architecture) -> dict[str, list[Binding]]:
     for b in found:
       out.setdefault(b.hf, []).append(b)
   return out
+
+
+def _around(tensor: str) -> Iterator[str]:
+  """Yields the modules that a HF tensor is in, from its own outwards."""
+  while tensor := module(tensor):
+    yield tensor
+
+
+def outermost(modules: Sequence[str]) -> list[str]:
+  """Returns the modules that are in no other one of them."""
+  all_of_them = set(modules)
+  return [m for m in modules if all_of_them.isdisjoint(_around(m))]
 
 
 def tied_head(arch: Architecture) -> tuple[str, str] | None:
