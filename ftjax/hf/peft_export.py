@@ -48,7 +48,7 @@ def check(arch: Architecture) -> None:
     log.warning(
       'PEFT 0.21 with transformers 5 will not load this adapter: %s. With lora.merge=True the run '
       'writes the merged model too, and python -m ftjax.convert merges the adapter later; or leave '
-      'these maps out of lora.targets',
+      'these out of lora.targets and lora.train',
       why,
     )
 

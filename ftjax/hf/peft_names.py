@@ -212,14 +212,23 @@ def adapted(arch: Architecture) -> list[Adapted]:
   return out
 
 
+# Mixtral's block of experts in its files, which is `.mlp.` in transformers 5.
+_RENAMED = '.block_sparse_moe.'
+
+
 def obstacle(arch: Architecture) -> str:
   """Returns why PEFT 0.21 with transformers 5 cannot load the adapter; '' where it can.
 
   transformers 5 has one array of all experts of a layer where their files have a matrix each. PEFT
-  brings an adapter of the matrices into that form, if those of all layers are alike.
+  brings an adapter of the matrices into that form, if those of all layers are alike; a module that
+  is saved whole it looks for under the name of the files.
   """
   slots = {slot: spec.mlp for slot, spec, _ in arch.blocks()}
   own = {s for s, mlp in slots.items() if isinstance(mlp, MoeSpec)}
+  for hf, (b, *_) in trained(arch).items():
+    slot, _, leaf = b.leaf.rpartition('/mlp/')
+    if slot in own and (leaf != 'router/w' or _RENAMED in hf):
+      return f'{b.leaf} is trained whole, which it would leave out: it has no module {module(hf)}'
   found = {m.name: m for m in arch.adapter.maps if '/mlp/' in m.name}
   if not own or not found:
     return ''
