@@ -84,8 +84,11 @@ def run(
   at_step=None,
   at_eval=None,
   watching=False,
+  added=0.0,
 ):
-  """(record, final state); the state counts steps. evals: {step: loss}. bad: steps that fail."""
+  """(record, final state); the state counts steps. evals: {step: loss}. bad: steps that fail.
+  added: term of the losses that no evaluation measures.
+  """
   record = Record()
   streak = skipped = 0
 
@@ -103,6 +106,7 @@ def run(
     streak = streak + 1 if done in bad else 0
     skipped += done in bad
     metrics = dict(loss=jnp.float32(1.0 / done if losses is None else losses[done]))
+    metrics |= {'loss/alone': metrics['loss'] - added} if added else {}
     metrics |= dict(grad_norm=jnp.float32(1), ok=jnp.bool_(done not in bad))
     metrics |= dict(supervised_tokens=jnp.float32(4), bad_streak=jnp.int32(streak))
     metrics |= dict(has_signal=jnp.bool_(True), no_signal=jnp.int32(0))
@@ -254,6 +258,12 @@ def test_the_gap_is_to_the_losses_since_the_last_evaluation_also_over_a_resume()
   progress = Progress(**record.saved[6][1]['progress'])
   again, _ = run(settings, start=6, losses=losses, evals={10: 10.0}, progress=progress)
   assert again.of('eval', 'gap') == [2.0]
+
+
+def test_the_gap_is_without_what_evaluation_does_not_measure():
+  losses = {k: float(k) for k in range(1, 11)}
+  record, _ = run(with_(eval_every=5), losses=losses, evals={5: 4.0, 10: 10.0}, added=0.5)
+  assert record.of('eval', 'gap') == [4.0 - 2.5, 10.0 - 7.5]
 
 
 # Endings

@@ -230,6 +230,7 @@ def test_a_step_adds_the_loss_with_the_factor_of_the_model():
   metrics, _ = stepped(name)
   assert metrics['loss'] == pytest.approx(float(golden()[f'{name}/loss']), rel=1e-6)
   assert metrics['moe/balance'] == pytest.approx(float(golden()[f'{name}/balance']), rel=1e-6)
+  assert metrics['loss/alone'] == pytest.approx(metrics['nll'], rel=1e-6) != metrics['loss']
   experts = family_models.architecture(name).mixtures()[0].num_experts
   assert 1 < metrics['moe/max_load'] <= metrics['moe/max_load/worst_layer'] <= experts
   assert 0 < metrics['moe/entropy'] < 1 and 0 <= metrics['moe/idle'] < 1

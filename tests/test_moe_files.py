@@ -163,6 +163,15 @@ def test_adapters_that_peft_cannot_load_are_named(caplog):
     'of a layer without experts': dict(targets='.*/mlp/.*'),
   }.items():
     assert text in peft_names.obstacle(adapted(**lora)), lora
+  attention, whole = '.*/attn/.*', 'mlp/gate/w is trained whole, which it would leave out'
+  assert whole in peft_names.obstacle(
+    adapted(targets=attention, train=f'{experts}(gate|up|down)/w')
+  )
+  assert not peft_names.obstacle(adapted(targets=attention, train='.*/router/w'))
+  mixtral = tiny_adapters.adapted(
+    family_models.architecture('mixtral'), targets=attention, train='.*/router/w'
+  )
+  assert 'no module model.layers.0.block_sparse_moe.gate' in peft_names.obstacle(mixtral)
   unequal = dict(targets='layer0/mlp/.*'), dict(rank_pattern=((f'{experts}down', 2),))
   for lora in unequal:
     assert 'unequal' in peft_names.obstacle(adapted(**({'targets': f'{experts}.*'} | lora)))

@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import family_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -591,6 +592,24 @@ def test_trained_leaves_without_a_form_in_peft():
   with pytest.raises(ConfigError, match=r'attn/q/b alone has no form.*attn/q/w'):
     peft_export.check(arch)
   peft_export.check(open_base('qwen2_tied', train='.*/attn/q/[wb]', targets='.*/attn/v'))
+
+
+def test_a_rate_of_a_delta_net_has_no_form_in_peft_without_its_whole_module():
+  """A_log belongs to the module that the projections are in, and PEFT saves whole modules."""
+  c = keys.default()
+
+  def adapted(**lora):
+    c.lora.update({'rank': 4, 'alpha': 8.0, 'base': 'float32'} | lora)
+    return adapters.adapted(family_models.architecture('qwen3_5'), c)
+
+  for targets in ('all-linear', '.*/mlp/.*'):
+    with pytest.raises(ConfigError, match=r'attn/a_log alone has no form.*linear_attn or an adap'):
+      peft_export.check(adapted(train='.*/attn/a_log', targets=targets))
+  peft_export.check(adapted(train='.*/attn/(conv|norm)', targets='all-linear'))
+  whole = adapted(train='layer[012]/attn/.*', targets='.*/mlp/.*')
+  names = [peft_names.module(n) for n in peft_names.trained(whole)]
+  expected = [f'model.layers.{i}.linear_attn' for i in range(3)]
+  assert sorted(set(peft_names.outermost(names))) == expected
 
 
 def test_text_of_an_adapter_is_that_of_the_merged_model(made, tmp_path):

@@ -1,9 +1,11 @@
 """Scoring continuations from one read of the prompt equals scoring each whole sequence."""
 
+import family_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import family_cases
 from tiny_model import TINY, init, place, tokens_at
 
 from ftjax.generation.scorer import Scorer
@@ -22,7 +24,7 @@ def _score(prompts, choices):
   return Scorer(TINY, jnp.float32, mesh).score(init(TINY), prompts, choices)
 
 
-def _whole(params, prompts, choices):
+def _whole(params, prompts, choices, arch=TINY):
   """The same by reading each sequence as one, without a cache; float32[B, C]."""
   rows = [(p, p + c) for p, cs in zip(prompts, choices, strict=True) for c in cs]
   length = max(len(ids) for _, ids in rows) - 1
@@ -33,10 +35,10 @@ def _whole(params, prompts, choices):
     tokens[i, :n], labels[i, :n], segments[i, :n] = ids[:-1], ids[1:], 1
     weights[i, len(prompt) - 1 : n] = 1
   x = kinds.apply(
-    TINY, params, place(tokens, 'batch', 'seq'), tokens_at(segments), dtype=jnp.float32
+    arch, params, place(tokens, 'batch', 'seq'), tokens_at(segments), dtype=jnp.float32
   )
   labels, weights = (place(a, 'batch', 'seq') for a in (labels, weights))
-  logp = head.token_logprobs(x, kinds.head_weights(TINY, params), labels, weights)
+  logp = head.token_logprobs(x, kinds.head_weights(arch, params), labels, weights)
   return np.asarray(logp).sum(-1).reshape(len(prompts), -1)
 
 
@@ -51,6 +53,22 @@ def test_other_rows_and_padding_do_not_matter():
   together = _score(prompts, choices)
   alone = _score(prompts[:1], choices[:1])
   np.testing.assert_allclose(alone[0], together[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['gpt2', pytest.param('phi3_longrope', marks=pytest.mark.full)])
+def test_padding_behind_a_choice_has_no_positions_of_its_own(name):
+  """The padded choices would reach beyond the table of positions of GPT-2, which gives NaN, and
+  beyond the length from which on longrope has other frequencies.
+  """
+  arch, rng = family_models.architecture(name), np.random.default_rng(0)
+  params = family_models.params(name, arch)
+  most = family_cases.CASES[name].short or arch.max_len
+  sizes = {most - 4: (1, 4), 4: (5, 1)}
+  prompts = [rng.integers(0, arch.vocab_size, n).tolist() for n in sizes]
+  choices = [[rng.integers(0, arch.vocab_size, n).tolist() for n in ns] for ns in sizes.values()]
+  found = Scorer(arch, jnp.float32, jax.sharding.get_mesh()).score(params, prompts, choices)
+  expected = _whole(params, prompts, choices, arch)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 
 def test_the_same_on_a_mesh(use_mesh):

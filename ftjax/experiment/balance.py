@@ -11,7 +11,7 @@ from ftjax.experiment.run import BALANCE_OF_MODEL, Run
 from ftjax.models import routing
 from ftjax.models.routing import RouterLog, Routing
 from ftjax.runtime.errors import ConfigError
-from ftjax.training.step import CoupledLoss, LossFn
+from ftjax.training.step import LOSS_ALONE, CoupledLoss, LossFn
 
 
 def with_balance(run: Run, loss: LossFn) -> LossFn | CoupledLoss:
@@ -56,6 +56,7 @@ def _coupled(loss: LossFn, log: RouterLog, factor: float) -> CoupledLoss:
       routing.load_balance(chosen, tokens, r.probs)
       for r, (chosen, tokens) in zip(found, loads, strict=True)
     )
+    alone = jax.lax.stop_gradient((total, weight))
     # The step divides by the weight of all its rows.
     total = total + factor * balance * jax.lax.stop_gradient(weights)
     # The loads are those of the step, the same in every micro-batch.
@@ -63,6 +64,7 @@ def _coupled(loss: LossFn, log: RouterLog, factor: float) -> CoupledLoss:
     stats = routing.load_statistics(jnp.concatenate([chosen for chosen, _ in loads]))
     more = {f'moe/{k}': (v, one) for k, v in stats.items()}
     more['moe/balance'] = jax.lax.stop_gradient(balance), _part(found, loads)
+    more[LOSS_ALONE] = alone
     return total, weight, metrics | more
 
   return CoupledLoss(sums, total)

@@ -48,12 +48,16 @@ class Scorer:
       )
       states = last
       if size > 1:
+        inputs, is_read = (
+          jax.sharding.reshard(a, spec('batch', 'seq')) for a in (labels[:, :-1], weight[:, 1:] > 0)
+        )
         begin = where.positions[:, -1:] + 1
         positions = jax.sharding.reshard(
           begin + jnp.arange(size - 1, dtype=jnp.int32)[None], spec('batch', 'seq')
         )
-        inputs = jax.sharding.reshard(labels[:, :-1], spec('batch', 'seq'))
-        places = Tokens(jnp.ones_like(positions), positions)
+        # What is behind a shorter choice is a document of its own: at positions further on it would
+        # reach beyond a table of positions, and count for the length that scales a rope.
+        places = Tokens(jnp.where(is_read, 1, 2), jnp.where(is_read, positions, 0))
         x, _ = kinds.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
       logp = head.token_logprobs(

@@ -49,7 +49,7 @@ def check(arch: Architecture) -> None:
     log.warning(
       'PEFT 0.21 with transformers 5 will not load this adapter: %s. With lora.merge=True the run '
       'writes the merged model too, and python -m ftjax.convert merges the adapter later; or leave '
-      'these maps out of lora.targets',
+      'these out of lora.targets and lora.train',
       why,
     )
 
@@ -134,6 +134,7 @@ class _Tensors:
       self._add(PREFIX + hf, parts[0].hf_shape, lambda parts=parts: self._whole(parts))
       if peft_names.module(hf) not in self.saved:
         self.saved.append(peft_names.module(hf))
+    self.saved = peft_names.outermost(self.saved)
     tied = peft_names.tied_head(arch)
     self.ties = tied is not None and PREFIX + tied[0] in self.readers
     if self.ties:  # PEFT reads it twice

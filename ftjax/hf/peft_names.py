@@ -7,7 +7,7 @@ theirs: `Adapted`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -223,14 +223,23 @@ def base_copies(arch: Architecture) -> dict[str, tuple[int, ...]]:
   }
 
 
+# Mixtral's block of experts in its files, which is `.mlp.` in transformers 5.
+_RENAMED = '.block_sparse_moe.'
+
+
 def obstacle(arch: Architecture) -> str:
   """Returns why PEFT 0.21 with transformers 5 cannot load the adapter; '' where it can.
 
   transformers 5 has one array of all experts of a layer where their files have a matrix each. PEFT
-  brings an adapter of the matrices into that form, if those of all layers are alike.
+  brings an adapter of the matrices into that form, if those of all layers are alike; a module that
+  is saved whole it looks for under the name of the files.
   """
   slots = {slot: spec.mlp for slot, spec, _ in arch.blocks()}
   own = {s for s, mlp in slots.items() if isinstance(mlp, MoeSpec)}
+  for hf, (b, *_) in trained(arch).items():
+    slot, _, leaf = b.leaf.rpartition('/mlp/')
+    if slot in own and (leaf != 'router/w' or _RENAMED in hf):
+      return f'{b.leaf} is trained whole, which it would leave out: it has no module {module(hf)}'
   found = {m.name: m for m in arch.adapter.maps if '/mlp/' in m.name}
   if not own or not found:
     return ''
@@ -259,12 +268,17 @@ def trained(arch: Architecture) -> dict[str, list[Binding]]:
   modules: dict[str, list[Binding]] = {}
   for b in layout.bindings(arch):
     modules.setdefault(module(b.hf), []).append(b)
+  inside: dict[str, list[Binding]] = {}
+  for found in modules.values():
+    for b in found:
+      for name in _around(b.hf):
+        inside.setdefault(name, []).append(b)
   for name, found in modules.items():
     chosen = [b for b in found if is_trained[b.leaf]]
     if not chosen:
       continue
-    others = [b.leaf for b in found if not is_trained[b.leaf]]
-    others += [b.leaf for b in found if b.leaf.rpartition('/')[0] in maps]
+    others = [b.leaf for b in inside[name] if not is_trained[b.leaf]]
+    others += [b.leaf for b in inside[name] if b.leaf.rpartition('/')[0] in maps]
     if others:
       raise ConfigError(
         f'lora.train: {chosen[0].leaf} alone has no form as a PEFT folder, which holds all of '
@@ -274,6 +288,18 @@ def trained(arch: Architecture) -> dict[str, list[Binding]]:
     for b in found:
       out.setdefault(b.hf, []).append(b)
   return out
+
+
+def _around(tensor: str) -> Iterator[str]:
+  """Yields the modules that a HF tensor is in, from its own outwards."""
+  while tensor := module(tensor):
+    yield tensor
+
+
+def outermost(modules: Sequence[str]) -> list[str]:
+  """Returns the modules that are in no other one of them."""
+  all_of_them = set(modules)
+  return [m for m in modules if all_of_them.isdisjoint(_around(m))]
 
 
 def tied_head(arch: Architecture) -> tuple[str, str] | None:

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ftjax.models import triangular
 from ftjax.models.architecture import DeltaNetSpec
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Memory
@@ -276,9 +277,7 @@ def _chunk(carry, chunk):
   known = carried[..., None] * _einsum('BtKH,BKGHV->BKGtV', k, state)
   errors = beta[..., None] * (jnp.moveaxis(v, 1, 3) - known)
   if size > 1:
-    errors = jax.lax.linalg.triangular_solve(
-      system, errors, left_side=True, lower=True, unit_diagonal=True
-    )
+    errors = triangular.solve(system, errors)
   scores = decay * _einsum('BtKH,BsKH->BKts', q, k)[:, :, None]
   y = carried[..., None] * _einsum('BtKH,BKGHV->BKGtV', q, state)
   y = y + _einsum('BKGts,BKGsV->BKGtV', scores, errors)

@@ -29,6 +29,7 @@ from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, memory
 from ftjax.training.state import State
+from ftjax.training.step import LOSS_ALONE
 
 log = logging.getLogger(__name__)
 
@@ -312,7 +313,8 @@ class Loop:
           'look at the examples with python -m ftjax.preview',
         )
     elif values['has_signal']:
-      self.progress.loss_sum += values.get('nll', values['loss'])  # what evaluation measures
+      # What evaluation measures.
+      self.progress.loss_sum += values.get('nll', values.get(LOSS_ALONE, values['loss']))
       self.progress.losses += 1
     for warning in self._console.step(done, values) if values['ok'] else ():
       log.warning(warning)

@@ -25,6 +25,9 @@ from ftjax.training.state import State
 # A loss that may be constant although its weight is not 0 gives the metric SIGNAL: its total is 0
 # where the micro-batch has nothing to train on.
 SIGNAL = 'signal'
+# A loss with a term that no evaluation measures, such as the load-balance loss, gives this metric:
+# what it is without the term.
+LOSS_ALONE = 'loss/alone'
 LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array, dict]]
 
 
