@@ -61,12 +61,14 @@ def test_no_solver_of_lapack_runs_on_cpu():
   """Two of its calls that do not need each other can wait for ever."""
   below, x = problem(7)
 
-  def text(way):
-    gradient = jax.grad(lambda below, x: way(below, x).sum(), (0, 1))
-    return jax.jit(gradient).lower(below, x).as_text()
+  def text(way, platform):
+    gradient = jax.jit(jax.grad(lambda below, x: way(below, x).sum(), (0, 1)))
+    return gradient.trace(below, x).lower(lowering_platforms=(platform,)).as_text()
 
-  assert 'lapack' in text(lambda below, x: triangular.by_library(below, x, False))
-  assert 'lapack' not in text(triangular.solve)
+  assert 'lapack' in text(lambda below, x: triangular.by_library(below, x, False), 'cpu')
+  assert 'lapack' not in text(triangular.solve, 'cpu')
+  for platform in ('tpu', 'cuda'):
+    assert 'triangular_solve' in text(triangular.solve, platform)
 
 
 PROGRAM = """

@@ -22,7 +22,8 @@ B, T = 4, 64
 
 
 def model(key_heads, value_heads):
-  mixer = DeltaNetSpec(key_heads, 8, value_heads, 4, eps=1e-3)
+  # With eps=1e-3 the norm of the outputs multiplies rounding errors elsewhere up to the tolerance.
+  mixer = DeltaNetSpec(key_heads, 8, value_heads, 4, eps=1e-2)
   block = dataclasses.replace(_FULL, mixer=mixer)
   return dataclasses.replace(TINY, stacks=(((block,), 2),))
 
