@@ -642,6 +642,26 @@ def test_a_copy_of_the_head_that_peft_saved_is_that_of_the_base(tmp_path):
   peft_weights.load_params(folder, base, folder.architecture(arch), shardings, np.float32)
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_a_copy_of_the_head_has_the_precision_that_peft_trained_with(tmp_path, dtype):
+  """It is the base's head, rounded, whatever precision the base is held in here."""
+  case = peft_cases.CASES['llama_head']
+  name, base = 'base_model.model.lm_head.base_layer.weight', GOLDEN / case.base
+  arch = table.architecture(load.read_config(base))
+  head = peft.read(peft_cases.FOLDER / 'llama_head').source.read(name)
+  head = head.astype(jnp.dtype(dtype))
+
+  def read(x, held, path):
+    folder = peft.read(copy(peft_cases.FOLDER / 'llama_head', tmp_path / path, {}, {name: x}))
+    peft_weights.load_params(folder, base, folder.architecture(arch), shardings, jnp.dtype(held))
+
+  for held in ('float32', 'bfloat16'):
+    read(head, held, held)
+  head[5, 7] *= 1.1
+  with pytest.raises(DataError, match=r'base_layer.weight is not the head of the base'):
+    read(head, 'float32', 'other')
+
+
 @pytest.mark.parametrize('case', ['trained', 'head'])
 def test_tables_of_a_padded_vocabulary_leave_without_the_padding(tmp_path, case):
   plain = open_base(**CASES[case])
