@@ -591,6 +591,9 @@ def test_trained_leaves_without_a_form_in_peft():
   arch = open_base('qwen2_tied', train='.*/attn/q/b', targets='.*/attn/v')
   with pytest.raises(ConfigError, match=r'attn/q/b alone has no form.*attn/q/w'):
     peft_export.check(arch)
+  for own in ('head', '.*/attn/v'):
+    with pytest.raises(ConfigError, match=rf'lora.train has {own}/w, and lora.targets gives it an'):
+      peft_export.check(open_base(train=f'{own}/w', targets=own))
   peft_export.check(open_base('qwen2_tied', train='.*/attn/q/[wb]', targets='.*/attn/v'))
 
 
