@@ -41,7 +41,7 @@ def build(
     step: of the weights.
     has_results: whether eval/summary.json compares these weights with the base.
     is_adapter: whether the folder holds an adapter alone.
-    folder: of the workdir, for which it is; '': for another place.
+    folder: the folder of the workdir that the card is written into; '': one elsewhere.
   """
   config, manifest = _read(workdir, 'config.json'), _read(workdir, 'manifest.json')
   config = redaction.redact(config)
