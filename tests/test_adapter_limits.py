@@ -70,6 +70,16 @@ def test_targets_with_the_names_of_peft_are_answered_with_ours(targets, expected
   assert len(names) == len(expected.split('|'))
 
 
+@pytest.mark.parametrize('change', [{'tied': True}, {'tied': False, 'num_labels': 1}])
+def test_a_head_that_a_model_has_not_is_not_proposed(change):
+  arch = dataclasses.replace(tiny_model.TINY, **change)
+  with pytest.raises(ConfigError, match='embed/w may be trained whole') as found:
+    adapted(arch, targets='lm_head')
+  assert 'names are here' not in str(found.value) and 'head/w' not in str(found.value)
+  with pytest.raises(ConfigError, match=r"lora.targets='\(\.\*/\)\?\(attn/q\)'"):
+    adapted(arch, targets='q_proj|lm_head')
+
+
 @pytest.mark.parametrize('key', WRONG)
 def test_tables_of_the_optimizer_that_would_do_nothing(key):
   table, message = WRONG[key]

@@ -440,3 +440,9 @@ def test_a_merged_model_has_the_scores_of_its_adapter(trained, tmp_path):
   (workdir / 'eval' / 'summary.json').write_text(json.dumps(summary))
   run_card.refresh(str(workdir), run_card_model(c))
   assert all('4321' in (f / 'README.md').read_text() for f in folders[:2])
+  # Those of another step's adapter it has not: merged/ is written after the scores.
+  model, path = run_card_model(c), str(workdir)
+  more = {'has_results': False, 'is_adapter': False, 'folder': 'merged'}
+  export.replace_card(str(workdir / 'merged'), run_card.build(path, model, 1, **more))
+  run_card.refresh(path, model)
+  assert '4321' not in (workdir / 'merged' / 'README.md').read_text()

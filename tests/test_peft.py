@@ -591,6 +591,9 @@ def test_trained_leaves_without_a_form_in_peft():
   arch = open_base('qwen2_tied', train='.*/attn/q/b', targets='.*/attn/v')
   with pytest.raises(ConfigError, match=r'attn/q/b alone has no form.*attn/q/w'):
     peft_export.check(arch)
+  for own in ('head', '.*/attn/v'):
+    with pytest.raises(ConfigError, match=rf'lora.train has {own}/w, and lora.targets gives it an'):
+      peft_export.check(open_base(train=f'{own}/w', targets=own))
   peft_export.check(open_base('qwen2_tied', train='.*/attn/q/[wb]', targets='.*/attn/v'))
 
 
@@ -640,6 +643,26 @@ def test_a_copy_of_the_head_that_peft_saved_is_that_of_the_base(tmp_path):
     peft_weights.load_params(folder, base, folder.architecture(arch), shardings, np.float32)
   folder = peft.read(copy(peft_cases.FOLDER / 'llama_head', tmp_path / 'none', {}, {name: None}))
   peft_weights.load_params(folder, base, folder.architecture(arch), shardings, np.float32)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_a_copy_of_the_head_has_the_precision_that_peft_trained_with(tmp_path, dtype):
+  """It is the base's head, rounded, whatever precision the base is held in here."""
+  case = peft_cases.CASES['llama_head']
+  name, base = 'base_model.model.lm_head.base_layer.weight', GOLDEN / case.base
+  arch = table.architecture(load.read_config(base))
+  head = peft.read(peft_cases.FOLDER / 'llama_head').source.read(name)
+  head = head.astype(jnp.dtype(dtype))
+
+  def read(x, held, path):
+    folder = peft.read(copy(peft_cases.FOLDER / 'llama_head', tmp_path / path, {}, {name: x}))
+    peft_weights.load_params(folder, base, folder.architecture(arch), shardings, jnp.dtype(held))
+
+  for held in ('float32', 'bfloat16'):
+    read(head, held, held)
+  head[5, 7] *= 1.1
+  with pytest.raises(DataError, match=r'base_layer.weight is not the head of the base'):
+    read(head, 'float32', 'other')
 
 
 @pytest.mark.parametrize('case', ['trained', 'head'])

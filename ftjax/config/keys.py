@@ -103,8 +103,8 @@ def _add_lora(c: Section) -> None:
   c.lora = Section()
   c.lora.rank = 0  # rank of the adapters; 0: none, the model itself is trained
   c.lora.alpha = 32.0  # the update is scaled by alpha / rank
-  # Linear maps that have one: those of the blocks (all-linear), or a regex over whole names, the
-  # head's is `head`.
+  # Linear maps that have one: those of the blocks (all-linear), or a regex over whole names; the
+  # head's name is `head`.
   c.lora.targets = 'all-linear'
   c.lora.rank_pattern = ()  # (regex, rank) pairs for maps of another rank; the first match counts
   c.lora.alpha_pattern = ()  # (regex, alpha) pairs, in the same way

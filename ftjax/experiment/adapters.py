@@ -4,7 +4,7 @@ section `lora` of the config."""
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ml_collections
@@ -106,24 +106,30 @@ def _targets(text: str, names: Sequence[str], arch: Architecture) -> list[str]:
     own = dict.fromkeys(n.split('/', 1)[-1] for n in names)
     raise ConfigError(
       f'lora.targets={text!r} matches no linear map; it must match a whole name, such as '
-      f'{names[0]!r}. The maps are {", ".join(own)}; {_others(arch)}{_hint(text)}'
+      f'{names[0]!r}. The maps are {", ".join(own)}; {_others(arch)}{_hint(text, own)}'
     )
   return found
 
 
 def _others(arch: Architecture) -> str:
   """Returns what may be trained without being a linear map."""
+  if arch.num_labels:
+    return 'embed/w may be trained whole, see lora.train; the score always is'
   if arch.tied:
     return 'the head is the table of the embedding; embed/w may be trained whole, see lora.train'
   return 'embed/w and head/w may be trained whole, see lora.train'
 
 
-def _hint(text: str) -> str:
-  """Returns what to add to a message where targets are written as for PEFT; else ''."""
+def _hint(text: str, own: Collection[str]) -> str:
+  """Returns what to add to a message where targets are written as for PEFT; else ''.
+
+  own: the names of the model's linear maps, without those of layers.
+  """
   words = re.findall(r'[a-z_]+', text)
-  if not words or not all(w in _IN_PEFT for w in words):
+  found = [_IN_PEFT[w] for w in words if _IN_PEFT.get(w) in own]
+  if not found or not all(w in _IN_PEFT for w in words):
     return ''
-  return f". PEFT's names are here: lora.targets='(.*/)?({'|'.join(_IN_PEFT[w] for w in words)})'"
+  return f". PEFT's names are here: lora.targets='(.*/)?({'|'.join(found)})'"
 
 
 def _by_pattern(

@@ -41,7 +41,7 @@ def build(
     step: of the weights.
     has_results: whether eval/summary.json compares these weights with the base.
     is_adapter: whether the folder holds an adapter alone.
-    folder: of the workdir, for which it is; '': for another place.
+    folder: the folder of the workdir that the card is written into; '': one elsewhere.
   """
   config, manifest = _read(workdir, 'config.json'), _read(workdir, 'manifest.json')
   config = redaction.redact(config)
@@ -78,27 +78,34 @@ def _merge(workdir: str, config: Mapping[str, Any], folder: str) -> str:
 
 
 def refresh(workdir: str, model: Model) -> None:
-  """Writes eval/summary.json, just made, into the cards of export/ and merged/; one that somebody
-  edited stays. All processes may call this.
+  """Writes eval/summary.json, just made of export/, into the cards of export/ and of merged/, if
+  that is of the same step; one that somebody edited stays. All processes may call this.
   """
   if processes.is_main():
-    for name in ('export', run_export.MERGED):
-      _refresh(workdir, name, model)
+    step = _refresh(workdir, 'export', model, None)
+    _refresh(workdir, run_export.MERGED, model, step)
 
 
-def _refresh(workdir: str, name: str, model: Model) -> None:
+def _refresh(workdir: str, name: str, model: Model, expected: int | None) -> int | None:
+  """Returns the step of a folder's card; None without a card of ftjax.
+
+  expected: the step of the scores; None: that of the card.
+  """
   folder = files.join(workdir, name)
   path = files.join(folder, model_card.FILE)
   if not files.exists(path):  # of an older ftjax
-    return
+    return None
   known = files.read_bytes(path)
   step = model_card.step_of(known)
+  if expected is not None and step not in (None, expected):
+    return step  # merged/ is not written yet again
   if step is None or not model_card.is_unchanged(known):
     log.warning('%s is not as ftjax wrote it; the new results are not added to it', path)
-    return
+    return step
   is_adapter = not files.exists(files.join(folder, 'config.json'))
   text = build(workdir, model, step, has_results=True, is_adapter=is_adapter, folder=name)
   export.replace_card(folder, text)
+  return step
 
 
 def of_checkpoint(workdir: str, model: Model, step: int) -> bytes:

@@ -277,8 +277,13 @@ def trained(arch: Architecture) -> dict[str, list[Binding]]:
     chosen = [b for b in found if is_trained[b.leaf]]
     if not chosen:
       continue
-    others = [b.leaf for b in inside[name] if not is_trained[b.leaf]]
-    others += [b.leaf for b in inside[name] if b.leaf.rpartition('/')[0] in maps]
+    own = [b.leaf for b in inside[name] if is_trained[b.leaf]]
+    if twice := [n for n in own if n.removesuffix('/w') in maps]:
+      raise ConfigError(
+        f'lora.train has {twice[0]}, and lora.targets gives it an adapter; leave it out of one of '
+        'them'
+      )
+    others = [b.leaf for b in inside[name] if b.leaf not in own]
     if others:
       raise ConfigError(
         f'lora.train: {chosen[0].leaf} alone has no form as a PEFT folder, which holds all of '

@@ -60,21 +60,26 @@ def load_adapter(
 
 def _check_copies(folder: PeftFolder, arch: Architecture, base: Mapping[str, jax.Array]) -> None:
   """Raises DataError where a folder's copy of the base's head is another one. PEFT writes it beside
-  the head's adapter, and reads it in place of the base's.
+  the head's adapter, and reads it in place of the base's. It has the dtype in which PEFT held the
+  base: where that is not ours, rounding may differ.
   """
   import jax
+  import jax.numpy as jnp
 
   for name in peft_names.base_copies(arch):
     if name not in folder.source.tensors:
       continue
     head = base['head/w']
+    both = jnp.finfo(folder.source.tensors[name].dtype), jnp.finfo(head.dtype)
+    share = max(float(f.eps) for f in both) if both[0].dtype != both[1].dtype else 0.0
+    least = share and max(float(f.smallest_subnormal) for f in both)
     found = _read(folder, name)
     found = np.pad(found, [(0, n - m) for n, m in zip(head.shape, found.shape, strict=True)])
-    found = found.astype(head.dtype)
     copy = jax.make_array_from_callback(
       head.shape, head.sharding, lambda index, found=found: found[index]
     )
-    if not bool((copy == head).all()):
+    head = head.astype(copy.dtype)
+    if not bool((abs(copy - head) <= share * abs(head) + least).all()):
       raise DataError(
         f'{folder.source.place}: {name} is not the head of the base {folder.base.path}, and PEFT '
         'would compute with it; give the base that the adapter was trained on, or merge it with '

@@ -35,14 +35,15 @@ def dot(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
   Args:
     x: [M, I], rows sorted by group.
     w: [G, I, O].
-    sizes: int32[G], rows of each group. Rows behind the last group become 0, whatever they hold.
+    sizes: int32[G], rows of each group. Rows after those of the last group become 0, whatever x
+      holds there.
   """
   y = jax.lax.platform_dependent(x, w, sizes, cpu=_blocked, cuda=_by_kernel, default=_ragged)
   return _kept(y, sizes)
 
 
 def _kept(x, sizes):
-  """Returns rows with 0 behind the last group: there a kernel may leave anything."""
+  """Returns rows with 0 after those of the last group, which a kernel leaves undefined."""
   return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, 0)
 
 

@@ -2,12 +2,11 @@
 
 Inside `shard_map` each shard sorts its supervised positions to the front and loops
 ceil(supervised / chunk) times over chunks with its part of the vocabulary; no array of
-tokens x vocabulary exists, and
-unsupervised positions cost nothing. Ids from `vocab` on are padding and have the logit -inf. SFT
-computes the gradients inside that one loop (the loss is
-linear in its cotangent), so nothing is recomputed. Log-probs have cotangents that are known only
-later: a second loop in the backward pass computes their logits again. The only collective in the
-loop is over `tensor`, whose members hold the same tokens and so loop equally often."""
+tokens x vocabulary exists, and unsupervised positions cost nothing. Ids from `vocab` on are padding
+and have the logit -inf. SFT computes the gradients inside that one loop (the loss is linear in its
+cotangent), so nothing is recomputed. Log-probs have cotangents that are known only later: a second
+loop in the backward pass computes their logits again. The only collective in the loop is over
+`tensor`, whose members hold the same tokens and so loop equally often."""
 
 import functools
 

@@ -311,7 +311,8 @@ def head_weights(arch: Architecture, params: Mapping) -> jax.Array:
   """
   name = of(arch).head_leaf(arch)
   if arch.adapter and arch.adapter.merged and arch.adapter.find(name.rpartition('/')[0]):
-    return merged(arch, params, name)
+    whole = merged(arch, params, name)
+    return jax.sharding.reshard(whole, spec(*declared(arch)[name].axes))
   leaf = params
   for part in name.split('/'):
     leaf = leaf[part]

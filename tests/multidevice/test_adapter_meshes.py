@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_adapters
@@ -17,6 +18,7 @@ from ftjax.algorithms import sft
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
 from ftjax.models import kinds
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.training import prefetch
 from ftjax.training.state import create
@@ -132,3 +134,19 @@ def test_steps_are_those_of_one_device(case, sizes, use_mesh, batches, first, on
   should = {n: expected[n] - start[n] for n in start}
   # Adam divides by the gradient's own size, so rounding weighs more where it is small.
   assert distance(moved, should) <= 1e-3
+
+
+def test_a_merged_head_is_compared_on_a_mesh(use_mesh):
+  """lora.merge measures how far the merged model is, where the head's table is split too."""
+  use_mesh(fsdp=2, tensor=2, data=2)
+  arch = tiny_adapters.adapted(ARCH, targets='head', dora=True)
+  params = tiny_adapters.init(arch)
+  batch = {k: v[0] for k, v in micro_batches(0).items()}
+  batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
+  ours = Forward(arch, jnp.float32)
+  merged = Forward(kinds.with_merged(arch, 'float32'), jnp.float32)
+  plain = Forward(dataclasses.replace(arch, adapter=None), jnp.float32)
+  bare = kinds.of_model(plain.arch, params, '')
+  found = jax.jit(lambda p, b: ours.divergence_from(p, merged, p, b))(params, batch)
+  other = jax.jit(lambda p, q, b: ours.divergence_from(p, plain, q, b))(params, bare, batch)
+  assert abs(found) < 1e-5 * other

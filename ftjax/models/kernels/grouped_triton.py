@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
-# Rows of a block, of a matrix's inputs and outputs: not tuned, no GPU was at hand. The least that a
-# product of matrices may have is 16.
+# Fewest and most rows of a block, and the width of a tile along a matrix's inputs and outputs. Not
+# tuned: no GPU was at hand. A product of tiles needs at least 16 of each. Larger tiles do not fit
+# everywhere: for float32, Triton takes 96 KiB of shared memory for these, and GPUs of compute
+# capability 8.6 and 8.9 have 99 for a block of threads.
 ROWS = (16, 128)
 WIDTH = 64
 _PARAMS = pallas_triton.CompilerParams(num_warps=4, num_stages=3)
@@ -49,7 +51,7 @@ def _rows_kernel(x, w, group, first, end, out, *, size, tiles):
     b = _tile(w, inner, columns, (inputs, outputs), e)
     return total + pallas_triton.dot(a, b)
 
-  # 0 for a block without rows; a choice between two numbers does not compile as the bound.
+  # 0 for a block without rows. A select (jnp.where) does not compile as the bound of a loop.
   count = jnp.clip(end[block] - first[block], 0, 1) * pl.cdiv(inputs, tiles[0])
   total = jax.lax.fori_loop(0, count, body, jnp.zeros((size, tiles[1]), jnp.float32))
   mask = _inside(rows, columns, (end[block], outputs))
@@ -67,7 +69,7 @@ def product(
   interpret: bool = False,
 ) -> jax.Array:
   """Returns the product of each row with the matrix of its block's group, [M, O] in x's dtype, with
-  float32 sums; rows of no block hold anything.
+  float32 sums; rows that no block has are undefined.
 
   Args:
     x: [M, I].
