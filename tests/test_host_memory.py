@@ -74,7 +74,7 @@ MEASURE = """
 import ctypes, dataclasses, gc, sys
 import jax, ml_dtypes, numpy as np
 from ftjax.families import table
-from ftjax.hf import export, load, layout, peft, peft_export
+from ftjax.hf import export, load, layout, peft, peft_export, peft_weights
 from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter
 from ftjax.runtime import sharding, trees
@@ -143,7 +143,7 @@ write()
 _, written = added(write)
 largest, total = max(x.nbytes for x in leaves.values()), size(leaves)
 leaves.clear()
-_, peak = added(lambda: peft.load_adapter(peft.find(target), arch, where))
+_, peak = added(lambda: peft_weights.load_adapter(peft.find(target), arch, where, {{}}))
 print(total, largest, peak, written)
 """
 
