@@ -96,7 +96,7 @@ FAMILIES = (
   ('lora_qwen3_30b_a3b', 'v5e:4x4', 'mesh.expert=16 grad_accum=1 eval.batch_size=16'),
   ('lora_qwen3_30b_a3b', 'v6e:2x4', 'mesh.expert=8 grad_accum=2 eval.batch_size=8'),
   ('lora_qwen3_30b_a3b', 'v5p:1x1x2', 'mesh.expert=2'),
-  ('lora_qwen3_30b_a3b', 'tpu7x:1x1x1', ''),
+  ('lora_qwen3_30b_a3b', 'tpu7x:1x1x1', 'mesh.expert=2'),
   ('lora_qwen3_30b_a3b', 'h100:2', 'mesh.expert=2'),
   ('lora_qwen3_30b_a3b', 'h200:1', ''),
 )
