@@ -25,7 +25,7 @@ def test_documents_have_no_influence():
   assert len(test.splitlines()) == 10
   for text in (printed(ours, test), blocks('text')[0]):
     apart, largest, influences = numbers(text)
-    assert apart <= 1e-5 * largest and influences == ZEROS
+    assert apart <= 3e-5 * largest and influences == ZEROS
 
 
 def test_what_the_page_has_of_transformers():
