@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).parent
 GOLDEN = HERE / 'golden'
 ASSET = Path('.cache') / 'SmolLM2-135M-Instruct.Q4_1.gguf'
+GGUF_ASSETS = (ASSET, Path('.cache') / 'gemma-3-270m-q4_k_m.gguf', Path('.cache') / 'llama_cpp')
 TASKS = ('folders', 'tokenizers', 'smollm2')
 # Other processors add in another order: max |delta| / max |golden|, and after twenty steps.
 TOLERANCE, AFTER_STEPS = 1e-5, 1e-3
@@ -44,13 +45,13 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
   ]
 
 
-def run(command: list[str]) -> int:
+def run(command: list[str], python: str = sys.executable) -> int:
   """Runs a script beside this one, quietly unless it fails; returns its exit code."""
   start = time.monotonic()
   # On a busy machine torch's threads wait for each other many times longer than they compute.
   env = os.environ | {'HF_HUB_OFFLINE': '1', 'PYTHONHASHSEED': '0', 'OMP_NUM_THREADS': '1'}
   found = subprocess.run(
-    [sys.executable, str(HERE / command[0]), *command[1:]],
+    [python, str(HERE / command[0]), *command[1:]],
     env=env,
     check=False,
     stdout=subprocess.PIPE,
@@ -124,10 +125,17 @@ def main(python: str) -> int:
   left_out = () if ASSET.exists() else ('smollm2_',)
   if left_out:
     print(f'smollm2: left out, {ASSET} is missing; `make assets` makes it')
+  has_gguf = all(path.exists() for path in GGUF_ASSETS)
+  if not has_gguf:
+    left_out += ('gguf_',)
+    print('gguf: left out; it needs `make assets`, `make gemma` and a run of test_llama_cpp.py')
   with tempfile.TemporaryDirectory() as temp:
     target = Path(temp)
-    tasks = tuple(t for t in TASKS if not (left_out and t == 'smollm2'))
+    tasks = tuple(t for t in TASKS if not ('smollm2_' in left_out and t == 'smollm2'))
     failed = [c[0] for c in writers(target, tasks) if run(c)]
+    # In numpy, with the packages of the tests.
+    oracle = ['make_gguf_goldens.py', str(target)]
+    failed += [oracle[0]] if has_gguf and run(oracle, python) else []
     wrong = compare(target, GOLDEN, left_out)
     count = len(files(target))
   for line in wrong:
