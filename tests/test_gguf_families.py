@@ -4,6 +4,7 @@ would compute another model. parity/test_llama_cpp.py compares their logits with
 
 import dataclasses
 
+import family_models
 import gguf
 import gguf_cases as cases
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 
 from ftjax import convert
+from ftjax.families import gguf as gguf_metadata
 from ftjax.families import table
 from ftjax.hf import export, layout, load
 from ftjax.hf.gguf import GGUFSource
 from ftjax.hf.safetensors import SafetensorsFolder, write_file
+from ftjax.models.architecture import DeltaNetSpec
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError, NonFiniteError
 
@@ -152,3 +155,10 @@ def test_a_family_without_a_form_is_refused(tmp_path, monkeypatch):
   source = cases.write_folder(tmp_path / 'hf', cases.CASES['qwen3_5'])
   with pytest.raises(DataError, match='qwen3_5_text is not written as GGUF; supported: llama,'):
     convert.convert(source, str(tmp_path / 'x.gguf'), None)
+
+
+def test_a_model_without_attention_is_refused():
+  arch = family_models.architecture('qwen3_5')
+  nets = tuple(b for b in arch.layers() if isinstance(b.mixer, DeltaNetSpec))[:1]
+  with pytest.raises(DataError, match='without a layer of attention'):
+    gguf_metadata.write_decoder(dataclasses.replace(arch, stacks=((nets, 2),)))

@@ -101,8 +101,15 @@ def check_settings(file: GgufFile, arch: Architecture, known: 'Gguf') -> None:
 
 
 def attention(arch: Architecture) -> BlockSpec:
-  """Returns the first layer with attention, whose sizes are those in metadata."""
-  return next(b for b in arch.layers() if isinstance(b.mixer, AttentionSpec))
+  """Returns the first layer with attention, whose sizes are those in metadata.
+
+  Raises:
+    DataError: there is none.
+  """
+  found = next((b for b in arch.layers() if isinstance(b.mixer, AttentionSpec)), None)
+  if found is None:
+    raise DataError('a model without a layer of attention has no form in GGUF files')
+  return found
 
 
 def file_rope(arch: Architecture) -> Rope | None:

@@ -202,10 +202,15 @@ def _file_types(file: GgufFile, layers: int) -> list[str]:
   return [LINEAR if is_linear else layer_types.FULL for is_linear in stated[:layers]]
 
 
+def _net(arch: Architecture) -> DeltaNetSpec | None:
+  """Returns the delta nets' spec, which is one; None without any."""
+  return next((b.mixer for b in arch.layers() if isinstance(b.mixer, DeltaNetSpec)), None)
+
+
 def _write_gguf(arch: Architecture) -> dict[str, Any]:
   mixers = [block.mixer for block in arch.layers()]
   linear = [isinstance(m, DeltaNetSpec) for m in mixers]
-  net = next((m for m in mixers if isinstance(m, DeltaNetSpec)), None)
+  net = _net(arch)
   if net is None:
     raise DataError('a Qwen3.5 without a delta net has no form in GGUF files')
   out = gguf.write_decoder(arch)
@@ -229,7 +234,7 @@ def _forms(arch: Architecture) -> Mapping[str, Form]:
   """Returns how the tensors of delta nets are stored: the value heads that key heads serve not by
   key head, but the first of each, then the second of each.
   """
-  net = next((b.mixer for b in arch.layers() if isinstance(b.mixer, DeltaNetSpec)), None)
+  net = _net(arch)
   if net is None:
     return {}
   each = net.num_value_heads // net.num_key_heads

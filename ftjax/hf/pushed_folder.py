@@ -52,7 +52,7 @@ def _adapter_config(folder: Path, base: str) -> bytes | None:
   if not base and isinstance(recorded, str) and recorded and not _is_on_hub(recorded):
     raise ConfigError(
       f'{path} names its base {recorded}, which is no name on the hub: whoever loads the uploaded '
-      'adapter looks for it at that path on his own machine. Give --base=org/name, the name of the '
+      'adapter looks for it at that path. Give --base=org/name, the name of the '
       f'base on the hub, which is uploaded in its place; or --base={recorded}, if all who load '
       'the adapter have it there'
     )
