@@ -1,0 +1,82 @@
+"""What a metric is: a figure of a set of results, in a form that can be resampled.
+
+A resample is a vector of weights, how often each result counts: a bootstrap draws them, a
+permutation test chooses between two models by them, and n ones give the figure itself. So a metric
+maps weights float64[R, n] and its columns float64[n, M] to float64[R], all R at once. Most metrics
+are functions of sums over results (`of_sums`); those of ranks are not.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ftjax.evaluation.result import Result
+
+Columns = Callable[[Sequence[Result], Sequence[str]], np.ndarray]
+Value = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A figure of the results of one model on one task.
+
+  Attributes:
+    name: key in files, such as 'macro_f1'.
+    title: in tables, such as 'macro F1'.
+    columns: (results, classes of the task) -> float64[n, M], what the figure needs of each result.
+    value: (weights float64[R, n], columns) -> float64[R]; NaN where it cannot be computed, such as
+      a mean without results.
+    better: 'higher', 'lower', or '' where neither is better.
+    is_proportion: the figure is the mean of zeros and ones: Wilson's interval, McNemar's test.
+    form: how it is shown: 'fraction' (0.873), 'points' (of 100: 27.4) or 'number' (any scale).
+  """
+
+  name: str
+  title: str
+  columns: Columns
+  value: Value
+  better: str = 'higher'
+  is_proportion: bool = False
+  form: str = 'fraction'
+
+
+def of_sums(function: Callable[[np.ndarray], np.ndarray]) -> Value:
+  """Returns the `value` of a metric that is a function of the weighted sums of its columns.
+
+  Args:
+    function: float64[R, M] -> float64[R].
+  """
+  return lambda weights, columns: function(weights @ columns)
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+  """Returns top / bottom, NaN where bottom is 0: float64[...] twice."""
+  top, bottom = np.asarray(top, np.float64), np.asarray(bottom, np.float64)
+  return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
+
+
+def read_values(*names: str) -> Columns:
+  """Returns the columns of the results' values under these names, one after the other.
+
+  The columns raise KeyError where a result lacks one of them.
+  """
+  return lambda results, classes: np.array(
+    [[x for name in names for x in result.values[name]] for result in results], np.float64
+  ).reshape(len(results), -1)
+
+
+def mean(name: str, title: str, *, better: str = 'higher', form: str = 'fraction') -> Metric:
+  """Returns the metric that is the mean of the results' value `name`."""
+
+  def columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
+    values = read_values(name)(results, classes).reshape(len(results), 1)
+    return np.concatenate([values, np.ones_like(values)], axis=1)
+
+  value = of_sums(lambda sums: ratio(sums[:, 0], sums[:, 1]))
+  return Metric(name, title, columns, value, better, form=form)
+
+
+def proportion(name: str, title: str, *, better: str = 'higher') -> Metric:
+  """Returns the metric that is the share of results whose value `name` is 1, not 0."""
+  return dataclasses.replace(mean(name, title, better=better), is_proportion=True)
