@@ -11,7 +11,7 @@ Its rows are:
 `"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does). The
 columns of the prompt (messages, conversations, system, tools, chat_template_kwargs) mean what they
 mean in training rows: data/prompt_rows.py reads both. A kind 'module:OBJECT' is a user's `Kind`.
-run.py runs a task on a model; statistics.py and report.py compare the results of two models.
+run.py runs a task on a model; statistics/ and report.py compare the results of two models.
 """
 
 import dataclasses
