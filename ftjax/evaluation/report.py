@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.evaluation.metrics import SCORES, classification, per_class
+from ftjax.evaluation.metrics.classification import SCORES, classification, per_class
 from ftjax.evaluation.run import Result
 from ftjax.evaluation.statistics import bootstrap, mcnemar, wilson
 from ftjax.evaluation.tasks import Task

@@ -22,7 +22,7 @@ from typing import Any
 
 from ftjax.data import messages, prompt_rows, sources
 from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
-from ftjax.evaluation.metrics import normalized_match
+from ftjax.evaluation.metrics.answers import normalized_match
 from ftjax.grading.math_answers import Math
 from ftjax.runtime import named_object
 from ftjax.runtime.digest import digest
@@ -75,7 +75,7 @@ def _math(mode: str) -> Kind:
   return Kind(is_right, check_answer=check_answer)
 
 
-# match: equal to the answer after `metrics.normalize`.
+# match: equal to the answer after `answers.normalize`.
 KINDS = {
   'choice': Kind(None),
   'match': Kind(lambda completion, prompt, answer: normalized_match(answer, completion)),
