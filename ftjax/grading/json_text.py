@@ -65,7 +65,9 @@ def compile_schema(schema: Any):
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
     kind.check_schema(schema)
     _compile_patterns(schema)
-  except (re.error, TypeError, jsonschema.SchemaError) as error:
+  except jsonschema.SchemaError as error:
+    raise ValueError(error.message) from error
+  except (re.error, TypeError) as error:
     raise ValueError(str(error)) from error
   # An empty registry: the default one fetches a remote $ref.
   return kind(schema, registry=referencing.Registry())

@@ -60,7 +60,7 @@ def read_expected(value: Any) -> tuple[Expected, ...]:
   """
   out = []
   for item in value if isinstance(value, list) else [value]:
-    if isinstance(item, dict) and len(item) == 1 and 'function' not in item:
+    if isinstance(item, dict) and len(item) == 1 and not item.keys() & {'name', 'function'}:
       name, arguments = next(iter(item.items()))
       if not isinstance(arguments, dict) or not all(
         isinstance(v, list) and v for v in arguments.values()
