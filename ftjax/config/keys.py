@@ -297,6 +297,8 @@ def _add_eval(c: Section) -> None:
   c.eval.tasks = ()
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
   c.eval.max_tokens = 64  # most tokens of such a completion
+  # Whether rows of eval.tasks and of the evaluation split are looked up in the training data.
+  c.eval.contamination = True
 
 
 def _add_log(c: Section) -> None:

@@ -109,17 +109,8 @@ class Check:
   def __init__(self, sets: Mapping[str, Sequence[Item]]):
     """Reads the evaluation sets: {name: rows}."""
     self._items = dict(sets)
-    split = {
-      name: [[ngrams.words(t) for t in (*i.prompt, *i.answers)] for i in items]
-      for name, items in sets.items()
-    }
     self._vocabulary: dict[str, int] = {}
-    for rows in split.values():
-      for row in rows:
-        for text in row:
-          ngrams.extend(self._vocabulary, text)
-    self._texts = [templates.read(rows, self._vocabulary) for rows in split.values()]
-    del split
+    self._texts = [templates.read([self._read(i) for i in items]) for items in sets.values()]
     self._tables = {size: self._table(size) for size in (NGRAM, SHORT)}
     # The number of the first training text with each n-gram; -1: none.
     self._first = {s: np.full(len(t), -1, np.int64) for s, t in self._tables.items()}
@@ -132,6 +123,10 @@ class Check:
     self._serial = 0  # training texts so far, those of the chunk included
     self._words: list[str] = []  # of the chunk, '' after each text
     self._chunk: list[tuple[int, str]] = []  # (start in _words, place) of each text
+
+  def _read(self, item: Item) -> list[np.ndarray]:
+    texts = (*item.prompt, *item.answers)
+    return [ngrams.added(self._vocabulary, ngrams.words(text)) for text in texts]
 
   def _table(self, size: int) -> ngrams.Table:
     found = [ngrams.of_numbers(t.content, size)[1] for t in self._texts]

@@ -86,7 +86,7 @@ class Join:
     for number in {self._texts[t][0] for t in texts}:
       ids = templates.without(words, self._vocabulary, self._sets[number].template)
       shingles = ngrams.distinct(ngrams.of_numbers(ids, SHINGLE)[1])
-      places, index = self.table.find(shingles)
+      _, index = self.table.find(shingles)
       owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in index]
       common = collections.Counter(np.concatenate([*owners, np.zeros(0, np.int64)]).tolist())
       for t in texts:
@@ -128,10 +128,7 @@ def count(rows: Sequence[Sequence[Sequence[str]]]) -> int:
   import datasketch
 
   vocabulary: dict[str, int] = {}
-  for row in rows:
-    for text in row:
-      ngrams.extend(vocabulary, text)
-  texts = templates.read(rows, vocabulary)
+  texts = templates.read([[ngrams.added(vocabulary, text) for text in row] for row in rows])
   sketch = datasketch.MinHash(_BANDS * _ROWS, seed=_SEED, hashfunc=int)
   index = datasketch.MinHashLSH(num_perm=_BANDS * _ROWS, params=(_BANDS, _ROWS))
   kept: list[np.ndarray] = []  # different sets of shingles

@@ -69,10 +69,11 @@ def whole(text: str) -> str:
   return ' '.join(unicodedata.normalize('NFKC', text).casefold().split())
 
 
-def extend(vocabulary: dict[str, int], found: Iterable[str]) -> None:
-  """Adds words to a vocabulary, numbered from 0 in the order of their first occurrence."""
-  for word in found:
-    vocabulary.setdefault(word, len(vocabulary))
+def added(vocabulary: dict[str, int], found: Iterable[str]) -> np.ndarray:
+  """Returns the numbers of words, int64[n], after adding new ones to the vocabulary; they are
+  numbered from 0 in the order of their first occurrence.
+  """
+  return np.array([vocabulary.setdefault(word, len(vocabulary)) for word in found], np.int64)
 
 
 def numbers(vocabulary: Mapping[str, int], found: Sequence[str]) -> np.ndarray:
@@ -111,7 +112,7 @@ def of_numbers(ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-  """Returns the different values of an array [n], sorted; np.unique hashes, which is slower here."""
+  """Returns the different values of an array [n], sorted; np.unique hashes, which is slower."""
   values = np.sort(values)
   return values[_is_first(values)]
 
@@ -148,7 +149,7 @@ class Table:
   def __init__(self, values: np.ndarray):
     """Stores n-grams uint64[m]; equal ones count once."""
     self.values = distinct(values)
-    bits = min(len(self.values).bit_length() + 4, _MOST_BITS)
+    bits = min(len(self.values).bit_length() + 3, _MOST_BITS)
     self._shift = np.uint64(64 - bits)
     self._seen = np.zeros(1 << bits, bool)
     self._seen[self._slot(self.values)] = True

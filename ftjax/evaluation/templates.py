@@ -50,14 +50,13 @@ def _padded(ids: np.ndarray) -> np.ndarray:
   return np.concatenate([[_START] * ends, np.where(ids < 0, ids, ids + 2), [_END] * ends, [-1]])
 
 
-def read(rows: Sequence[Sequence[Sequence[str]]], vocabulary: Mapping[str, int]) -> Texts:
+def read(rows: Sequence[Sequence[np.ndarray]]) -> Texts:
   """Returns the texts of rows, with their template found.
 
   Args:
-    rows: of each row its texts, of each text its words.
-    vocabulary: of all words.
+    rows: of each row its texts, of each text the numbers of its words, int64[n].
   """
-  parts = [_padded(ngrams.numbers(vocabulary, text)) for row in rows for text in row]
+  parts = [_padded(text) for row in rows for text in row]
   owner = np.array([i for i, row in enumerate(rows) for _ in row], np.int64)
   padded = np.concatenate([np.zeros(0, np.int64), *parts])
   text = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
@@ -69,13 +68,11 @@ def read(rows: Sequence[Sequence[Sequence[str]]], vocabulary: Mapping[str, int])
   return Texts(content, text, owner, len(rows), words, template)
 
 
-def _shared(
-  rows: Sequence[Sequence[Sequence[str]]], grams: np.ndarray, row: np.ndarray
-) -> np.ndarray:
+def _shared(rows: Sequence[Sequence[np.ndarray]], grams: np.ndarray, row: np.ndarray) -> np.ndarray:
   """Returns the n-grams that too many different rows have; grams uint64[m] of rows int64[m]."""
   first: dict[tuple, int] = {}
   for i, texts in enumerate(rows):
-    first.setdefault(tuple(map(tuple, texts)), i)
+    first.setdefault(tuple(t.tobytes() for t in texts), i)
   is_first = np.zeros(len(rows), bool)
   is_first[list(first.values())] = True
   kept = is_first[row]
