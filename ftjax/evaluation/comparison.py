@@ -186,6 +186,25 @@ def compare(
   }
 
 
+def on_rows(
+  task: Task, results: Mapping[str, Sequence[Result]], ids: frozenset[str]
+) -> dict[str, dict[str, float | None]]:
+  """Returns {model: {value, low, high}} of the primary figure on some of the rows.
+
+  ids: of these rows; nothing is known of none.
+  """
+  rows = tuple(row for row in task.rows if row.id in ids)
+  if not rows:
+    return {name: dict.fromkeys(('value', 'low', 'high')) for name in results}
+  part = dataclasses.replace(task, rows=rows)
+  entry = compare(part, {n: [r for r in own if r.id in ids] for n, own in results.items()})
+  metric = entry['metrics'][0]['name']
+  return {
+    name: {k: found[metric][k] for k in ('value', 'low', 'high')}
+    for name, found in entry['scores'].items()
+  }
+
+
 def _number(value: Any) -> float | None:
   number = float(value)
   return number if math.isfinite(number) else None

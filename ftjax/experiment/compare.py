@@ -14,7 +14,7 @@ from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.run import Cost
 from ftjax.evaluation.tasks import Task
-from ftjax.experiment import few_shot
+from ftjax.experiment import contamination_check, few_shot
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
@@ -122,13 +122,24 @@ class Evaluator:
         results = function_kinds.judged(task.rows, task.kind, results)
       if processes.is_main():
         result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
-        entries.append(comparison.compare(task, results, self._costs(task)))
+        entries.append(self._entry(task, results))
     answers = self.samples.compared(model)
     if not (entries or answers) or not processes.is_main():
       return None
     summary = comparison.summarize(entries, answers)
     self._write(summary)
     return summary
+
+  def _entry(self, task: Task, results: Mapping[str, Sequence[Result]]) -> dict:
+    entry = comparison.compare(task, results, self._costs(task))
+    if (report := self._found_in_training().get(task.name)) is not None:
+      clean = comparison.on_rows(task, results, report.clean_ids())
+      entry['contamination'] = contamination_check.to_summary(report, clean)
+    return entry
+
+  @functools.cache  # noqa: B019, one evaluator a run
+  def _found_in_training(self) -> Mapping[str, contamination_check.Report]:
+    return contamination_check.check(self.run, self.tasks)
 
   def _costs(self, task: Task) -> Mapping[str, Mapping[str, float]]:
     found = self._cost.get(task.name, {})
