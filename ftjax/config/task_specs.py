@@ -1,4 +1,4 @@
-"""The entries of eval.tasks: 'name=kind:path'."""
+"""The entries of eval.tasks: 'name=kind:path', and 'lm_eval:TASK' for a task of lm-eval."""
 
 import re
 from collections.abc import Sequence
@@ -9,6 +9,10 @@ from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 
 KEY = 'eval.tasks'
+# Kinds whose path is a task of EleutherAI's lm-eval; with the second its prompts are turns of the
+# model's chat template.
+LM_EVAL, LM_EVAL_CHAT = 'lm_eval', 'lm_eval_chat'
+LM_EVAL_KINDS = (LM_EVAL, LM_EVAL_CHAT)
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
 # A user's kind, module:OBJECT, before the path.
 _OBJECT = re.compile(r'(?P<kind>[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL)
@@ -17,8 +21,8 @@ _OBJECT = re.compile(r'(?P<kind>[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)
 class TaskSpec(NamedTuple):
   """An entry of eval.tasks.
 
-  name: of the files of eval/. kind: of choices.TASK_KINDS, or 'module:OBJECT'. path: a source of
-  data.
+  name: of the files of eval/. kind: of choices.TASK_KINDS or LM_EVAL_KINDS, or 'module:OBJECT'.
+  path: a source of data; of LM_EVAL_KINDS a task of lm-eval.
   """
 
   name: str
@@ -36,19 +40,21 @@ class TaskKindFacts(Protocol):
 
 
 def parse(text: str) -> TaskSpec:
-  """Returns the parts of 'name=kind:path'.
+  """Returns the parts of 'name=kind:path', or of 'lm_eval:TASK', whose name is the task's.
 
   Raises:
     ConfigError: another form, an unknown kind, or a name that is no file name.
   """
   name, equals, rest = text.partition('=')
+  if not equals and text.partition(':')[0].strip() in LM_EVAL_KINDS:
+    name, equals, rest = text.partition(':')[2], '=', text
   kind, colon, path = (part.strip() for part in rest.partition(':'))
   if not (equals and colon and path and _NAME.fullmatch(name.strip())):
     raise ConfigError(
       f'{KEY}: got {text!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
       'the name of letters, digits and _ . -'
     )
-  if kind not in choices.TASK_KINDS:
+  if kind not in (*choices.TASK_KINDS, *LM_EVAL_KINDS):
     if not (found := _OBJECT.fullmatch(rest.strip())):
       raise ConfigError(
         f"{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, or a user's "
@@ -80,7 +86,7 @@ def check_objects(specs: Sequence[TaskSpec]) -> None:
     ConfigError: a kind that cannot be imported, or is of another type.
   """
   for spec in specs:
-    if spec.kind in choices.TASK_KINDS:
+    if spec.kind in (*choices.TASK_KINDS, *LM_EVAL_KINDS):
       continue
     found = named_object.load(KEY, spec.kind)
     if not isinstance(found, TaskKindFacts) or isinstance(found, type):
