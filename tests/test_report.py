@@ -9,7 +9,7 @@ import scipy.stats
 from ftjax.evaluation import report
 from ftjax.evaluation.report import Answer
 from ftjax.evaluation.run import Result
-from ftjax.evaluation.statistics import wilson
+from ftjax.evaluation.statistics.intervals import wilson
 from ftjax.evaluation.tasks import Row, Task
 
 

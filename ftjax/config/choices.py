@@ -136,7 +136,17 @@ TABLES: dict[str, Mapping[str, Choice]] = {
   'optim.schedule': SCHEDULES,
   'data.on_overlength': OVERLENGTH,
 }
-TASK_KINDS = ('choice', 'match', 'math', 'math_strict')
+# Kinds of evaluation tasks; docs/evaluation.md has a row for each.
+TASK_KINDS = (
+  'choice',
+  'choice_by_length',
+  'choice_by_prior',
+  'match',
+  'math',
+  'math_strict',
+  'preference',
+  'perplexity',
+)
 
 # Keys with a few values and no more facts.
 _PLAIN = {

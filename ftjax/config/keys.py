@@ -292,11 +292,26 @@ def _add_eval(c: Section) -> None:
   c.eval = Section()
   c.eval.every = 0  # steps between evaluations of the loss; the last step is always evaluated
   c.eval.batch_size = 16  # sequences of an evaluation batch, over all devices
-  # 'name=kind:path', kind choice, match, math or math_strict: base and tuned are compared on these
-  # at the end.
+  # 'name=kind:path': base and tuned are compared on these at the end; docs/evaluation.md has the
+  # kinds. A kind of your own is name=module:object:path.
   c.eval.tasks = ()
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
-  c.eval.max_tokens = 64  # most tokens of such a completion
+  c.eval.max_tokens = 64  # most tokens of a completion, of eval.prompts and of tasks
+  c.eval.stop = ()  # texts that end a completion of a task; they are not part of it
+  c.eval.samples = 1  # completions of each prompt of a task, for pass@k and maj@k
+  c.eval.temperature = 0.0  # of these completions; 0: greedy
+  # Examples before each prompt for another comparison: the base model with so many examples.
+  c.eval.shots = 0
+  # Where they come from: 'task=path', a source of rows of the task's form; other tasks take
+  # training rows.
+  c.eval.shots_from = ()
+  # Further models on the same rows: 'endpoint:URL#name', an OpenAI-compatible server.
+  c.eval.models = ()
+  c.eval.in_loop = ()  # names of eval.tasks that are run at every evaluation, eval.every steps
+  c.eval.in_loop_rows = 64  # rows of such a task that are run; the same at every evaluation
+  # Share of the time of training that eval.in_loop may take; evaluations beyond it leave it out.
+  # The last one never does.
+  c.eval.max_share = 0.1
 
 
 def _add_log(c: Section) -> None:

@@ -3,7 +3,7 @@ that contradict each other."""
 
 import ml_collections
 
-from ftjax.config import algorithms, choices
+from ftjax.config import algorithms, choices, task_specs
 from ftjax.config.algorithms import max_example, rows_per_rollout, rows_per_step, steps_per_batch
 from ftjax.config.keys import default
 from ftjax.config.section import flat
@@ -24,6 +24,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   """
   record = algorithms.of(c)
   _check_idle(c)
+  _check_eval(c)
   _check_metric(c)
   _check_precision(c)
   if 'dpo' in record.reads:
@@ -134,13 +135,39 @@ def _check_precision(c: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_eval(c: ml_collections.ConfigDict) -> None:
+  names = [spec.name for spec in task_specs.parse_all(c.eval.tasks)]
+  if unknown := [name for name in c.eval.in_loop if name not in names]:
+    raise ConfigError(f'eval.in_loop: {unknown[0]!r}; expected names of eval.tasks, {names}')
+  if c.eval.in_loop and not c.eval.every:
+    raise ConfigError('eval.in_loop needs eval.every: the steps between two evaluations')
+  if not 0 < c.eval.max_share <= 1:
+    raise ConfigError(f'eval.max_share={c.eval.max_share}; expected a share in (0, 1]')
+  if c.eval.samples > 1 and not c.eval.temperature:
+    raise ConfigError(
+      f'eval.samples={c.eval.samples} with eval.temperature=0 would give equal completions; set '
+      'eval.temperature, for example to 0.7'
+    )
+  for entry in c.eval.shots_from:
+    name, equals, path = entry.partition('=')
+    if not equals or not path or name not in names:
+      raise ConfigError(
+        f'eval.shots_from: {entry!r}; expected task=path with a name of eval.tasks, {names}'
+      )
+  if c.eval.shots_from and not c.eval.shots:
+    raise ConfigError('eval.shots_from is given and eval.shots is 0: set eval.shots')
+
+
 def _check_metric(c: ml_collections.ConfigDict) -> None:
   """Refuses a best_metric that is not measured, or is better in the other direction."""
   metric, measured = c.checkpoint.best_metric, algorithms.of(c).measured(c)
   known = (*(f'eval/{name}' for name in measured), *_TRAIN_METRICS)
+  if metric.startswith(tuple(f'eval/{task}/' for task in c.eval.in_loop)):
+    return  # which figures a task has, and which way they are better, its kind knows
   if metric not in ('', *known):
     raise ConfigError(
-      f'checkpoint.best_metric={metric!r}; expected one of {known}, which {c.algorithm} measures'
+      f'checkpoint.best_metric={metric!r}; expected one of {known}, which {c.algorithm} measures, '
+      'or eval/TASK/METRIC of a task of eval.in_loop'
     )
   if measured.get(metric.removeprefix('eval/')) == 'max' and c.checkpoint.best_mode == 'min':
     raise ConfigError(

@@ -1,5 +1,6 @@
 """The entries of eval.tasks: 'name=kind:path'."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,8 +11,12 @@ from ftjax.runtime.errors import ConfigError
 
 KEY = 'eval.tasks'
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
-# A user's kind, module:OBJECT, before the path.
-_OBJECT = re.compile(r'(?P<kind>[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL)
+# A user's kind, module:OBJECT, or a function that a built-in kind calls, before the path.
+_OBJECT = re.compile(
+  r'(?P<kind>(?:(?:judge|reward)/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL
+)
+# Kinds that are completed by the name of a function: reward/math, judge/module:FUNCTION.
+FUNCTION_KINDS = ('judge/', 'reward/')
 
 
 class TaskSpec(NamedTuple):
@@ -28,11 +33,17 @@ class TaskSpec(NamedTuple):
 
 @runtime_checkable
 class TaskKindFacts(Protocol):
-  """What a user's kind of task has: evaluation.tasks.Kind."""
+  """What a user's kind of task has: evaluation.kind.Kind."""
 
-  is_right: Any
-  read: Any
-  check_answer: Any
+  score: Any
+  metrics: Any
+  respond: Any
+
+
+def own_object(kind: str) -> str | None:
+  """Returns the 'module:OBJECT' of a kind that is, or calls, a user's own; None for the others."""
+  name = kind.removeprefix('judge/').removeprefix('reward/')
+  return name if named_object.is_named(name) else None
 
 
 def parse(text: str) -> TaskSpec:
@@ -48,13 +59,15 @@ def parse(text: str) -> TaskSpec:
       f'{KEY}: got {text!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
       'the name of letters, digits and _ . -'
     )
-  if kind not in choices.TASK_KINDS:
-    if not (found := _OBJECT.fullmatch(rest.strip())):
-      raise ConfigError(
-        f"{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, or a user's "
-        "'module:OBJECT'"
-      )
+  if found := _OBJECT.fullmatch(rest.strip()):
     kind, path = found['kind'], found['path'].strip()
+  elif kind not in choices.TASK_KINDS and not kind.startswith('reward/'):
+    near = difflib.get_close_matches(kind, choices.TASK_KINDS, n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise ConfigError(
+      f'{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, '
+      "reward/NAME, judge/module:FUNCTION, or a user's 'module:OBJECT'" + hint
+    )
   return TaskSpec(name.strip(), kind, path)
 
 
@@ -80,8 +93,12 @@ def check_objects(specs: Sequence[TaskSpec]) -> None:
     ConfigError: a kind that cannot be imported, or is of another type.
   """
   for spec in specs:
-    if spec.kind in choices.TASK_KINDS:
+    if (name := own_object(spec.kind)) is None:
       continue
-    found = named_object.load(KEY, spec.kind)
+    found = named_object.load(KEY, name)
+    if spec.kind.startswith(FUNCTION_KINDS):
+      if not callable(found):
+        raise named_object.wrong(KEY, name, found, 'a function')
+      continue
     if not isinstance(found, TaskKindFacts) or isinstance(found, type):
-      raise named_object.wrong(KEY, spec.kind, found, 'a ftjax.evaluation.tasks.Kind')
+      raise named_object.wrong(KEY, spec.kind, found, 'a ftjax.evaluation.kind.Kind')

@@ -15,7 +15,7 @@ def fingerprints(c: ml_collections.ConfigDict) -> dict[str, str]:
   found = {key: [name] for key, name in names.items() if named_object.is_named(name)}
   if named_object.is_named(c.algorithm):
     found['algorithm'] = [c.algorithm, algorithms.of(c).module]
-  kinds = [spec.kind for spec in task_specs.parse_all(c.eval.tasks)]
-  if own := sorted(kind for kind in kinds if named_object.is_named(kind)):
+  kinds = [task_specs.own_object(spec.kind) for spec in task_specs.parse_all(c.eval.tasks)]
+  if own := sorted(name for name in kinds if name is not None):
     found[task_specs.KEY] = own
   return {key: digest(list(map(named_object.fingerprint, own))) for key, own in found.items()}

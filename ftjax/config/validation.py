@@ -30,6 +30,8 @@ POSITIVE = (
   'eval.batch_size',
   'log.every',
   'eval.max_tokens',
+  'eval.samples',
+  'eval.in_loop_rows',
   'max_bad_steps',
   'rollout.group',
   'rollout.max_tokens',
@@ -50,6 +52,8 @@ NOT_NEGATIVE = (
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',
+  'eval.shots',
+  'eval.temperature',
   'profile.start',
   'dpo.gamma',
   'dpo.nll_coef',
@@ -116,10 +120,12 @@ def _validate(c: Section) -> None:
   for key in ('data.train', 'data.eval'):
     _check_sources(key, values[key])
   _check_locations(c)
-  if c.eval.every and not (c.data.eval or c.data.eval_fraction or c.eval.prompts):
+  if c.eval.every and not (
+    c.data.eval or c.data.eval_fraction or c.eval.prompts or c.eval.in_loop
+  ):
     raise ConfigError(
-      f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction or '
-      'eval.prompts'
+      f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction, '
+      'eval.prompts or eval.in_loop'
     )
   _check_options(c.compiler_options)
   section_checks.check_new_tokens(c)

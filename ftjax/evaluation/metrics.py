@@ -1,4 +1,4 @@
-"""Computes scores of classes and of texts by pure functions; statistics.py has intervals."""
+"""Computes scores of classes and of texts by pure functions; statistics/ has intervals."""
 
 import dataclasses
 import unicodedata

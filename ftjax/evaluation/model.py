@@ -36,12 +36,16 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How completions are drawn: `samples` a prompt, at a temperature (0: greedy, one sample)."""
+  """How completions are drawn: `samples` a prompt, at a temperature (0: greedy).
+
+  stop: texts that end a completion and are not part of it.
+  """
 
   max_tokens: int
   samples: int = 1
   temperature: float = 0.0
   seed: int = 0
+  stop: tuple[str, ...] = ()
 
 
 class Model(Protocol):

@@ -1,6 +1,6 @@
 """Reports whether the tuned model is better than the base: dicts for JSON, tables for a terminal.
 
-Intervals and tests are those of statistics.py; results come from run.py. Tables are plain ASCII, at
+Intervals and tests are those of statistics/; results come from run.py. Tables are plain ASCII, at
 most 100 columns wide.
 """
 
@@ -15,7 +15,9 @@ import numpy as np
 
 from ftjax.evaluation.metrics import SCORES, classification, per_class
 from ftjax.evaluation.run import Result
-from ftjax.evaluation.statistics import bootstrap, mcnemar, wilson
+from ftjax.evaluation.statistics.bootstrap import bootstrap
+from ftjax.evaluation.statistics.intervals import wilson
+from ftjax.evaluation.statistics.paired import mcnemar
 from ftjax.evaluation.tasks import Task
 from ftjax.storage import files
 
@@ -71,18 +73,14 @@ def compare(task: Task, base: Sequence[Result], tuned: Sequence[Result]) -> dict
   names = SCORES if task.classes else SCORES[:1]
   k, n, m = len(task.classes or (0, 1)), len(labels), len(names)
 
-  def scores(labels, base_predictions, tuned_predictions):
-    first = classification(labels, base_predictions, k)[..., :m]
-    second = classification(labels, tuned_predictions, k)[..., :m]
+  def scores(weights):
+    # Each row of weights sums to n: a result with weight 2 is there twice.
+    rows = np.stack([np.repeat(np.arange(n), row) for row in weights.astype(int)])
+    first = classification(labels[rows], base_predictions[rows], k)[..., :m]
+    second = classification(labels[rows], tuned_predictions[rows], k)[..., :m]
     return np.concatenate([first, second, second - first], -1)
 
-  found = bootstrap(
-    scores,
-    (labels, base_predictions, tuned_predictions),
-    seed=SEED,
-    resamples=RESAMPLES,
-    level=LEVEL,
-  )
+  found = bootstrap(scores, range(n), seed=SEED, resamples=RESAMPLES, level=LEVEL)
   parts = list(zip(found.value, found.low, found.high, found.p, strict=True))
   out: dict[str, Any] = {'task': task.name, 'kind': task.kind, 'n': n, 'classes': task.classes}
   for title, predictions, part in (

@@ -1,163 +1,150 @@
-"""Evaluates one model on all rows of a task, and stores one result a row.
+"""Runs a task on a model: one result a row, or a row and sample.
 
-The model is given as functions, so that nothing here depends on parameters, meshes or compilation.
-Scores do not depend on batch size, padding or the order of rows. tasks.py decides which responses
-are right, report.py compares models.
+The model answers texts (model.py), so that nothing here depends on parameters, meshes or
+compilation. Scores do not depend on batch size, padding or the order of rows.
 """
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-import numpy as np
 from tqdm import tqdm
 
 from ftjax.cluster import processes
-from ftjax.evaluation import tasks
-from ftjax.evaluation.tasks import Row, Task
+from ftjax.data.formats import Chat
+from ftjax.evaluation import kinds, result, tasks
+from ftjax.evaluation.kind import CHOOSE, COMPLETE, Answer
+from ftjax.evaluation.model import Draw, Likelihood, Model
+from ftjax.evaluation.result import Result
+from ftjax.evaluation.rows import Row
+from ftjax.evaluation.shots import Shots
+from ftjax.evaluation.tasks import Task
 from ftjax.runtime.errors import DataError, NonFiniteError
 from ftjax.storage import files
 
-
-@dataclasses.dataclass(frozen=True)
-class Functions:
-  """One model, as evaluation sees it.
-
-  Attributes:
-    encode_prompt: a row -> ids of what the model reads, up to where the assistant begins.
-    encode_choice: a row, a choice -> ids that follow where it is the response: the text and the
-      stop token.
-    score: (prompts, their choices' ids) -> float[B, C]: log p(choice | prompt) in nats. Always
-      `batch_size` prompts with C choices each.
-    generate: (prompts, max_tokens) -> for each the ids of the greedy completion, without the
-      stop token. Always `batch_size` prompts.
-    decode: ids of a completion -> text, without the tokens that end or frame it.
-    prompt_text: ids of a prompt -> everything that the model reads.
-  """
-
-  encode_prompt: Callable[[Row], list[int]]
-  encode_choice: Callable[[Row, str], list[int]]
-  score: Callable[[list[list[int]], list[list[list[int]]]], np.ndarray]
-  generate: Callable[[list[list[int]], int], list[list[int]]]
-  decode: Callable[[list[int]], str]
-  prompt_text: Callable[[list[int]], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """The response of a model to one row.
-
-  Attributes:
-    id, label: the row's; the label is the right text.
-    prediction: the choice with the largest score (the first of equal ones), or the generated text.
-    right: whether that counts.
-    scores: log-probability in nats of each choice, in the row's order; empty for a
-      generated text.
-  """
-
-  id: str
-  label: str
-  prediction: str
-  right: bool
-  scores: tuple[float, ...]
+# A prompt without content (Zhao et al. 2021), after which priors of choices are scored.
+_NO_CONTENT = 'N/A'
 
 
 def evaluate(
-  task: Task,
-  model: Functions,
-  *,
-  batch_size: int,
-  max_len: int,
-  max_tokens: int,
-  title: str,
+  task: Task, model: Model, *, draw: Draw, title: str, shots: Shots | None = None
 ) -> list[Result]:
   """Returns the results of all rows of a task, in its order, and shows a progress bar.
 
   Args:
-    batch_size: rows at once; `eval.batch_size`.
-    max_len: the longest sequence, in tokens, that the model may see.
-    max_tokens: the longest completion.
+    task: what is asked.
+    model: under test.
+    draw: how completions are drawn.
     title: whose results these are ('base', 'tuned'), for the bar and for messages.
+    shots: examples that stand before every prompt; None: there are none.
 
   Raises:
-    DataError: a row longer than max_len.
+    DataError: a row that is too long for the model, or that its kind cannot score.
     NonFiniteError: a log-probability that is no number.
   """
-  ask = _choose if tasks.find_kind(task.kind).is_right is None else _generate
-  return ask(task, model, batch_size, max_len, max_tokens, title)
+  respond = task.kind.respond
+  total = len(task.rows) * (draw.samples if respond == COMPLETE else 1)
+  with _bar(f'{task.name} {title}', total) as done:
+    if respond == COMPLETE:
+      answers = _complete(task, model, draw, shots, done)
+    else:
+      answers = [[a] for a in _score(task, model, title, shots, done)]
+  out = []
+  for row, own in zip(task.rows, answers, strict=True):
+    for sample, answer in enumerate(own):
+      out.append(_result(task, row, answer, sample))
+  return out
 
 
-def _choose(task, model, batch_size, max_len, _, title) -> list[Result]:
-  prompts = [model.encode_prompt(row) for row in task.rows]
-  choices = [[model.encode_choice(row, c) for c in row.choices] for row in task.rows]
-  for row, prompt, ids in zip(task.rows, prompts, choices, strict=True):
-    if not prompt or not all(ids):
-      raise DataError(f'{row.place}: the prompt or a choice of {list(row.choices)} has no tokens')
-    _check_length(row, len(prompt) + max(map(len, ids)), max_len)
-  # Rows with as many choices together, like lengths together.
-  order = sorted(range(len(prompts)), key=lambda i: (len(choices[i]), len(prompts[i])))
-  scores: list[tuple[float, ...]] = [()] * len(prompts)
-  with tqdm(
-    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not processes.is_main()
-  ) as bar:
-    for _, group in itertools.groupby(order, key=lambda i: len(choices[i])):
-      for index in _batches(list(group), batch_size):
-        padded = [*index, *[index[-1]] * (batch_size - len(index))]
-        found = model.score([prompts[i] for i in padded], [choices[i] for i in padded])
-        for i, row_scores in zip(index, np.asarray(found, np.float64), strict=False):
-          scores[i] = tuple(row_scores.tolist())
-        bar.update(len(index))
-  results = []
-  for row, own in zip(task.rows, scores, strict=True):
-    if not all(math.isfinite(s) for s in own):
-      raise NonFiniteError(f'{row.place}: the {title} model gives log-probabilities {own}')
-    choice = row.choices[own.index(max(own))]
-    results.append(Result(row.id, row.answer, choice, choice == row.answer, own))
-  return results
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+  with tqdm(total=total, desc=title, unit='row', disable=not processes.is_main()) as bar:
+    yield bar.update
 
 
-def _batches(items: list[int], size: int) -> list[list[int]]:
-  return [items[i : i + size] for i in range(0, len(items), size)]
+def _prompts(task: Task, shots: Shots | None) -> list[Chat | str]:
+  """Returns what the model reads before each row's response; '' for whole texts."""
+  asked = [row.asked if row.asked is not None else '' for row in task.rows]
+  return [shots.before(a) for a in asked] if shots else asked
 
 
-def _check_length(row: Row, length: int, max_len: int) -> None:
-  if length > max_len:
-    raise DataError(
-      f'{row.place}: {length} tokens with its answer, the model may see {max_len}: '
-      'shorten the row or take it out'
-    )
+def _complete(task, model, draw, shots, done) -> list[list[Answer]]:
+  places = [row.place for row in task.rows]
+  found = model.complete(_prompts(task, shots), places, draw, done)
+  out = []
+  for row, completions in zip(task.rows, found, strict=True):
+    own = []
+    for c in completions:
+      try:
+        parsed = tasks.call(task.kind.parse, c.text, c.prompt, row)
+        if not isinstance(parsed, str):
+          raise ValueError(f'returned {parsed!r}; expected text')
+      except ValueError as error:
+        raise _fault(task, row, f'parse of the completion {c.text!r}', error) from error
+      own.append(Answer(c.text, parsed, c.prompt, c.tokens, c.is_cut))
+    out.append(own)
+  return out
 
 
-def _generate(task, model, batch_size, max_len, max_tokens, title) -> list[Result]:
-  prompts = [model.encode_prompt(row) for row in task.rows]
-  for row, prompt in zip(task.rows, prompts, strict=True):
-    _check_length(row, len(prompt) + max_tokens, max_len)
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths together
-  texts = [''] * len(prompts)
-  with tqdm(
-    total=len(prompts), desc=f'{task.name} {title}', unit='row', disable=not processes.is_main()
-  ) as bar:
-    for index in _batches(order, batch_size):
-      spare = [prompts[index[-1]]] * (batch_size - len(index))
-      outputs = model.generate([prompts[i] for i in index] + spare, max_tokens)
-      for i, ids in zip(index, outputs[: len(index)], strict=True):
-        texts[i] = model.decode(ids).strip()
-      bar.update(len(index))
-  kind, results = tasks.find_kind(task.kind), []
-  for row, text, ids in zip(task.rows, texts, prompts, strict=True):
+def _score(task, model, title, shots, done) -> list[Answer]:
+  places = [row.place for row in task.rows]
+  choices = [row.choices for row in task.rows]
+  if task.kind.respond == CHOOSE:
+    found = model.score(_prompts(task, shots), choices, places, done)
+  else:
+    texts = [(row, c) for row in task.rows for c in row.choices]
+    flat = iter(model.score_texts([c for _, c in texts], [r.place for r, _ in texts], done))
+    found = [tuple(next(flat) for _ in row.choices) for row in task.rows]
+  priors: list[tuple[Likelihood, ...]] = [()] * len(choices)
+  if task.kind.has_priors:
+    empty = [_without_content(p) for p in _prompts(task, shots)]
+    priors = model.score(empty, choices, places, lambda n: None)
+  out = []
+  for row, own, prior in zip(task.rows, found, priors, strict=True):
+    if not all(math.isfinite(x.logp) for x in (*own, *prior)):
+      logps = tuple(x.logp for x in (*own, *prior))
+      raise NonFiniteError(f'{row.place}: the {title} model gives log-probabilities {logps}')
+    chosen = row.choices[task.kind.choose(row, own, prior)]
+    tokens = sum(x.tokens for x in own)
+    out.append(Answer(prediction=chosen, tokens=tokens, likelihoods=own, priors=prior))
+  return out
+
+
+def _without_content(prompt: Chat | str) -> Chat | str:
+  if isinstance(prompt, str):
+    return _NO_CONTENT
+  last = {**prompt.messages[-1], 'content': _NO_CONTENT}
+  return dataclasses.replace(prompt, messages=(*prompt.messages[:-1], last))
+
+
+def _result(task: Task, row: Row, answer: Answer, sample: int) -> Result:
+  if task.kind.judge is not None:
+    values = {}  # once there are two models' answers
+  else:
     try:
-      right = tasks.call(kind.is_right, text, model.prompt_text(ids), row.answer)
-      if not isinstance(right, bool | np.bool_):
-        raise ValueError(f'returned {right!r}; expected True or False')
+      values = kinds.values_of(tasks.call(task.kind.score, row, answer))
     except ValueError as error:
-      raise DataError(
-        f'{row.place}: {task.kind}: is_right of the completion {text!r}: {error}'
-      ) from error
-    results.append(Result(row.id, row.answer, text, bool(right), ()))
-  return results
+      of = f'the completion {answer.text!r}' if answer.text else f'{answer.prediction!r}'
+      raise _fault(task, row, f'score of {of}', error) from error
+  return Result(
+    id=row.id,
+    label=row.answer,
+    prediction=answer.prediction,
+    values=values,
+    scores=tuple(x.logp for x in answer.likelihoods),
+    response=answer.text if answer.text != answer.prediction else '',
+    sample=sample,
+    tokens=answer.tokens,
+    is_cut=answer.is_cut,
+  )
+
+
+def _fault(task: Task, row: Row, what: str, error: ValueError) -> DataError:
+  return DataError(f'{row.place}: {task.kind_name}: {what}: {error}')
 
 
 def cache_key(
@@ -170,40 +157,8 @@ def cache_key(
     template: hash of tokenizer and chat template.
     settings: whatever else changes scores, such as compute_dtype, max_tokens and max_len.
   """
-  parts = [tasks.VERSION, task.kind, task.digest, model, template, sorted(settings.items())]
+  parts = [tasks.VERSION, task.kind_name, task.digest, model, template, sorted(settings.items())]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def save(path: str, results: Mapping[str, Sequence[Result]]) -> None:
-  """Writes `eval/<task>.jsonl`, a row per model and example: model, id, label, prediction, right,
-  scores.
-
-  Args:
-    results: by model, 'base' and 'tuned'.
-  """
-  rows = [{'model': m, **dataclasses.asdict(r)} for m, rs in results.items() for r in rs]
-  text = ''.join(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows)
-  files.write_text(path, text)
-
-
-def load(path: str) -> dict[str, list[Result]]:
-  """Returns what `save` wrote, bitwise the same scores.
-
-  Raises:
-    DataError: a line that is no result; names it.
-  """
-  out: dict[str, list[Result]] = {}
-  for number, line in enumerate(files.read_text(path).split('\n'), 1):
-    if not line:
-      continue
-    try:
-      row = json.loads(line)
-      model = row.pop('model')
-      result = Result(**(row | {'scores': tuple(row['scores'])}))
-    except (ValueError, KeyError, TypeError) as e:
-      raise DataError(f'{path}:{number}: not a result ({e}); delete the file to score anew') from e
-    out.setdefault(model, []).append(result)
-  return out
 
 
 def _cache_path(folder: str, key: str, task: Task) -> str:
@@ -216,23 +171,39 @@ def is_cached(folder: str, key: str, task: Task) -> bool:
 
 
 def cached(
-  folder: str, key: str, task: Task, make: Callable[[], list[Result]]
-) -> tuple[list[Result], bool]:
-  """Returns the base's results under `key`; computes and stores them in `folder` if needed.
-
-  Returns:
-    (results in the order of the task's rows, whether they were there).
+  folder: str, key: str, task: Task, make: Callable[[], Sequence[Result]]
+) -> Sequence[Result]:
+  """Returns the results of a model that does not change; computes and stores them in `folder` if
+  they are not there.
 
   Raises:
     DataError: the file holds other rows than the task.
   """
   path = _cache_path(folder, key, task)
   if files.exists(path):
-    results = load(path).get('base', [])
-    if [r.id for r in results] != [row.id for row in task.rows]:
+    results = result.load(path).get('base', [])
+    if list(dict.fromkeys(r.id for r in results)) != [row.id for row in task.rows]:
       raise DataError(f'{path}: its rows are not those of {task.path}; delete it to score anew')
-    return results, True
+    return results
   results = make()
   files.makedirs(folder)
-  save(path, {'base': results})
-  return results, False
+  result.save(path, {'base': results})
+  return results
+
+
+@dataclasses.dataclass
+class Cost:
+  """What an evaluation took."""
+
+  seconds: float = 0.0
+  tokens: int = 0
+  rows: int = 0
+
+  @contextmanager
+  def measured(self) -> Iterator[list[Result]]:
+    """Adds the time of its block, and the results that the block puts into its list."""
+    begun, results = time.perf_counter(), []
+    yield results
+    self.seconds += time.perf_counter() - begun
+    self.tokens += sum(r.tokens for r in results)
+    self.rows += len(results)

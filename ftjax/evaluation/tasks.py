@@ -1,29 +1,24 @@
-"""Evaluation tasks: the rows of `eval.tasks`, and which completions count as right.
+"""Evaluation tasks: a kind of task on the rows of a file.
 
 A task is named in the config as 'name=kind:path', for example
-'sentiment=choice:.cache/sentiment/test.jsonl'. The path is any source that data.train could name.
-Its rows are:
-
-  choice   {"messages": [...], "choices": ["yes", "no"], "label": "yes"}   label: or its index
-  match    {"messages": [...], "answer": "Paris"}
-  math, math_strict   {"messages": [...], "answer": "18"}   or a rationale that ends in "#### 18"
-
-`"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does). The
-columns of the prompt (messages, conversations, system, tools, chat_template_kwargs) mean what they
-mean in training rows: data/prompt_rows.py reads both. A kind 'module:OBJECT' is a user's `Kind`.
-run.py runs a task on a model; statistics.py and report.py compare the results of two models.
+'sentiment=choice:.cache/sentiment/test.jsonl'. The path is any source that data.train could name;
+kinds.py has the kinds and the columns of their rows. The columns of the prompt (messages,
+conversations, system, tools, chat_template_kwargs) mean what they mean in training rows.
+run.py runs a task on a model; comparison.py compares the results of several models.
 """
 
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ftjax.data import messages, prompt_rows, sources
-from ftjax.data.formats import PROMPT_KEYS, Bad, Chat
-from ftjax.evaluation.metrics import normalized_match
-from ftjax.grading.math_answers import Math
+from ftjax.data import sources
+from ftjax.data.formats import Bad
+from ftjax.evaluation import kinds, rows
+from ftjax.evaluation.kind import COMPLETE, READ, Kind
+from ftjax.evaluation.metric import Metric
+from ftjax.evaluation.rows import Row
 from ftjax.runtime import named_object
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -31,124 +26,57 @@ from ftjax.runtime.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
-VERSION = 2
+VERSION = 3
 
 _SHOWN = 5  # bad rows that are listed
-_KNOWN = ('id', 'choices', 'label', 'answer')  # columns besides those of the prompt
-
-
-def _accept(answer: str) -> None:
-  del answer
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """How the rows of a task are read and what counts as right.
-
-  Attributes:
-    is_right: (completion, prompt, answer) -> whether a greedy completion is right. The completion
-      has the special tokens that carry content; the prompt is everything that the model read, whose
-      end may have opened a thought. None: rows have choices, and the choice with the largest
-      log-probability of its tokens and the stop token after the prompt is the prediction.
-    read: a row of the source, {column: value} -> a row of the form above. Raises ValueError with
-      the reason for a row that cannot be used.
-    check_answer: raises ValueError for an answer that no completion could equal.
-  """
-
-  is_right: Callable[[str, str, str], bool] | None
-  read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: row
-  check_answer: Callable[[str], None] = _accept
-
-
-def _math(mode: str) -> Kind:
-  """Returns the kind scored by the reward of that mode; without symbolic comparison, so that scores
-  are the same on every machine.
-  """
-  math = Math(mode, symbolic='off')
-
-  def is_right(completion: str, prompt: str, answer: str) -> bool:
-    return math.score(completion, prompt, answer) == 1
-
-  def check_answer(answer: str) -> None:
-    math.score('', '', answer)
-
-  return Kind(is_right, check_answer=check_answer)
-
-
-# match: equal to the answer after `metrics.normalize`.
-KINDS = {
-  'choice': Kind(None),
-  'match': Kind(lambda completion, prompt, answer: normalized_match(answer, completion)),
-  'math': _math('flexible'),
-  'math_strict': _math('strict'),
-}
-
-
-def find_kind(name: str) -> Kind:
-  """Returns the kind of a name in KINDS, or the user's object 'module:OBJECT'.
-
-  Raises:
-    ConfigError: there is none, or it is of another type.
-  """
-  if name in KINDS:
-    return KINDS[name]
-  return named_object.instance('eval.tasks', name, Kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One row of a task. Exactly one of messages and prompt is given.
-
-  Attributes:
-    id: unique in the task.
-    place: file:line, for messages.
-    messages: a conversation that the assistant answers next.
-    prompt: plain text that the model continues.
-    choices: of a choice row, else empty.
-    answer: the right text; of a choice row, the right choice.
-    tools, template_kwargs: of a conversation, see formats.Chat.
-  """
-
-  id: str
-  place: str
-  messages: tuple[Mapping[str, Any], ...] | None
-  prompt: str | None
-  choices: tuple[str, ...]
-  answer: str
-  tools: tuple[dict[str, Any], ...] | None = None
-  template_kwargs: Mapping[str, Any] | None = None
-
-  @property
-  def asked(self) -> Chat | str:
-    """Returns the prompt, for `encode.encode_prompt`."""
-    if self.messages is None:
-      return self.prompt or ''
-    return Chat(
-      tuple(dict(m) for m in self.messages), self.tools, template_kwargs=self.template_kwargs
-    )
-
-  @property
-  def label(self) -> int:
-    """Returns the index of the right choice."""
-    return self.choices.index(self.answer)
+_KNOWN = ('id', 'choices', 'label', 'answer', 'answers')  # columns besides those of the prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A named file of rows.
+  """A kind of task on a named file of rows.
 
   Attributes:
+    name: of its files and metrics.
+    kind_name: in the config.
+    path: of the source.
     digest: sha256 of the file, or of a source of several.
-    classes: the choices, sorted, where every row offers the same ones; else None: precision, recall
+    classes: the choices, sorted, where every row offers the same ones; else (): precision, recall
       and F1 then mean nothing.
+    group: 'task', 'safety' or 'general': where reports show it.
   """
 
   name: str
-  kind: str
+  kind_name: str
   path: str
   rows: tuple[Row, ...]
   digest: str
-  classes: tuple[str, ...] | None
+  classes: tuple[str, ...] = ()
+  group: str = 'task'
+
+  @property
+  def kind(self) -> Kind:
+    """Returns how its rows are scored."""
+    return kinds.find(self.kind_name)
+
+  @property
+  def metrics(self) -> tuple[Metric, ...]:
+    """Returns the figures of its results; the first decides."""
+    return self.kind.metrics + (self.kind.class_metrics if self.classes else ())
+
+  def first(self, count: int, seed: int) -> 'Task':
+    """Returns the task on `count` of its rows, chosen by hash: a prefix of one order, whatever the
+    count, that does not depend on the order of the file.
+    """
+    if count >= len(self.rows):
+      return self
+
+    def place(row: Row) -> bytes:
+      return hashlib.sha256(f'{seed}:{row.id}'.encode()).digest()
+
+    chosen = {row.id for row in sorted(self.rows, key=place)[:count]}
+    kept = tuple(row for row in self.rows if row.id in chosen)
+    return dataclasses.replace(self, rows=kept, digest=digest([self.digest, seed, count]))
 
 
 def load_tasks(specs: Iterable[tuple[str, str, str]]) -> tuple[Task, ...]:
@@ -160,7 +88,7 @@ def load_tasks(specs: Iterable[tuple[str, str, str]]) -> tuple[Task, ...]:
   return tuple(load_task(*spec) for spec in specs)
 
 
-def load_task(name: str, kind: str, path: str) -> Task:
+def load_task(name: str, kind_name: str, path: str) -> Task:
   """Returns one task, after checking all of its rows.
 
   Raises:
@@ -169,18 +97,41 @@ def load_task(name: str, kind: str, path: str) -> Task:
   spec = sources.parse_spec(path)
   if spec.weight is not None:
     raise ConfigError(f'eval.tasks: {path!r} has a weight; leave the @weight out')
-  scoring, rows, bad, places, unread = find_kind(kind), [], [], {}, set()
+  kind = kinds.find(kind_name)
+  found = read_rows(spec, kind, f'task {name!r}')
+  if not found:
+    raise DataError(f'{path}: no rows (eval.tasks, task {name!r})')
+  offered = {tuple(sorted(r.choices)) for r in found}
+  is_classified = kind.has_answer and kind.respond != READ and len(offered) == 1
+  content = _digest(spec)
+  if kind_name not in kinds.KINDS:
+    content = digest([content, named_object.fingerprint(kind_name)])
+  return Task(name, kind_name, path, found, content, next(iter(offered)) if is_classified else ())
+
+
+def read_rows(spec: sources.Spec, kind: Kind, what: str) -> tuple[Row, ...]:
+  """Returns the rows of a source.
+
+  Args:
+    spec: of the source.
+    kind: of its rows.
+    what: whose rows they are, for messages.
+
+  Raises:
+    DataError: no such file, or bad rows: the first few with file, line and reason.
+  """
+  out, bad, places, unread = [], [], {}, set()
   try:
     names = sources.source_names(spec)
   except DataError as e:
-    raise DataError(f'{e} (task {name!r})') from e
+    raise DataError(f'{e} ({what})') from e
   for file, number, found in sources.scan(spec):
     place = f'{names[file]}:{number}'
     usual_id = number if len(names) == 1 else place.rpartition('/')[2]
     try:
       if isinstance(found, Bad):
         raise ValueError(found.reason)
-      row, others = _read_row(call(scoring.read, found), scoring, usual_id, place, spec.format)
+      row, others = _read_row(call(kind.read, found), kind, usual_id, place, spec.format)
       if row.id in places:
         raise ValueError(f'id {row.id!r} stands on {places[row.id]} too')
     except ValueError as e:
@@ -188,20 +139,13 @@ def load_task(name: str, kind: str, path: str) -> Task:
       continue
     places[row.id] = f'line {number}' if len(names) == 1 else place
     unread |= others
-    rows.append(row)
+    out.append(row)
   if bad:
     more = f'\n... and {len(bad) - _SHOWN} more bad rows' if len(bad) > _SHOWN else ''
     raise DataError('\n'.join(bad[:_SHOWN]) + more)
-  if not rows:
-    raise DataError(f'{path}: no rows (eval.tasks, task {name!r})')
-  offered = {tuple(sorted(r.choices)) for r in rows}
-  classes = next(iter(offered)) if scoring.is_right is None and len(offered) == 1 else None
   if unread:
-    log.info('eval.tasks %s: columns not read: %s', name, ', '.join(sorted(unread)))
-  content = _digest(spec)
-  if kind not in KINDS:
-    content = digest([content, named_object.fingerprint(kind)])
-  return Task(name, kind, path, tuple(rows), content, classes)
+    log.info('eval.tasks, %s: columns not read: %s', what, ', '.join(sorted(unread)))
+  return tuple(out)
 
 
 def _digest(spec: sources.Spec) -> str:
@@ -225,50 +169,19 @@ def _read_row(
   row: Mapping[str, Any], kind: Kind, usual_id: int | str, place: str, form: str | None
 ) -> tuple[Row, set[str]]:
   """Returns (the row, columns that are not read). Raises ValueError with the reason."""
-  given = [k for k in PROMPT_KEYS.values() if row.get(k) is not None]
-  if form is None and len(given) != 1:
-    raise ValueError(f'expected one of "messages" and "prompt", got {given or "neither"}')
-  if prompt_rows.ends_with_assistant(row, form):
-    key = prompt_rows.prompt_key(row, form)
-    raise ValueError(f'"{key}" ends with the assistant; the model is to answer: leave it out')
-  found = prompt_rows.read_prompt(row, True, form)
-  if isinstance(found.asked, str) and not found.asked.strip():
-    _read_text(row, 'prompt')
-  if kind.is_right is None:
-    choices, answer = _read_choices(row)
-  else:
-    choices, answer = (), _read_text(row, 'answer')
-    call(kind.check_answer, answer)
+  asked, read = (None, set()) if kind.respond == READ else rows.read_asked(row, form)
+  choices: Sequence[str] = ()
+  answers: tuple[str, ...] = ()
+  if kind.respond != COMPLETE:
+    choices, right = call(kind.choices, row)
+    answers = (right,)
+  elif kind.has_answer:
+    answers = rows.read_answers(row)
   name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')
-  unread = {str(k) for k, v in row.items() if v is not None and k not in (*_KNOWN, *found.read)}
-  if isinstance(found.asked, str):
-    return Row(str(name), place, None, found.asked, choices, answer), unread
-  asked = found.asked
-  shared = asked.tools, asked.template_kwargs
-  return Row(str(name), place, asked.messages, None, choices, answer, *shared), unread
-
-
-def _read_text(row: Mapping[str, Any], key: str) -> str:
-  value = row.get(key)
-  if not isinstance(value, str) or not value.strip():
-    got = 'nothing' if value is None else repr(value)
-    raise ValueError(f'"{key}": expected text that is not empty, got {got}')
-  return value
-
-
-def _read_choices(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-  choices, label = row.get('choices'), row.get('label')
-  if isinstance(choices, str):  # of CSV
-    choices = messages.parse_json(choices, 'choices', 'a list of texts')
-    if isinstance(label, str) and label not in choices and label.isdigit():
-      label = int(label)
-  is_texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
-  if not is_texts or len(choices) < 2 or len(set(choices)) < len(choices):
-    raise ValueError(f'"choices": expected two or more different texts, got {choices!r}')
-  if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(choices):
-    label = choices[label]
-  if label not in choices:
-    raise ValueError(f'"label": expected one of {choices} or its index, got {label!r}')
-  return tuple(choices), label
+  columns = {k: row[k] for k in kind.reads if row.get(k) is not None}
+  out = Row(str(name), place, asked, tuple(choices), answers, columns)
+  call(kind.check, out)
+  known = {*_KNOWN, *kind.reads, *read}
+  return out, {str(k) for k, v in row.items() if v is not None and k not in known}

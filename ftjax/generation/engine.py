@@ -144,7 +144,7 @@ class Engine:
     seed: int,
     prompt_ids: Sequence[int] | None = None,
     ended: Callable[[list[int]], bool] | None = None,
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[[int], None] = lambda ended: None,
   ) -> Rollout:
     """Returns `group` completions of each of many prompts.
 
@@ -159,7 +159,7 @@ class Engine:
       prompt_ids: distinguish prompts in the sampling key; their index by default.
       ended: whether the tokens of a completion so far end it (stop strings). Called for every
         token, between dispatches; must be the same function on every process.
-      beat: called after every dispatch, for a watchdog.
+      beat: called after every dispatch, with the number of completions that ended in it.
 
     Raises:
       ConfigError: an empty prompt, group or max_tokens below 1, more positions than the model was

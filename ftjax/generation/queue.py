@@ -62,13 +62,16 @@ class Queue:
     """Decoding steps so far."""
     return self._decoder.steps
 
-  def run(self, beat: Callable[[], None]) -> None:
-    """Generates all completions into `done`; calls `beat` after every dispatch."""
+  def run(self, beat: Callable[[int], None]) -> None:
+    """Generates all completions into `done`; calls `beat` after every dispatch, with the number of
+    completions that ended in it.
+    """
     while self._waiting or any(self._decoder.slots):
       self._refill()
-      for sequence, completion in self._decoder.dispatch(self._programs.width):
+      ended = self._decoder.dispatch(self._programs.width)
+      for sequence, completion in ended:
         self.done[sequence.prompt][sequence.completion] = completion
-      beat()
+      beat(len(ended))
 
   def _refill(self) -> None:
     """Fills empty slots from the queue."""

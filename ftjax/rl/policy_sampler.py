@@ -80,7 +80,7 @@ class PolicySampler:
       seed=int.from_bytes(hashlib.sha256(f'{seed}/rollout'.encode()).digest()[:4], 'little'),
       prompt_ids=[n % 2**31 for n in numbers],
       ended=self.ended,
-      beat=self._run.watchdog.beat,
+      beat=lambda ended: self._run.watchdog.beat(),
     )
 
   def _check(self, params: dict, copy: dict) -> None:
@@ -113,7 +113,7 @@ class PolicySampler:
         sampling=Sampling(),
         seed=0,
         ended=self.ended,
-        beat=self._run.watchdog.beat,
+        beat=lambda ended: self._run.watchdog.beat(),
       )
       done += found.completions
     return done

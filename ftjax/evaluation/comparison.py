@@ -1,0 +1,400 @@
+"""Compares the results of several models on the rows of one task, and sums tasks up.
+
+`compare` gives the entry of one task in eval/summary.json, `summarize` the whole of it. Results of
+one prompt are a cluster.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ftjax.evaluation.metric import Metric
+from ftjax.evaluation.metrics import calibration, classification
+from ftjax.evaluation.result import Result
+from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
+from ftjax.evaluation.tasks import Task
+from ftjax.runtime.errors import DataError
+
+VERSION = 2
+SEED = 0
+RESAMPLES = 2000
+LEVEL = 0.95
+EXAMPLES = 200  # rows of a task whose responses are shown
+LONGEST = 4000  # characters of a text that is shown
+TUNED = 'tuned'
+
+_BINS = 10  # of a reliability diagram
+
+
+@dataclasses.dataclass(frozen=True)
+class _Models:
+  """The results of all models on one task: what each metric needs of them.
+
+  columns: [model][metric] float64[n, M]. clusters: of each model, int[n], numbers of prompts.
+  """
+
+  names: tuple[str, ...]
+  metrics: tuple[Metric, ...]
+  classes: tuple[str, ...]
+  results: tuple[Sequence[Result], ...]
+  columns: tuple[tuple[np.ndarray, ...], ...]
+  clusters: tuple[np.ndarray, ...]
+  prompts: int
+
+  def figures(self, weights: np.ndarray) -> np.ndarray:
+    """Returns the metrics of each model: float64[R, prompts] -> float64[R, models, metrics]."""
+    out = []
+    for columns, own in zip(self.columns, self.clusters, strict=True):
+      spread = weights[:, own]
+      values = [m.value(spread, c) for m, c in zip(self.metrics, columns, strict=True)]
+      out.append(np.stack(values, axis=-1))
+    return np.stack(out, axis=1)
+
+  def primary(self, model: int) -> np.ndarray:
+    """Returns the first metric of each result alone: float64[n]; NaN where that means nothing."""
+    columns = self.columns[model][0]
+    return self.metrics[0].value(np.eye(len(columns)), columns)
+
+
+def _models(task: Task, results: Mapping[str, Sequence[Result]]) -> _Models:
+  ids = [row.id for row in task.rows]
+  for name, own in results.items():
+    if list(dict.fromkeys(r.id for r in own)) != ids:
+      raise ValueError(f'{task.name}: results of {name!r} are not those of the task, row by row')
+  number = {row_id: i for i, row_id in enumerate(ids)}
+  try:
+    columns = tuple(
+      tuple(m.columns(own, task.classes) for m in task.metrics) for own in results.values()
+    )
+  except KeyError as error:
+    raise DataError(
+      f'eval.tasks, {task.name}: a metric of the kind {task.kind_name!r} reads the value {error}, '
+      'which its score does not give'
+    ) from error
+  return _Models(
+    names=tuple(results),
+    metrics=task.metrics,
+    classes=task.classes,
+    results=tuple(results.values()),
+    columns=columns,
+    clusters=tuple(np.array([number[r.id] for r in own], int) for own in results.values()),
+    prompts=len(ids),
+  )
+
+
+def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
+  """Returns which models are compared, as (first, second): the tuned one with all others, and the
+  first with each of the rest.
+  """
+  with_tuned = [(name, TUNED) for name in names if name != TUNED] if TUNED in names else []
+  return with_tuned + [(names[0], n) for n in names[1:] if n != TUNED]
+
+
+def compare(
+  task: Task, results: Mapping[str, Sequence[Result]], cost: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """Returns the entry of a task in eval/summary.json: figures of each model with intervals, tests
+  of differences, and examples. docs/evaluation.md describes its keys.
+
+  Args:
+    task: what was asked.
+    results: of each model, on all rows of the task; at least one model.
+    cost: {model: {seconds, tokens, rows}}.
+
+  Raises:
+    ValueError: results of other rows.
+    DataError: a metric that reads what the kind's score does not give.
+  """
+  models = _models(task, results)
+  names, count = models.names, len(models.metrics)
+  pairs = [(names.index(a), names.index(b)) for a, b in pairs_of(names)]
+
+  def figures(weights: np.ndarray) -> np.ndarray:
+    found = models.figures(weights)
+    differences = [found[:, b] - found[:, a] for a, b in pairs]
+    return np.concatenate([found.reshape(len(found), -1), *differences], axis=1)
+
+  spread = bootstrap.of_clusters(
+    figures, models.prompts, seed=SEED, resamples=RESAMPLES, level=LEVEL
+  )
+  entries = [
+    {k: _number(getattr(spread, k)[i]) for k in ('value', 'low', 'high', 'se', 'p')}
+    for i in range(spread.value.size)
+  ]
+  scores = {
+    name: _scores(models, m, entries[m * count : (m + 1) * count]) for m, name in enumerate(names)
+  }
+  differences = []
+  for number, (a, b) in enumerate(pairs):
+    at = (len(names) + number) * count
+    differences.append(_difference(models, a, b, entries[at : at + count]))
+  return {
+    'task': task.name,
+    'kind': task.kind_name,
+    'group': task.group,
+    'n': len(models.results[0]),
+    'prompts': models.prompts,
+    'samples': max((r.sample for r in models.results[0]), default=0) + 1,
+    'classes': list(task.classes) or None,
+    'metrics': [
+      {'name': m.name, 'title': m.title, 'better': m.better, 'form': m.form, 'is_primary': not i}
+      for i, m in enumerate(models.metrics)
+    ],
+    'scores': scores,
+    'differences': differences,
+    'per_class': _by_model(models, classification.per_class_table) if task.classes else None,
+    'confusion': _by_model(models, classification.confusion) if task.classes else None,
+    'calibration': _calibration(models),
+    'by_source': _by_source(task, models),
+    'cut': {n: _mean([r.is_cut for r in own]) for n, own in zip(names, models.results, strict=True)},
+    'contamination': None,
+    'cost': dict(cost or {}),
+    'method': {'level': LEVEL, 'resamples': RESAMPLES, 'seed': SEED},
+    'examples': _examples(task, models),
+  }
+
+
+def _number(value: Any) -> float | None:
+  number = float(value)
+  return number if math.isfinite(number) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+  return float(np.mean(values)) if len(values) else 0.0
+
+
+def _by_model(models: _Models, table) -> dict[str, Any]:
+  return {
+    n: table(own, models.classes) for n, own in zip(models.names, models.results, strict=True)
+  }
+
+
+def _scores(models: _Models, model: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns {metric: {value, low, high, se}}; where there is no value, with the reason."""
+  out = {}
+  for metric, columns, entry in zip(models.metrics, models.columns[model], entries, strict=True):
+    found = {k: entry[k] for k in ('value', 'low', 'high', 'se')}
+    if metric.is_proportion and found['value'] is not None:
+      interval = intervals.proportion(columns[:, 0], models.clusters[model], LEVEL)
+      found |= {'low': interval.low, 'high': interval.high, 'se': _number(interval.se)}
+    if found['value'] is None:
+      found['why'] = f'{metric.title} cannot be computed from these results'
+    elif found['low'] is None:
+      found['why'] = 'too few prompts for an interval'
+    out[metric.name] = found
+  return out
+
+
+def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the comparison of models a and b; its primary figure decides the outcome."""
+  metrics = {}
+  for metric, entry in zip(models.metrics, entries, strict=True):
+    own = dict(entry)
+    se = own.pop('se')
+    spread = se * math.sqrt(models.prompts) if se else 0.0
+    own['effect'] = own['value'] / spread if own['value'] is not None and spread else None
+    metrics[metric.name] = own
+  metric, first = models.metrics[0], entries[0]
+  test, sensitivity = _test(models, a, b, first)
+  if metric.is_proportion:
+    shares = [float(models.columns[m][0][:, 0].mean()) for m in (a, b)]
+    metrics[metric.name]['effect'] = paired.cohen_h(*shares)
+  out = {
+    'first': models.names[a],
+    'second': models.names[b],
+    'metrics': metrics,
+    'test': test,
+    'smallest_difference': _number(sensitivity.smallest),
+    'rows_needed': sensitivity.rows,
+    'is_too_small': sensitivity.is_too_small,
+  }
+  return out | _outcome(models, out)
+
+
+def _test(
+  models: _Models, a: int, b: int, entry: Mapping[str, Any]
+) -> tuple[dict[str, Any], power.Sensitivity]:
+  """Returns the test of the primary figure, and what this test could have found."""
+  metric = models.metrics[0]
+  is_single = all(len(models.results[m]) == models.prompts for m in (a, b))
+  if metric.is_proportion and is_single:
+    one, two = (models.columns[m][0][:, 0] == 1 for m in (a, b))
+    found = paired.mcnemar(one, two)
+    test = {
+      'metric': metric.name,
+      'name': 'exact McNemar',
+      'p': found.p,
+      'only_first_right': found.b,
+      'only_second_right': found.c,
+    }
+    return test, power.sensitivity_of_proportions(found.b, found.c, models.prompts)
+  se = math.nan if entry['se'] is None else entry['se']
+  value = math.nan if entry['value'] is None else entry['value']
+  sensitivity = power.sensitivity_of_mean(value, se, models.prompts)
+  if len(models.results[a]) != len(models.results[b]):
+    return {'metric': metric.name, 'name': 'paired bootstrap', 'p': entry['p']}, sensitivity
+  pooled = np.concatenate([models.columns[a][0], models.columns[b][0]])
+  found = paired.permutation(
+    lambda weights: metric.value(weights, pooled),
+    models.clusters[a],
+    models.clusters[b],
+    seed=SEED,
+    resamples=RESAMPLES,
+  )
+  return {'metric': metric.name, 'name': 'permutation', 'p': _number(found.p)}, sensitivity
+
+
+def _outcome(models: _Models, difference: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the outcome of a comparison, and a sentence: decided by the test, adjusted for several
+  tasks where it is.
+  """
+  metric = models.metrics[0]
+  return judge(
+    difference,
+    {'title': metric.title, 'better': metric.better, 'name': metric.name, 'form': metric.form},
+    models.prompts,
+  )
+
+
+def judge(
+  difference: Mapping[str, Any], metric: Mapping[str, Any], prompts: int
+) -> dict[str, str]:
+  """Returns {outcome, verdict} of a comparison by its test: 'better', 'worse' or 'undecided'.
+
+  Args:
+    difference: of two models, as `compare` makes it.
+    metric: the primary one, {name, title, better, form}.
+    prompts: of the task.
+  """
+  test, found = difference['test'], difference['metrics'][metric['name']]
+  first, second = difference['first'], difference['second']
+  p = test.get('p_holm', test['p'])
+  if found['value'] is None or p is None:
+    return {
+      'outcome': 'undecided',
+      'verdict': f'{metric["title"]} of {first} and {second} cannot be compared.',
+    }
+  if p >= 1 - LEVEL:
+    text = (
+      f'These {prompts:,} examples show no significant difference in {metric["title"]} between '
+      f'{first} and {second}'
+    )
+    smallest = difference['smallest_difference']
+    if smallest is not None:
+      text += f'; a difference of {shown(smallest, metric["form"])} would have shown'
+    if difference['rows_needed']:
+      text += f'. For one as large as seen, some {_round(difference["rows_needed"]):,} would do'
+    return {'outcome': 'undecided', 'verdict': text + '.'}
+  is_up = found['value'] > 0
+  if not metric['better']:
+    text = f'{second} has a {"higher" if is_up else "lower"} {metric["title"]} than {first}.'
+    return {'outcome': 'undecided', 'verdict': text}
+  outcome = 'better' if is_up == (metric['better'] == 'higher') else 'worse'
+  change = shown(found['value'], metric['form'], signed=True)
+  text = f'{second} is {outcome} than {first}: {metric["title"]} {change}'
+  if found['low'] is not None:
+    low, high = (shown(found[k], metric['form'], signed=True) for k in ('low', 'high'))
+    text += f' [{low}, {high}]'
+  return {'outcome': outcome, 'verdict': text + '.'}
+
+
+def shown(value: float, form: str, *, signed: bool = False) -> str:
+  """Returns a figure as text: of three decimals, of one for points."""
+  digits = {'fraction': '.3f', 'points': '.1f', 'number': '.4g'}[form]
+  return f'{value:{"+" if signed else ""}{digits}}'
+
+
+def _round(rows: int) -> int:
+  """Returns a number of rows with two digits that count, rounded up."""
+  unit = 10 ** max(0, len(str(rows)) - 2)
+  return -(-rows // unit) * unit
+
+
+def _calibration(models: _Models) -> dict[str, Any] | None:
+  """Returns the reliability diagram of each model, where its choices have probabilities."""
+  if not all('confidence' in r.values for own in models.results for r in own):
+    return None
+  out = {}
+  for name, own in zip(models.names, models.results, strict=True):
+    ece = calibration.ECE
+    value = ece.value(np.ones((1, len(own))), ece.columns(own, ()))[0]
+    out[name] = {'bins': calibration.bin_table(own, _BINS), 'ece': _number(value)}
+  return out
+
+
+def _by_source(task: Task, models: _Models) -> dict[str, Any] | None:
+  """Returns {source: {n, model: the primary figure}} where rows name their source."""
+  sources = [row.columns.get('source') for row in task.rows]
+  if all(s is None for s in sources):
+    return None
+  metric, out = models.metrics[0], {}
+  for source in sorted({str(s) for s in sources}):
+    chosen = np.array([str(s) == source for s in sources], np.float64)
+    out[source] = {'n': int(chosen.sum())}
+    for m, name in enumerate(models.names):
+      weights = chosen[models.clusters[m]][None]
+      out[source][name] = _number(metric.value(weights, models.columns[m][0])[0])
+  return out
+
+
+def _examples(task: Task, models: _Models) -> list[dict[str, Any]]:
+  """Returns the first EXAMPLES rows with each model's first response; long texts are cut."""
+  first = [{r.id: r for r in reversed(own)} for own in models.results]
+  each = [
+    dict(zip((r.id for r in reversed(own)), models.primary(m)[::-1].tolist(), strict=True))
+    for m, own in enumerate(models.results)
+  ]
+  out = []
+  for row in task.rows[:EXAMPLES]:
+    own = {n: f[row.id] for n, f in zip(models.names, first, strict=True)}
+    values = {n: _number(e[row.id]) for n, e in zip(models.names, each, strict=True)}
+    out.append(
+      {
+        'id': row.id,
+        'prompt': _cut(row.question),
+        'label': _cut(row.answer),
+        'responses': {n: _cut(r.response or r.prediction) for n, r in own.items()},
+        'predictions': {n: _cut(r.prediction) for n, r in own.items()},
+        'values': values,
+      }
+    )
+  return out
+
+
+def _cut(text: str) -> str:
+  return text if len(text) <= LONGEST else text[:LONGEST] + '…'
+
+
+def summarize(
+  entries: Sequence[dict[str, Any]], answers: Sequence[Mapping[str, str]] = ()
+) -> dict[str, Any]:
+  """Returns eval/summary.json of tasks: p values adjusted for their number, and the verdict.
+
+  Args:
+    entries: of `compare`; their tests and verdicts are completed here.
+    answers: [{prompt, base, tuned}].
+  """
+  models = list(dict.fromkeys(name for e in entries for name in e['scores']))
+  for pair in pairs_of(models) if models else ():
+    own = [d for e in entries for d in e['differences'] if (d['first'], d['second']) == pair]
+    ps = [math.nan if d['test']['p'] is None else d['test']['p'] for d in own]
+    for d, p in zip(own, paired.holm(ps), strict=True):
+      d['test']['p_holm'] = _number(p)
+  verdict = []
+  for e in entries:
+    metric = next(m for m in e['metrics'] if m['is_primary'])
+    for d in e['differences']:
+      d |= judge(d, metric, e['prompts'])
+      if d is e['differences'][0]:
+        verdict.append(f'{e["task"]}: {d["verdict"]}')
+  return {
+    'version': VERSION,
+    'verdict': verdict,
+    'models': models,
+    'tasks': {e['task']: e for e in entries},
+    'gate': None,
+    'answers': list(answers),
+  }
