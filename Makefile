@@ -12,11 +12,12 @@ PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint lock lock-parity
 env: $(VENV)/.ready
 
+# --no-deps: the lock holds everything, and pip cannot pair a pin with the same package's extra.
 $(VENV)/.ready: third_party/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12"; exit 2; }
 	@echo "Making $(VENV) from third_party/requirements.txt ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r third_party/requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r third_party/requirements.txt
 	@touch $@
 
 assets: env

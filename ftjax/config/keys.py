@@ -312,6 +312,8 @@ def _add_eval(c: Section) -> None:
   # Share of the time of training that eval.in_loop may take; evaluations beyond it leave it out.
   # The last one never does.
   c.eval.max_share = 0.1
+  # Whether rows of eval.tasks and of the evaluation split are looked up in the training data.
+  c.eval.contamination = True
 
 
 def _add_log(c: Section) -> None:

@@ -120,9 +120,7 @@ def _validate(c: Section) -> None:
   for key in ('data.train', 'data.eval'):
     _check_sources(key, values[key])
   _check_locations(c)
-  if c.eval.every and not (
-    c.data.eval or c.data.eval_fraction or c.eval.prompts or c.eval.in_loop
-  ):
+  if c.eval.every and not (c.data.eval or c.data.eval_fraction or c.eval.prompts or c.eval.in_loop):
     raise ConfigError(
       f'eval.every={c.eval.every} finds nothing to evaluate: give data.eval, data.eval_fraction, '
       'eval.prompts or eval.in_loop'

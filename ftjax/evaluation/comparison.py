@@ -149,7 +149,9 @@ def compare(
     'confusion': _by_model(models, classification.confusion) if task.classes else None,
     'calibration': _calibration(models),
     'by_source': _by_source(task, models),
-    'cut': {n: _mean([r.is_cut for r in own]) for n, own in zip(names, models.results, strict=True)},
+    'cut': {
+      n: _mean([r.is_cut for r in own]) for n, own in zip(names, models.results, strict=True)
+    },
     'contamination': None,
     'cost': dict(cost or {}),
     'method': {'level': LEVEL, 'resamples': RESAMPLES, 'seed': SEED},
@@ -259,9 +261,7 @@ def _outcome(models: _Models, difference: Mapping[str, Any]) -> dict[str, str]:
   )
 
 
-def judge(
-  difference: Mapping[str, Any], metric: Mapping[str, Any], prompts: int
-) -> dict[str, str]:
+def judge(difference: Mapping[str, Any], metric: Mapping[str, Any], prompts: int) -> dict[str, str]:
   """Returns {outcome, verdict} of a comparison by its test: 'better', 'worse' or 'undecided'.
 
   Args:

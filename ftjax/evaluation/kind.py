@@ -10,7 +10,7 @@ kinds.py has the table of the built-in ones. A user's own is a `Kind` too, named
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftjax.evaluation import rows
@@ -91,6 +91,8 @@ class Kind:
     has_priors: whether choices are scored after a prompt without content too.
     reads: columns that `score`, `parse` and `check` find in row.columns.
     class_metrics: further figures, where all rows offer the same choices.
+    reads_all: whether row.columns has all columns of the source.
+    score_all: (rows, answers) -> what `score` returns for each, in place of it.
     judge: (prompt, first response, second response) -> share of a win of the second, 0 to 1, in
       place of `score`: of each model against the first one, in both orders.
   """
@@ -107,4 +109,6 @@ class Kind:
   has_priors: bool = False
   reads: tuple[str, ...] = ()
   class_metrics: tuple[Metric, ...] = ()
+  reads_all: bool = False
+  score_all: Callable[[Sequence[Row], Sequence[Answer]], Sequence[Values]] | None = None
   judge: Callable[[str, str, str], float] | None = None

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftjax.evaluation import metric, rows
+from ftjax.evaluation import function_kinds, metric, rows
 from ftjax.evaluation.kind import CHOOSE, READ, Answer, Kind
 from ftjax.evaluation.metrics import normalized_match
 from ftjax.evaluation.model import Likelihood
@@ -147,13 +147,16 @@ KINDS: dict[str, Kind] = {
 
 
 def find(name: str) -> Kind:
-  """Returns the kind of a name in KINDS, or the user's object 'module:OBJECT'.
+  """Returns the kind of a name in KINDS, of 'reward/NAME' or 'judge/module:FUNCTION', or the user's
+  object 'module:OBJECT'.
 
   Raises:
     ConfigError: there is none, or it is of another type.
   """
   if name in KINDS:
     return KINDS[name]
+  if (found := function_kinds.find(name)) is not None:
+    return found
   return named_object.instance('eval.tasks', name, Kind)
 
 

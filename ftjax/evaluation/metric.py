@@ -42,12 +42,17 @@ class Metric:
 
 
 def of_sums(function: Callable[[np.ndarray], np.ndarray]) -> Value:
-  """Returns the `value` of a metric that is a function of the weighted sums of its columns.
+  """Returns the `value` of a metric that is a function of the weighted sums of its columns; NaN
+  without results, of which the number of columns may not be known.
 
   Args:
     function: float64[R, M] -> float64[R].
   """
-  return lambda weights, columns: function(weights @ columns)
+
+  def value(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return function(weights @ columns) if len(columns) else np.full(len(weights), np.nan)
+
+  return value
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
@@ -61,9 +66,12 @@ def read_values(*names: str) -> Columns:
 
   The columns raise KeyError where a result lacks one of them.
   """
-  return lambda results, classes: np.array(
-    [[x for name in names for x in result.values[name]] for result in results], np.float64
-  ).reshape(len(results), -1)
+
+  def columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
+    rows = [[x for name in names for x in result.values[name]] for result in results]
+    return np.array(rows, np.float64) if rows else np.zeros((0, 0))
+
+  return columns
 
 
 def mean(name: str, title: str, *, better: str = 'higher', form: str = 'fraction') -> Metric:

@@ -53,11 +53,11 @@ def evaluate(
       answers = _complete(task, model, draw, shots, done)
     else:
       answers = [[a] for a in _score(task, model, title, shots, done)]
-  out = []
-  for row, own in zip(task.rows, answers, strict=True):
-    for sample, answer in enumerate(own):
-      out.append(_result(task, row, answer, sample))
-  return out
+  flat = [
+    (row, a, i) for row, own in zip(task.rows, answers, strict=True) for i, a in enumerate(own)
+  ]
+  values = _values(task, [row for row, _, _ in flat], [a for _, a, _ in flat])
+  return [_result(row, a, i, v) for (row, a, i), v in zip(flat, values, strict=True)]
 
 
 @contextmanager
@@ -121,15 +121,29 @@ def _without_content(prompt: Chat | str) -> Chat | str:
   return dataclasses.replace(prompt, messages=(*prompt.messages[:-1], last))
 
 
-def _result(task: Task, row: Row, answer: Answer, sample: int) -> Result:
-  if task.kind.judge is not None:
-    values = {}  # once there are two models' answers
-  else:
+def _values(
+  task: Task, rows: Sequence[Row], answers: Sequence[Answer]
+) -> Sequence[Mapping[str, tuple[float, ...]]]:
+  """Returns what the kind's score gives each answer; nothing yet for a judge."""
+  kind = task.kind
+  if kind.judge is not None:
+    return [{}] * len(rows)
+  if kind.score_all is not None:
+    found = processes.from_main(lambda: [dict(v) for v in kind.score_all(rows, answers)])
+    return [kinds.values_of(v) for v in found]
+  out = []
+  for row, answer in zip(rows, answers, strict=True):
     try:
-      values = kinds.values_of(tasks.call(task.kind.score, row, answer))
+      out.append(kinds.values_of(tasks.call(kind.score, row, answer)))
     except ValueError as error:
       of = f'the completion {answer.text!r}' if answer.text else f'{answer.prediction!r}'
       raise _fault(task, row, f'score of {of}', error) from error
+  return out
+
+
+def _result(
+  row: Row, answer: Answer, sample: int, values: Mapping[str, tuple[float, ...]]
+) -> Result:
   return Result(
     id=row.id,
     label=row.answer,

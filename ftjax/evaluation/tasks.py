@@ -15,7 +15,7 @@ from typing import Any
 
 from ftjax.data import sources
 from ftjax.data.formats import Bad
-from ftjax.evaluation import kinds, rows
+from ftjax.evaluation import function_kinds, kinds, rows
 from ftjax.evaluation.kind import COMPLETE, READ, Kind
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.rows import Row
@@ -105,8 +105,9 @@ def load_task(name: str, kind_name: str, path: str) -> Task:
   offered = {tuple(sorted(r.choices)) for r in found}
   is_classified = kind.has_answer and kind.respond != READ and len(offered) == 1
   content = _digest(spec)
-  if kind_name not in kinds.KINDS:
-    content = digest([content, named_object.fingerprint(kind_name)])
+  own = kind_name.removeprefix(function_kinds.JUDGE).removeprefix(function_kinds.REWARD)
+  if named_object.is_named(own):
+    content = digest([content, named_object.fingerprint(own)])
   classes = next(iter(offered)) if is_classified else ()
   group = 'safety' if kind_name in SAFETY_KINDS else 'task'
   return Task(name, kind_name, path, found, content, classes, group)
@@ -183,8 +184,9 @@ def _read_row(
   name = row.get('id', usual_id)
   if isinstance(name, bool) or not isinstance(name, (str, int)):
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')
-  columns = {k: row[k] for k in kind.reads if row.get(k) is not None}
+  kept = tuple(row) if kind.reads_all else ('source', *kind.reads)
+  columns = {k: row[k] for k in kept if row.get(k) is not None}
   out = Row(str(name), place, asked, tuple(choices), answers, columns)
   call(kind.check, out)
-  known = {*_KNOWN, *kind.reads, *read}
+  known = {*_KNOWN, *kept, *read}
   return out, {str(k) for k, v in row.items() if v is not None and k not in known}

@@ -29,6 +29,7 @@ from ftjax.experiment import (
 )
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
+from ftjax.experiment.in_loop import InLoop
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
@@ -101,18 +102,21 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     trainer = Trainer(run, parts.loss)
     checkpoints = stack.enter_context(_checkpoints(run))
     evaluator, console = compare.Evaluator(run), summary.make_console(c)
+    in_loop = InLoop(run, evaluator.tasks, evaluator.draw)
     # Where to start: after a checkpoint, or before the first step.
     start = resume.find(run, checkpoints)
     _write_json(run, 'config.json', _plain(c))
     writer = _writer(run)
-    resume.cut((writer, evaluator, source), start)
+    resume.cut((writer, evaluator.samples, source), start)
     _log_start(trainer, start, console)
     if start.should_train:
       source.prepare()
     # Weights and optimizer state.
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
     if start.should_train:  # the loop
-      session = _Session(trainer, parts, source, checkpoints, evaluator, console, writer, code)
+      session = _Session(
+        trainer, parts, source, checkpoints, evaluator, in_loop, console, writer, code
+      )
       state = _train(session, state, start)
     source.close()
     # Export, and comparison with the base.
@@ -216,7 +220,7 @@ def _fresh(trainer: Trainer, evaluator: compare.Evaluator) -> State:
   state = trainer.fresh()
   if has_base_weights:
     evaluator.base(trainer.model(state))
-  evaluator.answer(trainer.model(state), 0)
+  evaluator.samples.add(evaluator.local(trainer.model(state)), 0)
   return state
 
 
@@ -229,6 +233,7 @@ class _Session:
   source: Source
   checkpoints: Checkpoints
   evaluator: compare.Evaluator
+  in_loop: InLoop
   console: Console
   writer: MetricsWriter
   code: dict[str, str]  # config.user_code.fingerprints
@@ -246,9 +251,14 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
 
   def evaluate(state, step, is_cancelled):
     values = s.parts.evaluate(state.averaged(), is_cancelled)
-    if values is not None:
-      s.evaluator.answer(trainer.model(state), step)
-    return values
+    if values is None:
+      return None
+    model = s.evaluator.local(trainer.model(state))
+    tasks = s.in_loop.measure(model, step == run.steps, is_cancelled)
+    if tasks is None:
+      return None
+    s.evaluator.samples.add(model, step)
+    return values | tasks
 
   def write_rollout(step, values):
     s.writer.write(step, 'rollout', values)
@@ -274,6 +284,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     watchdog=run.watchdog,
   )
   s.console.restore(start.progress.console)
+  s.in_loop.start()
   try:
     s.source.begin(write_rollout, start.step, start.source)
     state = loop.run(state, start.step, s.source.take, start.progress)

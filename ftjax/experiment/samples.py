@@ -4,7 +4,7 @@ import json
 import logging
 
 from ftjax.cluster import processes
-from ftjax.data import encode, formats
+from ftjax.data import encode
 from ftjax.data.formats import Chat
 from ftjax.evaluation.model import Draw
 from ftjax.experiment.local_model import LocalModel, Programs

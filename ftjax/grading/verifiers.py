@@ -21,12 +21,12 @@ import difflib
 import functools
 import importlib.util
 import json
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ftjax.grading.choice_answers import Choice
 from ftjax.grading.final_answer import MAX_CHARS, final_answer, gold_text, has_text, opened
+from ftjax.grading.json_text import compile_schema, read_json
 from ftjax.grading.math_answers import Math
 from ftjax.grading.squad import normalize
 from ftjax.runtime.errors import ConfigError
@@ -189,67 +189,13 @@ class Regex(Quick):
     return float(any(_compile(self.pattern).fullmatch(t) is not None for t in texts))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  out = dict(pairs)
-  if len(out) != len(pairs):
-    raise ValueError('a key occurs twice')
-  return out
-
-
-def _no_constant(name: str) -> None:
-  raise ValueError(f'{name} is not JSON')
-
-
-_FENCE = re.compile(r'```[ \t]*[\w+.-]{0,20}[ \t]*\r?\n')
-
-
-def read_json(text: str) -> Any:
-  """Parses JSON strictly by RFC 8259, without a ``` fence around the whole.
-
-  Raises:
-    ValueError: duplicate keys, NaN, Infinity, numbers too large for float64, nesting too deep.
-  """
-  text = text.strip()
-  if (fence := _FENCE.match(text)) and text.endswith('```'):
-    text = text[fence.end() : -3]
-  try:
-    out = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    json.dumps(out, allow_nan=False)
-  except RecursionError as error:
-    raise ValueError('nested too deeply') from error
-  return out
-
-
-def _compile_patterns(schema: Any) -> None:
-  """Raises re.error for an invalid pattern in a schema; check_schema does not check patterns."""
-  if isinstance(schema, list):
-    for item in schema:
-      _compile_patterns(item)
-  elif isinstance(schema, dict):
-    if isinstance(schema.get('pattern'), str):
-      re.compile(schema['pattern'])
-    if isinstance(schema.get('patternProperties'), dict):
-      for pattern in schema['patternProperties']:
-        re.compile(pattern)
-    for value in schema.values():
-      _compile_patterns(value)
-
-
 @functools.lru_cache(maxsize=16)
 def _validator(path: str):
   need('jsonschema', 'the reward json_schema')
-  import jsonschema
-  import referencing
-
   try:
-    schema = json.loads(files.read_bytes(path))
-    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-    kind.check_schema(schema)
-    _compile_patterns(schema)
-  except (OSError, ValueError, re.error, jsonschema.SchemaError) as error:
+    return compile_schema(json.loads(files.read_bytes(path)))
+  except (OSError, ValueError) as error:
     raise ConfigError(f'the reward json_schema: {path}: {error}') from error
-  # An empty registry: the default one fetches a remote $ref.
-  return kind(schema, registry=referencing.Registry())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,9 +59,9 @@ def bootstrap(
 
   The percentiles are moved out for few clusters, to Phi(-t sqrt(G / (G - 1))) with the t quantile
   of G - 1 degrees of freedom: the interval of a mean is then about as wide as its t interval. p
-  inverts the interval: p < 1 - level where it excludes 0, as finely as R resolves. A figure of two models on the
-  same results is paired: a result is drawn with both. Where all resamples agree (all right, say)
-  the interval has no width; that of intervals.proportion has one there.
+  inverts the interval: p < 1 - level where it excludes 0, as finely as R resolves. A figure of two
+  models on the same results is paired: a result is drawn with both. Where all resamples agree (all
+  right, say) the interval has no width; that of intervals.proportion has one there.
 
   Args:
     figure: of n results.

@@ -1,0 +1,232 @@
+"""Computes scores of classes: accuracy, precision, recall, F1, Matthews' correlation, confusions.
+
+A prediction outside the classes is wrong for each of them: "none of these".
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ftjax.evaluation.metric import Metric, of_sums, proportion, ratio
+from ftjax.evaluation.result import Result
+
+NONE = 'none of these'
+
+# What `classification` returns along its last axis.
+SCORES = ('accuracy', 'precision', 'recall', 'f1')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScores:
+  """Scores per class, [..., K]: float64 precision, recall, f1; int64 support (number of labels)
+  and predicted (number of predictions)."""
+
+  precision: np.ndarray
+  recall: np.ndarray
+  f1: np.ndarray
+  support: np.ndarray
+  predicted: np.ndarray
+
+
+def accuracy(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+  """Returns the fraction of equal pairs along the last axis: int[..., n] twice -> float64[...]."""
+  return (np.asarray(labels) == np.asarray(predictions)).mean(-1)
+
+
+def per_class(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> ClassScores:
+  """Computes precision, recall and F1 of each class; a ratio with denominator 0 is 0.
+
+  precision = tp / predicted, recall = tp / support, F1 = 2 tp / (predicted + support).
+
+  Args:
+    labels: int[..., n] of 0 .. num_classes - 1.
+    predictions: int[..., n]; a number outside the classes is wrong for each of them.
+  """
+  labels, predictions = np.asarray(labels), np.asarray(predictions)
+  right = labels == predictions
+  support, predicted, tp = (
+    np.stack([np.sum(mask & (column == k), -1) for k in range(num_classes)], -1)
+    for mask, column in ((True, labels), (True, predictions), (right, labels))
+  )
+
+  def ratio(top, bottom):
+    return np.divide(top, bottom, out=np.zeros(top.shape), where=bottom > 0)
+
+  return ClassScores(
+    precision=ratio(tp, predicted),
+    recall=ratio(tp, support),
+    f1=ratio(2 * tp, predicted + support),
+    support=support,
+    predicted=predicted,
+  )
+
+
+def classification(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns accuracy and the macro means of precision, recall and F1: float64[..., 4], as SCORES.
+
+  The macro mean is over the classes that occur as a label or a prediction, with equal weights. So a
+  class that a bootstrap resample lacks is left out and does not count as 0.
+  """
+  scores = per_class(labels, predictions, num_classes)
+  occurs = (scores.support + scores.predicted) > 0
+  count = np.maximum(occurs.sum(-1), 1)
+  macro = [
+    np.where(occurs, s, 0).sum(-1) / count for s in (scores.precision, scores.recall, scores.f1)
+  ]
+  return np.stack([accuracy(labels, predictions), *macro], -1)
+
+
+def _indices(results: Sequence[Result], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the index of each label and of each prediction: int[n] twice; K: none of the K classes.
+
+  Raises:
+    ValueError: a label that is none of the classes.
+  """
+  number = {c: i for i, c in enumerate(classes)}
+  for r in results:
+    if r.label not in number:
+      raise ValueError(f'result {r.id!r}: the label {r.label!r} is none of {list(classes)}')
+  labels = np.array([number[r.label] for r in results], int)
+  return labels, np.array([number.get(r.prediction, len(classes)) for r in results], int)
+
+
+def class_columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
+  """Returns float64[n, 3 K]: one-hot the label where it was predicted, the label, the prediction.
+
+  Their sums are true positives, labels and predictions of each class, of which all scores here are
+  functions. Without classes (K = 0) every score is NaN.
+
+  Raises:
+    ValueError: a label that is none of the classes.
+  """
+  if not classes:
+    return np.zeros((len(results), 0))
+  labels, predictions = _indices(results, classes)
+  each = np.arange(len(classes))
+  label, prediction = labels[:, None] == each, predictions[:, None] == each
+  return np.concatenate([label & prediction, label, prediction], axis=1).astype(np.float64)
+
+
+def _of_classes(score: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]):
+  """Returns the `value` of a function of (true positives, labels, predictions), float64[R, K]
+  each; NaN without results."""
+
+  def function(sums: np.ndarray) -> np.ndarray:
+    right, labels, predictions = np.split(sums, 3, axis=1)
+    return np.where(labels.sum(1) > 0, score(right, labels, predictions), np.nan)
+
+  return of_sums(function)
+
+
+def _zero_ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+  return np.divide(top, bottom, out=np.zeros(np.shape(top)), where=bottom > 0)
+
+
+# Of (true positives, labels, predictions): what is divided by what.
+_RATIOS = {
+  'precision': lambda right, labels, predictions: (right, predictions),
+  'recall': lambda right, labels, predictions: (right, labels),
+  'f1': lambda right, labels, predictions: (2 * right, labels + predictions),
+}
+
+
+def _macro(name: str):
+  def score(right, labels, predictions):
+    each = _zero_ratio(*_RATIOS[name](right, labels, predictions))
+    occurs = labels + predictions > 0
+    return ratio((each * occurs).sum(1), occurs.sum(1))
+
+  return score
+
+
+def _micro(name: str):
+  def score(right, labels, predictions):
+    top, bottom = _RATIOS[name](right, labels, predictions)
+    return ratio(top.sum(1), bottom.sum(1))
+
+  return score
+
+
+def _weighted(name: str):
+  def score(right, labels, predictions):
+    each = _zero_ratio(*_RATIOS[name](right, labels, predictions))
+    return ratio((each * labels).sum(1), labels.sum(1))
+
+  return score
+
+
+def _balanced_accuracy(right, labels, predictions):
+  return ratio(_zero_ratio(right, labels).sum(1), (labels > 0).sum(1))
+
+
+def _mcc(right, labels, predictions):
+  n = labels.sum(1)
+  none = n - predictions.sum(1)
+  both = right.sum(1) * n - (labels * predictions).sum(1)
+  of_labels = n**2 - (labels**2).sum(1)
+  of_predictions = n**2 - (predictions**2).sum(1) - none**2
+  spread = np.maximum(of_labels * of_predictions, 0)
+  return _zero_ratio(both, np.sqrt(spread))
+
+
+def _metric(name: str, title: str, score: Callable) -> Metric:
+  return Metric(name, title, class_columns, _of_classes(score))
+
+
+_MEANS = {'macro': _macro, 'micro': _micro, 'weighted': _weighted}
+_TITLES = {'precision': 'precision', 'recall': 'recall', 'f1': 'F1'}
+
+# The share of results whose value `right` is 1; it needs no classes.
+ACCURACY = dataclasses.replace(proportion('right', 'accuracy'), name='accuracy')
+# As in scikit-learn: the mean recall of the classes that occur as a label.
+BALANCED_ACCURACY = _metric('balanced_accuracy', 'balanced accuracy', _balanced_accuracy)
+# 0 where all labels or all predictions are of one class, as in scikit-learn (Gorodkin 2004).
+MCC = _metric('mcc', "Matthews' correlation", _mcc)
+# {'macro_f1': ...}. Macro: over the classes that occur as a label or a prediction. Weighted: by
+# labels. Of one class, a ratio with denominator 0 is 0; over all classes it is NaN.
+MEANS = {
+  f'{kind}_{name}': _metric(f'{kind}_{name}', f'{kind} {title}', of_kind(name))
+  for kind, of_kind in _MEANS.items()
+  for name, title in _TITLES.items()
+}
+METRICS = (ACCURACY, BALANCED_ACCURACY, *MEANS.values(), MCC)
+
+
+def per_class_table(
+  results: Sequence[Result], classes: Sequence[str]
+) -> dict[str, dict[str, float]]:
+  """Returns {class: {precision, recall, f1, support}}, as `per_class` has them.
+
+  Raises:
+    ValueError: a label that is none of the classes.
+  """
+  labels, predictions = _indices(results, classes)
+  found = per_class(labels, predictions, len(classes))
+  return {
+    name: {
+      'precision': float(found.precision[k]),
+      'recall': float(found.recall[k]),
+      'f1': float(found.f1[k]),
+      'support': int(found.support[k]),
+    }
+    for k, name in enumerate(classes)
+  }
+
+
+def confusion(results: Sequence[Result], classes: Sequence[str]) -> dict[str, list]:
+  """Returns how often each label got each prediction.
+
+  Returns:
+    {"labels": [...], "predictions": [...], "counts": [[...]]}, a row of counts per label;
+    predictions end with NONE where one is none of the classes.
+
+  Raises:
+    ValueError: a label that is none of the classes.
+  """
+  labels, predictions = _indices(results, classes)
+  k = len(classes)
+  counts = np.bincount(labels * (k + 1) + predictions, minlength=k * (k + 1)).reshape(k, k + 1)
+  wide = k + bool(counts[:, k].any())
+  columns = [*classes, NONE][:wide]
+  return {'labels': list(classes), 'predictions': columns, 'counts': counts[:, :wide].tolist()}

@@ -1,0 +1,155 @@
+"""Near-duplicates: texts that share most of their runs of five words.
+
+The similarity of two texts is Jaccard's index of their sets of shingles, n-grams of SHINGLE words:
+common ones over all of both. Between evaluation and training texts (`Join`) it is computed exactly:
+the shingles of the evaluation sets are few, and training texts are streamed past them. Within the
+training texts, where every pair counts, candidates are found by MinHash (Broder 1997) and verified.
+"""
+
+import collections
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.evaluation import ngrams, templates
+from ftjax.runtime.errors import ConfigError
+
+SHINGLE = 5
+THRESHOLD = 0.8
+FEWEST_WORDS = 8  # shorter texts have too few shingles
+# 20 bands of 5 rows: a pair of similarity 0.8 becomes a candidate with probability 0.9996, and one
+# of 0.5 with 0.47, which the exact comparison removes again.
+_BANDS, _ROWS = 20, 5
+_SEED = 1
+
+
+class Near(NamedTuple):
+  """The most similar training text: the similarity, and the number of the text."""
+
+  similarity: float
+  serial: int
+
+
+class Join:
+  """Evaluation texts that wait for similar training texts."""
+
+  def __init__(self, sets: Sequence[templates.Texts], vocabulary: Mapping[str, int]):
+    """Stores the shingles of the texts of several sets, without their templates."""
+    self._sets, self._vocabulary = sets, vocabulary
+    self.best: list[dict[int, Near]] = [{} for _ in sets]  # of each set: row -> its nearest
+    grams, owners, self._texts, self._sizes = [], [], [], []
+    for number, texts in enumerate(sets):
+      for text, shingles in _shingles(texts, texts.text):
+        if len(shingles) > FEWEST_WORDS - SHINGLE:
+          grams.append(shingles)
+          owners.append(np.full(len(shingles), len(self._texts)))
+          self._texts.append((number, int(texts.row[text])))
+          self._sizes.append(len(shingles))
+    grams = np.concatenate([np.zeros(0, np.uint64), *grams])
+    owners = np.concatenate([np.zeros(0, np.int64), *owners])
+    self.table = ngrams.Table(grams)
+    order = np.argsort(grams, kind='stable')
+    self._owners = owners[order]
+    self._offsets = np.append(np.searchsorted(grams[order], self.table.values), len(grams))
+    self._fewest = math.ceil(THRESHOLD * min(self._sizes, default=1))
+
+  def candidates(self, text: np.ndarray, gram: np.ndarray) -> list[tuple[int, list[int]]]:
+    """Returns the training texts that share enough shingles with one evaluation text.
+
+    Args:
+      text, gram: int64[m] each: a training text, and a shingle of `table` that it has.
+
+    Returns:
+      of each such training text (its number, the evaluation texts).
+    """
+    pairs = ngrams.distinct(text * len(self.table) + gram)
+    text, gram = np.divmod(pairs, max(len(self.table), 1))
+    found, starts, counts = ngrams.counts(text)
+    is_enough = counts >= self._fewest
+    out = []
+    for number, start, count in zip(*(x[is_enough] for x in (found, starts, counts)), strict=True):
+      shingles = gram[start : start + count]
+      owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in shingles]
+      common = collections.Counter(np.concatenate(owners).tolist())
+      near = [t for t, k in common.items() if k >= THRESHOLD * self._sizes[t]]
+      if near:
+        out.append((int(number), near))
+    return out
+
+  def compare(self, words: Sequence[str], serial: int, texts: Sequence[int]) -> None:
+    """Compares a training text with evaluation texts that `candidates` gave, and keeps the most
+    similar one of each row.
+    """
+    for number in {self._texts[t][0] for t in texts}:
+      ids = templates.without(words, self._vocabulary, self._sets[number].template)
+      shingles = ngrams.distinct(ngrams.of_numbers(ids, SHINGLE)[1])
+      _, index = self.table.find(shingles)
+      owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in index]
+      common = collections.Counter(np.concatenate([*owners, np.zeros(0, np.int64)]).tolist())
+      for t in texts:
+        if self._texts[t][0] != number:
+          continue
+        similarity = common[t] / (self._sizes[t] + len(shingles) - common[t])
+        row, best = self._texts[t][1], self.best[number]
+        if similarity >= THRESHOLD and similarity > best.get(row, Near(0.0, 0)).similarity:
+          best[row] = Near(similarity, serial)
+
+
+def _shingles(texts: templates.Texts, owner: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields (owner, its different shingles uint64[m], sorted); `owner` int64[n]: of each word."""
+  starts, grams = ngrams.of_numbers(texts.content, SHINGLE)
+  found, begins, counts = ngrams.counts(owner[starts])
+  for number, begin, count in zip(found.tolist(), begins, counts, strict=True):
+    yield number, ngrams.distinct(grams[begin : begin + count])
+
+
+def need_datasketch(what: str) -> None:
+  """Raises ConfigError with the extra to install if datasketch is missing."""
+  if importlib.util.find_spec('datasketch') is None:
+    raise ConfigError(
+      f"{what} needs the package datasketch; pip install '.[eval]' in the checkout of ftjax"
+    )
+
+
+def count(rows: Sequence[Sequence[Sequence[str]]]) -> int:
+  """Returns how many rows have a near-duplicate among the others; MinHash, verified.
+
+  Args:
+    rows: of each row its texts, of each text its words. Template words do not count, and rows with
+      fewer than FEWEST_WORDS others in a run are left out.
+
+  Raises:
+    ConfigError: datasketch is missing.
+  """
+  need_datasketch('the count of near-duplicates among training rows')
+  import datasketch
+
+  vocabulary: dict[str, int] = {}
+  texts = templates.read([[ngrams.added(vocabulary, text) for text in row] for row in rows])
+  sketch = datasketch.MinHash(_BANDS * _ROWS, seed=_SEED, hashfunc=int)
+  index = datasketch.MinHashLSH(num_perm=_BANDS * _ROWS, params=(_BANDS, _ROWS))
+  kept: list[np.ndarray] = []  # different sets of shingles
+  equal: dict[bytes, list[int]] = {}
+  for i, shingles in _shingles(texts, texts.row[texts.text]):
+    if len(shingles) > FEWEST_WORDS - SHINGLE:
+      equal.setdefault(shingles.tobytes(), []).append(i)
+  near: set[int] = set()
+  for i, data in enumerate(equal):
+    shingles = np.frombuffer(data, np.uint64)
+    own = sketch.copy()
+    own.update_batch((shingles >> np.uint64(32)).tolist())
+    for other in index.query(own):
+      if not {i, other} <= near and _jaccard(shingles, kept[other]) >= THRESHOLD:
+        near |= {i, other}
+    index.insert(i, own, check_duplication=False)
+    kept.append(shingles)
+  return sum(len(same) for i, same in enumerate(equal.values()) if i in near or len(same) > 1)
+
+
+def _jaccard(first: np.ndarray, second: np.ndarray) -> float:
+  """Returns the similarity of two sets of shingles, uint64[m] sorted."""
+  common = len(np.intersect1d(first, second, assume_unique=True))
+  return common / (len(first) + len(second) - common)
