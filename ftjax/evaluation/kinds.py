@@ -17,7 +17,7 @@ from typing import Any
 
 from ftjax.evaluation import function_kinds, metric, rows
 from ftjax.evaluation.kind import CHOOSE, READ, Answer, Kind
-from ftjax.evaluation.metrics import normalized_match
+from ftjax.evaluation.metrics.answers import normalized_match
 from ftjax.evaluation.model import Likelihood
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.safety_kinds import SAFETY_KINDS
