@@ -15,19 +15,18 @@ def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
   run = tiny_rollouts.start(
     tmp_path, **{'eval.tasks': names, 'eval.batch_size': 2, 'eval.max_tokens': 4}
   )
-  loads, asked, load, judge = [], [], run.load_params, compare.Evaluator(run)
-  generate = judge._engine.generate_at_once
+  loads, asked, load, evaluator = [], [], run.load_params, compare.Evaluator(run)
+  engine = evaluator.programs.engine
+  generate = engine.generate
   monkeypatch.setattr(run, 'load_params', lambda *a: loads.append(a) or load(*a))
-  monkeypatch.setattr(
-    judge._engine,
-    'generate_at_once',
-    lambda p, prompts, **k: asked.append(0) or generate(p, prompts, **k),
-  )
-  base = judge.base()
-  assert len(asked) == 3 and len(loads) == 1  # 5 rows, 2 at once
-  said = [[r.prediction for r in base[kind]] for kind in ('match', 'math', 'math_strict')]
-  assert said[0] == said[1] == said[2] and len(said[0]) == 5
-  judge.base()
-  assert len(asked) == 3 and len(loads) == 1
-  judge.tuned(load('', 'float32'))  # other weights are asked anew
-  assert len(asked) == 6
+  monkeypatch.setattr(engine, 'generate', lambda *a, **k: asked.append(0) or generate(*a, **k))
+  base = {name: found['base'] for name, found in evaluator.base().items()}
+  assert len(asked) == 1 and len(loads) == 1
+  given = [[r.response for r in base[kind]] for kind in ('match', 'math', 'math_strict')]
+  assert given[0] == given[1] == given[2] and len(given[0]) == 5
+  evaluator.base()
+  assert len(asked) == 1 and len(loads) == 1
+  summary = evaluator.tuned(load('', 'float32'))  # other weights are asked anew
+  assert len(asked) == 2
+  assert summary['models'] == ['base', 'tuned'] and list(summary['tasks']) == ['match', 'math', 'math_strict']
+  assert json.loads((tmp_path / 'eval' / 'summary.json').read_text()) == summary

@@ -279,3 +279,28 @@ def test_disjoint_real_data_is_clean():
   assert (got.contaminated, got.near_duplicates) == (0, 0)
   planted = report(items, [*train, *held[::10]])
   assert planted.contaminated == 40 and planted.near_duplicates == 0
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_the_rule_of_13_words_is_that_of_lm_eval(seed, monkeypatch):
+  janitor = pytest.importorskip('lm_eval.decontamination.janitor', reason='an optional package')
+  monkeypatch.setattr(contamination, 'OVERLAP', 2)  # which lm-eval does not have
+  rng = random.Random(seed)
+  pool = [text(rng, rng.randrange(8, 30)) for _ in range(50)]
+
+  def mixed():
+    return ' '.join(p[rng.randrange(9) * 4 :] for p in rng.sample(pool, rng.randrange(1, 5)))
+
+  questions, rows = [mixed().title() for _ in range(150)], [mixed() for _ in range(30)]
+  theirs = janitor.Janitor(ngram_n=13)
+  for row in rows:
+    theirs.register_contaminant_python(row)
+  expected = [
+    any(theirs.normalize_string(g) in theirs.dirt_ngrams for g in janitor.word_ngrams(q, 13))
+    for q in questions
+  ]
+  got = report([Item(str(i), (q,)) for i, q in enumerate(questions)], rows)
+  assert [f.is_contaminated for f in got.findings if not f.is_whole] == [
+    e for e, f in zip(expected, got.findings, strict=True) if not f.is_whole
+  ]
+  assert 20 < sum(expected) < 130

@@ -184,7 +184,12 @@ def _seeds(between, seeds, simulations, record):
     x = x + 0.4 * rng.normal(size=(200, seeds))
     found.append(seed_mean(lambda w, x=x: w @ x / 200, range(200), seed=0, resamples=400))
   title = f'mean of {seeds} seeds, between {between}'
-  _check(title, [f.low for f in found], [f.high for f in found], 0, record)
+  # It covers at least; more where seeds differ less than test sets.
+  covered = float(np.mean([f.low <= 0 <= f.high for f in found]))
+  record(title, covered)
+  print(f'{title}: {100 * covered:.1f} % of {simulations}')
+  assert covered >= 0.94 - (0.02 if simulations < 4000 else 0)
+  assert covered <= 0.97 or between < 0.1
 
 
 def test_intervals_cover(record_property):
@@ -234,7 +239,7 @@ def test_intervals_of_means_wins_and_seeds_cover_over_4000_simulations(record_pr
   for count in (50, 200):
     _clustered_mean(count, 4000, record_property)
   _wins(200, 4000, record_property)
-  for between, seeds in ((0.0, 3), (0.03, 3), (0.1, 3), (0.03, 5)):
+  for between, seeds in ((0.0, 3), (0.03, 3), (0.1, 2), (0.1, 3), (0.3, 3), (0.03, 5)):
     _seeds(between, seeds, 4000, record_property)
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -421,6 +422,14 @@ def test_entities_as_a_list_count_each_occurrence():
   found, there = [('PER', 'a'), ('PER', 'a'), ('LOC', 'b')], [('PER', 'a'), ('X', 'c')]
   got = tags.entity_values(found, there, ('PER', 'LOC'))
   assert got == {'entities': (1.0, 3.0, 2.0, 1.0, 2.0, 1.0, 0.0, 1.0, 0.0)}
+  rows = results({'values': got}, {'values': tags.entity_values(there, there, ('PER', 'LOC'))})
+  assert tags.type_table(rows, ('PER', 'LOC')) == {
+    'PER': {'precision': 2 / 3, 'recall': 1.0, 'f1': 0.8, 'support': 2},
+    'LOC': {'precision': 0.0, 'recall': 0.0, 'f1': 0.0, 'support': 0},
+  }
+  assert tags.type_table([], ('X',))['X']['support'] == 0
+  untyped = results({'values': tags.entity_values(found, there, ())})
+  assert figure(tags.F1, untyped) == 0.4 and np.isnan(figure(tags.MACRO_F1, untyped))
   for metric in (*tags.METRICS, tags.MACRO_F1):
     assert np.isnan(figure(metric, []))
 
@@ -504,3 +513,41 @@ def test_majority_by_hand():
   rows = _sampled({'a': [('1', True), ('1', True), ('2', False), ('2', False), ('2', False)]})
   assert figure(samples.majority_metric(3), rows[::-1]) == 1
   assert figure(samples.majority_metric(5), rows) == 0
+
+
+# Rubbish
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    ' ' * 100_000,
+    '.' * 100_000 + 'x',
+    '."' * 50_000,
+    '\n ' * 50_000,
+    '- ' * 50_000,
+    'PER' + ' ' * 100_000 + ';' * 1000,
+    ('x' * 50 + ':') * 2000,
+    '<tool_call>' * 10_000,
+    '<function=f>' * 10_000,
+    '*' * 100_000 + 'a',
+    "a'" * 50_000,
+    '\ud800\x00\u202e' * 1000,
+    '[f(x=' + '-' * 15_000 + '1)]',
+    '[f(x=' + 'not ' * 4000 + '1)]',
+    '[' + 'a.' * 9000 + 'f(x=1)]',
+    '[f(x=' + '{1:' * 6000 + ')]',
+    '[f(x=' + '[' * 90 + ']' * 90 + ')]',
+  ],
+  ids=lambda text: f'{text[:8]!a}-{len(text)}',
+)
+def test_rubbish_is_read_in_linear_time(text):
+  start = time.monotonic()
+  values = tool_calls.call_values(text, tool_calls.read_expected([PARIS]))
+  assert values['calls_right'] == (0.0,)
+  structure.json_values(text, {})
+  list(tags.parse_entities(text))
+  for kind, row in constraints.KINDS.items():
+    value = {'number': 3, 'text': 'a b', 'texts': ('a b', 'c'), 'nothing': None}[row.takes]
+    constraints.constraint_values(text, [Constraint(kind, value)])
+  assert time.monotonic() - start < 10  # all take 0.1 s; squares of the length would take minutes

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.evaluation.metric import Metric
-from ftjax.evaluation.metrics import calibration, classification
+from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
 from ftjax.evaluation.tasks import Task
@@ -33,11 +33,13 @@ _BINS = 10  # of a reliability diagram
 class _Models:
   """The results of all models on one task: what each metric needs of them.
 
-  columns: [model][metric] float64[n, M]. clusters: of each model, int[n], numbers of prompts.
+  main: how many of the metrics are no details. columns: [model][metric] float64[n, M]. clusters: of
+  each model, int[n], numbers of prompts.
   """
 
   names: tuple[str, ...]
   metrics: tuple[Metric, ...]
+  main: int
   classes: tuple[str, ...]
   results: tuple[Sequence[Result], ...]
   columns: tuple[tuple[np.ndarray, ...], ...]
@@ -49,7 +51,7 @@ class _Models:
     out = []
     for columns, own in zip(self.columns, self.clusters, strict=True):
       spread = weights[:, own]
-      values = [m.value(spread, c) for m, c in zip(self.metrics, columns, strict=True)]
+      values = [_figure(m, spread, c) for m, c in zip(self.metrics, columns, strict=True)]
       out.append(np.stack(values, axis=-1))
     return np.stack(out, axis=1)
 
@@ -59,15 +61,22 @@ class _Models:
     return self.metrics[0].value(np.eye(len(columns)), columns)
 
 
+def _figure(metric: Metric, weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  if not metric.is_resampled and len(weights) > 1:
+    return np.full(len(weights), np.nan)
+  return metric.value(weights, columns)
+
+
 def _models(task: Task, results: Mapping[str, Sequence[Result]]) -> _Models:
   ids = [row.id for row in task.rows]
   for name, own in results.items():
     if list(dict.fromkeys(r.id for r in own)) != ids:
       raise ValueError(f'{task.name}: results of {name!r} are not those of the task, row by row')
   number = {row_id: i for i, row_id in enumerate(ids)}
+  metrics = (*task.metrics, *_of_samples(results), *task.details)
   try:
     columns = tuple(
-      tuple(m.columns(own, task.classes) for m in task.metrics) for own in results.values()
+      tuple(m.columns(own, task.classes) for m in metrics) for own in results.values()
     )
   except KeyError as error:
     raise DataError(
@@ -76,13 +85,24 @@ def _models(task: Task, results: Mapping[str, Sequence[Result]]) -> _Models:
     ) from error
   return _Models(
     names=tuple(results),
-    metrics=task.metrics,
+    metrics=metrics,
+    main=len(metrics) - len(task.details),
     classes=task.classes,
     results=tuple(results.values()),
     columns=columns,
     clusters=tuple(np.array([number[r.id] for r in own], int) for own in results.values()),
     prompts=len(ids),
   )
+
+
+def _of_samples(results: Mapping[str, Sequence[Result]]) -> tuple[Metric, ...]:
+  """Returns pass@k and maj@k, where each model gave k completions of each prompt."""
+  counts = {max((r.sample for r in own), default=0) + 1 for own in results.values()}
+  k = min(counts, default=1)
+  if k < 2 or not all('right' in r.values for own in results.values() for r in own):
+    return ()
+  found = {1, k, *(size for size in (4, 16, 64) if size < k)} - {1}
+  return (*(samples.pass_metric(size) for size in sorted(found)), samples.majority_metric(k))
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -140,7 +160,14 @@ def compare(
     'samples': max((r.sample for r in models.results[0]), default=0) + 1,
     'classes': list(task.classes) or None,
     'metrics': [
-      {'name': m.name, 'title': m.title, 'better': m.better, 'form': m.form, 'is_primary': not i}
+      {
+        'name': m.name,
+        'title': m.title,
+        'better': m.better,
+        'form': m.form,
+        'is_primary': not i,
+        'is_detail': i >= models.main,
+      }
       for i, m in enumerate(models.metrics)
     ],
     'scores': scores,
@@ -156,6 +183,25 @@ def compare(
     'cost': dict(cost or {}),
     'method': {'level': LEVEL, 'resamples': RESAMPLES, 'seed': SEED},
     'examples': _examples(task, models),
+  }
+
+
+def on_rows(
+  task: Task, results: Mapping[str, Sequence[Result]], ids: frozenset[str]
+) -> dict[str, dict[str, float | None]]:
+  """Returns {model: {value, low, high}} of the primary figure on some of the rows.
+
+  ids: of these rows; nothing is known of none.
+  """
+  rows = tuple(row for row in task.rows if row.id in ids)
+  if not rows:
+    return {name: dict.fromkeys(('value', 'low', 'high')) for name in results}
+  part = dataclasses.replace(task, rows=rows)
+  entry = compare(part, {n: [r for r in own if r.id in ids] for n, own in results.items()})
+  metric = entry['metrics'][0]['name']
+  return {
+    name: {k: found[metric][k] for k in ('value', 'low', 'high')}
+    for name, found in entry['scores'].items()
   }
 
 

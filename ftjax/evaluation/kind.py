@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ftjax.evaluation import rows
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.model import Likelihood
 from ftjax.evaluation.rows import Row
@@ -79,9 +78,12 @@ class Kind:
   Attributes:
     score: (row, answer) -> {name: a number, or several}, the same names for every row.
     metrics: figures of these values; the first is the one that decides.
+    details: further figures, which reports show beneath.
+    class_metrics, class_details: the same, where all rows offer the same choices.
+    class_score: values that these need, beside those of `score`.
     respond: 'complete', 'choose' or 'read', see above.
-    choices: of a kind that responds by 'choose' or 'read': a row of the source -> (the choices, the
-      right one). Raises ValueError.
+    choices: a row of the source -> (the choices or texts, the right one). Raises ValueError. None:
+      rows have no choices; a kind that responds by 'choose' reads them from "choices" and "label".
     read: a row of the source, {column: value} -> a row with the columns that ftjax knows. Raises
       ValueError with the reason for a row that cannot be used.
     check: raises ValueError for a row that no response could get right.
@@ -90,7 +92,6 @@ class Kind:
     has_answer: whether a row must have an answer.
     has_priors: whether choices are scored after a prompt without content too.
     reads: columns that `score`, `parse` and `check` find in row.columns.
-    class_metrics: further figures, where all rows offer the same choices.
     reads_all: whether row.columns has all columns of the source.
     score_all: (rows, answers) -> what `score` returns for each, in place of it.
     judge: (prompt, first response, second response) -> share of a win of the second, 0 to 1, in
@@ -100,7 +101,7 @@ class Kind:
   score: Callable[[Row, Answer], Values]
   metrics: tuple[Metric, ...]
   respond: str = COMPLETE
-  choices: Callable[[Mapping[str, Any]], tuple[tuple[str, ...], str]] = rows.read_choices
+  choices: Callable[[Mapping[str, Any]], tuple[tuple[str, ...], str]] | None = None
   read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _same
   check: Callable[[Row], None] = _accept
   parse: Callable[[str, str, Row], str] = _text
@@ -108,7 +109,10 @@ class Kind:
   has_answer: bool = True
   has_priors: bool = False
   reads: tuple[str, ...] = ()
+  details: tuple[Metric, ...] = ()
   class_metrics: tuple[Metric, ...] = ()
+  class_details: tuple[Metric, ...] = ()
+  class_score: Callable[[Row, Answer], Values] | None = None
   reads_all: bool = False
   score_all: Callable[[Sequence[Row], Sequence[Answer]], Sequence[Values]] | None = None
   judge: Callable[[str, str, str], float] | None = None

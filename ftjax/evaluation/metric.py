@@ -29,6 +29,7 @@ class Metric:
       a mean without results.
     better: 'higher', 'lower', or '' where neither is better.
     is_proportion: the figure is the mean of zeros and ones: Wilson's interval, McNemar's test.
+    is_resampled: it has an interval; not where a resample that repeats rows means something else.
     form: how it is shown: 'fraction' (0.873), 'points' (of 100: 27.4) or 'number' (any scale).
   """
 
@@ -38,6 +39,7 @@ class Metric:
   value: Value
   better: str = 'higher'
   is_proportion: bool = False
+  is_resampled: bool = True
   form: str = 'fraction'
 
 

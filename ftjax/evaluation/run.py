@@ -134,7 +134,10 @@ def _values(
   out = []
   for row, answer in zip(rows, answers, strict=True):
     try:
-      out.append(kinds.values_of(tasks.call(kind.score, row, answer)))
+      found = dict(tasks.call(kind.score, row, answer))
+      if task.classes and kind.class_score is not None:
+        found |= tasks.call(kind.class_score, row, answer)
+      out.append(kinds.values_of(found))
     except ValueError as error:
       of = f'the completion {answer.text!r}' if answer.text else f'{answer.prediction!r}'
       raise _fault(task, row, f'score of {of}', error) from error
@@ -150,7 +153,7 @@ def _result(
     prediction=answer.prediction,
     values=values,
     scores=tuple(x.logp for x in answer.likelihoods),
-    response=answer.text if answer.text != answer.prediction else '',
+    response=answer.text,
     sample=sample,
     tokens=answer.tokens,
     is_cut=answer.is_cut,

@@ -16,8 +16,9 @@ from typing import Any
 from ftjax.data import sources
 from ftjax.data.formats import Bad
 from ftjax.evaluation import function_kinds, kinds, rows
-from ftjax.evaluation.kind import COMPLETE, READ, Kind
+from ftjax.evaluation.kind import CHOOSE, COMPLETE, READ, Kind
 from ftjax.evaluation.metric import Metric
+from ftjax.evaluation.metrics import diversity
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime import named_object
@@ -65,6 +66,14 @@ class Task:
     """Returns the figures of its results; the first decides."""
     return self.kind.metrics + (self.kind.class_metrics if self.classes else ())
 
+  @property
+  def details(self) -> tuple[Metric, ...]:
+    """Returns further figures, which reports show beneath."""
+    kind, more = self.kind, ()
+    if kind.respond == COMPLETE:
+      more = (diversity.TOKENS, diversity.TRUNCATED, diversity.REPETITION, diversity.DISTINCT_2)
+    return kind.details + (kind.class_details if self.classes else ()) + more
+
   def first(self, count: int, seed: int) -> 'Task':
     """Returns the task on `count` of its rows, chosen by hash: a prefix of one order, whatever the
     count, that does not depend on the order of the file.
@@ -103,7 +112,7 @@ def load_task(name: str, kind_name: str, path: str) -> Task:
   if not found:
     raise DataError(f'{path}: no rows (eval.tasks, task {name!r})')
   offered = {tuple(sorted(r.choices)) for r in found}
-  is_classified = kind.has_answer and kind.respond != READ and len(offered) == 1
+  is_classified = bool(kind.class_metrics) and len(offered) == 1 and len(found[0].choices) > 1
   content = _digest(spec)
   own = kind_name.removeprefix(function_kinds.JUDGE).removeprefix(function_kinds.REWARD)
   if named_object.is_named(own):
@@ -176,9 +185,10 @@ def _read_row(
   asked, read = (None, set()) if kind.respond == READ else rows.read_asked(row, form)
   choices: Sequence[str] = ()
   answers: tuple[str, ...] = ()
-  if kind.respond != COMPLETE:
-    choices, right = call(kind.choices, row)
-    answers = (right,)
+  reader = rows.read_choices if kind.choices is None and kind.respond == CHOOSE else kind.choices
+  if reader is not None:
+    choices, right = call(reader, row)
+    answers = (right,) if right else ()
   elif kind.has_answer:
     answers = rows.read_answers(row)
   name = row.get('id', usual_id)

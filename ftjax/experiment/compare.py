@@ -1,6 +1,7 @@
 """Base against tuned: runs eval.tasks on all models of a run, prints and stores the comparison."""
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,10 +14,11 @@ from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.run import Cost
 from ftjax.evaluation.tasks import Task
-from ftjax.experiment import few_shot
+from ftjax.experiment import contamination_check, few_shot
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
+from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
 from ftjax.storage import files
 
@@ -24,7 +26,6 @@ log = logging.getLogger(__name__)
 
 BASE, SHOTS, TUNED = 'base', 'base_shots', comparison.TUNED
 _SEED = 0  # of sampled completions: the same rows and draws in every run
-# Parts of the tuned model's results; an evaluation that was stopped goes on behind them.
 
 
 class Evaluator:
@@ -39,8 +40,8 @@ class Evaluator:
     # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
     self.folder = files.join(run.workdir, 'eval')
-    self._programs = Programs(run)
-    self.samples = Samples(self._programs)
+    self.programs = Programs(run)
+    self.samples = Samples(self.programs)
     self._shots = {task.name: few_shot.find(run, task) for task in self.tasks}
     self.draw = Draw(
       c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, tuple(c.eval.stop)
@@ -49,7 +50,7 @@ class Evaluator:
 
   def local(self, params: dict) -> LocalModel:
     """Returns weights as a model under test."""
-    return LocalModel(self._programs, params)
+    return LocalModel(self.programs, params)
 
   def _score(self, model: Model, task: Task, title: str) -> Sequence[Result]:
     shots = self._shots[task.name] if title == SHOTS else None
@@ -121,7 +122,7 @@ class Evaluator:
         results = function_kinds.judged(task.rows, task.kind, results)
       if processes.is_main():
         result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
-        entries.append(comparison.compare(task, results, self._costs(task)))
+        entries.append(self._entry(task, results))
     answers = self.samples.compared(model)
     if not (entries or answers) or not processes.is_main():
       return None
@@ -129,11 +130,23 @@ class Evaluator:
     self._write(summary)
     return summary
 
+  def _entry(self, task: Task, results: Mapping[str, Sequence[Result]]) -> dict:
+    entry = comparison.compare(task, results, self._costs(task))
+    if (report := self._found_in_training().get(task.name)) is not None:
+      clean = comparison.on_rows(task, results, report.clean_ids())
+      entry['contamination'] = contamination_check.to_summary(report, clean)
+    return entry
+
+  @functools.cache  # noqa: B019, one evaluator a run
+  def _found_in_training(self) -> Mapping[str, contamination_check.Report]:
+    return contamination_check.check(self.run, self.tasks)
+
   def _costs(self, task: Task) -> Mapping[str, Mapping[str, float]]:
     found = self._cost.get(task.name, {})
     return {n: {'seconds': c.seconds, 'tokens': c.tokens, 'rows': c.rows} for n, c in found.items()}
 
   def _write(self, summary: dict) -> None:
     files.makedirs(self.folder)
-    report.save(files.join(self.folder, 'summary.json'), summary)
-    print('\n' + report.text(summary) + '\n', flush=True)
+    text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+    files.write_text(files.join(self.folder, 'summary.json'), text + '\n')
+    print('\n' + text_table.text(summary) + '\n', flush=True)

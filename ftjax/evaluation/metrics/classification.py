@@ -191,6 +191,9 @@ MEANS = {
   for name, title in _TITLES.items()
 }
 METRICS = (ACCURACY, BALANCED_ACCURACY, *MEANS.values(), MCC)
+# Of tasks with classes, beside accuracy: what a table shows, and what it shows beneath.
+OF_CLASSES = (MEANS['macro_f1'], BALANCED_ACCURACY, MCC)
+FURTHER = tuple(m for name, m in MEANS.items() if name != 'macro_f1')
 
 
 def per_class_table(

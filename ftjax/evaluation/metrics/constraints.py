@@ -19,9 +19,12 @@ from ftjax.grading.json_text import read_json
 
 _BULLET = re.compile(r'^[ \t]*[-*+\u2022][ \t]+\S', re.MULTILINE)
 _BLANK_LINES = re.compile(r'\n[^\S\n]*\n\s*')
-# A full stop ends a sentence before white space; those of scripts without spaces do anywhere.
+# A full stop ends a sentence before white space; those of scripts without spaces do anywhere. It
+# matches at the first of several marks alone and never gives any back: linear time.
+_MARKS = '.!?\u2026\u061f\u06d4\u0964'
+_CLOSING = '"\')\\]\u2019\u201d\u00bb*'
 _SENTENCE_END = re.compile(
-  '[.!?\u2026\u061f\u06d4\u0964]+["\')\\]\u2019\u201d\u00bb*]*(?=\\s|$)|[\u3002\uff01\uff1f]+'
+  rf'(?<![{_MARKS}])[{_MARKS}]++[{_CLOSING}]*+(?=\s|$)|[\u3002\uff01\uff1f]++'
 )
 
 

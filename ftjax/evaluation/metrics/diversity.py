@@ -68,7 +68,9 @@ def distinct(n: int) -> Metric:
 
   Source: Li et al. 2016, arXiv:1510.03055.
   """
-  return Metric(f'distinct_{n}', f'distinct-{n}', _ngram_columns(n), _distinct_share, '')
+  return Metric(
+    f'distinct_{n}', f'distinct-{n}', _ngram_columns(n), _distinct_share, '', is_resampled=False
+  )
 
 
 def _mean_of(measure: Callable[[Result], float]) -> Columns:

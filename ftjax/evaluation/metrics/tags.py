@@ -6,14 +6,15 @@ both right. Scores are functions of three counts: right, found, there.
 
 import collections
 import json
-import re
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
 from ftjax.evaluation.metric import Metric, of_sums, ratio, read_values
+from ftjax.evaluation.result import Result
 
-_LINE = re.compile(r'\s*(?:[-*\u2022]\s+)?([^:\n]{1,40}?)\s*:\s*(.*\S)\s*')
+_MAX_TYPE = 40  # characters; a longer beginning of a line is no type
+_BULLETS = ('- ', '* ', '\u2022 ')
 
 
 def tag_spans(tags: Sequence[str], is_strict: bool = False) -> list[tuple[str, int, int]]:
@@ -58,11 +59,11 @@ def parse_entities(text: str) -> tuple[tuple[str, str], ...]:
 
 def _read_lines(text: str) -> Iterable[tuple[str, str]]:
   for line in text.splitlines():
-    kind = ''
-    for part in line.split(';'):
-      match = _LINE.fullmatch(part)
-      if match:
-        kind, part = match[1], match[2]
+    kind, line = '', line.strip()
+    for part in (line[2:] if line.startswith(_BULLETS) else line).split(';'):
+      start, colon, rest = part.partition(':')
+      if colon and 0 < len(start.strip()) <= _MAX_TYPE:
+        kind, part = start.strip(), rest
       if kind and part.strip():
         yield kind, part.strip()
 
@@ -115,8 +116,26 @@ def _micro(part: int):
 
 def _macro(sums: np.ndarray) -> np.ndarray:
   """Returns the mean F1 of the types that occur; NaN where none does."""
-  each = _scores(sums[:, 3:].reshape(len(sums), -1, 3))[2]
+  each = _scores(sums[:, 3:].reshape(len(sums), sums.shape[1] // 3 - 1, 3))[2]
   return ratio(np.nan_to_num(each).sum(1), np.isfinite(each).sum(1))
+
+
+def type_table(results: Sequence[Result], types: Sequence[str]) -> dict[str, dict[str, float]]:
+  """Returns {type: {precision, recall, f1, support}} of all results; a ratio with denominator 0 is
+  0, as in the table of classes.
+
+  Args:
+    types: those that `entity_values` got.
+  """
+  counts = np.zeros(3 + 3 * len(types))
+  for r in results:
+    counts += r.values['entities']
+  table = {}
+  for kind, own in zip(types, counts.reshape(-1, 3)[1:], strict=True):
+    scores = (float(np.nan_to_num(score)) for score in _scores(own))
+    names = ('precision', 'recall', 'f1')
+    table[kind] = dict(zip(names, scores, strict=True)) | {'support': int(own[2])}
+  return table
 
 
 _READ = read_values('entities')

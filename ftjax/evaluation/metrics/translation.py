@@ -75,6 +75,8 @@ def bleu_counts(text: str, references: Sequence[str], tokenize: str) -> tuple[fl
 def ter_counts(text: str, references: Sequence[str]) -> tuple[float, ...]:
   """Returns (edits to the nearest reference, mean length of the references in words).
 
+  Slow: up to 40 ms for 25 words that are all in another order, seconds for hundreds.
+
   Raises:
     ConfigError: sacrebleu is not installed.
   """

@@ -51,7 +51,7 @@ _ACT = _any(
     'discuss',
     'do (?:that|this|it|so)',
   ),
-  *('advise', 'recommend', 'suggest', 'tell you', 'show you', 'instruct', 'guide'),
+  *('advise', 'recommend', 'suggest', 'tel+ you', 'show you', 'instruct', 'guide'),
   *('explain', 'continue', 'proceed', 'complete', 'carry', 'perform', 'facilitate', 'disclose'),
   *('reveal', 'access', 'allow', 'process', 'accept', 'meet', 'describe', 'translate', 'identify'),
 )

@@ -53,7 +53,9 @@ def seed_mean(
   The covariance of the seeds' figures is that of a bootstrap of the rows: its diagonal is the error
   within a seed, beside it is what seeds share. With var the variance of the S figures, the square
   of the standard error is var / S plus the shared part, and at least that of the test set alone.
-  The t quantile has Satterthwaite's degrees of freedom, from S - 1 and G - 1.
+  The interval adds the squares of the t intervals of both parts, with S - 1 and G - 1 degrees of
+  freedom. It covers 95 % where the seeds differ much and up to 99 % where they do not; one with
+  Satterthwaite's degrees of freedom covers 92 % with three seeds, 88 % with two.
 
   Args:
     figure: weights float64[R, n] -> float64[R, S], of all seeds on the same n results each; of
@@ -61,8 +63,8 @@ def seed_mean(
     clusters: [n], the cluster of each result, the same for all seeds.
     seed: of the resampling.
     resamples: R; those without a finite figure of each seed are left out.
-  Source: Miller 2024, arXiv 2411.00640, for the error of a test set; Satterthwaite 1946, Biometrics
-    Bulletin 2:110; Searle, Casella and McCulloch 1992, Variance Components, chapter 4.
+  Source: Miller 2024, arXiv 2411.00640, for the error of a test set; Searle, Casella and McCulloch
+    1992, Variance Components, chapter 4, for the parts. Coverage: tests/test_coverage.py.
   """
   from scipy.stats import t
 
@@ -82,25 +84,22 @@ def seed_mean(
   # A resample of G clusters varies by (G - 1) / G too little.
   covariance = np.atleast_2d(np.cov(stars.T)) * count / (count - 1)
   within, whole = float(np.diag(covariance).mean()), float(covariance.mean())
+  by_rows = float(t.ppf((1 + level) / 2, count - 1))
   if seeds == 1:
-    half = float(t.ppf((1 + level) / 2, count - 1)) * math.sqrt(within)
     se = math.sqrt(within)
-    return SeedMean(values, value, value - half, value + half, se, nan, se, nan)
+    return SeedMean(values, value, value - by_rows * se, value + by_rows * se, se, nan, se, nan)
   shared = max(0.0, (seeds * whole - within) / (seeds - 1))
   spread = float(values.var(ddof=1))
   between = max(0.0, spread - (within - shared))
-  variance = max(spread / seeds + shared, whole)
-  rows = variance - spread / seeds
-  freedom = (spread / seeds) ** 2 / (seeds - 1) + rows**2 / (count - 1)
-  se = math.sqrt(variance)
-  half = float(t.ppf((1 + level) / 2, variance**2 / freedom)) * se if variance > 0 else 0.0
+  by_seeds = float(t.ppf((1 + level) / 2, seeds - 1))
+  half = math.sqrt(max(by_seeds**2 * spread / seeds + by_rows**2 * shared, by_rows**2 * whole))
   total = between + within
   return SeedMean(
     values=values,
     value=value,
     low=value - half,
     high=value + half,
-    se=se,
+    se=math.sqrt(max(spread / seeds + shared, whole)),
     between_sd=math.sqrt(between),
     within_se=math.sqrt(within),
     intraclass=between / total if total > 0 else nan,
