@@ -17,6 +17,8 @@ import numpy as np
 from ftjax.evaluation import metric
 from ftjax.evaluation.metric import Metric, of_sums, ratio
 from ftjax.evaluation.result import Result
+from ftjax.evaluation.rows import Row
+from ftjax.runtime.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +111,47 @@ def read(
   return Documents(results, tuple(kept), dict(figures), left_out)
 
 
+@dataclasses.dataclass(frozen=True)
+class LmEvalEntry:
+  """A task of lm-eval as comparison.py reads it, made of the results of all models."""
+
+  name: str
+  kind_name: str
+  rows: tuple[Row, ...]
+  metrics: tuple[Metric, ...]
+  group: str = 'task'
+  classes: tuple[str, ...] = ()
+  details: tuple[Metric, ...] = ()
+
+
+def entry(name: str, kind_name: str, results: Mapping[str, Sequence[Result]]) -> LmEvalEntry:
+  """Returns the entry of a task.
+
+  Args:
+    name: of the task. kind_name: of its entry in eval.tasks.
+    results: of each model.
+
+  Raises:
+    DataError: the models have no metric in common.
+  """
+  together = [r for own in results.values() for r in own]
+  found = metrics(together)
+  if not found:
+    raise DataError(f'eval.tasks, {name}: lm-eval gives no figure that can be compared')
+  rows = tuple(
+    Row(r.id, f'{name}:{r.id}', None, answers=(r.label,)) for r in next(iter(results.values()))
+  )
+  return LmEvalEntry(name, kind_name, rows, found)
+
+
 def metrics(results: Sequence[Result]) -> tuple[Metric, ...]:
   """Returns the metrics of results of `read`, in lm-eval's order; also of several models' results
   together, so that all have the same.
   """
   if not results:
     return ()
-  names = [name for name in results[0].values if name.count('|') == 2]
+  keys = [key for key in results[0].values if key.count('|') == 2]
+  names = [key for key in keys if all(key in r.values for r in results)]
   return tuple(_metric(name, results) for name in names)
 
 
