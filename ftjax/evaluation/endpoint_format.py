@@ -137,7 +137,9 @@ def answer(reply: Mapping[str, Any]) -> Answer:
     parts = [text.strip(), _calls(message)]
     text = '\n\n'.join(filter(None, parts))
     if thought.strip():
-      text = f'<think>\n{thought.strip()}\n</think>\n\n{text}'
+      is_open = not text and choice.get('finish_reason') == 'length'  # cut while it thought
+      end = '' if is_open else f'\n</think>\n\n{text}'
+      text = f'<think>\n{thought.strip()}{end}'
   elif 'text' in choice:
     text = _text(choice['text'], 'text')
   else:
