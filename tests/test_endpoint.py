@@ -85,6 +85,8 @@ def test_a_name_is_read(text, url, name):
     ('endpoint:http:///v1#name', 'a host'),
     ('endpoint:http://x:99999/v1#name', 'Port'),
     ('endpoint:http://[::1/v1#name', 'IPv6'),
+    ('endpoint:http://a..b/v1#name', 'label'),
+    (f'endpoint:http://{"a" * 64}/v1#name', 'label'),
     ('endpoint:http://x/v1/chat/completions#name', 'by itself'),
     ('endpoint:http://x/v1/completions/#name', 'by itself'),
     ('https://x/v1#name', 'does not begin'),
@@ -673,6 +675,9 @@ def refuse(status, message):
     lambda h: h.reply(reply(text='a', logprobs={'tokens': ['a'], 'token_logprobs': []})),
     lambda h: h.reply(
       reply(text='a', logprobs={'tokens': ['a', 'b'], 'token_logprobs': [math.nan, 0.0]})
+    ),
+    lambda h: h.reply(
+      reply(text='a', logprobs={'tokens': ['a', 'b', 'c'], 'token_logprobs': [None, -(10**400), 0]})
     ),
     lambda h: h.reply(reply({'content': 'a'}) | {'prompt_logprobs': [None, 3]}),
     lambda h: h.reply(

@@ -81,6 +81,7 @@ def parse(text: str) -> Spec:
   try:
     parts = urllib.parse.urlsplit(url)
     host, _ = parts.hostname, parts.port
+    (host or '').encode('idna')  # as the socket will
   except ValueError as error:
     raise wrong(str(error)) from error
   if parts.scheme not in ('http', 'https') or not host:
