@@ -309,6 +309,9 @@ def _add_eval(c: Section) -> None:
   c.eval.shots_from = ()
   # Further models on the same rows: 'endpoint:URL#name', an OpenAI-compatible server.
   c.eval.models = ()
+  c.eval.endpoint = Section()
+  c.eval.endpoint.concurrency = 8  # requests to a server at once
+  c.eval.endpoint.timeout = 600.0  # seconds for one answer
   c.eval.in_loop = ()  # names of eval.tasks that are run at every evaluation, eval.every steps
   c.eval.in_loop_rows = 64  # rows of such a task that are run; the same at every evaluation
   # Share of the time of training that eval.in_loop may take; evaluations beyond it leave it out.

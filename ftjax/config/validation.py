@@ -33,6 +33,8 @@ POSITIVE = (
   'eval.max_tokens',
   'eval.samples',
   'eval.in_loop_rows',
+  'eval.endpoint.concurrency',
+  'eval.endpoint.timeout',
   'max_bad_steps',
   'rollout.group',
   'rollout.max_tokens',

@@ -9,6 +9,7 @@ from ftjax.cluster import processes
 from ftjax.config import gate_rules, task_specs
 from ftjax.evaluation import (
   comparison,
+  endpoint,
   function_kinds,
   gate,
   lm_eval_results,
@@ -17,6 +18,7 @@ from ftjax.evaluation import (
 )
 from ftjax.evaluation import run as evaluation
 from ftjax.evaluation.contamination import Report
+from ftjax.evaluation.http_client import Limits
 from ftjax.evaluation.kind import COMPLETE
 from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
@@ -27,8 +29,10 @@ from ftjax.experiment.lm_eval_tasks import LmEvalTask
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
+from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
+from ftjax.runtime.errors import RunError
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
@@ -65,6 +69,9 @@ class Evaluator:
     stop = tuple(c.eval.stop)
     self.draw = Draw(c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, stop)
     self._cost: dict[str, dict[str, Cost]] = {}
+    limits = Limits(concurrency=c.eval.endpoint.concurrency, timeout=c.eval.endpoint.timeout)
+    served = [endpoint.parse(text) for text in c.eval.models]
+    self._endpoints = {spec.name: endpoint.Endpoint(spec, limits) for spec in served}
 
   def _check_rules(self) -> None:
     """Checks the rules of `gate`; the figures of lm-eval's tasks are known when they have run."""
@@ -164,6 +171,7 @@ class Evaluator:
     for task in self.tasks:
       results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
       if processes.is_main():
+        results |= self._served(task)
         if task.kind.judge is not None:
           results = function_kinds.judged(task.rows, task.kind, results)
         entries.append(self._entry(task, results))
@@ -173,6 +181,16 @@ class Evaluator:
         entries.append(self._entry(lm_eval_results.entry(task.name, 'lm_eval', results), results))
     answers = self.samples.compared(model)
     return processes.from_main(lambda: self._finish(entries, answers))
+
+  def _served(self, task: Task) -> Results:
+    """Returns the results of eval.models; a server that fails is left out, and the others stay."""
+    out = {}
+    for name, model in list(self._endpoints.items()):
+      try:
+        out[name] = self._score(WatchedModel(model, self.run.watchdog.beat), task, name)
+      except RunError as error:
+        log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
+    return out
 
   def _entry(self, task: comparison.Compared, results: Results) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
