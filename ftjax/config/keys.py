@@ -296,6 +296,7 @@ def _add_eval(c: Section) -> None:
   # 'name=kind:path': base and tuned are compared on these at the end; docs/evaluation.md has the
   # kinds. A kind of your own is name=module:object:path.
   c.eval.tasks = ()
+  c.eval.rows = 0  # rows of each task that are run, chosen by hash; 0: all
   c.eval.lm_eval_path = ''  # folder of YAML tasks of your own for entries lm_eval:TASK; '': none
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
   c.eval.max_tokens = 64  # most tokens of a completion, of eval.prompts and of tasks

@@ -55,6 +55,7 @@ NOT_NEGATIVE = (
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',
+  'eval.rows',
   'eval.shots',
   'eval.temperature',
   'profile.start',

@@ -38,6 +38,7 @@ from ftjax.storage import files
 log = logging.getLogger(__name__)
 
 BASE, SHOTS, TUNED = 'base', 'base_shots', comparison.TUNED
+ROWS_SEED = 0  # of the choice of rows, where not all are run
 _SEED = 0  # of sampled completions: the same rows and draws in every run
 
 Results = dict[str, Sequence[Result]]  # by model
@@ -56,7 +57,9 @@ class Evaluator:
     self.run = run
     specs = task_specs.parse_all(c.eval.tasks)
     theirs = [spec for spec in specs if spec.kind in task_specs.LM_EVAL_KINDS]
-    self.tasks = tasks.load_tasks(spec for spec in specs if spec not in theirs)
+    found = tasks.load_tasks(spec for spec in specs if spec not in theirs)
+    most = c.eval.rows
+    self.tasks = tuple(task.first(most, ROWS_SEED) for task in found) if most else found
     self._theirs = lm_eval_tasks.load_tasks(theirs, include_path=c.eval.lm_eval_path)
     # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in (*self.tasks, *self._theirs)]))
@@ -92,7 +95,8 @@ class Evaluator:
 
   def _score_theirs(self, model: LocalModel, task: LmEvalTask, title: str) -> Sequence[Result]:
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
-      results += lm_eval_tasks.evaluate(model.for_lm_eval(), task).results
+      limit = self.run.config.eval.rows or None
+      results += lm_eval_tasks.evaluate(model.for_lm_eval(), task, limit=limit).results
     return results
 
   def _measured(self, task: str, title: str):
@@ -118,7 +122,8 @@ class Evaluator:
       def make_theirs(task=task):
         return self._score_theirs(held(), task, BASE)
 
-      key = self._key(f'lm_eval {task.is_chat}', task.digest, self._dtypes())
+      settings = self._dtypes() | {'rows': self.run.config.eval.rows}
+      key = self._key(f'lm_eval {task.is_chat}', task.digest, settings)
       out[task.name] = {BASE: self._cached(task.name, key, make_theirs, None)}
     return out
 

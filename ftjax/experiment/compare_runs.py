@@ -102,6 +102,8 @@ def _entry(name: str, spec: task_specs.TaskSpec, runs: Sequence[_Evaluated]) -> 
     task: comparison.Compared = lm_eval_results.entry(name, spec.kind, results)
   else:
     task = tasks.load_task(*spec)
+    chosen = set(ids)
+    task = dataclasses.replace(task, rows=tuple(row for row in task.rows if row.id in chosen))
   entry = comparison.compare(task, results)
   entry['seeds'] = _seeds(task, own, runs)
   return entry
