@@ -81,14 +81,19 @@ class _Ranked:
 
 def _rank(weights: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> _Ranked:
   """Sorts once for all resamples: weights float64[n, R], scores [n], labels bool[n]."""
+  from scipy.sparse import csr_array
+
   order = np.argsort(-scores, kind='stable')
   ordered, own = scores[order], np.flatnonzero(labels[order])
-  sums = np.zeros((len(order) + 1, weights.shape[1]))
-  np.cumsum(weights[order], axis=0, out=sums[1:])
   start = np.searchsorted(-ordered, -ordered[own], side='left')
   end = np.searchsorted(-ordered, -ordered[own], side='right')
+  # Sums are needed at these places alone, so rows are summed between them without being moved.
+  places = np.unique(np.r_[0, start, end, len(order)])
+  between = csr_array((np.ones(len(order)), order, places)) @ weights
+  sums = np.concatenate([np.zeros((1, weights.shape[1])), np.cumsum(between, axis=0)])
+  before, upto = (sums[np.searchsorted(places, at)] for at in (start, end))
   last = np.searchsorted(own, end, side='left') - 1
-  return _Ranked(sums[start], sums[end], weights[order[own]], last, sums[-1])
+  return _Ranked(before, upto, weights[order[own]], last, sums[-1])
 
 
 def _roc(ranked: _Ranked) -> np.ndarray:
