@@ -260,8 +260,13 @@ def _stop(number, frame):
   raise StoppedEarly('SIGTERM: stopped; run the same command again to resume')
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs the `main` of an entry after parsing; a RunError becomes its message and exit code."""
+def run(main: Callable[[], None], *, has_flags: bool = True) -> None:
+  """Runs the `main` of an entry after parsing; a RunError becomes its message and exit code.
+
+  Args:
+    main: of the entry.
+    has_flags: False for an entry that reads its arguments from sys.argv itself.
+  """
   about = sys.modules[main.__module__].__doc__ or ''
 
   def guarded(argv):
@@ -281,4 +286,4 @@ def run(main: Callable[[], None]) -> None:
       _end_processes(stopped)
       _leave(stopped)
 
-  app.run(guarded, flags_parser=lambda argv: _parse(argv, about))
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, about) if has_flags else argv)

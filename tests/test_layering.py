@@ -10,6 +10,7 @@ FILES = sorted(ROOT.rglob('*.py'))
 _TABLE = tomllib.loads((ROOT.parent / 'layers.toml').read_text())
 IMPORTS, CONFIG_READERS = _TABLE['imports'], _TABLE['config_readers']
 ENTRIES = {'train', 'evaluate', 'generate', 'convert', 'plan', 'preview', 'supervise', 'study'}
+ENTRIES |= {'lm_eval'}
 TOP = ENTRIES | {'cli', '__init__', '__main__'}
 TRANSFORMERS = {'runtime/transformers_library'}  # the file that imports it, in a function
 DRAWERS = {'utils', 'util', 'common', 'base', 'core', 'helpers', 'misc', 'inspect'}

@@ -146,6 +146,14 @@ TASK_KINDS = (
   'math_strict',
   'preference',
   'perplexity',
+  'stereotype_pair',
+  'stereoset',
+  'question_bias',
+  'coreference',
+  'toxicity',
+  'refusal',
+  'canary_exposure',
+  'canary_leak',
 )
 
 # Keys with a few values and no more facts.

@@ -30,6 +30,7 @@ def default() -> Section:
   _add_mesh(c)
   _add_checkpoint(c)
   _add_eval(c)
+  _add_gate(c)
   _add_log(c)
   _add_profile(c)
   _add_watchdog(c)
@@ -295,6 +296,7 @@ def _add_eval(c: Section) -> None:
   # 'name=kind:path': base and tuned are compared on these at the end; docs/evaluation.md has the
   # kinds. A kind of your own is name=module:object:path.
   c.eval.tasks = ()
+  c.eval.lm_eval_path = ''  # folder of YAML tasks of your own for entries lm_eval:TASK; '': none
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
   c.eval.max_tokens = 64  # most tokens of a completion, of eval.prompts and of tasks
   c.eval.stop = ()  # texts that end a completion of a task; they are not part of it
@@ -314,6 +316,12 @@ def _add_eval(c: Section) -> None:
   c.eval.max_share = 0.1
   # Whether rows of eval.tasks and of the evaluation split are looked up in the training data.
   c.eval.contamination = True
+
+
+def _add_gate(c: Section) -> None:
+  # Rules that the tuned model's figures must fulfil, or it is not exported (exit code 5):
+  # 'TASK/METRIC >= base - 0.02', 'TASK/METRIC <= 0.05', 'TASK/METRIC > base significantly'.
+  c.gate = ()
 
 
 def _add_log(c: Section) -> None:

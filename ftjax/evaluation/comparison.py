@@ -7,15 +7,15 @@ one prompt are a cluster.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
+from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
-from ftjax.evaluation.tasks import Task
 from ftjax.runtime.errors import DataError
 
 VERSION = 2
@@ -27,6 +27,21 @@ LONGEST = 4000  # characters of a text that is shown
 TUNED = 'tuned'
 
 _BINS = 10  # of a reliability diagram
+
+
+class Compared(Protocol):
+  """What is read of a task: tasks.Task has it, and lm_eval_results.LmEvalEntry."""
+
+  name: str
+  kind_name: str
+  group: str
+  rows: tuple[Row, ...]
+  classes: tuple[str, ...]
+
+  @property
+  def metrics(self) -> tuple[Metric, ...]: ...
+  @property
+  def details(self) -> tuple[Metric, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +82,7 @@ def _figure(metric: Metric, weights: np.ndarray, columns: np.ndarray) -> np.ndar
   return metric.value(weights, columns)
 
 
-def _models(task: Task, results: Mapping[str, Sequence[Result]]) -> _Models:
+def _models(task: Compared, results: Mapping[str, Sequence[Result]]) -> _Models:
   ids = [row.id for row in task.rows]
   for name, own in results.items():
     if list(dict.fromkeys(r.id for r in own)) != ids:
@@ -114,7 +129,7 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compare(
-  task: Task, results: Mapping[str, Sequence[Result]], cost: Mapping[str, Any] | None = None
+  task: Compared, results: Mapping[str, Sequence[Result]], cost: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Returns the entry of a task in eval/summary.json: figures of each model with intervals, tests
   of differences, and examples. docs/evaluation.md describes its keys.
@@ -183,6 +198,25 @@ def compare(
     'cost': dict(cost or {}),
     'method': {'level': LEVEL, 'resamples': RESAMPLES, 'seed': SEED},
     'examples': _examples(task, models),
+  }
+
+
+def on_rows(
+  task: Compared, results: Mapping[str, Sequence[Result]], ids: frozenset[str]
+) -> dict[str, dict[str, float | None]]:
+  """Returns {model: {value, low, high}} of the primary figure on some of the rows.
+
+  ids: of these rows; nothing is known of none.
+  """
+  rows = tuple(row for row in task.rows if row.id in ids)
+  if not rows:
+    return {name: dict.fromkeys(('value', 'low', 'high')) for name in results}
+  part = dataclasses.replace(task, rows=rows)
+  entry = compare(part, {n: [r for r in own if r.id in ids] for n, own in results.items()})
+  metric = entry['metrics'][0]['name']
+  return {
+    name: {k: found[metric][k] for k in ('value', 'low', 'high')}
+    for name, found in entry['scores'].items()
   }
 
 
@@ -352,7 +386,7 @@ def _calibration(models: _Models) -> dict[str, Any] | None:
   return out
 
 
-def _by_source(task: Task, models: _Models) -> dict[str, Any] | None:
+def _by_source(task: Compared, models: _Models) -> dict[str, Any] | None:
   """Returns {source: {n, model: the primary figure}} where rows name their source."""
   sources = [row.columns.get('source') for row in task.rows]
   if all(s is None for s in sources):
@@ -367,7 +401,7 @@ def _by_source(task: Task, models: _Models) -> dict[str, Any] | None:
   return out
 
 
-def _examples(task: Task, models: _Models) -> list[dict[str, Any]]:
+def _examples(task: Compared, models: _Models) -> list[dict[str, Any]]:
   """Returns the first EXAMPLES rows with each model's first response; long texts are cut."""
   first = [{r.id: r for r in reversed(own)} for own in models.results]
   each = [

@@ -19,6 +19,7 @@ import numpy as np
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section, user_code
+from ftjax.evaluation import gate
 from ftjax.experiment import (
   adapter_export,
   compare,
@@ -35,6 +36,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
 from ftjax.hf import run_export
 from ftjax.models import counts
+from ftjax.reporting import page
 from ftjax.runtime import redaction
 from ftjax.runtime.errors import attempt
 from ftjax.storage import files, program_cache
@@ -129,8 +131,13 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     checkpoints.close()
     params = trainer.model(state)
     del state
-    _export(run, params, exported)
-    evaluator.tuned(params)
+    if not c.gate:  # so that no fault of an evaluation costs the export
+      _export(run, params, exported)
+    found = evaluator.tuned(params)
+    processes.from_main(lambda: page.write(run.workdir))
+    gate.enforce(found['gate'])
+    if c.gate:
+      _export(run, params, exported)
     if c.eval.tasks:
       run_card.refresh(run.workdir, run.model)
     if experiment.keeps_programs(c):
@@ -260,6 +267,10 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     s.evaluator.samples.add(model, step)
     return values | tasks
 
+  def report():
+    if processes.is_main():
+      attempt('report.html', lambda: page.write(run.workdir, is_running=True))
+
   def write_rollout(step, values):
     s.writer.write(step, 'rollout', values)
     s.console.rollout(values)
@@ -278,7 +289,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   loop = Loop(
     compiled,
     _cadence(run),
-    Hooks(evaluate, meta, trainer.saved, s.parts.watch),
+    Hooks(evaluate, meta, trainer.saved, s.parts.watch, report),
     Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),
     watchdog=run.watchdog,

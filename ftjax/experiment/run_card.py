@@ -12,8 +12,10 @@ from typing import Any
 from ftjax.cluster import processes
 from ftjax.config import keys, section
 from ftjax.data import hub_dataset, sources
+from ftjax.evaluation.comparison import TUNED
 from ftjax.experiment.model import Model
 from ftjax.hf import export, model_card, model_folder, run_export
+from ftjax.reporting import markdown
 from ftjax.runtime import redaction
 from ftjax.storage import files, hub
 
@@ -45,7 +47,7 @@ def build(
   """
   config, manifest = _read(workdir, 'config.json'), _read(workdir, 'manifest.json')
   config = redaction.redact(config)
-  tasks = _read(workdir, 'eval/summary.json').get('tasks', {}) if has_results else {}
+  found = _read(workdir, 'eval/summary.json') if has_results else {}
   devices = manifest.get('devices', {})
   return model_card.render(
     model_card.Card(
@@ -59,11 +61,22 @@ def build(
       merge='' if is_adapter else _merge(workdir, config, folder),
       sources=_sources(config, manifest),
       config=model_card.config_file(_changed(config)),
-      tasks=list(tasks.values()),
+      evaluation=markdown.evaluation(found),
+      scores=_scores(found),
       versions=_versions(manifest),
       devices=f'{devices["count"]} x {devices["kind"]}' if devices else '',
     )
   )
+
+
+def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+  """Returns {task: {metric: value}} of the tuned model from eval/summary.json."""
+  out = {}
+  for name, task in found.get('tasks', {}).items():
+    main = [m['name'] for m in task['metrics'] if not m.get('is_detail')]
+    own = task['scores'].get(TUNED, {})
+    out[name] = {m: own[m]['value'] for m in main if own.get(m, {}).get('value') is not None}
+  return {name: scores for name, scores in out.items() if scores}
 
 
 def _merge(workdir: str, config: Mapping[str, Any], folder: str) -> str:

@@ -156,7 +156,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
   c, state = run.config, printer.state
   text = f'{console.count(steps)} steps, {console.count(state.get("tokens", 0))} tokens'
   idle = console.not_updated(state.get('no_signal', 0), state.get('skipped', 0))
-  summary = files.join(run.workdir, 'eval', 'summary.json')
+  report = files.join(run.workdir, 'report.html')
   prompt = typed_prompt(c.eval.prompts)
   reward_model = files.join(run.workdir, 'export') if run.arch.num_labels else ''
   rows = [
@@ -165,7 +165,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     ('final', printer.final()),
     ('exported', printer.best(exported, steps)),
     ('export', files.join(run.workdir, 'export')),
-    ('report', summary if files.exists(summary) else ''),
+    ('report', report if files.exists(report) else ''),
     ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
     *console.next_commands(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
   ]

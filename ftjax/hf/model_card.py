@@ -12,7 +12,6 @@ spans, and what cannot be printed becomes a blank: none of them ends a line, a c
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +85,8 @@ class Card:
       scores were measured; '' for others.
     sources: of the data.
     config: the config as Python code; see `config_file`.
-    tasks: comparisons of base and tuned model, as evaluation.report.compare returns them.
+    evaluation: Markdown that compares base and tuned model; '' where they were not evaluated.
+    scores: {task: {metric: value}} of the tuned model.
     versions: {'ftjax': version, 'commit': of its checkout, 'jax': version, ...}.
     devices: such as '8 x TPU v5e'.
   """
@@ -101,7 +101,8 @@ class Card:
   merge: str
   sources: Sequence[Source]
   config: str
-  tasks: Sequence[Mapping[str, Any]]
+  evaluation: str
+  scores: Mapping[str, Mapping[str, float]]
   versions: Mapping[str, str]
   devices: str
 
@@ -250,19 +251,18 @@ def _header(card: Card) -> str:
     meta |= card.base.license
   if names := list(dict.fromkeys(s.hub_id for s in card.sources if s.hub_id)):
     meta['datasets'] = names
-  if card.tasks:
-    results = [_result(task) for task in card.tasks]
+  if card.scores:
+    results = [_result(task, scores) for task, scores in card.scores.items()]
     meta['model-index'] = [{'name': _title(card), 'results': results}]
   return f'---\n{_yaml(meta, 0)}\n---'
 
 
-def _result(task: Mapping[str, Any]) -> dict[str, Any]:
+def _result(task: str, scores: Mapping[str, float]) -> dict[str, Any]:
   """Returns the scores of the tuned model as an entry of the header's model-index."""
-  values = {score: round(task['tuned'][score]['value'], 6) for score in task['difference']}
   return {
     'task': {'type': 'text-generation'},
-    'dataset': {'name': task['task'], 'type': task['task']},
-    'metrics': [{'type': score, 'value': value} for score, value in values.items()],
+    'dataset': {'name': task, 'type': task},
+    'metrics': [{'type': score, 'value': round(value, 6)} for score, value in scores.items()],
   }
 
 
@@ -323,38 +323,10 @@ def _training(card: Card) -> str:
 
 
 def _evaluation(card: Card) -> str:
-  tasks = card.tasks
-  if not tasks:
+  if not card.evaluation:
     return ''
   merge = f'The scores are those of the adapter on its base. {card.merge}\n\n' if card.merge else ''
-  rows = []
-  for task in tasks:
-    for score, diff in task['difference'].items():
-      base, tuned = task['base'][score], task['tuned'][score]
-      least = math.ceil(2e4 / (task['method']['resamples'] + 1)) / 1e4  # that they can resolve
-      p = f'{diff["p"]:.4f}' if diff['p'] > least else f'< {least:g}'
-      numbers = (_interval(base), _interval(tuned), _interval(diff, '+'), p)
-      rows.append((_code(task['task']), str(task['n']), score, *numbers))
-  level = f'{100 * tasks[0]["method"]["level"]:g} %'
-  return (
-    f'## Evaluation\n\n{merge}'
-    + _table(('task', 'examples', 'score', 'base', 'tuned', 'tuned - base', 'p'), rows)
-    + f'\n\nIn brackets: {level} intervals, of accuracy by Wilson, else by bootstrap. p: paired '
-    'bootstrap, two-sided.\n\n' + '\n'.join(map(_mcnemar, tasks))
-  )
-
-
-def _mcnemar(task: Mapping[str, Any]) -> str:
-  found = task['mcnemar']
-  return (
-    f'- {_code(task["task"])}: {found["only_tuned_right"]} examples only the tuned model has '
-    f'right, {found["only_base_right"]} only the base: exact McNemar p = {found["p"]:.3g}.'
-  )
-
-
-def _interval(found: Mapping[str, float], sign: str = '') -> str:
-  low, high = (format(found[end], f'{sign}.3f') for end in ('low', 'high'))
-  return f'{found["value"]:{sign}.3f} [{low}, {high}]'
+  return f'## Evaluation\n\n{merge}{card.evaluation}'
 
 
 _LOAD = """path = 'PATH'  # this folder, or its name on the hub

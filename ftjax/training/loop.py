@@ -125,12 +125,14 @@ class Hooks:
   meta: steps done -> JSON saved with a checkpoint.
   saved: state -> what of it is saved.
   watch: called with (steps done, metrics) of every step.
+  evaluated: called after the metrics of an evaluation were written.
   """
 
   evaluate: Callable[[State, int, Callable[[], bool]], dict[str, float] | None]
   meta: Callable[[int], dict[str, Any]]
   saved: Callable[[State], Any]
   watch: Callable[[int, dict[str, float]], None]
+  evaluated: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,6 +382,7 @@ class Loop:
         log.info(line)
       for warning in warnings:
         log.warning(warning)
+      self._hooks.evaluated()
     return values
 
 
