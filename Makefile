@@ -9,7 +9,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: env assets gemma demo test test-all test-shard parity optimized lint lock lock-parity
+.PHONY: env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint lock lock-parity
 env: $(VENV)/.ready
 
 # --no-deps: the lock holds everything, and pip cannot pair a pin with the same package's extra.
@@ -26,6 +26,14 @@ assets: env
 # Gemma 3 270M, 253 MB, under the Gemma Terms of Use.
 gemma: env
 	@$(RUN) demo/gemma.py .cache
+
+# Sets of stereotypes, toxicity and harmful requests, 22 MB; offensive by design. See docs/safety.md.
+safety-data: env
+	@$(RUN) demo/safety_data.py .cache
+
+# Sets of the evaluation tables: sentiment of other domains, questions, sums, entities, and Debian's descriptions.
+eval-data: env
+	@$(RUN) demo/eval_data.py .cache
 
 demo: assets
 	@$(RUN) -m ftjax.train --config=configs/sft_sentiment.py --workdir=$(WORKDIR)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ftjax.evaluation import comparison, function_kinds, kinds
+from ftjax.evaluation import comparison, function_kinds, kinds, verdict
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics.intervals import wilson
@@ -232,16 +232,16 @@ def test_the_adjusted_test_decides():
     'smallest_difference': 0.12,
     'rows_needed': 310,
   }
-  alone = comparison.judge(difference, metric, 200)
+  alone = verdict.decide(difference, metric, 200)
   assert alone['outcome'] == 'better' and '+0.100 [+0.010, +0.190]' in alone['verdict']
-  among = comparison.judge(difference | {'test': {'p': 0.03, 'p_holm': 0.15}}, metric, 200)
+  among = verdict.decide(difference | {'test': {'p': 0.03, 'p_holm': 0.15}}, metric, 200)
   assert among['outcome'] == 'undecided'
   assert '0.120 would have shown' in among['verdict'] and 'some 310 would do' in among['verdict']
-  lower = comparison.judge(difference, metric | {'better': 'lower'}, 200)
+  lower = verdict.decide(difference, metric | {'better': 'lower'}, 200)
   assert lower['outcome'] == 'worse'
-  neither = comparison.judge(difference, metric | {'better': ''}, 200)
+  neither = verdict.decide(difference, metric | {'better': ''}, 200)
   assert neither['outcome'] == 'undecided' and 'has a higher accuracy' in neither['verdict']
-  unknown = comparison.judge(difference | {'test': {'p': None}}, metric, 200)
+  unknown = verdict.decide(difference | {'test': {'p': None}}, metric, 200)
   assert unknown['outcome'] == 'undecided' and 'cannot be compared' in unknown['verdict']
 
 

@@ -159,6 +159,14 @@ TASK_KINDS = (
   'tool_calls',
   'json',
   'json_schema',
+  'stereotype_pair',
+  'stereoset',
+  'question_bias',
+  'coreference',
+  'toxicity',
+  'refusal',
+  'canary_exposure',
+  'canary_leak',
 )
 
 # Keys with a few values and no more facts.

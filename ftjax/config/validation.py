@@ -12,6 +12,7 @@ from ftjax.config import (
   algorithms,
   choices,
   custom_keys,
+  gate_rules,
   section_checks,
   task_specs,
 )
@@ -32,6 +33,8 @@ POSITIVE = (
   'eval.max_tokens',
   'eval.samples',
   'eval.in_loop_rows',
+  'eval.endpoint.concurrency',
+  'eval.endpoint.timeout',
   'max_bad_steps',
   'rollout.group',
   'rollout.max_tokens',
@@ -52,6 +55,7 @@ NOT_NEGATIVE = (
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',
+  'eval.rows',
   'eval.shots',
   'eval.temperature',
   'profile.start',
@@ -165,6 +169,7 @@ def _validate(c: Section) -> None:
       choices.checked_object(key, values[key])
   if c.model.family:
     named_object.load('model.family', c.model.family)
+  gate_rules.parse_all(c.gate)
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
   section_checks.check(c)

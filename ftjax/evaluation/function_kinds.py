@@ -1,7 +1,9 @@
 """Kinds that call a function named in the config: reward/NAME and judge/module:FUNCTION.
 
 A reward is one of rollout.rewards, built in or a user's own: its mean over completions is the
-figure. The arguments of a built-in one stand in brackets: reward/length(at_most=9). A judge compares a response with that of the first model:
+figure. The arguments of a built-in one stand in parentheses: reward/length(at_most=9).
+
+A judge compares a response with that of the first model:
 
   def prefer_short(prompt, first, second):
     return float(len(second) < len(first))   # 1: the second wins, 0: it loses, 0.5: a tie
@@ -34,7 +36,7 @@ def find(name: str) -> Kind | None:
     ConfigError: there is no such reward or function.
   """
   if name.startswith(REWARD):
-    return _reward(name.removeprefix(REWARD))
+    return _reward(name.removeprefix(REWARD).replace('(', ':').removesuffix(')'))
   if name.startswith(JUDGE):
     return _judge(name.removeprefix(JUDGE))
   return None

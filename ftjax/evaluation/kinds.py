@@ -1,6 +1,7 @@
 """The table of the kinds of evaluation tasks, by the name that the config gives them.
 
-docs/evaluation.md has the columns that rows of each kind have, and its figures.
+docs/evaluation.md has the columns that rows of each kind have, and its figures; docs/safety.md
+those of the safety slice.
 """
 
 import math
@@ -9,9 +10,10 @@ from typing import Any
 
 from ftjax.evaluation import completion_kinds, function_kinds, likelihood_kinds
 from ftjax.evaluation.kind import Kind
+from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime import named_object
 
-KINDS: dict[str, Kind] = likelihood_kinds.KINDS | completion_kinds.KINDS
+KINDS: dict[str, Kind] = likelihood_kinds.KINDS | completion_kinds.KINDS | SAFETY_KINDS
 
 
 def find(name: str) -> Kind:

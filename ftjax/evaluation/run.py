@@ -168,42 +168,51 @@ def _fault(task: Task, row: Row, what: str, error: Exception) -> DataError:
 
 
 def cache_key(
-  task: Task, *, model: str, template: str, settings: Mapping[str, str | int | float]
+  kind: str, content: str, *, model: str, template: str, settings: Mapping[str, str | int | float]
 ) -> str:
   """Returns a name of all that results depend on: equal keys, equal results.
 
   Args:
+    kind: of the task. content: digest of its rows.
     model: fingerprint of the weights.
     template: hash of tokenizer and chat template.
     settings: whatever else changes scores, such as compute_dtype, max_tokens and max_len.
   """
-  parts = [tasks.VERSION, task.kind_name, task.digest, model, template, sorted(settings.items())]
+  parts = [tasks.VERSION, kind, content, model, template, sorted(settings.items())]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _cache_path(folder: str, key: str, task: Task) -> str:
-  return files.join(folder, f'{task.name}.{key}.jsonl')
+def _cache_path(folder: str, key: str, name: str) -> str:
+  return files.join(folder, f'{name}.{key}.jsonl')
 
 
-def is_cached(folder: str, key: str, task: Task) -> bool:
+def is_cached(folder: str, key: str, name: str) -> bool:
   """Returns whether `cached` will find results."""
-  return files.exists(_cache_path(folder, key, task))
+  return files.exists(_cache_path(folder, key, name))
 
 
 def cached(
-  folder: str, key: str, task: Task, make: Callable[[], Sequence[Result]]
+  folder: str,
+  key: str,
+  name: str,
+  make: Callable[[], Sequence[Result]],
+  ids: Sequence[str] | None = None,
 ) -> Sequence[Result]:
   """Returns the results of a model that does not change; computes and stores them in `folder` if
   they are not there.
 
+  Args:
+    name: of the task.
+    ids: of its rows, where they are known.
+
   Raises:
     DataError: the file holds other rows than the task.
   """
-  path = _cache_path(folder, key, task)
+  path = _cache_path(folder, key, name)
   if files.exists(path):
     results = result.load(path).get('base', [])
-    if list(dict.fromkeys(r.id for r in results)) != [row.id for row in task.rows]:
-      raise DataError(f'{path}: its rows are not those of {task.path}; delete it to score anew')
+    if ids is not None and list(dict.fromkeys(r.id for r in results)) != list(ids):
+      raise DataError(f'{path}: its rows are not those of the task {name}; delete it to score anew')
     return results
   results = make()
   files.makedirs(folder)

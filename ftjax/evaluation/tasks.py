@@ -20,6 +20,7 @@ from ftjax.evaluation.kind import CHOOSE, COMPLETE, READ, Kind
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.metrics import diversity
 from ftjax.evaluation.rows import Row
+from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime import named_object
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError, DataError
@@ -116,7 +117,9 @@ def load_task(name: str, kind_name: str, path: str) -> Task:
   own = kind_name.removeprefix(function_kinds.JUDGE).removeprefix(function_kinds.REWARD)
   if named_object.is_named(own):
     content = digest([content, named_object.fingerprint(own)])
-  return Task(name, kind_name, path, found, content, next(iter(offered)) if is_classified else ())
+  classes = next(iter(offered)) if is_classified else ()
+  group = 'safety' if kind_name in SAFETY_KINDS else 'task'
+  return Task(name, kind_name, path, found, content, classes, group)
 
 
 def read_rows(spec: sources.Spec, kind: Kind, what: str) -> tuple[Row, ...]:

@@ -40,7 +40,12 @@ def text(summary: Mapping[str, Any], max_lines: int = 4) -> str:
   """
   parts = [verdict(summary), *(table(t, summary['models']) for t in findings.tasks(summary))]
   if findings.tasks(summary):
-    parts.append(wrap(f'In brackets: {LEVEL} intervals. *: the metric that the verdict is about.'))
+    parts.append(
+      wrap(
+        f'In brackets: {LEVEL} intervals. *: the metric that the verdict is about. (low): a lower '
+        'value is better.'
+      )
+    )
   parts += [gate(summary), answers(summary.get('answers') or [], max_lines)]
   return '\n\n'.join(part for part in parts if part)
 
