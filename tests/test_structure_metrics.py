@@ -525,6 +525,7 @@ def test_majority_by_hand():
   assert majority(('1', True), ('2', False)) == 0.5  # a tie
   assert majority(('', False), ('', False), ('1', True)) == 1  # no answer, no vote
   assert majority(('', False), ('', False)) == 0
+  assert majority(('1', True), ('1', False), ('2', False)) == 1  # one in a form that counts
   # Only the first k samples vote, in whatever order the results stand.
   rows = _sampled({'a': [('1', True), ('1', True), ('2', False), ('2', False), ('2', False)]})
   assert figure(samples.majority_metric(3), rows[::-1]) == 1
