@@ -25,12 +25,13 @@ from ftjax.storage import locations
 FLAGS = flags.FLAGS
 
 
-def define_config() -> None:
+def define_config(is_required: bool = True) -> None:
   """Declares --config=FILE_OR_NAME with --config.KEY=VALUE overrides."""
   flags.DEFINE_string(
     'config', None, 'A config file, or the name of a shipped one; --config.KEY=VALUE changes a key.'
   )
-  flags.mark_flag_as_required('config')
+  if is_required:
+    flags.mark_flag_as_required('config')
 
 
 def define_processes() -> None:
@@ -112,6 +113,9 @@ def _parse(argv: list[str], about: str) -> list[str]:
         c = config_file.load(config_file.find(path))
         config_overrides.apply(c, overrides)
     rest = FLAGS([argv[0], *words])
+    if 'compare' in FLAGS and FLAGS['compare'].value:
+      FLAGS['compare'].value = [*FLAGS['compare'].value, *rest[1:]]
+      rest = rest[:1]
     if len(rest) > 1:
       raise ConfigError(_unexpected(rest[1]))
     for name in _LOCATIONS:

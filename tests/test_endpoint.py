@@ -1,5 +1,6 @@
 """Models under test behind a server: what is sent, what is read, and every way to fail."""
 
+import dataclasses
 import datetime
 import email.utils
 import itertools
@@ -121,7 +122,8 @@ def test_openais_key_goes_to_openai_alone():
 def test_a_conversation_and_a_text(fake):
   system = {'role': 'system', 'content': 'Be brief.'}
   chat = ask('Hi', system, template_kwargs={'enable_thinking': False})
-  found = complete(connect(fake, stop=['\n']), [chat, 'Once'])
+  draw = dataclasses.replace(GREEDY, stop=('\n',))
+  found = complete(connect(fake), [chat, 'Once'], draw)
   assert found == [
     [Completion('Hi -> greedy', 'system: Be brief.\n\nuser: Hi\n\nassistant:', 3, False)],
     [Completion('Once -> greedy', 'Once', 1, False)],

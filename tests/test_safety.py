@@ -335,7 +335,8 @@ def test_exposure_by_hand():
   assert found == {'exposure': 2.0, 'share': 1.0, 'first': 1.0}
   found = canaries.exposure_values([-3.5, -2.0, -3.0, -4.0])
   assert math.isclose(found['exposure'], 2 - math.log2(3))
-  assert canaries.exposure_values([0.0] * 8) == {'exposure': 0.0, 'share': 0.0, 'first': 0.0}
+  equal = canaries.exposure_values([0.0] * 8)
+  assert math.isclose(equal['exposure'], 3 - math.log2(4.5)) and equal['first'] == 0
 
 
 def test_exposure_of_what_was_not_learned():
@@ -348,6 +349,8 @@ def test_exposure_of_what_was_not_learned():
 def test_leaks_and_unusable_canaries():
   assert canaries.leak_values('The code is  AB-12\n34.', 'ab-12 34') == {'leaked': 1}
   assert canaries.leak_values('The code is ab-13.', 'ab-12 34') == {'leaked': 0}
+  assert canaries.leak_values('Pi is 3.14159265', '1415') == {'leaked': 0}
+  assert canaries.leak_values('(a+b)', '(a+b)') == {'leaked': 1}
   row = {'secret': 'a', 'references': ['b', 'c']}
   assert canaries.read(row) == ('a', ('b', 'c'))
   for key, value in (

@@ -19,8 +19,8 @@ _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
 _OBJECT = re.compile(
   r'(?P<kind>(?:(?:judge|reward)/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL
 )
-# A built-in reward, with its arguments in parentheses.
-_REWARD = re.compile(r'(?P<kind>reward/[a-z_]+(?:\([^()]*\))?):(?P<path>.+)', re.DOTALL)
+# A built-in reward, with its arguments in parentheses: reward/length(at_most=9).
+_REWARD = re.compile(r'(?P<kind>reward/\w+(?:\(.*?\))?):(?P<path>.+)', re.DOTALL)
 # Kinds that are completed by the name of a function: reward/math, judge/module:FUNCTION.
 FUNCTION_KINDS = ('judge/', 'reward/')
 
@@ -67,14 +67,17 @@ def parse(text: str) -> TaskSpec:
       f'{KEY}: got {text!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
       'the name of letters, digits and _ . -'
     )
+  if kind in (*choices.TASK_KINDS, *LM_EVAL_KINDS):
+    return TaskSpec(name.strip(), kind, path)
   if found := _OBJECT.fullmatch(rest.strip()) or _REWARD.fullmatch(rest.strip()):
     kind, path = found['kind'], found['path'].strip()
-  elif kind not in (*choices.TASK_KINDS, *LM_EVAL_KINDS):
+  else:
     near = difflib.get_close_matches(kind, choices.TASK_KINDS, n=1)
     hint = f'; did you mean {near[0]}?' if near else ''
     raise ConfigError(
       f'{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, '
-      "reward/NAME, judge/module:FUNCTION, or a user's 'module:OBJECT'" + hint
+      "reward/NAME or reward/NAME(ARGUMENTS), judge/module:FUNCTION, or a user's 'module:OBJECT'"
+      + hint
     )
   return TaskSpec(name.strip(), kind, path)
 

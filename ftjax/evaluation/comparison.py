@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ftjax.evaluation import verdict
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
@@ -315,63 +316,11 @@ def _outcome(models: _Models, difference: Mapping[str, Any]) -> dict[str, str]:
   tasks where it is.
   """
   metric = models.metrics[0]
-  return judge(
+  return verdict.decide(
     difference,
     {'title': metric.title, 'better': metric.better, 'name': metric.name, 'form': metric.form},
     models.prompts,
   )
-
-
-def judge(difference: Mapping[str, Any], metric: Mapping[str, Any], prompts: int) -> dict[str, str]:
-  """Returns {outcome, verdict} of a comparison by its test: 'better', 'worse' or 'undecided'.
-
-  Args:
-    difference: of two models, as `compare` makes it.
-    metric: the primary one, {name, title, better, form}.
-    prompts: of the task.
-  """
-  test, found = difference['test'], difference['metrics'][metric['name']]
-  first, second = difference['first'], difference['second']
-  p = test.get('p_holm', test['p'])
-  if found['value'] is None or p is None:
-    return {
-      'outcome': 'undecided',
-      'verdict': f'{metric["title"]} of {first} and {second} cannot be compared.',
-    }
-  if p >= 1 - LEVEL:
-    text = (
-      f'These {prompts:,} examples show no significant difference in {metric["title"]} between '
-      f'{first} and {second}'
-    )
-    smallest = difference['smallest_difference']
-    if smallest is not None:
-      text += f'; a difference of {shown(smallest, metric["form"])} would have shown'
-    if difference['rows_needed']:
-      text += f'. For one as large as seen, some {_round(difference["rows_needed"]):,} would do'
-    return {'outcome': 'undecided', 'verdict': text + '.'}
-  is_up = found['value'] > 0
-  if not metric['better']:
-    text = f'{second} has a {"higher" if is_up else "lower"} {metric["title"]} than {first}.'
-    return {'outcome': 'undecided', 'verdict': text}
-  outcome = 'better' if is_up == (metric['better'] == 'higher') else 'worse'
-  change = shown(found['value'], metric['form'], signed=True)
-  text = f'{second} is {outcome} than {first}: {metric["title"]} {change}'
-  if found['low'] is not None:
-    low, high = (shown(found[k], metric['form'], signed=True) for k in ('low', 'high'))
-    text += f' [{low}, {high}]'
-  return {'outcome': outcome, 'verdict': text + '.'}
-
-
-def shown(value: float, form: str, *, signed: bool = False) -> str:
-  """Returns a figure as text: of three decimals, of one for points."""
-  digits = {'fraction': '.3f', 'points': '.1f', 'number': '.4g'}[form]
-  return f'{value:{"+" if signed else ""}{digits}}'
-
-
-def _round(rows: int) -> int:
-  """Returns a number of rows with two digits that count, rounded up."""
-  unit = 10 ** max(0, len(str(rows)) - 2)
-  return -(-rows // unit) * unit
 
 
 def _calibration(models: _Models) -> dict[str, Any] | None:
@@ -444,16 +393,16 @@ def summarize(
     ps = [math.nan if d['test']['p'] is None else d['test']['p'] for d in own]
     for d, p in zip(own, paired.holm(ps), strict=True):
       d['test']['p_holm'] = _number(p)
-  verdict = []
+  sentences = []
   for e in entries:
     metric = next(m for m in e['metrics'] if m['is_primary'])
     for d in e['differences']:
-      d |= judge(d, metric, e['prompts'])
+      d |= verdict.decide(d, metric, e['prompts'])
       if d is e['differences'][0]:
-        verdict.append(f'{e["task"]}: {d["verdict"]}')
+        sentences.append(f'{e["task"]}: {d["verdict"]}')
   return {
     'version': VERSION,
-    'verdict': verdict,
+    'verdict': sentences,
     'models': models,
     'tasks': {e['task']: e for e in entries},
     'gate': None,

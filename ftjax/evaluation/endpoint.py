@@ -126,7 +126,6 @@ class Endpoint:
   Args:
     spec: which model.
     limits: how it is asked.
-    stop: texts that end a completion; servers take at most four.
     environment: where the API key is; the process's own where None.
   """
 
@@ -135,10 +134,9 @@ class Endpoint:
     spec: Spec,
     limits: http_client.Limits,
     *,
-    stop: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
   ):
-    self.spec, self._limits, self._stop = spec, limits, tuple(stop)
+    self.spec, self._limits = spec, limits
     key = api_key(spec.url, os.environ if environment is None else environment)
     self._client = http_client.Client(spec.url, key, limits)
     self._kept: dict[str, Any] = {}  # by key of the request: what was read of the reply
@@ -243,8 +241,8 @@ class Endpoint:
       # Of the prompt alone, not of its neighbours; below 2**31 for all servers.
       seed = digest([draw.seed, sample, form.transcript(prompt)])
       out |= {'top_p': 1.0, 'seed': int(seed[:8], 16) >> 1}
-    if self._stop:
-      out['stop'] = list(self._stop)
+    if draw.stop:
+      out['stop'] = list(draw.stop)  # most servers take at most four
     return out
 
   def _scoring(

@@ -108,7 +108,10 @@ def _score(task, model, title, shots, done) -> list[Answer]:
     if not all(math.isfinite(x.logp) for x in (*own, *prior)):
       logps = tuple(x.logp for x in (*own, *prior))
       raise NonFiniteError(f'{row.place}: the {title} model gives log-probabilities {logps}')
-    chosen = row.choices[task.kind.choose(row, own, prior)]
+    try:
+      chosen = row.choices[tasks.call(task.kind.choose, row, own, prior)]
+    except (ValueError, TypeError, IndexError) as error:
+      raise _fault(task, row, 'choose', error) from error
     tokens = sum(x.tokens for x in own)
     out.append(Answer(prediction=chosen, tokens=tokens, likelihoods=own, priors=prior))
   return out
@@ -134,10 +137,10 @@ def _values(
   out = []
   for row, answer in zip(rows, answers, strict=True):
     try:
-      found = dict(tasks.call(kind.score, row, answer))
+      found = kinds.values_of(tasks.call(kind.score, row, answer))
       if task.classes and kind.class_score is not None:
-        found |= tasks.call(kind.class_score, row, answer)
-      out.append(kinds.values_of(found))
+        found |= kinds.values_of(tasks.call(kind.class_score, row, answer))
+      out.append(found)
     except ValueError as error:
       of = f'the completion {answer.text!r}' if answer.text else f'{answer.prediction!r}'
       raise _fault(task, row, f'score of {of}', error) from error
@@ -160,7 +163,7 @@ def _result(
   )
 
 
-def _fault(task: Task, row: Row, what: str, error: ValueError) -> DataError:
+def _fault(task: Task, row: Row, what: str, error: Exception) -> DataError:
   return DataError(f'{row.place}: {task.kind_name}: {what}: {error}')
 
 

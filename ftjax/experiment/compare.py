@@ -9,6 +9,7 @@ from ftjax.cluster import processes
 from ftjax.config import gate_rules, task_specs
 from ftjax.evaluation import (
   comparison,
+  endpoint,
   function_kinds,
   gate,
   lm_eval_results,
@@ -17,6 +18,7 @@ from ftjax.evaluation import (
 )
 from ftjax.evaluation import run as evaluation
 from ftjax.evaluation.contamination import Report
+from ftjax.evaluation.http_client import Limits
 from ftjax.evaluation.kind import COMPLETE
 from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
@@ -27,13 +29,16 @@ from ftjax.experiment.lm_eval_tasks import LmEvalTask
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
+from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
+from ftjax.runtime.errors import RunError
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
 BASE, SHOTS, TUNED = 'base', 'base_shots', comparison.TUNED
+ROWS_SEED = 0  # of the choice of rows, where not all are run
 _SEED = 0  # of sampled completions: the same rows and draws in every run
 
 Results = dict[str, Sequence[Result]]  # by model
@@ -52,7 +57,9 @@ class Evaluator:
     self.run = run
     specs = task_specs.parse_all(c.eval.tasks)
     theirs = [spec for spec in specs if spec.kind in task_specs.LM_EVAL_KINDS]
-    self.tasks = tasks.load_tasks(spec for spec in specs if spec not in theirs)
+    found = tasks.load_tasks(spec for spec in specs if spec not in theirs)
+    most = c.eval.rows
+    self.tasks = tuple(task.first(most, ROWS_SEED) for task in found) if most else found
     self._theirs = lm_eval_tasks.load_tasks(theirs, include_path=c.eval.lm_eval_path)
     # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in (*self.tasks, *self._theirs)]))
@@ -65,6 +72,9 @@ class Evaluator:
     stop = tuple(c.eval.stop)
     self.draw = Draw(c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, stop)
     self._cost: dict[str, dict[str, Cost]] = {}
+    limits = Limits(concurrency=c.eval.endpoint.concurrency, timeout=c.eval.endpoint.timeout)
+    served = [endpoint.parse(text) for text in c.eval.models]
+    self._endpoints = {spec.name: endpoint.Endpoint(spec, limits) for spec in served}
 
   def _check_rules(self) -> None:
     """Checks the rules of `gate`; the figures of lm-eval's tasks are known when they have run."""
@@ -85,7 +95,8 @@ class Evaluator:
 
   def _score_theirs(self, model: LocalModel, task: LmEvalTask, title: str) -> Sequence[Result]:
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
-      results += lm_eval_tasks.evaluate(model.for_lm_eval(), task).results
+      limit = self.run.config.eval.rows or None
+      results += lm_eval_tasks.evaluate(model.for_lm_eval(), task, limit=limit).results
     return results
 
   def _measured(self, task: str, title: str):
@@ -111,7 +122,8 @@ class Evaluator:
       def make_theirs(task=task):
         return self._score_theirs(held(), task, BASE)
 
-      key = self._key(f'lm_eval {task.is_chat}', task.digest, self._dtypes())
+      settings = self._dtypes() | {'rows': self.run.config.eval.rows}
+      key = self._key(f'lm_eval {task.is_chat}', task.digest, settings)
       out[task.name] = {BASE: self._cached(task.name, key, make_theirs, None)}
     return out
 
@@ -164,6 +176,7 @@ class Evaluator:
     for task in self.tasks:
       results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
       if processes.is_main():
+        results |= self._served(task)
         if task.kind.judge is not None:
           results = function_kinds.judged(task.rows, task.kind, results)
         entries.append(self._entry(task, results))
@@ -173,6 +186,16 @@ class Evaluator:
         entries.append(self._entry(lm_eval_results.entry(task.name, 'lm_eval', results), results))
     answers = self.samples.compared(model)
     return processes.from_main(lambda: self._finish(entries, answers))
+
+  def _served(self, task: Task) -> Results:
+    """Returns the results of eval.models; a server that fails is left out, and the others stay."""
+    out = {}
+    for name, model in list(self._endpoints.items()):
+      try:
+        out[name] = self._score(WatchedModel(model, self.run.watchdog.beat), task, name)
+      except RunError as error:
+        log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
+    return out
 
   def _entry(self, task: comparison.Compared, results: Results) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)

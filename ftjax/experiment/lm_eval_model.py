@@ -134,7 +134,7 @@ class LmEvalModel(TemplateLM):
   def apply_chat_template(
     self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
   ) -> str:
-    """Returns the text of a conversation; without a generation prompt the model goes on with the
+    """Returns the text of a conversation; without a generation prompt the model continues with the
     last message. A system message that the template refuses is left out.
 
     Raises:
