@@ -2,7 +2,6 @@
 scikit-learn.
 """
 
-import json
 import math
 import warnings
 
