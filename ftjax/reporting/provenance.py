@@ -120,6 +120,9 @@ def resources(log: MetricsLog) -> Facts:
   goodput = log.last('train', 'goodput')
   if goodput is not None:
     out.append(('goodput', f'{share(goodput)} of the time since the start was spent in steps'))
+  in_loop = log.last('eval', 'in_loop_share')
+  if in_loop is not None:
+    out.append(('evaluation in the loop', f'{share(in_loop)} of the time of training'))
   tokens = log.series('train', 'tokens')
   if tokens is not None:
     out.append(('tokens in logged steps', count(float(tokens.values.sum()))))
