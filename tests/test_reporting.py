@@ -264,7 +264,13 @@ def test_the_page_has_the_figures_of_the_summary(tmp_path):
       primary = one['metrics'][0]
       text = figures.interval(difference['metrics'][primary['name']], primary['form'], '+')
       assert text in shown and difference['verdict'] in shown
-  for words in ('REFUSED BY THE GATE', 'stereotypes must not rise', 'expected calibration error'):
+  for words in (
+    'REFUSED BY THE GATE',
+    'stereotypes must not rise',
+    'expected calibration error',
+    'train.jsonl: no text (1 row)',
+    'Tokens of an example, train: train.jsonl',
+  ):
     assert words in shown
 
 
