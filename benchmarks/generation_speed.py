@@ -127,6 +127,7 @@ def play_eval(job: dict) -> dict:
       judge.folder = f'{folder}/{name}'
       begin, cpu = time.perf_counter(), time.process_time()
       (results,) = judge.base(params).values()
+      results = results['base'] if isinstance(results, dict) else results  # of older checkouts
       out[name] = time.perf_counter() - begin
       out['cpu_' + name] = time.process_time() - cpu
       out.setdefault('compilations', counted.count - before)

@@ -95,18 +95,19 @@ def read(workdir: Path) -> dict:
   if any(len(r['scores']) != 2 for r in tuned):
     raise SystemExit(f'{workdir}: expected two choices in each row of the task')
   # The prediction is the choice with the larger score.
-  own = [max(r['scores']) if r['right'] else min(r['scores']) for r in tuned]
+  right = [r['values']['right'] == [1.0] for r in tuned]
+  own = [(max if is_right else min)(r['scores']) for is_right, r in zip(right, tuned, strict=True)]
   return {
-    'base': summary['base']['accuracy'],
-    'tuned': summary['tuned']['accuracy'],
-    'mcnemar': summary['mcnemar'],
+    'base': summary['scores']['base']['accuracy'],
+    'tuned': summary['scores']['tuned']['accuracy'],
+    'test': summary['differences'][0]['test'],
     'answer_loss': -statistics.mean(own),
     'train_loss': statistics.mean(r['loss'] for r in steps[-LAST:]),
     'lr': config['optim.lr'],
     'steps': len(steps),
     'tokens': sum(r['tokens'] for r in steps),
     'ids': [r['id'] for r in tuned],
-    'right': [r['right'] for r in tuned],
+    'right': right,
     'batches': [r['batch_checksum'] for r in steps],
   }
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ftjax.evaluation import run, statistics
+from ftjax.evaluation import result
+from ftjax.evaluation.statistics import bootstrap
 
 
 def losses(results: list, choices: list[str]) -> np.ndarray:
@@ -20,13 +21,16 @@ def losses(results: list, choices: list[str]) -> np.ndarray:
 
 
 def main(workdir: str, task: str) -> None:
-  found = run.load(str(Path(workdir) / 'eval' / f'{task}.jsonl'))
+  found = result.load(str(Path(workdir) / 'eval' / f'{task}.jsonl'))
   # A prediction is the choice with the largest score: that tells which score is whose.
   order = {int(np.argmax(r.scores)): r.prediction for results in found.values() for r in results}
   choices = [order[i] for i in range(len(found['base'][0].scores))]
   base, tuned = (losses(found[model], choices) for model in ('base', 'tuned'))
-  difference = statistics.bootstrap(
-    lambda a, b: np.mean(b - a, axis=-1), (base, tuned), seed=0, resamples=10_000
+  difference = bootstrap.bootstrap(
+    lambda weights: weights @ (tuned - base) / weights.sum(-1),
+    range(len(base)),
+    seed=0,
+    resamples=10_000,
   )
   print(
     f'{task}: {len(base)} rows, held-out loss {base.mean():.4f} before, {tuned.mean():.4f} after; '

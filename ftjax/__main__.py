@@ -17,7 +17,9 @@ ENTRIES = {
   'evaluate': 'Evaluates the exported model of a run and its base model, and compares them.',
   'generate': 'Generates from a model: one prompt, a file of prompts, or a chat.',
   'convert': 'Converts a GGUF file, a run or a model of the hub to a Hugging Face folder.',
+  'lm_eval': "Runs EleutherAI's lm-eval, with ftjax models as --model ftjax.",
 }
+_OWN_ARGUMENTS = ('lm_eval',)  # entries that read their arguments themselves
 _HELP = ('--help', '-help', '-h', '--h', '-?', 'help')
 _BAD_USAGE = 2  # the exit code of ConfigError in runtime/errors.py
 
@@ -52,7 +54,7 @@ def main() -> None:
     # Imported late: it imports the config.
     from ftjax import cli
 
-    cli.run(entry.main)
+    cli.run(entry.main, has_flags=name not in _OWN_ARGUMENTS)
   else:
     print(f'error: {_unknown(name)}', file=sys.stderr)
     sys.exit(_BAD_USAGE)

@@ -25,12 +25,13 @@ from ftjax.storage import locations
 FLAGS = flags.FLAGS
 
 
-def define_config() -> None:
+def define_config(is_required: bool = True) -> None:
   """Declares --config=FILE_OR_NAME with --config.KEY=VALUE overrides."""
   flags.DEFINE_string(
     'config', None, 'A config file, or the name of a shipped one; --config.KEY=VALUE changes a key.'
   )
-  flags.mark_flag_as_required('config')
+  if is_required:
+    flags.mark_flag_as_required('config')
 
 
 def define_processes() -> None:
@@ -112,6 +113,9 @@ def _parse(argv: list[str], about: str) -> list[str]:
         c = config_file.load(config_file.find(path))
         config_overrides.apply(c, overrides)
     rest = FLAGS([argv[0], *words])
+    if 'compare' in FLAGS and FLAGS['compare'].value:
+      FLAGS['compare'].value = [*FLAGS['compare'].value, *rest[1:]]
+      rest = rest[:1]
     if len(rest) > 1:
       raise ConfigError(_unexpected(rest[1]))
     for name in _LOCATIONS:
@@ -260,8 +264,13 @@ def _stop(number, frame):
   raise StoppedEarly('SIGTERM: stopped; run the same command again to resume')
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs the `main` of an entry after parsing; a RunError becomes its message and exit code."""
+def run(main: Callable[[], None], *, has_flags: bool = True) -> None:
+  """Runs the `main` of an entry after parsing; a RunError becomes its message and exit code.
+
+  Args:
+    main: of the entry.
+    has_flags: False for an entry that reads its arguments from sys.argv itself.
+  """
   about = sys.modules[main.__module__].__doc__ or ''
 
   def guarded(argv):
@@ -281,4 +290,4 @@ def run(main: Callable[[], None]) -> None:
       _end_processes(stopped)
       _leave(stopped)
 
-  app.run(guarded, flags_parser=lambda argv: _parse(argv, about))
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, about) if has_flags else argv)

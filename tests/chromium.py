@@ -108,9 +108,7 @@ class Browser:
 
   def ask(self, script):
     """The value of a JavaScript expression."""
-    found = self.call(
-      'Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True
-    )
+    found = self.call('Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True)
     assert 'exceptionDetails' not in found, found
     return found['result'].get('value')
 

@@ -191,12 +191,12 @@ def made_up_run(workdir, seed, right):
   write(workdir / 'metrics.jsonl', steps)
   write(workdir / 'config.json', [{'optim.lr': 1e-4}])
   rows = [
-    {'model': 'tuned', 'id': f'{k}', 'right': bool(r), 'scores': [-0.5, -1.5]}
+    {'model': 'tuned', 'id': f'{k}', 'values': {'right': [float(r)]}, 'scores': [-0.5, -1.5]}
     for k, r in enumerate(right)
   ]
   write(workdir / 'eval' / 'sentiment.jsonl', rows)
   accuracy = {'accuracy': {'value': sum(right) / 4, 'low': 0.1, 'high': 0.9}}
-  summary = {'base': accuracy, 'tuned': accuracy, 'mcnemar': {}}
+  summary = {'scores': {'base': accuracy, 'tuned': accuracy}, 'differences': [{'test': {}}]}
   write(workdir / 'eval' / 'summary.json', [{'tasks': {'sentiment': summary}}])
 
 

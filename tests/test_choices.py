@@ -9,7 +9,7 @@ import pytest
 from ftjax.algorithms import grpo
 from ftjax.config import algorithms, choices, keys, section, task_specs, validation
 from ftjax.data import encode, prompts
-from ftjax.evaluation import tasks
+from ftjax.evaluation import kinds
 from ftjax.losses import mismatch, policy, preference
 from ftjax.training import lr_schedule, optimizer
 
@@ -37,7 +37,7 @@ class Recorder:
     (choices.OPTIMIZERS, optimizer.OPTIMIZERS),
     (choices.SCHEDULES, lr_schedule.SCHEDULES),
     (choices.OVERLENGTH, encode.ON_OVERLENGTH),
-    (choices.TASK_KINDS, tasks.KINDS),
+    (choices.TASK_KINDS, kinds.KINDS),
   ],
 )
 def test_the_names_are_those_of_the_implementation(described, implemented):

@@ -45,7 +45,7 @@ def one(question, *rows, answers=()):
     ('co\u00adoperate zero\u200bwidth', ['cooperate', 'zerowidth']),
     ('我爱北京。', ['我', '爱', '北', '京']),
     ('東京タワーへGo1回', ['東', '京', 'タ', 'ワ', 'ー', 'へgo1', '回']),
-    ('ไทย', ['ไ', 'ท', 'ย']),
+    ('ไทยดี', ['ไ', 'ท', 'ย', 'ดี']),  # a vowel sign stays with its letter
     ('한국어 문장', ['한국어', '문장']),
     ('😀 ok \ud800', ['ok']),
   ],

@@ -3,14 +3,16 @@
 import json
 import logging
 import random
+import types
 
 import pytest
 import tiny_pairs
 from test_contamination import text
 
 from ftjax.config import keys
-from ftjax.data import formats, preference_rows
+from ftjax.data import formats, preference_rows, sources
 from ftjax.evaluation import tasks as tasks_lib
+from ftjax.evaluation.contamination import Item
 from ftjax.experiment import contamination_check
 from ftjax.experiment import data as examples
 from ftjax.experiment import run as experiment
@@ -101,6 +103,22 @@ def test_rows_that_are_left_out_are_not_trained_on(tmp_path):
   assert [f.id for f in found['t'].findings if f.is_clean] == ['4', '6']
 
 
+def test_a_row_of_several_examples_is_read_once(tmp_path):
+  class Corpus:
+    rows = ((0, 1), (0, 3), (0, 3), (0, 3), (0, 4))
+
+    def __len__(self):
+      return len(self.rows)
+
+    def row_of(self, i):
+      return self.rows[i]
+
+  path = write(tmp_path / 'rows.jsonl', [conversation(str(i), 'yes') for i in range(1, 7)])
+  settings = tiny_pairs.settings('sft')
+  read = contamination_check._rows_of(settings, sources.Spec(path), Corpus(), True)
+  assert [texts for _, texts in read] == [['1', 'yes'], ['3', 'yes'], ['4', 'yes']]
+
+
 def test_the_split_is_compared_with_the_other_side_of_its_file(tmp_path):
   rows = [conversation(q, a) for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
   whole = run(tmp_path, rows, data__eval_fraction=0.3)
@@ -120,6 +138,19 @@ def test_the_split_is_compared_with_the_other_side_of_its_file(tmp_path):
   found = contamination_check.check(again, asked)[contamination_check.SPLIT]
   assert {int(f.id.rpartition(':')[2]) for f in found.findings if not f.is_clean} == leaked
   assert leaked
+
+
+def test_a_large_split_is_compared_in_part(tmp_path, monkeypatch):
+  monkeypatch.setattr(contamination_check, '_SPLIT_ROWS', 4)
+  held = [conversation(q, 'yes') for q in QUESTIONS[:11]]
+  whole = run(tmp_path, [conversation(q, 'no') for q in QUESTIONS[20:]], held=held)
+  found = contamination_check.check(whole, [task(tmp_path, ['a b'])])[contamination_check.SPLIT]
+  assert [int(f.id.rpartition(':')[2]) for f in found.findings] == [1, 4, 7, 10]
+
+
+def test_rows_of_whole_texts_are_texts():
+  row = types.SimpleNamespace(id='7', asked=None, choices=('one text', 'another'), answer='another')
+  assert contamination_check._item(row) == Item('7', ('one text', 'another'))
 
 
 @pytest.mark.parametrize('algorithm', ['dpo', 'grpo', 'sft'])

@@ -1,11 +1,16 @@
 """Models under test behind a server: what is sent, what is read, and every way to fail."""
 
+import dataclasses
 import datetime
 import email.utils
 import itertools
 import json
 import logging
 import math
+import shutil
+import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -81,6 +86,8 @@ def test_a_name_is_read(text, url, name):
     ('endpoint:http:///v1#name', 'a host'),
     ('endpoint:http://x:99999/v1#name', 'Port'),
     ('endpoint:http://[::1/v1#name', 'IPv6'),
+    ('endpoint:http://a..b/v1#name', 'label'),
+    (f'endpoint:http://{"a" * 64}/v1#name', 'label'),
     ('endpoint:http://x/v1/chat/completions#name', 'by itself'),
     ('endpoint:http://x/v1/completions/#name', 'by itself'),
     ('https://x/v1#name', 'does not begin'),
@@ -115,7 +122,8 @@ def test_openais_key_goes_to_openai_alone():
 def test_a_conversation_and_a_text(fake):
   system = {'role': 'system', 'content': 'Be brief.'}
   chat = ask('Hi', system, template_kwargs={'enable_thinking': False})
-  found = complete(connect(fake, stop=['\n']), [chat, 'Once'])
+  draw = dataclasses.replace(GREEDY, stop=('\n',))
+  found = complete(connect(fake), [chat, 'Once'], draw)
   assert found == [
     [Completion('Hi -> greedy', 'system: Be brief.\n\nuser: Hi\n\nassistant:', 3, False)],
     [Completion('Once -> greedy', 'Once', 1, False)],
@@ -199,6 +207,7 @@ CALL = {'type': 'function', 'function': {'name': 'f', 'arguments': '{"x": "é"}'
     (reply({'content': None, 'refusal': 'I will not.'}), 'I will not.'),
     (reply({'content': '4', 'reasoning_content': '2+2'}), '<think>\n2+2\n</think>\n\n4'),
     (reply({'content': '4', 'reasoning': '2+2\n'}), '<think>\n2+2\n</think>\n\n4'),
+    (reply({'content': None, 'reasoning': '2+'}, 'length'), '<think>\n2+'),
     (reply({'content': None, 'tool_calls': [CALL]}), '{"name": "f", "arguments": {"x": "é"}}'),
     (
       reply(
@@ -506,6 +515,45 @@ def test_redirects_are_not_followed(fake, status):
     assert not other.requests
 
 
+def encrypted(fake, folder):
+  """Makes a server speak TLS, with a certificate of its own; returns the certificate's file."""
+  if shutil.which('openssl') is None:
+    pytest.skip('openssl, which makes the certificate, is not installed')
+  key, certificate = folder / 'key.pem', folder / 'certificate.pem'
+  command = ['openssl', 'req', '-x509', '-nodes', '-newkey', 'ec', '-pkeyopt']
+  command += ['ec_paramgen_curve:prime256v1', '-subj', '/CN=localhost', '-days', '2']
+  command += ['-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', str(key), '-out']
+  subprocess.run([*command, str(certificate)], check=True, capture_output=True)
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  context.load_cert_chain(certificate, key)
+  fake._server.socket = context.wrap_socket(
+    fake._server.socket, server_side=True, do_handshake_on_connect=False
+  )
+  return certificate
+
+
+def test_an_encrypted_server(fake, tmp_path, monkeypatch):
+  certificate = encrypted(fake, tmp_path)
+  spec = Spec(fake.base.replace('http:', 'https:'), 'tiny')
+  monkeypatch.delenv('SSL_CERT_FILE', raising=False)
+  with pytest.raises(ConfigError, match=r'certificate is not trusted: self.signed'):
+    complete(Endpoint(spec, QUICK, environment={endpoint.KEY_VARIABLE: KEY}), [ask('a')])
+  assert not fake.requests
+  monkeypatch.setenv('SSL_CERT_FILE', str(certificate))
+  assert texts(complete(Endpoint(spec, QUICK, environment={}), [ask('a')])) == [['a -> greedy']]
+
+
+def test_a_server_that_never_ends_the_handshake(monkeypatch):
+  """Connecting has a shorter limit than answering."""
+  monkeypatch.setattr(http_client, '_CONNECT', 0.1)
+  with socket.create_server(('127.0.0.1', 0)) as silent:
+    spec = Spec(f'https://127.0.0.1:{silent.getsockname()[1]}/v1', 'tiny')
+    start = time.monotonic()
+    with pytest.raises(DataError, match='no answer in time'):
+      complete(Endpoint(spec, http_client.Limits(timeout=60, pause=0.01), environment={}), ['a'])
+    assert time.monotonic() - start < 5
+
+
 def test_a_used_up_quota(fake):
   error = {'message': 'You exceeded your quota', 'code': 'insufficient_quota'}
   fake.always = lambda h: h.reply({'error': error}, 429)
@@ -577,12 +625,16 @@ def test_score_of_responses_to_a_text(fake):
 
 
 def test_score_where_prompt_and_response_share_a_token(fake):
-  """'Gra' + 'ss is' is tokenized as 'Grass', ' is': log p(both) - log p('x Gra')."""
-  ((found,),) = connect(fake).score(['x Gra'], [['ss is']], [''], lambda n: None)
-  assert found.logp == pytest.approx(
-    logp('x', ' Grass') + logp(' Grass', ' is') - logp('x', ' Gra')
+  """'Gra' + 'ss' is the token ' Grass': all responses then count from there on, so that their
+  differences are those of the whole texts.
+  """
+  ((joined, apart, none),) = connect(fake).score(
+    ['x Gra'], [['ss is', ' y', '']], [''], lambda n: None
   )
-  assert found.tokens == 1
+  assert joined.logp == pytest.approx(logp('x', ' Grass') + logp(' Grass', ' is'))
+  assert apart.logp == pytest.approx(logp('x', ' Gra') + logp(' Gra', ' y'))
+  assert none.logp == pytest.approx(logp('x', ' Gra'))
+  assert (joined.tokens, apart.tokens, none.tokens) == (2, 2, 1)
 
 
 def test_score_of_responses_to_a_conversation(fake):
@@ -625,6 +677,9 @@ def refuse(status, message):
     lambda h: h.reply(reply(text='a', logprobs={'tokens': ['a'], 'token_logprobs': []})),
     lambda h: h.reply(
       reply(text='a', logprobs={'tokens': ['a', 'b'], 'token_logprobs': [math.nan, 0.0]})
+    ),
+    lambda h: h.reply(
+      reply(text='a', logprobs={'tokens': ['a', 'b', 'c'], 'token_logprobs': [None, -(10**400), 0]})
     ),
     lambda h: h.reply(reply({'content': 'a'}) | {'prompt_logprobs': [None, 3]}),
     lambda h: h.reply(

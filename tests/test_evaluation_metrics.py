@@ -1,70 +1,12 @@
 """evaluation/metrics/: classes, probabilities and rankings, against scikit-learn and by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from metric_cases import check_resamples, figure, library, results
 
 from ftjax.evaluation.metrics import calibration, classification, ranking
-from ftjax.evaluation.metrics import classification as metrics
-
-
-def _slow(labels, predictions):
-  """Accuracy and macro means by counting pairs, class by class."""
-  rows = []
-  for k in sorted(set(labels) | set(predictions)):
-    tp = sum(a == b == k for a, b in zip(labels, predictions, strict=True))
-    fp = sum(b == k != a for a, b in zip(labels, predictions, strict=True))
-    fn = sum(a == k != b for a, b in zip(labels, predictions, strict=True))
-    precision = tp / (tp + fp) if tp + fp else 0.0
-    recall = tp / (tp + fn) if tp + fn else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if tp else 0.0
-    rows.append((precision, recall, f1))
-  right = sum(a == b for a, b in zip(labels, predictions, strict=True)) / len(labels)
-  return [right, *np.mean(rows, axis=0)]
-
-
-def test_by_hand():
-  #           class 0: tp 2, fp 1, fn 1;  class 1: tp 1, fp 1, fn 1;  class 2: never
-  labels, predictions = [0, 0, 0, 1, 1], [0, 0, 1, 1, 0]
-  got = metrics.per_class(labels, predictions, 3)
-  np.testing.assert_allclose(got.precision, [2 / 3, 1 / 2, 0])
-  np.testing.assert_allclose(got.recall, [2 / 3, 1 / 2, 0])
-  np.testing.assert_allclose(got.f1, [2 / 3, 1 / 2, 0])
-  assert got.support.tolist() == [3, 2, 0] and got.predicted.tolist() == [3, 2, 0]
-  # The class that occurs nowhere is no part of the mean.
-  expected = [3 / 5, 7 / 12, 7 / 12, 7 / 12]
-  np.testing.assert_allclose(metrics.classification(labels, predictions, 3), expected)
-
-
-def test_precision_and_recall_are_not_swapped():
-  # Class 0 is predicted for all: recall 1, precision 1/4. Class 1: never predicted.
-  got = metrics.per_class([0, 1, 1, 1], [0, 0, 0, 0], 2)
-  assert got.precision.tolist() == [0.25, 0] and got.recall.tolist() == [1, 0]
-  np.testing.assert_allclose(got.f1, [0.4, 0])
-
-
-def test_equals_counting_pairs_also_in_batches():
-  rng = np.random.default_rng(0)
-  labels = rng.integers(0, 4, (30, 17))
-  predictions = np.where(rng.random((30, 17)) < 0.5, labels, rng.integers(0, 5, (30, 17)))
-  got = metrics.classification(labels, predictions, 5)
-  assert got.shape == (30, len(metrics.SCORES))
-  for row, a, b in zip(got, labels.tolist(), predictions.tolist(), strict=True):
-    np.testing.assert_allclose(row, _slow(a, b), rtol=1e-12)
-
-
-def test_order_of_examples_and_names_of_classes_do_not_matter():
-  rng = np.random.default_rng(1)
-  labels, predictions = rng.integers(0, 3, (2, 40))
-  expected = metrics.classification(labels, predictions, 3)
-  order, names = rng.permutation(40), np.array([2, 0, 1])
-  got = metrics.classification(names[labels][order], names[predictions][order], 3)
-  np.testing.assert_allclose(got, expected)
-
-
-def test_all_right():
-  np.testing.assert_array_equal(metrics.classification([0, 1, 1], [0, 1, 1], 2), np.ones(4))
-
 
 CLASSES = ('a', 'b', 'c')
 
@@ -126,6 +68,31 @@ def _reference(name):
 @pytest.mark.parametrize('case', EDGES)
 def test_classes_equal_scikit_learn_also_under_weights(metric, case):
   check_resamples(metric, EDGES[case], _reference(metric.name), CLASSES)
+
+
+def test_classes_by_hand():
+  #  a: tp 2, fp 1, fn 1;  b: tp 1, fp 1, fn 1;  c: never
+  rows = _rows('aaabb', 'aabba')
+  table = classification.per_class_table(rows, CLASSES)
+  for c, share, support in (('a', 2 / 3, 3), ('b', 1 / 2, 2), ('c', 0, 0)):
+    assert table[c] == {'precision': share, 'recall': share, 'f1': share, 'support': support}
+  # The class that occurs nowhere is no part of the mean.
+  assert figure(classification.MEANS['macro_f1'], rows, CLASSES) == pytest.approx(7 / 12)
+  # a is predicted for all: recall 1, precision 1/4.
+  table = classification.per_class_table(_rows('abbb', 'aaaa'), ('a', 'b'))
+  assert table['a'] == {'precision': 0.25, 'recall': 1.0, 'f1': 0.4, 'support': 1}
+  assert set(table['b'].values()) == {0.0, 3}
+  assert classification.per_class_table([], ('a',))['a']['support'] == 0
+
+
+def test_names_of_classes_do_not_matter():
+  rows, names = EDGES['random'], {'a': 'z', 'b': 'é', 'c': '', '?': '東'}
+  other = [
+    dataclasses.replace(r, label=names[r.label], prediction=names[r.prediction]) for r in rows
+  ]
+  for metric in classification.METRICS:
+    got = figure(metric, other, ('', 'z', 'é'))
+    assert got == pytest.approx(figure(metric, rows, CLASSES), rel=1e-12)
 
 
 def test_a_table_by_class_and_confusions_equal_scikit_learn():

@@ -79,8 +79,9 @@ def test_a_template_does_not_make_rows_similar():
   copy = items[4].prompt[0]
   got = report(items, [f'{head} {text(rng, 9)}' for _ in range(30)])
   assert not any(f.similarity for f in got.findings)
-  got = report(items, [copy, copy.removeprefix(head)])
-  assert [f.id for f in got.findings if f.similarity == 1] == ['4']
+  for planted in (copy, copy.removeprefix(head)):
+    got = report(items, [planted])
+    assert [(f.id, f.similarity) for f in got.findings if f.similarity] == [('4', 1)]
 
 
 @needs_datasketch

@@ -104,6 +104,8 @@ def test_models_may_have_other_numbers_of_samples_in_a_bootstrap():
   assert got.se < 0.03  # what rows have in common cancels: without pairs it is 0.18
   with pytest.raises(ValueError, match='only one has results of 0'):
     bootstrap_difference(_mean(x), _mean(x), range(60), range(1, 61), seed=0)
+  with pytest.raises(ValueError, match='only one has results of 60'):
+    bootstrap_difference(_mean(x), _mean(x[:59]), range(1, 61), range(1, 60), seed=0)
   with pytest.raises(ValueError, match='cannot be swapped'):
     permutation(_mean(np.concatenate([x, y])), range(60), np.repeat(np.arange(60), 4), seed=0)
 
@@ -153,6 +155,17 @@ def test_clusters_are_swapped_whole():
   every = [abs(np.dot(signs, sums)) for signs in itertools.product((1, -1), repeat=6)]
   assert got.is_exact and got.assignments == 32
   assert got.p == np.mean(np.array(every) >= abs(sums.sum()) - 1e-9)
+  order = rng.permutation(18)  # of the second model's results
+  other = permutation(_mean(np.concatenate([x, y[order]])), clusters, clusters[order], seed=0)
+  assert (other.value, other.p) == pytest.approx((float(got.value), float(got.p)))
+
+
+def test_assignments_that_are_equal_but_for_rounding_are_equal():
+  for seed in range(20):
+    x = np.random.default_rng(seed).integers(-3, 4, 10)
+    got = permutation(_mean(np.concatenate([np.zeros(10), x / 10])), range(10), range(10), seed=0)
+    signs = np.array(list(itertools.product((1, -1), repeat=10)))
+    assert got.p == np.mean(abs(signs @ x) >= abs(x.sum())), seed
 
 
 def test_random_permutations_are_close_to_exact_ones_and_seeded(monkeypatch):
@@ -196,8 +209,8 @@ def test_permutation_of_several_figures_nan_nothing_and_equal_results():
       return weights @ (is_of * pooled[:, 0]) / below
 
   got = permutation(of_class, range(10), range(10), seed=0)
-  # Half of the assignments give one model both: they count as extreme.
-  assert got.incomputable == 256 and got.p >= 0.5
+  # Half of the assignments give one model both: they count as extreme, as do the others, +- d.
+  assert got.incomputable == 256 and got.p == 1
   never = permutation(lambda w: np.full(len(w), np.nan), range(10), range(10), seed=0)
   assert np.isnan(never.p) and np.isnan(never.value) and never.incomputable == 512
   same = permutation(_mean(np.ones(20)), range(10), range(10), seed=0)

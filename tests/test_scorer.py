@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import family_cases
-from tiny_model import TINY, init, place, tokens_at
+from tiny_model import TINY, init, logits, place, tokens_at
 
 from ftjax.generation.scorer import Scorer
 from ftjax.models import head, kinds
@@ -83,3 +83,44 @@ def test_a_split_sequence_cannot_be_decoded(use_mesh):
   use_mesh(context=2)
   with pytest.raises(ConfigError, match=r'mesh\.context'):
     _score(prompts, choices)
+
+
+def _greedy(params, prompt, count):
+  """`count` tokens, each the likeliest after those before it, from all logits."""
+  ids = list(prompt)
+  for _ in range(count):
+    ids.append(
+      int(logits(TINY, params, np.array([ids]), tokens_at([[1] * len(ids)]))[0, -1].argmax())
+    )
+  return ids[len(prompt) :]
+
+
+def test_a_choice_is_greedy_where_each_of_its_tokens_is_the_likeliest(use_mesh):
+  prompts, choices = _questions()
+  best = [_greedy(init(TINY), p, 3) for p in prompts]
+  choices = [
+    [*cs, ids, ids[:1], [*ids[:2], (ids[2] + 1) % 256]]
+    for cs, ids in zip(choices, best, strict=True)
+  ]
+  expected = [[False, False, True, True, False]] * 3
+  plain = _score(prompts, choices)
+  for axes in ({}, {'fsdp': 2, 'tensor': 2}):
+    use_mesh(**axes)
+    scorer = Scorer(TINY, jnp.float32, jax.sharding.get_mesh())
+    found = scorer.score_greedy(init(TINY), prompts, choices)
+    np.testing.assert_array_equal(found.is_greedy, expected)
+    np.testing.assert_allclose(found.logp, plain, rtol=0, atol=2e-5)
+
+
+def test_of_equally_likely_tokens_the_first_is_the_likeliest(use_mesh):
+  """A table of equal rows makes all logits equal, on every part of a split vocabulary too."""
+  x, w = np.ones((1, 4, 8), np.float32), np.ones((16, 8), np.float32)
+  labels, weights = np.array([[0, 1, 8, 0]], np.int32), np.array([[1, 1, 1, 0]], np.float32)
+  for axes in ({}, {'tensor': 2}):
+    use_mesh(**axes)
+    arrays = (place(x, 'batch', 'seq', 'act_embed'), place(w, 'vocab', 'embed'))
+    found = head.logprobs_and_matches(
+      *arrays, place(labels, 'batch', 'seq'), place(weights, 'batch', 'seq')
+    )
+    np.testing.assert_allclose(found[0], [[-np.log(16)] * 3 + [0]], rtol=1e-6)
+    np.testing.assert_array_equal(found[1], [[1, 0, 0, 0]])

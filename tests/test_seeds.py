@@ -59,6 +59,21 @@ def test_equal_seeds_are_one_and_one_has_no_error_between():
       assert got.intraclass == pytest.approx(0, abs=1e-8)
 
 
+def test_seeds_that_differ_much_have_the_t_interval_of_their_figures():
+  x = _runs(np.random.default_rng(3), 3, 100, between=0.5, row=0.01, rest=0.01)
+  got = seed_mean(_mean(x), range(100), seed=0)
+  plain = mean(x.mean(0), range(3))
+  assert (got.low, got.high, got.se) == pytest.approx((plain.low, plain.high, plain.se), rel=1e-3)
+  assert got.intraclass > 0.99
+
+
+def test_few_clusters_have_the_error_of_their_t_interval():
+  x = np.random.default_rng(4).normal(size=5)
+  got = seed_mean(_mean(x[:, None]), range(5), seed=0, resamples=20_000)
+  plain = mean(x, range(5))
+  assert (got.low, got.high, got.se) == pytest.approx((plain.low, plain.high, plain.se), rel=0.03)
+
+
 def test_clusters_widen_the_error_of_the_test_set():
   rng = np.random.default_rng(2)
   x = np.repeat(_runs(rng, 3, 60, between=0.02, row=0.4, rest=0.2), 4, axis=0)

@@ -356,31 +356,47 @@ def _tag_cases():
   }
 
 
+def _seqeval_figures(pairs, is_strict):
+  """[precision, recall, F1, macro F1] by seqeval; None where nothing is divided by nothing."""
+  from seqeval import metrics as seqeval
+  from seqeval.scheme import IOB2
+
+  gold, found = zip(*pairs, strict=True)
+  options = {'mode': 'strict', 'scheme': IOB2} if is_strict else {}
+  scores = [seqeval.precision_score, seqeval.recall_score, seqeval.f1_score]
+  figures = [score(gold, found, average='micro', **options) for score in scores]
+  figures.append(seqeval.f1_score(gold, found, average='macro', **options))
+  counts = [sum(len(tags.tag_spans(t, is_strict)) for t in tagged) for tagged in (found, gold)]
+  bottoms = [*counts, sum(counts), sum(counts)]
+  return [float(f) if b else None for f, b in zip(figures, bottoms, strict=True)]
+
+
+_ENTITY_METRICS = (tags.PRECISION, tags.RECALL, tags.F1, tags.MACRO_F1)
+_GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'entities.json'
+
+
+@pytest.mark.parametrize('number', range(len(json.loads(_GOLDEN.read_text()))))
+def test_entities_equal_recorded_figures_of_seqeval(number):
+  case = json.loads(_GOLDEN.read_text())[number]
+  for is_strict, wanted in ((False, case['conll']), (True, case['strict'])):
+    rows = _tagged(case['pairs'], is_strict)
+    got = [figure(metric, rows) for metric in _ENTITY_METRICS]
+    np.testing.assert_allclose(got, [np.nan if w is None else w for w in wanted])
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('is_strict', [False, True])
 @pytest.mark.parametrize('case', _tag_cases())
 def test_entities_equal_seqeval_also_under_weights(case, is_strict):
-  seqeval = pytest.importorskip('seqeval.metrics', reason='seqeval is not installed')
-  from seqeval.scheme import IOB2
-
+  pytest.importorskip('seqeval', reason='seqeval is not installed; its figures are in golden/')
   pairs = _tag_cases()[case]
-  options = {'mode': 'strict', 'scheme': IOB2} if is_strict else {}
+  for i, metric in enumerate(_ENTITY_METRICS):
 
-  def reference(name, average):
-    def of(rows):
-      gold, found = ([pairs[int(r.prediction)][i] for r in rows] for i in range(2))
-      counts = np.sum([r.values['entities'] for r in rows], axis=0)
-      bottom = {'precision': counts[1], 'recall': counts[2], 'f1': counts[1] + counts[2]}[name]
-      score = getattr(seqeval, f'{name}_score')
-      return score(gold, found, average=average, **options) if bottom else np.nan
+    def reference(rows, i=i):
+      own = _seqeval_figures([pairs[int(r.prediction)] for r in rows], is_strict)[i]
+      return np.nan if own is None else own
 
-    return of
-
-  rows = _tagged(pairs, is_strict)
-  metrics = {'precision': tags.PRECISION, 'recall': tags.RECALL, 'f1': tags.F1}
-  for name, metric in metrics.items():
-    check_resamples(metric, rows, reference(name, 'micro'))
-  check_resamples(tags.MACRO_F1, rows, reference('f1', 'macro'))
+    check_resamples(metric, _tagged(pairs, is_strict), reference)
 
 
 def test_spans_by_hand():

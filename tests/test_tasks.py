@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from ftjax.config import task_specs
-from ftjax.evaluation import tasks
+from ftjax.evaluation import kinds, tasks
+from ftjax.evaluation.kind import Answer
 from ftjax.runtime.errors import ConfigError, DataError
 
 CHOICE = {'prompt': 'Is it good?', 'choices': ['yes', 'no'], 'label': 'no'}
@@ -21,8 +22,10 @@ def _file(tmp_path, *rows):
   return str(path)
 
 
-def is_right(kind, completion, prompt, answer):
-  return tasks.KINDS[kind].is_right(completion, prompt, answer)
+def is_right(kind, completion, prompt, row):
+  kind = kinds.KINDS[kind]
+  answer = Answer(text=completion, prediction=kind.parse(completion, prompt, row), prompt=prompt)
+  return kind.score(row, answer)['right']
 
 
 def test_parse_spec():
@@ -49,20 +52,21 @@ def test_load_choice_rows(tmp_path):
   )
   (task,) = tasks.load_tasks([('q', 'choice', path)])
   one, two = task.rows
-  assert (one.id, one.place, one.prompt, one.answer, one.label) == (
-    '1', f'{path}:1', 'Is it good?', 'no', 1,
+  assert (one.id, one.place, one.asked, one.choices, one.answers) == (
+    '1', f'{path}:1', 'Is it good?', ('yes', 'no'), ('no',),
   )  # fmt: skip
-  assert (two.id, two.messages, two.prompt, two.answer, two.label) == (
-    'b7', tuple(messages), None, 'yes', 1,
+  assert (two.id, two.asked.messages, two.choices, two.answer) == (
+    'b7', tuple(messages), ('no', 'yes'), 'yes',
   )  # fmt: skip
+  assert (two.question, two.columns) == ('u', {'source': 'x'})
   assert task.classes == ('no', 'yes')
   assert task.digest == hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
 def test_rows_with_choices_of_their_own_have_no_classes(tmp_path):
   path = _file(tmp_path, CHOICE, CHOICE | {'choices': ['no', 'maybe']})
-  assert tasks.load_task('q', 'choice', path).classes is None
-  assert tasks.load_task('m', 'match', _file(tmp_path, MATCH)).classes is None
+  assert tasks.load_task('q', 'choice', path).classes == ()
+  assert tasks.load_task('m', 'match', _file(tmp_path, MATCH)).classes == ()
 
 
 @pytest.mark.parametrize(
@@ -141,15 +145,15 @@ def test_math_is_graded_as_by_the_reward(tmp_path, said, flexible, strict):
   path = _file(tmp_path, row)
   for kind, right in (('math', flexible), ('math_strict', strict)):
     task = tasks.load_task('t', kind, path)
-    assert is_right(kind, said, '<user>How many?<assistant>', task.rows[0].answer) == right
+    assert is_right(kind, said, '<user>How many?<assistant>', task.rows[0]) == right
 
 
 def test_a_thought_that_the_prompt_opened_is_no_answer(tmp_path):
   row = {'messages': [{'role': 'user', 'content': 'How many?'}], 'answer': '18'}
   (question,) = tasks.load_task('t', 'math', _file(tmp_path, row)).rows
   prompt = '<user>How many?<assistant><think>\n'
-  assert not is_right('math', 'perhaps 6 + 12 = 18', prompt, question.answer)
-  assert is_right('math', 'perhaps</think>\\boxed{18}', prompt, question.answer)
+  assert not is_right('math', 'perhaps 6 + 12 = 18', prompt, question)
+  assert is_right('math', 'perhaps</think>\\boxed{18}', prompt, question)
 
 
 TOOLS = [{'type': 'function', 'function': {'name': 'add'}}]
@@ -174,13 +178,13 @@ def test_rows_ask_as_rows_of_training_do(tmp_path):
   for row in chats:
     assert row.asked.messages == ({'role': 'system', 'content': 'S'}, user)
     assert row.asked.tools == tuple(TOOLS) and row.asked.template_kwargs == {'style': 'dry'}
-  assert plain.asked == plain.prompt == 'Capital of France?'
+  assert plain.asked == plain.question == 'Capital of France?'
 
 
 def test_columns_that_are_not_read_are_listed_once(tmp_path, caplog):
   caplog.set_level('INFO')
-  tasks.load_task('t', 'match', _file(tmp_path, MATCH | {'source': 'x'}, MATCH | {'level': 3}))
-  assert caplog.text.count('columns not read: level, source') == 1
+  tasks.load_task('t', 'match', _file(tmp_path, MATCH | {'site': 'x'}, MATCH | {'level': 3}))
+  assert caplog.text.count('columns not read: level, site') == 1
 
 
 @pytest.mark.parametrize(

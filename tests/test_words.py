@@ -11,6 +11,8 @@ from field_words import FORBIDDEN
 ROOT = pathlib.Path(__file__).resolve().parents[1] / 'ftjax'
 # Folders that are checked; '.' is the entries.
 CHECKED = sorted({'.', *(p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob('*/*.py'))})
+# Terms of the field in one folder that are none elsewhere: a judge is a model that compares responses.
+TERMS = {folder: {'judge', 'judges', 'judged'} for folder in ('config', 'evaluation')}
 
 
 def texts(source):
@@ -31,7 +33,12 @@ def old_words(source):
 @pytest.mark.parametrize('folder', CHECKED)
 def test_words_of_the_field(folder):
   paths = ROOT.glob('*.py') if folder == '.' else (ROOT / folder).rglob('*.py')
-  found = [f'{p.name}:{n} {word}' for p in paths for n, word in old_words(p.read_text())]
+  found = [
+    f'{p.name}:{n} {word}'
+    for p in paths
+    for n, word in old_words(p.read_text())
+    if word not in TERMS.get(folder, ())
+  ]
   assert not found
 
 

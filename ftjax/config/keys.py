@@ -296,6 +296,8 @@ def _add_eval(c: Section) -> None:
   # 'name=kind:path': base and tuned are compared on these at the end; docs/evaluation.md has the
   # kinds. A kind of your own is name=module:object:path.
   c.eval.tasks = ()
+  c.eval.rows = 0  # rows of each task that are run, chosen by hash; 0: all
+  c.eval.lm_eval_path = ''  # folder of YAML tasks of your own for entries lm_eval:TASK; '': none
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation
   c.eval.max_tokens = 64  # most tokens of a completion, of eval.prompts and of tasks
   c.eval.stop = ()  # texts that end a completion of a task; they are not part of it
@@ -308,6 +310,9 @@ def _add_eval(c: Section) -> None:
   c.eval.shots_from = ()
   # Further models on the same rows: 'endpoint:URL#name', an OpenAI-compatible server.
   c.eval.models = ()
+  c.eval.endpoint = Section()
+  c.eval.endpoint.concurrency = 8  # requests to a server at once
+  c.eval.endpoint.timeout = 600.0  # seconds for one answer
   c.eval.in_loop = ()  # names of eval.tasks that are run at every evaluation, eval.every steps
   c.eval.in_loop_rows = 64  # rows of such a task that are run; the same at every evaluation
   # Share of the time of training that eval.in_loop may take; evaluations beyond it leave it out.

@@ -1,4 +1,4 @@
-"""The entries of eval.tasks: 'name=kind:path'."""
+"""The entries of eval.tasks: 'name=kind:path', and 'lm_eval:TASK' for a task of lm-eval."""
 
 import difflib
 import re
@@ -10,11 +10,17 @@ from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 
 KEY = 'eval.tasks'
+# Kinds whose path is a task of EleutherAI's lm-eval; with the second its prompts are turns of the
+# model's chat template.
+LM_EVAL, LM_EVAL_CHAT = 'lm_eval', 'lm_eval_chat'
+LM_EVAL_KINDS = (LM_EVAL, LM_EVAL_CHAT)
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
 # A user's kind, module:OBJECT, or a function that a built-in kind calls, before the path.
 _OBJECT = re.compile(
   r'(?P<kind>(?:(?:judge|reward)/)?[A-Za-z_][\w.]*:[A-Za-z_]\w*):(?P<path>(?!//).+)', re.DOTALL
 )
+# A built-in reward, with its arguments in parentheses: reward/length(at_most=9).
+_REWARD = re.compile(r'(?P<kind>reward/\w+(?:\(.*?\))?):(?P<path>.+)', re.DOTALL)
 # Kinds that are completed by the name of a function: reward/math, judge/module:FUNCTION.
 FUNCTION_KINDS = ('judge/', 'reward/')
 
@@ -22,8 +28,8 @@ FUNCTION_KINDS = ('judge/', 'reward/')
 class TaskSpec(NamedTuple):
   """An entry of eval.tasks.
 
-  name: of the files of eval/. kind: of choices.TASK_KINDS, or 'module:OBJECT'. path: a source of
-  data.
+  name: of the files of eval/. kind: of choices.TASK_KINDS or LM_EVAL_KINDS, or 'module:OBJECT'.
+  path: a source of data; of LM_EVAL_KINDS a task of lm-eval.
   """
 
   name: str
@@ -47,26 +53,31 @@ def own_object(kind: str) -> str | None:
 
 
 def parse(text: str) -> TaskSpec:
-  """Returns the parts of 'name=kind:path'.
+  """Returns the parts of 'name=kind:path', or of 'lm_eval:TASK', whose name is the task's.
 
   Raises:
     ConfigError: another form, an unknown kind, or a name that is no file name.
   """
   name, equals, rest = text.partition('=')
+  if not equals and text.partition(':')[0].strip() in LM_EVAL_KINDS:
+    name, equals, rest = text.partition(':')[2], '=', text
   kind, colon, path = (part.strip() for part in rest.partition(':'))
   if not (equals and colon and path and _NAME.fullmatch(name.strip())):
     raise ConfigError(
       f'{KEY}: got {text!r}, expected name=kind:path like sentiment=choice:data/test.jsonl, '
       'the name of letters, digits and _ . -'
     )
-  if found := _OBJECT.fullmatch(rest.strip()):
+  if kind in (*choices.TASK_KINDS, *LM_EVAL_KINDS):
+    return TaskSpec(name.strip(), kind, path)
+  if found := _OBJECT.fullmatch(rest.strip()) or _REWARD.fullmatch(rest.strip()):
     kind, path = found['kind'], found['path'].strip()
-  elif kind not in choices.TASK_KINDS and not kind.startswith('reward/'):
+  else:
     near = difflib.get_close_matches(kind, choices.TASK_KINDS, n=1)
     hint = f'; did you mean {near[0]}?' if near else ''
     raise ConfigError(
       f'{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, '
-      "reward/NAME, judge/module:FUNCTION, or a user's 'module:OBJECT'" + hint
+      "reward/NAME or reward/NAME(ARGUMENTS), judge/module:FUNCTION, or a user's 'module:OBJECT'"
+      + hint
     )
   return TaskSpec(name.strip(), kind, path)
 

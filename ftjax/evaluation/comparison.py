@@ -7,15 +7,16 @@ one prompt are a cluster.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ftjax.evaluation import verdict
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
+from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
-from ftjax.evaluation.tasks import Task
 from ftjax.runtime.errors import DataError
 
 VERSION = 2
@@ -27,6 +28,21 @@ LONGEST = 4000  # characters of a text that is shown
 TUNED = 'tuned'
 
 _BINS = 10  # of a reliability diagram
+
+
+class Compared(Protocol):
+  """What is read of a task: tasks.Task has it, and lm_eval_results.LmEvalEntry."""
+
+  name: str
+  kind_name: str
+  group: str
+  rows: tuple[Row, ...]
+  classes: tuple[str, ...]
+
+  @property
+  def metrics(self) -> tuple[Metric, ...]: ...
+  @property
+  def details(self) -> tuple[Metric, ...]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +83,7 @@ def _figure(metric: Metric, weights: np.ndarray, columns: np.ndarray) -> np.ndar
   return metric.value(weights, columns)
 
 
-def _models(task: Task, results: Mapping[str, Sequence[Result]]) -> _Models:
+def _models(task: Compared, results: Mapping[str, Sequence[Result]]) -> _Models:
   ids = [row.id for row in task.rows]
   for name, own in results.items():
     if list(dict.fromkeys(r.id for r in own)) != ids:
@@ -114,7 +130,7 @@ def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def compare(
-  task: Task, results: Mapping[str, Sequence[Result]], cost: Mapping[str, Any] | None = None
+  task: Compared, results: Mapping[str, Sequence[Result]], cost: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
   """Returns the entry of a task in eval/summary.json: figures of each model with intervals, tests
   of differences, and examples. docs/evaluation.md describes its keys.
@@ -187,7 +203,7 @@ def compare(
 
 
 def on_rows(
-  task: Task, results: Mapping[str, Sequence[Result]], ids: frozenset[str]
+  task: Compared, results: Mapping[str, Sequence[Result]], ids: frozenset[str]
 ) -> dict[str, dict[str, float | None]]:
   """Returns {model: {value, low, high}} of the primary figure on some of the rows.
 
@@ -300,63 +316,11 @@ def _outcome(models: _Models, difference: Mapping[str, Any]) -> dict[str, str]:
   tasks where it is.
   """
   metric = models.metrics[0]
-  return judge(
+  return verdict.decide(
     difference,
     {'title': metric.title, 'better': metric.better, 'name': metric.name, 'form': metric.form},
     models.prompts,
   )
-
-
-def judge(difference: Mapping[str, Any], metric: Mapping[str, Any], prompts: int) -> dict[str, str]:
-  """Returns {outcome, verdict} of a comparison by its test: 'better', 'worse' or 'undecided'.
-
-  Args:
-    difference: of two models, as `compare` makes it.
-    metric: the primary one, {name, title, better, form}.
-    prompts: of the task.
-  """
-  test, found = difference['test'], difference['metrics'][metric['name']]
-  first, second = difference['first'], difference['second']
-  p = test.get('p_holm', test['p'])
-  if found['value'] is None or p is None:
-    return {
-      'outcome': 'undecided',
-      'verdict': f'{metric["title"]} of {first} and {second} cannot be compared.',
-    }
-  if p >= 1 - LEVEL:
-    text = (
-      f'These {prompts:,} examples show no significant difference in {metric["title"]} between '
-      f'{first} and {second}'
-    )
-    smallest = difference['smallest_difference']
-    if smallest is not None:
-      text += f'; a difference of {shown(smallest, metric["form"])} would have shown'
-    if difference['rows_needed']:
-      text += f'. For one as large as seen, some {_round(difference["rows_needed"]):,} would do'
-    return {'outcome': 'undecided', 'verdict': text + '.'}
-  is_up = found['value'] > 0
-  if not metric['better']:
-    text = f'{second} has a {"higher" if is_up else "lower"} {metric["title"]} than {first}.'
-    return {'outcome': 'undecided', 'verdict': text}
-  outcome = 'better' if is_up == (metric['better'] == 'higher') else 'worse'
-  change = shown(found['value'], metric['form'], signed=True)
-  text = f'{second} is {outcome} than {first}: {metric["title"]} {change}'
-  if found['low'] is not None:
-    low, high = (shown(found[k], metric['form'], signed=True) for k in ('low', 'high'))
-    text += f' [{low}, {high}]'
-  return {'outcome': outcome, 'verdict': text + '.'}
-
-
-def shown(value: float, form: str, *, signed: bool = False) -> str:
-  """Returns a figure as text: of three decimals, of one for points."""
-  digits = {'fraction': '.3f', 'points': '.1f', 'number': '.4g'}[form]
-  return f'{value:{"+" if signed else ""}{digits}}'
-
-
-def _round(rows: int) -> int:
-  """Returns a number of rows with two digits that count, rounded up."""
-  unit = 10 ** max(0, len(str(rows)) - 2)
-  return -(-rows // unit) * unit
 
 
 def _calibration(models: _Models) -> dict[str, Any] | None:
@@ -371,7 +335,7 @@ def _calibration(models: _Models) -> dict[str, Any] | None:
   return out
 
 
-def _by_source(task: Task, models: _Models) -> dict[str, Any] | None:
+def _by_source(task: Compared, models: _Models) -> dict[str, Any] | None:
   """Returns {source: {n, model: the primary figure}} where rows name their source."""
   sources = [row.columns.get('source') for row in task.rows]
   if all(s is None for s in sources):
@@ -386,7 +350,7 @@ def _by_source(task: Task, models: _Models) -> dict[str, Any] | None:
   return out
 
 
-def _examples(task: Task, models: _Models) -> list[dict[str, Any]]:
+def _examples(task: Compared, models: _Models) -> list[dict[str, Any]]:
   """Returns the first EXAMPLES rows with each model's first response; long texts are cut."""
   first = [{r.id: r for r in reversed(own)} for own in models.results]
   each = [
@@ -429,16 +393,16 @@ def summarize(
     ps = [math.nan if d['test']['p'] is None else d['test']['p'] for d in own]
     for d, p in zip(own, paired.holm(ps), strict=True):
       d['test']['p_holm'] = _number(p)
-  verdict = []
+  sentences = []
   for e in entries:
     metric = next(m for m in e['metrics'] if m['is_primary'])
     for d in e['differences']:
-      d |= judge(d, metric, e['prompts'])
+      d |= verdict.decide(d, metric, e['prompts'])
       if d is e['differences'][0]:
-        verdict.append(f'{e["task"]}: {d["verdict"]}')
+        sentences.append(f'{e["task"]}: {d["verdict"]}')
   return {
     'version': VERSION,
-    'verdict': verdict,
+    'verdict': sentences,
     'models': models,
     'tasks': {e['task']: e for e in entries},
     'gate': None,

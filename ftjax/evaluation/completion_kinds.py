@@ -122,8 +122,15 @@ def _summarization(is_english: bool) -> Kind:
 
 def _gold_entities(row: Row) -> list[tuple[str, str]]:
   given = row.columns.get('entities')
+  if given is None and isinstance(row.columns.get('answer'), str):
+    found = tags.parse_entities(row.columns['answer'])
+    if not found and row.columns['answer'].strip().casefold() not in ('', 'none'):
+      raise ValueError(
+        f'"answer": expected "TYPE: text; TYPE: text" or "none", got {row.columns["answer"]!r}'
+      )
+    return [tags.fold_entity(*e) for e in found]
   if not isinstance(given, list):
-    raise ValueError(f'"entities": expected a list of [type, text], got {given!r}')
+    raise ValueError(f'"entities": expected a list of [type, text], or "answer", got {given!r}')
   out = []
   for item in given:
     pair = [item.get('type'), item.get('text')] if isinstance(item, dict) else item
@@ -204,7 +211,7 @@ KINDS: dict[str, Kind] = {
     tags.METRICS,
     parse=_final,
     has_answer=False,
-    reads=('entities',),
+    reads=('entities', 'answer'),
     check=lambda row: _gold_entities(row) and None,
   ),
   'instructions': Kind(

@@ -233,7 +233,7 @@ class Check:
     has_long = np.bincount(texts.row[texts.text[hits[NGRAM]]], minlength=texts.rows) > 0
     for i, item in enumerate(items):
       whole = wholes.get((number, i))
-      serial = first[i] if whole is None else min(first[i], whole)
+      serial = first[i] if whole is None else whole  # without a run, `first` has none
       near = nearest.get(i)
       yield Finding(
         item.id,

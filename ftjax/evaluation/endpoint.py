@@ -81,6 +81,7 @@ def parse(text: str) -> Spec:
   try:
     parts = urllib.parse.urlsplit(url)
     host, _ = parts.hostname, parts.port
+    (host or '').encode('idna')  # as the socket will
   except ValueError as error:
     raise wrong(str(error)) from error
   if parts.scheme not in ('http', 'https') or not host:
@@ -125,7 +126,6 @@ class Endpoint:
   Args:
     spec: which model.
     limits: how it is asked.
-    stop: texts that end a completion; servers take at most four.
     environment: where the API key is; the process's own where None.
   """
 
@@ -134,10 +134,9 @@ class Endpoint:
     spec: Spec,
     limits: http_client.Limits,
     *,
-    stop: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
   ):
-    self.spec, self._limits, self._stop = spec, limits, tuple(stop)
+    self.spec, self._limits = spec, limits
     key = api_key(spec.url, os.environ if environment is None else environment)
     self._client = http_client.Client(spec.url, key, limits)
     self._kept: dict[str, Any] = {}  # by key of the request: what was read of the reply
@@ -190,9 +189,10 @@ class Endpoint:
   ) -> list[tuple[Likelihood, ...]]:
     """Returns for each prompt how probable each of its responses is.
 
-    After a text, the stop token does not count: no server tells it apart from text. After a
-    conversation, all that the server's template puts around the response counts, and the stop
-    token. Where prompt and response share a token, the difference of both log-probabilities counts.
+    After a text, the stop token does not count: a request cannot hold it. After a conversation, all
+    that the server's template puts around the response counts, the stop token too. Where the
+    tokenizer joins the end of the prompt with the begin of a response, the tokens from there on
+    count, for all responses of this prompt.
 
     Args:
       done: called in this thread with how many more prompts are done.
@@ -206,14 +206,12 @@ class Endpoint:
       whole = [self._scoring(prompt, text, place, jobs) for text in texts]
       rows.append((self._scoring(prompt, None, place, jobs) if texts else '', whole))
     self._ask(jobs, [{k for k in (before, *whole) if k} for before, whole in rows], done)
-    empty = form.Scored((), (), ())
-    return [
-      tuple(_likelihood(self._kept[before] if before else empty, self._kept[k], chat, place)
-            for k in whole)
-      for (before, whole), chat, place in zip(
-        rows, (isinstance(p, Chat) for p in prompts), places, strict=True
-      )
-    ]  # fmt: skip
+    out = []
+    for prompt, (before, whole), place in zip(prompts, rows, places, strict=True):
+      first = self._kept[before] if before else form.Scored((), (), ())
+      found = [self._kept[k] if k else first for k in whole]
+      out.append(_likelihoods(first, found, isinstance(prompt, Chat), place))
+    return out
 
   def score_texts(
     self, texts: Sequence[str], places: Sequence[str], done: Callable[[int], None]
@@ -243,8 +241,8 @@ class Endpoint:
       # Of the prompt alone, not of its neighbours; below 2**31 for all servers.
       seed = digest([draw.seed, sample, form.transcript(prompt)])
       out |= {'top_p': 1.0, 'seed': int(seed[:8], 16) >> 1}
-    if self._stop:
-      out['stop'] = list(self._stop)
+    if draw.stop:
+      out['stop'] = list(draw.stop)  # most servers take at most four
     return out
 
   def _scoring(
@@ -412,24 +410,33 @@ def _add(jobs: dict[str, _Job], job: _Job) -> str:
   return key
 
 
-def _likelihood(before: form.Scored, whole: form.Scored, is_chat: bool, place: str) -> Likelihood:
-  """Returns how probable the rest of `whole` is after `before`."""
-  same = 0
-  while same < min(len(before.tokens), len(whole.tokens)) and (
-    before.tokens[same] == whole.tokens[same]
-  ):
-    same += 1
-  end = len(whole.tokens)
-  if is_chat:
-    if same < len(before.tokens):
-      raise DataError(
-        f'{place}: the chat template of the server renders an answer otherwise than its prompt '
-        'ends; its log-probabilities cannot be told apart'
-      )
+def _likelihoods(
+  before: form.Scored, whole: Sequence[form.Scored], is_chat: bool, place: str
+) -> tuple[Likelihood, ...]:
+  """Returns how probable the rest of each of `whole` is after `before`."""
+  starts = [_same(before.tokens, x.tokens) for x in whole]
+  if is_chat and any(s < len(before.tokens) for s in starts):
+    raise DataError(
+      f'{place}: the chat template of the server renders an answer otherwise than its prompt '
+      'ends, so its log-probabilities are not those of the answer alone; read the answer of a '
+      'completion instead'
+    )
+  start, out = min(starts, default=0), []
+  for one in whole:
+    end = len(one.tokens)
     # A line end after the stop token belongs to the next turn.
-    while end > same and not whole.texts[end - 1].strip():
+    while is_chat and end > start and not one.texts[end - 1].strip():
       end -= 1
-  logps, rest = whole.logps[same:end], before.logps[same:]
-  if None in logps or None in rest:
-    raise DataError(f'{place}: the server gives no log-probability to the first token of a text')
-  return Likelihood(sum(logps) - sum(rest), max(len(logps) - len(rest), min(1, len(logps))))
+    logps = [x for x in one.logps[start:end] if x is not None]
+    if len(logps) < end - start:
+      raise DataError(f'{place}: the server gives no log-probability to the first token of a text')
+    out.append(Likelihood(sum(logps), len(logps)))
+  return tuple(out)
+
+
+def _same(first: Sequence[str], second: Sequence[str]) -> int:
+  """Returns how many tokens two texts begin with in common."""
+  for at, (a, b) in enumerate(zip(first, second, strict=False)):
+    if a != b:
+      return at
+  return min(len(first), len(second))

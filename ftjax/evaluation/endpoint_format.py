@@ -7,12 +7,14 @@ own (DeepSeek, vLLM, llama.cpp), `chat_template_kwargs` and `prompt_logprobs` (v
 import contextlib
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftjax.data.formats import Chat
 from ftjax.data.messages import REASONING
+
+# Log-probabilities in nats; servers write -9999 for -inf, and rounding may pass 0.
+_LEAST, _ROUNDING = -1e6, 0.01
 
 
 class FormError(ValueError):
@@ -137,7 +139,9 @@ def answer(reply: Mapping[str, Any]) -> Answer:
     parts = [text.strip(), _calls(message)]
     text = '\n\n'.join(filter(None, parts))
     if thought.strip():
-      text = f'<think>\n{thought.strip()}\n</think>\n\n{text}'
+      is_open = not text and choice.get('finish_reason') == 'length'  # cut while it thought
+      end = '' if is_open else f'\n</think>\n\n{text}'
+      text = f'<think>\n{thought.strip()}{end}'
   elif 'text' in choice:
     text = _text(choice['text'], 'text')
   else:
@@ -209,6 +213,7 @@ def scored_chat(reply: Mapping[str, Any]) -> Scored:
 def _finite(logps: Sequence[Any]) -> tuple[float | None, ...]:
   for at, value in enumerate(logps):
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value)) and (at or value is not None):
+    is_usable = is_number and _LEAST < value < _ROUNDING
+    if not is_usable and (at or value is not None):
       raise FormError(f'the log-probability {value!r} of token {at}')
   return tuple(None if x is None else float(x) for x in logps)

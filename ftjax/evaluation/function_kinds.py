@@ -1,7 +1,9 @@
 """Kinds that call a function named in the config: reward/NAME and judge/module:FUNCTION.
 
 A reward is one of rollout.rewards, built in or a user's own: its mean over completions is the
-figure. A judge compares a response with that of the first model:
+figure. The arguments of a built-in one stand in parentheses: reward/length(at_most=9).
+
+A judge compares a response with that of the first model:
 
   def prefer_short(prompt, first, second):
     return float(len(second) < len(first))   # 1: the second wins, 0: it loses, 0.5: a tie
@@ -10,6 +12,7 @@ It is called for both orders, so that a judge that prefers a place gives 0.5.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +26,7 @@ from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError, DataError
 
 REWARD, JUDGE = 'reward/', 'judge/'
+_CALL = re.compile(r'(\w+)\((.*)\)', re.DOTALL)
 
 
 def find(name: str) -> Kind | None:
@@ -32,14 +36,25 @@ def find(name: str) -> Kind | None:
     ConfigError: there is no such reward or function.
   """
   if name.startswith(REWARD):
-    return _reward(name.removeprefix(REWARD))
+    return _reward(name.removeprefix(REWARD).replace('(', ':').removesuffix(')'))
   if name.startswith(JUDGE):
     return _judge(name.removeprefix(JUDGE))
   return None
 
 
-def _reward(spec: str) -> Kind:
-  parts = rewards.parse(spec)
+def _reward(name: str) -> Kind:
+  spec = name
+  if found := _CALL.fullmatch(name):
+    spec = f'{found[1]}:{found[2]}'
+  try:
+    parts = rewards.parse(spec)
+  except ConfigError as error:
+    raise ConfigError(f'eval.tasks, reward/{name}: {error}') from error
+  if any(part.spec == 'model' for part in parts):
+    raise ConfigError(
+      'eval.tasks, reward/model: a task has no reward model; hand it in as a function, '
+      'reward/module:FUNCTION'
+    )
 
   def score_all(rows: Sequence[Row], answers: Sequence[Answer]) -> list[dict[str, float]]:
     names = sorted(set().union(*(row.columns for row in rows)))
@@ -56,17 +71,17 @@ def _reward(spec: str) -> Kind:
     with rewards.Rewards(parts, names) as grader:
       grader.check_rows((row.place, row.columns) for row in rows)
       scores = grader.score(batch)
-    if failed := {name: n for name, n in scores.failures.items() if n}:
-      name = next(iter(failed))
+    if failed := {part: n for part, n in scores.failures.items() if n}:
+      part = next(iter(failed))
       raise DataError(
-        f'eval.tasks, reward/{spec}: {failed[name]} of {len(answers)} completions could not be '
-        f'scored: {scores.reasons[name]}'
+        f'eval.tasks, reward/{name}: {failed[part]} of {len(answers)} completions could not be '
+        f'scored: {scores.reasons[part]}'
       )
     return [{'reward': float(x)} for x in scores.total]
 
   return Kind(
     _unused,
-    (metric.mean('reward', f'reward {spec}', form='number'),),
+    (metric.mean('reward', f'reward {name}', form='number'),),
     has_answer=False,
     reads_all=True,
     score_all=score_all,

@@ -108,7 +108,10 @@ def _score(task, model, title, shots, done) -> list[Answer]:
     if not all(math.isfinite(x.logp) for x in (*own, *prior)):
       logps = tuple(x.logp for x in (*own, *prior))
       raise NonFiniteError(f'{row.place}: the {title} model gives log-probabilities {logps}')
-    chosen = row.choices[task.kind.choose(row, own, prior)]
+    try:
+      chosen = row.choices[tasks.call(task.kind.choose, row, own, prior)]
+    except (ValueError, TypeError, IndexError) as error:
+      raise _fault(task, row, 'choose', error) from error
     tokens = sum(x.tokens for x in own)
     out.append(Answer(prediction=chosen, tokens=tokens, likelihoods=own, priors=prior))
   return out
@@ -134,10 +137,10 @@ def _values(
   out = []
   for row, answer in zip(rows, answers, strict=True):
     try:
-      found = dict(tasks.call(kind.score, row, answer))
+      found = kinds.values_of(tasks.call(kind.score, row, answer))
       if task.classes and kind.class_score is not None:
-        found |= tasks.call(kind.class_score, row, answer)
-      out.append(kinds.values_of(found))
+        found |= kinds.values_of(tasks.call(kind.class_score, row, answer))
+      out.append(found)
     except ValueError as error:
       of = f'the completion {answer.text!r}' if answer.text else f'{answer.prediction!r}'
       raise _fault(task, row, f'score of {of}', error) from error
@@ -160,47 +163,56 @@ def _result(
   )
 
 
-def _fault(task: Task, row: Row, what: str, error: ValueError) -> DataError:
+def _fault(task: Task, row: Row, what: str, error: Exception) -> DataError:
   return DataError(f'{row.place}: {task.kind_name}: {what}: {error}')
 
 
 def cache_key(
-  task: Task, *, model: str, template: str, settings: Mapping[str, str | int | float]
+  kind: str, content: str, *, model: str, template: str, settings: Mapping[str, str | int | float]
 ) -> str:
   """Returns a name of all that results depend on: equal keys, equal results.
 
   Args:
+    kind: of the task. content: digest of its rows.
     model: fingerprint of the weights.
     template: hash of tokenizer and chat template.
     settings: whatever else changes scores, such as compute_dtype, max_tokens and max_len.
   """
-  parts = [tasks.VERSION, task.kind_name, task.digest, model, template, sorted(settings.items())]
+  parts = [tasks.VERSION, kind, content, model, template, sorted(settings.items())]
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _cache_path(folder: str, key: str, task: Task) -> str:
-  return files.join(folder, f'{task.name}.{key}.jsonl')
+def _cache_path(folder: str, key: str, name: str) -> str:
+  return files.join(folder, f'{name}.{key}.jsonl')
 
 
-def is_cached(folder: str, key: str, task: Task) -> bool:
+def is_cached(folder: str, key: str, name: str) -> bool:
   """Returns whether `cached` will find results."""
-  return files.exists(_cache_path(folder, key, task))
+  return files.exists(_cache_path(folder, key, name))
 
 
 def cached(
-  folder: str, key: str, task: Task, make: Callable[[], Sequence[Result]]
+  folder: str,
+  key: str,
+  name: str,
+  make: Callable[[], Sequence[Result]],
+  ids: Sequence[str] | None = None,
 ) -> Sequence[Result]:
   """Returns the results of a model that does not change; computes and stores them in `folder` if
   they are not there.
 
+  Args:
+    name: of the task.
+    ids: of its rows, where they are known.
+
   Raises:
     DataError: the file holds other rows than the task.
   """
-  path = _cache_path(folder, key, task)
+  path = _cache_path(folder, key, name)
   if files.exists(path):
     results = result.load(path).get('base', [])
-    if list(dict.fromkeys(r.id for r in results)) != [row.id for row in task.rows]:
-      raise DataError(f'{path}: its rows are not those of {task.path}; delete it to score anew')
+    if ids is not None and list(dict.fromkeys(r.id for r in results)) != list(ids):
+      raise DataError(f'{path}: its rows are not those of the task {name}; delete it to score anew')
     return results
   results = make()
   files.makedirs(folder)

@@ -10,7 +10,7 @@ run.py runs a task on a model; comparison.py compares the results of several mod
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ftjax.data import sources
@@ -178,16 +178,26 @@ def call(function: Callable, *arguments: Any) -> Any:
     raise ValueError(f'{type(error).__name__}: {error}') from error
 
 
+def _choices(reader: Callable, row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+  choices, right = reader(row)
+  choices = tuple(choices)
+  if not choices or not all(isinstance(text, str) for text in (*choices, right)):
+    raise ValueError(f"the kind's choices returned {(choices, right)!r}; expected texts and a text")
+  return choices, right
+
+
 def _read_row(
   row: Mapping[str, Any], kind: Kind, usual_id: int | str, place: str, form: str | None
 ) -> tuple[Row, set[str]]:
   """Returns (the row, columns that are not read). Raises ValueError with the reason."""
+  if not isinstance(row, Mapping):
+    raise ValueError(f"the kind's read returned {row!r}; expected {{column: value}}")
   asked, read = (None, set()) if kind.respond == READ else rows.read_asked(row, form)
-  choices: Sequence[str] = ()
+  choices: tuple[str, ...] = ()
   answers: tuple[str, ...] = ()
   reader = rows.read_choices if kind.choices is None and kind.respond == CHOOSE else kind.choices
   if reader is not None:
-    choices, right = call(reader, row)
+    choices, right = call(_choices, reader, row)
     answers = (right,) if right else ()
   elif kind.has_answer:
     answers = rows.read_answers(row)
@@ -196,7 +206,7 @@ def _read_row(
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')
   kept = tuple(row) if kind.reads_all else ('source', *kind.reads)
   columns = {k: row[k] for k in kept if row.get(k) is not None}
-  out = Row(str(name), place, asked, tuple(choices), answers, columns)
+  out = Row(str(name), place, asked, choices, answers, columns)
   call(kind.check, out)
   known = {*_KNOWN, *kept, *read}
   return out, {str(k) for k, v in row.items() if v is not None and k not in known}

@@ -6,47 +6,82 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from ftjax.cluster import processes
-from ftjax.config import task_specs
-from ftjax.evaluation import comparison, function_kinds, result, tasks
+from ftjax.config import gate_rules, task_specs
+from ftjax.evaluation import (
+  comparison,
+  endpoint,
+  function_kinds,
+  gate,
+  lm_eval_results,
+  result,
+  tasks,
+)
 from ftjax.evaluation import run as evaluation
+from ftjax.evaluation.contamination import Report
+from ftjax.evaluation.http_client import Limits
 from ftjax.evaluation.kind import COMPLETE
 from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.run import Cost
 from ftjax.evaluation.tasks import Task
-from ftjax.experiment import contamination_check, few_shot
+from ftjax.experiment import contamination_check, few_shot, lm_eval_tasks
+from ftjax.experiment.lm_eval_tasks import LmEvalTask
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
+from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
+from ftjax.runtime.errors import RunError
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
 BASE, SHOTS, TUNED = 'base', 'base_shots', comparison.TUNED
+ROWS_SEED = 0  # of the choice of rows, where not all are run
 _SEED = 0  # of sampled completions: the same rows and draws in every run
+
+Results = dict[str, Sequence[Result]]  # by model
 
 
 class Evaluator:
   """Scores one run's models. The base is scored once and cached under a hash of all that its scores
   depend on.
+
+  Raises:
+    ConfigError, DataError: a task that cannot be run; a rule of `gate` on an unknown figure.
   """
 
   def __init__(self, run: Run):
     c = run.config
     self.run = run
-    self.tasks = tasks.load_tasks(task_specs.parse_all(c.eval.tasks))
+    specs = task_specs.parse_all(c.eval.tasks)
+    theirs = [spec for spec in specs if spec.kind in task_specs.LM_EVAL_KINDS]
+    found = tasks.load_tasks(spec for spec in specs if spec not in theirs)
+    most = c.eval.rows
+    self.tasks = tuple(task.first(most, ROWS_SEED) for task in found) if most else found
+    self._theirs = lm_eval_tasks.load_tasks(theirs, include_path=c.eval.lm_eval_path)
     # Every process builds all batches and puts its own part of them on its devices.
-    processes.check_same('eval.tasks', digest([t.digest for t in self.tasks]))
+    processes.check_same('eval.tasks', digest([t.digest for t in (*self.tasks, *self._theirs)]))
+    self._rules = gate_rules.parse_all(c.gate)
+    self._check_rules()
     self.folder = files.join(run.workdir, 'eval')
     self.programs = Programs(run)
     self.samples = Samples(self.programs)
     self._shots = {task.name: few_shot.find(run, task) for task in self.tasks}
-    self.draw = Draw(
-      c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, tuple(c.eval.stop)
-    )
+    stop = tuple(c.eval.stop)
+    self.draw = Draw(c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, stop)
     self._cost: dict[str, dict[str, Cost]] = {}
+    limits = Limits(concurrency=c.eval.endpoint.concurrency, timeout=c.eval.endpoint.timeout)
+    served = [endpoint.parse(text) for text in c.eval.models]
+    self._endpoints = {spec.name: endpoint.Endpoint(spec, limits) for spec in served}
+
+  def _check_rules(self) -> None:
+    """Checks the rules of `gate`; the figures of lm-eval's tasks are known when they have run."""
+    theirs = {task.name for task in self._theirs}
+    known = {task.name: [m.name for m in (*task.metrics, *task.details)] for task in self.tasks}
+    rules = [rule for rule in self._rules if rule.task not in theirs]
+    gate_rules.check_known(rules, known)
 
   def local(self, params: dict) -> LocalModel:
     """Returns weights as a model under test."""
@@ -54,52 +89,74 @@ class Evaluator:
 
   def _score(self, model: Model, task: Task, title: str) -> Sequence[Result]:
     shots = self._shots[task.name] if title == SHOTS else None
-    cost = self._cost.setdefault(task.name, {}).setdefault(title, Cost())
-    with self.run.watchdog.phase('evaluate'), cost.measured() as results:
+    with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
       results += evaluation.evaluate(task, model, draw=self.draw, title=title, shots=shots)
     return results
 
-  def base(self, params: dict | None = None) -> dict[str, dict[str, Sequence[Result]]]:
+  def _score_theirs(self, model: LocalModel, task: LmEvalTask, title: str) -> Sequence[Result]:
+    with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
+      limit = self.run.config.eval.rows or None
+      results += lm_eval_tasks.evaluate(model.for_lm_eval(), task, limit=limit).results
+    return results
+
+  def _measured(self, task: str, title: str):
+    return self._cost.setdefault(task, {}).setdefault(title, Cost()).measured()
+
+  def base(self, params: dict | None = None) -> dict[str, Results]:
     """Returns {task: {model: results}} of the base, and of the base with examples before each
     prompt: from the cache, or scored with `params`; loads the weights where none are given.
     """
     held = functools.cache(lambda: self.local(self._base_params() if params is None else params))
-    out: dict[str, dict[str, Sequence[Result]]] = {}
+    out: dict[str, Results] = {}
     for task in self.tasks:
-      titles = (BASE,) if self._shots[task.name] is None else (BASE, SHOTS)
-      for title in titles:
-        make = functools.partial(self._score_held, held, task, title)
-        out.setdefault(task.name, {})[title] = self._cached(task, title, make)
+      for title in (BASE,) if self._shots[task.name] is None else (BASE, SHOTS):
+
+        def make(task=task, title=title):
+          return self._score(held(), task, title)
+
+        key = self._key(task.kind_name, task.digest, self._settings(task, title))
+        ids = [row.id for row in task.rows]
+        out.setdefault(task.name, {})[title] = self._cached(task.name, key, make, ids)
+    for task in self._theirs:
+
+      def make_theirs(task=task):
+        return self._score_theirs(held(), task, BASE)
+
+      settings = self._dtypes() | {'rows': self.run.config.eval.rows}
+      key = self._key(f'lm_eval {task.is_chat}', task.digest, settings)
+      out[task.name] = {BASE: self._cached(task.name, key, make_theirs, None)}
     return out
 
-  def _score_held(self, held: Callable[[], Model], task: Task, title: str) -> Sequence[Result]:
-    return self._score(held(), task, title)
+  def _key(self, kind: str, content: str, settings: Mapping[str, str | int | float]) -> str:
+    model = self.run.model
+    fingerprints = {'model': model.fingerprint, 'template': model.tokenizer.fingerprint}
+    return evaluation.cache_key(kind, content, **fingerprints, settings=settings)
 
   def _cached(
-    self, task: Task, title: str, make: Callable[[], Sequence[Result]]
+    self,
+    name: str,
+    key: str,
+    make: Callable[[], Sequence[Result]],
+    ids: Sequence[str] | None,
   ) -> Sequence[Result]:
     """Returns results of the base; on processes but the first an empty list where it has them."""
-    model = self.run.model
-    key = evaluation.cache_key(
-      task,
-      model=model.fingerprint,
-      template=model.tokenizer.fingerprint,
-      settings=self._settings(task, title),
-    )
-    place = (files.join(self.folder, 'base'), key, task)
-    known = processes.from_main(functools.partial(evaluation.is_cached, *place))
+    folder = files.join(self.folder, 'base')
+    known = processes.from_main(lambda: evaluation.is_cached(folder, key, name))
     if processes.is_main():
-      return evaluation.cached(*place, make)
+      return evaluation.cached(folder, key, name, make, ids)
     return [] if known else make()
 
-  def _settings(self, task: Task, title: str) -> dict[str, str | int | float]:
-    """Returns what changes the base's scores beside task and weights."""
+  def _dtypes(self) -> dict[str, str | int | float]:
     c = self.run.config
     held = c.lora.base if c.lora.rank else c.model.param_dtype
-    out: dict[str, str | int | float] = {
+    return {
       'compute_dtype': c.model.compute_dtype,
       'param_dtype': f'nf4/{c.lora.block}' if held == 'nf4' else held,
     }
+
+  def _settings(self, task: Task, title: str) -> dict[str, str | int | float]:
+    """Returns what changes the base's scores beside task and weights."""
+    out = self._dtypes()
     if task.kind.respond == COMPLETE:
       out['draw'] = digest(repr(self.draw))
     if title == SHOTS:
@@ -109,44 +166,60 @@ class Evaluator:
   def _base_params(self) -> dict:
     return self.run.load_params(self.run.model.source, self.run.config.model.param_dtype)
 
-  def tuned(self, params: dict) -> dict | None:
+  def tuned(self, params: dict) -> dict:
     """Scores the tuned model, compares it with the base, prints and stores the comparison.
 
     Returns:
-      eval/summary.json on process 0; None elsewhere, and where there is nothing to compare.
+      what `gate` makes of it, for `gate.enforce`; the same on every process.
     """
     base, model, entries = self.base(), self.local(params), []
     for task in self.tasks:
       results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
-      if task.kind.judge is not None and processes.is_main():
-        results = function_kinds.judged(task.rows, task.kind, results)
       if processes.is_main():
-        result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
+        results |= self._served(task)
+        if task.kind.judge is not None:
+          results = function_kinds.judged(task.rows, task.kind, results)
         entries.append(self._entry(task, results))
+    for task in self._theirs:
+      results = {**base[task.name], TUNED: self._score_theirs(model, task, TUNED)}
+      if processes.is_main():
+        entries.append(self._entry(lm_eval_results.entry(task.name, 'lm_eval', results), results))
     answers = self.samples.compared(model)
-    if not (entries or answers) or not processes.is_main():
-      return None
-    summary = comparison.summarize(entries, answers)
-    self._write(summary)
-    return summary
+    return processes.from_main(lambda: self._finish(entries, answers))
 
-  def _entry(self, task: Task, results: Mapping[str, Sequence[Result]]) -> dict:
-    entry = comparison.compare(task, results, self._costs(task))
+  def _served(self, task: Task) -> Results:
+    """Returns the results of eval.models; a server that fails is left out, and the others stay."""
+    out = {}
+    for name, model in list(self._endpoints.items()):
+      try:
+        out[name] = self._score(WatchedModel(model, self.run.watchdog.beat), task, name)
+      except RunError as error:
+        log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
+    return out
+
+  def _entry(self, task: comparison.Compared, results: Results) -> dict:
+    result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
+    entry = comparison.compare(task, results, self._costs(task.name))
     if (report := self._found_in_training().get(task.name)) is not None:
       clean = comparison.on_rows(task, results, report.clean_ids())
       entry['contamination'] = contamination_check.to_summary(report, clean)
     return entry
 
   @functools.cache  # noqa: B019, one evaluator a run
-  def _found_in_training(self) -> Mapping[str, contamination_check.Report]:
+  def _found_in_training(self) -> Mapping[str, Report]:
     return contamination_check.check(self.run, self.tasks)
 
-  def _costs(self, task: Task) -> Mapping[str, Mapping[str, float]]:
-    found = self._cost.get(task.name, {})
+  def _costs(self, task: str) -> Mapping[str, Mapping[str, float]]:
+    found = self._cost.get(task, {})
     return {n: {'seconds': c.seconds, 'tokens': c.tokens, 'rows': c.rows} for n, c in found.items()}
 
-  def _write(self, summary: dict) -> None:
+  def _finish(self, entries: Sequence[dict], answers: Sequence[dict]) -> dict:
+    if not (entries or answers):
+      return {'gate': None}
+    summary = comparison.summarize(entries, answers)
+    summary['gate'] = gate.check(self._rules, summary)
     files.makedirs(self.folder)
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
     files.write_text(files.join(self.folder, 'summary.json'), text + '\n')
     print('\n' + text_table.text(summary) + '\n', flush=True)
+    return {'gate': summary['gate']}

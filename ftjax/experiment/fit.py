@@ -19,6 +19,7 @@ import numpy as np
 from ftjax.cluster import processes
 from ftjax.cluster.step_sync import StepSync
 from ftjax.config import section, user_code
+from ftjax.evaluation import gate
 from ftjax.experiment import (
   adapter_export,
   compare,
@@ -130,9 +131,13 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     checkpoints.close()
     params = trainer.model(state)
     del state
-    _export(run, params, exported)
-    evaluator.tuned(params)
+    if not c.gate:  # so that no fault of an evaluation costs the export
+      _export(run, params, exported)
+    found = evaluator.tuned(params)
     processes.from_main(lambda: page.write(run.workdir))
+    gate.enforce(found['gate'])
+    if c.gate:
+      _export(run, params, exported)
     if c.eval.tasks:
       run_card.refresh(run.workdir, run.model)
     if experiment.keeps_programs(c):

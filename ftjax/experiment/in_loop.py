@@ -13,6 +13,7 @@ from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.tasks import Task
 from ftjax.experiment.run import Run
+from ftjax.experiment.watched_model import WatchedModel
 from ftjax.runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,12 @@ class InLoop:
     if not self.tasks or not (is_last or processes.from_main(self._is_affordable)):
       return {}
     begun = time.monotonic()
-    model = _Watched(model, is_cancelled)
+
+    def between() -> None:
+      if is_cancelled():
+        raise _CancelledError
+
+    model = WatchedModel(model, between)
     out: dict[str, float] = {}
     try:
       for task in self.tasks:
@@ -114,30 +120,6 @@ class InLoop:
         *(100 * share, self._share),
       )
     return False
-
-
-class _Watched:
-  """A model whose evaluation can be cancelled between two batches."""
-
-  def __init__(self, model: Model, is_cancelled: Callable[[], bool]):
-    self._model, self._is_cancelled = model, is_cancelled
-
-  def _done(self, done: Callable[[int], None]) -> Callable[[int], None]:
-    def counted(number: int) -> None:
-      if self._is_cancelled():
-        raise _CancelledError
-      done(number)
-
-    return counted
-
-  def complete(self, prompts, places, draw, done):
-    return self._model.complete(prompts, places, draw, self._done(done))
-
-  def score(self, prompts, responses, places, done):
-    return self._model.score(prompts, responses, places, self._done(done))
-
-  def score_texts(self, texts, places, done):
-    return self._model.score_texts(texts, places, self._done(done))
 
 
 def _value(metric: Metric, task: Task, results) -> float:

@@ -5,6 +5,7 @@ in the compute dtype that are split over `tensor` alone.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from ftjax.generation.sampling import Sampling
 from ftjax.generation.scorer import Scorer
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import DataError
+
+if TYPE_CHECKING:
+  from ftjax.experiment.lm_eval_model import LmEvalModel
 
 # Prompts are split by length where each part fills the slots so many times.
 _ROUNDS = 4
@@ -68,6 +72,20 @@ class LocalModel:
     self._max_len = programs.run.arch.max_len
     # Tasks of different kinds may share the rows of one file.
     self._known: dict[str, list[list[Completion]]] = {}
+
+  def for_lm_eval(self) -> 'LmEvalModel':
+    """Returns the same weights as lm-eval asks them. Imports lm-eval."""
+    from ftjax.experiment.lm_eval_model import LmEvalModel
+
+    programs = self._programs
+    return LmEvalModel(
+      self._params,
+      self._tokenizer,
+      programs.engine,
+      programs.scorer,
+      batch_size=programs.batch_size,
+      beat=programs.run.watchdog.beat,
+    )
 
   def complete(
     self,

@@ -6,6 +6,7 @@ hidden state and K - 1 more."""
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,15 @@ from ftjax.runtime import sharding
 from ftjax.runtime.sharding import batch_axis_size, spec
 
 
+class Scores(NamedTuple):
+  """Of continuations, [B, C]: logp float32, summed log-probability in nats; is_greedy bool, whether
+  each token is the likeliest after those before it.
+  """
+
+  logp: np.ndarray
+  is_greedy: np.ndarray
+
+
 class Scorer:
   """Scores continuations with one architecture; programs are compiled per (rows, prompt bucket,
   continuations, their length).
@@ -30,17 +40,19 @@ class Scorer:
 
   def __init__(self, arch: Architecture, dtype: jnp.dtype, mesh: Mesh):
     self.arch, self.dtype, self.mesh = arch, dtype, mesh
-    self._run = jax.jit(self._score)
+    self._run = jax.jit(self._score, static_argnames='with_greedy')
 
-  def _score(self, params, tokens, where: Tokens, choices, weights):
-    """float32[B, C] of prompts int32[B, P], choices int32[C, B, K], weights float32[C, B, K]."""
+  def _score(self, params, tokens, where: Tokens, choices, weights, *, with_greedy: bool):
+    """float32[B, C] of prompts int32[B, P], choices int32[C, B, K], weights float32[C, B, K]; and
+    with_greedy another one, the number of tokens that are the likeliest.
+    """
     batch, length = tokens.shape
     count, _, size = choices.shape
     memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
     zero = jnp.zeros((), jnp.int32)
     x, memory = kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
     last, table = x[:, -1:], kinds.head_weights(self.arch, params)
-    at, totals = jnp.asarray(length, jnp.int32), []
+    at, totals, matches = jnp.asarray(length, jnp.int32), [], []
     for c in range(count):
       # For one row, jax 0.12 forgets in indexing how the batch lies.
       labels, weight = (
@@ -60,16 +72,19 @@ class Scorer:
         places = Tokens(jnp.where(is_read, 1, 2), jnp.where(is_read, positions, 0))
         x, _ = kinds.decode(self.arch, params, inputs, places, memory, at, dtype=self.dtype)
         states = jnp.concatenate([last, x], axis=1)
-      logp = head.token_logprobs(
-        states,
-        table,
-        labels,
-        weight,
-        logit_spec=self.arch.logit_spec,
-        update=kinds.head_update(self.arch, params, states),
-      )
+      read = {
+        'logit_spec': self.arch.logit_spec,
+        'update': kinds.head_update(self.arch, params, states),
+      }
+      if with_greedy:
+        logp, is_likeliest = head.logprobs_and_matches(states, table, labels, weight, **read)
+        matches.append(is_likeliest.sum(-1))
+      else:
+        logp = head.token_logprobs(states, table, labels, weight, **read)
       totals.append(logp.sum(-1))
-    return jax.sharding.reshard(jnp.stack(totals, axis=1), P())  # the host reads it
+    found = (totals, matches) if with_greedy else (totals,)
+    # The host reads it.
+    return [jax.sharding.reshard(jnp.stack(sums, axis=1), P()) for sums in found]
 
   def score(
     self, params: dict, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
@@ -84,6 +99,17 @@ class Scorer:
     Returns:
       float32[B, C].
     """
+    (logp,) = self._read(params, prompts, choices, with_greedy=False)
+    return logp
+
+  def score_greedy(
+    self, params: dict, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
+  ) -> Scores:
+    """Returns the same and whether greedy decoding would give each choice; see `score`."""
+    logp, matches = self._read(params, prompts, choices, with_greedy=True)
+    return Scores(logp, matches == [[len(choice) for choice in row] for row in choices])
+
+  def _read(self, params, prompts, choices, *, with_greedy: bool) -> list[np.ndarray]:
     check_decodable(self.mesh)
     rows = -(-len(prompts) // batch_axis_size()) * batch_axis_size()
     tokens, segments, positions = left_pad(prompts, rows, 0)
@@ -100,5 +126,8 @@ class Scorer:
     put = functools.partial(sharding.put, self.mesh)
     prompt, chosen = ('batch', 'seq'), (None, 'batch', 'seq')
     where = Tokens(put(segments, *prompt), put(positions, *prompt))
-    out = self._run(params, put(tokens, *prompt), where, put(ids, *chosen), put(weights, *chosen))
-    return np.asarray(out)[: len(prompts)]
+    out = self._run(
+      *(params, put(tokens, *prompt), where, put(ids, *chosen), put(weights, *chosen)),
+      with_greedy=with_greedy,
+    )
+    return [np.asarray(sums)[: len(prompts)] for sums in out]

@@ -56,6 +56,17 @@ def label_logits(
   return _total(jnp.where(mine, picked, 0.0), axis)
 
 
+def likeliest(logits: jax.Array, axis: str | None, offset: jax.Array) -> jax.Array:
+  """Returns int32[n]: the id with the largest logit of float32[n, V'], the smallest of equal ones,
+  over the parts of all members of `axis`.
+  """
+  top, found = logits.max(-1), logits.argmax(-1).astype(jnp.int32) + offset
+  if axis is None:
+    return found
+  nowhere = jnp.iinfo(jnp.int32).max
+  return jax.lax.pmin(jnp.where(top == _largest(top, axis), found, nowhere), axis)
+
+
 def entropy(logits: jax.Array, z: jax.Array, axis: str | None) -> jax.Array:
   """Returns float32[n], the entropy in nats of softmax(logits float32[n, V']) with logsumexp z
   float32[n]."""

@@ -125,6 +125,45 @@ def token_logprobs(
   return _readout(x, w, labels, weights, temperature, False, logit_spec, update)[0]
 
 
+def logprobs_and_matches(
+  x: jax.Array,
+  w: jax.Array,
+  labels: jax.Array,
+  weights: jax.Array,
+  logit_spec: LogitSpec = PLAIN,
+  update: LowRank | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Log p(label), and whether the label is the likeliest token, where weights is not 0.
+
+  Not differentiable. For the arguments see `logprobs_and_entropies`.
+
+  Returns:
+    (float32[B, T] nats, float32[B, T] of zeros and ones), 0 where weights is 0. Of equally likely
+    tokens the one with the smallest id counts.
+  """
+
+  def local(x, w, labels, weights, update):
+    chunks = Chunks(logit_spec, x, w, labels, weights, update)
+
+    def body(i, carry):
+      tokens, found = chunks.take(i)
+      z = cross_entropy.logsumexp(found.logits, vocab_axis())
+      picked = cross_entropy.label_logits(found.logits, tokens.labels, vocab_axis(), chunks.offset)
+      best = cross_entropy.likeliest(found.logits, vocab_axis(), chunks.offset)
+      values = picked - z, (best == tokens.labels).astype(jnp.float32)
+      return tuple(
+        chunks.put(out, i, jnp.where(tokens.weights != 0, value, 0.0))
+        for out, value in zip(carry, values, strict=True)
+      )
+
+    zeros = jnp.zeros(chunks.tokens.labels.shape, jnp.float32)
+    found = jax.lax.fori_loop(0, chunks.count, body, (zeros, zeros))
+    return tuple(chunks.scatter(a) for a in found)
+
+  specs = (_STATES, _TABLE, _TOKENS, _TOKENS, _low_rank(update))
+  return shard_map(local, specs, (_TOKENS, _TOKENS))(x, w, labels, weights, update)
+
+
 def logprobs_and_entropies(
   x: jax.Array,
   w: jax.Array,

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ftjax.reporting import svg
-from ftjax.reporting.figures import count, interval, is_finite, number, share
+from ftjax.reporting.figures import count, interval, is_finite, name, number, share
 
 _MOST_CLASSES = 24  # rows and columns of a confusion matrix
 _SHADES = 5  # of cells; page.css has their colors
@@ -63,9 +63,9 @@ def _x(low: float, high: float, value: float) -> float:
   return float((min(max(value, low), high) - low) / (high - low) * _ROW_WIDTH)
 
 
-def _vertical(low: float, high: float, value: float, name: str) -> Markup:
+def _vertical(low: float, high: float, value: float, style: str) -> Markup:
   x = _x(low, high, value)
-  return svg.tag('line', class_=name, x1=x, x2=x, y1=0, y2=_ROW_HEIGHT)
+  return svg.tag('line', class_=style, x1=x, x2=x, y1=0, y2=_ROW_HEIGHT)
 
 
 def _estimate(row: Estimate, low: float, high: float, grid: Sequence[Markup]) -> Markup:
@@ -108,9 +108,9 @@ def confusion(found: Mapping[str, Any]) -> dict[str, Any]:
       cells.append(
         {'count': counts[i][j], 'share': share(part), 'shade': shade, 'is_right': is_right}
       )
-    rows.append((str(labels[i]), cells, sums[i]))
+    rows.append((name(labels[i]), cells, sums[i]))
   left_out = len(labels) - len(rows_kept), len(predictions) - len(kept)
-  return {'columns': [str(predictions[j]) for j in kept], 'rows': rows, 'left_out': max(left_out)}
+  return {'columns': [name(predictions[j]) for j in kept], 'rows': rows, 'left_out': max(left_out)}
 
 
 def calibration(models: Mapping[str, Mapping[str, Any]]) -> Markup:
@@ -146,11 +146,11 @@ def calibration(models: Mapping[str, Mapping[str, Any]]) -> Markup:
       content.append(svg.tag('polyline', class_=f'curve s{i % 8}', points=points))
     content += [svg.tag('circle', class_=f'dot s{i % 8}', cx=x, cy=y, r=3) for x, y in places]
     words.append(f'{model}: expected calibration error {number(found.get("ece"), "fraction")}')
-  name = 'Accuracy by confidence; a calibrated model is on the diagonal'
-  return svg.drawing(size, size, name, '; '.join(words), *content, class_='square')
+  heading = 'Accuracy by confidence; a calibrated model is on the diagonal'
+  return svg.drawing(size, size, heading, '; '.join(words), *content, class_='square')
 
 
-def histogram(name: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
+def histogram(heading: str, edges: Sequence[float], counts: Sequence[int]) -> Markup:
   """Returns a histogram as a drawing: counts [K] between edges [K + 1]."""
   width, height, left, bottom = 400, 150, 48, 24
   most = max(counts, default=0)
@@ -181,4 +181,4 @@ def histogram(name: str, edges: Sequence[float], counts: Sequence[int]) -> Marku
     f'{count(sum(counts))} in all, from {edges[0]:g} to {edges[-1]:g}; most of them between '
     f'{edges[middle]:g} and {edges[middle + 1]:g}'
   )
-  return svg.drawing(width, height, name, text, *content, class_='chart')
+  return svg.drawing(width, height, heading, text, *content, class_='chart')

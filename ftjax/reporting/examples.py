@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftjax.reporting import word_diff
-from ftjax.reporting.figures import clean, is_finite, number, title
+from ftjax.reporting.figures import clean, is_finite, name, number, title
 
 MOST = 200  # examples of a task
 _HEAD = 500  # characters of a text that are shown at first
@@ -48,7 +48,7 @@ def _task(task: Mapping[str, Any], models: Sequence[str], most_bytes: int) -> Te
     gain = sign * (item['change'] or 0.0)
     item |= {'place': place, 'gain': f'{gain:.6g}', 'state': _state(gain, item['change'])}
     rows.append(item)
-  return {'task': task['task'], 'rows': rows, 'left_out': len(found) - len(rows)}
+  return {'task': name(task['task']), 'rows': rows, 'left_out': len(found) - len(rows)}
 
 
 def _state(gain: float, change: float | None) -> str:

@@ -12,7 +12,8 @@ LEVEL = '95 %'  # of all intervals; see evaluation/comparison.py
 
 _KEPT = frozenset('\n\t\u200c\u200d')  # line end, tab; joiners of Persian, Hindi and emoji
 _TITLES = {'base': 'base', 'base_shots': 'base + examples', 'tuned': 'tuned'}
-_BEST = {'better': 'BETTER', 'worse': 'WORSE', 'undecided': 'UNDECIDED'}
+_LONGEST_NAME = 80
+_OUTCOMES = {'better': 'BETTER', 'worse': 'WORSE', 'undecided': 'UNDECIDED'}
 
 
 def clean(text: str) -> str:
@@ -41,14 +42,19 @@ def one_line(text: str, limit: int = 0) -> str:
   return shown[: limit - 3] + '...' if limit and len(shown) > limit else shown
 
 
+def name(value: Any) -> str:
+  """Returns the name of a task, metric or class for a table: one line, not too long."""
+  return one_line(str(value), _LONGEST_NAME)
+
+
 def title(model: str) -> str:
   """Returns the name of a model in tables."""
-  return _TITLES.get(model, model)
+  return _TITLES.get(model) or name(model)
 
 
 def outcome(name: str) -> str:
   """Returns an outcome as a word of a table: BETTER, WORSE or UNDECIDED."""
-  return _BEST.get(name, 'UNDECIDED')
+  return _OUTCOMES.get(name, 'UNDECIDED')
 
 
 def number(value: Any, form: str = 'number', sign: str = '') -> str:
@@ -106,9 +112,11 @@ def count(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-  """Returns a duration: 12.3 s, 3 min 05 s, 2 h 05 min."""
+  """Returns a duration: 4.2 ms, 12.3 s, 3 min 05 s, 2 h 05 min."""
   if not is_finite(seconds):
     return MISSING
+  if seconds < 0.995:
+    return f'{1000 * seconds:.3g} ms'
   if seconds < 59.95:
     return f'{seconds:.1f} s'
   minutes, rest = divmod(round(seconds), 60)

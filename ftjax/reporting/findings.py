@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftjax.reporting.figures import count, interval, number
+from ftjax.reporting.figures import count, interval, name, number, title
 
 VERSION = 2
 _GROUPS = {'safety': 'safety', 'general': 'general ability'}
@@ -43,6 +43,11 @@ def primary(task: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns the primary metric of a task, the first one where none is marked; {} without any."""
   metrics = task.get('metrics') or [{}]
   return next((m for m in metrics if m.get('is_primary')), metrics[0])
+
+
+def main_metrics(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Returns the metrics of a task that tables show, without its details."""
+  return [m for m in task.get('metrics') or [] if not m.get('is_detail')]
 
 
 def main_differences(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -89,7 +94,7 @@ def notices(summary: Mapping[str, Any]) -> list[str]:
     for found in main_differences(task):
       if found.get('outcome') == 'worse':
         group = _GROUPS.get(task.get('group', ''), 'task')
-        out.append(f'Worse on {group} "{task["task"]}": {found.get("verdict", "")}')
+        out.append(f'Worse on {group} "{name(task["task"])}": {found.get("verdict", "")}')
   return out + [text for task in tasks(summary) if (text := contaminated(task))]
 
 
@@ -101,21 +106,21 @@ def contaminated(task: Mapping[str, Any]) -> str:
   against = ', '.join(map(str, found.get('against') or ['the training data']))
   near = found.get('near_duplicates') or 0
   text = (
-    f'Contaminated test "{task["task"]}": {count(found.get("contaminated") or 0)} of '
+    f'Contaminated test "{name(task["task"])}": {count(found.get("contaminated") or 0)} of '
     f'{count(found.get("n"))} examples share {found.get("ngram")} words in a row with {against}'
   )
   text += f', {count(near)} are near-duplicates' if near else ''
   metric = primary(task)
   clean = [
-    f'{model} {interval(score, metric.get("form", "number"))}'
+    f'{title(model)} {interval(score, metric.get("form", "number"))}'
     for model, score in (found.get('scores_clean') or {}).items()
   ]
-  return f'{text}. {_title(metric)} without them: {", ".join(clean)}.' if clean else f'{text}.'
+  return f'{text}. {_headed(metric)} without them: {", ".join(clean)}.' if clean else f'{text}.'
 
 
-def _title(metric: Mapping[str, Any]) -> str:
-  title = str(metric.get('title', 'score'))
-  return title[:1].upper() + title[1:]
+def _headed(metric: Mapping[str, Any]) -> str:
+  shown = name(metric.get('title', 'score'))
+  return shown[:1].upper() + shown[1:]
 
 
 def power(task: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
@@ -144,11 +149,11 @@ def missing(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
   for model in models:
     scores = (task.get('scores') or {}).get(model)
     if scores is None:
-      out.append(f'{model}: not evaluated on this task.')
+      out.append(f'{title(model)}: not evaluated on this task.')
       continue
-    for metric in task.get('metrics') or []:
+    for metric in main_metrics(task):
       score = scores.get(metric['name']) or {}
       if score.get('value') is None:
         why = score.get('why') or 'not computed'
-        out.append(f'{model}, {metric.get("title", metric["name"])}: {why}')
+        out.append(f'{title(model)}, {name(metric.get("title", metric["name"]))}: {why}')
   return out

@@ -131,7 +131,7 @@ def _axes(series: Sequence[Series], is_log: bool) -> _Axes:
     y0, y1 = y0 / 1.05, y1 * 1.05
   else:
     room = (y1 - y0) * 0.08
-    y0, y1 = y0 - room, y1 + room
+    y0, y1 = y0 - room if y0 < 0 else max(0.0, y0 - room), y1 + room
   return _Axes((x0, x1), (y0, y1), is_log)
 
 

@@ -98,7 +98,9 @@ def data(run: ReportInput) -> dict[str, Any]:
     drawing = charts.histogram(name, lengths.get('edges') or [], lengths.get('counts') or [])
     if drawing:
       drawings.append((name, drawing))
-  return {'rows': rows, 'drawings': drawings, 'notes': notes}
+  names = [row[1] for row in rows]
+  is_split = len(set(names)) < len(names)
+  return {'rows': rows, 'drawings': drawings, 'notes': notes, 'is_split': is_split}
 
 
 def resources(log: MetricsLog) -> Facts:

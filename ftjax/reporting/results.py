@@ -11,6 +11,7 @@ from ftjax.reporting.figures import (
   duration,
   interval,
   is_finite,
+  name,
   number,
   outcome,
   p_value,
@@ -31,10 +32,10 @@ def build(summary: Mapping[str, Any]) -> dict[str, Any]:
   if problem:
     return {'problem': problem, 'models': [], 'groups': [], 'forests': [], 'tasks': [], 'cost': []}
   models, found = summary['models'], findings.tasks(summary)
-  known = {name for name, _ in _GROUPS}
+  known = {group for group, _ in _GROUPS}
   groups = []
-  for name, heading in _GROUPS:
-    tasks = [t for t in found if _group(t, known) == name]
+  for group, heading in _GROUPS:
+    tasks = [t for t in found if _group(t, known) == group]
     if tasks:
       groups.append({'heading': heading, 'rows': [r for t in tasks for r in _scores(t, models)]})
   return {
@@ -53,8 +54,8 @@ def _group(task: Mapping[str, Any], known: set[str]) -> str:
 
 
 def _name(metric: Mapping[str, Any]) -> str:
-  name = str(metric.get('title', metric.get('name', 'score')))
-  return f'{name} (lower is better)' if metric.get('better') == 'lower' else name
+  shown = name(metric.get('title', metric.get('name', 'score')))
+  return f'{shown} (lower is better)' if metric.get('better') == 'lower' else shown
 
 
 def _scores(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
@@ -67,11 +68,13 @@ def _scores(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, An
       why = '' if is_finite(score.get('value')) else score.get('why') or 'not evaluated'
       cells.append({'text': interval(score, metric.get('form', 'number')), 'why': why})
     is_primary = metric is first
-    rows.append({'task': task['task'], 'n': count(task.get('n')), 'metric': _name(metric)})
+    rows.append({'task': name(task['task']), 'n': count(task.get('n')), 'metric': _name(metric)})
     rows[-1] |= {'is_primary': is_primary, 'cells': cells}
   if not rows:
     nothing = [{'text': '-', 'why': 'nothing was scored'} for _ in models]
-    rows = [{'task': task['task'], 'n': count(task.get('n')), 'metric': '-', 'cells': nothing}]
+    rows = [
+      {'task': name(task['task']), 'n': count(task.get('n')), 'metric': '-', 'cells': nothing}
+    ]
     rows[0] |= {'is_primary': True}
   return rows
 
@@ -91,13 +94,13 @@ def _difference(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
       f'{count(test.get("only_first_right"))} only {names[1]}'
     )
   return {
-    'task': task['task'],
+    'task': name(task['task']),
     'pair': f'{names[0]} - {names[1]}',
     'metric': _name(metric),
     'text': interval(one, form, '+'),
     'p': p_value(test.get('p')),
     'p_holm': p_value(test.get('p_holm')),
-    'test': str(test.get('name', '')),
+    'test': name(test.get('name', '')),
     'counts': counts,
     'word': outcome(state),
     'outcome': state,
@@ -151,12 +154,12 @@ def _task(task: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
   several = f'{samples} samples for each of {count(task.get("prompts"))} prompts'
   calibration = {title(m): c for m, c in (task.get('calibration') or {}).items() if c}
   return {
-    'task': task['task'],
-    'kind': str(task.get('kind', '')),
+    'task': name(task['task']),
+    'kind': name(task.get('kind', '')),
     'n': count(task.get('n')),
     'is_empty': not task.get('n'),
     'samples': several if samples > 1 else '',
-    'classes': [str(c) for c in task.get('classes') or []],
+    'classes': [name(c) for c in task.get('classes') or []],
     'pairs': pairs,
     'missing': findings.missing(task, models) if task.get('n') else [],
     'per_class': _per_class(task.get('per_class') or {}),
@@ -183,12 +186,12 @@ def _per_class(found: Mapping[str, Any]) -> list[dict[str, Any]]:
   return [
     {
       'model': title(model),
-      'class': str(name),
+      'class': name(label),
       'support': count(scores.get('support')),
       'figures': [number(scores.get(k), 'fraction') for k in ('precision', 'recall', 'f1')],
     }
     for model, classes in found.items()
-    for name, scores in (classes or {}).items()
+    for label, scores in (classes or {}).items()
   ]
 
 
@@ -220,7 +223,12 @@ def _cost(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
       rows, tokens, seconds = (found.get(k) for k in ('rows', 'tokens', 'seconds'))
       mean = number(tokens / rows) if rows and is_finite(tokens) else '-'
       out.append(
-        {'task': task['task'], 'model': title(model), 'rows': count(rows), 'tokens': count(tokens)}
+        {
+          'task': name(task['task']),
+          'model': title(model),
+          'rows': count(rows),
+          'tokens': count(tokens),
+        }
         | {'mean': mean, 'time': duration(seconds)}
       )
   return out

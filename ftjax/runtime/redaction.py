@@ -27,8 +27,12 @@ _TOKEN_OF_TEXT = {
   'type', 'count', 'weight', 'loss', 'length', 'len', 'first', 'last', 'new',
 }  # fmt: skip
 
-_USERINFO = re.compile(r'([A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#]*@')
-_PAIR = re.compile(r'([A-Za-z][\w.-]*)(\s*[=:]\s*)(?!//)([^\s&,;"\'}\]]{6,})')
+# Each begins at a border of a word: tried from every letter of a long one, it would take time that
+# grows with the square of the length.
+_USERINFO = re.compile(r'(?<=[A-Za-z0-9+.-])://[^/\s?#]*@')
+_PAIR = re.compile(
+  r'(?<![\w.-])((?:(?![A-Za-z])[\w.-])*+)([A-Za-z][\w.-]*+)(\s*[=:]\s*)(?!//)([^\s&,;"\'}\]]{6,})'
+)
 _BEARER = re.compile(r'\b([Bb]earer|[Bb]asic)\s+[A-Za-z0-9+/_.=-]{8,}')
 # First letters that services give their keys.
 _KNOWN_KEY = re.compile(
@@ -50,10 +54,16 @@ def is_secret_name(name: str) -> bool:
 
 def redact_text(text: str) -> str:
   """Returns the text with the secrets in it replaced."""
-  text = _USERINFO.sub(rf'\1{REDACTED}@', text)
+  text = _USERINFO.sub(f'://{REDACTED}@', text)
   text = _BEARER.sub(rf'\1 {REDACTED}', text)
-  text = _PAIR.sub(lambda m: m[1] + m[2] + (REDACTED if is_secret_name(m[1]) else m[3]), text)
+  text = _PAIR.sub(_without_secret, text)
   return _KNOWN_KEY.sub(REDACTED, text)
+
+
+def _without_secret(found: re.Match[str]) -> str:
+  """Returns what replaces a name, its sign and its value."""
+  before, name, sign, value = found.groups()
+  return before + name + sign + (REDACTED if is_secret_name(name) else value)
 
 
 def redact(value: Any, name: str = '') -> Any:

@@ -69,7 +69,7 @@ class Generator:
     )
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
     jax.set_mesh(mesh)
-    model, self._params = _load(path, mesh, dtype, settings)
+    model, self._params = load_model(path, mesh, dtype, settings)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
@@ -201,8 +201,13 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
   return text[: len(text) - max(ends, default=0)]
 
 
-def _load(path: str, mesh, dtype, settings: Settings) -> tuple:
-  """Returns (experiment.Model, parameters) of --model."""
+def load_model(path: str, mesh, dtype, settings: Settings) -> tuple:
+  """Returns (experiment.Model, parameters) of --model.
+
+  Raises:
+    DataError: there is no model.
+    ConfigError: a reward model, or a base for what is no adapter.
+  """
 
   def axes(arch):
     return sharding.shardings(mesh, kinds.axes(arch))

@@ -13,69 +13,6 @@ from ftjax.evaluation.result import Result
 
 NONE = 'none of these'
 
-# What `classification` returns along its last axis.
-SCORES = ('accuracy', 'precision', 'recall', 'f1')
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassScores:
-  """Scores per class, [..., K]: float64 precision, recall, f1; int64 support (number of labels)
-  and predicted (number of predictions)."""
-
-  precision: np.ndarray
-  recall: np.ndarray
-  f1: np.ndarray
-  support: np.ndarray
-  predicted: np.ndarray
-
-
-def accuracy(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-  """Returns the fraction of equal pairs along the last axis: int[..., n] twice -> float64[...]."""
-  return (np.asarray(labels) == np.asarray(predictions)).mean(-1)
-
-
-def per_class(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> ClassScores:
-  """Computes precision, recall and F1 of each class; a ratio with denominator 0 is 0.
-
-  precision = tp / predicted, recall = tp / support, F1 = 2 tp / (predicted + support).
-
-  Args:
-    labels: int[..., n] of 0 .. num_classes - 1.
-    predictions: int[..., n]; a number outside the classes is wrong for each of them.
-  """
-  labels, predictions = np.asarray(labels), np.asarray(predictions)
-  right = labels == predictions
-  support, predicted, tp = (
-    np.stack([np.sum(mask & (column == k), -1) for k in range(num_classes)], -1)
-    for mask, column in ((True, labels), (True, predictions), (right, labels))
-  )
-
-  def ratio(top, bottom):
-    return np.divide(top, bottom, out=np.zeros(top.shape), where=bottom > 0)
-
-  return ClassScores(
-    precision=ratio(tp, predicted),
-    recall=ratio(tp, support),
-    f1=ratio(2 * tp, predicted + support),
-    support=support,
-    predicted=predicted,
-  )
-
-
-def classification(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns accuracy and the macro means of precision, recall and F1: float64[..., 4], as SCORES.
-
-  The macro mean is over the classes that occur as a label or a prediction, with equal weights. So a
-  class that a bootstrap resample lacks is left out and does not count as 0.
-  """
-  scores = per_class(labels, predictions, num_classes)
-  occurs = (scores.support + scores.predicted) > 0
-  count = np.maximum(occurs.sum(-1), 1)
-  macro = [
-    np.where(occurs, s, 0).sum(-1) / count for s in (scores.precision, scores.recall, scores.f1)
-  ]
-  return np.stack([accuracy(labels, predictions), *macro], -1)
-
 
 def _indices(results: Sequence[Result], classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
   """Returns the index of each label and of each prediction: int[n] twice; K: none of the K classes.
@@ -199,21 +136,20 @@ FURTHER = tuple(m for name, m in MEANS.items() if name != 'macro_f1')
 def per_class_table(
   results: Sequence[Result], classes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-  """Returns {class: {precision, recall, f1, support}}, as `per_class` has them.
+  """Returns {class: {precision, recall, f1, support}}; a ratio with denominator 0 is 0.
+
+  precision = tp / predicted, recall = tp / support, F1 = 2 tp / (predicted + support).
 
   Raises:
     ValueError: a label that is none of the classes.
   """
-  labels, predictions = _indices(results, classes)
-  found = per_class(labels, predictions, len(classes))
+  columns = class_columns(results, classes)
+  sums = columns.sum(0) if len(columns) else np.zeros(3 * len(classes))
+  counts = np.split(sums, 3)
+  scores = {name: _zero_ratio(*ratio_of(*counts)) for name, ratio_of in _RATIOS.items()}
   return {
-    name: {
-      'precision': float(found.precision[k]),
-      'recall': float(found.recall[k]),
-      'f1': float(found.f1[k]),
-      'support': int(found.support[k]),
-    }
-    for k, name in enumerate(classes)
+    c: {name: float(each[k]) for name, each in scores.items()} | {'support': int(counts[1][k])}
+    for k, c in enumerate(classes)
   }
 
 

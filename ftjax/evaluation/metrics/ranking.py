@@ -4,6 +4,7 @@ With several classes an area is the mean over the classes that have rows of both
 the rest; of two classes it is NaN where only one occurs.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from ftjax.evaluation.metric import Metric, Value, ratio
 from ftjax.evaluation.result import Result
 
-Area = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_CHUNK = 1 << 20  # weights at once: they stay in the cache
 
 
 def ranking_values(choices: Sequence[str], scores: Sequence[float]) -> dict[str, tuple[float, ...]]:
@@ -59,50 +60,80 @@ def area_columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarra
   return np.concatenate([np.array(found, np.float64), labels], axis=1)
 
 
-class _Order:
-  """Rows in descending order of score, rows of equal scores as one group."""
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+  """Rows in descending order of score, under R resamples; rows of equal scores are a group.
 
-  def __init__(self, scores: np.ndarray):
-    self.order = np.argsort(-scores, kind='stable')
-    ordered = scores[self.order]
-    self.starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+  Attributes:
+    before: float64[m, R], weight of all rows above the group of each of m positive rows.
+    upto: float64[m, R], the same with its group.
+    positive: float64[m, R], weights of the positive rows.
+    last: int[m], the last positive row of each one's group.
+    total: float64[R].
+  """
 
-  def sums(self, weights: np.ndarray) -> np.ndarray:
-    """Returns the sum of each group's weights: float64[R, n] -> [R, groups]."""
-    return np.add.reduceat(weights[:, self.order], self.starts, axis=1)
-
-
-def _areas(weights: np.ndarray, scores: np.ndarray, labels: np.ndarray, area: Area) -> np.ndarray:
-  """Returns the area of one class for each row of weights: float64[R, n], [n], [n] -> [R]."""
-  order = _Order(scores)
-  positive, negative = order.sums(weights * labels), order.sums(weights * (1 - labels))
-  is_known = (positive.sum(1) > 0) & (negative.sum(1) > 0)
-  return np.where(is_known, area(positive, negative), np.nan)
+  before: np.ndarray
+  upto: np.ndarray
+  positive: np.ndarray
+  last: np.ndarray
+  total: np.ndarray
 
 
-def _roc(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-  """Returns the area under the ROC curve of weights of groups in descending order; a pair of equal
-  scores counts 1/2."""
-  before = np.cumsum(positive, axis=1) - positive / 2
-  return ratio((negative * before).sum(1), positive.sum(1) * negative.sum(1))
+def _rank(weights: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> _Ranked:
+  """Sorts once for all resamples: weights float64[n, R], scores [n], labels bool[n]."""
+  from scipy.sparse import csr_array
+
+  order = np.argsort(-scores, kind='stable')
+  ordered, own = scores[order], np.flatnonzero(labels[order])
+  start = np.searchsorted(-ordered, -ordered[own], side='left')
+  end = np.searchsorted(-ordered, -ordered[own], side='right')
+  # Sums are needed at these places alone, so rows are summed between them without being moved.
+  places = np.unique(np.r_[0, start, end, len(order)])
+  between = csr_array((np.ones(len(order)), order, places)) @ weights
+  sums = np.concatenate([np.zeros((1, weights.shape[1])), np.cumsum(between, axis=0)])
+  before, upto = (sums[np.searchsorted(places, at)] for at in (start, end))
+  last = np.searchsorted(own, end, side='left') - 1
+  return _Ranked(before, upto, weights[order[own]], last, sums[-1])
 
 
-def _precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+def _roc(ranked: _Ranked) -> np.ndarray:
+  """Returns the area under the ROC curve: the share of pairs of a positive and a negative row that
+  are in the right order, a pair of equal scores counting 1/2."""
+  positive = ranked.positive.sum(0)
+  # Pairs with any row above a positive one; those of two positive rows are half of all such.
+  above = (ranked.positive * (ranked.before + ranked.upto)).sum(0) / 2 - positive**2 / 2
+  return 1 - ratio(above, positive * (ranked.total - positive))
+
+
+def _precision(ranked: _Ranked) -> np.ndarray:
   """Returns the average precision: the mean over positive rows of the precision at their score."""
-  found, seen = np.cumsum(positive, axis=1), np.cumsum(positive + negative, axis=1)
-  share = np.divide(found, seen, out=np.zeros(found.shape), where=seen > 0)
-  return ratio((positive * share).sum(1), positive.sum(1))
+  found = np.cumsum(ranked.positive, axis=0)[ranked.last]
+  share = np.divide(found, ranked.upto, out=np.zeros(found.shape), where=ranked.upto > 0)
+  return ratio((ranked.positive * share).sum(0), ranked.positive.sum(0))
 
 
-def _mean_over_classes(area: Area) -> Value:
-  def value(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    total, known = np.zeros(len(weights)), np.zeros(len(weights))
+def _mean_over_classes(area: Callable[[_Ranked], np.ndarray]) -> Value:
+  def of_chunk(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    total, known = np.zeros(weights.shape[1]), np.zeros(weights.shape[1])
     half = columns.shape[1] // 2
-    for k in range(half if len(columns) else 0):
-      own = _areas(weights, columns[:, k], columns[:, half + k], area)
-      total += np.nan_to_num(own)
-      known += np.isfinite(own)
+    for k in range(half):
+      ranked = _rank(weights, columns[:, k], columns[:, half + k] > 0)
+      positive = ranked.positive.sum(0)
+      is_known = (positive > 0) & (ranked.total > positive)
+      total += np.where(is_known, area(ranked), 0)
+      known += is_known
     return ratio(total, known)
+
+  def value(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    if not columns.size:
+      return np.full(len(weights), np.nan)
+    # Resamples stand side by side, so that sorting and summing move whole rows of memory.
+    step = max(1, _CHUNK // len(columns))
+    parts = [
+      of_chunk(np.ascontiguousarray(weights[i : i + step].T, np.float64), columns)
+      for i in range(0, len(weights), step)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0)
 
   return value
 

@@ -4,8 +4,8 @@ Results of one prompt (k samples of it) are a cluster: they agree with each othe
 less than as many results of other prompts. `clusters` has a label per result, equal within a
 cluster; the ids of the rows will do. Without clusters each result has a label of its own.
 
-What cannot be computed is NaN: everything of no results, a spread of one cluster. scipy is imported
-by the functions that need it, since its import takes a second.
+What cannot be computed is NaN: everything of no results, the error of one cluster. scipy is
+imported by the functions that need it, since its import takes a second.
 """
 
 import dataclasses
@@ -77,8 +77,8 @@ def standard_error(values: np.ndarray, clusters: Iterable[Hashable]) -> float:
 def mean(values: np.ndarray, clusters: Iterable[Hashable], level: float = 0.95) -> Interval:
   """Computes the t interval of a mean whose results are in clusters, with G - 1 degrees of freedom.
 
-  A mean of differences of two models on the same rows is a paired interval. Without a spread of the
-  values the interval has no width; `proportion` has one there.
+  A mean of differences of two models on the same rows is a paired interval. Where the values do not
+  vary the interval has no width; `proportion` has one there.
 
   Args:
     values: float64[n].

@@ -96,8 +96,8 @@
     });
   }
 
-  // Examples: order, filter, search, pages of 20.
-  const PAGE = 20;
+  // Examples: order, filter, search; at first 10, then 20 more at a time.
+  const PAGE = 10, MORE = 20;
   for (const block of all('details.examples')) {
     const cards = all('.card', block), list = block.querySelector('.cards');
     const [order, state, search] = ['.order', '.state', '.search'].map((s) => block.querySelector(s));
@@ -125,7 +125,7 @@
     order.addEventListener('change', () => { most = PAGE; update(true); });
     state.addEventListener('change', () => { most = PAGE; update(false); });
     search.addEventListener('input', () => { most = PAGE; update(false); });
-    next.addEventListener('click', () => { most += PAGE; update(false); });
+    next.addEventListener('click', () => { most += MORE; update(false); });
     block.querySelector('form').addEventListener('submit', (event) => event.preventDefault());
     update(false);
   }
