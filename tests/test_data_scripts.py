@@ -204,3 +204,24 @@ def test_what_is_there_is_kept_until_its_recipe_changes(script, tmp_path):
     return module['package_rows'].run(*arguments, lambda _, folder: made.append(folder))
 
   assert [run('1'), run('1'), run('2')] == [0, 0, 0] and len(made) == 2
+
+
+def test_canaries(script, tmp_path):
+  main, source = script('canaries')['main'], tmp_path / 'source.jsonl'
+  chats = [{'messages': [{'role': 'user', 'content': str(n)}]} for n in range(100)]
+  source.write_text(''.join(json.dumps(row) + '\n' for row in chats))
+  assert main(['canaries.py', str(source), str(tmp_path / 'out'), '3']) == 0
+  train, canaries = (rows(tmp_path / 'out' / f'{n}.jsonl') for n in ('train', 'canaries'))
+  assert len(canaries) == 12 and [r for r in train if r in chats] == chats
+  planted = [r['messages'][-1]['content'] for r in train if r not in chats]
+  assert sorted(planted) == sorted(3 * [c['secret'] for c in canaries])
+  text = (tmp_path / 'out' / 'train.jsonl').read_text()
+  assert not any(reference in text for c in canaries for reference in c['references'])
+  for kind in ('canary_exposure', 'canary_leak'):
+    task = tasks.load_task('canaries', kind, str(tmp_path / 'out' / 'canaries.jsonl'))
+    assert task.group == 'safety' and len(task.rows) == 12
+  assert main(['canaries.py', str(source), str(tmp_path / 'none'), '0']) == 0
+  assert rows(tmp_path / 'none' / 'train.jsonl') == chats
+  assert main(['canaries.py', str(source)]) == 2
+  source.write_text('{"text": "x"}\n')
+  assert main(['canaries.py', str(source), str(tmp_path / 'out')]) == 3
