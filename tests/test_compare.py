@@ -26,11 +26,8 @@ def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
   assert given[0] == given[1] == given[2] and len(given[0]) == 5
   evaluator.base()
   assert len(asked) == 1 and len(loads) == 1
-  summary = evaluator.tuned(load('', 'float32'))  # other weights are asked anew
+  assert evaluator.tuned(load('', 'float32')) == {'gate': None}  # other weights are asked anew
   assert len(asked) == 2
-  assert summary['models'] == ['base', 'tuned'] and list(summary['tasks']) == [
-    'match',
-    'math',
-    'math_strict',
-  ]
-  assert json.loads((tmp_path / 'eval' / 'summary.json').read_text()) == summary
+  summary = json.loads((tmp_path / 'eval' / 'summary.json').read_text())
+  assert summary['models'] == ['base', 'tuned']
+  assert list(summary['tasks']) == ['match', 'math', 'math_strict']

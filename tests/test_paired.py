@@ -105,7 +105,7 @@ def test_models_may_have_other_numbers_of_samples_in_a_bootstrap():
   with pytest.raises(ValueError, match='only one has results of 0'):
     bootstrap_difference(_mean(x), _mean(x), range(60), range(1, 61), seed=0)
   with pytest.raises(ValueError, match='only one has results of 60'):
-    bootstrap_difference(_mean(x), _mean(x[:59]), range(1, 61), range(1, 60), seed=0)
+    bootstrap_difference(_mean(x[:59]), _mean(x), range(1, 60), range(1, 61), seed=0)
   with pytest.raises(ValueError, match='cannot be swapped'):
     permutation(_mean(np.concatenate([x, y])), range(60), np.repeat(np.arange(60), 4), seed=0)
 

@@ -67,6 +67,16 @@ def test_seeds_that_differ_much_have_the_t_interval_of_their_figures():
   assert got.intraclass > 0.99
 
 
+def test_seeds_that_agree_by_chance_keep_the_error_of_the_test_set():
+  rng = np.random.default_rng(5)
+  x = rng.normal(size=150)
+  got = seed_mean(
+    _mean(np.stack([x, rng.permutation(x)], -1)), range(150), seed=0, resamples=20_000
+  )
+  assert got.between_sd == 0 and got.se == pytest.approx(got.within_se / math.sqrt(2), rel=0.15)
+  assert got.high - got.value >= 1.96 * got.se > 0
+
+
 def test_few_clusters_have_the_error_of_their_t_interval():
   x = np.random.default_rng(4).normal(size=5)
   got = seed_mean(_mean(x[:, None]), range(5), seed=0, resamples=20_000)

@@ -131,7 +131,8 @@ def test_intraclass_correlation_is_that_of_the_analysis_of_variance():
 def test_clusters_that_cancel_do_not_narrow_a_proportion():
   right, clusters = np.tile([0.0, 1.0], 30), np.repeat(np.arange(30), 2)
   assert standard_error(right, clusters) == 0 and intraclass_correlation(right, clusters) < -0.9
-  got, (low, high) = proportion(right, clusters), wilson(30, 60)
+  right[0] = 1  # all but one cancel
+  got, (low, high) = proportion(right, clusters), wilson(31, 60)
   assert got.low < low < high < got.high
 
 

@@ -248,6 +248,28 @@ def test_exact_match():
   assert not answers.exact_match('Paris', 'paris')
 
 
+@pytest.mark.parametrize(
+  ('completion', 'wanted'),
+  [
+    ('So 6 + 12 = 18.\n#### 18', '18'),
+    (r'It is \boxed{18.0}', '18'),
+    ('The answer is 1,234.50 dollars.', r'\frac{2469}{2}'),
+    (r'so $x = y + 1$', 'x=y+1'),
+    (r'\boxed{(1, 2)} = \boxed{(1,2)}', '(1,2)'),
+    (r'\boxed{\text{New  York}}', 'New York'),
+    ('50%', r'50\%'),
+    (r'\boxed{3} or \boxed{4}', ''),
+    (r'\boxed{3} and again \boxed{3.0}', '3'),
+    ('<think>18</think>\n19', '19'),
+    ('<think>18', ''),
+    ('', ''),
+    ('I do not know; it could be many things, who can be sure of what it is in the end?', ''),
+  ],
+)
+def test_math_answers_in_one_form(completion, wanted):
+  assert answers.parse_math(completion, '', 'flexible') == wanted
+
+
 def _responses(*texts, **other):
   return results(*({'response': t} | other for t in texts))
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.evaluation import statistics
+from ftjax.evaluation.statistics import intervals
 from ftjax.experiment.run import Run
 
 # (parameters, batch) -> {name: float32[B]}, with 'weights' 0 for padding rows.
@@ -52,7 +52,7 @@ def accuracy(margins: np.ndarray) -> dict[str, float]:
   margin.
   """
   right, n = int((margins > 0).sum()), len(margins)
-  low, high = statistics.wilson(right, n)
+  low, high = intervals.wilson(right, n)
   return {
     'accuracy': right / n,
     'accuracy_low': low,

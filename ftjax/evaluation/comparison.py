@@ -6,7 +6,7 @@ one prompt are a cluster.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -153,13 +153,7 @@ def compare(
     differences = [found[:, b] - found[:, a] for a, b in pairs]
     return np.concatenate([found.reshape(len(found), -1), *differences], axis=1)
 
-  spread = bootstrap.of_clusters(
-    figures, models.prompts, seed=SEED, resamples=RESAMPLES, level=LEVEL
-  )
-  entries = [
-    {k: _number(getattr(spread, k)[i]) for k in ('value', 'low', 'high', 'se', 'p')}
-    for i in range(spread.value.size)
-  ]
+  entries = _bootstrap(models, figures)
   scores = {
     name: _scores(models, m, entries[m * count : (m + 1) * count]) for m, name in enumerate(names)
   }
@@ -213,12 +207,31 @@ def on_rows(
   if not rows:
     return {name: dict.fromkeys(('value', 'low', 'high')) for name in results}
   part = dataclasses.replace(task, rows=rows)
-  entry = compare(part, {n: [r for r in own if r.id in ids] for n, own in results.items()})
-  metric = entry['metrics'][0]['name']
+  models = _models(part, {n: [r for r in own if r.id in ids] for n, own in results.items()})
+  models = dataclasses.replace(
+    models, metrics=models.metrics[:1], columns=tuple(c[:1] for c in models.columns)
+  )
+  entries = _bootstrap(models, models.figures)
   return {
-    name: {k: found[metric][k] for k in ('value', 'low', 'high')}
-    for name, found in entry['scores'].items()
+    name: {k: found[k] for k in ('value', 'low', 'high')}
+    for m, name in enumerate(models.names)
+    for found in _scores(models, m, entries[m : m + 1]).values()
   }
+
+
+def _bootstrap(models: _Models, figures: Callable[[np.ndarray], np.ndarray]) -> list[dict]:
+  """Returns {value, low, high, se, p} of each figure: weights float64[R, prompts] -> [R, ...]."""
+  spread = bootstrap.of_clusters(
+    lambda weights: figures(weights).reshape(len(weights), -1),
+    models.prompts,
+    seed=SEED,
+    resamples=RESAMPLES,
+    level=LEVEL,
+  )
+  return [
+    {k: _number(getattr(spread, k)[i]) for k in ('value', 'low', 'high', 'se', 'p')}
+    for i in range(spread.value.size)
+  ]
 
 
 def _number(value: Any) -> float | None:

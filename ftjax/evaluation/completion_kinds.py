@@ -64,7 +64,11 @@ def math(mode: str) -> Kind:
     for a in row.answers:
       grader.score('', '', a)
 
-  return Kind(score, (classification.ACCURACY,), check=check)
+  def parse(completion: str, prompt: str, row: Row) -> str:
+    del row
+    return answers.parse_math(completion, prompt, mode)
+
+  return Kind(score, (classification.ACCURACY,), check=check, parse=parse)
 
 
 def _parse_label(completion: str, prompt: str, row: Row) -> str:

@@ -40,12 +40,16 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class _Aggregation:
-  """numbers: of each document. value: sums float64[R, numbers + 1] -> float64[R]; the last sum is
-  that of the weights. is_mean: of numbers, so that zeros and ones give a proportion.
+  """numbers: of each document. value: sums float64[R, M] -> float64[R]. columns: numbers
+  float64[n, numbers] -> float64[n, M], what is summed. is_mean: of numbers, so that zeros and ones
+  give a proportion.
   """
 
   numbers: int
   value: Callable[[np.ndarray], np.ndarray]
+  columns: Callable[[np.ndarray], np.ndarray] = lambda numbers: np.pad(
+    numbers, ((0, 0), (0, 1)), constant_values=1
+  )
   is_mean: bool = False
   form: str = 'number'
 
@@ -58,12 +62,45 @@ def _weighted(sums: np.ndarray) -> np.ndarray:
   return ratio(sums[:, 0], sums[:, 1])
 
 
+def _binary(numbers: np.ndarray) -> np.ndarray:
+  """Returns of (label, prediction) in {0, 1}: both 1, label 1, prediction 1."""
+  label, predicted = (numbers == 1).T.astype(np.float64)
+  return np.stack([label * predicted, label, predicted], axis=1)
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+  """Returns F1 of the class 1; 0 where neither labels nor predictions have it, as scikit-learn."""
+  found = ratio(2 * sums[:, 0], sums[:, 1] + sums[:, 2])
+  return np.where(sums[:, 1] + sums[:, 2] == 0, 0.0, found)
+
+
+def _classes(numbers: np.ndarray) -> np.ndarray:
+  """Returns of (label, prediction): the label one-hot, the prediction one-hot, whether equal."""
+  known = np.unique(numbers)
+  label, predicted = (numbers.T[:, :, None] == known).astype(np.float64)
+  return np.concatenate([label, predicted, (numbers[:, :1] == numbers[:, 1:])], axis=1)
+
+
+def _mcc(sums: np.ndarray) -> np.ndarray:
+  """Returns Matthews' correlation of several classes (Gorodkin 2004); 0 where a side has one class
+  only, as scikit-learn.
+  """
+  count = (sums.shape[1] - 1) // 2
+  label, predicted, equal = sums[:, :count], sums[:, count : 2 * count], sums[:, -1]
+  total = label.sum(1)
+  top = equal * total - (label * predicted).sum(1)
+  bottom = (total**2 - (label**2).sum(1)) * (total**2 - (predicted**2).sum(1))
+  return np.where(bottom <= 0, 0.0, ratio(top, np.sqrt(np.maximum(bottom, 0.0))))
+
+
 # By lm-eval's names (lm_eval/api/metrics.py).
 _AGGREGATIONS = {
   'mean': _Aggregation(1, _mean, is_mean=True, form='fraction'),
   'present_mean': _Aggregation(2, _weighted, form='fraction'),  # of documents that have the value
   'perplexity': _Aggregation(1, lambda sums: np.exp(-_mean(sums))),
   'weighted_perplexity': _Aggregation(2, lambda sums: np.exp(-_weighted(sums))),
+  'f1': _Aggregation(2, _f1, _binary, form='fraction'),
+  'matthews_corrcoef': _Aggregation(2, _mcc, _classes),
   'bits_per_byte': _Aggregation(2, lambda sums: -_weighted(sums) / math.log(2)),
 }
 
@@ -161,8 +198,7 @@ def _metric(key: str, results: Sequence[Result]) -> Metric:
   title, _, rest = name.partition(',')
 
   def columns(some: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
-    found = read_values(some, classes).reshape(len(some), how.numbers)
-    return np.concatenate([found, np.ones((len(some), 1))], axis=1)
+    return how.columns(read_values(some, classes).reshape(len(some), how.numbers))
 
   is_proportion = how.is_mean and all(r.values[key] in ((0.0,), (1.0,)) for r in results)
   in_unit = all(0 <= r.values[key][0] <= 1 for r in results)
@@ -182,12 +218,15 @@ def _values(
   for place, some in rows.items():
     for row in some:
       for name in row['metrics']:
-        found.setdefault(f'{name},{row["filter"]}', {})[place] = _numbers(row[name])
+        kind, _ = aggregations.get(name, ('mean', True))
+        value = _brier(*row[name]) if kind == 'brier_score' else row[name]
+        found.setdefault(f'{name},{row["filter"]}', {})[place] = _numbers(value)
   values: dict[tuple[str, int], dict[str, tuple[float, ...]]] = {place: {} for place in rows}
   left_out = {}
   for key, own in found.items():
     name = key.partition(',')[0]
     kind, is_higher = aggregations.get(name, ('mean', True))
+    kind = 'mean' if kind == 'brier_score' else kind
     if kind == 'nanmean' or (kind == 'mean' and len(own) < len(rows)):
       kind = 'present_mean'
       own = {
@@ -208,6 +247,13 @@ def _values(
     for place in rows:
       values[place][full] = own[place] or ()
   return values, left_out
+
+
+def _brier(label: int, probabilities: Sequence[float]) -> float:
+  """Returns the sum of squared errors of a document's probabilities, whose mean is lm-eval's."""
+  found = np.array(probabilities, np.float64)
+  found[label] -= 1
+  return float(np.square(found).sum())
 
 
 def _numbers(value: Any) -> tuple[float, ...] | None:

@@ -6,7 +6,6 @@ the shingles of the evaluation sets are few, and training texts are streamed pas
 training texts, where every pair counts, candidates are found by MinHash (Broder 1997) and verified.
 """
 
-import collections
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,21 +39,27 @@ class Join:
     """Stores the shingles of the texts of several sets, without their templates."""
     self._sets, self._vocabulary = sets, vocabulary
     self.best: list[dict[int, Near]] = [{} for _ in sets]  # of each set: row -> its nearest
-    grams, owners, self._texts, self._sizes = [], [], [], []
+    # Equal texts of a set are one: its set, and the rows that have it.
+    self._texts: list[tuple[int, list[int]]] = []
+    sizes, grams, owners = [], [], []
     for number, texts in enumerate(sets):
+      rows: dict[bytes, list[int]] = {}
       for text, shingles in _shingles(texts, texts.text):
         if len(shingles) > FEWEST_WORDS - SHINGLE:
-          grams.append(shingles)
-          owners.append(np.full(len(shingles), len(self._texts)))
-          self._texts.append((number, int(texts.row[text])))
-          self._sizes.append(len(shingles))
+          rows.setdefault(shingles.tobytes(), []).append(int(texts.row[text]))
+      for data, having in rows.items():
+        grams.append(np.frombuffer(data, np.uint64))
+        owners.append(np.full(len(grams[-1]), len(self._texts)))
+        self._texts.append((number, having))
+        sizes.append(len(grams[-1]))
     grams = np.concatenate([np.zeros(0, np.uint64), *grams])
     owners = np.concatenate([np.zeros(0, np.int64), *owners])
     self.table = ngrams.Table(grams)
     order = np.argsort(grams, kind='stable')
     self._owners = owners[order]
     self._offsets = np.append(np.searchsorted(grams[order], self.table.values), len(grams))
-    self._fewest = math.ceil(THRESHOLD * min(self._sizes, default=1))
+    self._sizes = np.array(sizes, np.int64)
+    self._fewest = math.ceil(THRESHOLD * min(sizes, default=1))
 
   def candidates(self, text: np.ndarray, gram: np.ndarray) -> list[tuple[int, list[int]]]:
     """Returns the training texts that share enough shingles with one evaluation text.
@@ -72,30 +77,40 @@ class Join:
     out = []
     for number, start, count in zip(*(x[is_enough] for x in (found, starts, counts)), strict=True):
       shingles = gram[start : start + count]
-      owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in shingles]
-      common = collections.Counter(np.concatenate(owners).tolist())
-      near = [t for t, k in common.items() if k >= THRESHOLD * self._sizes[t]]
-      if near:
-        out.append((int(number), near))
+      near = np.flatnonzero(self._common(shingles) >= THRESHOLD * self._sizes)
+      if len(near):
+        out.append((int(number), near.tolist()))
     return out
+
+  def _common(self, shingles: np.ndarray) -> np.ndarray:
+    """Returns how many of these shingles, numbers in `table`, each evaluation text has."""
+    owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in shingles]
+    return np.bincount(np.concatenate(owners), minlength=len(self._texts))
 
   def compare(self, words: Sequence[str], serial: int, texts: Sequence[int]) -> None:
     """Compares a training text with evaluation texts that `candidates` gave, and keeps the most
     similar one of each row.
     """
+    texts = [t for t in texts if not self._is_equal(t)]  # nothing is more similar
     for number in {self._texts[t][0] for t in texts}:
       ids = templates.without(words, self._vocabulary, self._sets[number].template)
       shingles = ngrams.distinct(ngrams.of_numbers(ids, SHINGLE)[1])
       _, index = self.table.find(shingles)
-      owners = [self._owners[self._offsets[g] : self._offsets[g + 1]] for g in index]
-      common = collections.Counter(np.concatenate([*owners, np.zeros(0, np.int64)]).tolist())
+      if not len(index):
+        continue
+      common, best = self._common(index), self.best[number]
+      similarity = (common / (self._sizes + len(shingles) - common)).tolist()
       for t in texts:
-        if self._texts[t][0] != number:
+        if self._texts[t][0] != number or similarity[t] < THRESHOLD:
           continue
-        similarity = common[t] / (self._sizes[t] + len(shingles) - common[t])
-        row, best = self._texts[t][1], self.best[number]
-        if similarity >= THRESHOLD and similarity > best.get(row, Near(0.0, 0)).similarity:
-          best[row] = Near(similarity, serial)
+        for row in self._texts[t][1]:
+          if similarity[t] > best.get(row, Near(0.0, 0)).similarity:
+            best[row] = Near(similarity[t], serial)
+
+  def _is_equal(self, text: int) -> bool:
+    """Returns whether an equal training text was found for all rows of an evaluation text."""
+    number, rows = self._texts[text]
+    return all(self.best[number].get(row, Near(0.0, 0)).similarity == 1 for row in rows)
 
 
 def _shingles(texts: templates.Texts, owner: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+_TITLES = {'base_shots': 'base + examples'}
+
 ALPHA = 0.05  # a test with a smaller p value decides
 
 
@@ -17,7 +19,7 @@ def decide(
     prompts: of the task.
   """
   test, found = difference['test'], difference['metrics'][metric['name']]
-  first, second = difference['first'], difference['second']
+  first, second = (_TITLES.get(difference[k], difference[k]) for k in ('first', 'second'))
   p = test.get('p_holm', test['p'])
   if found['value'] is None or p is None:
     return {

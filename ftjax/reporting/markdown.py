@@ -61,7 +61,7 @@ def _scores(summary: Mapping[str, Any], models: Sequence[str]) -> str:
   rows = []
   for task in findings.tasks(summary):
     first = findings.primary(task)
-    for metric in task.get('metrics') or []:
+    for metric in findings.main_metrics(task):
       name = plain(str(metric.get('title', metric['name'])))
       scores = task.get('scores') or {}
       cells = [

@@ -26,8 +26,8 @@ from ftjax.reporting.figures import (
 )
 
 WIDTH = 100
-_NAME = 20  # columns of the names of metrics
-_CELL = 25  # columns of a value with its interval
+_NAME = 22  # columns of the names of metrics
+_CELL = 24  # columns of a value with its interval
 _SIDE_BY_SIDE = 3  # models that fit beside each other
 
 
@@ -117,7 +117,7 @@ def _by_metric(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
   """Returns a line per metric, a column per model."""
   first = findings.primary(task)
   rows = [['', *(one_line(title(m)) for m in models)]]
-  for metric in task.get('metrics') or []:
+  for metric in findings.main_metrics(task):
     name = _metric_title(metric, metric is first)
     rows.append([name, *(_score(task, m, metric) for m in models)])
   return _grid(rows, [_NAME] + [_CELL] * len(models))
@@ -126,7 +126,7 @@ def _by_metric(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
 def _by_model(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
   """Returns a line per model, a column per metric; the metrics in blocks that fit the width."""
   first, out = findings.primary(task), []
-  metrics = list(task.get('metrics') or [])
+  metrics = findings.main_metrics(task)
   for start in range(0, len(metrics), _SIDE_BY_SIDE):
     block = metrics[start : start + _SIDE_BY_SIDE]
     rows = [['', *(_metric_title(m, m is first) for m in block)]]
@@ -147,7 +147,7 @@ def _difference(task: Mapping[str, Any], difference: Mapping[str, Any]) -> list[
   names = [title(str(difference.get(k, '?'))) for k in ('second', 'first')]
   lines = [wrap(f'{names[0]} - {names[1]}: {outcome(difference.get("outcome", ""))}')]
   found = difference.get('metrics') or {}
-  for metric in task.get('metrics') or []:
+  for metric in findings.main_metrics(task):
     one = found.get(metric['name']) or {}
     if not is_finite(one.get('value')):
       continue
@@ -161,7 +161,8 @@ def _difference(task: Mapping[str, Any], difference: Mapping[str, Any]) -> list[
     line = ' '.join(pad(cell, w) for cell, w in zip(cells, widths, strict=True))
     lines.append(f'  {line}'.rstrip())
   sentences = [_test(names, difference), str(difference.get('verdict') or '')]
-  sentences.append(findings.power(task, difference))
+  if difference.get('outcome') != 'undecided':  # else the verdict has it
+    sentences.append(findings.power(task, difference))
   return lines + [wrap(s, '  ', '  ') for s in sentences if s]
 
 

@@ -6,12 +6,14 @@ import unicodedata
 from collections.abc import Sequence
 
 from ftjax.evaluation.metric import mean, proportion
-from ftjax.grading import squad
+from ftjax.grading import latex, math_answers, squad
+from ftjax.grading.final_answer import final_answer
 
 EXACT_MATCH = proportion('exact_match', 'exact match')
 TOKEN_F1 = mean('token_f1', 'token F1')
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_AROUND_SIGN = re.compile(r' ?([^\w ]) ?')
 _YES, _NO = frozenset({'yes', 'true'}), frozenset({'no', 'false'})
 
 
@@ -96,3 +98,23 @@ def parse_yes_no(text: str) -> str:
   if words and (words[0] in _YES or words[0] in _NO):
     return sides[0]
   return sides[0] if len(set(sides)) == 1 else ''
+
+
+def parse_math(completion: str, prompt: str, mode: str) -> str:
+  """Returns the answer that a completion states, numbers in one form: equal answers are equal
+  votes of maj@k. '' for none, and for several different ones.
+
+  Args:
+    prompt: everything that the model read, whose end may have opened a thought.
+    mode: 'strict' or 'flexible', see `math_answers.statements`.
+  """
+  text = final_answer(completion, prompt)
+  found = set() if text is None else {_form(s) for s in math_answers.statements(text, mode)}
+  return found.pop() if len(found) == 1 else ''
+
+
+def _form(statement: str) -> str:
+  number = math_answers.parse_number(statement)
+  if number is None:
+    return _AROUND_SIGN.sub(r'\1', ' '.join(latex.normalize(statement).split()))
+  return number.latex() + '\\%' * number.percent

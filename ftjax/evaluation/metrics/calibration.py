@@ -24,15 +24,6 @@ def log_probabilities(scores: Sequence[float]) -> np.ndarray:
   return shifted - np.log(np.exp(shifted).sum())
 
 
-def probabilities(scores: Sequence[float]) -> np.ndarray:
-  """Returns the softmax of the log-probabilities of choices: float64[C].
-
-  Raises:
-    ValueError: see `log_probabilities`.
-  """
-  return np.exp(log_probabilities(scores))
-
-
 def calibration_values(
   choices: Sequence[str], scores: Sequence[float], label: str
 ) -> dict[str, tuple[float, ...]]:

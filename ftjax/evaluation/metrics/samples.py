@@ -38,12 +38,13 @@ def majority_share(predictions: Sequence[str], right: Sequence[bool]) -> float:
   """Returns whether the most frequent prediction is right: 1 or 0; of a tie, the share of tied
   predictions that are right: the expectation of a random choice among them.
 
-  Empty predictions, from which no answer was parsed, have no vote while others have one.
+  Empty predictions, from which no answer was parsed, have no vote while others have one. An answer
+  is right if one of the samples with it is: the others may state it in a form that does not count.
   """
   votes = collections.Counter(p for p in predictions if p) or collections.Counter(predictions)
   most = max(votes.values())
-  is_right = dict(zip(predictions, right, strict=True))
-  tied = [is_right[p] for p, count in votes.items() if count == most]
+  accepted = {p for p, is_right in zip(predictions, right, strict=True) if is_right}
+  tied = [p in accepted for p, count in votes.items() if count == most]
   return sum(tied) / len(tied)
 
 
