@@ -341,7 +341,7 @@ def test_gemma_sentiment_and_its_held_out_loss(script, tmp_path, capsys):
   scores = [(-1.0, -3.0), (-4.0, -2.0), (-1.0, -9.0)]
   results = [
     {'model': model, 'id': str(i), 'label': 'ab'[i == 1], 'prediction': 'ab'[i == 1]}
-    | {'right': True, 'scores': [s / (1 + (model == 'tuned')) for s in pair]}
+    | {'values': {'right': [1.0]}, 'scores': [s / (1 + (model == 'tuned')) for s in pair]}
     for model in ('base', 'tuned')
     for i, pair in enumerate(scores)
   ]

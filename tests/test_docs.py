@@ -8,19 +8,23 @@ import shlex
 
 import pytest
 from field_words import FORBIDDEN
+from text_model import Says
 from tiny_tokenizer import tiny_files
 
 from ftjax.config import config_file, keys, section
 from ftjax.data import formats, preference_rows, prompts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.evaluation import tasks
+from ftjax.evaluation import kinds, run, tasks
+from ftjax.evaluation.model import Draw
+from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / 'README.md', ROOT / 'CHANGELOG.md', *(ROOT / 'docs').glob('*.md')])
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
 KEYS = set(section.flat(keys.default()))
+PARTS = {key.rpartition('.')[0] for key in KEYS if key.count('.') > 1}  # sections of a section
 SECTIONS = {k.partition('.')[0] for k in KEYS if '.' in k}
 
 _FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
@@ -219,7 +223,7 @@ def test_config_keys_exist(name):
   text = read(name)
   if name == 'docs/config_keys.md':
     text = text.partition('## Names in other tools')[0]
-  assert not [key for key in keys_named(text) if key not in KEYS]
+  assert not [key for key in keys_named(text) if key not in KEYS | PARTS]
 
 
 # Example rows
@@ -229,10 +233,10 @@ def section(text, heading):
   return text.partition(f'\n## {heading}\n')[2].partition('\n## ')[0]
 
 
-def rows_of(heading):
-  """(what the line begins with, row) of every row in a section of docs/data.md."""
+def rows_of(heading, page='docs/data.md'):
+  """(what the line begins with, row) of every row in a section of a page."""
   found = []
-  for line in section(read('docs/data.md'), heading).splitlines():
+  for line in section(read(page), heading).splitlines():
     for span in _SPAN.findall(line):
       if span.startswith('{"') and '…' not in span and '...' not in span:
         row = json.loads(span)
@@ -264,11 +268,22 @@ def test_prompt_rows_of_the_docs_give_an_answer(tmp_path):
 
 def test_evaluation_rows_of_the_docs_are_read(tmp_path):
   file = tmp_path / 'rows.jsonl'
-  found = rows_of('Evaluation tasks')
-  assert {kind for kind, _ in found} == set(tasks.KINDS)
+  found = rows_of('Kinds of tasks', 'docs/evaluation.md')
+  assert [kind for kind, _ in found] == [k for k in kinds.KINDS if k not in SAFETY_KINDS]
   for kind, row in found:
     file.write_text(json.dumps(row))
-    assert tasks.load_task('docs', kind, str(file)).rows[0].answer in json.dumps(row)
+    [read_row] = tasks.load_task('docs', kind, str(file)).rows
+    assert read_row.answer in json.dumps(row, ensure_ascii=False)
+
+
+def test_the_kind_of_the_docs_scores(tmp_path, monkeypatch):
+  [block] = [m[2] for m in _FENCE.finditer(read('docs/evaluation.md')) if 'Kind(' in m[2]]
+  (tmp_path / 'my_module.py').write_text(block)
+  (tmp_path / 'rows.jsonl').write_text('{"prompt": "Say it.", "limit": 3}')
+  monkeypatch.syspath_prepend(tmp_path)
+  task = tasks.load_task('short', 'my_module:SHORT', str(tmp_path / 'rows.jsonl'))
+  found = run.evaluate(task, Says({'Say it.': 'four'}), draw=Draw(9), title='base')
+  assert found[0].values == {'short': (0.0,), 'length': (4.0,)}
 
 
 def tiny():
