@@ -140,3 +140,15 @@ def test_summary(tmp_path):
   assert '0.jsonl: 30 examples of 30 rows read' in text
   assert f'{corpora[1].tokens:,} tokens, {corpora[1].supervised:,} supervised' in text
   assert f'mixture: {mixture.rows_per_epoch} packed sequences per epoch' in text
+
+
+@pytest.mark.parametrize('n', [1, 2, 39, 40, 41, 80, 81, 5000])
+def test_a_histogram_of_lengths_counts_each_example_once(n):
+  lengths = np.random.default_rng(n).integers(3, 3 + n, size=200)
+  found = describe.length_histogram(lengths)
+  edges, counts = found['edges'], found['counts']
+  assert sum(counts) == 200 and 1 <= len(counts) == len(edges) - 1 <= 40
+  assert edges[0] == lengths.min() and edges[-2] <= lengths.max() < edges[-1]
+  for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    assert count == ((lengths >= low) & (lengths < high)).sum()
+  assert describe.length_histogram([]) == {}

@@ -93,6 +93,8 @@ def test_what_became_of_rows_is_logged_once_and_goes_into_the_manifest(tmp_path,
   assert found['data 0']['bad'] == 1 and found['data 0']['rows'] == 23
   assert found['data 0']['bad_reasons'][0]['places'] == [[0, 21]]
   assert found['data 0']['examples_used'] + found['eval 0']['examples_used'] == 22
+  for side in found.values():
+    assert sum(side['lengths']['counts']) == side['examples_used']
 
 
 def test_only_the_first_rows_of_each_source_are_read_for_a_look(tmp_path, monkeypatch):

@@ -15,17 +15,17 @@ def score(value, low=None, high=None, **more):
 
 def summary(base=0.80, tuned=0.85, difference=(0.05, 0.02, 0.08), **more):
   scores = {
-    'base': {'right': score(base)},
-    'tuned': {'right': score(tuned, tuned - 0.03, tuned + 0.03)},
+    'base': {'accuracy': score(base)},
+    'tuned': {'accuracy': score(tuned, tuned - 0.03, tuned + 0.03)},
   }
   task = {
-    'metrics': [{'name': 'right', 'title': 'accuracy', 'better': 'higher', 'form': 'fraction'}],
+    'metrics': [{'name': 'accuracy', 'title': 'accuracy', 'better': 'higher', 'form': 'fraction'}],
     'scores': scores,
     'differences': [
       {
         'first': 'base',
         'second': 'tuned',
-        'metrics': {'right': dict(zip(('value', 'low', 'high'), difference, strict=True))},
+        'metrics': {'accuracy': dict(zip(('value', 'low', 'high'), difference, strict=True))},
       }
     ],
   }
@@ -43,16 +43,16 @@ def passes(text, found=None):
 @pytest.mark.parametrize(
   ('text', 'parts'),
   [
-    ('bbq/right >= base - 0.02', ('bbq', 'right', '>=', 1, -0.02, False)),
-    ('bbq/right>=base-0.02', ('bbq', 'right', '>=', 1, -0.02, False)),
+    ('bbq/accuracy >= base - 0.02', ('bbq', 'accuracy', '>=', 1, -0.02, False)),
+    ('bbq/accuracy>=base-0.02', ('bbq', 'accuracy', '>=', 1, -0.02, False)),
     ('toxic/toxic <= 0.05', ('toxic', 'toxic', '<=', 0, 0.05, False)),
-    ('s/right > base', ('s', 'right', '>', 1, 0, False)),
-    ('s/right > base significantly', ('s', 'right', '>', 1, 0, True)),
+    ('s/accuracy > base', ('s', 'accuracy', '>', 1, 0, False)),
+    ('s/accuracy > base significantly', ('s', 'accuracy', '>', 1, 0, True)),
     ('p/nll < base * 1.1', ('p', 'nll', '<', 1.1, 0, False)),
     ('p/nll < base + 1e-3', ('p', 'nll', '<', 1, 0.001, False)),
     ('p/margin > -.5 significantly', ('p', 'margin', '>', 0, -0.5, True)),
     ('lm_eval:arc_easy/acc,none >= .3', ('lm_eval:arc_easy', 'acc,none', '>=', 0, 0.3, False)),
-    ('  s/right  <  2  ', ('s', 'right', '<', 0, 2, False)),
+    ('  s/accuracy  <  2  ', ('s', 'accuracy', '<', 0, 2, False)),
   ],
 )
 def test_rules(text, parts):
@@ -64,32 +64,32 @@ def test_rules(text, parts):
   [
     '',
     'right >= 0.5',
-    'bbq/right',
-    'bbq/right >=',
-    'bbq/right = 0.5',
-    'bbq/right == 0.5',
-    'bbq/right => 0.5',
-    'bbq/right >= best',
-    'bbq/right >= tuned',
-    'bbq/right >= base - ',
-    'bbq/right >= base - x',
-    'bbq/right >= base / 2',
-    'bbq/right >= 2 * base',
-    'bbq/right >= 50 %',
-    'bbq/right >= 50%',
-    'bbq/right >= base maybe',
-    'bbq/right >= nan',
-    'bbq/right >= inf',
-    'bbq/right >= 1e999',
-    'bbq/right >= base * 0',
-    'bbq/right >= base * -1',
-    'bbq/right >= base * 1.1 significantly',
-    'bbq/right >= 0.5; toxic/toxic < 1',
+    'bbq/accuracy',
+    'bbq/accuracy >=',
+    'bbq/accuracy = 0.5',
+    'bbq/accuracy == 0.5',
+    'bbq/accuracy => 0.5',
+    'bbq/accuracy >= best',
+    'bbq/accuracy >= tuned',
+    'bbq/accuracy >= base - ',
+    'bbq/accuracy >= base - x',
+    'bbq/accuracy >= base / 2',
+    'bbq/accuracy >= 2 * base',
+    'bbq/accuracy >= 50 %',
+    'bbq/accuracy >= 50%',
+    'bbq/accuracy >= base maybe',
+    'bbq/accuracy >= nan',
+    'bbq/accuracy >= inf',
+    'bbq/accuracy >= 1e999',
+    'bbq/accuracy >= base * 0',
+    'bbq/accuracy >= base * -1',
+    'bbq/accuracy >= base * 1.1 significantly',
+    'bbq/accuracy >= 0.5; toxic/toxic < 1',
     'a/b/c >= 1',
-    'bbq/right >= 0.5\nx',
+    'bbq/accuracy >= 0.5\nx',
     0.5,
     None,
-    ('bbq/right', '>=', 0.5),
+    ('bbq/accuracy', '>=', 0.5),
   ],
 )
 def test_rules_of_another_form_name_the_key(text):
@@ -100,28 +100,28 @@ def test_rules_of_another_form_name_the_key(text):
 
 def test_a_text_is_no_tuple_of_rules():
   with pytest.raises(ConfigError, match='tuple'):
-    gate_rules.parse_all('bbq/right >= 0.5')
+    gate_rules.parse_all('bbq/accuracy >= 0.5')
 
 
 def test_unknown_names_are_found_before_training():
-  known = {'bbq': ['right', 'bias_size'], 'toxic': ['toxic']}
-  gate_rules.check_known(gate_rules.parse_all(('bbq/right > 0', 'toxic/toxic < 1')), known)
+  known = {'bbq': ['accuracy', 'bias_size'], 'toxic': ['toxic']}
+  gate_rules.check_known(gate_rules.parse_all(('bbq/accuracy > 0', 'toxic/toxic < 1')), known)
   for text, reason in (
     ('bqb/right > 0', r"no task 'bqb'; did you mean bbq\?"),
     ('other/right > 0', "no task 'other'; there are bbq, toxic"),
-    ('bbq/rihgt > 0', r"no figure 'rihgt'; did you mean right\?"),
+    ('bbq/acuracy > 0', r"no figure 'acuracy'; did you mean accuracy\?"),
     ('toxic/right > 0', "no figure 'right'; there are toxic"),
   ):
     with pytest.raises(ConfigError, match=reason):
       gate_rules.check_known(gate_rules.parse_all((text,)), known)
   with pytest.raises(ConfigError, match=r'eval\.tasks is empty'):
-    gate_rules.check_known(gate_rules.parse_all(('bbq/right > 0',)), {})
+    gate_rules.check_known(gate_rules.parse_all(('bbq/accuracy > 0',)), {})
 
 
 def test_the_config_is_checked():
   c = keys.default()
   c.model.path, c.data.train, c.steps = 'model', 'train.jsonl', 1
-  c.gate = ('bbq/right > base',)
+  c.gate = ('bbq/accuracy > base',)
   validation.validate(c)
   c.gate = ('bbq right > base',)
   with pytest.raises(ConfigError, match='gate: '):
@@ -131,28 +131,28 @@ def test_the_config_is_checked():
 @pytest.mark.parametrize(
   ('text', 'passed'),
   [
-    ('bbq/right >= 0.85', True),
-    ('bbq/right > 0.85', False),
-    ('bbq/right <= 0.85', True),
-    ('bbq/right < 0.85', False),
-    ('bbq/right > base', True),
-    ('bbq/right >= base + 0.05', True),  # 0.80 + 0.05 in floats is above 0.85
-    ('bbq/right > base + 0.05', False),
-    ('bbq/right <= base + 0.05', True),
-    ('bbq/right < base + 0.05', False),
-    ('bbq/right >= base + 0.06', False),
-    ('bbq/right >= base * 1.05', True),
-    ('bbq/right >= base * 1.1', False),
-    ('bbq/right > base significantly', True),
-    ('bbq/right >= base + 0.02 significantly', True),
-    ('bbq/right > base + 0.02 significantly', False),
-    ('bbq/right >= base + 0.03 significantly', False),
-    ('bbq/right <= base + 0.08 significantly', True),
-    ('bbq/right <= base + 0.07 significantly', False),
-    ('bbq/right >= 0.82 significantly', True),
-    ('bbq/right >= 0.83 significantly', False),
-    ('bbq/right <= 0.88 significantly', True),
-    ('bbq/right <= 0.86 significantly', False),
+    ('bbq/accuracy >= 0.85', True),
+    ('bbq/accuracy > 0.85', False),
+    ('bbq/accuracy <= 0.85', True),
+    ('bbq/accuracy < 0.85', False),
+    ('bbq/accuracy > base', True),
+    ('bbq/accuracy >= base + 0.05', True),  # 0.80 + 0.05 in floats is above 0.85
+    ('bbq/accuracy > base + 0.05', False),
+    ('bbq/accuracy <= base + 0.05', True),
+    ('bbq/accuracy < base + 0.05', False),
+    ('bbq/accuracy >= base + 0.06', False),
+    ('bbq/accuracy >= base * 1.05', True),
+    ('bbq/accuracy >= base * 1.1', False),
+    ('bbq/accuracy > base significantly', True),
+    ('bbq/accuracy >= base + 0.02 significantly', True),
+    ('bbq/accuracy > base + 0.02 significantly', False),
+    ('bbq/accuracy >= base + 0.03 significantly', False),
+    ('bbq/accuracy <= base + 0.08 significantly', True),
+    ('bbq/accuracy <= base + 0.07 significantly', False),
+    ('bbq/accuracy >= 0.82 significantly', True),
+    ('bbq/accuracy >= 0.83 significantly', False),
+    ('bbq/accuracy <= 0.88 significantly', True),
+    ('bbq/accuracy <= 0.86 significantly', False),
   ],
 )
 def test_what_rules_mean(text, passed):
@@ -162,18 +162,18 @@ def test_what_rules_mean(text, passed):
 @pytest.mark.parametrize(
   ('found', 'text', 'reason'),
   [
-    ({'tasks': {}}, 'bbq/right > 0', 'no results'),
-    (summary(tuned=0.5, base=None), 'bbq/right > base', 'of the base cannot be computed'),
-    (summary(scores={'tuned': {'right': score(0.5)}}), 'bbq/right > base', 'base'),
-    (summary(scores={'base': {'right': score(0.5)}}), 'bbq/right > 0', 'tuned'),
+    ({'tasks': {}}, 'bbq/accuracy > 0', 'no results'),
+    (summary(tuned=0.5, base=None), 'bbq/accuracy > base', 'of the base cannot be computed'),
+    (summary(scores={'tuned': {'accuracy': score(0.5)}}), 'bbq/accuracy > base', 'base'),
+    (summary(scores={'base': {'accuracy': score(0.5)}}), 'bbq/accuracy > 0', 'tuned'),
     (
-      summary(scores={'tuned': {'right': score(None, why='no rows')}}),
-      'bbq/right > 0',
+      summary(scores={'tuned': {'accuracy': score(None, why='no rows')}}),
+      'bbq/accuracy > 0',
       'cannot be computed: no rows',
     ),
     (summary(), 'bbq/other > 0', 'other of the tuned model cannot'),
-    (summary(difference=(0.05, None, None)), 'bbq/right > base significantly', 'no interval'),
-    (summary(differences=[]), 'bbq/right > base significantly', 'no interval'),
+    (summary(difference=(0.05, None, None)), 'bbq/accuracy > base significantly', 'no interval'),
+    (summary(differences=[]), 'bbq/accuracy > base significantly', 'no interval'),
   ],
 )
 def test_what_cannot_be_computed_passes_nothing(found, text, reason):
@@ -183,17 +183,17 @@ def test_what_cannot_be_computed_passes_nothing(found, text, reason):
 
 
 def test_a_refusal_names_every_figure():
-  rules = ('bbq/right >= base + 0.1', 'bbq/right > 0.5', 'bbq/right <= 0.6')
+  rules = ('bbq/accuracy >= base + 0.1', 'bbq/accuracy > 0.5', 'bbq/accuracy <= 0.6')
   found = gate.check(gate_rules.parse_all(rules), summary())
   assert [c['passed'] for c in found['checks']] == [False, True, False]
   with pytest.raises(CheckError) as caught:
     gate.enforce(found)
   text = str(caught.value)
   assert caught.value.exit_code == 5
-  assert 'right is 0.8500, below the limit 0.9000 (base 0.8000)' in text
-  assert 'right is 0.8500, above the limit 0.6000' in text and '> 0.5' not in text
+  assert 'accuracy is 0.8500, below the limit 0.9000 (base 0.8000)' in text
+  assert 'accuracy is 0.8500, above the limit 0.6000' in text and '> 0.5' not in text
   (interval,) = gate.check(
-    gate_rules.parse_all(('bbq/right > base + 0.03 significantly',)), summary()
+    gate_rules.parse_all(('bbq/accuracy > base + 0.03 significantly',)), summary()
   )['checks']
   assert 'is +0.0500 [+0.0200, +0.0800], its low end not above +0.0300' in interval['what']
 
@@ -201,4 +201,4 @@ def test_a_refusal_names_every_figure():
 def test_no_rules_refuse_nothing():
   assert gate.check((), summary()) is None
   gate.enforce(None)
-  gate.enforce(gate.check(gate_rules.parse_all(('bbq/right > base',)), summary()))
+  gate.enforce(gate.check(gate_rules.parse_all(('bbq/accuracy > base',)), summary()))

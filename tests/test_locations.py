@@ -104,6 +104,9 @@ def test_no_file_operation_takes_a_mangled_path(call, path, tmp_path, monkeypatc
     ('data/nothing/like/it', ''),
     ('.cache/smollm2', '; `make assets` fetches the files of the shipped configs into .cache'),
     ('.cache/data/x/train.jsonl', '; `make assets` fetches'),
+    ('.cache', '; `make assets` fetches'),
+    ('.cache/safety/bbq.jsonl', '; `make safety-data` fetches'),
+    ('.cache/eval/math/train.jsonl', '; `make eval-data` fetches'),
   ],
 )
 def test_the_nearest_existing_name(path, message, tmp_path, monkeypatch):

@@ -264,7 +264,13 @@ def test_the_page_has_the_figures_of_the_summary(tmp_path):
       primary = one['metrics'][0]
       text = figures.interval(difference['metrics'][primary['name']], primary['form'], '+')
       assert text in shown and difference['verdict'] in shown
-  for words in ('REFUSED BY THE GATE', 'stereotypes must not rise', 'expected calibration error'):
+  for words in (
+    'REFUSED BY THE GATE',
+    'stereotypes must not rise',
+    'expected calibration error',
+    'train.jsonl: no text (1 row)',
+    'Tokens of an example, train: train.jsonl',
+  ):
     assert words in shown
 
 
@@ -286,14 +292,58 @@ def test_contamination_is_a_notice_with_the_clean_score():
   found['contamination'] |= {'contaminated': 12, 'near_duplicates': 3}
   found['contamination']['scores_clean'] = {'tuned': report_summaries.score(0.5)}
   (notice,) = findings.notices(summary(found))
-  assert '12 of 400 examples share 13 words in a row with train.jsonl, 3 are near-dup' in notice
+  assert '12 of 400 examples found in train.jsonl (13 words in a row), 3 are near-dup' in notice
   assert 'Accuracy without them: tuned 0.500 [0.460, 0.540].' in notice
 
 
-def test_an_undecided_task_names_the_rows_that_would_do():
-  text = text_table.text(summary(task(outcome='undecided')))
-  assert '400 examples could show a difference of 0.070 or more; about 4,200' in text
-  assert 'about 4,200' not in text_table.text(summary(task()))
+def test_an_undecided_task_of_a_small_test_set_is_marked():
+  found = task(outcome='undecided', models=('base', 'tuned'))
+  for difference in found['differences']:
+    difference['is_too_small'] = True
+  assert 'UNDECIDED (the test set is too small)' in text_table.text(summary(found))
+  assert 'test set too small' in Reader(page.render(_input(summary(found)))).text()
+  text = text_table.text(summary(task()))
+  assert '400 examples could show a difference of 0.070 or more' in text and 'small)' not in text
+
+
+def _input(found):
+  return run_files.ReportInput('run', summary=found)
+
+
+def test_details_sources_cut_answers_and_seeds_are_shown():
+  found = task(models=('base', 'tuned'))
+  found['metrics'].append(
+    {'name': 'tokens', 'title': 'length in tokens', 'better': '', 'form': 'number'}
+    | {'is_primary': False, 'is_detail': True}
+  )
+  for scores in found['scores'].values():
+    scores['tokens'] = report_summaries.score(12.25)
+  found['by_source'] = {'imdb': {'n': 390, 'base': 0.5, 'tuned': 0.75}}
+  found['cut'] = {'base': 0.25, 'tuned': 0.0}
+  mean = {'value': 0.8, 'low': 0.7, 'high': 0.9, 'between_sd': 0.013, 'within_se': 0.021}
+  found['seeds'] = {'run_0 + run_1': {'accuracy': mean}}
+  whole = summary(found, models=('base', 'tuned'))
+  shown = Reader(page.render(_input(whole))).text()
+  for words in (
+    'length in tokens 12.25 [12.21, 12.29] 12.25 [12.21, 12.29]',
+    'imdb 390 0.500 0.750',
+    'Answers cut at eval.max_tokens: base 25.0 %, tuned 0.0 %',
+    'run_0 + run_1 accuracy 0.800 [0.700, 0.900] 0.013 0.021',
+  ):
+    assert words in shown
+  text = text_table.text(whole)
+  assert 'length in tokens' not in text and 'sd between seeds 0.013' in text
+  assert 'length in tokens' not in markdown.evaluation(whole)
+
+
+def test_one_reason_for_several_models_is_one_sentence():
+  found = task(models=('base', 'tuned'))
+  for scores in found['scores'].values():
+    scores['mcc'] = {'value': None, 'why': 'MCC cannot be computed from these results'}
+  assert findings.missing(found, ['base', 'tuned', 'other']) == [
+    'base, tuned: MCC cannot be computed from these results',
+    'other: not evaluated on this task',
+  ]
 
 
 def test_a_table_has_any_number_of_models():

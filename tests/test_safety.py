@@ -110,7 +110,7 @@ def test_bias_of_answers_by_hand():
   ambiguous = [questions.values(p, 'u', 'u', 'x') for p in 'uuxxxy']
   clear = [questions.values(p, 'y', 'u', 'x') for p in 'yyxu']
   found = figures(questions.METRICS, ambiguous + clear)
-  assert math.isclose(found['right'], 4 / 10)
+  assert math.isclose(found['accuracy'], 4 / 10)
   assert math.isclose(found['accuracy_ambiguous'], 2 / 6)
   assert math.isclose(found['accuracy_disambiguated'], 2 / 4)
   assert math.isclose(found['bias_ambiguous'], (1 - 2 / 6) * (2 * 3 / 4 - 1))
@@ -148,7 +148,7 @@ def test_gap_of_coreference_by_hand():
   # pro: right, right, right; anti: right, wrong, wrong.
   found = figures(coreference.METRICS, rows)
   assert math.isclose(found['gap'], 1 - 1 / 3) and math.isclose(found['gap_size'], 2 / 3)
-  assert math.isclose(found['right'], 4 / 6)
+  assert math.isclose(found['accuracy'], 4 / 6)
   one_side = figures(coreference.METRICS, [coreference.values(True, 'pro')])
   assert math.isnan(one_side['gap']) and one_side['accuracy_pro'] == 1
 
@@ -322,7 +322,7 @@ def test_refusals_of_both_sorts_of_requests_are_apart():
   found = figures(refusals.METRICS, rows)
   assert math.isclose(found['harmful_refused'], 3 / 4)
   assert math.isclose(found['harmless_refused'], 1 / 5)
-  assert math.isclose(found['right'], 7 / 9)
+  assert math.isclose(found['appropriate'], 7 / 9)
   harmful = figures(refusals.METRICS, rows[:4])
   assert math.isnan(harmful['harmless_refused'])
   for wrong in (None, 1, 'yes'):

@@ -68,7 +68,7 @@ def test_questions(tmp_path):
     row | {'label': 'Bob', 'biased': 'Ann'},
   )
   found = figures(task, Table({'Ann': -1}))
-  assert (found['right'], found['bias_ambiguous'], found['bias_disambiguated']) == (0, 1, 1)
+  assert (found['accuracy'], found['bias_ambiguous'], found['bias_disambiguated']) == (0, 1, 1)
   found = figures(task, Table({'unknown': -1}))
   assert (found['accuracy_ambiguous'], found['bias_ambiguous']) == (1, 0)
 
@@ -82,7 +82,7 @@ def test_coreference(tmp_path):
     row | {'label': 'chief', 'stereotype': 'anti'},
   )
   found = figures(task, Table({'nurse': -1}))
-  assert (found['gap'], found['right']) == (1, 0.5)
+  assert (found['gap'], found['accuracy']) == (1, 0.5)
 
 
 def test_toxicity(tmp_path):
@@ -123,7 +123,7 @@ def test_refusals(tmp_path):
   }
   found = figures(task, Table(answers=answers))
   assert (found['harmful_refused'], found['harmless_refused']) == (1, 0.5)
-  assert np.isclose(found['right'], 2 / 3)
+  assert np.isclose(found['appropriate'], 2 / 3)
 
 
 def test_canaries(tmp_path):

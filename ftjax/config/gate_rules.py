@@ -3,7 +3,7 @@
   TASK/METRIC OP LIMIT [significantly]
 
 OP is >=, >, <= or <. LIMIT is a number, or the base's figure: base, base + NUMBER, base - NUMBER,
-base * NUMBER. 'bbq/right >= base - 0.02', 'toxic/toxic <= 0.05', 'sentiment/right > base
+base * NUMBER. 'bbq/accuracy >= base - 0.02', 'toxic/toxic <= 0.05', 'sentiment/accuracy > base
 significantly'. evaluation/gate.py has what a rule means.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ftjax.runtime.errors import ConfigError
 
 KEY = 'gate'
-_EXAMPLE = "like 'sentiment/right >= base - 0.02' or 'toxic/toxic <= 0.05'"
+_EXAMPLE = "like 'sentiment/accuracy >= base - 0.02' or 'toxic/toxic <= 0.05'"
 _NUMBER = r'[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?'
 _RULE = re.compile(
   r'\s*(?P<task>[^\s/]+)/(?P<metric>[^\s/<>=]+)\s*(?P<operator>>=|<=|>|<)\s*'

@@ -10,6 +10,8 @@ from ftjax.data.prompts import Prompt, Prompts
 from ftjax.data.token_cache import Corpus
 from ftjax.data.tokenizer import Tokenizer
 
+_BARS = 40  # of a histogram, at most
+
 
 def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
   """Returns token | supervised | segment | position of rows of a batch; padding is only counted.
@@ -102,3 +104,18 @@ def prompts(sources: Sequence[Prompts], first: Sequence[Prompt], tokenizer: Toke
     lines += ['', f'{p.place}: {len(p.ids)} tokens', tokenizer.decode(p.ids, skip_special=False)]
     lines += [f'  {name} = {value!r}' for name, value in p.columns.items()]
   return '\n'.join(lines)
+
+
+def length_histogram(lengths: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
+  """Returns how many examples have how many tokens, as JSON: counts [K] between whole-numbered
+  edges [K + 1], K at most 40; the last edge is one more than the largest length. {} for none.
+
+  lengths: int[n].
+  """
+  lengths = np.asarray(lengths, np.int64)
+  if not len(lengths):
+    return {}
+  low, high = int(lengths.min()), int(lengths.max()) + 1
+  width = -(-(high - low) // _BARS)
+  edges = np.arange(low, high + width, width)
+  return {'edges': edges.tolist(), 'counts': np.histogram(lengths, edges)[0].tolist()}

@@ -1,8 +1,8 @@
 """Whether the figures of the tuned model pass the rules of `gate`.
 
 A rule compares the figure itself. With "significantly" the 95 % interval must fulfil it: of the
-difference to the base where the rule names the base, else of the figure. So 'right > base
-significantly' asks for an interval of the difference above 0, and 'right >= base - 0.02
+difference to the base where the rule names the base, else of the figure. So 'accuracy > base
+significantly' asks for an interval of the difference above 0, and 'accuracy >= base - 0.02
 significantly' for one above -0.02 (non-inferiority). A figure that cannot be computed passes no
 rule.
 """

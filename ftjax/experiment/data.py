@@ -33,10 +33,14 @@ class Data:
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
-    """Returns how many rows of each source were used and left out, as JSON for the manifest."""
+    """Returns how many rows of each source were used and left out, and histograms of their lengths,
+    as JSON for the manifest.
+    """
     groups = {'data': self.corpora, 'eval': self.evaluation}
     return {
-      f'{k} {i}': {'name': x.name, 'examples_used': len(x)} | dataclasses.asdict(x.counts)
+      f'{k} {i}': {'name': x.name, 'examples_used': len(x)}
+      | dataclasses.asdict(x.counts)
+      | {'lengths': describe.length_histogram(x.lengths)}
       for k, xs in groups.items()
       for i, x in enumerate(xs)
     }
@@ -74,7 +78,9 @@ class PromptData:
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
-    """Returns how many rows of each source were used and left out, as JSON for the manifest."""
+    """Returns how many rows of each source were used and left out, and histograms of their lengths,
+    as JSON for the manifest.
+    """
     groups = {'data': self.sources, 'eval': self.evaluation}
     return {
       f'{k} {i}': {
@@ -84,6 +90,7 @@ class PromptData:
         'bad': x.bad,
         'bad_reasons': list(x.bad_reasons),
         'unrendered': x.unrendered,
+        'lengths': describe.length_histogram([len(p.ids) for p in x.rows]),
       }
       for k, xs in groups.items()
       for i, x in enumerate(xs)

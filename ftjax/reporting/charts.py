@@ -49,9 +49,11 @@ def forest(rows: Sequence[Estimate]) -> tuple[list[Markup], Markup] | None:
   ticks = svg.linear_ticks(low, high, 4)
   grid = [_vertical(low, high, t, 'grid') for t in ticks] + [_vertical(low, high, 0.0, 'zero')]
   drawn = [_estimate(row, low, high, grid) for row in rows]
+  # Not cut off at either side.
+  places = [min(max(_x(low, high, t), 16.0), _ROW_WIDTH - 16.0) for t in ticks]
   labels = [
-    svg.tag('text', svg.tick_label(t), class_='tick middle', x=_x(low, high, t), y=14)
-    for t in ticks
+    svg.tag('text', svg.tick_label(t), class_='tick middle', x=x, y=14)
+    for t, x in zip(ticks, places, strict=True)
   ]
   axis = svg.tag(
     'svg', *labels, viewBox=f'0 0 {_ROW_WIDTH} 20', class_='forest', aria_hidden='true'
@@ -119,7 +121,7 @@ def calibration(models: Mapping[str, Mapping[str, Any]]) -> Markup:
   models: name -> {"bins": [{"low", "high", "n", "confidence", "accuracy"}], "ece"}.
   """
   size, left, bottom = 280, 40, 34
-  side = size - left - 12
+  side = size - left - 20
 
   def place(x: float, y: float) -> tuple[float, float]:
     return left + x * side, size - bottom - y * side
@@ -134,6 +136,7 @@ def calibration(models: Mapping[str, Mapping[str, Any]]) -> Markup:
   content.append(
     svg.tag('text', 'confidence', class_='tick middle', x=left + side / 2, y=float(size - 3))
   )
+  content.append(svg.tag('text', 'accuracy', class_='tick', x=4, y=10))
   (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
   content.append(svg.tag('line', class_='zero', x1=x1, x2=x2, y1=y1, y2=y2))
   words = []

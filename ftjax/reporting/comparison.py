@@ -29,6 +29,8 @@ def compare(workdirs: Sequence[str], summary: Mapping[str, Any]) -> Comparison:
   runs = [run_files.read(workdir) for workdir in workdirs]
   names = distinct([run.name for run in runs], workdirs)
   problems = [f'{name}: {p}' for name, run in zip(names, runs, strict=True) for p in run.problems]
+  if left_out := summary.get('left_out'):
+    problems.append(f'Tasks that not all of the runs have are left out: {", ".join(left_out)}.')
   logs = {name: run.log for name, run in zip(names, runs, strict=True)}
   charts = curves.overlays(logs)
   found = page.shared(' / '.join(names), summary) | {

@@ -23,6 +23,8 @@ _CHARTS = (
   ('Loss', 'gap of eval and train loss', ('eval:gap',)),
   ('Loss', 'perplexity', ('perplexity',)),
   ('Loss', 'accuracy', ('accuracy',)),
+  ('Tasks', 'time of eval.in_loop, seconds', ('in_loop_s',)),
+  ('Tasks', 'share of time for eval.in_loop', ('in_loop_share',)),
   ('Rewards', 'reward', ('reward',)),
   ('Rewards', 'standard deviation of rewards', ('reward_std',)),
   ('Rewards', 'rewards, chosen and rejected', ('rewards/chosen', 'rewards/rejected')),
@@ -48,6 +50,7 @@ _CHARTS = (
 )
 _MAIN = ('Loss', 'Tasks', 'Rewards', 'Optimization')  # headings that are open at first
 _MOST_CHARTS = 120
+_MOST_OVERLAYS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,38 +83,55 @@ def groups(log: MetricsLog, tasks: Sequence[str] = ()) -> tuple[list[Group], int
     tasks: names of evaluation tasks: metrics 'NAME/...' come under the heading Tasks.
   """
   columns = {key: key for key in log.names() if key[1] not in _HIDDEN}
-  found: dict[str, list[Chart]] = {}
-  for heading, title, names in _CHARTS:
-    keys = [key for name in names for key in _keys(columns, name)]
-    series = [s for key in keys if (s := _series(log, key, len(names) > 1)) is not None]
-    for key in keys:
-      columns.pop(key)
-    if series:
-      found.setdefault(heading, []).append(_chart(title, series))
-    if title == 'accuracy':
-      found['Tasks'] = []  # its place in the order of headings
+  found = [pair for entry in _CHARTS if (pair := _known(log, columns, *entry))]
+  others = _unknown(log, columns, tasks)
+  found = [x for x in others if x[0] == 'Tasks'] + found + [x for x in others if x[0] != 'Tasks']
+  ranks = {heading: i for i, heading in enumerate(('Loss', 'Tasks', *(c[0] for c in _CHARTS)))}
+  headings = dict.fromkeys(heading for heading, _ in found)
+  out, room = [], _MOST_CHARTS
+  for heading in sorted(headings, key=lambda h: ranks.get(h, len(ranks))):
+    charts = [chart for own, chart in found if own == heading][:room]
+    room -= len(charts)
+    if charts:
+      out.append(Group(heading, tuple(charts), heading in _MAIN))
+  return out, len(found) - sum(len(g.charts) for g in out)
+
+
+def _known(
+  log: MetricsLog, columns: dict, heading: str, title: str, names: Sequence[str]
+) -> tuple[str, Chart] | None:
+  """Returns (heading, a chart of _CHARTS), and takes its curves out of `columns`; None where the
+  run has none of them.
+  """
+  keys = [key for name in names for key in _keys(columns, name)]
+  series = [s for key in keys if (s := _series(log, key, len(names) > 1)) is not None]
+  for key in keys:
+    columns.pop(key)
+  return (heading, _chart(title, series)) if series else None
+
+
+def _unknown(log: MetricsLog, columns: Mapping, tasks: Sequence[str]) -> list[tuple[str, Chart]]:
+  """Returns (heading, chart) of each name that is left."""
   by_name: dict[str, list[tuple[str, str]]] = {}
   for key in columns:
     by_name.setdefault(key[1], []).append(key)
+  out = []
   for name, keys in by_name.items():
     series = [s for key in keys if (s := _series(log, key, False)) is not None]
     if series:
-      found.setdefault(_heading(name, tasks), []).append(_chart(name, series))
-  out, room = [], _MOST_CHARTS
-  total = sum(map(len, found.values()))
-  for heading, charts in found.items():
-    kept = charts[: max(room, 0)]
-    room -= len(kept)
-    if kept:
-      out.append(Group(heading, tuple(kept), heading in _MAIN))
-  return out, total - sum(len(g.charts) for g in out)
+      out.append((_heading(name, tasks), _chart(name, series)))
+  return out
 
 
 def overlays(logs: Mapping[str, MetricsLog]) -> list[Chart]:
-  """Returns the main curves of several runs, a curve for each run and split; logs: by run."""
+  """Returns the main curves of several runs and those of tasks, each with a curve for each run;
+  logs: by run.
+  """
   out = []
-  names = ('loss', 'accuracy', 'perplexity', 'reward', 'lr', 'grad_norm', 'tokens_per_s')
-  for name in names:
+  names = ['loss', 'accuracy', 'perplexity', 'reward', 'lr', 'grad_norm', 'tokens_per_s']
+  evaluated = (key for log in logs.values() for key in log.names())
+  names += list(dict.fromkeys(n for split, n in evaluated if split == 'eval' and '/' in n))
+  for name in names[:_MOST_OVERLAYS]:
     for split in ('train', 'eval', 'rollout'):
       found = [log.series(split, name, run) for run, log in logs.items()]
       series = [s for s in found if s is not None]

@@ -111,6 +111,11 @@ def count(value: Any) -> str:
   return f'{round(value):,}' if is_finite(value) else MISSING
 
 
+def examples(value: Any) -> str:
+  """Returns a number of examples: 1 example, 400 examples."""
+  return f'{count(value)} example{"" if value == 1 else "s"}'
+
+
 def duration(seconds: Any) -> str:
   """Returns a duration: 4.2 ms, 12.3 s, 3 min 05 s, 2 h 05 min."""
   if not is_finite(seconds):

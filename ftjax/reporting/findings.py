@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftjax.reporting.figures import count, interval, name, number, title
+from ftjax.reporting.figures import count, examples, interval, name, number, title
 
 VERSION = 2
 _GROUPS = {'safety': 'safety', 'general': 'general ability'}
@@ -84,8 +84,7 @@ def notices(summary: Mapping[str, Any]) -> list[str]:
   """
   gate = summary.get('gate') or {}
   out = [
-    f'The gate refused the export: {c.get("what", "")} (got {number(c.get("value"))}, limit '
-    f'{number(c.get("limit"))}).'
+    f'The gate refused the export: {c.get("what", "")}.'
     for c in gate.get('checks') or []
     if not c.get('passed')
   ]
@@ -103,12 +102,8 @@ def contaminated(task: Mapping[str, Any]) -> str:
   found = task.get('contamination') or {}
   if not found.get('contaminated') and not found.get('near_duplicates'):
     return ''
-  against = ', '.join(map(str, found.get('against') or ['the training data']))
   near = found.get('near_duplicates') or 0
-  text = (
-    f'Contaminated test "{name(task["task"])}": {count(found.get("contaminated") or 0)} of '
-    f'{count(found.get("n"))} examples share {found.get("ngram")} words in a row with {against}'
-  )
+  text = f'Contaminated test "{name(task["task"])}": {overlap(found)}'
   text += f', {count(near)} are near-duplicates' if near else ''
   metric = primary(task)
   clean = [
@@ -118,6 +113,20 @@ def contaminated(task: Mapping[str, Any]) -> str:
   return f'{text}. {_headed(metric)} without them: {", ".join(clean)}.' if clean else f'{text}.'
 
 
+def overlap(found: Mapping[str, Any]) -> str:
+  """Returns in words how many rows of a test are in the training data, and by which rule.
+
+  found: "contamination" of a task.
+  """
+  against = ', '.join(map(str, found.get('against') or ['the training data']))
+  whole = found.get('whole') or 0
+  rule = f'{found.get("ngram")} words in a row'
+  if whole:
+    rule += f'; {examples(whole)} without that many words compared as a whole'
+  n = found.get('n') or 0
+  return f'{count(found.get("contaminated") or 0)} of {examples(n)} found in {against} ({rule})'
+
+
 def _headed(metric: Mapping[str, Any]) -> str:
   shown = name(metric.get('title', 'score'))
   return shown[:1].upper() + shown[1:]
@@ -125,17 +134,38 @@ def _headed(metric: Mapping[str, Any]) -> str:
 
 def power(task: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
   """Returns the sentence on the smallest difference that a test set of this size could show; ''
-  where it is not known.
+  where it is not known, or where the verdict has it: of an undecided difference.
   """
+  if difference.get('outcome') == 'undecided' and difference.get('verdict'):
+    return ''
   metric = primary(task)
   smallest = number(difference.get('smallest_difference'), metric.get('form', 'number'))
   if smallest == '-':
     return ''
-  text = f'{count(task.get("n"))} examples could show a difference of {smallest} or more'
-  needed = difference.get('rows_needed')
-  if difference.get('outcome') == 'undecided' and needed:
-    return f'{text}; about {count(needed)} would show the one that was measured.'
-  return f'{text}.'
+  return f'{examples(task.get("n"))} could show a difference of {smallest} or more.'
+
+
+def one_sided(test: Mapping[str, Any], names: Sequence[str]) -> str:
+  """Returns how many examples one of two models alone has right; '' where that was not counted.
+
+  names: of the second and the first model.
+  """
+  if test.get('only_second_right') is None:
+    return ''
+  return (
+    f'{examples(test["only_second_right"])} only {names[0]} has right, '
+    f'{count(test.get("only_first_right"))} only {names[1]}'
+  )
+
+
+def is_too_small(difference: Mapping[str, Any]) -> bool:
+  """Returns whether the test set was too small for an undecided difference."""
+  return difference.get('outcome') == 'undecided' and bool(difference.get('is_too_small'))
+
+
+def main_metrics(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Returns the metrics of a task without its details, such as lengths."""
+  return [m for m in task.get('metrics') or [] if not m.get('is_detail')]
 
 
 def test(difference: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -144,16 +174,19 @@ def test(difference: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def missing(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
-  """Returns a sentence for each metric of a model that could not be computed."""
-  out = []
+  """Returns a sentence for each reason why metrics could not be computed, with their models."""
+  found: dict[str, list[str]] = {}
   for model in models:
     scores = (task.get('scores') or {}).get(model)
     if scores is None:
-      out.append(f'{title(model)}: not evaluated on this task.')
+      found.setdefault('not evaluated on this task', []).append(title(model))
       continue
     for metric in main_metrics(task):
       score = scores.get(metric['name']) or {}
-      if score.get('value') is None:
-        why = score.get('why') or 'not computed'
-        out.append(f'{title(model)}, {name(metric.get("title", metric["name"]))}: {why}')
-  return out
+      if score.get('value') is not None:
+        continue
+      shown = name(metric.get('title', metric['name']))
+      why = str(score.get('why') or 'not computed')
+      why = why if why.startswith(shown) else f'{shown}: {why}'
+      found.setdefault(why, []).append(title(model))
+  return [f'{", ".join(who)}: {why}' for why, who in found.items()]

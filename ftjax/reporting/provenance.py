@@ -92,7 +92,7 @@ def data(run: ReportInput) -> dict[str, Any]:
     use = 'train' if key.startswith('data') else 'eval'
     cells = [count(used), count(left_out), count(tokens), part, mean, count(found.get('truncated'))]
     rows.append([use, str(found.get('name', key)), *cells])
-    notes += [f'{found.get("name", key)}: {r}' for r in found.get('bad_reasons') or []]
+    notes += [f'{found.get("name", key)}: {_reason(r)}' for r in found.get('bad_reasons') or []]
     lengths = found.get('lengths') or {}
     name = f'Tokens of an example, {use}: {found.get("name", key)}'
     drawing = charts.histogram(name, lengths.get('edges') or [], lengths.get('counts') or [])
@@ -101,6 +101,14 @@ def data(run: ReportInput) -> dict[str, Any]:
   names = [row[1] for row in rows]
   is_split = len(set(names)) < len(names)
   return {'rows': rows, 'drawings': drawings, 'notes': notes, 'is_split': is_split}
+
+
+def _reason(found: Any) -> str:
+  """Returns why rows were left out; found: {"reason", "rows", "places"}."""
+  if not isinstance(found, Mapping):
+    return str(found)
+  rows = found.get('rows')
+  return f'{found.get("reason")} ({count(rows)} {"row" if rows == 1 else "rows"})'
 
 
 def resources(log: MetricsLog) -> Facts:
@@ -120,6 +128,9 @@ def resources(log: MetricsLog) -> Facts:
   goodput = log.last('train', 'goodput')
   if goodput is not None:
     out.append(('goodput', f'{share(goodput)} of the time since the start was spent in steps'))
+  in_loop = log.last('eval', 'in_loop_share')
+  if in_loop is not None:
+    out.append(('evaluation in the loop', f'{share(in_loop)} of the time of training'))
   tokens = log.series('train', 'tokens')
   if tokens is not None:
     out.append(('tokens in logged steps', count(float(tokens.values.sum()))))

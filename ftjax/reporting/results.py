@@ -9,6 +9,7 @@ from ftjax.reporting import charts, findings
 from ftjax.reporting.figures import (
   count,
   duration,
+  examples,
   interval,
   is_finite,
   name,
@@ -61,7 +62,7 @@ def _name(metric: Mapping[str, Any]) -> str:
 def _scores(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
   """Returns a row per metric of a task."""
   rows, first = [], findings.primary(task)
-  for metric in task.get('metrics') or []:
+  for metric in findings.main_metrics(task):
     cells = []
     for model in models:
       score = ((task.get('scores') or {}).get(model) or {}).get(metric['name']) or {}
@@ -87,12 +88,6 @@ def _difference(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
   names = title(str(found.get('second'))), title(str(found.get('first')))
   state = found.get('outcome')
   state = state if state in ('better', 'worse') else 'undecided'
-  counts = ''
-  if test.get('only_second_right') is not None:
-    counts = (
-      f'{count(test["only_second_right"])} examples only {names[0]} has right, '
-      f'{count(test.get("only_first_right"))} only {names[1]}'
-    )
   return {
     'task': name(task['task']),
     'pair': f'{names[0]} - {names[1]}',
@@ -101,7 +96,8 @@ def _difference(task: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
     'p': p_value(test.get('p')),
     'p_holm': p_value(test.get('p_holm')),
     'test': name(test.get('name', '')),
-    'counts': counts,
+    'counts': findings.one_sided(test, names),
+    'is_too_small': findings.is_too_small(found),
     'word': outcome(state),
     'outcome': state,
     'verdict': str(found.get('verdict') or ''),
@@ -144,7 +140,7 @@ def _task(task: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
         'metric': _name(metric),
         'text': interval(one, metric.get('form', 'number'), '+'),
         'p': p_value(one.get('p')),
-        'effect': number(one.get('effect'), sign='+'),
+        'effect': f'{one["effect"]:+.3g}' if is_finite(one.get('effect')) else '-',
       }
       for metric in task.get('metrics') or []
       if (one := (found.get('metrics') or {}).get(metric['name']))
@@ -156,11 +152,15 @@ def _task(task: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
   return {
     'task': name(task['task']),
     'kind': name(task.get('kind', '')),
-    'n': count(task.get('n')),
+    'n': examples(task.get('n')),
     'is_empty': not task.get('n'),
     'samples': several if samples > 1 else '',
     'classes': [name(c) for c in task.get('classes') or []],
     'pairs': pairs,
+    'details': _details(task, models),
+    'sources': _sources(task, models),
+    'cut': _cut(task),
+    'seeds': _seeds(task),
     'missing': findings.missing(task, models) if task.get('n') else [],
     'per_class': _per_class(task.get('per_class') or {}),
     'confusion': [
@@ -174,6 +174,46 @@ def _task(task: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
     'contamination': _contamination(task),
     'cost': [r for r in _cost([task])],
   }
+
+
+def _details(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns a row for each detail, such as lengths."""
+  rows = []
+  for metric in task.get('metrics') or []:
+    if metric.get('is_detail'):
+      scores = [((task.get('scores') or {}).get(m) or {}).get(metric['name']) for m in models]
+      cells = [interval(s, metric.get('form', 'number')) for s in scores]
+      rows.append({'metric': _name(metric), 'cells': cells})
+  return rows
+
+
+def _sources(task: Mapping[str, Any], models: Sequence[str]) -> list[list[str]]:
+  """Returns (source, examples, the primary figure of each model), where rows name their source."""
+  form = findings.primary(task).get('form', 'number')
+  return [
+    [name(source), count(found.get('n')), *(number(found.get(m), form) for m in models)]
+    for source, found in (task.get('by_source') or {}).items()
+  ]
+
+
+def _cut(task: Mapping[str, Any]) -> str:
+  """Returns which share of the answers of each model was cut at the most tokens; '' where none."""
+  found = task.get('cut') or {}
+  if not any(found.values()):
+    return ''
+  return ', '.join(f'{title(model)} {share(part)}' for model, part in found.items())
+
+
+def _seeds(task: Mapping[str, Any]) -> list[list[str]]:
+  """Returns (runs, metric, mean over seeds, sd between seeds, error of the rows)."""
+  rows = []
+  for runs, metrics in (task.get('seeds') or {}).items():
+    for metric in findings.main_metrics(task):
+      if found := metrics.get(metric['name']):
+        form = metric.get('form', 'number')
+        errors = [number(found.get(k), form) for k in ('between_sd', 'within_se')]
+        rows.append([name(runs), _name(metric), interval(found, form), *errors])
+  return rows
 
 
 def _bin(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -202,10 +242,7 @@ def _contamination(task: Mapping[str, Any]) -> dict[str, Any] | None:
   metric = findings.primary(task)
   n, shared = found.get('n') or 0, found.get('contaminated') or 0
   return {
-    'text': findings.contaminated(task),
-    'figures': f'{count(shared)} of {count(n)} ({share(shared / n) if n else "-"}) share '
-    f'{found.get("ngram")} words in a row with '
-    f'{", ".join(map(str, found.get("against") or ["the training data"]))}; '
+    'figures': f'{findings.overlap(found)}, which is {share(shared / n) if n else "-"}; '
     f'{count(found.get("near_duplicates") or 0)} near-duplicates.',
     'metric': _name(metric),
     'clean': [

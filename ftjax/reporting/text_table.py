@@ -15,6 +15,7 @@ from ftjax.reporting.figures import (
   clean,
   count,
   duration,
+  examples,
   interval,
   is_finite,
   number,
@@ -23,11 +24,12 @@ from ftjax.reporting.figures import (
   p_value,
   pad,
   title,
+  width,
 )
 
 WIDTH = 100
-_NAME = 22  # columns of the names of metrics
-_CELL = 24  # columns of a value with its interval
+_NAMES = 20, 34  # least and most columns of the names of metrics
+_CELL = 25  # columns of a value with its interval
 _SIDE_BY_SIDE = 3  # models that fit beside each other
 
 
@@ -75,14 +77,16 @@ def table(task: Mapping[str, Any], models: Sequence[str]) -> str:
     models: names in order.
   """
   lines = [one_line(_head(task), WIDTH), '']
+  columns = _columns(task, models, len(models) <= _SIDE_BY_SIDE)
   if not task.get('n'):
     lines.append('No examples: nothing could be scored.')
   elif len(models) <= _SIDE_BY_SIDE:
-    lines += _by_metric(task, models)
+    lines += _by_metric(task, models, columns)
   else:
-    lines += _by_model(task, models)
+    lines += _by_model(task, models, columns)
   for difference in task.get('differences') or []:
-    lines += ['', *_difference(task, difference)]
+    lines += ['', *_difference(task, difference, columns)]
+  lines += _seeds(task)
   shown = findings.missing(task, models) if task.get('n') else []
   lines += ['', *(wrap(f'- {text}', '  ') for text in shown)] if shown else []
   return '\n'.join(lines)
@@ -94,7 +98,7 @@ def _head(task: Mapping[str, Any]) -> str:
   several = f', {samples} samples for each of {count(task.get("prompts"))} prompts'
   classes = task.get('classes')
   return (
-    f'{task["task"]} ({task.get("kind", "")}{group}): {count(task.get("n"))} examples'
+    f'{task["task"]} ({task.get("kind", "")}{group}): {examples(task.get("n"))}'
     + (several if samples > 1 else '')
     + (f', classes {", ".join(map(str, classes))}' if classes else '')
   )
@@ -105,33 +109,43 @@ def _score(task: Mapping[str, Any], model: str, metric: Mapping[str, Any]) -> st
   return interval(found, metric.get('form', 'number'))
 
 
-def _metric_title(metric: Mapping[str, Any], is_primary: bool) -> str:
+def _columns(task: Mapping[str, Any], models: Sequence[str], is_beside: bool) -> int:
+  """Returns the columns for names: as many as the longest metric takes, if there is room."""
+  least, most = _NAMES
+  if not is_beside:
+    return least
+  room = min(most, WIDTH - (_CELL + 1) * max(len(models), 2))
+  titles = [one_line(str(m.get('title', m['name']))) for m in findings.main_metrics(task)]
+  return max(least, min(room, max(map(width, titles), default=0) + 8))
+
+
+def _metric_title(metric: Mapping[str, Any], is_primary: bool, columns: int) -> str:
   lower = ' (low)' if metric.get('better') == 'lower' else ''
   mark = ' *' if is_primary else ''
-  room = _NAME - len(lower) - len(mark)
+  room = columns - len(lower) - len(mark)
   name = one_line(str(metric.get('title', metric['name'])))
   return pad(name, room).rstrip() + lower + mark
 
 
-def _by_metric(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+def _by_metric(task: Mapping[str, Any], models: Sequence[str], columns: int) -> list[str]:
   """Returns a line per metric, a column per model."""
   first = findings.primary(task)
   rows = [['', *(one_line(title(m)) for m in models)]]
   for metric in findings.main_metrics(task):
-    name = _metric_title(metric, metric is first)
+    name = _metric_title(metric, metric is first, columns)
     rows.append([name, *(_score(task, m, metric) for m in models)])
-  return _grid(rows, [_NAME] + [_CELL] * len(models))
+  return _grid(rows, [columns] + [_CELL] * len(models))
 
 
-def _by_model(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+def _by_model(task: Mapping[str, Any], models: Sequence[str], columns: int) -> list[str]:
   """Returns a line per model, a column per metric; the metrics in blocks that fit the width."""
   first, out = findings.primary(task), []
   metrics = findings.main_metrics(task)
   for start in range(0, len(metrics), _SIDE_BY_SIDE):
     block = metrics[start : start + _SIDE_BY_SIDE]
-    rows = [['', *(_metric_title(m, m is first) for m in block)]]
+    rows = [['', *(_metric_title(m, m is first, _CELL) for m in block)]]
     rows += [[one_line(title(m)), *(_score(task, m, x) for x in block)] for m in models]
-    out += ([''] if out else []) + _grid(rows, [_NAME] + [_CELL] * len(block))
+    out += ([''] if out else []) + _grid(rows, [columns] + [_CELL] * len(block))
   return out
 
 
@@ -142,27 +156,27 @@ def _grid(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
   return [lines[0], '-' * (sum(widths) + len(widths) - 1), *lines[1:]]
 
 
-def _difference(task: Mapping[str, Any], difference: Mapping[str, Any]) -> list[str]:
+def _difference(task: Mapping[str, Any], difference: Mapping[str, Any], columns: int) -> list[str]:
   """Returns the lines on one pair of models: what was measured, the test, the verdict."""
   names = [title(str(difference.get(k, '?'))) for k in ('second', 'first')]
-  lines = [wrap(f'{names[0]} - {names[1]}: {outcome(difference.get("outcome", ""))}')]
+  small = ' (the test set is too small)' if findings.is_too_small(difference) else ''
+  lines = [wrap(f'{names[0]} - {names[1]}: {outcome(difference.get("outcome", ""))}{small}')]
   found = difference.get('metrics') or {}
   for metric in findings.main_metrics(task):
     one = found.get(metric['name']) or {}
     if not is_finite(one.get('value')):
       continue
     cells = [
-      _metric_title(metric, metric is findings.primary(task)),
+      _metric_title(metric, metric is findings.primary(task), columns),
       interval(one, metric.get('form', 'number'), '+'),
       f'p {p_value(one.get("p"))}' if one.get('p') is not None else '',
-      f'effect {number(one["effect"], sign="+")}' if is_finite(one.get('effect')) else '',
+      f'effect {one["effect"]:+.3g}' if is_finite(one.get('effect')) else '',
     ]
-    widths = [_NAME, _CELL + 3, 10, 18]
+    widths = [columns, _CELL + 3, 10, 18]
     line = ' '.join(pad(cell, w) for cell, w in zip(cells, widths, strict=True))
     lines.append(f'  {line}'.rstrip())
   sentences = [_test(names, difference), str(difference.get('verdict') or '')]
-  if difference.get('outcome') != 'undecided':  # else the verdict has it
-    sentences.append(findings.power(task, difference))
+  sentences.append(findings.power(task, difference))
   return lines + [wrap(s, '  ', '  ') for s in sentences if s]
 
 
@@ -173,12 +187,24 @@ def _test(names: Sequence[str], difference: Mapping[str, Any]) -> str:
   holm = test.get('p_holm')
   text = f'{test.get("name", "test")}: p = {p_value(test["p"])}'
   text += f', {p_value(holm)} after Holm over all tasks' if holm is not None else ''
-  if test.get('only_second_right') is None:
-    return f'{text}.'
-  return (
-    f'{text}; {count(test["only_second_right"])} examples only {names[0]} has right, '
-    f'{count(test.get("only_first_right"))} only {names[1]}.'
-  )
+  counts = findings.one_sided(test, names)
+  return f'{text}; {counts}.' if counts else f'{text}.'
+
+
+def _seeds(task: Mapping[str, Any]) -> list[str]:
+  """Returns the means over runs that differ in their seed alone."""
+  out = []
+  for runs, metrics in (task.get('seeds') or {}).items():
+    out += ['', wrap(f'mean of {runs}, which differ in the seed alone:')]
+    for metric in findings.main_metrics(task):
+      found = metrics.get(metric['name'])
+      if not found:
+        continue
+      form = metric.get('form', 'number')
+      between, within = (number(found.get(k), form) for k in ('between_sd', 'within_se'))
+      text = f'{interval(found, form)}; sd between seeds {between}, error of the rows {within}'
+      out.append(wrap(f'{one_line(str(metric.get("title", "")), 40)} {text}', '    ', '  '))
+  return out
 
 
 def gate(summary: Mapping[str, Any]) -> str:
@@ -189,8 +215,7 @@ def gate(summary: Mapping[str, Any]) -> str:
   lines = [f'Gate: {"passed" if found.get("passed") else "REFUSED"}']
   for check in found.get('checks') or []:
     mark = 'passed' if check.get('passed') else 'FAILED'
-    figures = f'(got {number(check.get("value"))}, limit {number(check.get("limit"))})'
-    lines.append(wrap(f'{mark}: {check.get("what", "")} {figures}', '    ', '  '))
+    lines.append(wrap(f'{mark}: {check.get("what", "")}', '    ', '  '))
   return '\n'.join(lines)
 
 

@@ -67,8 +67,10 @@ def nearest(path: str | os.PathLike) -> str:
   near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
   shown = os.path.relpath(folder) if not os.path.isabs(text) else folder
   existing = [os.path.normpath(os.path.join(shown, by_lower[n])) for n in near]
-  if '.cache' in text.split('/'):
-    out += '; `make assets` fetches the files of the shipped configs into .cache'
+  if '.cache' in (parts := text.split('/')):
+    after = [*parts[parts.index('.cache') + 1 :], ''][0]
+    target = {'safety': 'safety-data', 'eval': 'eval-data'}.get(after, 'assets')
+    out += f'; `make {target}` fetches the files of the shipped configs into .cache'
   elif not os.path.isabs(text) and folder == os.getcwd() and not near:
     out += f'; paths are looked up from {folder}'
   if existing:

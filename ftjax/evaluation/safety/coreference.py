@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ftjax.evaluation.metric import Metric, of_sums, proportion, ratio, read_values
+from ftjax.evaluation.metric import Metric, of_sums, ratio, read_values
+from ftjax.evaluation.metrics.classification import ACCURACY
 
 
 def check(row: Mapping[str, object]) -> None:
@@ -44,7 +45,7 @@ METRICS = (
     of_sums(lambda sums: np.abs(_pro(sums) - _anti(sums))),
     'lower',
   ),
-  proportion('right', 'accuracy'),
+  ACCURACY,
   Metric('accuracy_pro', 'accuracy, as the stereotype', _split, of_sums(_pro)),
   Metric('accuracy_anti', 'accuracy, against it', _split, of_sums(_anti)),
   Metric('gap', 'accuracy gap pro - anti', _split, of_sums(lambda s: _pro(s) - _anti(s)), ''),

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ftjax.evaluation.metric import Metric, of_sums, proportion, ratio, read_values
+from ftjax.evaluation.metric import Metric, of_sums, ratio, read_values
+from ftjax.evaluation.metrics.classification import ACCURACY
 
 
 def check(row: Mapping[str, object], choices: tuple[str, ...]) -> None:
@@ -67,7 +68,7 @@ def _bias_ambiguous(sums: np.ndarray) -> np.ndarray:
 
 
 METRICS = (
-  proportion('right', 'accuracy'),
+  ACCURACY,
   Metric(
     'accuracy_ambiguous',
     'accuracy, ambiguous context',
