@@ -178,40 +178,37 @@ def test_a_broken_results_file_is_named(tmp_path, line):
 
 def test_the_base_is_asked_once(tmp_path):
   task, asked = _task('choice'), []
+  ids = [row.id for row in task.rows]
 
   def make():
     asked.append(1)
     return _run(task, TextModel())
 
   folder = str(tmp_path / 'cache')
-  assert not run.is_cached(folder, 'k1', task)
-  first = run.cached(folder, 'k1', task, make)
-  assert run.is_cached(folder, 'k1', task)
-  assert run.cached(folder, 'k1', task, make) == first and len(asked) == 1
-  run.cached(folder, 'k2', task, make)
+  assert not run.is_cached(folder, 'k1', 'toy')
+  first = run.cached(folder, 'k1', 'toy', make, ids)
+  assert run.is_cached(folder, 'k1', 'toy')
+  assert run.cached(folder, 'k1', 'toy', make, ids) == first and len(asked) == 1
+  run.cached(folder, 'k2', 'toy', make, ids)
   assert len(asked) == 2
-  other = dataclasses.replace(task, rows=task.rows[:-1])
   with pytest.raises(DataError, match='delete it'):
-    run.cached(folder, 'k1', other, make)
+    run.cached(folder, 'k1', 'toy', make, ids[:-1])
 
 
 def test_the_cache_key_differs_for_everything_that_changes_a_score(monkeypatch):
-  task = _task('choice')
   given = {'model': 'm', 'template': 't', 'settings': {'max_tokens': 8, 'compute_dtype': 'float32'}}
-  key = run.cache_key(task, **given)
+  key = run.cache_key('choice', 'd', **given)
   swapped = {'compute_dtype': 'float32', 'max_tokens': 8}
-  assert run.cache_key(task, **(given | {'settings': swapped})) == key
-  renamed = dataclasses.replace(task, name='other', path='elsewhere')
-  assert run.cache_key(renamed, **given) == key
+  assert run.cache_key('choice', 'd', **(given | {'settings': swapped})) == key
   others = [
-    run.cache_key(task, **(given | {'model': 'n'})),
-    run.cache_key(task, **(given | {'template': 'u'})),
-    run.cache_key(task, **(given | {'settings': swapped | {'max_tokens': 9}})),
-    run.cache_key(dataclasses.replace(task, digest='e' * 64), **given),
-    run.cache_key(dataclasses.replace(task, kind_name='match'), **given),
+    run.cache_key('choice', 'd', **(given | {'model': 'n'})),
+    run.cache_key('choice', 'd', **(given | {'template': 'u'})),
+    run.cache_key('choice', 'd', **(given | {'settings': swapped | {'max_tokens': 9}})),
+    run.cache_key('choice', 'e', **given),
+    run.cache_key('match', 'd', **given),
   ]
   monkeypatch.setattr(run.tasks, 'VERSION', 999)
-  others.append(run.cache_key(task, **given))
+  others.append(run.cache_key('choice', 'd', **given))
   assert len({key, *others}) == 7
 
 

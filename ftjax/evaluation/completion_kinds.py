@@ -40,10 +40,9 @@ def when(is_right: Callable[[str, Row], bool], check: Callable[[Row], None] | No
 
 
 def _final(completion: str, prompt: str, row: Row) -> str:
-  """Returns what is left of a completion without the thought before it."""
+  """Returns a completion without the thought before it; '' where the thought did not end."""
   del row
-  found = final_answer(completion, prompt)
-  return completion if found is None else found
+  return final_answer(completion, prompt) or ''
 
 
 def matches(completion: str, row: Row) -> bool:
@@ -164,7 +163,9 @@ def _check_calls(row: Row) -> None:
 
 
 def _score_calls(row: Row, answer: Answer) -> Values:
-  return tool_calls.call_values(answer.text, tool_calls.read_expected(row.columns.get('calls', [])))
+  return tool_calls.call_values(
+    answer.prediction, tool_calls.read_expected(row.columns.get('calls', []))
+  )
 
 
 def _gold_json(row: Row) -> Any:
@@ -200,7 +201,7 @@ _LABEL = Kind(
 )
 
 KINDS: dict[str, Kind] = {
-  'match': when(matches),
+  'match': dataclasses.replace(when(matches), parse=_final),
   'math': math('flexible'),
   'math_strict': math('strict'),
   'label': _LABEL,
@@ -227,7 +228,12 @@ KINDS: dict[str, Kind] = {
     check=_check_constraints,
   ),
   'tool_calls': Kind(
-    _score_calls, tool_calls.METRICS, has_answer=False, reads=('calls',), check=_check_calls
+    _score_calls,
+    tool_calls.METRICS,
+    parse=_final,
+    has_answer=False,
+    reads=('calls',),
+    check=_check_calls,
   ),
   'json': Kind(
     _score_json,

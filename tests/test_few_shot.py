@@ -1,0 +1,109 @@
+"""Examples before the prompts of a task: which are drawn, and how they stand there."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ftjax.config import keys
+from ftjax.data.formats import Chat
+from ftjax.evaluation import shots, tasks
+from ftjax.evaluation.shots import Shots
+from ftjax.experiment import few_shot
+from ftjax.runtime.errors import ConfigError, DataError
+
+
+def chat(*contents, roles=('user', 'assistant')):
+  turns = [{'role': roles[i % 2], 'content': c} for i, c in enumerate(contents)]
+  return Chat(tuple(turns))
+
+
+def test_examples_of_texts_are_paragraphs():
+  found = Shots((('1 + 1 =', '2'), ('Q: ', 'A'), ('x', ' y'))).before('2 + 2 =')
+  assert found == '1 + 1 = 2\n\nQ: A\n\nx y\n\n2 + 2 ='
+
+
+def test_examples_of_conversations_are_turns_after_the_system_message():
+  system = {'role': 'system', 'content': 'S'}
+  example = Chat(({'role': 'system', 'content': 'other'}, *chat('one').messages))
+  asked = Chat((system, *chat('two').messages), tools=({'name': 't'},))
+  found = Shots(((example, 'A'),)).before(asked)
+  assert found.messages == (system, *chat('one', 'A', 'two').messages)
+  assert found.tools == asked.tools
+
+
+def test_texts_and_conversations_do_not_mix():
+  for example, asked in (('one', chat('two')), (chat('one'), 'two')):
+    with pytest.raises(DataError, match='eval.shots: the examples are conversations'):
+      Shots(((example, 'A'),)).before(asked)
+
+
+def test_few_answers_come_in_turn():
+  rows = [(f'p{i}', 'yes' if i < 90 else 'no') for i in range(100)]
+  found = shots.choose(rows, 6, 0)
+  assert [a for _, a in found.examples] in (['yes', 'no'] * 3, ['no', 'yes'] * 3)
+  assert shots.choose(rows, 6, 0) == found != shots.choose(rows, 6, 1)
+  assert shots.choose(rows, 3, 0).examples == found.examples[:3], 'a prefix of one order'
+  free = shots.choose([(f'p{i}', f'a{i}') for i in range(100)], 6, 0)
+  assert len({a for _, a in free.examples}) == 6
+
+
+def test_more_examples_than_rows():
+  with pytest.raises(DataError, match='eval.shots=4: there are 3 rows'):
+    shots.choose([('p', 'a')] * 3, 4, 0)
+
+
+def write(path, *rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+@pytest.fixture
+def opened(tmp_path):
+  """A run on rows of text, of which one is asked too; and a task."""
+
+  def start(**settings):
+    train = [{'prompt': f'{i} + 1 =', 'completion': str(i + 1)} for i in range(20)]
+    path = write(tmp_path / 'train.jsonl', *train, {'text': 'a document'})
+    c = keys.default()
+    c.update_from_flattened_dict({'data.train': path} | settings)
+    model = SimpleNamespace(tokenizer=SimpleNamespace(template=None))
+    return SimpleNamespace(config=c, workdir=str(tmp_path), model=model)
+
+  rows = [{'prompt': f'{i} + 1 =', 'answer': str(i + 1)} for i in range(18)]
+  task = tasks.load_task('sums', 'match', write(tmp_path / 'test.jsonl', *rows))
+  return start, task, tmp_path
+
+
+def test_examples_are_training_rows_that_are_not_asked(opened):
+  start, task, _ = opened
+  assert few_shot.find(start(), task) is None
+  found = few_shot.find(start(**{'eval.shots': 2}), task)
+  assert sorted(found.examples) == [('18 + 1 =', '19'), ('19 + 1 =', '20')]
+  with pytest.raises(DataError, match='eval.shots=3: there are 2 rows'):
+    few_shot.find(start(**{'eval.shots': 3}), task)
+
+
+def test_examples_of_another_source(opened):
+  start, task, folder = opened
+  rows = [{'prompt': 'a', 'answers': ['b', 'c']}, {'prompt': '1 + 1 =', 'answer': 'asked'}]
+  path = write(folder / 'own.jsonl', *rows)
+  run = start(**{'eval.shots': 1, 'eval.shots_from': (f'sums={path}',)})
+  assert few_shot.find(run, task).examples == (('a', 'b'),)
+  write(folder / 'own.jsonl', {'prompt': 'a'})
+  with pytest.raises(DataError, match=r'own.jsonl:1: "answer"'):
+    few_shot.find(run, task)
+
+
+def test_no_row_of_the_form_of_the_task(opened):
+  start, _, folder = opened
+  row = {'messages': [{'role': 'user', 'content': 'q'}], 'answer': 'a'}
+  task = tasks.load_task('chat', 'match', write(folder / 'chat.jsonl', row))
+  with pytest.raises(ConfigError, match=r"eval.shots=1: .*conversations.*'chat=PATH'"):
+    few_shot.find(start(**{'eval.shots': 1}), task)
+
+
+def test_whole_texts_have_no_examples(opened):
+  start, _, folder = opened
+  task = tasks.load_task('ppl', 'perplexity', write(folder / 'text.jsonl', {'text': 'abc'}))
+  assert few_shot.find(start(**{'eval.shots': 4}), task) is None
