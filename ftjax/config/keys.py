@@ -296,6 +296,9 @@ def _add_eval(c: Section) -> None:
   # 'name=kind:path': base and tuned are compared on these at the end; docs/evaluation.md has the
   # kinds. A kind of your own is name=module:object:path.
   c.eval.tasks = ()
+  # Whether a fixed set of texts, requests and questions from outside the task is run too: what the
+  # tuning cost. Base and tuned model are in memory at once for it.
+  c.eval.general = False
   c.eval.rows = 0  # rows of each task that are run, chosen by hash; 0: all
   c.eval.lm_eval_path = ''  # folder of YAML tasks of your own for entries lm_eval:TASK; '': none
   c.eval.prompts = ()  # texts that are completed greedily at every evaluation

@@ -71,9 +71,11 @@ class _Models:
       out.append(np.stack(values, axis=-1))
     return np.stack(out, axis=1)
 
-  def primary(self, model: int) -> np.ndarray:
-    """Returns the first metric of each result alone: float64[n]; NaN where that means nothing."""
-    columns = self.columns[model][0]
+  def primary(self, model: int, results: int) -> np.ndarray:
+    """Returns the first metric of each of the first `results` results alone: float64[results]; NaN
+    where that means nothing.
+    """
+    columns = self.columns[model][0][:results]
     return self.metrics[0].value(np.eye(len(columns)), columns)
 
 
@@ -365,11 +367,13 @@ def _by_source(task: Compared, models: _Models) -> dict[str, Any] | None:
 
 def _examples(task: Compared, models: _Models) -> list[dict[str, Any]]:
   """Returns the first EXAMPLES rows with each model's first response; long texts are cut."""
-  first = [{r.id: r for r in reversed(own)} for own in models.results]
-  each = [
-    dict(zip((r.id for r in reversed(own)), models.primary(m)[::-1].tolist(), strict=True))
-    for m, own in enumerate(models.results)
-  ]
+  shown = {row.id for row in task.rows[:EXAMPLES]}
+  first, each = [], []
+  for m, own in enumerate(models.results):
+    last = max((i for i, r in enumerate(own) if r.id in shown), default=-1) + 1
+    pairs = list(zip(own[:last], models.primary(m, last).tolist(), strict=True))
+    first.append({r.id: r for r, _ in reversed(pairs)})
+    each.append({r.id: value for r, value in reversed(pairs)})
   out = []
   for row in task.rows[:EXAMPLES]:
     own = {n: f[row.id] for n, f in zip(models.names, first, strict=True)}

@@ -22,6 +22,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.evaluation.tasks import Task
 
 GROUP = 'general'
+TEXTS_NAME = 'general_texts'
 MAX_TOKENS = 64  # of an answer to an open question
 _FOLDER = Path(__file__).with_name('general_texts')
 
@@ -83,7 +84,7 @@ def load(has_template: bool) -> tuple[Task, ...]:
   """
   form = '' if has_template else '_PLAIN'
   found = (
-    ('general_texts', 'TEXTS', 'texts'),
+    (TEXTS_NAME, 'TEXTS', 'texts'),
     ('general_replies', f'REPLIES{form}', 'replies'),
     ('general_answers', f'ANSWERS{form}', 'questions'),
   )

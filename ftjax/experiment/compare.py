@@ -12,6 +12,7 @@ from ftjax.evaluation import (
   endpoint,
   function_kinds,
   gate,
+  general,
   lm_eval_results,
   result,
   tasks,
@@ -24,7 +25,7 @@ from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.run import Cost
 from ftjax.evaluation.tasks import Task
-from ftjax.experiment import contamination_check, few_shot, lm_eval_tasks
+from ftjax.experiment import contamination_check, divergence, few_shot, lm_eval_tasks
 from ftjax.experiment.lm_eval_tasks import LmEvalTask
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
@@ -60,6 +61,8 @@ class Evaluator:
     found = tasks.load_tasks(spec for spec in specs if spec not in theirs)
     most = c.eval.rows
     self.tasks = tuple(task.first(most, ROWS_SEED) for task in found) if most else found
+    if c.eval.general:
+      self.tasks += general.load(run.model.tokenizer.template is not None)
     self._theirs = lm_eval_tasks.load_tasks(theirs, include_path=c.eval.lm_eval_path)
     # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in (*self.tasks, *self._theirs)]))
@@ -68,7 +71,10 @@ class Evaluator:
     self.folder = files.join(run.workdir, 'eval')
     self.programs = Programs(run)
     self.samples = Samples(self.programs)
-    self._shots = {task.name: few_shot.find(run, task) for task in self.tasks}
+    self._shots = {
+      task.name: None if task.group == general.GROUP else few_shot.find(run, task)
+      for task in self.tasks
+    }
     stop = tuple(c.eval.stop)
     self.draw = Draw(c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, stop)
     self._cost: dict[str, dict[str, Cost]] = {}
@@ -89,9 +95,13 @@ class Evaluator:
 
   def _score(self, model: Model, task: Task, title: str) -> Sequence[Result]:
     shots = self._shots[task.name] if title == SHOTS else None
+    draw = self._draw_of(task)
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
-      results += evaluation.evaluate(task, model, draw=self.draw, title=title, shots=shots)
+      results += evaluation.evaluate(task, model, draw=draw, title=title, shots=shots)
     return results
+
+  def _draw_of(self, task: Task) -> Draw:
+    return Draw(general.MAX_TOKENS) if task.group == general.GROUP else self.draw
 
   def _score_theirs(self, model: LocalModel, task: LmEvalTask, title: str) -> Sequence[Result]:
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
@@ -158,7 +168,7 @@ class Evaluator:
     """Returns what changes the base's scores beside task and weights."""
     out = self._dtypes()
     if task.kind.respond == COMPLETE:
-      out['draw'] = digest(repr(self.draw))
+      out['draw'] = digest(repr(self._draw_of(task)))
     if title == SHOTS:
       out['shots'] = digest(repr(self._shots[task.name]))
     return out
@@ -175,8 +185,10 @@ class Evaluator:
     base, model, entries = self.base(), self.local(params), []
     for task in self.tasks:
       results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
+      if task.name == general.TEXTS_NAME:
+        results = self._with_divergence(task, results, params)
       if processes.is_main():
-        results |= self._served(task)
+        results |= self._served(task) if task.group != general.GROUP else {}
         if task.kind.judge is not None:
           results = function_kinds.judged(task.rows, task.kind, results)
         entries.append(self._entry(task, results))
@@ -186,6 +198,16 @@ class Evaluator:
         entries.append(self._entry(lm_eval_results.entry(task.name, 'lm_eval', results), results))
     answers = self.samples.compared(model)
     return processes.from_main(lambda: self._finish(entries, answers))
+
+  def _with_divergence(self, task: Task, results: Results, params: dict) -> Results:
+    with self.run.watchdog.phase('evaluate'):
+      sums = divergence.of_texts(self.run, self._base_params(), params, general.texts(task))
+    if not processes.is_main():
+      return results
+    return {
+      name: general.add_divergences(own, sums if name == TUNED else None)
+      for name, own in results.items()
+    }
 
   def _served(self, task: Task) -> Results:
     """Returns the results of eval.models; a server that fails is left out, and the others stay."""
@@ -207,7 +229,8 @@ class Evaluator:
 
   @functools.cache  # noqa: B019, one evaluator a run
   def _found_in_training(self) -> Mapping[str, Report]:
-    return contamination_check.check(self.run, self.tasks)
+    own = [task for task in self.tasks if task.group != general.GROUP]
+    return contamination_check.check(self.run, own)
 
   def _costs(self, task: str) -> Mapping[str, Mapping[str, float]]:
     found = self._cost.get(task, {})

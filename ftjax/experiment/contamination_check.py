@@ -115,8 +115,8 @@ def _item(row: Row) -> Item:
   if row.asked is None:
     return Item(row.id, row.choices)
   if isinstance(row.asked, str):
-    return Item(row.id, (row.asked,), (row.answer,))
-  return Item(row.id, tuple(_of_messages(row.asked.messages)), (row.answer,))
+    return Item(row.id, (row.asked,), row.answers)
+  return Item(row.id, tuple(_of_messages(row.asked.messages)), row.answers)
 
 
 def _key(run: Run, tasks: Sequence[Task]) -> str:

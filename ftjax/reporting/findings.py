@@ -45,11 +45,6 @@ def primary(task: Mapping[str, Any]) -> Mapping[str, Any]:
   return next((m for m in metrics if m.get('is_primary')), metrics[0])
 
 
-def main_metrics(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-  """Returns the metrics of a task that tables show, without its details."""
-  return [m for m in task.get('metrics') or [] if not m.get('is_detail')]
-
-
 def main_differences(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
   """Returns the differences that the verdict is about: tuned minus base where both are there, else
   all.

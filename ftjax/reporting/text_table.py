@@ -176,7 +176,8 @@ def _difference(task: Mapping[str, Any], difference: Mapping[str, Any], columns:
     line = ' '.join(pad(cell, w) for cell, w in zip(cells, widths, strict=True))
     lines.append(f'  {line}'.rstrip())
   sentences = [_test(names, difference), str(difference.get('verdict') or '')]
-  sentences.append(findings.power(task, difference))
+  if difference.get('outcome') != 'undecided':  # else the verdict has it
+    sentences.append(findings.power(task, difference))
   return lines + [wrap(s, '  ', '  ') for s in sentences if s]
 
 

@@ -53,7 +53,7 @@ _TEXTS = [
 ]
 
 
-def _sums(count: int) -> list[dict[str, str]]:
+def sums(count: int) -> list[dict[str, str]]:
   """Word problems with answers in the form of GSM8K's."""
   names, things = ('Ann', 'Bob', 'Eve', 'Tom'), ('apples', 'coins', 'books')
   rows = []
@@ -222,17 +222,17 @@ def write_tasks(folder: Path, real: bool = False) -> str:
         'choices': [*r['choices']],
         'label': r['choices'].index(r['label']),
       }
-      for a, r in zip(asked[:16], rows, strict=False)
+      for a, r in zip(asked[:12], rows, strict=False)
     ]
-    texts = [{'text': '\n'.join(asked[i : i + 4])} for i in range(24, 40, 4)]
+    texts = [{'text': '\n'.join(asked[i : i + 4])} for i in range(24, 36, 4)]
   rows = {
     'ftjax_choose': questions,
     'ftjax_judge': [{'text': f'{q["text"]}?', 'label': i % 2} for i, q in enumerate(questions)],
     'ftjax_last': [{'text': q['text'], 'label': q['choices'][q['label']]} for q in questions],
     'ftjax_read': texts,
-    'ftjax_write': _sums(6 if real else 5),
+    'ftjax_write': sums(4 if real else 5),
   }
-  most, shots = (40, 2) if real else (12, 1)
+  most, shots = (24, 1) if real else (12, 1)
   for name, own in rows.items():
     text = _HEAD.format(name=name, folder=folder) + _BODIES[name]
     text = text.replace('MAX_TOKENS', str(most)).replace('SHOTS', str(shots))

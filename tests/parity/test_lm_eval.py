@@ -2,19 +2,26 @@
 writes on torch and transformers with batch size 1.
 """
 
+import functools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
+from ftjax.grading.math_answers import Math
 from ftjax.runtime import sharding
 from parity import lm_eval_cases as cases
 
 pytest.importorskip('lm_eval')
 
+import lm_eval.tasks
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import exact_match_fn
 from lm_eval.evaluator import evaluate
+from lm_eval.filters import build_filter_ensemble
 from lm_eval.tasks import TaskManager
 
 from ftjax.serving import lm_eval_registration
@@ -101,3 +108,65 @@ def test_smollm2_has_the_numbers_of_lm_evals_own_backend(folder):
   loaded = TaskManager(include_path=path, include_defaults=False).load(list(cases.TASKS))
   args = {'path': str(cases.SMOLLM2), 'max_length': 4 * cases.SMOLLM2_LENGTH}
   check(numbers(lm_eval_registration.load(args, 4), loaded), 'smollm2')
+
+
+# Completions of a problem by lm-eval's gsm8k and ours: (form, do lm-eval's strict-match and ours
+# agree, do flexible-extract and ours). {body}: the gold rationale; {gold}: its number.
+FORMS = [
+  ('{body}#### {gold}', True, True),
+  ('{body}#### {gold}.', True, True),
+  ('{body}#### {gold} apples', True, True),
+  ('{body}#### {wrong}', True, True),
+  ('The answer is {gold}.', True, True),
+  ('The answer is {wrong}', True, True),
+  ('', True, True),
+  ('I do not know.', True, True),
+  ('{body}#### ${gold}', False, True),  # lm-eval's pattern has no $
+  ('{body}####{gold}', False, True),  # nor the form without a blank
+  ('\\boxed{{{gold}}}', False, True),
+  # lm-eval takes the first ####, ours is of the last line.
+  ('{body}#### {gold}\n#### {wrong}', False, True),
+  ('{body}#### {gold}\nQuestion', False, True),
+  ('It costs ${gold}.00', True, False),  # lm-eval compares texts, ours compares numbers
+]
+
+
+@pytest.mark.parametrize(('form', 'strict', 'flexible'), FORMS)
+def test_filters_of_gsm8k_and_math_count_the_same_answers(form, strict, flexible):
+  loaded = _gsm8k()
+  for row in cases.sums(20):
+    body, gold = row['answer'].split('#### ')
+    text = form.format(body=body, gold=gold, wrong=int(gold) + 1)
+    for which, mode, is_same in zip(
+      loaded, ('strict', 'flexible'), (strict, flexible), strict=True
+    ):
+      theirs = loaded[which](text, row['answer'])
+      ours = Math(mode, symbolic='off').score(text, '', row['answer']) == 1
+      assert (theirs == ours) == is_same, (which, text)
+
+
+@functools.cache
+def _gsm8k():
+  """By filter of lm-eval's gsm8k, (completion, answer) -> whether it counts."""
+  path = Path(lm_eval.tasks.__file__).parent / 'gsm8k' / 'gsm8k.yaml'
+  config = yaml.safe_load(path.read_text())
+  options = config['metric_list'][0]
+  keys = ('ignore_case', 'ignore_punctuation', 'regexes_to_ignore')
+
+  def counts(chain):
+    def is_right(text, answer):
+      instance = Instance('generate_until', {}, ('', {}), 0, ('gsm8k', 0, 1), resps=[text])
+      chain.apply([instance])
+      found = instance.filtered_resps[chain.name]
+      asked = {k: options[k] for k in keys}
+      return exact_match_fn(references=[answer], predictions=[found], **asked)['exact_match'] == 1
+
+    return is_right
+
+  out = {}
+  for one in config['filter_list']:
+    steps = [
+      [f['function'], {k: v for k, v in f.items() if k != 'function'}] for f in one['filter']
+    ]
+    out[one['name']] = counts(build_filter_ensemble(one['name'], steps))
+  return out
