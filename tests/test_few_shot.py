@@ -34,7 +34,7 @@ def test_examples_of_conversations_are_turns_after_the_system_message():
 
 def test_texts_and_conversations_do_not_mix():
   for example, asked in (('one', chat('two')), (chat('one'), 'two')):
-    with pytest.raises(DataError, match='eval.shots: the examples are conversations'):
+    with pytest.raises(DataError, match=r'eval.shots: the examples are conversations'):
       Shots(((example, 'A'),)).before(asked)
 
 
@@ -49,7 +49,7 @@ def test_few_answers_come_in_turn():
 
 
 def test_more_examples_than_rows():
-  with pytest.raises(DataError, match='eval.shots=4: there are 3 rows'):
+  with pytest.raises(DataError, match=r'eval.shots=4: there are 3 rows'):
     shots.choose([('p', 'a')] * 3, 4, 0)
 
 
@@ -80,7 +80,7 @@ def test_examples_are_training_rows_that_are_not_asked(opened):
   assert few_shot.find(start(), task) is None
   found = few_shot.find(start(**{'eval.shots': 2}), task)
   assert sorted(found.examples) == [('18 + 1 =', '19'), ('19 + 1 =', '20')]
-  with pytest.raises(DataError, match='eval.shots=3: there are 2 rows'):
+  with pytest.raises(DataError, match=r'eval.shots=3: there are 2 rows'):
     few_shot.find(start(**{'eval.shots': 3}), task)
 
 

@@ -1,5 +1,5 @@
-"""Every kind of task: a right response has the best figure; rubbish has a figure too, and a row that
-is rubbish is an error that names it.
+"""Every kind of task: a right response has the best figure; rubbish has a figure too; a row that is
+rubbish is an error that names it.
 """
 
 import json

@@ -15,6 +15,7 @@ from ftjax.config import config_file, section
 from ftjax.data import synthetic
 from ftjax.experiment import run_card
 from ftjax.hf import export, model_card, model_folder
+from ftjax.reporting import markdown
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
@@ -35,16 +36,34 @@ def interval(value):
   return {'value': value, 'low': value - 0.1, 'high': value + 0.1}
 
 
-def comparison(name):
-  return {
-    'task': name,
-    'n': 20,
-    'base': {'accuracy': interval(0.5)},
-    'tuned': {'accuracy': interval(0.75)},
-    'difference': {'accuracy': interval(0.25) | {'p': 0.0}},
-    'mcnemar': {'only_tuned_right': 6, 'only_base_right': 1, 'p': 0.125},
-    'method': {'level': 0.95, 'resamples': 2000, 'seed': 0},
+def summary_of(name):
+  """eval/summary.json of one task, as evaluation/comparison.py makes it."""
+  metric = {'name': 'accuracy', 'title': 'accuracy', 'better': 'higher', 'form': 'fraction'}
+  test = {'metric': 'accuracy', 'name': 'exact McNemar', 'p': 0.125, 'p_holm': 0.25}
+  difference = {
+    'first': 'base',
+    'second': 'tuned',
+    'metrics': {'accuracy': interval(0.25) | {'p': 0.0, 'effect': 0.5}},
+    'test': test | {'only_first_right': 1, 'only_second_right': 6},
+    'smallest_difference': 0.2,
+    'rows_needed': None,
+    'is_too_small': False,
+    'outcome': 'undecided',
+    'verdict': f'nothing is known of {name}.',
   }
+  task = {
+    'task': name,
+    'kind': 'choice',
+    'group': 'task',
+    'n': 20,
+    'prompts': 20,
+    'samples': 1,
+    'metrics': [metric | {'is_primary': True, 'is_detail': False}],
+    'scores': {m: {'accuracy': interval(v)} for m, v in (('base', 0.5), ('tuned', 0.75))},
+    'differences': [difference],
+  }
+  verdict = [f'{name}: {difference["verdict"]}']
+  return {'version': 2, 'models': ['base', 'tuned'], 'verdict': verdict, 'tasks': {name: task}}
 
 
 def card(text='org/base', **changes):
@@ -60,7 +79,8 @@ def card(text='org/base', **changes):
     merge='',
     sources=[model_card.Source('train', text, 'org/rows', 90, 10, 'e' * 64)],
     config=model_card.config_file({'data.train': text}),
-    tasks=[comparison(text)],
+    evaluation=markdown.evaluation(summary_of(text)),
+    scores={text: {'accuracy': 0.75}},
     versions={'ftjax': '0.1.0', 'jax': '0.10.2'},
     devices=text,
   )
@@ -107,12 +127,8 @@ def test_the_hub_reads_the_header(tmp_path, changes, wanted):
     'accuracy',
     0.75,
   )
-  assert '0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] | +0.250 [+0.150, +0.350] | < 0.001' in (
-    found.content
-  )
-  assert '6 examples only the tuned model has right, 1 only the base: exact McNemar p = 0.125' in (
-    found.content
-  )
+  assert '0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] |' in found.content
+  assert '+0.250 [+0.150, +0.350] | 0.12 | 0.25 | 0.200 | undecided |' in found.content
 
 
 @pytest.mark.parametrize('text', HOSTILE)
@@ -282,7 +298,7 @@ def test_the_card_of_a_run_says_where_it_comes_from(trained, tmp_path):
   assert found.data.license == 'mit' and found.data.base_model is None, 'no hub name is known'
   assert found.data.model_name == 'tiny-base, sft'
   assert found.data.eval_results[0].metric_value == pytest.approx(
-    summary['tuned']['accuracy']['value']
+    summary['scores']['tuned']['accuracy']['value']
   )
   for text in (
     manifest['fingerprints']['model'],
@@ -290,7 +306,7 @@ def test_the_card_of_a_run_says_where_it_comes_from(trained, tmp_path):
     manifest['code'].get('commit', ''),
     f'| train | `sums:400:20` | {manifest["data"]["data 0"]["examples_used"]} | 0 |',
     '1 x cpu' if manifest['devices']['count'] == 1 else f'{manifest["devices"]["count"]} x cpu',
-    '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**summary['base']['accuracy']),
+    '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**summary['scores']['base']['accuracy']),
     'add_generation_prompt=True',
   ):
     assert text in found.content, text
@@ -331,7 +347,7 @@ def test_new_results_come_into_the_card_but_not_into_an_edited_one(
   summary['tasks']['sums']['n'] = 4321
   (copy / 'eval' / 'summary.json').write_text(json.dumps(summary))
   run_card.refresh(str(copy), model)
-  assert b'4321' in path.read_bytes()
+  assert b'4,321' in path.read_bytes()
   own, replaced = path.read_bytes(), Path.replace
   monkeypatch.setattr(Path, 'replace', lambda *_: 1 / 0)  # a process that ends there
   with pytest.raises(ZeroDivisionError):
@@ -439,10 +455,10 @@ def test_a_merged_model_has_the_scores_of_its_adapter(trained, tmp_path):
   summary['tasks']['sums']['n'] = 4321
   (workdir / 'eval' / 'summary.json').write_text(json.dumps(summary))
   run_card.refresh(str(workdir), run_card_model(c))
-  assert all('4321' in (f / 'README.md').read_text() for f in folders[:2])
+  assert all('4,321' in (f / 'README.md').read_text() for f in folders[:2])
   # Those of another step's adapter it has not: merged/ is written after the scores.
   model, path = run_card_model(c), str(workdir)
   more = {'has_results': False, 'is_adapter': False, 'folder': 'merged'}
   export.replace_card(str(workdir / 'merged'), run_card.build(path, model, 1, **more))
   run_card.refresh(path, model)
-  assert '4321' not in (workdir / 'merged' / 'README.md').read_text()
+  assert '4,321' not in (workdir / 'merged' / 'README.md').read_text()

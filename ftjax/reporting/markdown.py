@@ -1,5 +1,6 @@
 """Formats a comparison of models as Markdown, for the model card: the tables of text_table.py."""
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ftjax.reporting.figures import (
 )
 
 _LONGEST = 300  # characters of a user's text
-_SPECIAL = re.compile(r'([\\`*_{}\[\]<>()#!|~&$])')
+_SPECIAL = re.compile(r'([\\`*_{}\[\]()#!|~$])')
 
 
 def evaluation(summary: Mapping[str, Any]) -> str:
@@ -38,7 +39,7 @@ def evaluation(summary: Mapping[str, Any]) -> str:
 
 def plain(text: str) -> str:
   """Returns a text of others as Markdown that shows it letter by letter, on one line."""
-  return _SPECIAL.sub(r'\\\1', one_line(text, _LONGEST))
+  return html.escape(_SPECIAL.sub(r'\\\1', one_line(text, _LONGEST)), quote=False)
 
 
 def code(text: str) -> str:
