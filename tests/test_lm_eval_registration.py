@@ -19,9 +19,9 @@ def test_lm_eval_finds_the_model_and_makes_it_from_its_arguments(tmp_path):
   assert get_model('ftjax') is FtjaxModel
   path = write_folder(tmp_path / 'model')
   more = {'batch_size': 'auto', 'max_batch_size': None, 'device': 'cuda:0'}
-  made = FtjaxModel.create_from_arg_string(f'path={path},max_length=64,add_bos_token=True', more)
+  made = FtjaxModel.create_from_arg_string(f'path={path},max_length=64', more)
   assert (made.max_length, made.batch_size, made.max_gen_toks) == (64, 8, 256)
-  assert made.tok_encode('a')[0] == made.prefix_token_id
+  assert len(made.tok_encode('ab')) == 2  # a token a byte, and no BOS
   assert made.rank == 0 and made.world_size == 1
 
 
@@ -44,6 +44,12 @@ def test_arguments_that_are_no_such(text, batch_size, expected):
 def test_a_model_that_is_not_there(tmp_path):
   with pytest.raises(DataError):
     FtjaxModel.create_from_arg_obj({'path': str(tmp_path / 'nowhere')})
+
+
+def test_bos_of_a_tokenizer_that_has_none(tmp_path):
+  path = write_folder(tmp_path / 'model')
+  with pytest.raises(ConfigError, match='has no BOS'):
+    FtjaxModel.create_from_arg_obj({'path': path, 'add_bos_token': True})
 
 
 def test_more_tokens_than_the_model_was_made_for(tmp_path):
