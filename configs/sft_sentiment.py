@@ -21,8 +21,11 @@ def get_config():
   c.optim.warmup_steps = 10
   c.checkpoint.every = 40
   c.checkpoint.keep = 1
+  c.eval.every = 40
   c.eval.batch_size = 16
   c.eval.tasks = ('sentiment=choice:.cache/data/sentiment/test.jsonl',)
+  c.eval.in_loop = ('sentiment',)
+  c.eval.general = True
   c.eval.prompts = (
     _ASK + 'Two hours of my life that nobody will give back to me.',
     _ASK + 'I left the cinema smiling and went in again the next day.',

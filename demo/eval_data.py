@@ -7,6 +7,7 @@ TARGET_DIR/eval/: sentiment_{tweets,amazon,nyt}/test.jsonl, and train.jsonl and 
 same passage, and all of one Debian source package, are on the same side of a split.
 """
 
+import html
 import io
 import re
 import shutil
@@ -100,7 +101,7 @@ def sentences(text: str) -> list[list[tuple[str, str]]]:
   for line in text.splitlines():
     if line.strip():
       word, tag = line.rsplit('\t', 1)
-      out[-1].append((word.strip(), tag.strip()))
+      out[-1].append((html.unescape(word.strip()), tag.strip()))
     elif out[-1]:
       out.append([])
   return [s for s in out if s]

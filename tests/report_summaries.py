@@ -274,7 +274,8 @@ MANIFEST = {
   'data': {
     'data 0': {
       'name': 'train.jsonl', 'examples_used': 900, 'examples': 1000, 'tokens': 50000,
-      'supervised': 5000, 'dropped': 4, 'bad': 1, 'bad_reasons': [{'reason': 'no text', 'rows': 1, 'places': [[0, 7]]}],
+      'supervised': 5000, 'dropped': 4, 'bad': 1,
+      'bad_reasons': [{'reason': 'no text', 'rows': 1, 'places': [[0, 7]]}],
       'truncated': 2, 'lengths': {'edges': [0, 32, 64, 96], 'counts': [100, 700, 200]},
     }
   },

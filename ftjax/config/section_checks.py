@@ -26,6 +26,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   _check_idle(c)
   _check_eval(c)
   _check_metric(c)
+  _check_plateau(c)
   _check_precision(c)
   if 'dpo' in record.reads:
     _check_dpo(c)
@@ -178,6 +179,38 @@ def _check_metric(c: ml_collections.ConfigDict) -> None:
   if metric and not c.eval.every:
     raise ConfigError(
       f'checkpoint.best_metric={metric} needs eval.every: it is read when the model is evaluated'
+    )
+
+
+def _check_plateau(c: ml_collections.ConfigDict) -> None:
+  """Refuses a plateau rule that cannot act, and its other keys without it."""
+  o, usual = c.optim, default().optim
+  if not 0 < o.plateau_factor <= 1:
+    raise ConfigError(
+      f'optim.plateau_factor={o.plateau_factor}; expected more than 0 and less than 1, or 1 for '
+      'no plateau rule'
+    )
+  if o.plateau_factor == 1:
+    for key in ('plateau_patience', 'plateau_min'):
+      if o[key] != usual[key]:
+        raise ConfigError(
+          f'optim.{key}={o[key]} does nothing with optim.plateau_factor=1: set '
+          f'optim.plateau_factor, for example to 0.5, or leave optim.{key} out'
+        )
+    return
+  if not 0 <= o.plateau_min < 1:
+    raise ConfigError(
+      f"optim.plateau_min={o.plateau_min}; expected a share of the schedule's rate in [0, 1)"
+    )
+  if not c.checkpoint.best_metric:
+    raise ConfigError(
+      f'optim.plateau_factor={o.plateau_factor} needs checkpoint.best_metric, for example '
+      'eval/loss: the metric that has to improve'
+    )
+  if 0 < c.checkpoint.patience <= o.plateau_patience:
+    raise ConfigError(
+      f'optim.plateau_patience={o.plateau_patience} with checkpoint.patience='
+      f'{c.checkpoint.patience}: training ends before the learning rate falls; expected fewer'
     )
 
 

@@ -28,6 +28,7 @@ POSITIVE = (
   'seq_len',
   'grad_accum',
   'checkpoint.keep',
+  'optim.plateau_patience',
   'eval.batch_size',
   'log.every',
   'eval.max_tokens',
@@ -268,6 +269,13 @@ def _check_lengths(c: Section) -> None:
     raise ConfigError(
       f'checkpoint.patience={c.checkpoint.patience} can never stop a run of {evaluations} '
       f'evaluations (steps={c.steps}, eval.every={c.eval.every}); expected fewer, or 0 for none'
+    )
+  # The first evaluation is the best so far, and no update comes after the last.
+  if c.optim.plateau_factor < 1 and c.optim.plateau_patience > evaluations - 2:
+    raise ConfigError(
+      f'optim.plateau_patience={c.optim.plateau_patience} can never lower the learning rate in a '
+      f'run of {evaluations} evaluations (steps={c.steps}, eval.every={c.eval.every}); expected '
+      'at most the evaluations less two'
     )
 
 

@@ -26,6 +26,7 @@ LEVEL = 0.95
 EXAMPLES = 200  # rows of a task whose responses are shown
 LONGEST = 4000  # characters of a text that is shown
 TUNED = 'tuned'
+MCNEMAR = 'exact McNemar'
 
 _BINS = 10  # of a reliability diagram
 
@@ -278,6 +279,10 @@ def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) 
     metrics[metric.name] = own
   metric, first = models.metrics[0], entries[0]
   test, sensitivity = _test(models, a, b, first)
+  if test['name'] == MCNEMAR:
+    pair = test['only_first_right'], test['only_second_right']
+    interval = paired.difference_of_proportions(*pair, models.prompts, LEVEL)
+    metrics[metric.name] |= {'low': interval.low, 'high': interval.high, 'p': test['p']}
   if metric.is_proportion:
     shares = [float(models.columns[m][0][:, 0].mean()) for m in (a, b)]
     metrics[metric.name]['effect'] = paired.cohen_h(*shares)
@@ -304,7 +309,7 @@ def _test(
     found = paired.mcnemar(one, two)
     test = {
       'metric': metric.name,
-      'name': 'exact McNemar',
+      'name': MCNEMAR,
       'p': found.p,
       'only_first_right': found.b,
       'only_second_right': found.c,

@@ -46,6 +46,7 @@ from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, find_peak
 from ftjax.training.loop import Cadence, Hooks, Loop, Outputs
+from ftjax.training.plateau import Plateau
 from ftjax.training.state import State
 from ftjax.training.step import LossFn, program_text
 
@@ -358,7 +359,15 @@ def _cadence(run: Run) -> Cadence:
     max_bad_steps=c.max_bad_steps,
     profile_start=c.profile.start,
     profile_stop=c.profile.stop,
+    plateau=_plateau(c),
   )
+
+
+def _plateau(c: ml_collections.ConfigDict) -> Plateau | None:
+  o = c.optim
+  if o.plateau_factor == 1:
+    return None
+  return Plateau(o.plateau_factor, o.plateau_patience, o.plateau_min)
 
 
 def _card(run: Run, step: int, folder: str, has_results: bool) -> bytes:

@@ -157,6 +157,8 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
     fixed += [f'{k}: {saved["config"].get(k)!r} -> {now[k]!r}' for k in changed if k in watched]
   if bool(saved['config'].get('optim.ema_decay')) != bool(now['optim.ema_decay']):
     fixed.append('optim.ema_decay switched on or off')
+  if (before['optim.plateau_factor'] < 1) != (now['optim.plateau_factor'] < 1):
+    fixed.append('optim.plateau_factor switched on or off')
   if fixed:
     raise ConfigError(
       f'{run.workdir} holds a checkpoint of another run; since it was saved, these changed: '

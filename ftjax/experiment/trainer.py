@@ -84,7 +84,9 @@ class Trainer:
       'freeze',
     )
     settings = optimizer_lib.OptimizerConfig(
-      schedule=self.schedule, **{n: c.optim[n] for n in names}
+      schedule=self.schedule,
+      has_plateau=c.optim.plateau_factor < 1,
+      **{n: c.optim[n] for n in names},
     )
     self._derived = run.parameter_names(lambda p: p.origin == 'derived')
     # The frozen base under an adapter: read from where it came, and never saved.

@@ -86,7 +86,8 @@ def groups(log: MetricsLog, tasks: Sequence[str] = ()) -> tuple[list[Group], int
   found = [pair for entry in _CHARTS if (pair := _known(log, columns, *entry))]
   others = _unknown(log, columns, tasks)
   found = [x for x in others if x[0] == 'Tasks'] + found + [x for x in others if x[0] != 'Tasks']
-  ranks = {heading: i for i, heading in enumerate(('Loss', 'Tasks', *(c[0] for c in _CHARTS)))}
+  order = dict.fromkeys(('Loss', 'Tasks', *(entry[0] for entry in _CHARTS)))
+  ranks = {heading: i for i, heading in enumerate(order)}
   headings = dict.fromkeys(heading for heading, _ in found)
   out, room = [], _MOST_CHARTS
   for heading in sorted(headings, key=lambda h: ranks.get(h, len(ranks))):

@@ -43,12 +43,13 @@ def _task(task: Mapping[str, Any], models: Sequence[str], most_bytes: int) -> Te
   kept.sort(key=lambda pair: pair[0])
   metric = next((m for m in task.get('metrics') or [] if m.get('is_primary')), {})
   sign = -1 if metric.get('better') == 'lower' else 1
+  total = max(len(found), task.get('prompts') or 0)  # the summary has not all of them
   rows = []
   for place, (_, item) in enumerate(kept):
     gain = sign * (item['change'] or 0.0)
     item |= {'place': place, 'gain': f'{gain:.6g}', 'state': _state(gain, item['change'])}
     rows.append(item)
-  return {'task': name(task['task']), 'rows': rows, 'left_out': len(found) - len(rows)}
+  return {'task': name(task['task']), 'rows': rows, 'left_out': total - len(rows)}
 
 
 def _state(gain: float, change: float | None) -> str:

@@ -179,7 +179,7 @@ class Checkpoints:
         raise
       raise DataError(
         f'{place}: the saved state is not of this config (model, optim.name, optim.freeze, '
-        f'optim.ema_decay?): {str(error)[:500]}'
+        f'optim.ema_decay, optim.plateau_factor?): {str(error)[:500]}'
       ) from error
 
   def meta(self, step: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ftjax.storage.checkpoint import Checkpoints
 from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, memory
+from ftjax.training.plateau import Plateau, find_scale, with_scale
 from ftjax.training.state import State
 from ftjax.training.step import LOSS_ALONE
 
@@ -41,6 +42,7 @@ class Cadence:
   """The intervals of a run, in steps; 0 means never.
 
   patience: evaluations without a better `metric` before training ends; mode 'min' or 'max'.
+  plateau: when the learning rate falls for lack of a better `metric`; None: never.
   max_bad_steps: non-finite steps in a row that end the run.
   """
 
@@ -54,6 +56,7 @@ class Cadence:
   max_bad_steps: int
   profile_start: int
   profile_stop: int
+  plateau: Plateau | None = None
 
 
 @dataclasses.dataclass
@@ -61,15 +64,16 @@ class Progress:
   """The memory of the loop from step to step; saved with every checkpoint.
 
   value, step: the best value of the watched metric so far, and its step. evals_since: evaluations
-  after it. loss_sum, losses: of training since the last evaluation, for the gap between the two.
-  eval_pending: the evaluation of the saved step is still to be done. began: when the run was first
-  started, seconds since 1970. trained_s: seconds spent on the steps up to here. console: the memory
-  of the console.
+  after it; evals_flat: those since the plateau rule acted. loss_sum, losses: of training since the
+  last evaluation, for the gap between the two. eval_pending: the evaluation of the saved step is
+  still to be done. began: when the run was first started, seconds since 1970. trained_s: seconds
+  spent on the steps up to here. console: the memory of the console.
   """
 
   value: float | None = None
   step: int = 0
   evals_since: int = 0
+  evals_flat: int = 0
   loss_sum: float = 0.0
   losses: int = 0
   eval_pending: bool = False
@@ -81,9 +85,10 @@ class Progress:
     """Records a value; returns whether it is better than all before."""
     better = self.value is None or (value < self.value if mode == 'min' else value > self.value)
     if better and math.isfinite(value):
-      self.value, self.step, self.evals_since = value, step, 0
+      self.value, self.step, self.evals_since, self.evals_flat = value, step, 0, 0
       return True
     self.evals_since += 1
+    self.evals_flat += 1
     return False
 
 
@@ -246,7 +251,7 @@ class Loop:
           self._read(*pending)
           pending = None
           with self._throughput.paused():
-            ended = self._rest(state, done, evaluate, last or halt)
+            state, ended = self._rest(state, done, evaluate, last or halt)
           # A signal may have come while the evaluation ran.
           if halt or self.progress.eval_pending or ((last or ended) and self._is_stopping()):
             raise self._stopped(done)
@@ -334,9 +339,9 @@ class Loop:
         shown |= {'mfu': f'{speed["mfu"]:.0%}'} if 'mfu' in speed else {}
       self._bar.set_postfix(shown, refresh=False)
 
-  def _rest(self, state: State, done: int, evaluate: bool, must_save: bool) -> bool:
-    """Evaluates and saves what is due after step `done`. Returns whether training ends here for
-    lack of progress.
+  def _rest(self, state: State, done: int, evaluate: bool, must_save: bool) -> tuple[State, bool]:
+    """Evaluates and saves what is due after step `done`. Returns the state of the next step, and
+    whether training ends here for lack of progress.
     """
     cadence, metric, ended, improved = self._cadence, None, False, False
     if evaluate:
@@ -345,6 +350,7 @@ class Loop:
         measured = {f'eval/{k}': v for k, v in values.items()} | self._latest
         metric = measured.get(cadence.metric)
         improved = metric is not None and self.progress.see(metric, done, cadence.mode)
+        state = self._slowed(state, done)
         ended = bool(cadence.patience) and self.progress.evals_since >= cadence.patience
       must_save = must_save or self.progress.eval_pending
     if must_save or improved or ended or _due(done, cadence.save_every):
@@ -357,7 +363,24 @@ class Loop:
         self._last_saved = done
         if must_save or ended:
           self._checkpoints.wait()
-    return ended
+    return state, ended
+
+  def _slowed(self, state: State, done: int) -> State:
+    """Returns the state, with a smaller learning rate where the plateau rule asks for it."""
+    rule, progress = self._cadence.plateau, self.progress
+    if rule is None or progress.evals_flat < rule.patience:
+      return state
+    progress.evals_flat = 0
+    before = float(find_scale(state.opt))
+    after = rule.next_scale(before)
+    if after == before:
+      return state
+    log.info(
+      'step %d: %s has not improved for %d evaluations (optim.plateau_patience): from here on the '
+      "learning rate is %.4g times the schedule's; it was %.4g times",
+      *(done, self._cadence.metric, rule.patience, after, before),
+    )
+    return dataclasses.replace(state, opt=with_scale(state.opt, after))
 
   def _look(self, state: State, done: int) -> dict[str, float]:
     """Evaluates after step `done` and writes the metrics, or leaves the evaluation pending."""

@@ -18,7 +18,7 @@ import optax
 
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
-from ftjax.training import moments
+from ftjax.training import moments, plateau
 
 Table = Sequence[tuple[str, Any]]
 
@@ -54,7 +54,10 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each."""
+  """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each.
+
+  has_plateau: whether a factor of the learning rate is held in its state, see plateau.py.
+  """
 
   name: str
   moments: str
@@ -67,6 +70,7 @@ class OptimizerConfig:
   decay: Table
   multipliers: Table
   freeze: Table
+  has_plateau: bool = False
 
 
 def leaves(
@@ -325,6 +329,8 @@ def make_optimizer(
     _scale_by({n: leaf.rate * rates[n] * (1 - frozen[n]) for n, leaf in trained.items()})
   )
   parts.append(optax.scale_by_learning_rate(config.schedule))
+  if config.has_plateau:
+    parts.append(plateau.scale_updates())
   return _in_float32(optax.chain(*parts))
 
 

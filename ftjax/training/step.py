@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ftjax.runtime import compiler_options, trees
 from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import axis_size, zigzag
-from ftjax.training import rounding
+from ftjax.training import plateau, rounding
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -179,7 +179,7 @@ def make_step(
     optimizer: over the trained leaves.
     shardings: of the state.
     mask: gradient -> gradient, zero where a trained leaf holds frozen layers.
-    schedule: update number -> learning rate, for the log.
+    schedule: update number -> learning rate, for the log; the plateau rule's factor multiplies it.
     clip_norm: largest global L2 norm of the gradient; 0 means no clipping.
     ema_decay: of the moving average of the parameters; 0 means none.
     is_stochastic: whether bfloat16 parameters are rounded stochastically, see rounding.py.
@@ -232,6 +232,8 @@ def make_step(
     # The optimizer counts the updates that were made.
     updates = state.step - state.skipped - state.no_signal
     rate = jnp.asarray(schedule(updates), jnp.float32)
+    if (lr_scale := plateau.find_scale(state.opt)) is not None:
+      rate = rate * lr_scale
     out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok, has_signal=signal)
     out |= dict(skipped=new.skipped, bad_streak=new.bad_streak, no_signal=new.no_signal)
     return new, out
