@@ -290,4 +290,7 @@ def run(main: Callable[[], None], *, has_flags: bool = True) -> None:
       _end_processes(stopped)
       _leave(stopped)
 
-  app.run(guarded, flags_parser=lambda argv: _parse(argv, about) if has_flags else argv)
+  def parse(argv):
+    return _parse(argv, about) if has_flags else FLAGS(argv[:1])
+
+  app.run(guarded, flags_parser=parse)

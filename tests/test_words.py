@@ -11,7 +11,7 @@ from field_words import FORBIDDEN
 ROOT = pathlib.Path(__file__).resolve().parents[1] / 'ftjax'
 # Folders that are checked; '.' is the entries.
 CHECKED = sorted({'.', *(p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob('*/*.py'))})
-# Terms of the field in one folder that are none elsewhere: a judge is a model that compares responses.
+# Terms of the field in one folder that are none elsewhere: a judge compares responses.
 TERMS = {folder: {'judge', 'judges', 'judged'} for folder in ('config', 'evaluation')}
 
 

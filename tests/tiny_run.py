@@ -139,8 +139,8 @@ def logged(workdir):
 
 
 def results(workdir):
-  """{file: bytes} of what a finished run leaves: the exported model, the scores of its tasks without
-  what they cost.
+  """{file: bytes} of what a finished run leaves: the exported model, the scores of its tasks
+  without what they cost.
   """
   workdir = pathlib.Path(workdir)
   found = [*(workdir / 'export').iterdir(), *(workdir / 'eval').glob('*.json*')]

@@ -136,6 +136,8 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
       _export(run, params, exported)
     found = evaluator.tuned(params)
     processes.from_main(lambda: page.write(run.workdir))
+    if found['gate'] and not found['gate']['passed']:
+      _remove_exports(run)
     gate.enforce(found['gate'])
     if c.gate:
       _export(run, params, exported)
@@ -368,6 +370,18 @@ def _plateau(c: ml_collections.ConfigDict) -> Plateau | None:
   if o.plateau_factor == 1:
     return None
   return Plateau(o.plateau_factor, o.plateau_patience, o.plateau_min)
+
+
+def _remove_exports(run: Run) -> None:
+  """Removes what an earlier start of this run exported, which `gate` refuses now."""
+
+  def remove():
+    for name in ('export', run_export.MERGED):
+      if files.exists(folder := files.join(run.workdir, name)):
+        log.warning('gate: %s, of an earlier start, is removed', folder)
+        files.remove_tree(folder)
+
+  processes.from_main(remove)
 
 
 def _card(run: Run, step: int, folder: str, has_results: bool) -> bytes:

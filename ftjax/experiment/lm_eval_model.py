@@ -69,7 +69,8 @@ class LmEvalModel(TemplateLM):
       most tokens.
 
   Raises:
-    ConfigError: a tokenizer with neither BOS nor EOS, or a max_length that the model cannot read.
+    ConfigError: a tokenizer with neither BOS nor EOS, add_bos without a BOS, or a max_length that
+      the model cannot read.
   """
 
   def __init__(
@@ -103,6 +104,8 @@ class LmEvalModel(TemplateLM):
         f'lm-eval: {tokenizer.name} has neither BOS nor EOS, which texts are scored after; '
         'name one in tokenizer_config.json'
       )
+    if add_bos and tokenizer.bos_id is None and not tokenizer.prefix_ids:
+      raise ConfigError(f'lm-eval: add_bos_token: {tokenizer.name} has no BOS; leave it out')
     self._prefix = known[0]
 
   # What lm-eval asks about the model.

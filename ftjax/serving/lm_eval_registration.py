@@ -60,18 +60,14 @@ class FtjaxModel(LmEvalModel):
 
     Args:
       arg_dict: --model_args.
-      additional_config: batch_size and device, as given on the command line.
+      additional_config: batch_size of the command line, and what is torch's.
 
     Raises:
       ConfigError: an unknown argument, or no path.
       DataError: there is no model.
     """
-    more = additional_config or {}
-    if more.get('device'):
-      raise ConfigError(
-        f'--device={more["device"]}: ftjax takes all devices; JAX_PLATFORMS chooses their kind'
-      )
-    return load(dict(arg_dict), _batch_size(more.get('batch_size')))
+    # --device is 'cuda:0' where none is given (lm_eval 0.4.13): it is torch's and is not read.
+    return load(dict(arg_dict), _batch_size((additional_config or {}).get('batch_size')))
 
 
 def load(args: dict[str, Any], batch_size: int) -> LmEvalModel:

@@ -102,7 +102,10 @@ def test_batch_size_and_devices_change_nothing(folder, tasks, batch_size, device
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not cases.SMOLLM2.exists(), reason='needs `make assets`')
+@pytest.mark.skipif(
+  not (cases.SMOLLM2.exists() and (GOLDEN / 'smollm2.npz').exists()),
+  reason='needs `make assets`, and golden numbers of make_lm_eval_goldens.py FOLDER smollm2',
+)
 def test_smollm2_has_the_numbers_of_lm_evals_own_backend(folder):
   path = cases.write_tasks(folder / 'real', real=True)
   loaded = TaskManager(include_path=path, include_defaults=False).load(list(cases.TASKS))
