@@ -154,7 +154,7 @@ def test_results_of_other_rows_are_refused():
 def test_a_metric_of_a_value_that_is_not_there_names_it():
   task, results = _models(n=4)
   wrong = [dataclasses.replace(r, values={'other': (1.0,)}) for r in results['base']]
-  with pytest.raises(DataError, match=r"sentiment: a metric of the kind 'label' .* 'right'"):
+  with pytest.raises(DataError, match=r"sentiment: the metric 'accuracy' .* 'right'"):
     comparison.compare(task, {'base': wrong})
 
 

@@ -145,6 +145,8 @@ def wrong_command(line):
   if not path.is_file() or '__main__' not in path.read_text():
     return f'{line}: there is no such entry'
   words = shlex.split(re.split(r' > | \| ', rest)[0], comments=True)
+  if '--compare' in words:  # followed by folders
+    words = words[: words.index('--compare') + 1]
   wrong = [f'{w}: expected --name=value' for w in words if w != '…' and not w.startswith('--')]
   wrong += [why for w in words if w.startswith('--') and (why := wrong_flag(entry, w))]
   return '; '.join(wrong)

@@ -112,6 +112,11 @@ def test_without_tasks_nothing_is_asked(tmp_path):
   assert loop.measure(None, True, never) == {}
 
 
+def test_a_comparison_of_two_models_is_none_of_the_loop(tmp_path):
+  with pytest.raises(ConfigError, match='mine compares two models'):
+    made(tmp_path, 'judge/test_comparison:prefer_short')
+
+
 @pytest.mark.parametrize(
   ('metric', 'mode', 'message'),
   [

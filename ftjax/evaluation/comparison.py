@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from ftjax.evaluation import verdict
-from ftjax.evaluation.metric import Metric
+from ftjax.evaluation.metric import Metric, read_columns
 from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
-from ftjax.runtime.errors import DataError
 
 VERSION = 2
 SEED = 0
@@ -93,15 +92,7 @@ def _models(task: Compared, results: Mapping[str, Sequence[Result]]) -> _Models:
       raise ValueError(f'{task.name}: results of {name!r} are not those of the task, row by row')
   number = {row_id: i for i, row_id in enumerate(ids)}
   metrics = (*task.metrics, *_of_samples(results), *task.details)
-  try:
-    columns = tuple(
-      tuple(m.columns(own, task.classes) for m in metrics) for own in results.values()
-    )
-  except KeyError as error:
-    raise DataError(
-      f'eval.tasks, {task.name}: a metric of the kind {task.kind_name!r} reads the value {error}, '
-      'which its score does not give'
-    ) from error
+  columns = tuple(read_columns(metrics, own, task.classes, task.name) for own in results.values())
   return _Models(
     names=tuple(results),
     metrics=metrics,

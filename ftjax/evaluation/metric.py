@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ftjax.evaluation.result import Result
+from ftjax.runtime.errors import DataError
 
 Columns = Callable[[Sequence[Result], Sequence[str]], np.ndarray]
 Value = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -55,6 +56,34 @@ def of_sums(function: Callable[[np.ndarray], np.ndarray]) -> Value:
     return function(weights @ columns) if len(columns) else np.full(len(weights), np.nan)
 
   return value
+
+
+def read_columns(
+  metrics: Sequence[Metric], results: Sequence[Result], classes: Sequence[str], task: str
+) -> tuple[np.ndarray, ...]:
+  """Returns the columns of each metric: float64[n, M].
+
+  Args:
+    task: whose results these are, for messages.
+
+  Raises:
+    DataError: the values of the results are not those that a metric reads.
+  """
+  out = []
+  for metric in metrics:
+    try:
+      out.append(metric.columns(results, classes))
+    except KeyError as error:
+      raise DataError(
+        f'eval.tasks, {task}: the metric {metric.name!r} reads the value {error}, which the score '
+        'of its kind does not give'
+      ) from error
+    except ValueError as error:  # of NumPy
+      raise DataError(
+        f'eval.tasks, {task}: the metric {metric.name!r} cannot read its values: {error}; expected '
+        'as many numbers of every row'
+      ) from error
+  return tuple(out)
 
 
 def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ftjax.cluster import processes
 from ftjax.data.formats import Chat
-from ftjax.evaluation import kinds, result, tasks
+from ftjax.evaluation import kinds, metric, result, tasks
 from ftjax.evaluation.kind import CHOOSE, COMPLETE, Answer
 from ftjax.evaluation.model import Draw, Likelihood, Model
 from ftjax.evaluation.result import Result
@@ -43,7 +43,8 @@ def evaluate(
     shots: examples that stand before every prompt; None: there are none.
 
   Raises:
-    DataError: a row that is too long for the model, or that its kind cannot score.
+    DataError: a row that is too long for the model, or that its kind cannot score; values that are
+      not those of its metrics.
     NonFiniteError: a log-probability that is no number.
   """
   respond = task.kind.respond
@@ -57,7 +58,10 @@ def evaluate(
     (row, a, i) for row, own in zip(task.rows, answers, strict=True) for i, a in enumerate(own)
   ]
   values = _values(task, [row for row, _, _ in flat], [a for _, a, _ in flat])
-  return [_result(row, a, i, v) for (row, a, i), v in zip(flat, values, strict=True)]
+  out = [_result(row, a, i, v) for (row, a, i), v in zip(flat, values, strict=True)]
+  if task.kind.judge is None:  # now, not when the tuned model is compared
+    metric.read_columns((*task.metrics, *task.kind.details), out, task.classes, task.name)
+  return out
 
 
 @contextmanager

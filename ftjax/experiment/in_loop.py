@@ -34,14 +34,18 @@ class InLoop:
     draw: how completions are drawn.
 
   Raises:
-    ConfigError: checkpoint.best_metric names a figure that the task does not have, or is better in
-      the other direction.
+    ConfigError: a task that compares two models; or checkpoint.best_metric names a figure that the
+      task does not have, or is better in the other direction.
   """
 
   def __init__(self, run: Run, tasks: tuple[Task, ...], draw: Draw):
     c = run.config
     chosen = {task.name: task for task in tasks if task.name in c.eval.in_loop}
     self.tasks = tuple(chosen[n].first(c.eval.in_loop_rows, _SEED) for n in c.eval.in_loop)
+    if pairs := [task.name for task in self.tasks if task.kind.judge is not None]:
+      raise ConfigError(
+        f'eval.in_loop: {pairs[0]} compares two models, and there is one in the loop; leave it out'
+      )
     self._run, self._draw, self._share = run, draw, c.eval.max_share
     self._begun = time.monotonic()
     self._spent = self._last = 0.0

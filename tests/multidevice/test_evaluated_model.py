@@ -33,8 +33,9 @@ class Answers:
 
   def __init__(self, folder, batch_size, order=None):
     order = list(range(len(PROMPTS))) if order is None else order
-    cache = f'{folder}/cache'
-    run = tiny_rollouts.start(folder, **{'eval.batch_size': batch_size, 'data.cache': cache})
+    run = tiny_rollouts.start(
+      folder, **{'eval.batch_size': batch_size, 'data.cache': f'{folder}/cache'}
+    )
     model = LocalModel(Programs(run), run.load_params('', 'float32'))
     places, back = [PLACES[i] for i in order], np.argsort(order)
     prompts, choices = ([each[i] for i in order] for each in (PROMPTS, CHOICES))

@@ -117,8 +117,14 @@ def test_a_value_that_only_some_rows_have_is_refused(tmp_path, monkeypatch):
     score=lambda row, answer: {'right': True} | ({'length': 1} if row.id != '3' else {}),
   )
   monkeypatch.setattr(toy_task, 'AS_LONG', own)
-  with pytest.raises(DataError, match="'length'"):
-    comparison.compare(task, {'base': evaluated(task, [1] * 5)})
+  with pytest.raises(DataError, match=r"eval.tasks, long: the metric 'length' reads .* 'length'"):
+    evaluated(task, [1] * 5)
+  own = dataclasses.replace(
+    own, score=lambda row, answer: {'right': True, 'length': (1.0,) * int(row.id)}
+  )
+  monkeypatch.setattr(toy_task, 'AS_LONG', own)
+  with pytest.raises(DataError, match='as many numbers of every row'):
+    evaluated(task, [1] * 5)
 
 
 # Rewards and judges
