@@ -15,7 +15,7 @@ from typing import Any
 
 from ftjax.data import sources
 from ftjax.data.formats import Bad
-from ftjax.evaluation import function_kinds, kinds, rows
+from ftjax.evaluation import function_kinds, kinds, rows, verbatim
 from ftjax.evaluation.kind import CHOOSE, COMPLETE, READ, Kind
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.metrics import diversity
@@ -71,7 +71,10 @@ class Task:
     """Returns further figures, which reports show beneath."""
     kind, more = self.kind, ()
     if kind.respond == COMPLETE:
-      more = (diversity.TOKENS, diversity.TRUNCATED, diversity.REPETITION, diversity.DISTINCT_2)
+      more = (
+        *(diversity.TOKENS, diversity.TRUNCATED, diversity.REPETITION, diversity.DISTINCT_2),
+        verbatim.COPIED,
+      )
     return kind.details + (kind.class_details if self.classes else ()) + more
 
   def first(self, count: int, seed: int) -> 'Task':

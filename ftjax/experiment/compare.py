@@ -182,22 +182,20 @@ class Evaluator:
     Returns:
       what `gate` makes of it, for `gate.enforce`; the same on every process.
     """
-    base, model, entries = self.base(), self.local(params), []
+    base, model, found = self.base(), self.local(params), {}
     for task in self.tasks:
       results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
       if task.name == general.TEXTS_NAME:
         results = self._with_divergence(task, results, params)
-      if processes.is_main():
-        results |= self._served(task) if task.group != general.GROUP else {}
-        if task.kind.judge is not None:
-          results = function_kinds.judged(task.rows, task.kind, results)
-        entries.append(self._entry(task, results))
-    for task in self._theirs:
-      results = {**base[task.name], TUNED: self._score_theirs(model, task, TUNED)}
-      if processes.is_main():
-        entries.append(self._entry(lm_eval_results.entry(task.name, 'lm_eval', results), results))
+      if processes.is_main() and task.group != general.GROUP:
+        results |= self._served(task)
+      found[task.name] = results
+    theirs = {
+      task.name: {**base[task.name], TUNED: self._score_theirs(model, task, TUNED)}
+      for task in self._theirs
+    }
     answers = self.samples.compared(model)
-    return processes.from_main(lambda: self._finish(entries, answers))
+    return processes.from_main(lambda: self._finish(found, theirs, answers))
 
   def _with_divergence(self, task: Task, results: Results, params: dict) -> Results:
     with self.run.watchdog.phase('evaluate'):
@@ -236,12 +234,24 @@ class Evaluator:
     found = self._cost.get(task, {})
     return {n: {'seconds': c.seconds, 'tokens': c.tokens, 'rows': c.rows} for n, c in found.items()}
 
-  def _finish(self, entries: Sequence[dict], answers: Sequence[dict]) -> dict:
-    if not (entries or answers):
+  def _finish(
+    self, found: dict[str, Results], theirs: dict[str, Results], answers: Sequence[dict]
+  ) -> dict:
+    """Compares and stores the results, by task; those of lm-eval's tasks are `theirs`."""
+    if not (found or theirs or answers):
       return {'gate': None}
+    files.makedirs(self.folder)
+    entries = []
+    found = contamination_check.add_copied(self.run, self.tasks, found)
+    for task in self.tasks:
+      results = found[task.name]
+      if task.kind.judge is not None:
+        results = function_kinds.judged(task.rows, task.kind, results)
+      entries.append(self._entry(task, results))
+    for name, results in theirs.items():
+      entries.append(self._entry(lm_eval_results.entry(name, 'lm_eval', results), results))
     summary = comparison.summarize(entries, answers)
     summary['gate'] = gate.check(self._rules, summary)
-    files.makedirs(self.folder)
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
     files.write_text(files.join(self.folder, 'summary.json'), text + '\n')
     print('\n' + text_table.text(summary) + '\n', flush=True)

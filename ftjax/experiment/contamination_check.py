@@ -21,8 +21,10 @@ from ftjax.config import algorithms
 from ftjax.data import formats, preference_rows, prompts, sources, synthetic
 from ftjax.data.formats import Bad, Chat, Completion
 from ftjax.data.token_cache import Corpus
-from ftjax.evaluation import contamination, near_duplicates, ngrams
+from ftjax.evaluation import contamination, near_duplicates, ngrams, verbatim
 from ftjax.evaluation.contamination import Finding, Item, Report
+from ftjax.evaluation.kind import COMPLETE
+from ftjax.evaluation.result import Result
 from ftjax.evaluation.tasks import Row, Task
 from ftjax.experiment import data as examples
 from ftjax.experiment.run import Run
@@ -64,6 +66,39 @@ def check(run: Run, tasks: Sequence[Task]) -> dict[str, Report]:
   for name, report in reports.items():
     _log(name, report)
   return reports
+
+
+def add_copied(
+  run: Run, tasks: Sequence[Task], results: Mapping[str, Mapping[str, Sequence[Result]]]
+) -> dict[str, dict[str, Sequence[Result]]]:
+  """Returns results with the value `copied`, (words of training text, words) of each completion,
+  for tasks that have completions. Reads the training data once.
+
+  Args:
+    tasks: that were run.
+    results: {task: {model: results}}.
+  """
+  out = {name: dict(own) for name, own in results.items()}
+  if not run.config.eval.contamination or run.data is None:
+    return out
+  places, texts, prompts = [], [], []
+  for task in tasks:
+    if task.kind.respond != COMPLETE:
+      continue
+    asked = {row.id: '\n'.join(_item(row).prompt) for row in task.rows}
+    for model, own in results[task.name].items():
+      places += [(task.name, model, i) for i in range(len(own))]
+      texts += [r.response for r in own]
+      prompts += [asked[r.id] for r in own]
+      out[task.name][model] = list(own)
+  if not any(texts):
+    return out
+  rows = _progress(_rows(run, 'train'), _row_count(run, 'train'))
+  for (task, model, i), found in zip(places, verbatim.check(texts, rows, prompts), strict=True):
+    own = out[task][model]
+    values = {**own[i].values, 'copied': (float(found.copied), float(found.words))}
+    own[i] = dataclasses.replace(own[i], values=values)
+  return out
 
 
 def to_summary(report: Report, scores_clean: Mapping[str, Any]) -> dict[str, Any]:
