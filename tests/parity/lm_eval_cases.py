@@ -47,7 +47,7 @@ _QUESTIONS = [
 ]
 _TEXTS = [
   'The quick brown fox jumps over the lazy dog.',
-  'What is the capital of France? It is Paris. ' * 9,
+  'What is the capital of France? It is Paris. ' * 4,
   'x',
   'Grüße, 東京 🙂\n\n  def f(x):\n  return x * x',
 ]
