@@ -62,7 +62,7 @@ def test_bad_specs_name_the_config_key(spec):
 def test_keys_that_cannot_be_meant(changes, message):
   c = keys.default()
   c.model.path, c.data.train, c.steps, c.eval.every, c.eval.shots = 'x', 'rows.jsonl', 10, 2, 1
-  c.eval.tasks = ('a=match:x', 'lm_eval:arc_easy')
+  c.eval.tasks, c.eval.in_loop = ('a=match:x', 'lm_eval:arc_easy'), ('a',)
   c.update_from_flattened_dict(changes)
   with pytest.raises(ConfigError, match=message):
     validation.validate(c)

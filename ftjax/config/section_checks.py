@@ -141,7 +141,8 @@ def _check_eval(c: ml_collections.ConfigDict) -> None:
   names = [s.name for s in specs if s.kind not in (task_specs.LM_EVAL, task_specs.LM_EVAL_CHAT)]
   if unknown := [name for name in c.eval.in_loop if name not in names]:
     raise ConfigError(
-      f'eval.in_loop: {unknown[0]!r}; expected names of eval.tasks, without those of lm-eval: {names}'
+      f'eval.in_loop: {unknown[0]!r}; expected names of eval.tasks, without those of lm-eval: '
+      f'{names}'
     )
   if len(set(c.eval.in_loop)) < len(c.eval.in_loop):
     raise ConfigError(f'eval.in_loop={c.eval.in_loop}; expected each name once')
