@@ -47,7 +47,10 @@ METHODS = {
   'moments_8bit': ('full, moments in 8 bits', 'sft_sentiment', ('optim.moments=8bit',)),
 }
 # Nothing that costs time and does not change what is trained.
-USUAL = ('checkpoint.every=0', 'eval.prompts=()')
+USUAL = (
+  *('checkpoint.every=0', 'eval.prompts=()', 'eval.every=0', 'eval.in_loop=()'),
+  'eval.general=False',
+)
 
 
 def folder(out: Path, method: str, seed: int) -> Path:

@@ -245,6 +245,40 @@ def test_method_accuracy(script, model, tmp_path, monkeypatch, capsys):
   assert '3 of 4 runs' in (out / 'table.md').read_text()
 
 
+def test_evaluation_tables(script, model, tmp_path, monkeypatch, capsys):
+  """One task is trained by the real entry with the keys of the script; its row is in the table."""
+  folder = tmp_path / '.cache' / 'eval' / 'yes_no'
+  folder.mkdir(parents=True)
+  turns = [[{'role': 'user', 'content': f'Is {n} even?'}] for n in range(40)]
+  answers = [{'role': 'assistant', 'content': ('yes', 'no')[n % 2]} for n in range(40)]
+  write(
+    folder / 'train.jsonl', [{'messages': [*t, a]} for t, a in zip(turns, answers, strict=True)]
+  )
+  asked = [{'messages': t, 'answer': a['content']} for t, a in zip(turns, answers, strict=True)]
+  write(folder / 'test.jsonl', [{**r, 'id': f'own {i}'} for i, r in enumerate(asked[:4])])
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  keys = [f'model.path={model}', 'steps=2', 'optim.warmup_steps=0', 'eval.general=False']
+  keys += ['eval.shots=0', 'seq_len=64']
+  module = script('benchmarks', 'evaluation_tables', tmp_path / 'out', *keys)
+  for task in [t for t in module['TASKS'] if t != 'yes_no']:
+    del module['TASKS'][task]
+  module['main']()
+  table = (tmp_path / 'out' / 'table.md').read_text()
+  assert table in capsys.readouterr().out
+  assert '| SmolLM2-135M-Instruct, seed 0 | yes_no | 4 | accuracy | 0.' in table
+  assert not (tmp_path / 'out' / 'yes_no_smollm2_0' / 'export').exists()
+  module['main'].__globals__['train'] = None  # a run that is done is read
+  module['main']()
+  text = module['as_text']({**asked[0], 'choices': ['yes', 'no'], 'label': 'yes'})
+  assert text == {
+    'prompt': 'Is 0 even?\nAnswer:',
+    'answer': 'yes',
+    'choices': [' yes', ' no'],
+    'label': ' yes',
+  }
+
+
 def test_method_accuracy_interval(script, tmp_path):
   """The bootstrap of examples and seeds: against the normal law, and where nothing varies."""
   interval = script('benchmarks', 'method_accuracy', tmp_path)['interval']

@@ -184,6 +184,74 @@ def test_no_examples_no_base_a_null_and_an_old_version_are_sentences(tmp_path):
     assert markdown.evaluation(old) == ''
 
 
+def test_a_run_without_tasks_shows_its_answers():
+  text = text_table.text({'version': 2, 'models': [], 'tasks': {}, 'answers': summary()['answers']})
+  assert 'No tasks were evaluated' in text and text.endswith('tuned   negative')
+
+
+def _places(value, place=()):
+  """The places of all entries of nested dicts and lists, of lists the first two."""
+  items = value.items() if isinstance(value, dict) else enumerate(value[:2])
+  for key, inner in items:
+    yield (*place, key)
+    if isinstance(inner, (dict, list)):
+      yield from _places(inner, (*place, key))
+
+
+def _damaged(found, place, change):
+  found = copy.deepcopy(found)
+  inner = found
+  for key in place[:-1]:
+    inner = inner[key]
+  if change == 'drop':
+    del inner[place[-1]]
+  else:
+    inner[place[-1]] = change
+  return found
+
+
+def _show_all(found):
+  page.render(_input(found))
+  text_table.text(found)
+  markdown.evaluation(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('change', [None, 'drop', 'text', 7, [], {}])
+def test_no_damage_to_a_summary_ends_in_a_traceback(change):
+  one = task(models=('base', 'tuned'))
+  one['examples'] = one['examples'][:1]
+  one['contamination'] |= {
+    'contaminated': 2,
+    'scores_clean': {'tuned': report_summaries.score(0.2)},
+  }
+  one['by_source'], one['cut'] = {'a': {'n': 1, 'base': 0.1, 'tuned': None}}, {'base': 0.1}
+  mean = {'value': 0.8, 'low': 0.7, 'high': 0.9, 'between_sd': 0.013, 'within_se': 0.021}
+  one['seeds'] = {'a + b': {'accuracy': mean}}
+  found = summary(one, models=('base', 'tuned'), gate=report_summaries.GATE)
+  for place in _places(found):
+    _show_all(_damaged(found, place, change))
+
+
+@pytest.mark.parametrize(
+  ('place', 'change'),
+  [
+    (('models',), None),
+    (('tasks', 'sentiment'), None),
+    (('tasks', 'sentiment', 'metrics', 0), {}),
+    (('tasks', 'sentiment', 'scores', 'tuned'), 7),
+    (('tasks', 'sentiment', 'confusion', 'base', 'counts', 0), []),
+    (('gate',), [1]),
+  ],
+)
+def test_a_damaged_summary_is_named_with_the_place(place, change):
+  found = _damaged(summary(task(), gate=report_summaries.GATE), place, change)
+  _show_all(found)
+  text = text_table.text(found)
+  assert 'NOT EVALUATED' in text and '/'.join(map(str, place[:3])) in text
+  assert findings.notices(found) == []
+
+
 def test_one_step_a_loss_that_is_not_finite_and_notes(tmp_path):
   path = workdir(tmp_path, steps=1)
   text = (

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ftjax.reporting import summary_form
 from ftjax.reporting.figures import count, examples, interval, name, number, title
 
 VERSION = 2
@@ -29,6 +30,11 @@ def problem(summary: Mapping[str, Any]) -> str:
       f'eval/summary.json has version {summary.get("version", 1)}, this ftjax reads version '
       f'{VERSION}: run python -m ftjax.evaluate on the workdir again.'
     )
+  if place := summary_form.damage(summary):
+    return (
+      f'eval/summary.json is damaged at {name(place)!r}: run python -m ftjax.evaluate on the '
+      'workdir again.'
+    )
   if not summary.get('tasks'):
     return 'No tasks were evaluated (eval.tasks is empty).'
   return ''
@@ -37,6 +43,13 @@ def problem(summary: Mapping[str, Any]) -> str:
 def tasks(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
   """Returns the tasks of a summary in its order; none where it cannot be shown."""
   return [] if problem(summary) else list(summary['tasks'].values())
+
+
+def answers(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Returns the rows of eval.prompts, which a summary without tasks has too."""
+  if summary.get('version') != VERSION or summary_form.damage(summary):
+    return []
+  return list(summary.get('answers') or [])
 
 
 def primary(task: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -56,11 +69,11 @@ def main_differences(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def light(summary: Mapping[str, Any]) -> Light:
   """Returns the verdict over all tasks as a word with a color."""
+  if problem(summary):
+    return Light('NOT EVALUATED', 'none')
   gate = summary.get('gate')
   if gate and not gate.get('passed'):
     return Light('REFUSED BY THE GATE', 'bad')
-  if problem(summary):
-    return Light('NOT EVALUATED', 'none')
   if 'tuned' not in summary.get('models', ()) and len(summary.get('models', ())) > 2:
     return Light('SEVERAL MODELS', 'none')
   found = {d.get('outcome') for t in tasks(summary) for d in main_differences(t)}
@@ -77,6 +90,8 @@ def notices(summary: Mapping[str, Any]) -> list[str]:
   """Returns the sentences that are shown in red: a refused gate, tasks that got worse (safety and
   general ability first), contaminated tests.
   """
+  if problem(summary):
+    return []
   gate = summary.get('gate') or {}
   out = [
     f'The gate refused the export: {c.get("what", "")}.'

@@ -41,7 +41,8 @@ def write(workdir: str, is_running: bool = False) -> str:
 def render(run: ReportInput) -> str:
   """Returns the page of a run."""
   found = shared(run.name, run.summary)
-  groups, left_out = curves.groups(run.log, list(run.summary.get('tasks') or {}))
+  tasks = [task['task'] for task in findings.tasks(run.summary)]
+  groups, left_out = curves.groups(run.log, tasks)
   sections = [('trained', 'Trained'), ('data', 'Data'), ('reproduce', 'Reproduce')]
   found |= {
     'status': run.status(),
@@ -72,7 +73,7 @@ def shared(name: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     'notices': findings.notices(summary),
     'level': LEVEL,
     'results': results.build(summary),
-    'gate': _gate(summary.get('gate')),
+    'gate': None if problem else _gate(summary.get('gate')),
     'runs': None,
     'notes': [],
   }

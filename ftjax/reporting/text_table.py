@@ -40,6 +40,9 @@ def text(summary: Mapping[str, Any], max_lines: int = 4) -> str:
     summary: eval/summary.json; {} where there is none.
     max_lines: of each prompt and answer; longer ones are cut.
   """
+  shown = answers(findings.answers(summary), max_lines)
+  if findings.problem(summary):
+    return f'{verdict(summary)}\n\n{shown}'.rstrip()
   parts = [verdict(summary), *(table(t, summary['models']) for t in findings.tasks(summary))]
   if findings.tasks(summary):
     parts.append(
@@ -48,14 +51,15 @@ def text(summary: Mapping[str, Any], max_lines: int = 4) -> str:
         'value is better.'
       )
     )
-  parts += [gate(summary), answers(summary.get('answers') or [], max_lines)]
+  parts += [gate(summary), shown]
   return '\n\n'.join(part for part in parts if part)
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
   """Returns the verdict as a word and sentences, then the notices, each marked by '!'."""
   head = findings.light(summary).word
-  sentences = list(summary.get('verdict') or []) or [findings.problem(summary)]
+  problem = findings.problem(summary)
+  sentences = [problem] if problem else list(summary.get('verdict') or [])
   lines = [f'Verdict: {head}', *(wrap(str(s), '  ') for s in sentences if s)]
   lines += [wrap(notice, '  ', '! ') for notice in findings.notices(summary)]
   return '\n'.join(lines)

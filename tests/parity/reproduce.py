@@ -41,6 +41,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
     ['make_router_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
     ['adamw_8bit.py', str(target)],
+    ['plateau.py', str(target)],
     ['trl_losses.py', 'golden', str(target), str(Path(sys.prefix) / 'trl-1.9')],
   ]
 

@@ -1,0 +1,29 @@
+"""SmolLM2-135M-Instruct learns to answer yes or no to a question on a passage.
+
+It is compared with its base, and with the base that sees 2 examples.
+
+`make assets eval-data` fetches model and rows; docs/evaluation_results.md has the results.
+"""
+
+from ftjax import config
+
+_DATA = '.cache/eval/yes_no'
+
+
+def get_config():
+  c = config.default()
+  c.model.path = '.cache/smollm2'
+  c.data.train = f'{_DATA}/train.jsonl'
+  c.steps = 160
+  c.batch_size = 2  # packed sequences
+  c.seq_len = 512
+  c.optim.lr = 1e-4
+  c.optim.schedule = 'linear'
+  c.optim.warmup_steps = 10
+  c.checkpoint.every = 80
+  c.checkpoint.keep = 1
+  c.eval.batch_size = 16
+  c.eval.tasks = (f'yes_no=yes_no:{_DATA}/test.jsonl',)
+  c.eval.max_tokens = 4
+  c.eval.shots = 2
+  return c
