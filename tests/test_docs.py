@@ -144,6 +144,8 @@ def wrong_command(line):
   path = ROOT / 'ftjax' / f'{entry}.py'
   if not path.is_file() or '__main__' not in path.read_text():
     return f'{line}: there is no such entry'
+  if entry == 'lm_eval':  # its arguments are those of lm-eval
+    return ''
   words = shlex.split(re.split(r' > | \| ', rest)[0], comments=True)
   if '--compare' in words:  # followed by folders
     words = words[: words.index('--compare') + 1]

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from test_saved_model import tiny, train
 
 from ftjax.config import keys
 from ftjax.data.formats import Chat
@@ -107,3 +108,49 @@ def test_whole_texts_have_no_examples(opened):
   start, _, folder = opened
   task = tasks.load_task('ppl', 'perplexity', write(folder / 'text.jsonl', {'text': 'abc'}))
   assert few_shot.find(start(**{'eval.shots': 4}), task) is None
+
+
+@pytest.mark.full
+def test_a_run_compares_three_models_by_all_ways_to_respond(tmp_path):
+  sums = [
+    {'prompt': f'{a} + {a} =', 'choices': [str(2 * a), '1'], 'label': str(2 * a)}
+    for a in range(1, 7)
+  ]
+  said = [{'prompt': f'{a} + 1 =', 'answer': str(a + 1)} for a in range(6)]
+  own = [{'prompt': f'{a} + 9 =', 'answer': str(a + 9)} for a in range(6)]
+  sums, said, own = (
+    write(tmp_path / f'{n}.jsonl', *rows) for n, rows in (('s', sums), ('t', said), ('o', own))
+  )
+  own = tuple(f'{name}={own}' for name in ('said', 'mine', 'wins'))
+  text = write(tmp_path / 'text.jsonl', *({'text': f'a text {i}'} for i in range(3)))
+  c = tiny('sft', **{
+    'steps': 2,
+    'eval.every': 0,
+    'eval.max_tokens': 3,
+    'eval.batch_size': 8,
+    'eval.samples': 2,
+    'eval.temperature': 1.0,
+    'eval.shots': 2,
+    'eval.shots_from': (*own, f'sums={sums}'),
+    'eval.tasks': (
+      f'sums=choice:{sums}',
+      f'said=match:{said}',
+      f'mine=reward/length(at_most=2):{said}',
+      f'wins=judge/test_comparison:always_first:{said}',
+      f'text=perplexity:{text}',
+    ),
+  })  # fmt: skip
+  with pytest.raises(DataError, match=r'eval.shots=2: there are 0 rows'):
+    train(c, tmp_path / 'asked')  # the rows of `sums` are asked too
+  c.eval.shots_from = own
+  c.eval.tasks = c.eval.tasks[1:]
+  workdir = train(c, tmp_path / 'run')
+  summary = json.loads((workdir / 'eval' / 'summary.json').read_text())
+  models = {name: list(task['scores']) for name, task in summary['tasks'].items()}
+  three = ['base', 'base_shots', 'tuned']
+  assert models == {'said': three, 'mine': three, 'wins': three, 'text': ['base', 'tuned']}
+  assert summary['models'] == three
+  wins = summary['tasks']['wins']['scores']
+  assert [wins[m]['win']['value'] for m in three] == [0.5] * 3
+  assert {'pass_at_2', 'maj_at_2'} <= summary['tasks']['said']['scores']['tuned'].keys()
+  assert summary['tasks']['text']['scores']['tuned']['perplexity']['value'] > 1

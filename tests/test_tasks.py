@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from ftjax.config import task_specs
+from ftjax.config import keys, task_specs, validation
 from ftjax.evaluation import kinds, tasks
 from ftjax.evaluation.kind import Answer
 from ftjax.runtime.errors import ConfigError, DataError
@@ -40,6 +40,32 @@ def test_bad_specs_name_the_config_key(spec):
   with pytest.raises(ConfigError, match=r'eval\.tasks') as e:
     task_specs.parse(spec)
   assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'eval.in_loop': ('b',)}, r"eval\.in_loop: 'b'; expected names of eval\.tasks"),
+    ({'eval.in_loop': ('arc_easy',)}, 'without those of lm-eval'),
+    ({'eval.in_loop': ('a', 'a')}, 'each name once'),
+    ({'eval.in_loop': ('a',), 'eval.every': 0}, r'eval\.in_loop needs eval\.every'),
+    ({'eval.max_share': 0.0}, r'eval\.max_share=0\.0; expected a share'),
+    ({'eval.samples': 2}, 'would give equal completions'),
+    ({'eval.stop': ('',)}, r"eval\.stop: got ''"),
+    ({'eval.stop': (3,)}, r'eval\.stop: got 3'),
+    ({'eval.shots_from': (3,)}, r'eval\.shots_from: got 3'),
+    ({'eval.shots_from': ('b=x',)}, r"eval\.shots_from: 'b=x'"),
+    ({'eval.shots_from': ('a=x', 'a=y')}, 'one source of each task'),
+    ({'eval.shots_from': ('a=x',), 'eval.shots': 0}, r'eval\.shots is 0'),
+  ],
+)
+def test_keys_that_cannot_be_meant(changes, message):
+  c = keys.default()
+  c.model.path, c.data.train, c.steps, c.eval.every, c.eval.shots = 'x', 'rows.jsonl', 10, 2, 1
+  c.eval.tasks, c.eval.in_loop = ('a=match:x', 'lm_eval:arc_easy'), ('a',)
+  c.update_from_flattened_dict(changes)
+  with pytest.raises(ConfigError, match=message):
+    validation.validate(c)
 
 
 def test_load_choice_rows(tmp_path):

@@ -137,9 +137,15 @@ def _check_precision(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_eval(c: ml_collections.ConfigDict) -> None:
-  names = [spec.name for spec in task_specs.parse_all(c.eval.tasks)]
+  specs = task_specs.parse_all(c.eval.tasks)
+  names = [s.name for s in specs if s.kind not in (task_specs.LM_EVAL, task_specs.LM_EVAL_CHAT)]
   if unknown := [name for name in c.eval.in_loop if name not in names]:
-    raise ConfigError(f'eval.in_loop: {unknown[0]!r}; expected names of eval.tasks, {names}')
+    raise ConfigError(
+      f'eval.in_loop: {unknown[0]!r}; expected names of eval.tasks, without those of lm-eval: '
+      f'{names}'
+    )
+  if len(set(c.eval.in_loop)) < len(c.eval.in_loop):
+    raise ConfigError(f'eval.in_loop={c.eval.in_loop}; expected each name once')
   if c.eval.in_loop and not c.eval.every:
     raise ConfigError('eval.in_loop needs eval.every: the steps between two evaluations')
   if not 0 < c.eval.max_share <= 1:
@@ -149,12 +155,18 @@ def _check_eval(c: ml_collections.ConfigDict) -> None:
       f'eval.samples={c.eval.samples} with eval.temperature=0 would give equal completions; set '
       'eval.temperature, for example to 0.7'
     )
+  for key in ('stop', 'shots_from'):
+    if wrong := [entry for entry in c.eval[key] if not isinstance(entry, str) or not entry]:
+      raise ConfigError(f'eval.{key}: got {wrong[0]!r}, expected texts that are not empty')
   for entry in c.eval.shots_from:
     name, equals, path = entry.partition('=')
     if not equals or not path or name not in names:
       raise ConfigError(
         f'eval.shots_from: {entry!r}; expected task=path with a name of eval.tasks, {names}'
       )
+  sources = [entry.partition('=')[0] for entry in c.eval.shots_from]
+  if len(set(sources)) < len(sources):
+    raise ConfigError(f'eval.shots_from={c.eval.shots_from}; expected one source of each task')
   if c.eval.shots_from and not c.eval.shots:
     raise ConfigError('eval.shots_from is given and eval.shots is 0: set eval.shots')
 
