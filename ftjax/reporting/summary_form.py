@@ -9,6 +9,19 @@ from typing import Any
 # Lists of records, and mappings of records, of a task.
 _LISTS = ('metrics', 'differences', 'examples')
 _MAPPINGS = ('scores', 'per_class', 'confusion', 'calibration', 'cost', 'seeds', 'by_source')
+# Entries of records that are texts, and numbers; each may be missing or null.
+_TASK = (('kind', 'group'), ('n', 'prompts', 'samples'))
+_METRIC = (('title', 'better', 'form'), ())
+_DIFFERENCE = (('first', 'second', 'outcome', 'verdict'), ('rows_needed',))
+_TEST = (('name',), ('only_first_right', 'only_second_right'))
+_OVERLAP = ((), ('ngram', 'n', 'contaminated', 'near_duplicates', 'whole'))
+_COST = ((), ('seconds', 'tokens', 'rows'))
+
+
+def _has(record: Mapping[str, Any], form: tuple[tuple[str, ...], tuple[str, ...]]) -> bool:
+  """Returns whether the entries of a record are texts and numbers as the form wants them."""
+  pairs = [(k, str) for k in form[0]] + [(k, (int, float)) for k in form[1]]
+  return all(record.get(k) is None or isinstance(record[k], kind) for k, kind in pairs)
 
 
 def damage(summary: Mapping[str, Any]) -> str:
@@ -51,14 +64,20 @@ def _task(task: Any) -> Iterator[tuple[str, bool]]:
     yield f'/{key}', _is_mapping(task.get(key))
   for key in ('contamination', 'cut'):
     yield f'/{key}', isinstance(task.get(key) or {}, dict)
+  yield '', _has(task, _TASK)
+  overlap = task.get('contamination') or {}
+  yield '/contamination', _has(overlap, _OVERLAP) and _is_mapping(overlap.get('scores_clean'))
+  yield '/contamination', isinstance(overlap.get('against') or [], list)
+  yield '/cost', all(_has(found, _COST) for found in (task.get('cost') or {}).values())
   yield '/classes', isinstance(task.get('classes') or [], list)
   for metric in task.get('metrics') or []:
-    yield '/metrics', isinstance(metric.get('name'), str)
+    yield '/metrics', isinstance(metric.get('name'), str) and _has(metric, _METRIC)
   for scores in (task.get('scores') or {}).values():
     yield '/scores', all(x is None or isinstance(x, dict) for x in scores.values())
   for found in task.get('differences') or []:
     yield '/differences', _is_mapping(found.get('metrics'))
-    yield '/differences', isinstance(found.get('test') or {}, dict)
+    yield '/differences', isinstance(found.get('test') or {}, dict) and _has(found, _DIFFERENCE)
+    yield '/differences', _has(found.get('test') or {}, _TEST)
   for key in ('per_class', 'seeds'):
     for found in (task.get(key) or {}).values():
       yield f'/{key}', _is_mapping(found)
