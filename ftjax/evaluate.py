@@ -57,12 +57,10 @@ def _evaluate(workdir: str) -> None:
   """Loads the export and evaluates it; results of the base model are cached."""
   c = flags.FLAGS.config
   validation.validate(c)
-  from ftjax.cluster import processes
   from ftjax.evaluation import gate
-  from ftjax.experiment import compare, run_card
+  from ftjax.experiment import compare, fit, run_card
   from ftjax.experiment import run as experiment
   from ftjax.hf import run_export
-  from ftjax.reporting import page
   from ftjax.storage import files
 
   cli.join()
@@ -88,7 +86,7 @@ def _evaluate(workdir: str) -> None:
   evaluator = compare.Evaluator(run)
   found = evaluator.tuned(run.load_params(export, c.model.param_dtype))
   run_card.refresh(run.workdir, run.model)
-  processes.from_main(lambda: page.write(run.workdir))
+  fit.write_report(run)
   gate.enforce(found['gate'])
 
 

@@ -132,17 +132,7 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     checkpoints.close()
     params = trainer.model(state)
     del state
-    if not c.gate:  # so that no fault of an evaluation costs the export
-      _export(run, params, exported)
-    found = evaluator.tuned(params)
-    processes.from_main(lambda: page.write(run.workdir))
-    if found['gate'] and not found['gate']['passed']:
-      _remove_exports(run)
-    gate.enforce(found['gate'])
-    if c.gate:
-      _export(run, params, exported)
-    if c.eval.tasks:
-      run_card.refresh(run.workdir, run.model)
+    _export_and_compare(run, evaluator, params, exported)
     if experiment.keeps_programs(c):
       folder = experiment.program_folder(run.workdir)
       processes.from_main(lambda: program_cache.record(folder))
@@ -155,6 +145,32 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
         adapter_export.export_merged(
           run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
         )
+
+
+def _export_and_compare(
+  run: Run, evaluator: compare.Evaluator, params: dict, exported: int
+) -> None:
+  """Exports the model and compares it with the base; with `gate` in the other order, and the model
+  is not exported where a rule refuses it.
+  """
+  c = run.config
+  if not c.gate:  # so that no fault of an evaluation costs the export
+    _export(run, params, exported)
+  found = evaluator.tuned(params)
+  write_report(run)
+  if found['gate'] and not found['gate']['passed']:
+    _remove_exports(run)
+  gate.enforce(found['gate'])
+  if c.gate:
+    _export(run, params, exported)
+  if c.eval.tasks:
+    run_card.refresh(run.workdir, run.model)
+
+
+def write_report(run: Run, is_running: bool = False) -> None:
+  """Writes report.html of a run, by process 0. A fault of it costs nothing else."""
+  if processes.is_main():
+    attempt('report.html', lambda: page.write(run.workdir, is_running))
 
 
 @contextlib.contextmanager
@@ -271,8 +287,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     return values | tasks
 
   def report():
-    if processes.is_main():
-      attempt('report.html', lambda: page.write(run.workdir, is_running=True))
+    write_report(run, is_running=True)
 
   def write_rollout(step, values):
     s.writer.write(step, 'rollout', values)

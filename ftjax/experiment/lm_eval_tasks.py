@@ -13,17 +13,14 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ftjax.config.task_specs import LM_EVAL_CHAT, TaskSpec
-from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import lm_eval_results
 from ftjax.evaluation.lm_eval_results import Documents
-from ftjax.generation.engine import Engine
-from ftjax.generation.scorer import Scorer
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import ConfigError
 
@@ -188,45 +185,6 @@ def evaluate(
     model.lengths,
     {k: float(v) for k, v in figures.items() if ',' in k and isinstance(v, int | float)},
   )
-
-
-class LmEval:
-  """The lm-eval tasks of a run, for several models of one architecture: base and tuned.
-
-  Args:
-    specs: entries of eval.tasks whose kind is lm_eval or lm_eval_chat.
-    include_path, shots: see `load_tasks`.
-
-  Raises:
-    ConfigError: see `load_tasks`.
-  """
-
-  def __init__(self, specs: Sequence[TaskSpec], *, include_path: str, shots: int | None = None):
-    self.tasks = load_tasks(specs, include_path=include_path, shots=shots)
-
-  def evaluate(
-    self,
-    params: dict,
-    tokenizer: Tokenizer,
-    engine: Engine,
-    scorer: Scorer,
-    *,
-    batch_size: int,
-    limit: int | None = None,
-    beat: Callable[[], None] = lambda: None,
-  ) -> dict[str, Documents]:
-    """Returns the documents of each task by the name of its entry.
-
-    Args:
-      params, tokenizer, engine, scorer, batch_size, beat: see LmEvalModel.
-      limit: see `evaluate`.
-    """
-    if not self.tasks:
-      return {}
-    from ftjax.experiment.lm_eval_model import LmEvalModel
-
-    model = LmEvalModel(params, tokenizer, engine, scorer, batch_size=batch_size, beat=beat)
-    return {task.name: evaluate(model, task, limit=limit) for task in self.tasks}
 
 
 def _aggregations(task: Any) -> dict[str, tuple[str, bool]]:
