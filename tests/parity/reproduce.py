@@ -34,6 +34,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
   return [
     ['make_goldens.py', str(target), *tasks],
     ['make_family_goldens.py', str(target)],
+    ['make_lm_eval_goldens.py', str(target)],
     ['make_multimodal_goldens.py', str(target)],
     ['make_packing_goldens.py', str(target)],
     ['make_peft_goldens.py', str(target)],
