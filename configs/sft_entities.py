@@ -2,7 +2,7 @@
 
 It is compared with its base, and with the base that sees 4 examples.
 
-`make assets eval-data` fetches model and rows; docs/evaluation_results.md has the results.
+`make assets eval-data` fetches model and rows; benchmarks/evaluation_tables.py runs it among others.
 """
 
 from ftjax import config
