@@ -68,6 +68,8 @@ def test_every_name_of_another_tool_leads_to_a_key_that_exists():
     ('num_train_epochs', 'epochs'),
     ('warmup_ratio', 'optim.warmup_steps'),
     ('lr_scheduler_type', 'optim.schedule'),
+    ('reduce_lr_on_plateau', 'optim.plateau_factor'),
+    ('lr_patience', 'optim.plateau_patience'),
     ('model_name_or_path', 'model.path'),
     ('trainer.max_steps', 'steps'),
     ('train.learning-rate', 'optim.lr'),
@@ -111,6 +113,8 @@ def test_a_name_of_another_tool_leads_to_its_key(typed, key):
     ('per_device_train_batch_size', 'It is global'),
     ('gradient_accumulation_steps', 'does not multiply it'),
     ('warmup_ratio', 'It counts updates'),
+    ('lr_scheduler_type', 'reduce_lr_on_plateau is optim.plateau_factor'),
+    ('lr_patience', '1 is patience=0 there'),
   ],
 )
 def test_a_difference_in_meaning_is_stated(typed, note):

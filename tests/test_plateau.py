@@ -91,7 +91,7 @@ def test_by_hand_and_the_line_it_logs(caplog):
   assert found == [1, 1, 1, 1, 0.5, 0.5, pytest.approx(0.3), *[pytest.approx(0.3)] * 2]
   lines = [r.getMessage() for r in caplog.records if 'plateau' in r.getMessage()]
   assert [line.partition(':')[0] for line in lines] == ['step 4', 'step 6'], 'the floor is silent'
-  assert 'eval/x has not improved for 2 evaluations (optim.plateau_patience)' in lines[1]
+  assert 'eval/x has not improved since step 2 (optim.plateau_patience=2)' in lines[1]
   assert "0.3 times the schedule's; it was 0.5 times" in lines[1]
 
 

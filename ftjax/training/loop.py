@@ -376,9 +376,9 @@ class Loop:
     if after == before:
       return state
     log.info(
-      'step %d: %s has not improved for %d evaluations (optim.plateau_patience): from here on the '
+      'step %d: %s has not improved since step %d (optim.plateau_patience=%d): from here on the '
       "learning rate is %.4g times the schedule's; it was %.4g times",
-      *(done, self._cadence.metric, rule.patience, after, before),
+      *(done, self._cadence.metric, progress.step, rule.patience, after, before),
     )
     return dataclasses.replace(state, opt=with_scale(state.opt, after))
 
