@@ -2,7 +2,7 @@
 
 It is compared with its base, and with the base that sees 2 examples.
 
-`make assets eval-data` fetches model and rows; benchmarks/evaluation_tables.py runs it among others.
+`make assets eval-data` fetches model and rows; benchmarks/evaluation_tables.py runs this config.
 """
 
 from ftjax import config

@@ -36,7 +36,7 @@ def _check(title, low, high, truth, record):
   low, high = np.asarray(low), np.asarray(high)
   covered, n = float(((low <= truth) & (truth <= high)).mean()), low.size
   slack = 0 if n >= 4000 else 3 * math.sqrt(0.05 * 0.95 / n)
-  record(title, covered)
+  record(title, float(covered))
   print(f'{title}: {100 * covered:.1f} % of {n}')
   assert 0.93 - slack <= covered <= 0.97 + slack, f'{title}: {covered}'
 
@@ -83,7 +83,7 @@ def test_wilson_covers_exactly(n, record_property):
   low, high = np.array([wilson(k, n) for k in counts]).T
   shares = np.linspace(0.1, 0.9, 81)
   covered = [scipy.stats.binom.pmf(counts, n, p)[(low <= p) & (p <= high)].sum() for p in shares]
-  record_property('least', min(covered))
+  record_property('least', float(min(covered)))
   assert 0.93 <= min(covered) <= max(covered) <= 0.97
   assert 0.945 <= np.mean(covered) <= 0.955
 
@@ -186,7 +186,7 @@ def _seeds(between, seeds, simulations, record):
   title = f'mean of {seeds} seeds, between {between}'
   # It covers at least; more where seeds differ less than test sets.
   covered = float(np.mean([f.low <= 0 <= f.high for f in found]))
-  record(title, covered)
+  record(title, float(covered))
   print(f'{title}: {100 * covered:.1f} % of {simulations}')
   assert covered >= 0.94 - (0.02 if simulations < 4000 else 0)
   assert covered <= 0.97 or between < 0.1
@@ -248,7 +248,7 @@ def _refusals(title, p, record):
   p = np.asarray(p)
   refused = float((p < 0.05).mean())
   slack = 0 if p.size >= 4000 else 3 * math.sqrt(0.05 * 0.95 / p.size)
-  record(title, refused)
+  record(title, float(refused))
   print(f'{title}: refuses {100 * refused:.1f} % of {p.size}')
   assert 0.01 < refused <= 0.055 + slack, f'{title}: {refused}'
 
