@@ -138,6 +138,18 @@ def test_samples_are_results_of_one_prompt():
   assert [r.sample for r in scored] == [0] * 4, 'log-probabilities are asked for once'
 
 
+def test_a_process_that_evaluates_alone_waits_for_no_other(monkeypatch):
+  """The others are not in `evaluate`: a value sent to them would be taken for the next one."""
+
+  def shared(make):
+    raise AssertionError('sent to the other processes')
+
+  monkeypatch.setattr(run.processes, 'from_main', shared)
+  task = _task('reward/length(at_most=3)', 2)
+  found = run.evaluate(task, Says(lambda p: 'a'), draw=DRAW, title='served', from_main=run.alone)
+  assert [r.values for r in found] == [{'reward': (0.0,)}] * 2
+
+
 def test_examples_stand_before_every_prompt():
   examples = shots.Shots((('one', 'A'), ('two', 'B')))
   seen = []

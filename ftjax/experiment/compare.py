@@ -195,7 +195,8 @@ class Evaluator:
       for task in self._theirs
     }
     answers = self.samples.compared(model)
-    return processes.from_main(lambda: self._finish(found, theirs, answers))
+    with self.run.watchdog.phase('evaluate'):
+      return processes.from_main(lambda: self._finish(found, theirs, answers))
 
   def _with_divergence(self, task: Task, results: Results, params: dict) -> Results:
     with self.run.watchdog.phase('evaluate'):
@@ -208,11 +209,18 @@ class Evaluator:
     }
 
   def _served(self, task: Task) -> Results:
-    """Returns the results of eval.models; a server that fails is left out, and the others stay."""
+    """Returns the results of eval.models, in process 0 only; a server that fails is left out, and
+    the others stay.
+    """
     out = {}
     for name, model in list(self._endpoints.items()):
       try:
-        out[name] = self._score(WatchedModel(model, self.run.watchdog.beat), task, name)
+        watched = WatchedModel(model, self.run.watchdog.beat)
+        with self.run.watchdog.phase('evaluate'), self._measured(task.name, name) as results:
+          results += evaluation.evaluate(
+            task, watched, draw=self._draw_of(task), title=name, from_main=evaluation.alone
+          )
+        out[name] = results
       except RunError as error:
         log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
     return out
@@ -246,7 +254,8 @@ class Evaluator:
     for task in self.tasks:
       results = found[task.name]
       if task.kind.judge is not None:
-        results = function_kinds.judged(task.rows, task.kind, results)
+        beat = self.run.watchdog.beat
+        results = function_kinds.judged(task.rows, task.kind, results, beat)
       entries.append(self._entry(task, results))
     for name, results in theirs.items():
       entries.append(self._entry(lm_eval_results.entry(name, 'lm_eval', results), results))
