@@ -225,9 +225,10 @@ class Evaluator:
         log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
     return out
 
-  def _entry(self, task: comparison.Compared, results: Results) -> dict:
+  def _entry(self, task: comparison.Compared, results: Results, asked: Task | LmEvalTask) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
     entry = comparison.compare(task, results, self._costs(task.name))
+    entry |= {'path': asked.path, 'digest': asked.digest}  # for --compare
     if (report := self._found_in_training().get(task.name)) is not None:
       clean = comparison.on_rows(task, results, report.clean_ids())
       entry['contamination'] = contamination_check.to_summary(report, clean)
@@ -256,9 +257,11 @@ class Evaluator:
       if task.kind.judge is not None:
         beat = self.run.watchdog.beat
         results = function_kinds.judged(task.rows, task.kind, results, beat)
-      entries.append(self._entry(task, results))
-    for name, results in theirs.items():
-      entries.append(self._entry(lm_eval_results.entry(name, 'lm_eval', results), results))
+      entries.append(self._entry(task, results, task))
+    for task in self._theirs:
+      results = theirs[task.name]
+      entry = lm_eval_results.entry(task.name, task.kind_name, results)
+      entries.append(self._entry(entry, results, task))
     summary = comparison.summarize(entries, answers)
     summary['gate'] = gate.check(self._rules, summary)
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)

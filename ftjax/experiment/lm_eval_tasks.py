@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.config.task_specs import LM_EVAL_CHAT, TaskSpec
+from ftjax.config.task_specs import LM_EVAL, LM_EVAL_CHAT, TaskSpec
 from ftjax.evaluation import lm_eval_results
 from ftjax.evaluation.lm_eval_results import Documents
 from ftjax.runtime.digest import digest
@@ -49,6 +49,11 @@ class LmEvalTask:
   is_chat: bool
   loaded: Mapping[str, Any] = dataclasses.field(repr=False)
   digest: str
+
+  @property
+  def kind_name(self) -> str:
+    """Returns its kind in eval.tasks."""
+    return LM_EVAL_CHAT if self.is_chat else LM_EVAL
 
 
 def need() -> None:
