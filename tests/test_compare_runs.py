@@ -77,7 +77,7 @@ def test_equal_ids_of_other_rows_are_other_rows(folder):
 def test_a_file_that_changed_is_named(folder, change):
   runs = [run(folder, name, lambda i: True) for name in ('one', 'two')]
   change(folder / 'rows.jsonl')
-  with pytest.raises(DataError, match='rows.jsonl has changed since one was evaluated on it'):
+  with pytest.raises(DataError, match=r'rows\.jsonl has changed since one was evaluated on it'):
     compare_runs.compare(runs)
 
 

@@ -160,6 +160,13 @@ def test_a_metric_of_a_value_that_is_not_there_names_it():
     comparison.compare(task, {'base': wrong})
 
 
+def test_a_share_of_other_numbers_is_an_error_before_training():
+  task, results = _models(n=3)
+  own = [dataclasses.replace(r, values={'right': (7.0,)}) for r in results['base']]
+  with pytest.raises(DataError, match=r"'accuracy' is a share .*got 7\. .*metric\.mean"):
+    comparison.compare(task, {'base': own})
+
+
 def test_samples_of_a_prompt_are_a_cluster(monkeypatch):
   _fast(monkeypatch, 400)
   task, results = _models(n=40, samples=4)

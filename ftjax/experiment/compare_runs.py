@@ -119,7 +119,6 @@ def _entry(name: str, spec: task_specs.TaskSpec, runs: Sequence[_Evaluated]) -> 
   if len(own) < len(runs):
     raise DataError(f'--compare: {name}: a run has no results of its tuned model')
   asked = [(r.id, r.label) for r in own[runs[0].name]]
-  ids = [row_id for row_id, _ in asked]
   for run in runs:
     digests = {r.digests[name] for r in (runs[0], run) if name in r.digests}
     if [(r.id, r.label) for r in own[run.name]] != asked or len(digests) > 1:
