@@ -15,7 +15,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics.intervals import wilson
 from ftjax.evaluation.tasks import Task
 from ftjax.reporting import findings, page, text_table
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 
 NAMES = ('negative', 'positive')
 
@@ -343,6 +343,10 @@ def rubbish(prompt, first, second):
   return {'p0': None, 'p1': 'yes', 'p2': 7}[prompt]
 
 
+def is_stopped(prompt, first, second):
+  raise StoppedEarly('SIGTERM')
+
+
 def no_number(prompt, first, second):
   return [1]
 
@@ -381,6 +385,8 @@ def test_a_judge_that_fails_names_the_row():
     function_kinds.judged(task.rows, kinds.find(task.kind_name), more, lambda: None)
   with pytest.raises(DataError, match=r'f:0: the judge returned \[1\]; expected a number'):
     _judged('no_number', (['a'], ['b']))
+  with pytest.raises(StoppedEarly):
+    _judged('is_stopped', (['a'], ['b']))
 
 
 def test_a_slow_judge_is_no_hang(monkeypatch):

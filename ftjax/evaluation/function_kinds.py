@@ -24,7 +24,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.grading import rewards
 from ftjax.grading.reward_batch import Batch
 from ftjax.runtime import named_object
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 
 REWARD, JUDGE = 'reward/', 'judge/'
 _CALL = re.compile(r'(\w+)\((.*)\)', re.DOTALL)
@@ -149,6 +149,8 @@ def _win(kind: Kind, row: Row, first: Result, second: Result, beat: Callable[[],
 def _ask(kind: Kind, row: Row, first: str, second: str) -> float:
   try:
     found: Any = kind.judge(row.question, first, second)
+  except StoppedEarly:  # SIGTERM, during the call
+    raise
   except Exception as error:  # of a user's function
     raise DataError(f'{row.place}: the judge: {type(error).__name__}: {error}') from error
   try:

@@ -33,7 +33,7 @@ from ftjax.experiment.samples import Samples
 from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import RunError
+from ftjax.runtime.errors import DataError, RunError, StoppedEarly
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,15 @@ class Evaluator:
     shots = self._shots[task.name] if title == SHOTS else None
     draw = self._draw_of(task)
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
-      results += evaluation.evaluate(task, model, draw=draw, title=title, shots=shots)
+      try:
+        results += evaluation.evaluate(task, model, draw=draw, title=title, shots=shots)
+      except DataError as error:
+        if title == SHOTS:
+          count = self.run.config.eval.shots
+          raise DataError(f'{error}. Its examples count too: eval.shots={count}') from error
+        if task.group == general.GROUP:
+          raise DataError(f'{error}. The row is of eval.general; set it to False') from error
+        raise
     return results
 
   def _draw_of(self, task: Task) -> Draw:
@@ -221,6 +229,8 @@ class Evaluator:
             task, watched, draw=self._draw_of(task), title=name, from_main=evaluation.alone
           )
         out[name] = results
+      except StoppedEarly:
+        raise
       except RunError as error:
         log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
     return out
