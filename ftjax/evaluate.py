@@ -64,7 +64,7 @@ def _evaluate(workdir: str) -> None:
   from ftjax.storage import files
 
   cli.join()
-  if not c.eval.tasks:
+  if not (c.eval.tasks or c.eval.general):
     raise ConfigError(
       'eval.tasks is empty; give tasks, for example '
       '--config.eval.tasks="(\'mine=choice:rows.jsonl\',)"'

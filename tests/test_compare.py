@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 import tiny_rollouts
 
 from ftjax.experiment import compare
+from ftjax.runtime.errors import RunError, StoppedEarly
 
 
 def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
@@ -31,3 +33,29 @@ def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
   summary = json.loads((tmp_path / 'eval' / 'summary.json').read_text())
   assert summary['models'] == ['base', 'tuned']
   assert list(summary['tasks']) == ['match', 'math', 'math_strict']
+
+
+class Fails:
+  """A server whose answers are an error."""
+
+  def __init__(self, error):
+    self.error = error
+
+  def complete(self, prompts, places, draw, done):
+    raise self.error
+
+
+def test_a_server_that_fails_is_left_out_and_a_stop_is_a_stop(tmp_path):
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(json.dumps({'prompt': '1 + 1 =', 'answer': '2'}))
+  settings = {'eval.tasks': (f'sum=match:{path}',), 'eval.batch_size': 2, 'eval.max_tokens': 4}
+  run = tiny_rollouts.start(tmp_path, **settings)
+  evaluator = compare.Evaluator(run)
+  evaluator._endpoints = {'server': Fails(RunError('no answer'))}
+  params = run.load_params('', 'float32')
+  evaluator.tuned(params)
+  summary = json.loads((tmp_path / 'eval' / 'summary.json').read_text())
+  assert summary['models'] == ['base', 'tuned']
+  evaluator._endpoints = {'server': Fails(StoppedEarly('SIGTERM'))}
+  with pytest.raises(StoppedEarly):
+    evaluator.tuned(params)

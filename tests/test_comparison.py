@@ -15,7 +15,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.evaluation.statistics.intervals import wilson
 from ftjax.evaluation.tasks import Task
 from ftjax.reporting import findings, page, text_table
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 
 NAMES = ('negative', 'positive')
 
@@ -112,8 +112,10 @@ def test_equal_models_are_not_called_different(monkeypatch):
   test = difference['test']
   assert (test['p'], test['only_first_right'], test['only_second_right']) == (1.0, 0, 0)
   metrics = dict(difference['metrics'])
-  accuracy = metrics.pop('accuracy')  # its interval has a width where no pair differs
-  assert accuracy['value'] == 0 and accuracy['low'] < 0 < accuracy['high'] and accuracy['p'] == 1
+  # The interval of a share has a width where no pair differs.
+  shares = [metrics.pop(m.name) for m in (*task.metrics, *task.details) if m.is_proportion]
+  assert len(shares) > 1
+  assert all(d['value'] == 0 and d['low'] < 0 < d['high'] and d['p'] == 1 for d in shares)
   values = [d for d in metrics.values() if d['value'] is not None]
   assert values
   assert all((d['value'], d['low'], d['high'], d['p']) == (0, 0, 0, 1) for d in values)
@@ -156,6 +158,13 @@ def test_a_metric_of_a_value_that_is_not_there_names_it():
   wrong = [dataclasses.replace(r, values={'other': (1.0,)}) for r in results['base']]
   with pytest.raises(DataError, match=r"sentiment: the metric 'accuracy' .* 'right'"):
     comparison.compare(task, {'base': wrong})
+
+
+def test_a_share_of_other_numbers_is_an_error_before_training():
+  task, results = _models(n=3)
+  own = [dataclasses.replace(r, values={'right': (7.0,)}) for r in results['base']]
+  with pytest.raises(DataError, match=r"'accuracy' is a share .*got 7\. .*metric\.mean"):
+    comparison.compare(task, {'base': own})
 
 
 def test_samples_of_a_prompt_are_a_cluster(monkeypatch):
@@ -294,6 +303,26 @@ def test_a_part_of_the_rows(monkeypatch):
   assert nothing['base'] == {'value': None, 'low': None, 'high': None}
 
 
+@pytest.mark.parametrize('samples', [1, 3])
+def test_equal_shares_of_few_prompts_have_an_interval_with_a_width(monkeypatch, samples):
+  """One of no width would pass every rule of `gate` with "significantly"."""
+  _fast(monkeypatch)
+  task = _task('preference', _label_rows(4))
+  values = {'right': (1.0,), 'right_per_token': (1.0,), 'margin': (2.0,)}
+  own = [
+    Result(row.id, row.answer, row.answer, values, sample=i)
+    for row in task.rows
+    for i in range(samples)
+  ]
+  found = comparison.compare(task, {'base': own, 'tuned': own})['differences'][0]['metrics']
+  for name in ('accuracy', 'right_per_token'):
+    assert found[name]['low'] < -0.2 < 0.2 < found[name]['high']
+    assert found[name]['effect'] == 0
+  worse = [dataclasses.replace(r, values=values | {'right_per_token': (0.0,)}) for r in own]
+  found = comparison.compare(task, {'base': own, 'tuned': worse})['differences'][0]['metrics']
+  assert found['right_per_token']['value'] == -1 < found['right_per_token']['high'] < 0
+
+
 # A judge
 
 
@@ -314,14 +343,22 @@ def rubbish(prompt, first, second):
   return {'p0': None, 'p1': 'yes', 'p2': 7}[prompt]
 
 
-def _judged(name, texts):
+def is_stopped(prompt, first, second):
+  raise StoppedEarly('SIGTERM')
+
+
+def no_number(prompt, first, second):
+  return [1]
+
+
+def _judged(name, texts, beat=lambda: None):
   rows = tuple(Row(str(i), f'f:{i}', f'p{i}') for i in range(len(texts[0])))
   task = _task(f'judge/test_comparison:{name}', rows)
   results = {
     model: [Result(str(i), '', t, {}, response=t) for i, t in enumerate(own)]
     for model, own in zip(('base', 'tuned'), texts, strict=True)
   }
-  return task, function_kinds.judged(task.rows, kinds.find(task.kind_name), results)
+  return task, function_kinds.judged(task.rows, kinds.find(task.kind_name), results, beat)
 
 
 def test_a_judge_is_asked_in_both_orders(monkeypatch):
@@ -345,7 +382,17 @@ def test_a_judge_that_fails_names_the_row():
   task, results = _judged('prefer_short', (['a'], ['b']))
   more = results | {'tuned': results['tuned'] * 2}
   with pytest.raises(ConfigError, match='as many completions'):
-    function_kinds.judged(task.rows, kinds.find(task.kind_name), more)
+    function_kinds.judged(task.rows, kinds.find(task.kind_name), more, lambda: None)
+  with pytest.raises(DataError, match=r'f:0: the judge returned \[1\]; expected a number'):
+    _judged('no_number', (['a'], ['b']))
+  with pytest.raises(StoppedEarly):
+    _judged('is_stopped', (['a'], ['b']))
+
+
+def test_a_slow_judge_is_no_hang(monkeypatch):
+  beats = []
+  _judged('prefer_short', (['a', 'b', 'c'], ['d', 'e', 'c']), lambda: beats.append(0))
+  assert len(beats) == 6, 'before each answer, for the watchdog'
 
 
 # Its forms

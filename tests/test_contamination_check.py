@@ -9,6 +9,7 @@ import pytest
 import tiny_pairs
 from test_contamination import text
 
+from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import keys
 from ftjax.data import formats, preference_rows, sources
 from ftjax.evaluation import tasks as tasks_lib
@@ -48,7 +49,7 @@ def run(folder, rows, algorithm='sft', held=None, **changes):
     c.data.eval = write(folder / 'held.jsonl', held)
   model = open_model('', c.model.random.to_dict(), 0)
   data = examples.open_data(c, model.tokenizer, str(folder))
-  return experiment.Run(c, str(folder), None, model, data, None)
+  return experiment.Run(c, str(folder), None, model, data, Watchdog(c.watchdog.to_dict()))
 
 
 def test_planted_rows_of_a_run_are_found(tmp_path, caplog):
@@ -81,6 +82,20 @@ def test_the_findings_are_kept_until_the_data_change(tmp_path, monkeypatch):
   assert contamination_check.check(whole, [task(tmp_path, QUESTIONS[:9])])['t'].contaminated == 9
   (tmp_path / 'train.jsonl').unlink()
   assert contamination_check.check(run(tmp_path, rows[:19]), asked)['t'].contaminated == 1
+
+
+def test_a_run_without_its_data_has_what_was_found_in_training(tmp_path):
+  """`python -m ftjax.evaluate` writes summary.json anew, and does not open the training data."""
+  whole = run(tmp_path, [conversation(q, 'yes') for q in QUESTIONS[:20]])
+  asked = [task(tmp_path, QUESTIONS[18:22]), task(tmp_path, QUESTIONS[:5], 'other')]
+  whole.data, opened = None, whole.data
+  assert contamination_check.check(whole, asked) == {}
+  whole.data = opened
+  first = contamination_check.check(whole, asked)
+  whole.data = None
+  changed = task(tmp_path, QUESTIONS[1:5], 'other')
+  new = task(tmp_path, QUESTIONS[3:5], 'new')
+  assert contamination_check.check(whole, [asked[0], changed, new]) == {'t': first['t']}
 
 
 def test_nothing_without_tasks_data_or_the_key(tmp_path):

@@ -9,12 +9,12 @@ import pytest
 from text_model import STOP, Says, TextModel, encode
 
 from ftjax.data.formats import Chat
-from ftjax.evaluation import result, run, shots
+from ftjax.evaluation import result, run, shots, tasks
 from ftjax.evaluation.model import Draw, Likelihood
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.tasks import Task
-from ftjax.runtime.errors import DataError, NonFiniteError
+from ftjax.runtime.errors import DataError, NonFiniteError, StoppedEarly
 
 DRAW = Draw(max_tokens=6)
 CHOICES = ('yes', 'no', 'not at all')
@@ -136,6 +136,26 @@ def test_samples_are_results_of_one_prompt():
   assert _run(_task('match', 4), TextModel(), draw) == found
   scored = _run(_task('choice', 4), TextModel(), draw)
   assert [r.sample for r in scored] == [0] * 4, 'log-probabilities are asked for once'
+
+
+def test_a_stop_during_a_function_of_the_user_is_no_error_of_it():
+  def stopped(*_):
+    raise StoppedEarly('SIGTERM')
+
+  with pytest.raises(StoppedEarly):
+    tasks.call(stopped, None)
+
+
+def test_a_process_that_evaluates_alone_waits_for_no_other(monkeypatch):
+  """The others are not in `evaluate`: a value sent to them would be taken for the next one."""
+
+  def shared(make):
+    raise AssertionError('sent to the other processes')
+
+  monkeypatch.setattr(run.processes, 'from_main', shared)
+  task = _task('reward/length(at_most=3)', 2)
+  found = run.evaluate(task, Says(lambda p: 'a'), draw=DRAW, title='served', from_main=run.alone)
+  assert [r.values for r in found] == [{'reward': (0.0,)}] * 2
 
 
 def test_examples_stand_before_every_prompt():

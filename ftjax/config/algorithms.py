@@ -207,8 +207,10 @@ def _reward_model_example(c: Config) -> str:
 
 
 def _check_reward_model(c: Config) -> None:
-  if c.eval.tasks or c.eval.prompts:
-    raise ConfigError('eval.tasks and eval.prompts ask for text, which a reward model cannot write')
+  if c.eval.tasks or c.eval.prompts or c.eval.general:
+    raise ConfigError(
+      'eval.tasks, eval.prompts and eval.general ask for text, which a reward model cannot write'
+    )
 
 
 _REWARD_MODEL = Algorithm(

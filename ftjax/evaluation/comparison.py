@@ -262,21 +262,15 @@ def _scores(models: _Models, model: int, entries: list[dict[str, Any]]) -> dict[
 def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) -> dict[str, Any]:
   """Returns the comparison of models a and b; its primary figure decides the outcome."""
   metrics = {}
-  for metric, entry in zip(models.metrics, entries, strict=True):
+  for i, (metric, entry) in enumerate(zip(models.metrics, entries, strict=True)):
     own = dict(entry)
     se = own.pop('se')
     spread = se * math.sqrt(models.prompts) if se else 0.0
     own['effect'] = own['value'] / spread if own['value'] is not None and spread else None
+    if metric.is_proportion and own['value'] is not None:
+      own |= _of_shares(models, (a, b), i, own['value'], se)
     metrics[metric.name] = own
-  metric, first = models.metrics[0], entries[0]
-  test, sensitivity = _test(models, a, b, first)
-  if test['name'] == MCNEMAR:
-    pair = test['only_first_right'], test['only_second_right']
-    interval = paired.difference_of_proportions(*pair, models.prompts, LEVEL)
-    metrics[metric.name] |= {'low': interval.low, 'high': interval.high, 'p': test['p']}
-  if metric.is_proportion:
-    shares = [float(models.columns[m][0][:, 0].mean()) for m in (a, b)]
-    metrics[metric.name]['effect'] = paired.cohen_h(*shares)
+  test, sensitivity = _test(models, a, b, entries[0])
   out = {
     'first': models.names[a],
     'second': models.names[b],
@@ -289,13 +283,36 @@ def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) 
   return out | _outcome(models, out)
 
 
+def _of_shares(
+  models: _Models, pair: tuple[int, int], metric: int, value: float, se: float | None
+) -> dict[str, Any]:
+  """Returns {effect, low, high, p} of a difference of shares: of two models that gave one result of
+  each prompt, as McNemar's test counts them. A bootstrap of results without spread would have an
+  interval of no width, however few they are.
+  """
+  one, two = (models.columns[m][metric][:, 0] for m in pair)
+  out: dict[str, Any] = {'effect': paired.cohen_h(float(one.mean()), float(two.mean()))}
+  if _is_single(models, *pair):
+    found = paired.mcnemar(one == 1, two == 1)
+    counts, out['p'] = (found.b, found.c), found.p
+  elif not se and abs(value) in (0, 1):  # every prompt has the same difference
+    counts = models.prompts * (value == -1), models.prompts * (value == 1)
+  else:
+    return out
+  interval = paired.difference_of_proportions(*counts, models.prompts, LEVEL)
+  return out | {'low': interval.low, 'high': interval.high}
+
+
+def _is_single(models: _Models, a: int, b: int) -> bool:
+  return all(len(models.results[m]) == models.prompts for m in (a, b))
+
+
 def _test(
   models: _Models, a: int, b: int, entry: Mapping[str, Any]
 ) -> tuple[dict[str, Any], power.Sensitivity]:
   """Returns the test of the primary figure, and what this test could have found."""
   metric = models.metrics[0]
-  is_single = all(len(models.results[m]) == models.prompts for m in (a, b))
-  if metric.is_proportion and is_single:
+  if metric.is_proportion and _is_single(models, a, b):
     one, two = (models.columns[m][0][:, 0] == 1 for m in (a, b))
     found = paired.mcnemar(one, two)
     test = {

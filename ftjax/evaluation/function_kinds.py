@@ -12,8 +12,9 @@ It is called for both orders, so that a judge that prefers a place gives 0.5.
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftjax.evaluation import metric
@@ -23,7 +24,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.grading import rewards
 from ftjax.grading.reward_batch import Batch
 from ftjax.runtime import named_object
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 
 REWARD, JUDGE = 'reward/', 'judge/'
 _CALL = re.compile(r'(\w+)\((.*)\)', re.DOTALL)
@@ -105,7 +106,10 @@ def _judge(name: str) -> Kind:
 
 
 def judged(
-  rows: Sequence[Row], kind: Kind, results: Mapping[str, Sequence[Result]]
+  rows: Sequence[Row],
+  kind: Kind,
+  results: Mapping[str, Sequence[Result]],
+  beat: Callable[[], None],
 ) -> dict[str, list[Result]]:
   """Returns the results with the value `win`, the judge's view of each against the first model's.
 
@@ -113,6 +117,7 @@ def judged(
     rows: of the task.
     kind: whose `judge` is asked.
     results: of each model, in the order of rows, as many samples each.
+    beat: called before each answer of the judge, for a watchdog.
 
   Raises:
     DataError: the judge raised an error, or returned no number from 0 to 1.
@@ -126,13 +131,14 @@ def judged(
         f'a judge compares as many completions of each model; {name} has {len(own)}'
       )
     out[name] = [
-      dataclasses.replace(r, values={'win': (_win(kind, questions[r.id], f, r),)})
+      dataclasses.replace(r, values={'win': (_win(kind, questions[r.id], f, r, beat),)})
       for f, r in zip(first, own, strict=True)
     ]
   return out
 
 
-def _win(kind: Kind, row: Row, first: Result, second: Result) -> float:
+def _win(kind: Kind, row: Row, first: Result, second: Result, beat: Callable[[], None]) -> float:
+  beat()
   texts = [r.response or r.prediction for r in (first, second)]
   if texts[0] == texts[1]:
     return 0.5
@@ -143,8 +149,14 @@ def _win(kind: Kind, row: Row, first: Result, second: Result) -> float:
 def _ask(kind: Kind, row: Row, first: str, second: str) -> float:
   try:
     found: Any = kind.judge(row.question, first, second)
+  except StoppedEarly:  # SIGTERM, during the call
+    raise
   except Exception as error:  # of a user's function
     raise DataError(f'{row.place}: the judge: {type(error).__name__}: {error}') from error
-  if isinstance(found, str | None) or not 0 <= float(found) <= 1:
+  try:
+    share = math.nan if isinstance(found, str) else float(found)
+  except (TypeError, ValueError):
+    share = math.nan
+  if not 0 <= share <= 1:
     raise DataError(f'{row.place}: the judge returned {found!r}; expected a number from 0 to 1')
-  return float(found)
+  return share

@@ -67,7 +67,8 @@ def read_columns(
     task: whose results these are, for messages.
 
   Raises:
-    DataError: the values of the results are not those that a metric reads.
+    DataError: the values of the results are not those that a metric reads; a share of others than
+      0 and 1.
   """
   out = []
   for metric in metrics:
@@ -83,6 +84,12 @@ def read_columns(
         f'eval.tasks, {task}: the metric {metric.name!r} cannot read its values: {error}; expected '
         'as many numbers of every row'
       ) from error
+    if metric.is_proportion and len(results) and not np.isin(out[-1][:, 0], (0, 1)).all():
+      raise DataError(
+        f'eval.tasks, {task}: the metric {metric.name!r} is a share of results whose value is 1, '
+        f'not 0; got {out[-1][~np.isin(out[-1][:, 0], (0, 1)), 0][0]:g}. Other numbers have '
+        'metric.mean'
+      )
   return tuple(out)
 
 

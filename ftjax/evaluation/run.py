@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,8 +31,19 @@ from ftjax.storage import files
 _NO_CONTENT = 'N/A'
 
 
+def alone(make: Callable[[], Any]) -> Any:
+  """Returns what `make` returns: for `evaluate` where process 0 runs it without the others."""
+  return make()
+
+
 def evaluate(
-  task: Task, model: Model, *, draw: Draw, title: str, shots: Shots | None = None
+  task: Task,
+  model: Model,
+  *,
+  draw: Draw,
+  title: str,
+  shots: Shots | None = None,
+  from_main: Callable[[Callable[[], Any]], Any] = processes.from_main,
 ) -> list[Result]:
   """Returns the results of all rows of a task, in its order, and shows a progress bar.
 
@@ -41,6 +53,8 @@ def evaluate(
     draw: how completions are drawn.
     title: whose results these are ('base', 'tuned'), for the bar and for messages.
     shots: examples that stand before every prompt; None: there are none.
+    from_main: how scores that one process computes reach the others, which all wait for them;
+      `alone` where process 0 evaluates without the others.
 
   Raises:
     DataError: a row that is too long for the model, or that its kind cannot score; values that are
@@ -57,7 +71,7 @@ def evaluate(
   flat = [
     (row, a, i) for row, own in zip(task.rows, answers, strict=True) for i, a in enumerate(own)
   ]
-  values = _values(task, [row for row, _, _ in flat], [a for _, a, _ in flat])
+  values = _values(task, [row for row, _, _ in flat], [a for _, a, _ in flat], from_main)
   out = [_result(row, a, i, v) for (row, a, i), v in zip(flat, values, strict=True)]
   if task.kind.judge is None:  # now, not when the tuned model is compared
     metric.read_columns((*task.metrics, *task.kind.details), out, task.classes, task.name)
@@ -129,14 +143,17 @@ def _without_content(prompt: Chat | str) -> Chat | str:
 
 
 def _values(
-  task: Task, rows: Sequence[Row], answers: Sequence[Answer]
+  task: Task,
+  rows: Sequence[Row],
+  answers: Sequence[Answer],
+  from_main: Callable[[Callable[[], Any]], Any],
 ) -> Sequence[Mapping[str, tuple[float, ...]]]:
   """Returns what the kind's score gives each answer; nothing yet for a judge."""
   kind = task.kind
   if kind.judge is not None:
     return [{}] * len(rows)
   if kind.score_all is not None:
-    found = processes.from_main(lambda: [dict(v) for v in kind.score_all(rows, answers)])
+    found = from_main(lambda: [dict(v) for v in kind.score_all(rows, answers)])
     return [kinds.values_of(v) for v in found]
   out = []
   for row, answer in zip(rows, answers, strict=True):

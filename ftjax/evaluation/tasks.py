@@ -23,7 +23,7 @@ from ftjax.evaluation.rows import Row
 from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime import named_object
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import ConfigError, DataError
+from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 
 log = logging.getLogger(__name__)
 
@@ -172,10 +172,12 @@ def _digest(spec: sources.Spec) -> str:
 
 
 def call(function: Callable, *arguments: Any) -> Any:
-  """Returns the value of a kind's function. Raises ValueError, whatever the function raises."""
+  """Returns the value of a kind's function. Raises ValueError, whatever the function raises;
+  StoppedEarly where the run is stopped during the call.
+  """
   try:
     return function(*arguments)
-  except ValueError:
+  except (ValueError, StoppedEarly):
     raise
   except Exception as error:
     raise ValueError(f'{type(error).__name__}: {error}') from error

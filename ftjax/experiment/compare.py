@@ -33,7 +33,7 @@ from ftjax.experiment.samples import Samples
 from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import RunError
+from ftjax.runtime.errors import DataError, RunError, StoppedEarly
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,15 @@ class Evaluator:
     shots = self._shots[task.name] if title == SHOTS else None
     draw = self._draw_of(task)
     with self.run.watchdog.phase('evaluate'), self._measured(task.name, title) as results:
-      results += evaluation.evaluate(task, model, draw=draw, title=title, shots=shots)
+      try:
+        results += evaluation.evaluate(task, model, draw=draw, title=title, shots=shots)
+      except DataError as error:
+        if title == SHOTS:
+          count = self.run.config.eval.shots
+          raise DataError(f'{error}. Its examples count too: eval.shots={count}') from error
+        if task.group == general.GROUP:
+          raise DataError(f'{error}. The row is of eval.general; set it to False') from error
+        raise
     return results
 
   def _draw_of(self, task: Task) -> Draw:
@@ -195,7 +203,8 @@ class Evaluator:
       for task in self._theirs
     }
     answers = self.samples.compared(model)
-    return processes.from_main(lambda: self._finish(found, theirs, answers))
+    with self.run.watchdog.phase('evaluate'):
+      return processes.from_main(lambda: self._finish(found, theirs, answers))
 
   def _with_divergence(self, task: Task, results: Results, params: dict) -> Results:
     with self.run.watchdog.phase('evaluate'):
@@ -208,18 +217,28 @@ class Evaluator:
     }
 
   def _served(self, task: Task) -> Results:
-    """Returns the results of eval.models; a server that fails is left out, and the others stay."""
+    """Returns the results of eval.models, in process 0 only; a server that fails is left out, and
+    the others stay.
+    """
     out = {}
     for name, model in list(self._endpoints.items()):
       try:
-        out[name] = self._score(WatchedModel(model, self.run.watchdog.beat), task, name)
+        watched = WatchedModel(model, self.run.watchdog.beat)
+        with self.run.watchdog.phase('evaluate'), self._measured(task.name, name) as results:
+          results += evaluation.evaluate(
+            task, watched, draw=self._draw_of(task), title=name, from_main=evaluation.alone
+          )
+        out[name] = results
+      except StoppedEarly:
+        raise
       except RunError as error:
         log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
     return out
 
-  def _entry(self, task: comparison.Compared, results: Results) -> dict:
+  def _entry(self, task: comparison.Compared, results: Results, asked: Task | LmEvalTask) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
     entry = comparison.compare(task, results, self._costs(task.name))
+    entry |= {'path': asked.path, 'digest': asked.digest}  # for --compare
     if (report := self._found_in_training().get(task.name)) is not None:
       clean = comparison.on_rows(task, results, report.clean_ids())
       entry['contamination'] = contamination_check.to_summary(report, clean)
@@ -246,10 +265,13 @@ class Evaluator:
     for task in self.tasks:
       results = found[task.name]
       if task.kind.judge is not None:
-        results = function_kinds.judged(task.rows, task.kind, results)
-      entries.append(self._entry(task, results))
-    for name, results in theirs.items():
-      entries.append(self._entry(lm_eval_results.entry(name, 'lm_eval', results), results))
+        beat = self.run.watchdog.beat
+        results = function_kinds.judged(task.rows, task.kind, results, beat)
+      entries.append(self._entry(task, results, task))
+    for task in self._theirs:
+      results = theirs[task.name]
+      entry = lm_eval_results.entry(task.name, task.kind_name, results)
+      entries.append(self._entry(entry, results, task))
     summary = comparison.summarize(entries, answers)
     summary['gate'] = gate.check(self._rules, summary)
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)

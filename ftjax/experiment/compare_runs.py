@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.config import task_specs
-from ftjax.evaluation import comparison, lm_eval_results, result, tasks
+from ftjax.evaluation import comparison, general, lm_eval_results, result, tasks
 from ftjax.evaluation.comparison import TUNED
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.statistics import seeds
@@ -30,11 +30,17 @@ _MACHINE = ('compile_cache', 'data.cache', 'data.workers', 'log.', 'watchdog.', 
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluated:
-  """A run with results. name: in tables. results: {task: {model: results}}."""
+  """A run with results.
+
+  name: in tables. workdir: of the run. digests: of the rows of tasks, where they are known.
+  results: {task: {model: results}}.
+  """
 
   name: str
+  workdir: str
   config: Mapping[str, Any]
   specs: Mapping[str, task_specs.TaskSpec]
+  digests: Mapping[str, str]
   results: Mapping[str, Mapping[str, Sequence[Result]]]
 
 
@@ -44,6 +50,13 @@ def _read(workdir: str, name: str) -> _Evaluated:
     raise ConfigError(f'--compare: {workdir} is no workdir of a run: it has no config.json')
   config = json.loads(files.read_text(path))
   specs = {spec.name: spec for spec in task_specs.parse_all(config.get('eval.tasks', ()))}
+  evaluated = _evaluated_tasks(workdir)
+  # `python -m ftjax.evaluate` may have run others than those of the training's config.
+  specs |= {
+    name: task_specs.TaskSpec(name, entry['kind'], entry['path'])
+    for name, entry in evaluated.items()
+    if entry.get('group') != general.GROUP
+  }
   found = {}
   for task in specs:
     own = files.join(workdir, 'eval', f'{task}.jsonl')
@@ -53,7 +66,23 @@ def _read(workdir: str, name: str) -> _Evaluated:
     raise ConfigError(
       f'--compare: {workdir} has no results of eval.tasks; run python -m ftjax.evaluate on it first'
     )
-  return _Evaluated(name, config, specs, found)
+  digests = {name: entry['digest'] for name, entry in evaluated.items()}
+  return _Evaluated(name, workdir, config, specs, digests, found)
+
+
+def _evaluated_tasks(workdir: str) -> dict[str, dict[str, Any]]:
+  """Returns the entries of eval/summary.json that name their rows; those of older runs do not."""
+  path = files.join(workdir, 'eval', 'summary.json')
+  if not files.exists(path):
+    return {}
+  try:
+    found = json.loads(files.read_text(path))['tasks']
+    named = ('kind', 'path', 'digest')
+    return {n: e for n, e in found.items() if all(isinstance(e.get(k), str) for k in named)}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise DataError(
+      f'{path}: cannot be read ({error}); run python -m ftjax.evaluate on it again'
+    ) from error
 
 
 def compare(workdirs: Sequence[str]) -> tuple[dict[str, Any], pages.Comparison]:
@@ -89,24 +118,50 @@ def _entry(name: str, spec: task_specs.TaskSpec, runs: Sequence[_Evaluated]) -> 
   own = {run.name: run.results[name][TUNED] for run in runs if TUNED in run.results[name]}
   if len(own) < len(runs):
     raise DataError(f'--compare: {name}: a run has no results of its tuned model')
-  ids = [r.id for r in own[runs[0].name]]
+  asked = [(r.id, r.label) for r in own[runs[0].name]]
   for run in runs:
-    if [r.id for r in own[run.name]] != ids:
+    digests = {r.digests[name] for r in (runs[0], run) if name in r.digests}
+    if [(r.id, r.label) for r in own[run.name]] != asked or len(digests) > 1:
       raise DataError(
         f'--compare: {name}: {run.name} was evaluated on other rows than {runs[0].name}; run '
-        'python -m ftjax.evaluate on both with the same data'
+        'python -m ftjax.evaluate on both with the same data and code'
       )
   bases = [run.results[name].get(BASE) for run in runs]
   results = ({BASE: bases[0]} if bases[0] and all(b == bases[0] for b in bases) else {}) | own
   if spec.kind in task_specs.LM_EVAL_KINDS:
     task: comparison.Compared = lm_eval_results.entry(name, spec.kind, results)
   else:
-    task = tasks.load_task(*spec)
-    chosen = set(ids)
-    task = dataclasses.replace(task, rows=tuple(row for row in task.rows if row.id in chosen))
+    task = _task(spec, runs[0].workdir, dict(asked))
   entry = comparison.compare(task, results)
   entry['seeds'] = _seeds(task, own, runs)
   return entry
+
+
+def _task(spec: task_specs.TaskSpec, workdir: str, labels: Mapping[str, str]) -> tasks.Task:
+  """Returns the task with the rows that were asked.
+
+  Args:
+    spec: of the task.
+    workdir: of a run, for messages.
+    labels: {id: label} of its results, in their order.
+
+  Raises:
+    DataError: a file that is not there, or not as it was.
+  """
+  try:
+    found = tasks.load_task(*spec)
+  except DataError as error:
+    raise DataError(
+      f'--compare: {error}; the rows of {workdir} are read again: start in the folder in which it '
+      'was evaluated, where paths are relative'
+    ) from error
+  rows = tuple(row for row in found.rows if row.id in labels)
+  if {row.id: row.answer for row in rows} != labels or [row.id for row in rows] != list(labels):
+    raise DataError(
+      f'--compare: {spec.path} has changed since {workdir} was evaluated on it; run python -m '
+      'ftjax.evaluate on the runs again'
+    )
+  return dataclasses.replace(found, rows=rows)
 
 
 def _seeds(
@@ -134,6 +189,6 @@ def _seeds(
         k: float(x) if math.isfinite(x) else None
         for k, x in dataclasses.asdict(mean).items()
         if k != 'values'
-      } | {'values': mean.values.tolist()}
+      } | {'values': [float(x) if math.isfinite(x) else None for x in mean.values]}
     out[' + '.join(names)] = found
   return out

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 SPLIT = 'data/eval'  # the rows of data.eval or data.eval_fraction; no task has such a name
 _VERSION = 1  # raise it when the same data would get other findings
 _SPLIT_ROWS = 5000  # most rows of the split that are compared, evenly spread
+_BEAT_ROWS = 1000  # after which the watchdog hears of the progress
 _COMPARED_ROWS = 5000  # most training rows, the first ones, whose near-duplicates are counted
 
 Example = formats.Example | preference_rows.Pair | preference_rows.LabeledExample
@@ -45,23 +46,26 @@ Example = formats.Example | preference_rows.Pair | preference_rows.LabeledExampl
 def check(run: Run, tasks: Sequence[Task]) -> dict[str, Report]:
   """Returns which evaluation rows are in the training data, {task name or SPLIT: report}.
 
-  Nothing where eval.contamination is off, there are no tasks, or the run has no data; and in all
-  processes but the main one.
+  Nothing where eval.contamination is off or there are no tasks, and in all processes but the main
+  one. A run that has no data (`python -m ftjax.evaluate`) finds what was kept of the same tasks.
 
   Raises:
     DataError: a source that cannot be read any more.
   """
   c = run.config
-  if not (c.eval.contamination and tasks and run.data is not None and processes.is_main()):
+  if not (c.eval.contamination and tasks and processes.is_main()):
     return {}
   path = files.join(run.workdir, 'eval', 'contamination.json')
+  if run.data is None:
+    return _kept(path, tasks)
   key = _key(run, tasks)
   reports = _load(path, key)
   if reports is None:
     reports, facts = _compare(run, tasks)
     files.makedirs(files.join(run.workdir, 'eval'))
     sets = {name: dataclasses.asdict(report) for name, report in reports.items()}
-    content = {'key': key, 'training': facts, 'sets': sets}
+    digests = {task.name: task.digest for task in tasks}
+    content = {'key': key, 'tasks': digests, 'training': facts, 'sets': sets}
     files.write_text(path, json.dumps(content, ensure_ascii=False) + '\n')
   for name, report in reports.items():
     _log(name, report)
@@ -161,19 +165,34 @@ def _key(run: Run, tasks: Sequence[Task]) -> str:
 
 def _load(path: str, key: str) -> dict[str, Report] | None:
   """Returns the reports of an earlier comparison of the same data; None without one."""
+  found = _read(path)
+  return found[1] if found and found[0]['key'] == key else None
+
+
+def _kept(path: str, tasks: Sequence[Task]) -> dict[str, Report]:
+  """Returns the reports of those tasks whose rows are the ones that were compared in training."""
+  found = _read(path)
+  if found is None:
+    return {}
+  compared = found[0].get('tasks', {})
+  return {t.name: found[1][t.name] for t in tasks if compared.get(t.name) == t.digest}
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, Report]] | None:
+  """Returns (the content, the reports) of contamination.json; None without a readable one."""
   if not files.exists(path):
     return None
   try:
     content = json.loads(files.read_text(path))
-    if content['key'] != key:
-      return None
+    if not isinstance(content['key'], str):
+      raise TypeError('the key is no text')
     out = {}
     for name, fields in content['sets'].items():
       findings = tuple(Finding(**f) for f in fields.pop('findings'))
       out[name] = Report(findings, tuple(fields.pop('against')), **fields)
-    return out
+    return content, out
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    log.warning('%s: cannot be read (%s); the data are compared again', path, error)
+    log.warning('%s: cannot be read (%s); it is left aside', path, error)
     return None
 
 
@@ -233,6 +252,13 @@ def _progress(rows: Iterator, total: int) -> Iterator:
 
 def _rows(run: Run, key: str) -> Iterator[tuple[str, list[str]]]:
   """Yields (file and line, texts) of the rows that the run uses: 'train' or 'eval'."""
+  for number, row in enumerate(_places_and_texts(run, key)):
+    if number % _BEAT_ROWS == 0:
+      run.watchdog.beat()
+    yield row
+
+
+def _places_and_texts(run: Run, key: str) -> Iterator[tuple[str, list[str]]]:
   c, data = run.config, run.data
   if isinstance(data, examples.PromptData):
     for found in data.sources if key == 'train' else data.evaluation:

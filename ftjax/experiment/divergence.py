@@ -1,6 +1,7 @@
 """The KL divergence of a tuned model from its base on given texts, exact over the vocabulary."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +11,7 @@ from ftjax.data import batches
 from ftjax.experiment.run import Run
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
-from ftjax.runtime.errors import DataError
+from ftjax.runtime.errors import DataError, NonFiniteError
 
 _MULTIPLE = 128  # of the length in tokens, which the mesh axis `context` divides
 
@@ -28,6 +29,7 @@ def of_texts(run: Run, base: dict, tuned: dict, texts: Sequence[str]) -> list[tu
 
   Raises:
     DataError: a text without tokens.
+    NonFiniteError: a divergence that is no number.
   """
   rows = [_encode(run, text) for text in texts]
   if not rows:
@@ -41,8 +43,11 @@ def of_texts(run: Run, base: dict, tuned: dict, texts: Sequence[str]) -> list[tu
     batch = batches.empty(*shape)
     batches.fill_row(batch, 0, [(np.asarray(ids, np.int32), np.ones(len(ids), bool))])
     placed = {k: sharding.put(run.mesh, v, 'batch', 'seq') for k, v in batch.items()}
+    nats = float(_measure(forward, base, tuned, placed))
+    if not math.isfinite(nats):
+      raise NonFiniteError(f'general_texts: the KL divergence from the base is {nats}')
     # Rounding may leave a tiny negative sum.
-    out.append((max(0.0, float(_measure(forward, base, tuned, placed))), len(ids) - 1))
+    out.append((max(0.0, nats), len(ids) - 1))
   return out
 
 

@@ -141,7 +141,7 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
       adapter_export.remove_merged(run)
     elif run.arch.adapter is not None:
       with run.watchdog.phase('export'):
-        has_results = bool(c.eval.tasks)
+        has_results = bool(c.eval.tasks or c.eval.general)
         adapter_export.export_merged(
           run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
         )
@@ -163,7 +163,7 @@ def _export_and_compare(
   gate.enforce(found['gate'])
   if c.gate:
     _export(run, params, exported)
-  if c.eval.tasks:
+  if c.eval.tasks or c.eval.general:
     run_card.refresh(run.workdir, run.model)
 
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ftjax.config.task_specs import LM_EVAL_CHAT, TaskSpec
+from ftjax.config.task_specs import LM_EVAL, LM_EVAL_CHAT, TaskSpec
 from ftjax.evaluation import lm_eval_results
 from ftjax.evaluation.lm_eval_results import Documents
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, StoppedEarly
 
 if TYPE_CHECKING:
   from ftjax.experiment.lm_eval_model import LmEvalModel
@@ -49,6 +49,11 @@ class LmEvalTask:
   is_chat: bool
   loaded: Mapping[str, Any] = dataclasses.field(repr=False)
   digest: str
+
+  @property
+  def kind_name(self) -> str:
+    """Returns its kind in eval.tasks."""
+    return LM_EVAL_CHAT if self.is_chat else LM_EVAL
 
 
 def need() -> None:
@@ -101,6 +106,8 @@ def _load(manager: Any, spec: TaskSpec, shots: int | None) -> LmEvalTask:
   try:
     with _seeded():
       loaded = manager.load([spec.path])
+  except StoppedEarly:
+    raise
   except Exception as error:  # of lm-eval, of datasets, or of the task's own code
     reason = f'{type(error).__name__}: {error}'
     raise ConfigError(

@@ -97,7 +97,7 @@ class LocalModel:
     """Implements `Model.complete`."""
     ids = [self._encode(p, place) for p, place in zip(prompts, places, strict=True)]
     for own, place in zip(ids, places, strict=True):
-      self._check_length(place, len(own) + draw.max_tokens)
+      self._check_length(place, len(own), draw.max_tokens, 'of a completion (eval.max_tokens)')
     key = digest([ids, repr(draw)])
     if key not in self._known:
       self._known[key] = self._generate(ids, draw, done)
@@ -166,11 +166,11 @@ class LocalModel:
       raise DataError(f'{place}: the choice {response!r} cannot be rendered: {found.reason}')
     return found[-1].tokens[found[-1].supervised].tolist()
 
-  def _check_length(self, place: str, length: int) -> None:
-    if length > self._max_len:
+  def _check_length(self, place: str, prompt: int, more: int, what: str) -> None:
+    if prompt + more > self._max_len:
       raise DataError(
-        f'{place}: {length} tokens with its answer, the model may see {self._max_len}: '
-        'shorten the row or take it out'
+        f'{place}: {prompt} tokens of the prompt and {more} {what}; the model may see '
+        f'{self._max_len}: shorten the row or take it out'
       )
 
   def score(
@@ -187,7 +187,7 @@ class LocalModel:
     for prompt, own, (_, texts, place) in zip(before, ids, rows, strict=True):
       if not prompt or not all(own):
         raise DataError(f'{place}: the prompt or a choice of {list(texts)} has no tokens')
-      self._check_length(place, len(prompt) + max(map(len, own)))
+      self._check_length(place, len(prompt), max(map(len, own)), 'of a response')
     logps = self._logps(before, ids, done)
     return [
       tuple(Likelihood(x, len(i)) for x, i in zip(own, tokens, strict=True))

@@ -11,6 +11,9 @@ from ftjax.reporting.run_files import ReportInput
 _HEAD = ('status', 'algorithm', 'model', 'training data', 'last train loss', 'least eval loss')
 
 
+_MODELS = ('base', 'base_shots', 'tuned')
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
   """A comparison of runs: page is HTML, text a table for a terminal."""
@@ -49,11 +52,14 @@ def compare(workdirs: Sequence[str], summary: Mapping[str, Any]) -> Comparison:
 
 
 def distinct(names: Sequence[str], workdirs: Sequence[str]) -> list[str]:
-  """Returns the names of runs, of those that share a name the whole workdirs."""
-  return [
+  """Returns the names of runs: of those that share a name the whole workdirs, and another one for
+  a folder that is called as a model of a run is.
+  """
+  out = [
     workdir if list(names).count(name) > 1 else name
     for name, workdir in zip(names, workdirs, strict=True)
   ]
+  return [f'{name} (run)' if name in _MODELS else name for name in out]
 
 
 def _row(name: str, run: ReportInput) -> list[str]:

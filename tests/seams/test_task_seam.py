@@ -152,7 +152,7 @@ def test_a_judge_is_a_task(tmp_path):
   rows = [{'prompt': f'say {i}'} for i in range(3)]
   task = load(tmp_path, *rows, kind='judge/toy_task:prefer_short')
   results = {'base': evaluated(task, [4, 4, 4]), 'tuned': evaluated(task, [2, 4, 6])}
-  found = function_kinds.judged(task.rows, task.kind, results)
+  found = function_kinds.judged(task.rows, task.kind, results, lambda: None)
   assert [r.values['win'] for r in found['tuned']] == [(1.0,), (0.5,), (0.0,)]
 
 
