@@ -1,6 +1,10 @@
-"""The model `ftjax` of lm-eval's command line: what --model_args may hold."""
+"""The model `ftjax` of lm-eval's command line: what --model_args may hold, and a run to its end."""
+
+import json
+import sys
 
 import pytest
+import yaml
 from tiny_model import write_folder
 
 from ftjax.runtime.errors import ConfigError, DataError
@@ -9,6 +13,7 @@ pytest.importorskip('lm_eval')
 
 from lm_eval.api.registry import get_model
 
+from ftjax import lm_eval as entry
 from ftjax.serving import lm_eval_registration
 from ftjax.serving.lm_eval_registration import FtjaxModel
 
@@ -56,3 +61,42 @@ def test_more_tokens_than_the_model_was_made_for(tmp_path):
   path = write_folder(tmp_path / 'model')
   with pytest.raises(ConfigError, match=r'max_length=9999.*512'):
     FtjaxModel.create_from_arg_obj({'path': path, 'max_length': 9999})
+
+
+def test_the_command_line_to_its_end(tmp_path, monkeypatch):
+  path = write_folder(tmp_path / 'model')
+  rows = tmp_path / 'rows.jsonl'
+  rows.write_text(''.join(json.dumps({'q': f'{i} =', 'a': str(i)}) + '\n' for i in range(3)))
+  shared = {
+    'dataset_path': 'json',
+    'dataset_kwargs': {'data_files': {'test': str(rows)}},
+    'test_split': 'test',
+    'doc_to_text': '{{q}}',
+    'doc_to_target': 'a',
+  }
+  kinds = {
+    'chosen': {'output_type': 'multiple_choice', 'doc_to_choice': ['0', '1', '2']},
+    'written': {
+      'output_type': 'generate_until',
+      'generation_kwargs': {'until': ['.'], 'max_gen_toks': 4},
+      'metric_list': [{'metric': 'exact_match'}],
+    },
+  }
+  folder = tmp_path / 'tasks'
+  folder.mkdir()
+  for name, own in kinds.items():
+    (folder / f'{name}.yaml').write_text(yaml.safe_dump({'task': name} | shared | own))
+  monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(
+    sys,
+    'argv',
+    ['lm_eval', 'run', '--model', 'ftjax', '--model_args', f'path={path}', '--tasks']
+    + [*kinds, '--include_path', str(folder), '--batch_size', '2']
+    + ['--output_path', str(tmp_path / 'out'), '--log_samples'],
+  )  # fmt: skip
+  entry.main()
+  (written,) = (tmp_path / 'out').rglob('results_*.json')
+  found = json.loads(written.read_text())
+  assert set(found['results']) == set(kinds)
+  assert found['n-samples'] == {k: {'original': 3, 'effective': 3} for k in kinds}
+  assert len(list((tmp_path / 'out').rglob('samples_*.jsonl'))) == 2

@@ -311,17 +311,23 @@ class LmEvalModel(TemplateLM):
     texts = [''] * len(requests)
     with _bar(len(requests), 'lm-eval: generated', disable_tqdm) as bar:
       for members in groups.values():
-        for i, found in zip(members, self._generate(members, wanted), strict=True):
+        for i, found in zip(members, self._generate(members, wanted, bar.update), strict=True):
           texts[i] = self._text(found, wanted[i].until)
           instance = wanted[i].request
           self.lengths[instance.task_name, instance.doc_id] = len(found.tokens), found.truncated
           self.cache_hook.add_partial('generate_until', instance.args, texts[i])
-        bar.update(len(members))
     return texts
 
-  def _generate(self, members: list[int], wanted: 'list[_Wanted]') -> list[Completion]:
+  def _generate(
+    self, members: list[int], wanted: 'list[_Wanted]', done: Callable[[int], object]
+  ) -> list[Completion]:
     """Returns the completions of requests with the same sampling and stop texts."""
     some = [wanted[i] for i in members]
+
+    def beat(ended: int) -> None:
+      self._beat()
+      done(ended)
+
     rollout = self._engine.generate(
       self._params,
       [self._prompt(want) for want in some],
@@ -331,7 +337,7 @@ class LmEvalModel(TemplateLM):
       seed=self._seed,
       prompt_ids=members,
       ended=stops(tuple(text for text in some[0].until if text), self._own),
-      beat=self._beat,
+      beat=beat,
     )
     return [found for (found,) in rollout.completions]
 
