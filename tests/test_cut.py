@@ -55,8 +55,8 @@ def cut(run, step, eval_pending):
   writer, source = fit._writer(run), tiny_rollouts.parts_of(run).source
   progress = {'eval_pending': eval_pending}
   saved = {'progress': progress} if step >= 0 else None
-  evaluator = compare.Evaluator(run)
-  resume.cut((writer, evaluator, source), resume.Start(max(step, 0), saved, True))
+  samples = compare.Evaluator(run).samples
+  resume.cut((writer, samples, source), resume.Start(max(step, 0), saved, True))
   writer.open()
   writer.close()
   source.close()

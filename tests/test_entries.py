@@ -204,7 +204,7 @@ def test_the_export_loads_and_is_trained(finished):
 
 def test_the_run_prints_the_comparison(finished):
   told = finished[1]
-  assert 'sum: 6 examples' in told and 'Answers before and after' in told
+  assert 'sum (choice): 6 examples' in told and 'Answers before and after' in told
   for part in (
     'sft: 30 steps = ',
     '90,624 parameters trained (all)',
@@ -239,7 +239,7 @@ def test_evaluate_scores_the_export_again(finished, task):
   before = (workdir / 'eval' / 'sum.jsonl').read_bytes()
   arguments = [*TRAIN, f'--workdir={workdir}']
   code, told = tiny_run.run('evaluate', [*arguments, f"--config.eval.tasks=('sum=choice:{task}',)"])
-  assert code == 0 and 'sum: 6 examples' in told
+  assert code == 0 and 'sum (choice): 6 examples' in told
   assert (workdir / 'eval' / 'sum.jsonl').read_bytes() == before  # exported == trained, bit by bit
   code, told = tiny_run.run('evaluate', arguments)
   assert code == 2 and 'eval.tasks is empty' in told

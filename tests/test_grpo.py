@@ -19,6 +19,7 @@ import tiny_run
 from ftjax.algorithms import grpo
 from ftjax.experiment import compare
 from ftjax.generation.completion import Completion, Rollout, stops
+from ftjax.generation.sampling import Sampling
 from ftjax.rl import rollout_batch as sampled_rows
 from ftjax.rl import rollout_source
 from ftjax.rl.rollout_files import RolloutFiles
@@ -56,9 +57,11 @@ def test_neither_rollouts_nor_evaluations_hold_ids_that_the_tokenizer_does_not_k
   found = source.sampler.sample(params, prompts, range(4), seed=0, group=4)
   drawn = [t for row in found.completions for c in row for t in c.tokens]
   assert len(drawn) > 16 and max(drawn) < known == 259
-  judge = compare.Evaluator(run)._functions(params)
-  answers = judge.generate([p.ids for p in prompts], 8)
-  assert max(max(a) for a in answers if a) < known
+  engine = compare.Evaluator(run).programs.engine
+  answers = engine.generate(
+    params, [p.ids for p in prompts], group=1, max_tokens=8, sampling=Sampling(), seed=0
+  )
+  assert max(t for row in answers.completions for c in row for t in c.tokens) < known
 
 
 # The first update.

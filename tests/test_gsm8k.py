@@ -9,6 +9,7 @@ import pytest
 
 from ftjax.config import task_specs
 from ftjax.evaluation import tasks
+from ftjax.evaluation.kind import Answer
 from ftjax.grading import rewards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def test_reward_and_tasks_read_the_same_number(gsm8k, tmp_path):
     name, kind, _ = task_specs.parse(spec)
     task = tasks.load_task(name, kind, str(tmp_path / 'test.jsonl'))
     found[name] = [
-      tasks.KINDS[kind].is_right(text, r.messages[-1]['content'], r.answer)
+      task.kind.score(r, Answer(text=text, prompt=r.question))['right']
       for r, text in zip(task.rows, said, strict=False)
     ]
   assert found['strict'] == [bool(x) for x in scored.total] == [True, True, False, False]

@@ -59,8 +59,8 @@ def pushed(hub, name='org/tuned'):
 def card(step=7, **changes):
   fields = dict(
     algorithm='sft', is_reward=False, has_template=False, step=step, base=None, continues=False,
-    is_adapter=False, merge='', sources=(), config=model_card.config_file({}), tasks=(),
-    versions={},
+    is_adapter=False, merge='', sources=(), config=model_card.config_file({}), evaluation='',
+    scores={}, versions={},
     devices='',
   )  # fmt: skip
   return model_card.render(model_card.Card(**(fields | changes))).encode()
