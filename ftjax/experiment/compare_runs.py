@@ -91,7 +91,14 @@ def _entry(name: str, spec: task_specs.TaskSpec, runs: Sequence[_Evaluated]) -> 
     raise DataError(f'--compare: {name}: a run has no results of its tuned model')
   ids = [r.id for r in own[runs[0].name]]
   for run in runs:
-    if [r.id for r in own[run.name]] != ids:
+    theirs = [r.id for r in own[run.name]]
+    if theirs != ids and set(theirs) == set(ids):
+      raise DataError(
+        f'--compare: {name}: {run.name} has {len(theirs)} completions of {len(set(theirs))} rows, '
+        f'{runs[0].name} has {len(ids)}; run python -m ftjax.evaluate on both with the same '
+        'eval.samples'
+      )
+    if theirs != ids:
       raise DataError(
         f'--compare: {name}: {run.name} was evaluated on other rows than {runs[0].name}; run '
         'python -m ftjax.evaluate on both with the same data'
