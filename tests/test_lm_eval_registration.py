@@ -87,13 +87,9 @@ def test_the_command_line_to_its_end(tmp_path, monkeypatch):
   for name, own in kinds.items():
     (folder / f'{name}.yaml').write_text(yaml.safe_dump({'task': name} | shared | own))
   monkeypatch.setenv('HF_DATASETS_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(
-    sys,
-    'argv',
-    ['lm_eval', 'run', '--model', 'ftjax', '--model_args', f'path={path}', '--tasks']
-    + [*kinds, '--include_path', str(folder), '--batch_size', '2']
-    + ['--output_path', str(tmp_path / 'out'), '--log_samples'],
-  )  # fmt: skip
+  words = f'lm_eval run --model ftjax --model_args path={path} --batch_size 2 --log_samples'
+  words += f' --include_path {folder} --output_path {tmp_path / "out"} --tasks {" ".join(kinds)}'
+  monkeypatch.setattr(sys, 'argv', words.split())
   entry.main()
   (written,) = (tmp_path / 'out').rglob('results_*.json')
   found = json.loads(written.read_text())

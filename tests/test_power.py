@@ -105,9 +105,10 @@ def test_sets_that_can_show_nothing():
     sensitivity_of_proportions(1, 2, 5),  # McNemar needs six pairs for p < 0.05
     sensitivity_of_mean(0.2, math.nan, 10),
     sensitivity_of_mean(0.2, 0.1, 1),
-    sensitivity_of_mean(0.0, 0.0, 50),
   ):
     assert math.isnan(got.smallest) and got.is_too_small
+  same = sensitivity_of_mean(0.0, 0.0, 50)  # of equal results nothing is known
+  assert math.isnan(same.smallest) and not same.is_too_small
   assert sensitivity_of_mean(math.nan, 0.1, 50).rows is None
   assert sensitivity_of_mean(1e-12, 0.1, 50).rows is None
   assert sensitivity_of_proportions(10_000, 10_001, 10**6).rows is None

@@ -401,8 +401,24 @@ def test_details_sources_cut_answers_and_seeds_are_shown():
   ):
     assert words in shown
   text = text_table.text(whole)
-  assert 'length in tokens' not in text and 'sd between seeds 0.013' in text
+  assert 'length in tokens' not in text
+  assert 'error of the rows 0.021, sd between seeds beyond it 0.013' in ' '.join(text.split())
   assert 'length in tokens' not in markdown.evaluation(whole)
+
+
+def test_titles_of_metrics_beside_three_models_can_be_told_apart():
+  models = ('base', 'base_shots', 'tuned')
+  found = task(models=models)
+  own = [('perplexity', 'perplexity per token'), ('byte_perplexity', 'perplexity per byte')]
+  found['metrics'] = [
+    {'name': n, 'title': t, 'better': 'lower', 'form': 'number', 'is_primary': n == 'perplexity'}
+    for n, t in own
+  ]
+  score = {'value': 280.6, 'low': 248.8, 'high': 316.7, 'se': 17.0}
+  found['scores'] = {m: {n: score for n, _ in own} for m in models}
+  shown = text_table.table(found, models)
+  assert 'perplexity per token (low) *' in shown and 'perplexity per byte (low)' in shown
+  assert max(map(len, shown.splitlines())) <= text_table.WIDTH
 
 
 def test_one_reason_for_several_models_is_one_sentence():

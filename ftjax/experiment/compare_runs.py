@@ -120,8 +120,15 @@ def _entry(name: str, spec: task_specs.TaskSpec, runs: Sequence[_Evaluated]) -> 
     raise DataError(f'--compare: {name}: a run has no results of its tuned model')
   asked = [(r.id, r.label) for r in own[runs[0].name]]
   for run in runs:
+    theirs = [(r.id, r.label) for r in own[run.name]]
     digests = {r.digests[name] for r in (runs[0], run) if name in r.digests}
-    if [(r.id, r.label) for r in own[run.name]] != asked or len(digests) > 1:
+    if len(digests) < 2 and theirs != asked and set(theirs) == set(asked):
+      raise DataError(
+        f'--compare: {name}: {run.name} has {len(theirs)} completions of {len(set(theirs))} rows, '
+        f'{runs[0].name} has {len(asked)}; run python -m ftjax.evaluate on both with the same '
+        'eval.samples'
+      )
+    if theirs != asked or len(digests) > 1:
       raise DataError(
         f'--compare: {name}: {run.name} was evaluated on other rows than {runs[0].name}; run '
         'python -m ftjax.evaluate on both with the same data and code'

@@ -118,9 +118,16 @@ def _columns(task: Mapping[str, Any], models: Sequence[str], is_beside: bool) ->
   least, most = _NAMES
   if not is_beside:
     return least
-  room = min(most, WIDTH - (_CELL + 1) * max(len(models), 2))
+  room = min(most, WIDTH - (_cell(task, models) + 1) * max(len(models), 2))
   titles = [one_line(str(m.get('title', m['name']))) for m in findings.main_metrics(task)]
   return max(least, min(room, max(map(width, titles), default=0) + 8))
+
+
+def _cell(task: Mapping[str, Any], models: Sequence[str]) -> int:
+  """Returns the columns of a value beside others: at most _CELL, fewer where none needs them."""
+  texts = [one_line(title(m)) for m in models]
+  texts += [_score(task, m, x) for m in models for x in findings.main_metrics(task)]
+  return min(_CELL, max(map(width, texts), default=_CELL))
 
 
 def _metric_title(metric: Mapping[str, Any], is_primary: bool, columns: int) -> str:
@@ -138,7 +145,7 @@ def _by_metric(task: Mapping[str, Any], models: Sequence[str], columns: int) -> 
   for metric in findings.main_metrics(task):
     name = _metric_title(metric, metric is first, columns)
     rows.append([name, *(_score(task, m, metric) for m in models)])
-  return _grid(rows, [columns] + [_CELL] * len(models))
+  return _grid(rows, [columns] + [_cell(task, models)] * len(models))
 
 
 def _by_model(task: Mapping[str, Any], models: Sequence[str], columns: int) -> list[str]:
@@ -207,7 +214,8 @@ def _seeds(task: Mapping[str, Any]) -> list[str]:
         continue
       form = metric.get('form', 'number')
       between, within = (number(found.get(k), form) for k in ('between_sd', 'within_se'))
-      text = f'{interval(found, form)}; sd between seeds {between}, error of the rows {within}'
+      text = f'{interval(found, form)}; error of the rows {within}, '
+      text += f'sd between seeds beyond it {between}'
       out.append(wrap(f'{one_line(str(metric.get("title", "")), 40)} {text}', '    ', '  '))
   return out
 

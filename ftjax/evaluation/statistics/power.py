@@ -116,6 +116,8 @@ def sensitivity_of_mean(
   """
   if n < 2 or not math.isfinite(se):
     return Sensitivity(math.nan, None, True)
+  if se == 0 and not difference:  # equal results: nothing is known of the spread
+    return Sensitivity(math.nan, None, False)
   sd = se * math.sqrt(n)
   return _sensitivity(
     lambda value, rows: power_of_mean(value, sd, rows, alpha),
