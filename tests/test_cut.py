@@ -56,7 +56,7 @@ def cut(run, step, eval_pending):
   progress = {'eval_pending': eval_pending}
   saved = {'progress': progress} if step >= 0 else None
   evaluator = compare.Evaluator(run)
-  resume.cut((writer, evaluator, source), resume.Start(max(step, 0), saved, True))
+  resume.cut((writer, evaluator.samples, source), resume.Start(max(step, 0), saved, True))
   writer.open()
   writer.close()
   source.close()
