@@ -87,7 +87,7 @@ def _evaluate(workdir: str) -> None:
   found = evaluator.tuned(run.load_params(export, c.model.param_dtype))
   run_card.refresh(run.workdir, run.model)
   fit.write_report(run)
-  gate.enforce(found['gate'])
+  gate.enforce(found['gate'], 'The export of the run stays as it is.')
 
 
 if __name__ == '__main__':

@@ -249,7 +249,10 @@ def test_the_adjusted_test_decides():
   assert alone['outcome'] == 'better' and '+0.100 [+0.010, +0.190]' in alone['verdict']
   among = verdict.decide(difference | {'test': {'p': 0.03, 'p_holm': 0.15}}, metric, 200)
   assert among['outcome'] == 'undecided'
-  assert '0.120 would have shown' in among['verdict'] and 'some 310 would do' in among['verdict']
+  assert (
+    '0.120 would show in four of five cases' in among['verdict']
+    and 'some 310 would do' in among['verdict']
+  )
   lower = verdict.decide(difference, metric | {'better': 'lower'}, 200)
   assert lower['outcome'] == 'worse'
   neither = verdict.decide(difference, metric | {'better': ''}, 200)

@@ -187,7 +187,7 @@ def test_a_refusal_names_every_figure():
   found = gate.check(gate_rules.parse_all(rules), summary())
   assert [c['passed'] for c in found['checks']] == [False, True, False]
   with pytest.raises(CheckError) as caught:
-    gate.enforce(found)
+    gate.enforce(found, 'It is not exported.')
   text = str(caught.value)
   assert caught.value.exit_code == 5
   assert 'accuracy is 0.8500, below the limit 0.9000 (base 0.8000)' in text
@@ -200,5 +200,5 @@ def test_a_refusal_names_every_figure():
 
 def test_no_rules_refuse_nothing():
   assert gate.check((), summary()) is None
-  gate.enforce(None)
-  gate.enforce(gate.check(gate_rules.parse_all(('bbq/accuracy > base',)), summary()))
+  gate.enforce(None, '')
+  gate.enforce(gate.check(gate_rules.parse_all(('bbq/accuracy > base',)), summary()), '')

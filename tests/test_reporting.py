@@ -372,7 +372,10 @@ def test_an_undecided_task_of_a_small_test_set_is_marked():
   assert 'UNDECIDED (the test set is too small)' in text_table.text(summary(found))
   assert 'test set too small' in Reader(page.render(_input(summary(found)))).text()
   text = text_table.text(summary(task()))
-  assert '400 examples could show a difference of 0.070 or more' in text and 'small)' not in text
+  assert (
+    '400 examples would show a difference of 0.070 in four of five cases' in text
+    and 'small)' not in text
+  )
 
 
 def _input(found):

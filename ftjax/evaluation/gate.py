@@ -57,11 +57,12 @@ def check(rules: Sequence[Rule], summary: Mapping[str, Any]) -> dict[str, Any] |
   return {'passed': all(c['passed'] for c in checks), 'checks': checks}
 
 
-def enforce(gate: Mapping[str, Any] | None) -> None:
+def enforce(gate: Mapping[str, Any] | None, outcome: str) -> None:
   """Refuses an export.
 
   Args:
     gate: of `check`.
+    outcome: what comes of it, for the message.
 
   Raises:
     CheckError: a rule is not fulfilled; names each of them with its figure.
@@ -70,9 +71,9 @@ def enforce(gate: Mapping[str, Any] | None) -> None:
     return
   failed = [c['what'] for c in gate['checks'] if not c['passed']]
   raise CheckError(
-    'gate: the tuned model is not exported:\n'
+    'gate: the tuned model is refused:\n'
     + '\n'.join(f'  {sentence}' for sentence in failed)
-    + '\nThe checkpoints are kept. Train on, or change `gate` and run the same command again.'
+    + f'\n{outcome} Train on, or change `gate` and run the same command again.'
   )
 
 

@@ -33,7 +33,9 @@ def decide(
     )
     smallest = difference['smallest_difference']
     if smallest is not None:
-      text += f'; a difference of {shown(smallest, metric["form"])} would have shown'
+      text += (
+        f'; a difference of {shown(smallest, metric["form"])} would show in four of five cases'
+      )
     if difference['rows_needed']:
       text += f'. For one as large as seen, some {_round(difference["rows_needed"]):,} would do'
     return {'outcome': 'undecided', 'verdict': text + '.'}

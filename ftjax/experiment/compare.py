@@ -78,6 +78,7 @@ class Evaluator:
     stop = tuple(c.eval.stop)
     self.draw = Draw(c.eval.max_tokens, c.eval.samples, c.eval.temperature, _SEED, stop)
     self._cost: dict[str, dict[str, Cost]] = {}
+    self._missing: dict[str, dict[str, str]] = {}  # why a server has no results of a task
     limits = Limits(concurrency=c.eval.endpoint.concurrency, timeout=c.eval.endpoint.timeout)
     served = [endpoint.parse(text) for text in c.eval.models]
     self._endpoints = {spec.name: endpoint.Endpoint(spec, limits) for spec in served}
@@ -233,12 +234,14 @@ class Evaluator:
         raise
       except RunError as error:
         log.warning('eval.models: %s is left out of the task %s: %s', name, task.name, error)
+        self._missing.setdefault(task.name, {})[name] = str(error)
     return out
 
   def _entry(self, task: comparison.Compared, results: Results, asked: Task | LmEvalTask) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
     entry = comparison.compare(task, results, self._costs(task.name))
     entry |= {'path': asked.path, 'digest': asked.digest}  # for --compare
+    entry['not_evaluated'] = self._missing.get(task.name, {})
     if (report := self._found_in_training().get(task.name)) is not None:
       clean = comparison.on_rows(task, results, report.clean_ids())
       entry['contamination'] = contamination_check.to_summary(report, clean)

@@ -192,6 +192,8 @@ def _seeds(
 
       clusters = [r.id for r in own[names[0]]]
       mean = seeds.seed_mean(figure, clusters, seed=comparison.SEED)
+      if metric.is_proportion:
+        mean = dataclasses.replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))
       found[metric.name] = {
         k: float(x) if math.isfinite(x) else None
         for k, x in dataclasses.asdict(mean).items()

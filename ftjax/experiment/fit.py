@@ -160,7 +160,7 @@ def _export_and_compare(
   write_report(run)
   if found['gate'] and not found['gate']['passed']:
     _remove_exports(run)
-  gate.enforce(found['gate'])
+  gate.enforce(found['gate'], 'It is not exported; the checkpoints are kept.')
   if c.gate:
     _export(run, params, exported)
   if c.eval.tasks or c.eval.general:

@@ -104,6 +104,9 @@ def notices(summary: Mapping[str, Any]) -> list[str]:
       if found.get('outcome') == 'worse':
         group = _GROUPS.get(task.get('group', ''), 'task')
         out.append(f'Worse on {group} "{name(task["task"])}": {found.get("verdict", "")}')
+  for task in tasks(summary):
+    for model, reason in (task.get('not_evaluated') or {}).items():
+      out.append(f'{title(model)} has no results of "{name(task["task"])}": {reason}')
   return out + [text for task in tasks(summary) if (text := contaminated(task))]
 
 
@@ -152,7 +155,8 @@ def power(task: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
   smallest = number(difference.get('smallest_difference'), metric.get('form', 'number'))
   if smallest == '-':
     return ''
-  return f'{examples(task.get("n"))} could show a difference of {smallest} or more.'
+  prompts = task.get('prompts', task.get('n'))
+  return f'{examples(prompts)} would show a difference of {smallest} in four of five cases.'
 
 
 def one_sided(test: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -186,10 +190,14 @@ def test(difference: Mapping[str, Any]) -> Mapping[str, Any]:
 def missing(task: Mapping[str, Any], models: Sequence[str]) -> list[str]:
   """Returns a sentence for each reason why metrics could not be computed, with their models."""
   found: dict[str, list[str]] = {}
+  why_not = task.get('not_evaluated') or {}
+  for model, reason in why_not.items():
+    found.setdefault(f'not evaluated: {reason}', []).append(title(model))
   for model in models:
     scores = (task.get('scores') or {}).get(model)
-    if scores is None:
+    if scores is None and model not in why_not:
       found.setdefault('not evaluated on this task', []).append(title(model))
+    if scores is None:
       continue
     for metric in main_metrics(task):
       score = scores.get(metric['name']) or {}
