@@ -2,10 +2,11 @@
 
 import json
 
+import jax
 import pytest
 import tiny_rollouts
 
-from ftjax.experiment import compare
+from ftjax.experiment import compare, local_model
 from ftjax.runtime.errors import RunError, StoppedEarly
 
 
@@ -59,3 +60,16 @@ def test_a_server_that_fails_is_left_out_and_a_stop_is_a_stop(tmp_path):
   evaluator._endpoints = {'server': Fails(StoppedEarly('SIGTERM'))}
   with pytest.raises(StoppedEarly):
     evaluator.tuned(params)
+
+
+def test_a_copy_for_decoding_is_made_only_where_it_fits(tmp_path, monkeypatch, caplog):
+  caplog.set_level('INFO')
+  run = tiny_rollouts.start(tmp_path, **{'model.compute_dtype': 'bfloat16'})
+  programs, params = local_model.Programs(run), run.load_params('', 'float32')
+  copy = programs.decoding_params(params)
+  assert {x.dtype.name for x in jax.tree.leaves(copy)} == {'bfloat16'}
+  size = sum(x.nbytes for x in jax.tree.leaves(copy))
+  for free, is_made in ((2 * size, True), (size, False)):
+    monkeypatch.setattr(local_model, 'free_bytes', lambda free=free: free)
+    assert (programs.decoding_params(params) is not params) == is_made
+  assert 'does not fit beside them' in caplog.text

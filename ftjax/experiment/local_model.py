@@ -4,12 +4,15 @@ Completions come from the slot engine, as rollouts do: prompts of like lengths t
 in the compute dtype that are split over `tensor` alone.
 """
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from ftjax.cluster import processes
 from ftjax.data import encode, formats, prompt_rows
 from ftjax.data.formats import Chat
 from ftjax.evaluation.model import Completion, Draw, Likelihood
@@ -27,8 +30,20 @@ from ftjax.runtime.errors import DataError
 if TYPE_CHECKING:
   from ftjax.experiment.lm_eval_model import LmEvalModel
 
+log = logging.getLogger(__name__)
+
+# Share of a device's free memory that a copy of the weights may take; the cache needs some too.
+_ROOM = 0.7
 # Prompts are split by length where each part fills the slots so many times.
 _ROUNDS = 4
+
+
+def free_bytes() -> float:
+  """Returns the free memory of this process's first device; infinity where it is not known."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'bytes_limit' not in stats:
+    return math.inf
+  return stats['bytes_limit'] - stats['bytes_in_use']
 
 
 class Programs:
@@ -54,6 +69,16 @@ class Programs:
     run, mesh = self.run, weights.rollout_mesh(self.run.mesh)
     leaves = jax.tree.leaves(params)
     if mesh.shape == run.mesh.shape and all(x.dtype == self.dtype for x in leaves):
+      return params
+    size = sum(x.size for x in leaves) * self.dtype.itemsize // mesh.shape['tensor']
+    # The hosts may differ in what is free; they must not in the program.
+    has_room = processes.from_main(lambda: size <= _ROOM * free_bytes())
+    if not has_room and run.mesh.shape['context'] == 1:  # else nothing could be decoded
+      log.info(
+        'evaluation decodes with the weights as training has split them, which is slow: a copy of '
+        '%.3g GiB a device does not fit beside them; a larger mesh.tensor makes it smaller',
+        size / 2**30,
+      )
       return params
     return weights.rollout_params(params, run.arch, mesh, self.dtype)
 
