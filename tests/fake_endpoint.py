@@ -66,7 +66,7 @@ class FakeEndpoint(Loopback):
     fake = self
 
     class Handler(server.BaseHTTPRequestHandler):
-      fake = self
+      fake, is_there = self, False
 
       def log_message(self, *_):
         pass
@@ -82,14 +82,21 @@ class FakeEndpoint(Loopback):
           fault = fake.faults.pop(0) if fake.faults else fake.always
           fake._now += 1
           fake.most = max(fake.most, fake._now)
+          self.is_there = True
         try:
           if fault is None or fault(self) is False:
             fake._answer(self, body)
         finally:
-          with fake._lock:
-            fake._now -= 1
+          self.leave()
+
+      def leave(self):
+        """Counts the request as gone, before its client can know and send the next."""
+        with fake._lock:
+          fake._now -= self.is_there
+          self.is_there = False
 
       def reply(self, body, status=200, **headers):
+        self.leave()
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {'Content-Length': str(len(raw)), **headers}.items():
@@ -99,6 +106,7 @@ class FakeEndpoint(Loopback):
 
       def drop(self, after=b''):
         """Ends the connection in the middle of an answer."""
+        self.leave()
         self.wfile.write(after)
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
