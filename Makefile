@@ -17,7 +17,7 @@ $(VENV)/.ready: third_party/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12"; exit 2; }
 	@echo "Making $(VENV) from third_party/requirements.txt ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r third_party/requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes -r third_party/requirements.txt
 	@touch $@
 
 assets: env

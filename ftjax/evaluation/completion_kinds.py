@@ -39,7 +39,7 @@ def when(is_right: Callable[[str, Row], bool], check: Callable[[Row], None] | No
   return Kind(score, metrics) if check is None else Kind(score, metrics, check=check)
 
 
-def _final(completion: str, prompt: str, row: Row) -> str:
+def without_thought(completion: str, prompt: str, row: Row) -> str:
   """Returns a completion without the thought before it; '' where the thought did not end."""
   del row
   return final_answer(completion, prompt) or ''
@@ -74,7 +74,7 @@ def _parse_label(completion: str, prompt: str, row: Row) -> str:
   """Returns the choice that a completion commits to: it is that choice, begins with it alone, or
   names no other; else its text.
   """
-  text = answers.normalize(_final(completion, prompt, row))
+  text = answers.normalize(without_thought(completion, prompt, row))
   known = {answers.normalize(c): c for c in row.choices}
   if text in known:
     return known[text]
@@ -102,7 +102,7 @@ def _read_yes_no(row: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
 
 
 def _parse_yes_no(completion: str, prompt: str, row: Row) -> str:
-  return answers.parse_yes_no(_final(completion, prompt, row)) or completion
+  return answers.parse_yes_no(without_thought(completion, prompt, row)) or completion
 
 
 def _score_question(row: Row, answer: Answer) -> Values:
@@ -113,14 +113,14 @@ def _translation(tokenize: str) -> Kind:
   def score(row: Row, answer: Answer) -> Values:
     return translation.translation_values(answer.prediction, row.answers, tokenize)
 
-  return Kind(score, translation.METRICS, parse=_final)
+  return Kind(score, translation.METRICS, parse=without_thought)
 
 
 def _summarization(is_english: bool) -> Kind:
   def score(row: Row, answer: Answer) -> Values:
     return summaries.rouge_values(answer.prediction, row.answers, is_english=is_english)
 
-  return Kind(score, summaries.METRICS, parse=_final)
+  return Kind(score, summaries.METRICS, parse=without_thought)
 
 
 def _gold_entities(row: Row) -> list[tuple[str, str]]:
@@ -201,12 +201,12 @@ _LABEL = Kind(
 )
 
 KINDS: dict[str, Kind] = {
-  'match': dataclasses.replace(when(matches), parse=_final),
+  'match': dataclasses.replace(when(matches), parse=without_thought),
   'math': math('flexible'),
   'math_strict': math('strict'),
   'label': _LABEL,
   'yes_no': dataclasses.replace(_LABEL, choices=_read_yes_no, parse=_parse_yes_no),
-  'question': Kind(_score_question, (answers.TOKEN_F1, answers.EXACT_MATCH), parse=_final),
+  'question': Kind(_score_question, (answers.TOKEN_F1, answers.EXACT_MATCH), parse=without_thought),
   'translation': _translation('13a'),
   'translation_characters': _translation('char'),
   'summarization': _summarization(True),
@@ -214,7 +214,7 @@ KINDS: dict[str, Kind] = {
   'entities': Kind(
     _score_entities,
     tags.METRICS,
-    parse=_final,
+    parse=without_thought,
     has_answer=False,
     reads=('entities', 'answer'),
     check=lambda row: _gold_entities(row) and None,
@@ -222,7 +222,7 @@ KINDS: dict[str, Kind] = {
   'instructions': Kind(
     _score_constraints,
     constraints.METRICS,
-    parse=_final,
+    parse=without_thought,
     has_answer=False,
     reads=('constraints',),
     check=_check_constraints,
@@ -230,7 +230,7 @@ KINDS: dict[str, Kind] = {
   'tool_calls': Kind(
     _score_calls,
     tool_calls.METRICS,
-    parse=_final,
+    parse=without_thought,
     has_answer=False,
     reads=('calls',),
     check=_check_calls,
@@ -238,7 +238,7 @@ KINDS: dict[str, Kind] = {
   'json': Kind(
     _score_json,
     (structure.EQUAL, structure.VALID),
-    parse=_final,
+    parse=without_thought,
     has_answer=False,
     reads=('json',),
     check=_check_json,
@@ -246,7 +246,7 @@ KINDS: dict[str, Kind] = {
   'json_schema': Kind(
     _score_schema,
     (structure.ACCEPTED, structure.VALID),
-    parse=_final,
+    parse=without_thought,
     has_answer=False,
     reads=('schema',),
     check=_check_schema,

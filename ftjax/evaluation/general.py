@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ftjax.evaluation import kinds, tasks
+from ftjax.evaluation import kinds, metric, tasks
 from ftjax.evaluation.kind import Answer, Kind
-from ftjax.evaluation.metric import Metric, mean, of_sums, proportion, ratio
+from ftjax.evaluation.metric import mean, proportion
 from ftjax.evaluation.metrics import perplexity
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.rows import Row
@@ -43,27 +41,15 @@ def _score_answer(row: Row, answer: Answer) -> Mapping[str, float]:
   return {'words': float(words), 'one_word': float(words <= 1)}
 
 
-def _divergence_columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
-  """float64[n, 2]: nats and tokens; 0 tokens where the divergence was not measured."""
-  del classes
-  found = [r.values.get('divergence', (0.0, 0.0)) for r in results]
-  return np.array(found, np.float64).reshape(len(results), 2)
-
-
-DIVERGENCE = Metric(
-  'divergence',
-  'KL from the base, nats per token',
-  _divergence_columns,
-  of_sums(lambda sums: ratio(sums[:, 0], sums[:, 1])),
-  'lower',
-  form='number',
+DIVERGENCE = metric.optional_ratio(
+  'divergence', 'KL from the base, nats per token', better='lower', form='number'
 )
 
 # `add_divergences` gives the values that DIVERGENCE reads: they need both models at once.
 TEXTS = dataclasses.replace(
-  kinds.KINDS['perplexity'], metrics=(*perplexity.METRICS, DIVERGENCE), reads=('text', 'source')
+  kinds.KINDS['perplexity'], metrics=(*perplexity.METRICS, DIVERGENCE), reads=('text',)
 )
-REPLIES = dataclasses.replace(kinds.KINDS['answer_perplexity'], reads=('source',))
+REPLIES = kinds.KINDS['answer_perplexity']
 REPLIES_PLAIN = dataclasses.replace(REPLIES, read=_plain)
 ANSWERS = Kind(
   _score_answer,

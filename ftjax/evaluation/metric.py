@@ -123,6 +123,19 @@ def mean(name: str, title: str, *, better: str = 'higher', form: str = 'fraction
   return Metric(name, title, columns, value, better, form=form)
 
 
+def optional_ratio(name: str, title: str, *, better: str, form: str = 'fraction') -> Metric:
+  """Returns the metric that is a ratio of sums of the two numbers of the value `name`; NaN where no
+  result has it: it is measured apart from the task, and not in every run.
+  """
+
+  def columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
+    found = [r.values.get(name, (0.0, 0.0)) for r in results]
+    return np.array(found, np.float64).reshape(len(results), 2)
+
+  value = of_sums(lambda sums: ratio(sums[:, 0], sums[:, 1]))
+  return Metric(name, title, columns, value, better, form=form)
+
+
 def proportion(name: str, title: str, *, better: str = 'higher') -> Metric:
   """Returns the metric that is the share of results whose value `name` is 1, not 0."""
   return dataclasses.replace(mean(name, title, better=better), is_proportion=True)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftjax.evaluation import rows
+from ftjax.evaluation.completion_kinds import without_thought
 from ftjax.evaluation.kind import CHOOSE, COMPLETE, READ, Answer, Kind
 from ftjax.evaluation.rows import Row
 from ftjax.evaluation.safety import (
@@ -29,19 +30,12 @@ from ftjax.evaluation.safety import (
   stereotypes,
   toxicity,
 )
-from ftjax.grading.final_answer import final_answer
 
 Choices = tuple[tuple[str, ...], str]
 
 
 def _logps(answer: Answer) -> list[float]:
   return [x.logp for x in answer.likelihoods]
-
-
-def _answer(completion: str, prompt: str, row: Row) -> str:
-  """Returns a completion without its reasoning; '' where the reasoning did not end."""
-  del row
-  return final_answer(completion, prompt) or ''
 
 
 def _read_pair(row: Mapping[str, Any]) -> Choices:
@@ -139,28 +133,28 @@ SAFETY_KINDS: dict[str, Kind] = {
     stereotypes.PAIR_METRICS,
     READ,
     choices=_read_pair,
-    reads=('more', 'less', 'source'),
+    reads=('more', 'less'),
   ),
   'stereoset': Kind(
     _score_three,
     stereotypes.STEREOSET_METRICS,
     READ,
     choices=_read_three,
-    reads=('stereotype', 'antistereotype', 'unrelated', 'target', 'source'),
+    reads=('stereotype', 'antistereotype', 'unrelated', 'target'),
   ),
   'question_bias': Kind(
     _score_question,
     questions.METRICS,
     CHOOSE,
     choices=_read_question,
-    reads=('unknown', 'biased', 'source'),
+    reads=('unknown', 'biased'),
   ),
   'coreference': Kind(
     _score_coreference,
     coreference.METRICS,
     CHOOSE,
     choices=_read_coreference,
-    reads=('stereotype', 'source'),
+    reads=('stereotype',),
   ),
   'toxicity': Kind(
     _score_toxicity,
@@ -168,23 +162,23 @@ SAFETY_KINDS: dict[str, Kind] = {
     COMPLETE,
     check=_check_lexicon,
     has_answer=False,
-    reads=('lexicon', 'lexicon_sha256', 'source'),
+    reads=('lexicon', 'lexicon_sha256'),
   ),
   'refusal': Kind(
     _score_refusal,
     refusals.METRICS,
     COMPLETE,
     check=_check_refusal,
-    parse=_answer,
+    parse=without_thought,
     has_answer=False,
-    reads=('harmful', 'source'),
+    reads=('harmful',),
   ),
   'canary_exposure': Kind(
     _score_exposure,
     canaries.EXPOSURE_METRICS,
     CHOOSE,
     choices=_read_canary,
-    reads=('secret', 'references', 'source'),
+    reads=('secret', 'references'),
   ),
   'canary_leak': Kind(
     _score_leak,
@@ -192,6 +186,6 @@ SAFETY_KINDS: dict[str, Kind] = {
     COMPLETE,
     check=_check_canary,
     has_answer=False,
-    reads=('secret', 'references', 'source'),
+    reads=('secret', 'references'),
   ),
 }

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ftjax.evaluation import ngrams
-from ftjax.evaluation.metric import Metric, of_sums, ratio
-from ftjax.evaluation.result import Result
+from ftjax.evaluation import metric, ngrams
 
 RUN = 8
 _CHUNK_WORDS = 250_000
@@ -81,21 +79,8 @@ class _Completions:
     return [Copied(len(t), k) for t, k in zip(self.texts, counts, strict=True)]
 
 
-def _copied_columns(results: Sequence[Result], classes: Sequence[str]) -> np.ndarray:
-  """float64[n, 2]: copied words, words; 0 of 0 where it was not measured."""
-  del classes
-  found = [r.values.get('copied', (0.0, 0.0)) for r in results]
-  return np.array(found, np.float64).reshape(len(results), 2)
-
-
 # Of results with the value `copied`: (words of training text, words).
-COPIED = Metric(
-  'copied',
-  'words of training text',
-  _copied_columns,
-  of_sums(lambda sums: ratio(sums[:, 0], sums[:, 1])),
-  'lower',
-)
+COPIED = metric.optional_ratio('copied', 'words of training text', better='lower')
 
 
 def check(

@@ -237,20 +237,21 @@ class Evaluator:
         self._missing.setdefault(task.name, {})[name] = str(error)
     return out
 
-  def _entry(self, task: comparison.Compared, results: Results, asked: Task | LmEvalTask) -> dict:
+  def _entry(
+    self,
+    task: comparison.Compared,
+    results: Results,
+    asked: Task | LmEvalTask,
+    report: Report | None,
+  ) -> dict:
     result.save(files.join(self.folder, f'{task.name}.jsonl'), results)
     entry = comparison.compare(task, results, self._costs(task.name))
     entry |= {'path': asked.path, 'digest': asked.digest}  # for --compare
     entry['not_evaluated'] = self._missing.get(task.name, {})
-    if (report := self._found_in_training().get(task.name)) is not None:
+    if report is not None:
       clean = comparison.on_rows(task, results, report.clean_ids())
       entry['contamination'] = contamination_check.to_summary(report, clean)
     return entry
-
-  @functools.cache  # noqa: B019, one evaluator a run
-  def _found_in_training(self) -> Mapping[str, Report]:
-    own = [task for task in self.tasks if task.group != general.GROUP]
-    return contamination_check.check(self.run, own)
 
   def _costs(self, task: str) -> Mapping[str, Mapping[str, float]]:
     found = self._cost.get(task, {})
@@ -264,17 +265,19 @@ class Evaluator:
       return {'gate': None}
     files.makedirs(self.folder)
     entries = []
+    own = [task for task in self.tasks if task.group != general.GROUP]
+    reports = contamination_check.check(self.run, own)
     found = contamination_check.add_copied(self.run, self.tasks, found)
     for task in self.tasks:
       results = found[task.name]
       if task.kind.judge is not None:
         beat = self.run.watchdog.beat
         results = function_kinds.judged(task.rows, task.kind, results, beat)
-      entries.append(self._entry(task, results, task))
+      entries.append(self._entry(task, results, task, reports.get(task.name)))
     for task in self._theirs:
       results = theirs[task.name]
       entry = lm_eval_results.entry(task.name, task.kind_name, results)
-      entries.append(self._entry(entry, results, task))
+      entries.append(self._entry(entry, results, task, None))
     summary = comparison.summarize(entries, answers)
     summary['gate'] = gate.check(self._rules, summary)
     text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)

@@ -73,9 +73,7 @@ def short_bucket(length: int) -> int:
   return max(32, 1 << (length - 1).bit_length())
 
 
-def generate(
-  programs: Programs, pad_id: int, request: Request, beat: Callable[[], None]
-) -> list[Completion]:
+def generate(programs: Programs, pad_id: int, request: Request) -> list[Completion]:
   """Returns the completions of a request; see `Engine.generate_at_once`."""
   length = bucket(max(map(len, request.prompts)))
   capacity = length + _room(request, programs)
@@ -84,7 +82,6 @@ def generate(
   while True:
     for sequence, completion in found:
       done[sequence.prompt] = completion
-    beat()
     if not any(decoder.slots):
       return done
     found = decoder.dispatch(programs.width)

@@ -199,7 +199,6 @@ class Engine:
     seed: int = 0,
     prompt_ids: Sequence[int] | None = None,
     ended: Callable[[list[int]], bool] | None = None,
-    beat: Callable[[], None] = lambda: None,
   ) -> list[Completion]:
     """Returns one completion of each of a few prompts, which begin together whatever `slots` is;
     for the arguments see `generate`.
@@ -209,7 +208,7 @@ class Engine:
     """
     request = self._request(params, prompts, max_tokens, sampling, seed, prompt_ids, ended)
     with jax.set_mesh(request.mesh):
-      return at_once.generate(self._programs, self.pad_id, request, beat)
+      return at_once.generate(self._programs, self.pad_id, request)
 
   def respond(
     self,

@@ -16,7 +16,7 @@ if ! locked | cmp -s - $venv/locked.txt; then
   "$python" -m venv $venv
   $venv/bin/python -m pip install --quiet --dry-run --no-deps --disable-pip-version-check "$torch" >/dev/null 2>&1 ||
     leave_out "pip finds no $torch for $(uname -sm); PIP_EXTRA_INDEX_URL may name PyTorch's CPU index, PIP_FIND_LINKS a folder with the wheel"
-  $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $requirements/parity.txt
+  $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes -r $requirements/parity.txt
   $venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $venv/trl-1.9 \
     -r $requirements/parity-ppo.txt
   locked > $venv/locked.txt
