@@ -73,11 +73,10 @@ def parse(text: str) -> TaskSpec:
     kind, path = found['kind'], found['path'].strip()
   else:
     near = difflib.get_close_matches(kind, choices.TASK_KINDS, n=1)
-    hint = f'; did you mean {near[0]}?' if near else ''
+    hint = f'did you mean {near[0]}? Expected' if near else 'expected'
     raise ConfigError(
-      f'{KEY}: {text!r} has the kind {kind!r}, expected one of {choices.TASK_KINDS}, '
+      f'{KEY}: {text!r} has the kind {kind!r}; {hint} one of {", ".join(choices.TASK_KINDS)}, '
       "reward/NAME or reward/NAME(ARGUMENTS), judge/module:FUNCTION, or a user's 'module:OBJECT'"
-      + hint
     )
   return TaskSpec(name.strip(), kind, path)
 

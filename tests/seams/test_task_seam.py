@@ -166,9 +166,9 @@ def test_a_judge_is_a_task(tmp_path):
     ('x=judge/toy_task:AS_LONG:rows.jsonl', 'is a Kind; expected a function'),
     ('x=judge/toy_task:prefer_shrt:rows.jsonl', 'did you mean toy_task:prefer_short'),
     ('x=reward/toy_tsk:f:rows.jsonl', 'cannot import toy_tsk'),
-    ('x=chioce:gs://bucket/x', "has the kind 'chioce', expected one of"),
-    ('x=toy_task:rows.jsonl', "has the kind 'toy_task', expected one of"),
-    ('x=judge/toy_task:rows.jsonl', "has the kind 'judge/toy_task', expected one of"),
+    ('x=chioce:gs://bucket/x', "has the kind 'chioce'; did you mean choice.? Expected one of"),
+    ('x=toy_task:rows.jsonl', "has the kind 'toy_task'; expected one of"),
+    ('x=judge/toy_task:rows.jsonl', "has the kind 'judge/toy_task'; expected one of"),
   ],
 )
 def test_what_is_no_kind_is_refused_by_key(entry, message):
