@@ -29,6 +29,7 @@ USUAL = (
   'optim.schedule=constant',
   'optim.warmup_steps=0',
   'eval.tasks=()',
+  'eval.in_loop=()',
   'eval.prompts=()',
   'data.eval_fraction=0.02',
 )
