@@ -30,6 +30,8 @@ USUAL = (
   'optim.warmup_steps=0',
   'eval.tasks=()',
   'eval.in_loop=()',
+  'eval.every=0',
+  'eval.general=False',
   'eval.prompts=()',
   'data.eval_fraction=0.02',
 )

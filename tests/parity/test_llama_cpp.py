@@ -208,7 +208,8 @@ def tuned(tmp_path_factory):
     pytest.skip('.cache/smollm2 is missing; `make assets` makes it')
   workdir = tmp_path_factory.mktemp('tuned') / 'run'
   settings = ('steps=3', 'batch_size=1', 'seq_len=128', 'optim.warmup_steps=0', 'optim.lr=3e-5')
-  settings += ('checkpoint.every=3', 'eval.tasks=()', 'eval.in_loop=()', 'eval.prompts=()')
+  settings += ('checkpoint.every=3', 'eval.tasks=()', 'eval.prompts=()')
+  settings += ('eval.in_loop=()', 'eval.every=0', 'eval.general=False')
   code, text = tiny_run.run(
     'train',
     ['--config=sft_sentiment', f'--workdir={workdir}', *(f'--config.{s}' for s in settings)],
