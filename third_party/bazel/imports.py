@@ -1,0 +1,154 @@
+"""Reads the Python files of the project: what each imports, starts and reads."""
+
+import ast
+import functools
+import pathlib
+import re
+import sys
+
+FOLDERS = ('benchmarks', 'configs', 'demo', 'docs', 'ftjax', 'launch', 'tests', 'third_party')
+_PLAIN = re.compile(r'[\w.-]+(/[\w.-]+)*/?')
+_LEFT_OUT = {'__pycache__', 'node_modules', 'stubs'}
+
+
+def python_files(root: pathlib.Path) -> list[str]:
+  """Returns the paths of the project's Python files, relative to `root`, sorted."""
+  found = []
+  for folder in FOLDERS:
+    for path in (root / folder).rglob('*.py'):
+      inner = path.relative_to(root)
+      hidden = any(part.startswith('.') for part in inner.parts)
+      if not hidden and not _LEFT_OUT & set(inner.parts):
+        found.append(inner.as_posix())
+  return sorted(found)
+
+
+class Sources:
+  """The project's Python files and how they refer to each other.
+
+  root: folder of the checkout.
+  files: paths relative to it.
+  """
+
+  def __init__(self, root: pathlib.Path):
+    self.root = root
+    self.files = python_files(root)
+    self._known = set(self.files)
+
+  @functools.cache  # noqa: B019 -- one object in a process
+  def tree(self, path: str) -> ast.Module:
+    return ast.parse((self.root / path).read_text(encoding='utf-8'))
+
+  def file_of(self, module: str, importer: str) -> str | None:
+    """Returns the file that a dotted module, or `module.name` of one, is; None for others' modules.
+
+    Tests, benchmarks and demos are scripts: they import the files of their own folder and of
+    tests/ by bare names.
+    """
+    parts = module.split('.')
+    folders = ['']
+    if importer.split('/')[0] != 'ftjax':
+      parent = importer.rpartition('/')[0]
+      folders = [f'{parent}/', *(['tests/'] if parent.startswith('tests') else []), '']
+    for folder in folders:
+      for end in range(len(parts), 0, -1):
+        stem = folder + '/'.join(parts[:end])
+        for path in (f'{stem}.py', f'{stem}/__init__.py'):
+          if path in self._known and path != importer:
+            return path
+    return None
+
+  @functools.cache  # noqa: B019
+  def imported(self, path: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the project's files that a file imports, and the modules of others, both at whatever
+    depth in it.
+    """
+    own, others = set(), set()
+    for module in _modules(self.tree(path), path):
+      if found := self.file_of(module, path):
+        own.add(found)
+      elif module.split('.')[0] not in sys.stdlib_module_names:
+        others.add(module)
+    return frozenset(own), frozenset(others)
+
+  @functools.cache  # noqa: B019
+  def named(self, path: str) -> frozenset[str]:
+    """Returns the files of ftjax/ whose dotted module a string of the file is, or begins with.
+
+    They are imported by that name, or run by `python -m`, when the program reaches it.
+    """
+    found = set()
+    for text in _strings(self.tree(path)):
+      module = text.partition(':')[0]
+      if module.startswith('ftjax.') and all(p.isidentifier() for p in module.split('.')):
+        target = self.file_of(module, path)
+        if target and not target.endswith('__init__.py'):
+          found.add(target)
+    return frozenset(found - {path})
+
+  def strings(self, path: str) -> set[str]:
+    """Returns the strings in a file."""
+    return _strings(self.tree(path))
+
+  def read(self, path: str) -> set[str]:
+    """Returns paths of the project, files or folders, that the file's strings name.
+
+    `ROOT / 'docs' / 'data.md'` names docs/data.md. A path counts from the root, from tests/ or
+    from the folder of the file. So do the shipped configs' names, as in --config=tiny_sft.
+    """
+    here = path.rpartition('/')[0]
+    found = set()
+    for text in _paths(self.tree(path)):
+      for start in dict.fromkeys(('', 'tests/' if here.startswith('tests') else '', f'{here}/')):
+        if (text.endswith('/') or '/' in text) and self._is_data(start + text):
+          found.add(f'{start}{text}'.rstrip('/'))
+          break
+      name = text.removeprefix('--config=')
+      if name.isidentifier() and f'configs/{name}.py' in self._known:
+        found.add(f'configs/{name}.py')
+    return found
+
+  def _is_data(self, text: str) -> bool:
+    parts = text.rstrip('/').split('/')
+    if len(text) > 200 or not text.isprintable() or not _PLAIN.fullmatch(text):
+      return False
+    is_ours = len(parts) == 1 or parts[0] in FOLDERS
+    return is_ours and not parts[0].startswith('.') and (self.root / text).exists()
+
+
+def _modules(tree: ast.Module, path: str) -> set[str]:
+  found = set()
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      if node.level:
+        raise ValueError(f'{path}:{node.lineno}: a relative import; write the whole module')
+      found |= {f'{node.module}.{alias.name}' for alias in node.names}
+  return found
+
+
+def _strings(tree: ast.AST) -> set[str]:
+  nodes = ast.walk(tree)
+  return {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def _paths(tree: ast.Module) -> set[str]:
+  """Returns each string with a slash inside or that is one name, and those that `/` joins to a path.
+
+  A name alone, as in ROOT / 'docs', counts where the left side is the checkout or a file's place.
+  """
+  strings = _strings(tree)
+  found = {text for text in strings if '/' in text.strip('/')}
+  found |= {text for text in strings if text.removeprefix('--config=').isidentifier()}
+  for node in ast.walk(tree):
+    parts = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+      last = node.right
+      is_text = isinstance(last, ast.Constant) and isinstance(last.value, str)
+      parts = [last.value, *parts] if is_text else []
+      node = node.left
+    left = ast.dump(node).lower() if parts else ''
+    if len(parts) > 1 or 'root' in left or '__file__' in left:
+      found.add('/'.join(parts) + '/')
+  return found

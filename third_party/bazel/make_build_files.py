@@ -1,0 +1,319 @@
+"""Writes the BUILD files from the imports, layers.toml and targets.toml.
+
+  python third_party/bazel/make_build_files.py           # writes them
+  python third_party/bazel/make_build_files.py --check   # prints what differs; exit code 1 if any
+
+A Python file is a target. Its deps are what it imports: `//ftjax/training:step`, `@pypi//jax`. The
+visibility of a folder of ftjax/ is a package group of the root: the folders whose row in
+layers.toml lists it.
+"""
+
+import argparse
+import difflib
+import functools
+import pathlib
+import sys
+import tomllib
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+import imports
+import starlark
+import tests_targets
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+_HEAD = '# Written by third_party/bazel/make_build_files.py from the imports: change these, run it.\n'
+_PYTHON = '@rules_python//python:defs.bzl'
+_OUTSIDE = ('benchmarks', 'configs', 'demo', 'docs', 'tests', 'third_party')
+_FOR_ALL_FOLDERS = ('ftjax/__init__.py', 'ftjax/cli.py')  # the other files there are entries
+_ROOT_FILES = (
+  '.bazelignore', '.bazelrc', '.bazelversion', '.ci/run', '.gitignore', 'CHANGELOG.md', 'LICENSE',
+  'MODULE.bazel', 'Makefile', 'README.md', 'WORKSPACE', 'layers.toml', 'pyproject.toml',
+)  # fmt: skip
+
+
+class Project:
+  """The checkout: its files, and the two tables.
+
+  layers: {folder of ftjax/: folders that it may import}.
+  targets: what targets.toml holds.
+  """
+
+  def __init__(self, root: pathlib.Path):
+    here = pathlib.Path(__file__).resolve().parent
+    self.root = root
+    self.sources = imports.Sources(root)
+    self.layers = tomllib.loads((root / 'layers.toml').read_text())['imports']
+    self.targets = tomllib.loads((here / 'targets.toml').read_text())
+    lock = (root / 'third_party' / 'requirements.txt').read_text()
+    self.locked = {line.partition('==')[0] for line in lock.splitlines() if '==' in line[:80]}
+
+  @functools.cached_property
+  def packages(self) -> list[str]:
+    """Folders that get a BUILD file, sorted."""
+    folders = {path.rpartition('/')[0] for path in self.sources.files}
+    folders |= {top for top in imports.FOLDERS if (self.root / top).is_dir()}
+    return sorted(folders)
+
+  def package_of(self, path: str) -> str:
+    """Returns the innermost package that a file or folder lies in."""
+    inside = [p for p in self.packages if path == p or path.startswith(f'{p}/')]
+    return max(inside, key=len, default='')
+
+  def label(self, path: str) -> str:
+    """Returns the py_library of a Python file."""
+    folder, _, name = path.rpartition('/')
+    name = name.removesuffix('.py')
+    return f'//{folder}:{name}_module' if is_test(path) else f'//{folder}:{name}'
+
+  def distribution(self, module: str, path: str) -> str | None:
+    """Returns the label of the distribution that has a module; None for one in no lock.
+
+    Raises:
+      ValueError: no lock has the distribution, and targets.toml does not name the module.
+    """
+    names = self.targets['distributions']
+    parts = module.split('.')
+    prefixes = ('.'.join(parts[:end]) for end in range(len(parts), 0, -1))
+    found = next((names[p] for p in prefixes if p in names), parts[0])
+    found = found.lower().replace('_', '-')
+    if parts[0] in self.targets['not_locked']['modules']:
+      return None
+    if found not in self.locked:
+      raise ValueError(
+        f'{path} imports {module}, and third_party/requirements.txt has no {found}. Name the'
+        ' distribution in third_party/bazel/targets.toml, in [distributions] or [not_locked]'
+      )
+    return f'@pypi//{found.replace("-", "_")}'
+
+  def check_layers(self, path: str, other: str) -> None:
+    """Raises ValueError where layers.toml does not let a file of ftjax/ import another."""
+    mine, theirs = (p.split('/')[1:-1][:1] for p in (path, other))
+    if path.startswith('ftjax/') and mine and theirs and mine != theirs:
+      if theirs[0] not in self.layers.get(mine[0], ()):
+        raise ValueError(
+          f'{path} imports {other}: layers.toml does not let {mine[0]} import {theirs[0]}'
+        )
+
+  def deps(self, path: str) -> set[str]:
+    """Returns labels of what a file imports, and of the `__init__` of its folder."""
+    own, others = self.sources.imported(path)
+    for other in own:
+      self.check_layers(path, other)
+    found = {self.label(other) for other in own}
+    found |= {d for module in others if (d := self.distribution(module, path))}
+    found |= {self.label(init) for init in self._parents(path)}
+    return found
+
+  def _parents(self, path: str) -> list[str]:
+    """Returns the `__init__.py` that Python runs before it runs a file."""
+    folder = path.rpartition('/')[0]
+    if path.endswith('/__init__.py'):
+      folder = folder.rpartition('/')[0]
+    init = f'{folder}/__init__.py'
+    return [init] if init in self.sources.files else []
+
+  def data(self, path: str) -> set[str]:
+    """Returns labels of the files that a file reads."""
+    read = self.sources.read(path) | set(self.targets['data'].get(path, ()))
+    return {self.data_label(found) for found in read} - {self.label(path), None}
+
+  def data_label(self, path: str) -> str | None:
+    package = self.package_of(path)
+    if (self.root / path).is_dir():
+      if path == package:
+        return f'//{path}:all_files'
+      # A folder of data is a target of its own: the first folder below the package.
+      name = path.removeprefix(f'{package}/').split('/')[0]
+      return f'//{package}:{name}'
+    if path.endswith('.py'):
+      return self.label(path)
+    inner = path.removeprefix(f'{package}/')
+    if package and '/' in inner:
+      return f'//{package}:{inner.split("/")[0]}'
+    return f'//{package}:{inner}'
+
+  def runtime(self, path: str) -> set[str]:
+    """Returns the files that a program may import by name once it has imported this one."""
+    todo, seen, found = [path], set(), set()
+    while todo:
+      current = todo.pop()
+      if current in seen:
+        continue
+      seen.add(current)
+      named = set(self.sources.named(current))
+      for pattern in self.targets['runtime'].get(current, ()):
+        folder = pattern.removesuffix('/*')
+        named |= {f for f in self.sources.files if f.rpartition('/')[0] == folder}
+      found |= {name for name in named if not name.endswith('/__init__.py')}
+      todo += [*named, *self.sources.imported(current)[0]]
+    return found - {path}
+
+
+def is_test(path: str) -> bool:
+  """Whether pytest collects a file."""
+  folder, _, name = path.rpartition('/')
+  return folder.split('/')[0] == 'tests' and name.startswith('test_')
+
+
+def library(project: Project, path: str, name: str | None = None) -> starlark.Call:
+  """Returns the py_library of a file."""
+  folder, _, file = path.rpartition('/')
+  data = data_beside(project, path) if folder.startswith('ftjax') else []
+  return starlark.Call(
+    'py_library',
+    name=name or file.removesuffix('.py'),
+    srcs=[file],
+    data=data,
+    visibility=['//:may_import_package'] if path in _FOR_ALL_FOLDERS else [],
+    deps=starlark.labels(project.deps(path), folder),
+  )
+
+
+def data_beside(project: Project, path: str) -> list[str]:
+  """Returns the folder without Python files that a file of ftjax/ names, as its data."""
+  folder = path.rpartition('/')[0]
+  found = set()
+  for text in project.sources.strings(path):
+    below = project.root / folder / text
+    if text.isidentifier() and below.is_dir() and f'{folder}/{text}' not in project.packages:
+      if text != '__pycache__':
+        found.add(f':{text}')
+  return sorted(found)
+
+
+def visibility(project: Project, package: str) -> list[str]:
+  """Returns who may depend on the targets of a folder."""
+  parts = package.split('/')
+  if parts[0] != 'ftjax':
+    return ['//:tools']
+  return [f'//:may_import_{parts[1]}' if len(parts) > 1 else '//:tools']
+
+
+def data_folders(project: Project, package: str) -> list[str]:
+  """Returns the names of folders of data directly below a package, sorted."""
+  below = sorted(p.name for p in (project.root / package).iterdir() if p.is_dir())
+  hidden = ('.', '__')
+  return [
+    name
+    for name in below
+    if not name.startswith(hidden)
+    and name not in ('node_modules', 'stubs')
+    and not any(p == f'{package}/{name}' or p.startswith(f'{package}/{name}/')
+                for p in project.packages)
+  ]  # fmt: skip
+
+
+def package_text(project: Project, package: str) -> str:
+  """Returns the BUILD file of a folder."""
+  files = [f for f in project.sources.files if f.rpartition('/')[0] == package]
+  rules = []
+  for path in files:
+    if is_test(path):
+      rules += tests_targets.of_file(project, path)
+    else:
+      rules.append(library(project, path))
+  rules += file_groups(project, package)
+  loads = [(_PYTHON, ['py_library'])] if any(r.rule == 'py_library' for r in rules) else []
+  if any(r.rule == 'pytest_test' for r in rules):
+    loads.append(('//third_party/bazel:pytest.bzl', ['pytest_test']))
+  head = starlark.Call('package', default_visibility=visibility(project, package))
+  if package == 'third_party/bazel':
+    rules.insert(0, starlark.Call('exports_files', ['run_pytest.py', 'pytest.bzl']))
+  return starlark.file(_HEAD, loads, [head, *rules])
+
+
+def file_groups(project: Project, package: str) -> list[starlark.Call]:
+  """Returns the groups of a folder's files: what tests read, and all of them with those below."""
+  groups = [
+    starlark.Call('filegroup', name=name, srcs=starlark.Glob([f'{name}/**']))
+    for name in data_folders(project, package)
+  ]
+  exported = sorted(
+    {
+      label.partition(':')[2]
+      for path in project.sources.files
+      for label in tests_targets.data(project, path)
+      if label.startswith(f'//{package}:') and '.' in label.partition(':')[2]
+    }
+  )
+  if exported:
+    groups.insert(0, starlark.Call('exports_files', exported))
+  below = [p for p in project.packages if p.rpartition('/')[0] == package]
+  glob = starlark.Glob(['**'], exclude=['**/__pycache__/**', '**/node_modules/**'])
+  if below:
+    glob = starlark.Glob(glob.include, glob.exclude, [f'//{p}:all_files' for p in below])
+  return [*groups, starlark.Call('filegroup', name='all_files', srcs=glob)]
+
+
+def root_text(project: Project) -> str:
+  """Returns the BUILD file of the root: who may import whom, the licence, the wheel, //:ci."""
+  everyone = [f'//{folder}/...' for folder in _OUTSIDE if (project.root / folder).is_dir()]
+  groups = [
+    starlark.Call('package_group', name='tools', packages=['//', '//ftjax', *everyone]),
+    starlark.Call(
+      'package_group', name='may_import_package', packages=['//ftjax/...'], includes=[':tools']
+    ),
+  ]
+  for folder in project.layers:
+    users = [user for user, allowed in project.layers.items() if folder in allowed]
+    packages = sorted(f'//ftjax/{user}/...' for user in [folder, *users])
+    name = f'may_import_{folder}'
+    groups.append(
+      starlark.Call('package_group', name=name, packages=packages, includes=[':tools'])
+    )
+  present = [f for f in _ROOT_FILES if (project.root / f).exists()]
+  tops = [p for p in project.packages if '/' not in p]
+  ci = project.targets['ci']['tests']
+  rules = [
+    starlark.Call('exports_files', present),
+    starlark.Call('filegroup', name='license', srcs=['LICENSE']),
+    starlark.Call(
+      'filegroup', name='all_files', srcs=[*present, 'BUILD', *(f'//{p}:all_files' for p in tops)]
+    ),
+    starlark.Call('test_suite', name='ci', tests=[project.label(t).removesuffix('_module') for t in ci]),
+  ]
+  head = starlark.Call('package', default_visibility=['//:tools'])
+  return starlark.file(_HEAD, [], [head, *groups, *rules])
+
+
+def build_files(root: pathlib.Path) -> dict[str, str]:
+  """Returns {path of a BUILD file: its text}."""
+  project = Project(root)
+  texts = {f'{package}/BUILD': package_text(project, package) for package in project.packages}
+  return {'BUILD': root_text(project)} | texts
+
+
+def differences(root: pathlib.Path) -> list[str]:
+  """Returns the lines of a diff from the BUILD files that are there to those there should be."""
+  wanted = build_files(root)
+  lines = []
+  there = {p.relative_to(root).as_posix() for f in imports.FOLDERS for p in (root / f).rglob('BUILD')}
+  left_out = {'stubs', 'node_modules'}
+  stale = {p for p in there - wanted.keys() if not left_out & set(p.split('/'))}
+  for path in sorted(stale | wanted.keys()):
+    file = root / path
+    old = file.read_text() if file.exists() else ''
+    new = wanted.get(path, '').splitlines()
+    lines += difflib.unified_diff(old.splitlines(), new, path, path, lineterm='')
+  return lines
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description='Writes the BUILD files from the imports.')
+  parser.add_argument('--check', action='store_true', help='only print what differs')
+  args = parser.parse_args()
+  try:
+    if args.check:
+      lines = differences(ROOT)
+      print('\n'.join(lines) or 'The BUILD files agree with the imports.')
+      return int(bool(lines))
+    for path, text in build_files(ROOT).items():
+      (ROOT / path).write_text(text)
+  except ValueError as error:
+    print(error, file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
