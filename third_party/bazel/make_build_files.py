@@ -61,9 +61,30 @@ class Project:
 
   def label(self, path: str) -> str:
     """Returns the py_library of a Python file."""
-    folder, _, name = path.rpartition('/')
+    folder, _, name = self.circle(path)[0].rpartition('/')
     name = name.removesuffix('.py')
     return f'//{folder}:{name}_module' if is_test(path) else f'//{folder}:{name}'
+
+  def circle(self, path: str) -> tuple[str, ...]:
+    """Returns the files of its folder that a file imports in a circle, and itself, sorted: they are
+    one target, of the first's name. Python runs a folder's `__init__` before its other files.
+    """
+    folder = path.rpartition('/')[0]
+    near = {f for f in self._reached(path) if f.rpartition('/')[0] == folder}
+    return tuple(sorted({path} | {f for f in near if path in self._reached(f)}))
+
+  @functools.cache  # noqa: B019 -- one object in a process
+  def _reached(self, path: str) -> frozenset[str]:
+    """Returns the files of its folder that a file imports, directly or through others of it."""
+    folder, _, _ = path.rpartition('/')
+    todo, seen = [path], set()
+    while todo:
+      current = todo.pop()
+      found = {*self.sources.imported(current)[0], *self._parents(current)} - seen
+      found = {f for f in found if f.rpartition('/')[0] == folder}
+      seen |= found
+      todo += found
+    return frozenset(seen)
 
   def distribution(self, module: str, path: str) -> str | None:
     """Returns the label of the distribution that has a module; None for one in no lock.
@@ -125,7 +146,7 @@ class Project:
       # A folder of data is a target of its own: the first folder below the package.
       name = path.removeprefix(f'{package}/').split('/')[0]
       return f'//{package}:{name}'
-    if path.endswith('.py'):
+    if path.endswith('.py') and not is_test(path):
       return self.label(path)
     inner = path.removeprefix(f'{package}/')
     if package and '/' in inner:
@@ -155,30 +176,34 @@ def is_test(path: str) -> bool:
   return folder.split('/')[0] == 'tests' and name.startswith('test_')
 
 
-def library(project: Project, path: str, name: str | None = None) -> starlark.Call:
-  """Returns the py_library of a file."""
-  folder, _, file = path.rpartition('/')
-  data = data_beside(project, path) if folder.startswith('ftjax') else []
+def library(project: Project, circle: tuple[str, ...]) -> starlark.Call:
+  """Returns the py_library of a file, or of those that import each other."""
+  path = circle[0]
+  folder = path.rpartition('/')[0]
+  deps = set().union(*(project.deps(p) for p in circle)) - {project.label(path)}
+  data = set().union(*(data_beside(project, p) for p in circle))
   return starlark.Call(
     'py_library',
-    name=name or file.removesuffix('.py'),
-    srcs=[file],
-    data=data,
+    name=project.label(path).partition(':')[2],
+    srcs=[p.rpartition('/')[2] for p in circle],
+    data=sorted(data),
     visibility=['//:may_import_package'] if path in _FOR_ALL_FOLDERS else [],
-    deps=starlark.labels(project.deps(path), folder),
+    deps=starlark.labels(deps, folder),
   )
 
 
-def data_beside(project: Project, path: str) -> list[str]:
+def data_beside(project: Project, path: str) -> set[str]:
   """Returns the folder without Python files that a file of ftjax/ names, as its data."""
   folder = path.rpartition('/')[0]
   found = set()
+  if not folder.startswith('ftjax'):
+    return found
   for text in project.sources.strings(path):
     below = project.root / folder / text
     if text.isidentifier() and below.is_dir() and f'{folder}/{text}' not in project.packages:
       if text != '__pycache__':
         found.add(f':{text}')
-  return sorted(found)
+  return found
 
 
 def visibility(project: Project, package: str) -> list[str]:
@@ -208,10 +233,14 @@ def package_text(project: Project, package: str) -> str:
   files = [f for f in project.sources.files if f.rpartition('/')[0] == package]
   rules = []
   for path in files:
+    circle = project.circle(path)
     if is_test(path):
-      rules += tests_targets.of_file(project, path)
+      rules.append(tests_targets.of_file(project, path))
+      is_library = any(path in project.sources.imported(f)[0] for f in project.sources.files)
     else:
-      rules.append(library(project, path))
+      is_library = circle[0] == path
+    if is_library:
+      rules.append(library(project, circle))
   rules += file_groups(project, package)
   loads = [(_PYTHON, ['py_library'])] if any(r.rule == 'py_library' for r in rules) else []
   if any(r.rule == 'pytest_test' for r in rules):
@@ -249,9 +278,9 @@ def root_text(project: Project) -> str:
   """Returns the BUILD file of the root: who may import whom, the licence, the wheel, //:ci."""
   everyone = [f'//{folder}/...' for folder in _OUTSIDE if (project.root / folder).is_dir()]
   groups = [
-    starlark.Call('package_group', name='tools', packages=['//', '//ftjax', *everyone]),
+    starlark.Call('package_group', name='tools', packages=['//', *sorted([*everyone, '//ftjax'])]),
     starlark.Call(
-      'package_group', name='may_import_package', packages=['//ftjax/...'], includes=[':tools']
+      'package_group', name='may_import_package', includes=[':tools'], packages=['//ftjax/...']
     ),
   ]
   for folder in project.layers:
@@ -259,7 +288,7 @@ def root_text(project: Project) -> str:
     packages = sorted(f'//ftjax/{user}/...' for user in [folder, *users])
     name = f'may_import_{folder}'
     groups.append(
-      starlark.Call('package_group', name=name, packages=packages, includes=[':tools'])
+      starlark.Call('package_group', name=name, includes=[':tools'], packages=packages)
     )
   present = [f for f in _ROOT_FILES if (project.root / f).exists()]
   tops = [p for p in project.packages if '/' not in p]
@@ -268,7 +297,7 @@ def root_text(project: Project) -> str:
     starlark.Call('exports_files', present),
     starlark.Call('filegroup', name='license', srcs=['LICENSE']),
     starlark.Call(
-      'filegroup', name='all_files', srcs=[*present, 'BUILD', *(f'//{p}:all_files' for p in tops)]
+      'filegroup', name='all_files', srcs=[*sorted([*present, 'BUILD']), *(f'//{p}:all_files' for p in tops)]
     ),
     starlark.Call('test_suite', name='ci', tests=[project.label(t).removesuffix('_module') for t in ci]),
   ]

@@ -1,37 +1,28 @@
-"""The targets of a test file: pytest's run of it, and what it needs."""
+"""The target of a test file: pytest's run of it, and what it needs."""
 
 import starlark
 
+# What each pytest_test has; see pytest.bzl.
+_OF_ALL = {'//:pyproject.toml', '//tests:conftest', '@pypi//pytest'}
 
-def of_file(project, path: str) -> list[starlark.Call]:
-  """Returns the pytest_test of a file, and a py_library where other files import it."""
+
+def of_file(project, path: str) -> starlark.Call:
+  """Returns the pytest_test of a file."""
   folder, _, file = path.rpartition('/')
-  name = file.removesuffix('.py')
-  calls = []
-  if any(path in project.sources.imported(f)[0] for f in project.sources.files):
-    calls.append(
-      starlark.Call(
-        'py_library',
-        name=f'{name}_module',
-        srcs=[file],
-        deps=starlark.labels(project.deps(path), folder),
-      )
-    )
-  test = starlark.Call(
+  return starlark.Call(
     'pytest_test',
-    name=name,
+    name=file.removesuffix('.py'),
     size=_size(project, path),
     src=file,
     data=starlark.labels(data(project, path), folder),
     shard_count=project.targets['shards'].get(path, []),
     deps=starlark.labels(_deps(project, path), folder),
   )
-  return [*calls, test]
 
 
 def _deps(project, path: str) -> set[str]:
   found = project.deps(path)
-  return found | {project.label(f) for f in project.runtime(path)}
+  return (found | {project.label(f) for f in project.runtime(path)}) - _OF_ALL
 
 
 def data(project, path: str) -> set[str]:
@@ -46,7 +37,7 @@ def data(project, path: str) -> set[str]:
     todo += project.sources.imported(current)[0]
   if path in project.targets['whole_project']['files']:
     return {'//:all_files'}
-  return found
+  return found - _OF_ALL
 
 
 def _size(project, path: str) -> str:
