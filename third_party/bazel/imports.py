@@ -8,7 +8,11 @@ import sys
 
 FOLDERS = ('benchmarks', 'configs', 'demo', 'docs', 'ftjax', 'launch', 'tests', 'third_party')
 _PLAIN = re.compile(r'[\w.-]+(/[\w.-]+)*/?')
-_LEFT_OUT = {'__pycache__', 'node_modules', 'stubs'}
+_DOTTED = re.compile(r'[\w.]+')
+_ATTRIBUTE = re.compile(r'\b([A-Za-z_][\w.]*):[A-Za-z_]')
+_FROM = re.compile(r'^\s*from (ftjax[\w.]*) import ([\w, ]+)', re.MULTILINE)
+_IMPORT = re.compile(r'^\s*import (ftjax[\w.]*)', re.MULTILINE)
+LEFT_OUT = {'__pycache__', 'node_modules', 'stubs'}
 
 
 def python_files(root: pathlib.Path) -> list[str]:
@@ -18,7 +22,7 @@ def python_files(root: pathlib.Path) -> list[str]:
     for path in (root / folder).rglob('*.py'):
       inner = path.relative_to(root)
       hidden = any(part.startswith('.') for part in inner.parts)
-      if not hidden and not _LEFT_OUT & set(inner.parts):
+      if not hidden and not LEFT_OUT & set(inner.parts):
         found.append(inner.as_posix())
   return sorted(found)
 
@@ -73,18 +77,20 @@ class Sources:
 
   @functools.cache  # noqa: B019
   def named(self, path: str) -> frozenset[str]:
-    """Returns the files of ftjax/ whose dotted module a string of the file is, or begins with.
+    """Returns the project's files that a file's strings name as modules: `ftjax.data.worker`,
+    `toy_task:AS_LONG`, and what a program in a string imports.
 
     They are imported by that name, or run by `python -m`, when the program reaches it.
     """
     found = set()
     for text in _strings(self.tree(path)):
-      module = text.partition(':')[0]
-      if module.startswith('ftjax.') and all(p.isidentifier() for p in module.split('.')):
-        target = self.file_of(module, path)
-        if target and not target.endswith('__init__.py'):
-          found.add(target)
-    return frozenset(found - {path})
+      modules = [text] if text.startswith('ftjax.') and _DOTTED.fullmatch(text) else []
+      modules += _ATTRIBUTE.findall(text)
+      for module, names in _FROM.findall(text):
+        modules += [f'{module}.{name.strip()}' for name in names.split(',')]
+      modules += _IMPORT.findall(text)
+      found |= {self.file_of(module, path) for module in modules}
+    return frozenset(f for f in found - {path, None} if not f.endswith('__init__.py'))
 
   def strings(self, path: str) -> set[str]:
     """Returns the strings in a file."""
@@ -93,13 +99,13 @@ class Sources:
   def read(self, path: str) -> set[str]:
     """Returns paths of the project, files or folders, that the file's strings name.
 
-    `ROOT / 'docs' / 'data.md'` names docs/data.md. A path counts from the root, from tests/ or
-    from the folder of the file. So do the shipped configs' names, as in --config=tiny_sft.
+    `ROOT / 'docs' / 'data.md'` names docs/data.md. A path counts from
+    the folder of the file, from tests/ or from the root. So do the shipped configs' names, as in --config=tiny_sft.
     """
     here = path.rpartition('/')[0]
     found = set()
     for text in _paths(self.tree(path)):
-      for start in dict.fromkeys(('', 'tests/' if here.startswith('tests') else '', f'{here}/')):
+      for start in dict.fromkeys((f'{here}/', 'tests/' if here.startswith('tests') else '', '')):
         if (text.endswith('/') or '/' in text) and self._is_data(start + text):
           found.add(f'{start}{text}'.rstrip('/'))
           break

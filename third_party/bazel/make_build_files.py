@@ -12,6 +12,7 @@ import argparse
 import difflib
 import functools
 import pathlib
+import re
 import sys
 import tomllib
 
@@ -44,8 +45,8 @@ class Project:
     self.sources = imports.Sources(root)
     self.layers = tomllib.loads((root / 'layers.toml').read_text())['imports']
     self.targets = tomllib.loads((here / 'targets.toml').read_text())
-    lock = (root / 'third_party' / 'requirements.txt').read_text()
-    self.locked = {line.partition('==')[0] for line in lock.splitlines() if '==' in line[:80]}
+    lock = (root / 'third_party' / 'requirements' / 'test.txt').read_text()
+    self.locked = set(re.findall(r'^([\w.-]+)(?:\[.*?\])?==', lock, re.MULTILINE))
 
   @functools.cached_property
   def packages(self) -> list[str]:
@@ -53,6 +54,14 @@ class Project:
     folders = {path.rpartition('/')[0] for path in self.sources.files}
     folders |= {top for top in imports.FOLDERS if (self.root / top).is_dir()}
     return sorted(folders)
+
+  @functools.cached_property
+  def needed_by_others(self) -> frozenset[str]:
+    """Files that other files import, or name in a string."""
+    found = (
+      self.sources.imported(f)[0] | self.sources.named(f) for f in self.sources.files
+    )
+    return frozenset().union(*found)
 
   def package_of(self, path: str) -> str:
     """Returns the innermost package that a file or folder lies in."""
@@ -101,7 +110,7 @@ class Project:
       return None
     if found not in self.locked:
       raise ValueError(
-        f'{path} imports {module}, and third_party/requirements.txt has no {found}. Name the'
+        f'{path} imports {module}, and third_party/requirements/test.txt has no {found}. Name the'
         ' distribution in third_party/bazel/targets.toml, in [distributions] or [not_locked]'
       )
     return f'@pypi//{found.replace("-", "_")}'
@@ -195,9 +204,9 @@ def library(project: Project, circle: tuple[str, ...]) -> starlark.Call:
 def data_beside(project: Project, path: str) -> set[str]:
   """Returns the folder without Python files that a file of ftjax/ names, as its data."""
   folder = path.rpartition('/')[0]
-  found = set()
   if not folder.startswith('ftjax'):
-    return found
+    return set()
+  found = {f':{name}' for name in project.targets['data_beside'].get(path, ())}
   for text in project.sources.strings(path):
     below = project.root / folder / text
     if text.isidentifier() and below.is_dir() and f'{folder}/{text}' not in project.packages:
@@ -222,7 +231,7 @@ def data_folders(project: Project, package: str) -> list[str]:
     name
     for name in below
     if not name.startswith(hidden)
-    and name not in ('node_modules', 'stubs')
+    and name not in imports.LEFT_OUT
     and not any(p == f'{package}/{name}' or p.startswith(f'{package}/{name}/')
                 for p in project.packages)
   ]  # fmt: skip
@@ -236,7 +245,7 @@ def package_text(project: Project, package: str) -> str:
     circle = project.circle(path)
     if is_test(path):
       rules.append(tests_targets.of_file(project, path))
-      is_library = any(path in project.sources.imported(f)[0] for f in project.sources.files)
+      is_library = path in project.needed_by_others
     else:
       is_library = circle[0] == path
     if is_library:
@@ -312,19 +321,33 @@ def build_files(root: pathlib.Path) -> dict[str, str]:
   return {'BUILD': root_text(project)} | texts
 
 
+def stale_files(root: pathlib.Path, wanted: dict[str, str]) -> set[str]:
+  """Returns the BUILD files of folders that have none any more."""
+  found = set()
+  for folder in imports.FOLDERS:
+    found |= {path.relative_to(root).as_posix() for path in (root / folder).rglob('BUILD')}
+  return {p for p in found - wanted.keys() if not imports.LEFT_OUT & set(p.split('/'))}
+
+
 def differences(root: pathlib.Path) -> list[str]:
   """Returns the lines of a diff from the BUILD files that are there to those there should be."""
   wanted = build_files(root)
   lines = []
-  there = {p.relative_to(root).as_posix() for f in imports.FOLDERS for p in (root / f).rglob('BUILD')}
-  left_out = {'stubs', 'node_modules'}
-  stale = {p for p in there - wanted.keys() if not left_out & set(p.split('/'))}
-  for path in sorted(stale | wanted.keys()):
+  for path in sorted(stale_files(root, wanted) | wanted.keys()):
     file = root / path
     old = file.read_text() if file.exists() else ''
     new = wanted.get(path, '').splitlines()
     lines += difflib.unified_diff(old.splitlines(), new, path, path, lineterm='')
   return lines
+
+
+def write(root: pathlib.Path) -> None:
+  """Writes the BUILD files, and removes those of folders that have none any more."""
+  wanted = build_files(root)
+  for path, text in wanted.items():
+    (root / path).write_text(text)
+  for path in stale_files(root, wanted):
+    (root / path).unlink()
 
 
 def main() -> int:
@@ -336,8 +359,7 @@ def main() -> int:
       lines = differences(ROOT)
       print('\n'.join(lines) or 'The BUILD files agree with the imports.')
       return int(bool(lines))
-    for path, text in build_files(ROOT).items():
-      (ROOT / path).write_text(text)
+    write(ROOT)
   except ValueError as error:
     print(error, file=sys.stderr)
     return 1

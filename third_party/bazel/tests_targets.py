@@ -27,6 +27,8 @@ def _deps(project, path: str) -> set[str]:
 
 def data(project, path: str) -> set[str]:
   """Returns labels of what a test and the tests' modules that it imports read."""
+  if path in project.targets['whole_project']['files']:
+    return {'//:all_files'}
   todo, seen, found = [path], set(), set()
   while todo:
     current = todo.pop()
@@ -34,9 +36,7 @@ def data(project, path: str) -> set[str]:
       continue
     seen.add(current)
     found |= project.data(current)
-    todo += project.sources.imported(current)[0]
-  if path in project.targets['whole_project']['files']:
-    return {'//:all_files'}
+    todo += [*project.sources.imported(current)[0], *project.sources.named(current)]
   return found - _OF_ALL
 
 
