@@ -5,8 +5,6 @@ The weights come from, in this order: this workdir's newest checkpoint; the expo
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,29 +24,30 @@ from ftjax.experiment import (
   data_check,
   resume,
   run_card,
+  run_manifest,
   summary,
 )
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.in_loop import InLoop
+from ftjax.experiment.replay import Replay, same_end
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
 from ftjax.hf import run_export
 from ftjax.models import counts
 from ftjax.reporting import page
-from ftjax.runtime import redaction
 from ftjax.runtime.errors import attempt
 from ftjax.storage import files, program_cache
 from ftjax.storage.checkpoint import Checkpoints, Retention
-from ftjax.telemetry import manifest
+from ftjax.telemetry import source_code
 from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, find_peak
 from ftjax.training.loop import Cadence, Hooks, Loop, Outputs
 from ftjax.training.plateau import Plateau
 from ftjax.training.state import State
-from ftjax.training.step import LossFn, program_text
+from ftjax.training.step import LossFn
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,14 @@ class Parts:
   watch: Callable[[int, dict[str, float]], None] = ignore
 
 
-def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts]) -> None:
+def fit(
+  c: ml_collections.ConfigDict,
+  workdir: str,
+  build: Callable[[Run], Parts],
+  *,
+  is_deterministic: bool = False,
+  replay: Replay | None = None,
+) -> None:
   """Trains a config to its end, exports the model and compares it with the base. Resumes from the
   newest checkpoint of the workdir.
 
@@ -82,6 +88,8 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     c: a validated config.
     workdir: local folder or gs://, made if missing.
     build: of the algorithm.
+    is_deterministic: whether runtime/determinism.py was applied, for the manifest.
+    replay: compares the training with that of another run, and nothing is exported.
 
   Raises:
     ConfigError, DataError, NonFiniteError, CheckError, StoppedEarly: see runtime/errors.py.
@@ -90,13 +98,18 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
   run = experiment.start(c, workdir)
   begun = time.perf_counter()
   code = user_code.fingerprints(c)  # now: the files may be edited during the run
+  source_code.identity()
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.watchdog.phase('restore'))  # of everything without a phase of its own
+    if replay:
+      replay.check(run, code)
     # The algorithm's loss, evaluation and source of batches.
     parts = build(run)
     source = parts.source or Rows(run)
     stack.callback(source.close)
     stack.enter_context(_locked(run.workdir))
+    if replay:
+      replay.claim(run)
     data_check.check(run)
     adapter_export.check(run)
     for model in run.auxiliary:
@@ -108,8 +121,8 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     in_loop = InLoop(run, evaluator.tasks, evaluator.draw)
     # Where to start: after a checkpoint, or before the first step.
     start = resume.find(run, checkpoints)
-    _write_json(run, 'config.json', _plain(c))
-    writer = _writer(run)
+    run_manifest.write_json(run, 'config.json', run_manifest.plain_config(c))
+    writer = _writer(run, replay)
     resume.cut((writer, evaluator.samples, source), start)
     _log_start(trainer, start, console)
     if start.should_train:
@@ -118,10 +131,15 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
     if start.should_train:  # the loop
       session = _Session(
-        trainer, parts, source, checkpoints, evaluator, in_loop, console, writer, code
+        *(trainer, parts, source, checkpoints, evaluator, in_loop, console, writer, code),
+        *(is_deterministic, replay),
       )
-      state = _train(session, state, start)
+      with same_end(replay):
+        state = _train(session, state, start)
     source.close()
+    if replay:
+      replay.finish()
+      return
     # Export, and comparison with the base.
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
     exported = latest if best is None else best
@@ -203,19 +221,14 @@ def _checkpoints(run: Run) -> Iterator[Checkpoints]:
     raise
 
 
-def _plain(c: ml_collections.ConfigDict) -> dict:
-  return redaction.redact(section.plain(c))
-
-
-def _write_json(run: Run, name: str, content: dict) -> None:
-  if processes.is_main():
-    files.write_text(files.join(run.workdir, name), json.dumps(content, indent=1) + '\n')
-
-
-def _writer(run: Run) -> MetricsWriter:
+def _writer(run: Run, replay: Replay | None) -> MetricsWriter:
   c = run.config
   return MetricsWriter(
-    run.workdir, config=section.plain(c), sinks=c.log.sinks, is_main=processes.is_main()
+    run.workdir,
+    config=section.plain(c),
+    sinks=c.log.sinks,
+    is_main=processes.is_main(),
+    check=replay.compare if replay else None,
   )
 
 
@@ -263,6 +276,8 @@ class _Session:
   console: Console
   writer: MetricsWriter
   code: dict[str, str]  # config.user_code.fingerprints
+  is_deterministic: bool
+  replay: Replay | None
 
 
 def _train(s: _Session, state: State, start: resume.Start) -> State:
@@ -273,7 +288,14 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   s.writer.open()
   # After the weights were loaded, which hashes them.
   fingerprints = resume.fingerprints(run)
-  _write_manifest(trainer, compiled, fingerprints)
+  manifest = run_manifest.write(
+    *(trainer, compiled, start),
+    fingerprints=fingerprints,
+    user_code=s.code,
+    is_deterministic=s.is_deterministic,
+  )
+  if s.replay:
+    s.replay.begin(manifest)
 
   def evaluate(state, step, is_cancelled):
     values = s.parts.evaluate(state.averaged(), is_cancelled)
@@ -297,7 +319,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     return {
       'step': step,
       'cursor': run.cursor(step),
-      'config': _plain(c),
+      'config': run_manifest.plain_config(c),
       'fingerprints': fingerprints,
       'code': s.code,
       'source': s.source.saving(step),
@@ -306,7 +328,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
-    _cadence(run),
+    _cadence(run, s.replay.last_step if s.replay else run.steps),
     Hooks(evaluate, meta, trainer.saved, s.parts.watch, report),
     Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),
@@ -329,20 +351,6 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     traces.close()
 
 
-def _write_manifest(
-  trainer: Trainer, compiled: jax.stages.Compiled, fingerprints: dict[str, str]
-) -> None:
-  run, printed = trainer.run, program_text(compiled)
-  content = manifest.build(
-    section.plain(run.config),
-    fingerprints,
-    hashlib.sha256(printed.encode()).hexdigest() if printed else '',
-    trainer.compiler_options,
-    run.data.counts(),
-  )
-  _write_json(run, 'manifest.json', content)
-
-
 def _throughput(trainer: Trainer) -> Throughput:
   """Returns the speedometer of a run; without MFU with optim.freeze, where FLOPs depend on which
   layers are frozen.
@@ -363,10 +371,10 @@ def _throughput(trainer: Trainer) -> Throughput:
   return Throughput(flops=flops, peak=peak)
 
 
-def _cadence(run: Run) -> Cadence:
+def _cadence(run: Run, steps: int) -> Cadence:
   c = run.config
   return Cadence(
-    steps=run.steps,
+    steps=steps,
     log_every=c.log.every,
     eval_every=c.eval.every,
     save_every=c.checkpoint.every,
