@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np

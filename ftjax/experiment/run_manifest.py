@@ -1,6 +1,5 @@
 """Writes config.json and manifest.json of a run that trains."""
 
-import hashlib
 import json
 from typing import Any
 
@@ -16,7 +15,7 @@ from ftjax.experiment.trainer import Trainer
 from ftjax.runtime import redaction
 from ftjax.storage import files
 from ftjax.telemetry import manifest
-from ftjax.training.step import program_text
+from ftjax.training.step import executable_fingerprint
 
 
 def plain_config(c: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -49,10 +48,10 @@ def write(
     user_code: of the user's modules.
     is_deterministic: whether runtime/determinism.py was applied.
   """
-  run, printed, config = trainer.run, program_text(compiled), plain_config(trainer.run.config)
+  run, config = trainer.run, plain_config(trainer.run.config)
   made = manifest.Made(
     fingerprints=fingerprints,
-    executable=hashlib.sha256(printed.encode()).hexdigest() if printed else '',
+    executable=executable_fingerprint(compiled),
     compiler_options=trainer.compiler_options,
     data=run.data.counts(),
     parameters=summary.parameters(trainer),
