@@ -20,6 +20,8 @@ _ACCELERATORS = ('jax-cuda', 'jax-rocm', 'nvidia-', 'libtpu', 'triton')
 # the data has fingerprints of its own.
 _NUMERIC = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'ml-dtypes', *_ACCELERATORS)
 
+_ROOTS = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'ml-collections', 'tokenizers', 'numpy')
+
 _NAME = re.compile(r'([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[([^\]]*)\])?')
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 
@@ -74,8 +76,8 @@ def _own_requirements(installed: Mapping[str, metadata.Distribution]) -> list[st
   """Returns the requirements of ftjax: as installed, else those of the checkout."""
   if 'ftjax' in installed:
     return installed['ftjax'].requires or []
-  if not _PYPROJECT.exists():
-    return []
+  if not _PYPROJECT.exists():  # a copy of the package alone
+    return list(_ROOTS)
   project = tomllib.loads(_PYPROJECT.read_text())['project']
   others = project.get('optional-dependencies', {})
   extras = [f'{text}; extra == "{k}"' for k, texts in others.items() for text in texts]
