@@ -317,12 +317,15 @@ def test_a_resumed_run_shows_its_starts(run, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize('algorithm', ['grpo', 'ppo'])
 def test_rollouts_are_replayed(tmp_path, algorithm):
-  settings = ['steps=4', 'eval.every=2', 'checkpoint.every=2', 'eval.prompts=()', 'log.every=1']
+  """With held-out prompts in one of the two."""
+  settings = ['steps=4', 'eval.every=2', 'checkpoint.every=2']
+  settings += ['data.eval=sums:8:10'] * (algorithm == 'grpo')
   arguments = [f'--config=tiny_{algorithm}', f'--workdir={tmp_path}/run']
   code, printed = tiny_run.run('train', [*arguments, *(f'--config.{s}' for s in settings)])
   assert code == 0, printed
   code, printed = replay(tmp_path / 'run', tmp_path / 'again')
   assert code == 0 and 'equal, bitwise (4 rows of training' in printed, printed
+  assert ('4, 2 of evaluation' in printed) == (algorithm == 'grpo')
 
 
 @pytest.mark.full
