@@ -15,6 +15,7 @@ from ftjax.config import replayed_run, validation
 from ftjax.config.replayed_run import ReplayedRun
 from ftjax.runtime import determinism
 from ftjax.runtime.errors import ConfigError
+from ftjax.telemetry import source_code
 
 cli.define_config(is_required=False)
 cli.define_processes()
@@ -57,6 +58,7 @@ def main() -> None:
   from ftjax.experiment import fit
   from ftjax.experiment.replay import Replay
 
+  source_code.identity()  # now: the files may be edited during the run
   replay = Replay(replayed) if replayed else None
   fit.fit(c, _WORKDIR.value, build, is_deterministic=is_deterministic, replay=replay)
 

@@ -19,6 +19,7 @@ from ftjax.config import section, user_code
 from ftjax.evaluation import gate
 from ftjax.experiment import (
   adapter_export,
+  cadence,
   compare,
   data_check,
   resume,
@@ -39,12 +40,10 @@ from ftjax.reporting import page
 from ftjax.runtime.errors import attempt
 from ftjax.storage import files, program_cache
 from ftjax.storage.checkpoint import Checkpoints, Retention
-from ftjax.telemetry import source_code
 from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, find_peak
-from ftjax.training.loop import Cadence, Hooks, Loop, Outputs
-from ftjax.training.plateau import Plateau
+from ftjax.training.loop import Hooks, Loop, Outputs
 from ftjax.training.state import State
 from ftjax.training.step import LossFn
 
@@ -97,7 +96,6 @@ def fit(
   run = experiment.start(c, workdir)
   begun = time.perf_counter()
   code = user_code.fingerprints(c)  # now: the files may be edited during the run
-  source_code.identity()
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.watchdog.phase('restore'))  # of everything without a phase of its own
     if replay:
@@ -150,18 +148,31 @@ def fit(
     params = trainer.model(state)
     del state
     _export_and_compare(run, evaluator, params, exported)
-    if experiment.keeps_programs(c):
-      folder = experiment.program_folder(run.workdir)
-      processes.from_main(lambda: program_cache.record(folder))
+    _record_programs(run)
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
-    if run.arch.adapter is not None and not c.lora.merge:
-      adapter_export.remove_merged(run)
-    elif run.arch.adapter is not None:
-      with run.watchdog.phase('export'):
-        has_results = bool(c.eval.tasks or c.eval.general)
-        adapter_export.export_merged(
-          run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
-        )
+    _merge(run, params, exported)
+
+
+def _record_programs(run: Run) -> None:
+  """Records the checksums of the compiled programs that the run keeps."""
+  if experiment.keeps_programs(run.config):
+    folder = experiment.program_folder(run.workdir)
+    processes.from_main(lambda: program_cache.record(folder))
+
+
+def _merge(run: Run, params: dict, exported: int) -> None:
+  """Exports an adapter merged into its base, or removes that of an earlier start, by lora.merge."""
+  c = run.config
+  if run.arch.adapter is None:
+    return
+  if not c.lora.merge:
+    adapter_export.remove_merged(run)
+    return
+  with run.watchdog.phase('export'):
+    has_results = bool(c.eval.tasks or c.eval.general)
+    adapter_export.export_merged(
+      run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
+    )
 
 
 def _export_and_compare(
@@ -220,7 +231,7 @@ def _checkpoints(run: Run) -> Iterator[Checkpoints]:
     raise
 
 
-def _writer(run: Run, replay: Replay | None) -> MetricsWriter:
+def _writer(run: Run, replay: Replay | None = None) -> MetricsWriter:
   c = run.config
   return MetricsWriter(
     run.workdir,
@@ -327,7 +338,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
-    _cadence(run, s.replay.last_step if s.replay else run.steps),
+    cadence.of(run, s.replay.last_step if s.replay else run.steps),
     Hooks(evaluate, meta, trainer.saved, s.parts.watch, report),
     Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),
@@ -368,30 +379,6 @@ def _throughput(trainer: Trainer) -> Throughput:
       *(flops.token, flops.pair, peak.source),
     )
   return Throughput(flops=flops, peak=peak)
-
-
-def _cadence(run: Run, steps: int) -> Cadence:
-  c = run.config
-  return Cadence(
-    steps=steps,
-    log_every=c.log.every,
-    eval_every=c.eval.every,
-    save_every=c.checkpoint.every,
-    patience=c.checkpoint.patience,
-    metric=c.checkpoint.best_metric,
-    mode=c.checkpoint.best_mode,
-    max_bad_steps=c.max_bad_steps,
-    profile_start=c.profile.start,
-    profile_stop=c.profile.stop,
-    plateau=_plateau(c),
-  )
-
-
-def _plateau(c: ml_collections.ConfigDict) -> Plateau | None:
-  o = c.optim
-  if o.plateau_factor == 1:
-    return None
-  return Plateau(o.plateau_factor, o.plateau_patience, o.plateau_min)
 
 
 def _remove_exports(run: Run) -> None:

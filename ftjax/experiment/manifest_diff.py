@@ -101,7 +101,7 @@ def _other_code(
       f'in {", ".join(sorted(where))}{_files_of(known)}'
     )
   if lines:
-    lines[-1] += ' (--replay_despite=code goes on)'
+    lines[-1] += ' (--replay_despite=code accepts that)'
   return lines
 
 
@@ -130,7 +130,7 @@ def _other_starts(manifest: Mapping[str, Any]) -> list[str]:
     if before.get('code') != start.get('code'):
       lines.append(f'the code of ftjax changed at step {step}, where the run was resumed')
   if lines:
-    lines[-1] += ' (--replay_despite=starts goes on)'
+    lines[-1] += ' (--replay_despite=starts accepts that)'
   return lines
 
 
