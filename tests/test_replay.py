@@ -229,6 +229,57 @@ def test_a_missing_evaluation_is_a_difference(run, tmp_path):
   assert code == 5 and 'differs first at step 4 (evaluation): loss=nothing in the run' in printed
 
 
+@pytest.mark.parametrize(
+  ('name', 'change', 'code', 'cause'),
+  [
+    ('manifest.json', lambda text: text[:-20], 5, 'manifest.json cannot be read'),
+    ('manifest.json', lambda text: '[]', 5, 'manifest.json is no JSON object'),
+    ('manifest.json', lambda text: edited(text, starts='x'), 5, 'starts has another form'),
+    (
+      'manifest.json',
+      lambda text: edited(text, code={'folders': 1}),
+      5,
+      'code.folders has another',
+    ),
+    ('config.json', lambda text: '', 5, 'config.json cannot be read'),
+    ('metrics.jsonl', lambda text: '', 2, 'no row of a training step'),
+  ],
+)
+def test_damaged_files_are_named(run, tmp_path, name, change, code, cause):
+  copy = copy_of(run, tmp_path / 'copy')
+  (copy / name).write_text(change((copy / name).read_text()))
+  found, printed = replay(copy, tmp_path / 'again')
+  assert (found, cause in printed, 'Traceback' in printed) == (code, True, False), printed
+
+
+def edited(text, **changes):
+  return json.dumps(json.loads(text) | changes)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'cause'),
+  [
+    (['--replay=RUN', '--workdir=RUN/'], 'is the run that --replay names'),
+    (['--replay=RUN', '--workdir=OTHER'], 'holds a run (config.json)'),
+    (['--replay=RUN', '--workdir=NEW', '--config=tiny_sft'], 'are both given'),
+    (
+      ['--replay=RUN', '--workdir=NEW', '--config.steps=3'],
+      'takes the config of its run unchanged',
+    ),
+    (['--replay=RUN', '--workdir=NEW', '--replay_despite=data'], 'expected some of code, starts'),
+    (['--replay=NEW', '--workdir=NEW'], 'there is no config.json in it'),
+    (['--config=tiny_sft', '--workdir=NEW', '--replay_despite=code'], 'is for --replay'),
+  ],
+)
+def test_wrong_flags_end_with_2(run, tmp_path, flags, cause):
+  places = {'RUN': str(run), 'OTHER': str(run.parent / 'first'), 'NEW': str(tmp_path / 'new')}
+  for name, path in places.items():
+    flags = [f.replace(f'={name}', f'={path}') for f in flags]
+  code, printed = tiny_run.run('train', flags)
+  assert code == 2 and cause in printed and 'Traceback' not in printed, printed
+  assert not (tmp_path / 'new').exists()
+
+
 def test_config_json_makes_the_config_again(run):
   values = json.loads((run / 'config.json').read_text())
   assert section.plain(saved_config.from_plain(values, 'config.json')) == values

@@ -13,6 +13,10 @@ from ftjax.storage import files, snapshots
 
 RECORD = 'replay.json'  # in the workdir of a replay
 CODE, STARTS = 'code', 'starts'
+_OBJECTS = (
+  'fingerprints', 'code', 'code.folders', 'user_code', 'data', 'models', 'devices', 'environment',
+  'dependencies', 'dependencies.versions',
+)  # fmt: skip
 DESPITE = (CODE, STARTS)  # values of --replay_despite
 
 # What a replay leaves out, since it changes no loss: tasks, completions, the gate of the export,
@@ -70,6 +74,8 @@ def read(folder: str, workdir: str, despite: list[str]) -> ReplayedRun:
       f'--replay={folder}: config.json is not the one that manifest.json has the digest of: it was '
       f'edited after the run{_edited(folder, values)}'
     )
+  if wrong := _malformed(manifest):
+    raise CheckError(f'--replay={folder}: manifest.json was edited: {wrong} has another form')
   _check_target(folder, workdir, manifest)
   c = saved_config.from_plain(values, files.join(folder, 'config.json'))
   return ReplayedRun(folder, manifest, _reduced(c), tuple(despite))
@@ -83,6 +89,28 @@ def _object(folder: str, name: str) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise CheckError(f'--replay={folder}: {name} is no JSON object')
   return found
+
+
+def _malformed(manifest: dict[str, Any]) -> str:
+  """Returns the first part of a manifest that is no object where telemetry/manifest.py writes one;
+  '' for none. Parts may be missing, as in manifests of an older ftjax.
+  """
+  for name in _OBJECTS:
+    found: Any = manifest
+    for part in name.split('.'):
+      found = found.get(part, {})
+      if not isinstance(found, dict):
+        return name
+  starts = manifest.get('starts', [])
+  if not isinstance(starts, list) or not all(_is_start(s) for s in starts):
+    return 'starts'
+  return '' if all(isinstance(d, dict) for d in manifest.get('data', {}).values()) else 'data'
+
+
+def _is_start(entry: Any) -> bool:
+  return isinstance(entry, dict) and all(
+    isinstance(entry.get(k, {}), dict) for k in ('changed', 'devices')
+  )
 
 
 def _edited(folder: str, values: dict[str, Any]) -> str:

@@ -196,7 +196,9 @@ def _earlier_starts(run: Mapping[str, Any], here: Mapping[str, Any]) -> list[Dif
   """Returns the starts of a run before its last one that were of another executable or machine."""
   executable, out = str(here.get('executable') or ''), []
   for start in _starts(run)[:-1]:
-    theirs = f'{_devices(start)}, {start.get("host_cores")} cores, {_short(start["executable"])}'
+    theirs = (
+      f'{_devices(start)}, {start.get("host_cores")} cores, {_short(start.get("executable"))}'
+    )
     ours = f'{_devices(here)}, {here.get("host_cores")} cores, {_short(executable)}'
     if theirs != ours:
       out.append(Difference(f'start at step {start.get("step")}', theirs, ours))
