@@ -94,6 +94,15 @@ def test_packages_that_compute_nothing_do_not_loosen_the_comparison():
   assert [(d.name, d.may_change_bits) for d in found] == [('tqdm', False)]
 
 
+@pytest.mark.parametrize('number', ['2', None])
+def test_cores_do_not_matter_where_nproc_sets_the_threads(number):
+  run, here = pair(host_cores=999)
+  for made in (run, here):
+    made['environment'] = {'NPROC': number} if number else {}
+  found = manifest_diff.environment_differences(run, here)
+  assert [(d.name, d.may_change_bits) for d in found] == [('host cores', number is None)]
+
+
 def test_flags_that_change_no_number_are_no_difference():
   silent = '--xla_dump_to=/x --xla_force_host_platform_device_count=1'
   run, here = pair(xla_flags=silent)

@@ -153,6 +153,7 @@ def _reduced(c: section.Section) -> section.Section:
   if c.optim.plateau_factor < 1:  # the learning rate follows the metric
     left_out -= set(_OF_METRIC)
     left_out.add('checkpoint.patience')
+    c.eval.max_share = 1.0  # which depends on the clock
   else:
     left_out.update(_BEST)
   usual = keys.default()

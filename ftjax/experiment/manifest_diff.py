@@ -148,9 +148,10 @@ def _starts(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def environment_differences(run: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
   """Returns what of the environment of two manifests differs, what may change bits first."""
+  cores = [_text(m.get('host_cores')) for m in (run, here)]
   out = [
     Difference('devices', _devices(run), _devices(here)),
-    Difference('host cores', _text(run.get('host_cores')), _text(here.get('host_cores'))),
+    Difference('host cores', *cores, not _has_same_threads(run, here)),
     Difference('compiled step', _short(run.get('executable')), _short(here.get('executable'))),
     Difference(
       'compiler options', _text(run.get('compiler_options')), _text(here.get('compiler_options'))
@@ -203,6 +204,14 @@ def _earlier_starts(run: Mapping[str, Any], here: Mapping[str, Any]) -> list[Dif
     if theirs != ours:
       out.append(Difference(f'start at step {start.get("step")}', theirs, ours))
   return out
+
+
+def _has_same_threads(run: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+  """Returns whether NPROC sets the number of XLA's threads, to the same in both, whatever the
+  number of cores.
+  """
+  theirs, ours = ((m.get('environment') or {}).get('NPROC') for m in (run, here))
+  return theirs is not None and theirs == ours
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:

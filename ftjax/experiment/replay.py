@@ -77,6 +77,7 @@ class Replay:
     if any(key.startswith(('eval.', 'data.eval')) for key in changed):
       log.warning('the evaluation changed during the run: only training steps are compared')
       self._rows = {k: row for k, row in self._rows.items() if k[0] == 'train'}
+    self._check_metric()
     last = run_metrics.last_step(self._rows)
     self._rows = {k: row for k, row in self._rows.items() if k[1] <= last}
     log.info(
@@ -85,6 +86,20 @@ class Replay:
       len(self._rows),
     )
     return last
+
+  def _check_metric(self) -> None:
+    """Refuses a run whose learning rate followed a task that was left out for its cost at some
+    evaluation: at which one, depends on the clock.
+    """
+    c = self._of.config
+    name = c.checkpoint.best_metric.removeprefix('eval/')
+    left_out = [s for (split, s), row in self._rows.items() if split == 'eval' and name not in row]
+    if c.optim.plateau_factor < 1 and left_out and c.checkpoint.best_metric != name:
+      raise CheckError(
+        f'{self._of.folder} cannot be replayed: its learning rate followed {name} '
+        f'(optim.plateau_factor), which eval.max_share left out by the clock at '
+        f'{run_metrics.steps_text(left_out)}. Train with eval.max_share=1 for a run that can be'
+      )
 
   def _share_programs(self, run: Run) -> None:
     """Copies the compiled programs of the run, where they are made for these devices: on a GPU

@@ -129,9 +129,9 @@ def read_run(folder: str, log_every: int, steps: int) -> dict[Key, Row]:
     missing = sorted((expected | {last}) - set(found))
     extra = sorted(s for s in set(found) - expected if s != last)
     if missing:
-      faults.append(f'rows of {_steps(missing)} are missing (log.every={log_every})')
+      faults.append(f'rows of {steps_text(missing)} are missing (log.every={log_every})')
     if extra:
-      faults.append(f'rows of {_steps(extra)} do not belong there (log.every={log_every})')
+      faults.append(f'rows of {steps_text(extra)} do not belong there (log.every={log_every})')
   if last > steps:
     faults.append(f'it has a row of step {last}, and the run has {steps}')
   if faults:
@@ -140,7 +140,7 @@ def read_run(folder: str, log_every: int, steps: int) -> dict[Key, Row]:
   return rows
 
 
-def _steps(steps: Collection[int]) -> str:
+def steps_text(steps: Collection[int]) -> str:
   """Returns 'step 3', or 'steps 3, 4, ...' with at most eight."""
   shown = ', '.join(map(str, sorted(steps)[:8])) + (', ...' if len(steps) > 8 else '')
   return f'step{"s" if len(steps) > 1 else ""} {shown}'
