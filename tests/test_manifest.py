@@ -94,6 +94,15 @@ def test_packages_that_compute_nothing_do_not_loosen_the_comparison():
   assert [(d.name, d.may_change_bits) for d in found] == [('tqdm', False)]
 
 
+def test_a_commit_with_the_same_source_files_is_no_difference():
+  run, here = pair()
+  here['code'] = here['code'] | {'commit': 'c' * 40, 'modified': True}
+  assert manifest_diff.environment_differences(run, here) == []
+  here['code'] = here['code'] | {'digest': 'd' * 64}
+  found = manifest_diff.environment_differences(run, here)
+  assert [(d.name, d.may_change_bits) for d in found] == [('code of ftjax', False)]
+
+
 @pytest.mark.parametrize('number', ['2', None])
 def test_cores_do_not_matter_where_nproc_sets_the_threads(number):
   run, here = pair(host_cores=999)

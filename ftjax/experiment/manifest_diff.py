@@ -158,7 +158,6 @@ def environment_differences(run: Mapping[str, Any], here: Mapping[str, Any]) -> 
     ),
     Difference('XLA_FLAGS', *(_flags(m) for m in (run, here))),
     Difference('--deterministic', *(_text(bool(m.get('deterministic'))) for m in (run, here))),
-    Difference('code of ftjax', *(_commit(m.get('code') or {}) for m in (run, here)), False),
     Difference('Python', _text(run.get('python')), _text(here.get('python')), False),
   ]
   # The processor computes the losses, or feeds an accelerator.
@@ -174,6 +173,9 @@ def environment_differences(run: Mapping[str, Any], here: Mapping[str, Any]) -> 
     for name, theirs, ours in _by_key(*versions)
   ]
   found = [d for d in out if d.run != d.here] + _earlier_starts(run, here)
+  codes = [m.get('code') or {} for m in (run, here)]
+  if codes[0].get('digest') != codes[1].get('digest'):  # a commit of docs is no difference
+    found.append(Difference('code of ftjax', *map(_commit, codes), False))
   return sorted(found, key=lambda d: not d.may_change_bits)
 
 
