@@ -72,7 +72,6 @@ def test_equal_manifests_have_no_difference():
 @pytest.mark.parametrize(
   ('changes', 'name', 'may_change_bits'),
   [
-    ({'host_cores': 999}, 'host cores', True),
     ({'devices': {'kind': 'cpu', 'count': 5, 'processes': 1}}, 'devices', True),
     ({'python': '3.99'}, 'Python', False),
     ({'environment': {'NCCL_PROTO': 'LL'}}, 'NCCL_PROTO', True),
