@@ -48,7 +48,7 @@ Results = dict[str, Sequence[Result]]  # by model
 
 class Evaluator:
   """Scores one run's models. Results of the base and of the tuned model are stored in eval/base and
-  eval/tuned under a hash of all that they depend on, so that a stopped evaluation goes on with the
+  eval/tuned under a hash of all that they depend on, so that a stopped evaluation resumes at the
   task at which it was stopped.
 
   Raises:
