@@ -99,7 +99,7 @@ def algorithm(name: str) -> ModuleType:
 
 _HELP = ('--help', '-help', '-h', '--h', '-?')
 # Flags whose value is a folder or file that an entry reads or writes.
-_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
+_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts', 'replay')
 
 
 def _parse(argv: list[str], about: str) -> list[str]:
@@ -126,6 +126,8 @@ def _parse(argv: list[str], about: str) -> list[str]:
       if path := _config_path(words):
         c = config_file.load(config_file.find(path))
         config_overrides.apply(c, overrides)
+      elif overrides:
+        raise ConfigError(_without_config(overrides[0].key))
     rest = FLAGS([argv[0], *words])
     if after:
       FLAGS['command'].value = after
@@ -173,6 +175,12 @@ def _config_path(words: list[str]) -> str:
   if len(set(given)) > 1:
     raise ConfigError(f'--config is given twice, {given[0]} and {given[1]}; give one of them')
   return given[0] if given else ''
+
+
+def _without_config(key: str) -> str:
+  """Returns the message for --config.KEY without --config."""
+  replay = '; a replay (--replay) takes the config of its run unchanged' * ('replay' in FLAGS)
+  return f'--config.{key} changes a key of --config, which is missing: give --config=FILE{replay}'
 
 
 def _location(name: str, value: str) -> str:
