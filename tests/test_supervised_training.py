@@ -56,7 +56,6 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path):
   reference, workdir = tmp_path / 'reference', tmp_path / 'a run'
   code, text = tiny_run.run('train', tiny_run.arguments(reference))
   assert code == 0, text
-  tiny_run.share_programs(reference, workdir)
   process = supervised(workdir)
   try:
     until(process, lambda: snapshots.steps(str(workdir)) and tiny_run.logged(workdir) >= 6)
