@@ -40,6 +40,12 @@ _DETERMINISTIC = flags.DEFINE_bool(
   'Equal bits at every run on the same devices: on GPUs kernels that always add in the same order, '
   'and no autotuning. A replay takes it from the run.',
 )
+_PREFLIGHT = flags.DEFINE_bool(
+  'preflight',
+  False,
+  'Check the hosts, the devices and the workdir, print a table, and end: 0, or 5 where a check '
+  'failed (2 where only a flag is wrong).',
+)
 
 
 def main() -> None:
@@ -55,6 +61,11 @@ def main() -> None:
   cli.join()
   for line in validation.warnings(c):
     logging.warning(line)
+  if _PREFLIGHT.value:
+    from ftjax.experiment import preflight
+
+    preflight.run(c, _WORKDIR.value)
+    return
   from ftjax.experiment import fit
   from ftjax.experiment.replay import Replay
 
