@@ -45,7 +45,11 @@ def test_help_imports_only_the_standard_library():
     (['trian', '--config=tiny_sft'], 2, 'error: trian: there is no such entry; entries: train, '),
     (['trian'], 2, 'did you mean train?'),
     (['Train'], 2, 'did you mean train?'),
-    (['xyz'], 2, 'entries: train, preview, plan, evaluate, generate, convert, lm_eval\n'),
+    (
+      ['xyz'],
+      2,
+      'entries: train, preview, plan, evaluate, generate, convert, supervise, lm_eval\n',
+    ),
     ([], 2, 'error: an entry is missing'),
     (['--config=tiny_sft'], 2, 'ftjax ENTRY --config=tiny_sft'),
   ],
@@ -71,7 +75,7 @@ def test_help_of_an_entry_shows_its_own_flags(name):
   if name == 'convert':
     assert call('help', name) == (0, out, '')
   defined = {'train': 'heartbeat_s', 'preview': 'rows', 'plan': 'topology', 'evaluate': 'workdir'}
-  defined |= {'generate': 'prompts', 'convert': 'target'}
+  defined |= {'generate': 'prompts', 'convert': 'target', 'supervise': 'max_idle_starts'}
   assert f'\n  --{defined[name]}  ' in out
 
 
