@@ -100,11 +100,18 @@ training_state() { machines_on 0 "bash $REMOTE/host.sh status" 2>/dev/null </dev
 
 # Until the training has ended: waits for machines, installs, starts, looks. Returns the exit code of the training.
 watch() {
-  local most=${VALUE[starts]} starts=0 state stale code
+  local most=${VALUE[starts]} starts=0 failures=0 state stale code
   while ((starts < most)); do
     wait_until_ready || die 1 "${VALUE[name]}: not ready after ${VALUE[starts]} creates"
     starts=$((starts + 1))
-    if ! machines_install || ! machines_start; then
+    if machines_install && machines_start; then
+      failures=0
+    else
+      failures=$((failures + 1))
+      if ((failures == 3)); then
+        note "${VALUE[name]}: install or start failed $failures times in a row"
+        return 1
+      fi
       note "${VALUE[name]}: install or start failed; trying again in ${VALUE[poll]} s"
       sleep "${VALUE[poll]}"
       continue

@@ -1,0 +1,143 @@
+"""The life of a run under a launcher, with fake programs of the cloud and a training that is a
+shell script: created, lost, created again, ended, stopped. Real training: test_launch_training.py.
+"""
+
+import os
+import signal
+import stat
+
+import launchers
+import pytest
+
+SECRET = 'hf_' + 'q8Zr5TfG7hJ9kL1mN2pQ4'
+PLACE = ['--zone=us-a', '--accelerator=v5litepod-16', '--name=r1', '--poll=0.1']
+RUN = ['--config=tiny_sft', '--workdir=gs://bucket/r1', '--watch', '--after-done=keep']
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  fake = launchers.FakeCloud(tmp_path / 'the cloud').make()
+  yield fake
+  fake.close()
+
+
+def training(cloud, script):
+  """The environment of a launcher whose hosts run this script in place of a training."""
+  file = cloud.root / 'training.sh'
+  file.write_text(script)
+  return cloud.env(FAKE_TRAINING=str(file))
+
+
+def home(cloud, host):
+  return cloud.home(host) / '.ftjax' / 'r1'
+
+
+@pytest.mark.parametrize('code', [0, 2, 5])
+def test_the_end_of_the_training_is_the_end_of_the_launcher(cloud, code):
+  env = training(cloud, f'exit {code}')
+  got, _, err = launchers.run('tpu_vm.sh', *PLACE, *RUN, *cloud.install, env=env)
+  assert got == code, err
+  assert len(cloud.of('tpu-vm', 'create')) == 1 and not cloud.of('delete')
+  assert 'kept, and cost money' in err
+
+
+def test_a_suspended_queued_resource_is_deleted_and_created_again(cloud):
+  """With secrets that only files of mode 600 hold, and the machines deleted at the end."""
+  env = training(cloud, 'for i in {1..600}; do [[ -f go ]] && exit 0; sleep 0.1; done; exit 1')
+  env |= {'HF_TOKEN': SECRET}
+  words = [*PLACE, *RUN, *cloud.install, '--spot', '--after-done=auto', '--', '--config.seed=7']
+  process = launchers.start('queued_resource.sh', *words, env=env)
+  hosts = [home(cloud, f'r1-{i}') for i in range(2)]
+  launchers.until(lambda: all((h / 'pid').exists() for h in hosts), process)
+  for host in hosts:
+    file = host / 'secrets.env'
+    assert file.read_text() == f'HF_TOKEN={SECRET}\n'
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+  process.send_signal(signal.SIGHUP)  # the terminal is closed
+  cloud.lose('queued-resources', 'r1', 'SUSPENDED', ['r1-0', 'r1-1'])
+  launchers.until(lambda: all((h / 'pid').exists() for h in hosts), process)
+  for host in hosts:
+    (host / 'go').touch()
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  creates, deletes = cloud.of('queued-resources', 'create'), cloud.of('queued-resources', 'delete')
+  assert len(creates) == 2 and creates[0] == creates[1] and '--spot' in creates[0]
+  assert len(deletes) == 2 and '--force' in deletes[0]
+  with cloud.state() as state:
+    assert not state
+  starts = [c for c in cloud.calls() if any('host.sh start' in w for w in c)]
+  assert len(starts) == 2 and all('--config.seed=7' in c[-2] for c in starts)
+  assert SECRET not in out + err + (cloud.root / 'calls.log').read_text()
+
+
+def test_the_next_zone_is_asked_after_a_failure(cloud):
+  env = training(cloud, 'sleep 60')
+  words = [*RUN, *cloud.install, *PLACE, '--zone=us-a,us-b']
+  process = launchers.start('queued_resource.sh', *words, env=env)
+  launchers.until(lambda: cloud.has('queued-resources', 'r1'), process)
+  cloud.lose('queued-resources', 'r1', 'FAILED', [])
+  launchers.until(lambda: (home(cloud, 'r1-1') / 'pid').exists(), process)
+  creates = cloud.of('queued-resources', 'create')
+  assert [c[6] for c in creates] == ['--zone=us-a', '--zone=us-b']
+  code, out, _ = launchers.run('queued_resource.sh', 'status', *PLACE, '--zone=us-a,us-b', env=env)
+  assert code == 0 and 'machines: ready' in out and out.count('running') == 2
+  code, _, err = launchers.run(
+    'queued_resource.sh', 'stop', *PLACE, '--zone=us-a,us-b', '--stop-seconds=5', env=env
+  )
+  assert code == 0, err
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75 and 'stopped by hand' in err
+
+
+def test_a_restarted_machine_starts_the_training_again(cloud):
+  script = 'n=$(cat ~/n 2>/dev/null || echo 0); echo $((n + 1)) >~/n; ((n)) && exit 0; sleep 60'
+  env = training(cloud, script)
+  process = launchers.start('tpu_vm.sh', *PLACE, *RUN, *cloud.install, env=env)
+  file = home(cloud, 'r1-0') / 'pid'
+  launchers.until(file.exists, process)
+  for host in ('r1-0', 'r1-1'):  # no exit code is written: the wrapper dies too
+    for pid in cloud.processes(host):
+      os.kill(pid, signal.SIGKILL)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert (cloud.home('r1-0') / 'n').read_text() == '2\n'
+
+
+def test_a_zone_without_the_type_is_refused(cloud):
+  env = cloud.env(FAKE_CLOUD_TYPES='v5litepod-8,v5litepod-4')
+  code, _, err = launchers.run('tpu_vm.sh', *PLACE, *RUN, *cloud.install, env=env)
+  assert code == 2 and 'us-a does not offer v5litepod-16; it offers v5litepod-8 v5litepod-4' in err
+  assert not cloud.of('create')
+
+
+def test_what_exists_is_not_created_again(cloud):
+  words = ['create', *PLACE, *RUN, *cloud.install]
+  assert launchers.run('tpu_vm.sh', *words, env=cloud.env())[0] == 0
+  code, _, err = launchers.run('tpu_vm.sh', *words, env=cloud.env())
+  assert code == 2 and 'r1 exists already' in err
+  assert launchers.run('tpu_vm.sh', 'delete', *PLACE, env=cloud.env())[0] == 0
+
+
+def test_detached_it_goes_away_from_the_terminal(cloud):
+  env = training(cloud, 'sleep 0.5') | {'HOME': str(cloud.root)}
+  words = [*PLACE, *RUN, *cloud.install, '--detach']
+  code, _, err = launchers.run('tpu_vm.sh', *words, env=env, timeout=10)
+  assert code == 0 and 'in the background' in err
+  log = cloud.root / '.ftjax' / 'r1.launch.log'
+  launchers.until(lambda: log.exists() and 'r1: done' in log.read_text())
+
+
+def test_machines_by_ssh(cloud):
+  """The first is process 0; logs and stop reach them."""
+  env = training(cloud, 'echo "$@"; sleep 60 & trap "exit 75" TERM; wait $!')
+  hosts = ['--hosts=me@m1,m2', '--name=r1', '--poll=0.1']
+  words = [*hosts, '--config=tiny_sft', '--workdir=/mnt/r1', '--platform=tpu', *cloud.install]
+  code, _, err = launchers.run('ssh.sh', *words, env=env)
+  assert code == 2 and '--shared-disk' in err
+  code, _, err = launchers.run('ssh.sh', *words, '--shared-disk', env=env)
+  assert code == 0, err
+  code, out, _ = launchers.run('ssh.sh', 'logs', *hosts, env=env)
+  assert '--coordinator=m1:8476 --num_processes=2 --process_id=0' in out
+  assert '--preflight -- ' in out and '--workdir=/mnt/r1' in out
+  code, out, _ = launchers.run('ssh.sh', 'stop', *hosts, env=env)
+  assert code == 0 and out.split() == ['stopped', '75'] * 2
