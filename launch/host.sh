@@ -3,6 +3,7 @@
 #
 #   host.sh boot                       makes a Python environment from the wheel and the locks beside this file
 #   host.sh start [FLAG ...]           starts ftjax.supervise with ftjax.train in the background; FLAGs are of ftjax.train
+#   host.sh foreground [FLAG ...]      the same in the foreground, for systems that watch it themselves
 #   host.sh status | logs [LINES] | stop [SECONDS]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -88,19 +89,37 @@ start() {
   echo "$(hostname): started, process $(cat pid), log $PWD/log"
 }
 
-supervised() {
-  if [[ -f secrets.env ]]; then
-    set -a
-    # shellcheck source=/dev/null
-    . ./secrets.env
-    set +a
-  fi
+load_secrets() {
   export PYTHONUNBUFFERED=1
+  [[ -f secrets.env ]] || return 0
+  set -a
+  # shellcheck source=/dev/null
+  . ./secrets.env
+  set +a
+}
+
+foreground() {
+  local python=$PWD/env/bin/python
+  load_secrets
+  exec "$python" -m ftjax.supervise --preflight -- "$python" -m ftjax.train "$@"
+}
+
+supervised() {
   local python=$PWD/env/bin/python code=0
+  load_secrets
   "$python" -m ftjax.supervise --preflight -- "$python" -m ftjax.train "$@" &
   echo $! >pid.new && mv pid.new pid
   wait $! || code=$?
   echo "$code" >exit_code.new && mv exit_code.new exit_code
+}
+
+# Processes that descend from one.
+descendants() {
+  local child
+  for child in $(pgrep -P "$1"); do
+    echo "$child"
+    descendants "$child"
+  done
 }
 
 # One line: running PID | exited CODE | stopped CODE (by the verb stop) | lost (it ended without an exit code: the machine restarted) | not started.
@@ -129,14 +148,16 @@ stop() {
     done
     if is_running; then
       echo "$(hostname): still running after $seconds s; killed" >&2
-      pkill -KILL -s "$(ps -o sid= -p "$pid" | tr -d ' ')" || kill -KILL "$pid"
+      # shellcheck disable=SC2046 # one word for each process
+      kill -KILL "$pid" $(descendants "$pid") 2>/dev/null || true
+      sleep 0.5
     fi
   fi
   status
 }
 
 case ${1:-} in
-  boot | start | supervised | status | stop) "$@" ;;
+  boot | start | foreground | supervised | status | stop) "$@" ;;
   logs) tail -n "${2:-50}" log ;;
   *) fail "expected boot, start, status, logs or stop; got ${1:-nothing}" ;;
 esac

@@ -202,8 +202,20 @@ need() {
   done
 }
 
-# Flags of every gcloud command.
-gcloud_place() { printf '%s\n' ${VALUE[project]:+"--project=${VALUE[project]}"} "$@"; }
+# ask COMMAND ...: prints the answer, NONE where there is no such thing, UNKNOWN where the command failed otherwise.
+ask() {
+  local errors answer
+  errors=$(mktemp)
+  if answer=$("$@" 2>"$errors"); then
+    printf '%s\n' "$answer"
+  elif grep -qiE 'not_found|not found' "$errors"; then
+    echo NONE
+  else
+    cat "$errors" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
+}
 
 # shellcheck disable=SC2034 # the variables are the launchers'
 # read_card PLANE: from --accelerator (and --machine-type where a launcher has it), sets GEN, PREFIX, TYPE (PREFIX-N), CHIPS,

@@ -5,6 +5,7 @@
 #   machines_create            creates them; may return before they are ready
 #   machines_state             prints none, waiting, ready, lost (delete and create again) or unknown (ask again)
 #   machines_delete            deletes them
+#   machines_reset             makes lost ones anew, where deleting is not the way; may be missing
 #   machines_on WHICH COMMAND  runs a shell command on host number WHICH, or on all
 #   machines_copy FILE ...     copies files into $REMOTE of all hosts
 #   machines_flags             prints, for each host, a line of flags that ftjax.train needs there to find the others
@@ -81,8 +82,8 @@ wait_until_ready() {
     case $state in
       ready) return 0 ;;
       lost)
-        note "${VALUE[name]}: deleting what is left of it, and creating it again"
-        machines_delete
+        note "${VALUE[name]}: removing what is left of it, and creating it again"
+        machines_renew
         ;;
       none)
         tries=$((tries + 1))
@@ -94,6 +95,8 @@ wait_until_ready() {
     sleep "${VALUE[poll]}"
   done
 }
+
+machines_renew() { if declare -F machines_reset >/dev/null; then machines_reset; else machines_delete; fi; }
 
 # Prints the state of the training on host 0; unreachable if ssh fails.
 training_state() { machines_on 0 "bash $REMOTE/host.sh status" 2>/dev/null </dev/null | tail -n 1 | grep . || echo unreachable; }
@@ -178,7 +181,7 @@ lifecycle() {
         echo "# when it is ready:"
         machines_install
         machines_start
-        ! is watch || { echo "# when it is lost, before the same again:"; machines_delete; }
+        ! is watch || { echo "# when it is lost, before the same again:"; machines_renew; }
       elif is watch; then
         if is detach && [[ -z ${FTJAX_DETACHED:-} ]]; then
           detach "$@"

@@ -27,7 +27,7 @@ tpu_api_check
 ASKED=$SECONDS
 
 resource_state() {
-  describe gcloud compute tpus queued-resources describe "${VALUE[name]}" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(state.state)'
+  ask gcloud compute tpus queued-resources describe "${VALUE[name]}" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(state.state)'
 }
 
 machines_create() {

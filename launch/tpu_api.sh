@@ -44,23 +44,8 @@ check_zone() {
   note "quota is not checked: a project needs TPU quota for $TYPE in $1$(is spot && echo ', of the spot (preemptible) kind'), under IAM & Admin > Quotas"
 }
 
-# describe COMMAND ...: prints the answer, NONE where there is no such thing, UNKNOWN where gcloud failed otherwise.
-describe() {
-  local errors answer
-  errors=$(mktemp)
-  if answer=$("$@" 2>"$errors"); then
-    printf '%s' "$answer"
-  elif grep -qiE 'NOT_FOUND|not found' "$errors"; then
-    printf NONE
-  else
-    cat "$errors" >&2
-    printf UNKNOWN
-  fi
-  rm -f "$errors"
-}
-
 node_state() {
-  case $(describe gcloud compute tpus tpu-vm describe "${VALUE[name]}" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(state)') in
+  case $(ask gcloud compute tpus tpu-vm describe "${VALUE[name]}" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(state)') in
     NONE) echo none ;;
     UNKNOWN) echo unknown ;;
     READY) echo ready ;;

@@ -22,9 +22,8 @@ ZONE=${VALUE[zone]}
 tpu_api_check
 
 machines_create() {
-  local command
-  mapfile -t command < <(gcloud_place gcloud compute tpus tpu-vm create "${VALUE[name]}" "--zone=$ZONE" "--accelerator-type=$TYPE" "--version=$RUNTIME" --quiet)
-  run "${command[@]}" "${CAPACITY[@]}"
+  run gcloud compute tpus tpu-vm create "${VALUE[name]}" "--zone=$ZONE" "${PROJECT[@]}" "--accelerator-type=$TYPE" \
+    "--version=$RUNTIME" "${CAPACITY[@]}" --quiet
 }
 
 machines_state() { node_state; }

@@ -86,11 +86,6 @@ class FakeCloud(machines.Cloud):
         if key.split('/')[1] == name and key.split('/')[0] in (kind, 'tpu-vm'):
           row['lost'] = state if key.startswith(kind) else 'PREEMPTED'
 
-  def close(self):
-    """Ends all that runs on its machines."""
-    hosts = self.root / 'hosts'
-    self.power_off([p.name for p in hosts.iterdir()] if hosts.exists() else [])
-
 
 def until(is_time, process=None, timeout=120):
   """Waits for a moment; fails when the launcher ends before it."""

@@ -112,7 +112,11 @@ class Cloud:
 
   def processes(self, host):
     """Process ids on a host."""
-    wanted = f'HOME={self.home(host)}'.encode()
+    return self._with(f'HOME={self.home(host)}')
+
+  def _with(self, variable):
+    """Ids of processes with NAME=VALUE in their environment."""
+    wanted = variable.encode()
     found = []
     for entry in pathlib.Path('/proc').glob('[0-9]*'):
       with contextlib.suppress(OSError):
@@ -123,9 +127,15 @@ class Cloud:
   def power_off(self, hosts):
     """Kills all that runs on hosts, and loses their disks."""
     for host in hosts:
-      while found := self.processes(host):
-        for pid in found:
-          with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        # A zombie has no environment, so it is not found again.
+      self._kill(f'HOME={self.home(host)}')
       shutil.rmtree(self.home(host), ignore_errors=True)
+
+  def _kill(self, variable):
+    while found := self._with(variable):  # a zombie has no environment
+      for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
+
+  def close(self):
+    """Ends all that runs on its machines, and the launchers that use it."""
+    self._kill(f'FAKE_CLOUD={self.root}')
