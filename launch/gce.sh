@@ -20,11 +20,13 @@ flag disk-type '' 'Type of the boot disk; default: hyperdisk-balanced on v6e, el
 flag service-account '' 'Service account of the machines; it needs roles/storage.objectUser on the bucket.'
 flag network '' 'VPC network.'
 flag subnetwork '' 'Subnetwork.'
+flag port 8476 'Port of process 0 for the others.'
 flag iap false 'ssh through Identity-Aware Proxy, for machines without external addresses.'
 lifecycle_flags
 parse_flags "$@"
 lifecycle_check
 require zone accelerator
+require_number port
 read_card gce
 NAME=${VALUE[name]}
 ZONE=${VALUE[zone]}
@@ -183,7 +185,7 @@ machines_flags() {
   local names i
   mapfile -t names < <(host_names)
   for ((i = 0; i < ${#names[@]}; i++)); do
-    ((HOSTS == 1)) && echo || echo "--coordinator=${names[0]}:8476 --num_processes=$HOSTS --process_id=$i"
+    ((HOSTS == 1)) && echo || echo "--coordinator=${names[0]}:${VALUE[port]} --num_processes=$HOSTS --process_id=$i"
   done
 }
 

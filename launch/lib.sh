@@ -263,7 +263,7 @@ read_card() {
   case $line in
     '') die 2 "--accelerator=$accel: not a TPU of launch/tpus.tsv; expected a name like v5litepod-16, v6e-8, v5p-8, v6e:4x4 or ct6e-standard-4t$(card_hint)" ;;
     no-machine*) die 2 "--machine-type=$machine: does not make --accelerator=$accel; expected a machine type of that generation in launch/tpus.tsv" ;;
-    no-size*) die 2 "--accelerator=$accel: there is no such size$(card_hint); see launch/tpus.tsv" ;;
+    no-size*) die 2 "--accelerator=$accel: there is no such size; there are $(card_sizes "${line#*|}"), and others in launch/tpus.tsv" ;;
   esac
   local offered cores
   IFS='|' read -r GEN offered PREFIX cores RUNTIME IMAGE GKE_LABEL MACHINE CHIPS_PER_HOST HOSTS TOPOLOGY <<<"${line% }"
@@ -278,6 +278,9 @@ card_hint() {
   mapfile -t names < <(card_names)
   did_you_mean "${VALUE[accelerator]}" "${names[@]}"
 }
+
+# The smallest accelerator types of a generation.
+card_sizes() { card_names | awk -F: -v gen="${1%% *}" 'NF == 1 { last = $1 } NF == 2 && $1 == gen { print last }' | sort -t- -k2n | head -n 8 | tr '\n' ' ' | sed 's/ $//'; }
 
 card_names() {
   awk -F'\t' '
