@@ -120,9 +120,11 @@ machines_delete() {
     run gcloud compute instances delete "$NAME" "--zone=$ZONE" "${PROJECT[@]}" --quiet
     return
   fi
-  run gcloud compute instance-groups managed delete "$NAME" "--zone=$ZONE" "${PROJECT[@]}" --quiet
-  run gcloud compute instance-templates delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet
-  run gcloud compute resource-policies delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet
+  local code=0
+  run gcloud compute instance-groups managed delete "$NAME" "--zone=$ZONE" "${PROJECT[@]}" --quiet || code=$?
+  run gcloud compute instance-templates delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet || code=$?
+  run gcloud compute resource-policies delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet || code=$?
+  return $code
 }
 
 # Of a slice that lost a host: to no host, and back to all.

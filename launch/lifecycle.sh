@@ -155,7 +155,7 @@ watch() {
 
 after_done() {
   case ${VALUE[after-done]}-${VALUE[workdir]} in
-    delete-* | auto-gs://*) machines_delete ;;
+    delete-* | auto-gs://*) machines_delete || note "not all was deleted, and may cost money; see $PROGRAM status" ;;
     *) note "the machines of ${VALUE[name]} are kept, and cost money: $PROGRAM delete --name=${VALUE[name]} ..." ;;
   esac
 }

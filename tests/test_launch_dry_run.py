@@ -53,6 +53,8 @@ CASES = {
   ],
   'sky_v5e': ['sky.sh', *RUN, '--accelerator=v5litepod-16', '--spot'],
   'sky_gpu': ['sky.sh', *RUN, '--accelerator=H100:8', '--nodes=2'],
+  'gce_delete': ['gce.sh', 'delete', *TPU[:1], *TPU[3:], '--accelerator=v6e-16'],
+  'tpu_vm_delete': ['tpu_vm.sh', 'delete', '--name=r1', '--zone=us-a', '--accelerator=v6e-8'],
   'ssh': ['ssh.sh', *RUN, '--hosts=me@a,me@b'],
   'docker_build': ['docker.sh', 'build', '--name=r1', '--platform=cuda', DIGEST],
   'docker_run': ['docker.sh', '--name=r1', '--config=tiny_sft', '--workdir=/runs/r1'],

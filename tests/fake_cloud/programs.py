@@ -46,6 +46,12 @@ def tpu_environments(count):
     }
 
 
+def instance(group, i):
+  """The name of a machine of a group; for trainings, an address of this machine."""
+  is_address = os.environ.get('FAKE_CLOUD_ADDRESSES')
+  return f'127.0.0.{i + 1}' if is_address else f'{group}-{"xzab"[i]}'
+
+
 class Gcloud:
   def __init__(self, cloud, words):
     self.cloud = cloud
@@ -71,7 +77,10 @@ class Gcloud:
     return getattr(self, verb.replace('-', '_'))(kind, names[0])
 
   def key(self, kind, name):
-    return f'{kind}/{name}/{self.flags.get("zone") or self.flags.get("region") or ""}'
+    places = [
+      self.flags[n] for n in ('zone', 'region', 'instance-template-region') if n in self.flags
+    ]
+    return f'{kind}/{name}/{places[0]}'
 
   def create(self, kind, name):
     with self.cloud.state() as state:
@@ -111,13 +120,15 @@ class Gcloud:
       stage = self.look(state, key, kind)
       for i in range(state[key]['size']):
         column = 'name' if self.flags['format'] == 'value(name)' else 'status'
-        print(f'{name}-{"xzab"[i]}' if column == 'name' else stage)
+        print(instance(name, i) if column == 'name' else stage)
     return 0
 
   def resize(self, kind, name):
     with self.cloud.state() as state:
       row = state[self.key(kind, name)]
+      hosts = [instance(name, i) for i in range(row['size'])]
       row |= {'size': int(self.flags['size']), 'looks': 0, 'lost': ''}
+    self.cloud.power_off(hosts)
     return 0
 
   def delete(self, kind, name):
@@ -130,7 +141,7 @@ class Gcloud:
       if kind == 'queued-resources':
         state.pop(f'tpu-vm/{name}/{row["flags"]["zone"]}', None)
       if kind == 'managed':
-        hosts = [f'{name}-{"xzab"[i]}' for i in range(row['size'])]
+        hosts = [instance(name, i) for i in range(row['size'])]
       if kind == 'instances':
         hosts = [name]
     if kind in STAGES:
@@ -149,7 +160,10 @@ class Gcloud:
         i = int(self.flags['worker'])
         hosts, environments = hosts[i : i + 1], environments[i : i + 1]
     else:
-      hosts, environments, row = [name], [{}], {'lost': ''}
+      hosts, environments = [name], [{}]
+      with self.cloud.state() as state:
+        groups = [r for k, r in state.items() if k.startswith('managed/')]
+      row = {'lost': any(r['lost'] for r in groups)}
     if row is None or row['lost']:
       print(f'ERROR: {name} cannot be reached', file=sys.stderr)
       return 255
