@@ -2,9 +2,12 @@
 shell script: created, lost, created again, ended, stopped. Real training: test_launch_training.py.
 """
 
+import hashlib
 import os
 import signal
 import stat
+import subprocess
+import zipfile
 
 import launchers
 import pytest
@@ -141,3 +144,77 @@ def test_machines_by_ssh(cloud):
   assert '--preflight -- ' in out and '--workdir=/mnt/r1' in out
   code, out, _ = launchers.run('ssh.sh', 'stop', *hosts, env=env)
   assert code == 0 and out.split() == ['stopped', '75'] * 2
+
+
+# host.sh alone
+
+
+def host(folder, *words, **env):
+  """(exit code, both outputs) of host.sh in a folder, with next to no environment."""
+  file = folder / 'host.sh'
+  if not file.exists():
+    file.write_text((launchers.ROOT / 'launch/host.sh').read_text())
+  done = subprocess.run(
+    ['bash', str(file), *words],
+    env={'PATH': os.environ['PATH'], 'HOME': str(folder), 'FTJAX_LEAST_FREE_MB': '1'} | env,
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout + done.stderr
+
+
+def wheel(folder, name, text):
+  path = folder / f'{name}-1-py3-none-any.whl'
+  with zipfile.ZipFile(path, 'w') as z:
+    info = f'{name}-1.dist-info'
+    z.writestr(f'{name}.py', text)
+    z.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1\n')
+    z.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+    z.writestr(f'{info}/RECORD', '')
+  return path
+
+
+@pytest.mark.full
+def test_boot_installs_the_wheel_and_the_lock_by_hashes_once(tmp_path):
+  """A real environment, in a folder with a space; the lock's package is a wheel on disk."""
+  folder, store = tmp_path / 'a host', tmp_path / 'store'
+  folder.mkdir()
+  store.mkdir()
+  wheel(folder, 'ftjax', 'x = 1')
+  locked = wheel(store, 'locked', 'x = 2')
+  digest = hashlib.sha256(locked.read_bytes()).hexdigest()
+  lock = folder / 'cpu.txt'
+  lock.write_text(f'locked @ {locked.as_uri()} --hash=sha256:{"0" * 64}\n')
+  code, out = host(folder, 'boot')
+  assert code != 0 and 'HASH' in out.upper(), out
+  lock.write_text(f'locked @ {locked.as_uri()} --hash=sha256:{digest}\n')
+  code, out = host(folder, 'boot')
+  assert code == 0 and 'installed' in out, out
+  run = [folder / 'env/bin/python', '-c', 'import ftjax, locked; print(ftjax.x + locked.x)']
+  assert subprocess.check_output(run, cwd=folder) == b'3\n'
+  code, out = host(folder, 'boot')
+  assert code == 0 and 'up to date' in out
+  code, out = host(folder, 'boot', FTJAX_LEAST_FREE_MB='999999999')
+  assert code == 1 and 'make the boot disk larger' in out
+
+
+def test_what_ignores_the_signal_is_killed_with_its_children(tmp_path, cloud):
+  script = 'trap "" TERM; sleep 300 & echo $! >child; wait; wait'
+  env = training(cloud, script)
+  place = ['--hosts=m1', '--name=r1']
+  words = [*place, '--config=tiny_sft', '--workdir=/r1', '--platform=tpu', *cloud.install]
+  assert launchers.run('ssh.sh', *words, env=env)[0] == 0
+  launchers.until((home(cloud, 'm1') / 'child').exists)
+  code, out, err = launchers.run('ssh.sh', 'stop', *place, '--stop-seconds=1', env=env)
+  assert code == 0 and out == 'stopped 137\n' and 'killed' in err
+  assert not cloud.processes('m1')
+
+
+def test_host_without_a_run(tmp_path):
+  assert host(tmp_path, 'status') == (0, 'not started\n')
+  assert host(tmp_path, 'stop') == (0, 'not started\n')
+  code, out = host(tmp_path, 'what')
+  assert code == 1 and 'expected boot, start' in out
+  code, out = host(tmp_path, 'boot')
+  assert code == 1 and 'no lock for Python' in out

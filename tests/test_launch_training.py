@@ -171,7 +171,7 @@ def test_a_slurm_job_is_requeued_with_its_checkpoint(cloud, tmp_path):
     (slurm / name).chmod(0o755)
   line = dry(
     'slurm.sh',
-    *('--name=r1', '--nodes=2', f'--python={sys.executable}', '--config=tiny_sft'),
+    *('--name=r1', '--nodes=2', f'--python={on_path(tmp_path)}/python', '--config=tiny_sft'),
     *(f'--workdir={workdir}', '--', *FLAGS),
   )
   words = shlex.split(line)
