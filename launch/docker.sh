@@ -11,7 +11,7 @@ flag platform cpu 'cpu, cuda or tpu.'
 flag image '' 'Name of the image; default: ftjax:PLATFORM.'
 flag base python:3.12-slim-bookworm 'With build: base image.'
 flag digest '' 'With build: digest of the base image, sha256:...; make docker-digest prints it; required.'
-flag workdir-volume '' 'Folder of this machine that is /work in the container; default: the workdir, which then is /work/NAME.'
+flag workdir-volume '' 'Folder of this machine that is /runs in the container; default: the workdir, which then is /runs/NAME.'
 flag stop-seconds 300 'Seconds that stop waits for a checkpoint.'
 install_flags
 parse_flags "$@"
@@ -45,9 +45,9 @@ case $VERB in
       folder=${VALUE[workdir-volume]:-$workdir}
       [[ $folder == /* ]] || folder=$PWD/$folder
       is dry-run || mkdir -p "$folder"
-      [[ -n ${VALUE[workdir-volume]} ]] || workdir=/work/$NAME
+      [[ -n ${VALUE[workdir-volume]} ]] || workdir=/runs/$NAME
       if is dry-run; then options+=(--user=UID:GID); else options+=("--user=$(id -u):$(id -g)"); fi
-      options+=("--volume=$folder:$([[ -n ${VALUE[workdir-volume]} ]] && echo /work || echo "/work/$NAME")")
+      options+=("--volume=$folder:$([[ -n ${VALUE[workdir-volume]} ]] && echo /runs || echo "/runs/$NAME")")
     fi
     case ${VALUE[platform]} in
       cpu) options+=(--env=JAX_PLATFORMS=cpu) ;;

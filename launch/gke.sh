@@ -22,7 +22,7 @@ flag priority '' 'PriorityClass.'
 flag restarts 50 'Most restarts of the whole JobSet.'
 flag namespace default 'Namespace.'
 flag service-account '' 'Kubernetes service account that may write to the bucket (Workload Identity).'
-flag claim '' 'Persistent volume claim that is mounted at /work, for a workdir below it.'
+flag claim '' 'Persistent volume claim that is mounted at /runs, for a workdir below it.'
 flag root false 'Run as root, where the nodes give accelerators to root alone.'
 parse_flags "$@"
 require_number slices hosts per-host restarts
@@ -98,9 +98,9 @@ need kubectl
 case $VERB in
   create | run)
     require image
-    case ${VALUE[workdir]} in /work | /work/*) [[ -z ${VALUE[claim]} ]] || DEFAULT[shared-disk]=true VALUE[shared-disk]=true ;; esac
+    case ${VALUE[workdir]} in /runs | /runs/*) [[ -z ${VALUE[claim]} ]] || DEFAULT[shared-disk]=true VALUE[shared-disk]=true ;; esac
     check_workdir $((HOSTS * SLICES))
-    [[ ${VALUE[workdir]} == gs://* || -n ${VALUE[claim]} ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH, or /work/... with --claim"
+    [[ ${VALUE[workdir]} == gs://* || -n ${VALUE[claim]} ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH, or /runs/... with --claim"
     text=$(manifest)
     put_secrets
     if is dry-run; then

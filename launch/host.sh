@@ -63,7 +63,7 @@ boot() {
   fi
   rm -rf env
   "$python" -m venv env
-  env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$lock"
+  env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes -r "$lock"
   env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ./*.whl
   env/bin/python -m pip check >/dev/null || fail "pip check: $(env/bin/python -m pip check | head -3)"
   echo "$key" >env/.made-from

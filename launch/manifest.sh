@@ -37,10 +37,17 @@ json() {
   printf '[%s]' "$out"
 }
 
-# render FILE [TAG | NAME=VALUE] ...
+# render FILE [TAG | NAME=VALUE] ...: values are plain scalars of YAML, but for those that json and quote have made.
 render() {
   local file=$1 word text
   shift
+  for word in "$@"; do
+    case $word in
+      SCRIPT=* | ARGS=*) ;;
+      FLAGS=*) [[ $word != *$'\n'* ]] || die 2 'a flag of ftjax.train holds a line break' ;;
+      *=*) [[ $word =~ ^[A-Z_]+=[A-Za-z0-9._/:@~+,\ -]*$ && $word != *': '* ]] || die 2 "'${word#*=}' cannot stand in a manifest; expected letters, digits and . _ / : @ + , -" ;;
+    esac
+  done
   text=$(
     tags=' '
     for word in "$@"; do [[ $word == *=* ]] || tags+="$word "; done

@@ -113,6 +113,7 @@ BAD = {
   '--project is required': ['gce.sh', *RUN, '--zone=us-a', '--accelerator=v6e-16'],
   'expected true or false': ['tpu_vm.sh', *TPU, '--accelerator=v6e-8', '--spot=maybe'],
   'a pod loses its disk': ['gke.sh', *IMAGE, '--accelerator=v6e-8', '--workdir=/r1'],
+  'cannot stand in a manifest': ['gke.sh', *IMAGE, '--image=i: "x', '--accelerator=v6e-8'],
   'would not start again': ['xpk.sh', *CASES['xpk_v5e'][1:], '--restarts=0'],
   'expected sha256: and 64': ['docker.sh', 'build', '--name=r1', '--digest=sha256:12'],
   'give it before --': ['ssh.sh', *CASES['ssh'][1:], '--', '--workdir=/x'],
@@ -143,6 +144,15 @@ def test_every_launcher_has_help():
   for launcher in sorted({c[0] for c in CASES.values()}):
     code, out, _ = launchers.run(launcher, '--help')
     assert code == 0 and '--dry-run' in out and '--name=VALUE' in out and 'status|logs|stop' in out
+
+
+def test_commands_of_the_docs_have_dry_runs():
+  page = (ROOT / 'docs/launching.md').read_text()
+  lines = [x for x in page.splitlines() if x.startswith('launch/')]
+  assert len(lines) > 12
+  for line in lines:
+    launcher, *words = shlex.split(line)
+    assert dry(launcher.removeprefix('launch/'), *words), line
 
 
 # Manifests

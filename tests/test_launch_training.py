@@ -218,14 +218,14 @@ def test_the_pods_of_a_job_set_are_one_run(cloud, port, tmp_path):
   out = dry(
     'gke.sh',
     *('--name=r1', '--platform=cpu', '--hosts=2', '--image=i:1', '--config=tiny_sft'),
-    *('--claim=c', '--workdir=/work/r1', '--', *FLAGS),
+    *('--claim=c', '--workdir=/runs/r1', '--', *FLAGS),
   )
   (job,) = [d for d in yaml.safe_load_all(out.rpartition('kubectl ')[0]) if d]
   spec = job['spec']['replicatedJobs'][0]['template']['spec']
   assert spec['completions'] == 2 and spec['completionMode'] == 'Indexed'
   (container,) = spec['template']['spec']['containers']
   here = [
-    w.replace('r1-train-0-0.r1:8476', f'127.0.0.1:{port}').replace('/work/r1', str(workdir))
+    w.replace('r1-train-0-0.r1:8476', f'127.0.0.1:{port}').replace('/runs/r1', str(workdir))
     for w in (*container['command'], *container['args'])
   ]
   path = f'{on_path(tmp_path)}:{os.environ["PATH"]}'
