@@ -53,7 +53,7 @@ class FakeCloud(machines.Cloud):
     super().make()
     programs = self.root / 'bin'
     programs.mkdir()
-    for name in ('gcloud', 'ssh', 'scp', 'kubectl', 'sbatch', 'squeue', 'scancel'):
+    for name in ('gcloud', 'kubectl', 'ssh', 'scp'):
       file = programs / name
       words = shlex.join([sys.executable, f'{FAKE}/programs.py', name])
       file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')

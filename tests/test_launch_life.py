@@ -92,6 +92,29 @@ def test_the_next_zone_is_asked_after_a_failure(cloud):
   assert process.returncode == 75 and 'stopped by hand' in err
 
 
+def test_a_group_on_compute_engine_is_filled_again_and_deleted(cloud):
+  """The group, never its machines; each process gets the address of the first by name."""
+  env = training(cloud, 'echo "$@"; for i in {1..600}; do [[ -f go ]] && exit 0; sleep 0.1; done')
+  place = ['--name=r1', '--project=p', '--zone=us-a', '--accelerator=v6e-8', '--poll=0.1']
+  machine = '--machine-type=ct6e-standard-4t'
+  words = [*place, machine, '--spot', *RUN, '--after-done=auto', *cloud.install]
+  process = launchers.start('gce.sh', *words, env=env)
+  hosts = [home(cloud, f'r1-{x}') for x in 'xz']
+  launchers.until(lambda: all((h / 'pid').exists() for h in hosts), process)
+  cloud.lose('managed', 'r1', 'TERMINATED', ['r1-x', 'r1-z'])
+  launchers.until(lambda: all((h / 'pid').exists() for h in hosts), process)
+  code, out, _ = launchers.run('gce.sh', 'logs', *place, machine, env=env)
+  assert code == 0 and '--coordinator=r1-x:8476 --num_processes=2 --process_id=0' in out
+  for host in hosts:
+    (host / 'go').touch()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert [c[-2] for c in cloud.of('resize')] == ['--size=0', '--size=2']
+  assert len(cloud.of('managed', 'create')) == 1 and not cloud.of('instances', 'delete')
+  with cloud.state() as state:
+    assert not state
+
+
 def test_a_restarted_machine_starts_the_training_again(cloud):
   script = 'n=$(cat ~/n 2>/dev/null || echo 0); echo $((n + 1)) >~/n; ((n)) && exit 0; sleep 60'
   env = training(cloud, script)

@@ -52,6 +52,7 @@ class Cloud:
     python = image / 'python3.13'
     python.write_text(_PYTHON.format(bin=image, root=ROOT, python=sys.executable))
     python.chmod(0o755)
+    (image / 'python').symlink_to(python)  # of a container
     self._file.write_text('{}')
     return self
 

@@ -1,4 +1,5 @@
-"""The fake gcloud, ssh and scp: `programs.py PROGRAM ARGUMENT ...`, with the state in $FAKE_CLOUD.
+"""The fake gcloud, kubectl, ssh and scp: `programs.py PROGRAM ARGUMENT ...`, with their state in
+$FAKE_CLOUD.
 
 A queued resource, a node, an instance and a group of instances become ready after a few looks.
 """
@@ -6,6 +7,7 @@ A queued resource, a node, an instance and a group of instances become ready aft
 import os
 import sys
 
+import kubernetes
 import machines
 
 STAGES = {
@@ -197,7 +199,7 @@ def main():
   cloud.called(program, words)
   if program == 'gcloud':
     return Gcloud(cloud, words).main()
-  return {'ssh': ssh, 'scp': scp}[program](cloud, words)
+  return {'ssh': ssh, 'scp': scp, 'kubectl': kubernetes.kubectl}[program](cloud, words)
 
 
 if __name__ == '__main__':
