@@ -1,5 +1,5 @@
-"""The life of a run on Kubernetes, with a fake kubectl whose controller follows the failure policy of
-the manifest; the training is a shell script.
+"""The life of a run on Kubernetes, with a fake kubectl whose controller follows the failure policy
+of the manifest; the training is a shell script.
 """
 
 import json

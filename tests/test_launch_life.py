@@ -116,17 +116,15 @@ def test_a_group_on_compute_engine_is_filled_again_and_deleted(cloud):
 
 
 def test_a_restarted_machine_starts_the_training_again(cloud):
-  script = 'n=$(cat ~/n 2>/dev/null || echo 0); echo $((n + 1)) >~/n; ((n)) && exit 0; sleep 60'
+  script = '[[ -f ~/once ]] && { touch ~/twice; exit 0; }; touch ~/once; sleep 60'
   env = training(cloud, script)
   process = launchers.start('tpu_vm.sh', *PLACE, *RUN, *cloud.install, env=env)
-  file = home(cloud, 'r1-0') / 'pid'
-  launchers.until(file.exists, process)
-  for host in ('r1-0', 'r1-1'):  # no exit code is written: the wrapper dies too
-    for pid in cloud.processes(host):
-      os.kill(pid, signal.SIGKILL)
+  homes = [cloud.home(f'r1-{i}') for i in range(2)]
+  launchers.until(lambda: all((h / 'once').exists() for h in homes), process)
+  cloud.restart(['r1-0', 'r1-1'])  # no exit code is written: the wrapper dies too
   _, err = process.communicate(timeout=60)
   assert process.returncode == 0, err
-  assert (cloud.home('r1-0') / 'n').read_text() == '2\n'
+  assert all((h / 'twice').exists() for h in homes)
 
 
 def test_a_zone_without_the_type_is_refused(cloud):

@@ -127,9 +127,14 @@ class Cloud:
 
   def power_off(self, hosts):
     """Kills all that runs on hosts, and loses their disks."""
+    self.restart(hosts)
+    for host in hosts:
+      shutil.rmtree(self.home(host), ignore_errors=True)
+
+  def restart(self, hosts):
+    """Kills all that runs on hosts, and keeps their disks."""
     for host in hosts:
       self._kill(f'HOME={self.home(host)}')
-      shutil.rmtree(self.home(host), ignore_errors=True)
 
   def _kill(self, variable):
     while found := self._with(variable):  # a zombie has no environment
