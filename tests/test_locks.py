@@ -193,7 +193,7 @@ def test_a_line_that_locks_nothing_is_an_error(text, match):
 def imported(folder):
   """Modules of other projects that the files of a folder import: {module: files}."""
   found = collections.defaultdict(set)
-  own = {p.stem for p in folder.parent.rglob('*.py')} | {'ftjax'}
+  own = sys.stdlib_module_names | {'compression', 'ftjax'}  # compression: Python 3.14's
   for path in sorted(folder.rglob('*.py')):
     for node in ast.walk(ast.parse(path.read_text())):
       names = []
@@ -206,7 +206,7 @@ def imported(folder):
       for name in names:
         parts = name.split('.')
         module = '.'.join(parts[: 2 if parts[0] == 'google' else 1])
-        if parts[0] not in sys.stdlib_module_names | {'compression'} and parts[0] not in own:
+        if parts[0] not in own:
           found[module].add(path.relative_to(tiny_run.ROOT).as_posix())
   return found
 
