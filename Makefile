@@ -3,21 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
+LOCKS := third_party/requirements
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes
 PARITY_PYTHON ?= python3.11
 
 # One shard of the long tests, for CI: SHARD=I/N.
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint lock lock-parity
+.PHONY: docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
-# --no-deps: the lock holds everything, and pip cannot pair a pin with the same package's extra.
-$(VENV)/.ready: third_party/requirements.txt
+# First the build backends: packages without a wheel are built with these, not with fetched ones.
+# --no-deps: the lock holds everything, and pip before 26 cannot pair pins with extras.
+$(VENV)/.ready: $(LOCKS)/build.txt $(LOCKS)/test.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11; try make PYTHON=python3.12"; exit 2; }
-	@echo "Making $(VENV) from third_party/requirements.txt ..."
+	@echo "Making $(VENV) from $(LOCKS)/test.txt ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes -r third_party/requirements.txt
+	@$(INSTALL) -r $(LOCKS)/build.txt
+	@$(INSTALL) --no-build-isolation -r $(LOCKS)/test.txt
 	@touch $@
 
 assets: env
@@ -64,9 +68,13 @@ docker-digest:
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .
 
-# Needs uv; rewrites the hash-locked requirements for every supported Python.
+# The wheel, the source archive, the bill of materials and SHA256SUMS of the commit, into dist/. The same commit gives the same bytes.
+wheel: env
+	@third_party/wheel.sh $(RUN) dist
+
+# Needs uv; rewrites the hash-locked requirements, each for every supported Python, x86-64 and aarch64. LOCK=--upgrade for the newest versions.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --extra test pyproject.toml -o third_party/requirements.txt
+	third_party/lock.sh $(LOCK)
 
 # The same for the reference libraries; uv must find torch's CPU build (UV_FIND_LINKS or UV_INDEX).
 lock-parity:

@@ -35,7 +35,7 @@ def usage() -> str:
       '',
       *lines,
       '',
-      'ftjax ENTRY --help lists the flags of an entry; ftjax --version prints the version.',
+      'ftjax ENTRY --help lists the flags of an entry; ftjax --version prints version and commit.',
     ]
   )
 
@@ -48,7 +48,9 @@ def main() -> None:
   if name in _HELP:
     print(usage())
   elif name == '--version':
-    print(ftjax.__version__)
+    from ftjax.runtime import build_commit
+
+    print(f'ftjax {ftjax.__version__}, {build_commit.find().text()}')
   elif name in ENTRIES:
     sys.argv = [f'ftjax {name}', *sys.argv[2:]]
     entry = importlib.import_module(f'ftjax.{name}')

@@ -8,7 +8,9 @@ import tomllib
 import pytest
 import tiny_run
 
+import ftjax
 from ftjax import __main__
+from ftjax.runtime import build_commit
 
 PROJECT = tomllib.loads((tiny_run.ROOT / 'pyproject.toml').read_text())
 
@@ -96,7 +98,12 @@ def test_the_script_and_the_packages_that_are_installed():
   assert {
     '.'.join(('ftjax', *p.parent.relative_to(root).parts)) for p in root.rglob('*.py')
   } == folders
-  setup = PROJECT['tool']['setuptools']
-  assert set(setup['packages']) == folders | {'ftjax.configs'}
-  assert len(setup['packages']) == len(set(setup['packages']))
-  assert setup['package-dir'] == {'ftjax.configs': 'configs'}
+  targets = PROJECT['tool']['hatch']['build']['targets']
+  assert targets['wheel']['only-include'] == ['ftjax', 'configs', 'launch']
+  assert targets['wheel']['sources'] == {'configs': 'ftjax/configs', 'launch': 'ftjax/launch'}
+
+
+def test_version_names_the_commit():
+  words = f'ftjax {ftjax.__version__}, {build_commit.find().text()}\n'
+  assert call('--version') == (0, words, '')
+  assert 'version' not in PROJECT['project'] and 'version' in PROJECT['project']['dynamic']
