@@ -208,14 +208,17 @@ def _speed(record: Record, length: int, tiny: bool) -> None:
     for name in kernels(case, length, platform, False):
       with record.row(f'speed, 2 x {length}, {title}') as row:
         row['kernel'] = name
-        _time(row, case, length, alone, program(name, case, platform == 'cpu'))
+        time_kernel(row, case, length, alone, program(name, case, platform == 'cpu'))
   if platform == 'gpu':
     with record.row(f'speed, 2 x {length}, one document; knows no documents') as row:
       row['kernel'] = 'cuDNN, not used'
-      _time(row, case, length, True, _cudnn())
+      time_kernel(row, case, length, True, _cudnn())
 
 
-def _time(row: dict, case: Case, length: int, alone: bool, call) -> None:
+def time_kernel(row: dict, case: Case, length: int, alone: bool, call) -> None:
+  """Writes the time of a `program` into a row: 2 rows of `length` tokens, one document each where
+  `alone`.
+  """
   batch, pairs = measuring.packed_batch(2, length, 9, one_document=alone)
   keys = iter(jax.random.split(jax.random.key(0), 4))
   sizes = [(2, length, n, case.head_dim) for n in (case.heads, case.kv_heads)]

@@ -15,9 +15,10 @@ from accelerator import measuring, training
 from accelerator.record import Record, check
 from ftjax.data import batches
 from ftjax.experiment import weights
-from ftjax.generation.engine import Engine
+from ftjax.generation.engine import TOKENS_PER_DISPATCH, Engine
+from ftjax.generation.queue import ring_capacity
 from ftjax.generation.sampling import Sampling
-from ftjax.models import kinds
+from ftjax.models import kinds, kv_cache
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
 from ftjax.planning import memory, topology
@@ -91,7 +92,7 @@ def _measure(row: dict, arch: Architecture, params: dict, slots: int, tiny: bool
     'compile_s': first['seconds'],
     'compilations_later': found['compilations'],
   }
-  cache = memory.shard_bytes(kept(arch, engine, slots, prompt, most, params))
+  cache = cache_bytes(arch, slots, prompt, most)
   row |= {'cache_gib': cache / 2**30, 'peak_gib': measuring.gib(measuring.memory()['peak'])}
   bandwidth = _bandwidth()
   if math.isfinite(bandwidth):
@@ -105,15 +106,11 @@ def _measure(row: dict, arch: Architecture, params: dict, slots: int, tiny: bool
   check(row, 'tokens that are missing', missing, 0)
 
 
-def kept(arch, engine: Engine, slots: int, prompt: int, most: int, params: dict):
-  """Returns the cache of `slots` sequences as shapes with shardings; compiles nothing new."""
-  del slots
-  like = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), params
-  )
-  return engine.compile(
-    like, prompts=engine.slots, longest=prompt, max_tokens=most, sampling=Sampling(1.0)
-  ).cache
+def cache_bytes(arch: Architecture, slots: int, prompt: int, most: int) -> int:
+  """Returns the bytes of the cache of `slots` sequences."""
+  capacity = ring_capacity(prompt, most, TOKENS_PER_DISPATCH)
+  shapes = jax.eval_shape(lambda: kv_cache.empty(arch, slots, capacity, jnp.dtype('bfloat16')))
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
 
 
 def _bandwidth() -> float:

@@ -49,14 +49,19 @@ def chunked(x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array):
 def dense(x: jax.Array, w: jax.Array, labels: jax.Array, weights: jax.Array):
   """Returns the same from an array of all logits."""
 
-  def loss(x, w):
-    narrow = w.astype(x.dtype)
-    logits = jnp.einsum('BTD,VD->BTV', x, narrow, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=2)[..., 0]
-    found = (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
-    return found.sum() / weights.sum()
+  def whole(x, w, labels, weights):
+    def loss(x, w):
+      logits = jnp.einsum('BTD,VD->BTV', x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+      picked = jnp.take_along_axis(logits, labels[..., None], axis=2)[..., 0]
+      found = (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
+      return found.sum() / weights.sum()
 
-  return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+    return jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+
+  specs = [sharding.spec(*axes) for *_, axes in arguments(1, 1, 1)]
+  return sharding.shard_map(whole, tuple(specs), (sharding.spec(), tuple(specs[:2])))(
+    x, w, labels, weights
+  )
 
 
 def arguments(tokens: int, width: int, vocab: int) -> list[tuple]:

@@ -63,9 +63,22 @@ MODELS = (
   ('Qwen3.5-4B', 4, {}),
 )
 _TINY = {
-  'gemma-3-1b': {'sliding_window': 40, 'query_pre_attn_scalar': 16},
-  'Qwen3-30B-A3B': {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 32},
+  'Qwen3-0.6B': {'num_hidden_layers': 1},
+  'gemma-3-1b': {
+    'num_hidden_layers': 2,
+    'sliding_window': 40,
+    'sliding_window_pattern': 2,
+    'query_pre_attn_scalar': 16,
+  },
+  'Qwen3-30B-A3B': {
+    'num_hidden_layers': 1,
+    'num_experts': 4,
+    'num_experts_per_tok': 2,
+    'moe_intermediate_size': 32,
+  },
   'Qwen3.5-4B': {
+    'num_hidden_layers': 2,
+    'full_attention_interval': 2,
     'linear_num_key_heads': 2,
     'linear_key_head_dim': 16,
     'linear_num_value_heads': 4,
@@ -155,9 +168,9 @@ def _check_product(row: dict, p: Product, interpret: bool) -> None:
 
 def model(name: str, layers: int, tiny: bool, changes: dict) -> Architecture:
   """Returns a model of a few layers, with a small vocabulary and a head of its own."""
-  own = _TINY.get(name, {}) if tiny else changes
   sizes = {'num_hidden_layers': layers, 'vocab_size': 512 if tiny else 4096}
-  return measuring.architecture(name, tiny, **sizes, tie_word_embeddings=False, **own)
+  sizes |= _TINY[name] if tiny else changes
+  return measuring.architecture(name, tiny, **sizes, tie_word_embeddings=False)
 
 
 def gradient_program(arch: Architecture, dtype: str):

@@ -108,10 +108,14 @@ def peak_flops() -> throughput.Peak | None:
   return throughput.find_peak() if measuring.platform() == 'cpu' else throughput.table_peak(kind, 1)
 
 
+def chip_name(device_kind: str) -> str | None:
+  """Returns the name of a device in planning/topology.py; None for one that it does not know."""
+  return next((name for start, name in _KINDS if device_kind.startswith(start)), None)
+
+
 def planned_seconds(own: Trainer, held: memory.Memory) -> float | None:
   """Returns the plan's time of a step, a lower bound from peak rates; None for unknown devices."""
-  kind = own.run.mesh.devices.flat[0].device_kind
-  name = next((n for start, n in _KINDS if kind.startswith(start)), None)
+  name = chip_name(own.run.mesh.devices.flat[0].device_kind)
   if name is None:
     return None
   where = topology.Topology(f'{name}, one device', name, (1,))
