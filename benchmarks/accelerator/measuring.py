@@ -18,7 +18,7 @@ from ftjax.planning import known_models
 from ftjax.runtime import sharding
 
 # A model of the same family for CPUs.
-_TINY = {
+TINY = {
   'hidden_size': 64,
   'num_hidden_layers': 2,
   'num_attention_heads': 4,
@@ -47,7 +47,7 @@ def architecture(name: str, tiny: bool, **changes: int | bool) -> Architecture:
 
   name: of planning/known_models.py. changes: keys of its config.json with other values.
   """
-  config = known_models.SHAPES[name] | (_TINY if tiny else {}) | changes
+  config = known_models.SHAPES[name] | (TINY if tiny else {}) | changes
   return table.architecture(config)
 
 
