@@ -2,12 +2,13 @@
 is killed keeps what it has measured.
 
 The first line holds the columns of the section's table, each other line a row: measured values,
-`checks`, and `error` where measuring it failed. Nothing here imports jax: the runner reads rows too.
+`checks`, `row_s` (seconds that it took), and `failure` where measuring it failed. Nothing here imports jax: the runner reads rows too.
 """
 
 import contextlib
 import json
 import math
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,11 +42,13 @@ class Record:
     which is kept in the row and goes no further.
     """
     values: dict = {'name': name}
+    begin = time.monotonic()
     try:
       yield values
     except Exception as error:  # one case may fail without the others
       traceback.print_exc()
-      values['error'] = describe(error)
+      values['failure'] = describe(error)
+    values['row_s'] = round(time.monotonic() - begin, 2)
     with self._path.open('a', encoding='utf-8') as file:
       file.write(json.dumps(_plain(values)) + '\n')
 

@@ -174,7 +174,7 @@ def timed(compiled, state, batch, steps: int) -> tuple[object, list[float], list
 
 
 def _measure(row: dict, model: str, method: str, rows: int, remats: list[str], tiny: bool) -> None:
-  arch = measuring.architecture(model, tiny)
+  arch, rows = measuring.architecture(model, tiny), 2 if tiny else rows
   found = fitting(method, rows, remats, arch, tiny)
   own, c = found.own, found.own.run.config
   row |= {
