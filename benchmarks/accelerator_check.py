@@ -2,8 +2,8 @@
 
   python benchmarks/accelerator_check.py --out=DIR [--budget=540]
 
-Needs no network and no files: models have the shapes of released ones and random weights, tokens are
-random. Each section is a process of its own with a limit of its own, so that a crash, a hang or too
+Needs no network and no files: models have the shapes of released ones and random weights, tokens
+are random. Each section is a process of its own with a limit of its own, so that a crash, a hang or too
 little memory loses that section alone; what it had measured until then is kept. Sections run in
 order of importance until the budget is spent; those left out are listed, and `--after=FILE` runs
 them in a second call. DIR gets results.json and table.md after every section, and a log for each.
@@ -84,7 +84,13 @@ def run_section(section: Section, limit: float, out: Path, attached: str, tiny: 
       _end(process)
   columns, found = record.read(rows)
   seconds = round(time.monotonic() - begin, 1)
-  return {'name': section.name, 'state': state, 'seconds': seconds, 'columns': columns, 'rows': found}
+  return {
+    'name': section.name,
+    'state': state,
+    'seconds': seconds,
+    'columns': columns,
+    'rows': found,
+  }
 
 
 def _ended(code: int, log: Path) -> str:

@@ -160,20 +160,20 @@ def arguments(case: Case, length: int) -> tuple[list[jax.Array], list[jax.Array]
   return placed(*arrays), placed(*others)
 
 
-def run(record: Record, tiny: bool) -> None:
-  """Checks every kernel that the platform can run, the platform's own first."""
+def run(record: Record, tiny: bool, *, own: bool) -> None:
+  """Checks the kernel that the platform chooses for each case, and times it; with own=False all
+  other kernels that can run here.
+  """
   measuring.one_device()
   platform, length = measuring.platform(), 256 if tiny else 2048
-  cases = TINY_CASES if tiny else CASES
-  pairs = [(c, k) for c in cases for k in kernels(c, length, platform, tiny)]
-  own = {c: kernels(c, length, platform, tiny)[0] for c in cases}
-  pairs.sort(key=lambda pair: pair[1] != own[pair[0]])  # the platform's choice first
-  expected = {}
-  for case, name in pairs:
-    with record.row(case.name) as row:
-      row['kernel'] = name
-      _measure(row, case, name, length, platform == 'cpu', expected)
-  _speed(record, 256 if tiny else 4096, tiny)
+  expected: dict = {}
+  for case in TINY_CASES if tiny else CASES:
+    names = kernels(case, length, platform, tiny)
+    for name in names[:1] if own else names[1:]:
+      with record.row(case.name) as row:
+        row['kernel'] = name
+        _measure(row, case, name, length, platform == 'cpu', expected)
+  _speed(record, 256 if tiny else 4096, tiny, own)
 
 
 def _measure(row: dict, case: Case, name: str, length: int, interpret: bool, expected: dict):
@@ -182,8 +182,8 @@ def _measure(row: dict, case: Case, name: str, length: int, interpret: bool, exp
   real, others = segments > 0, segments != _CHANGED
   call = program(name, case, interpret)
   if case not in expected:
-    found = program('dense', case, interpret, reference=True)(*before)
-    expected[case] = [np.asarray(a) for a in found]
+    reference = program('dense', case, interpret, reference=True)(*before)
+    expected[case] = [np.asarray(a) for a in reference]
   found, again, changed = ([np.asarray(a) for a in call(*x)] for x in (before, before, after))
   row['leak'] = measuring.largest(measuring.difference(*x, others) for x in _pairs(found, changed))
   row['repeat'] = measuring.largest(measuring.difference(*x) for x in _pairs(found, again))
@@ -200,16 +200,17 @@ def _pairs(a: list, b: list) -> zip:
   return zip(a, b, strict=True)
 
 
-def _speed(record: Record, length: int, tiny: bool) -> None:
+def _speed(record: Record, length: int, tiny: bool, own: bool) -> None:
   """Times forward and backward, on rows of packed documents and of one document."""
   case = TINY_CASES[0] if tiny else CASES[0]
   platform = measuring.platform()
   for title, alone in (('packed documents', False), ('one document', True)):
-    for name in kernels(case, length, platform, False):
+    names = kernels(case, length, platform, False)
+    for name in names[:1] if own else names[1:]:
       with record.row(f'speed, 2 x {length}, {title}') as row:
         row['kernel'] = name
         time_kernel(row, case, length, alone, program(name, case, platform == 'cpu'))
-  if platform == 'gpu':
+  if platform == 'gpu' and own:
     with record.row(f'speed, 2 x {length}, one document; knows no documents') as row:
       row['kernel'] = 'cuDNN, not used'
       time_kernel(row, case, length, True, _cudnn())
@@ -238,12 +239,8 @@ def _cudnn():
 
   def whole(q, k, v, segments, positions, g):
     del segments, positions
-    attend = functools.partial(
-      jax.nn.dot_product_attention, is_causal=True, implementation='cudnn'
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation='cudnn')
     out, back = jax.vjp(attend, q, k, v)
     return out, *back(g)
 
-  return jax.jit(
-    sharding.shard_map(whole, (sharding.spec(),) * 6, (sharding.spec(),) * 4)
-  )
+  return jax.jit(sharding.shard_map(whole, (sharding.spec(),) * 6, (sharding.spec(),) * 4))

@@ -51,7 +51,9 @@ def train(tiny: bool) -> dict:
   from ftjax.runtime import trees
 
   measuring.one_device()
-  arch = measuring.architecture('Qwen3-0.6B', tiny, **({} if tiny else {'num_hidden_layers': LAYERS}))
+  arch = measuring.architecture(
+    'Qwen3-0.6B', tiny, **({} if tiny else {'num_hidden_layers': LAYERS})
+  )
   rows, length, steps = (2, 64, 4) if tiny else (ROWS, SEQ_LEN, STEPS)
   c = training.config('sft', rows, 'dots', tiny)
   c.seq_len = length

@@ -75,9 +75,7 @@ def _measure(row: dict, arch: Architecture, params: dict, slots: int, tiny: bool
 
   def rollout(seed: int):
     sampling = Sampling(1.0)
-    return engine.generate(
-      params, prompts, group=1, max_tokens=most, sampling=sampling, seed=seed
-    )
+    return engine.generate(params, prompts, group=1, max_tokens=most, sampling=sampling, seed=seed)
 
   first = rollout(0).metrics
   rounds = [rollout(seed) for seed in (1, 2, 3)]

@@ -1,8 +1,8 @@
 """The chunked cross-entropy head against dense logits: time and memory of loss and gradients.
 
 Both get hidden states in bfloat16 and a float32 table, whose product is taken in bfloat16 with
-float32 sums; dense logits are float32 [tokens, vocabulary]. Memory is what the compiler reserves for
-temporaries and results. The guarantee is a chunked head of at most 1.15 times the dense time.
+float32 sums; dense logits are float32 [tokens, vocabulary]. Memory is what the compiler reserves
+for temporaries and results. The guarantee is a chunked head of at most 1.15 times the dense time.
 """
 
 import functools
@@ -84,7 +84,10 @@ def compiled(function, given) -> tuple[jax.stages.Compiled, float]:
 
 def _measure(row: dict, tokens: int, width: int, vocab: int) -> None:
   keys = jax.random.split(jax.random.key(0), 3)
-  places = [jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec(*a)) for *_, a in arguments(tokens, width, vocab)]
+  places = [
+    jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec(*a))
+    for *_, a in arguments(tokens, width, vocab)
+  ]
   host = (
     jax.random.normal(keys[0], (1, tokens, width), jnp.bfloat16),
     jax.random.normal(keys[1], (vocab, width), jnp.float32) * width**-0.5,

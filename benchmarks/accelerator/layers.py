@@ -1,9 +1,9 @@
 """Grouped products of mixtures of experts, and whole models of four kinds, on the device.
 
 The grouped kernel (models/kernels/grouped_triton.py on NVIDIA GPUs) is compared with a plain loop
-over the groups in float32. Models are cut to a few layers of their real width: documents of a packed
-row must not influence each other, through attention with and without window, convolution and state
-of delta nets, and experts; and bfloat16 must stay near float32.
+over the groups in float32. Models are cut to a few layers of their real width: documents of a
+packed row must not influence each other, through attention with and without window, convolution and
+state of delta nets, and experts; and bfloat16 must stay near float32.
 """
 
 import dataclasses

@@ -58,7 +58,7 @@ def describe(root: Path, commit: str) -> dict[str, str]:
 
   root: of the checkout. commit: as the user gave it; '' asks git.
   """
-  found = {}
+  found, system = {}, f'{platform.system()} {platform.release()}'
   for name in PACKAGES:
     try:
       found[name] = metadata.version(name)
@@ -69,7 +69,7 @@ def describe(root: Path, commit: str) -> dict[str, str]:
     'code': code_digest(root),
     'driver': driver(),
     'cuda': cuda_version(),
-    'host': f'{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}',
+    'host': f'{platform.machine()}, {os.cpu_count()} cores, {system}',
     'packages': ', '.join(f'{k} {v}' for k, v in found.items()),
   }
 

@@ -39,7 +39,9 @@ class Out:
       loss = round_()
       self.answer(job, begin, cpu, loss, peak())
 
-  def answer(self, job: dict, begin: float, cpu: float, loss: float, peak: int | None) -> None:
+  def answer(
+    self, job: dict, begin: float, cpu: float, loss: float | None, peak: int | None
+  ) -> None:
     """Writes what a round took that began at the given clocks."""
     self.write(
       seconds=time.perf_counter() - begin,
@@ -178,7 +180,7 @@ def run_trl(job: dict, out: Out) -> None:
       if state.global_step % job['updates'] == 0:
         if device == 'cuda':
           torch.cuda.synchronize()
-        out.answer(job, *began, float('nan'), _torch_peak())
+        out.answer(job, *began, None, _torch_peak())
 
   with tempfile.TemporaryDirectory() as folder:
     settings = trl.SFTConfig(

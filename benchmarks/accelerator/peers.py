@@ -6,6 +6,7 @@ jax must not reserve its memory beforehand; the runner sees to that. Ratios are 
 quotients within a round.
 """
 
+import contextlib
 import importlib.util
 import os
 import statistics
@@ -35,7 +36,9 @@ def job(tiny: bool) -> dict:
   from ftjax.planning import known_models
 
   small = {**measuring.TINY, 'max_position_embeddings': 512} if tiny else {}
-  sizes = {'rows': 2, 'seq_len': 64, 'updates': 2} if tiny else {'rows': 4, 'seq_len': 4096, 'updates': 5}
+  sizes = (
+    {'rows': 2, 'seq_len': 64, 'updates': 2} if tiny else {'rows': 4, 'seq_len': 4096, 'updates': 5}
+  )
   config = known_models.SHAPES[_MODEL] | small
   return {'config': config, 'remat': 'dots', 'checkpointing': False, **sizes}
 
@@ -66,25 +69,21 @@ def run(record: Record, tiny: bool) -> None:
 
 def _measure(row: dict, record: Record, kind: str, what: dict) -> None:
   with tempfile.TemporaryDirectory() as name:
-    folder, workers = Path(name), []
+    workers: list[contest.Worker] = []
     try:
       for contestant in ('ftjax', kind):
-        workers.append(_started(contestant, what, folder))
+        workers.append(_worker(contestant, what, Path(name)))
       contest.play(kind, workers, WARMUP, ROUNDS)
-      ours, theirs = workers
-      row |= _summary(theirs) | {'ratio': ours.ratio(theirs, 'seconds')}
-      with record.row(f'ftjax beside {kind}') as own:
-        own |= _summary(ours)
+    except SystemExit as error:  # the process of one has ended, which its log explains
+      raise RuntimeError(str(error).strip().splitlines()[-1]) from error
     finally:
       for worker in workers:
-        worker.close()
-
-
-def _started(kind: str, what: dict, folder: Path) -> contest.Worker:
-  try:
-    return _worker(kind, what, folder)
-  except SystemExit as error:  # its process has ended
-    raise RuntimeError(str(error)) from error
+        with contextlib.suppress(BrokenPipeError):
+          worker.close()
+    ours, theirs = workers
+    row |= _summary(theirs) | {'ratio': ours.ratio(theirs, 'seconds')}
+    with record.row(f'ftjax beside {kind}') as own:
+      own |= _summary(ours)
 
 
 def _summary(worker: contest.Worker) -> dict:

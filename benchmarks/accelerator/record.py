@@ -2,7 +2,8 @@
 is killed keeps what it has measured.
 
 The first line holds the columns of the section's table, each other line a row: measured values,
-`checks`, `row_s` (seconds that it took), and `failure` where measuring it failed. Nothing here imports jax: the runner reads rows too.
+`checks`, `row_s` (seconds that it took), and `failure` where measuring it failed. Nothing here
+imports jax: the runner reads rows too.
 """
 
 import contextlib

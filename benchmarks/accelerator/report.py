@@ -59,7 +59,7 @@ def _section(found: dict) -> str:
     if 'failure' in row:
       notes.append(f'- {row["name"]}: {_cell(row["failure"])}')
     notes += [
-      f'- **failed**: {row["name"]}{_kernel(row)}: {c["what"]} {c["value"]:.6g}, at most '
+      f'- **failed**: {row["name"]}{_kernel(row)}: {c["what"]} {_value(c["value"], ".6g")}, at most '
       f'{c["most"]:g} expected'
       for c in row.get('checks', [])
       if not c['passed']
@@ -76,7 +76,10 @@ def _kernel(row: dict) -> str:
 def table(columns: Sequence, rows: Sequence[dict]) -> str:
   """Returns rows as a Markdown table, without columns that no row has a value for."""
   used = [c for c in columns if any(row.get(c[0]) not in (None, '') for row in rows)]
-  lines = ['| | ' + ' | '.join(title for _, title, _ in used) + ' |', '|---' * (len(used) + 1) + '|']
+  lines = [
+    '| | ' + ' | '.join(title for _, title, _ in used) + ' |',
+    '|---' * (len(used) + 1) + '|',
+  ]
   for row in rows:
     cells = [_value(row.get(key), form) for key, _, form in used]
     lines.append(f'| {_cell(row["name"])} | ' + ' | '.join(cells) + ' |')

@@ -41,7 +41,14 @@ def _decoding(name: str, model: str, *slots: int) -> Section:
 
 SECTIONS = (
   Section('device', 'Device', 'accelerator.device', 60, 10),
-  Section('attention', 'Attention kernels', 'accelerator.attention', 150, 30),
+  Section(
+    'attention',
+    'Attention, the kernel that is chosen here',
+    'accelerator.attention',
+    150,
+    30,
+    (('own', True),),
+  ),
   _training('sft_0.6b', 'Qwen3-0.6B', 'sft', 8, 'dots', 'full', limit=90),
   Section('head', 'Cross-entropy head against dense logits', 'accelerator.head', 70, 20),
   _training('lora_8b', 'Qwen3-8B', 'lora', 4, 'dots', 'full', limit=120),
@@ -55,11 +62,17 @@ SECTIONS = (
     50,
     wants_platform=True,
   ),
-  Section(
-    'peers', 'Beside torch on this card', 'accelerator.peers', 120, 60, shares_device=True
-  ),
+  Section('peers', 'Beside torch on this card', 'accelerator.peers', 120, 60, shares_device=True),
   _training('sft_1.7b', 'Qwen3-1.7B', 'sft', 4, 'dots', 'full', limit=90),
   _training('qlora_8b', 'Qwen3-8B', 'qlora', 4, 'full', limit=120),
   _decoding('decode_1.7b', 'Qwen3-1.7B', 64, 256),
+  Section(
+    'attention_rest',
+    'Attention, the other kernels',
+    'accelerator.attention',
+    120,
+    30,
+    (('own', False),),
+  ),
   Section('blocks', 'Block sizes of the GPU attention kernel', 'accelerator.blocks', 60, 20),
 )

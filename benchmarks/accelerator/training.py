@@ -1,8 +1,8 @@
 """SFT, LoRA and QLoRA steps: tokens/s, MFU and peak memory, beside the plan for the same config.
 
 The step is the one that `ftjax.train` compiles, on random weights and rows of packed documents of
-random tokens, all supervised. Its time is the median of single steps, each until its state is ready.
-The first of the given rematerializations whose planned memory fits the device is run.
+random tokens, all supervised. Its time is the median of single steps, each until its state is
+ready. The first of the given rematerializations whose planned memory fits the device is run.
 """
 
 import dataclasses
