@@ -3,8 +3,8 @@
   python benchmarks/accelerator_check.py --out=DIR [--budget=540]
 
 Needs no network and no files: models have the shapes of released ones and random weights, tokens
-are random. Each section is a process of its own with a limit of its own, so that a crash, a hang or too
-little memory loses that section alone; what it had measured until then is kept. Sections run in
+are random. Each section is a process of its own with a limit of its own, so that a crash, a hang or
+too little memory loses that section alone; what it had measured until then is kept. Sections run in
 order of importance until the budget is spent; those left out are listed, and `--after=FILE` runs
 them in a second call. DIR gets results.json and table.md after every section, and a log for each.
 docs/accelerator_check.md describes the sections, the wheels to bring, and what a figure means.
@@ -43,15 +43,15 @@ def environment(section: Section, out: Path, attached: str, tiny: bool) -> dict[
   if (HERE.parent / 'ftjax').is_dir():  # else the installed package
     roots.append(str(HERE.parent))
   own['PYTHONPATH'] = os.pathsep.join([*roots, *filter(None, [own.get('PYTHONPATH')])])
-  if attached == 'cpu':
-    own['JAX_PLATFORMS'] = 'cpu'
-    if tiny:  # programs this small take longer to compile than to run
-      own.setdefault(
-        'XLA_FLAGS',
-        '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
-      )
-      own.setdefault('JAX_COMPILATION_CACHE_DIR', str(out / 'programs'))
-      own.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+  # Without it jax would fall back to the CPU where a device does not start.
+  own['JAX_PLATFORMS'] = {'gpu': 'cuda,cpu', 'tpu': 'tpu,cpu', 'cpu': 'cpu'}[attached]
+  if attached == 'cpu' and tiny:  # programs this small take longer to compile than to run
+    own.setdefault(
+      'XLA_FLAGS',
+      '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+    )
+    own.setdefault('JAX_COMPILATION_CACHE_DIR', str(out / 'programs'))
+    own.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
   # One process at a time holds the card, but for those of `peers`.
   own['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false' if section.shares_device else 'true'
   own.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.93')
@@ -84,13 +84,11 @@ def run_section(section: Section, limit: float, out: Path, attached: str, tiny: 
       _end(process)
   columns, found = record.read(rows)
   seconds = round(time.monotonic() - begin, 1)
-  return {
-    'name': section.name,
-    'state': state,
-    'seconds': seconds,
-    'columns': columns,
-    'rows': found,
-  }
+  result = {'name': section.name, 'state': state, 'seconds': seconds}
+  result |= {'columns': columns, 'rows': found}
+  if not is_whole(result):  # so that results.json alone explains it
+    result['log'] = log.read_text(encoding='utf-8', errors='replace')[-6000:]
+  return result
 
 
 def _ended(code: int, log: Path) -> str:
@@ -102,11 +100,9 @@ def _ended(code: int, log: Path) -> str:
     how = f'killed by {names.get(-code, -code)}'
   else:
     how = f'exit code {code}'
-  return f'{record.OUT_OF_MEMORY}: {last}' if _is_memory(text) else f'{how}: {last}'
-
-
-def _is_memory(text: str) -> bool:
-  return 'RESOURCE_EXHAUSTED' in text or 'CUDA out of memory' in text or 'MemoryError' in text
+  if last.startswith(record.OUT_OF_MEMORY):
+    return last
+  return f'{record.OUT_OF_MEMORY}: {last}' if record.is_memory(last) else f'{how}: {last}'
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -220,7 +216,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
   parser.add_argument('--after', default='', help='results.json: its whole sections are kept')
   parser.add_argument('--commit', default='', help='of the code, where it is no git checkout')
   parser.add_argument('--tiny', action='store_true', help='small shapes, to try the check itself')
-  parser.add_argument('--cpu', action='store_true', help='use no accelerator; implies --tiny')
+  parser.add_argument(
+    '--platform',
+    choices=('auto', 'gpu', 'tpu', 'cpu'),
+    default='auto',
+    help='auto: what is found; cpu implies --tiny',
+  )
   parser.add_argument('--list', action='store_true', help='list the sections and end')
   parser.add_argument('--section', help=argparse.SUPPRESS)
   parser.add_argument('--rows', help=argparse.SUPPRESS)
@@ -249,7 +250,9 @@ def main(argv: list[str] | None = None) -> int:
   earlier = _earlier(parser, args.after)
   sections = _chosen(parser, args.only, earlier)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a section's process ends with this one
-  attached = 'cpu' if args.cpu else machine.attached()
+  attached = machine.attached() if args.platform == 'auto' else args.platform
+  if args.platform == 'auto' and attached == 'cpu':
+    print('no accelerator was found: small shapes on the CPU', file=sys.stderr, flush=True)
   tiny = args.tiny or attached == 'cpu'
   head = earlier | {
     'machine': machine.describe(HERE.parent, args.commit),

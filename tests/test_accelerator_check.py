@@ -164,9 +164,9 @@ def test_results_are_kept_where_the_check_is_ended(check, tmp_path):
 def test_a_second_call_runs_what_the_first_left_out(check, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(check, 'SECTIONS', [section(check, n) for n in ('good', 'crash')])
   first, second = tmp_path / 'first', tmp_path / 'second'
-  assert check.main(['--cpu', f'--out={first}', '--commit=abc']) == 1
+  assert check.main(['--platform=cpu', f'--out={first}', '--commit=abc']) == 1
   (tmp_path / 'section_crash.py').write_text(HEAD + MODULES['good'] + '\n')
-  assert check.main(['--cpu', f'--out={second}', f'--after={first}/results.json']) == 0
+  assert check.main(['--platform=cpu', f'--out={second}', f'--after={first}/results.json']) == 0
   results = json.loads((second / 'results.json').read_text())
   assert [s['name'] for s in results['sections']] == ['good', 'crash']
   assert results['before']['commit'] == 'abc' and '`--after`' in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_the_wheels_are_those_that_the_check_imports(check):
 @pytest.mark.full
 def test_all_sections_run_with_small_shapes(check, tmp_path):
   out = tmp_path / 'out'
-  command = [sys.executable, str(SCRIPT), '--cpu', f'--out={out}', '--budget=500']
+  command = [sys.executable, str(SCRIPT), '--platform=cpu', f'--out={out}', '--budget=500']
   done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
   results = json.loads((out / 'results.json').read_text())
   assert done.returncode == 0, done.stdout

@@ -9,8 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from accelerator import measuring
+from accelerator import measuring, training
 from accelerator.record import Record
+from ftjax.planning import topology
 from ftjax.telemetry import throughput
 
 COLUMNS = (
@@ -34,6 +35,8 @@ def run(record: Record, tiny: bool) -> None:
     row |= {'value': measuring.gib(measuring.memory()['limit']), 'unit': 'GiB'}
   with record.row('memory bandwidth, copy') as row:
     row |= {'value': _bandwidth(2**20 if tiny else 2**32) / 1e9, 'unit': 'GB/s'}
+    name = training.chip_name(device.device_kind)
+    row['sheet'] = topology.CHIPS[name].bandwidth / 1e9 if name else None
   with record.row('bfloat16 matrix product') as row:
     sheet = throughput.table_peak(device.device_kind, 1)
     row |= {'value': _products(128 if tiny else 8192) / 1e12, 'unit': 'TFLOP/s'}

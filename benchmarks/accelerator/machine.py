@@ -24,7 +24,8 @@ def attached() -> str:
     if name in wanted:
       return kind
   plugins = ('jax_cuda13_plugin', 'jax_cuda12_plugin')
-  if cuda_version() and any(map(importlib.util.find_spec, plugins)):
+  has_gpu = bool(cuda_version()) or any(Path('/dev').glob('nvidia[0-9]*'))
+  if has_gpu and any(map(importlib.util.find_spec, plugins)):
     return 'gpu'
   chips = [*Path('/dev').glob('accel*'), *Path('/dev').glob('vfio/[0-9]*')]
   return 'tpu' if chips and importlib.util.find_spec('libtpu') else 'cpu'

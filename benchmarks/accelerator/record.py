@@ -20,9 +20,17 @@ OUT_OF_MEMORY = 'out of memory'
 def describe(error: BaseException) -> str:
   """Returns one line about an exception: 'out of memory: ...', or its type and message."""
   text = ' '.join(str(error).split())[:400]
-  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text or 'CUDA out of memory' in text:
+  if isinstance(error, MemoryError) or is_memory(text):
     return f'{OUT_OF_MEMORY}: {text}'
   return f'{type(error).__name__}: {text}'
+
+
+def is_memory(text: str) -> bool:
+  """Returns whether a message is about too little memory of the device or the host, and not about a
+  kernel's block that is too large.
+  """
+  marks = ('RESOURCE_EXHAUSTED', 'CUDA out of memory', 'MemoryError', 'Out of memory')
+  return any(mark in text for mark in marks) and 'Shared memory size' not in text
 
 
 class Record:

@@ -59,8 +59,8 @@ def _section(found: dict) -> str:
     if 'failure' in row:
       notes.append(f'- {row["name"]}: {_cell(row["failure"])}')
     notes += [
-      f'- **failed**: {row["name"]}{_kernel(row)}: {c["what"]} {_value(c["value"], ".6g")}, at most '
-      f'{c["most"]:g} expected'
+      f'- **failed**: {row["name"]}{_kernel(row)}: {c["what"]} {_value(c["value"], ".6g")}, '
+      f'at most {c["most"]:g} expected'
       for c in row.get('checks', [])
       if not c['passed']
     ]
