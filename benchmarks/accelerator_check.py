@@ -43,8 +43,8 @@ def environment(section: Section, out: Path, attached: str, tiny: bool) -> dict[
   if (HERE.parent / 'ftjax').is_dir():  # else the installed package
     roots.append(str(HERE.parent))
   own['PYTHONPATH'] = os.pathsep.join([*roots, *filter(None, [own.get('PYTHONPATH')])])
-  # Without it jax would fall back to the CPU where a device does not start.
   own['JAX_PLATFORMS'] = {'gpu': 'cuda,cpu', 'tpu': 'tpu,cpu', 'cpu': 'cpu'}[attached]
+  own['FTJAX_CHECK_PLATFORM'] = attached  # measuring.EXPECTED
   if attached == 'cpu' and tiny:  # programs this small take longer to compile than to run
     own.setdefault(
       'XLA_FLAGS',

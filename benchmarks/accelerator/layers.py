@@ -266,12 +266,17 @@ def _pairs(tree: dict, other: dict):
   return (tuple(np.asarray(x).astype(np.float32).ravel() for x in pair) for pair in leaves)
 
 
-def run(record: Record, tiny: bool) -> None:
-  """Checks grouped products, then whole models; delta nets, which compile longest, come last."""
+def run(record: Record, tiny: bool, *, part: str) -> None:
+  """Checks grouped products, or whole models; delta nets, which compile longest, come last.
+
+  part: products or models.
+  """
   measuring.one_device()
-  for p in TINY_PRODUCTS if tiny else PRODUCTS:
-    with record.row(p.name) as row:
-      _check_product(row, p, measuring.platform() == 'cpu')
+  if part == 'products':
+    for p in TINY_PRODUCTS if tiny else PRODUCTS:
+      with record.row(p.name) as row:
+        _check_product(row, p, measuring.platform() == 'cpu')
+    return
   for name, layers, changes in MODELS:
     with record.row(f'{name}, {layers} layers') as row:
       _check_model(row, model(name, layers, tiny, changes), 128 if tiny else 1024)

@@ -2,6 +2,7 @@
 of packed documents.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,8 @@ from ftjax.models.architecture import Architecture
 from ftjax.planning import known_models
 from ftjax.runtime import sharding
 
+# The environment variable with the platform that the runner found.
+EXPECTED = 'FTJAX_CHECK_PLATFORM'
 # A model of the same family for CPUs.
 TINY = {
   'hidden_size': 64,
@@ -30,7 +33,15 @@ TINY = {
 
 
 def one_device(device: jax.Device | None = None) -> Mesh:
-  """Sets and returns a mesh of one device: the first that is attached, or the given one."""
+  """Sets and returns a mesh of one device: the first that is attached, or the given one.
+
+  Raises:
+    RuntimeError: jax found another platform than the runner. With JAX_PLATFORMS=cuda,cpu it goes on
+      with the CPU where the GPU does not start.
+  """
+  expected = os.environ.get(EXPECTED)
+  if device is None and expected not in (None, jax.default_backend()):
+    raise RuntimeError(f'expected {expected}, and jax has started on {jax.default_backend()}')
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), [device or jax.devices()[0]])
   jax.set_mesh(mesh)
   jax.config.update('jax_default_matmul_precision', 'default')
