@@ -13,7 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from accelerator import measuring
+from accelerator import measuring, packed_base
 from accelerator.record import Record, check
 from ftjax.algorithms import sft
 from ftjax.config import keys, validation
@@ -188,6 +188,9 @@ def _measure(row: dict, model: str, method: str, rows: int, remats: list[str], t
     'parameters': counts.num_params(own.run.arch),
     'trained': counts.num_trained(own.run.arch),
   }
+  if method == 'qlora':  # in place of a base that is drawn in float32 and packed
+    params = packed_base.make(own.run.arch, c.model.param_dtype)
+    own.run.load_first = lambda: params
   state = own.fresh()
   batch, pairs = device_batch(own)
   jax.block_until_ready((state, batch))
