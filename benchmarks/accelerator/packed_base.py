@@ -1,8 +1,8 @@
 """A random base in nf4, made packed.
 
 `kinds.init` draws a base in float32 and packs it, which takes more memory than a training step on
-the result: the peak of the step could not be read from the device. Speed and memory of a step do not
-depend on the values; here codes are uniform, and their blocks have sizes that give the weights the
+the result: the peak of the step could not be read from the device. Speed and memory of a step do
+not depend on the values; here codes are uniform, and their blocks have sizes that give the weights the
 usual variance of 1 / fan_in.
 """
 
@@ -21,8 +21,8 @@ _SCALE = 1 / (0.5 * 170)
 
 
 def make(arch: Architecture, dtype: str) -> dict:
-  """Returns all parameters of an architecture with an adapter on a packed base, on the current mesh;
-  adapters begin as in training.
+  """Returns all parameters of an architecture with an adapter on a packed base, on the current
+  mesh; adapters begin as in training.
 
   dtype: of leaves that declare none.
   """
