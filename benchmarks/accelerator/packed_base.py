@@ -2,8 +2,8 @@
 
 `kinds.init` draws a base in float32 and packs it, which takes more memory than a training step on
 the result: the peak of the step could not be read from the device. Speed and memory of a step do
-not depend on the values; here codes are uniform, and their blocks have sizes that give the weights the
-usual variance of 1 / fan_in.
+not depend on the values; here codes are uniform, and their blocks have sizes that give the weights
+the usual variance of 1 / fan_in.
 """
 
 import functools
