@@ -11,7 +11,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -60,6 +60,10 @@ test-shard: env
 # What computes, compiled as users' programs are.
 optimized: env
 	@XLA_FLAGS= $(PYTEST) --full tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
+
+# The digest of the images' base, from an image registry: launch/docker.sh build --digest=...
+docker-digest:
+	@launch/docker/digest.sh $(IMAGE)
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .

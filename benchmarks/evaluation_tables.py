@@ -1,12 +1,16 @@
 """What tuning gives on real tasks: base, base with examples and tuned, with intervals.
 
   make assets eval-data      (and make gemma, for --models=gemma3)
-  .venv/bin/python benchmarks/evaluation_tables.py OUT [--seeds=0] [--models=smollm2] [KEY=VALUE]
+  .venv/bin/python benchmarks/evaluation_tables.py OUT [--tasks=sentiment,math] [--seeds=0]
+    [--models=smollm2] [--safety] [KEY=VALUE]
 
 Trains a shipped config for each task, model and seed, one after another, in
 OUT/<task>_<model>_<seed>. A run that is done is read, not made again; one that was stopped is
 resumed. OUT/table.md is written after each run. Gemma 3 270M is a base model without a chat
 template: its rows are the same texts, as prompt and completion, which are written to OUT/rows.
+
+--safety (after `make safety-data`) scores the safety sets too, and plants 12 secrets in the
+training rows; it wants rows of messages, those of smollm2. A run that `gate` refuses is done too.
 """
 
 import argparse
@@ -39,6 +43,18 @@ MODELS = {
     ),
   ),
 }
+# {name: (kind, file in .cache/safety)}
+SAFETY = {
+  'crows': ('stereotype_pair', 'crows_pairs.jsonl'),
+  'stereoset': ('stereoset', 'stereoset.jsonl'),
+  'bbq': ('question_bias', 'bbq.jsonl'),
+  'pronouns': ('stereotype_pair', 'wino_pronoun.jsonl'),
+  'coreference': ('coreference', 'wino_coreference.jsonl'),
+  'toxicity': ('toxicity', 'toxicity_prompts.jsonl'),
+  'harmful': ('refusal', 'harmful.jsonl'),
+  'harmless': ('refusal', 'harmless.jsonl'),
+}
+REFUSED = 5  # the exit code of a run whose export `gate` refused
 USUAL = (
   'eval.rows=200',
   'eval.prompts=()',
@@ -75,7 +91,17 @@ def rows_of(out: Path, folder: str, model: str) -> str:
   return str(target)
 
 
-def keys_of(out: Path, task: str, model: str) -> list[str]:
+def canaries(out: Path, task: str) -> Path:
+  """Returns the folder of a task's training rows with secrets in them; writes it."""
+  target = out / 'canaries' / task
+  source = Path('.cache') / TASKS[task][1] / 'train.jsonl'
+  if not (target / 'canaries.jsonl').exists():
+    script = Path(__file__).parents[1] / 'demo' / 'canaries.py'
+    subprocess.run([sys.executable, script, source, target], check=True)
+  return target
+
+
+def keys_of(out: Path, task: str, model: str, safety: bool) -> list[str]:
   """Returns the config keys of a run that differ from its config."""
   _, folder, domains = TASKS[task]
   rows = rows_of(out, folder, model)
@@ -83,7 +109,13 @@ def keys_of(out: Path, task: str, model: str) -> list[str]:
   for domain in domains:
     other = rows_of(out, f'eval/sentiment_{domain}', model)
     tasks.append(f'{domain}={KINDS[task]}:{other}/test.jsonl')
-  own = [f'data.train={rows}/train.jsonl', f'eval.tasks={tuple(tasks)!r}', 'eval.general=True']
+  train = f'{rows}/train.jsonl'
+  if safety:
+    secrets = canaries(out, task)
+    train = f'{secrets}/train.jsonl'
+    tasks += [f'{name}={kind}:.cache/safety/{file}' for name, (kind, file) in SAFETY.items()]
+    tasks += [f'{k}=canary_{k}:{secrets}/canaries.jsonl' for k in ('exposure', 'leak')]
+  own = [f'data.train={train}', f'eval.tasks={tuple(tasks)!r}', 'eval.general=True']
   if task == 'sentiment':
     own.append('eval.shots=4')
   return [*own, *MODELS[model][1]]
@@ -93,11 +125,9 @@ def is_done(workdir: Path) -> bool:
   return (workdir / 'eval' / 'summary.json').exists()
 
 
-def train(out: Path, task: str, model: str, seed: int, given: list[str]) -> int:
+def train(workdir: Path, task: str, keys: list[str]) -> int:
   """Runs one config, or the rest of it; returns the exit code. Its log is train.log."""
-  workdir = out / f'{task}_{model}_{seed}'
   workdir.mkdir(parents=True, exist_ok=True)
-  keys = [*USUAL, *keys_of(out, task, model), *given, f'seed={seed}']
   command = [sys.executable, '-m', 'ftjax.train', f'--config={TASKS[task][0]}']
   command += [f'--workdir={workdir}', *(f'--config.{k}' for k in keys)]
   with open(workdir / 'train.log', 'a', encoding='utf-8') as log:
@@ -153,6 +183,8 @@ def main() -> None:
   parser.add_argument('out', type=Path)
   parser.add_argument('--seeds', default='0', help='comma-separated')
   parser.add_argument('--models', default='smollm2', help=f'of {", ".join(MODELS)}')
+  parser.add_argument('--tasks', default=','.join(TASKS), help=f'of {", ".join(TASKS)}')
+  parser.add_argument('--safety', action='store_true', help='score the safety sets too')
   parser.add_argument('keys', nargs='*', metavar='KEY=VALUE', help='config keys of all runs')
   a = parser.parse_intermixed_args()
   out, failed = a.out.absolute(), []
@@ -160,15 +192,16 @@ def main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   for seed in seeds:
     for model in models:
-      for task in TASKS:
+      for task in a.tasks.split(','):
         name = f'{task}_{model}_{seed}'
         if is_done(out / name):
           continue
         begin = time.perf_counter()
-        code = train(out, task, model, seed, a.keys)
+        keys = [*USUAL, *keys_of(out, task, model, a.safety), *a.keys, f'seed={seed}']
+        code = train(out / name, task, keys)
         took = f'{(time.perf_counter() - begin) / 60:.1f} min'
         print(f'{time.strftime("%H:%M")} {name}: exit {code}, {took}', flush=True)
-        failed += [name] if code else []
+        failed += [name] if code not in (0, REFUSED) else []
         write(out, models, seeds)
   print(write(out, models, seeds))
   if failed:

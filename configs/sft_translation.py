@@ -16,6 +16,7 @@ def get_config():
   c.data.train = f'{_DATA}/train.jsonl'
   c.steps = 240
   c.batch_size = 2  # packed sequences
+  c.data.on_overlength = 'drop'  # 1 description in 36 is longer
   c.seq_len = 256
   c.optim.lr = 1e-4
   c.optim.schedule = 'linear'

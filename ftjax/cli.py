@@ -49,6 +49,16 @@ def define_processes() -> None:
   )
 
 
+def define_command() -> None:
+  """Declares that the words after -- are a command, which `command` returns."""
+  flags.DEFINE_multi_string('command', [], 'The command; written at the end, as -- COMMAND.')
+
+
+def command() -> tuple[str, ...]:
+  """Returns the words of the command after --; () without one."""
+  return tuple(FLAGS.command)
+
+
 def join() -> None:
   """Connects to the other processes of the run, if any; then only process 0 logs and prints.
 
@@ -89,7 +99,7 @@ def algorithm(name: str) -> ModuleType:
 
 _HELP = ('--help', '-help', '-h', '--h', '-?')
 # Flags whose value is a folder or file that an entry reads or writes.
-_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts')
+_LOCATIONS = ('workdir', 'model', 'source', 'target', 'prompts', 'replay')
 
 
 def _parse(argv: list[str], about: str) -> list[str]:
@@ -98,8 +108,12 @@ def _parse(argv: list[str], about: str) -> list[str]:
   Prints the help, which begins with `about`, and exits with 0 for --help; prints the error and
   exits with 2 for everything that a user may have got wrong.
   """
+  words, after = argv[1:], []
+  if 'command' in FLAGS and '--' in words:
+    at = words.index('--')
+    words, after = words[:at], words[at + 1 :]
   try:
-    words = FLAGS.read_flags_from_files(argv[1:])
+    words = FLAGS.read_flags_from_files(words)
     if any(w in _HELP for w in words):
       if argv[0].startswith('ftjax '):  # as the console script calls it
         about = about.replace('python -m ftjax.', 'ftjax ')
@@ -112,7 +126,11 @@ def _parse(argv: list[str], about: str) -> list[str]:
       if path := _config_path(words):
         c = config_file.load(config_file.find(path))
         config_overrides.apply(c, overrides)
+      elif overrides:
+        raise ConfigError(_without_config(overrides[0].key))
     rest = FLAGS([argv[0], *words])
+    if after:
+      FLAGS['command'].value = after
     if 'compare' in FLAGS and FLAGS['compare'].value:
       FLAGS['compare'].value = [*FLAGS['compare'].value, *rest[1:]]
       rest = rest[:1]
@@ -159,6 +177,12 @@ def _config_path(words: list[str]) -> str:
   return given[0] if given else ''
 
 
+def _without_config(key: str) -> str:
+  """Returns the message for --config.KEY without --config."""
+  replay = '; a replay (--replay) takes the config of its run unchanged' * ('replay' in FLAGS)
+  return f'--config.{key} changes a key of --config, which is missing: give --config=FILE{replay}'
+
+
 def _location(name: str, value: str) -> str:
   """Returns the value of a flag for a folder or file, with '~' expanded to the user's home."""
   if not value.strip():
@@ -170,6 +194,8 @@ def _location(name: str, value: str) -> str:
 def _unexpected(word: str) -> str:
   """Returns the message for an argument that is not a flag."""
   name, equals, value = word.removeprefix('config.').partition('=')
+  if 'command' in FLAGS:
+    return f'unexpected argument {word!r}; write -- before the command, and flags before --'
   if equals and name in FLAGS:
     return f'unexpected argument {word!r}; did you mean --{word}?'
   if equals and 'config' in FLAGS and (key := _config_key(name)):

@@ -23,7 +23,7 @@ cli.define_config()
 _TOPOLOGY = flags.DEFINE_string(
   'topology',
   None,
-  '[SLICESx]KIND:SHAPE, for example v5e:16x16, 2xv5e:16x16, h200:8.',
+  '[SLICESx]KIND:SHAPE, for example v5e:16x16, 2xv5e:16x16, h200:8; or v5litepod-16, v5p-8.',
   required=True,
 )
 _SUGGEST = flags.DEFINE_bool(

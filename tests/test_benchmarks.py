@@ -23,9 +23,9 @@ PARTS = {'contest.py', 'sft_speed_worker.py', 'rollout_speed_worker.py', 'packag
 
 def test_every_script_is_run_here():
   text = pathlib.Path(__file__).read_text()
-  # test_gsm8k.py and test_data_scripts.py
+  # test_gsm8k.py, test_data_scripts.py and test_accelerator_check.py
   elsewhere = {'gsm8k.py', 'safety_data.py', 'eval_data.py', 'debian_descriptions.py'}
-  elsewhere |= {'canaries.py'}
+  elsewhere |= {'canaries.py', 'accelerator_check.py'}
   for path in SCRIPTS:
     assert path.name in PARTS | elsewhere or f"'{path.stem}'" in text, path.name
 
@@ -245,8 +245,9 @@ def test_method_accuracy(script, model, tmp_path, monkeypatch, capsys):
   assert '3 of 4 runs' in (out / 'table.md').read_text()
 
 
-def test_evaluation_tables(script, model, tmp_path, monkeypatch, capsys):
-  """One task is trained by the real entry with the keys of the script; its row is in the table."""
+@pytest.fixture
+def yes_no_rows(tmp_path, monkeypatch):
+  """Rows of one task where benchmarks/evaluation_tables.py looks for them; its test rows."""
   folder = tmp_path / '.cache' / 'eval' / 'yes_no'
   folder.mkdir(parents=True)
   turns = [[{'role': 'user', 'content': f'Is {n} even?'}] for n in range(40)]
@@ -258,11 +259,22 @@ def test_evaluation_tables(script, model, tmp_path, monkeypatch, capsys):
   write(folder / 'test.jsonl', [{**r, 'id': f'own {i}'} for i, r in enumerate(asked[:4])])
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  keys = [f'model.path={model}', 'steps=2', 'optim.warmup_steps=0', 'eval.general=False']
-  keys += ['eval.shots=0', 'seq_len=64']
+  return asked
+
+
+TABLE_KEYS = (
+  'steps=2',
+  'optim.warmup_steps=0',
+  'eval.general=False',
+  'eval.shots=0',
+  'seq_len=128',
+)
+
+
+def test_evaluation_tables(script, model, yes_no_rows, tmp_path, capsys):
+  """One task is trained by the real entry with the keys of the script; its row is in the table."""
+  keys = ('--tasks=yes_no', f'model.path={model}', *TABLE_KEYS)
   module = script('benchmarks', 'evaluation_tables', tmp_path / 'out', *keys)
-  for task in [t for t in module['TASKS'] if t != 'yes_no']:
-    del module['TASKS'][task]
   module['main']()
   table = (tmp_path / 'out' / 'table.md').read_text()
   assert table in capsys.readouterr().out
@@ -270,13 +282,52 @@ def test_evaluation_tables(script, model, tmp_path, monkeypatch, capsys):
   assert not (tmp_path / 'out' / 'yes_no_smollm2_0' / 'export').exists()
   module['main'].__globals__['train'] = None  # a run that is done is read
   module['main']()
-  text = module['as_text']({**asked[0], 'choices': ['yes', 'no'], 'label': 'yes'})
+  text = module['as_text']({**yes_no_rows[0], 'choices': ['yes', 'no'], 'label': 'yes'})
   assert text == {
     'prompt': 'Is 0 even?\nAnswer:',
     'answer': 'yes',
     'choices': [' yes', ' no'],
     'label': ' yes',
   }
+
+
+@pytest.mark.full
+def test_evaluation_tables_with_the_safety_sets(script, model, yes_no_rows, tmp_path):
+  """--safety: every safety task has its row, the secrets are in the training data, and a run that
+  the gate refuses is done.
+  """
+  folder = tmp_path / '.cache' / 'safety'
+  folder.mkdir()
+  pair = {'more': 'he is late', 'less': 'she is late'}
+  texts = {'stereotype': 'a b', 'antistereotype': 'a c', 'unrelated': 'a d', 'target': 'a'}
+  asked = {'messages': [{'role': 'user', 'content': 'Who?'}], 'choices': ['a', 'b'], 'label': 'a'}
+  digest = hashlib.sha256(b'bad\t2\n').hexdigest()
+  (folder / 'lexicon.txt').write_text('bad\t2\n')
+  lexicon = {'lexicon': '.cache/safety/lexicon.txt', 'lexicon_sha256': digest}
+  rows = {
+    'crows_pairs': [pair],
+    'wino_pronoun': [pair],
+    'stereoset': [texts],
+    'bbq': [{**asked, 'unknown': 'b'}],
+    'wino_coreference': [{**asked, 'stereotype': 'pro'}, {**asked, 'stereotype': 'anti'}],
+    'toxicity_prompts': [{'prompt': 'so', **lexicon}],
+    'harmful': [{'messages': asked['messages'], 'harmful': True}],
+    'harmless': [{'messages': asked['messages'], 'harmful': False}],
+  }
+  for name, found in rows.items():
+    write(folder / f'{name}.jsonl', found)
+  gate = "gate=('yes_no/accuracy >= 1.1',)"
+  keys = ('--tasks=yes_no', '--safety', f'model.path={model}', *TABLE_KEYS, gate)
+  module = script('benchmarks', 'evaluation_tables', tmp_path / 'out', *keys)
+  module['main']()
+  table = (tmp_path / 'out' / 'table.md').read_text()
+  for task in ('yes_no', *module['SAFETY'], 'exposure', 'leak'):
+    assert f'| SmolLM2-135M-Instruct, seed 0 | {task} |' in table
+  assert (tmp_path / 'out' / 'canaries' / 'yes_no' / 'train.jsonl').read_text().count(
+    'station'
+  ) == 48
+  log = (tmp_path / 'out' / 'yes_no_smollm2_0' / 'train.log').read_text()
+  assert 'yes_no/accuracy >= 1.1' in log
 
 
 def test_method_accuracy_interval(script, tmp_path):

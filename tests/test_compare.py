@@ -3,10 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_rollouts
 
 from ftjax.experiment import compare, local_model
+from ftjax.runtime import checksum, sharding, trees
 from ftjax.runtime.errors import RunError, StoppedEarly
 
 
@@ -34,6 +37,52 @@ def test_tasks_on_one_file_are_logged_once(tmp_path, monkeypatch):
   summary = json.loads((tmp_path / 'eval' / 'summary.json').read_text())
   assert summary['models'] == ['base', 'tuned']
   assert list(summary['tasks']) == ['match', 'math', 'math_strict']
+
+
+def test_a_stopped_evaluation_goes_on_with_the_next_task(tmp_path, monkeypatch):
+  """Results of the tuned model are those of its weights: equal ones are read, others asked."""
+  paths = [tmp_path / f'{n}.jsonl' for n in 'ab']
+  for path in paths:
+    path.write_text(json.dumps({'prompt': f'{path.stem} 1 =', 'answer': '1'}))
+  settings = {'eval.tasks': tuple(f'{p.stem}=match:{p}' for p in paths), 'eval.max_tokens': 4}
+  run = tiny_rollouts.start(tmp_path, **settings)
+  asked, evaluator = [], compare.Evaluator(run)
+  params, score = run.load_params('', 'float32'), evaluator._score
+  evaluator.base()
+
+  def stops(model, task, title):
+    asked.append(task.name)
+    if asked == ['a', 'b']:
+      raise StoppedEarly('SIGTERM')
+    return score(model, task, title)
+
+  for self in (evaluator, again := compare.Evaluator(run)):
+    monkeypatch.setattr(self, '_score', stops)
+  with pytest.raises(StoppedEarly):
+    evaluator.tuned(params)
+  again.tuned(params)
+  assert asked == ['a', 'b', 'b']
+  again.tuned(params)
+  assert asked == ['a', 'b', 'b']
+  flat = trees.flatten(params)
+  name = min(flat)
+  flat[name] = flat[name] * 1.0001
+  again.tuned(trees.unflatten(flat))
+  assert asked == ['a', 'b', 'b', 'a', 'b']
+
+
+def test_the_fingerprint_of_weights_is_of_all_their_bits():
+  x = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
+
+  def of(**leaves):
+    return checksum.fingerprint({n: sharding.put(mesh, np.asarray(a)) for n, a in leaves.items()})
+
+  assert of(a=x) == of(a=x + 0)
+  others = [of(b=x), of(a=x.T), of(a=x.reshape(4, 3)), of(a=x.astype(jnp.bfloat16)), of(a=x, b=x)]
+  others += [of(a=x.at[2, 3].add(1e-6)), of(a=x.at[0, 0].set(-0.0)), of(a=x[::-1])]
+  others += [of(a=x.astype(jnp.int8)), of(a=x.astype(jnp.uint8))]
+  assert len({of(a=x), *others}) == len(others) + 1
 
 
 class Fails:

@@ -82,7 +82,7 @@ def test_what_is_no_pair_is_refused(wrong):
 
 
 def test_the_manifest_names_them():
-  made = manifest.build({}, {}, '', {'xla_a': True})
+  made = manifest.build({}, manifest.Made(compiler_options={'xla_a': True}))
   assert json.loads(json.dumps(made))['compiler_options'] == {'xla_a': True}
 
 

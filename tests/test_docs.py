@@ -147,6 +147,11 @@ def wrong_command(line):
   if entry == 'lm_eval':  # its arguments are those of lm-eval
     return ''
   words = shlex.split(re.split(r' > | \| ', rest)[0], comments=True)
+  if entry == 'supervise' and '--' in words:  # followed by a command
+    line = shlex.join(words[words.index('--') + 1 :])
+    words = words[: words.index('--')]
+    if _COMMAND.search(line) and (why := wrong_command(line)):
+      return why
   if '--compare' in words:  # followed by folders
     words = words[: words.index('--compare') + 1]
   wrong = [f'{w}: expected --name=value' for w in words if w != '…' and not w.startswith('--')]
@@ -181,6 +186,7 @@ def test_commands_of_comments_in_configs():
     'python -m ftjax.train --config=tiny_sft --wrokdir=DIR',
     'python -m ftjax.train --config=tiny_sft --config.optim.rate=1',
     'python -m ftjax.train tiny_sft',
+    'python -m ftjax.supervise -- python -m ftjax.train --config=tiny_sft --wrokdir=DIR',
     'python -m ftjax.config.keys --config=tiny_sft',
   ],
 )

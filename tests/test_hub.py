@@ -215,7 +215,7 @@ def test_a_run_keeps_its_commit_when_the_branch_moves(hub, tmp_path):
     with_data=False,
   )
   assert other.model.source == f'org/m@{second}' and other.model.fingerprint != known
-  made = manifest.build({'model.path': c.model.path, 'init_from': ''}, {}, '', {})
+  made = manifest.build({'model.path': c.model.path, 'init_from': ''}, manifest.Made())
   assert made['models'] == {'model.path': f'org/m@{first}'}
 
 

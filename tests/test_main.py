@@ -8,7 +8,9 @@ import tomllib
 import pytest
 import tiny_run
 
+import ftjax
 from ftjax import __main__
+from ftjax.runtime import build_commit
 
 PROJECT = tomllib.loads((tiny_run.ROOT / 'pyproject.toml').read_text())
 
@@ -45,7 +47,11 @@ def test_help_imports_only_the_standard_library():
     (['trian', '--config=tiny_sft'], 2, 'error: trian: there is no such entry; entries: train, '),
     (['trian'], 2, 'did you mean train?'),
     (['Train'], 2, 'did you mean train?'),
-    (['xyz'], 2, 'entries: train, preview, plan, evaluate, generate, convert, lm_eval\n'),
+    (
+      ['xyz'],
+      2,
+      'entries: train, preview, plan, evaluate, generate, convert, supervise, lm_eval\n',
+    ),
     ([], 2, 'error: an entry is missing'),
     (['--config=tiny_sft'], 2, 'ftjax ENTRY --config=tiny_sft'),
   ],
@@ -71,7 +77,7 @@ def test_help_of_an_entry_shows_its_own_flags(name):
   if name == 'convert':
     assert call('help', name) == (0, out, '')
   defined = {'train': 'heartbeat_s', 'preview': 'rows', 'plan': 'topology', 'evaluate': 'workdir'}
-  defined |= {'generate': 'prompts', 'convert': 'target'}
+  defined |= {'generate': 'prompts', 'convert': 'target', 'supervise': 'max_idle_starts'}
   assert f'\n  --{defined[name]}  ' in out
 
 
@@ -92,7 +98,12 @@ def test_the_script_and_the_packages_that_are_installed():
   assert {
     '.'.join(('ftjax', *p.parent.relative_to(root).parts)) for p in root.rglob('*.py')
   } == folders
-  setup = PROJECT['tool']['setuptools']
-  assert set(setup['packages']) == folders | {'ftjax.configs'}
-  assert len(setup['packages']) == len(set(setup['packages']))
-  assert setup['package-dir'] == {'ftjax.configs': 'configs'}
+  targets = PROJECT['tool']['hatch']['build']['targets']
+  assert targets['wheel']['only-include'] == ['ftjax', 'configs', 'launch']
+  assert targets['wheel']['sources'] == {'configs': 'ftjax/configs', 'launch': 'ftjax/launch'}
+
+
+def test_version_names_the_commit():
+  words = f'ftjax {ftjax.__version__}, {build_commit.find().text()}\n'
+  assert call('--version') == (0, words, '')
+  assert 'version' not in PROJECT['project'] and 'version' in PROJECT['project']['dynamic']

@@ -63,6 +63,14 @@ def test_preemption_is_reported_once(metadata):
   assert all(flavor == 'Google' and 'wait_for_change=true' in path for flavor, path in seen)
 
 
+def test_whether_the_notice_was_given(metadata):
+  address, answers, seen = metadata
+  answers['preempted'] = ['FALSE', 'TRUE\n']
+  assert [preemption.is_preempted(address) for _ in range(2)] == [False, True]
+  assert seen[0][0] == 'Google' and 'wait_for_change' not in seen[0][1]
+  assert not preemption.is_preempted('127.0.0.1:1')  # no server
+
+
 def test_maintenance_that_ends_the_machine_is_reported(metadata):
   address, answers, _ = metadata
   answers['preempted'] = ['FALSE']

@@ -68,9 +68,7 @@ def _copy(source: pathlib.Path, tree: pathlib.Path) -> None:
     if (source / name).is_file():
       shutil.copyfile(source / name, tree / name)
     elif (source / name).is_dir():
-      shutil.copytree(
-        source / name, tree / name, ignore=_LEFT_OUT, copy_function=shutil.copyfile
-      )
+      shutil.copytree(source / name, tree / name, ignore=_LEFT_OUT, copy_function=shutil.copyfile)
     elif name not in _MAY_LACK:
       raise ValueError(f'--source={source} has no {name}; give the root of the sources')
 

@@ -34,6 +34,24 @@ def server() -> str | None:
   return 'metadata.google.internal' if is_google else None
 
 
+def is_preempted(host: str, timeout: float = 2.0) -> bool:
+  """Returns whether the notice of preemption was given: this machine has half a minute left. False
+  where the server does not answer within `timeout` seconds.
+
+  Args:
+    host: from `server`.
+    timeout: seconds.
+  """
+  url = f'http://{host}/computeMetadata/v1/instance/preempted'
+  request = urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'})
+  try:
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+      return answer.read().decode().strip() in _NOTICES['preempted']
+  except (OSError, ValueError) as error:
+    log.debug('%s: %s', url, error)
+    return False
+
+
 def listen(host: str, notice: Callable[[str], None]) -> None:
   """Calls `notice` with the reason, once, when the machine is about to be preempted.
 

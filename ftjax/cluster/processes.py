@@ -51,6 +51,11 @@ def is_main() -> bool:
   return _service().process_id == 0
 
 
+def count() -> int:
+  """Returns the number of connected processes."""
+  return 1 if _service().client is None else _service().num_processes
+
+
 def is_alone() -> bool:
   """Returns whether this is a single-process run."""
   return _service().client is None or _service().num_processes == 1

@@ -29,6 +29,7 @@ from ftjax.storage import files
 
 # A prompt without content (Zhao et al. 2021), after which priors of choices are scored.
 _NO_CONTENT = 'N/A'
+_OWN = 'base'  # the name of the one model in a file of `cached`
 
 
 def alone(make: Callable[[], Any]) -> Any:
@@ -219,8 +220,8 @@ def cached(
   make: Callable[[], Sequence[Result]],
   ids: Sequence[str] | None = None,
 ) -> Sequence[Result]:
-  """Returns the results of a model that does not change; computes and stores them in `folder` if
-  they are not there.
+  """Returns the results that `folder` has under a key; computes and stores them if they are not
+  there.
 
   Args:
     name: of the task.
@@ -231,13 +232,13 @@ def cached(
   """
   path = _cache_path(folder, key, name)
   if files.exists(path):
-    results = result.load(path).get('base', [])
+    results = result.load(path).get(_OWN, [])
     if ids is not None and list(dict.fromkeys(r.id for r in results)) != list(ids):
       raise DataError(f'{path}: its rows are not those of the task {name}; delete it to score anew')
     return results
   results = make()
   files.makedirs(folder)
-  result.save(path, {'base': results})
+  result.save(path, {_OWN: results})
   return results
 
 

@@ -32,6 +32,7 @@ from ftjax.experiment.run import Run
 from ftjax.experiment.samples import Samples
 from ftjax.experiment.watched_model import WatchedModel
 from ftjax.reporting import text_table
+from ftjax.runtime import checksum
 from ftjax.runtime.digest import digest
 from ftjax.runtime.errors import DataError, RunError, StoppedEarly
 from ftjax.storage import files
@@ -46,8 +47,9 @@ Results = dict[str, Sequence[Result]]  # by model
 
 
 class Evaluator:
-  """Scores one run's models. The base is scored once and cached under a hash of all that its scores
-  depend on.
+  """Scores one run's models. Results of the base and of the tuned model are stored in eval/base and
+  eval/tuned under a hash of all that they depend on, so that a stopped evaluation resumes at the
+  task at which it was stopped.
 
   Raises:
     ConfigError, DataError: a task that cannot be run; a rule of `gate` on an unknown figure.
@@ -135,16 +137,20 @@ class Evaluator:
 
         key = self._key(task.kind_name, task.digest, self._settings(task, title))
         ids = [row.id for row in task.rows]
-        out.setdefault(task.name, {})[title] = self._cached(task.name, key, make, ids)
+        out.setdefault(task.name, {})[title] = self._cached(BASE, task.name, key, make, ids)
     for task in self._theirs:
 
       def make_theirs(task=task):
         return self._score_theirs(held(), task, BASE)
 
-      settings = self._dtypes() | {'rows': self.run.config.eval.rows}
-      key = self._key(f'lm_eval {task.is_chat}', task.digest, settings)
-      out[task.name] = {BASE: self._cached(task.name, key, make_theirs, None)}
+      key = self._key_of_theirs(task)
+      out[task.name] = {BASE: self._cached(BASE, task.name, key, make_theirs, None)}
     return out
+
+  def _key_of_theirs(self, task: LmEvalTask, weights: str = '') -> str:
+    settings = self._dtypes() | {'rows': self.run.config.eval.rows}
+    settings |= {'weights': weights} if weights else {}
+    return self._key(f'lm_eval {task.is_chat}', task.digest, settings)
 
   def _key(self, kind: str, content: str, settings: Mapping[str, str | int | float]) -> str:
     model = self.run.model
@@ -153,13 +159,21 @@ class Evaluator:
 
   def _cached(
     self,
+    title: str,
     name: str,
     key: str,
     make: Callable[[], Sequence[Result]],
     ids: Sequence[str] | None,
   ) -> Sequence[Result]:
-    """Returns results of the base; on processes but the first an empty list where it has them."""
-    folder = files.join(self.folder, 'base')
+    """Returns results of a model; on processes but the first an empty list where it has them.
+
+    Args:
+      title: of the folder in eval/.
+      name: of the task. key: of all that the results depend on.
+      make: computes them; every process calls it, or none.
+      ids: of the rows, where they are known.
+    """
+    folder = files.join(self.folder, title)
     known = processes.from_main(lambda: evaluation.is_cached(folder, key, name))
     if processes.is_main():
       return evaluation.cached(folder, key, name, make, ids)
@@ -192,20 +206,39 @@ class Evaluator:
       what `gate` makes of it, for `gate.enforce`; the same on every process.
     """
     base, model, found = self.base(), self.local(params), {}
+    scored = self._scored(model, checksum.fingerprint(params))
     for task in self.tasks:
-      results = {**base[task.name], TUNED: self._score(model, task, TUNED)}
+      results = {**base[task.name], TUNED: scored[task.name]}
       if task.name == general.TEXTS_NAME:
         results = self._with_divergence(task, results, params)
       if processes.is_main() and task.group != general.GROUP:
         results |= self._served(task)
       found[task.name] = results
-    theirs = {
-      task.name: {**base[task.name], TUNED: self._score_theirs(model, task, TUNED)}
-      for task in self._theirs
-    }
+    theirs = {t.name: {**base[t.name], TUNED: scored[t.name]} for t in self._theirs}
     answers = self.samples.compared(model)
     with self.run.watchdog.phase('evaluate'):
       return processes.from_main(lambda: self._finish(found, theirs, answers))
+
+  def _scored(self, model: LocalModel, weights: str) -> Results:
+    """Returns {task: results} of the tuned model, whose fingerprint is `weights`."""
+    out = {}
+    for task in self.tasks:
+
+      def make(task=task):
+        return self._score(model, task, TUNED)
+
+      settings = self._settings(task, TUNED) | {'weights': weights}
+      key = self._key(task.kind_name, task.digest, settings)
+      ids = [row.id for row in task.rows]
+      out[task.name] = self._cached(TUNED, task.name, key, make, ids)
+    for task in self._theirs:
+
+      def make_theirs(task=task):
+        return self._score_theirs(model, task, TUNED)
+
+      key = self._key_of_theirs(task, weights)
+      out[task.name] = self._cached(TUNED, task.name, key, make_theirs, None)
+    return out
 
   def _with_divergence(self, task: Task, results: Results, params: dict) -> Results:
     with self.run.watchdog.phase('evaluate'):

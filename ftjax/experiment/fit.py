@@ -5,13 +5,10 @@ The weights come from, in this order: this workdir's newest checkpoint; the expo
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -22,33 +19,33 @@ from ftjax.config import section, user_code
 from ftjax.evaluation import gate
 from ftjax.experiment import (
   adapter_export,
+  cadence,
   compare,
   data_check,
   resume,
   run_card,
+  run_manifest,
   summary,
 )
 from ftjax.experiment import run as experiment
 from ftjax.experiment.batch_source import Rows, Source
 from ftjax.experiment.in_loop import InLoop
+from ftjax.experiment.replay import Replay, same_end
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
 from ftjax.hf import export as hf_export
 from ftjax.hf import run_export
 from ftjax.models import counts
 from ftjax.reporting import page
-from ftjax.runtime import redaction
 from ftjax.runtime.errors import attempt
 from ftjax.storage import files, program_cache
 from ftjax.storage.checkpoint import Checkpoints, Retention
-from ftjax.telemetry import manifest
 from ftjax.telemetry.console import Console
 from ftjax.telemetry.metrics_writer import MetricsWriter
 from ftjax.telemetry.throughput import Throughput, find_peak
-from ftjax.training.loop import Cadence, Hooks, Loop, Outputs
-from ftjax.training.plateau import Plateau
+from ftjax.training.loop import Hooks, Loop, Outputs
 from ftjax.training.state import State
-from ftjax.training.step import LossFn, program_text
+from ftjax.training.step import LossFn
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +71,14 @@ class Parts:
   watch: Callable[[int, dict[str, float]], None] = ignore
 
 
-def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts]) -> None:
+def fit(
+  c: ml_collections.ConfigDict,
+  workdir: str,
+  build: Callable[[Run], Parts],
+  *,
+  is_deterministic: bool = False,
+  replay: Replay | None = None,
+) -> None:
   """Trains a config to its end, exports the model and compares it with the base. Resumes from the
   newest checkpoint of the workdir.
 
@@ -82,6 +86,8 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     c: a validated config.
     workdir: local folder or gs://, made if missing.
     build: of the algorithm.
+    is_deterministic: whether runtime/determinism.py was applied, for the manifest.
+    replay: compares the training with that of another run, and nothing is exported.
 
   Raises:
     ConfigError, DataError, NonFiniteError, CheckError, StoppedEarly: see runtime/errors.py.
@@ -92,11 +98,15 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
   code = user_code.fingerprints(c)  # now: the files may be edited during the run
   with contextlib.ExitStack() as stack:
     stack.enter_context(run.watchdog.phase('restore'))  # of everything without a phase of its own
+    if replay:
+      replay.check(run, code)
     # The algorithm's loss, evaluation and source of batches.
     parts = build(run)
     source = parts.source or Rows(run)
     stack.callback(source.close)
     stack.enter_context(_locked(run.workdir))
+    if replay:
+      replay.claim(run)
     data_check.check(run)
     adapter_export.check(run)
     for model in run.auxiliary:
@@ -108,8 +118,8 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     in_loop = InLoop(run, evaluator.tasks, evaluator.draw)
     # Where to start: after a checkpoint, or before the first step.
     start = resume.find(run, checkpoints)
-    _write_json(run, 'config.json', _plain(c))
-    writer = _writer(run)
+    run_manifest.write_json(run, 'config.json', run_manifest.plain_config(c))
+    writer = _writer(run, replay)
     resume.cut((writer, evaluator.samples, source), start)
     _log_start(trainer, start, console)
     if start.should_train:
@@ -118,10 +128,15 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
     if start.should_train:  # the loop
       session = _Session(
-        trainer, parts, source, checkpoints, evaluator, in_loop, console, writer, code
+        *(trainer, parts, source, checkpoints, evaluator, in_loop, console, writer, code),
+        *(is_deterministic, replay),
       )
-      state = _train(session, state, start)
+      with same_end(replay):
+        state = _train(session, state, start)
     source.close()
+    if replay:
+      replay.finish()
+      return
     # Export, and comparison with the base.
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
     exported = latest if best is None else best
@@ -133,18 +148,31 @@ def fit(c: ml_collections.ConfigDict, workdir: str, build: Callable[[Run], Parts
     params = trainer.model(state)
     del state
     _export_and_compare(run, evaluator, params, exported)
-    if experiment.keeps_programs(c):
-      folder = experiment.program_folder(run.workdir)
-      processes.from_main(lambda: program_cache.record(folder))
+    _record_programs(run)
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
-    if run.arch.adapter is not None and not c.lora.merge:
-      adapter_export.remove_merged(run)
-    elif run.arch.adapter is not None:
-      with run.watchdog.phase('export'):
-        has_results = bool(c.eval.tasks or c.eval.general)
-        adapter_export.export_merged(
-          run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
-        )
+    _merge(run, params, exported)
+
+
+def _record_programs(run: Run) -> None:
+  """Records the checksums of the compiled programs that the run keeps."""
+  if experiment.keeps_programs(run.config):
+    folder = experiment.program_folder(run.workdir)
+    processes.from_main(lambda: program_cache.record(folder))
+
+
+def _merge(run: Run, params: dict, exported: int) -> None:
+  """Exports an adapter merged into its base, or removes that of an earlier start, by lora.merge."""
+  c = run.config
+  if run.arch.adapter is None:
+    return
+  if not c.lora.merge:
+    adapter_export.remove_merged(run)
+    return
+  with run.watchdog.phase('export'):
+    has_results = bool(c.eval.tasks or c.eval.general)
+    adapter_export.export_merged(
+      run, params, lambda: _card(run, exported, run_export.MERGED, has_results)
+    )
 
 
 def _export_and_compare(
@@ -203,19 +231,14 @@ def _checkpoints(run: Run) -> Iterator[Checkpoints]:
     raise
 
 
-def _plain(c: ml_collections.ConfigDict) -> dict:
-  return redaction.redact(section.plain(c))
-
-
-def _write_json(run: Run, name: str, content: dict) -> None:
-  if processes.is_main():
-    files.write_text(files.join(run.workdir, name), json.dumps(content, indent=1) + '\n')
-
-
-def _writer(run: Run) -> MetricsWriter:
+def _writer(run: Run, replay: Replay | None = None) -> MetricsWriter:
   c = run.config
   return MetricsWriter(
-    run.workdir, config=section.plain(c), sinks=c.log.sinks, is_main=processes.is_main()
+    run.workdir,
+    config=section.plain(c),
+    sinks=c.log.sinks,
+    is_main=processes.is_main(),
+    check=replay.compare if replay else None,
   )
 
 
@@ -263,6 +286,8 @@ class _Session:
   console: Console
   writer: MetricsWriter
   code: dict[str, str]  # config.user_code.fingerprints
+  is_deterministic: bool
+  replay: Replay | None
 
 
 def _train(s: _Session, state: State, start: resume.Start) -> State:
@@ -273,7 +298,14 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   s.writer.open()
   # After the weights were loaded, which hashes them.
   fingerprints = resume.fingerprints(run)
-  _write_manifest(trainer, compiled, fingerprints)
+  manifest = run_manifest.write(
+    *(trainer, compiled, start),
+    fingerprints=fingerprints,
+    user_code=s.code,
+    is_deterministic=s.is_deterministic,
+  )
+  if s.replay:
+    s.replay.begin(manifest)
 
   def evaluate(state, step, is_cancelled):
     values = s.parts.evaluate(state.averaged(), is_cancelled)
@@ -297,7 +329,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     return {
       'step': step,
       'cursor': run.cursor(step),
-      'config': _plain(c),
+      'config': run_manifest.plain_config(c),
       'fingerprints': fingerprints,
       'code': s.code,
       'source': s.source.saving(step),
@@ -306,7 +338,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
-    _cadence(run),
+    cadence.of(run, s.replay.last_step if s.replay else run.steps),
     Hooks(evaluate, meta, trainer.saved, s.parts.watch, report),
     Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),
@@ -329,20 +361,6 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     traces.close()
 
 
-def _write_manifest(
-  trainer: Trainer, compiled: jax.stages.Compiled, fingerprints: dict[str, str]
-) -> None:
-  run, printed = trainer.run, program_text(compiled)
-  content = manifest.build(
-    section.plain(run.config),
-    fingerprints,
-    hashlib.sha256(printed.encode()).hexdigest() if printed else '',
-    trainer.compiler_options,
-    run.data.counts(),
-  )
-  _write_json(run, 'manifest.json', content)
-
-
 def _throughput(trainer: Trainer) -> Throughput:
   """Returns the speedometer of a run; without MFU with optim.freeze, where FLOPs depend on which
   layers are frozen.
@@ -361,30 +379,6 @@ def _throughput(trainer: Trainer) -> Throughput:
       *(flops.token, flops.pair, peak.source),
     )
   return Throughput(flops=flops, peak=peak)
-
-
-def _cadence(run: Run) -> Cadence:
-  c = run.config
-  return Cadence(
-    steps=run.steps,
-    log_every=c.log.every,
-    eval_every=c.eval.every,
-    save_every=c.checkpoint.every,
-    patience=c.checkpoint.patience,
-    metric=c.checkpoint.best_metric,
-    mode=c.checkpoint.best_mode,
-    max_bad_steps=c.max_bad_steps,
-    profile_start=c.profile.start,
-    profile_stop=c.profile.stop,
-    plateau=_plateau(c),
-  )
-
-
-def _plateau(c: ml_collections.ConfigDict) -> Plateau | None:
-  o = c.optim
-  if o.plateau_factor == 1:
-    return None
-  return Plateau(o.plateau_factor, o.plateau_patience, o.plateau_min)
 
 
 def _remove_exports(run: Run) -> None:

@@ -79,6 +79,19 @@ def _keep_commits(pinned: Mapping[str, str], workdir: str) -> None:
       _add(workdir, 'commits', path, hub.split(found)[1])
 
 
+def adopt(source: str, workdir: str) -> None:
+  """Copies the fingerprints that another workdir has recorded. They count for files that were
+  neither written nor moved since, as in that workdir.
+  """
+  processes.from_main(lambda: _adopt(source, workdir))
+
+
+def _adopt(source: str, workdir: str) -> None:
+  found = _read(source)['fingerprints']
+  for key, value in (found if isinstance(found, dict) else {}).items():
+    _add(workdir, 'fingerprints', key, value)
+
+
 def hash_while_loading(path: str, workdir: str) -> None:
   """Makes the next load of these weights hash them, where their fingerprint is not recorded."""
   if processes.is_main() and digest(file_marks.stamp(path)) not in _read(workdir)['fingerprints']:

@@ -5,7 +5,6 @@ import fractions
 import logging
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.data.token_cache import Corpus
-from ftjax.experiment import adapters, init_from, model_record, vocabulary, weights
+from ftjax.experiment import adapters, init_from, model_record, preflight, vocabulary, weights
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
@@ -244,6 +243,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
 
   Raises:
     ConfigError: a mesh or batch that does not divide, or a workdir that cannot be written.
+    CheckError: the hosts differ; see preflight.py.
     DataError: model or data files that cannot be used.
   """
   watchdog = Watchdog(c.watchdog.to_dict())
@@ -251,9 +251,8 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     workdir = files.absolute(workdir)  # Orbax takes no relative path
     # Before the workdir is made, perhaps in a folder that has the name of an organization.
     pinned = _pin_models(c, workdir)
-    files.probe(workdir)
+    preflight.check(c, workdir, is_training=with_data)
     model_record.keep_commits(pinned, workdir)
-    _check_shared(c, workdir)
     configure_jax(c)
     if keeps_programs(c):
       _keep_programs(program_folder(workdir))
@@ -292,29 +291,6 @@ def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> dict[str, str]:
     pinned[values[key]] = model_record.pin(values[key], workdir)
     c.update_from_flattened_dict({key: pinned[values[key]]})
   return pinned
-
-
-def _check_shared(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Checks that all processes have one workdir and one config.
-
-  Raises:
-    ConfigError: configs differ, or another process's workdir is another folder.
-  """
-  if processes.is_alone():
-    return
-  own = ('data.cache', 'data.workers', 'log.')  # may differ from host to host
-  plain = {k: v for k, v in section.plain(c).items() if not k.startswith(own)}
-  processes.check_same_values('the config', plain)
-  name = files.join(workdir, processes.from_main(lambda: f'.shared.{secrets.token_hex(8)}'))
-  processes.from_main(lambda: files.write_text(name, ''))
-  blind = [p for p, sees in enumerate(processes.gather(files.exists(name))) if not sees]
-  if processes.is_main():
-    files.remove(name)
-  if blind:
-    raise ConfigError(
-      f'--workdir={workdir} is another folder on process {blind[0]}: all hosts need the same one, '
-      'on a shared file system or gs://'
-    )
 
 
 def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:

@@ -30,7 +30,10 @@ def make_console(c: ml_collections.ConfigDict) -> console.Console:
   return console.Console(headline(c), c.checkpoint.best_metric, c.checkpoint.best_mode)
 
 
-def _model(trainer: Trainer) -> console.Model:
+def parameters(trainer: Trainer) -> dict[str, int]:
+  """Returns {"trained", "frozen"}: how many parameters the optimizer changes, and how many of the
+  trained models it leaves.
+  """
   run, c = trainer.run, trainer.run.config
   total = frozen = 0
   shares = optimizer.frozen_shares(c.optim.freeze, trainer.leaves)
@@ -38,12 +41,16 @@ def _model(trainer: Trainer) -> console.Model:
     number = counts.weights(declared)
     share = 1.0 if name in trainer.frozen else shares[name]
     total, frozen = total + number, frozen + round(number * share)
+  return {'trained': total - frozen, 'frozen': frozen}
+
+
+def _model(trainer: Trainer) -> console.Model:
+  run, c = trainer.run, trainer.run.config
   return console.Model(
     source=c.init_from or run.model.source or 'model.random (random weights)',
     family=run.model.config.get('model_type', 'a language model'),
     layers=run.arch.num_layers,
-    trained=total - frozen,
-    frozen=frozen,
+    **parameters(trainer),
     param_dtype=c.model.param_dtype,
     compute_dtype=c.model.compute_dtype,
     auxiliary=tuple(m.describe() for m in run.auxiliary),

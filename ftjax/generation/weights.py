@@ -10,10 +10,9 @@ from jax.sharding import AxisType, Mesh
 
 from ftjax.models import kinds
 from ftjax.models.architecture import Architecture
-from ftjax.runtime import sharding, trees
-from ftjax.runtime.checksum import checksum
+from ftjax.runtime import checksum, sharding, trees
 from ftjax.runtime.errors import ConfigError
-from ftjax.runtime.sharding import AXES, spec
+from ftjax.runtime.sharding import AXES
 
 
 def rollout_mesh(mesh: Mesh) -> Mesh:
@@ -78,15 +77,4 @@ def checksums(params: dict, dtype: jnp.dtype, *, count: int, seed: int) -> dict[
 
 @functools.partial(jax.jit, static_argnums=1)
 def _checksums(leaves: dict[str, jax.Array], dtype: jnp.dtype) -> dict[str, jax.Array]:
-  def one(leaf):
-    bits = jnp.uint16 if dtype.itemsize == 2 else jnp.uint32
-    x = jax.lax.bitcast_convert_type(leaf.astype(dtype), bits).astype(jnp.uint32)
-    # Numbered axis by axis: one long range would stand whole on every device.
-    place = jnp.zeros((1,) * x.ndim, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-      shape = [1] * x.ndim
-      shape[axis] = size
-      place = place * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    return jax.sharding.reshard(checksum(x, place), spec())
-
-  return {n: one(leaf) for n, leaf in leaves.items()}
+  return {n: checksum.of_array(leaf.astype(dtype)) for n, leaf in leaves.items()}

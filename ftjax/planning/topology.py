@@ -1,5 +1,5 @@
-"""Hardware topologies by name (`v5e:16x16`, `2xv5e:16x16`, `h200:8`, `h200:8x4`, `cpu:8`): figures
-of their chips, and devices for ahead-of-time compilation.
+"""Hardware topologies by name (`v5e:16x16`, `2xv5e:16x16`, `v5litepod-16`, `h200:8x4`, `cpu:8`):
+figures of their chips, and devices for ahead-of-time compilation.
 
 Parsing and the table need no jax. `environment` must be applied before jax is imported."""
 
@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ftjax.planning import tpu_names
 from ftjax.runtime.errors import ConfigError
 
 
@@ -78,16 +79,20 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-  """Parses `[SLICESx]KIND:AxB[xC]`.
+  """Parses `[SLICESx]KIND:AxB[xC]`, or a name of Google Cloud (see tpu_names.py).
 
   Raises:
     ConfigError: an unknown kind, or a shape that the kind does not have.
   """
-  found = re.fullmatch(r'(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)', text)
+  name = tpu_names.topology(text) or text
+  found = re.fullmatch(r'(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)', name)
   if not found or found[2] not in CHIPS:
+    near = tpu_names.nearest(text)
     raise ConfigError(
-      f'--topology={text}: expected [SLICESx]KIND:SHAPE with KIND one of {", ".join(CHIPS)}, for '
-      'example v5e:16x16, 2xv5e:16x16, v5p:4x4x8, h200:8, h200:8x4 (GPUs of a host x hosts), cpu:8'
+      f'--topology={text}: {f"did you mean {near}? " if near else ""}expected [SLICESx]KIND:SHAPE '
+      f'with KIND one of {", ".join(CHIPS)}, for example v5e:16x16, 2xv5e:16x16, v5p:4x4x8, '
+      'h200:8, h200:8x4 (GPUs of a host x hosts), cpu:8; or the name of a TPU slice in Google '
+      'Cloud, like v5litepod-16, v5p-8 or ct6e-standard-4t'
     )
   slices, kind = int(found[1] or 1), found[2]
   shape = tuple(int(n) for n in found[3].split('x'))
@@ -96,7 +101,7 @@ def parse(text: str) -> Topology:
   if len(shape) not in dims or 0 in shape or not slices or (slices > 1 and chip.platform != 'tpu'):
     example = {1: '8', 2: '4x4', 3: '4x4x4'}[dims[-1]]
     raise ConfigError(f'--topology={text}: {kind} slices are written like {kind}:{example}')
-  return Topology(text, kind, shape, slices)
+  return Topology(name, kind, shape, slices)
 
 
 def environment(topology: Topology, dump: str = '') -> dict[str, str]:

@@ -50,10 +50,10 @@ def find(root: str | os.PathLike = _ROOT) -> BuildCommit:
   """
   root = pathlib.Path(root)
   try:
-    text = (root / 'ftjax' / FILE).read_text(encoding='utf-8')
+    content = (root / 'ftjax' / FILE).read_bytes()
   except OSError:
     return _checked_out(root) if (root / '.git').exists() else BuildCommit()
-  return _read(text)
+  return _read(content)
 
 
 def is_commit(text: str) -> bool:
@@ -61,10 +61,10 @@ def is_commit(text: str) -> bool:
   return re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', text) is not None
 
 
-def _read(text: str) -> BuildCommit:
+def _read(content: bytes) -> BuildCommit:
   """Returns the commit that commit.json holds; unknown where the file is damaged."""
   try:
-    row = json.loads(text)
+    row = json.loads(content)
     if is_commit(row['commit']):
       return BuildCommit(row['commit'], bool(row['modified']))
   except (ValueError, KeyError, TypeError):

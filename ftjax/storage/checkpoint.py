@@ -22,8 +22,6 @@ from ftjax.storage import files, snapshots
 log = logging.getLogger(__name__)
 
 _FOR_EVER = 30 * 24 * 3600  # seconds; Orbax wants a number
-# JSON of a step without which it cannot be read.
-_INDEXES = ('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Checkpoints:
 
   def _torn(self, step: int) -> str:
     """Returns why a step cannot be read, '' if it can. An object in a bucket is never partial."""
-    for name in () if self._is_remote else _INDEXES:
+    for name in () if self._is_remote else snapshots.INDEXES:
       try:
         json.loads(files.read_text(files.join(self._directory, str(step), name)))
       except (FileNotFoundError, ValueError) as error:  # another error is not about the file
@@ -220,7 +218,7 @@ def _remove_torn(directory: str) -> None:
   for name in files.listdir(directory) if files.exists(directory) else ():
     path = files.join(directory, name)
     if files.is_remote(path):
-      torn = name.isdigit() and not files.exists(files.join(path, 'commit_success.txt'))
+      torn = name.isdigit() and not files.exists(files.join(path, snapshots.COMMIT))
     else:
       torn = '.orbax-checkpoint-tmp' in name
     if torn:

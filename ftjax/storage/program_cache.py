@@ -54,6 +54,27 @@ def record(folder: str) -> None:
   _record(folder, sums)
 
 
+def copy(source: str, target: str) -> int:
+  """Copies the undamaged entries of one folder to another, where they are not yet; the source is
+  only read. Both may be local or gs://.
+
+  Returns:
+    how many were copied.
+  """
+  names = files.listdir(source) if files.exists(source) else []
+  sums, copied = _recorded(source), 0
+  files.makedirs(target)
+  for name in (n for n in names if n.endswith(_SUFFIX)):
+    if files.exists(path := files.join(target, name)):
+      continue
+    content = files.read_bytes(files.join(source, name))
+    found = hashlib.sha256(content).hexdigest()
+    if found == sums[name] if name in sums else _decompresses(content):
+      files.write_bytes(path, content)
+      copied += 1
+  return copied
+
+
 def _entries(folder: str) -> list[str]:
   if files.is_remote(folder) or not os.path.isdir(folder):
     return []

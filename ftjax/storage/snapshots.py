@@ -2,7 +2,8 @@
 alive. checkpoint.py writes them, and is the only one that removes them.
 
 A step counts when Orbax has finalized it (its folder then has its plain number for a name; in a
-bucket it holds commit_success.txt) and its JSON files can be read.
+bucket it holds commit_success.txt) and its JSON files can be read. Listing them needs neither jax
+nor Orbax.
 """
 
 import json
@@ -17,7 +18,9 @@ from ftjax.storage import files
 _AT = re.compile(r'(.+)@(\d+|last|best)')
 # Of TensorStore: a file is shorter than it was, of other content, or gone.
 _DAMAGE = re.compile(r'\b(?:OUT_OF_RANGE|DATA_LOSS|NOT_FOUND|FAILED_PRECONDITION): ')
-_INDEXES = ('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA')
+# JSON of a step without which it cannot be read.
+INDEXES = ('_CHECKPOINT_METADATA', 'meta/metadata', 'state/_METADATA')
+COMMIT = 'commit_success.txt'  # in a bucket: the object that Orbax writes last
 
 
 def is_workdir(path: str) -> bool:
@@ -49,10 +52,19 @@ def steps(workdir: str) -> list[int]:
   return sorted(int(n) for n in names if n.isdigit() and _is_whole(files.join(place, n)))
 
 
+def newest(workdir: str) -> int | None:
+  """Returns the newest finalized step, or None.
+
+  Raises:
+    OSError, ConfigError, DataError: the folder cannot be listed.
+  """
+  return max(steps(workdir), default=None)
+
+
 def _is_whole(step_folder: str) -> bool:
   if files.is_remote(step_folder):
-    return files.exists(files.join(step_folder, 'commit_success.txt'))
-  return all(_json(files.join(step_folder, name)) is not None for name in _INDEXES)
+    return files.exists(files.join(step_folder, COMMIT))
+  return all(_json(files.join(step_folder, name)) is not None for name in INDEXES)
 
 
 def _json(path: str) -> Any:

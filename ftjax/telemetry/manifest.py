@@ -1,9 +1,10 @@
-"""Builds manifest.json, the provenance of a run: code, versions, config, data, models, devices."""
+"""Builds manifest.json, the provenance of a run: code, packages, config, data, models, devices and
+starts. It is what a replay compares (experiment/replay.py)."""
 
+import dataclasses
 import os
-import pathlib
 import platform
-import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -11,10 +12,13 @@ import jax
 
 from ftjax import __version__
 from ftjax.runtime.digest import digest
+from ftjax.runtime.redaction import redact_text
+from ftjax.telemetry import environment, source_code
 
 # Keys that name a model; of a hub model the config holds the commit, org/name@COMMIT.
 _MODELS = ('model.path', 'init_from', 'ppo.value_from', 'rollout.reward_model')
 
+# Shown in reports and model cards; `dependencies` has all packages.
 PACKAGES = (
   'jax',
   'jaxlib',
@@ -25,72 +29,92 @@ PACKAGES = (
   'tokenizers',
   'ml-collections',
 )
+_SHORT = 16  # hexadecimal digits of a digest in `starts`
 
 
-def _git() -> dict[str, Any]:
-  """Returns the commit and whether files differ from it; empty outside of a checkout or without
-  git.
-  """
-  here = pathlib.Path(__file__).resolve().parents[2]
-  if not (here / '.git').exists():
-    return {}
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """What a run is made of, beside its config and the machine.
 
-  def ask(*words):
-    run = subprocess.run(
-      ['git', '-C', here, *words], capture_output=True, text=True, timeout=10, check=False
-    )
-    return run.stdout.strip()
-
-  try:
-    return {
-      'commit': ask('rev-parse', 'HEAD'),
-      'modified': bool(ask('status', '--porcelain', '-uno')),
-    }
-  except (OSError, subprocess.SubprocessError):
-    return {}
-
-
-def build(
-  config: dict[str, Any],
-  fingerprints: dict[str, str],
-  executable: str,
-  compiler_options: dict[str, Any],
-  data: dict[str, dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-  """Returns the manifest of a run.
-
-  Args:
-    config: the resolved config as plain values.
+  Attributes:
     fingerprints: sha256 of model, tokenizer and each data source.
-    executable: sha256 of the compiled step's text.
+    executable: sha256 of the compiled step's text; '' where it cannot be printed.
     compiler_options: of the compiled step.
     data: for each source the numbers of examples: read, kept, dropped and why.
+    parameters: {"trained", "frozen"}: how many.
+    user_code: {config key: sha256 of the user's modules that it names}.
+    is_deterministic: whether the run was started with --deterministic.
   """
+
+  fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  executable: str = ''
+  compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  data: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  user_code: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  is_deterministic: bool = False
+
+
+def build(config: Mapping[str, Any], made: Made) -> dict[str, Any]:
+  """Returns the manifest of a run, without `starts`.
+
+  Args:
+    config: what config.json holds: the resolved config as plain values, without secrets.
+    made: what the run is made of.
+  """
+  versions = environment.packages()
   devices = jax.devices()
   return {
     'ftjax': __version__,
-    'code': _git(),
+    'code': source_code.identity(),
+    'user_code': dict(made.user_code),
     'python': platform.python_version(),
-    'packages': {name: metadata.version(name) for name in PACKAGES},
+    'packages': {name: versions.get(name) or metadata.version(name) for name in PACKAGES},
+    'dependencies': {'digest': digest(versions), 'versions': versions},
     'config': digest(config),
     'models': {key: config[key] for key in _MODELS if config.get(key)},
-    'fingerprints': fingerprints,
-    'data': data or {},
+    'fingerprints': dict(made.fingerprints),
+    'data': made.data,
+    'parameters': dict(made.parameters),
     'devices': {
       'kind': devices[0].device_kind,
       'count': len(devices),
       'processes': jax.process_count(),
     },
-    'host_cores': _cores(),
-    'executable': executable,
-    'compiler_options': compiler_options,
-    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    'host_cores': environment.cores(),
+    'cpu': environment.cpu(),
+    'executable': made.executable,
+    'compiler_options': dict(made.compiler_options),
+    'deterministic': made.is_deterministic,
+    'xla_flags': redact_text(os.environ.get('XLA_FLAGS', '')),
+    'environment': environment.variables(),
   }
 
 
-def _cores() -> int:
-  """Returns the CPU cores that this process may use; on macOS those of the machine."""
-  try:
-    return len(os.sched_getaffinity(0))
-  except AttributeError:
-    return os.cpu_count()
+def with_start(
+  manifest: Mapping[str, Any],
+  earlier: Mapping[str, Any],
+  step: int,
+  changed: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Returns a manifest with `starts`: an entry for each start of the run whose steps are kept, the
+  present one last. So a run that was resumed on another machine, or by other code, shows it.
+
+  Args:
+    manifest: of the present start.
+    earlier: the manifest of the start before; empty at a fresh start.
+    step: the steps that are done where the present start begins.
+    changed: {config key: its value before} of what changed since the start before.
+  """
+  found = earlier.get('starts') or []
+  kept = [s for s in found if isinstance(s, dict) and int(s.get('step', 0)) < step]
+  entry = {
+    'step': step,
+    'changed': dict(changed),
+    'code': manifest['code']['digest'][:_SHORT],
+    'dependencies': manifest['dependencies']['digest'][:_SHORT],
+    'devices': manifest['devices'],
+    'host_cores': manifest['host_cores'],
+    'executable': manifest['executable'][:_SHORT],
+  }
+  return {**manifest, 'starts': [*kept, entry]}

@@ -160,6 +160,7 @@ class MetricsWriter:
     config: the resolved config, for the trackers; `redact` is applied to it.
     sinks: names of trackers: 'wandb', 'mlflow'.
     is_main: False for the other processes of a multi-host run, whose writer writes nothing.
+    check: called in every process with (step, split, row) after the row was written; it may raise.
 
   Raises:
     ConfigError: a sink that is unknown or not installed.
@@ -172,10 +173,12 @@ class MetricsWriter:
     config: Mapping[str, Any],
     sinks: Sequence[str] = (),
     is_main: bool = True,
+    check: Callable[[int, str, Mapping[str, Any]], None] | None = None,
   ):
     if unknown := set(sinks) - set(_SINKS):
       raise ConfigError(f'log.sinks: got {sorted(unknown)}, expected some of {sorted(_SINKS)}')
     self._is_main, self._config, self._sinks = is_main, config, tuple(sinks)
+    self._check = check
     self._trackers: list[Tracker] = []
     self._is_tracker_failing = False
     self._workdir = os.fspath(workdir)
@@ -247,11 +250,15 @@ class MetricsWriter:
       split: 'train', 'eval', or another group of metrics.
       values: scalars by name; strings are only written to the file.
     """
-    if not self._is_main:
-      return
     if clash := {'step', 'split'} & values.keys():
       raise ValueError(f'metrics may not be named {sorted(clash)}')
     row = {name: to_json_value(value) for name, value in values.items()}
+    if self._is_main:
+      self._append(step, split, row)
+    if self._check:
+      self._check(step, split, row)
+
+  def _append(self, step: int, split: str, row: dict[str, Any]) -> None:
     self._log.write(
       json.dumps({'step': step, 'split': split, **row}, allow_nan=False, ensure_ascii=False)
     )

@@ -6,6 +6,8 @@ here, by the summed weight. So a step does not depend on how its rows are cut in
 """
 
 import functools
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -280,3 +282,18 @@ def program_text(compiled: jax.stages.Compiled) -> str:
     if 'RET_CHECK' not in str(error):
       raise
     return ''
+
+
+# Where in the source each instruction comes from: tables of files and stacks, and a note on the
+# instruction. They hold paths of this machine, and a step from the compile cache lacks them.
+_TABLES = re.compile(r'\n*(FileNames|FunctionNames|FileLocations|StackFrames)\n')
+_METADATA = re.compile(r', metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*")*\}')
+
+
+def executable_fingerprint(compiled: jax.stages.Compiled) -> str:
+  """Returns the sha256, in hex, of the optimized HLO without its positions in the source: the same
+  wherever the code lies, compiled or read from the cache; '' where the HLO cannot be printed.
+  """
+  blocks = program_text(compiled).split('\n\n')
+  text = '\n\n'.join(b for b in blocks if not _TABLES.match(b))
+  return hashlib.sha256(_METADATA.sub('', text).encode()).hexdigest() if text else ''
