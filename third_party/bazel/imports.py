@@ -31,11 +31,12 @@ class Sources:
   """The project's Python files and how they refer to each other.
 
   root: folder of the checkout.
-  files: paths relative to it.
+  search: {file: folders that it adds to the path of modules}.
+  files: paths relative to the root.
   """
 
-  def __init__(self, root: pathlib.Path):
-    self.root = root
+  def __init__(self, root: pathlib.Path, search: dict[str, list[str]]):
+    self.root, self._search = root, search
     self.files = python_files(root)
     self._known = set(self.files)
 
@@ -46,14 +47,15 @@ class Sources:
   def file_of(self, module: str, importer: str) -> str | None:
     """Returns the file that a dotted module, or `module.name` of one, is; None for others' modules.
 
-    Tests, benchmarks and demos are scripts: they import the files of their own folder and of
-    tests/ by bare names.
+    Tests, benchmarks and demos are scripts: they import the files of their own folder and of the
+    folder at the root that it is in by bare names.
     """
     parts = module.split('.')
     folders = ['']
     if importer.split('/')[0] != 'ftjax':
       parent = importer.rpartition('/')[0]
-      folders = [f'{parent}/', *(['tests/'] if parent.startswith('tests') else []), '']
+      added = [f'{folder}/' for folder in self._search.get(importer, ())]
+      folders = [f'{parent}/', f'{parent.split("/")[0]}/', *added, '']
     for folder in folders:
       for end in range(len(parts), 0, -1):
         stem = folder + '/'.join(parts[:end])
@@ -99,8 +101,8 @@ class Sources:
   def read(self, path: str) -> set[str]:
     """Returns paths of the project, files or folders, that the file's strings name.
 
-    `ROOT / 'docs' / 'data.md'` names docs/data.md. A path counts from
-    the folder of the file, from tests/ or from the root. So do the shipped configs' names, as in --config=tiny_sft.
+    `ROOT / 'docs' / 'data.md'` names docs/data.md. A path counts from the folder of the file, from
+    tests/ or from the root. The names of shipped configs count too, as in --config=tiny_sft.
     """
     here = path.rpartition('/')[0]
     found = set()
@@ -140,7 +142,7 @@ def _strings(tree: ast.AST) -> set[str]:
 
 
 def _paths(tree: ast.Module) -> set[str]:
-  """Returns each string with a slash inside or that is one name, and those that `/` joins to a path.
+  """Returns each string that has a slash or is one name, and those that `/` joins to a path.
 
   A name alone, as in ROOT / 'docs', counts where the left side is the checkout or a file's place.
   """

@@ -22,7 +22,9 @@ import starlark
 import tests_targets
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-_HEAD = '# Written by third_party/bazel/make_build_files.py from the imports: change these, run it.\n'
+_HEAD = (
+  '# Written by third_party/bazel/make_build_files.py from the imports: change these, run it.\n'
+)
 _PYTHON = '@rules_python//python:defs.bzl'
 _OUTSIDE = ('benchmarks', 'configs', 'demo', 'docs', 'tests', 'third_party')
 _FOR_ALL_FOLDERS = ('ftjax/__init__.py', 'ftjax/cli.py')  # the other files there are entries
@@ -42,9 +44,9 @@ class Project:
   def __init__(self, root: pathlib.Path):
     here = pathlib.Path(__file__).resolve().parent
     self.root = root
-    self.sources = imports.Sources(root)
     self.layers = tomllib.loads((root / 'layers.toml').read_text())['imports']
     self.targets = tomllib.loads((here / 'targets.toml').read_text())
+    self.sources = imports.Sources(root, self.targets['search'])
     lock = (root / 'third_party' / 'requirements' / 'test.txt').read_text()
     self.locked = set(re.findall(r'^([\w.-]+)(?:\[.*?\])?==', lock, re.MULTILINE))
 
@@ -58,9 +60,7 @@ class Project:
   @functools.cached_property
   def needed_by_others(self) -> frozenset[str]:
     """Files that other files import, or name in a string."""
-    found = (
-      self.sources.imported(f)[0] | self.sources.named(f) for f in self.sources.files
-    )
+    found = (self.sources.imported(f)[0] | self.sources.named(f) for f in self.sources.files)
     return frozenset().union(*found)
 
   def package_of(self, path: str) -> str:
@@ -118,11 +118,12 @@ class Project:
   def check_layers(self, path: str, other: str) -> None:
     """Raises ValueError where layers.toml does not let a file of ftjax/ import another."""
     mine, theirs = (p.split('/')[1:-1][:1] for p in (path, other))
-    if path.startswith('ftjax/') and mine and theirs and mine != theirs:
-      if theirs[0] not in self.layers.get(mine[0], ()):
-        raise ValueError(
-          f'{path} imports {other}: layers.toml does not let {mine[0]} import {theirs[0]}'
-        )
+    if not path.startswith('ftjax/') or not (mine and theirs) or mine == theirs:
+      return
+    if theirs[0] not in self.layers.get(mine[0], ()):
+      raise ValueError(
+        f'{path} imports {other}: layers.toml does not let {mine[0]} import {theirs[0]}'
+      )
 
   def deps(self, path: str) -> set[str]:
     """Returns labels of what a file imports, and of the `__init__` of its folder."""
@@ -209,9 +210,9 @@ def data_beside(project: Project, path: str) -> set[str]:
   found = {f':{name}' for name in project.targets['data_beside'].get(path, ())}
   for text in project.sources.strings(path):
     below = project.root / folder / text
-    if text.isidentifier() and below.is_dir() and f'{folder}/{text}' not in project.packages:
-      if text != '__pycache__':
-        found.add(f':{text}')
+    is_data = text.isidentifier() and text != '__pycache__' and below.is_dir()
+    if is_data and f'{folder}/{text}' not in project.packages:
+      found.add(f':{text}')
   return found
 
 
@@ -296,9 +297,7 @@ def root_text(project: Project) -> str:
     users = [user for user, allowed in project.layers.items() if folder in allowed]
     packages = sorted(f'//ftjax/{user}/...' for user in [folder, *users])
     name = f'may_import_{folder}'
-    groups.append(
-      starlark.Call('package_group', name=name, includes=[':tools'], packages=packages)
-    )
+    groups.append(starlark.Call('package_group', name=name, includes=[':tools'], packages=packages))
   present = [f for f in _ROOT_FILES if (project.root / f).exists()]
   tops = [p for p in project.packages if '/' not in p]
   ci = project.targets['ci']['tests']
@@ -306,9 +305,13 @@ def root_text(project: Project) -> str:
     starlark.Call('exports_files', present),
     starlark.Call('filegroup', name='license', srcs=['LICENSE']),
     starlark.Call(
-      'filegroup', name='all_files', srcs=[*sorted([*present, 'BUILD']), *(f'//{p}:all_files' for p in tops)]
+      'filegroup',
+      name='all_files',
+      srcs=[*sorted([*present, 'BUILD']), *(f'//{p}:all_files' for p in tops)],
     ),
-    starlark.Call('test_suite', name='ci', tests=[project.label(t).removesuffix('_module') for t in ci]),
+    starlark.Call(
+      'test_suite', name='ci', tests=[project.label(t).removesuffix('_module') for t in ci]
+    ),
   ]
   head = starlark.Call('package', default_visibility=['//:tools'])
   return starlark.file(_HEAD, [], [head, *groups, *rules])
