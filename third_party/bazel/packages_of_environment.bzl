@@ -7,7 +7,7 @@ from the same lock with its hashes checked; it has the packages.
 def _packages_of_environment_impl(repository_ctx):
     for line in repository_ctx.read(repository_ctx.attr.lock).splitlines():
         name, separator, _ = line.partition("==")
-        if separator and name.strip() == name and " " not in name:
+        if separator and not name.startswith((" ", "#", "\t")):
             name = name.partition("[")[0].replace("-", "_").replace(".", "_").lower()
             repository_ctx.file(name + "/BUILD", _LIBRARY % name, executable = False)
 
