@@ -11,7 +11,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: bazel docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -60,6 +60,11 @@ test-shard: env
 # What computes, compiled as users' programs are.
 optimized: env
 	@XLA_FLAGS= $(PYTEST) --full tests/parity tests/test_kernels.py tests/test_head.py tests/multidevice/test_context.py
+
+# Bazel of Debian 12 on one quick test of each folder; see docs/bazel.md.
+bazel: env
+	@command -v bazel-4 >/dev/null || apt-get install -y -qq bazel-bootstrap bazel-rules-java bazel-rules-proto bazel-platforms
+	@third_party/bazel/debian.sh $(RUN) test //:ci
 
 # The digest of the images' base, from an image registry: launch/docker.sh build --digest=...
 docker-digest:

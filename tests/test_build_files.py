@@ -38,6 +38,7 @@ def test_the_files_agree_with_the_imports():
   assert found.returncode == 0, f'{found.stdout[-3000:]}{found.stderr}\nrun python {SCRIPT}'
 
 
+@pytest.mark.full
 def test_an_import_that_is_not_declared_is_found(checkout):
   assert run(checkout, '--check').returncode == 0
   file = checkout / 'ftjax' / 'rl' / 'measurements.py'
@@ -47,6 +48,7 @@ def test_an_import_that_is_not_declared_is_found(checkout):
   assert run(checkout).returncode == 0 and run(checkout, '--check').returncode == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   'line, message',
   [
@@ -64,6 +66,7 @@ def test_an_import_that_may_not_be_is_refused(checkout, line, message):
   assert found.stderr.count('\n') == 1
 
 
+@pytest.mark.full
 def test_files_that_need_each_other_are_one_target(checkout):
   folder = checkout / 'ftjax' / 'losses'
   (folder / 'one.py').write_text('from ftjax.losses import two\n')
@@ -76,6 +79,7 @@ def test_files_that_need_each_other_are_one_target(checkout):
   assert '":one",' in three.partition(')')[0]
 
 
+@pytest.mark.full
 def test_a_file_that_is_gone_leaves_no_build_file(checkout):
   folder = checkout / 'ftjax' / 'spare'
   folder.mkdir()

@@ -94,10 +94,12 @@ class Sources:
       found |= {self.file_of(module, path) for module in modules}
     return frozenset(f for f in found - {path, None} if not f.endswith('__init__.py'))
 
+  @functools.cache  # noqa: B019
   def strings(self, path: str) -> set[str]:
     """Returns the strings in a file."""
     return _strings(self.tree(path))
 
+  @functools.cache  # noqa: B019
   def read(self, path: str) -> set[str]:
     """Returns paths of the project, files or folders, that the file's strings name.
 

@@ -207,7 +207,8 @@ def data_beside(project: Project, path: str) -> set[str]:
   folder = path.rpartition('/')[0]
   if not folder.startswith('ftjax'):
     return set()
-  found = {f':{name}' for name in project.targets['data_beside'].get(path, ())}
+  beside = project.targets['data_beside'].get(path, ())
+  found = {name if name.startswith('//') else f':{name}' for name in beside}
   for text in project.sources.strings(path):
     below = project.root / folder / text
     is_data = text.isidentifier() and text != '__pycache__' and below.is_dir()
@@ -219,6 +220,8 @@ def data_beside(project: Project, path: str) -> set[str]:
 def visibility(project: Project, package: str) -> list[str]:
   """Returns who may depend on the targets of a folder."""
   parts = package.split('/')
+  if parts[0] == 'launch':  # the card of TPU names
+    return ['//:tools', '//ftjax:__subpackages__']
   if parts[0] != 'ftjax':
     return ['//:tools']
   return [f'//:may_import_{parts[1]}' if len(parts) > 1 else '//:tools']
