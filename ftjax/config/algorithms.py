@@ -173,21 +173,26 @@ def _dpo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
   return (), ('values', *(REFERENCE_FIELDS if is_cached else ()))
 
 
-def _check_dpo(c: Config) -> None:
-  if choices.preference_loss(c.dpo.loss).paired:
+def _check_preference_loss(c: Config) -> None:
+  """Refuses a loss that compares the examples of a step where a step has parts, or one example."""
+  if not choices.preference_loss(c.dpo.loss).whole_step:
     return
-  if c.dpo.reference == 'cache':
+  if c.grad_accum > 1:
+    raise ConfigError(
+      f'dpo.loss={c.dpo.loss} with grad_accum={c.grad_accum}: it compares the examples of the '
+      'whole step with each other; set grad_accum=1, and remat=full to save memory'
+    )
+  if c.batch_size < 2 or c.eval.batch_size < 2:
+    raise ConfigError(f'dpo.loss={c.dpo.loss} needs batch_size and eval.batch_size of at least 2')
+
+
+def _check_dpo(c: Config) -> None:
+  if not choices.preference_loss(c.dpo.loss).paired and c.dpo.reference == 'cache':
     raise ConfigError(
       f'dpo.reference=cache is for losses of pairs, and dpo.loss={c.dpo.loss} is not one of them: '
       'leave it at step'
     )
-  if c.grad_accum > 1:
-    raise ConfigError(
-      f'dpo.loss={c.dpo.loss} with grad_accum={c.grad_accum}: its reference point is a mean over '
-      'the whole step; set grad_accum=1, and remat=full to save memory'
-    )
-  if c.batch_size < 2 or c.eval.batch_size < 2:
-    raise ConfigError(f'dpo.loss={c.dpo.loss} needs batch_size and eval.batch_size of at least 2')
+  _check_preference_loss(c)
 
 
 _DPO = Algorithm(
@@ -315,6 +320,7 @@ def _check_online_dpo(c: Config) -> None:
     )
   if not choices.preference_loss(c.dpo.loss).paired:
     raise ConfigError(f'dpo.loss={c.dpo.loss} takes single completions, and online_dpo makes pairs')
+  _check_preference_loss(c)
   _check_chooses(c, 2)
 
 

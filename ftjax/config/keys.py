@@ -181,9 +181,13 @@ def _add_dpo(c: Section) -> None:
   c.dpo = Section()
   c.dpo.loss = 'sigmoid'  # sigmoid is DPO's; the others are described in docs/preference.md
   c.dpo.beta = 0.1  # strength of the pull to the reference
+  # f-divergence from the reference of losses of a difference of log-ratios.
+  c.dpo.divergence = 'reverse_kl'
+  c.dpo.divergence_alpha = 0.5  # order of the divergence alpha; 1 is reverse_kl, 0 forward_kl
   # Where the reference's log-probs come from: computed in each step, or once before the first one.
   c.dpo.reference = 'step'
   c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
+  c.dpo.tau = 0.05  # temperature of the blend in discopop
   c.dpo.gamma = 0.0  # margin of simpo, in rewards
   c.dpo.nll_coef = 0.0  # weight of the chosen completion's likelihood in cpo and simpo
   c.dpo.desirable = 1.0  # weight of desirable completions in kto
