@@ -139,6 +139,7 @@ ROWS = (
   (('lr_multiplier', 'layerwise_lr_decay', 'embedding_learning_rate'),
    'optim.multipliers', "A table such as (('embed/w', 0.1), ('.*', 1.0))"),
   (('label_smoothing_factor',), 'loss.label_smoothing', ''),
+  (('use_dft_loss', 'dft', 'dft_loss'), 'loss.dynamic', ''),
   (('neftune_noise_alpha', 'neftune_alpha'), 'loss.neftune', ''),
   (('router_aux_loss_coef', 'moe_aux_loss_coeff', 'aux_loss_alpha', 'load_balance_loss_weight',
     'output_router_logits', 'router_aux_loss_weight'), 'moe.balance',

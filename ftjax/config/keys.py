@@ -167,6 +167,7 @@ def _add_loss(c: Section) -> None:
   c.loss = Section()
   c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
+  c.loss.dynamic = False  # a token's loss is multiplied with its probability (DFT)
   # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
   c.loss.neftune = 0.0
 
