@@ -10,7 +10,7 @@ from ftjax.algorithms import grpo
 from ftjax.config import algorithms, choices, keys, section, task_specs, validation
 from ftjax.data import encode, prompts
 from ftjax.evaluation import kinds
-from ftjax.losses import mismatch, policy, preference, preference_table
+from ftjax.losses import distillation, mismatch, policy, preference, preference_table
 from ftjax.training import lr_schedule, optimizer
 
 KEYS = keys.default()
@@ -32,6 +32,7 @@ class Recorder:
   [
     (choices.PREFERENCE_LOSSES, preference_table.LOSSES),
     (choices.PREFERENCE_DIVERGENCES, preference_table.DIVERGENCES),
+    (choices.DISTILLATIONS, distillation.DIVERGENCES),
     (choices.SURROGATES, policy.SURROGATES),
     (choices.LEVELS, policy.LEVELS),
     (choices.AGGREGATIONS, policy.AGGREGATIONS),

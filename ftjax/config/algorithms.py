@@ -32,6 +32,8 @@ class Auxiliary:
       starts from.
     is_trained: with the policy, in the same optimizer step.
     has_score: whether it has a score for a head: a reward model or a value model.
+    has_own_architecture: whether a model in the state has the architecture of its folder, and not
+      the policy's.
   """
 
   name: str
@@ -39,6 +41,7 @@ class Auxiliary:
   source_key: str = ''
   is_trained: bool = False
   has_score: bool = False
+  has_own_architecture: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +164,28 @@ _SFT = Algorithm(
   headline=lambda c: _BY_SHAPE['text'],
   reads=('loss', 'data.packing', 'data.loss_on'),
   fixed=('data.packing', 'data.loss_on'),
+)
+
+
+def _check_distill(c: Config) -> None:
+  d = c.distill
+  if not 0 < d.share <= 1 or not 0 < d.beta < 1 or d.temperature <= 0:
+    raise ConfigError(
+      f'distill.share={d.share}, distill.beta={d.beta}, distill.temperature={d.temperature}; '
+      'expected a share in (0, 1], a beta in (0, 1) and a positive temperature'
+    )
+
+
+_DISTILL = Algorithm(
+  module='ftjax.algorithms.distill',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
+  reads=('distill', 'data.packing', 'data.loss_on'),
+  auxiliary=lambda c: (
+    Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True),
+  ),
+  fixed=('data.packing', 'data.loss_on'),
+  check=_check_distill,
 )
 
 
@@ -346,6 +371,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   'ppo': _PPO,
   'best_of_n': _BEST_OF_N,
   'online_dpo': _ONLINE_DPO,
+  'distill': _DISTILL,
 }
 
 

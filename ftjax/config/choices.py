@@ -94,6 +94,7 @@ PREFERENCE_DIVERGENCES = {
   'js': Choice(),
   'alpha': Choice(('divergence_alpha',)),
 }
+DISTILLATIONS = {'forward_kl': Choice(), 'reverse_kl': Choice(), 'js': Choice(('beta',))}
 REWARD_OBJECTIVES = {
   'pairs': RewardObjective(('centring',)),
   'scores': RewardObjective((), example='score'),
@@ -146,6 +147,7 @@ OVERLENGTH = {
 TABLES: dict[str, Mapping[str, Choice]] = {
   'dpo.loss': PREFERENCE_LOSSES,
   'dpo.divergence': PREFERENCE_DIVERGENCES,
+  'distill.divergence': DISTILLATIONS,
   'reward_model.objective': REWARD_OBJECTIVES,
   'policy.surrogate': SURROGATES,
   'policy.level': LEVELS,

@@ -19,6 +19,7 @@ def default() -> Section:
   _add_optim(c)
   _add_loss(c)
   _add_moe(c)
+  _add_distill(c)
   _add_dpo(c)
   _add_reward_model(c)
   _add_rollout(c)
@@ -176,6 +177,17 @@ def _add_moe(c: Section) -> None:
   c.moe = Section()
   # Factor of the load-balance loss of a model with experts; 0: none, -1: that of its config.json.
   c.moe.balance = -1.0
+
+
+def _add_distill(c: Section) -> None:
+  c.distill = Section()
+  # Folder or hub id of the teacher, a model with the same tokenizer; '': the model that training
+  # starts from.
+  c.distill.teacher = ''
+  c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
+  c.distill.beta = 0.5  # weight of the teacher in the mixture of js
+  c.distill.temperature = 1.0  # of both distributions
+  c.distill.share = 0.5  # of the divergence in the loss; the rest is the likelihood of the token
 
 
 def _add_dpo(c: Section) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ftjax.losses import (
   advantages,
+  distillation,
   masked,
   mismatch,
   policy,
@@ -36,6 +37,12 @@ def pairs(x: dict[str, jax.Array]) -> tuple[preference.Pairs, preference.Pairs]:
     made(-summed[:count] / tokens[:count].mean()),
     made(-whole / chosen_real.mean()),
   )
+
+
+def jsd(x: dict[str, jax.Array], name: str) -> jax.Array:
+  flat = (a.reshape(-1, a.shape[-1]) for a in jnp.split(x['pair_logits'], 2))
+  terms = distillation.Distillation(name, 0.3, 1.7)
+  return distillation.divergence_and_gradient(*flat, terms, None)[0].sum()
 
 
 def preferences(x: dict[str, jax.Array]) -> dict:
@@ -81,6 +88,7 @@ def preferences(x: dict[str, jax.Array]) -> dict:
       for loss in ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'discopop')
       for name in ('forward_kl', 'js', 'alpha')
     },
+    **{f'jsd_{name}': jsd(x, name) for name in distillation.DIVERGENCES},
     'cpo': mean('cpo', Settings(beta=0.1)),
     'cpo_smoothed': mean('cpo', Settings(beta=0.1, label_smoothing=0.1)),
     'cpo_nll': mean('cpo', Settings(beta=0.1, nll_coef=0.7)),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
@@ -165,6 +166,16 @@ def bco(x, folder: Path) -> torch.Tensor:
     },
   )
   return scope['losses'].mean()
+
+
+# {name here: TRL's beta}
+JSD_BETAS = {'forward_kl': 0.0, 'reverse_kl': 1.0, 'js': 0.3}
+
+
+def jsd(x, beta: float) -> torch.Tensor:
+  """Sum over the tokens of the first half of the rows, the second half being the teacher."""
+  student, teacher = x['pair_logits'].chunk(2)
+  return GKDTrainer.generalized_jsd_loss(student, teacher, None, beta, 1.7, 'sum')
 
 
 # {name here: TRL's}
@@ -416,6 +427,7 @@ def outputs(inputs: dict[str, np.ndarray], ppo_folder: Path) -> dict[str, np.nda
       for loss in ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'discopop')
       for name, divergence in DIVERGENCES.items()
     },
+    **{f'jsd_{name}': jsd(x, beta) for name, beta in JSD_BETAS.items()},
     'cpo': cpo(x),
     'cpo_smoothed': cpo(x, label_smoothing=0.1),
     'cpo_nll': cpo(x, cpo_alpha=0.7),
