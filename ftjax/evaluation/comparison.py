@@ -178,6 +178,7 @@ def compare(
     'differences': differences,
     'per_class': _by_model(models, classification.per_class_table) if task.classes else None,
     'confusion': _by_model(models, classification.confusion) if task.classes else None,
+    'most_frequent': classification.most_frequent(results, task.classes) if task.classes else None,
     'calibration': _calibration(models),
     'by_source': _by_source(task, models),
     'cut': {

@@ -28,7 +28,7 @@ from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
-VERSION = 3
+VERSION = 4
 
 _SHOWN = 5  # bad rows that are listed
 _KNOWN = ('id', 'choices', 'label', 'answer', 'answers')  # columns besides those of the prompt

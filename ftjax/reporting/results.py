@@ -70,7 +70,8 @@ def _scores(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, An
       cells.append({'text': interval(score, metric.get('form', 'number')), 'why': why})
     is_primary = metric is first
     rows.append({'task': name(task['task']), 'n': count(task.get('n')), 'metric': _name(metric)})
-    rows[-1] |= {'is_primary': is_primary, 'cells': cells}
+    always = ': '.join(findings.always(task, metric)).removeprefix(': ')
+    rows[-1] |= {'is_primary': is_primary, 'always': always, 'cells': cells}
   if not rows:
     nothing = [{'text': '-', 'why': 'nothing was scored'} for _ in models]
     rows = [
