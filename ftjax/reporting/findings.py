@@ -206,6 +206,11 @@ def one_sided(test: Mapping[str, Any], names: Sequence[str]) -> str:
   )
 
 
+def in_groups(task: Mapping[str, Any]) -> str:
+  """Returns ', in 213 groups' where rows are not independent; else ''."""
+  return f', in {count(task["groups"])} groups' if task.get('groups') else ''
+
+
 def is_too_small(difference: Mapping[str, Any]) -> bool:
   """Returns whether the test set was too small for an undecided difference."""
   return difference.get('outcome') == 'undecided' and bool(difference.get('is_too_small'))

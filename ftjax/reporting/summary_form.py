@@ -10,7 +10,7 @@ from typing import Any
 _LISTS = ('metrics', 'differences', 'examples')
 _MAPPINGS = ('scores', 'per_class', 'confusion', 'calibration', 'cost', 'seeds', 'by_source')
 # Entries of records that are texts, and numbers; each may be missing or null.
-_TASK = (('kind', 'group'), ('n', 'prompts', 'samples'))
+_TASK = (('kind', 'group'), ('n', 'prompts', 'groups', 'samples'))
 _METRIC = (('title', 'better', 'form'), ())
 _DIFFERENCE = (('first', 'second', 'outcome', 'verdict'), ('rows_needed',))
 _TEST = (('name',), ('only_first_right', 'only_second_right'))

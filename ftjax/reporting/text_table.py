@@ -104,6 +104,7 @@ def _head(task: Mapping[str, Any]) -> str:
   return (
     f'{task["task"]} ({task.get("kind", "")}{group}): {examples(task.get("n"))}'
     + (several if samples > 1 else '')
+    + findings.in_groups(task)
     + (f', classes {", ".join(map(str, classes))}' if classes else '')
   )
 
