@@ -111,10 +111,8 @@ def _of_samples(results: Mapping[str, Sequence[Result]]) -> tuple[Metric, ...]:
   """Returns pass@k and maj@k, where each model gave k completions of each prompt."""
   counts = {max((r.sample for r in own), default=0) + 1 for own in results.values()}
   k = min(counts, default=1)
-  if k < 2 or not all('right' in r.values for own in results.values() for r in own):
-    return ()
-  found = {1, k, *(size for size in (4, 16, 64) if size < k)} - {1}
-  return (*(samples.pass_metric(size) for size in sorted(found)), samples.majority_metric(k))
+  has_right = all('right' in r.values for own in results.values() for r in own)
+  return samples.metrics(k) if has_right else ()
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
