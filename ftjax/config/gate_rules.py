@@ -94,9 +94,7 @@ def parse_all(texts: Sequence[str]) -> tuple[Rule, ...]:
   return tuple(parse(text) for text in texts)
 
 
-def check_known(
-  rules: Sequence[Rule], metrics: Mapping[str, Collection[str] | None]
-) -> None:
+def check_known(rules: Sequence[Rule], metrics: Mapping[str, Collection[str] | None]) -> None:
   """Checks the names of tasks and metrics, before anything is trained.
 
   Args:

@@ -31,7 +31,14 @@ log = logging.getLogger(__name__)
 VERSION = 4
 
 _SHOWN = 5  # bad rows that are listed
-_KNOWN = ('id', 'group', 'choices', 'label', 'answer', 'answers')  # columns besides those of the prompt
+_KNOWN = (
+  'id',
+  'group',
+  'choices',
+  'label',
+  'answer',
+  'answers',
+)  # columns besides those of the prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import ml_collections
 
 from ftjax.cluster import processes
 from ftjax.config import gate_rules, task_specs
-from ftjax.evaluation import endpoint, general, tasks
+from ftjax.evaluation import endpoint, general
 from ftjax.evaluation.http_client import Limits
 from ftjax.evaluation.metrics import samples
 from ftjax.evaluation.tasks import Task

@@ -43,8 +43,10 @@ class Scorer:
     self._run = jax.jit(self._score, static_argnames='with_greedy')
 
   def _score(self, params, tokens, where: Tokens, choices, weights, *, with_greedy: bool):
-    """float32[B, C, K], log-probability of each token, of prompts int32[B, P], choices int32[C, B, K],
-    weights float32[C, B, K]; and with_greedy another one, 1 where the token is the likeliest, else 0.
+    """The log-probability of each token, float32[B, C, K]; and with_greedy another such array, 1
+    where the token is the likeliest, else 0.
+
+    Args: prompts int32[B, P], choices int32[C, B, K], weights float32[C, B, K].
     """
     batch, length = tokens.shape
     count, _, size = choices.shape

@@ -175,8 +175,9 @@ def confusion(results: Sequence[Result], classes: Sequence[str]) -> dict[str, li
 def most_frequent(
   results: Mapping[str, Sequence[Result]], classes: Sequence[str]
 ) -> dict[str, Any] | None:
-  """Returns which label is the most frequent one, and which answer of each model: a model that gives
-  one answer whatever is asked is right as often as that label occurs.
+  """Returns which label is the most frequent one, and which answer of each model.
+
+  A model that gives one answer whatever is asked is right as often as that label occurs.
 
   Args:
     results: by model; at least one model, all of the same rows.
