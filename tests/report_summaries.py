@@ -99,7 +99,7 @@ def task(name='sentiment', group='task', outcome='better', models=('base', 'base
     'most_frequent': {
       'label': {'class': 'positive', 'n': 200, 'share': 0.5},
       'answers': {
-        m: {'class': 'positive', 'n': 380, 'share': 0.95, 'label_share': 0.5} for m in models
+        m: {'class': 'positive', 'n': 240, 'share': 0.6, 'label_share': 0.5} for m in models
       },
     },
     'calibration': {m: {'bins': bins, 'ece': 0.083} for m in models},
@@ -206,7 +206,7 @@ def hostile():
   for matrix in found['confusion'].values():
     matrix['labels'], matrix['predictions'] = [bad(), bad()], [bad(), bad(), bad()]
   for record in (found['most_frequent']['label'], *found['most_frequent']['answers'].values()):
-    record['class'] = bad()
+    record |= {'class': bad(), 'n': 380, 'share': 0.95}
   found['per_class'] = {
     m: {bad(): s for s in [p['negative']]} for m, p in found['per_class'].items()
   }
