@@ -17,6 +17,7 @@ TINY = {
   'no_bos': {'adds_bos': True, 'add_bos': False, 'max_length': 40},
 }
 TASKS = ('ftjax_choose', 'ftjax_judge', 'ftjax_last', 'ftjax_read', 'ftjax_write')
+READ = 'ftjax_read'  # of whole texts
 SMOLLM2 = Path('.cache/smollm2')
 SMOLLM2_LENGTH = 384  # the most tokens read
 _CONFIG = {

@@ -121,9 +121,12 @@ def real(folder):
 
 
 def check_answers(name, found, expected):
-  """Log-likelihoods in nats and greedy flags; of the first documents."""
+  """Log-likelihoods in nats and greedy flags; of the first documents. Of whole texts, of 360 to
+  2,350 nats, float32 models are some 2e-7 of that from a float64 one.
+  """
   assert len(found) > 0
-  np.testing.assert_allclose(found, expected[: len(found)], rtol=0, atol=1e-4, err_msg=name)
+  bounds = {'rtol': 5e-7 if name.startswith(cases.READ) else 0, 'atol': 1e-4}
+  np.testing.assert_allclose(found, expected[: len(found)], err_msg=name, **bounds)
 
 
 @needs_smollm2
