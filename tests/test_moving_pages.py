@@ -1,5 +1,5 @@
-"""docs/from_*.md: the tables from other tools name keys that exist, with the defaults they have, and
-agree with the names that ftjax recognizes in a config.
+"""docs/from_*.md: the tables from other tools name keys that exist, with their defaults, and agree
+with the names that ftjax recognizes in a config.
 """
 
 import ast
