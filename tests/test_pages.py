@@ -1,0 +1,97 @@
+"""Pages of algorithms and tutorials, and files at the root: what they state of the code is so."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+import yaml
+
+import ftjax
+from ftjax.config import algorithms, config_file, keys, section, validation
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEFAULTS = section.flat(keys.default())
+TUTORIALS = sorted((ROOT / 'docs').glob('tutorial_*.md'))
+
+_ROW = re.compile(r'^\| `([\w.]+)` \| `([^`]+)` \| ', re.MULTILINE)
+_CONFIG = re.compile(r'^```python\n(from ftjax import config\n.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+def read(name):
+  return (ROOT / name).read_text(encoding='utf-8')
+
+
+# Algorithms
+
+
+def test_every_algorithm_has_a_page():
+  pages = {p.stem for p in (ROOT / 'docs').glob('algorithm_*.md')}
+  assert pages == {f'algorithm_{name}' for name in algorithms.ALGORITHMS}
+
+
+@pytest.mark.parametrize('name', list(algorithms.ALGORITHMS))
+def test_a_page_has_the_defaults_of_its_keys(name):
+  rows = _ROW.findall(read(f'docs/algorithm_{name}.md'))
+  assert len(rows) > 5
+  assert not [(k, d) for k, d in rows if ast.literal_eval(d) != DEFAULTS[k]]
+
+
+@pytest.mark.parametrize('name', list(algorithms.ALGORITHMS))
+def test_the_keys_of_a_page_are_read_by_its_algorithm(name):
+  c = config_file.load(config_file.find(f'tiny_{name}'))
+  validation.validate(c)
+  assert c.algorithm == name and f'--config=tiny_{name} ' in read(f'docs/algorithm_{name}.md')
+  table = section.flat(keys.default())
+  sections = {k.partition('.')[0] for k in table if '.' in k}
+  owned = {k for a in algorithms.ALGORITHMS.values() for k in a.reads}
+  for key, _ in _ROW.findall(read(f'docs/algorithm_{name}.md')):
+    part = key.partition('.')[0]
+    if key in owned or (part in sections and part in owned):
+      assert algorithms.is_read(c, key), key
+
+
+# Tutorials
+
+
+@pytest.mark.parametrize('page', TUTORIALS, ids=[p.stem for p in TUTORIALS])
+def test_the_config_of_a_tutorial_is_accepted(page, tmp_path, monkeypatch):
+  [text] = _CONFIG.findall(page.read_text(encoding='utf-8'))
+  (tmp_path / 'my_config.py').write_text(text)
+  for name, block in re.findall(
+    r'^```python\n# (my_\w+\.py)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE
+  ):
+    (tmp_path / name).write_text(block)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  c = config_file.load('my_config.py')
+  validation.validate(c)
+  assert c.data.train.startswith('data/shop/')
+
+
+def test_the_tutorials_are_there():
+  assert [p.stem.removeprefix('tutorial_') for p in TUTORIALS] == [
+    'chat', 'classification', 'dpo', 'grpo_reward',
+  ]  # fmt: skip
+
+
+# The root
+
+
+def test_the_citation_agrees_with_the_package():
+  found = yaml.safe_load(read('CITATION.cff'))
+  assert found['version'] == ftjax.__version__ and found['cff-version'] == '1.2.0'
+  assert f'license = "{found["license"]}"' in read('pyproject.toml')
+  assert found['title'].startswith('ftjax') and found['authors'] == [{'name': 'The ftjax authors'}]
+  assert not {'doi', 'url', 'repository-code'} & found.keys()
+
+
+def test_the_guide_for_authors_names_every_toy():
+  toys = {p.name for p in (ROOT / 'tests' / 'seams').glob('toy_*.py')} - {'toy_run.py'}
+  text = read('CONTRIBUTING.md')
+  assert not [name for name in toys if f'`tests/seams/{name}`' not in text]
+
+
+def test_the_tests_that_prove_a_guarantee_exist():
+  named = re.findall(r'`(tests/\w+\.py)`', read('SECURITY.md'))
+  assert len(named) > 10 and not [name for name in named if not (ROOT / name).is_file()]
