@@ -1,14 +1,18 @@
 """Pages of algorithms and tutorials, and files at the root: what they state of the code is so."""
 
 import ast
+import json
 import pathlib
 import re
+import runpy
 
 import pytest
 import yaml
 
 import ftjax
 from ftjax.config import algorithms, config_file, keys, section, validation
+from ftjax.data import formats, preference_rows
+from ftjax.evaluation import tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEFAULTS = section.flat(keys.default())
@@ -73,6 +77,26 @@ def test_the_tutorials_are_there():
   assert [p.stem.removeprefix('tutorial_') for p in TUTORIALS] == [
     'chat', 'classification', 'dpo', 'grpo_reward',
   ]  # fmt: skip
+
+
+def test_the_rows_of_the_tutorials_are_read(tmp_path, capsys):
+  runpy.run_path(str(ROOT / 'demo' / 'tutorial_rows.py'))['main'](tmp_path)
+  files = {p.stem: p.read_text().splitlines() for p in tmp_path.glob('*.jsonl')}
+  assert capsys.readouterr().out.count('rows') == len(files) == 7
+  found = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
+  for row in found['chat'] + found['tickets']:
+    assert formats.detect(row) == 'messages' and formats.parse(row, 'messages', has_template=True)
+  for row in found['pairs'] + found['pairs_test']:
+    assert preference_rows.parse(row, 'pair', None)
+  kinds = {'chat_test': 'answer_perplexity', 'tickets_test': 'choice', 'pairs_test': 'preference'}
+  for name, kind in kinds.items():
+    task = tasks.load_task(name, kind, str(tmp_path / f'{name}.jsonl'))
+    assert len(task.rows) == len(files[name])
+  asked = {json.dumps(r['messages'][:1]) for r in found['chat'] + found['tickets']}
+  assert not [r for r in found['chat_test'] if json.dumps(r['messages']) in asked]
+  pages = '\n'.join(p.read_text() for p in TUTORIALS)
+  for row in (found['chat'][0], found['tickets'][0], found['tickets_test'][0], found['prompts'][0]):
+    assert json.dumps(row) in pages
 
 
 # The root
