@@ -9,6 +9,7 @@ every time.
   tickets_test.jsonl    {"messages", "choices", "label"}
   pairs.jsonl           {"prompt", "chosen", "rejected"}: a short and a long answer, for DPO
   pairs_test.jsonl      the same
+  style_test.jsonl      {"messages", "chosen", "rejected"}: the same for eval.tasks
   prompts.jsonl         {"prompt", "item"}: requests for a slogan, for GRPO"""
 
 import json
@@ -98,6 +99,12 @@ def with_answer(messages: list[dict], answer: str) -> dict:
   return {'messages': [*messages, {'role': 'assistant', 'content': answer}]}
 
 
+def as_task(row: dict) -> dict:
+  """Returns a pair as the kind `preference` of eval.tasks reads it."""
+  texts = {side: row[side][0]['content'] for side in ('chosen', 'rejected')}
+  return {'messages': row['prompt'], **texts}
+
+
 def main(target: pathlib.Path) -> None:
   target.mkdir(parents=True, exist_ok=True)
   train, test = rows(GOODS), rows(TEST_GOODS)
@@ -108,6 +115,7 @@ def main(target: pathlib.Path) -> None:
     'tickets_test': test['tickets'],
     'pairs': train['pairs'],
     'pairs_test': test['pairs'],
+    'style_test': [as_task(row) for row in test['pairs']],
     'prompts': train['prompts'],
   }
   for name, found in files.items():

@@ -129,7 +129,7 @@ def wrong_flag(entry, word):
     return ''
   if name not in defined_flags(ROOT / 'ftjax' / f'{entry}.py'):
     return f'{word}: {entry} has no such flag'
-  if name == 'config' and not re.fullmatch(r'my_config\.py|[A-Z_]+|\.\.\.|…', value):
+  if name == 'config' and not re.fullmatch(r'my_(small_)?config\.py|[A-Z_]+|\.\.\.|…', value):
     try:
       config_file.find(value)
     except ConfigError as error:

@@ -5,12 +5,14 @@ import json
 import pathlib
 import re
 import runpy
+import shlex
+import sys
 
 import pytest
 import yaml
 
 import ftjax
-from ftjax.config import algorithms, config_file, keys, section, validation
+from ftjax.config import algorithms, config_file, keys, overrides, section, validation
 from ftjax.data import formats, preference_rows
 from ftjax.evaluation import tasks
 
@@ -20,6 +22,7 @@ TUTORIALS = sorted((ROOT / 'docs').glob('tutorial_*.md'))
 
 _ROW = re.compile(r'^\| `([\w.]+)` \| `([^`]+)` \| ', re.MULTILINE)
 _CONFIG = re.compile(r'^```python\n(from ftjax import config\n.*?)^```$', re.DOTALL | re.MULTILINE)
+_MODULE = re.compile(r'^```python\n# (my_\w+\.py)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
 def read(name):
@@ -58,19 +61,45 @@ def test_the_keys_of_a_page_are_read_by_its_algorithm(name):
 # Tutorials
 
 
-@pytest.mark.parametrize('page', TUTORIALS, ids=[p.stem for p in TUTORIALS])
-def test_the_config_of_a_tutorial_is_accepted(page, tmp_path, monkeypatch):
-  [text] = _CONFIG.findall(page.read_text(encoding='utf-8'))
-  (tmp_path / 'my_config.py').write_text(text)
-  for name, block in re.findall(
-    r'^```python\n# (my_\w+\.py)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE
-  ):
+@pytest.fixture(params=TUTORIALS, ids=[p.stem for p in TUTORIALS])
+def tutorial(request, tmp_path, monkeypatch):
+  """The text of a tutorial, whose files are in the working directory."""
+  text = request.param.read_text(encoding='utf-8')
+  [config] = _CONFIG.findall(text)
+  (tmp_path / 'my_config.py').write_text(config)
+  for name, block in _MODULE.findall(text):
     (tmp_path / name).write_text(block)
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
+  for name in ('my_config', 'my_rewards'):  # those of another tutorial
+    monkeypatch.delitem(sys.modules, name, raising=False)
+  return text
+
+
+def test_the_config_of_a_tutorial_is_accepted(tutorial):
   c = config_file.load('my_config.py')
   validation.validate(c)
   assert c.data.train.startswith('data/shop/')
+
+
+def test_the_small_config_of_a_tutorial_is_accepted(tutorial):
+  if 'my_small_config' in tutorial:
+    c = config_file.load('my_small_config.py')
+    validation.validate(c)
+    assert not c.model.path and (ROOT / c.data.chat_template).is_file()
+
+
+def test_what_a_tutorial_changes_for_a_pod_is_accepted(tutorial):
+  """Flags of the plan and of the launcher, which state the same model, batch and length."""
+  found = []
+  for line in re.findall(r'^(?:launch/|python -m ftjax\.plan).*', tutorial, re.MULTILINE):
+    words = [w.removeprefix('--config.') for w in shlex.split(line) if w.startswith('--config.')]
+    changes = dict(w.split('=', 1) for w in words)
+    c = config_file.load('my_config.py')
+    overrides.apply(c, [overrides.Override(k, v) for k, v in changes.items()])
+    validation.validate(c)
+    found.append({k: v for k, v in changes.items() if not k.startswith(('data.', 'eval.tasks'))})
+  assert len(found) == 2 and found[0] == found[1]
 
 
 def test_the_tutorials_are_there():
@@ -82,13 +111,13 @@ def test_the_tutorials_are_there():
 def test_the_rows_of_the_tutorials_are_read(tmp_path, capsys):
   runpy.run_path(str(ROOT / 'demo' / 'tutorial_rows.py'))['main'](tmp_path)
   files = {p.stem: p.read_text().splitlines() for p in tmp_path.glob('*.jsonl')}
-  assert capsys.readouterr().out.count('rows') == len(files) == 7
+  assert capsys.readouterr().out.count(' rows\n') == len(files) == 8
   found = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
   for row in found['chat'] + found['tickets']:
     assert formats.detect(row) == 'messages' and formats.parse(row, 'messages', has_template=True)
   for row in found['pairs'] + found['pairs_test']:
     assert preference_rows.parse(row, 'pair', None)
-  kinds = {'chat_test': 'answer_perplexity', 'tickets_test': 'choice', 'pairs_test': 'preference'}
+  kinds = {'chat_test': 'answer_perplexity', 'tickets_test': 'choice', 'style_test': 'preference'}
   for name, kind in kinds.items():
     task = tasks.load_task(name, kind, str(tmp_path / f'{name}.jsonl'))
     assert len(task.rows) == len(files[name])
