@@ -121,7 +121,7 @@ def main(target: pathlib.Path) -> None:
   for name, found in files.items():
     text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in found)
     (target / f'{name}.jsonl').write_text(text, encoding='utf-8')
-    print(f'{target / name}.jsonl: {len(found)} rows')
+  print('\n'.join(f'{target / name}.jsonl: {len(found)} rows' for name, found in files.items()))
 
 
 if __name__ == '__main__':
