@@ -143,7 +143,7 @@ ROWS = (
    'distill.teacher', "With algorithm='distill'"),
   (('kd_alpha', 'distill_alpha', 'distillation_alpha'), 'distill.share', ''),
   (('kd_temperature', 'distill_temperature'), 'distill.temperature', ''),
-  (('use_dft_loss', 'dft', 'dft_loss'), 'loss.dynamic', ''),
+  (('use_dft_loss', 'use_dft', 'dft', 'dft_loss'), 'loss.dynamic', ''),
   (('neftune_noise_alpha', 'neftune_alpha'), 'loss.neftune', ''),
   (('router_aux_loss_coef', 'moe_aux_loss_coeff', 'aux_loss_alpha', 'load_balance_loss_weight',
     'output_router_logits', 'router_aux_loss_weight'), 'moe.balance',
