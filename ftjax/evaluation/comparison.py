@@ -268,7 +268,9 @@ def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) 
     own = dict(entry)
     se = own.pop('se')
     spread = se * math.sqrt(models.groups) if se else 0.0
-    own['effect'] = own['value'] / spread if own['value'] is not None and spread else None
+    # A spread that is rounding alone gives no effect size.
+    is_spread = own['value'] is not None and spread > 1e-9 * max(1.0, abs(own['value']))
+    own['effect'] = own['value'] / spread if is_spread else None
     if metric.is_proportion and own['value'] is not None:
       own |= _of_shares(models, (a, b), i, own['value'], se)
     metrics[metric.name] = own
