@@ -424,9 +424,7 @@ def next_commands(
     flag = f'--config.rollout.reward_model={shlex.quote(reward_model)}'
     return [('next', f'{flag} with algorithm grpo or ppo')]
   model = f'--model={shlex.quote(workdir)}'
-  rows = [
-    ('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))
-  ]
+  rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))
   return rows
