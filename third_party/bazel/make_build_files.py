@@ -213,10 +213,12 @@ def binary(project: Project, path: str) -> starlark.Call:
   folder, _, file = path.rpartition('/')
   about = project.targets['binaries'][path]
   deps = {project.label(path), *about.get('deps', ())}
+  deps |= {project.label(named) for named in project.runtime(path)}
   return starlark.Call(
     'py_binary',
     name=about['name'],
     srcs=[file],
+    data=about.get('data', []),
     imports=about.get('imports', []),
     main=file,
     deps=starlark.labels(deps, folder),
@@ -342,6 +344,7 @@ def root_text(project: Project) -> str:
       srcs=[*_WHEEL_FILES, *(f'//{folder}:all_files' for folder in _WHEEL_FOLDERS)],
       version=project.version,
     ),
+    starlark.Call('alias', name='ftjax', actual='//third_party/bazel:ftjax'),
     starlark.Call('test_suite', name='ci', tests=starlark.labels(ci, '')),
   ]
   head = starlark.Call('package', default_visibility=['//:tools'])

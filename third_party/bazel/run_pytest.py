@@ -36,6 +36,19 @@ def copy_of_tree(target: pathlib.Path) -> None:
   shutil.copytree(root, target, ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
 
 
+def keep_packages(path: list[str]) -> None:
+  """Removes the runfiles from a path of modules, in place, and leaves the packages that lie there.
+
+  Bazel 8 and 9 have those of the lock there, Bazel 4 none. Processes that tests start find them
+  by PYTHONPATH.
+  """
+  path[:] = [p for p in path if '.runfiles' not in p or 'site-packages' in pathlib.Path(p).parts]
+  packages = [p for p in path if '.runfiles' in p]
+  os.environ.pop('PYTHONPATH', None)
+  if packages:
+    os.environ['PYTHONPATH'] = os.pathsep.join(packages)
+
+
 def arguments(paths: list[str], scratch: pathlib.Path) -> list[str]:
   """Returns pytest's arguments: what the command line has, and what Bazel's variables ask for."""
   found = ['-q', '-p', 'no:cacheprovider', f'--basetemp={scratch / "pytest"}', *paths]
@@ -56,9 +69,8 @@ def main() -> int:
     scratch = pathlib.Path(folder).resolve()
     tree = scratch / 'tree'
     copy_of_tree(tree)
-    os.environ.pop('PYTHONPATH', None)  # the runfiles
+    keep_packages(sys.path)
     os.environ.setdefault('HOME', str(scratch))
-    sys.path[:] = [p for p in sys.path if '.runfiles' not in p]
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     code = pytest.main(arguments(sys.argv[1:], scratch), plugins=[shard])
