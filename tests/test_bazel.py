@@ -161,7 +161,9 @@ def test_an_import_against_the_layers_is_found_and_cannot_be_declared(tmp_path):
   assert "target '//ftjax/training:step' is not visible from target" in printed
   assert "'//ftjax/losses:policy'" in printed
 
-  build.write_text(build.read_text().replace('//ftjax/training:step', '//ftjax/losses:masked'))
+  build.write_text(
+    build.read_text().replace('//ftjax/training:step', '//ftjax/losses:cross_entropy')
+  )
   bazel(checkout, tmp_path / 'output', *words)
 
 
