@@ -329,7 +329,7 @@ def root_text(project: Project) -> str:
     groups.append(starlark.Call('package_group', name=name, includes=[':tools'], packages=packages))
   present = [f for f in _ROOT_FILES if (project.root / f).exists()]
   tops = [p for p in project.packages if '/' not in p]
-  ci = {project.label(test).removesuffix('_module') for test in project.targets['ci']['tests']}
+  ci = {project.label(test).removesuffix('_module') for test in project.targets['ci'].values()}
   rules = [
     starlark.Call('exports_files', present),
     starlark.Call('filegroup', name='license', srcs=['LICENSE']),
