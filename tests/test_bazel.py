@@ -123,17 +123,17 @@ def test_the_status_is_that_of_the_checkout(tmp_path):
   assert run(script, folder='/') == f'{clean}STABLE_FTJAX_MODIFIED yes\n'
 
 
-def test_of_the_runfiles_only_packages_stay_on_the_path(monkeypatch):
-  """Bazel 9 has the packages of the lock there; Bazel 4, where they are the interpreter's, none."""
+def test_the_packages_stay_on_the_path_and_the_runfiles_of_the_project_do_not(monkeypatch):
+  """Bazel 9 has the packages in runfiles; with Bazel 4 they are the interpreter's."""
   monkeypatch.setenv('PYTHONPATH', '/b/t.runfiles/ftjax')
-  plain = ['/b/t.runfiles/ftjax', '/usr/lib/python3.11', '/venv/lib/python3.11/site-packages']
-  run_pytest.keep_packages(plain)
-  assert plain == ['/usr/lib/python3.11', '/venv/lib/python3.11/site-packages']
-  assert 'PYTHONPATH' not in os.environ
-  packages = ['/b/t.runfiles/pip_311_jax/site-packages', '/b/t.runfiles/pip_311_absl/site-packages']
-  hubs = ['/b/t.runfiles/_main', '/usr/lib/python3.11', *packages]
-  run_pytest.keep_packages(hubs)
-  assert hubs == ['/usr/lib/python3.11', *packages]
+  of_python = ['/usr/lib/python3.11', '/venv/lib/python3.11/site-packages']
+  path = ['/b/t.runfiles/ftjax/tests', '/b/t.runfiles', *of_python, '/b/t.runfiles/ftjax']
+  run_pytest.keep_packages(path, pathlib.Path('/b/t.runfiles/ftjax'))
+  assert path == of_python and 'PYTHONPATH' not in os.environ
+  packages = [f'/b/t.runfiles/{d}/site-packages' for d in ('pip_311_jax', '_main/t.venv/lib')]
+  path = ['/b/t.runfiles/_main', '/b/t.runfiles/python_3_11/lib/python3.11', *packages]
+  run_pytest.keep_packages(path, pathlib.Path('/b/t.runfiles/_main'))
+  assert path == ['/b/t.runfiles/python_3_11/lib/python3.11', *packages]
   assert os.environ['PYTHONPATH'] == os.pathsep.join(packages)
 
 
