@@ -187,6 +187,9 @@ def test_the_wheel_has_the_bytes_of_make_wheel(tmp_path):
   with zipfile.ZipFile(next(built.glob('*.whl'))) as wheel:
     assert wheel.read('ftjax/configs/one_more.py') == b'x = 1\n'
     assert json.loads(wheel.read('ftjax/commit.json')) == {'commit': commit, 'modified': True}
+  bill = json.loads(next(built.glob('*.cdx.json')).read_text())
+  marks = bill['metadata']['component']['properties']
+  assert {'name': 'ftjax:modified', 'value': 'true'} in marks
 
 
 @pytest.mark.full
