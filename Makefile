@@ -11,7 +11,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bazel docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: bazel lint-bazel docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -45,10 +45,11 @@ demo: assets
 test: env
 	@$(PYTEST)
 
-# Also what takes long: every mesh, every kill, learning runs; and the reference libraries.
+# Also what takes long: every mesh, every kill, learning runs; the reference libraries; and make test once more under Bazel, where it can be had.
 test-all: env
 	@$(PYTEST) --full
 	@tests/parity/parity.sh $(RUN) $(PARITY_PYTHON)
+	@if third_party/bazel/install.sh; then third_party/bazel/debian.sh $(RUN) test //...; fi
 
 # The golden numbers once more, by torch, transformers, PEFT, TRL and bitsandbytes in an environment of their own; see tests/parity/parity.sh.
 parity: env
@@ -63,8 +64,12 @@ optimized: env
 
 # Bazel of Debian 12 on one quick test of each folder; see docs/bazel.md.
 bazel: env
-	@command -v bazel-4 >/dev/null || apt-get install -y -qq bazel-bootstrap bazel-rules-java bazel-rules-proto bazel-platforms
+	@third_party/bazel/install.sh
 	@third_party/bazel/debian.sh $(RUN) test //:ci
+
+# BUILD files, MODULE.bazel and WORKSPACE by buildifier, which npm installs.
+lint-bazel:
+	@third_party/bazel/lint.sh
 
 # The digest of the images' base, from an image registry: launch/docker.sh build --digest=...
 docker-digest:

@@ -11,6 +11,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = 'third_party/bazel/make_build_files.py'
+sys.path.insert(0, str(ROOT / 'third_party' / 'bazel'))
+import make_build_files  # noqa: E402
+import tests_targets  # noqa: E402
 
 
 def run(root, *flags):
@@ -28,7 +31,7 @@ def checkout(tmp_path):
   shutil.copy(ROOT / 'layers.toml', root)
   targets = root / 'third_party' / 'bazel' / 'targets.toml'
   text = targets.read_text()
-  targets.write_text(text[: text.index('[ci]')] + '[ci]\ntests = []\n')
+  targets.write_text(text[: text.index('[ci]')] + '[ci]\n')
   assert run(root).returncode == 0
   return root
 
@@ -36,6 +39,20 @@ def checkout(tmp_path):
 def test_the_files_agree_with_the_imports():
   found = run(ROOT, '--check')
   assert found.returncode == 0, f'{found.stdout[-3000:]}{found.stderr}\nrun python {SCRIPT}'
+
+
+def test_ci_has_a_test_of_each_folder():
+  project = make_build_files.Project(ROOT)
+  chosen = project.targets['ci']
+  folders = {file.rpartition('/')[0] for file in project.sources.files}
+  of_ftjax = {'/'.join(f.split('/')[:2]) for f in folders if f.startswith('ftjax/')}
+  tests = {f.rpartition('/')[0] for f in project.sources.files if make_build_files.is_test(f)}
+  assert chosen.keys() == of_ftjax | tests
+  for folder, test in chosen.items():
+    own = tests_targets.modules(project, test)
+    reached = own.union(*(project.sources.imported(file)[0] for file in own))
+    assert make_build_files.is_test(test), test
+    assert any(file.startswith(f'{folder}/') for file in reached), (folder, test)
 
 
 @pytest.mark.full

@@ -76,7 +76,14 @@ def read_lock(text: str) -> list[Pin]:
   return pins
 
 
-def build(wheel: pathlib.Path, sha256: str, locks: pathlib.Path, epoch: int, commit: str) -> str:
+def build(
+  wheel: pathlib.Path,
+  sha256: str,
+  locks: pathlib.Path,
+  epoch: int,
+  commit: str,
+  is_modified: bool = False,
+) -> str:
   """Returns the bill of materials as JSON of CycloneDX 1.6.
 
   A component is one version of a package; its hashes are those of all its files, of which an
@@ -88,8 +95,12 @@ def build(wheel: pathlib.Path, sha256: str, locks: pathlib.Path, epoch: int, com
     locks: the folder of the locks.
     epoch: seconds since 1970 of the commit.
     commit: that the wheel was built from.
+    is_modified: whether its sources differ from the commit.
   """
   name, version = wheel.name.split('-')[:2]
+  properties = [model.Property(name='ftjax:commit', value=commit)]
+  if is_modified:
+    properties.append(model.Property(name='ftjax:modified', value='true'))
   root = cdx.Component(
     name=name,
     version=version,
@@ -98,7 +109,7 @@ def build(wheel: pathlib.Path, sha256: str, locks: pathlib.Path, epoch: int, com
     purl=PackageURL('pypi', None, name, version),
     licenses=[LicenseFactory().make_from_string('Apache-2.0')],
     hashes=[_hash(sha256)],
-    properties=[model.Property(name='ftjax:commit', value=commit)],
+    properties=properties,
   )
   components, edges = _components(locks)
   made = cdx_bom.Bom(

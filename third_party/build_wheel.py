@@ -5,6 +5,8 @@ any folder, under any umask, locale and time zone. Needs no network and no .git;
 `bazel build //:wheel` both run it:
 
   python third_party/build_wheel.py --source=DIR --epoch=SECONDS --commit=SHA --output=DIR
+
+--modified marks files that differ from the commit: the wheel and its bill hold that.
 """
 
 import argparse
@@ -27,7 +29,9 @@ _LEFT_OUT = shutil.ignore_patterns('.*', '__pycache__', '*.py[co]', 'BUILD', 'BU
 _FIRST_ZIP_YEAR = 315532800  # zip files hold no time before 1980
 
 
-def build(source: pathlib.Path, epoch: int, commit: str, output: pathlib.Path) -> None:
+def build(
+  source: pathlib.Path, epoch: int, commit: str, is_modified: bool, output: pathlib.Path
+) -> None:
   """Writes the four files into `output`.
 
   Raises:
@@ -37,15 +41,15 @@ def build(source: pathlib.Path, epoch: int, commit: str, output: pathlib.Path) -
   with tempfile.TemporaryDirectory(prefix='ftjax-wheel-') as temp:
     tree, made = pathlib.Path(temp, 'tree'), pathlib.Path(temp, 'made')
     _copy(source, tree)
-    text = _build_commit(tree).BuildCommit(commit).to_json()
-    (tree / 'ftjax' / 'commit.json').write_text(text, encoding='utf-8')
+    built_from = _build_commit(tree).BuildCommit(commit, is_modified)
+    (tree / 'ftjax' / 'commit.json').write_text(built_from.to_json(), encoding='utf-8')
     _same_modes_and_times(tree, epoch)
     for target in ('sdist', 'wheel'):
       _hatchling(tree, target, made, epoch)
     wheel = next(made.glob('*.whl'))
     stem = '-'.join(wheel.name.split('-')[:2])
     locks = tree / 'third_party' / 'requirements'
-    bill = bill_of_materials.build(wheel, _sha256(wheel), locks, epoch, commit)
+    bill = bill_of_materials.build(wheel, _sha256(wheel), locks, epoch, commit, is_modified)
     (made / f'{stem}.cdx.json').write_text(bill, encoding='utf-8', newline='\n')
     files = sorted(made.iterdir())
     sums = ''.join(f'{_sha256(file)}  {file.name}\n' for file in files)
@@ -90,7 +94,7 @@ def _hatchling(tree: pathlib.Path, target: str, made: pathlib.Path, epoch: int) 
     'PATH': os.environ.get('PATH', ''),
     'PYTHONDONTWRITEBYTECODE': '1',
     'PYTHONHASHSEED': '0',
-    'PYTHONPATH': os.pathsep.join(p for p in sys.path[1:] if p),
+    'PYTHONPATH': os.pathsep.join(p for p in sys.path if p),
     'PYTHONUTF8': '1',
     'SOURCE_DATE_EPOCH': str(epoch),
     'TZ': 'UTC',
@@ -148,10 +152,11 @@ def main() -> None:
   parser.add_argument('--source', type=pathlib.Path, required=True, help='root of the sources')
   parser.add_argument('--epoch', type=_epoch, required=True, help="the commit's date, seconds")
   parser.add_argument('--commit', type=_commit, required=True, help="its name, or 'unknown'")
+  parser.add_argument('--modified', action='store_true', help='the sources differ from the commit')
   parser.add_argument('--output', type=pathlib.Path, required=True, help='folder for the files')
   flags = parser.parse_args()
   try:
-    build(flags.source, flags.epoch, flags.commit, flags.output.absolute())
+    build(flags.source, flags.epoch, flags.commit, flags.modified, flags.output.absolute())
   except ValueError as error:
     parser.error(str(error))
   except subprocess.CalledProcessError:

@@ -20,5 +20,5 @@ options=("--action_env=PATH=$folder:/usr/bin:/bin")
 if [ "$command" = test ]; then
   options+=("--test_env=FTJAX_TEST_CACHE=$programs" "--sandbox_writable_path=$programs")
 fi
-"$bazel" --nohome_rc --nosystem_rc --noworkspace_rc --bazelrc=third_party/bazel/debian.bazelrc \
-  "--output_user_root=${FTJAX_BAZEL_ROOT:-$scratch/bazel}" "$command" "${options[@]}" "$@" 2> >(grep -v -e 'rc files are no longer' -e '^/etc/bazel/bazelrc$' -e 'Xverify:none' >&2)
+PATH="$folder:$PATH" "$bazel" --nohome_rc --nosystem_rc --noworkspace_rc --bazelrc=third_party/bazel/debian.bazelrc \
+  "--output_user_root=${FTJAX_BAZEL_ROOT:-$scratch/bazel}" "$command" "${options[@]}" "$@" 2> >(grep --line-buffered -v -e 'rc files are no longer' -e '^/etc/bazel/bazelrc$' -e 'Xverify:none' >&2)

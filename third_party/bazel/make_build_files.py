@@ -28,6 +28,9 @@ _HEAD = (
 _PYTHON = '@rules_python//python:defs.bzl'
 _OUTSIDE = ('benchmarks', 'configs', 'demo', 'docs', 'tests', 'third_party')
 _FOR_ALL_FOLDERS = ('ftjax/__init__.py', 'ftjax/cli.py')  # the other files there are entries
+# What third_party/build_wheel.py builds from.
+_WHEEL_FILES = ('CHANGELOG.md', 'LICENSE', 'README.md', 'pyproject.toml')
+_WHEEL_FOLDERS = ('configs', 'ftjax', 'launch', 'third_party')
 _ROOT_FILES = (
   '.bazelignore', '.bazelrc', '.bazelversion', '.ci/run', '.gitignore', 'CHANGELOG.md',
   'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'MODULE.bazel', 'Makefile', 'README.md',
@@ -40,6 +43,7 @@ class Project:
 
   layers: {folder of ftjax/: folders that it may import}.
   targets: what targets.toml holds.
+  version: of ftjax.
   """
 
   def __init__(self, root: pathlib.Path):
@@ -49,6 +53,8 @@ class Project:
     self.targets = tomllib.loads((here / 'targets.toml').read_text())
     self.sources = imports.Sources(root, self.targets['search'])
     lock = (root / 'third_party' / 'requirements' / 'test.txt').read_text()
+    package = (root / 'ftjax' / '__init__.py').read_text()
+    self.version = re.search(r"^__version__ = '(.+)'$", package, re.MULTILINE).group(1)
     self.locked = set(re.findall(r'^([\w.-]+)(?:\[.*?\])?==', lock, re.MULTILINE))
 
   @functools.cached_property
@@ -203,6 +209,23 @@ def library(project: Project, circle: tuple[str, ...]) -> starlark.Call:
   )
 
 
+def binary(project: Project, path: str) -> starlark.Call:
+  """Returns the py_binary of a file, as targets.toml describes it."""
+  folder, _, file = path.rpartition('/')
+  about = project.targets['binaries'][path]
+  deps = {project.label(path), *about.get('deps', ())}
+  deps |= {project.label(named) for named in project.runtime(path)}
+  return starlark.Call(
+    'py_binary',
+    name=about['name'],
+    srcs=[file],
+    data=about.get('data', []),
+    imports=about.get('imports', []),
+    main=file,
+    deps=starlark.labels(deps, folder),
+  )
+
+
 def data_beside(project: Project, path: str) -> set[str]:
   """Returns the folder without Python files that a file of ftjax/ names, as its data."""
   folder = path.rpartition('/')[0]
@@ -255,13 +278,16 @@ def package_text(project: Project, package: str) -> str:
       is_library = circle[0] == path
     if is_library:
       rules.append(library(project, circle))
+    if path in project.targets['binaries']:
+      rules.append(binary(project, path))
   rules += file_groups(project, package)
-  loads = [(_PYTHON, ['py_library'])] if any(r.rule == 'py_library' for r in rules) else []
+  of_python = sorted({r.rule for r in rules} & {'py_binary', 'py_library'})
+  loads = [(_PYTHON, of_python)] if of_python else []
   if any(r.rule == 'pytest_test' for r in rules):
     loads.append(('//third_party/bazel:pytest.bzl', ['pytest_test']))
   head = starlark.Call('package', default_visibility=visibility(project, package))
   if package == 'third_party/bazel':
-    rules.insert(0, starlark.Call('exports_files', ['run_pytest.py', 'pytest.bzl']))
+    rules.insert(0, starlark.Call('exports_files', ['pytest.bzl', 'run_pytest.py', 'wheel.bzl']))
   return starlark.file(_HEAD, loads, [head, *rules])
 
 
@@ -304,7 +330,7 @@ def root_text(project: Project) -> str:
     groups.append(starlark.Call('package_group', name=name, includes=[':tools'], packages=packages))
   present = [f for f in _ROOT_FILES if (project.root / f).exists()]
   tops = [p for p in project.packages if '/' not in p]
-  ci = project.targets['ci']['tests']
+  ci = {project.label(test).removesuffix('_module') for test in project.targets['ci'].values()}
   rules = [
     starlark.Call('exports_files', present),
     starlark.Call('filegroup', name='license', srcs=['LICENSE']),
@@ -314,11 +340,18 @@ def root_text(project: Project) -> str:
       srcs=[*sorted([*present, 'BUILD']), *(f'//{p}:all_files' for p in tops)],
     ),
     starlark.Call(
-      'test_suite', name='ci', tests=[project.label(t).removesuffix('_module') for t in ci]
+      'wheel',
+      name='wheel',
+      srcs=[*_WHEEL_FILES, *(f'//{folder}:all_files' for folder in _WHEEL_FOLDERS)],
+      version=project.version,
     ),
+    starlark.Call('alias', name='ftjax', actual='//third_party/bazel:ftjax'),
+    starlark.Call('test_suite', name='ci', tests=starlark.labels(ci, '')),
   ]
   head = starlark.Call('package', default_visibility=['//:tools'])
-  return starlark.file(_HEAD, [], [head, *groups, *rules])
+  return starlark.file(
+    _HEAD, [('//third_party/bazel:wheel.bzl', ['wheel'])], [head, *groups, *rules]
+  )
 
 
 def build_files(root: pathlib.Path) -> dict[str, str]:

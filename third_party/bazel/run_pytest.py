@@ -29,11 +29,27 @@ class Shard:
     items[:] = [item for i, item in enumerate(items) if i % self._count == self._index]
 
 
-def copy_of_tree(target: pathlib.Path) -> None:
+def copy_of_tree(root: pathlib.Path, target: pathlib.Path) -> None:
   """Copies the files of the target's runfiles that are the project's, not links to them."""
-  here = pathlib.Path(__file__).absolute()  # not resolved: it lies in the runfiles
-  root = here.parents[2]
   shutil.copytree(root, target, ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+
+
+def keep_packages(path: list[str], root: pathlib.Path) -> None:
+  """Removes the project's runfiles, below `root`, from a path of modules, in place.
+
+  Packages that lie in runfiles stay: Bazel 8 and 9 have those of the lock there, Bazel 4 none.
+  Processes that tests start find them by PYTHONPATH.
+  """
+
+  def is_kept(entry: pathlib.Path) -> bool:
+    is_ours = root in (entry, *entry.parents) or entry == root.parent
+    return not is_ours or 'site-packages' in entry.parts
+
+  path[:] = [entry for entry in path if is_kept(pathlib.Path(entry))]
+  packages = [entry for entry in path if '.runfiles' in entry and 'site-packages' in entry]
+  os.environ.pop('PYTHONPATH', None)
+  if packages:
+    os.environ['PYTHONPATH'] = os.pathsep.join(packages)
 
 
 def arguments(paths: list[str], scratch: pathlib.Path) -> list[str]:
@@ -55,10 +71,10 @@ def main() -> int:
   with tempfile.TemporaryDirectory(dir=os.environ.get('TEST_TMPDIR')) as folder:
     scratch = pathlib.Path(folder).resolve()
     tree = scratch / 'tree'
-    copy_of_tree(tree)
-    os.environ.pop('PYTHONPATH', None)  # the runfiles
+    root = pathlib.Path(__file__).absolute().parents[2]  # not resolved: it lies in the runfiles
+    copy_of_tree(root, tree)
+    keep_packages(sys.path, root)
     os.environ.setdefault('HOME', str(scratch))
-    sys.path[:] = [p for p in sys.path if '.runfiles' not in p]
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     code = pytest.main(arguments(sys.argv[1:], scratch), plugins=[shard])

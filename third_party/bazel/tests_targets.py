@@ -29,15 +29,18 @@ def data(project, path: str) -> set[str]:
   """Returns labels of what a test and the tests' modules that it imports read."""
   if path in project.targets['whole_project']['files']:
     return {'//:all_files'}
-  todo, seen, found = [path], set(), set()
+  return set().union(*(project.data(file) for file in modules(project, path))) - _OF_ALL
+
+
+def modules(project, path: str) -> set[str]:
+  """Returns a test and what it imports outside of ftjax/, directly or through others."""
+  todo, seen = [path], set()
   while todo:
     current = todo.pop()
-    if current in seen or current.startswith('ftjax/'):
-      continue
-    seen.add(current)
-    found |= project.data(current)
-    todo += [*project.sources.imported(current)[0], *project.sources.named(current)]
-  return found - _OF_ALL
+    if current not in seen and not current.startswith('ftjax/'):
+      seen.add(current)
+      todo += [*project.sources.imported(current)[0], *project.sources.named(current)]
+  return seen
 
 
 def _size(project, path: str) -> str:
