@@ -3,7 +3,7 @@
   python third_party/check_locks.py [--locks=cpu,test] [--pythons=3.11,3.12] [--skip=install]
 
 An install is that of docs/building.md: pip with --require-hashes, the wheel of the checked out
-commit, `pip check`, and a training of two steps on the CPU. uv resolves without a download: each
+commit, `pip check`, and a training of six steps on the CPU. uv resolves without a download: each
 pin has a wheel for the machine, and each hash of the lock is one that the index has. What cannot be
 checked here, such as a Python that is not installed, is printed as such. Prints a table in
 markdown; the exit code is 1 where a check failed.
@@ -89,7 +89,7 @@ def install(name: str, version: str, python: str, scratch: pathlib.Path) -> str:
     count = len(run(own, '-m', 'pip', 'list', '--format=freeze').split())
     seen = ''
     if name not in TOOLS:
-      train = (folder / 'bin' / 'ftjax', 'train', '--config=tiny_sft', '--config.steps=2')
+      train = (folder / 'bin' / 'ftjax', 'train', '--config=tiny_sft', '--config.steps=6')
       run(*train, f'--workdir={folder}/run', JAX_PLATFORMS='cpu')
       seen = run(own, '-c', 'import jax; print(", jax", jax.__version__)', JAX_PLATFORMS='cpu')
     took = time.monotonic() - start
