@@ -63,7 +63,7 @@ case $VERB in
     config=${VALUE[config]}
     if [[ -f $config ]]; then options+=("--volume=$(realpath "$config"):/config/$(basename "$config"):ro"); fi
     VALUE[workdir]=$workdir
-    mapfile -t flags < <(train_flags /config)
+    mapfile -d '' -t flags < <(train_flags /config)
     # The container of an earlier start, which has ended, would keep the name.
     if ! is dry-run && [[ -n $(docker ps --all --quiet "--filter=name=^$NAME\$" --filter=status=exited) ]]; then docker rm "$NAME" >/dev/null; fi
     run docker run --detach "--name=$NAME" "${options[@]}" --entrypoint=python "$IMAGE" -m ftjax.supervise --preflight -- python -m ftjax.train "${flags[@]}"

@@ -64,7 +64,7 @@ config_map() {
 
 manifest() {
   local flags script name arguments seconds
-  mapfile -t flags < <(train_flags /config)
+  mapfile -d '' -t flags < <(train_flags /config)
   script=$(json "$(container_script)")
   arguments=$(json "${flags[@]}")
   seconds=$(grace "$HOSTS")

@@ -317,11 +317,11 @@ check_workdir() {
   esac
 }
 
-# The flags of ftjax.train, one a line; a config file of this machine is passed by its name on the host.
+# The flags of ftjax.train, each ended by a NUL; a config file of this machine is passed by its name on the host.
 train_flags() {
   local config=${VALUE[config]}
   [[ -f $config ]] && config=${1:-.}/$(basename "$config")
-  printf '%s\n' "--config=$config" "--workdir=${VALUE[workdir]}" "${EXTRA[@]}"
+  printf '%s\0' "--config=$config" "--workdir=${VALUE[workdir]}" "${EXTRA[@]}"
 }
 
 # find_install PLATFORM: sets WHEEL, LOCKS, and BUILD_LOCKS: the lock of what builds packages that have no wheel, if there is one.

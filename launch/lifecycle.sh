@@ -63,7 +63,7 @@ forget_secrets() {
 
 machines_start() {
   local flags lines of_hosts line host=0 pids=() pid code=0
-  mapfile -t flags < <(train_flags)
+  mapfile -d '' -t flags < <(train_flags)
   if ! declare -F machines_flags >/dev/null; then
     machines_on all "bash $REMOTE/host.sh start $(quote "${flags[@]}")"
     return

@@ -44,7 +44,7 @@ task() {
   [[ ! -f ${VALUE[config]} ]] || tags+=(config)
   [[ -z $infra ]] || tags+=(infra)
   ((${#BUILD_LOCKS[@]} == 0)) || tags+=(build)
-  mapfile -t flags < <(train_flags)
+  mapfile -d '' -t flags < <(train_flags)
   words=$(quote "${flags[@]}")
   render "$LAUNCH_DIR/skypilot.yaml" "${tags[@]}" accelerators "NAME=$NAME" "NODES=$NODES" "INFRA=$infra" \
     "ACCELERATORS=$accelerators" "SPOT=${VALUE[spot]}" "DISK=${VALUE[disk-size]}" "HOST=$host" \

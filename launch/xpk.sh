@@ -32,7 +32,7 @@ case $VERB in
     require image
     [[ ! -f ${VALUE[config]} ]] || die 2 "--config=${VALUE[config]}: a file of this machine; expected a shipped config, or a path in the image"
     [[ ${VALUE[workdir]} == gs://?* ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH"
-    mapfile -t flags < <(train_flags)
+    mapfile -d '' -t flags < <(train_flags)
     seconds=$(grace $((HOSTS * SLICES)))
     options=()
     if has_secrets; then

@@ -2,8 +2,9 @@
 
   python third_party/check_locks.py [--locks=cpu,test] [--pythons=3.11,3.12] [--skip=install]
 
-An install is that of docs/building.md: pip with --require-hashes, the wheel of the checked out
-commit, `pip check`, and a training of six steps on the CPU. uv resolves without a download: each
+An install is that of docs/building.md: pip (or uv, which takes a tenth of the time) with
+--require-hashes, the wheel of the checked out commit, `pip check`, and a training of some steps on
+the CPU. uv resolves without a download: each
 pin has a wheel for the machine, and each hash of the lock is one that the index has. What cannot be
 checked here, such as a Python that is not installed, is printed as such. Prints a table in
 markdown; the exit code is 1 where a check failed.
@@ -67,12 +68,14 @@ def size_of(folder: pathlib.Path) -> int:
   return sum(p.lstat().st_size for p in folder.rglob('*') if p.is_file())
 
 
-def install(name: str, version: str, python: str, scratch: pathlib.Path) -> str:
+def install(name: str, version: str, python: str, scratch: pathlib.Path, flags) -> str:
   """Installs a lock and the wheel, and trains; returns what was installed."""
   start, folder = time.monotonic(), scratch / f'{name}-{version}'
   own = folder / 'bin' / 'python'
   pip = (own, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps')
   locked = (*pip, '--no-compile', '--use-pep517', '--require-hashes')
+  if flags.installer == 'uv':
+    locked = (find_uv(), 'pip', 'install', f'--python={own}', '--no-deps', '--require-hashes')
   try:
     run(python, '-m', 'venv', folder)
     if name == 'lint':
@@ -89,9 +92,11 @@ def install(name: str, version: str, python: str, scratch: pathlib.Path) -> str:
     count = len(run(own, '-m', 'pip', 'list', '--format=freeze').split())
     seen = ''
     if name not in TOOLS:
-      train = (folder / 'bin' / 'ftjax', 'train', '--config=tiny_sft', '--config.steps=6')
-      run(*train, f'--workdir={folder}/run', JAX_PLATFORMS='cpu')
       seen = run(own, '-c', 'import jax; print(", jax", jax.__version__)', JAX_PLATFORMS='cpu')
+    if name not in TOOLS and flags.steps:
+      train = (folder / 'bin' / 'ftjax', 'train', '--config=tiny_sft', f'--config.steps={flags.steps}')
+      run(*train, f'--workdir={folder}/run', JAX_PLATFORMS='cpu')
+      seen = f'{seen.strip()}, trained {flags.steps} steps'
     took = time.monotonic() - start
     return f'{count} packages{seen.strip()}, {size_of(folder) / 2**20:,.0f} MiB, {took:.0f} s'
   finally:
@@ -123,7 +128,12 @@ def unknown_hashes(name: str, uv: str, scratch: pathlib.Path) -> list[str]:
   return [p.name for p in pins if not set(p.hashes) <= there.get((p.name, p.version), set())]
 
 
-def rows_of(name: str, versions: list[str], parts: set[str], scratch: pathlib.Path):
+def find_uv() -> str | None:
+  """Returns uv, of this environment or of PATH, or None."""
+  return shutil.which('uv', path=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}')
+
+
+def rows_of(name: str, versions: list[str], scratch: pathlib.Path, flags):
   """Yields (lock, Python, machine, what was done, result, whether it is as it should be)."""
 
   def attempt(function, *arguments):
@@ -133,17 +143,17 @@ def rows_of(name: str, versions: list[str], parts: set[str], scratch: pathlib.Pa
       lines = (error.output or '').strip().splitlines()[-8:]
       return f'failed: {" / ".join(lines)}', False
 
-  if 'install' in parts:
+  if flags.skip != 'install':
     for version in versions:
       if python := find_python(version):
-        result = attempt(install, name, version, python, scratch)
-        yield name, version, 'this machine', 'installed', *result
+        result = attempt(install, name, version, python, scratch, flags)
+        yield name, version, 'this machine', f'installed by {flags.installer}', *result
       else:
         yield name, version, 'this machine', 'not installed', f'no Python {version} here', True
-  uv = shutil.which('uv', path=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}')
-  if 'resolve' in parts and uv is None:
+  uv = find_uv()
+  if flags.skip != 'resolve' and uv is None:
     yield name, 'all', 'all', 'not resolved', 'uv is not on PATH', True
-  elif 'resolve' in parts:
+  elif flags.skip != 'resolve':
     unknown, good = attempt(unknown_hashes, name, uv, scratch)
     text = f'not on the index: {unknown}' if unknown else 'all on the index'
     yield name, 'all', 'all', 'hashes', text, good and not unknown
@@ -159,8 +169,12 @@ def main() -> int:
   parser.add_argument('--locks', default=','.join(NAMES), help='comma-separated')
   parser.add_argument('--pythons', default=','.join(PYTHONS), help='comma-separated')
   parser.add_argument('--skip', default='', choices=('', 'install', 'resolve'))
+  parser.add_argument('--installer', default='pip', choices=('pip', 'uv'))
+  parser.add_argument('--steps', type=int, default=6, help='of the training; 0 for none')
   parser.add_argument('--scratch', help='folder for environments; needs 10 GB for cuda')
   flags = parser.parse_args()
+  if flags.installer == 'uv' and find_uv() is None:
+    parser.error('--installer=uv: uv is not on PATH')
   names, versions = flags.locks.split(','), flags.pythons.split(',')
   for given, known in ((names, NAMES), (versions, PYTHONS)):
     if strange := [word for word in given if word not in known]:
@@ -170,7 +184,7 @@ def main() -> int:
   try:
     print('| lock | Python | machine | check | result |\n|---|---|---|---|---|', flush=True)
     for name in names:
-      for *row, good in rows_of(name, versions, {'install', 'resolve'} - {flags.skip}, scratch):
+      for *row, good in rows_of(name, versions, scratch, flags):
         failed |= not good
         print(f'| {" | ".join(row)} |', flush=True)
   finally:
