@@ -357,6 +357,7 @@ find_install() {
   BUILD_LOCKS=()
   for build in "$(dirname "${LOCKS[0]}")/build.txt" "$root/third_party/requirements/build.txt"; do
     if [[ -f $build ]]; then
+      # shellcheck disable=SC2034 # the launchers read it
       BUILD_LOCKS=("$build")
       break
     fi

@@ -228,7 +228,7 @@ lifecycle() {
         exit "$code"
       else
         wait_until_ready || die 1 "${VALUE[name]}: not ready; see $PROGRAM status, and $PROGRAM delete for what there is of it"
-        machines_install && machines_start \
+        { machines_install && machines_start; } \
           || die 1 "${VALUE[name]}: install or start failed; the machines stay, and cost money: $PROGRAM delete --name=${VALUE[name]} ..."
         note "started; $PROGRAM status|logs|stop|delete --name=${VALUE[name]} with the same flags of the place"
       fi

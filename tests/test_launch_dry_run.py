@@ -253,20 +253,6 @@ def test_bash_reads_every_script():
     check('bash', '-n', script)
 
 
-@pytest.mark.full
-def test_shellcheck():
-  check(tool('shellcheck'), '-x', *scripts())
-
-
-def test_yamllint():
-  rules = '{extends: default, rules: {line-length: {max: 160}, key-duplicates: disable}}'
-  check(tool('yamllint'), '-s', '-d', rules, 'launch')
-
-
-def test_hadolint():
-  check(tool('hadolint'), 'launch/docker/Dockerfile')
-
-
 # Of the Compute Engine documentation, newer than the gcloud of June 2025 that is at hand.
 NEWER = ('--accelerator-topology-mode', '--target-size-policy-mode', 'FLEX_START')
 
