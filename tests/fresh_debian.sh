@@ -4,7 +4,7 @@
 #
 # WAYs (default: install wheel demo):
 #   install   clone, venv, `pip install .`, a training from scratch ("Install" of README.md)
-#   wheel     the wheel and cpu.txt with hashes, without the checkout ("Locks" of docs/building.md)
+#   wheel     `make wheel`; then the wheel and cpu.txt with hashes, in another folder (docs/building.md)
 #   demo      clone, `make demo` ("Quickstart"); about 20 minutes on two cores
 #   test      clone, `make test`
 #
@@ -94,9 +94,8 @@ for way in "${ways[@]}"; do
         python -m ftjax.generate --model=runs/tiny --prompt="7 + 5 ="'
       ;;
     wheel)
-      as_user 'git clone -q origin build && cd build && make wheel && ls dist'
-      as_user 'mkdir apart && cd apart && cp ../build/dist/*.whl ../build/third_party/requirements/{build,cpu}.txt .
-        rm -rf ../build
+      as_user 'test -d checkout || git clone -q origin checkout; cd checkout && make wheel && ls dist'
+      as_user 'mkdir apart && cd apart && cp ../checkout/dist/*.whl ../checkout/third_party/requirements/{build,cpu}.txt .
         python3 -m venv env && . env/bin/activate
         python -m pip install -q --no-deps --use-pep517 --require-hashes -r build.txt
         python -m pip install -q --no-deps --use-pep517 --require-hashes --no-build-isolation -r cpu.txt
@@ -105,11 +104,11 @@ for way in "${ways[@]}"; do
         ftjax train --config=tiny_sft --workdir=runs/tiny'
       ;;
     demo)
-      as_user 'git clone -q origin demo && cd demo && make demo && ls runs/demo runs/demo/export
+      as_user 'test -d checkout || git clone -q origin checkout; cd checkout && make demo && ls runs/demo runs/demo/export
         . .venv/bin/activate
         python -m ftjax.generate --model=runs/demo --prompt="Name three colours."'
       ;;
-    test) as_user 'git clone -q origin tests && cd tests && make test' ;;
+    test) as_user 'test -d checkout || git clone -q origin checkout; cd checkout && make test' ;;
   esac
   echo "== $way took $SECONDS s"
 done
