@@ -94,7 +94,7 @@ def test_an_interrupted_watch_reports_what_it_leaves(cloud):
   process = launchers.start('tpu_vm.sh', *PLACE, *RUN, '--watch', *cloud.install, env=env)
   launchers.until((home(cloud, 'r1-1') / 'pid').exists, process)
   process.send_signal(signal.SIGTERM)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=200)
   assert process.returncode == 130 and 'the machines stay, and cost money' in err
   assert cloud.has('tpu-vm', 'r1') and (home(cloud, 'r1-0') / 'pid').exists()
 
@@ -116,7 +116,7 @@ def test_a_machine_with_a_new_disk_is_started_again(cloud):
   launchers.until(lambda: all((home(cloud, f'r1-{i}') / 'pid').exists() for i in (0, 1)), process)
   (cloud.root / 'done').touch()
   cloud.power_off(['r1-0', 'r1-1'])
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=200)
   assert process.returncode == 0, err
   assert len(cloud.of('tpu-vm', 'create')) == 1
 
@@ -132,7 +132,7 @@ def test_machines_that_are_no_longer_listed_are_lost(cloud):
   cloud.power_off(['r1-x', 'r1-z'])
   with cloud.state() as state:
     state['managed/r1/us-a']['size'] = 0
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=200)
   assert process.returncode == 0, err
   assert [c[-2] for c in cloud.of('resize')] == ['--size=0', '--size=2']
 
@@ -180,7 +180,7 @@ def test_secrets_are_forgotten_when_the_copy_is_interrupted(cloud, tmp_path):
   (file,) = (tmp_path / 'tmp').rglob('secrets.env')
   assert SECRET in file.read_text()
   process.send_signal(signal.SIGTERM)
-  process.communicate(timeout=60)
+  process.communicate(timeout=200)
   assert process.returncode != 0 and not list((tmp_path / 'tmp').iterdir())
 
 

@@ -1,5 +1,5 @@
-"""third_party/lint.sh: scripts, YAML and the Dockerfile against their linters, where these are found:
-on PATH, or in the environment that `make lint-launch` makes.
+"""third_party/lint.sh: scripts, YAML and the Dockerfile against their linters, where these are
+found: on PATH, or in the environment that `make lint-launch` makes.
 """
 
 import os

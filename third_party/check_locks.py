@@ -94,7 +94,12 @@ def install(name: str, version: str, python: str, scratch: pathlib.Path, flags) 
     if name not in TOOLS:
       seen = run(own, '-c', 'import jax; print(", jax", jax.__version__)', JAX_PLATFORMS='cpu')
     if name not in TOOLS and flags.steps:
-      train = (folder / 'bin' / 'ftjax', 'train', '--config=tiny_sft', f'--config.steps={flags.steps}')
+      train = (
+        folder / 'bin' / 'ftjax',
+        'train',
+        '--config=tiny_sft',
+        f'--config.steps={flags.steps}',
+      )
       run(*train, f'--workdir={folder}/run', JAX_PLATFORMS='cpu')
       seen = f'{seen.strip()}, trained {flags.steps} steps'
     took = time.monotonic() - start
@@ -124,7 +129,9 @@ def unknown_hashes(name: str, uv: str, scratch: pathlib.Path) -> list[str]:
     *(uv, 'pip', 'compile', '--no-deps', '--universal', '--python-version=3.11'),
     *('--generate-hashes', '--no-header', '--no-strip-extras', asked, '--output-file', found),
   )
-  there = {(p.name, p.version): set(p.hashes) for p in bill_of_materials.read_lock(found.read_text())}
+  there = {
+    (p.name, p.version): set(p.hashes) for p in bill_of_materials.read_lock(found.read_text())
+  }
   return [p.name for p in pins if not set(p.hashes) <= there.get((p.name, p.version), set())]
 
 
