@@ -30,7 +30,10 @@ root=$work/root mounts=()
 
 # Folders of this machine are mounted, so they are unmounted before anything is deleted, and what cannot be unmounted is kept.
 cleanup() {
-  local i
+  local i link
+  for link in /proc/[0-9]*/root; do # what still runs in the chroot
+    [[ $(readlink "$link" 2>/dev/null) != "$root" ]] || kill -KILL "$(basename "$(dirname "$link")")" 2>/dev/null || true
+  done
   for ((i = ${#mounts[@]} - 1; i >= 0; i--)); do umount "${mounts[i]}" || umount --lazy "${mounts[i]}" || true; done
   if grep -qF " $work/" /proc/self/mounts; then
     echo "error: $work is still mounted; it is not deleted" >&2

@@ -4,10 +4,9 @@
 
 An install is that of docs/building.md: pip (or uv, which takes a tenth of the time) with
 --require-hashes, the wheel of the checked out commit, `pip check`, and a training of some steps on
-the CPU. uv resolves without a download: each
-pin has a wheel for the machine, and each hash of the lock is one that the index has. What cannot be
-checked here, such as a Python that is not installed, is printed as such. Prints a table in
-markdown; the exit code is 1 where a check failed.
+the CPU. uv resolves without a download: each pin has a wheel for the machine, and each hash of the
+lock is one that the index has. What cannot be checked here, such as a Python that is not installed,
+is printed as such. Prints a table in markdown; the exit code is 1 where a check failed.
 """
 
 import argparse
