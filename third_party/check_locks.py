@@ -28,6 +28,7 @@ PYTHONS = ('3.11', '3.12', '3.13')
 # libtpu is there for x86-64 alone, and asks for a younger glibc than the others.
 MACHINES = {'x86_64': 'manylinux_2_28', 'aarch64': 'manylinux_2_28'}
 LIBTPU_LOCKS, LIBTPU_GLIBC = ('tpu', 'plan'), 'manylinux_2_31'
+X86_ALONE = (*LIBTPU_LOCKS, 'lint')  # shellcheck too
 # Published without wheels; built with the packages of build.txt.
 FROM_SOURCE = ('rouge-score', 'sqlitedict', 'word2number')
 
@@ -164,7 +165,7 @@ def rows_of(name: str, versions: list[str], scratch: pathlib.Path, flags):
     text = f'not on the index: {unknown}' if unknown else 'all on the index'
     yield name, 'all', 'all', 'hashes', text, good and not unknown
     for version in versions:
-      for machine in MACHINES if name not in LIBTPU_LOCKS else ('x86_64',):
+      for machine in MACHINES if name not in X86_ALONE else ('x86_64',):
         result = attempt(resolve, name, version, machine, uv, scratch)
         yield name, version, machine, 'resolved', *result
 
