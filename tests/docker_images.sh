@@ -17,11 +17,16 @@ done
 work=$(mktemp -d "${TMPDIR:-/tmp}/ftjax-image-XXXXXX")
 # A store of its own, so that no image of this machine is used or changed.
 buildah() { command buildah --root "$work/store" --runroot "$work/run" "$@"; }
+# The store is deleted as a folder, which is quicker than by image; nothing of it may be mounted then.
 cleanup() {
-  buildah rm --all >/dev/null 2>&1 || true
-  buildah rmi --all --force >/dev/null 2>&1 || true
-  umount "$work/store/overlay" 2>/dev/null || true
-  rm -rf --one-file-system "$work"
+  local place
+  while read -r place; do umount "$place" || umount --lazy "$place" || true; done \
+    < <(awk -v work="$work/" 'index($2, work) == 1 { print $2 }' /proc/self/mounts | tac)
+  if grep -qF " $work/" /proc/self/mounts; then
+    echo "error: $work is still mounted; it is not deleted" >&2
+  else
+    rm -rf --one-file-system "$work"
+  fi
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
