@@ -11,7 +11,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bazel lint-bazel docker-digest env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: bazel lint-bazel check-locks docker-digest lint-launch env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -77,6 +77,20 @@ docker-digest:
 
 lint: env
 	@$(RUN) -m ruff format --check . && $(RUN) -m ruff check .
+
+LINT_VENV ?= .venv-lint
+$(LINT_VENV)/.ready: $(LOCKS)/lint.txt
+	@$(PYTHON) -m venv $(LINT_VENV)
+	@$(LINT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes -r $<
+	@touch $@
+
+# shellcheck, yamllint and hadolint on all scripts, YAML files and Dockerfiles; x86-64 alone has wheels of them.
+lint-launch: $(LINT_VENV)/.ready
+	@PATH="$(abspath $(LINT_VENV))/bin:$$PATH" third_party/lint.sh
+
+# Installs each lock in empty environments of Python 3.11 to 3.13, and resolves it for other machines; about an hour. See docs/building.md.
+check-locks: env
+	@$(RUN) third_party/check_locks.py $(CHECK)
 
 # The wheel, the source archive, the bill of materials and SHA256SUMS of the commit, into dist/. The same commit gives the same bytes.
 wheel: env

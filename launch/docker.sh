@@ -16,6 +16,7 @@ flag stop-seconds 300 'Seconds that stop waits for a checkpoint.'
 install_flags
 parse_flags "$@"
 [[ ${VALUE[platform]} =~ ^(cpu|cuda|tpu)$ ]] || die 2 "--platform=${VALUE[platform]}: expected cpu, cuda or tpu"
+require_whole stop-seconds
 NAME=${VALUE[name]}
 IMAGE=${VALUE[image]:-ftjax:${VALUE[platform]}}
 need docker
@@ -35,8 +36,10 @@ case $VERB in
     ((${#LOCKS[@]} == 1)) || die 2 "several locks: ${LOCKS[*]}; choose the one for the Python of ${VALUE[base]} with --lock=FILE"
     context=$LAUNCH_DIR/..
     is dry-run && context=.
+    lock=$(inside "${LOCKS[0]}")
+    wheel=$(inside "$WHEEL")
     run docker build --file "$context/launch/docker/Dockerfile" "--build-arg=BASE_IMAGE=${VALUE[base]}" "--build-arg=BASE_DIGEST=${VALUE[digest]}" \
-      "--build-arg=LOCK=$(inside "${LOCKS[0]}")" "--build-arg=WHEEL=$(inside "$WHEEL")" --tag "$IMAGE" "$context"
+      "--build-arg=LOCK=$lock" "--build-arg=WHEEL=$wheel" --tag "$IMAGE" "$context"
     ;;
   create | run)
     options=(--stop-timeout="${VALUE[stop-seconds]}" --cap-drop=ALL --security-opt=no-new-privileges)
@@ -60,7 +63,9 @@ case $VERB in
     config=${VALUE[config]}
     if [[ -f $config ]]; then options+=("--volume=$(realpath "$config"):/config/$(basename "$config"):ro"); fi
     VALUE[workdir]=$workdir
-    mapfile -t flags < <(train_flags /config)
+    mapfile -d '' -t flags < <(train_flags /config)
+    # The container of an earlier start, which has ended, would keep the name.
+    if ! is dry-run && [[ -n $(docker ps --all --quiet "--filter=name=^$NAME\$" --filter=status=exited) ]]; then docker rm "$NAME" >/dev/null; fi
     run docker run --detach "--name=$NAME" "${options[@]}" --entrypoint=python "$IMAGE" -m ftjax.supervise --preflight -- python -m ftjax.train "${flags[@]}"
     ;;
   status) run docker ps --all "--filter=name=^$NAME\$" ;;

@@ -85,11 +85,14 @@ machines_create() {
     run gcloud compute instances create "$NAME" "--zone=$ZONE" "${PROJECT[@]}" "${flags[@]}" --async --quiet
     return
   fi
-  exists gcloud compute resource-policies describe "$NAME" "--region=$REGION" \
-    || run gcloud compute resource-policies create workload-policy "$NAME" "--region=$REGION" "${PROJECT[@]}" \
-      --type=HIGH_THROUGHPUT "--accelerator-topology=$TOPOLOGY" --accelerator-topology-mode=AUTO_CONNECT --quiet || return
-  exists gcloud compute instance-templates describe "$NAME" "--region=$REGION" \
-    || run gcloud compute instance-templates create "$NAME" "--instance-template-region=$REGION" "${PROJECT[@]}" "${flags[@]}" --quiet || return
+  # Policy and template of an earlier group may be of another topology or capacity. There is no group that uses them.
+  ! exists gcloud compute instance-templates describe "$NAME" "--region=$REGION" \
+    || run gcloud compute instance-templates delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet || return
+  ! exists gcloud compute resource-policies describe "$NAME" "--region=$REGION" \
+    || run gcloud compute resource-policies delete "$NAME" "--region=$REGION" "${PROJECT[@]}" --quiet || return
+  run gcloud compute resource-policies create workload-policy "$NAME" "--region=$REGION" "${PROJECT[@]}" \
+    --type=HIGH_THROUGHPUT "--accelerator-topology=$TOPOLOGY" --accelerator-topology-mode=AUTO_CONNECT --quiet || return
+  run gcloud compute instance-templates create "$NAME" "--instance-template-region=$REGION" "${PROJECT[@]}" "${flags[@]}" --quiet || return
   run gcloud compute instance-groups managed create "$NAME" "--zone=$ZONE" "${PROJECT[@]}" \
     "--template=$API/$PLACE/instanceTemplates/$NAME" "--workload-policy=$API/$PLACE/resourcePolicies/$NAME" \
     "--size=$HOSTS" --target-size-policy-mode=bulk --default-action-on-vm-failure=do-nothing --quiet
@@ -109,7 +112,14 @@ machines_state() {
     *UNKNOWN*) echo unknown ;;
     *STOPPING* | *STOPPED* | *TERMINATED* | *SUSPENDED* | *SUSPENDING*) echo lost ;;
     *)
-      if (($(grep -cx RUNNING <<<"$states") == HOSTS)); then echo ready; else echo waiting; fi
+      # Machines of a spot group that were taken back and deleted are no longer listed.
+      if (($(grep -cx RUNNING <<<"$states") == HOSTS)); then
+        echo ready
+      elif [[ $WAS_READY == true ]] && (($(grep -c . <<<"$states") < HOSTS)); then
+        echo lost
+      else
+        echo waiting
+      fi
       ;;
   esac
 }
@@ -142,15 +152,17 @@ machines_reset() {
   run gcloud compute instance-groups managed resize "$NAME" "--zone=$ZONE" "${PROJECT[@]}" "--size=$HOSTS" --quiet
 }
 
-# Names of the hosts, one a line, sorted: the order of the processes.
+# Names of the hosts, one a line, sorted: the order of the processes. Fails where not all of them are there.
 host_names() {
-  local i
+  local i names
   if ((HOSTS == 1)); then
     echo "$NAME"
   elif is dry-run; then
     for ((i = 0; i < HOSTS; i++)); do echo "HOST$i"; done
   else
-    gcloud compute instance-groups managed list-instances "$NAME" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(name)' | sort
+    names=$(gcloud compute instance-groups managed list-instances "$NAME" "--zone=$ZONE" "${PROJECT[@]}" '--format=value(name)' | sort) || return
+    (($(grep -c . <<<"$names") == HOSTS)) || { note "$NAME: expected $HOSTS machines; got ${names:-none}"; return 1; }
+    printf '%s\n' "$names"
   fi
 }
 
@@ -159,7 +171,8 @@ SSH=("--zone=$ZONE" "${PROJECT[@]}" --quiet)
 
 machines_on() {
   local names name pids=() pid code=0
-  mapfile -t names < <(host_names)
+  names=$(host_names) || return
+  mapfile -t names <<<"$names"
   if [[ $1 != all ]]; then
     run gcloud compute ssh "${names[$1]:?no such host}" "${SSH[@]}" "--command=$2"
     return
@@ -178,14 +191,16 @@ machines_on() {
 
 machines_copy() {
   local names name
-  mapfile -t names < <(host_names)
+  names=$(host_names) || return
+  mapfile -t names <<<"$names"
   for name in "${names[@]}"; do run gcloud compute scp "$@" "$name:$REMOTE/" "${SSH[@]}" || return; done
 }
 
 # The coordinator is named: the metadata of such slices has host names, whose order need not be that of the chips.
 machines_flags() {
   local names i
-  mapfile -t names < <(host_names)
+  names=$(host_names) || return
+  mapfile -t names <<<"$names"
   for ((i = 0; i < ${#names[@]}; i++)); do
     ((HOSTS == 1)) && echo || echo "--coordinator=${names[0]}:${VALUE[port]} --num_processes=$HOSTS --process_id=$i"
   done

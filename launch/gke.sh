@@ -25,7 +25,7 @@ flag service-account '' 'Kubernetes service account that may write to the bucket
 flag claim '' 'Persistent volume claim that is mounted at /runs, for a workdir below it.'
 flag root false 'Run as root, where the nodes give accelerators to root alone.'
 parse_flags "$@"
-require_number slices hosts per-host restarts
+require_whole slices hosts per-host restarts
 SLICES=${VALUE[slices]}
 
 NAME=${VALUE[name]}
@@ -58,14 +58,16 @@ container_script() {
 }
 
 config_map() {
-  printf -- '---\napiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: %s-config\ndata:\n  %s: |\n' "$NAME" "$(basename "${VALUE[config]}")"
+  printf -- '---\napiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: %s-config\ndata:\n  %s: |2\n' "$NAME" "$(basename "${VALUE[config]}")"
   sed 's/^/    /' "${VALUE[config]}"
 }
 
 manifest() {
-  local flags script name
-  mapfile -t flags < <(train_flags /config)
+  local flags script name arguments seconds
+  mapfile -d '' -t flags < <(train_flags /config)
   script=$(json "$(container_script)")
+  arguments=$(json "${flags[@]}")
+  seconds=$(grace "$HOSTS")
   ! is spot || TAGS+=(spot)
   ! is root || TAGS+=(root)
   ((SLICES == 1)) || TAGS+=(slices)
@@ -75,8 +77,8 @@ manifest() {
   [[ ! " ${TAGS[*]} " =~ \ (config|claim|cuda)\  ]] || TAGS+=(volumes)
   [[ ! -f ${VALUE[config]} ]] || config_map
   render "$LAUNCH_DIR/jobset.yaml" "${TAGS[@]}" "NAME=$NAME" "QUEUE=${VALUE[queue]}" "RESTARTS=${VALUE[restarts]}" \
-    "SLICES=$SLICES" "HOSTS=$HOSTS" "GRACE=$(grace "$HOSTS")" "ACCOUNT=${VALUE[service-account]}" \
-    "PRIORITY=${VALUE[priority]}" "IMAGE=${VALUE[image]}" "SCRIPT=${script:1:-1}" "ARGS=$(json "${flags[@]}")" \
+    "SLICES=$SLICES" "HOSTS=$HOSTS" "GRACE=$seconds" "ACCOUNT=${VALUE[service-account]}" \
+    "PRIORITY=${VALUE[priority]}" "IMAGE=${VALUE[image]}" "SCRIPT=${script:1:-1}" "ARGS=$arguments" \
     "SECRET=$NAME-secrets" "CHIPS=$CHIPS" "CLAIM=${VALUE[claim]}"
 }
 
@@ -116,5 +118,9 @@ case $VERB in
     ;;
   logs) run "${KUBECTL[@]}" logs -l "jobset.sigs.k8s.io/jobset-name=$NAME,batch.kubernetes.io/job-completion-index=0" --tail=200 --prefix ;;
   # The pods get SIGTERM, save a checkpoint, and end within the grace period.
-  stop) run "${KUBECTL[@]}" delete jobset "$NAME" --wait ;;
+  # No secret is left behind.
+  stop)
+    run "${KUBECTL[@]}" delete jobset "$NAME" --wait
+    run "${KUBECTL[@]}" delete secret "$NAME-secrets" --ignore-not-found
+    ;;
 esac

@@ -43,28 +43,40 @@ install_python() {
 find_lock() {
   local version=$1 lock found=()
   for lock in *.txt; do [[ $lock == *"$version"* || $lock == *"${version/./}"* ]] && found+=("$lock"); done
-  ((${#found[@]})) || found=(*.txt)
+  if ((${#found[@]} == 0)); then
+    for lock in *.txt; do [[ $lock == build.txt ]] || found+=("$lock"); done
+  fi
   ((${#found[@]} == 1)) && [[ -f ${found[0]} ]] || fail "no lock for Python $version among $(echo ./*.txt)"
   echo "${found[0]}"
 }
 
 boot() {
-  local free python version lock key
+  local free python version lock key locks isolation=()
+  local pip=(env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
+  if is_running; then
+    echo "$(hostname): process $(cat pid) runs; its environment is kept"
+    return
+  fi
   free=$(df -Pm . | awk 'NR == 2 { print $4 }')
   ((free >= LEAST_FREE_MB)) || fail "$free MB free in $PWD, expected $LEAST_FREE_MB; make the boot disk larger"
   install_python
   python=$(find_python)
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   lock=$(find_lock "$version")
-  key=$(cat "$lock" ./*.whl | sha256sum | cut -c1-16)-$version
+  locks=("$lock")
+  [[ ! -f build.txt ]] || locks+=(build.txt)
+  key=$(cat "${locks[@]}" ./*.whl | sha256sum | cut -c1-16)-$version
+  [[ ! -f build.txt ]] || isolation=(--no-build-isolation)
   if [[ $(cat env/.made-from 2>/dev/null) == "$key" ]]; then
     echo "$(hostname): the environment is up to date ($key)"
     return
   fi
   rm -rf env
   "$python" -m venv env
-  env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --use-pep517 --require-hashes -r "$lock"
-  env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ./*.whl
+  # What builds packages that have no wheel is locked too; without that lock pip fetches it.
+  [[ ! -f build.txt ]] || "${pip[@]}" --use-pep517 --require-hashes -r build.txt
+  "${pip[@]}" --use-pep517 --require-hashes "${isolation[@]}" -r "$lock"
+  "${pip[@]}" ./*.whl
   env/bin/python -m pip check >/dev/null || fail "pip check: $(env/bin/python -m pip check | head -3)"
   echo "$key" >env/.made-from
   echo "$(hostname): installed ($key)"

@@ -2,10 +2,13 @@
 # Shared functions of the launchers: flags, the card of TPU names, checks, dry runs. Sourced by them, after `set -euo pipefail`.
 # No decision about training is made here: restarts on a host are those of ftjax.supervise.
 
-((BASH_VERSINFO[0] >= 4)) || {
-  echo "error: bash ${BASH_VERSION} is too old; expected 4 or newer (macOS: brew install bash)" >&2
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "error: bash ${BASH_VERSION} is too old; expected 4.4 or newer (macOS: brew install bash)" >&2
   exit 2
 }
+# A function that ends with `die` inside of $(...) ends the launcher only where the value is assigned by itself:
+# x=$(f), never `command "--flag=$(f)"`, whose exit code is that of the command.
+shopt -s inherit_errexit
 
 LAUNCH_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PROGRAM=$(basename "$0")
@@ -168,6 +171,13 @@ require_number() {
   done
 }
 
+require_whole() {
+  local name
+  for name in "$@"; do
+    [[ ${VALUE[$name]} =~ ^(0|[1-9][0-9]{0,8})$ ]] || die 2 "--$name=${VALUE[$name]}: expected a whole number"
+  done
+}
+
 # quote WORD ...: one line that a shell reads as these words.
 quote() {
   local word out=''
@@ -307,16 +317,16 @@ check_workdir() {
   esac
 }
 
-# The flags of ftjax.train, one a line; a config file of this machine is passed by its name on the host.
+# The flags of ftjax.train, each ended by a NUL; a config file of this machine is passed by its name on the host.
 train_flags() {
   local config=${VALUE[config]}
   [[ -f $config ]] && config=${1:-.}/$(basename "$config")
-  printf '%s\n' "--config=$config" "--workdir=${VALUE[workdir]}" "${EXTRA[@]}"
+  printf '%s\0' "--config=$config" "--workdir=${VALUE[workdir]}" "${EXTRA[@]}"
 }
 
-# find_install PLATFORM: sets WHEEL and LOCKS.
+# find_install PLATFORM: sets WHEEL, LOCKS, and BUILD_LOCKS: the lock of what builds packages that have no wheel, if there is one.
 find_install() {
-  local root=$LAUNCH_DIR/.. file
+  local root=$LAUNCH_DIR/.. file build
   WHEEL=${VALUE[wheel]}
   LOCKS=()
   if [[ -z $WHEEL ]]; then
@@ -334,6 +344,7 @@ find_install() {
     ((${#LOCKS[@]})) || LOCKS=("third_party/requirements/$1.txt")
     [[ -n ${VALUE[wheel]} ]] || WHEEL=dist/ftjax.whl
     [[ -n ${VALUE[lock]} ]] || LOCKS=("third_party/requirements/$1.txt")
+    BUILD_LOCKS=(third_party/requirements/build.txt)
     return
   fi
   [[ -f $WHEEL ]] || die 2 "${WHEEL:-no wheel in dist/}: no such file; build it with make wheel, or give --wheel=FILE"
@@ -341,6 +352,15 @@ find_install() {
   for file in "${LOCKS[@]}"; do
     [[ -f $file ]] || die 2 "--lock: $file: no such file"
     grep -q -e '--hash=' "$file" || die 2 "--lock: $file has no hashes; expected requirements made with --generate-hashes"
+  done
+  # Beside the lock, else of the checkout.
+  BUILD_LOCKS=()
+  for build in "$(dirname "${LOCKS[0]}")/build.txt" "$root/third_party/requirements/build.txt"; do
+    if [[ -f $build ]]; then
+      # shellcheck disable=SC2034 # the launchers read it
+      BUILD_LOCKS=("$build")
+      break
+    fi
   done
 }
 

@@ -24,41 +24,52 @@ lifecycle_flags() {
 }
 
 lifecycle_check() {
-  require_number poll starts stop-seconds
+  require_number poll
+  require_whole starts stop-seconds
+  ! is detach || is watch || die 2 '--detach: expected with --watch; without it the launcher returns when the training has started'
   [[ ${VALUE[after-done]} =~ ^(auto|delete|keep)$ ]] || die 2 "--after-done=${VALUE[after-done]}: expected auto, delete or keep"
   REMOTE=.ftjax/${VALUE[name]}
 }
 
 # Copies all that a host needs, and installs it.
 machines_install() {
-  local files=("$LAUNCH_DIR/host.sh" "$WHEEL" "${LOCKS[@]}") secrets=''
+  local files=("$LAUNCH_DIR/host.sh" "$WHEEL" "${LOCKS[@]}" "${BUILD_LOCKS[@]}") code=0
   is dry-run && files[0]=launch/host.sh
   [[ -f ${VALUE[config]} ]] && files+=("${VALUE[config]}")
-  machines_on all "mkdir -p $REMOTE && chmod 700 $REMOTE && rm -f $REMOTE/*.whl $REMOTE/*.txt"
+  # Also the secrets of an earlier start, which may be no longer wanted there.
+  machines_on all "mkdir -p $REMOTE && chmod 700 $REMOTE && rm -f $REMOTE/*.whl $REMOTE/*.txt $REMOTE/secrets.env" || return
   if has_secrets; then
     if is dry-run; then
       files+=(secrets.env) # written from the environment, with mode 600
     else
-      secrets=$(mktemp -d)
-      write_secrets "$secrets/secrets.env"
-      files+=("$secrets/secrets.env")
+      SECRETS_DIR=$(mktemp -d)
+      trap forget_secrets EXIT # also where the copy is interrupted
+      write_secrets "$SECRETS_DIR/secrets.env"
+      files+=("$SECRETS_DIR/secrets.env")
     fi
   fi
-  local code=0
   machines_copy "${files[@]}" || code=$?
-  [[ -z $secrets ]] || rm -rf "$secrets"
+  forget_secrets
   ((code == 0)) || return "$code"
   machines_on all "bash $REMOTE/host.sh boot"
 }
 
+SECRETS_DIR=''
+
+forget_secrets() {
+  [[ -z $SECRETS_DIR ]] || rm -rf "$SECRETS_DIR"
+  SECRETS_DIR=''
+}
+
 machines_start() {
-  local flags lines line host=0 pids=() pid code=0
-  mapfile -t flags < <(train_flags)
+  local flags lines of_hosts line host=0 pids=() pid code=0
+  mapfile -d '' -t flags < <(train_flags)
   if ! declare -F machines_flags >/dev/null; then
     machines_on all "bash $REMOTE/host.sh start $(quote "${flags[@]}")"
     return
   fi
-  mapfile -t lines < <(machines_flags)
+  of_hosts=$(machines_flags && echo .) || return # the last empty line is kept
+  mapfile -t lines <<<"${of_hosts%$'\n'.}"
   for line in "${lines[@]}"; do
     if is dry-run; then
       machines_on $host "bash $REMOTE/host.sh start $(quote "${flags[@]}")${line:+ $line}"
@@ -72,7 +83,8 @@ machines_start() {
   return $code
 }
 
-# Waits until the machines are ready; creates those that are lost again. 1: they did not become ready.
+# Waits until the machines are ready; creates those that are lost again. 1: they did not become ready. Without --watch a create
+# that fails is the end: most often a flag is wrong, or there is no quota.
 wait_until_ready() {
   local state last='' tries=0 most=${VALUE[starts]}
   while :; do
@@ -80,7 +92,11 @@ wait_until_ready() {
     [[ $state == "$last" ]] || note "${VALUE[name]}: $state"
     last=$state
     case $state in
-      ready) return 0 ;;
+      ready)
+        # shellcheck disable=SC2034 # gce.sh reads it
+        WAS_READY=true
+        return 0
+        ;;
       lost)
         note "${VALUE[name]}: removing what is left of it, and creating it again"
         machines_renew
@@ -88,24 +104,37 @@ wait_until_ready() {
       none)
         tries=$((tries + 1))
         if ((tries > most)); then return 1; fi
-        machines_create || note "create failed (try $tries); if it names a quota, ask for more of it, or try another zone"
-        continue
+        if machines_create; then continue; fi
+        note "create failed (try $tries); if it names a quota, ask for more of it, or try another zone"
+        is watch || return 1
         ;;
     esac
     sleep "${VALUE[poll]}"
   done
 }
 
-machines_renew() { if declare -F machines_reset >/dev/null; then machines_reset; else machines_delete; fi; }
+WAS_READY=false
 
-# Prints the state of the training on host 0; unreachable if ssh fails.
-training_state() { machines_on 0 "bash $REMOTE/host.sh status" 2>/dev/null </dev/null | tail -n 1 | grep . || echo unreachable; }
+machines_renew() {
+  # shellcheck disable=SC2034
+  WAS_READY=false
+  if declare -F machines_reset >/dev/null; then machines_reset; else machines_delete; fi
+}
+
+# Prints the state of the training on host 0; unreachable if ssh fails. A machine whose disk is new has no host.sh.
+training_state() {
+  machines_on 0 "if [ -f $REMOTE/host.sh ]; then bash $REMOTE/host.sh status; else echo not started; fi" 2>/dev/null </dev/null \
+    | tail -n 1 | grep . || echo unreachable
+}
 
 # Until the training has ended: waits for machines, installs, starts, looks. Returns the exit code of the training.
 watch() {
   local most=${VALUE[starts]} starts=0 failures=0 state stale code
   while ((starts < most)); do
-    wait_until_ready || die 1 "${VALUE[name]}: not ready after ${VALUE[starts]} creates"
+    if ! wait_until_ready; then
+      note "${VALUE[name]}: not ready after ${VALUE[starts]} creates"
+      return 1
+    fi
     starts=$((starts + 1))
     if machines_install && machines_start; then
       failures=0
@@ -150,10 +179,15 @@ watch() {
       esac
     done
   done
-  die 1 "${VALUE[name]}: still not done after $starts starts"
+  note "${VALUE[name]}: still not done after $starts starts"
+  return 1
 }
 
+# after_done CODE: deletes the machines, or prints that they are kept. The log goes with them: after a failure its end is printed.
 after_done() {
+  case ${VALUE[after-done]}-${VALUE[workdir]} in
+    delete-* | auto-gs://*) (($1 == 0)) || machines_on 0 "bash $REMOTE/host.sh logs 100" >&2 </dev/null || true ;;
+  esac
   case ${VALUE[after-done]}-${VALUE[workdir]} in
     delete-* | auto-gs://*) machines_delete || note "not all was deleted, and may cost money; see $PROGRAM status" ;;
     *) note "the machines of ${VALUE[name]} are kept, and cost money: $PROGRAM delete --name=${VALUE[name]} ..." ;;
@@ -188,13 +222,14 @@ lifecycle() {
           return
         fi
         trap '' HUP
+        trap 'note "interrupted: the machines stay, and cost money; the same command watches again, $PROGRAM delete deletes them"; exit 130' INT TERM
         watch || code=$?
-        after_done
-        exit $code
+        after_done "$code"
+        exit "$code"
       else
-        wait_until_ready || die 1 "${VALUE[name]}: not ready"
-        machines_install
-        machines_start
+        wait_until_ready || die 1 "${VALUE[name]}: not ready; see $PROGRAM status, and $PROGRAM delete for what there is of it"
+        { machines_install && machines_start; } \
+          || die 1 "${VALUE[name]}: install or start failed; the machines stay, and cost money: $PROGRAM delete --name=${VALUE[name]} ..."
         note "started; $PROGRAM status|logs|stop|delete --name=${VALUE[name]} with the same flags of the place"
       fi
       ;;

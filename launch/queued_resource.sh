@@ -18,7 +18,7 @@ flag zone-seconds 0 'With several zones: seconds to wait in one before trying th
 lifecycle_flags
 parse_flags "$@"
 lifecycle_check
-require_number zone-seconds
+require_whole zone-seconds
 require zone accelerator
 read_card tpu-api
 IFS=, read -r -a ZONES <<<"${VALUE[zone]}"
@@ -42,10 +42,15 @@ machines_state() {
   case $(resource_state) in
     NONE) echo none ;;
     UNKNOWN) echo unknown ;;
-    ACTIVE) node_state ;;
+    ACTIVE)
+      case $(node_state) in
+        none) echo waiting ;; # not there yet, or deleted by hand: the request will be SUSPENDED
+        *) node_state ;;
+      esac
+      ;;
     SUSPENDED | FAILED) echo lost ;;
     *)
-      if ((${#ZONES[@]} > 1 && ${VALUE[zone-seconds]%.*} > 0 && SECONDS - ASKED > ${VALUE[zone-seconds]%.*})); then echo lost; else echo waiting; fi
+      if ((${#ZONES[@]} > 1 && ${VALUE[zone-seconds]} > 0 && SECONDS - ASKED > ${VALUE[zone-seconds]})); then echo lost; else echo waiting; fi
       ;;
   esac
 }

@@ -43,11 +43,12 @@ task() {
   is dry-run && host=launch/host.sh
   [[ ! -f ${VALUE[config]} ]] || tags+=(config)
   [[ -z $infra ]] || tags+=(infra)
-  mapfile -t flags < <(train_flags)
+  ((${#BUILD_LOCKS[@]} == 0)) || tags+=(build)
+  mapfile -d '' -t flags < <(train_flags)
   words=$(quote "${flags[@]}")
   render "$LAUNCH_DIR/skypilot.yaml" "${tags[@]}" accelerators "NAME=$NAME" "NODES=$NODES" "INFRA=$infra" \
     "ACCELERATORS=$accelerators" "SPOT=${VALUE[spot]}" "DISK=${VALUE[disk-size]}" "HOST=$host" \
-    "WHEEL_NAME=$(basename "$WHEEL")" "WHEEL=$WHEEL" "LOCK_NAME=$(basename "${LOCKS[0]}")" "LOCK=${LOCKS[0]}" \
+    "BUILD_LOCK=${BUILD_LOCKS[0]:-}" "WHEEL_NAME=$(basename "$WHEEL")" "WHEEL=$WHEEL" "LOCK_NAME=$(basename "${LOCKS[0]}")" "LOCK=${LOCKS[0]}" \
     "CONFIG_NAME=$(basename "${VALUE[config]}")" "CONFIG=${VALUE[config]}" "FLAGS=$words"
 }
 

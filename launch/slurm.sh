@@ -41,7 +41,7 @@ case $VERB in
     [[ ${VALUE[gpus-per-node]} == 0 ]] || options+=("--gpus-per-node=${VALUE[gpus-per-node]}")
     for name in cpus-per-task partition account qos time; do [[ -z ${VALUE[$name]} ]] || options+=("--$name=${VALUE[$name]}"); done
     [[ ! -f ${VALUE[config]} ]] || VALUE[config]=$(cd "$(dirname "${VALUE[config]}")" && pwd)/$(basename "${VALUE[config]}")
-    mapfile -t flags < <(train_flags "$(dirname "${VALUE[config]}")")
+    mapfile -d '' -t flags < <(train_flags "$(dirname "${VALUE[config]}")")
     script=$LAUNCH_DIR/train.sbatch
     is dry-run && script=launch/train.sbatch
     is dry-run || mkdir -p "$(dirname "$LOG")"

@@ -68,7 +68,7 @@ machines_on() {
 
 machines_copy() {
   local host
-  for host in "${HOST_NAMES[@]}"; do run scp -q -p "${OPTIONS[@]}" "$@" "$host:$REMOTE/"; done
+  for host in "${HOST_NAMES[@]}"; do run scp -q -p "${OPTIONS[@]}" "$@" "$host:$REMOTE/" || return; done
 }
 
 machines_flags() {

@@ -16,7 +16,7 @@ flag restarts 50 'Most restarts of the workload; the default of XPK is 0.'
 flag priority medium 'very-low, low, medium, high or very-high.'
 parse_flags "$@"
 require zone accelerator cluster
-require_number slices restarts
+require_whole slices restarts
 SLICES=${VALUE[slices]}
 [[ ${VALUE[priority]} =~ ^(very-low|low|medium|high|very-high)$ ]] || die 2 "--priority=${VALUE[priority]}: expected very-low, low, medium, high or very-high"
 [[ ${VALUE[restarts]} != 0 ]] || die 2 '--restarts=0: a preempted workload would not start again; expected more'
@@ -32,7 +32,8 @@ case $VERB in
     require image
     [[ ! -f ${VALUE[config]} ]] || die 2 "--config=${VALUE[config]}: a file of this machine; expected a shipped config, or a path in the image"
     [[ ${VALUE[workdir]} == gs://?* ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH"
-    mapfile -t flags < <(train_flags)
+    mapfile -d '' -t flags < <(train_flags)
+    seconds=$(grace $((HOSTS * SLICES)))
     options=()
     if has_secrets; then
       # Names without values: XPK takes the values from this environment. It writes them into the manifest of the pods.
@@ -44,7 +45,7 @@ case $VERB in
     # exec: the shell of XPK passes SIGTERM to its child alone.
     run xpk workload create "${CLUSTER[@]}" "--workload=$NAME" "--tpu-type=$TYPE" "--num-slices=$SLICES" \
       "--docker-image=${VALUE[image]}" "--priority=${VALUE[priority]}" "--max-restarts=${VALUE[restarts]}" \
-      "--termination-grace-period-seconds=$(grace $((HOSTS * SLICES)))" "${options[@]}" \
+      "--termination-grace-period-seconds=$seconds" "${options[@]}" \
       "--command=exec python -m ftjax.supervise --preflight --translate=75:42 -- python -m ftjax.train $(quote "${flags[@]}")"
     ;;
   status) run xpk workload list "${CLUSTER[@]}" "--filter-by-job=$NAME" ;;

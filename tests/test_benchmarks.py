@@ -457,3 +457,13 @@ def test_assets(script, tmp_path, capsys):
     write(tmp_path / 'data' / 'sentiment' / f'{name}.jsonl', [{}] * 3)
   assert module['main'](['assets.py', str(tmp_path)]) == 0
   assert '(3 train, 3 test sentences)' in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_deterministic_cost(script, tmp_path, capsys):
+  """On a CPU, where the flag sets nothing: the same bits."""
+  settings = [f'--out={tmp_path / "a folder"}', '--repetitions=1', '--steps=8']
+  script('benchmarks', 'deterministic_cost', *settings, '--config.log.every=1')['main']()
+  *runs, summary = lines(capsys.readouterr().out)
+  assert [run['deterministic'] for run in runs] == [False, True]
+  assert summary['same_loss_bits'] and len(summary['ratios']) == 1 and summary['ratio'] > 0

@@ -115,6 +115,12 @@ BAD = {
   'expected true or false': ['tpu_vm.sh', *TPU, '--accelerator=v6e-8', '--spot=maybe'],
   'a pod loses its disk': ['gke.sh', *IMAGE, '--accelerator=v6e-8', '--workdir=/r1'],
   'cannot stand in a manifest': ['gke.sh', *IMAGE, '--image=i: "x', '--accelerator=v6e-8'],
+  '--grace-seconds=abc: expected a whole number': [
+    *(*CASES['xpk_v5e'], '--grace-seconds=abc')
+  ],
+  '--grace-seconds=1.5: expected a whole number': [*CASES['gke_v6e'], '--grace-seconds=1.5'],
+  'a value with a line break': [*CASES['gke_v6e'], '--', '--config.notes=a\nb'],
+  '--stop-seconds=0.5: expected a whole number': [*CASES['ssh'], '--stop-seconds=0.5'],
   'would not start again': ['xpk.sh', *CASES['xpk_v5e'][1:], '--restarts=0'],
   'expected sha256: and 64': ['docker.sh', 'build', '--name=r1', '--digest=sha256:12'],
   'give it before --': ['ssh.sh', *CASES['ssh'][1:], '--', '--workdir=/x'],
@@ -251,20 +257,6 @@ def scripts():
 def test_bash_reads_every_script():
   for script in scripts():
     check('bash', '-n', script)
-
-
-@pytest.mark.full
-def test_shellcheck():
-  check(tool('shellcheck'), '-x', *scripts())
-
-
-def test_yamllint():
-  rules = '{extends: default, rules: {line-length: {max: 160}, key-duplicates: disable}}'
-  check(tool('yamllint'), '-s', '-d', rules, 'launch')
-
-
-def test_hadolint():
-  check(tool('hadolint'), 'launch/docker/Dockerfile')
 
 
 # Of the Compute Engine documentation, newer than the gcloud of June 2025 that is at hand.

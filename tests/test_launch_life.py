@@ -216,6 +216,12 @@ def test_boot_installs_the_wheel_and_the_lock_by_hashes_once(tmp_path):
   assert subprocess.check_output(run, cwd=folder) == b'3\n'
   code, out = host(folder, 'boot')
   assert code == 0 and 'up to date' in out
+  tool = wheel(store, 'backend', 'x = 3')  # what builds packages without a wheel, by a lock too
+  digest = hashlib.sha256(tool.read_bytes()).hexdigest()
+  (folder / 'build.txt').write_text(f'backend @ {tool.as_uri()} --hash=sha256:{digest}\n')
+  code, out = host(folder, 'boot')
+  assert code == 0 and 'installed' in out, out
+  subprocess.run([folder / 'env/bin/python', '-c', 'import backend, locked'], check=True)
   code, out = host(folder, 'boot', FTJAX_LEAST_FREE_MB='999999999')
   assert code == 1 and 'make the boot disk larger' in out
 

@@ -146,13 +146,13 @@ def test_every_extra_is_locked_or_left_out_by_name():
 def test_one_version_of_each_package_in_all_locks(python):
   """Except for libtpu: a plan is made by the newest compiler, a TPU has the one that jax names."""
   versions = collections.defaultdict(set)
-  for lock in (*LOCKED, 'build'):
+  for lock in (*LOCKED, 'build', 'lint'):
     for name, pin in installed(lock, python).items():
       versions[name].add(pin.version)
   assert {name for name, found in versions.items() if len(found) > 1} <= {'libtpu'}
 
 
-@pytest.mark.parametrize('lock', [*LOCKED, 'build'])
+@pytest.mark.parametrize('lock', [*LOCKED, 'build', 'lint'])
 def test_locks_are_closed_and_name_no_place(lock):
   """A package that others need, by uv's comments, is there wherever one of these is."""
   text = (LOCKS / f'{lock}.txt').read_text()
@@ -160,7 +160,7 @@ def test_locks_are_closed_and_name_no_place(lock):
   names = {p.name for p in pins(lock)} | {'ftjax'}
   for pin in pins(lock):
     assert pin.hashes and (set(pin.via) <= names), pin.name
-    assert pin.via or lock == 'build', pin.name
+    assert pin.via or lock in ('build', 'lint'), pin.name
   for python in PYTHONS:
     x86, arm = (set(installed(lock, python, machine)) for machine in MACHINES)
     assert x86 == arm
@@ -170,6 +170,18 @@ def test_build_holds_the_backend_that_pyproject_names():
   backend = tomllib.loads((tiny_run.ROOT / 'pyproject.toml').read_text())['build-system']
   for requirement in map(Requirement, [*backend['requires'], *EXTRAS['build']]):
     assert requirement.specifier.contains(installed('build', '3.11')[requirement.name].version)
+
+
+def test_the_lock_of_linters_holds_what_lint_in_names():
+  lines = (LOCKS / 'lint.in').read_text().splitlines()
+  named = [Requirement(line) for line in lines if not line.startswith('#')]
+  held = {pin.name: pin for pin in pins('lint')}
+  assert named
+  for requirement in named:
+    pin = held[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(pin.version), f'{requirement}; run make lock'
+  roots = {r.name for r in named}
+  assert all(pin.via or pin.name in roots for pin in held.values())
 
 
 @pytest.mark.parametrize(

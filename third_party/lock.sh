@@ -29,3 +29,8 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*project["optional-dependencies"]["build"], sep="\n")' | uv pip compile --quiet --universal --python-version 3.11 \
   --generate-hashes --no-header --no-strip-extras --constraint "$locks/test.txt" "$@" \
   - --output-file "$locks/build.txt"
+
+# Linters, in an environment of their own.
+echo 'locking lint ...'
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-strip-extras \
+  --constraint "$locks/test.txt" "$@" "$locks/lint.in" --output-file "$locks/lint.txt"

@@ -117,6 +117,8 @@ def kubectl(cloud, words):
     case ['logs', '-l']:
       name = words[2].partition('=')[2].partition(',')[0]
       print((cloud.home(f'{name}-0') / 'log').read_text())
+    case ['delete', 'secret']:
+      (cloud.root / f'secret-{words[2]}').unlink(missing_ok=True)
     case ['delete', 'jobset']:
       pid = json.loads(state.read_text())['pid']
       os.kill(pid, signal.SIGTERM)

@@ -85,6 +85,9 @@ class Gcloud:
     return f'{kind}/{name}/{places[0]}'
 
   def create(self, kind, name):
+    if os.environ.get('FAKE_CLOUD_QUOTA') == '0':
+      print('ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota exceeded', file=sys.stderr)
+      return 1
     with self.cloud.state() as state:
       key = self.key(kind, name)
       if key in state:
