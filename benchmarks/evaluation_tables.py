@@ -38,7 +38,7 @@ MODELS = {
     'Gemma 3 270M, LoRA',
     (
       'model.path=.cache/gemma-3-270m-q4_k_m.gguf',
-      *('lora.rank=8', 'lora.merge=False', 'optim.lr=1e-3', 'eval.batch_size=4'),
+      *('lora.rank=8', 'lora.merge=False', 'optim.lr=2e-4', 'eval.batch_size=4'),
       *('steps=40', 'optim.warmup_steps=4', "eval.stop=('\\n',)"),
     ),
   ),
