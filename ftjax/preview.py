@@ -1,10 +1,14 @@
-"""python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N] [--all]
+"""python -m ftjax.preview --config=FILE [--config.KEY=VALUE ...] [--rows=N] [--all] [--audit]
 
 Shows the data that a config would train on: counts, lengths and the share of supervised tokens of
 each source, and packed sequences as a table of token | supervised | segment | position; for
 on-policy algorithms the first prompts with their columns. By default only the first examples of
 each source are read; with --all all of them, and the first batch of the run is shown. Loads no
-weights and writes only the token cache."""
+weights and writes only the token cache.
+
+With --audit all rows are read for faults instead: duplicates, overlap with data.eval, empty and cut
+answers, labels, languages, broken characters, personal data and secrets, leaked templates. --clean
+writes the rows without them, --against compares with an older version; see docs/audit.md."""
 
 import tempfile
 
@@ -12,6 +16,7 @@ from absl import flags
 
 from ftjax import cli
 from ftjax.config import algorithms, section, validation
+from ftjax.runtime.errors import ConfigError
 
 cli.define_config()
 _ROWS = flags.DEFINE_integer('rows', 1, 'Number of packed sequences to print.', lower_bound=0)
@@ -23,12 +28,45 @@ _ROWS_PER_SEQUENCE, _MIN_ROWS = 50, 200
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the token cache; a temporary one by default.'
 )
+_AUDIT = flags.DEFINE_bool('audit', False, 'Look for faults in all training rows.')
+_AUDIT_OUT = flags.DEFINE_string('audit_out', '', 'A new .jsonl file for all findings of --audit.')
+_CLEAN = flags.DEFINE_string(
+  'clean', '', 'A new .jsonl file for the rows without findings; what went is in its .log.jsonl.'
+)
+_CLEAN_KINDS = flags.DEFINE_list(
+  'clean_kinds',
+  [],
+  'Kinds of findings whose rows --clean removes; those of docs/audit.md if empty.',
+)
+_AGAINST = flags.DEFINE_string(
+  'against', '', 'An older version of the training data to compare with, as in data.train.'
+)
+
+
+def _audit_request():
+  """Returns what the flags of the audit ask for; None without one of them."""
+  if _CLEAN_KINDS.value and not _CLEAN.value:
+    raise ConfigError('--clean_kinds does nothing without --clean=OUT.jsonl')
+  is_audit = bool(_AUDIT.value or _AUDIT_OUT.value or _CLEAN.value)
+  if not (is_audit or _AGAINST.value):
+    return None
+  from ftjax.experiment.data_audit import Request
+
+  return Request(
+    out=_AUDIT_OUT.value,
+    clean=_CLEAN.value,
+    kinds=tuple(_CLEAN_KINDS.value),
+    against=_AGAINST.value,
+    workdir=_WORKDIR.value or '',
+    is_audit=is_audit,
+  )
 
 
 def main() -> None:
-  """Prints the summary and the table."""
+  """Prints the summary and the table, or the audit."""
   c = flags.FLAGS.config
   validation.validate(c)
+  request = _audit_request()
   from ftjax.data import describe
   from ftjax.experiment import data as examples
   from ftjax.experiment import vocabulary
@@ -45,6 +83,11 @@ def main() -> None:
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:
     workdir = _WORKDIR.value or scratch
+    if request is not None:
+      from ftjax.experiment import data_audit
+
+      data_audit.show(c, model.tokenizer, scratch, request)
+      return
     limit = None if _ALL.value else max(_MIN_ROWS, _ROWS_PER_SEQUENCE * _ROWS.value)
     if algorithms.of(c).on_rollouts:
       data = examples.open_prompts(c, model.tokenizer, workdir, limit)

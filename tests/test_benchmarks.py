@@ -467,3 +467,18 @@ def test_deterministic_cost(script, tmp_path, capsys):
   *runs, summary = lines(capsys.readouterr().out)
   assert [run['deterministic'] for run in runs] == [False, True]
   assert summary['same_loss_bits'] and len(summary['ratios']) == 1 and summary['ratio'] > 0
+
+
+def test_label_errors(script, tmp_path, capsys):
+  words = {'positive': 'fine great lovely', 'negative': 'poor dull awful'}
+  rows = [
+    {'messages': [{'role': 'user', 'content': f'{words[x].split()[i % 3]} film number {i}'},
+                  {'role': 'assistant', 'content': x}]}
+    for i in range(60)
+    for x in words
+  ]  # fmt: skip
+  script('benchmarks', 'label_errors', write(tmp_path / 'rows.jsonl', rows))['main']()
+  found = lines(capsys.readouterr().out)
+  assert [f['flipped'] for f in found] == [6] * 6 + [0] * 6
+  assert found[0]['recall'] >= 0.8 and found[0]['precision'] >= 0.8
+  assert found[0]['doubted'] >= found[5]['doubted'] and found[6]['recall'] is None

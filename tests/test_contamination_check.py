@@ -165,7 +165,7 @@ def test_a_large_split_is_compared_in_part(tmp_path, monkeypatch):
 
 def test_rows_of_whole_texts_are_texts():
   row = types.SimpleNamespace(id='7', asked=None, choices=('one text', 'another'), answer='another')
-  assert contamination_check._item(row) == Item('7', ('one text', 'another'))
+  assert contamination_check.item_of(row) == Item('7', ('one text', 'another'))
 
 
 @pytest.mark.parametrize('algorithm', ['dpo', 'grpo', 'sft'])

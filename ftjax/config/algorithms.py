@@ -158,12 +158,16 @@ def _policy_needs_old_logp(c: Config) -> bool:
 
 # Rows.
 
+# Keys of data for rows whose tokens have weights of their own, and whose questions may be altered.
+_WEIGHED = ('data.balance',)
+_ALTERED = ('data.augment', 'data.augment_copies', 'data.augment_templates')
+
 _SFT = Algorithm(
   module='ftjax.algorithms.sft',
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: _BY_SHAPE['text'],
-  reads=('loss', 'data.packing', 'data.loss_on'),
-  fixed=('data.packing', 'data.loss_on'),
+  reads=('loss', 'data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
+  fixed=('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
 )
 
 

@@ -192,6 +192,9 @@ TASK_KINDS = (
   'canary_leak',
 )
 
+# Names of data.augment, and whether a rate follows them; data/augment.py has the functions.
+AUGMENTATIONS = {'word_dropout': True, 'swap': True, 'noise': True, 'template': False}
+
 # Keys with a few values and no more facts.
 _PLAIN = {
   'dpo.reference': ('step', 'cache'),
@@ -203,6 +206,8 @@ _PLAIN = {
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_unrendered': ('error', 'warn'),
   'data.on_bad_row': ('error', 'drop'),
+  'data.balance': ('none', 'sqrt', 'equal'),
+  'data.curriculum': ('none', 'length', 'difficulty'),
   'data.loss_on': ('assistant', 'completion', 'all'),
   'lora.init': ('uniform', 'pissa'),
   'lora.base': ('bfloat16', 'float32', 'int8', 'nf4'),

@@ -93,6 +93,20 @@ def _add_data(c: Section) -> None:
   c.data.on_unrendered = 'error'
   # Rows that cannot be read or encoded: an error, or left out (drop), counted and listed.
   c.data.on_bad_row = 'error'
+  # Weights of examples by how frequent their answer is, for classification: none, by its square
+  # root, or so that all labels count the same (equal).
+  c.data.balance = 'none'
+  # Order of the rows of each epoch: random, the short ones first (length), or those of a small
+  # `difficulty` first.
+  c.data.curriculum = 'none'
+  # Shares of several sources without @weight: their rows to the power 1 / mix_temperature; 1: as
+  # many as they have, larger: nearer to equal shares.
+  c.data.mix_temperature = 1.0
+  # Altered copies of training rows: word_dropout@RATE, swap@RATE, noise@RATE, template; see
+  # docs/augmentation.md.
+  c.data.augment = ()
+  c.data.augment_copies = 1  # altered copies of each row beside it
+  c.data.augment_templates = ()  # texts with {prompt}, of which `template` draws one
   # Tokens that are supervised: every turn of the assistant, its last turn (completion), all tokens.
   c.data.loss_on = 'assistant'
   c.data.chat_template = ''  # file with a jinja template in place of the model's; exported with it

@@ -12,6 +12,7 @@ from ftjax.config import (
   algorithms,
   choices,
   custom_keys,
+  data_checks,
   gate_rules,
   section_checks,
   task_specs,
@@ -37,6 +38,7 @@ POSITIVE = (
   'eval.endpoint.concurrency',
   'eval.endpoint.timeout',
   'max_bad_steps',
+  'data.augment_copies',
   'rollout.group',
   'rollout.max_tokens',
   'rollout.slots',
@@ -175,6 +177,7 @@ def _validate(c: Section) -> None:
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
   section_checks.check(c)
+  data_checks.check(c)
   adapter_checks.check(c)
 
 

@@ -69,6 +69,13 @@ def _mismatched(own, other, room: int) -> tuple[np.ndarray, np.ndarray]:
   return tokens, np.arange(len(tokens)) >= len(prompt)
 
 
+def _weigh(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
+  """Multiplies the weights of a row's examples with those of the corpus."""
+  if corpus.weights is not None:
+    factors = np.concatenate([[0.0], corpus.weights[list(ids)]]).astype(np.float32)
+    batch['weights'][row] *= factors[batch['segments'][row]]
+
+
 def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Callable) -> None:
   """Writes examples of a corpus into a row.
 
@@ -98,15 +105,19 @@ class Stream:
 
     Returns:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
-      tokens[t + 1] where that token is supervised and of the same example (weight 1), else 0. The
-      sides of a pair are segments 1 and 2 of its row.
+      tokens[t + 1] where that token is supervised and of the same example, else 0. The weight is
+      then 1, or that of the example (Corpus.weights), else 0. The sides of a pair are segments 1
+      and 2 of its row.
     """
     first = self._corpora[0]
     batch = empty(self.batch_size, self.seq_len, first.shape, first.columns)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
-      _fill(batch, i, self._corpora[row.source], row.examples, other)
+      corpus = self._corpora[row.source]
+      _fill(batch, i, corpus, row.examples, other)
+      if corpus.shape == 'text':
+        _weigh(batch, i, corpus, row.examples)
     return batch
 
   def _first(self, step: int, i: int) -> tuple[np.ndarray, np.ndarray]:

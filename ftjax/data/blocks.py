@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, labeled_examples, preference_rows
+from ftjax.data import encode, formats, labeled_examples, preference_rows, row_numbers
 from ftjax.data.formats import Bad
+from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.tokenizer import Tokenizer
 
@@ -41,20 +42,10 @@ _PARTS = {
   'places': '<i8',  # [examples, 2]: file number, line
   'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
   'values': '<f4',  # [examples]: margin, label or score, else 0
+  'row_weights': '<f4',  # [examples]: factor of the loss, 1 where the row names none
+  'difficulties': '<f4',  # [examples]: NaN where the row names none
   'digest': '|u1',
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-  """Settings of tokenizing, see `token_cache.Source`. JSON values."""
-
-  format: str | None
-  seq_len: int
-  loss_on: str
-  on_overlength: str
-  on_unrendered: str
-  shape: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +222,20 @@ class BlockTokenizer:
     except ValueError as error:
       return Bad(str(error))
 
+  def _parse_all(self, row: Row | Bad) -> tuple[list[Any] | Bad, dict[str, float]]:
+    """Returns (the example of a row and its altered copies, or Bad; its numbers that are not the
+    usual ones)."""
+    example = self._parse(row)
+    if isinstance(example, Bad) or self._policy.shape != 'text':
+      return (example if isinstance(example, Bad) else [example]), {}
+    try:
+      weight, difficulty = row_numbers.read(row)
+      own = [example, *self._policy.copies(example)]
+    except ValueError as error:
+      return Bad(str(error)), {}
+    is_usual = weight == 1 and difficulty != difficulty
+    return own, {} if is_usual else {'weight': weight, 'difficulty': difficulty}
+
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
     found = (
@@ -240,17 +245,18 @@ class BlockTokenizer:
       self._columns.add(column, (file, line))
 
   def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
-    parsed = [(file, line, self._parse(row)) for file, line, row in rows]
-    good = [example for _, _, example in parsed if not isinstance(example, Bad)]
+    parsed = [(file, line, *self._parse_all(row)) for file, line, row in rows]
+    good = [one for _, _, own, _ in parsed for one in (() if isinstance(own, Bad) else own)]
     found = (
       encode.encode(good, self._tokenizer, self._policy.loss_on)
       if self._policy.shape == 'text'
       else labeled_examples.encode(good, self._tokenizer)
     )
     encoded = iter(found)
-    for (_, _, row), (file, line, example) in zip(rows, parsed, strict=True):
+    for (_, _, row), (file, line, own, numbers) in zip(rows, parsed, strict=True):
       self._counts.rows += 1
-      result = example if isinstance(example, Bad) else next(encoded)
+      results = own if isinstance(own, Bad) else [next(encoded) for _ in own]
+      result = results if isinstance(results, Bad) else results[0]
       if isinstance(result, Bad):
         self._bad.add(result.reason, (file, line))
       elif self._is_rendered(result, file, line):
@@ -259,8 +265,9 @@ class BlockTokenizer:
           tokens = sum(len(e.tokens) for e in result)
           row = {'place': [file, line], 'examples': len(result), 'tokens': tokens}
           self._counts.see_row(row)
-        for one in result:
-          self._add(one, file, line)
+        copies = [one for copy in results[1:] if not isinstance(copy, Bad) for one in copy]
+        for one in (*result, *copies):
+          self._add(dataclasses.replace(one, **numbers) if numbers else one, file, line)
 
   def _is_rendered(self, row: list[encode.Encoded], file: int, line: int) -> bool:
     """Returns whether a row is kept: rendered whole, or data.on_unrendered='warn'."""
@@ -339,6 +346,8 @@ def _arrays(
     'places': [[file, line] for _, file, line in kept],
     'boundaries': [e.boundary for e in examples],
     'values': [e.value for e in examples],
+    'row_weights': [e.weight for e in examples],
+    'difficulties': [e.difficulty for e in examples],
   }
   digest = []
   for e in examples:
@@ -347,6 +356,8 @@ def _arrays(
     digest.append(np.packbits(e.supervised).tobytes())
     if policy.shape != 'text':
       digest.append(np.array([e.boundary, e.value], '<f8').tobytes())
+    if e.weight != 1 or e.difficulty == e.difficulty:
+      digest.append(np.array([e.weight, e.difficulty], '<f8').tobytes())
   joined['digest'] = np.frombuffer(b''.join(digest), np.uint8)
   return {part: np.ascontiguousarray(joined[part], dtype) for part, dtype in _PARTS.items()}
 

@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ftjax.data import blocks, row_counts, sources
-from ftjax.data.blocks import Block, BlockTokenizer, Policy, TokenBlock
+from ftjax.data.blocks import Block, BlockTokenizer, TokenBlock
+from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.sources import Spec
 from ftjax.data.tokenize_pool import Gone, Pool, cores
@@ -45,6 +46,8 @@ DTYPES = {
   'places': '<i8',  # [examples, 2]: file number, line
   'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
   'values': '<f4',  # [examples]: margin, label or score, else 0
+  'row_weights': '<f4',  # [examples]: factor of the loss
+  'difficulties': '<f4',  # [examples]: NaN without one
 }
 
 

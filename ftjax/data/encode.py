@@ -33,6 +33,8 @@ class Encoded:
       unsupervised in a chat, and tokenized apart in a completion.
     boundary: index at which the second side of a pair begins; else 0.
     value: margin of a pair, label or score (preference_rows.py).
+    weight: factor of the loss of its tokens, the row's `weight`. difficulty: that of the row, by
+      which a curriculum may be ordered; NaN without one.
     unrendered: paths of content of the row that its rendering does not contain, such as
       'messages[1].reasoning_content'.
     bos: 1 where the first token is BOS, else 0.
@@ -46,6 +48,8 @@ class Encoded:
   boundary_tokens: int = 0
   boundary: int = 0
   value: float = 0.0
+  weight: float = 1.0
+  difficulty: float = float('nan')
   bos: int = 0
   head: int = 0
   unrendered: tuple[str, ...] = ()

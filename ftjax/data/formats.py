@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ftjax.data import messages as messages_lib
 from ftjax.data.messages import looks_like_messages, parse_json, read_list, read_text
+from ftjax.data.row_numbers import NUMBERS
 
 # Columns of any conversation, whichever column has its messages.
 SHARED = ('system', 'tools', 'functions', 'chat_template_kwargs')
@@ -406,7 +407,7 @@ def parse(row: Mapping, form: str, has_template: bool, is_named: bool = False) -
 
 def unread(row: Mapping, form: str) -> set[str]:
   """Returns the columns of a row that are not null and that a format does not read."""
-  known = (*_FORMATS[form].keys, *_FORMATS[form].others)
+  known = (*_FORMATS[form].keys, *_FORMATS[form].others, *NUMBERS)
   return {str(k) for k, v in row.items() if v is not None and k not in known}
 
 

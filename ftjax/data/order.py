@@ -44,6 +44,7 @@ class SourceSchedule:
     fingerprint: str,
     seed: int,
     packed: bool,
+    ranks: np.ndarray | None = None,
   ):
     """Packs the lengths.
 
@@ -53,6 +54,8 @@ class SourceSchedule:
       fingerprint: that of the examples, `Corpus.fingerprint`.
       seed: the seed of the run.
       packed: several examples in a row, or one.
+      ranks: float[n], of a curriculum: in every epoch, rows with a smaller mean over their examples
+        come first, and rows of equal means in random order. None: no curriculum.
 
     Raises:
       DataError: there is no example.
@@ -68,6 +71,11 @@ class SourceSchedule:
     self._slots = self._number_slots(np.cumsum(counts) - counts)
     # None was a limit of examples in a row, which saved runs have in their fingerprints.
     described = f'{fingerprint} {seed} {seq_len} {packed} None'
+    self._ranks, self._row_of_slot = None, None
+    if ranks is not None:
+      self._ranks = np.asarray(ranks, np.float64)
+      self._row_of_slot = self._rows_of_slots()
+      described += f' {hashlib.sha256(self._ranks.astype("<f8").tobytes()).hexdigest()}'
     self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
     self._epoch = functools.lru_cache(maxsize=2)(self._permute)
 
@@ -88,6 +96,14 @@ class SourceSchedule:
       slots.append(tuple(entries))
     return slots
 
+  def _rows_of_slots(self) -> np.ndarray:
+    """Returns the row of each slot, int64[n]."""
+    out = np.zeros(len(self._lengths), np.int64)
+    for (rows, _), end, entries in zip(self._groups, self._row_ends, self._slots, strict=True):
+      for copies, first in entries:
+        out[first : first + copies * rows] = np.repeat(np.arange(end - rows, end), copies)
+    return out
+
   def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the example of each slot, and the row at each position of an epoch."""
     # One sort by (length, random bits): 22 bits of length, 42 of chance.
@@ -95,7 +111,11 @@ class SourceSchedule:
     keys |= self._lengths.astype(np.uint64) << np.uint64(42)
     order = np.argsort(keys, kind='stable')
     keys = _random_keys(self.rows_per_epoch, self.fingerprint, epoch, 'rows')
-    return order, np.argsort(keys, kind='stable')
+    if self._ranks is None:
+      return order, np.argsort(keys, kind='stable')
+    count = np.bincount(self._row_of_slot, minlength=self.rows_per_epoch)
+    total = np.bincount(self._row_of_slot, self._ranks[order], self.rows_per_epoch)
+    return order, np.lexsort((keys, total / count))
 
   def row(self, index: int) -> tuple[int, tuple[int, ...]]:
     """Returns (epoch, ids of its examples) of row number `index` since the start of training."""

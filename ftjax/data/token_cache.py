@@ -25,8 +25,8 @@ import numpy as np
 
 from ftjax.data import encode, sources
 from ftjax.data import row_counts as counts_lib
-from ftjax.data.blocks import Policy
 from ftjax.data.corpus_builder import DTYPES, Build, Writer
+from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts
 from ftjax.data.sources import Spec
 from ftjax.data.tokenize_pool import Gone
@@ -36,7 +36,7 @@ from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 5  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 6  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is complete
 _BUILDING = 'building-'  # prefix of folders of unfinished caches
 _ABANDONED = 24 * 3600  # seconds
@@ -54,6 +54,8 @@ class Corpus:
     counts: counts of the whole source.
     fingerprint: sha256 hex of the examples in order.
     columns: float32[n] by name, further numbers of each example, which batches include.
+    weights: float32[n], factors of the loss of each example in training; None: all are 1.
+    difficulties: float32[n], NaN for rows that name none.
   """
 
   def __init__(
@@ -91,6 +93,10 @@ class Corpus:
       lengths, supervised = lengths[index], supervised[index]
       picked = hashlib.sha256(index.astype('<i8').tobytes()).hexdigest()
       self.fingerprint = hashlib.sha256(f'{self.fingerprint} {picked}'.encode()).hexdigest()
+    weights, self.difficulties = arrays['row_weights'], arrays['difficulties']
+    if index is not None:
+      weights, self.difficulties = weights[index], self.difficulties[index]
+    self.weights = None if (weights == 1).all() else weights
     self.lengths = lengths
     self.tokens = int(lengths.sum(dtype=np.int64))
     self.supervised = int(supervised.sum(dtype=np.int64))
@@ -188,6 +194,7 @@ class Source:
     on_unrendered: 'error', or 'warn': rows with content that the template does not render are kept
       and counted.
     shape: the shape of the rows: 'text', or one of preference_rows.SHAPES, which ignore `loss_on`.
+    augment, augment_templates, augment_copies, augment_seed: see augment.py; of shape 'text'.
     workers: processes that tokenize; 0: one for each core. The result does not depend on them.
     progress: show a bar while tokenizing.
   """
@@ -203,6 +210,10 @@ class Source:
   on_unrendered: str = 'error'
   shape: str = 'text'
   workers: int = 0
+  augment: tuple[str, ...] = ()
+  augment_templates: tuple[str, ...] = ()
+  augment_copies: int = 0
+  augment_seed: int = 0
 
   def policy(self) -> Policy:
     """Returns the settings that the tokens of a row depend on.
@@ -213,7 +224,8 @@ class Source:
     _check_settings(self.loss_on, self.on_overlength, self.on_bad_row, self.seq_len)
     return Policy(
       *(self.spec.format, self.seq_len, self.loss_on, self.on_overlength),
-      *(self.on_unrendered, self.shape),
+      *(self.on_unrendered, self.shape, tuple(self.augment), tuple(self.augment_templates)),
+      *((self.augment_copies, self.augment_seed) if self.augment else (0, 0)),
     )
 
   def _folders(self) -> tuple[Path, Build]:

@@ -15,7 +15,8 @@ from multiprocessing.connection import Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from ftjax.data.blocks import Block, Policy
+from ftjax.data.blocks import Block
+from ftjax.data.policy import Policy
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
 

@@ -24,7 +24,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ftjax.data.blocks import Block, BlockTokenizer, Policy
+from ftjax.data.blocks import Block, BlockTokenizer
+from ftjax.data.policy import Policy
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
 

@@ -130,16 +130,25 @@ def need_datasketch(what: str) -> None:
 
 
 def count(rows: Sequence[Sequence[Sequence[str]]]) -> int:
-  """Returns how many rows have a near-duplicate among the others; MinHash, verified.
-
-  Args:
-    rows: of each row its texts, of each text its words. Template words do not count, and rows with
-      fewer than FEWEST_WORDS others in a run are left out.
+  """Returns how many rows have a near-duplicate among the others; see `pairs`.
 
   Raises:
     ConfigError: datasketch is missing.
   """
   need_datasketch('the count of near-duplicates among training rows')
+  return len({i for later, earlier, _ in pairs(rows) for i in (later, earlier)})
+
+
+def pairs(rows: Sequence[Sequence[Sequence[str]]]) -> Iterator[tuple[int, int, float]]:
+  """Yields (row, an earlier row, their similarity) of near-duplicates; MinHash, verified.
+
+  Each row with a near-duplicate is in at least one pair, and each but the first of those that are
+  alike is in one with an earlier row.
+
+  Args:
+    rows: of each row its texts, of each text its words. Template words do not count, and rows with
+      fewer than FEWEST_WORDS others in a run are left out.
+  """
   import datasketch
 
   vocabulary: dict[str, int] = {}
@@ -152,16 +161,21 @@ def count(rows: Sequence[Sequence[Sequence[str]]]) -> int:
     if len(shingles) > FEWEST_WORDS - SHINGLE:
       equal.setdefault(shingles.tobytes(), []).append(i)
   near: set[int] = set()
-  for i, data in enumerate(equal):
+  first = [same[0] for same in equal.values()]
+  for i, (data, same) in enumerate(equal.items()):
     shingles = np.frombuffer(data, np.uint64)
     own = sketch.copy()
     own.update_batch((shingles >> np.uint64(32)).tolist())
+    for row in same[1:]:
+      yield row, same[0], 1.0
     for other in index.query(own):
-      if not {i, other} <= near and _jaccard(shingles, kept[other]) >= THRESHOLD:
-        near |= {i, other}
+      if not {i, other} <= near:
+        similarity = _jaccard(shingles, kept[other])
+        if similarity >= THRESHOLD:
+          near |= {i, other}
+          yield first[i], first[other], similarity
     index.insert(i, own, check_duplication=False)
     kept.append(shingles)
-  return sum(len(same) for i, same in enumerate(equal.values()) if i in near or len(same) > 1)
 
 
 def _jaccard(first: np.ndarray, second: np.ndarray) -> float:

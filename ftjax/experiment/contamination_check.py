@@ -89,7 +89,7 @@ def add_copied(
   for task in tasks:
     if task.kind.respond != COMPLETE:
       continue
-    asked = {row.id: '\n'.join(_item(row).prompt) for row in task.rows}
+    asked = {row.id: '\n'.join(item_of(row).prompt) for row in task.rows}
     for model, own in results[task.name].items():
       places += [(task.name, model, i) for i in range(len(own))]
       texts += [r.response for r in own]
@@ -149,7 +149,7 @@ def _of_prompt(prompt: prompts.Prompt) -> list[str]:
   return [*texts, answer] if isinstance(answer, str) else texts
 
 
-def _item(row: Row) -> Item:
+def item_of(row: Row) -> Item:
   """Returns a row of a task as texts; where the choices are whole texts, those."""
   if row.asked is None:
     return Item(row.id, row.choices)
@@ -198,7 +198,7 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, Report]] | None:
 
 def _compare(run: Run, tasks: Sequence[Task]) -> tuple[dict[str, Report], dict[str, Any]]:
   """Returns (reports, facts on the training rows)."""
-  sets = {task.name: [_item(row) for row in task.rows] for task in tasks}
+  sets = {task.name: [item_of(row) for row in task.rows] for task in tasks}
   if run.data.evaluation:
     sets[SPLIT] = _split_items(run)
   found = contamination.Check(sets)

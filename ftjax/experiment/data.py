@@ -1,17 +1,20 @@
 """The data of a run: tokenized rows by step, or prompts by number; for training and evaluation."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from ftjax.config import algorithms
-from ftjax.data import describe, prompts, sources, synthetic, token_cache
+from ftjax.data import class_balance, describe, prompts, sources, synthetic, token_cache
 from ftjax.data.batches import Batch, Stream, eval_batches
 from ftjax.data.order import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
 
 log = logging.getLogger(__name__)
@@ -164,9 +167,15 @@ def open_data(
 
 
 def _sources(
-  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, key: str
+  c: ml_collections.ConfigDict,
+  tokenizer: Tokenizer,
+  workdir: str,
+  key: str,
+  is_altered: bool = False,
 ) -> tuple[list[sources.Spec], list[token_cache.Source]]:
-  """Returns the sources that data.train or data.eval names, as specs and opened."""
+  """Returns the sources that data.train or data.eval names, as specs and opened; `is_altered`: with
+  the copies of data.augment.
+  """
   specs = sources.parse_specs(c.data[key]) if c.data[key] else []
   if key == 'eval' and (weighted := [s for s in specs if s.weight is not None]):
     raise ConfigError(
@@ -174,11 +183,15 @@ def _sources(
       'alike: leave the @weight out'
     )
   specs = [synthetic.resolve(spec, cache_folder(c, workdir)) for spec in specs]
-  return specs, [_source(c, tokenizer, workdir, spec) for spec in specs]
+  return specs, [_source(c, tokenizer, workdir, spec, is_altered) for spec in specs]
 
 
 def _source(
-  c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str, spec: sources.Spec
+  c: ml_collections.ConfigDict,
+  tokenizer: Tokenizer,
+  workdir: str,
+  spec: sources.Spec,
+  is_altered: bool,
 ) -> token_cache.Source:
   shape = algorithms.of(c).example(c)
   return token_cache.Source(
@@ -194,6 +207,10 @@ def _source(
     shape=shape,
     workers=c.data.workers,
     progress=True,
+    augment=tuple(c.data.augment) if is_altered else (),
+    augment_templates=tuple(c.data.augment_templates) if is_altered else (),
+    augment_copies=c.data.augment_copies,
+    augment_seed=c.seed,
   )
 
 
@@ -206,20 +223,28 @@ def tokenize_share(
   """
   if algorithms.of(c).on_rollouts:
     return
-  for value in (c.data.train, c.data.eval):
+  settings = [(c.data.train, True), (c.data.eval, False)]
+  settings += [(c.data.train, False)] * bool(c.data.augment and c.data.eval_fraction)
+  for value, is_altered in settings:
     for spec in sources.parse_specs(value) if value else []:
       if files.exists(spec.path):
-        _source(c, tokenizer, workdir, spec).tokenize_share(number, count)
+        _source(c, tokenizer, workdir, spec, is_altered).tokenize_share(number, count)
 
 
 def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) -> Data:
   """Tokenizes, or opens the cache, and schedules the rows."""
-  specs, found = _sources(c, tokenizer, workdir, 'train')
+  specs, found = _sources(c, tokenizer, workdir, 'train', is_altered=True)
   training = [source.open() for source in found]
   evaluation = [source.open() for source in _sources(c, tokenizer, workdir, 'eval')[1]]
   if c.data.eval_fraction and not evaluation:
-    sides = [token_cache.split(corpus, c.data.eval_fraction, c.seed) for corpus in training]
-    training, evaluation = ([side[i] for side in sides] for i in (0, 1))
+    plain = training
+    if c.data.augment:  # the side of a row is that of its first example, which is not altered
+      plain = [source.open() for source in _sources(c, tokenizer, workdir, 'train')[1]]
+    split = functools.partial(token_cache.split, fraction=c.data.eval_fraction, seed=c.seed)
+    training, evaluation = [split(x)[0] for x in training], [split(x)[1] for x in plain]
+  if c.data.balance != 'none':
+    for corpus in training:
+      class_balance.weigh(corpus, c.data.balance)
   mixture = _schedule(c, training, specs)
   stream = Stream(mixture, training, c.seq_len, c.batch_size)
   _check_batch(c, mixture, 'packed sequences' if algorithms.is_packed(c) else 'examples')
@@ -231,9 +256,48 @@ def _schedule(
 ) -> Mixture:
   settings = dict(seed=c.seed, packed=algorithms.is_packed(c))
   schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, **settings) for x in training
+    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, ranks=_ranks(c, x), **settings)
+    for x in training
   ]
-  return Mixture(schedules, [s.weight for s in specs])
+  return Mixture(schedules, _shares(c, specs, schedules))
+
+
+def _ranks(c: ml_collections.ConfigDict, corpus: token_cache.Corpus) -> np.ndarray | None:
+  """Returns by what data.curriculum orders the examples, float[n]; None for a random order.
+
+  Raises:
+    DataError: rows without a difficulty.
+  """
+  if c.data.curriculum == 'length':
+    return corpus.lengths
+  if c.data.curriculum != 'difficulty':
+    return None
+  lacking = np.flatnonzero(np.isnan(corpus.difficulties))
+  if len(lacking):
+    raise DataError(
+      f'{corpus.where(int(lacking[0]))}: no number in the column difficulty, which '
+      f'data.curriculum=difficulty orders by ({len(lacking):,} such examples)'
+    )
+  return corpus.difficulties
+
+
+def _shares(
+  c: ml_collections.ConfigDict, specs: Sequence[sources.Spec], schedules: Sequence[SourceSchedule]
+) -> list[float | None]:
+  """Returns the weights of the sources; with a temperature their rows to the power 1 / temperature.
+
+  Raises:
+    ConfigError: both a temperature and weights.
+  """
+  given = [s.weight for s in specs]
+  t = c.data.mix_temperature
+  if t == 1:
+    return given
+  if any(w is not None for w in given):
+    raise ConfigError(
+      f'data.mix_temperature={t} with weights in data.train={c.data.train!r}: leave the @weight out'
+    )
+  return [float(s.rows_per_epoch) ** (1 / t) for s in schedules]
 
 
 def first_rows(
@@ -245,7 +309,8 @@ def first_rows(
   c = c.copy_and_resolve_references()
   with c.unlocked():
     c.data.cache = files.join(workdir, 'first_rows')
-  found = [token_cache.head(source, rows) for source in _sources(c, tokenizer, workdir, 'train')[1]]
+  opened = _sources(c, tokenizer, workdir, 'train', is_altered=True)[1]
+  found = [token_cache.head(source, rows) for source in opened]
   shape, packed = (c.batch_size, c.seq_len), algorithms.is_packed(c)
   return [(corpus, next(eval_batches(corpus, *shape, packed=packed))) for corpus in found]
 
@@ -268,10 +333,16 @@ def open_prompts(
     raise ConfigError(f'data.eval: {c.data.eval!r} has weights; leave the @weight out')
   training, evaluation = groups
   schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, seed=c.seed, packed=False)
+    SourceSchedule(
+      *(x.lengths, c.seq_len),
+      fingerprint=x.fingerprint,
+      seed=c.seed,
+      packed=False,
+      ranks=x.lengths if c.data.curriculum == 'length' else None,
+    )
     for x in training
   ]
-  mixture = Mixture(schedules, weights[0])
+  mixture = Mixture(schedules, _shares(c, sources.parse_specs(c.data.train), schedules))
   if limit is None:
     _check_batch(c, mixture, 'prompts')
   return PromptData(mixture, training, evaluation)

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ftjax.reporting import curves, examples, findings, provenance, results, run_files
+from ftjax.reporting import curves, data_audit, examples, findings, provenance, results, run_files
 from ftjax.reporting.figures import LEVEL, clean, count, number
 from ftjax.reporting.run_files import REPORT, ReportInput
 from ftjax.storage import files
@@ -52,6 +52,7 @@ def render(run: ReportInput) -> str:
     'curves_left_out': left_out,
     'notes': run.log.notes,
     'data': provenance.data(run),
+    'audit': data_audit.build(run.audit),
     'resources': provenance.resources(run.log),
     'seed': str(run.config.get('seed', '-')),
     'commands': provenance.commands(run),

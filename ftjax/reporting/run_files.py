@@ -24,6 +24,7 @@ class ReportInput:
     manifest: manifest.json.
     log: metrics.jsonl.
     summary: eval/summary.json, version 2.
+    audit: audit.json of `python -m ftjax.preview --audit --workdir=…`.
     samples: rows of samples.jsonl: {"step", "prompt", "answer"}.
     problems: sentences on files that are missing or damaged.
     is_running: whether the run that trains is the one that writes the report.
@@ -34,6 +35,7 @@ class ReportInput:
   manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
   log: MetricsLog = dataclasses.field(default_factory=MetricsLog)
   summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+  audit: dict[str, Any] = dataclasses.field(default_factory=dict)
   samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   problems: list[str] = dataclasses.field(default_factory=list)
   is_running: bool = False
@@ -81,6 +83,7 @@ def read(workdir: str, is_running: bool = False) -> ReportInput:
     manifest=redact(manifest),
     log=log,
     summary=_object(workdir, 'eval/summary.json', problems, is_expected=False),
+    audit=_object(workdir, 'audit.json', problems, is_expected=False),
     samples=_samples(workdir, problems),
     problems=problems,
     is_running=is_running,
