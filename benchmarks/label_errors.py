@@ -1,8 +1,10 @@
 """How many flipped labels the audit of training data finds, and how many of its doubts are right.
 
-PYTHONPATH=. python benchmarks/label_errors.py ROWS.jsonl [SHARE]: flips SHARE (0.05) of the labels of rows with
-two labels, at random with seed 0, and prints precision and recall at several confidences as JSON
-lines; the last line is of the unchanged labels. Needs scikit-learn, of the extra eval.
+  PYTHONPATH=. python benchmarks/label_errors.py ROWS.jsonl [SHARE]
+
+Flips SHARE (0.05) of the labels of rows with two labels, at random with seed 0, and prints
+precision and recall at several confidences as JSON lines; the last line is of the unchanged labels.
+Needs scikit-learn, of the extra eval.
 """
 
 import json

@@ -184,11 +184,11 @@ _DISTILL = Algorithm(
   module='ftjax.algorithms.distill',
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
-  reads=('distill', 'data.packing', 'data.loss_on'),
+  reads=('distill', 'data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
   auxiliary=lambda c: (
     Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True),
   ),
-  fixed=('data.packing', 'data.loss_on'),
+  fixed=('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
   check=_check_distill,
 )
 
