@@ -61,7 +61,6 @@ class OptunaStorage:
       direction='maximize' if metric.rises else 'minimize',
       load_if_exists=True,
     )
-    self._study.set_metric_names([metric.name])
 
   def begin(self, job: Job) -> None:
     """Adds a running trial, unless it is there."""
@@ -121,10 +120,7 @@ def opened(
     log.info('no optuna.db for the dashboard: it needs optuna (ftjax[study]) and a local --workdir')
     yield Silent()
     return
-  try:
-    storage = OptunaStorage(folder.join(FILE), metric, space)
-  except Exception as error:  # of SQLite, SQLAlchemy, alembic: none of them may end a study
-    log.warning('optuna.db cannot be written: %s: %s', type(error).__name__, error)
-    yield Silent()
-    return
-  yield storage
+  made: list[OptunaStorage] = []
+  # SQLite, SQLAlchemy and alembic have errors of many kinds; none of them may end a study.
+  attempt('optuna.db', lambda: made.append(OptunaStorage(folder.join(FILE), metric, space)))
+  yield made[0] if made else Silent()

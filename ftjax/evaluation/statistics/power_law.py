@@ -44,8 +44,8 @@ class Forecast:
     law: of the mean scores.
     rows: float64[T].
     value: float64[T], of the law.
-    low, high: float64[T], ends of the interval of what runs with so many rows would measure on the
-      same examples; NaN where nothing is known of the noise.
+    low, high: float64[T], ends of the interval of what runs with so many rows would score, on
+      examples drawn anew; NaN where nothing is known of the noise.
     gain, gain_low, gain_high: float64[T], of the value at the last of `sizes` to that at `rows`.
   """
 
@@ -167,7 +167,8 @@ def forecast(
   The interval has three parts: the examples are drawn anew, the same for all runs; the seeds' noise
   is drawn anew for each size, and for the runs that are forecast; and the prior mean of the
   exponent is drawn anew with each fit, so that the laws are draws of the posterior where the noise
-  is normal. Where more sizes than parameters do not lie on a law, the noise is scaled to their
+  is normal. In simulations an interval of 95 % from three sizes covers the true score in 98 % and
+  the score on the same examples in 99 % (tests/test_power_law.py). Where more sizes than parameters do not lie on a law, the noise is scaled to their
   distance.
 
   Args:
@@ -181,7 +182,7 @@ def forecast(
     seed: of the drawing.
     resamples: R.
   Source: perturbing data and prior together gives draws of a posterior, exactly so for a linear
-    model: Bardsley et al. 2014, SIAM J. Sci. Comput. 36:A1895. Coverage: tests/test_power_law.py.
+    model: Bardsley et al. 2014, SIAM J. Sci. Comput. 36:A1895.
   """
   sizes, values = np.asarray(sizes, np.float64), np.asarray(values, np.float64)
   rows, (count, seeds) = np.asarray(rows, np.float64), values.shape
@@ -194,13 +195,13 @@ def forecast(
     stars = found.reshape(resamples, count, seeds).mean(2)
     stars = stars[np.isfinite(stars).all(1)]
   own, fresh = _seed_noise(rng, spread, seeds, len(stars), count, len(rows))
-  sigma = np.sqrt(stars.var(0) + (spread**2 / seeds if seeds > 1 else 0.0))
+  sigma = np.sqrt(_own_variance(stars) + (spread**2 / seeds if seeds > 1 else 0.0))
   law = fit(sizes, values.mean(1), noise=sigma, rises=rises, bounds=bounds)
   misfit = _misfit(law, sizes, values.mean(1), sigma)
   if misfit > 1:
     own = own + rng.standard_normal(own.shape) * sigma * math.sqrt(misfit**2 - 1)
   sigma = sigma * misfit
-  if not len(stars) or not (sigma > 0).any():
+  if not len(stars) or sigma.max() <= _LEAST_NOISE * np.abs(values).max():
     nothing = np.full(len(rows), math.nan)
     gain = law.at(rows) - law.at(sizes[-1:])
     return Forecast(law, rows, law.at(rows), nothing, nothing, gain, nothing, nothing)
@@ -227,6 +228,18 @@ def _seed_noise(rng, spread: float, seeds: int, resamples: int, count: int, targ
   noise = rng.standard_normal((resamples, count + targets))
   noise *= np.minimum(factor, 4.0) * spread / math.sqrt(seeds)
   return noise[:, :count], noise[:, count:]
+
+
+def _own_variance(stars: np.ndarray) -> np.ndarray:
+  """Returns the variance of each size's draws that the sizes do not share: float64[R, K] -> [K].
+
+  What they share, hard and easy examples, moves the whole curve, and bends it little.
+  """
+  covariance = np.cov(stars.T)
+  own = np.diag(covariance)
+  count = len(own)
+  shared = (covariance.sum() - own.sum()) / (count * (count - 1))
+  return np.maximum(own - max(shared, 0.0), 0.05 * own)
 
 
 def _misfit(law: PowerLaw, sizes: np.ndarray, means: np.ndarray, sigma: np.ndarray) -> float:
