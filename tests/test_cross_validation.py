@@ -176,17 +176,17 @@ def test_rows_of_several_sources_keep_format_and_weight(tmp_path):
   b.write_text(
     ''.join(json.dumps({'prompt': f'{i}?', 'completion': 'yes'}) + '\n' for i in range(10))
   )
-  c = make_config(data__train=(f'{a}@3', f'{b}::completion@1'))
+  c = make_config(data__train=(f'{a}@3', f'{b}::prompt_completion@1'))
   found = rows.read(c, str(tmp_path))
   assert len(found.rows) == 30 and found.answers()[20:] == ['yes'] * 10
   written = found.write(str(tmp_path / 'out'), [0, 5, 25], has_weights=True)
   assert written == (
     f'{tmp_path}/out/source0.jsonl@3',
-    f'{tmp_path}/out/source1.jsonl::completion@1',
+    f'{tmp_path}/out/source1.jsonl::prompt_completion@1',
   )
   assert [len(lines(w.partition('@')[0].partition('::')[0])) for w in written] == [2, 1]
   assert found.write(str(tmp_path / 'out'), [25], has_weights=False) == (
-    f'{tmp_path}/out/source1.jsonl::completion',
+    f'{tmp_path}/out/source1.jsonl::prompt_completion',
   )
 
 

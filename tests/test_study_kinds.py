@@ -1,4 +1,4 @@
-"""Learning curves, seeds x settings, the report of a study, and what is refused before it begins."""
+"""Learning curves, seeds x settings, the report of a study; what is refused before it starts."""
 
 import itertools
 import json

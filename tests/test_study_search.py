@@ -227,13 +227,14 @@ def config_of(path, c):
   return path
 
 
-def test_a_search_that_is_killed_five_times_ends_with_the_same_trials(tmp_path, monkeypatch):
+@pytest.mark.parametrize('kills', [2, pytest.param(5, marks=pytest.mark.full)])
+def test_a_search_that_is_killed_ends_with_the_same_trials(tmp_path, monkeypatch, kills):
   monkeypatch.setenv('STUDY_TRAINER_SLEEP', '0.004')
   c = search(study__kind='tpe', study__trials=8, study__rungs=(20, 40), steps=60, study__parallel=2)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed with blanks'
   run(c, whole)
   arguments = [f'--config={config_of(tmp_path / "c.json", c)}', f'--workdir={killed}']
-  code, text = kill_at_random(arguments, killed, seed=3, kills=5, longest=0.5)
+  code, text = kill_at_random(arguments, killed, seed=3, kills=kills, longest=0.5)
   assert code == 0, text
   assert records(killed) == records(whole)
   assert (killed / 'winner.json').read_text().replace(str(killed), '') == (

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.config import choices, task_specs
+from ftjax.config import task_specs
 from ftjax.config.task_specs import TaskSpec
 from ftjax.evaluation import comparison, tasks
 from ftjax.evaluation import metric as metric_lib
-from ftjax.evaluation.kind import CHOOSE
 from ftjax.evaluation.kinds import find as find_kind
 from ftjax.evaluation.result import Result
 from ftjax.reporting.figures import interval as shown_interval
@@ -104,12 +103,8 @@ def _labels(study: Study, train: TrainRows, answers: Sequence[str | None]) -> li
   if None not in found:
     return found  # type: ignore[return-value]
   specs = task_specs.parse_all(study.config.eval.tasks)
-  chooses = any(
-    s.kind in choices.TASK_KINDS
-    and find_kind(s.kind).respond == CHOOSE
-    and find_kind(s.kind).choices is None
-    for s in specs
-  )
+  own = [s for s in specs if s.kind not in task_specs.LM_EVAL_KINDS]
+  chooses = any(rows.reads_choices(find_kind(s.kind)) for s in own)
   return answers if chooses and None not in answers else None  # type: ignore[return-value]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import ml_collections
 
 from ftjax.data import prompt_rows, sources, synthetic
-from ftjax.data.formats import Bad
+from ftjax.data.formats import PROMPT_KEYS, Bad
 from ftjax.data.sources import Spec
 from ftjax.evaluation import kinds
-from ftjax.evaluation.kind import CHOOSE, READ
+from ftjax.evaluation.kind import CHOOSE, READ, Kind
+from ftjax.evaluation.rows import read_choices
 from ftjax.runtime.errors import DataError
 from ftjax.storage import files
 
@@ -146,7 +147,7 @@ def task_rows(rows: TrainRows, kind_name: str, answers: Sequence[str | None]) ->
     own = dict(row.columns) | {'id': str(number)}
     if kind.respond != READ and 'chosen' not in own:
       own = _without_answer(own, rows.specs[row.source].format)
-    if kind.respond == CHOOSE and kind.choices is None and 'choices' not in own:
+    if reads_choices(kind) and 'choices' not in own:
       if not 2 <= len(known) <= _MOST_CHOICES:
         raise DataError(
           f'{row.place}: no "choices", and the rows have {len(known)} different answers; a task of '
@@ -154,18 +155,24 @@ def task_rows(rows: TrainRows, kind_name: str, answers: Sequence[str | None]) ->
           'or name another kind in eval.tasks'
         )
       own |= {'choices': known, 'label': answer}
-    elif kind.has_answer and not {'answer', 'answers', 'label', 'chosen'} & set(own):
+    elif not {'answer', 'answers', 'choices', 'chosen'} & set(own) and answer is not None:
       own['answer'] = answer
     out.append(own)
   return out
 
 
+def reads_choices(kind: Kind) -> bool:
+  """Returns whether rows of a kind have the columns "choices" and "label"."""
+  return kind.choices is read_choices or (kind.choices is None and kind.respond == CHOOSE)
+
+
 def _without_answer(row: dict[str, Any], form: str | None) -> dict[str, Any]:
-  """Returns a row without the last turn of the assistant."""
+  """Returns a row with one prompt, without the last turn of the assistant."""
   try:
     key = prompt_rows.prompt_key(row, form)
     ends = prompt_rows.ends_with_assistant(row, form)
   except ValueError:
     return row
-  kept = {k: v for k, v in row.items() if k not in _ANSWERS}
+  others = {*_ANSWERS, *PROMPT_KEYS.values()} - {key}
+  kept = {k: v for k, v in row.items() if k not in others}
   return kept | {key: row[key][:-1]} if ends else kept
