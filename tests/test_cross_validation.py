@@ -199,7 +199,14 @@ def test_rows_for_each_kind_of_task(tmp_path):
     rows.write_lines(str(tmp_path / 'task.jsonl'), made)
     task = tasks.load_task('t', kind, str(tmp_path / 'task.jsonl'))
     assert [row.id for row in task.rows] == [str(i) for i in range(6)]
-    assert [row.answer for row in task.rows] == ['no', 'yes', 'yes', 'no', 'yes', 'yes']
+    assert [row.answer or row.choices[0] for row in task.rows] == [
+      'no',
+      'yes',
+      'yes',
+      'no',
+      'yes',
+      'yes',
+    ]
 
 
 def test_answers_that_are_no_choices_are_refused(tmp_path):

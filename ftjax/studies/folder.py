@@ -14,6 +14,7 @@ from ftjax.config.search_space import Point
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
 
+CONFIG = 'study_config.json'
 # Keys that may change between two starts of a study: they change no result.
 _FREE = ('study.launch', 'study.parallel', 'data.workers', 'log.', 'watchdog.')
 
@@ -88,12 +89,12 @@ class Folder:
       files.makedirs(self.join(name))
 
   def claim(self, config: Mapping[str, Any]) -> None:
-    """Writes config.json, or compares it with that of an earlier start.
+    """Writes study_config.json, or compares it with that of an earlier start.
 
     Raises:
       ConfigError: the folder has another study.
     """
-    path = self.join('config.json')
+    path = self.join(CONFIG)
     if not files.exists(path):
       write_json(path, config)
       return
