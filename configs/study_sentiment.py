@@ -1,6 +1,6 @@
 """A search for the learning rate and rank of lora_sentiment: nine runs, compared by the loss of
-held-out sentences after 20 and 60 steps, of which one trains to the end. 400 steps in all, two and a
-half times those of lora_sentiment. The accuracy on the test sentences chooses nothing.
+held-out sentences after 20 and 60 steps, of which one trains to the end: 400 steps in all, where
+lora_sentiment takes 160. The accuracy on the test sentences chooses nothing.
 
 python -m ftjax.study --config=study_sentiment --workdir=DIR
 

@@ -61,9 +61,9 @@ def run(study: Study) -> Findings:
   ]
   study.write_config(WINNER, {})
   log.info(
-    'kfold: %d rows, %d runs: %d repeats of %d folds', len(train.rows), len(plans),
-    c.study.repeats, c.study.folds,
-  )  # fmt: skip
+    'kfold: %d rows, folds=%d, repeats=%d: %d runs',
+    *(len(train.rows), c.study.folds, c.study.repeats, len(plans)),
+  )
   records = study.run_all(plans, shares_base=False)
   return _findings(study, dealt, loaded, records)
 

@@ -45,7 +45,7 @@ def row(record: Record, metric: StudyMetric, extra: Mapping[str, Any] | None = N
     'run': record.name,
     **{k: v for k, v in record.values.items()},
     **(extra or {}),
-    metric.name: last.value if last else None,
+    metric.name: record.value_at(0),
     'status': status,
     'seconds': sum(o.seconds for o in record.outcomes),
     'starts': sum(o.starts for o in record.outcomes),
