@@ -2,7 +2,7 @@
 
 Runs a study: many runs of one config, in one table, with one report and one winner. Searches for
 hyperparameters, cross-validates, measures a learning curve, or repeats settings with other seeds,
-by the keys study.*. Run again, it goes on where it ended. See docs/studies.md."""
+by the keys study.*. Run again, it resumes where it ended. See docs/studies.md."""
 
 from absl import flags
 

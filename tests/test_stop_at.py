@@ -1,4 +1,4 @@
-"""stop_at: a start that ends before the last step, and the one that goes on from there."""
+"""stop_at: a start that ends before the last step, and the one that resumes there."""
 
 import pathlib
 
@@ -27,7 +27,7 @@ def test_a_start_that_stop_at_ends_is_saved_evaluated_and_resumed(tmp_path):
 
 
 @pytest.mark.full
-def test_stops_change_no_bit_of_the_training(tmp_path, users_programs):
+def test_stops_change_no_bit_of_the_training(tmp_path):
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
   assert train(whole)[0] == 0
   for stop_at in (2, 2, 5, 0):  # the same one twice: nothing is left to do

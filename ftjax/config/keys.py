@@ -44,8 +44,8 @@ def _add_run(c: Section) -> None:
   c.seed = 0  # seed of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
   c.epochs = 1.0  # passes over the training data, when steps is 0
-  # Step after which this start ends, evaluated and saved, without an export; a later start goes on
-  # from there. 0: at the last step. Schedules follow steps.
+  # Step after which this start ends, evaluated and saved, without an export; a later start resumes
+  # there. 0: at the last step. Schedules follow steps.
   c.stop_at = 0
   # Global, per optimizer update over all devices and micro-batches: packed sequences for sft, pairs
   # for preferences, prompts for rollouts.
@@ -390,9 +390,9 @@ def _add_study(c: Section) -> None:
   c.study.metric = ''
   c.study.seed = 0  # seed of folds, subsets and the choice of points; runs have their own
   c.study.seeds = (0,)  # values of seed that each setting, or each number of rows, is run with
-  # Steps at which the runs of a search are compared, and only the best go on; () for none.
+  # Steps at which the runs of a search are compared, and only the best continue; () for none.
   c.study.rungs = ()
-  c.study.reduction = 3  # of so many runs one goes on at each rung
+  c.study.reduction = 3  # of so many runs one is promoted at each rung
   c.study.folds = 5  # parts of data.train, each of which is held out once
   c.study.repeats = 1  # times that the rows are dealt to folds anew
   # Field of the rows whose values each fold has in equal shares; '': `label`, or the answers of

@@ -148,7 +148,7 @@ def paused(run: Run) -> str:
   """Returns the line of a start that stop_at ended."""
   return (
     f'stop_at={run.config.stop_at}: this start ends after step {run.last_step} of {run.steps}, '
-    'evaluated and saved; a start with a later stop_at, or with 0, goes on from there'
+    'evaluated and saved; a start with a later stop_at, or with 0, resumes there'
   )
 
 

@@ -30,7 +30,7 @@ def plan(trials: int, steps: int, rungs: Sequence[int], reduction: int) -> tuple
     trials: number of runs.
     steps: of a whole run; 0: unknown, without rungs.
     rungs: ascending steps below `steps`.
-    reduction: of so many runs one goes on, at least one.
+    reduction: of so many runs one is promoted, at least one.
   """
   out, left = [], trials
   for step in (*rungs, steps):

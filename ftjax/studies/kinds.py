@@ -35,7 +35,7 @@ def run(c: Section, workdir: str) -> None:
   Raises:
     ConfigError: a study that cannot be run as it is stated; or a run ended with exit code 2.
     DataError: rows that cannot be read.
-    StoppedEarly: asked to stop; the same command goes on.
+    StoppedEarly: asked to stop; the same command resumes.
   """
   study = open_study(c, workdir)
   with claimed(study):

@@ -2,7 +2,7 @@
 earlier points.
 
 The point of a trial depends on the study's seed, the trial's number and the earlier trials alone,
-so that a search that was stopped goes on as if it had not been.
+so that a search that was stopped resumes as if it had not been.
 """
 
 import itertools
@@ -106,9 +106,7 @@ def _tpe(
   distributions = distributions_of(space)
   seed = int(np.random.default_rng(draw).integers(1 << 31))
   # multivariate: keys are drawn together, so that what goes well together is found.
-  sampler = optuna.samplers.TPESampler(
-    seed=seed, n_startup_trials=0, multivariate=True, warn_independent_sampling=False
-  )
+  sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0, multivariate=True)
   study = optuna.create_study(sampler=sampler, direction='minimize')
   study.add_trials(
     optuna.trial.create_trial(params=params(space, point), distributions=distributions, value=score)

@@ -1,6 +1,6 @@
 """Runs the runs of a study: each a process of its own, some at a time, started again after a crash.
 
-Exit codes are those of ftjax.train: after 3, 4 and 5 a run has failed, and the study goes on; 2
+Exit codes are those of ftjax.train: after 3, 4 and 5 a run has failed, and the study continues; 2
 ends the study; after every other code the run is started again, as ftjax.supervise does.
 """
 

@@ -128,7 +128,7 @@ def _promoted(study: Study, records: Sequence[Record], before: Rung, count: int)
   orders = {n: study.metric.order(v) for n, v in values.items() if v is not None}
   chosen = halving.promoted(orders, count)
   if chosen:
-    log.info('after step %d of them go on: %s', before.step, ', '.join(chosen))
+    log.info('promoted after step %d: %s', before.step, ', '.join(chosen))
   return [r for r in records if r.name in chosen]
 
 

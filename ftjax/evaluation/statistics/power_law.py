@@ -220,7 +220,7 @@ def forecast(
 
 def _seed_noise(rng, spread: float, seeds: int, resamples: int, count: int, targets: int):
   """Returns the noise of means over seeds: of the sizes, float64[R, K], and of what is forecast,
-  float64[R, T]; 0 with one seed, which says nothing of it.
+  float64[R, T]; 0 with one seed, which does not show it.
   """
   if seeds < 2:
     return np.zeros((resamples, count)), np.zeros((resamples, targets))
