@@ -77,7 +77,12 @@ def test_help_of_an_entry_shows_its_own_flags(name):
   if name == 'convert':
     assert call('help', name) == (0, out, '')
   defined = {'train': 'heartbeat_s', 'preview': 'rows', 'plan': 'topology', 'evaluate': 'workdir'}
-  defined |= {'generate': 'prompts', 'convert': 'target', 'supervise': 'max_idle_starts'}
+  defined |= {
+    'study': 'workdir',
+    'generate': 'prompts',
+    'convert': 'target',
+    'supervise': 'max_idle_starts',
+  }
   assert f'\n  --{defined[name]}  ' in out
 
 

@@ -134,11 +134,7 @@ def fit(
       with same_end(replay):
         state = _train(session, state, start)
     source.close()
-    if replay:
-      replay.finish()
-      return
-    if processes.from_main(lambda: resume.is_paused(run, checkpoints)):
-      log.info(summary.paused(run))
+    if _ends_here(run, checkpoints, replay):
       return
     # Export, and comparison with the base.
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
@@ -154,6 +150,17 @@ def fit(
     _record_programs(run)
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
     _merge(run, params, exported)
+
+
+def _ends_here(run: Run, checkpoints: Checkpoints, replay: Replay | None) -> bool:
+  """Returns whether nothing is exported: after a replay, or a start that stop_at ended."""
+  if replay:
+    replay.finish()
+    return True
+  is_paused = processes.from_main(lambda: resume.is_paused(run, checkpoints))
+  if is_paused:
+    log.info(summary.paused(run))
+  return is_paused
 
 
 def _record_programs(run: Run) -> None:

@@ -86,7 +86,8 @@ class Run:
   @property
   def last_step(self) -> int:
     """The step after which this start ends."""
-    return min(self.steps, self.config.stop_at or self.steps)
+    c = self.config
+    return min(self.steps, c.stop_at or self.steps)
 
   def cursor(self, step: int) -> int:
     """Returns the rows, or prompts, that are consumed after `step` updates. Several updates may use

@@ -37,7 +37,9 @@ def deal(
   try:
     from sklearn import model_selection
   except ImportError as error:
-    raise ConfigError("study.kind=kfold needs scikit-learn: pip install 'ftjax[eval]'") from error
+    raise ConfigError(
+      "study.kind=kfold needs scikit-learn: pip install '.[eval]' in the checkout of ftjax"
+    ) from error
   least = count if groups is None else len(set(groups))
   if folds > least:
     what = 'rows' if groups is None else 'groups of rows'

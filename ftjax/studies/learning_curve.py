@@ -213,12 +213,19 @@ def _sentences(forecast: Forecast, found: _Measured, metric: StudyMetric, total:
     out.append(
       f'With {counted(more)} more rows ({counted(entry["rows"])} in all), {metric.name} would be '
       f'{shown_interval(entry, metric.form)}: {shown_interval(gain, metric.form, "+")} against '
-      f'{counted(found.sizes[-1])} rows.'
+      f'{counted(found.sizes[-1])} rows by the same law.'
     )
   out.append(
     f'Fitted law: {metric.name} = {law.limit:.4g} {"-" if law.amplitude < 0 else "+"} '
     f'{abs(law.amplitude):.4g} n^-{law.exponent:.3g}. A forecast far beyond the measured sizes '
     'depends on that form.'
+  )
+  means = found.values.mean(1)
+  miss = np.abs(law.at(np.array(found.sizes)) - means)
+  at = int(miss.argmax())
+  out.append(
+    f'The law misses the measured means by up to {number(float(miss[at]), metric.form)}, at '
+    f'{counted(found.sizes[at])} rows. One noise between seeds is assumed for all sizes.'
   )
   if found.values.shape[1] < 2:
     out.append(

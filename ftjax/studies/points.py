@@ -148,7 +148,8 @@ def import_optuna():
     import optuna
   except ImportError as error:
     raise ConfigError(
-      "study.kind=tpe needs optuna: pip install 'ftjax[study]'; or take sobol, random, grid or gp"
+      "study.kind=tpe needs optuna: pip install '.[study]' in the checkout of ftjax, or "
+      'take sobol, grid, random or gp'
     ) from error
   optuna.logging.set_verbosity(optuna.logging.WARNING)
   return optuna

@@ -78,7 +78,7 @@ def fit(
     scores: float64[K], or float64[R, K] for R laws.
     noise: standard deviations of the scores, float64[K] or one.
     rises: whether the score grows with the rows.
-    bounds: of the limit: (0, 1) for a share.
+    bounds: of the limit, and of all scores: (0, 1) for a share.
     prior: mean of log exponent, float64[R] or one.
 
   Raises:
@@ -210,7 +210,7 @@ def forecast(
   prior = _PRIOR_MEAN + _PRIOR_SD * rng.standard_normal(len(stars))
   laws = fit(sizes, stars + own, noise=sigma, rises=rises, bounds=bounds, prior=prior)
   tails = [(1 - level) / 2, (1 + level) / 2]
-  low, high = np.quantile(laws.at(rows) + fresh, tails, axis=0)
+  low, high = np.clip(np.quantile(laws.at(rows) + fresh, tails, axis=0), *bounds)
   gains = laws.at(rows) - laws.at(sizes[-1:])
   gain_low, gain_high = np.quantile(gains, tails, axis=0)
   value = law.at(rows)
