@@ -12,7 +12,7 @@ import study_runs
 import tiny_run
 from study_runs import labelled_rows, make_config, run
 
-from ftjax.config import choices, search_space, validation
+from ftjax.config import choices, config_file, search_space, validation
 from ftjax.reporting import study as report
 from ftjax.reporting import xy_chart
 from ftjax.runtime.errors import ConfigError
@@ -239,6 +239,25 @@ def test_the_entry_refuses_before_anything_starts(tmp_path):
   )
   assert code == 2 and "study.space: 'optim.lr=log:1:0'" in text
   assert not (tmp_path / 's').exists()
+  (tmp_path / 'file').write_text('')
+  code, text = call('--config=tiny_study', f'--workdir={tmp_path}/file')
+  assert code == 2 and 'Traceback' not in text and f'{tmp_path}/file' in text
+
+
+def test_a_study_of_a_real_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tiny_run.ROOT)
+  monkeypatch.setenv('PYTHONPATH', str(tiny_run.ROOT))
+  monkeypatch.setenv('XLA_FLAGS', tiny_run.xla_flags())
+  c = config_file.load(config_file.find('tiny_study'))
+  c.study.trials, c.steps, c.study.rungs = 1, 6, (2,)
+  found = run(c, tmp_path)
+  (row,) = found['runs']
+  assert row['status'] == 'done' and row['starts'] == 2 and row['eval/loss'] > row['at step 2'] - 1
+  metrics = tiny_run.metrics(tmp_path / 'runs' / '000')
+  assert [step for split, step in metrics if split == 'train'] == list(range(1, 7))
+  assert [step for split, step in metrics if split == 'eval'] == [2, 6]
+  assert metrics['eval', 6]['loss'] == row['eval/loss']
+  assert (tmp_path / 'runs' / '000' / 'export' / 'model.safetensors').exists()
 
 
 CONTENT = report.Content(

@@ -216,7 +216,7 @@ def kill_at_random(arguments, workdir, seed, kills, longest):
     process.send_signal(signal.SIGKILL)
     process.wait()
   process = study_runs.start(arguments, log)
-  return process.wait(timeout=300), log.read_text()
+  return process.wait(timeout=1500), log.read_text()
 
 
 def config_of(path, c):

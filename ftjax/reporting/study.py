@@ -82,7 +82,7 @@ def render(title: str, facts: Mapping[str, Any], content: Content) -> str:
   found = {
     'name': title,
     'level': LEVEL,
-    'facts': [(label, _fact(value)) for label, value in facts.items()],
+    'facts': [(label, text) for label, v in facts.items() if (text := _fact(v))],
     'sentences': content.sentences,
     'tables': content.tables,
     'forests': [f for f in map(_forest, content.forests) if f['drawings']],

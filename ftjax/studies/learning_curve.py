@@ -269,6 +269,7 @@ def _forest(forecast: Forecast, metric: StudyMetric) -> Forest:
   estimates = [
     Estimate(f'{counted(e["rows"])} rows', e['gain'], e['gain_low'], e['gain_high'], metric.form)
     for e in _entries(forecast)
+    if e['gain']  # 0 at the size that others are compared with
   ]
   about = f'Forecast gain of {metric.name} over the largest measured size.'
   return Forest('What more rows would bring', about, tuple(estimates))

@@ -105,7 +105,7 @@ def open_study(c: Section, workdir: str) -> Study:
 @contextlib.contextmanager
 def claimed(study: Study) -> Iterator[None]:
   """Makes the workdir of a study, locks it, and checks that it has no other study."""
-  files.makedirs(study.folder.path)
+  files.probe(study.folder.path)
   lock = files.Lock(study.folder.path)
   try:
     values = section.plain(study.config)
