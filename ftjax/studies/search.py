@@ -142,9 +142,8 @@ def _findings(study: Study, records: Sequence[Record], rungs: Sequence[Rung]) ->
     best = next(r for r in records if r.name == winner)
     keys = ', '.join(f'{k} = {_shown(v)}' for k, v in best.values.items())
     value = figure(best.value_at(0), metric.form)
-    sentences.append(
-      f'Best of {len(records)} run{"s" * (len(records) > 1)}: {winner}, with {keys}: {metric.name} {value}.'
-    )
+    runs = f'{len(records)} run{"s" * (len(records) > 1)}'
+    sentences.append(f'Best of {runs}: {winner}, with {keys}: {metric.name} {value}.')
     if len(records) > 1:
       sentences.append(
         'The best of many is flattered by luck: its score on other data will be lower. Run it with '
