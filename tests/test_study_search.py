@@ -14,7 +14,7 @@ import tiny_run
 from study_runs import make_config, records, run, trained
 
 from ftjax.config import config_file, search_space
-from ftjax.runtime.errors import ConfigError
+from ftjax.runtime.errors import CheckError, ConfigError
 from ftjax.studies import gaussian_process, halving, points, runner
 
 SPACE = ('optim.lr=log:1e-5:1e-1', 'batch_size=4,8,16')
@@ -102,6 +102,16 @@ def test_a_failed_run_is_a_row_and_the_study_goes_on(tmp_path, monkeypatch, code
   assert 'told to fail' in rows[8]['reason']
   assert rows[4]['status'] == 'done' and found['winner'] == rows[4]['run']
   assert '1 of 3 runs failed' in ' '.join(found['findings'])
+
+
+def test_a_study_whose_runs_all_fail_ends_with_an_error(tmp_path, monkeypatch):
+  monkeypatch.setenv('STUDY_TRAINER_FAULT', 'exit:4:seed=0')
+  with pytest.raises(
+    CheckError, match='all 2 runs of the study failed; the first one: exit code 4'
+  ):
+    run(make_config(study__kind='grid', study__space=('batch_size=4,8',)), tmp_path)
+  assert (tmp_path / 'study.csv').read_text().count('failed') == 2
+  assert not (tmp_path / 'winner.json').exists()
 
 
 def test_a_bad_config_ends_the_study(tmp_path, monkeypatch):

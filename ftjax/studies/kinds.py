@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ftjax.config.section import Section
 from ftjax.reporting import study as report
-from ftjax.runtime.errors import attempt
+from ftjax.runtime.errors import CheckError, attempt
 from ftjax.storage import files
 from ftjax.studies import cross_validation, findings, learning_curve, search, seed_settings
 from ftjax.studies.findings import Findings
@@ -35,6 +35,7 @@ def run(c: Section, workdir: str) -> None:
   Raises:
     ConfigError: a study that cannot be run as it is stated; or a run ended with exit code 2.
     DataError: rows that cannot be read.
+    CheckError: all runs failed.
     StoppedEarly: asked to stop; the same command resumes.
   """
   study = open_study(c, workdir)
@@ -55,6 +56,11 @@ def run(c: Section, workdir: str) -> None:
     log.info('table: %s', study.folder.join('study.csv'))
     if files.exists(path := study.folder.join(report.FILE)):
       log.info('report: %s', path)
+    if all(row['status'] == 'failed' for row in found.rows):
+      raise CheckError(
+        f'all {len(found.rows)} runs of the study failed; the first one: '
+        f'{found.rows[0]["reason"]}. Their output is in {study.folder.join("logs")}'
+      )
     if found.winner:
       log.info('winner: %s', study.folder.join('winner.json'))
 

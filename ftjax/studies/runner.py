@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from ftjax.config.search_space import Point
-from ftjax.reporting.figures import duration, number
+from ftjax.reporting.figures import duration, number, one_line
 from ftjax.runtime.errors import ConfigError, StoppedEarly
 from ftjax.storage import files, snapshots
 from ftjax.studies.folder import Folder, Outcome, Record
@@ -30,6 +30,7 @@ _POLL = 0.05  # seconds between two looks at the runs
 _GRACE = 120.0  # seconds for the runs to save when the study is stopped
 _MAX_IDLE_STARTS = 3  # in a row without a newer checkpoint
 _BAD_CONFIG = ConfigError.exit_code
+_LONGEST_REASON = 300  # characters
 _LOG_END = 4000  # bytes of a log that are searched for the reason of a failure
 
 
@@ -199,7 +200,7 @@ class Runner:
     return None
 
   def _reason(self, name: str) -> str:
-    """Returns the error that a run printed last, '' where there is none."""
+    """Returns the error that a run printed last, else its last line; '' where there is none."""
     path = self._log(name)
     if path == os.devnull:
       return ''
@@ -207,8 +208,9 @@ class Runner:
       file.seek(max(0, os.path.getsize(path) - _LOG_END))
       lines = file.read().decode(errors='replace').splitlines()
     own = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith('$ ')), -1)
-    found = [line for line in lines[own + 1 :] if line.startswith('error: ')]
-    return found[-1].removeprefix('error: ').strip() if found else ''
+    lines = [line.strip() for line in lines[own + 1 :] if line.strip()]
+    found = [line for line in lines if line.startswith('error: ')] or lines
+    return one_line(found[-1].removeprefix('error: '), _LONGEST_REASON) if found else ''
 
 
 def _shown(value) -> str:
