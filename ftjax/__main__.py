@@ -17,6 +17,7 @@ ENTRIES = {
   'evaluate': 'Evaluates the exported model of a run and its base model, and compares them.',
   'generate': 'Generates from a model: one prompt, a file of prompts, or a chat.',
   'convert': 'Converts a GGUF file, a run or a model of the hub to a Hugging Face folder.',
+  'study': 'Searches, cross-validates or measures a learning curve: many runs of one config.',
   'supervise': 'Runs a command, and runs it again after a crash or preemption.',
   'lm_eval': "Runs EleutherAI's lm-eval, with ftjax models as --model ftjax.",
 }

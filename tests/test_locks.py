@@ -56,7 +56,6 @@ NOT_IMPORTED = {
   'libtpu': 'jax loads it',
   'sentencepiece': 'transformers reads tokenizer.model files with it',
   'tiktoken': 'transformers reads tiktoken files with it',
-  'scikit-learn': 'the tests compare metrics with it',
 }
 # Imported where it is found, and declared nowhere.
 NOT_DECLARED = {

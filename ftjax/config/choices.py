@@ -144,6 +144,20 @@ OVERLENGTH = {
   'truncate_right': Overlength(truncates=True),
 }
 
+_SETTINGS = ('space', 'trials', 'rungs', 'reduction')
+_SEARCH = Choice(_SETTINGS)
+STUDIES = {
+  '': Choice(),
+  'grid': Choice(('space', 'rungs', 'reduction')),
+  'random': _SEARCH,
+  'sobol': _SEARCH,
+  'tpe': _SEARCH,
+  'gp': _SEARCH,
+  'kfold': Choice(('folds', 'repeats', 'stratify', 'group')),
+  'learning_curve': Choice(('fractions', 'seeds', 'group')),
+  'seeds': Choice(('space', 'seeds')),
+}
+
 TABLES: dict[str, Mapping[str, Choice]] = {
   'dpo.loss': PREFERENCE_LOSSES,
   'dpo.divergence': PREFERENCE_DIVERGENCES,
@@ -158,6 +172,7 @@ TABLES: dict[str, Mapping[str, Choice]] = {
   'optim.name': OPTIMIZERS,
   'optim.schedule': SCHEDULES,
   'data.on_overlength': OVERLENGTH,
+  'study.kind': STUDIES,
 }
 # Kinds of evaluation tasks; docs/evaluation.md has a row for each.
 TASK_KINDS = (

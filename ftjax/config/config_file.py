@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from ftjax.config import keys
+from ftjax.config import keys, saved_config
 from ftjax.config import section as config_section
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import locations
@@ -30,9 +30,13 @@ def load(path: str) -> config_section.Section:
 
   The file can import modules of its own folder.
 
+  Of a .json file, such as config.json of a workdir, its values are taken.
+
   Raises:
     ConfigError: anything that is wrong with the file; begins with FILE:LINE of the user's code.
   """
+  if path.endswith('.json'):
+    return saved_config.load(path)
   folder = os.path.dirname(os.path.abspath(path))
   sys.path.append(folder)
   try:
@@ -201,9 +205,10 @@ def find(name: str) -> str:
   """
   path = pathlib.Path(os.path.expanduser(name))
   if path.is_file():
-    if path.suffix not in ('', '.py'):
+    if path.suffix not in ('', '.py', '.json'):
       raise ConfigError(
-        f'--config={name}: a config is a Python file with get_config(); got a {path.suffix} file'
+        f'--config={name}: a config is a Python file with get_config(), or the config.json of a '
+        f'run; got a {path.suffix} file'
       )
     return str(path)
   for folder in _folders():

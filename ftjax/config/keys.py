@@ -36,6 +36,7 @@ def default() -> Section:
   _add_profile(c)
   _add_watchdog(c)
   _add_limits(c)
+  _add_study(c)
   return c.lock()
 
 
@@ -44,6 +45,9 @@ def _add_run(c: Section) -> None:
   c.seed = 0  # seed of data order, noise and random initialization
   c.steps = 0  # optimizer updates; 0: follow epochs. Where both are set, steps counts
   c.epochs = 1.0  # passes over the training data, when steps is 0
+  # Step after which this start ends, evaluated and saved, without an export; a later start resumes
+  # there. 0: at the last step. Schedules follow steps.
+  c.stop_at = 0
   # Global, per optimizer update over all devices and micro-batches: packed sequences for sft, pairs
   # for preferences, prompts for rollouts.
   c.batch_size = 16
@@ -400,3 +404,34 @@ def _add_limits(c: Section) -> None:
   c.compile_cache = True
   # (name, value) pairs added to the table of runtime/compiler_options.py; '' removes one.
   c.compiler_options = ()
+
+
+def _add_study(c: Section) -> None:
+  # Many runs of one config: python -m ftjax.study; docs/studies.md. No other entry reads these.
+  c.study = Section()
+  # What the runs differ in: keys (grid, random, sobol, tpe, gp), folds of data.train (kfold), the
+  # number of rows (learning_curve), the seed (seeds).
+  c.study.kind = ''
+  # Keys and their values: 'optim.lr=log:1e-5:1e-3', 'optim.b2=uniform:0.9:0.999',
+  # 'lora.rank=8,16,32', 'lora.rank=int:4:64', 'batch_size=logint:8:64'.
+  c.study.space = ()
+  c.study.trials = 20  # points of the space that are tried; a grid tries all of its points
+  # What is compared: TASK/METRIC of eval.tasks, or eval/loss and its like; '': the best_metric of
+  # checkpoint, else the first figure of the first task, else eval/loss.
+  c.study.metric = ''
+  c.study.seed = 0  # seed of folds, subsets and the choice of points; runs have their own
+  c.study.seeds = (0,)  # values of seed that each setting, or each number of rows, is run with
+  # Steps at which the runs of a search are compared, and only the best continue; () for none.
+  c.study.rungs = ()
+  c.study.reduction = 3  # of so many runs one is promoted at each rung
+  c.study.folds = 5  # parts of data.train, each of which is held out once
+  c.study.repeats = 1  # times that the rows are dealt to folds anew
+  # Field of the rows whose values each fold has in equal shares; '': `label`, or the answers of
+  # rows for a task of choices; 'none': not stratified.
+  c.study.stratify = ''
+  c.study.group = 'group'  # field of the rows: those of one value are always in the same fold
+  c.study.fractions = (0.05, 0.1, 0.3, 1.0)  # shares of the rows of data.train, nested
+  # Command that runs one run, with {config_overrides} {workdir} and, if wanted, {name} {slot};
+  # '': python -m ftjax.train on this machine.
+  c.study.launch = ''
+  c.study.parallel = 1  # runs at a time

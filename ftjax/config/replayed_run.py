@@ -23,7 +23,7 @@ DESPITE = (CODE, STARTS)  # values of --replay_despite
 # trackers, profiles.
 _LEFT_OUT = (
   'eval.tasks', 'eval.general', 'eval.in_loop', 'eval.models', 'eval.shots', 'eval.shots_from',
-  'eval.prompts', 'gate', 'log.sinks', 'profile.start', 'profile.stop',
+  'eval.prompts', 'gate', 'log.sinks', 'profile.start', 'profile.stop', 'stop_at',
 )  # fmt: skip
 # What also chooses the best checkpoint, which only an export reads.
 _BEST = ('checkpoint.best_metric', 'checkpoint.best_mode', 'checkpoint.patience')

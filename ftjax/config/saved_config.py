@@ -1,13 +1,30 @@
 """Reads the config of a run back from its config.json, to run it again."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ftjax.config import custom_keys, keys, section
 from ftjax.runtime.errors import ConfigError
 from ftjax.runtime.redaction import REDACTED
+from ftjax.storage import files
 
 _RANDOM, _CUSTOM = 'model.random', 'custom.'
+
+
+def load(path: str) -> section.Section:
+  """Returns the config of a file that holds {dotted key: JSON value}, locked.
+
+  Raises:
+    ConfigError: it is no such file; see `from_plain`.
+  """
+  try:
+    values = json.loads(files.read_text(path))
+  except ValueError as error:  # also of the encoding
+    raise ConfigError(f'--config={path}: no JSON ({error})') from error
+  if not isinstance(values, dict):
+    raise ConfigError(f'--config={path}: expected {{"optim.lr": 1e-5, ...}}, as config.json has it')
+  return from_plain(values, path).lock()
 
 
 def from_plain(values: Mapping[str, Any], name: str) -> section.Section:

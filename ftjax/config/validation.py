@@ -15,6 +15,7 @@ from ftjax.config import (
   data_checks,
   gate_rules,
   section_checks,
+  study_checks,
   task_specs,
 )
 from ftjax.config.keys import default
@@ -45,9 +46,13 @@ POSITIVE = (
   'rollout.updates',
   'rollout.minibatches',
   'best_of_n.keep',
+  'study.trials',
+  'study.repeats',
+  'study.parallel',
 )
 NOT_NEGATIVE = (
   'steps',
+  'stop_at',
   'data.workers',
   'optim.warmup_steps',
   'optim.decay_steps',
@@ -176,6 +181,7 @@ def _validate(c: Section) -> None:
   gate_rules.parse_all(c.gate)
   task_specs.check_objects(task_specs.parse_all(c.eval.tasks))
   custom_keys.complete(c)
+  study_checks.check(c)
   section_checks.check(c)
   data_checks.check(c)
   adapter_checks.check(c)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
 VERSION = 4
+ROWS_SEED = 0  # of the choice of rows, where eval.rows does not run all
 
 _SHOWN = 5  # bad rows that are listed
 _KNOWN = (

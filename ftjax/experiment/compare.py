@@ -46,7 +46,6 @@ from ftjax.storage import files
 log = logging.getLogger(__name__)
 
 BASE, SHOTS, TUNED = 'base', 'base_shots', comparison.TUNED
-ROWS_SEED = 0  # of the choice of rows, where not all are run
 _SEED = 0  # of sampled completions: the same rows and draws in every run
 
 Results = dict[str, Sequence[Result]]  # by model
@@ -68,7 +67,7 @@ class Evaluator:
     theirs = [spec for spec in specs if spec.kind in task_specs.LM_EVAL_KINDS]
     found = tasks.load_tasks(spec for spec in specs if spec not in theirs)
     most = c.eval.rows
-    self.tasks = tuple(task.first(most, ROWS_SEED) for task in found) if most else found
+    self.tasks = tuple(task.first(most, tasks.ROWS_SEED) for task in found) if most else found
     if c.eval.general:
       self.tasks += general.load(run.model.tokenizer.template is not None)
     self._theirs = lm_eval_tasks.load_tasks(theirs, include_path=c.eval.lm_eval_path)

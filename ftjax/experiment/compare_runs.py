@@ -26,6 +26,7 @@ from ftjax.storage import files
 
 BASE = 'base'
 _MACHINE = ('compile_cache', 'data.cache', 'data.workers', 'log.', 'watchdog.', 'profile.')
+_MACHINE += ('stop_at', 'study.')
 
 
 @dataclasses.dataclass(frozen=True)

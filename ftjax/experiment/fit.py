@@ -134,8 +134,7 @@ def fit(
       with same_end(replay):
         state = _train(session, state, start)
     source.close()
-    if replay:
-      replay.finish()
+    if _ends_here(run, checkpoints, replay):
       return
     # Export, and comparison with the base.
     best, latest = processes.from_main(lambda: [checkpoints.best(), checkpoints.latest()])
@@ -151,6 +150,17 @@ def fit(
     _record_programs(run)
     log.info(summary.end(run, console, exported, latest, time.perf_counter() - begun))
     _merge(run, params, exported)
+
+
+def _ends_here(run: Run, checkpoints: Checkpoints, replay: Replay | None) -> bool:
+  """Returns whether nothing is exported: after a replay, or a start that stop_at ended."""
+  if replay:
+    replay.finish()
+    return True
+  is_paused = processes.from_main(lambda: resume.is_paused(run, checkpoints))
+  if is_paused:
+    log.info(summary.paused(run))
+  return is_paused
 
 
 def _record_programs(run: Run) -> None:
@@ -253,7 +263,10 @@ def _log_start(trainer: Trainer, start: resume.Start, console: Console) -> None:
       order = run.data.fingerprints()['data order']
       log.info(summary.resumed(run, start.step, start.saved['cursor'], order))
     return
-  why = 'all steps are done' if start.step == run.steps else 'it was stopped early by its patience'
+  why = 'all steps are done'
+  if start.step < run.steps:
+    is_paused = not resume.has_ended(start.saved, run.config.checkpoint.patience)
+    why = f'stop_at={run.config.stop_at}' if is_paused else 'it was stopped early by its patience'
   log.info('nothing is left to train after step %d of %d: %s', start.step, run.steps, why)
 
 
@@ -312,7 +325,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
     if values is None:
       return None
     model = s.evaluator.local(trainer.model(state))
-    tasks = s.in_loop.measure(model, step == run.steps, is_cancelled)
+    tasks = s.in_loop.measure(model, step == run.last_step, is_cancelled)
     if tasks is None:
       return None
     s.evaluator.samples.add(model, step)
@@ -338,7 +351,7 @@ def _train(s: _Session, state: State, start: resume.Start) -> State:
   traces = files.Staged(files.join(run.workdir, 'profile'))
   loop = Loop(
     compiled,
-    cadence.of(run, s.replay.last_step if s.replay else run.steps),
+    cadence.of(run, s.replay.last_step if s.replay else run.last_step),
     Hooks(evaluate, meta, trainer.saved, s.parts.watch, report),
     Outputs(s.writer, s.checkpoints, _throughput(trainer), s.console, traces.folder),
     signals=StepSync(run.mesh),

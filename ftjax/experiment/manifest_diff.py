@@ -13,7 +13,7 @@ from ftjax.telemetry import environment, source_code
 # replayed with those of its last start.
 _HARMLESS = (
   'checkpoint.', 'compile_cache', 'data.cache', 'data.eval', 'data.workers', 'eval.', 'gate',
-  'log.', 'profile.', 'watchdog.',
+  'log.', 'profile.', 'stop_at', 'study.', 'watchdog.',
 )  # fmt: skip
 _SHORT = 12  # hexadecimal digits of a digest in a message
 _ORDER = 'data order'

@@ -34,6 +34,7 @@ _FIXED = (
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.moments', 'optim.freeze')
 _FIXED += ('data.curriculum', 'data.mix_temperature')
 _FIXED += vocabulary.FIXED + adapters.FIXED
+_OF_ONE_START = ('stop_at',)  # changes from start to start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +116,16 @@ def find(run: Run, checkpoints: Checkpoints) -> Start:
       f'{run.workdir} holds a checkpoint of step {step}, but steps={run.steps}: give more steps, '
       'or another --workdir'
     )
-  is_left = step < run.steps or saved['progress']['eval_pending']
+  is_left = step < run.last_step or saved['progress']['eval_pending']
   return Start(step, saved, is_left and not has_ended(saved, c.checkpoint.patience))
+
+
+def is_paused(run: Run, checkpoints: Checkpoints) -> bool:
+  """Returns whether stop_at ended the training, and steps are left for a later start."""
+  step = checkpoints.latest()
+  if step is None or step >= run.steps:
+    return False
+  return not has_ended(checkpoints.meta(step), run.config.checkpoint.patience)
 
 
 def check_source(c: ml_collections.ConfigDict) -> None:
@@ -144,7 +153,7 @@ def check(saved: dict, run: Run, found: dict[str, str]) -> None:
   now = redaction.redact(section.plain(run.config))
   # A checkpoint from before a key existed was written as if it had the default.
   before = redaction.redact(section.plain(keys.default())) | saved['config']
-  changed = [k for k in now if before.get(k) != now[k]]
+  changed = [k for k in now if before.get(k) != now[k] and k not in _OF_ONE_START]
   within = saved['step'] % algorithms.steps_per_batch(run.config)
   record = algorithms.of(run.config)
   kept = (*_FIXED, *record.fixed, *(record.fixed_in_rollout if within else ()))

@@ -91,6 +91,12 @@ class Run:
     rows, taken = self.data.mixture.rows_per_epoch, algorithms.prompts_per_rollout(c)
     return c.steps or batches_in(c.epochs, rows, taken) * algorithms.steps_per_batch(c)
 
+  @property
+  def last_step(self) -> int:
+    """The step after which this start ends."""
+    c = self.config
+    return min(self.steps, c.stop_at or self.steps)
+
   def cursor(self, step: int) -> int:
     """Returns the rows, or prompts, that are consumed after `step` updates. Several updates may use
     one batch.

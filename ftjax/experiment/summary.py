@@ -144,6 +144,14 @@ def resumed(run: Run, step: int, cursor: int, order: str) -> str:
   return f'{text}; the next example is {where}'
 
 
+def paused(run: Run) -> str:
+  """Returns the line of a start that stop_at ended."""
+  return (
+    f'stop_at={run.config.stop_at}: this start ends after step {run.last_step} of {run.steps}, '
+    'evaluated and saved; a start with a later stop_at, or with 0, resumes there'
+  )
+
+
 def _command_line() -> list[str]:
   """Returns the flags of this process, quoted for a shell; none without --config."""
   flags = sys.argv[1:]

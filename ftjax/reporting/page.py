@@ -154,8 +154,14 @@ def _answers(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   return {'rows': rows, 'left_out': len(by_prompt) - len(rows)} if rows else None
 
 
+def fill_template(name: str, found: Mapping[str, Any]) -> str:
+  """Returns another page of the same style, of a template that has no examples."""
+  template, style, script, hashes = _template(name)
+  return template.render({**found, **hashes, 'style': style, 'script': script})
+
+
 @functools.cache
-def _template() -> tuple[jinja2.Template, Markup, Markup, dict[str, str]]:
+def _template(name: str = 'page.html') -> tuple[jinja2.Template, Markup, Markup, dict[str, str]]:
   """Returns the template, its style and script, and their hashes for the security policy."""
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('ftjax.reporting'),
@@ -171,7 +177,7 @@ def _template() -> tuple[jinja2.Template, Markup, Markup, dict[str, str]]:
   digests = [hashlib.sha256(text.encode()).digest() for text in texts]
   hashes = [f'sha256-{base64.b64encode(d).decode()}' for d in digests]
   policy = {'style_hash': hashes[0], 'script_hash': hashes[1]}
-  return environment.get_template('page.html'), Markup(texts[0]), Markup(texts[1]), policy
+  return environment.get_template(name), Markup(texts[0]), Markup(texts[1]), policy
 
 
 def _harmless(value: Any) -> Any:

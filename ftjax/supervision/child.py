@@ -69,7 +69,7 @@ class _Stream:
     return bool(data)
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
   """Returns what a child calls before it runs its program: it is killed when this process ends
   without ending it (Linux), and stop signals reach it.
   """
@@ -118,7 +118,7 @@ class Child:
         stderr=subprocess.PIPE,
         bufsize=0,
         start_new_session=True,
-        preexec_fn=_die_with_parent(),
+        preexec_fn=die_with_parent(),
         env=_environment() | dict(extra or {}),
       )
     except (OSError, ValueError) as error:
