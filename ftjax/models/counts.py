@@ -49,7 +49,7 @@ def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
     for name, p in kinds.declared(arch).items()
     if p.fan_in
     and name not in left_out
-    and 'position' not in p.axes
+    and not {'position', 'token_type'} & {*p.axes}
     and (name == head or 'vocab' not in p.axes or 'rank' in p.axes)
   )
 

@@ -86,13 +86,16 @@ class Dropout:
   rate: float
   keys: jax.Array
 
-  def __call__(self, name: str, x: jax.Array) -> jax.Array:
+  def __call__(self, name: str, x: jax.Array, is_split: bool = True) -> jax.Array:
     """Returns x [B, T, I] with numbers dropped and the others scaled up.
 
-    name: of the linear map that reads x; each has numbers of its own.
+    Args:
+      name: of the linear map that reads x; each has numbers of its own.
+      x: the numbers.
+      is_split: whether T is an axis of tokens, in the order of sharding.zigzag.
     """
     own = zlib.crc32(name.encode())
-    order = zigzag(x.shape[1], axis_size('context'))
+    order = zigzag(x.shape[1], axis_size('context') if is_split else 1)
 
     def draw(key):
       return jax.random.bernoulli(jax.random.fold_in(key, own), 1 - self.rate, x.shape[1:])[order]
