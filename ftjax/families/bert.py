@@ -37,7 +37,7 @@ _ROWS = (
     'cls.predictions.transform.dense',
     'cls.predictions.transform.LayerNorm',
     'cls.predictions.bias',
-    'cls.predictions.decoder.weight',
+    'cls.predictions.decoder',
   ),
   *linear('bert.pooler.dense', 'score/dense', 'CD', is_task('sequence')),
   *linear('classifier', 'score', 'RD', is_task('sequence', 'token')),
@@ -73,8 +73,8 @@ BERT = Family(
   read=_read,
   write=_write,
   rows=_ROWS,
-  # The bias is stored twice.
-  unused=re.compile(r'cls\.predictions\.decoder\.bias|bert\.embeddings\.position_ids'),
+  # There are two biases, one of which is computed with.
+  unused=re.compile(r'cls\.predictions\.(decoder\.)?bias|bert\.embeddings\.position_ids'),
   tied=('bert.embeddings.word_embeddings.weight', 'cls.predictions.decoder.weight'),
   prefix='bert.',
   score_head=score_head,
@@ -106,7 +106,7 @@ _DISTIL_ROWS = (
     ),
   ),
   *encoder.masked_rows(
-    'vocab_transform', 'vocab_layer_norm', 'vocab_projector.bias', 'vocab_projector.weight'
+    'vocab_transform', 'vocab_layer_norm', 'vocab_projector.bias', 'vocab_projector'
   ),
   *linear('pre_classifier', 'score/dense', 'CD', is_task('sequence')),
   *linear('classifier', 'score', 'RD', is_task('sequence', 'token')),

@@ -132,13 +132,22 @@ def layer_rows(
   return (*out, *(row for hf, leaf in norms for row in norm_rows(hf, leaf)))
 
 
-def masked_rows(dense: str, norm: str, bias: str, table: str) -> tuple[Row, ...]:
-  """Returns the rows of the head of a masked language model, with the names in the file."""
+def _needs_tied(arch: Architecture, spec: BlockSpec | None) -> bool:
+  return needs_masked(arch, spec) and arch.tied
+
+
+def masked_rows(dense: str, norm: str, bias: str, decoder: str) -> tuple[Row, ...]:
+  """Returns the rows of the head of a masked language model, with the names in the file.
+
+  bias: of the bias where the table is the embedding. decoder: of the map, whose own bias is
+  computed with where it has a table of its own.
+  """
   return (
     *label_head.linear(dense, 'masked/dense', 'CD', needs_masked),
     *norm_rows(norm, 'masked/norm', needs_masked),
-    Row(bias, 'V', 'masked/b', 'V', needs_masked),
-    Row(table, 'V D', 'head/w', 'VD', needs_table),
+    Row(bias, 'V', 'masked/b', 'V', _needs_tied),
+    Row(f'{decoder}.bias', 'V', 'masked/b', 'V', needs_table),
+    Row(f'{decoder}.weight', 'V D', 'head/w', 'VD', needs_table),
   )
 
 

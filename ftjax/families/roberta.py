@@ -24,7 +24,7 @@ _ROWS = (
   *encoder.embedding_rows('roberta.embeddings.'),
   *encoder.layer_rows(_renamed(MAPS), _renamed(NORMS)),
   *encoder.masked_rows(
-    'lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias', 'lm_head.decoder.weight'
+    'lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias', 'lm_head.decoder'
   ),
   *linear('classifier.dense', 'score/dense', 'CD', is_task('sequence')),
   *linear('classifier.out_proj', 'score', 'RD', is_task('sequence')),
@@ -63,8 +63,8 @@ ROBERTA = Family(
   read=_read,
   write=_write,
   rows=_ROWS,
-  # The bias is stored twice.
-  unused=re.compile(r'lm_head\.decoder\.bias|roberta\.embeddings\.position_ids'),
+  # There are two biases, one of which is computed with.
+  unused=re.compile(r'lm_head\.(decoder\.)?bias|roberta\.embeddings\.position_ids'),
   tied=('roberta.embeddings.word_embeddings.weight', 'lm_head.decoder.weight'),
   prefix='roberta.',
   score_head=_score_head,

