@@ -132,7 +132,7 @@ def _read_distilbert(c: HfConfig, family: str) -> Architecture:
     model_dim=dim,
     stacks=(((block,), c.size('n_layers')),),
     final_norm=None,
-    tied=encoder.tied(c, masked is None),
+    tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=positions,
     kind='encoder',
     learned_positions=positions,

@@ -67,11 +67,6 @@ def post_norm_block(dim: int, heads: int, ffn: int, activation: str, norm: Norm)
   return BlockSpec(mixer, MlpSpec(ffn, activation, bias=True), norm, norm_placement='residual')
 
 
-def tied(c: HfConfig, is_bare: bool) -> bool:
-  """Returns tie_word_embeddings; true for a model without a head, which has no other table."""
-  return c.flag('tie_word_embeddings', of_class=True) or is_bare
-
-
 def needs_masked(arch: Architecture, spec: BlockSpec | None) -> bool:
   """Whether a model has the head of a masked language model."""
   del spec
@@ -216,7 +211,7 @@ def read_bert(c: HfConfig, family: str, offset: int = 0, activation: str = '') -
     model_dim=dim,
     stacks=(((block,), c.size('num_hidden_layers')),),
     final_norm=None,
-    tied=tied(c, masked is None),
+    tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=positions - offset,
     kind='encoder',
     learned_positions=positions,

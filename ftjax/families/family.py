@@ -30,7 +30,9 @@ class Family:
   class of reward models, '' for hf_class. score_head: (config, task) -> the label head, see
   architecture.ScoreHead. heads: tensors of heads, any of which the files of an encoder may lack or
   have beside those that a task needs; None where they are as strict as all others. old_names:
-  (pattern, replacement) of what names of tensors end with in older files.
+  (pattern, replacement) of what names of tensors end with in older files. tasks: that
+  transformers has a class with labels for; see architecture.TASKS. span_prefix: what begins the
+  names of tensors in place of 'model.' in its class for spans; '' for the same.
   """
 
   model_types: tuple[str, ...]
@@ -50,6 +52,13 @@ class Family:
   score_head: Callable[[HfConfig, str], ScoreHead] = label_head.decoder_head
   heads: re.Pattern | None = None
   old_names: tuple[tuple[re.Pattern, str], ...] = ()
+  tasks: tuple[str, ...] = ('sequence', 'token', 'span')
+  span_prefix: str = ''
+
+  @property
+  def is_encoder(self) -> bool:
+    """Whether models of this family generate no text."""
+    return self.heads is not None
 
   def architecture(self, config: dict[str, Any], name: str) -> Architecture:
     """Returns the architecture of a config.json of this family, named `name`.
@@ -66,7 +75,10 @@ class Family:
 
   def bindings(self, arch: Architecture) -> list[Binding]:
     """Returns every HF tensor of a model with the place that it fills."""
-    return tensor_map.bindings(self.rows, arch, self.sizes)
+    found = tensor_map.bindings(self.rows, arch, self.sizes)
+    if arch.task != 'span' or not self.span_prefix:
+      return found
+    return [_renamed(b, self.span_prefix) for b in found]
 
   def other_bindings(self, arch: Architecture) -> list[Binding]:
     """Returns the bindings of `other_rows`."""
@@ -85,3 +97,10 @@ class Family:
       is_known = is_known or (self.heads is not None and self.heads.fullmatch(full))
       out[full if full not in stored and is_known else own] = name
     return out
+
+
+def _renamed(binding: Binding, prefix: str) -> Binding:
+  """Returns a binding of a tensor whose name begins otherwise."""
+  if not binding.hf.startswith('model.'):
+    return binding
+  return dataclasses.replace(binding, hf=prefix + binding.hf.removeprefix('model.'))

@@ -188,7 +188,7 @@ def _read(c: HfConfig, family: str) -> Architecture:
     model_dim=dim,
     stacks=layer_types.stacks(blocks),
     final_norm=norm,
-    tied=encoder.tied(c, masked is None),
+    tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=c.count('max_position_embeddings', of_class=True),
     kind='encoder',
     embed_norm=norm,

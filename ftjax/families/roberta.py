@@ -23,9 +23,7 @@ def _renamed(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
 _ROWS = (
   *encoder.embedding_rows('roberta.embeddings.'),
   *encoder.layer_rows(_renamed(MAPS), _renamed(NORMS)),
-  *encoder.masked_rows(
-    'lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias', 'lm_head.decoder'
-  ),
+  *encoder.masked_rows('lm_head.dense', 'lm_head.layer_norm', 'lm_head.bias', 'lm_head.decoder'),
   *linear('classifier.dense', 'score/dense', 'CD', is_task('sequence')),
   *linear('classifier.out_proj', 'score', 'RD', is_task('sequence')),
   *linear('classifier', 'score', 'RD', is_task('token')),

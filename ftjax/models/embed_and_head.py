@@ -69,8 +69,13 @@ class EmbedAndHead(nnx.Module):
       return
     if arch.masked_head is not None:
       self.masked = Masked(arch, arch.masked_head, padding)
-    if not arch.tied:
+    if not arch.tied and not _is_bare(arch):
       self.head = Head(arch.vocab_rows, dim, padding)
+
+
+def _is_bare(arch: Architecture) -> bool:
+  """Returns whether an encoder has no head: it gives hidden states."""
+  return arch.is_encoder and arch.masked_head is None and not arch.num_labels
 
 
 @functools.cache
@@ -99,7 +104,7 @@ def head_leaf(arch: Architecture) -> str:
   """Returns the name of the leaf that maps hidden states to logits [V, D] or to labels [R, D]."""
   if arch.num_labels:
     return 'score/w'
-  return 'embed/w' if arch.tied else 'head/w'
+  return 'embed/w' if arch.tied or _is_bare(arch) else 'head/w'
 
 
 def head_update(
