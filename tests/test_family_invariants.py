@@ -1,6 +1,6 @@
-"""The invariants of every family, on the models of parity/family_cases.py: causal or seeing the whole
-document, deaf across documents, indifferent to where a row or its padding lies; cache, remat, accumulation, adapters and
-checkpoints change nothing. In float32 at matmul precision highest.
+"""The invariants of every family, on the models of parity/family_cases.py: causal or seeing the
+whole document, deaf across documents, indifferent to where a row or its padding lies; cache, remat,
+accumulation, adapters and checkpoints change nothing. In float32 at matmul precision highest.
 """
 
 import dataclasses

@@ -235,9 +235,7 @@ def load_params(
   from ftjax.models import kinds
 
   source = open_model_source(path, arch)
-  if head_of is not None:
-    with_labels = (head_of.task, head_of.labels) == (arch.task, arch.labels)
-    source = with_head(source, arch, seed, with_labels and head_of.num_labels == arch.num_labels)
+  source = with_head(source, arch, head_of, seed)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

@@ -58,28 +58,31 @@ class HeadSource(DerivedSource):
 
 
 def with_head(
-  source: TensorSource, arch: Architecture, seed: int, with_labels: bool = True
+  source: TensorSource, arch: Architecture, head_of: Architecture | None, seed: int
 ) -> TensorSource:
-  """Returns the tensors of a model's files with the head of `arch`; `source` itself where a family
-  is strict about heads. New tensors are logged.
+  """Returns the tensors of a model's files with the head of `arch` and no other; `source` itself
+  where a family is strict about heads. New tensors are logged.
 
   Args:
     source: of the files, under the names of the family's tensor map.
     arch: the model wanted.
+    head_of: the model that the files describe, where its head is another one; None: nothing is
+      drawn.
     seed: of new tensors.
-    with_labels: False: the files' labels are others, so that the map to them is drawn.
   """
   family = table.of(arch)
   if family.heads is None:
     return source
   bindings = family.bindings(arch)
-  needed = {b.hf for b in bindings}
-  new = [
-    b
-    for b in bindings
-    if b.leaf.split('/')[0] in _PARTS
-    and (b.hf not in source.tensors or (b.leaf in _OF_LABELS and not with_labels))
-  ]
+  needed, new = {b.hf for b in bindings}, []
+  if head_of is not None:
+    kept = _labels(head_of) == _labels(arch)
+    new = [
+      b
+      for b in bindings
+      if b.leaf.split('/')[0] in _PARTS
+      and (b.hf not in source.tensors or (b.leaf in _OF_LABELS and not kept))
+    ]
   tied = {family.tied[1]} if arch.tied and not arch.num_labels else set()
   left_out = [
     n for n in source.tensors if n not in needed and n not in tied and family.heads.fullmatch(n)
@@ -92,3 +95,7 @@ def with_head(
       seed,
     )
   return HeadSource(source, new, left_out, seed)
+
+
+def _labels(arch: Architecture) -> tuple[str, int, tuple[str, ...]]:
+  return arch.task, arch.num_labels, arch.labels
