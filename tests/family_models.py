@@ -91,10 +91,11 @@ def params(name, arch):
 
 def idle(arch):
   """The leaves whose gradient is 0 but for rounding: without a rotary embedding a bias of the keys
-  adds the same number to all scores of a query.
+  adds the same number to all scores of a query, and so does DeBERTa's of the keys of positions.
   """
-  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
-  found = [f'{slot}/attn/k/b' for slot, mixer in blocks if mixer.rope is None]
+  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks()]
+  plain = [s for s, m in blocks if isinstance(m, AttentionSpec) and m.rope is None]
+  found = [f'{slot}/attn/k/b' for slot in plain] + [f'{s}/attn/pos_k/b' for s, _ in blocks]
   return {n for n in found if n in kinds.declared(arch)}
 
 

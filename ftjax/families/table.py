@@ -6,6 +6,7 @@ from typing import Any
 
 from ftjax.families import (
   bert,
+  deberta,
   gemma,
   gguf,
   gpt2,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Family] = {
   'roberta': roberta.ROBERTA,
   'xlm_roberta': roberta.XLM_ROBERTA,
   'modernbert': modernbert.MODERNBERT,
+  'deberta': deberta.DEBERTA,
 }
 
 

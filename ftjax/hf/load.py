@@ -146,10 +146,12 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
 
 
 def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
-  """Returns the tensors of a model's files under the names of its family's tensor map."""
+  """Returns the tensors of a model's files under the names of its family's tensor map, without the
+  heads of an encoder that `arch` does not have.
+  """
   source = open_source(path)
   source = RenamedSource(source, table.of(arch).names(arch, source.tensors))
-  return fused_tensors.in_family_form(source, arch)
+  return with_head(fused_tensors.in_family_form(source, arch), arch, None, 0)
 
 
 def check_tensors(source: TensorSource, arch: Architecture):
@@ -235,7 +237,8 @@ def load_params(
   from ftjax.models import kinds
 
   source = open_model_source(path, arch)
-  source = with_head(source, arch, head_of, seed)
+  if head_of is not None:
+    source = with_head(source, arch, head_of, seed)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ftjax.models.mixer_spec import AttentionSpec, DeltaNetSpec, Norm
+from ftjax.models.mixer_spec import AttentionSpec, DeltaNetSpec, DisentangledSpec, Norm
 from ftjax.runtime.errors import DataError
 
 
@@ -73,7 +73,7 @@ class BlockSpec:
   whose input is normalized already).
   """
 
-  mixer: AttentionSpec | DeltaNetSpec
+  mixer: AttentionSpec | DeltaNetSpec | DisentangledSpec
   mlp: GatedMlpSpec | MlpSpec | MoeSpec
   norm: Norm = Norm()  # noqa: RUF009 - frozen
   norm_placement: str = 'before'
@@ -197,8 +197,9 @@ class Architecture:
   embeddings. logit_scale, logit_soft_cap: see LogitSpec. learned_positions: rows of a table of
   positions that is added to the embeddings; 0: there is none. position_offset: row of position 0
   (RoBERTa: 2). token_types: rows of a table of token types that is added too; 0: there is none.
-  embed_norm: of the sum; None: none. final_norm: after the last block; None: none. masked_head:
-  of a masked language model; None without.
+  relative_positions: rows of the table of DisentangledSpec; 0: there is none. relative_norm: of
+  that table. embed_norm: of the sum of embeddings; None: none. final_norm: after the last block;
+  None: none. masked_head: of a masked language model; None without.
   """
 
   family: str
@@ -220,6 +221,8 @@ class Architecture:
   learned_positions: int = 0
   position_offset: int = 0
   token_types: int = 0
+  relative_positions: int = 0
+  relative_norm: Norm | None = None
   embed_norm: Norm | None = None
   masked_head: MaskedHead | None = None
   score_head: ScoreHead = ScoreHead()

@@ -17,10 +17,10 @@ from ftjax.models.layers import Dropout, Linear, Normalize, declare
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.mlp import ACTIVATIONS
 from ftjax.models.score_head import Score
-from ftjax.runtime.sharding import gather, index, shard_map, spec, total
+from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 _NAMES = (
-  *('embed', 'positions', 'token_types', 'embed_norm', 'final_norm'),
+  *('embed', 'positions', 'token_types', 'embed_norm', 'relative', 'final_norm'),
   *('head', 'masked', 'score'),
 )
 
@@ -44,6 +44,23 @@ class Masked(nnx.Module):
     return self.norm(self.activation(self.dense(x, dropout)))
 
 
+class Relative(nnx.Module):
+  """The table of relative positions `w` float32[P, D], and its norm."""
+
+  norm = None
+
+  def __init__(self, arch: Architecture):
+    shape = (arch.relative_positions, arch.model_dim)
+    self.w = declare(shape, ('position', 'embed'), arch.model_dim)
+    if arch.relative_norm is not None:
+      self.norm = Normalize((arch.model_dim,), arch.relative_norm)
+
+  def __call__(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns the rows that the layers project, dtype[P, D], not split over devices."""
+    rows = jax.sharding.reshard(self.w[...].astype(dtype), gathered('position', 'embed'))
+    return rows if self.norm is None else self.norm(rows)
+
+
 class EmbedAndHead(nnx.Module):
   """The parameters around the blocks: the embedding tables of tokens, of learned positions and of
   token types, their norm, the last norm, and what makes logits or labels.
@@ -62,6 +79,8 @@ class EmbedAndHead(nnx.Module):
     if arch.token_types:
       rows = (arch.token_types, dim)
       self.token_types = nnx.Dict(w=declare(rows, ('token_type', 'embed'), dim))
+    if arch.relative_positions:
+      self.relative = Relative(arch)
     if arch.embed_norm is not None:
       self.embed_norm = Normalize((dim,), arch.embed_norm)
     if arch.num_labels:
@@ -214,6 +233,11 @@ def embedded(
     places = where.positions + arch.position_offset if arch.position_offset else where.positions
     x = x + rows_at(params['positions']['w'], places, dtype)
   return x if arch.embed_norm is None else merge(arch, params).embed_norm(x)
+
+
+def relative(arch: Architecture, params: dict, dtype: jnp.dtype) -> jax.Array | None:
+  """Returns the table of relative positions, dtype[P, D]; None for a model without."""
+  return merge(arch, params).relative(dtype) if arch.relative_positions else None
 
 
 def normed(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:

@@ -298,6 +298,17 @@ class Linear(nnx.Module):
     is_adapted = (self.lora_scale[...] > 0) & (lengths > 0)
     return jnp.where(is_adapted, m.reshape(-1) / jnp.where(lengths > 0, lengths, 1.0), 1.0)
 
+  def whole_weights(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns the weights with what an adapter adds, as dtype[I, O], gathered over fsdp: for inputs
+    that are no rows of the batch.
+    """
+    if self.adapter is None:
+      return self._base(dtype)
+    if self.merged:
+      return self.merged_weights().astype(dtype)
+    w = self._base(jnp.float32) + self._update()
+    return (w if self.lora_m is None else w * self._lengths()[None]).astype(dtype)
+
   def merged_weights(self) -> jax.Array:
     """Returns the weights of the model after merging, [I, O] in its dtype: computed in float32 and
     rounded once.

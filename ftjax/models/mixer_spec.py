@@ -145,3 +145,37 @@ class DeltaNetSpec:
         (self.num_value_heads, self.key_dim, self.value_dim), ('heads', None, None), 'float32'
       ),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class DisentangledSpec:
+  """Disentangled attention over the whole text (He et al. 2021, "DeBERTa"); see
+  models/disentangled.py. Its table of relative positions is Architecture.relative_positions.
+
+  span: buckets of distances on each side. longest: distance that the last bucket begins at; 0: each
+  distance up to span has its own. has_c2p, has_p2c: the scores have terms of content to position,
+  and of position to content. shares_maps: the table is projected by the maps of queries and keys,
+  else by its own.
+  """
+
+  num_heads: int
+  head_dim: int
+  span: int
+  longest: int = 0
+  has_c2p: bool = True
+  has_p2c: bool = True
+  shares_maps: bool = True
+
+  @property
+  def split_heads(self) -> int:
+    """Heads that `mesh.tensor` must divide."""
+    return self.num_heads
+
+  @property
+  def inner(self) -> int:
+    """Numbers of a token between the projections."""
+    return 4 * self.num_heads * self.head_dim
+
+  def kept(self) -> dict[str, Kept]:
+    """Returns what decoding keeps: nothing, no text is generated."""
+    return {}

@@ -21,12 +21,14 @@ from ftjax.models.architecture import (
   AttentionSpec,
   BlockSpec,
   DeltaNetSpec,
+  DisentangledSpec,
   GatedMlpSpec,
   MlpSpec,
   MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
+from ftjax.models.disentangled import Disentangled
 from ftjax.models.embed_and_head import fold
 from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, rounded, scaled
@@ -42,12 +44,14 @@ Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 @dataclasses.dataclass(frozen=True)
 class Context:
   """What the blocks of one forward pass share: segments and positions of the queries and of the
-  keys, the rotary angles of the queries, and in a training step the dropout of adapters.
+  keys, the rotary angles of the queries, the table of relative positions [P, D] where there is one,
+  and in a training step the dropout of adapters.
   """
 
   query: Tokens
   key: Tokens
   angles: Angles
+  relative: jax.Array | None = None
   dropout: Dropout | None = None
 
 
@@ -103,7 +107,7 @@ class Attention(nnx.Module):
 
 
 # The class of a spec is the kind; the module computes it.
-MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet}
+MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet, DisentangledSpec: Disentangled}
 MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
 
 
@@ -215,6 +219,7 @@ def routed(
   if noise is not None:
     x = x + noise.astype(dtype)
   context, routings = _context(arch, where, where), []
+  context = dataclasses.replace(context, relative=embed_and_head.relative(arch, params, dtype))
   for i, (pattern, repeats) in enumerate(arch.stacks):
 
     def body(x, layer, i=i, pattern=pattern):

@@ -23,7 +23,7 @@ B = 8  # what all meshes divide
 MESHES = EVERY_DAY
 # Shifting all scores of a query changes nothing: without a rotation after it, the gradient of the
 # keys' bias is 0 but for rounding.
-ZERO = 'attn/k/b'
+ZERO = ('attn/k/b', 'attn/pos_k/b')
 
 
 @functools.cache

@@ -486,6 +486,43 @@ CASES |= {
     head='masked',
   ),
 }
+# As v3: 48 positions of which 16 on each side have buckets of their own, the last begins at 40.
+_DEBERTA = {
+  'model_type': 'deberta-v2',
+  'vocab_size': 67,
+  'hidden_size': 24,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 6,
+  'max_position_embeddings': 61,
+  'type_vocab_size': 0,
+  'layer_norm_eps': 1e-5,
+  'pad_token_id': None,
+  'relative_attention': True,
+  'position_buckets': 16,
+  'max_relative_positions': 40,
+  'norm_rel_ebd': 'layer_norm',
+  'share_att_key': True,
+  'pos_att_type': ['p2c', 'c2p'],
+  'position_biased_input': False,
+}
+CASES |= {
+  'deberta': Case(_DEBERTA, head='masked'),
+  # Without buckets, a row is longer than the distances; maps of their own; positions and types too.
+  'deberta_v2': Case(
+    _DEBERTA
+    | {
+      'num_hidden_layers': 2,
+      'position_buckets': -1,
+      'max_relative_positions': 20,
+      'norm_rel_ebd': 'none',
+      'share_att_key': False,
+      'position_biased_input': True,
+      'type_vocab_size': 2,
+    },
+    head='masked',
+  ),
+}
 DECODERS = tuple(n for n, case in CASES.items() if not case.head)
 ENCODERS = tuple(n for n in CASES if n not in DECODERS)
 
@@ -495,6 +532,7 @@ _WITH_LABELS = {
   'distilbert': _DISTILBERT,
   'roberta': _ROBERTA,
   'modernbert': _MODERNBERT | {'classifier_pooling': 'mean', 'num_hidden_layers': 3},
+  'deberta': _DEBERTA | {'num_hidden_layers': 2},
   'llama': _LLAMA | {'num_hidden_layers': 2, 'pad_token_id': 0},
   'gpt2': CASES['gpt2'].config | {'n_layer': 2, 'pad_token_id': 0},
 }

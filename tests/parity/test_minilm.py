@@ -1,5 +1,5 @@
-"""MiniLM's released weights (make minilm) against transformers on real sentences: tokens, states and
-mean embeddings, packed and padded.
+"""MiniLM's released weights (make minilm) against transformers on real sentences: tokens, states
+and mean embeddings, packed and padded.
 """
 
 import functools
