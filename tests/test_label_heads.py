@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_adapters
 import tiny_model
 from parity import family_cases as cases
 from safetensors.numpy import load_file
@@ -284,3 +285,38 @@ def test_dropout_of_the_head_is_of_training_alone():
   np.testing.assert_array_equal(first, run(forward.with_dropout(keys)))
   assert (first != plain).all()
   assert forward.untrained().label_keys is None
+
+
+@pytest.mark.parametrize('name', ['llama_token', 'bert_sequence'])
+def test_under_an_adapter_the_head_is_trained_whole_and_merges(name, tmp_path):
+  """All leaves of the head are the adapter's; five steps, merged, exported and read again."""
+  arch = tiny_adapters.adapted(family_models.architecture(name))
+  begun = tiny_adapters.begin(arch, family_models.params(name, arch.plain()))
+  declared = kinds.declared(arch)
+  own = {n for n in declared if n.startswith('score/')}
+  assert own and all(declared[n].origin == 'adapter' for n in own)
+  assert not any(m.name.startswith('score') for m in arch.adapter.maps)
+  batch = family_models.of_case(name, cases.ids(cases.LABELED[name]))
+  trained = [n for n in kinds.names(arch, 'adapter') if not declared[n].is_fixed]
+
+  @jax.jit
+  def step(flat, rest):
+    def loss(flat):
+      return jnp.square(logits(arch, trees.unflatten(rest | flat), batch) - 1).mean()
+
+    value, found = jax.value_and_grad(loss)(flat)
+    return value, {n: x - 0.1 * found[n] for n, x in flat.items()}
+
+  flat, rest, losses = {n: begun[n] for n in trained}, begun, []
+  for _ in range(5):
+    loss, flat = step(flat, rest)
+    losses.append(float(loss))
+  assert losses[-1] < losses[0]
+  params = trees.unflatten(rest | flat)
+  expected = np.asarray(jax.jit(logits, static_argnums=0)(arch, params, batch))
+  config = family_models.config(name)
+  export_to(tmp_path / 'merged', params, kinds.with_merged(arch, 'float32'), config)
+  plain = table.architecture(load.read_config(tmp_path / 'merged'))
+  read = weights.load(str(tmp_path / 'merged'), plain, jax.sharding.get_mesh(), 'float32', 0, '')
+  got = np.asarray(jax.jit(logits, static_argnums=0)(plain, read, batch))
+  np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())

@@ -110,7 +110,7 @@ def open_model(
   arch = table.architecture(config, family)
   table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
   head = label_files.REWARD if labels and head is None else head
-  _check_writes(arch, path, head, encoders)
+  check_writes(arch, path, head, encoders)
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
       f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
@@ -127,7 +127,7 @@ def open_model(
   return Model(path, arch, tokenizer, stops, config, found, hash_weights, rows)
 
 
-def _check_writes(arch: Architecture, path: str, head: Labels | None, encoders: bool) -> None:
+def check_writes(arch: Architecture, path: str, head: Labels | None, encoders: bool) -> None:
   """Raises ConfigError where a language model is wanted and the model is none; see `open_model`."""
   if head is not None:
     return

@@ -44,6 +44,33 @@ class Labels:
 REWARD = Labels('sequence', ('reward',), 'regression')
 
 
+def labeled(family: str, config: Mapping[str, Any], labels: Labels) -> dict[str, Any]:
+  """Returns the config.json of the model with labels made from another one.
+
+  Args:
+    family: name of the model's family.
+    config: the other model's.
+    labels: of the new model.
+
+  Raises:
+    ConfigError: transformers has no class of the family for the task.
+  """
+  known = table.named(family)
+  if labels.task not in known.tasks:
+    raise ConfigError(
+      f'the family {family!r} takes no labels of a {labels.task}: transformers has no '
+      f'{known.hf_class}{label_head.CLASSES[labels.task]}; it takes those of a '
+      f'{" or a ".join(known.tasks)}'
+    )
+  name = table.hf_class(family, label_head.CLASSES[labels.task])
+  out = dict(config) | {'architectures': [name]}
+  for key in ('num_labels', 'id2label', 'label2id', 'problem_type'):
+    out.pop(key, None)
+  if labels.names:
+    out |= label_head.label_keys(labels.names)
+  return out | ({'problem_type': labels.problem} if labels.problem else {})
+
+
 def describe(
   family: str,
   files: Mapping[str, bytes],
@@ -65,22 +92,8 @@ def describe(
     ConfigError: transformers has no class of the family for the task.
     DataError: no special token is left to pad with.
   """
-  known = table.named(family)
-  if labels.task not in known.tasks:
-    raise ConfigError(
-      f'the family {family!r} takes no labels of a {labels.task}: transformers has no '
-      f'{known.hf_class}{label_head.CLASSES[labels.task]}; it takes those of a '
-      f'{" or a ".join(known.tasks)}'
-    )
-  name = table.hf_class(family, label_head.CLASSES[labels.task])
-  out = dict(config) | {'architectures': [name]}
-  for key in ('num_labels', 'id2label', 'label2id', 'problem_type'):
-    out.pop(key, None)
-  if labels.names:
-    out |= label_head.label_keys(labels.names)
-  if labels.problem:
-    out['problem_type'] = labels.problem
-  if known.is_encoder or labels.task != 'sequence':
+  out = labeled(family, config, labels)
+  if table.named(family).is_encoder or labels.task != 'sequence':
     return dict(files), out
   pad = _padding(config, tokenizer, stop_ids)
   found, text = dict(files), tokenizer.token(pad)
