@@ -231,7 +231,7 @@ class Architecture:
 
   @property
   def task(self) -> str:
-    """What labels are given to, one of TASKS; '' for a language model."""
+    """Returns what labels are given to, one of TASKS; '' for a language model."""
     return self.label_task if self.num_labels else ''
 
   @property
