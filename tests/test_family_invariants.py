@@ -23,6 +23,7 @@ from ftjax.generation.sampling import Sampling
 from ftjax.hf import export, layout, load
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
+from ftjax.models.architecture import AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.storage.checkpoint import Checkpoints, Retention
@@ -91,10 +92,12 @@ def test_a_token_sees_its_whole_document(name):
   changed = tokens.copy()
   changed[:, 24] = (tokens[:, 24] + 1) % cases.CASES[name].vocab
   assert (logits(name, changed) != logits(name, tokens)).any(-1).all()
-  window = arch.layers()[0].mixer.window or arch.layers()[1].mixer.window
-  if window is None:
+  mixers = [block.mixer for block in arch.layers()]
+  windows = [m.window if isinstance(m, AttentionSpec) else None for m in mixers]
+  own = next((i for i, window in enumerate(windows) if window), None)
+  if own is None:
     return
-  own = next(i for i, block in enumerate(arch.layers()) if block.mixer.window)
+  window = windows[own]
   alone = dataclasses.replace(arch, stacks=(((arch.layers()[own],), 1),))
   slot = arch.layer_slots()[own]
   weights = params[slot[0].split('/')[0]][slot[0].split('/')[1]]
