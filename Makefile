@@ -11,7 +11,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bazel lint-bazel check-locks docker-digest lint-launch env assets gemma safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: bazel lint-bazel check-locks docker-digest lint-launch env assets gemma minilm safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -30,6 +30,10 @@ assets: env
 # Gemma 3 270M, 253 MB, under the Gemma Terms of Use.
 gemma: env
 	@$(RUN) demo/gemma.py .cache
+
+# MiniLM, an encoder of sentences, 92 MB.
+minilm: env
+	@$(RUN) demo/minilm.py .cache
 
 # Sets of stereotypes, toxicity and harmful requests, 22 MB; offensive by design. See docs/safety.md.
 safety-data: env

@@ -25,12 +25,12 @@ from ftjax.runtime import trees
 # What takes a second or more a case is tested every day on these, which differ most: plain; learned
 # positions and LayerNorm; caps, windows and norms on both sides; experts; delta nets. On the others
 # it is in make test-all.
-EVERY_DAY = ('llama', 'gpt2', 'gemma2', 'qwen3_moe', 'qwen3_5')
+EVERY_DAY = ('llama', 'gpt2', 'gemma2', 'qwen3_moe', 'qwen3_5', 'modernbert')
 
 
-def parametrize(every_day=EVERY_DAY):
-  """Marks a test of every case, `full` for those that are not named."""
-  marks = {n: [] if n in every_day else [pytest.mark.full] for n in cases.CASES}
+def parametrize(every_day=EVERY_DAY, names=tuple(cases.CASES)):
+  """Marks a test of some cases, `full` for those that are not of every day."""
+  marks = {n: [] if n in every_day else [pytest.mark.full] for n in names}
   return pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
@@ -61,7 +61,7 @@ def shapes(name):
 @functools.cache
 def tensor(name, hf, shape):
   """The values of a tensor in a case's files, float32."""
-  return cases.draw(cases.CASES[name], hf, shape)
+  return cases.draw((cases.CASES | cases.LABELED)[name], hf, shape)
 
 
 def host_params(name, arch):
@@ -91,10 +91,11 @@ def params(name, arch):
 
 def idle(arch):
   """The leaves whose gradient is 0 but for rounding: without a rotary embedding a bias of the keys
-  adds the same number to all scores of a query.
+  adds the same number to all scores of a query, and so does DeBERTa's of the keys of positions.
   """
-  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
-  found = [f'{slot}/attn/k/b' for slot, mixer in blocks if mixer.rope is None]
+  blocks = [(slot, b.mixer) for slot, b, _ in arch.blocks()]
+  plain = [s for s, m in blocks if isinstance(m, AttentionSpec) and m.rope is None]
+  found = [f'{slot}/attn/k/b' for slot in plain] + [f'{s}/attn/pos_k/b' for s, _ in blocks]
   return {n for n in found if n in kinds.declared(arch)}
 
 
@@ -116,6 +117,22 @@ def write_folder(name, folder):
   info = {n: TensorInfo(s, np.dtype(np.float32)) for n, s in found.items()}
   safetensors.write_folder(folder, info, lambda n: tensor(name, n, found[n]))
   return {n: tensor(name, n, s).tobytes() for n, s in found.items()}
+
+
+def of_case(name, tokens, segments=None, weights=None):
+  """`batch` of a case's rows; of an encoder the labels are the tokens themselves, and there are
+  token types where the model has them.
+  """
+  case = (cases.CASES | cases.LABELED)[name]
+  if not case.head:
+    return batch(tokens, segments, weights)
+  segments = np.ones_like(tokens) if segments is None else segments
+  weights = segments > 0 if weights is None else weights
+  found = batch(tokens, segments, weights) | {'labels': place(tokens, 'batch', 'seq')}
+  types = cases.token_types(case)
+  if types is None:
+    return found
+  return found | {'token_types': place(types[: len(tokens)], 'batch', 'seq')}
 
 
 def batch(tokens, segments=None, weights=None):

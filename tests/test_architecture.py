@@ -186,8 +186,8 @@ def test_what_the_decoder_does_not_compute_is_refused(changes, named):
     ({'rope_scaling': {'type': 'mrope', 'factor': 4.0}}, 'mrope.*longrope, proportional'),
     ({'model_type': 'qwen2_moe'}, 'qwen2_moe.*supported: llama, qwen2'),
     (
-      {'architectures': ['Qwen2ForSequenceClassification'], 'id2label': {'0': 'a', '1': 'b'}},
-      '2 labels',
+      {'architectures': ['Qwen2ForSequenceClassification'], 'id2label': {'0': 'a', '2': 'b'}},
+      'id2label',
     ),
   ],
 )

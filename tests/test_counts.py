@@ -3,11 +3,12 @@
 import dataclasses
 
 import pytest
-from tiny_model import TINY, UNTIED
+from tiny_model import TINY, UNTIED, with_mixer
 
 from ftjax.config import keys
 from ftjax.experiment import adapters, auxiliary
-from ftjax.models import counts
+from ftjax.models import counts, kinds
+from ftjax.models.architecture import MaskedHead, Norm
 from ftjax.planning import cost
 
 # Of a layer of TINY: q and o 32*32, k and v 32*16, gate, up and down 32*64.
@@ -85,3 +86,15 @@ def test_recomputation_repeats_the_adapters_too():
   assert cost.recomputed(arch, 2, 8, 'full') == attention + 2 * (BLOCKS + LORA) * 16
   assert cost.recomputed(arch, 2, 8, 'dots') == attention
   assert dataclasses.replace(arch, adapter=None, base='') == TINY
+
+
+def test_an_encoder_attends_on_both_sides():
+  """A document of n tokens: n n pairs, where a decoder has n (n + 1) / 2."""
+  arch = with_mixer(dataclasses.replace(TINY, kind='encoder', final_norm=None), causal=False)
+  arch = dataclasses.replace(arch, masked_head=MaskedHead(Norm()))
+  n, width = 10, 3 * 4 * 8
+  seen = n * (n + 1) // 2
+  forward, trained = counts.forward_flops(arch), counts.train_flops(arch)
+  assert forward(n, seen) == 2 * counts.matmul_params(arch) * n + 4 * width * n * n
+  assert trained(n, seen) == 6 * counts.matmul_params(arch) * n + 12 * width * n * n
+  assert 'masked/dense/w' in kinds.declared(arch)

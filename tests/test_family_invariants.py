@@ -1,6 +1,6 @@
-"""The invariants of every family, on the models of parity/family_cases.py: causal, deaf across
-documents, indifferent to where a row or its padding lies; cache, remat, accumulation, adapters and
-checkpoints change nothing. In float32 at matmul precision highest.
+"""The invariants of every family, on the models of parity/family_cases.py: causal or seeing the
+whole document, deaf across documents, indifferent to where a row or its padding lies; cache, remat,
+accumulation, adapters and checkpoints change nothing. In float32 at matmul precision highest.
 """
 
 import dataclasses
@@ -23,14 +23,18 @@ from ftjax.generation.sampling import Sampling
 from ftjax.hf import export, layout, load
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models import kinds
+from ftjax.models.architecture import AttentionSpec
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding, trees
 from ftjax.storage.checkpoint import Checkpoints, Retention
 
 EVERY = pytest.mark.parametrize('name', cases.CASES)
 FULL = pytest.mark.full
+DECODERS = pytest.mark.parametrize('name', cases.DECODERS)
+ENCODERS = pytest.mark.parametrize('name', cases.ENCODERS)
 SOME = family_models.parametrize()
-ONE = family_models.parametrize(('llama',))
+SOME_DECODERS = family_models.parametrize(names=cases.DECODERS)
+ONE = family_models.parametrize(('llama', 'modernbert'))
 ROWS = cases.ROWS
 
 
@@ -68,7 +72,7 @@ def packed(name):
   return tokens, segments, lengths
 
 
-@EVERY
+@DECODERS
 def test_causal_exactly(name):
   tokens = ids(name, 0)
   before = logits(name, tokens)
@@ -78,6 +82,33 @@ def test_causal_exactly(name):
     after = logits(name, changed)
     np.testing.assert_array_equal(after[:, :t], before[:, :t])
     assert (after[:, t] != before[:, t]).any(-1).all()
+
+
+@ENCODERS
+def test_a_token_sees_its_whole_document(name):
+  """And in one layer with a window as many tokens on either side."""
+  arch, params = model(name)
+  tokens = ids(name, 0)
+  changed = tokens.copy()
+  changed[:, 24] = (tokens[:, 24] + 1) % cases.CASES[name].vocab
+  assert (logits(name, changed) != logits(name, tokens)).any(-1).all()
+  mixers = [block.mixer for block in arch.layers()]
+  windows = [m.window if isinstance(m, AttentionSpec) else None for m in mixers]
+  own = next((i for i, window in enumerate(windows) if window), None)
+  if own is None:
+    return
+  window = windows[own]
+  alone = dataclasses.replace(arch, stacks=(((arch.layers()[own],), 1),))
+  slot = arch.layer_slots()[own]
+  weights = params[slot[0].split('/')[0]][slot[0].split('/')[1]]
+  layer = jax.tree.map(lambda x: x[slot[1] : slot[1] + 1], weights)
+  rest = {n: x for n, x in params.items() if not n.startswith('stack')}
+  found = [
+    tiny_model.logits(alone, rest | {'stack0': {'block0': layer}}, x, tokens_at(np.ones_like(x)))
+    for x in (tokens, changed)
+  ]
+  seen = np.flatnonzero((found[0] != found[1]).any((0, 2)))
+  np.testing.assert_array_equal(seen, np.arange(24 - window + 1, 24 + window))
 
 
 @EVERY
@@ -120,8 +151,11 @@ def test_rows_do_not_know_their_place_in_the_batch(name):
 
 
 def gradient(name, tokens, segments, remat='none'):
-  """(summed loss, {leaf: gradient}) of the next tokens inside the segments."""
-  batch = family_models.batch(tokens, segments)
+  """(summed loss, {leaf: gradient}) of the next tokens inside the segments, of an encoder of the
+  tokens themselves.
+  """
+  batch = family_models.of_case(name, tokens, segments)
+  batch.pop('token_types', None)
   loss, found = family_models.loss_and_gradient(*model(name), batch, remat)
   return float(loss), {n: np.asarray(g) for n, g in trees.flatten(found).items()}
 
@@ -158,7 +192,7 @@ def test_accumulated_is_the_whole_batch_and_packed_is_padded_in_gradients(name):
   same(added(*apart), rows[0])
 
 
-@SOME
+@SOME_DECODERS
 def test_the_cache_is_the_full_forward(name):
   """Prompts of 10 and 3 tokens that end at one place, and what follows, token by token."""
   arch, params = model(name)
@@ -197,8 +231,9 @@ def test_gradients_cross_no_border_exactly(name):
   for d in range(1, len(lengths) + 1):
     inside = segments == d
     inside[1] = False
-    inside[0, sum(lengths[:d]) - 1] = False  # its last token has no label
-    found = np.asarray(by_embeddings(noise, family_models.batch(tokens, segments, inside)))
+    if not arch.is_encoder:
+      inside[0, sum(lengths[:d]) - 1] = False  # its last token has no label
+    found = np.asarray(by_embeddings(noise, family_models.of_case(name, tokens, segments, inside)))
     assert not found[~inside].any()
     assert (np.abs(found[inside]).max(-1) > 0).all()
 

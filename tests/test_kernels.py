@@ -21,8 +21,14 @@ from ftjax.planning import topology
 from ftjax.runtime import sharding
 
 B, T, K, H = 2, 256, 2, 16
-# (window, soft cap): the window ends within blocks and within documents.
-FEATURES = [(None, None), (50, None), (None, 2.0)]
+# (window, soft cap, causal): the window ends within blocks and within documents.
+FEATURES = [
+  (None, None, True),
+  (50, None, True),
+  (None, 2.0, True),
+  (None, None, False),
+  (50, 2.0, False),
+]
 
 
 def rows(heads=4, dtype=jnp.float32, seed=0):
@@ -42,79 +48,86 @@ def rows(heads=4, dtype=jnp.float32, seed=0):
   return q, k, v, jnp.asarray(segments), jnp.asarray(positions)
 
 
-def plain(q, k, v, segments, positions, window=None, soft_cap=None):
+def plain(q, k, v, segments, positions, window=None, soft_cap=None, causal=True):
   """The rule as it reads, in the dtype of q: all scores, k and v repeated, -inf outside."""
   k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
   scores = jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(q.shape[-1])
   if soft_cap is not None:
     scores = soft_cap * jnp.tanh(scores / soft_cap)
   behind = positions[:, :, None] - positions[:, None]
-  mask = (segments[:, :, None] == segments[:, None]) & (behind >= 0)
+  mask = segments[:, :, None] == segments[:, None]
+  if causal:
+    mask &= behind >= 0
   if window is not None:
-    mask &= behind < window
+    mask &= abs(behind) < window
   weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
   return jnp.einsum('BNTS,BSNH->BTNH', weights, v)
 
 
-def by_dense(q, k, v, segments, positions, window=None, soft_cap=None):
+def by_dense(q, k, v, segments, positions, window=None, soft_cap=None, causal=True):
   where = (segments, positions, segments, positions)
-  return dense.attend(q, k, v, dense.visible(where, window), soft_cap)
+  return dense.attend(q, k, v, dense.visible(where, window, causal), soft_cap)
 
 
-def by_blocked(q, k, v, segments, positions, window=None, soft_cap=None):
-  return blocked.attend(q, k, v, (segments, positions, segments, positions), window, soft_cap)
+def by_blocked(q, k, v, segments, positions, window=None, soft_cap=None, causal=True):
+  where = (segments, positions, segments, positions)
+  return blocked.attend(q, k, v, where, window, soft_cap, causal)
 
 
-def _interpreted(attend, q, k, v, where, window, soft_cap):
+def _interpreted(attend, q, k, v, where, window, soft_cap, causal=True):
   """In an island, as models run it: interpret mode knows no Explicit axes."""
-  island = functools.partial(attend, window=window, soft_cap=soft_cap, interpret=True)
+  how = dict(window=window, soft_cap=soft_cap, causal=causal, interpret=True)
+  island = functools.partial(attend, **how)
   specs = dict(in_specs=(jax.P(),) * 4, out_specs=jax.P())
   return jax.jit(jax.shard_map(island, check_vma=False, **specs))(q, k, v, where)
 
 
-def by_splash(q, k, v, segments, positions, window=None, soft_cap=None):
+def by_splash(q, k, v, segments, positions, window=None, soft_cap=None, causal=True):
   del positions
-  return _interpreted(splash.attend, q, k, v, (segments, segments), window, soft_cap)
+  return _interpreted(splash.attend, q, k, v, (segments, segments), window, soft_cap, causal)
 
 
-def by_triton(q, k, v, segments, positions, window=None, soft_cap=None):
+def by_triton(q, k, v, segments, positions, window=None, soft_cap=None, causal=True):
   where = (segments, positions, segments, positions)
-  return _interpreted(triton.attend, q, k, v, where, window, soft_cap)
+  return _interpreted(triton.attend, q, k, v, where, window, soft_cap, causal)
 
 
 KERNELS = [by_dense, by_blocked, by_splash, by_triton]
-features = pytest.mark.parametrize(('window', 'soft_cap'), FEATURES)
+features = pytest.mark.parametrize(('window', 'soft_cap', 'causal'), FEATURES)
 
 
-def gradients(attend, q, k, v, segments, positions, factors, window=None, soft_cap=None):
+def gradients(
+  attend, q, k, v, segments, positions, factors, window=None, soft_cap=None, causal=True
+):
   def total(q, k, v):
-    y = attend(q, k, v, segments, positions, window, soft_cap)
+    y = attend(q, k, v, segments, positions, window, soft_cap, causal)
     return (y.astype(factors.dtype) * factors).sum()
 
   return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v)
 
 
 @functools.cache
-def exact(heads, window, soft_cap):
+def exact(heads, window, soft_cap, causal):
   """Outputs and gradients of `plain` in float64."""
   q, k, v, *where = rows(heads)
   factors = np.random.default_rng(1).normal(size=q.shape)
   with jax.enable_x64(True):
     q, k, v = (jnp.asarray(np.asarray(a), jnp.float64) for a in (q, k, v))
-    out = np.asarray(plain(q, k, v, *where, window, soft_cap))
-    found = gradients(plain, q, k, v, *where, jnp.asarray(factors), window, soft_cap)
+    out = np.asarray(plain(q, k, v, *where, window, soft_cap, causal))
+    found = gradients(plain, q, k, v, *where, jnp.asarray(factors), window, soft_cap, causal)
   return out, [np.asarray(a) for a in found], factors.astype(np.float32)
 
 
 @pytest.mark.parametrize('attend', KERNELS)
 @pytest.mark.parametrize(
-  ('heads', 'window', 'soft_cap'), [(2, None, None), *((4, *x) for x in FEATURES)]
+  ('heads', 'window', 'soft_cap', 'causal'),
+  [(2, None, None, True), *((4, *x) for x in FEATURES)],
 )
-def test_outputs_and_gradients_are_the_exact_ones(attend, heads, window, soft_cap):
+def test_outputs_and_gradients_are_the_exact_ones(attend, heads, window, soft_cap, causal):
   q, k, v, *where = rows(heads)
-  out, expected, factors = exact(heads, window, soft_cap)
-  np.testing.assert_allclose(attend(q, k, v, *where, window, soft_cap), out, atol=3e-6)
-  found = gradients(attend, q, k, v, *where, factors, window, soft_cap)
+  out, expected, factors = exact(heads, window, soft_cap, causal)
+  np.testing.assert_allclose(attend(q, k, v, *where, window, soft_cap, causal), out, atol=3e-6)
+  found = gradients(attend, q, k, v, *where, factors, window, soft_cap, causal)
   for a, b in zip(found, expected, strict=True):
     assert np.isfinite(a).all()  # the row that is all padding too
     np.testing.assert_allclose(a, b, atol=1e-5)
@@ -131,17 +144,19 @@ def test_bfloat16_stays_near_the_plain_one_in_float32(attend):
 
 @pytest.mark.parametrize('attend', KERNELS)
 @features
-def test_documents_are_deaf_to_each_other_exactly(attend, window, soft_cap):
+def test_documents_are_deaf_to_each_other_exactly(attend, window, soft_cap, causal):
   """Document 3 is changed to huge values: outputs and gradients of document 1 keep every bit."""
   q, k, v, segments, positions = rows()
   other = (segments == 3)[:, :, None, None]
   changed = [jnp.where(other, 1e4 * a, a) for a in (q, k, v)]
   mine = np.asarray(segments == 1)
-  before, after = (attend(*x, segments, positions, window, soft_cap) for x in ((q, k, v), changed))
+  how = segments, positions, window, soft_cap, causal
+  before, after = (attend(*x, *how) for x in ((q, k, v), changed))
   np.testing.assert_array_equal(np.asarray(before)[mine], np.asarray(after)[mine])
   assert (np.asarray(before)[segments == 3] != np.asarray(after)[segments == 3]).any()
   factors = jnp.where((segments == 1)[:, :, None, None], 1.0, 0.0)
-  for gradient in gradients(attend, q, k, v, segments, positions, factors, window, soft_cap):
+  how = segments, positions, factors, window, soft_cap, causal
+  for gradient in gradients(attend, q, k, v, *how):
     assert not np.asarray(gradient)[~mine].any() and np.asarray(gradient)[mine].any()
 
 
@@ -209,8 +224,9 @@ def test_blocks_that_cannot_see_each_other_are_skipped():
   ],
 )
 def test_the_kernel_is_chosen_by_platform_and_length(platform, context, queries, keys, name):
-  for window, soft_cap in FEATURES:
-    problem = Problem(platform, context, queries, keys, 128, 'bfloat16', window, soft_cap)
+  for window, soft_cap, causal in FEATURES:
+    sizes = platform, context, queries, keys, 128, 'bfloat16'
+    problem = Problem(*sizes, window, soft_cap, causal=causal)
     assert attention.kernel(problem) == name
 
 

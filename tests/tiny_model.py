@@ -109,6 +109,7 @@ def init(arch, seed=0):
 
 def all_logits(arch, params, x):
   """float32[B, T, V] of hidden states x, of every token: what the product never makes."""
+  x = kinds.head_states(arch, params, x)
   rows = jax.sharding.reshard(x, spec(None, None, None)).reshape(-1, x.shape[-1])
   rows = jax.sharding.reshard(rows, spec('batch', None))
   update = kinds.head_update(arch, params, rows[:, None])
@@ -119,20 +120,21 @@ def all_logits(arch, params, x):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _logits(arch, params, tokens, where, remat):
-  x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32, remat=remat)
-  return all_logits(arch, params, x)
+def _logits(arch, params, tokens, where, remat, types):
+  more = {'dtype': jnp.float32, 'remat': remat, 'token_types': types}
+  return all_logits(arch, params, kinds.apply(arch, params, tokens, where, **more))
 
 
-def logits(arch, params, tokens, where, remat='none'):
-  """float32[B, T, V], all of them: what the product never makes."""
-  return np.asarray(_logits(arch, params, place(tokens, 'batch', 'seq'), where, remat))
+def logits(arch, params, tokens, where, remat='none', types=None):
+  """float32[B, T, V], all of them: what the product never makes. types: of the tokens."""
+  types = None if types is None else place(types, 'batch', 'seq')
+  return np.asarray(_logits(arch, params, place(tokens, 'batch', 'seq'), where, remat, types))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(arch, params, tokens, labels, weights, where):
   x = kinds.apply(arch, params, tokens, where, dtype=jnp.float32)
-  table = kinds.head_weights(arch, params)
+  x, table = kinds.head_states(arch, params, x), kinds.head_weights(arch, params)
   update = kinds.head_update(arch, params, x)
   return head.token_logprobs(x, table, labels, weights, logit_spec=arch.logit_spec, update=update)
 

@@ -158,8 +158,8 @@ def compare(run: Run, params: dict, dtype: str) -> Comparison:
   def measure(params, merged_params, batch):
     batch = batch | {'weights': (batch['segments'] > 0).astype(jnp.float32)}
     if run.arch.num_labels:
-      gap = ours.token_scores(params, batch) - merged.token_scores(merged_params, batch)
-      total = (jnp.abs(gap) * batch['weights']).sum()
+      gap = ours.label_logits(params, batch) - merged.label_logits(merged_params, batch)
+      total = (jnp.abs(gap).mean(-1) * batch['weights']).sum()
     else:
       total = ours.divergence_from(params, merged, merged_params, batch)
     return total, batch['weights'].sum()
@@ -181,10 +181,11 @@ def compare(run: Run, params: dict, dtype: str) -> Comparison:
 
 def _rounded(run: Run, params: dict, dtype: str) -> dict:
   """Returns the parameters with those that are trained whole rounded as merged/ holds them."""
-  whole = {*run.arch.adapter.trained, 'score/w'}
+  trained = run.arch.adapter.trained
 
   def one(name, leaf):
-    return rounded(leaf, dtype).astype(leaf.dtype) if name in whole else leaf
+    is_whole = name in trained or name.startswith('score/')
+    return rounded(leaf, dtype).astype(leaf.dtype) if is_whole else leaf
 
   return trees.map_named(one, params)
 

@@ -10,7 +10,8 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
 from ftjax.experiment.vocabulary import Vocabulary
 from ftjax.families import hf_config, llama, table
-from ftjax.hf import load, reward_head
+from ftjax.hf import label_files, load
+from ftjax.hf.label_files import Labels
 from ftjax.hf.new_rows import NewRows
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
@@ -71,6 +72,8 @@ def open_model(
   family: str = '',
   vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 - frozen
   tokenizer_files: Mapping[str, bytes] | None = None,
+  head: Labels | None = None,
+  encoders: bool = False,
 ) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
 
@@ -78,15 +81,17 @@ def open_model(
     path: HF folder, GGUF file or hub name; '' for a random model.
     random: a HF config to make a random model from.
     seed: of the random weights.
-    labels: 1 makes a reward model of a language model.
+    labels: 1 makes a reward model of a language model: `head` is then label_files.REWARD.
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
     vocabulary: what the config changes of the vocabulary.
     tokenizer_files: in place of those of `path`, such as an adapter's.
+    head: the labels that the model is given; None for a language model.
+    encoders: whether an encoder may be a language model here, which predicts masked tokens.
 
   Raises:
-    ConfigError: a reward model where a language model is wanted, a model of another family, or a
-      token that cannot be added.
+    ConfigError: a model with labels where a language model is wanted, an encoder where a text is
+      generated or learned, a model of another family, or a token that cannot be added.
   """
   if path:
     found = load.tokenizer_files(path)
@@ -104,15 +109,37 @@ def open_model(
   found, config, tokenizer, rows = vocabulary.apply(found, config, name)
   arch = table.architecture(config, family)
   table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
-  if arch.num_labels and not labels:
-    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
-  arch = dataclasses.replace(arch, num_labels=labels, vocab_multiple=vocabulary.multiple)
+  head = label_files.REWARD if labels and head is None else head
+  check_writes(arch, path, head, encoders)
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
       f'{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}'
     )
   end = encode.turn_end(tokenizer)
   stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *([] if end is None else [end]))))
-  if labels:
-    found, config = reward_head.describe(arch.family, found, config, tokenizer, stops)
+  if head is not None:
+    found, config = label_files.describe(arch.family, found, config, tokenizer, stops, head)
+    arch = table.architecture(config, family)
+  elif arch.is_encoder and arch.masked_head is None:
+    config = dict(config) | {'architectures': [table.hf_class(arch.family, 'ForMaskedLM')]}
+    arch = table.architecture(config, family)
+  arch = dataclasses.replace(arch, vocab_multiple=vocabulary.multiple)
   return Model(path, arch, tokenizer, stops, config, found, hash_weights, rows)
+
+
+def check_writes(arch: Architecture, path: str, head: Labels | None, encoders: bool) -> None:
+  """Raises ConfigError where a language model is wanted and the model is none; see `open_model`."""
+  if head is not None:
+    return
+  if arch.num_labels == 1:
+    raise ConfigError(f'model.path={path} is a reward model; it scores text and cannot write it')
+  if arch.num_labels:
+    raise ConfigError(
+      f'model.path={path} is a classifier of {arch.num_labels} labels; it cannot write text'
+    )
+  if arch.is_encoder and not encoders:
+    raise ConfigError(
+      f'model.path={path}: the family {arch.family!r} is an encoder, whose tokens attend to later '
+      'ones: it cannot learn to write text. Give a decoder (docs/families.md), or an algorithm '
+      'that labels text or predicts masked tokens'
+    )

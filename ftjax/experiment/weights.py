@@ -43,8 +43,8 @@ def load(
   Args:
     source: HF folder, GGUF file, or PEFT folder with the adapter of `arch`, whose base is read too;
       '': random weights by `seed`.
-    arch: the architecture wanted. A language model in `source` becomes a reward model where it has
-      a score: its head goes, and a random score takes its place.
+    arch: the architecture wanted. Where the head in `source` is another one (a language model's,
+      or of other labels) it goes, and a random one takes its place.
     mesh: the mesh.
     dtype: of all parameters.
     seed: of random weights.
@@ -62,21 +62,27 @@ def load(
   found = table.architecture(hf_load.read_config(source), family)
   missing = vocabulary.missing_rows(source, found.vocab_size, arch.vocab_size, new_rows)
   found = dataclasses.replace(
-    found if arch.num_labels else arch,
+    found if arch.num_labels or arch.is_encoder else arch,
     vocab_size=arch.vocab_size,
     vocab_multiple=arch.vocab_multiple,
   )
   plain = arch.plain()
-  if dataclasses.replace(found.plain(), num_labels=arch.num_labels) != plain:
+  if found.plain().with_head_of(arch) != plain:
     raise ConfigError(
       f'{source}: its architecture, {found.plain()}, is not the one expected, {plain}'
     )
-  found = dataclasses.replace(arch, num_labels=found.num_labels)
+  is_same = found == found.with_head_of(arch)
+  if arch.is_encoder:
+    # As transformers does, what its file has of the head is kept.
+    where, own = sharding.shardings(mesh, kinds.axes(arch)), None if is_same else found
+    return hf_load.load_params(source, arch, where, dtype, seed, missing, own)
+  found = arch.with_head_of(found)
   where = sharding.shardings(mesh, kinds.axes(found))
   params = hf_load.load_params(source, found, where, dtype, seed, missing)
-  if found.num_labels == arch.num_labels:
+  if is_same:
     return params
-  return {k: v for k, v in params.items() if k != 'head'} | _score(arch, key, dtype)
+  kept = {k: v for k, v in params.items() if k not in ('head', 'score')}
+  return kept | _score(arch, key, dtype)
 
 
 def _adapted(

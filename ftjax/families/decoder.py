@@ -11,6 +11,7 @@ from typing import Any
 
 from ftjax.families import hf_rope, layer_types
 from ftjax.families.hf_config import HfConfig, class_defaults
+from ftjax.families.label_head import is_task, linear
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, GatedMlpSpec, Norm
 from ftjax.models.rope_spec import Rope
@@ -40,14 +41,10 @@ NORMS = {
 }
 
 
-def _untied(arch: Architecture, spec: BlockSpec | None) -> bool:
+def untied(arch: Architecture, spec: BlockSpec | None) -> bool:
+  """Whether a language model has a head of its own."""
   del spec
   return not (arch.tied or arch.num_labels)
-
-
-def _scores(arch: Architecture, spec: BlockSpec | None) -> bool:
-  del spec
-  return bool(arch.num_labels)
 
 
 def _qkv_bias(arch: Architecture, spec: BlockSpec | None) -> bool:
@@ -103,8 +100,10 @@ MLP = (
 )
 HEAD = (
   Row('model.norm.weight', 'D', 'final_norm/scale', 'D', gguf='output_norm.weight'),
-  Row('lm_head.weight', 'V D', 'head/w', 'VD', _untied, gguf='output.weight'),
-  Row('score.weight', 'R D', 'score/w', 'RD', _scores),
+  Row('lm_head.weight', 'V D', 'head/w', 'VD', untied, gguf='output.weight'),
+  Row('score.weight', 'R D', 'score/w', 'RD', is_task('sequence', 'token')),
+  Row('score.bias', 'R', 'score/b', 'R', is_task('token')),
+  *linear('qa_outputs', 'score', 'RD', is_task('span')),
 )
 
 
@@ -219,7 +218,6 @@ def read_model(c: HfConfig, family: str, layers: Sequence[BlockSpec]) -> Archite
     final_norm=layers[0].norm,
     tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=c.count('max_position_embeddings', of_class=True),
-    num_labels=c.num_labels(),
   )
 
 

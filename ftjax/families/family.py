@@ -5,11 +5,11 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from ftjax.families import hf_config, tensor_map
+from ftjax.families import hf_config, label_head, tensor_map
 from ftjax.families.gguf import Gguf
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.tensor_map import Binding, Row, Sizes
-from ftjax.models.architecture import Architecture
+from ftjax.models.architecture import Architecture, ScoreHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Family:
   without its head, which files of that model alone leave out. gguf: the family in GGUF files; None
   where it is neither read from them nor written to them. gguf_family: name of another family in
   whose form its GGUF files are, and as which they are read, '' for none. score_class: prefix of the
-  class of reward models, '' for hf_class.
+  class of reward models, '' for hf_class. score_head: (config, task) -> the label head, see
+  architecture.ScoreHead. heads: tensors of heads, any of which the files of an encoder may lack or
+  have beside those that a task needs; None where they are as strict as all others. old_names:
+  (pattern, replacement) of what names of tensors end with in older files. tasks: that
+  transformers has a class with labels for; see architecture.TASKS. span_prefix: what begins the
+  names of tensors in place of 'model.' in its class for spans; '' for the same.
   """
 
   model_types: tuple[str, ...]
@@ -44,6 +49,16 @@ class Family:
   gguf_family: str = ''
   score_class: str = ''
   prefix: str = ''
+  score_head: Callable[[HfConfig, str], ScoreHead] = label_head.decoder_head
+  heads: re.Pattern | None = None
+  old_names: tuple[tuple[re.Pattern, str], ...] = ()
+  tasks: tuple[str, ...] = ('sequence', 'token', 'span')
+  span_prefix: str = ''
+
+  @property
+  def is_encoder(self) -> bool:
+    """Whether models of this family generate no text."""
+    return self.heads is not None
 
   def architecture(self, config: dict[str, Any], name: str) -> Architecture:
     """Returns the architecture of a config.json of this family, named `name`.
@@ -54,11 +69,16 @@ class Family:
     """
     hf_config.check_unquantized(config)
     hf_config.check_names(config, self.keys)
-    return self.read(HfConfig(config), name)
+    c = HfConfig(config)
+    found, task = self.read(c, name), label_head.task(c)
+    return dataclasses.replace(found, **label_head.read(c, self.score_head(c, task)))
 
   def bindings(self, arch: Architecture) -> list[Binding]:
     """Returns every HF tensor of a model with the place that it fills."""
-    return tensor_map.bindings(self.rows, arch, self.sizes)
+    found = tensor_map.bindings(self.rows, arch, self.sizes)
+    if arch.task != 'span' or not self.span_prefix:
+      return found
+    return [_renamed(b, self.span_prefix) for b in found]
 
   def other_bindings(self, arch: Architecture) -> list[Binding]:
     """Returns the bindings of `other_rows`."""
@@ -69,7 +89,18 @@ class Family:
     known = {b.hf for b in self.bindings(arch)}
     out = {}
     for name in stored:
-      full = self.prefix + name
-      is_bare = full not in stored and (full in known or self.unused.fullmatch(full))
-      out[full if is_bare else name] = name
+      own = name
+      for pattern, new in self.old_names:
+        own = pattern.sub(new, own)
+      full = self.prefix + own
+      is_known = full in known or self.unused.fullmatch(full)
+      is_known = is_known or (self.heads is not None and self.heads.fullmatch(full))
+      out[full if full not in stored and is_known else own] = name
     return out
+
+
+def _renamed(binding: Binding, prefix: str) -> Binding:
+  """Returns a binding of a tensor whose name begins otherwise."""
+  if not binding.hf.startswith('model.'):
+    return binding
+  return dataclasses.replace(binding, hf=prefix + binding.hf.removeprefix('model.'))

@@ -209,6 +209,7 @@ GEMMA2 = Family(
     shifted=('norm.weight',),
     tied=True,
   ),
+  tasks=('sequence', 'token'),
 )
 GEMMA3 = Family(
   model_types=('gemma3_text',),
@@ -228,4 +229,5 @@ GEMMA3 = Family(
     shifted=('norm.weight',),
     tied=True,
   ),
+  tasks=('sequence',),
 )

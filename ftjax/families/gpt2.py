@@ -8,6 +8,7 @@ from ftjax.families.family import Family
 from ftjax.families.gguf import Gguf
 from ftjax.families.gguf_file import GgufFile
 from ftjax.families.hf_config import HfConfig
+from ftjax.families.label_head import is_task, linear
 from ftjax.families.tensor_map import Row
 from ftjax.models.architecture import Architecture, AttentionSpec, BlockSpec, MlpSpec, Norm
 from ftjax.runtime.errors import DataError
@@ -45,7 +46,10 @@ ROWS = (
   Row(f'{_BLOCK}mlp.c_proj.bias', 'D', 'mlp/down/b', 'D', gguf='blk.{l}.ffn_down.bias'),
   Row('transformer.ln_f.weight', 'D', 'final_norm/scale', 'D', gguf='output_norm.weight'),
   Row('transformer.ln_f.bias', 'D', 'final_norm/b', 'D', gguf='output_norm.bias'),
-  *(row for row in decoder.HEAD if row.leaf in ('head/w', 'score/w')),
+  Row('lm_head.weight', 'V D', 'head/w', 'VD', decoder.untied, gguf='output.weight'),
+  Row('score.weight', 'R D', 'score/w', 'RD', is_task('sequence')),
+  *linear('classifier', 'score', 'RD', is_task('token')),
+  *linear('qa_outputs', 'score', 'RD', is_task('span')),
 )
 
 
@@ -98,7 +102,6 @@ def _read(c: HfConfig, family: str) -> Architecture:
     final_norm=norm,
     tied=c.flag('tie_word_embeddings', of_class=True),
     max_len=positions,
-    num_labels=c.num_labels(),
     learned_positions=positions,
   )
 

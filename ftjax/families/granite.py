@@ -103,6 +103,7 @@ GRANITE = Family(
     interleaved=gguf.INTERLEAVED,
     rope_tensors=(gguf_rope.FREQS,),
   ),
+  tasks=('sequence',),
 )
 
 # Granite 4 dense: model_type granitemoehybrid without experts and without Mamba layers.
@@ -177,4 +178,5 @@ GRANITE_HYBRID = Family(
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf_family='granite',
+  tasks=('sequence',),
 )

@@ -177,27 +177,6 @@ class HfConfig:
       raise _wrong(key, value, 'an object')
     return dict(value or {})
 
-  def num_labels(self) -> int:
-    """Returns 1 for a reward model and 0 for a language model.
-
-    Raises:
-      DataError: a classifier of another number of labels.
-    """
-    classes = self.get('architectures') or []
-    if not isinstance(classes, list) or not all(isinstance(a, str) for a in classes):
-      raise DataError(f'config.json: architectures={classes!r}; expected a list of class names')
-    if not any('ForSequenceClassification' in a for a in classes):
-      return 0
-    named = len(self.mapping('id2label'))
-    labels = self.count('num_labels', named or 2)  # transformers' default
-    if named and named != labels:
-      raise DataError(f'config.json: num_labels={labels} and id2label has {named} entries')
-    if labels != 1:
-      raise DataError(
-        f'config.json: a classifier of {labels} labels; only reward models, of 1, are read'
-      )
-    return labels
-
 
 def check_unquantized(config: Mapping[str, Any]) -> None:
   """Raises DataError where a config.json declares quantized weights."""

@@ -81,4 +81,5 @@ LLAMA = Family(
     interleaved=gguf.INTERLEAVED,
     rope_tensors=(gguf_rope.FREQS,),
   ),
+  span_prefix='transformer.',
 )

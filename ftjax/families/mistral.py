@@ -85,6 +85,7 @@ MISTRAL = Family(
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf=llama.LLAMA.gguf,
+  tasks=('sequence', 'token'),
 )
 MINISTRAL3 = Family(
   model_types=('ministral3',),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from ftjax.families import hf_config, table
+from ftjax.families import hf_config, label_head, table
 from ftjax.families.hf_config import HfConfig
 from ftjax.runtime.errors import DataError
 
@@ -145,7 +145,7 @@ def text_config(config: dict[str, Any], names: Callable[[], Collection[str]]) ->
     )
   hf_config.check_names(config, wrapper.keys | {TEXT, TIED, *_INHERITED})
   inherited = {k: config[k] for k in _INHERITED if config.get(k) is not None}
-  task = 'ForSequenceClassification' if c.num_labels() else 'ForCausalLM'
+  task = label_head.CLASSES.get(label_head.task(c), 'ForCausalLM')
   found = inherited | text
   found['model_type'] = kind
   found['architectures'] = [table.hf_class(table.find(found), task)]

@@ -114,6 +114,7 @@ OLMO2 = Family(
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf=_GGUF,
+  tasks=('sequence',),
 )
 OLMO3 = dataclasses.replace(
   OLMO2,

@@ -81,4 +81,5 @@ PHI3 = Family(
     rope_tensors=(gguf_rope.LONG, gguf_rope.SHORT),
     square=True,
   ),
+  tasks=('sequence', 'token'),
 )

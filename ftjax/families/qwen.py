@@ -57,6 +57,7 @@ QWEN2 = Family(
   unused=decoder.UNUSED,
   tied=decoder.TIED,
   gguf=Gguf(arch='qwen2', fixed=(('hidden_act', 'silu'),), square=True, normalizes=True),
+  span_prefix='transformer.',
 )
 
 
@@ -85,4 +86,5 @@ QWEN3 = Family(
   gguf=Gguf(
     arch='qwen3', fixed=(('hidden_act', 'silu'), ('attention_bias', False)), normalizes=True
   ),
+  span_prefix='transformer.',
 )

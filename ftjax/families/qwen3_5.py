@@ -281,4 +281,5 @@ QWEN3_5 = Family(
   tied=decoder.TIED,
   sizes=_sizes,
   gguf=_GGUF,
+  tasks=('sequence', 'token'),
 )

@@ -114,4 +114,5 @@ QWEN3_MOE = Family(
     write=gguf.write_experts,
     normalizes=True,
   ),
+  span_prefix='transformer.',
 )

@@ -86,4 +86,5 @@ SMOLLM3 = Family(
     read=_read_gguf,
     interleaved=gguf.INTERLEAVED,
   ),
+  span_prefix='transformer.',
 )

@@ -5,18 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax.families import (
+  bert,
+  deberta,
   gemma,
   gguf,
   gpt2,
   granite,
+  label_head,
   llama,
   mistral,
   mixtral,
+  modernbert,
   olmo,
   phi,
   qwen,
   qwen3_5,
   qwen3_moe,
+  roberta,
   smollm3,
 )
 from ftjax.families.family import Family
@@ -44,6 +49,12 @@ FAMILIES: dict[str, Family] = {
   'phi3': phi.PHI3,
   'mistral': mistral.MISTRAL,
   'ministral3': mistral.MINISTRAL3,
+  'bert': bert.BERT,
+  'distilbert': bert.DISTILBERT,
+  'roberta': roberta.ROBERTA,
+  'xlm_roberta': roberta.XLM_ROBERTA,
+  'modernbert': modernbert.MODERNBERT,
+  'deberta': deberta.DEBERTA,
 }
 
 
@@ -164,7 +175,8 @@ def check_own(own: str, arch: Architecture, key: str) -> None:
 
 def config(arch: Architecture) -> dict[str, Any]:
   """Returns a HF config.json for an architecture that came from elsewhere (GGUF, or random)."""
-  return of(arch).write(arch)
+  name = hf_class(arch.family, label_head.CLASSES.get(arch.task, ''))
+  return of(arch).write(arch) | label_head.write(arch, name)
 
 
 def hf_class(family: str, task: str) -> str:

@@ -213,11 +213,12 @@ def whole_tensor(
 
 
 def decoder_sizes(arch: Architecture, spec: BlockSpec | None) -> dict[str, int]:
-  """Returns the sizes of V, D, R (labels) and P (learned positions), and of a layer also of N
-  heads, K kv heads, H head, F ffn and, where it has them, E experts.
+  """Returns the sizes of V, D (C beside another D), R (labels), P (learned positions) and S (token
+  types), and of a layer also of N heads, K kv heads, H head, F ffn and, where it has them, E
+  experts.
   """
   out = {'V': arch.vocab_size, 'D': arch.model_dim, 'R': arch.num_labels}
-  out['P'] = arch.learned_positions
+  out |= {'C': arch.model_dim, 'P': arch.learned_positions, 'S': arch.token_types}
   if spec is None:
     return out
   m, mlp = spec.mixer, spec.mlp

@@ -29,6 +29,7 @@ from ftjax.hf import (
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
+from ftjax.hf.new_head import with_head
 from ftjax.hf.new_rows import GrownSource, NewRows
 from ftjax.hf.safetensors import SafetensorsFolder
 from ftjax.hf.tensor_source import RenamedSource, TensorSource, row_blocks
@@ -145,10 +146,12 @@ def tokenizer_files(path: str | os.PathLike) -> dict[str, bytes]:
 
 
 def open_model_source(path: str | os.PathLike, arch: Architecture) -> TensorSource:
-  """Returns the tensors of a model's files under the names of its family's tensor map."""
+  """Returns the tensors of a model's files under the names of its family's tensor map, without the
+  heads of an encoder that `arch` does not have.
+  """
   source = open_source(path)
   source = RenamedSource(source, table.of(arch).names(arch, source.tensors))
-  return fused_tensors.in_family_form(source, arch)
+  return with_head(fused_tensors.in_family_form(source, arch), arch, None, 0)
 
 
 def check_tensors(source: TensorSource, arch: Architecture):
@@ -210,6 +213,7 @@ def load_params(
   dtype: np.dtype,
   seed: int = 0,
   new_rows: NewRows | None = None,
+  head_of: Architecture | None = None,
 ) -> dict[str, jax.Array]:
   """Reads the weights of a model into arrays of a given sharding, as a nested dict.
 
@@ -221,8 +225,10 @@ def load_params(
     arch: the model, from `read_config`.
     shardings: a `jax.sharding.Sharding` for each parameter, a nested dict like the result.
     dtype: of all parameters that declare none of their own.
-    seed: of adapter leaves, which the files do not hold.
+    seed: of leaves that the files do not hold: adapters, and the head of an encoder.
     new_rows: of the vocabulary, which they do not hold either.
+    head_of: the model that the files of an encoder describe, where its head is another one than
+      that of `arch`; None: all of the head must be there.
 
   Raises:
     DataError: see `check_tensors`.
@@ -231,6 +237,8 @@ def load_params(
   from ftjax.models import kinds
 
   source = open_model_source(path, arch)
+  if head_of is not None:
+    source = with_head(source, arch, head_of, seed)
   if new_rows:
     source = GrownSource(source, new_rows, table.of(arch).tied)
   check_tensors(source, arch)

@@ -269,6 +269,8 @@ def remedy(path: Path) -> str:
     return '. `make assets` makes it'
   if path.name == 'gemma-3-270m-q4_k_m.gguf' and '.cache' in path.parts:
     return '. `make gemma` makes it, under the Gemma Terms of Use'
+  if path.name == 'minilm' and '.cache' in path.parts:
+    return '. `make minilm` makes it'
   near = _nearest(path)
   return f'. Did you mean {near}?' if near else ''
 

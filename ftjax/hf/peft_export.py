@@ -221,6 +221,14 @@ class _Tensors:
     return whole[: part.rank]
 
 
+_TASKS = {'sequence': 'SEQ_CLS', 'token': 'TOKEN_CLS', 'span': 'QUESTION_ANS'}
+
+
+def _task_type(arch: Architecture) -> str | None:
+  """Returns PEFT's name of a model's task; it has none for masked language models."""
+  return _TASKS.get(arch.task, None if arch.is_encoder else 'CAUSAL_LM')
+
+
 def _config(arch: Architecture, base: str, tensors: _Tensors) -> dict[str, Any]:
   """Returns the adapter_config.json: what PEFT needs, and no keys that older versions do not know.
 
@@ -239,7 +247,7 @@ def _config(arch: Architecture, base: str, tensors: _Tensors) -> dict[str, Any]:
   name, revision = hub.split(base) if base and hub.is_name(base) else (base, '')
   return {
     'peft_type': 'LORA',
-    'task_type': 'SEQ_CLS' if arch.num_labels else 'CAUSAL_LM',
+    'task_type': _task_type(arch),
     'base_model_name_or_path': name or None,
     'revision': revision or None,
     'inference_mode': True,

@@ -1,4 +1,5 @@
-"""Describes a decoder as data: sizes, constants, and a block spec for each kind of layer.
+"""Describes a decoder or an encoder as data: sizes, constants, and a block spec for each kind of
+layer.
 
 A model is a list of stacks, `((pattern, repeats), ...)`: a pattern is a tuple of block specs, and a
 stack scans over its repeats. Llama-style models are one stack of one spec. Parameter names follow:
@@ -14,145 +15,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ftjax.models.rope_spec import Rope
+from ftjax.models.mixer_spec import AttentionSpec, DeltaNetSpec, DisentangledSpec, Norm
 from ftjax.runtime.errors import DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class Norm:
-  """A normalization.
-
-  eps: added to the mean square. kind: 'rms', or 'layer', which subtracts the mean first. offset:
-  the scale is `offset + weight`; with 1 the weight is stored around 0. bias: one is added.
-  """
-
-  eps: float = 1e-6
-  kind: str = 'rms'
-  offset: float = 0.0
-  bias: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-  """An array that a mixer keeps of each sequence from one step of decoding to the next.
-
-  sizes, axes: of the axes after those of layers and batch, and their logical names. dtype: its
-  name; '' for the compute dtype. grows: the array has an entry for each token; its axis, 'seq',
-  comes before `sizes`. What does not grow is a state, which each token changes.
-  """
-
-  sizes: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  dtype: str = ''
-  grows: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-  """Grouped-query attention.
-
-  rope: None rotates nothing. qkv_bias, out_bias: the projections to queries, keys and values, and
-  the output projection, add a bias. window: tokens that a query sees, itself and those just before
-  it; None: all. scale: factor of the scores; None: 1 / sqrt(head_dim). soft_cap: largest size of a
-  score. qk_norm: normalization of queries and keys before the rotation, of each head, or with
-  qk_norm_width='all' of all heads together. gate: the output of each head is multiplied with the
-  sigmoid of a projection of the layer's input.
-  """
-
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope: Rope | None = Rope()  # noqa: RUF009 - frozen
-  qkv_bias: bool = False
-  out_bias: bool = False
-  window: int | None = None
-  scale: float | None = None
-  soft_cap: float | None = None
-  qk_norm: Norm | None = None
-  qk_norm_width: str = 'head'
-  gate: bool = False
-
-  def __post_init__(self):
-    if self.qk_norm_width not in ('head', 'all'):
-      raise ValueError(f'qk_norm_width={self.qk_norm_width!r}; expected head or all')
-    if self.num_heads % self.num_kv_heads:
-      raise DataError(
-        f'config.json: num_attention_heads={self.num_heads} is no multiple of '
-        f'num_key_value_heads={self.num_kv_heads}'
-      )
-    if self.rope is not None:
-      self.rope.check(self.head_dim)
-
-  @property
-  def split_heads(self) -> int:
-    """Heads that `mesh.tensor` must divide."""
-    return self.num_kv_heads
-
-  @property
-  def inner(self) -> int:
-    """Numbers of a token between the projections."""
-    return (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
-  def kept(self) -> dict[str, Kept]:
-    """Returns what decoding keeps: the rotated keys, and the values."""
-    entry = Kept((self.num_kv_heads, self.head_dim), ('kv_heads', None), grows=True)
-    return {'keys': entry, 'values': entry}
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaNetSpec:
-  """A gated delta net (Yang et al. 2025, "Gated delta networks"): linear attention whose state is
-  decayed and corrected at each token; see models/delta_net.py.
-
-  num_key_heads, key_dim: heads of queries and of keys, and their size. num_value_heads, value_dim:
-  of values; each key head serves the same number of neighbouring value heads. conv_width: tokens
-  that the convolution sees, itself and those just before it. eps: of the norm of a head's output.
-  """
-
-  num_key_heads: int
-  key_dim: int
-  num_value_heads: int
-  value_dim: int
-  conv_width: int = 4
-  eps: float = 1e-6
-
-  def __post_init__(self):
-    if self.num_value_heads % self.num_key_heads:
-      raise DataError(
-        f'config.json: linear_num_value_heads={self.num_value_heads} is no multiple of '
-        f'linear_num_key_heads={self.num_key_heads}'
-      )
-
-  @property
-  def channels(self) -> int:
-    """Channels of a key head in the convolution: its query, its key and its values."""
-    return 2 * self.key_dim + self.num_value_heads // self.num_key_heads * self.value_dim
-
-  @property
-  def split_heads(self) -> int:
-    """Heads that `mesh.tensor` must divide."""
-    return self.num_key_heads
-
-  @property
-  def inner(self) -> int:
-    """Numbers of a token between the projections: around the convolution, gate and output."""
-    return 2 * self.num_key_heads * self.channels + 2 * self.num_value_heads * self.value_dim
-
-  @property
-  def state_size(self) -> int:
-    """Numbers of the state of a sequence."""
-    return self.num_value_heads * self.key_dim * self.value_dim
-
-  def kept(self) -> dict[str, Kept]:
-    """Returns what decoding keeps: the last inputs of the convolution, and the state."""
-    return {
-      'inputs': Kept(
-        (self.conv_width - 1, self.num_key_heads, self.channels), (None, 'kv_heads', None)
-      ),
-      'state': Kept(
-        (self.num_value_heads, self.key_dim, self.value_dim), ('heads', None, None), 'float32'
-      ),
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,15 +67,18 @@ class MoeSpec:
 class BlockSpec:
   """One kind of layer: a mixer and an MLP, each a residual branch.
 
-  norm_placement: 'before' a branch, 'after' it (on its output, before the residual addition), or
-  'both'. residual_scale: factor of the output of a branch (Granite).
+  norm_placement: 'before' a branch, 'after' it (on its output, before the residual addition),
+  'both', or 'residual', on the sum with the residual stream (BERT). residual_scale: factor of the
+  output of a branch (Granite). mixer_norm: False: none before the mixer (ModernBERT's first layer,
+  whose input is normalized already).
   """
 
-  mixer: AttentionSpec | DeltaNetSpec
+  mixer: AttentionSpec | DeltaNetSpec | DisentangledSpec
   mlp: GatedMlpSpec | MlpSpec | MoeSpec
-  norm: Norm = Norm()
+  norm: Norm = Norm()  # noqa: RUF009 - frozen
   norm_placement: str = 'before'
   residual_scale: float = 1.0
+  mixer_norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +94,55 @@ class LogitSpec:
   soft_cap: float | None = None
 
 
+POOLS = ('first', 'last', 'mean', 'each')
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreHead:
+  """What maps hidden states to the numbers of labels: w drop(norm(activation(dense x))) + b.
+
+  pool: whose states are read, the 'first' or 'last' token of a sequence, the 'mean' of its tokens,
+  or 'each' token. dense: there is a map to the same width, with `activation`, a name in
+  mlp.ACTIVATIONS, and its own bias where dense_bias. norm: after the activation. bias: b.
+  """
+
+  pool: str = 'last'
+  dense: bool = False
+  activation: str = 'tanh'
+  dense_bias: bool = True
+  norm: Norm | None = None
+  bias: bool = False
+
+  def __post_init__(self):
+    if self.pool not in POOLS:
+      raise ValueError(f'pool={self.pool!r}; expected {", ".join(POOLS)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedHead:
+  """What a masked language model computes before its head, norm(activation(dense x)), and the bias
+  of its logits (Devlin et al. 2019, "BERT").
+
+  activation: a name in mlp.ACTIVATIONS. dense_bias: of the map. bias: of the logits.
+  """
+
+  norm: Norm
+  activation: str = 'gelu'
+  dense_bias: bool = True
+  bias: bool = True
+
+
+# What labels are given to: a sequence, each token, or the first and last token of an answer.
+TASKS = ('sequence', 'token', 'span')
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptedMap:
   """The low-rank adapter of one linear map, in all layers of its stack.
 
-  name: `stack{i}/block{j}/attn/q`, or `head`, which counts as one layer. ranks: of each layer; 0:
-  the layer has no adapter. scales: factors of the product of each layer, alpha / rank for LoRA.
+  name: `stack{i}/block{j}/attn/q`, or `head` or `masked/dense`, which count as one layer. ranks: of
+  each layer; 0: the layer has no adapter. scales: factors of the product of each layer, alpha /
+  rank for LoRA.
   """
 
   name: str
@@ -241,8 +151,8 @@ class AdaptedMap:
 
   @property
   def is_stacked(self) -> bool:
-    """Whether the leaves have an L axis; those of the head have none."""
-    return self.name != 'head'
+    """Whether the leaves have an L axis; those around the blocks have none."""
+    return self.name.startswith('stack')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,20 +187,26 @@ class Architecture:
 
   family: a name in families/table.py, or 'package.module:FAMILY'. stacks: see the file's docstring.
   tied: the head is the embedding table. max_len: positions that the model was made for. num_labels:
-  1 is a reward model, which has a score in place of the vocabulary's head. kind: the model kind, a
-  name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary are padded
-  to a multiple of it in memory, and never in files. adapter: what is trained, where the rest is
-  frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the dtype of
-  all parameters. block: most inputs that share a scale in nf4. embed_scale: factor of the
+  numbers of a label head, which stands in place of the vocabulary's; 0: a language model; 1 may be
+  a reward model. labels: their names, () for transformers' LABEL_0, LABEL_1, ... and for one.
+  label_task: what they are given to, one of TASKS. score_head: the label head. kind: the model
+  kind, a name in kinds.py or 'package.module:KIND'. vocab_multiple: the tables of the vocabulary
+  are padded to a multiple of it in memory, and never in files. adapter: what is trained, where the
+  rest is frozen. base: how that rest is held, 'bfloat16', 'float32', 'int8' or 'nf4'; '': in the
+  dtype of all parameters. block: most inputs that share a scale in nf4. embed_scale: factor of the
   embeddings. logit_scale, logit_soft_cap: see LogitSpec. learned_positions: rows of a table of
-  positions that is added to the embeddings; 0: there is none.
+  positions that is added to the embeddings; 0: there is none. position_offset: row of position 0
+  (RoBERTa: 2). token_types: rows of a table of token types that is added too; 0: there is none.
+  relative_positions: rows of the table of DisentangledSpec; 0: there is none. relative_norm: of
+  that table. embed_norm: of the sum of embeddings; None: none. final_norm: after the last block;
+  None: none. masked_head: of a masked language model; None without.
   """
 
   family: str
   vocab_size: int
   model_dim: int
   stacks: tuple[tuple[tuple[BlockSpec, ...], int], ...]
-  final_norm: Norm
+  final_norm: Norm | None
   tied: bool
   max_len: int
   num_labels: int = 0
@@ -303,6 +219,25 @@ class Architecture:
   logit_scale: float = 1.0
   logit_soft_cap: float | None = None
   learned_positions: int = 0
+  position_offset: int = 0
+  token_types: int = 0
+  relative_positions: int = 0
+  relative_norm: Norm | None = None
+  embed_norm: Norm | None = None
+  masked_head: MaskedHead | None = None
+  score_head: ScoreHead = ScoreHead()
+  label_task: str = 'sequence'
+  labels: tuple[str, ...] = ()
+
+  @property
+  def task(self) -> str:
+    """Returns what labels are given to, one of TASKS; '' for a language model."""
+    return self.label_task if self.num_labels else ''
+
+  @property
+  def is_encoder(self) -> bool:
+    """Whether a token attends to later ones, so that no text can be generated."""
+    return self.kind == 'encoder'
 
   @property
   def logit_spec(self) -> LogitSpec:
@@ -333,7 +268,31 @@ class Architecture:
       maps = tuple(m for m in adapter.maps if m.is_stacked)
       trained = tuple(n for n in adapter.trained if not n.startswith('head/'))
       adapter = dataclasses.replace(adapter, maps=maps, trained=trained)
-    return dataclasses.replace(self, num_labels=1, adapter=adapter)
+    return dataclasses.replace(self.without_head(), num_labels=1, adapter=adapter)
+
+  def with_head_of(self, other: 'Architecture') -> 'Architecture':
+    """Returns this model with what computes logits or labels in another one."""
+    return dataclasses.replace(
+      self,
+      num_labels=other.num_labels,
+      masked_head=other.masked_head,
+      score_head=other.score_head,
+      label_task=other.label_task,
+      labels=other.labels,
+    )
+
+  def without_head(self) -> 'Architecture':
+    """Returns the model without what computes logits or labels: two models are alike in this where
+    the weights of one may start the other.
+    """
+    return dataclasses.replace(
+      self,
+      num_labels=0,
+      masked_head=None,
+      score_head=ScoreHead(),
+      label_task='sequence',
+      labels=(),
+    )
 
   def blocks(self) -> Iterator[tuple[str, BlockSpec, int]]:
     """Yields (`stack{i}/block{j}`, spec, repeats)."""

@@ -2,8 +2,10 @@
 decoding.
 
 Query t may look at key s when both belong to the same segment and positions[t] >= positions[s];
-with a window, when also positions[t] - positions[s] < window. Segment 0 is padding. Positions count
-within a segment, so the rule needs no index arithmetic and survives any reordering of the sequence.
+with a window, when also positions[t] - positions[s] < window. Attention that is not causal looks at
+the whole segment, with a window where |positions[t] - positions[s]| < window. Segment 0 is padding.
+Positions count within a segment, so the rule needs no index arithmetic and survives any reordering
+of the sequence.
 
 The reshape of N heads into K groups, and the gather of keys over `context`, are local inside
 `shard_map`. Which kernel computes it is chosen by `kernel`, and logged; each honours
@@ -41,8 +43,8 @@ class Problem:
   """What a kernel is chosen for.
 
   platform: 'tpu', 'gpu' or 'cpu'. context: ways that the sequence is split. queries, keys: T and S
-  of the whole row. head_dim: H. dtype: of q. window, soft_cap: see `attend`. capability: of a GPU,
-  (9, 0) is Hopper.
+  of the whole row. head_dim: H. dtype: of q. window, soft_cap, causal: see `attend`. capability: of
+  a GPU, (9, 0) is Hopper.
   """
 
   platform: str
@@ -54,6 +56,7 @@ class Problem:
   window: int | None = None
   soft_cap: float | None = None
   capability: tuple[int, int] = (9, 0)
+  causal: bool = True
 
 
 def attend(
@@ -64,6 +67,7 @@ def attend(
   key: Tokens,
   window: int | None = None,
   soft_cap: float | None = None,
+  causal: bool = True,
 ) -> jax.Array:
   """softmax(c tanh(q k^T / sqrt(H) / c)) v: scaled dot-product attention; c: soft_cap.
 
@@ -76,6 +80,7 @@ def attend(
     window: tokens that a query sees, itself and those just before it (Beltagy et al. 2020, section
       3.1); None: all of its segment.
     soft_cap: largest size of a score (Gemma 2, 2024, section 2); None: no cap.
+    causal: False: a query sees tokens after it too, with a window as many on either side.
 
   Where queries are keys, rows stand in the order of sharding.zigzag: the kernel of TPUs goes by
   index, and only within segments that lie in one piece.
@@ -103,6 +108,7 @@ def attend(
     window=window,
     soft_cap=soft_cap,
     capability=_capability(platform),
+    causal=causal,
   )
   name = kernel(problem)
   _log_choice(name, problem)
@@ -156,7 +162,7 @@ def _log_choice(name: str, p: Problem) -> None:
 
 
 def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str, problem):
-  features = dict(window=problem.window, soft_cap=problem.soft_cap)
+  features = dict(window=problem.window, soft_cap=problem.soft_cap, causal=problem.causal)
   interpret = problem.platform == 'cpu'  # tests alone choose a kernel of another platform
   k, v, k_segments, k_positions = (
     sharding.gather(a, 'context', 1) for a in (k, v, k_segments, k_positions)
@@ -172,5 +178,6 @@ def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: s
 
     return triton.attend(q, k, v, where, **features, interpret=interpret)
   if name == 'blocked':
-    return blocked.attend(q, k, v, where, problem.window, problem.soft_cap)
-  return dense.attend(q, k, v, dense.visible(where, problem.window), problem.soft_cap)
+    return blocked.attend(q, k, v, where, **features)
+  mask = dense.visible(where, problem.window, problem.causal)
+  return dense.attend(q, k, v, mask, problem.soft_cap)

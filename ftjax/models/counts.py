@@ -49,7 +49,7 @@ def matmul_params(arch: Architecture, left_out: Container[str] = ()) -> int:
     for name, p in kinds.declared(arch).items()
     if p.fan_in
     and name not in left_out
-    and 'position' not in p.axes
+    and not {'position', 'token_type'} & {*p.axes}
     and (name == head or 'vocab' not in p.axes or 'rank' in p.axes)
   )
 
@@ -92,7 +92,17 @@ def forward_flops(arch: Architecture) -> Flops:
   the states each is multiplied with the key, corrected, and multiplied with the query.
   """
   token = 2.0 * matmul_params(arch) + 6.0 * state_size(arch)
-  return Flops(token, 4.0 * attention_width(arch))
+  return _on_both_sides(arch, Flops(token, 4.0 * attention_width(arch)))
+
+
+def _on_both_sides(arch: Architecture, flops: Flops) -> Flops:
+  """Returns the FLOPs of an encoder, whose tokens attend to later ones too: a document of n tokens
+  has n n pairs, where callers count the n (n + 1) / 2 of a decoder. The terms of positions in
+  DeBERTa's scores are not counted.
+  """
+  if not arch.is_encoder:
+    return flops
+  return Flops(flops.token - flops.pair, 2.0 * flops.pair)
 
 
 def train_flops(arch: Architecture) -> Flops:
@@ -103,4 +113,4 @@ def train_flops(arch: Architecture) -> Flops:
   frozen = kinds.names(arch, 'base') if arch.adapter else ()
   trained = matmul_params(arch, left_out=frozen)
   token = 4.0 * matmul_params(arch) + 2.0 * trained + 18.0 * state_size(arch)
-  return Flops(token, 12.0 * attention_width(arch))
+  return _on_both_sides(arch, Flops(token, 12.0 * attention_width(arch)))

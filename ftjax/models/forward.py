@@ -12,14 +12,16 @@ import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.losses.distillation import Distillation
-from ftjax.models import head, kinds
+from ftjax.models import head, kinds, score_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.layers import Dropout
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import RouterLog
 
 # Keeps the random numbers of dropout apart from others of the same row.
 _DROPOUT = 0x5EED
+_LABELS = 0x1ABE1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Forward:
     dtype: compute dtype of activations and matrix products.
     remat: what a backward pass recomputes; see kinds.apply.
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
+    label_dropout: share of the numbers before the last map of a label head that a training step
+      drops (transformers' classifier_dropout).
+    label_keys: key[B], of the rows, for that; None: nothing is dropped.
     router_log: where passes with a gradient note what their routers did; None: nowhere.
 
   The methods take `params`, a nested dict with the model's parameters. Entries of other models in
@@ -41,6 +46,8 @@ class Forward:
   dtype: jnp.dtype
   remat: str = 'none'
   dropout_keys: jax.Array | None = None
+  label_dropout: float = 0.0
+  label_keys: jax.Array | None = None
   router_log: RouterLog | None = None
 
   def without_remat(self) -> Self:
@@ -54,7 +61,8 @@ class Forward:
   def untrained(self) -> Self:
     """Returns the forward pass of the model that training starts from."""
     arch = self.arch.untrained()
-    return dataclasses.replace(self, arch=arch, dropout_keys=None, router_log=None)
+    out = dataclasses.replace(self, arch=arch, dropout_keys=None, router_log=None)
+    return dataclasses.replace(out, label_keys=None)
 
   def find_params(self, params: dict, name: str) -> dict:
     """Returns the parameters of the auxiliary model `name` whose forward pass this is; see
@@ -63,19 +71,23 @@ class Forward:
     return kinds.of_model(self.arch, params, name)
 
   def with_dropout(self, keys: jax.Array) -> Self:
-    """Returns the forward pass of a training step: with the dropout of adapters, if there is any.
+    """Returns the forward pass of a training step: with the dropout of adapters and of the label
+    head, if there is any.
 
     keys: key[B], of the rows.
     """
-    if self.arch.adapter is None or not self.arch.adapter.dropout:
-      return self
-    fold = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))
-    return dataclasses.replace(self, dropout_keys=fold(keys))
+    out = self
+    if self.arch.adapter is not None and self.arch.adapter.dropout:
+      out = dataclasses.replace(out, dropout_keys=_folded(keys, _DROPOUT))
+    if self.label_dropout and self.arch.num_labels:
+      out = dataclasses.replace(out, label_keys=_folded(keys, _LABELS))
+    return out
 
   def hidden_states(self, params: dict, batch: dict, noise: jax.Array | None = None) -> jax.Array:
     """Returns the hidden states after the last norm, dtype[B, T, D].
 
-    noise: added to the embeddings, [B, T, D], or None.
+    noise: added to the embeddings, [B, T, D], or None. A batch may hold `token_types` int32[B, T]
+    of a model that has them.
     """
     where = Tokens(batch['segments'], batch['positions'])
     x, routing = kinds.routed(
@@ -87,16 +99,23 @@ class Forward:
       remat=self.remat,
       noise=noise,
       dropout_keys=self.dropout_keys,
+      **self._token_types(batch),
     )
     if self.router_log is not None and routing is not None:
       self.router_log.add(routing)
     return x
+
+  def _token_types(self, batch: dict) -> dict[str, jax.Array]:
+    """Returns the token types of a batch as a named argument, where model and batch have them."""
+    found = batch.get('token_types') if self.arch.token_types else None
+    return {} if found is None else {'token_types': found}
 
   def _readout(
     self, params: dict, batch: dict, noise: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, LowRank | None]:
     """Returns what logits are made of: hidden states, head weights, what an adapter adds."""
     x = self.hidden_states(params, batch, noise)
+    x = kinds.head_states(self.arch, params, x, self.dropout_keys)
     update = kinds.head_update(self.arch, params, x, self.dropout_keys)
     return x, kinds.head_weights(self.arch, params), update
 
@@ -183,27 +202,52 @@ class Forward:
     logp = self.token_logprobs(params, batch)
     return tuple(segment_sum(logp, batch, segment) for segment in segments)
 
-  def token_scores(self, params: dict, batch: dict) -> jax.Array:
-    """Returns the score of a reward or value model after each token, float32[B, T]. The product
-    with the score head is float32, whatever the compute dtype is.
+  def label_logits(self, params: dict, batch: dict) -> jax.Array:
+    """Returns the numbers of the labels of each token, float32[B, T, R]. The product with the head
+    is float32, whatever the compute dtype is. For span answers R is 2: how likely an answer begins,
+    and ends, at the token.
     """
     x = self.hidden_states(params, batch)
-    w = jax.sharding.reshard(params['score']['w'].astype(jnp.float32)[0], jax.P(None))
-    return jnp.einsum('btd,d->bt', x.astype(jnp.float32), w)
+    return kinds.label_logits(self.arch, params, x, 'seq', self._label_dropout())
+
+  def sequence_logits(self, params: dict, batch: dict, segments: int) -> list[jax.Array]:
+    """Returns for each of the first `segments` segments of the rows the numbers of its labels,
+    float32[B, R], of the state that the label head pools. A row without the segment has zeros.
+    """
+    pool = self.arch.score_head.pool
+    states, there = self.sequence_states(params, batch, segments, pool)
+    found = kinds.label_logits(self.arch, params, states, None, self._label_dropout())
+    found = jnp.where(there[..., None], found, 0.0)
+    return [found[:, i] for i in range(segments)]
+
+  def sequence_states(
+    self, params: dict, batch: dict, segments: int, pool: str
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns one hidden state for each of the first `segments` segments of the rows; see
+    score_head.pooled: (dtype[B, S, D], bool[B, S], whether the row has the segment).
+
+    pool: 'first' or 'last' token, or 'mean', as sentence embeddings are made.
+    """
+    x = self.hidden_states(params, batch)
+    return score_head.pooled(x, batch['segments'], batch['positions'], segments, pool)
+
+  def _label_dropout(self) -> Dropout | None:
+    return None if self.label_keys is None else Dropout(self.label_dropout, self.label_keys)
+
+  def token_scores(self, params: dict, batch: dict) -> jax.Array:
+    """Returns the score of a reward or value model after each token, float32[B, T]."""
+    return self.label_logits(params, batch)[..., 0]
 
   def sequence_rewards(self, params: dict, batch: dict, segments: int) -> list[jax.Array]:
-    """Returns for each of the first `segments` segments of the rows its reward, float32[B]: the
-    score at the segment's last token, found by position and never by a token's id. A row without
-    the segment has reward 0.
+    """Returns for each of the first `segments` segments of the rows its reward, float32[B]; see
+    `sequence_logits`.
     """
-    found, out = self.token_scores(params, batch), []
-    for segment in range(1, segments + 1):
-      inside = batch['segments'] == segment
-      last = jnp.where(inside, batch['positions'], -1).max(-1)
-      at = inside & (batch['positions'] == last[:, None])
-      # One token of each row is left: the sum of its score and of zeros is exact.
-      out.append(jnp.where(at, found, 0.0).sum(-1))
-    return out
+    return [x[:, 0] for x in self.sequence_logits(params, batch, segments)]
+
+
+def _folded(keys: jax.Array, number: int) -> jax.Array:
+  """Returns key[B] for one use of the keys of the rows."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def segment_sum(x: jax.Array, batch: dict, segment: int) -> jax.Array:

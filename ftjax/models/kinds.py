@@ -1,8 +1,8 @@
 """Model kinds: what the rest of the program asks of a model, whatever computes it.
 
-An architecture names its kind; 'decoder' is transformer.py. Callers use the functions below and
-never import the file that implements a kind. A kind outside the package is named
-'package.module:KIND'.
+An architecture names its kind; 'decoder' and 'encoder' are transformer.py. Callers use the
+functions below and never import the file that implements a kind. A kind outside the package is
+named 'package.module:KIND'.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ftjax.models import lora, transformer
+from ftjax.models import embed_and_head, lora, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.kv_cache import Cache
-from ftjax.models.layers import Declared
+from ftjax.models.layers import Declared, Dropout
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import Routing
 from ftjax.runtime import named_object, trees
@@ -34,6 +34,11 @@ def _nothing(arch: Architecture, params: Mapping) -> dict[str, jax.Array]:
 def _none(arch, declared, params, names, key) -> dict[str, jax.Array]:
   del arch, declared, params, names, key
   return {}
+
+
+def _same_states(arch, params, x, dropout_keys) -> jax.Array:
+  del arch, params, dropout_keys
+  return x
 
 
 def _no_update(arch, params, x, dropout_keys) -> None:
@@ -60,7 +65,10 @@ class Kind:
   name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
   the kind has no adapters. routed: as `apply`, with what the routers did, see transformer.routed;
   None where the kind has no experts. head_update: (arch, params, hidden states, dropout keys or
-  None) -> what an adapter of the head adds to the logits, or None; see transformer.head_update.
+  None) -> what is added to the logits, or None; see embed_and_head.head_update. head_states: of the
+  same arguments, what the head multiplies; see embed_and_head.head_states. label_logits: (arch,
+  params, states, logical name of their second axis, dropout or None) -> the numbers of labels; see
+  embed_and_head.label_logits; None where the kind has no label head.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -74,22 +82,26 @@ class Kind:
   merged: Callable[..., jax.Array] | None = None
   routed: Callable[..., tuple[jax.Array, Routing | None]] | None = None
   head_update: Callable[..., LowRank | None] = _no_update
+  head_states: Callable[..., jax.Array] = _same_states
+  label_logits: Callable[..., jax.Array] | None = None
 
 
 DECODER = Kind(
   transformer.declared,
   transformer.apply,
   transformer.decode,
-  transformer.head_leaf,
+  embed_and_head.head_leaf,
   lora.derive,
   transformer.linear_maps,
   lora.initial,
   lora.pack,
   transformer.merged,
   transformer.routed,
-  transformer.head_update,
+  embed_and_head.head_update,
+  embed_and_head.head_states,
+  embed_and_head.label_logits,
 )
-KINDS = {'decoder': DECODER}
+KINDS = {'decoder': DECODER, 'encoder': dataclasses.replace(DECODER, decode=None)}
 
 
 def of(arch: Architecture) -> Kind:
@@ -262,9 +274,11 @@ def apply(
   remat: str = 'none',
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
+  token_types: jax.Array | None = None,
 ) -> jax.Array:
   """Returns hidden states dtype[B, T, D] of tokens int32[B, T]; see transformer.apply."""
-  more = {} if dropout_keys is None else {'dropout_keys': dropout_keys}
+  more = {'dropout_keys': dropout_keys, 'token_types': token_types}
+  more = {k: v for k, v in more.items() if v is not None}
   return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise, **more)
 
 
@@ -300,9 +314,20 @@ def decode(
   """
   function = of(arch).decode
   if function is None:
-    raise ConfigError(f'a model of kind {arch.kind!r} generates no text')
+    raise ConfigError(no_text(arch))
   more = {'routed': True} if routed else {}
   return function(arch, params, tokens, where, cache, at, dtype=dtype, **more)
+
+
+def no_text(arch: Architecture) -> str:
+  """Returns why a model generates no text, and what to do."""
+  text = f'a model of kind {arch.kind!r} (family {arch.family!r}) generates no text'
+  if not arch.is_encoder:
+    return text
+  return (
+    f'{text}: its tokens attend to later ones. Give a decoder (docs/families.md) to generate; an '
+    'encoder scores or labels text'
+  )
 
 
 def head_weights(arch: Architecture, params: Mapping) -> jax.Array:
@@ -327,3 +352,30 @@ def head_update(
   dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
   """
   return of(arch).head_update(arch, params, x, dropout_keys)
+
+
+def head_states(
+  arch: Architecture, params: Mapping, x: jax.Array, dropout_keys: jax.Array | None = None
+) -> jax.Array:
+  """Returns what the head multiplies, [B, T, D], of hidden states x; they are the same but for a
+  masked language model. dropout_keys: as in `head_update`.
+  """
+  return of(arch).head_states(arch, params, x, dropout_keys)
+
+
+def label_logits(
+  arch: Architecture,
+  params: Mapping,
+  x: jax.Array,
+  seq: str | None = 'seq',
+  dropout: Dropout | None = None,
+) -> jax.Array:
+  """Returns the numbers of the labels, float32[B, T, R]; see score_head.Score.
+
+  Raises:
+    ConfigError: the kind has no label head.
+  """
+  function = of(arch).label_logits
+  if function is None:
+    raise ConfigError(f'a model of kind {arch.kind!r} gives no labels')
+  return function(arch, params, x, seq, dropout)

@@ -86,13 +86,16 @@ class Dropout:
   rate: float
   keys: jax.Array
 
-  def __call__(self, name: str, x: jax.Array) -> jax.Array:
+  def __call__(self, name: str, x: jax.Array, is_split: bool = True) -> jax.Array:
     """Returns x [B, T, I] with numbers dropped and the others scaled up.
 
-    name: of the linear map that reads x; each has numbers of its own.
+    Args:
+      name: of the linear map that reads x; each has numbers of its own.
+      x: the numbers.
+      is_split: whether T is an axis of tokens, in the order of sharding.zigzag.
     """
     own = zlib.crc32(name.encode())
-    order = zigzag(x.shape[1], axis_size('context'))
+    order = zigzag(x.shape[1], axis_size('context') if is_split else 1)
 
     def draw(key):
       return jax.random.bernoulli(jax.random.fold_in(key, own), 1 - self.rate, x.shape[1:])[order]
@@ -294,6 +297,17 @@ class Linear(nnx.Module):
     m = jax.sharding.reshard(self.lora_m[...], gathered(*self._out_axes))
     is_adapted = (self.lora_scale[...] > 0) & (lengths > 0)
     return jnp.where(is_adapted, m.reshape(-1) / jnp.where(lengths > 0, lengths, 1.0), 1.0)
+
+  def whole_weights(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns the weights with what an adapter adds, as dtype[I, O], gathered over fsdp: for inputs
+    that are no rows of the batch.
+    """
+    if self.adapter is None:
+      return self._base(dtype)
+    if self.merged:
+      return self.merged_weights().astype(dtype)
+    w = self._base(jnp.float32) + self._update()
+    return (w if self.lora_m is None else w * self._lengths()[None]).astype(dtype)
 
   def merged_weights(self) -> jax.Array:
     """Returns the weights of the model after merging, [I, O] in its dtype: computed in float32 and

@@ -62,7 +62,7 @@ def _held(p: Declared, name: str, arch: Architecture) -> Declared:
   if p.origin != 'base':
     return p
   adapter = arch.adapter
-  if adapter and (name in adapter.trained or name == 'score/w'):
+  if adapter and (name in adapter.trained or name.startswith('score/')):
     return p._replace(origin='adapter', dtype='float32')
   plain = 'bfloat16' if arch.base in QUANTIZED else arch.base
   return p._replace(dtype=p.dtype or plain)

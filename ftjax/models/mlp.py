@@ -19,6 +19,7 @@ ACTIVATIONS = {
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
   'relu': jax.nn.relu,
+  'tanh': jax.numpy.tanh,
 }
 
 

@@ -1,4 +1,5 @@
-"""The decoder: blocks as their specs describe them, computed as a scan over stacked weights.
+"""Decoders and encoders: blocks as their specs describe them, computed as a scan over stacked
+weights.
 
 kinds.py presents it to the rest of the program. Parameters are a nested dict of arrays, every block
 leaf with a leading L axis. Inside the scan body one layer's slice of that dict is merged into the
@@ -7,7 +8,6 @@ and never makes all logits."""
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,26 +15,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.models import lora, rope
+from ftjax.models import embed_and_head, lora, rope
 from ftjax.models.architecture import (
   Architecture,
   AttentionSpec,
   BlockSpec,
   DeltaNetSpec,
+  DisentangledSpec,
   GatedMlpSpec,
   MlpSpec,
   MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
-from ftjax.models.head_map import Head
+from ftjax.models.disentangled import Disentangled
+from ftjax.models.embed_and_head import fold
 from ftjax.models.kv_cache import Cache, Memory
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, declare, rounded, scaled
-from ftjax.models.logit_chunks import LowRank
+from ftjax.models.layers import Declared, Dropout, Linear, Normalize, rounded, scaled
 from ftjax.models.mlp import GatedMlp, Mlp
 from ftjax.models.moe import Moe
 from ftjax.models.routing import Routing
-from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
+from ftjax.runtime.sharding import gathered
 
 # (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
 Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
@@ -43,12 +44,14 @@ Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 @dataclasses.dataclass(frozen=True)
 class Context:
   """What the blocks of one forward pass share: segments and positions of the queries and of the
-  keys, the rotary angles of the queries, and in a training step the dropout of adapters.
+  keys, the rotary angles of the queries, the table of relative positions [P, D] where there is one,
+  and in a training step the dropout of adapters.
   """
 
   query: Tokens
   key: Tokens
   angles: Angles
+  relative: jax.Array | None = None
   dropout: Dropout | None = None
 
 
@@ -96,14 +99,15 @@ class Attention(nnx.Module):
     v = self.v(x, drop)
     if memory is not None:
       (k, v), memory = memory.append(keys=k, values=v)
-    y = attend(q, k, v, context.query, context.key, spec.window, spec.soft_cap)
+    where = context.query, context.key
+    y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal)
     if self.gate is not None:
       y = y * jax.nn.sigmoid(self.gate(x, drop))
     return self.o(y, drop), memory
 
 
 # The class of a spec is the kind; the module computes it.
-MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet}
+MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet, DisentangledSpec: Disentangled}
 MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
 
 
@@ -112,11 +116,14 @@ class Block(nnx.Module):
 
   def __init__(self, arch: Architecture, spec: BlockSpec):
     dim = arch.model_dim
-    if spec.norm_placement not in ('before', 'after', 'both'):
-      raise ValueError(f'norm_placement={spec.norm_placement!r}; expected before, after or both')
-    before, after = spec.norm_placement != 'after', spec.norm_placement != 'before'
+    if spec.norm_placement not in ('before', 'after', 'both', 'residual'):
+      raise ValueError(
+        f'norm_placement={spec.norm_placement!r}; expected before, after, both or residual'
+      )
+    before, after = spec.norm_placement in ('before', 'both'), spec.norm_placement != 'before'
+    self.on_residual = spec.norm_placement == 'residual'
     self.residual_scale = spec.residual_scale
-    self.attn_norm = Normalize((dim,), spec.norm) if before else None
+    self.attn_norm = Normalize((dim,), spec.norm) if before and spec.mixer_norm else None
     self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
     self.attn_out_norm = Normalize((dim,), spec.norm) if after else None
     self.mlp_norm = Normalize((dim,), spec.norm) if before else None
@@ -128,45 +135,20 @@ class Block(nnx.Module):
     None in training.
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
-    x = x + self._branch(self.attn_out_norm, y)
+    x = self._added(x, self.attn_out_norm, y)
     y = _normalized(self.mlp_norm, x)
     y, routing = self.mlp(y, context.query.segments, context.dropout)
-    return x + self._branch(self.mlp_out_norm, y), memory, routing
+    return self._added(x, self.mlp_out_norm, y), memory, routing
 
-  def _branch(self, norm: Normalize | None, y: jax.Array) -> jax.Array:
-    """Returns what a branch adds to the residual stream."""
-    y = _normalized(norm, y)
-    return y if self.residual_scale == 1 else scaled(y, self.residual_scale)
+  def _added(self, x: jax.Array, norm: Normalize | None, y: jax.Array) -> jax.Array:
+    """Returns the residual stream x after a branch whose output is y."""
+    y = y if self.on_residual else _normalized(norm, y)
+    x = x + (y if self.residual_scale == 1 else scaled(y, self.residual_scale))
+    return _normalized(norm, x) if self.on_residual else x
 
 
 def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
   return x if norm is None else norm(x)
-
-
-class EmbedAndHead(nnx.Module):
-  """The parameters around the blocks: the embedding tables of tokens and of learned positions, last
-  norm, and an untied head.
-  """
-
-  def __init__(self, arch: Architecture):
-    shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
-    table = declare(shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
-    self.embed = nnx.Dict(w=table)
-    self.final_norm = Normalize((arch.model_dim,), arch.final_norm)
-    dim = arch.model_dim
-    if arch.learned_positions:
-      rows = (arch.learned_positions, dim)
-      self.positions = nnx.Dict(w=declare(rows, ('position', 'embed'), dim))
-    if arch.num_labels:
-      self.score = nnx.Dict(w=declare((arch.num_labels, dim), ('label', 'act_embed'), dim))
-    elif not arch.tied:
-      self.head = Head(arch.vocab_rows, dim, padding)
-
-
-@functools.cache
-def _around(arch: Architecture) -> lora.Definition:
-  """Returns (graph definition, {name: Declared}) of the parameters around the blocks."""
-  return lora.define(EmbedAndHead(arch), '', arch)
 
 
 @functools.cache
@@ -178,7 +160,7 @@ def _block(arch: Architecture, slot: str, spec: BlockSpec) -> lora.Definition:
 @functools.cache
 def declared(arch: Architecture) -> dict[str, Declared]:
   """Returns flat {name: declaration} of the whole model, block leaves with their L axis."""
-  out = dict(_around(arch)[1])
+  out = dict(embed_and_head.definition(arch)[1])
   for slot, kind, repeats in arch.blocks():
     for name, p in _block(arch, slot, kind)[1].items():
       stacked = p._replace(shape=(repeats, *p.shape), axes=('layers', *p.axes))
@@ -189,73 +171,10 @@ def declared(arch: Architecture) -> dict[str, Declared]:
 @functools.cache
 def linear_maps(arch: Architecture) -> tuple[str, ...]:
   """Returns the names of the maps that may have an adapter, `stack{i}/block{j}/attn/q`: those of
-  the blocks, and `head` where the head is no other table.
+  the blocks, and those around them; see embed_and_head.linear_maps.
   """
   names = (f'{s}/{n}' for s, kind, _ in arch.blocks() for n in lora.linear_maps(Block(arch, kind)))
-  return *names, *lora.linear_maps(EmbedAndHead(arch))
-
-
-def head_leaf(arch: Architecture) -> str:
-  """Returns the name of the leaf that maps hidden states to logits [V, D] or to scores [R, D]."""
-  if arch.num_labels:
-    return 'score/w'
-  return 'embed/w' if arch.tied else 'head/w'
-
-
-def head_update(
-  arch: Architecture, params: dict, x: jax.Array, dropout_keys: jax.Array | None = None
-) -> LowRank | None:
-  """Returns what an adapter of the head adds to the logits of hidden states x [B, T, D]; None
-  without one. dropout_keys: see `routed`.
-  """
-  if arch.adapter is None or arch.adapter.find('head') is None:
-    return None
-  drop = None
-  if dropout_keys is not None:
-    drop = Dropout(arch.adapter.dropout, _fold(dropout_keys, 'head'))
-  return nnx.merge(_around(arch)[0], _around_params(params)).head.update(x, drop)
-
-
-def embed(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns rows of table [V, D] for tokens int32[B, T], as dtype[B, T, D].
-
-  A shard_map region: each shard looks up the ids of its part of the vocabulary, and the parts are
-  summed over `tensor`."""
-
-  def local(table, tokens):
-    # In its own dtype: the gradient adds up all occurrences of a token, too many for bfloat16.
-    table = gather(table, 'fsdp', 1)
-    ids = tokens - index('tensor') * table.shape[0]
-    mine = (ids >= 0) & (ids < table.shape[0])
-    rows = jnp.where(mine[..., None], table[jnp.where(mine, ids, 0)].astype(dtype), 0)
-    return total(rows, 'tensor')
-
-  specs = (spec('vocab', 'embed'), spec('batch', 'seq'))
-  return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, tokens)
-
-
-def positions(table: jax.Array, places: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Returns rows of table [P, D] for positions int32[B, T], as dtype[B, T, D]; of positions beyond
-  the table NaN, which ends a run.
-  """
-
-  def local(table, places):
-    table = gather(table, 'fsdp', 1)
-    return table.at[places].get(mode='fill', fill_value=jnp.nan).astype(dtype)
-
-  specs = (spec('position', 'embed'), spec('batch', 'seq'))
-  return shard_map(local, specs, spec('batch', 'seq', 'act_embed'), check_vma=True)(table, places)
-
-
-def _embed(arch: Architecture, params: dict, tokens: jax.Array, where: Tokens, dtype) -> jax.Array:
-  """Returns what the first block reads, dtype[B, T, D]."""
-  x = embed(params['embed']['w'], tokens, dtype)
-  if arch.embed_scale != 1:
-    # Rounded to the dtype, as transformers' Gemma does.
-    x = x * jnp.asarray(arch.embed_scale, dtype)
-  if arch.learned_positions:
-    x = x + positions(params['positions']['w'], where.positions, dtype)
-  return x
+  return *names, *embed_and_head.linear_maps(arch)
 
 
 def _remat(body, policy: str):
@@ -276,6 +195,7 @@ def routed(
   remat: str = 'none',
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
+  token_types: jax.Array | None = None,
 ) -> tuple[jax.Array, Routing | None]:
   """Returns the hidden states after the last norm, and what the routers did.
 
@@ -289,15 +209,17 @@ def routed(
       (whole blocks).
     noise: added to the embeddings, [B, T, D], or None.
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
+    token_types: int32[B, T], of a model that has them; None: all 0.
 
   Returns:
     (dtype[B, T, D], Routing with a leading axis of the layers that have experts, in order; None for
     a model without).
   """
-  x = _embed(arch, params, tokens, where, dtype)
+  x = embed_and_head.embedded(arch, params, tokens, where, dtype, token_types)
   if noise is not None:
     x = x + noise.astype(dtype)
   context, routings = _context(arch, where, where), []
+  context = dataclasses.replace(context, relative=embed_and_head.relative(arch, params, dtype))
   for i, (pattern, repeats) in enumerate(arch.stacks):
 
     def body(x, layer, i=i, pattern=pattern):
@@ -305,7 +227,7 @@ def routed(
       for j, kind in enumerate(pattern):
         slot = f'stack{i}/block{j}'
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
-        drop = None if keys is None else Dropout(arch.adapter.dropout, _fold(keys, slot))
+        drop = None if keys is None else Dropout(arch.adapter.dropout, fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
         x, _, routing = block(x, here, None)
         found += [] if routing is None else [routing]
@@ -314,7 +236,7 @@ def routed(
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
     x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
     routings += [_in_order(found)] if found else []
-  return _norm(arch, params, x), _joined(routings)
+  return embed_and_head.normed(arch, params, x), _joined(routings)
 
 
 def apply(*arguments: Any, **named: Any) -> jax.Array:
@@ -347,7 +269,7 @@ def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None)
     layer: int32[], of a leaf with an L axis; None for another leaf.
   """
   if layer is None:
-    module, path = nnx.merge(_around(arch)[0], _around_params(params)), name.split('/')
+    module, path = embed_and_head.merge(arch, params), name.split('/')
   else:
     stack, block, *path = name.split('/')
     spec_of = {slot: kind for slot, kind, _ in arch.blocks()}[f'{stack}/{block}']
@@ -370,19 +292,6 @@ def _layer_keys(keys: jax.Array, repeats: int) -> jax.Array:
   return jax.vmap(lambda layer: jax.vmap(lambda k: jax.random.fold_in(k, layer))(keys))(
     jnp.arange(repeats)
   )
-
-
-def _fold(keys: jax.Array, name: str) -> jax.Array:
-  return jax.vmap(lambda k: jax.random.fold_in(k, zlib.crc32(name.encode())))(keys)
-
-
-def _norm(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
-  return nnx.merge(_around(arch)[0], _around_params(params)).final_norm(x)
-
-
-def _around_params(params: dict) -> dict:
-  names = ('embed', 'positions', 'final_norm', 'head', 'score')
-  return {n: params[n] for n in names if n in params}
 
 
 def decode(
@@ -417,7 +326,7 @@ def decode(
     put(cache.tokens.segments, where.segments), put(cache.tokens.positions, where.positions)
   )
   context = _context(arch, where, key)
-  x = _embed(arch, params, tokens, where, dtype)
+  x = embed_and_head.embedded(arch, params, tokens, where, dtype)
   slots = [slot for slot, _, _ in arch.blocks()]
   kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
   routings = []
@@ -443,5 +352,5 @@ def decode(
     {slot: {n: kept[slot][n] for n in names} for slot, names in arrays.items()}
     for arrays in (cache.entries, cache.states)
   )
-  out = _norm(arch, params, x), Cache(entries, states, key)
+  out = embed_and_head.normed(arch, params, x), Cache(entries, states, key)
   return (*out, _joined(routings)) if routed else out

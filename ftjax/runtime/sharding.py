@@ -43,6 +43,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'vocab': 'tensor',
   'norm': None,
   'position': None,  # rows of a table of learned positions
+  'token_type': None,  # rows of a table of token types
   'label': None,
   'rank': None,  # of an adapter
 }

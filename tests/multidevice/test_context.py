@@ -27,7 +27,7 @@ HEADS, KV, WHERE = (
   ('batch', 'seq', 'kv_heads', None),
   ('batch', 'seq'),
 )
-FEATURES = [(None, None), (200, 1.5)]
+FEATURES = [(None, None, True), (200, 1.5, True), (200, None, False)]
 
 
 def arrays():
@@ -44,22 +44,22 @@ def arrays():
 
 
 @functools.cache
-def expected(window, soft_cap):
+def expected(window, soft_cap, causal):
   q, k, v, factors, *where = arrays()
-  mask = dense.visible((*where, *where), window)
+  mask = dense.visible((*where, *where), window, causal)
   out, pull = jax.vjp(lambda *a: dense.attend(*a, mask, soft_cap), q, k, v)
   return [np.asarray(a) for a in (out, *pull(jnp.asarray(factors)))]
 
 
-def on_mesh(name, ways, window, soft_cap, monkeypatch, *cases):
+def on_mesh(name, ways, window, soft_cap, causal, monkeypatch, *cases):
   """Output and gradients of each case with `name` as kernel, in the rows' natural order."""
   monkeypatch.setattr(attention, 'kernel', lambda problem: name)
   order = sharding.zigzag(T, ways)
 
   @jax.jit
   def both(q, k, v, factors, where):
-    attend = lambda *a: attention.attend(*a, where, where, window, soft_cap)  # noqa: E731
-    out, pull = jax.vjp(attend, q, k, v)
+    how = where, where, window, soft_cap, causal
+    out, pull = jax.vjp(lambda *a: attention.attend(*a, *how), q, k, v)
     return out, *pull(factors)
 
   names = (HEADS, KV, KV, HEADS, WHERE, WHERE)
@@ -71,15 +71,15 @@ def on_mesh(name, ways, window, soft_cap, monkeypatch, *cases):
     yield [np.asarray(a)[:, np.argsort(order)] for a in found]
 
 
-@pytest.mark.parametrize(('window', 'soft_cap'), FEATURES)
+@pytest.mark.parametrize(('window', 'soft_cap', 'causal'), FEATURES)
 @pytest.mark.parametrize('ways', [2, 4])
 @pytest.mark.parametrize('name', ['dense', 'blocked', 'splash', 'triton'])
 def test_outputs_and_gradients_are_those_of_one_device(
-  name, ways, window, soft_cap, use_mesh, monkeypatch
+  name, ways, window, soft_cap, causal, use_mesh, monkeypatch
 ):
-  wanted = expected(window, soft_cap)
+  wanted = expected(window, soft_cap, causal)
   use_mesh(context=ways, data=2)
-  (found,) = on_mesh(name, ways, window, soft_cap, monkeypatch, arrays())
+  (found,) = on_mesh(name, ways, window, soft_cap, causal, monkeypatch, arrays())
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -93,7 +93,7 @@ def test_documents_are_deaf_to_each_other_exactly(name, use_mesh, monkeypatch):
   calm[3][other] = loud[3][other] = 0
   for a in loud[:3]:
     a[other] *= 1e4
-  before, after = on_mesh(name, 4, None, None, monkeypatch, calm, loud)
+  before, after = on_mesh(name, 4, None, None, True, monkeypatch, calm, loud)
   for a, b in zip(before, after, strict=True):
     np.testing.assert_array_equal(a[~other], b[~other])
   assert (before[0][other] != after[0][other]).any()

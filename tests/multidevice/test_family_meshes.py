@@ -23,7 +23,7 @@ B = 8  # what all meshes divide
 MESHES = EVERY_DAY
 # Shifting all scores of a query changes nothing: without a rotation after it, the gradient of the
 # keys' bias is 0 but for rounding.
-ZERO = 'attn/k/b'
+ZERO = ('attn/k/b', 'attn/pos_k/b')
 
 
 @functools.cache
@@ -40,7 +40,10 @@ def batch(case):
     segments[row, b:] = 3 if row % 3 else 0
   weights = rng.uniform(0.5, 2, shape) * (segments > 0) * (rng.random(shape) < 0.6)
   tokens, labels = (rng.integers(0, model.vocab, shape, np.int32) for _ in range(2))
-  return {
+  types = {}
+  if cases.token_types(model) is not None:
+    types = {'token_types': rng.integers(0, 2, shape, np.int32)}
+  return types | {
     'tokens': tokens,
     'labels': labels,
     'weights': weights.astype(np.float32),

@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / 'golden' / 'families'
 ROWS, PROMPTS, NEW_TOKENS = 2, 20, 8
 
 # Scales of normalizations, and lengths of heads: all of these are vectors.
-_NORM = re.compile(r'(norm|ln_\w+|layernorm)\.weight$')
+_NORM = re.compile(r'(norm|ln_\w+|layernorm|LayerNorm)\.weight$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Case:
   end before or begin behind it; 0: there is no such number. norm: the number that stored norm
   weights lie around, 0 where the model adds 1 to them.
   rules: (pattern, centre, scale) of tensors that need other values; the first pattern that is found
-  in a name counts.
+  in a name counts. head: what transformers' class computes: '' the next token, 'masked' any token,
+  or the labels of a 'sequence', 'token' or 'span'.
   """
 
   config: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Case:
   norm: float = 1.0
   short: int = 0
   rules: tuple[tuple[str, float, float], ...] = ()
+  head: str = ''
 
   @property
   def vocab(self) -> int:
@@ -68,8 +70,28 @@ def draw(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def ids(case: Case) -> np.ndarray:
-  """Returns the compared rows, int32[ROWS, T]."""
-  return _random('ids').randint(0, case.vocab, (ROWS, case.tokens)).astype(np.int32)
+  """Returns the compared rows, int32[ROWS, T], without the token of padding: RoBERTa's positions
+  would pass over it.
+  """
+  found = _random('ids').randint(0, case.vocab, (ROWS, case.tokens)).astype(np.int32)
+  pad = case.config.get('pad_token_id') if case.head else None
+  return found if pad is None else np.where(found == pad, pad + 1, found).astype(np.int32)
+
+
+def token_types(case: Case) -> np.ndarray | None:
+  """Returns the token types of the rows, int32[ROWS, T]: 1 in the second half of a row; None for a
+  model with one type or none.
+  """
+  if case.config.get('type_vocab_size', 0) < 2:
+    return None
+  return np.repeat([[0, 1]] * ROWS, case.tokens // 2, axis=1).astype(np.int32)
+
+
+def factors(shape: tuple[int, ...]) -> np.ndarray:
+  """Returns the numbers that the logits of labels are multiplied with, whose sum is the compared
+  loss: float32[shape].
+  """
+  return _random('factors').standard_normal(shape).astype(np.float32)
 
 
 def prompts(case: Case) -> list[list[int]]:
@@ -386,4 +408,137 @@ CASES = {
       (r'embed_tokens', 0.0, 1.0),
     ),
   ),
+}
+
+# Encoders: the width of a head is hidden_size / heads, which all of transformers' classes require.
+_BERT = {
+  'model_type': 'bert',
+  'vocab_size': 67,
+  'hidden_size': 24,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 6,
+  'max_position_embeddings': 61,
+  'type_vocab_size': 2,
+  'layer_norm_eps': 1e-5,
+  'pad_token_id': None,
+}
+_DISTILBERT = {
+  'model_type': 'distilbert',
+  'vocab_size': 67,
+  'dim': 24,
+  'hidden_dim': 40,
+  'n_layers': 3,
+  'n_heads': 6,
+  'max_position_embeddings': 61,
+  'pad_token_id': None,
+}
+CASES |= {
+  'bert': Case(_BERT, head='masked'),
+  'bert_untied': Case(
+    _BERT | {'num_hidden_layers': 2, 'hidden_act': 'gelu_new', 'tie_word_embeddings': False},
+    head='masked',
+  ),
+  'distilbert': Case(_DISTILBERT, head='masked'),
+}
+_ROBERTA = _BERT | {'model_type': 'roberta', 'pad_token_id': 3, 'type_vocab_size': 1}
+# Windows of 4 on either side, in a row of 48, and a layer type that begins with the window.
+_MODERNBERT = {
+  'model_type': 'modernbert',
+  'vocab_size': 67,
+  'hidden_size': 24,
+  'intermediate_size': 40,
+  'num_hidden_layers': 5,
+  'num_attention_heads': 6,
+  'max_position_embeddings': 61,
+  'local_attention': 9,
+  'global_attn_every_n_layers': 2,
+  'pad_token_id': None,
+  'bos_token_id': None,
+  'eos_token_id': None,
+  'cls_token_id': None,
+  'sep_token_id': None,
+}
+CASES |= {
+  'roberta': Case(_ROBERTA, head='masked'),
+  'xlm_roberta': Case(
+    _ROBERTA | {'model_type': 'xlm-roberta', 'pad_token_id': 1, 'hidden_act': 'gelu_new'},
+    head='masked',
+  ),
+  'modernbert': Case(_MODERNBERT, head='masked'),
+  'modernbert_biases': Case(
+    _MODERNBERT
+    | {
+      'num_hidden_layers': 3,
+      'norm_bias': True,
+      'attention_bias': True,
+      'mlp_bias': True,
+      'classifier_bias': True,
+      'classifier_activation': 'silu',
+      'decoder_bias': False,
+      'tie_word_embeddings': False,
+      'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention'],
+      'rope_parameters': {
+        'full_attention': {'rope_type': 'default', 'rope_theta': 1000.0},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
+      },
+    },
+    head='masked',
+  ),
+}
+# As v3: 48 positions of which 16 on each side have buckets of their own, the last begins at 40.
+_DEBERTA = {
+  'model_type': 'deberta-v2',
+  'vocab_size': 67,
+  'hidden_size': 24,
+  'intermediate_size': 40,
+  'num_hidden_layers': 3,
+  'num_attention_heads': 6,
+  'max_position_embeddings': 61,
+  'type_vocab_size': 0,
+  'layer_norm_eps': 1e-5,
+  'pad_token_id': None,
+  'relative_attention': True,
+  'position_buckets': 16,
+  'max_relative_positions': 40,
+  'norm_rel_ebd': 'layer_norm',
+  'share_att_key': True,
+  'pos_att_type': ['p2c', 'c2p'],
+  'position_biased_input': False,
+}
+CASES |= {
+  'deberta': Case(_DEBERTA, head='masked'),
+  # Without buckets, a row is longer than the distances; maps of their own; positions and types too.
+  'deberta_v2': Case(
+    _DEBERTA
+    | {
+      'num_hidden_layers': 2,
+      'position_buckets': -1,
+      'max_relative_positions': 20,
+      'norm_rel_ebd': 'none',
+      'share_att_key': False,
+      'position_biased_input': True,
+      'type_vocab_size': 2,
+    },
+    head='masked',
+  ),
+}
+DECODERS = tuple(n for n, case in CASES.items() if not case.head)
+ENCODERS = tuple(n for n in CASES if n not in DECODERS)
+
+_LABELS = {'id2label': {'0': 'neutral', '1': 'up', '2': 'down'}}
+_WITH_LABELS = {
+  'bert': _BERT,
+  'distilbert': _DISTILBERT,
+  'roberta': _ROBERTA,
+  'modernbert': _MODERNBERT | {'classifier_pooling': 'mean', 'num_hidden_layers': 3},
+  'deberta': _DEBERTA | {'num_hidden_layers': 2},
+  'llama': _LLAMA | {'num_hidden_layers': 2, 'pad_token_id': 0},
+  'gpt2': CASES['gpt2'].config | {'n_layer': 2, 'pad_token_id': 0},
+}
+# Label heads: {name: case}, compared by ../test_label_heads.py.
+LABELED = {
+  f'{name}_{task}': Case(config | (_LABELS if task != 'span' else {}), head=task)
+  for name, config in _WITH_LABELS.items()
+  for task in ('sequence', 'token', 'span')
 }

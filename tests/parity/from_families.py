@@ -4,7 +4,8 @@
 
 Writes FOLDER/source, the case as a HF folder; FOLDER/trained, exported in shards after 5 steps of
 training from it, with a config.json of ftjax's own; FOLDER/lora and FOLDER/dora, PEFT folders of
-adapters on it; and FOLDER/logits.npz: ids int32[B, T] and the logits of the last three.
+adapters on it; and FOLDER/logits.npz: ids int32[B, T] and the logits of the last three. Of a case
+with labels there are no adapters, and its steps are plain gradient descent.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import family_models
 import family_training
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny_adapters
 import tiny_model
@@ -21,6 +23,7 @@ from ftjax.families import table
 from ftjax.hf import export, load, peft_export, peft_names
 from ftjax.models import kinds
 from ftjax.models.architecture import MoeSpec
+from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
 from parity import family_cases as cases
 
@@ -61,6 +64,32 @@ def train(arch, params, ids, target: Path):
   return logits(arch, state.params, ids)
 
 
+def train_labels(name, arch, params, ids, target: Path):
+  """The same of a case with labels, whose loss is the mean square of its logits less 1."""
+  batch = family_models.batch(ids)
+
+  def found(params):
+    forward = Forward(arch, jnp.float32)
+    if arch.task == 'sequence':
+      return forward.sequence_logits(params, batch, 1)[0]
+    return forward.label_logits(params, batch)
+
+  step = jax.jit(jax.grad(lambda p: jnp.square(found(p) - 1).mean()))
+  for _ in range(STEPS):
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, step(params))
+  export.export(
+    params,
+    arch,
+    target,
+    source_config=None,
+    tokenizer_files={},
+    dtype=np.float32,
+    stop_ids=(),
+    max_shard_bytes=20_000,
+  )
+  return np.asarray(jax.jit(found)(params))
+
+
 def adapt(arch, params, ids, source: Path, target: Path, lora: dict):
   """Exports an adapter whose values are random; returns the model's logits."""
   arch = tiny_adapters.adapted(arch, **lora, **targets(arch, lora))
@@ -83,12 +112,17 @@ def main(name: str, folder: Path) -> None:
   folder.mkdir()
   source = folder / 'source'
   family_models.write_folder(name, source)
-  arch, ids = table.architecture(load.read_config(source)), cases.ids(cases.CASES[name])
+  arch = table.architecture(load.read_config(source))
+  ids = cases.ids((cases.CASES | cases.LABELED)[name])
   places = sharding.shardings(jax.sharding.get_mesh(), kinds.axes(arch))
 
   def load_params():
     return load.load_params(source, arch, places, np.float32)
 
+  if arch.task:
+    trained = train_labels(name, arch, load_params(), ids, folder / 'trained')
+    np.savez(folder / 'logits.npz', ids=ids, trained=trained)
+    return
   found = {'trained': train(arch, load_params(), ids, folder / 'trained')}
   for kind, lora in ADAPTERS.items():
     found[kind] = adapt(arch, load_params(), ids, source, folder / kind, lora)

@@ -19,14 +19,19 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+  AutoModelForCausalLM,
+  AutoModelForMaskedLM,
+  AutoModelForSequenceClassification,
+)
 
 
 def open_base(folder: Path, base: str):
   """(model of the task that the adapter names, whether it scores)."""
   task = json.loads((folder / 'adapter_config.json').read_text())['task_type']
-  if task == 'CAUSAL_LM':
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), False
+  if task in ('CAUSAL_LM', None):  # PEFT has no name for masked language models
+    kind = AutoModelForCausalLM if task else AutoModelForMaskedLM
+    return kind.from_pretrained(base, dtype=torch.float32), False
   kind = AutoModelForSequenceClassification
   model = kind.from_pretrained(base, dtype=torch.float32, num_labels=1)
   model.config.pad_token_id = 0
@@ -38,7 +43,7 @@ def compute(folder: Path, base: str, ids: torch.Tensor) -> dict[str, np.ndarray]
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
     model = PeftModel.from_pretrained(model.eval(), folder, is_trainable=True).eval()
-  found = model(ids) if is_scorer else model(ids, labels=ids)
+  found = model(input_ids=ids) if is_scorer else model(input_ids=ids, labels=ids)
   (found.logits.sum() if is_scorer else found.loss).backward()
   out = {'logits': found.logits.detach().numpy()}
   for name, p in model.named_parameters():
@@ -48,7 +53,7 @@ def compute(folder: Path, base: str, ids: torch.Tensor) -> dict[str, np.ndarray]
         plain = plain.removesuffix('.weight')
       out[f'gradient/{plain}'] = p.grad.numpy().copy()
   with torch.no_grad():
-    out['merged'] = model.merge_and_unload()(ids).logits.numpy()
+    out['merged'] = model.merge_and_unload()(input_ids=ids).logits.numpy()
   # Deprecations of transformers are not about the folder, nor is what PEFT says of patterns that it
   # made itself for experts.
   texts = [str(w.message) for w in caught]

@@ -173,7 +173,6 @@ def test_whether_the_head_is_the_embedding(inner, outer, head, tied, tmp_path):
     ({'residual_factor': 2.0}, 'residual_factor=2.0'),
     ({'audio_config': {'hidden_size': 3}}, 'audio_config'),
     ({'quantization_config': {'quant_method': 'fp8'}}, 'quantized'),
-    ({'architectures': ['Gemma3ForSequenceClassification'], 'num_labels': 3}, '3 labels'),
     ({'tie_word_embeddings': 'no'}, 'tie_word_embeddings'),
   ],
 )

@@ -34,16 +34,16 @@ def _scores(rows, keys, soft_cap):
   return cap(product(rows, keys, 2, 2) * rows.shape[-1] ** -0.5, soft_cap)
 
 
-def _masked(scores, where, begin, size: int, window):
+def _masked(scores, where, begin, size: int, window, causal: bool):
   """`scores` of the queries from `begin` on, -1e30 where they may not look."""
   places = (jax.lax.dynamic_slice_in_dim(a, begin, size, 1) for a in where[:2])
-  mask = visible((*places, *where[2:]), window)
+  mask = visible((*places, *where[2:]), window, causal)
   b, _, s = mask.shape
   split = scores.reshape(b, -1, size, s)  # [B, N, n, S]
   return jnp.where(mask[:, None], split, -1e30).reshape(scores.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def attend(
   q: jax.Array,
   k: jax.Array,
@@ -51,6 +51,7 @@ def attend(
   where: tuple[jax.Array, ...],
   window: int | None,
   soft_cap: float | None,
+  causal: bool = True,
 ) -> jax.Array:
   """softmax(cap(q k^T / sqrt(H))) v.
 
@@ -61,21 +62,22 @@ def attend(
     where: segments and positions, as in dense.visible.
     window: as there.
     soft_cap: see dense.cap.
+    causal: as in dense.visible.
 
   Returns:
     [B, T, N, H] in q's dtype; scores and softmax are float32.
   """
-  return _forward(q, k, v, where, window, soft_cap)[0]
+  return _forward(q, k, v, where, window, soft_cap, causal)[0]
 
 
-def _forward(q, k, v, where, window, soft_cap):
+def _forward(q, k, v, where, window, soft_cap, causal):
   size, num_kv = block_size(q.shape[1]), k.shape[2]
   keys, values = fold_keys(k), fold_keys(v)
 
   def block(i):
     part = jax.lax.dynamic_slice_in_dim(q, i * size, size, 1)
     scores = _scores(fold_queries(part, num_kv), keys, soft_cap)
-    scores = _masked(scores, where, i * size, size, window)
+    scores = _masked(scores, where, i * size, size, window, causal)
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
@@ -87,7 +89,7 @@ def _forward(q, k, v, where, window, soft_cap):
   return out, (q, k, v, where, out, logs)
 
 
-def _backward(window, soft_cap, saved, cotangent):
+def _backward(window, soft_cap, causal, saved, cotangent):
   q, k, v, where, out, logs = saved
   size, num_kv = block_size(q.shape[1]), k.shape[2]
   keys, values = fold_keys(k), fold_keys(v)
@@ -97,7 +99,7 @@ def _backward(window, soft_cap, saved, cotangent):
     part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size)
     rows, g, y = (fold_queries(part(a, axis=1), num_kv) for a in (q, cotangent, out))
     scores = _scores(rows, keys, soft_cap)
-    weights = jnp.exp(_masked(scores, where, i * size, size, window) - logs[i])
+    weights = jnp.exp(_masked(scores, where, i * size, size, window, causal) - logs[i])
     inner = jnp.sum(g.astype(jnp.float32) * y, axis=-1, keepdims=True)
     ds = uncap(weights * (product(g, values, 2, 2) - inner), scores, soft_cap)
     ds = (ds * q.shape[-1] ** -0.5).astype(q.dtype)

@@ -43,17 +43,22 @@ def unfold_keys(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return x.reshape(b, k, s, h).transpose(0, 2, 1, 3)
 
 
-def visible(where: tuple[jax.Array, ...], window: int | None) -> jax.Array:
+def visible(where: tuple[jax.Array, ...], window: int | None, causal: bool = True) -> jax.Array:
   """bool[B, T, S]: which keys a query may look at, by the rule of attention.py.
 
   Args:
     where: segments and positions of the queries, int32[B, T], then of the keys, int32[B, S].
     window: keys that a query sees, itself among them; None: all before it.
+    causal: False: keys after the query too, with a window as many on either side.
   """
   q_segments, q_positions, k_segments, k_positions = where
   behind = q_positions[:, :, None] - k_positions[:, None, :]
-  mask = (q_segments[:, :, None] == k_segments[:, None, :]) & (behind >= 0)
-  return mask if window is None else mask & (behind < window)
+  mask = q_segments[:, :, None] == k_segments[:, None, :]
+  if causal:
+    mask = mask & (behind >= 0)
+  if window is None:
+    return mask
+  return mask & (behind < window) if causal else mask & (jnp.abs(behind) < window)
 
 
 def cap(scores: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -20,14 +20,19 @@ from ftjax.runtime import sharding
 _SIZES = (512, 256, 128)
 
 
-def _sees(q_index, k_index, window: int | None):
+def _sees(q_index, k_index, window: int | None, causal: bool):
   """Arrays of int32 -> bool; numpy's when the mask is made, the kernel's when it runs."""
-  mask = q_index >= k_index
-  return mask if window is None else mask & (q_index - k_index < window)
+  behind = q_index - k_index
+  if causal:
+    mask = behind >= 0
+    return mask if window is None else mask & (behind < window)
+  if window is None:
+    return behind >= -(2**30)  # all
+  return (behind < window) & (behind > -window)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Causal(masks.Mask):
+class _Visible(masks.Mask):
   """The mask [length, length] whose rows lie in the order of `ways` shards.
 
   Splash looks for `q_sequence` (the rows' indices) and `mask_function`: with them the kernel
@@ -37,6 +42,7 @@ class _Causal(masks.Mask):
   length: int
   ways: int
   window: int | None
+  causal: bool
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -48,19 +54,26 @@ class _Causal(masks.Mask):
 
   @property
   def mask_function(self):
-    return functools.partial(_sees, window=self.window)
+    return functools.partial(_sees, window=self.window, causal=self.causal)
 
   def __getitem__(self, index) -> np.ndarray:
     rows, columns = index
     keys = np.arange(self.length, dtype=np.int32)[columns]
-    return _sees(self.q_sequence[rows][:, None], keys[None, :], self.window)
+    return _sees(self.q_sequence[rows][:, None], keys[None, :], self.window, self.causal)
 
 
 def _block(size: int) -> int:
   return next(n for n in _SIZES if size % n == 0)
 
 
-def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None, interpret: bool):
+def _kernel(
+  length: int,
+  heads: int,
+  window: int | None,
+  soft_cap: float | None,
+  causal: bool,
+  interpret: bool,
+):
   """(q [G, T, H], k [S, H], v [S, H], segments) -> [G, T, H], for the G heads of one key head and
   this device's T queries.
   """
@@ -72,7 +85,7 @@ def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None,
   k_names = ('block_kv', 'block_kv_compute', 'block_kv_dkv', 'block_kv_dkv_compute', 'block_kv_dq')
   sizes = dict.fromkeys(q_names, block_q) | dict.fromkeys(k_names, _block(length))
   kernel = kernels.make_splash_mqa(
-    masks.MultiHeadMask([_Causal(length, ways, window)] * heads),
+    masks.MultiHeadMask([_Visible(length, ways, window, causal)] * heads),
     block_sizes=kernels.BlockSizes(**sizes),
     head_shards=1,
     q_seq_shards=ways,
@@ -99,9 +112,10 @@ def attend(
   *,
   window: int | None,
   soft_cap: float | None,
+  causal: bool = True,
   interpret: bool = False,
 ) -> jax.Array:
-  """softmax(cap(q k^T / sqrt(H))) v within segments, causal. Inside `shard_map`.
+  """softmax(cap(q k^T / sqrt(H))) v within segments. Inside `shard_map`.
 
   Args:
     q: [B, T, N, H], T a multiple of 128; this device's tokens in the order of runtime/sharding.py.
@@ -110,6 +124,7 @@ def attend(
     segments: int32[B, T] of the queries, int32[B, S] of the keys.
     window: as in attention.attend.
     soft_cap: as there.
+    causal: as there.
     interpret: run the kernel step by step on any device, for tests.
 
   Returns:
@@ -117,7 +132,7 @@ def attend(
   """
   b, t, n, h = q.shape
   num_kv = k.shape[2]
-  kernel = _kernel(k.shape[1], n // num_kv, window, soft_cap, interpret)
+  kernel = _kernel(k.shape[1], n // num_kv, window, soft_cap, causal, interpret)
   scaled = (q.astype(jnp.float32) * h**-0.5).astype(q.dtype)
   rows = scaled.transpose(0, 2, 1, 3).reshape(b, num_kv, n // num_kv, t, h)
   keys, values = (a.transpose(0, 2, 1, 3) for a in (k, v))

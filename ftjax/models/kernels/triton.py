@@ -21,12 +21,15 @@ _NOTHING = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What does not depend on the tokens; `group`: query heads of a key head."""
+  """What does not depend on the tokens; `group`: query heads of a key head, `causal`: see
+  attention.attend.
+  """
 
   window: int | None
   soft_cap: float | None
   group: int
   interpret: bool
+  causal: bool = True
 
   def scores(self, q, k, query, key):
     """(float32[n, m] capped scores, bool[n, m] mask) of blocks [n, H] and [m, H]; query, key:
@@ -36,8 +39,13 @@ class Rule:
     if self.soft_cap is not None:
       scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
     behind = query[1][:, None] - key[1][None, :]
-    mask = (query[0][:, None] == key[0][None, :]) & (behind >= 0)
-    return scores, mask if self.window is None else mask & (behind < self.window)
+    mask = query[0][:, None] == key[0][None, :]
+    if self.causal:
+      mask = mask & (behind >= 0)
+    if self.window is not None:
+      mask = mask & (behind < self.window)
+      mask = mask if self.causal else mask & (behind > -self.window)
+    return scores, mask
 
   def slope(self, ds, scores):
     """Gradient of q k^T from that of the capped scores."""
@@ -46,7 +54,7 @@ class Rule:
     return ds
 
 
-def _reachable(where, window) -> jax.Array:
+def _reachable(where, window, causal: bool = True) -> jax.Array:
   """bool[B, blocks of queries, blocks of keys]: False only where no query may see any key.
 
   By the ranges of segments and positions in a block; exact where blocks hold one segment.
@@ -60,9 +68,11 @@ def _reachable(where, window) -> jax.Array:
   columns = lambda a: a[:, None, :]  # noqa: E731
   meet = (rows(low[0]) <= columns(high[2])) & (columns(low[2]) <= rows(high[0]))
   one = (rows(low[0]) == rows(high[0])) & (columns(low[2]) == columns(high[2]))
-  hidden = columns(low[3]) > rows(high[1])
+  hidden = columns(low[3]) > rows(high[1]) if causal else jnp.zeros_like(meet)
   if window is not None:
     hidden |= rows(low[1]) - columns(high[3]) >= window
+    if not causal:
+      hidden |= columns(low[3]) - rows(high[1]) >= window
   return meet & ~(one & hidden)
 
 
@@ -192,7 +202,7 @@ def _attend(q, k, v, where, rule: Rule):
 
 
 def _forward(q, k, v, where, rule):
-  reachable = _reachable(where, rule.window)
+  reachable = _reachable(where, rule.window, rule.causal)
   logs = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
   inputs = (q, k, v, *where, *_range(reachable))
   like = jax.ShapeDtypeStruct(q.shape, q.dtype)
@@ -203,7 +213,7 @@ def _forward(q, k, v, where, rule):
 def _backward(rule, saved, g):
   q, k, v, where, out, logs = saved
   inner = jnp.sum(g.astype(jnp.float32) * out, axis=-1)
-  reachable = _reachable(where, rule.window)
+  reachable = _reachable(where, rule.window, rule.causal)
   kinds = (*_INPUTS, 'row', 'row', 'q')
   like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)  # noqa: E731
   inputs = (q, k, v, *where, *_range(reachable), logs, inner, g)
@@ -224,6 +234,7 @@ def attend(
   *,
   window: int | None,
   soft_cap: float | None,
+  causal: bool = True,
   interpret: bool = False,
 ) -> jax.Array:
   """softmax(cap(q k^T / sqrt(H))) v.
@@ -235,11 +246,12 @@ def attend(
     where: segments and positions, as in dense.visible.
     window: as there.
     soft_cap: see dense.cap.
+    causal: as in dense.visible.
     interpret: run the kernel step by step on any device, for tests.
 
   Returns:
     [B, T, N, H] in q's dtype; scores and softmax are float32. 0 where a query sees no key.
   """
-  rule = Rule(window, soft_cap, q.shape[2] // k.shape[2], interpret)
+  rule = Rule(window, soft_cap, q.shape[2] // k.shape[2], interpret, causal)
   heads_first = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
   return _attend(*heads_first, where, rule).transpose(0, 2, 1, 3)
