@@ -29,3 +29,9 @@ project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*project["optional-dependencies"]["build"], sep="\n")' | uv pip compile --quiet --universal --python-version 3.11 \
   --generate-hashes --no-header --no-strip-extras --constraint "$locks/test.txt" "$@" \
   - --output-file "$locks/build.txt"
+
+# The documentation is built without ftjax's dependencies.
+echo 'locking docs ...'
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+  --no-strip-extras --constraint "$locks/test.txt" "$@" "$locks/docs.in" \
+  --output-file "$locks/docs.txt"
