@@ -1,0 +1,147 @@
+"""Collects the commands of README, docs and the other pages, for tests/test_doc_commands.py.
+
+A fenced block without a language, or of sh, bash, shell or console, holds commands, one a line; a
+block that begins with `$ ` is a session, whose lines without `$ ` are output. Output and formulas
+are labelled `text`. A code span is a command where it begins like one and has an argument.
+"""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHELLS = ('', 'sh', 'bash', 'shell', 'console')
+_FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+_SPAN = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
+_SPAN_COMMAND = re.compile(
+  r'(?:\w+=\S+ )*(?:(?:\.venv/bin/)?python3? (?:-m [\w.]+ |\S+\.py\b)|ftjax \w+ -|make [a-z]|'
+  r'(?:pip|docker|kubectl|gcloud|git|hf|ollama|srun|mpirun) \w+ \S|launch/\w+\.sh \S)'
+)
+_ENDS = {'&&', '||', '|', ';', '&'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """One simple command of a page.
+
+  Attributes:
+    page: below the root of the repository.
+    line: its line there, from 1.
+    words: program and arguments, without assignments and redirections.
+    is_span: whether it stands in running text.
+    before: the assignments before it, {name: value}.
+  """
+
+  page: str
+  line: int
+  words: tuple[str, ...]
+  is_span: bool = False
+  before: tuple[tuple[str, str], ...] = ()
+
+  @property
+  def text(self):
+    """As one line."""
+    return shlex.join(self.words)
+
+  def __str__(self):
+    return f'{self.page}:{self.line}: {self.text}'
+
+
+def find_pages(root=ROOT):
+  """The pages whose commands work today: all but CHANGELOG.md, a history."""
+  found = [*root.glob('*.md'), *(root / 'docs').rglob('*.md')]
+  return sorted(p for p in found if p.name != 'CHANGELOG.md')
+
+
+def split(line):
+  """[(assignments, words)] of the simple commands of a line of shell."""
+  lexer = shlex.shlex(line, posix=True, punctuation_chars='|&;<>')
+  lexer.whitespace_split = True
+  found, words, skips = [], [], False
+  for token in [*lexer, ';']:
+    if skips:
+      skips = False
+    elif token in _ENDS:
+      if words:
+        found.append(words)
+      words = []
+    elif re.fullmatch(r'[<>]+&?', token):
+      skips = True
+    else:
+      words.append(token)
+  return [_assignments(words) for words in found]
+
+
+def _assignments(words):
+  before = []
+  while words and re.fullmatch(r'[A-Za-z_]\w*=.*', words[0]):
+    name, _, value = words.pop(0).partition('=')
+    before.append((name, value))
+  return tuple(before), tuple(words)
+
+
+def _shell_lines(block):
+  """[(number, line)] of the commands of a block, with continued lines joined."""
+  is_session = block.startswith('$ ')
+  found, kept, start = [], '', 0
+  for number, line in enumerate(block.splitlines()):
+    if not kept:
+      if is_session and not line.startswith('$ '):
+        continue
+      line, start = line.removeprefix('$ '), number
+    if line.endswith('\\'):
+      kept += line[:-1]
+      continue
+    found.append((start, kept + line))
+    kept = ''
+  return found
+
+
+def commands(text, page):
+  """The commands of a page, in order: those of blocks, and those in running text."""
+  lines, spans = [], text
+  for match in _FENCE.finditer(text):
+    first = text.count('\n', 0, match.start()) + 2
+    spans = spans.replace(match[0], '\n' * match[0].count('\n'), 1)
+    if match[1] in SHELLS:
+      lines += [(first + n, line, False) for n, line in _shell_lines(match[2])]
+  for match in _SPAN.finditer(spans):
+    is_whole = '…' not in match[1] and '...' not in match[1]
+    if is_whole and _SPAN_COMMAND.match(match[1]):
+      lines.append((spans.count('\n', 0, match.start()) + 1, match[1], True))
+  found = []
+  for number, line, is_span in lines:
+    try:
+      simple = split(line)
+    except ValueError as error:
+      raise ValueError(f'{page}:{number}: {line!r} is no shell command: {error}') from error
+    for before, words in simple:
+      found += [Command(page, number, part, is_span, before) for part in _opened(words)]
+  return found
+
+
+def _opened(words):
+  """A command, and the one that it starts: supervise, srun, mpirun."""
+  if '--' in words and 'ftjax.supervise' in words[:3]:
+    at = words.index('--')
+    is_placeholder = words[at + 1 :][:1] == ('COMMAND',)
+    return [words] if is_placeholder else [words, *_opened(words[at + 1 :])]
+  if words and words[0] in ('srun', 'mpirun'):
+    inner = [i for i, w in enumerate(words) if w.startswith('python')]
+    return [words[: inner[0]], *_opened(words[inner[0] :])] if inner else [words]
+  return [words] if words else []
+
+
+def every_command(root=ROOT):
+  """The commands of all pages."""
+  return [
+    command
+    for page in find_pages(root)
+    for command in commands(page.read_text(), page.relative_to(root).as_posix())
+  ]
+
+
+if __name__ == '__main__':
+  for command in every_command():
+    print(command, '  (span)' * command.is_span)
