@@ -56,6 +56,8 @@ PLACES = {'--config=CONFIG': '--config=tiny_sft', '--topology=SLICE': '--topolog
 MY_ALGORITHM = """import dataclasses
 from ftjax.config import algorithms
 FOCAL = dataclasses.replace(algorithms.ALGORITHMS['sft'], module=__name__, keys={'gamma': 2.0})
+def make_loss(): ...
+def build(): ...
 """
 
 
@@ -281,9 +283,10 @@ def small_files(folder):
     write_rows(folder / '.cache/data/sentiment' / f'{name}.jsonl', rows)
   write_rows(folder / 'TRAIN.jsonl', [{'messages': row['messages']} for row in rows])
   results = [
-    {'model': model, 'id': '0', 'label': 'a', 'prediction': 'a', 'values': {'right': [1.0]}}
-    | {'scores': [-1.0, -2.0]}
+    {'model': model, 'id': label, 'label': label, 'prediction': label, 'values': {'right': [1.0]}}
+    | {'scores': [-1.0, -2.0] if label == 'a' else [-2.0, -1.0]}
     for model in ('base', 'tuned')
+    for label in 'ab'
   ]
   write_rows(folder / 'runs/gemma/eval/sentiment.jsonl', results)
 
@@ -331,10 +334,9 @@ def test_make_knows_the_targets():
 
 def pip_problem(words):
   """What is wrong with the words after `pip`; '' where nothing is."""
-  from pip._internal.commands import create_command
-
+  commands = pytest.importorskip('pip._internal.commands', reason='an environment without pip')
   try:
-    options, names = create_command(words[0]).parse_args(list(words[1:]))
+    options, names = commands.create_command(words[0]).parse_args(list(words[1:]))
   except SystemExit:
     return 'pip does not know these flags'
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
