@@ -114,8 +114,8 @@ def commands(text, page):
   for number, line, is_span in lines:
     try:
       simple = split(line)
-    except ValueError as error:
-      raise ValueError(f'{page}:{number}: {line!r} is no shell command: {error}') from error
+    except ValueError:  # no shell: a quote that is not closed
+      simple = [((), (line,))]
     for before, words in simple:
       found += [Command(page, number, part, is_span, before) for part in _opened(words)]
   return found
