@@ -133,6 +133,21 @@ def _opened(words):
   return [words] if words else []
 
 
+def saved_files(text):
+  """{name: content} of the Python files that a page asks its reader to save.
+
+  A block is one where the line before it names a file `NAME.py`; a whole config is my_config.py.
+  """
+  found = {}
+  for match in _FENCE.finditer(text):
+    if match[1] == 'python':
+      before = text[: match.start()].rstrip().rpartition('\n')[2]
+      names = re.findall(r'`(\w+\.py)`', before)
+      if names or 'def get_config():' in match[2]:
+        found.setdefault(names[-1] if names else 'my_config.py', match[2])
+  return found
+
+
 def every_command(root=ROOT):
   """The commands of all pages."""
   return [

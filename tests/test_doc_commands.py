@@ -69,14 +69,22 @@ def _kind(command):
   program = _program(words[0])
   if program == 'python' and words[1:2] == ('-m',):
     module = words[2]
-    kinds = {'pip': 'pip', 'venv': 'shell'}
+    kinds = {'pip': 'pip', 'venv': 'shell', 'pytest': 'pytest'}
     return 'entry' if module.startswith('ftjax.') else kinds.get(module)
   if program == 'python' and len(words) > 1 and words[1].endswith('.py'):
-    return 'small script' if words[1] in SMALL else 'script'
+    return 'small script' if words[1] in SMALL else _script(words[1])
+  if program == 'python' and words[1:2] == ('-c',):
+    return 'program'
   if program.startswith('launch/') and program.endswith('.sh'):
     return 'launcher'
-  kinds = {'ftjax': 'entry', 'pip': 'pip', 'make': 'make'} | dict.fromkeys(SHELL, 'shell')
-  return kinds.get(program)
+  kinds = {name: name for name in ('gcloud', 'make', 'pip')} | dict.fromkeys(SHELL, 'shell')
+  return 'entry' if program == 'ftjax' else kinds.get(program)
+
+
+def _script(path):
+  """'script' if a script can be stopped after it has parsed its arguments, else None."""
+  file = ROOT / path
+  return 'script' if file.is_file() and 'argparse' in file.read_text() else None
 
 
 def _program(word):
@@ -95,23 +103,18 @@ def all_commands():
 
 
 def of_kind(*kinds):
-  """{words: the first command with them} of some classes."""
+  """The commands of some classes, those with the same words on one page once."""
   found = {}
   for command in all_commands():
     if _kind(command) in kinds:
-      found.setdefault(command.words, command)
-  assert found, kinds
-  return found
+      found.setdefault((command.words, bool(saved(command.page)) and command.page), command)
+  return list(found.values())
 
 
-def my_config():
-  """The config of the README, as a page asks to save it."""
-  (block,) = [
-    b
-    for b in re.findall(r'^```python\n(.*?)^```$', (ROOT / 'README.md').read_text(), re.S | re.M)
-    if 'def get_config' in b
-  ]
-  return block
+@functools.cache
+def saved(page):
+  """{name: content} of the files that a page asks its reader to save."""
+  return doc_commands.saved_files((ROOT / page).read_text())
 
 
 def write_rows(file, rows):
@@ -178,10 +181,10 @@ def test_other_lines_are_in_no_class(line):
 # Entries and scripts
 
 
-def dry_run(rows, folder):
-  """What doc_dry_run.py reports of [words], in order."""
+def dry_run(rows):
+  """What doc_dry_run.py reports of [(words, folder)], in order."""
   script = ROOT / 'tests' / 'doc_dry_run.py'
-  sent = json.dumps([{'words': words, 'folder': str(folder)} for words in rows])
+  sent = json.dumps([{'words': words, 'folder': str(folder)} for words, folder in rows])
   # Without the tests' own flags of XLA, and with nothing of a user.
   clean = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'XLA_', 'HF_'))}
   command = [sys.executable, str(script)]
@@ -191,12 +194,20 @@ def dry_run(rows, folder):
 
 
 @pytest.fixture(scope='module')
-def scratch(tmp_path_factory):
-  """A folder with the files that pages ask a reader to make."""
-  folder = tmp_path_factory.mktemp('a reader')
-  (folder / 'my_config.py').write_text(my_config())
-  (folder / 'my_algorithm.py').write_text(MY_ALGORITHM)
-  return folder
+def folder_of(tmp_path_factory):
+  """`folder_of(page)` is a folder with the files that the page asks its reader to save."""
+  root = tmp_path_factory.mktemp('a reader')
+
+  def make(page):
+    folder = root / (page if saved(page) else 'any page')
+    if not folder.exists():
+      folder.mkdir(parents=True)
+      files = {'my_algorithm.py': MY_ALGORITHM} | saved('README.md') | saved(page)
+      for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+  return make
 
 
 def standard(words):
@@ -217,19 +228,18 @@ def problem(words, found):
   return '' if is_right else json.dumps(found)
 
 
-def test_entries_and_scripts_have_the_right_flags_configs_and_keys(scratch):
+def test_entries_and_scripts_have_the_right_flags_configs_and_keys(folder_of):
   found = of_kind('entry', 'script')
-  rows = [standard(words) for words in found]
-  reports = dry_run(rows, scratch)
-  assert len(reports) == len(rows) > 60
+  rows = [(standard(command.words), folder_of(command.page)) for command in found]
+  reports = dry_run(rows)
+  assert len(reports) == len(found) > 60
   wrong = {
     str(command): why
-    for command, words, report in zip(found.values(), rows, reports, strict=True)
+    for command, (words, _), report in zip(found, rows, reports, strict=True)
     if (why := problem(words, report))
   }
   assert not wrong
-  trained = [w for w, r in zip(rows, reports, strict=True) if r['checked']]
-  assert len(trained) > 40
+  assert sum(report['checked'] for report in reports) > 40
 
 
 WRONG = [
@@ -252,10 +262,10 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_wrong_commands_are_found(scratch):
-  rows = [line.split() for line in WRONG]
-  reports = dry_run(rows, scratch)
-  unseen = [w for w, r in zip(rows, reports, strict=True) if not problem(w, r)]
+def test_wrong_commands_are_found(folder_of):
+  rows = [(line.split(), folder_of('README.md')) for line in WRONG]
+  reports = dry_run(rows)
+  unseen = [w for (w, _), r in zip(rows, reports, strict=True) if not problem(w, r)]
   assert not unseen
 
 
@@ -291,42 +301,72 @@ def small_files(folder):
   write_rows(folder / 'runs/gemma/eval/sentiment.jsonl', results)
 
 
-def test_small_scripts_run_as_they_stand(scratch):
-  small_files(scratch)
+def run_python(words, folder):
+  """Python with the repository on its path, in a folder."""
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, *words]
+  done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, (words, done.stderr)
+  return done.stdout
+
+
+def test_small_scripts_run_as_they_stand(folder_of):
   found = of_kind('small script')
-  for words in found:
-    command = [sys.executable, str(ROOT / words[1]), *words[2:]]
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (words, done.stderr)
-    wanted = SMALL[words[1]]
-    assert done.stdout if wanted is None else (scratch / wanted).stat().st_size
-  assert {words[1] for words in found} == SMALL.keys()
+  for command in found:
+    small_files(folder := folder_of(command.page))
+    script, *rest = command.words[1:]
+    printed = run_python([str(ROOT / script), *rest], folder)
+    wanted = SMALL[script]
+    assert printed if wanted is None else (folder / wanted).stat().st_size
+  assert {command.words[1] for command in found} == SMALL.keys()
 
 
-# Launchers and make
+def test_programs_of_one_line_run_as_they_stand(folder_of):
+  for command in of_kind('program'):
+    run_python(command.words[1:], folder_of(command.page))
 
 
-def test_launchers_run_dry():
-  def dry(words):
-    more = [w for w in words[1:] if w != '--dry-run']
-    return launchers.run(words[0].removeprefix('launch/'), '--dry-run', *more)
+# Launchers, make, pytest and gcloud
 
+
+def test_launchers_run_dry(folder_of):
   found = of_kind('launcher')
+  folders = [folder_of(command.page) for command in found]
+
+  def dry(command, folder):
+    more = [w for w in command.words[1:] if w != '--dry-run']
+    launcher = command.words[0].removeprefix('launch/')
+    return launchers.run(launcher, '--dry-run', *more, cwd=folder)
+
   with multiprocessing.pool.ThreadPool(os.cpu_count()) as pool:
-    results = pool.map(dry, found)
-  wrong = {str(c): r[2] for c, r in zip(found.values(), results, strict=True) if r[0] or not r[1]}
+    results = pool.starmap(dry, zip(found, folders, strict=True))
+  wrong = {str(c): r[2] for c, r in zip(found, results, strict=True) if r[0] or not r[1]}
   assert len(found) > 12 and not wrong
 
 
 def test_make_knows_the_targets():
-  found = of_kind('make')
   wrong = {}
-  for words, command in found.items():
-    done = subprocess.run(['make', '-n', *words[1:]], cwd=ROOT, capture_output=True, text=True)
+  for command in of_kind('make'):
+    words = ['make', '-n', *command.words[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
       wrong[str(command)] = done.stderr
-  assert not wrong and len(found) > 10
+  assert not wrong and len(of_kind('make')) > 10
+
+
+def test_tests_that_pages_name_are_there():
+  files = [w for c in of_kind('pytest') for w in c.words[3:] if not w.startswith('-')]
+  assert not [file for file in files if not (ROOT / file.partition('::')[0]).exists()]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which('gcloud'), reason='no gcloud on PATH')
+def test_gcloud_knows_the_commands():
+  """By an unknown flag that is added: gcloud must name it alone."""
+  for command in of_kind('gcloud'):
+    words = [*command.words, '--ftjax-probe']
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert 'unrecognized arguments: --ftjax-probe' in done.stderr, (str(command), done.stderr)
 
 
 # Packages
@@ -368,7 +408,7 @@ def _after_pip(words):
 
 def test_pip_knows_the_flags_and_pyproject_the_extras():
   found = of_kind('pip')
-  wrong = {str(c): why for w, c in found.items() if (why := pip_problem(_after_pip(w)))}
+  wrong = {str(c): why for c in found if (why := pip_problem(_after_pip(c.words)))}
   assert not wrong and len(found) > 10
 
 
@@ -403,7 +443,7 @@ def shell_script(page):
 @pytest.mark.full
 @pytest.mark.skipif(not (ROOT / '.git').exists(), reason='no git checkout to clone')
 def test_checkouts_and_environments_are_made(tmp_path):
-  pages = {command.page for command in of_kind('shell').values()}
+  pages = {command.page for command in all_commands() if _kind(command) == 'shell'}
   assert 'README.md' in pages
   for page in pages:
     (folder := tmp_path / page).mkdir(parents=True)
@@ -429,7 +469,7 @@ def test_checkouts_and_environments_are_made(tmp_path):
 def tiny_runs():
   """{workdir: [words]} of the commands that train a config of random weights, and what follows."""
   found = collections.defaultdict(list)
-  for words in of_kind('entry'):
+  for words in dict.fromkeys(command.words for command in of_kind('entry')):
     if words[2:3] == ('ftjax.train',) and any(w.startswith('--config=tiny_') for w in words):
       (workdir,) = [w.partition('=')[2] for w in words if w.startswith('--workdir=')]
       found[workdir].append(words)
@@ -453,7 +493,7 @@ def test_the_commands_of_the_readme_work_one_after_another(tmp_path):
   assert tiny_run.run('train', arguments, folder=tmp_path)[0] == 0
   (tmp_path / '.cache').mkdir()
   shutil.copytree(tmp_path / 'runs/tiny/export', tmp_path / '.cache/smollm2')
-  (tmp_path / 'my_config.py').write_text(my_config())
+  (tmp_path / 'my_config.py').write_text(saved('README.md')['my_config.py'])
   rows = [
     {'messages': [{'role': 'user', 'content': f'{i} + 1 ='}, {'role': 'assistant', 'content': 'x'}]}
     for i in range(40)

@@ -146,6 +146,15 @@ def test_every_launcher_has_help():
     assert code == 0 and '--dry-run' in out and '--name=VALUE' in out and 'status|logs|stop' in out
 
 
+def test_commands_of_the_docs_have_dry_runs():
+  page = (ROOT / 'docs/launching.md').read_text()
+  lines = [x for x in page.splitlines() if x.startswith('launch/')]
+  assert len(lines) > 12
+  for line in lines:
+    launcher, *words = shlex.split(line)
+    assert dry(launcher.removeprefix('launch/'), *words), line
+
+
 # Manifests
 
 APPLY = 'kubectl --namespace=default apply -f -\n'
