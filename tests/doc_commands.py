@@ -1,4 +1,5 @@
-"""Collects the commands of README, docs and the other pages, for tests/test_doc_commands.py.
+"""The commands of README, docs and the other pages, and the class of each, for test_doc_commands.py
+and test_doc_runs.py.
 
 A fenced block without a language, or of sh, bash, shell or console, holds commands, one a line; a
 block that begins with `$ ` is a session, whose lines without `$ ` are output. Output and formulas
@@ -6,6 +7,8 @@ are labelled `text`. A code span is a command where it begins like one and has a
 """
 
 import dataclasses
+import functools
+import json
 import pathlib
 import re
 import shlex
@@ -155,6 +158,92 @@ def every_command(root=ROOT):
     for page in find_pages(root)
     for command in commands(page.read_text(), page.relative_to(root).as_posix())
   ]
+
+
+# Classes of commands
+
+# Beginning of a command: why no test here runs it. A file that it names does.
+ELSEWHERE = {
+  'gcloud auth application-default login': 'asks for a Google account in a browser',
+  'hf auth login': 'asks for a token of the Hugging Face hub',
+  'mpirun': 'MPI is not installed; the command that it starts is checked',
+  'ollama create': 'Ollama is in no package index; tests/test_gguf_export.py checks the Modelfile',
+  'ollama run': 'the same',
+  'python docs/make_config_keys.py': 'tests/test_config_keys.py calls it, and compares the page',
+  'srun': 'SLURM is not installed; the command that it starts is checked',
+  'third_party/bazel/debian.sh': 'needs Bazel: make bazel, and tests/test_build_files.py',
+}  # fmt: skip
+
+# Scripts that are executed on small files, and what they must write; the others are run dry.
+SMALL = {
+  'demo/canaries.py': 'TARGET_DIR/train.jsonl',
+  'demo/gemma_sentiment.py': '.cache/data/sentiment_text/train.jsonl',
+  'demo/gsm8k.py': 'data/gsm8k/test.jsonl',
+  'demo/held_out_loss.py': None,
+  'demo/sentiment_rewards.py': '.cache/data/sentiment_rewards/pairs.jsonl',
+}
+SHELL = ('.', 'cd', 'git', 'sha256sum')
+
+
+def kind(command):
+  """The class of a command; None where it has none."""
+  words = command.words
+  if elsewhere(command):
+    return 'elsewhere'
+  program = program_of(words[0])
+  if program == 'python' and words[1:2] == ('-m',):
+    module = words[2]
+    kinds = {'pip': 'pip', 'venv': 'shell', 'pytest': 'pytest'}
+    return 'entry' if module.startswith('ftjax.') else kinds.get(module)
+  if program == 'python' and len(words) > 1 and words[1].endswith('.py'):
+    return 'small script' if words[1] in SMALL else _script(words[1])
+  if program == 'python' and words[1:2] == ('-c',):
+    return 'program'
+  if program.startswith('launch/') and program.endswith('.sh'):
+    return 'launcher'
+  kinds = {name: name for name in ('gcloud', 'make', 'pip')} | dict.fromkeys(SHELL, 'shell')
+  return 'entry' if program == 'ftjax' else kinds.get(program)
+
+
+def _script(path):
+  """'script' if a script can be stopped after it has parsed its arguments, else None."""
+  file = ROOT / path
+  return 'script' if file.is_file() and 'argparse' in file.read_text() else None
+
+
+def program_of(word):
+  return 'python' if word in ('python3', '.venv/bin/python') else word.removeprefix('.venv/bin/')
+
+
+def elsewhere(command):
+  """The beginning in ELSEWHERE; None where it is not there."""
+  text = ' '.join([program_of(command.words[0]), *command.words[1:]])
+  return next((b for b in ELSEWHERE if text == b or text.startswith(f'{b} ')), None)
+
+
+@functools.cache
+def all_commands():
+  return every_command()
+
+
+def of_kind(*kinds):
+  """The commands of some classes, those with the same words on one page once."""
+  found = {}
+  for command in all_commands():
+    if kind(command) in kinds:
+      found.setdefault((command.words, bool(saved(command.page)) and command.page), command)
+  return list(found.values())
+
+
+@functools.cache
+def saved(page):
+  """{name: content} of the files that a page asks its reader to save."""
+  return saved_files((ROOT / page).read_text())
+
+
+def write_rows(file, rows):
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 if __name__ == '__main__':

@@ -1,12 +1,10 @@
 """Every command of README and docs is executed, or run up to where it would begin to work.
 
-`doc_commands.py` collects them. `_kind` puts each into a class, and there is a test for each class;
-a command of no class fails. What can be neither executed nor run dry stands in ELSEWHERE, with the
-reason. The longer ones are executed by the tests marked `full`, at the end of this file.
+doc_commands.py collects them and puts each into a class, for which there is a test here; a command
+of no class fails. What can be neither executed nor run dry stands in doc_commands.ELSEWHERE, with
+the reason. test_doc_runs.py executes the longer ones.
 """
 
-import collections
-import functools
 import itertools
 import json
 import multiprocessing.pool
@@ -20,37 +18,15 @@ import tomllib
 import doc_commands
 import launchers
 import pytest
-import tiny_run
-from doc_commands import ROOT
+from doc_commands import ELSEWHERE, ROOT, SMALL, all_commands, kind, of_kind, saved, write_rows
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-# Beginning of a command: why no test here runs it. A file that it names does.
-ELSEWHERE = {
-  'gcloud auth application-default login': 'asks for a Google account in a browser',
-  'hf auth login': 'asks for a token of the Hugging Face hub',
-  'mpirun': 'MPI is not installed; the command that it starts is checked',
-  'ollama create': 'Ollama is in no package index; tests/test_gguf_export.py checks the Modelfile',
-  'ollama run': 'the same',
-  'python docs/make_config_keys.py': 'tests/test_config_keys.py calls it, and compares the page',
-  'srun': 'SLURM is not installed; the command that it starts is checked',
-  'third_party/bazel/debian.sh': 'needs Bazel: make bazel, and tests/test_build_files.py',
-}  # fmt: skip
 
 # What an entry prints where its model or run is not there, which is looked for after all checks.
 NOT_THERE = re.compile(
   r'no such (local path|file or folder)|is no workdir of a run|there is no config\.json in it'
   r'|HF_HUB_OFFLINE is set; unset it to upload'
 )
-# Scripts that are executed on small files, and what they must write; the others are run dry.
-SMALL = {
-  'demo/canaries.py': 'TARGET_DIR/train.jsonl',
-  'demo/gemma_sentiment.py': '.cache/data/sentiment_text/train.jsonl',
-  'demo/gsm8k.py': 'data/gsm8k/test.jsonl',
-  'demo/held_out_loss.py': None,
-  'demo/sentiment_rewards.py': '.cache/data/sentiment_rewards/pairs.jsonl',
-}
-SHELL = ('.', 'cd', 'git', 'sha256sum')
 # Words in place of what a reader fills in.
 PLACES = {'--config=CONFIG': '--config=tiny_sft', '--topology=SLICE': '--topology=v5e:1x1'}
 MY_ALGORITHM = """import dataclasses
@@ -61,78 +37,17 @@ def build(): ...
 """
 
 
-def _kind(command):
-  """The class of a command; None where it has none."""
-  words = command.words
-  if _elsewhere(command):
-    return 'elsewhere'
-  program = _program(words[0])
-  if program == 'python' and words[1:2] == ('-m',):
-    module = words[2]
-    kinds = {'pip': 'pip', 'venv': 'shell', 'pytest': 'pytest'}
-    return 'entry' if module.startswith('ftjax.') else kinds.get(module)
-  if program == 'python' and len(words) > 1 and words[1].endswith('.py'):
-    return 'small script' if words[1] in SMALL else _script(words[1])
-  if program == 'python' and words[1:2] == ('-c',):
-    return 'program'
-  if program.startswith('launch/') and program.endswith('.sh'):
-    return 'launcher'
-  kinds = {name: name for name in ('gcloud', 'make', 'pip')} | dict.fromkeys(SHELL, 'shell')
-  return 'entry' if program == 'ftjax' else kinds.get(program)
-
-
-def _script(path):
-  """'script' if a script can be stopped after it has parsed its arguments, else None."""
-  file = ROOT / path
-  return 'script' if file.is_file() and 'argparse' in file.read_text() else None
-
-
-def _program(word):
-  return 'python' if word in ('python3', '.venv/bin/python') else word.removeprefix('.venv/bin/')
-
-
-def _elsewhere(command):
-  """The beginning in ELSEWHERE; None where it is not there."""
-  text = ' '.join([_program(command.words[0]), *command.words[1:]])
-  return next((b for b in ELSEWHERE if text == b or text.startswith(f'{b} ')), None)
-
-
-@functools.cache
-def all_commands():
-  return doc_commands.every_command()
-
-
-def of_kind(*kinds):
-  """The commands of some classes, those with the same words on one page once."""
-  found = {}
-  for command in all_commands():
-    if _kind(command) in kinds:
-      found.setdefault((command.words, bool(saved(command.page)) and command.page), command)
-  return list(found.values())
-
-
-@functools.cache
-def saved(page):
-  """{name: content} of the files that a page asks its reader to save."""
-  return doc_commands.saved_files((ROOT / page).read_text())
-
-
-def write_rows(file, rows):
-  file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
-
 # The collection
 
 
 def test_every_command_is_in_a_class():
   """Label a block of output or of a formula `text`; a new kind of command needs a test here."""
-  assert not [str(c) for c in all_commands() if _kind(c) is None]
+  assert not [str(c) for c in all_commands() if kind(c) is None]
   assert len(all_commands()) > 100
 
 
 def test_what_is_not_run_is_in_the_docs_and_has_its_reason():
-  used = {_elsewhere(c) for c in all_commands()}
+  used = {doc_commands.elsewhere(c) for c in all_commands()}
   assert not ELSEWHERE.keys() - used, 'no page has these; take them out of the table'
   named = re.findall(r'tests/\w+\.py', ' '.join(ELSEWHERE.values()))
   assert named and not [n for n in named if not (ROOT / n).exists()]
@@ -175,7 +90,7 @@ def test_what_a_command_starts_is_a_command_too():
 @pytest.mark.parametrize('line', ['rm -rf x', 'accuracy 0.9 [0.8, 1.0]', 'python -m http.server'])
 def test_other_lines_are_in_no_class(line):
   (found,) = doc_commands.commands(f'```\n{line}\n```\n', 'p.md')
-  assert _kind(found) is None
+  assert kind(found) is None
 
 
 # Entries and scripts
@@ -212,7 +127,7 @@ def folder_of(tmp_path_factory):
 
 def standard(words):
   """Words with the interpreter as `python`, and placeholders filled in."""
-  return [_program(words[0]), *(PLACES.get(w, w) for w in words[1:])]
+  return [doc_commands.program_of(words[0]), *(PLACES.get(w, w) for w in words[1:])]
 
 
 def problem(words, found):
@@ -426,98 +341,3 @@ def test_pip_knows_the_flags_and_pyproject_the_extras():
 )
 def test_a_wrong_install_is_found(line):
   assert pip_problem(line.split())
-
-
-# Executed as they stand; all but the first take longer.
-
-
-def shell_script(page):
-  """The lines of shell of a page's blocks, in order; other commands are left out."""
-  kept = collections.defaultdict(list)
-  for command in all_commands():
-    if command.page == page and not command.is_span and _kind(command) == 'shell':
-      kept[command.line].append(command.text)
-  return '\n'.join(' && '.join(parts) for _, parts in sorted(kept.items()))
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='no git checkout to clone')
-def test_checkouts_and_environments_are_made(tmp_path):
-  pages = {command.page for command in all_commands() if _kind(command) == 'shell'}
-  assert 'README.md' in pages
-  for page in pages:
-    (folder := tmp_path / page).mkdir(parents=True)
-    text = shell_script(page).replace('REPOSITORY', str(ROOT))
-    if 'sha256sum' in text:
-      (folder / 'a').write_bytes(b'a')
-      sums = subprocess.run(['sha256sum', 'a'], cwd=folder, capture_output=True, check=True).stdout
-      (folder / 'SHA256SUMS').write_bytes(sums)
-    done = subprocess.run(
-      ['bash', '-euc', f'{text}\ncommand -v python'],
-      cwd=folder,
-      capture_output=True,
-      text=True,
-      stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, (page, text, done.stderr)
-    if 'venv' in text:
-      assert done.stdout.strip().startswith(str(folder))
-    if 'git clone' in text:
-      assert (folder / 'ftjax/pyproject.toml').exists()
-
-
-def tiny_runs():
-  """{workdir: [words]} of the commands that train a config of random weights, and what follows."""
-  found = collections.defaultdict(list)
-  for words in dict.fromkeys(command.words for command in of_kind('entry')):
-    if words[2:3] == ('ftjax.train',) and any(w.startswith('--config=tiny_') for w in words):
-      (workdir,) = [w.partition('=')[2] for w in words if w.startswith('--workdir=')]
-      found[workdir].append(words)
-  return found
-
-
-@pytest.mark.full
-@pytest.mark.parametrize('workdir', sorted(tiny_runs()))
-def test_tiny_runs_of_the_docs_end_as_shown(workdir, tmp_path):
-  for words in tiny_runs()[workdir]:
-    code, log = tiny_run.run('train', words[3:], folder=tmp_path)
-    # The page shows that the loss is not finite.
-    assert code == (4 if workdir == 'runs/nan' else 0), log
-    shutil.rmtree(tmp_path / workdir)
-
-
-@pytest.mark.full
-def test_the_commands_of_the_readme_work_one_after_another(tmp_path):
-  """On rows and a model of random weights in place of the reader's own."""
-  arguments = ['--config=tiny_sft', f'--workdir={tmp_path}/runs/tiny', '--config.steps=2']
-  assert tiny_run.run('train', arguments, folder=tmp_path)[0] == 0
-  (tmp_path / '.cache').mkdir()
-  shutil.copytree(tmp_path / 'runs/tiny/export', tmp_path / '.cache/smollm2')
-  (tmp_path / 'my_config.py').write_text(saved('README.md')['my_config.py'])
-  rows = [
-    {'messages': [{'role': 'user', 'content': f'{i} + 1 ='}, {'role': 'assistant', 'content': 'x'}]}
-    for i in range(40)
-  ]
-  write_rows(tmp_path / 'train.jsonl', rows)
-  asked = [{'messages': row['messages'][:1], 'answer': 'x'} for row in rows[:6]]
-  write_rows(tmp_path / 'test.jsonl', asked)
-  done = []
-  for command in all_commands():
-    is_mine = any('runs/mine' in w or 'my_config.py' in w for w in command.words)
-    is_left_out = any(w.startswith(('--push', '--topology')) for w in command.words)  # see README
-    if command.page != 'README.md' or _kind(command) != 'entry' or not is_mine or is_left_out:
-      continue
-    if any('runs/other' in w for w in command.words):
-      shutil.copytree(tmp_path / 'runs/mine', tmp_path / 'runs/other')
-    entry = command.words[2].removeprefix('ftjax.')
-    code, log = tiny_run.run(entry, list(command.words[3:]), folder=tmp_path)
-    assert code == 0, (str(command), log)
-    done.append(entry)
-  assert done[:3] == ['preview', 'train', 'evaluate'] and done.count('convert') == 2
-  for file in (
-    'runs/mine/report.html',
-    'comparison.html',
-    'gguf/mine.gguf',
-    'models/mine/config.json',
-  ):
-    assert (tmp_path / file).stat().st_size, file
