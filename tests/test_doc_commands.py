@@ -37,12 +37,18 @@ def build(): ...
 """
 
 
+def listed(lines):
+  """A message that pytest does not shorten."""
+  return '\n' + '\n'.join(lines)
+
+
 # The collection
 
 
 def test_every_command_is_in_a_class():
   """Label a block of output or of a formula `text`; a new kind of command needs a test here."""
-  assert not [str(c) for c in all_commands() if kind(c) is None]
+  left = [str(c) for c in all_commands() if kind(c) is None]
+  assert not left, listed(left)
   assert len(all_commands()) > 100
 
 
@@ -153,7 +159,7 @@ def test_entries_and_scripts_have_the_right_flags_configs_and_keys(folder_of):
     for command, (words, _), report in zip(found, rows, reports, strict=True)
     if (why := problem(words, report))
   }
-  assert not wrong
+  assert not wrong, listed(f'{command}\n  {why}' for command, why in wrong.items())
   assert sum(report['checked'] for report in reports) > 40
 
 
