@@ -21,6 +21,9 @@ _SPAN_COMMAND = re.compile(
   r'(?:\w+=\S+ )*(?:(?:\.venv/bin/)?python3? (?:-m [\w.]+ |\S+\.py\b)|ftjax \w+ -|make [a-z]|'
   r'(?:pip|docker|kubectl|gcloud|git|hf|ollama|srun|mpirun) \w+ \S|launch/\w+\.sh \S)'
 )
+_HIDDEN = (
+  r'^(\$ .*|python3? -m (ftjax|pip).*|ftjax \w+ --.*|pip install .*|launch/\w+\.sh.*|make [a-z-]+)$'
+)
 _ENDS = {'&&', '||', '|', ';', '&'}
 
 
@@ -134,6 +137,21 @@ def _opened(words):
     inner = [i for i, w in enumerate(words) if w.startswith('python')]
     return [words[: inner[0]], *_opened(words[inner[0] :])] if inner else [words]
   return [words] if words else []
+
+
+def unread(text):
+  """[(line, why)] of the blocks of a page that `commands` does not read, and should."""
+  found, inside = [], [(m.start(), m.end()) for m in _FENCE.finditer(text)]
+  for mark in re.finditer(r'^ *(```|~~~).*$', text, re.MULTILINE):
+    if not any(start <= mark.start() < end for start, end in inside):
+      why = f'{mark[0]}: a block begins with ``` and at most one word, not indented'
+      found.append((text.count('\n', 0, mark.start()) + 1, why))
+  for match in _FENCE.finditer(text):
+    hidden = match[1] == 'text' and re.search(_HIDDEN, match[2], re.MULTILINE)
+    if hidden:
+      why = f'{hidden[0]}: a command in a block labelled text'
+      found.append((text.count('\n', 0, match.start()) + 1, why))
+  return found
 
 
 def saved_files(text):

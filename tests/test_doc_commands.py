@@ -52,6 +52,28 @@ def test_every_command_is_in_a_class():
   assert len(all_commands()) > 100
 
 
+def test_no_block_is_left_unread():
+  wrong = [
+    f'{page.relative_to(ROOT)}:{line}: {why}'
+    for page in doc_commands.find_pages()
+    for line, why in doc_commands.unread(page.read_text())
+  ]
+  assert not wrong, listed(wrong)
+
+
+@pytest.mark.parametrize(
+  'block',
+  [
+    '- item\n\n  ```\n  make demo\n  ```\n',
+    '```shell-session\n$ make demo\n```\n',
+    '~~~\nmake demo\n~~~\n',
+    '```text\nmake demo\n```\n',
+  ],
+)
+def test_a_block_that_is_not_read_is_found(block):
+  assert doc_commands.unread(f'# P\n\n{block}')
+
+
 def test_what_is_not_run_is_in_the_docs_and_has_its_reason():
   used = {doc_commands.elsewhere(c) for c in all_commands()}
   assert not ELSEWHERE.keys() - used, 'no page has these; take them out of the table'

@@ -21,9 +21,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / 'docs' / 'site'))
 import pages  # noqa: E402 # the folder is no package
 
-PYTHON = ROOT / os.environ.get('DOCS_VENV', '.venv-docs') / 'bin' / 'python'
+ENVIRONMENT = ROOT / os.environ.get('DOCS_VENV', '.venv-docs')
+PYTHON = ENVIRONMENT / 'bin' / 'python'
 needs_sphinx = pytest.mark.skipif(
-  not PYTHON.exists(), reason=f'no {PYTHON.relative_to(ROOT)}; make docs makes it, and .ci/run'
+  not (ENVIRONMENT / '.ready').exists(),
+  reason=f'no {ENVIRONMENT.name}: make docs makes it; .ci/run does so before the tests',
 )
 needs_browser = pytest.mark.skipif(
   chromium.find() is None, reason=f'no browser: none of {", ".join(chromium.NAMES)} is on PATH'

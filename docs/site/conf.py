@@ -28,6 +28,7 @@ html_static_path = [str(_HERE / 'static')]
 html_css_files = ['site.css']
 html_js_files = ['site.js']
 html_copy_source = False
+html_use_index = False
 html_show_sphinx = False
 html_theme_options = {'top_of_page_buttons': []}
 pygments_style, pygments_dark_style = 'tango', 'monokai'
