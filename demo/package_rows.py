@@ -63,6 +63,11 @@ def split(items: Iterable, group: Callable[..., str], num_test: int) -> tuple[li
   return train, test
 
 
+def short(text: str) -> str:
+  """A short name for a text, as the group of the rows that share it."""
+  return sha256(normalized(text))[:12]
+
+
 def user(text: str) -> Rows:
   return [{'role': 'user', 'content': text}]
 

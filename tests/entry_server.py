@@ -172,7 +172,7 @@ def _import_what_entries_need() -> None:
   """Imports libraries, and of ftjax what defines no flags; no backend of jax is started."""
   import importlib
 
-  names = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo')
+  names = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo', 'distill')
   for name in (*(f'algorithms.{n}' for n in names), 'planning.compile'):
     importlib.import_module(f'ftjax.{name}')
 

@@ -96,6 +96,12 @@ def task(name='sentiment', group='task', outcome='better', models=('base', 'base
       | {'counts': [[150, 45, 5], [20, 180, 0]]}
       for m in models
     },
+    'most_frequent': {
+      'label': {'class': 'positive', 'n': 200, 'share': 0.5},
+      'answers': {
+        m: {'class': 'positive', 'n': 240, 'share': 0.6, 'label_share': 0.5} for m in models
+      },
+    },
     'calibration': {m: {'bins': bins, 'ece': 0.083} for m in models},
     'contamination': {
       'ngram': 13, 'contaminated': 0, 'n': 400, 'near_duplicates': 0, 'scores_clean': {},
@@ -199,6 +205,8 @@ def hostile():
   found['scores']['tuned']['mcc'] = {'value': None, 'low': None, 'high': None, 'why': bad()}
   for matrix in found['confusion'].values():
     matrix['labels'], matrix['predictions'] = [bad(), bad()], [bad(), bad(), bad()]
+  for record in (found['most_frequent']['label'], *found['most_frequent']['answers'].values()):
+    record |= {'class': bad(), 'n': 380, 'share': 0.95}
   found['per_class'] = {
     m: {bad(): s for s in [p['negative']]} for m, p in found['per_class'].items()
   }

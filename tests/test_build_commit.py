@@ -45,6 +45,15 @@ def test_a_checkout_is_asked(checkout, monkeypatch):
   assert build_commit.find(checkout) == BuildCommit()
 
 
+def test_files_that_differ_from_a_commit(checkout):
+  commit = git(checkout, 'rev-parse', 'HEAD')
+  assert build_commit.changed_files(checkout, commit, 'ftjax') == []
+  (checkout / 'ftjax' / 'a.py').write_text('a = 2\n')
+  assert build_commit.changed_files(checkout, commit, 'ftjax') == ['ftjax/a.py']
+  assert build_commit.changed_files(checkout, SHA, 'ftjax') == []
+  assert build_commit.changed_files(checkout / 'ftjax', commit, 'ftjax') == []
+
+
 def test_a_folder_inside_another_checkout_is_not_of_its_commit(checkout):
   inner = checkout / 'site-packages'
   (inner / 'ftjax').mkdir(parents=True)

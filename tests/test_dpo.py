@@ -17,15 +17,15 @@ from ftjax.algorithms import preference as preference_loss
 from ftjax.config import algorithms, choices
 from ftjax.experiment import run as experiment
 from ftjax.experiment.trainer import Trainer
-from ftjax.losses import preference
+from ftjax.losses import preference, preference_table
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.models.forward import Forward
 from ftjax.runtime import trees
 from ftjax.runtime.errors import ConfigError
 
-NAMES = tuple(preference.LOSSES)
-PAIRED = [n for n in NAMES if preference.LOSSES[n].paired]
+NAMES = tuple(preference_table.LOSSES)
+PAIRED = [n for n in NAMES if preference_table.LOSSES[n].paired]
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def forward(batch, moved=True, **changes):
   arch, reference, policy = _start()
   c = tiny_pairs.settings(**changes)
   params = policy if moved else reference
-  if preference.LOSSES[c.dpo.loss].needs_reference:
+  if preference_table.LOSSES[c.dpo.loss].needs_reference:
     params = params | {'reference': reference}
   loss = jax.jit(dpo.make_loss(Forward(arch, jnp.dtype(c.model.compute_dtype)), c))
   total, weight, metrics = loss(params, tiny_pairs.flat_on_devices(batch), None)
@@ -147,7 +147,13 @@ def plain():
   return batch, out
 
 
-@pytest.mark.parametrize('name', NAMES)
+# One for each way in which the inputs of a loss are made; each is a compilation.
+WAYS = ('sigmoid', 'cpo', 'aot', 'kto')
+
+
+@pytest.mark.parametrize(
+  'name', [n if n in WAYS else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+)
 def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   """Through packed rows and the chunked head, from the numbers of a plain forward."""
   batch, m = plain
@@ -158,7 +164,7 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   changes = {f'dpo__{k}': v for k, v in coefficients.items() if f'dpo.{k}' not in idle}
   changes['dpo__loss'] = name
   metrics = forward(batch, **changes)
-  row, ones = preference.LOSSES[name], np.ones(tiny_pairs.ROWS, np.float32)
+  row, ones = preference_table.LOSSES[name], np.ones(tiny_pairs.ROWS, np.float32)
   run = tiny_pairs.shapes_only(tiny_pairs.settings(**changes))
   assert (algorithms.place(run.config, 'reference') == 'state') == row.needs_reference
   known = {k: jnp.float32(v) for k, v in m.items()}
@@ -179,6 +185,14 @@ def test_every_loss_is_the_tables_function_of_plain_log_probs(name, plain):
   if row.paired:
     assert metrics['logps/chosen'] == pytest.approx(float(m['first'].mean()), rel=1e-5)
     assert metrics['logps/rejected'] == pytest.approx(float(m['second'].mean()), rel=1e-5)
+
+
+def test_a_loss_that_sorts_the_pairs_is_the_same_on_a_mesh(plain, use_mesh):
+  expected = forward(plain[0], dpo__loss='aot_unpaired')
+  use_mesh(data=2, fsdp=2, tensor=2)
+  metrics, _, _ = one_step(plain[0], nudge=0.02, dpo__loss='aot_unpaired')
+  for key, value in expected.items():
+    assert metrics[key] == pytest.approx(value, rel=3e-5, abs=1e-6), key
 
 
 @pytest.mark.parametrize('name', ['orpo', 'kto'])
@@ -324,7 +338,8 @@ def test_the_alarm_of_a_reward_model_compares_scores():
 
 def test_the_names_of_the_losses_are_those_of_the_table():
   for name in NAMES:
-    assert preference_loss.settings(tiny_pairs.settings(dpo__loss=name)).beta == 0.1
+    needs = dict(dpo__label_smoothing=0.1) if name == 'exo' else {}
+    assert preference_loss.settings(tiny_pairs.settings(dpo__loss=name, **needs)).beta == 0.1
   with pytest.raises(ConfigError, match=r'dpo\.loss='):
     tiny_pairs.settings(dpo__loss='ppo')
   assert set(choices.CHOICES['dpo.loss']) == set(NAMES)
@@ -335,6 +350,11 @@ def test_the_names_of_the_losses_are_those_of_the_table():
   [
     (dict(dpo__loss='kto', grad_accum=2), 'grad_accum=2'),
     (dict(dpo__loss='kto', eval__batch_size=1), 'at least 2'),
+    (dict(dpo__loss='aot', grad_accum=2), 'compares the examples of the whole step'),
+    (dict(dpo__loss='exo'), 'label_smoothing=0'),
+    (dict(dpo__loss='discopop', dpo__tau=0.0), r'dpo\.tau=0'),
+    (dict(dpo__loss='nca', dpo__divergence='js'), r'dpo\.divergence'),
+    (dict(dpo__divergence_alpha=0.3), r'dpo\.divergence'),
     (dict(dpo__beta=0.0), 'dpo.beta'),
     (dict(dpo__label_smoothing=0.5), 'label_smoothing'),
     (dict(loss__z_loss=1.0), 'loss.z_loss=1.0 does nothing'),

@@ -248,7 +248,7 @@ def test_an_adapter_of_experts_is_read_with_one_leaf_more(tmp_path, model):
   (folder := tmp_path / 'm').mkdir()
   write_holes(folder, CONFIGS[model], 'float32')
   params, leaf, peak, written = run(ADAPTER, folder, tmp_path / 'out')
-  assert params > 60e6 and peak <= params + leaf + SLACK
+  assert params > 60e6 and peak <= params + leaf + SLACK / 2, (peak, params, leaf)
   assert written <= SLACK
 
 

@@ -7,6 +7,7 @@ their systems, gcloud commands against gcloud's own parser, scripts against thei
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -146,13 +147,18 @@ def test_every_launcher_has_help():
     assert code == 0 and '--dry-run' in out and '--name=VALUE' in out and 'status|logs|stop' in out
 
 
-def test_commands_of_the_docs_have_dry_runs():
-  page = (ROOT / 'docs/launching.md').read_text()
-  lines = [x for x in page.splitlines() if x.startswith('launch/')]
-  assert len(lines) > 12
-  for line in lines:
+# A command of a launcher, in a block of code or in a cell of a table.
+COMMAND = re.compile(r'^(?:\|[^|]*\| `)?(launch/\w+\.sh [^`\n]+)', re.MULTILINE)
+
+
+def test_commands_of_the_docs_have_dry_runs(tmp_path):
+  (tmp_path / 'my_config.py').write_text('# a config of the reader\n')
+  pages = sorted((ROOT / 'docs').glob('*.md'))
+  found = {p.name: COMMAND.findall(p.read_text()) for p in pages}
+  assert len(found['launching.md']) > 12 and len(found['install.md']) > 8
+  for line in dict.fromkeys(line for lines in found.values() for line in lines):
     launcher, *words = shlex.split(line)
-    assert dry(launcher.removeprefix('launch/'), *words), line
+    assert dry(launcher.removeprefix('launch/'), *words, cwd=tmp_path), line
 
 
 # Manifests

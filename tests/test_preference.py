@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.losses import preference
-from ftjax.losses.preference import LOSSES, Pairs, Settings, Singles
+from ftjax.losses import preference, reward_model
+from ftjax.losses.preference import Pairs, Settings, Singles
+from ftjax.losses.preference_table import DIVERGENCES, LOSSES
 
 LOG2 = math.log(2)
 # Compiled whole: operation by operation these tests take a minute.
 loss = jax.jit(preference.loss, static_argnums=(0, 3))
 PAIRED = [name for name, row in LOSSES.items() if row.paired]
 WITH_REFERENCE = [name for name in PAIRED if LOSSES[name].needs_reference]
+# z of KTO is computed before.
+WHOLE_STEP = [name for name in PAIRED if LOSSES[name].whole_step]
 ALL_TERMS = Settings(beta=0.3, label_smoothing=0.1, gamma=0.4, nll_coef=0.5)
 
 
@@ -51,7 +54,7 @@ def random_batch(name, count=6, seed=0):
 
 
 def take(batch, rows):
-  return type(batch)(*(a[rows] if a.ndim else a for a in batch))
+  return type(batch)(*(a[rows] if jnp.ndim(a) else a for a in batch))
 
 
 # r_w = 2, r_l = -1; r_w / |w| = 1, r_l / |l| = -1/4.
@@ -60,6 +63,10 @@ BY_HAND = pairs(-3.0, -6.0, -5.0, -5.0, tokens=(2.0, 4.0), nll=1.5)
 
 def log_sigmoid(x):
   return -math.log1p(math.exp(-x))
+
+
+def sigmoid(x):
+  return 1 / (1 + math.exp(-x))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +86,43 @@ def log_sigmoid(x):
       'robust',
       Settings(beta=0.5, label_smoothing=0.25),
       (-0.75 * log_sigmoid(1.5) + 0.25 * log_sigmoid(-1.5)) / 0.5,
+    ),
+    (
+      'exo',
+      Settings(beta=0.5, label_smoothing=0.1),
+      sigmoid(1.5) * (log_sigmoid(1.5) - math.log(0.9))
+      + sigmoid(-1.5) * (log_sigmoid(-1.5) - math.log(0.1)),
+    ),
+    (
+      'discopop',
+      Settings(beta=0.5, tau=0.5),
+      -log_sigmoid(1.5) * sigmoid(-3.0) + math.exp(-1.5) * sigmoid(3.0),
+    ),
+    (
+      'nca',
+      Settings(beta=0.5),
+      -log_sigmoid(1.0) - 0.5 * log_sigmoid(-1.0) - 0.5 * log_sigmoid(0.5),
+    ),
+    ('sppo', Settings(beta=0.5), 1.0),
+    ('apo_zero', Settings(beta=0.5), sigmoid(-1.0) + sigmoid(-0.5)),
+    ('apo_down', Settings(beta=0.5), sigmoid(1.0) + sigmoid(-1.5)),
+    # The mean of the rewards 1 and -1/2 is 1/4.
+    ('bco', Settings(beta=0.5), -2 * log_sigmoid(0.75)),
+    # exp r is e^2 and e^-1.
+    (
+      'sigmoid',
+      Settings(beta=0.5, divergence='forward_kl'),
+      -log_sigmoid(0.5 * (math.exp(1) - math.exp(-2))),
+    ),
+    (
+      'hinge',
+      Settings(beta=0.1, divergence='js'),
+      1 - 0.1 * (log_sigmoid(2.0) - log_sigmoid(-1.0)),
+    ),
+    (
+      'sigmoid_norm',
+      Settings(beta=0.5, divergence='alpha', divergence_alpha=2.0),
+      -log_sigmoid(0.5 * ((math.exp(2) - 1) / 2 - (math.exp(-1) - 1) / 4)),
     ),
     # Means of log-probs: -3/2 and -6/4, equal.
     ('simpo', Settings(beta=2.0, gamma=0.5), -log_sigmoid(-0.5)),
@@ -103,8 +147,58 @@ def test_kto_by_hand():
     jnp.array([-1.0, -4.0]), jnp.array([-4.0, -4.0]), jnp.array([True, False]), jnp.float32(1.0)
   )
   got = LOSSES['kto'].function(rows, Settings(beta=0.5, desirable=2.0, undesirable=3.0))
-  sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
   np.testing.assert_allclose(got, [2 * (1 - sigmoid(1.0)), 3 * (1 - sigmoid(0.5))], rtol=1e-6)
+
+
+# r_w = 3, -1 and r_l = 0, 2; the policy's differences are 4 and 0, the reference's 1 and 3.
+TWO = pairs([-1.0, -4.0], [-5.0, -4.0], [-4.0, -3.0], [-5.0, -6.0], tokens=([1.0] * 2, [1.0] * 2))
+
+
+def test_losses_that_sort_by_hand():
+  """aot: 4 against 3 and 0 against 1; aot_unpaired: 3 against 2 and -1 against 0."""
+  aot, unpaired = (LOSSES[n].function(TWO, Settings(beta=0.5)) for n in ('aot', 'aot_unpaired'))
+  expected = [-log_sigmoid(0.5), -log_sigmoid(-0.5)]
+  np.testing.assert_allclose(aot, expected, rtol=1e-6)
+  np.testing.assert_allclose(unpaired, expected, rtol=1e-6)
+  batch = random_pairs()
+  both = np.sort(batch.chosen - batch.ref_chosen) - np.sort(batch.rejected - batch.ref_rejected)
+  found = LOSSES['aot_unpaired'].function(batch, Settings(beta=0.01))
+  np.testing.assert_allclose(
+    np.sort(found)[::-1], [-log_sigmoid(0.01 * x) for x in np.sort(both)], rtol=1e-5
+  )
+
+
+def test_the_mean_reward_by_hand():
+  """The rewards 1.5, -0.5, 0 and 1 have the mean 1/2."""
+  found = LOSSES['bco'].function(TWO, Settings(beta=0.5))
+  expected = [-log_sigmoid(1.0) - log_sigmoid(0.5), -log_sigmoid(-1.0) - log_sigmoid(-0.5)]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  gradient = jax.grad(lambda c: LOSSES['bco'].function(TWO._replace(chosen=c), Settings(0.5)).sum())
+  np.testing.assert_allclose(  # the mean is a constant
+    gradient(TWO.chosen), [-0.5 * sigmoid(-1.0), -0.5 * sigmoid(1.0)], rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize('name', DIVERGENCES)
+def test_divergences(name):
+  """They increase with the log-ratio, are 0 at equality with slope 1 or 1/2, and stay finite."""
+  c = Settings(divergence=name)
+  r = jnp.linspace(-3, 3, 13)
+  found = DIVERGENCES[name](r, c)
+  assert float(found[6]) == pytest.approx(0, abs=1e-7) and (jnp.diff(found) > 0).all()
+  slope = jax.grad(lambda r: DIVERGENCES[name](r, c))(0.0)
+  assert float(slope) == pytest.approx(0.5 if name == 'js' else 1.0)
+  for extreme in (-2000.0, 2000.0):
+    value, gradient = jax.value_and_grad(lambda r: DIVERGENCES[name](r, c))(extreme)
+    assert np.isfinite(value) and np.isfinite(gradient)
+
+
+def test_alpha_lies_between_the_divergences():
+  """1 is reverse_kl, and 0 is forward_kl."""
+  r = jnp.linspace(-3, 3, 13)
+  for order, other in ((1.0, 'reverse_kl'), (0.0, 'forward_kl'), (1.0 + 1e-7, 'reverse_kl')):
+    found = DIVERGENCES['alpha'](r, Settings(divergence_alpha=order))
+    np.testing.assert_allclose(found, DIVERGENCES[other](r, Settings()), rtol=1e-6)
 
 
 def test_reference_point():
@@ -121,10 +215,14 @@ def test_step_zero():
   batch = random_pairs()
   same = batch._replace(ref_chosen=batch.chosen, ref_rejected=batch.rejected)
   ones = jnp.ones_like(batch.chosen)
-  zero_loss = {'sigmoid': LOG2, 'sigmoid_norm': LOG2, 'ipo': 25.0, 'hinge': 1.0, 'robust': LOG2}
+  names = ('sigmoid', 'sigmoid_norm', 'robust', 'aot', 'aot_unpaired')
+  zero_loss = dict.fromkeys(names, LOG2) | {
+    'ipo': 25.0, 'hinge': 1.0, 'exo': -LOG2 - 0.5 * math.log(0.09), 'discopop': 0.5 * (LOG2 + 1),
+    'nca': 2 * LOG2, 'sppo': 50.0, 'apo_zero': 1.0, 'apo_down': 1.0, 'bco': 2 * LOG2,
+  }  # fmt: skip
   assert set(zero_loss) == set(WITH_REFERENCE)
   for name, expected in zero_loss.items():
-    settings = Settings(beta=0.1)
+    settings = Settings(beta=0.1, label_smoothing=0.1)
     total, weight, metrics = loss(LOSSES[name], same, ones, settings)
     assert float(total / weight) == pytest.approx(expected, abs=1e-6)
     for metric in ('rewards/chosen', 'rewards/rejected', 'rewards/margin', 'rewards/accuracy'):
@@ -149,7 +247,15 @@ def test_the_table_is_whole(name):
     assert (row.function(batch, ALL_TERMS) != row.function(other, ALL_TERMS)).any()
 
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', WHOLE_STEP)
+def test_the_order_of_a_whole_step_does_not_matter(name):
+  batch, ones = random_batch(name), jnp.ones(6)
+  total = loss(LOSSES[name], batch, ones, ALL_TERMS)[0]
+  other = loss(LOSSES[name], take(batch, jnp.array([3, 1, 5, 0, 2, 4])), ones, ALL_TERMS)[0]
+  assert float(other) == pytest.approx(float(total), rel=1e-6)
+
+
+@pytest.mark.parametrize('name', [n for n in LOSSES if n not in WHOLE_STEP])
 def test_micro_batches_add_up_and_order_does_not_matter(name):
   batch, ones = random_batch(name), jnp.ones(6)
   total, weight, metrics = loss(LOSSES[name], batch, ones, ALL_TERMS)
@@ -171,7 +277,7 @@ def test_padding_is_never_seen(name, bad):
   batch = random_batch(name)
   weights = jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
   spoiled = type(batch)(
-    *(jnp.where(weights == 0, bad, a).astype(a.dtype) if a.ndim else a for a in batch)
+    *(jnp.where(weights == 0, bad, a).astype(a.dtype) if jnp.ndim(a) else a for a in batch)
   )
   kept = take(batch, weights > 0)
 
@@ -197,19 +303,20 @@ def test_extremes_stay_finite(name):
 
   def total(first):
     batch_ = batch._replace(**{batch._fields[0]: first})
-    return loss(LOSSES[name], batch_, jnp.ones(4), Settings(beta=1.0))[0]
+    return loss(LOSSES[name], batch_, jnp.ones(4), Settings(beta=1.0, label_smoothing=0.1))[0]
 
   value, gradient = jax.value_and_grad(total)(batch[0])
   assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize('name', PAIRED)
+# apo_down lowers both likelihoods, and discopop has a local minimum.
+@pytest.mark.parametrize('name', [n for n in PAIRED if n not in ('apo_down', 'discopop')])
 def test_a_step_downhill_widens_the_gap(name):
   batch = random_pairs()
 
   def total(chosen, rejected):
     batch_ = batch._replace(chosen=chosen, rejected=rejected)
-    return LOSSES[name].function(batch_, Settings(beta=0.01)).sum()
+    return LOSSES[name].function(batch_, Settings(0.01, 0.1)).sum()
 
   chosen, rejected = jax.grad(total, (0, 1))(batch.chosen, batch.rejected)
   assert (chosen < 0).all() and (rejected > 0).all()
@@ -248,7 +355,7 @@ def test_impossible_settings_are_refused(changes):
 
 
 def test_bradley_terry_by_hand():
-  total, weight, metrics = preference.bradley_terry(
+  total, weight, metrics = reward_model.bradley_terry(
     jnp.array([2.0, 1.0, 9.0]),
     jnp.array([1.0, 1.0, 9.0]),
     jnp.array([1.0, 1.0, 0.0]),
@@ -263,14 +370,14 @@ def test_bradley_terry_by_hand():
 
 def test_centring_is_all_that_sees_a_shift():
   chosen, rejected, ones = jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0]), jnp.ones(2)
-  plain = preference.bradley_terry(chosen, rejected, ones)[0]
-  assert float(preference.bradley_terry(chosen + 8, rejected + 8, ones)[0]) == float(plain)
-  shifted = preference.bradley_terry(chosen + 8, rejected + 8, ones, centring=0.1)[0]
-  assert shifted > preference.bradley_terry(chosen, rejected, ones, centring=0.1)[0]
+  plain = reward_model.bradley_terry(chosen, rejected, ones)[0]
+  assert float(reward_model.bradley_terry(chosen + 8, rejected + 8, ones)[0]) == float(plain)
+  shifted = reward_model.bradley_terry(chosen + 8, rejected + 8, ones, centring=0.1)[0]
+  assert shifted > reward_model.bradley_terry(chosen, rejected, ones, centring=0.1)[0]
 
 
 def test_regression_by_hand():
-  total, weight, metrics = preference.reward_regression(
+  total, weight, metrics = reward_model.reward_regression(
     jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 4.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0])
   )
   assert (float(total), float(weight)) == (5.0, 2.0)
@@ -279,12 +386,12 @@ def test_regression_by_hand():
 
 def test_calibration():
   # Surely right and surely wrong; a coin; two thirds right with p = 2/3.
-  assert preference.calibration_error(np.full(4, 50.0)) == pytest.approx(0, abs=1e-9)
-  assert preference.calibration_error(np.full(4, -50.0)) == pytest.approx(1, abs=1e-9)
-  assert preference.calibration_error(np.zeros(3)) == 0.0
-  assert preference.calibration_error(LOG2 * np.array([1, 1, -1])) == pytest.approx(0, abs=1e-9)
+  assert reward_model.calibration_error(np.full(4, 50.0)) == pytest.approx(0, abs=1e-9)
+  assert reward_model.calibration_error(np.full(4, -50.0)) == pytest.approx(1, abs=1e-9)
+  assert reward_model.calibration_error(np.zeros(3)) == 0.0
+  assert reward_model.calibration_error(LOG2 * np.array([1, 1, -1])) == pytest.approx(0, abs=1e-9)
   # p = 0.9 twice, one of them wrong, and p = 1 right: (2/3) * 0.4.
   margins = np.array([math.log(9), -math.log(9), 60.0])
-  assert preference.calibration_error(margins, bins=5) == pytest.approx(0.8 / 3, abs=1e-9)
+  assert reward_model.calibration_error(margins, bins=5) == pytest.approx(0.8 / 3, abs=1e-9)
   with pytest.raises(ValueError, match='no pairs'):
-    preference.calibration_error(np.array([]))
+    reward_model.calibration_error(np.array([]))

@@ -19,7 +19,7 @@ from ftjax.experiment.model import open_model
 from ftjax.experiment.trainer import Trainer
 from ftjax.families import table as families
 from ftjax.hf import export, load
-from ftjax.losses import preference
+from ftjax.losses import reward_model as reward_losses
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
 from ftjax.models.forward import Forward
@@ -206,7 +206,7 @@ def test_evaluation_is_over_all_rows_once(exported):
   assert found['pairs'] == len(margins) == 11
   assert found['margin'] == pytest.approx(margins.mean())
   assert found['loss'] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5)
-  assert found['ece'] == preference.calibration_error(margins)
+  assert found['ece'] == reward_losses.calibration_error(margins)
   assert 0 <= found['accuracy_low'] <= found['accuracy'] == (margins > 0).mean()
 
 

@@ -272,6 +272,8 @@ def test_an_installed_wheel_trains_a_shipped_config_from_any_folder(empty_enviro
   words += ['--config.optim.warmup_steps=0']
   run(script, 'train', *words, folder='/', PYTHONPATH=os.pathsep.join(packages))
   assert (tmp_path / 'a run' / 'report.html').is_file()
+  manifest = json.loads((tmp_path / 'a run' / 'manifest.json').read_text())
+  assert (manifest['code']['commit'], manifest['code']['modified']) == (SHA, False)
   code = 'import ftjax; print(ftjax.__file__)'
   out, _ = run(empty_environment, '-c', code, folder='/', PYTHONPATH=os.pathsep.join(packages))
   assert str(empty_environment.parents[1]) in out

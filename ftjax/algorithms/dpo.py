@@ -1,6 +1,6 @@
 """Preference tuning: the loss of pairs or of single labeled completions, and its evaluation.
 
-The losses are the table in losses/preference.py: DPO and its variants on pairs, KTO on single
+The losses are the table in losses/preference_table.py: DPO and its variants on pairs, KTO on single
 completions. A loss that compares with a reference reads its parameters under `reference/` of the
 state; its log-probs are computed in the step, by the same function. With `dpo.reference='cache'`
 they are computed before the first step, and come with the batches (reference_logps.py)."""

@@ -1,8 +1,9 @@
 """The loss of preference tuning on rows of two segments, for dpo.py and online_dpo.py: log-probs of
 both completions under the policy and, where the loss needs it, under the reference. The reference's
 parameters are under `reference/` of the state, or its log-probs come with the batch
-(reference_logps.py). The formulas are the table in losses/preference.py."""
+(reference_logps.py). The formulas are the table in losses/preference_table.py."""
 
+import dataclasses
 import logging
 
 import jax
@@ -13,6 +14,7 @@ from ftjax.algorithms import pair_metrics
 from ftjax.config import algorithms
 from ftjax.config.algorithms import REFERENCE_FIELDS
 from ftjax.losses import masked, preference
+from ftjax.losses.preference_table import LOSSES
 from ftjax.models.forward import Forward, segment_sum
 from ftjax.runtime import named_object
 from ftjax.training.step import LossFn
@@ -27,7 +29,7 @@ _ROUNDING = {'float32': 2**-20, 'bfloat16': 2**-14}
 
 def settings(c: ml_collections.ConfigDict) -> preference.Settings:
   """Returns the coefficients of a config."""
-  names = ('beta', 'label_smoothing', 'gamma', 'nll_coef', 'desirable', 'undesirable')
+  names = [f.name for f in dataclasses.fields(preference.Settings)]
   return preference.Settings(**{n: c.dpo[n] for n in names})
 
 
@@ -38,8 +40,8 @@ def row(c: ml_collections.ConfigDict) -> preference.Row:
     ConfigError: a user's object of another type.
   """
   name = c.dpo.loss
-  if name in preference.LOSSES:
-    return preference.LOSSES[name]
+  if name in LOSSES:
+    return LOSSES[name]
   return named_object.instance('dpo.loss', name, preference.Row)
 
 
@@ -94,6 +96,8 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
 
   def loss(params, batch, keys):
     m = measured(forward.with_dropout(keys), params, batch, form.needs_reference)
+    if form.whole_step:  # every device compares all of them
+      m = {k: jax.sharding.reshard(v, jax.P(None)) for k, v in m.items()}
     total, weight, metrics = preference.loss(form, table_batch(form, m), m['weights'], coefficients)
     first, second = jax.lax.stop_gradient((m['first'], m['second']))
     if form.paired:

@@ -14,7 +14,7 @@ from ftjax.algorithms import pair_metrics
 from ftjax.algorithms import preference as preference_loss
 from ftjax.experiment import fit
 from ftjax.experiment.run import Run
-from ftjax.losses import preference
+from ftjax.losses import reward_model as reward_losses
 from ftjax.models.forward import Forward
 from ftjax.training.step import LossFn
 
@@ -29,8 +29,8 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
     weights = pair_metrics.present(batch)
     found = forward.with_dropout(keys).sequence_rewards(params, batch, 1 + paired)
     if paired:
-      return preference.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
-    return preference.reward_regression(*found, batch['values'], weights)
+      return reward_losses.bradley_terry(*found, weights, margin=batch['values'], centring=centring)
+    return reward_losses.reward_regression(*found, batch['values'], weights)
 
   return loss
 
@@ -61,11 +61,13 @@ def evaluate(
     return found
   rows = {k: jnp.asarray(v) for k, v in found.items()}
   if run.config.reward_model.objective == 'scores':
-    total, weight, _ = preference.reward_regression(rows['first'], rows['values'], rows['weights'])
+    total, weight, _ = reward_losses.reward_regression(
+      rows['first'], rows['values'], rows['weights']
+    )
     variance = float(np.var(found['values'].astype(np.float64)))
     mse = float(total / weight)
     return {'loss': mse, 'unexplained': mse / variance if variance else math.nan}
-  total, weight, _ = preference.bradley_terry(
+  total, weight, _ = reward_losses.bradley_terry(
     rows['first'],
     rows['second'],
     rows['weights'],
@@ -73,7 +75,7 @@ def evaluate(
     centring=run.config.reward_model.centring,
   )
   margins = found['first'].astype(np.float64) - found['second']
-  out = {'loss': float(total / weight), 'ece': preference.calibration_error(margins)}
+  out = {'loss': float(total / weight), 'ece': reward_losses.calibration_error(margins)}
   return out | pair_metrics.accuracy(margins)
 
 

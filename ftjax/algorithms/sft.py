@@ -46,7 +46,8 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums})."""
-  config, alpha = LossConfig(c.loss.label_smoothing, c.loss.z_loss), c.loss.neftune
+  config = LossConfig(c.loss.label_smoothing, c.loss.z_loss, c.loss.dynamic)
+  alpha = c.loss.neftune
 
   def loss(params, batch, keys):
     noise = embedding_noise(alpha, batch, forward.arch.model_dim, keys) if alpha else None

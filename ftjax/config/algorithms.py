@@ -32,6 +32,8 @@ class Auxiliary:
       starts from.
     is_trained: with the policy, in the same optimizer step.
     has_score: whether it has a score for a head: a reward model or a value model.
+    has_own_architecture: whether a model in the state has the architecture of its folder, and not
+      the policy's.
   """
 
   name: str
@@ -39,6 +41,7 @@ class Auxiliary:
   source_key: str = ''
   is_trained: bool = False
   has_score: bool = False
+  has_own_architecture: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +167,28 @@ _SFT = Algorithm(
 )
 
 
+def _check_distill(c: Config) -> None:
+  d = c.distill
+  if not 0 < d.share <= 1 or not 0 < d.beta < 1 or d.temperature <= 0:
+    raise ConfigError(
+      f'distill.share={d.share}, distill.beta={d.beta}, distill.temperature={d.temperature}; '
+      'expected a share in (0, 1], a beta in (0, 1) and a positive temperature'
+    )
+
+
+_DISTILL = Algorithm(
+  module='ftjax.algorithms.distill',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
+  reads=('distill', 'data.packing', 'data.loss_on'),
+  auxiliary=lambda c: (
+    Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True),
+  ),
+  fixed=('data.packing', 'data.loss_on'),
+  check=_check_distill,
+)
+
+
 def _dpo_example(c: Config) -> str:
   return 'pair' if choices.preference_loss(c.dpo.loss).paired else 'label'
 
@@ -173,21 +198,26 @@ def _dpo_fields(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
   return (), ('values', *(REFERENCE_FIELDS if is_cached else ()))
 
 
-def _check_dpo(c: Config) -> None:
-  if choices.preference_loss(c.dpo.loss).paired:
+def _check_preference_loss(c: Config) -> None:
+  """Refuses a loss that compares the examples of a step where a step has parts, or one example."""
+  if not choices.preference_loss(c.dpo.loss).whole_step:
     return
-  if c.dpo.reference == 'cache':
+  if c.grad_accum > 1:
+    raise ConfigError(
+      f'dpo.loss={c.dpo.loss} with grad_accum={c.grad_accum}: it compares the examples of the '
+      'whole step with each other; set grad_accum=1, and remat=full to save memory'
+    )
+  if c.batch_size < 2 or c.eval.batch_size < 2:
+    raise ConfigError(f'dpo.loss={c.dpo.loss} needs batch_size and eval.batch_size of at least 2')
+
+
+def _check_dpo(c: Config) -> None:
+  if not choices.preference_loss(c.dpo.loss).paired and c.dpo.reference == 'cache':
     raise ConfigError(
       f'dpo.reference=cache is for losses of pairs, and dpo.loss={c.dpo.loss} is not one of them: '
       'leave it at step'
     )
-  if c.grad_accum > 1:
-    raise ConfigError(
-      f'dpo.loss={c.dpo.loss} with grad_accum={c.grad_accum}: its reference point is a mean over '
-      'the whole step; set grad_accum=1, and remat=full to save memory'
-    )
-  if c.batch_size < 2 or c.eval.batch_size < 2:
-    raise ConfigError(f'dpo.loss={c.dpo.loss} needs batch_size and eval.batch_size of at least 2')
+  _check_preference_loss(c)
 
 
 _DPO = Algorithm(
@@ -315,6 +345,7 @@ def _check_online_dpo(c: Config) -> None:
     )
   if not choices.preference_loss(c.dpo.loss).paired:
     raise ConfigError(f'dpo.loss={c.dpo.loss} takes single completions, and online_dpo makes pairs')
+  _check_preference_loss(c)
   _check_chooses(c, 2)
 
 
@@ -340,6 +371,7 @@ ALGORITHMS: dict[str, Algorithm] = {
   'ppo': _PPO,
   'best_of_n': _BEST_OF_N,
   'online_dpo': _ONLINE_DPO,
+  'distill': _DISTILL,
 }
 
 

@@ -21,10 +21,13 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceLoss(Choice):
-  """A row of losses/preference.py. paired: it trains on pairs, else on labelled examples."""
+  """A row of losses/preference_table.py. paired: it trains on pairs, else on labelled examples.
+  whole_step: it compares the examples of a step with each other.
+  """
 
   needs_reference: bool = True
   paired: bool = True
+  whole_step: bool = False
 
 
 @runtime_checkable
@@ -33,6 +36,7 @@ class PreferenceFacts(Protocol):
 
   needs_reference: bool
   paired: bool
+  whole_step: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +68,33 @@ class Optimizer(Choice):
 
 
 PREFERENCE_LOSSES = {
-  'sigmoid': PreferenceLoss(('label_smoothing', 'reference')),
-  'sigmoid_norm': PreferenceLoss(('reference',)),
-  'ipo': PreferenceLoss(('reference',)),
-  'hinge': PreferenceLoss(('reference',)),
-  'robust': PreferenceLoss(('label_smoothing', 'reference')),
+  'sigmoid': PreferenceLoss(('label_smoothing', 'reference', 'divergence')),
+  'sigmoid_norm': PreferenceLoss(('reference', 'divergence')),
+  'ipo': PreferenceLoss(('reference', 'divergence')),
+  'hinge': PreferenceLoss(('reference', 'divergence')),
+  'robust': PreferenceLoss(('label_smoothing', 'reference', 'divergence')),
+  'exo': PreferenceLoss(('label_smoothing', 'reference', 'divergence')),
+  'discopop': PreferenceLoss(('tau', 'reference', 'divergence')),
+  'nca': PreferenceLoss(('reference',)),
+  'sppo': PreferenceLoss(('reference',)),
+  'apo_zero': PreferenceLoss(('reference',)),
+  'apo_down': PreferenceLoss(('reference',)),
+  'bco': PreferenceLoss(('reference',), whole_step=True),
+  'aot': PreferenceLoss(('label_smoothing', 'reference'), whole_step=True),
+  'aot_unpaired': PreferenceLoss(('label_smoothing', 'reference'), whole_step=True),
   'simpo': PreferenceLoss(('label_smoothing', 'gamma', 'nll_coef'), needs_reference=False),
   'cpo': PreferenceLoss(('label_smoothing', 'nll_coef'), needs_reference=False),
   'orpo': PreferenceLoss((), needs_reference=False),
-  'kto': PreferenceLoss(('desirable', 'undesirable'), paired=False),
+  'kto': PreferenceLoss(('desirable', 'undesirable'), paired=False, whole_step=True),
 }
+# Of the policy from the reference, in losses of pairs.
+PREFERENCE_DIVERGENCES = {
+  'reverse_kl': Choice(),
+  'forward_kl': Choice(),
+  'js': Choice(),
+  'alpha': Choice(('divergence_alpha',)),
+}
+DISTILLATIONS = {'forward_kl': Choice(), 'reverse_kl': Choice(), 'js': Choice(('beta',))}
 REWARD_OBJECTIVES = {
   'pairs': RewardObjective(('centring',)),
   'scores': RewardObjective((), example='score'),
@@ -125,6 +146,8 @@ OVERLENGTH = {
 
 TABLES: dict[str, Mapping[str, Choice]] = {
   'dpo.loss': PREFERENCE_LOSSES,
+  'dpo.divergence': PREFERENCE_DIVERGENCES,
+  'distill.divergence': DISTILLATIONS,
   'reward_model.objective': REWARD_OBJECTIVES,
   'policy.surrogate': SURROGATES,
   'policy.level': LEVELS,

@@ -94,12 +94,12 @@ def parse_all(texts: Sequence[str]) -> tuple[Rule, ...]:
   return tuple(parse(text) for text in texts)
 
 
-def check_known(rules: Sequence[Rule], metrics: Mapping[str, Collection[str]]) -> None:
+def check_known(rules: Sequence[Rule], metrics: Mapping[str, Collection[str] | None]) -> None:
   """Checks the names of tasks and metrics, before anything is trained.
 
   Args:
     rules: of `gate`.
-    metrics: {task: names of its figures}, of all tasks that will be run.
+    metrics: {task: names of its figures}, of all tasks that will be run; None: not known yet.
 
   Raises:
     ConfigError: an unknown one; names the nearest.
@@ -110,7 +110,7 @@ def check_known(rules: Sequence[Rule], metrics: Mapping[str, Collection[str]]) -
         f'{KEY}: {rule.text!r}: there is no task {rule.task!r}{_near(rule.task, metrics)}'
       )
     known = metrics[rule.task]
-    if rule.metric not in known:
+    if known is not None and rule.metric not in known:
       raise ConfigError(
         f'{KEY}: {rule.text!r}: the task {rule.task!r} has no figure '
         f'{rule.metric!r}{_near(rule.metric, known)}'

@@ -19,6 +19,7 @@ def default() -> Section:
   _add_optim(c)
   _add_loss(c)
   _add_moe(c)
+  _add_distill(c)
   _add_dpo(c)
   _add_reward_model(c)
   _add_rollout(c)
@@ -167,6 +168,7 @@ def _add_loss(c: Section) -> None:
   c.loss = Section()
   c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
+  c.loss.dynamic = False  # a token's loss is multiplied with its probability (DFT)
   # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
   c.loss.neftune = 0.0
 
@@ -177,13 +179,28 @@ def _add_moe(c: Section) -> None:
   c.moe.balance = -1.0
 
 
+def _add_distill(c: Section) -> None:
+  c.distill = Section()
+  # Folder or hub id of the teacher, a model with the same tokenizer; '': the model that training
+  # starts from.
+  c.distill.teacher = ''
+  c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
+  c.distill.beta = 0.5  # weight of the teacher in the mixture of js
+  c.distill.temperature = 1.0  # of both distributions
+  c.distill.share = 0.5  # of the divergence in the loss; the rest is the likelihood of the token
+
+
 def _add_dpo(c: Section) -> None:
   c.dpo = Section()
   c.dpo.loss = 'sigmoid'  # sigmoid is DPO's; the others are described in docs/preference.md
   c.dpo.beta = 0.1  # strength of the pull to the reference
+  # f-divergence from the reference of losses of a difference of log-ratios.
+  c.dpo.divergence = 'reverse_kl'
+  c.dpo.divergence_alpha = 0.5  # order of the divergence alpha; 1 is reverse_kl, 0 forward_kl
   # Where the reference's log-probs come from: computed in each step, or once before the first one.
   c.dpo.reference = 'step'
   c.dpo.label_smoothing = 0.0  # assumed share of flipped labels, in [0, 0.5)
+  c.dpo.tau = 0.05  # temperature of the blend in discopop
   c.dpo.gamma = 0.0  # margin of simpo, in rewards
   c.dpo.nll_coef = 0.0  # weight of the chosen completion's likelihood in cpo and simpo
   c.dpo.desirable = 1.0  # weight of desirable completions in kto

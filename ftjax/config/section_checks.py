@@ -232,6 +232,13 @@ def _check_dpo(c: ml_collections.ConfigDict) -> None:
       f'dpo.beta={c.dpo.beta}, dpo.label_smoothing={c.dpo.label_smoothing}; expected a positive '
       'number, and one in [0, 0.5)'
     )
+  if c.dpo.loss == 'exo' and not c.dpo.label_smoothing:
+    raise ConfigError(
+      'dpo.loss=exo with dpo.label_smoothing=0: the loss is infinite; expected more, for example '
+      '0.001'
+    )
+  if c.dpo.tau <= 0:
+    raise ConfigError(f'dpo.tau={c.dpo.tau}; expected a positive number')
 
 
 def _check_rollout(c: ml_collections.ConfigDict) -> None:

@@ -84,6 +84,7 @@ _LOCATIONS = (
   'init_from',
   'data.cache',
   'data.chat_template',
+  'distill.teacher',
   'ppo.value_from',
   'rollout.reward_model',
 )

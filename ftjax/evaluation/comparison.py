@@ -1,7 +1,7 @@
 """Compares the results of several models on the rows of one task, and sums tasks up.
 
 `compare` gives the entry of one task in eval/summary.json, `summarize` the whole of it. Results of
-one prompt are a cluster.
+one prompt are a cluster, and so are those of all rows with the same group.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ftjax.evaluation import verdict
 from ftjax.evaluation.metric import Metric, read_columns
 from ftjax.evaluation.metrics import calibration, classification, samples
 from ftjax.evaluation.result import Result
-from ftjax.evaluation.rows import Row
+from ftjax.evaluation.rows import Row, clusters
 from ftjax.evaluation.statistics import bootstrap, intervals, paired, power
 
 VERSION = 2
@@ -50,7 +50,7 @@ class _Models:
   """The results of all models on one task: what each metric needs of them.
 
   main: how many of the metrics are no details. columns: [model][metric] float64[n, M]. clusters: of
-  each model, int[n], numbers of prompts.
+  each model, int[n], below `groups`. prompts: rows.
   """
 
   names: tuple[str, ...]
@@ -60,10 +60,11 @@ class _Models:
   results: tuple[Sequence[Result], ...]
   columns: tuple[tuple[np.ndarray, ...], ...]
   clusters: tuple[np.ndarray, ...]
+  groups: int
   prompts: int
 
   def figures(self, weights: np.ndarray) -> np.ndarray:
-    """Returns the metrics of each model: float64[R, prompts] -> float64[R, models, metrics]."""
+    """Returns the metrics of each model: float64[R, groups] -> float64[R, models, metrics]."""
     out = []
     for columns, own in zip(self.columns, self.clusters, strict=True):
       spread = weights[:, own]
@@ -90,7 +91,7 @@ def _models(task: Compared, results: Mapping[str, Sequence[Result]]) -> _Models:
   for name, own in results.items():
     if list(dict.fromkeys(r.id for r in own)) != ids:
       raise ValueError(f'{task.name}: results of {name!r} are not those of the task, row by row')
-  number = {row_id: i for i, row_id in enumerate(ids)}
+  number = clusters(task.rows)
   metrics = (*task.metrics, *_of_samples(results), *task.details)
   columns = tuple(read_columns(metrics, own, task.classes, task.name) for own in results.values())
   return _Models(
@@ -101,6 +102,7 @@ def _models(task: Compared, results: Mapping[str, Sequence[Result]]) -> _Models:
     results=tuple(results.values()),
     columns=columns,
     clusters=tuple(np.array([number[r.id] for r in own], int) for own in results.values()),
+    groups=len(set(number.values())),
     prompts=len(ids),
   )
 
@@ -109,10 +111,8 @@ def _of_samples(results: Mapping[str, Sequence[Result]]) -> tuple[Metric, ...]:
   """Returns pass@k and maj@k, where each model gave k completions of each prompt."""
   counts = {max((r.sample for r in own), default=0) + 1 for own in results.values()}
   k = min(counts, default=1)
-  if k < 2 or not all('right' in r.values for own in results.values() for r in own):
-    return ()
-  found = {1, k, *(size for size in (4, 16, 64) if size < k)} - {1}
-  return (*(samples.pass_metric(size) for size in sorted(found)), samples.majority_metric(k))
+  has_right = all('right' in r.values for own in results.values() for r in own)
+  return samples.metrics(k) if has_right else ()
 
 
 def pairs_of(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -161,6 +161,7 @@ def compare(
     'group': task.group,
     'n': len(models.results[0]),
     'prompts': models.prompts,
+    'groups': models.groups if models.groups < models.prompts else None,
     'samples': max((r.sample for r in models.results[0]), default=0) + 1,
     'classes': list(task.classes) or None,
     'metrics': [
@@ -178,6 +179,7 @@ def compare(
     'differences': differences,
     'per_class': _by_model(models, classification.per_class_table) if task.classes else None,
     'confusion': _by_model(models, classification.confusion) if task.classes else None,
+    'most_frequent': classification.most_frequent(results, task.classes) if task.classes else None,
     'calibration': _calibration(models),
     'by_source': _by_source(task, models),
     'cut': {
@@ -214,10 +216,10 @@ def on_rows(
 
 
 def _bootstrap(models: _Models, figures: Callable[[np.ndarray], np.ndarray]) -> list[dict]:
-  """Returns {value, low, high, se, p} of each figure: weights float64[R, prompts] -> [R, ...]."""
+  """Returns {value, low, high, se, p} of each figure: weights float64[R, groups] -> [R, ...]."""
   spread = bootstrap.of_clusters(
     lambda weights: figures(weights).reshape(len(weights), -1),
-    models.prompts,
+    models.groups,
     seed=SEED,
     resamples=RESAMPLES,
     level=LEVEL,
@@ -265,8 +267,10 @@ def _difference(models: _Models, a: int, b: int, entries: list[dict[str, Any]]) 
   for i, (metric, entry) in enumerate(zip(models.metrics, entries, strict=True)):
     own = dict(entry)
     se = own.pop('se')
-    spread = se * math.sqrt(models.prompts) if se else 0.0
-    own['effect'] = own['value'] / spread if own['value'] is not None and spread else None
+    spread = se * math.sqrt(models.groups) if se else 0.0
+    # A spread that is rounding alone gives no effect size.
+    is_spread = own['value'] is not None and spread > 1e-9 * max(1.0, abs(own['value']))
+    own['effect'] = own['value'] / spread if is_spread else None
     if metric.is_proportion and own['value'] is not None:
       own |= _of_shares(models, (a, b), i, own['value'], se)
     metrics[metric.name] = own
@@ -295,16 +299,17 @@ def _of_shares(
   if _is_single(models, *pair):
     found = paired.mcnemar(one == 1, two == 1)
     counts, out['p'] = (found.b, found.c), found.p
-  elif not se and abs(value) in (0, 1):  # every prompt has the same difference
-    counts = models.prompts * (value == -1), models.prompts * (value == 1)
+  elif not se and abs(value) in (0, 1):  # every cluster has the same difference
+    counts = models.groups * (value == -1), models.groups * (value == 1)
   else:
     return out
-  interval = paired.difference_of_proportions(*counts, models.prompts, LEVEL)
+  interval = paired.difference_of_proportions(*counts, models.groups, LEVEL)
   return out | {'low': interval.low, 'high': interval.high}
 
 
 def _is_single(models: _Models, a: int, b: int) -> bool:
-  return all(len(models.results[m]) == models.prompts for m in (a, b))
+  """Returns whether each result of both models is a cluster by itself."""
+  return all(len(models.results[m]) == models.groups for m in (a, b))
 
 
 def _test(
@@ -325,7 +330,10 @@ def _test(
     return test, power.sensitivity_of_proportions(found.b, found.c, models.prompts)
   se = math.nan if entry['se'] is None else entry['se']
   value = math.nan if entry['value'] is None else entry['value']
-  sensitivity = power.sensitivity_of_mean(value, se, models.prompts)
+  sensitivity = power.sensitivity_of_mean(value, se, models.groups)
+  if sensitivity.rows is not None:  # so many groups
+    rows = math.ceil(sensitivity.rows * models.prompts / models.groups)
+    sensitivity = dataclasses.replace(sensitivity, rows=rows)
   if len(models.results[a]) != len(models.results[b]):
     return {'metric': metric.name, 'name': 'paired bootstrap', 'p': entry['p']}, sensitivity
   pooled = np.concatenate([models.columns[a][0], models.columns[b][0]])
@@ -370,10 +378,10 @@ def _by_source(task: Compared, models: _Models) -> dict[str, Any] | None:
     return None
   metric, out = models.metrics[0], {}
   for source in sorted({str(s) for s in sources}):
-    chosen = np.array([str(s) == source for s in sources], np.float64)
-    out[source] = {'n': int(chosen.sum())}
+    ids = {row.id for row, s in zip(task.rows, sources, strict=True) if str(s) == source}
+    out[source] = {'n': len(ids)}
     for m, name in enumerate(models.names):
-      weights = chosen[models.clusters[m]][None]
+      weights = np.array([[float(r.id in ids) for r in models.results[m]]])
       out[source][name] = _number(metric.value(weights, models.columns[m][0])[0])
   return out
 

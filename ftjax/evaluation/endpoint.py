@@ -21,7 +21,7 @@ from typing import Any
 
 from ftjax.data.formats import Chat
 from ftjax.evaluation import endpoint_format as form
-from ftjax.evaluation import http_client
+from ftjax.evaluation import http_client, served_models
 from ftjax.evaluation.model import Completion, Draw, Likelihood
 from ftjax.runtime import redaction
 from ftjax.runtime.digest import digest
@@ -35,7 +35,6 @@ KEY_VARIABLE, OPENAI_VARIABLE = 'FTJAX_ENDPOINT_KEY', 'OPENAI_API_KEY'
 _EXAMPLE = 'endpoint:http://localhost:8000/v1#name-of-the-model'
 _CHAT, _TEXT = 'chat/completions', 'completions'
 _BEAT = 5.0  # seconds between calls of `done` while the server works
-_SHOWN = 10  # names of models in a message
 _TOO_LONG = re.compile(r'context|too long|maximum|max_model_len|exceed', re.IGNORECASE)
 
 
@@ -142,6 +141,10 @@ class Endpoint:
     self._kept: dict[str, Any] = {}  # by key of the request: what was read of the reply
     self._name = ''  # the server's for the model
     self._most = 'max_tokens'  # OpenAI's newer models call it max_completion_tokens
+
+  def check_name(self) -> None:
+    """Raises ConfigError where the server has other models, and not this one; see served_models."""
+    served_models.check(self._client, self.spec.name)
 
   def complete(
     self,
@@ -342,13 +345,9 @@ class Endpoint:
   def _refused(self, job: _Job, error: http_client.RefusedError) -> RunError:
     where, names = f'{self.spec.url}/{job.path}', []
     if error.status in (404, 405, 501):
-      names = self._models()
+      names = served_models.names(self._client)
     if names and self.spec.name not in names:
-      more = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-      return ConfigError(
-        f'{where}: no model {self.spec.name!r}: {error}; the server has '
-        f'{", ".join(map(repr, names[:_SHOWN]))}{more}'
-      )
+      return served_models.unknown(where, self.spec.name, error, names)
     is_too_long = error.status in (400, 413, 422) and _TOO_LONG.search(error.message)
     if job.read is not form.answer and not is_too_long:
       return self._no_scores(str(error))
@@ -381,15 +380,6 @@ class Endpoint:
     if not name.startswith(self.spec.name) and not self.spec.name.endswith(name):
       shown = redaction.redact_text(name[:200])
       log.warning('%s answers as %r, not as %r', self.spec.url, shown, self.spec.name)
-
-  def _models(self) -> list[str]:
-    """Returns the names of the server's models, none where it does not list them."""
-    try:
-      found = self._client.get('models').get('data')
-    except (http_client.RefusedError, RunError):
-      return []
-    found = found if isinstance(found, list) else []
-    return [str(m.get('id')) for m in found if isinstance(m, Mapping)]
 
   def _no_scores(self, reason: str) -> ConfigError:
     return ConfigError(

@@ -21,6 +21,8 @@ class Row:
       model writes a completion.
     answers: the right texts, any of which will do; of a row with choices the right choice.
     columns: of the source, those that the kind names in `reads`.
+    group: of rows that resemble each other, such as questions on one text: their results are a
+      cluster. '' where a row is by itself.
   """
 
   id: str
@@ -29,6 +31,7 @@ class Row:
   choices: tuple[str, ...] = ()
   answers: tuple[str, ...] = ()
   columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  group: str = ''
 
   @property
   def answer(self) -> str:
@@ -42,6 +45,23 @@ class Row:
       return self.asked or ''
     content = self.asked.messages[-1].get('content', '')
     return content if isinstance(content, str) else str(content)
+
+
+def clusters(rows: Sequence[Row]) -> dict[str, int]:
+  """Returns the number of the cluster of each row, by id: 0, 1, ... in the order of the rows."""
+  keys = {row.id: (row.group, '' if row.group else row.id) for row in rows}
+  number = {key: i for i, key in enumerate(dict.fromkeys(keys.values()))}
+  return {row_id: number[key] for row_id, key in keys.items()}
+
+
+def read_group(row: Mapping[str, Any]) -> str:
+  """Returns the column "group", '' where there is none. Raises ValueError where it is no name."""
+  value = row.get('group')
+  if value is None:
+    return ''
+  if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+    raise ValueError(f'"group": expected text that is not empty, or a whole number, got {value!r}')
+  return str(value)
 
 
 def read_asked(row: Mapping[str, Any], form: str | None) -> tuple[Chat | str, set[str]]:

@@ -28,10 +28,17 @@ from ftjax.runtime.errors import ConfigError, DataError, StoppedEarly
 log = logging.getLogger(__name__)
 
 # Raise it when the same file and the same model would get another score: cached results then miss.
-VERSION = 3
+VERSION = 4
 
 _SHOWN = 5  # bad rows that are listed
-_KNOWN = ('id', 'choices', 'label', 'answer', 'answers')  # columns besides those of the prompt
+_KNOWN = (
+  'id',
+  'group',
+  'choices',
+  'label',
+  'answer',
+  'answers',
+)  # columns besides those of the prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +218,7 @@ def _read_row(
     raise ValueError(f'"id": expected text or a whole number, got {name!r}')
   kept = tuple(row) if kind.reads_all else ('source', *kind.reads)
   columns = {k: row[k] for k in kept if row.get(k) is not None}
-  out = Row(str(name), place, asked, choices, answers, columns)
+  out = Row(str(name), place, asked, choices, answers, columns, rows.read_group(row))
   call(kind.check, out)
   known = {*_KNOWN, *kept, *read}
   return out, {str(k) for k, v in row.items() if v is not None and k not in known}

@@ -86,12 +86,12 @@ class AuxiliaryModel:
     return (3 if self.is_trained else 1) if self.is_in_state else 0
 
   def architecture(self, read_config: Callable[[str], dict] = hf_load.read_config) -> Architecture:
-    """Returns the model's architecture: that of its folder for a model of rollouts, else the
-    policy's.
+    """Returns the model's architecture: that of its folder for a model of rollouts and for one
+    with an architecture of its own, else the policy's.
 
     read_config: folder -> config.json as a dict.
     """
-    has_own = self.path and self.is_of_rollouts
+    has_own = self.path and (self.is_of_rollouts or self.record.has_own_architecture)
     arch = self._of_path(read_config) if has_own else self.policy
     arch = dataclasses.replace(arch, vocab_multiple=self.policy.vocab_multiple)
     return arch.with_score() if self.record.has_score else arch.untrained()
@@ -174,8 +174,22 @@ class AuxiliaryModel:
         f'{key} is no reward model: it has no score. Name the export/ folder of a run with '
         'algorithm=reward_model'
       )
+    if self.record.has_own_architecture:
+      self._check_teacher(key, found)
     if found.max_len < seq_len:
       raise ConfigError(f'{key} was made for {found.max_len} positions, seq_len={seq_len}')
+
+  def _check_teacher(self, key: str, found: Architecture) -> None:
+    """Refuses a model whose distribution of tokens cannot be compared with the policy's."""
+    if found.num_labels:
+      raise ConfigError(f'{key} is a reward model; expected a language model')
+    if found.adapter is not None:
+      raise ConfigError(f'{key} is an adapter: name the merged/ folder of its run')
+    if found.vocab_size != self.policy.vocab_size:
+      raise ConfigError(
+        f'{key} has a vocabulary of {found.vocab_size} rows, and the trained model of '
+        f'{self.policy.vocab_size}; expected equal ones'
+      )
 
   def fingerprint(self, first: Callable[[], str], workdir: str) -> str | None:
     """Returns the sha256 that a resume must find again; None for a model whose weights a resume

@@ -25,7 +25,13 @@ from ftjax.evaluation.model import Draw, Model
 from ftjax.evaluation.result import Result
 from ftjax.evaluation.run import Cost
 from ftjax.evaluation.tasks import Task
-from ftjax.experiment import contamination_check, divergence, few_shot, lm_eval_tasks
+from ftjax.experiment import (
+  contamination_check,
+  divergence,
+  evaluation_names,
+  few_shot,
+  lm_eval_tasks,
+)
 from ftjax.experiment.lm_eval_tasks import LmEvalTask
 from ftjax.experiment.local_model import LocalModel, Programs
 from ftjax.experiment.run import Run
@@ -69,7 +75,8 @@ class Evaluator:
     # Every process builds all batches and puts its own part of them on its devices.
     processes.check_same('eval.tasks', digest([t.digest for t in (*self.tasks, *self._theirs)]))
     self._rules = gate_rules.parse_all(c.gate)
-    self._check_rules()
+    named = {task.name for task in self._theirs}
+    evaluation_names.check_rules(self._rules, list(self.tasks), named, c.eval.samples)
     self.folder = files.join(run.workdir, 'eval')
     self.programs = Programs(run)
     self.samples = Samples(self.programs)
@@ -84,13 +91,6 @@ class Evaluator:
     limits = Limits(concurrency=c.eval.endpoint.concurrency, timeout=c.eval.endpoint.timeout)
     served = [endpoint.parse(text) for text in c.eval.models]
     self._endpoints = {spec.name: endpoint.Endpoint(spec, limits) for spec in served}
-
-  def _check_rules(self) -> None:
-    """Checks the rules of `gate`; the figures of lm-eval's tasks are known when they have run."""
-    theirs = {task.name for task in self._theirs}
-    known = {task.name: [m.name for m in (*task.metrics, *task.details)] for task in self.tasks}
-    rules = [rule for rule in self._rules if rule.task not in theirs]
-    gate_rules.check_known(rules, known)
 
   def local(self, params: dict) -> LocalModel:
     """Returns weights as a model under test."""

@@ -223,7 +223,7 @@ class LmEvalModel(TemplateLM):
   ) -> list[tuple[float, bool]]:
     """Returns the same of tokens; a context that is too long loses its beginning."""
     del kwargs
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
     for i, (texts, context, continuation) in enumerate(requests):
       if not context or not 0 < len(continuation) <= self.max_length:
         raise DataError(
@@ -233,9 +233,14 @@ class LmEvalModel(TemplateLM):
         )
       # The last token is only a label, which the model does not read.
       room = self.max_length + 1 - len(continuation)
-      groups.setdefault(tuple(context[-room:]), []).append(i)
+      # Whole texts stand after one token: to read that once would save nothing, and a batch would
+      # hold one row of many texts.
+      alone = i if len(context) == 1 else -1
+      groups.setdefault((tuple(context[-room:]), alone), []).append(i)
     rows = [
-      (prompt, some) for prompt, found in groups.items() for some in _batches(found, _MAX_CHOICES)
+      (prompt, some)
+      for (prompt, _), found in groups.items()
+      for some in _batches(found, _MAX_CHOICES)
     ]
     # Rows with as many choices together, like lengths together.
     sizes = [(max(len(requests[i][2]) for i in found) - 1).bit_length() for _, found in rows]

@@ -240,7 +240,7 @@ class LocalModel:
         found = self._programs.scorer.score(
           self._params, [prompts[i] for i in padded], [choices[i] for i in padded]
         )
-        for i, scores in zip(index, found.astype(float).tolist(), strict=False):
+        for i, scores in zip(index, found.tolist(), strict=False):
           out[i] = scores
         self._beat(len(index), done)
     return out

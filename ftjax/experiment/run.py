@@ -17,7 +17,15 @@ from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.data.token_cache import Corpus
-from ftjax.experiment import adapters, init_from, model_record, preflight, vocabulary, weights
+from ftjax.experiment import (
+  adapters,
+  evaluation_names,
+  init_from,
+  model_record,
+  preflight,
+  vocabulary,
+  weights,
+)
 from ftjax.experiment import auxiliary as auxiliary_lib
 from ftjax.experiment import data as examples
 from ftjax.experiment.auxiliary import AuxiliaryModel, AuxiliaryModels
@@ -252,6 +260,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     # Before the workdir is made, perhaps in a folder that has the name of an organization.
     pinned = _pin_models(c, workdir)
     preflight.check(c, workdir, is_training=with_data)
+    evaluation_names.check(c)
     model_record.keep_commits(pinned, workdir)
     configure_jax(c)
     if keeps_programs(c):

@@ -54,7 +54,10 @@ def load_adapter(
     def part(index, value=value):
       return value[index]
 
-    out[name] = jax.make_array_from_callback(value.shape, shardings[name], part)
+    # Ready: a copy that waits for its turn would hold its leaf beside the next ones.
+    out[name] = jax.block_until_ready(
+      jax.make_array_from_callback(value.shape, shardings[name], part)
+    )
   return out
 
 

@@ -17,10 +17,13 @@ class LossConfig:
   """Terms of the training loss.
 
   loss = nll + label_smoothing * (mean over the vocabulary of -log p - nll) + z_loss * logsumexp^2,
-  per token, in nats. (Szegedy et al. 2016, section 7; Chowdhery et al. 2022, section 5.)"""
+  per token, in nats. (Szegedy et al. 2016, section 7; Chowdhery et al. 2022, section 5.)
+  dynamic: all of it times p(label), as a constant of the gradient (dynamic fine-tuning, Wu et al.
+  2025, eq. 9)."""
 
   label_smoothing: float = 0.0
   z_loss: float = 0.0
+  dynamic: bool = False
 
 
 def _total(x: jax.Array, axis: str | None) -> jax.Array:
@@ -163,5 +166,6 @@ def loss_and_gradient(
     uniform = z - _total(logits.sum(-1), axis) / size
     loss = loss + smoothing * (uniform - nll)
     target = target + share
-  gradient = probs * (scale * weights / total)[:, None] - target * weights[:, None]
-  return (loss * weights).sum(), (nll * weights).sum(), gradient
+  factors = weights * jnp.exp(-nll) if terms.dynamic else weights
+  gradient = probs * (scale * factors / total)[:, None] - target * factors[:, None]
+  return (loss * factors).sum(), (nll * weights).sum(), gradient

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
+from ftjax.losses.distillation import Distillation
 from ftjax.models import head, kinds
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
@@ -147,6 +148,31 @@ class Forward:
     """
     ours, theirs = self._readout(params, batch), other._readout(others, batch)
     return head.divergence_sums(ours, theirs, batch['weights'], self.arch.logit_spec)
+
+  def distillation(
+    self, params: dict, batch: dict, teacher: Self, weights: dict, terms: Distillation
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the weighted sums of the loss of distillation, of -log p(label) and of the divergence
+    over all tokens, float32[] in nats; see head.distillation_sums. Only the first is
+    differentiable, by `params` alone.
+
+    Args:
+      params: of this model, the student.
+      batch: rows that both read.
+      teacher: the forward pass of the teacher.
+      weights: its parameters.
+      terms: of the loss.
+    """
+    theirs = jax.lax.stop_gradient(teacher.without_remat()._readout(weights, batch))
+    return head.distillation_sums(
+      self._readout(params, batch),
+      theirs,
+      batch['labels'],
+      batch['weights'],
+      terms,
+      self.arch.logit_spec,
+      teacher.arch.logit_spec,
+    )
 
   def side_logprobs(
     self, params: dict, batch: dict, segments: Sequence[int]

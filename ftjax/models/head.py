@@ -13,8 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ftjax.losses import cross_entropy
+from ftjax.losses import cross_entropy, distillation
 from ftjax.losses.cross_entropy import LossConfig
+from ftjax.losses.distillation import Distillation
 from ftjax.models.architecture import LogitSpec
 from ftjax.models.logit_chunks import Chunks, LowRank, padded_from, shaped, vocab_axis
 from ftjax.runtime.sharding import BATCH, shard_map, spec, total
@@ -285,6 +286,90 @@ def divergence_sums(
 
   specs = (*((_STATES, _TABLE, _low_rank(update)) for _, _, update in (first, second)), _TOKENS)
   return shard_map(local, specs, spec())(first, second, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def distillation_sums(
+  student: tuple[jax.Array, jax.Array, LowRank | None],
+  teacher: tuple[jax.Array, jax.Array, LowRank | None],
+  labels: jax.Array,
+  weights: jax.Array,
+  terms: Distillation,
+  logit_spec: LogitSpec = PLAIN,
+  teacher_spec: LogitSpec = PLAIN,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Weighted sums over all tokens of the loss of distillation; see losses/distillation.py.
+
+  Differentiable by the student's arrays, through the first result alone.
+
+  Args:
+    student: hidden states [B, T, D], head weights [V, D], and the update of an adapter of the head.
+    teacher: those of another model with the same vocabulary; its width may be another.
+    labels: int32[B, T], the token that follows.
+    weights: float32[B, T]; 0 skips the position.
+    terms: of the loss; static.
+    logit_spec, teacher_spec: how the logits follow; static.
+
+  Returns:
+    (sum of weight * loss, of weight * nll, of weight * divergence), float32[], nats.
+  """
+  return _distill(student, teacher, labels, weights, terms, logit_spec, teacher_spec)[:3]
+
+
+def _distill(student, teacher, labels, weights, terms, logit_spec, teacher_spec):
+  local = functools.partial(
+    _distill_local, terms=terms, logit_spec=logit_spec, teacher_spec=teacher_spec
+  )
+  ours, theirs = ((_STATES, _TABLE, _low_rank(m[2])) for m in (student, teacher))
+  specs = (ours, theirs, _TOKENS, _TOKENS)
+  return shard_map(local, specs, (spec(), spec(), spec(), *ours))(student, teacher, labels, weights)
+
+
+def _distill_local(student, teacher, labels, weights, *, terms, logit_spec, teacher_spec):
+  ours, theirs = (
+    Chunks(how, x, w, labels, weights, update)
+    for how, (x, w, update) in ((logit_spec, student), (teacher_spec, teacher))
+  )
+
+  def body(i, carry):
+    (loss, nll, divergence), state = carry
+    (tokens, mine), (_, others) = ours.take(i), theirs.take(i)
+    _, more_nll, g_nll = cross_entropy.loss_and_gradient(
+      mine.logits,
+      tokens.labels,
+      tokens.weights,
+      LossConfig(),
+      vocab_axis(),
+      ours.offset,
+      ours.vocab,
+    )
+    found, g = distillation.divergence_and_gradient(mine.logits, others.logits, terms, vocab_axis())
+    found = (found * tokens.weights).sum()
+    scale = terms.share * terms.temperature**2
+    more = (1 - terms.share) * more_nll + scale * found
+    g = (1 - terms.share) * g_nll + scale * g * tokens.weights[:, None]
+    sums = loss + more, nll + more_nll, divergence + found
+    return sums, ours.add(state, i, tokens, mine, g)
+
+  zero = jnp.zeros((), jnp.float32)
+  sums, state = jax.lax.fori_loop(0, ours.count, body, ((zero,) * 3, ours.zeros()))
+  return *total(sums, (*BATCH, 'context')), *ours.gradients(state, student[1].dtype)
+
+
+def _distill_forward(student, teacher, labels, weights, terms, logit_spec, teacher_spec):
+  *sums, dx, dw, update = _distill(
+    student, teacher, labels, weights, terms, logit_spec, teacher_spec
+  )
+  return tuple(sums), ((dx, dw, update), jax.tree.map(jnp.zeros_like, teacher))
+
+
+def _distill_backward(terms, logit_spec, teacher_spec, saved, cotangents):
+  del terms, logit_spec, teacher_spec
+  gradients, nothing = saved
+  return jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients), nothing, None, None
+
+
+distillation_sums.defvjp(_distill_forward, _distill_backward)
 
 
 def logits(

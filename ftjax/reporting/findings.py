@@ -11,6 +11,10 @@ from ftjax.reporting.figures import count, examples, interval, name, number, tit
 
 VERSION = 2
 _GROUPS = {'safety': 'safety', 'general': 'general ability'}
+# A model that gives one answer to this share of the rows, though fewer of them have it as their
+# label, has not understood the question: accuracy alone does not show it.
+_ONE_ANSWER = 0.9
+_FEW = 10  # examples, of which so many may have one answer by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,37 @@ def notices(summary: Mapping[str, Any]) -> list[str]:
   for task in tasks(summary):
     for model, reason in (task.get('not_evaluated') or {}).items():
       out.append(f'{title(model)} has no results of "{name(task["task"])}": {reason}')
+  out += [text for task in tasks(summary) if (text := one_answer(task))]
   return out + [text for task in tasks(summary) if (text := contaminated(task))]
+
+
+def one_answer(task: Mapping[str, Any]) -> str:
+  """Returns the sentence on models that give the same answer to nearly all rows of a task whose
+  labels are more varied; '' where none does.
+  """
+  found = task.get('most_frequent') or {}
+  label, n = found.get('label') or {}, task.get('n') or 0
+  models = [
+    f'{title(model)} answers "{name(own.get("class"))}" {count(own.get("n"))} times of {count(n)}'
+    for model, own in (found.get('answers') or {}).items()
+    if n >= _FEW and (own.get('share') or 0) >= _ONE_ANSWER > (own.get('label_share') or 0)
+  ]
+  if not models:
+    return ''
+  return (
+    f'Hardly more than one answer to "{name(task["task"])}": {", ".join(models)}; always answering '
+    f'"{name(label.get("class"))}" would have accuracy {number(label.get("share"), "fraction")}.'
+  )
+
+
+def always(task: Mapping[str, Any], metric: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns ('always "no"', '0.595'), what accuracy must be compared with: that of always giving
+  the most frequent label; two empty texts for other metrics, and where rows have no classes.
+  """
+  label = (task.get('most_frequent') or {}).get('label')
+  if metric.get('name') != 'accuracy' or not label:
+    return '', ''
+  return f'always "{name(label.get("class"))}"', number(label.get('share'), 'fraction')
 
 
 def contaminated(task: Mapping[str, Any]) -> str:
@@ -170,6 +204,11 @@ def one_sided(test: Mapping[str, Any], names: Sequence[str]) -> str:
     f'{examples(test["only_second_right"])} only {names[0]} has right, '
     f'{count(test.get("only_first_right"))} only {names[1]}'
   )
+
+
+def in_groups(task: Mapping[str, Any]) -> str:
+  """Returns ', in 213 groups' where rows are not independent; else ''."""
+  return f', in {count(task["groups"])} groups' if task.get('groups') else ''
 
 
 def is_too_small(difference: Mapping[str, Any]) -> bool:

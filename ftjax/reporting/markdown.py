@@ -71,6 +71,8 @@ def _scores(summary: Mapping[str, Any], models: Sequence[str]) -> str:
       ]
       bold = f'**{name}**' if metric is first else name
       rows.append([code(task['task']), count(task.get('n')), bold, *cells])
+      always, value = findings.always(task, metric)
+      rows += [[*rows[-1][:2], plain(always), *[value] * len(models)]] if always else []
   return table(['task', 'examples', 'metric', *(plain(title(m)) for m in models)], rows)
 
 

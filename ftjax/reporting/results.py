@@ -70,13 +70,14 @@ def _scores(task: Mapping[str, Any], models: Sequence[str]) -> list[dict[str, An
       cells.append({'text': interval(score, metric.get('form', 'number')), 'why': why})
     is_primary = metric is first
     rows.append({'task': name(task['task']), 'n': count(task.get('n')), 'metric': _name(metric)})
-    rows[-1] |= {'is_primary': is_primary, 'cells': cells}
+    always = ': '.join(findings.always(task, metric)).removeprefix(': ')
+    rows[-1] |= {'is_primary': is_primary, 'always': always, 'cells': cells}
   if not rows:
     nothing = [{'text': '-', 'why': 'nothing was scored'} for _ in models]
     rows = [
       {'task': name(task['task']), 'n': count(task.get('n')), 'metric': '-', 'cells': nothing}
     ]
-    rows[0] |= {'is_primary': True}
+    rows[0] |= {'is_primary': True, 'always': ''}
   return rows
 
 
@@ -152,7 +153,7 @@ def _task(task: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
   return {
     'task': name(task['task']),
     'kind': name(task.get('kind', '')),
-    'n': examples(task.get('n')),
+    'n': examples(task.get('n')) + findings.in_groups(task),
     'is_empty': not task.get('n'),
     'samples': several if samples > 1 else '',
     'classes': [name(c) for c in task.get('classes') or []],

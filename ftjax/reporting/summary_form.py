@@ -10,11 +10,12 @@ from typing import Any
 _LISTS = ('metrics', 'differences', 'examples')
 _MAPPINGS = ('scores', 'per_class', 'confusion', 'calibration', 'cost', 'seeds', 'by_source')
 # Entries of records that are texts, and numbers; each may be missing or null.
-_TASK = (('kind', 'group'), ('n', 'prompts', 'samples'))
+_TASK = (('kind', 'group'), ('n', 'prompts', 'groups', 'samples'))
 _METRIC = (('title', 'better', 'form'), ())
 _DIFFERENCE = (('first', 'second', 'outcome', 'verdict'), ('rows_needed',))
 _TEST = (('name',), ('only_first_right', 'only_second_right'))
 _OVERLAP = ((), ('ngram', 'n', 'contaminated', 'near_duplicates', 'whole'))
+_SHARE = (('class',), ('n', 'share', 'label_share'))
 _COST = ((), ('seconds', 'tokens', 'rows'))
 
 
@@ -68,6 +69,12 @@ def _task(task: Any) -> Iterator[tuple[str, bool]]:
   overlap = task.get('contamination') or {}
   yield '/contamination', _has(overlap, _OVERLAP) and _is_mapping(overlap.get('scores_clean'))
   yield '/contamination', isinstance(overlap.get('against') or [], list)
+  frequent = task.get('most_frequent') or {}
+  yield '/most_frequent', isinstance(frequent, dict)
+  yield '/most_frequent', isinstance(frequent.get('label') or {}, dict)
+  yield '/most_frequent', _is_mapping(frequent.get('answers'))
+  shares = [frequent.get('label') or {}, *(frequent.get('answers') or {}).values()]
+  yield '/most_frequent', all(_has(found, _SHARE) for found in shares)
   yield '/cost', all(_has(found, _COST) for found in (task.get('cost') or {}).values())
   yield '/classes', isinstance(task.get('classes') or [], list)
   for metric in task.get('metrics') or []:

@@ -104,6 +104,7 @@ def _head(task: Mapping[str, Any]) -> str:
   return (
     f'{task["task"]} ({task.get("kind", "")}{group}): {examples(task.get("n"))}'
     + (several if samples > 1 else '')
+    + findings.in_groups(task)
     + (f', classes {", ".join(map(str, classes))}' if classes else '')
   )
 
@@ -145,6 +146,8 @@ def _by_metric(task: Mapping[str, Any], models: Sequence[str], columns: int) -> 
   for metric in findings.main_metrics(task):
     name = _metric_title(metric, metric is first, columns)
     rows.append([name, *(_score(task, m, metric) for m in models)])
+    always, value = findings.always(task, metric)
+    rows += [[f'  {one_line(always)}', *[value] * len(models)]] if always else []
   return _grid(rows, [columns] + [_cell(task, models)] * len(models))
 
 
@@ -156,6 +159,10 @@ def _by_model(task: Mapping[str, Any], models: Sequence[str], columns: int) -> l
     block = metrics[start : start + _SIDE_BY_SIDE]
     rows = [['', *(_metric_title(m, m is first, _CELL) for m in block)]]
     rows += [[one_line(title(m)), *(_score(task, m, x) for x in block)] for m in models]
+    for i, metric in enumerate(block):
+      always, value = findings.always(task, metric)
+      cells = [value if i == k else '' for k in range(len(block))]
+      rows += [[one_line(always), *cells]] if always else []
     out += ([''] if out else []) + _grid(rows, [columns] + [_CELL] * len(block))
   return out
 

@@ -56,6 +56,18 @@ def find(root: str | os.PathLike = _ROOT) -> BuildCommit:
   return _read(content)
 
 
+def changed_files(root: pathlib.Path, commit: str, folder: str) -> list[str]:
+  """Returns the files of a folder of a checkout that differ from a commit; none outside of a
+  checkout, without git, or where git does not know the commit.
+  """
+  if not (root / '.git').exists():
+    return []
+  try:
+    return _git(root, 'diff', '--name-only', commit, '--', folder).splitlines()
+  except (OSError, subprocess.SubprocessError):
+    return []
+
+
 def is_commit(text: str) -> bool:
   """Returns whether a text is the full name of a commit, SHA-1 or SHA-256."""
   return re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', text) is not None

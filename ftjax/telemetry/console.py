@@ -5,6 +5,7 @@ of every evaluation and at the end."""
 
 import dataclasses
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -420,10 +421,10 @@ def next_commands(
   """
   python = 'python -m ftjax.'
   if reward_model:
-    return [('next', f'--config.rollout.reward_model={reward_model} with algorithm grpo or ppo')]
-  rows = [
-    ('next', f'{python}generate --model={workdir}' + (f' --prompt={prompt}' if prompt else ''))
-  ]
+    flag = f'--config.rollout.reward_model={shlex.quote(reward_model)}'
+    return [('next', f'{flag} with algorithm grpo or ppo')]
+  model = f'--model={shlex.quote(workdir)}'
+  rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))
   return rows

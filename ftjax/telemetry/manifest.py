@@ -16,7 +16,7 @@ from ftjax.runtime.redaction import redact_text
 from ftjax.telemetry import environment, source_code
 
 # Keys that name a model; of a hub model the config holds the commit, org/name@COMMIT.
-_MODELS = ('model.path', 'init_from', 'ppo.value_from', 'rollout.reward_model')
+_MODELS = ('model.path', 'init_from', 'distill.teacher', 'ppo.value_from', 'rollout.reward_model')
 
 # Shown in reports and model cards; `dependencies` has all packages.
 PACKAGES = (

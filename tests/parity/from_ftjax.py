@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax.losses import advantages, masked, mismatch, policy, preference
+from ftjax.losses import (
+  advantages,
+  distillation,
+  masked,
+  mismatch,
+  policy,
+  preference,
+  preference_table,
+  reward_model,
+)
 from ftjax.losses.policy import PolicyLossConfig
 from ftjax.losses.preference import Settings
 
@@ -30,16 +39,25 @@ def pairs(x: dict[str, jax.Array]) -> tuple[preference.Pairs, preference.Pairs]:
   )
 
 
+def jsd(x: dict[str, jax.Array], name: str) -> jax.Array:
+  flat = (a.reshape(-1, a.shape[-1]) for a in jnp.split(x['pair_logits'], 2))
+  terms = distillation.Distillation(name, 0.3, 1.7)
+  return distillation.divergence_and_gradient(*flat, terms, None)[0].sum()
+
+
 def preferences(x: dict[str, jax.Array]) -> dict:
   answers, prompts_too = pairs(x)
   ones = jnp.ones_like(answers.chosen)
 
-  def each(name, settings):
-    return preference.LOSSES[name].function(answers, settings)
+  def each(name, settings, batch=answers):
+    return preference_table.LOSSES[name].function(batch, settings)
 
   def mean(name, settings, batch=answers, weights=ones):
-    return masked.divide(*preference.loss(preference.LOSSES[name], batch, weights, settings)[:2])
+    return masked.divide(
+      *preference.loss(preference_table.LOSSES[name], batch, weights, settings)[:2]
+    )
 
+  near = answers._replace(ref_chosen=0.9 * answers.chosen, ref_rejected=0.9 * answers.rejected)
   rows = jnp.ones_like(x['kto_ref'])
   z = preference.kto_z(
     *preference.kto_reference_point(x['kto_other'].sum(-1), x['kto_ref_other'], rows)
@@ -47,20 +65,37 @@ def preferences(x: dict[str, jax.Array]) -> dict:
   singles = preference.Singles(x['kto_logp'].sum(-1), x['kto_ref'], x['kto_good'], z)
   rewards = x['chosen_reward'], x['rejected_reward'], ones
   kto_settings = Settings(beta=0.1, desirable=1.3, undesirable=0.7)
-  margin = preference.bradley_terry(*rewards, margin=x['reward_margin'], centring=0.01)
+  margin = reward_model.bradley_terry(*rewards, margin=x['reward_margin'], centring=0.01)
   return {
     'sigmoid': each('sigmoid', Settings(beta=0.1)),
     'sigmoid_norm': each('sigmoid_norm', Settings(beta=2.0)),
     'ipo': each('ipo', Settings(beta=0.4)),
     'hinge': each('hinge', Settings(beta=0.3)),
     'robust': each('robust', Settings(beta=0.1, label_smoothing=0.2)),
+    'exo': each('exo', Settings(beta=0.1, label_smoothing=0.1)),
+    'discopop': each('discopop', Settings(beta=0.1, tau=0.2)),
+    'nca': each('nca', Settings(beta=0.1)),
+    'sppo': each('sppo', Settings(beta=0.4)),
+    'apo_zero': each('apo_zero', Settings(beta=0.1)),
+    'apo_down': each('apo_down', Settings(beta=0.1)),
+    'aot': mean('aot', Settings(beta=0.1, label_smoothing=0.1))[None],
+    'aot_unpaired': mean('aot_unpaired', Settings(beta=0.1, label_smoothing=0.1))[None],
+    'bco': mean('bco', Settings(beta=0.1)) / 2,  # of two completions
+    **{
+      f'{loss}_{name}': each(
+        loss, Settings(0.1, divergence=name, divergence_alpha=0.3, tau=0.2), near
+      )
+      for loss in ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'discopop')
+      for name in ('forward_kl', 'js', 'alpha')
+    },
+    **{f'jsd_{name}': jsd(x, name) for name in distillation.DIVERGENCES},
     'cpo': mean('cpo', Settings(beta=0.1)),
     'cpo_smoothed': mean('cpo', Settings(beta=0.1, label_smoothing=0.1)),
     'cpo_nll': mean('cpo', Settings(beta=0.1, nll_coef=0.7)),
     'simpo': mean('simpo', Settings(beta=2.0, gamma=0.5)),
     'orpo': mean('orpo', Settings(beta=0.2), prompts_too),
     'kto': mean('kto', kto_settings, singles, rows),
-    'bradley_terry': masked.divide(*preference.bradley_terry(*rewards)[:2]),
+    'bradley_terry': masked.divide(*reward_model.bradley_terry(*rewards)[:2]),
     'bradley_terry_margin': masked.divide(*margin[:2]),
   }
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import nanstd
@@ -69,13 +70,18 @@ def masked_logps(x) -> torch.Tensor:
   return logp * x['pair_answer'][:, 1:]
 
 
+SORTING = ('aot', 'aot_unpaired')
+
+
 def dpo(x, **settings) -> torch.Tensor:
   """float[P]: the trainer's mean loss of each pair by itself."""
   trainer = make(
     DPOTrainer,
     ld_alpha=None,
     precompute_ref_logps=True,
-    f_divergence_type='reverse_kl',
+    f_divergence_type=settings.get('divergence', 'reverse_kl'),
+    f_alpha_divergence_coef=0.3,
+    args=SimpleNamespace(discopop_tau=0.2),
     loss_weights=[1.0],
     use_weighting=False,
     beta=settings['beta'],
@@ -83,10 +89,14 @@ def dpo(x, **settings) -> torch.Tensor:
     loss_types=[settings['loss_type']],
   )
   logp, count = masked_logps(x), len(x['pair_ids']) // 2
+  # Losses that sort the pairs of a batch get all of them, the others each by itself.
+  batches = [range(count)] if settings['loss_type'] in SORTING else [[i] for i in range(count)]
   ref = (x['pair_ref'] * x['pair_answer'][:, 1:]).sum(-1)
+  if 'divergence' in settings:  # of a reference nearby: some grow with exp of the log-ratio
+    ref = 0.9 * logp.sum(-1)
   out = []
-  for i in range(count):
-    both = [i, count + i]
+  for rows in batches:
+    both = [*rows, *(count + i for i in rows)]
 
     def model(both=both, **kwargs):
       like = logp[both]
@@ -99,8 +109,8 @@ def dpo(x, **settings) -> torch.Tensor:
       'input_ids': x['pair_ids'][both],
       'attention_mask': x['pair_real'][both],
       'completion_mask': x['pair_answer'][both].long(),
-      'ref_chosen_logps': ref[i : i + 1],
-      'ref_rejected_logps': ref[count + i : count + i + 1],
+      'ref_chosen_logps': ref[both[: len(rows)]],
+      'ref_rejected_logps': ref[both[len(rows) :]],
     }
     out.append(trainer._compute_loss(model, inputs, False))
   return torch.stack(out)
@@ -129,6 +139,51 @@ def reference_free(x, trainer) -> torch.Tensor:
 def cpo(x, **settings) -> torch.Tensor:
   plain = dict(loss_type='sigmoid', beta=0.1, alpha=0.0, label_smoothing=0.0, cpo_alpha=0.0)
   return reference_free(x, make(CPOTrainer, **(plain | settings)))
+
+
+def bco(x, folder: Path) -> torch.Tensor:
+  """The mean loss of a completion in the first step of the BCO trainer of TRL 1.9."""
+  source = (folder / 'trl' / 'experimental' / 'bco' / 'bco_trainer.py').read_text()
+  method = source[source.index('def bco_loss') :]
+  logp = masked_logps(x).sum(-1)
+  chosen, rejected = logp.chunk(2)
+  ref_chosen, ref_rejected = (x['pair_ref'] * x['pair_answer'][:, 1:]).sum(-1).chunk(2)
+  running = SimpleNamespace(mean=0.0)
+  running.update = lambda rewards: setattr(running, 'mean', rewards.mean().item())
+  scope = run_lines(
+    method,
+    'chosen_logratios =',
+    'return losses',
+    {
+      'self': SimpleNamespace(beta=0.1, running=running, match_underlying_distribution=False),
+      'F': torch.nn.functional,
+      'do_train': True,
+      'chosen_rewards': None,
+      'policy_chosen_logps': chosen,
+      'policy_rejected_logps': rejected,
+      'reference_chosen_logps': ref_chosen,
+      'reference_rejected_logps': ref_rejected,
+    },
+  )
+  return scope['losses'].mean()
+
+
+# {name here: TRL's beta}
+JSD_BETAS = {'forward_kl': 0.0, 'reverse_kl': 1.0, 'js': 0.3}
+
+
+def jsd(x, beta: float) -> torch.Tensor:
+  """Sum over the tokens of the first half of the rows, the second half being the teacher."""
+  student, teacher = x['pair_logits'].chunk(2)
+  return GKDTrainer.generalized_jsd_loss(student, teacher, None, beta, 1.7, 'sum')
+
+
+# {name here: TRL's}
+DIVERGENCES = {
+  'forward_kl': 'forward_kl',
+  'js': 'js_divergence',
+  'alpha': 'alpha_divergence',
+}
 
 
 def kto(x) -> torch.Tensor:
@@ -358,6 +413,21 @@ def outputs(inputs: dict[str, np.ndarray], ppo_folder: Path) -> dict[str, np.nda
     'ipo': dpo(x, loss_type='ipo', beta=0.4),
     'hinge': dpo(x, loss_type='hinge', beta=0.3),
     'robust': dpo(x, loss_type='robust', beta=0.1, label_smoothing=0.2),
+    'exo': dpo(x, loss_type='exo_pair', beta=0.1, label_smoothing=0.1),
+    'discopop': dpo(x, loss_type='discopop', beta=0.1),
+    'nca': dpo(x, loss_type='nca_pair', beta=0.1),
+    'sppo': dpo(x, loss_type='sppo_hard', beta=0.4),
+    'apo_zero': dpo(x, loss_type='apo_zero', beta=0.1),
+    'apo_down': dpo(x, loss_type='apo_down', beta=0.1),
+    'aot': dpo(x, loss_type='aot', beta=0.1, label_smoothing=0.1),
+    'aot_unpaired': dpo(x, loss_type='aot_unpaired', beta=0.1, label_smoothing=0.1),
+    'bco': bco(x, ppo_folder),
+    **{
+      f'{loss}_{name}': dpo(x, loss_type=loss, beta=0.1, divergence=divergence)
+      for loss in ('sigmoid', 'sigmoid_norm', 'hinge', 'ipo', 'discopop')
+      for name, divergence in DIVERGENCES.items()
+    },
+    **{f'jsd_{name}': jsd(x, beta) for name, beta in JSD_BETAS.items()},
     'cpo': cpo(x),
     'cpo_smoothed': cpo(x, label_smoothing=0.1),
     'cpo_nll': cpo(x, cpo_alpha=0.7),

@@ -2,6 +2,7 @@
 has the former's numbers, test_lm_eval.py compares. Imports neither torch nor jax.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -16,8 +17,9 @@ TINY = {
   'no_bos': {'adds_bos': True, 'add_bos': False, 'max_length': 40},
 }
 TASKS = ('ftjax_choose', 'ftjax_judge', 'ftjax_last', 'ftjax_read', 'ftjax_write')
+READ = 'ftjax_read'  # of whole texts
 SMOLLM2 = Path('.cache/smollm2')
-SMOLLM2_LENGTH = 96
+SMOLLM2_LENGTH = 384  # the most tokens read
 _CONFIG = {
   'architectures': ['LlamaForCausalLM'],
   'model_type': 'llama',
@@ -222,15 +224,17 @@ def write_tasks(folder: Path, real: bool = False) -> str:
         'choices': [*r['choices']],
         'label': r['choices'].index(r['label']),
       }
-      for a, r in zip(asked[:12], rows, strict=False)
+      for a, r in zip(asked[:40], rows, strict=False)
     ]
-    texts = [{'text': '\n'.join(asked[i : i + 4])} for i in range(24, 36, 4)]
+    # The last one is longer than what is read at once.
+    bounds = [*range(40, 84, 4), 100]
+    texts = [{'text': '\n'.join(asked[a:b])} for a, b in itertools.pairwise(bounds)]
   rows = {
     'ftjax_choose': questions,
     'ftjax_judge': [{'text': f'{q["text"]}?', 'label': i % 2} for i, q in enumerate(questions)],
     'ftjax_last': [{'text': q['text'], 'label': q['choices'][q['label']]} for q in questions],
     'ftjax_read': texts,
-    'ftjax_write': sums(4 if real else 5),
+    'ftjax_write': sums(32 if real else 5),
   }
   most, shots = (24, 1) if real else (12, 1)
   for name, own in rows.items():

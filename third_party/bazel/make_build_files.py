@@ -29,8 +29,9 @@ _PYTHON = '@rules_python//python:defs.bzl'
 _OUTSIDE = ('benchmarks', 'configs', 'demo', 'docs', 'tests', 'third_party')
 _FOR_ALL_FOLDERS = ('ftjax/__init__.py', 'ftjax/cli.py')  # the other files there are entries
 _ROOT_FILES = (
-  '.bazelignore', '.bazelrc', '.bazelversion', '.ci/run', '.gitignore', 'CHANGELOG.md', 'LICENSE',
-  'MODULE.bazel', 'Makefile', 'README.md', 'WORKSPACE', 'layers.toml', 'pyproject.toml',
+  '.bazelignore', '.bazelrc', '.bazelversion', '.ci/run', '.gitignore', 'CHANGELOG.md',
+  'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'MODULE.bazel', 'Makefile', 'README.md',
+  'SECURITY.md', 'WORKSPACE', 'layers.toml', 'pyproject.toml',
 )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ A prediction outside the classes is wrong for each of them: "none of these".
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -169,3 +170,44 @@ def confusion(results: Sequence[Result], classes: Sequence[str]) -> dict[str, li
   wide = k + bool(counts[:, k].any())
   columns = [*classes, NONE][:wide]
   return {'labels': list(classes), 'predictions': columns, 'counts': counts[:, :wide].tolist()}
+
+
+def most_frequent(
+  results: Mapping[str, Sequence[Result]], classes: Sequence[str]
+) -> dict[str, Any] | None:
+  """Returns which label is the most frequent one, and which answer of each model.
+
+  A model that gives one answer whatever is asked is right as often as that label occurs.
+
+  Args:
+    results: by model; at least one model, all of the same rows.
+    classes: of the task. Of equally frequent ones the first counts.
+
+  Returns:
+    {"label": {class, n, share}, "answers": {model: {class, n, share, label_share}}}: n results,
+    their share of all, which for the label is the accuracy of always answering it, and the share
+    of results whose label that answer is. The class of answers outside the classes is NONE. None
+    without results.
+
+  Raises:
+    ValueError: a label that is none of the classes.
+  """
+  if not all(results.values()):
+    return None
+  names, answers, label = [*classes, NONE], {}, None
+  for model, own in results.items():
+    labels, predictions = (np.bincount(x, minlength=len(names)) for x in _indices(own, classes))
+    label = label or _largest(labels, names)
+    found = _largest(predictions, names)
+    answers[model] = found | {'label_share': float(labels[names.index(found['class'])] / len(own))}
+  return {'label': label, 'answers': answers}
+
+
+def _largest(counts: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+  """Returns the first name with the largest count, with that count and its share of all."""
+  best = int(counts.argmax())
+  return {
+    'class': names[best],
+    'n': int(counts[best]),
+    'share': float(counts[best] / counts.sum()),
+  }

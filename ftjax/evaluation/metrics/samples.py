@@ -91,3 +91,11 @@ def majority_metric(k: int) -> Metric:
     return majority_share([r.prediction for r in first], [r.right for r in first])
 
   return _mean(f'maj_at_{k}', f'maj@{k}', score)
+
+
+def metrics(k: int) -> tuple[Metric, ...]:
+  """Returns the figures of k samples of each prompt; none of a single one."""
+  if k < 2:
+    return ()
+  sizes = sorted({k, *(size for size in (4, 16, 64) if size < k)})
+  return (*map(pass_metric, sizes), majority_metric(k))
