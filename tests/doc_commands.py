@@ -157,13 +157,14 @@ def unread(text):
 def saved_files(text):
   """{name: content} of the Python files that a page asks its reader to save.
 
-  A block is one where the line before it names a file `NAME.py`; a whole config is my_config.py.
+  The line before such a block names `NAME.py`, or its first line is `# NAME.py`; a whole config is
+  my_config.py.
   """
   found = {}
   for match in _FENCE.finditer(text):
     if match[1] == 'python':
       before = text[: match.start()].rstrip().rpartition('\n')[2]
-      names = re.findall(r'`(\w+\.py)`', before)
+      names = re.findall(r'`(\w+\.py)`', before) + re.findall(r'\A# (\w+\.py)\n', match[2])
       if names or 'def get_config():' in match[2]:
         found.setdefault(names[-1] if names else 'my_config.py', match[2])
   return found
@@ -199,6 +200,7 @@ SMALL = {
   'demo/gsm8k.py': 'data/gsm8k/test.jsonl',
   'demo/held_out_loss.py': None,
   'demo/sentiment_rewards.py': '.cache/data/sentiment_rewards/pairs.jsonl',
+  'demo/tutorial_rows.py': 'data/shop/chat.jsonl',
 }
 SHELL = ('.', 'cd', 'git', 'sha256sum')
 
