@@ -1,6 +1,7 @@
 """The commands of README and docs that take longer, executed as they stand, one after another."""
 
 import collections
+import json
 import shutil
 import subprocess
 
@@ -69,14 +70,16 @@ def test_tiny_runs_of_the_docs_end_as_shown(workdir, tmp_path):
 @pytest.mark.full
 def test_the_commands_of_the_readme_work_one_after_another(tmp_path):
   """On rows and a model of random weights in place of the reader's own."""
-  arguments = ['--config=tiny_sft', f'--workdir={tmp_path}/runs/tiny', '--config.steps=2']
+  arguments = ['--config=tiny_sft', f'--workdir={tmp_path}/runs/tiny', '--config.steps=20']
   assert tiny_run.run('train', arguments, folder=tmp_path)[0] == 0
   (tmp_path / '.cache').mkdir()
   shutil.copytree(tmp_path / 'runs/tiny/export', tmp_path / '.cache/smollm2')
+  shape = tmp_path / '.cache/smollm2/config.json'  # seq_len of the page's config is 512
+  shape.write_text(json.dumps(json.loads(shape.read_text()) | {'max_position_embeddings': 512}))
   (tmp_path / 'my_config.py').write_text(saved('README.md')['my_config.py'])
   rows = [
     {'messages': [{'role': 'user', 'content': f'{i} + 1 ='}, {'role': 'assistant', 'content': 'x'}]}
-    for i in range(40)
+    for i in range(2000)
   ]
   write_rows(tmp_path / 'train.jsonl', rows)
   asked = [{'messages': row['messages'][:1], 'answer': 'x'} for row in rows[:6]]
