@@ -1,6 +1,7 @@
 # make demo: fine-tune a real model on real data, scored before and after.   make test: the tests.
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/demo
 LOCKS := third_party/requirements
@@ -11,7 +12,7 @@ PARITY_PYTHON ?= python3.11
 SHARD ?= 0/1
 PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: bazel lint-bazel check-locks docker-digest lint-launch env assets gemma minilm safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
+.PHONY: bazel lint-bazel check-locks docker-digest docs lint-launch env assets gemma minilm safety-data eval-data demo test test-all test-shard parity optimized lint wheel lock lock-parity
 env: $(VENV)/.ready
 
 # First the build backends: packages without a wheel are built with these, not with fetched ones.
@@ -99,6 +100,16 @@ check-locks: env
 # The wheel, the source archive, the bill of materials and SHA256SUMS of the commit, into dist/. The same commit gives the same bytes.
 wheel: env
 	@third_party/wheel.sh $(RUN) dist
+
+# The documentation as a static site, build/site/index.html; a broken link or anchor fails it. In an environment of its own.
+docs: $(DOCS_VENV)/.ready
+	@$(DOCS_VENV)/bin/python docs/site/build.py build/site
+
+$(DOCS_VENV)/.ready: $(LOCKS)/docs.txt
+	@echo "Making $(DOCS_VENV) from $(LOCKS)/docs.txt ..."
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $(LOCKS)/docs.txt
+	@touch $@
 
 # Needs uv; rewrites the hash-locked requirements, each for every supported Python, x86-64 and aarch64. LOCK=--upgrade for the newest versions.
 lock:

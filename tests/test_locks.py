@@ -32,6 +32,8 @@ LOCKED = {
   'plan': (*_RUNS, 'plan'),
   'test': ('test',),
 }
+# Locks without ftjax's own dependencies.
+ALONE = ('build', 'docs', 'lint')
 # Extras that no lock holds: services that most users do without.
 NOT_LOCKED = {'wandb', 'mlflow'}
 
@@ -145,13 +147,13 @@ def test_every_extra_is_locked_or_left_out_by_name():
 def test_one_version_of_each_package_in_all_locks(python):
   """Except for libtpu: a plan is made by the newest compiler, a TPU has the one that jax names."""
   versions = collections.defaultdict(set)
-  for lock in (*LOCKED, 'build', 'lint'):
+  for lock in (*LOCKED, *ALONE):
     for name, pin in installed(lock, python).items():
       versions[name].add(pin.version)
   assert {name for name, found in versions.items() if len(found) > 1} <= {'libtpu'}
 
 
-@pytest.mark.parametrize('lock', [*LOCKED, 'build', 'lint'])
+@pytest.mark.parametrize('lock', [*LOCKED, *ALONE])
 def test_locks_are_closed_and_name_no_place(lock):
   """A package that others need, by uv's comments, is there wherever one of these is."""
   text = (LOCKS / f'{lock}.txt').read_text()
@@ -159,7 +161,7 @@ def test_locks_are_closed_and_name_no_place(lock):
   names = {p.name for p in pins(lock)} | {'ftjax'}
   for pin in pins(lock):
     assert pin.hashes and (set(pin.via) <= names), pin.name
-    assert pin.via or lock in ('build', 'lint'), pin.name
+    assert pin.via or lock in ALONE, pin.name
   for python in PYTHONS:
     x86, arm = (set(installed(lock, python, machine)) for machine in MACHINES)
     assert x86 == arm
@@ -181,6 +183,14 @@ def test_the_lock_of_linters_holds_what_lint_in_names():
     assert requirement.specifier.contains(pin.version), f'{requirement}; run make lock'
   roots = {r.name for r in named}
   assert all(pin.via or pin.name in roots for pin in held.values())
+
+
+@pytest.mark.parametrize('python', PYTHONS)
+def test_docs_holds_what_docs_in_asks_for(python):
+  lines = (LOCKS / 'docs.in').read_text().splitlines()
+  asked_for = [Requirement(line) for line in lines if not line.startswith('#')]
+  held = installed('docs', python)
+  assert asked_for and all(r.specifier.contains(held[r.name].version) for r in asked_for)
 
 
 @pytest.mark.parametrize(

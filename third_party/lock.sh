@@ -34,3 +34,9 @@ print(*project["optional-dependencies"]["build"], sep="\n")' | uv pip compile --
 echo 'locking lint ...'
 uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-strip-extras \
   --constraint "$locks/test.txt" "$@" "$locks/lint.in" --output-file "$locks/lint.txt"
+
+# The documentation is built without ftjax's dependencies.
+echo 'locking docs ...'
+uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+  --no-strip-extras --constraint "$locks/test.txt" "$@" "$locks/docs.in" \
+  --output-file "$locks/docs.txt"

@@ -63,7 +63,13 @@ def labels(found: Iterable[str], package: str) -> list[str]:
   """Returns labels as a BUILD file of `package` writes them, in buildifier's order."""
   own = f'//{package}:'
   short = {f':{label.removeprefix(own)}' if label.startswith(own) else label for label in found}
-  return sorted(short, key=_place)
+  return sorted(map(_shortest, short), key=_place)
+
+
+def _shortest(label: str) -> str:
+  """Returns `//a/b` for `//a/b:b`."""
+  folder, _, name = label.partition(':')
+  return folder if name and name == folder.rpartition('/')[2] else label
 
 
 def _place(label: str) -> tuple[int, str]:
