@@ -229,6 +229,7 @@ CHANGES = {
   'AttentionSpec.qk_norm': Norm(),
   'AttentionSpec.qk_norm_width': 'all',
   'AttentionSpec.gate': True,
+  'AttentionSpec.causal': False,
   'GatedMlpSpec.ffn_dim': 32,
   'GatedMlpSpec.activation': 'gelu',
   'GatedMlpSpec.bias': True,
@@ -245,6 +246,7 @@ CHANGES = {
   'BlockSpec.norm': None,
   'BlockSpec.norm_placement': 'after',
   'BlockSpec.residual_scale': 0.5,
+  'BlockSpec.mixer_norm': False,
 }
 
 
@@ -284,7 +286,7 @@ def test_every_field_of_a_spec_changes_the_model(name, value, params):
   assert np.abs(after - before).max() > 1e-3
 
 
-@pytest.mark.parametrize('placement', ['after', 'both'])
+@pytest.mark.parametrize('placement', ['after', 'both', 'residual'])
 def test_norms_after_a_branch_decode_as_they_train(placement):
   arch = TINY.with_blocks(lambda block: dataclasses.replace(block, norm_placement=placement))
   params, (tokens, segments) = init(arch), left_padded()

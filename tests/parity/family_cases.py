@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from parity.encoder_cases import BERT, DEBERTA, DISTILBERT, MASKED, MODERNBERT, ROBERTA
+
 FOLDER = Path(__file__).parent / 'golden' / 'families'
 ROWS, PROMPTS, NEW_TOKENS = 2, 20, 8
 
@@ -410,129 +412,17 @@ CASES = {
   ),
 }
 
-# Encoders: the width of a head is hidden_size / heads, which all of transformers' classes require.
-_BERT = {
-  'model_type': 'bert',
-  'vocab_size': 67,
-  'hidden_size': 24,
-  'intermediate_size': 40,
-  'num_hidden_layers': 3,
-  'num_attention_heads': 6,
-  'max_position_embeddings': 61,
-  'type_vocab_size': 2,
-  'layer_norm_eps': 1e-5,
-  'pad_token_id': None,
-}
-_DISTILBERT = {
-  'model_type': 'distilbert',
-  'vocab_size': 67,
-  'dim': 24,
-  'hidden_dim': 40,
-  'n_layers': 3,
-  'n_heads': 6,
-  'max_position_embeddings': 61,
-  'pad_token_id': None,
-}
-CASES |= {
-  'bert': Case(_BERT, head='masked'),
-  'bert_untied': Case(
-    _BERT | {'num_hidden_layers': 2, 'hidden_act': 'gelu_new', 'tie_word_embeddings': False},
-    head='masked',
-  ),
-  'distilbert': Case(_DISTILBERT, head='masked'),
-}
-_ROBERTA = _BERT | {'model_type': 'roberta', 'pad_token_id': 3, 'type_vocab_size': 1}
-# Windows of 4 on either side, in a row of 48, and a layer type that begins with the window.
-_MODERNBERT = {
-  'model_type': 'modernbert',
-  'vocab_size': 67,
-  'hidden_size': 24,
-  'intermediate_size': 40,
-  'num_hidden_layers': 5,
-  'num_attention_heads': 6,
-  'max_position_embeddings': 61,
-  'local_attention': 9,
-  'global_attn_every_n_layers': 2,
-  'pad_token_id': None,
-  'bos_token_id': None,
-  'eos_token_id': None,
-  'cls_token_id': None,
-  'sep_token_id': None,
-}
-CASES |= {
-  'roberta': Case(_ROBERTA, head='masked'),
-  'xlm_roberta': Case(
-    _ROBERTA | {'model_type': 'xlm-roberta', 'pad_token_id': 1, 'hidden_act': 'gelu_new'},
-    head='masked',
-  ),
-  'modernbert': Case(_MODERNBERT, head='masked'),
-  'modernbert_biases': Case(
-    _MODERNBERT
-    | {
-      'num_hidden_layers': 3,
-      'norm_bias': True,
-      'attention_bias': True,
-      'mlp_bias': True,
-      'classifier_bias': True,
-      'classifier_activation': 'silu',
-      'decoder_bias': False,
-      'tie_word_embeddings': False,
-      'layer_types': ['sliding_attention', 'full_attention', 'sliding_attention'],
-      'rope_parameters': {
-        'full_attention': {'rope_type': 'default', 'rope_theta': 1000.0},
-        'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
-      },
-    },
-    head='masked',
-  ),
-}
-# As v3: 48 positions of which 16 on each side have buckets of their own, the last begins at 40.
-_DEBERTA = {
-  'model_type': 'deberta-v2',
-  'vocab_size': 67,
-  'hidden_size': 24,
-  'intermediate_size': 40,
-  'num_hidden_layers': 3,
-  'num_attention_heads': 6,
-  'max_position_embeddings': 61,
-  'type_vocab_size': 0,
-  'layer_norm_eps': 1e-5,
-  'pad_token_id': None,
-  'relative_attention': True,
-  'position_buckets': 16,
-  'max_relative_positions': 40,
-  'norm_rel_ebd': 'layer_norm',
-  'share_att_key': True,
-  'pos_att_type': ['p2c', 'c2p'],
-  'position_biased_input': False,
-}
-CASES |= {
-  'deberta': Case(_DEBERTA, head='masked'),
-  # Without buckets, a row is longer than the distances; maps of their own; positions and types too.
-  'deberta_v2': Case(
-    _DEBERTA
-    | {
-      'num_hidden_layers': 2,
-      'position_buckets': -1,
-      'max_relative_positions': 20,
-      'norm_rel_ebd': 'none',
-      'share_att_key': False,
-      'position_biased_input': True,
-      'type_vocab_size': 2,
-    },
-    head='masked',
-  ),
-}
+CASES |= {name: Case(config, head='masked') for name, config in MASKED.items()}
 DECODERS = tuple(n for n, case in CASES.items() if not case.head)
 ENCODERS = tuple(n for n in CASES if n not in DECODERS)
 
 _LABELS = {'id2label': {'0': 'neutral', '1': 'up', '2': 'down'}}
 _WITH_LABELS = {
-  'bert': _BERT,
-  'distilbert': _DISTILBERT,
-  'roberta': _ROBERTA,
-  'modernbert': _MODERNBERT | {'classifier_pooling': 'mean', 'num_hidden_layers': 3},
-  'deberta': _DEBERTA | {'num_hidden_layers': 2},
+  'bert': BERT,
+  'distilbert': DISTILBERT,
+  'roberta': ROBERTA,
+  'modernbert': MODERNBERT | {'classifier_pooling': 'mean', 'num_hidden_layers': 3},
+  'deberta': DEBERTA | {'num_hidden_layers': 2},
   'llama': _LLAMA | {'num_hidden_layers': 2, 'pad_token_id': 0},
   'gpt2': CASES['gpt2'].config | {'n_layer': 2, 'pad_token_id': 0},
 }
