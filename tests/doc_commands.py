@@ -183,11 +183,14 @@ def every_command(root=ROOT):
 
 # Beginning of a command: why no test here runs it. A file that it names does.
 ELSEWHERE = {
+  'bazel run': 'Bazel 9 can be downloaded from no package index',
+  'bazel test': 'the same',
   'gcloud auth application-default login': 'asks for a Google account in a browser',
   'hf auth login': 'asks for a token of the Hugging Face hub',
   'mpirun': 'MPI is not installed; the command that it starts is checked',
   'ollama create': 'Ollama is in no package index; tests/test_gguf_export.py checks the Modelfile',
   'ollama run': 'the same',
+  'python benchmarks/label_errors.py': 'tests/test_benchmarks.py runs it on small rows',
   'python docs/make_config_keys.py': 'tests/test_config_keys.py calls it, and compares the page',
   'srun': 'SLURM is not installed; the command that it starts is checked',
   'third_party/bazel/debian.sh': 'needs Bazel: make bazel, and tests/test_build_files.py',

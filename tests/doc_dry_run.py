@@ -5,8 +5,8 @@
 
 Every command runs in a fork of this process, which has imported what all of them need, with the
 real flags, config and checks. An entry of ftjax is stopped where it first imports jax, which comes
-after all checks of flags and config; supervise and evaluate --watch where they would start; a
-script and lm-eval where their arguments are parsed.
+after all checks of flags and config; supervise, study and evaluate --watch where they would start;
+a script and lm-eval where their arguments are parsed.
 
   reached: 'jax', 'start' or 'arguments' where it was stopped there; '' where it ended by itself
   code: the exit code of one that ended
@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from ftjax.config import validation  # noqa: E402
 from ftjax.reporting import watch  # noqa: E402
+from ftjax.studies import runner  # noqa: E402
 from ftjax.supervision import supervisor  # noqa: E402
 
 # What the entries import before jax, and what takes long there.
@@ -111,6 +112,7 @@ def report(words, folder):
   validation.validate = validate_and_note
   supervisor.supervise = stop('start')
   watch.watch = stop('start')  # it waits for a run
+  runner.Runner.run = stop('start')  # of a study
   sys.meta_path.insert(0, NoJax())
   with tempfile.TemporaryFile('w+') as errors:
     os.dup2(errors.fileno(), 2)

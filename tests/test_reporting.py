@@ -637,7 +637,7 @@ class Terminal:
 @pytest.mark.parametrize('is_terminal', [True, False])
 def test_watching_stops_at_the_end_of_the_run(tmp_path, is_terminal):
   out, rows = Terminal(is_terminal), [json.dumps(r) + '\n' for r in report_summaries.log_rows(3, 9)]
-  (tmp_path / 'config.json').write_text('{"steps": 3}')
+  (tmp_path / 'manifest.json').write_text('{"steps": 3}')
   seen = []
 
   def sleep(_):

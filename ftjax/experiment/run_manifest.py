@@ -57,6 +57,7 @@ def write(
     parameters=summary.parameters(trainer),
     user_code=user_code,
     is_deterministic=is_deterministic,
+    steps=run.steps,
   )
   before = start.saved['config'] if start.saved else config
   changed = {k: before.get(k) for k in config if before.get(k) != config[k]}

@@ -187,8 +187,8 @@ def watch(
 
 
 def _steps(workdir: str) -> int:
-  """Returns the number of steps of a run; 0 where its config.json is not there yet."""
-  path = files.join(workdir, 'config.json')
+  """Returns the number of steps of a run; 0 where its manifest.json is not there yet."""
+  path = files.join(workdir, 'manifest.json')
   if not files.exists(path):
     return 0
   try:

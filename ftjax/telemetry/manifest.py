@@ -44,6 +44,7 @@ class Made:
     parameters: {"trained", "frozen"}: how many.
     user_code: {config key: sha256 of the user's modules that it names}.
     is_deterministic: whether the run was started with --deterministic.
+    steps: optimizer updates of the whole run.
   """
 
   fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -53,6 +54,7 @@ class Made:
   parameters: Mapping[str, int] = dataclasses.field(default_factory=dict)
   user_code: Mapping[str, str] = dataclasses.field(default_factory=dict)
   is_deterministic: bool = False
+  steps: int = 0
 
 
 def build(config: Mapping[str, Any], made: Made) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def build(config: Mapping[str, Any], made: Made) -> dict[str, Any]:
     'fingerprints': dict(made.fingerprints),
     'data': made.data,
     'parameters': dict(made.parameters),
+    'steps': made.steps,
     'devices': {
       'kind': devices[0].device_kind,
       'count': len(devices),
