@@ -105,6 +105,7 @@ def begin(c, workdir):
 # Another base.
 
 
+@pytest.mark.full
 def test_a_resume_on_another_base_is_refused(base, finished, tmp_path):
   workdir = shutil.copytree(finished, tmp_path / 'run')
   before = sorted(p.name for p in (workdir / 'checkpoints').iterdir())

@@ -218,6 +218,7 @@ def test_on_policy_the_ratio_is_one_and_the_divergence_zero(changes, tmp_path):
   assert set(own) == set(filter(None, [changes.get('lora.train')])), 'no second copy of the base'
 
 
+@pytest.mark.full
 def test_a_value_model_shares_the_base_and_has_an_adapter_of_its_own(tmp_path):
   changes = {'lora.base': 'nf4', 'lora.block': 8, 'lora.targets': FEW, 'lora.train': 'embed/w'}
   s = tiny_rollouts.Steps(tmp_path, 'ppo', **ROLLOUTS, **changes)

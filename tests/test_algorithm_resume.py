@@ -68,7 +68,7 @@ def uninterrupted(tmp_path_factory):
 
 
 # Both moments of a kill, pairs and rollouts; test_grpo.py and test_resume.py have others.
-EVERY_DAY = {('cached', 1), ('ppo+lora', 4)}
+EVERY_DAY = {('cached', 1)}
 CASES = [
   pytest.param(a, k, marks=[] if (a, k) in EVERY_DAY else [pytest.mark.full])
   for a in ('dpo', 'cached', 'reward_model', *SETTINGS, *(f'{a}+lora' for a in ADAPTERS))

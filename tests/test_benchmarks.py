@@ -23,9 +23,9 @@ PARTS = {'contest.py', 'sft_speed_worker.py', 'rollout_speed_worker.py', 'packag
 
 def test_every_script_is_run_here():
   text = pathlib.Path(__file__).read_text()
-  # test_gsm8k.py, test_data_scripts.py and test_accelerator_check.py
+  # test_gsm8k.py, test_data_scripts.py, test_accelerator_check.py, test_minilm_demo.py, test_pages.py
   elsewhere = {'gsm8k.py', 'safety_data.py', 'eval_data.py', 'debian_descriptions.py'}
-  elsewhere |= {'canaries.py', 'accelerator_check.py'}
+  elsewhere |= {'canaries.py', 'accelerator_check.py', 'minilm.py', 'tutorial_rows.py'}
   for path in SCRIPTS:
     assert path.name in PARTS | elsewhere or f"'{path.stem}'" in text, path.name
 
@@ -57,6 +57,7 @@ def write(path, rows):
   return path
 
 
+@pytest.mark.full
 def test_sft_speed(script, model, tmp_path, capfd):
   rows = write(tmp_path / 'chat.jsonl', synthetic.sums(8))
   settings = ['--rounds=1', '--warmup=0', '--full-updates=1', '--chat-rows=4', '--chat-len=64']
@@ -75,6 +76,7 @@ def test_rollout_speed(script, model, capfd):
   assert row['tokens'] == 16 * 128 and row['tokens_per_s'] > 0
 
 
+@pytest.mark.full
 def test_generation_speed(script, model, capfd):
   settings = [
     f'--model={model}',
@@ -201,6 +203,7 @@ def made_up_run(workdir, seed, right):
   write(workdir / 'eval' / 'summary.json', [{'tasks': {'sentiment': summary}}])
 
 
+@pytest.mark.full
 def test_method_accuracy(script, model, tmp_path, monkeypatch, capsys):
   """One method is trained by the real entry; runs that are done are read, not made again."""
   folder = tmp_path / 'data'
@@ -271,6 +274,7 @@ TABLE_KEYS = (
 )
 
 
+@pytest.mark.full
 def test_evaluation_tables(script, model, yes_no_rows, tmp_path, capsys):
   """One task is trained by the real entry with the keys of the script; its row is in the table."""
   keys = ('--tasks=yes_no', f'model.path={model}', *TABLE_KEYS)

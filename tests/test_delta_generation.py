@@ -42,6 +42,7 @@ def tokens(found):
   return [[c.tokens for c in row] for row in found.completions]
 
 
+@pytest.mark.full
 def test_a_refilled_slot_begins_with_its_prompt_s_states():
   """Log-probabilities are those of the trainer's forward over each whole sequence, and the number
   of slots does not matter.

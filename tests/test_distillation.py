@@ -176,6 +176,7 @@ def test_a_teacher_of_another_architecture(tmp_path, teacher):
   assert 'teacher' in json.dumps(manifest['fingerprints'])
 
 
+@pytest.mark.full
 def test_a_resumed_run_reads_its_teacher_again_and_refuses_another(tmp_path, teacher):
   words = keys(distill__teacher=str(teacher), checkpoint__every=1)
   command = ['--config=tiny_distill', f'--workdir={tmp_path}', *words]

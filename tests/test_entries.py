@@ -359,6 +359,7 @@ runpy.run_module('ftjax.train', run_name='__main__')
 """
 
 
+@pytest.mark.full
 def test_an_error_waits_for_the_save_that_is_under_way(tmp_path):
   """The end of the interpreter would tear it."""
   settings = ['checkpoint.every=2', 'eval.every=0', 'eval.prompts=()']

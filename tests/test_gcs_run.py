@@ -83,6 +83,7 @@ def finished(bucket):
   return [int(m[2]) for m in marks if m[3:] == ['commit_success.txt']]
 
 
+@pytest.mark.full
 def test_a_killed_run_in_a_bucket_ends_bitwise_like_one_on_a_disk(inputs, bucket, tmp_path):
   folder, reference = inputs
   for part in ('model', 'rows.jsonl'):

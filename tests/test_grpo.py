@@ -644,6 +644,7 @@ def reference(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.full
 def test_killed_between_two_updates_on_a_rollout(reference, tmp_path):
   """The same prompts, completions, losses and exported bits. Guarantees 1.1 and 1.12."""
   tiny_run.share_programs(reference, tmp_path)

@@ -208,7 +208,11 @@ def check_load(tmp_path, model, dtype, base=''):
 
 @pytest.mark.parametrize(
   ('model', 'dtype'),
-  [('llama', 'bfloat16'), ('phi3', 'float32'), ('qwen3_moe together', 'float32')],
+  [
+    ('llama', 'bfloat16'),
+    pytest.param('phi3', 'float32', marks=pytest.mark.full),
+    pytest.param('qwen3_moe together', 'float32', marks=pytest.mark.full),
+  ],
 )
 def test_a_model_is_read_with_one_leaf_more_and_written_with_two_tensors(tmp_path, model, dtype):
   """Matrices by themselves, parts of a fused one, experts in one tensor of a layer."""

@@ -107,6 +107,7 @@ def test_detach_without_watch_is_refused(cloud):
 # Hosts
 
 
+@pytest.mark.full
 def test_a_machine_with_a_new_disk_is_started_again(cloud):
   """As after a repair: ready, and without a file of ours."""
   script = '[[ -f "$FAKE_CLOUD/done" ]] && exit 0; sleep 60'
@@ -121,6 +122,7 @@ def test_a_machine_with_a_new_disk_is_started_again(cloud):
   assert len(cloud.of('tpu-vm', 'create')) == 1
 
 
+@pytest.mark.full
 def test_machines_that_are_no_longer_listed_are_lost(cloud):
   """A spot group whose machines were taken back and deleted."""
   env = training(cloud, '[[ -f "$FAKE_CLOUD/done" ]] && exit 0; sleep 60')

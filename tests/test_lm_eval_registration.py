@@ -63,6 +63,7 @@ def test_more_tokens_than_the_model_was_made_for(tmp_path):
     FtjaxModel.create_from_arg_obj({'path': path, 'max_length': 9999})
 
 
+@pytest.mark.full
 def test_the_command_line_to_its_end(tmp_path, monkeypatch):
   path = write_folder(tmp_path / 'model')
   rows = tmp_path / 'rows.jsonl'

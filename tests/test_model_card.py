@@ -438,6 +438,7 @@ def test_the_card_in_a_bucket_is_replaced(bucket):
   assert not [n for n in bucket.names() if 'card' in n or 'partial' in n]
 
 
+@pytest.mark.full
 def test_a_merged_model_has_the_scores_of_its_adapter(trained, tmp_path):
   """And its distance from the adapter; so has a conversion, without the distance."""
   _, c = trained

@@ -35,6 +35,7 @@ def flip_last_bit(path):
   path.write_bytes(raw)
 
 
+@pytest.mark.full
 def test_weights_are_read_once_by_a_fresh_run_and_not_by_its_resume(tmp_path, read):
   base = tmp_path / 'base'
   tiny_model.write_folder(base)

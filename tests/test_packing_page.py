@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+import pytest
 from packing_page import PAGE, blocks, printed
 
 GOLDEN = pathlib.Path(__file__).parent / 'parity' / 'golden' / 'packing_page.json'
@@ -19,6 +20,7 @@ def numbers(text):
   return float(found[1]), float(found[2]), [line.partition(' of ')[0] for line in rest]
 
 
+@pytest.mark.full
 def test_documents_have_no_influence():
   """Rounding is another on other machines; an influence of 0 is not."""
   test, ours, _ = blocks('python')

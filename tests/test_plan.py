@@ -331,7 +331,11 @@ NF4 = {'rank': 4, 'base': 'nf4', 'block': 8}
 
 @pytest.mark.parametrize(
   ('mesh', 'lora'),
-  [(dict(fsdp=8), {}), (dict(data=2, fsdp=2, tensor=2), {}), (dict(fsdp=4, tensor=2), NF4)],
+  [
+    pytest.param(dict(fsdp=8), {}, marks=pytest.mark.full),
+    (dict(data=2, fsdp=2, tensor=2), {}),
+    pytest.param(dict(fsdp=4, tensor=2), NF4, marks=pytest.mark.full),
+  ],
   ids=str,
 )
 def test_the_plan_counts_the_bytes_that_live(mesh, lora):

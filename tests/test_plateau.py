@@ -216,6 +216,7 @@ def last_state(workdir):
     return checkpointer.restore(workdir / 'checkpoints' / '8' / 'state')
 
 
+@pytest.mark.full
 def test_a_run_that_stalls_and_is_resumed_after_a_fall(tmp_path):
   """Over eight devices, with accumulation; bit for bit."""
   c = tiny('sft', **FLAT)

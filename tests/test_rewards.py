@@ -346,6 +346,7 @@ def test_a_model_is_a_part():
     score('model', b)
 
 
+@pytest.mark.full
 @needs('math_verify')
 def test_math_is_isolated_and_the_order_kept():
   texts = [str(i) if i % 3 else f'\\boxed{{\\sqrt{{{i**2}}}}}' for i in range(13)]

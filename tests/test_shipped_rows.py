@@ -81,6 +81,9 @@ def test_there_are_such_configs():
   assert len(NAMES) >= 14
 
 
+LONG = ('lora_gemma3_270m', 'sft_summarization', 'sft_translation')
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_the_tasks_of_a_config_load(config, name):
   c = config(name)
@@ -91,8 +94,8 @@ def test_the_tasks_of_a_config_load(config, name):
 
 @pytest.mark.parametrize(
   'name',
-  # Its tokenizer takes some ten times as long.
-  [pytest.param(n, marks=pytest.mark.full) if n == 'lora_gemma3_270m' else n for n in NAMES],
+  # The tokenizer of one takes some ten times as long, and the others have thousands of rows.
+  [pytest.param(n, marks=pytest.mark.full) if n in LONG else n for n in NAMES],
 )
 def test_the_training_rows_of_a_config_pass_its_checks(config, folder, name):
   c = config(name)

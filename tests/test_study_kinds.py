@@ -244,6 +244,7 @@ def test_the_entry_refuses_before_anything_starts(tmp_path):
   assert code == 2 and 'Traceback' not in text and f'{tmp_path}/file' in text
 
 
+@pytest.mark.full
 def test_a_study_of_a_real_run(tmp_path, monkeypatch):
   monkeypatch.chdir(tiny_run.ROOT)
   monkeypatch.setenv('PYTHONPATH', str(tiny_run.ROOT))

@@ -48,9 +48,16 @@ def rows(workdir):
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def heed_signals():
+  """In a child: supervise passes on no signal that its parent ignores, as tests under nohup do."""
+  for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+
+
 def start(*words, **more):
   """`python -m ftjax.supervise` as a process of its own."""
   more = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True} | more
+  more = {'preexec_fn': heed_signals} | more
   command = [sys.executable, '-m', 'ftjax.supervise', *map(str, words)]
   return subprocess.Popen(command, cwd=tiny_run.ROOT, **more)
 

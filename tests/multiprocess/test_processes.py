@@ -64,7 +64,8 @@ def test_several_processes_train_like_one(count, one, tmp_path):
     assert 'step compiled' not in log.read_text() and 'Answers' not in log.read_text()
 
 
-@pytest.mark.parametrize('count', [1, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize('count', [1, 4])
 def test_a_killed_run_resumes_on_another_number_of_processes(count, one, tmp_path):
   """SIGKILL to one of two: both end soon; `count` go on from the newest checkpoint."""
   with Processes(2, arguments(tmp_path), tmp_path / 'logs', flags=['--heartbeat_s=10']) as both:
