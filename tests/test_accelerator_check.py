@@ -119,6 +119,7 @@ def test_a_value_that_is_no_number_fails_its_check(check, tmp_path):
   assert 'leak nan' in (tmp_path / 'out' / 'table.md').read_text()
 
 
+@pytest.mark.full
 def test_a_section_that_hangs_ends_with_all_it_started(check, tmp_path):
   results = run_all(check, tmp_path / 'out', 'hang', 'good', limit=3.0)
   first, second = results['sections']
@@ -127,6 +128,7 @@ def test_a_section_that_hangs_ends_with_all_it_started(check, tmp_path):
   assert not any(map(is_alive, (tmp_path / 'child').read_text().split()))
 
 
+@pytest.mark.full
 def test_sections_without_time_are_listed(check, tmp_path):
   out = tmp_path / 'out'
   results = run_all(check, out, 'hang', 'good', 'wrong', budget=check.RESERVE + 2.5)

@@ -23,7 +23,7 @@ PARTS = {'contest.py', 'sft_speed_worker.py', 'rollout_speed_worker.py', 'packag
 
 def test_every_script_is_run_here():
   text = pathlib.Path(__file__).read_text()
-  # test_gsm8k.py, test_data_scripts.py, test_accelerator_check.py, test_minilm_demo.py, test_pages.py
+  # test_gsm8k.py, test_data_scripts.py, test_accelerator_check.py, test_minilm_demo.py, test_pages
   elsewhere = {'gsm8k.py', 'safety_data.py', 'eval_data.py', 'debian_descriptions.py'}
   elsewhere |= {'canaries.py', 'accelerator_check.py', 'minilm.py', 'tutorial_rows.py'}
   for path in SCRIPTS:

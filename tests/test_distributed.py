@@ -185,6 +185,7 @@ def test_a_process_that_is_started_anew_is_no_second_one(address):
   assert out == [None]
 
 
+@pytest.mark.full
 def test_a_process_that_has_died_again_is_missing(address):
   with after_a_death(address, 6) as out:
     pass

@@ -323,6 +323,7 @@ def test_sigterm_saves_ends_with_75_and_the_next_run_completes(finished, tmp_pat
   assert (workdir / 'export').exists() and tiny_run.logged(workdir) == stopped + 2
 
 
+@pytest.mark.full
 def test_init_from_starts_with_other_weights_and_a_fresh_optimizer(finished, tmp_path):
   base, workdir = finished[0], tmp_path / 'run'
   settings = [f'init_from={base}', 'steps=2', 'eval.prompts=()', 'data.train=sums:100']

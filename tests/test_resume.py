@@ -62,6 +62,7 @@ def test_a_killed_run_ends_bitwise_like_an_uninterrupted_one(reference, killed):
   assert any('safetensors' in name for name in tiny_run.results(killed[0]))
 
 
+@pytest.mark.full
 def test_a_stopped_run_makes_up_its_pending_evaluation(reference, tmp_path):
   """SIGTERM where every step is followed by an evaluation: none is missing in the end, none twice,
   and those of the uninterrupted run are the same.

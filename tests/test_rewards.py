@@ -203,6 +203,7 @@ def test_an_exception_is_counted_and_scores_zero(functions):
   assert 'ZeroDivisionError' in got.reasons['raises'] and 'my_rewards.py' in got.reasons['raises']
 
 
+@pytest.mark.full
 def test_a_function_that_hangs_or_dies_is_started_again(functions):
   with Rewards(parse('my_rewards:hangs@1,my_rewards:dies@1'), (), call_limit=5.0) as r:
     start = time.monotonic()

@@ -115,6 +115,7 @@ def test_the_best_checkpoint_of_a_finished_run_is_its_export(averaged, tmp_path)
   assert not any(np.array_equal(last[n], best[n]) for n in last if n != frozen)
 
 
+@pytest.mark.full
 def test_the_last_checkpoint_of_a_reward_model_is_its_export(reward, tmp_path):
   convert.convert(f'{reward}@last', str(tmp_path / 'out'), None)
   assert content(tmp_path / 'out') == content(reward / 'export')

@@ -12,6 +12,7 @@ def train(workdir, *overrides):
   return tiny_run.run('train', tiny_run.arguments(workdir, *STEPS, *overrides))
 
 
+@pytest.mark.full
 def test_a_start_that_stop_at_ends_is_saved_evaluated_and_resumed(tmp_path):
   code, text = train(tmp_path, 'stop_at=3')
   assert code == 0, text

@@ -191,6 +191,7 @@ def test_the_grid_has_every_point(tmp_path):
   assert pairs == [(4, 1e-3), (4, 1e-2), (8, 1e-3), (8, 1e-2)]
 
 
+@pytest.mark.full
 def test_the_storage_of_optuna_has_the_trials(tmp_path):
   import optuna
 

@@ -79,6 +79,7 @@ def test_what_they_return_is_checked():
     make_schedule('toy_optimizer:no_schedule', ScheduleConfig(0.1, 4, 0, 0.0, 0))
 
 
+@pytest.mark.full
 def test_code_that_is_edited_during_a_run_does_not_count(tmp_path, monkeypatch):
   """A checkpoint names the code that trained, also while its file is being edited."""
   path = tmp_path / 'edited_schedule.py'
