@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shlex
 import shutil
 import subprocess
 
@@ -31,6 +32,7 @@ def test_checkouts_and_environments_are_made(tmp_path):
       (folder / 'a').write_bytes(b'a')
       sums = subprocess.run(['sha256sum', 'a'], cwd=folder, capture_output=True, check=True).stdout
       (folder / 'SHA256SUMS').write_bytes(sums)
+      text = text.replace('sha256sum --check', f'cd {shlex.quote(str(folder))}; sha256sum --check')
     done = subprocess.run(
       ['bash', '-euc', f'{text}\ncommand -v python'],
       cwd=folder,
@@ -40,7 +42,7 @@ def test_checkouts_and_environments_are_made(tmp_path):
     )
     assert done.returncode == 0, (page, text, done.stderr)
     if 'venv' in text:
-      assert done.stdout.strip().startswith(str(folder))
+      assert done.stdout.splitlines()[-1].startswith(str(folder))
     if 'git clone' in text:
       assert (folder / 'ftjax/pyproject.toml').exists()
 

@@ -96,7 +96,7 @@ def pack(
 
   if len(lead) > 1:  # experts
     one = jax.vmap(one)
-  found = jax.lax.map(one, rows)
+  found = jax.lax.map(one, rows) if lead else one(rows)
   return {f'{name}/{field}': part for field, part in found.items()}
 
 
