@@ -243,6 +243,7 @@ def test_gradients_cross_no_border_exactly(name):
 METHODS = {
   'lora': {},
   'dora': {'dora': True},
+  'pissa': {'init': 'pissa'},
   'int8': {'base': 'int8'},
   'nf4': {'base': 'nf4', 'block': 8},
 }
@@ -273,11 +274,9 @@ def test_all_linear_finds_every_linear_map(name):
 @EVERY
 @EVERY_METHOD
 def test_an_adapter_begins_as_its_base_and_merges_to_one_model(name, method, tmp_path):
-  """A new adapter has the logits of its base, bitwise but for DoRA, which divides by lengths that
-  it multiplies with. One that was trained: those of the merged weights, computed and exported.
+  """A new adapter has the logits of its base, bitwise but for DoRA and PiSSA. One that was
+  trained: those of the merged weights, computed and exported.
   """
-  if 'nf4' in method and family_models.architecture(name).kind == 'encoder':
-    pytest.xfail('differs by rounding, 3e-6 of 2.5, which is not explained yet')
   arch, tokens = adapted(name, method), ids(name, 0)
   begun = tiny_adapters.begin(arch, family_models.params(name, arch.plain()))
   base = dataclasses.replace(arch, adapter=None)
@@ -286,9 +285,12 @@ def test_an_adapter_begins_as_its_base_and_merges_to_one_model(name, method, tmp
   expected = tiny_model.logits(base, own, tokens, where)
   got = tiny_model.logits(arch, trees.unflatten(begun), tokens, where)
   # GPT-2 on packed weights is bitwise the same as users' programs are compiled, and not with the
-  # flags of conftest.py.
-  is_exact = not arch.adapter.dora and (name != 'gpt2' or arch.base not in ('int8', 'nf4'))
-  close(got, expected, 0 if is_exact else 1e-6)
+  # flags of conftest.py. Encoders are where XLA fuses nothing (--xla_disable_hlo_passes=fusion):
+  # it adds up the mean of a LayerNorm otherwise when the sum before it has one more term, a 0.
+  may_round = arch.base in ('int8', 'nf4') and (name == 'gpt2' or arch.is_encoder)
+  # DoRA divides by lengths that it multiplies with, PiSSA subtracts what it adds.
+  is_exact = not (arch.adapter.dora or arch.adapter.pissa or may_round)
+  close(got, expected, 0 if is_exact else 3e-6)
   trained = tiny_adapters.move(arch, begun)
   found = tiny_model.logits(arch, trained, tokens, where)
   assert np.abs(found - expected).max() > 0.1 * np.abs(expected).max(), 'it has no weight'

@@ -189,19 +189,20 @@ def base_weights(
   float32[I, O] where they are packed, after an axis of experts if there is one; of the head
   float32[D, V]; not split over devices.
   """
-  if not m.is_stacked:
-    return jax.sharding.reshard(flat[f'{m.name}/w'], jax.P()).astype(jnp.float32).T
 
   def pick(leaf):
-    one = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+    one = leaf
+    if m.is_stacked:
+      one = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
     return jax.sharding.reshard(one, jax.P())
 
-  if arch.base in QUANTIZED:
+  if f'{m.name}/w' not in flat:
     prefix = f'{m.name}/w/'
     packed = {n[len(prefix) :]: pick(x) for n, x in flat.items() if n.startswith(prefix)}
     unpack = functools.partial(quantize.unpack, arch.base, dtype=jnp.float32)
     return jax.vmap(unpack)(packed) if packed['codes'].ndim == 3 else unpack(packed)
-  return pick(flat[f'{m.name}/w']).astype(jnp.float32)
+  w = pick(flat[f'{m.name}/w']).astype(jnp.float32)
+  return w.T if m.name == 'head' else w
 
 
 def _by_layer(m, arch, declared, flat, function) -> Any:
