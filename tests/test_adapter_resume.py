@@ -17,7 +17,7 @@ import tiny_model
 from test_saved_model import tiny, train
 
 from ftjax import convert
-from ftjax.algorithms import dpo, sft
+from ftjax.algorithms import dpo, token_loss
 from ftjax.data import synthetic
 from ftjax.experiment import init_from
 from ftjax.experiment import run as experiment
@@ -195,7 +195,7 @@ def test_a_continued_adapter_begins_where_the_other_ended(base, finished, tmp_pa
   flat = trees.flatten(params)
   for name in kinds.names(run.arch, 'adapter'):
     np.testing.assert_array_equal(flat[name], ended[name], name)
-  found = sft.evaluate_loss(sft.make_eval_loss(run.forward), run, params, lambda: False)
+  found = token_loss.evaluation(run)(params, lambda: False)
   assert found['loss'] == pytest.approx(evaluated(finished), rel=1e-6)
   assert run.arch.adapter.continued and run.arch.untrained() is run.arch
 
@@ -213,7 +213,7 @@ def test_a_merged_adapter_is_the_base_of_a_new_one(base, finished, tmp_path):
   )
   run, params = begin(c, tmp_path)
   assert run.first_source == f'{finished}/merged' and not run.arch.adapter.continued
-  found = sft.evaluate_loss(sft.make_eval_loss(run.forward), run, params, lambda: False)
+  found = token_loss.evaluation(run)(params, lambda: False)
   # Its weights are bfloat16.
   assert found['loss'] == pytest.approx(evaluated(finished), rel=2e-3)
   assert not np.asarray(trees.flatten(params)['stack0/block0/attn/q/lora_b']).any()

@@ -10,8 +10,9 @@ from tiny_tokenizer import tiny_files
 
 from ftjax import config
 from ftjax.config import validation
+from ftjax.data import formats
 from ftjax.data.tokenizer import Tokenizer
-from ftjax.experiment import data_audit
+from ftjax.experiment import audited_rows, data_audit
 from ftjax.experiment.data_audit import Request
 from ftjax.reporting import page, run_files
 from ftjax.runtime.errors import ConfigError, DataError
@@ -149,8 +150,8 @@ def test_calls_of_tools_are_answers(tmp_path, tokenizer):
     {'role': 'user', 'content': 'Look it up.'},
     {'role': 'assistant', 'tool_calls': [{'type': 'function', 'function': call}]},
   ]
-  chat = data_audit.formats.parse({'messages': messages}, 'messages', True)
-  prompt, answers = data_audit.texts_of(chat)
+  chat = formats.parse({'messages': messages}, 'messages', True)
+  prompt, answers = audited_rows.texts_of(chat)
   assert prompt == ('Look it up.',) and len(answers) == 1 and '"river"' in answers[0]
 
 

@@ -13,7 +13,7 @@ import tiny_adapters
 from tiny_adapters import RANKS, adapted, init
 from tiny_model import TINY, ids, logits, place, tokens_at
 
-from ftjax.algorithms import sft
+from ftjax.algorithms import sft, token_loss
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.models import kinds
@@ -266,7 +266,9 @@ def test_an_evaluation_drops_nothing():
   batch = {k: place(v, 'batch', 'seq') for k, v in batch.items()}
   batch |= {'segments': where.segments, 'positions': where.positions}
   plain = dataclasses.replace(arch, adapter=dataclasses.replace(arch.adapter, dropout=0.0))
-  found = [sft.make_eval_loss(Forward(a, jnp.float32))(params, batch)[0] for a in (arch, plain)]
+  found = [
+    token_loss.make_eval_loss(Forward(a, jnp.float32))(params, batch)[0] for a in (arch, plain)
+  ]
   assert found[0] == found[1]
   keys = jax.random.split(jax.random.key(0), B)
   loss = jax.jit(sft.make_loss(Forward(arch, jnp.float32), tiny_adapters.config()))

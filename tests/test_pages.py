@@ -124,8 +124,8 @@ def test_the_rows_of_the_tutorials_are_read(tmp_path, capsys):
   asked = {json.dumps(r['messages'][:1]) for r in found['chat'] + found['tickets']}
   assert not [r for r in found['chat_test'] if json.dumps(r['messages']) in asked]
   pages = '\n'.join(p.read_text() for p in TUTORIALS)
-  for row in (found['chat'][0], found['tickets'][0], found['tickets_test'][0], found['prompts'][0]):
-    assert json.dumps(row) in pages
+  for name in ('chat', 'tickets', 'tickets_test', 'prompts'):
+    assert any(json.dumps(row) in pages for row in found[name]), name
 
 
 # The root

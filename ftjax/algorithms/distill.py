@@ -6,11 +6,10 @@ models is in chunks, so that no logits of whole rows exist. Without distill.teac
 training starts from is the teacher, which keeps the student near it."""
 
 import dataclasses
-import functools
 
 import ml_collections
 
-from ftjax.algorithms import sft
+from ftjax.algorithms import token_loss
 from ftjax.experiment import fit
 from ftjax.experiment.run import Run
 from ftjax.losses.distillation import Distillation
@@ -44,5 +43,4 @@ def make_loss(
 def build(run: Run) -> fit.Parts:
   """Returns loss and evaluation of a run; the evaluation is that of supervised fine-tuning."""
   teacher = run.auxiliary.find('teacher').architecture()
-  evaluate = functools.partial(sft.evaluate_loss, sft.make_eval_loss(run.forward), run)
-  return fit.Parts(make_loss(run.forward, run.config, teacher), evaluate)
+  return fit.Parts(make_loss(run.forward, run.config, teacher), token_loss.evaluation(run))

@@ -1,16 +1,13 @@
-"""Supervised fine-tuning: the loss of a batch, and the loss over the evaluation rows.
+"""Supervised fine-tuning: the loss of a batch.
 
 The loss is the cross-entropy of supervised tokens, summed here and divided by their number over the
-whole optimizer step in training/step.py."""
-
-import functools
-import math
-from collections.abc import Callable
+whole optimizer step in training/step.py. The loss over the evaluation rows is in token_loss.py."""
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
+from ftjax.algorithms import token_loss
 from ftjax.experiment import fit
 from ftjax.experiment.run import Run
 from ftjax.losses.cross_entropy import LossConfig
@@ -58,36 +55,7 @@ def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
   return loss
 
 
-def make_eval_loss(forward: Forward):
-  """Returns a jitted (params, batch) -> (sum of -log p, supervised tokens), float32[], without
-  smoothing, z-loss and noise.
-  """
-  forward = forward.without_remat()
-
-  @jax.jit
-  def sums(params, batch):
-    logp = forward.token_logprobs(params, batch)
-    return -(logp * batch['weights']).sum(), batch['weights'].sum()
-
-  return sums
-
-
-def evaluate_loss(
-  eval_sums, run: Run, params: dict, is_cancelled: Callable[[], bool]
-) -> dict[str, float] | None:
-  """Returns the loss (nats per supervised token over the whole set) and the perplexity of the
-  evaluation rows; empty without such rows; None when cancelled.
-  """
-  total = count = 0.0
-  for batch in run.eval_batches():
-    if is_cancelled():
-      return None
-    more, tokens = eval_sums(params, batch)
-    total, count = total + float(more), count + float(tokens)
-  return {'loss': total / count, 'perplexity': math.exp(min(total / count, 700.0))} if count else {}
-
-
 def build(run: Run) -> fit.Parts:
   """Returns loss and evaluation of a run."""
-  evaluate = functools.partial(evaluate_loss, make_eval_loss(run.forward), run)
+  evaluate = token_loss.evaluation(run)
   return fit.Parts(make_loss(run.forward, run.config), evaluate)

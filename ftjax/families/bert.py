@@ -9,7 +9,7 @@ from ftjax.families import decoder, encoder
 from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.label_head import is_task, linear
-from ftjax.models.architecture import Architecture, Norm, ScoreHead
+from ftjax.models.architecture import Architecture, Norm
 from ftjax.runtime.errors import DataError
 
 # The keys of a pooler are of Google's own program; transformers reads none of them.
@@ -58,14 +58,6 @@ def _write(arch: Architecture) -> dict[str, Any]:
   return encoder.write_bert(arch, 'Bert', 'bert')
 
 
-def score_head(c: HfConfig, task: str) -> ScoreHead:
-  """Returns BERT's label head: of the first token through the pooler, or of each token."""
-  del c
-  if task == 'sequence':
-    return ScoreHead(pool='first', dense=True, activation='tanh', bias=True)
-  return ScoreHead(pool='each', bias=True)
-
-
 BERT = Family(
   model_types=('bert',),
   hf_class='Bert',
@@ -77,7 +69,7 @@ BERT = Family(
   unused=re.compile(r'cls\.predictions\.(decoder\.)?bias|bert\.embeddings\.position_ids'),
   tied=('bert.embeddings.word_embeddings.weight', 'cls.predictions.decoder.weight'),
   prefix='bert.',
-  score_head=score_head,
+  score_head=lambda c, task: encoder.score_head(task, 'tanh'),
   heads=re.compile(r'cls\..*|bert\.pooler\..*|classifier\..*|qa_outputs\..*'),
   old_names=OLD_NORMS,
 )
@@ -159,13 +151,6 @@ def _write_distilbert(arch: Architecture) -> dict[str, Any]:
   }
 
 
-def _distilbert_head(c: HfConfig, task: str) -> ScoreHead:
-  del c
-  if task == 'sequence':
-    return ScoreHead(pool='first', dense=True, activation='relu', bias=True)
-  return ScoreHead(pool='each', bias=True)
-
-
 DISTILBERT = Family(
   model_types=('distilbert',),
   hf_class='DistilBert',
@@ -176,7 +161,7 @@ DISTILBERT = Family(
   unused=re.compile(r'distilbert\.embeddings\.position_ids'),
   tied=('distilbert.embeddings.word_embeddings.weight', 'vocab_projector.weight'),
   prefix='distilbert.',
-  score_head=_distilbert_head,
+  score_head=lambda c, task: encoder.score_head(task, 'relu'),
   heads=re.compile(
     r'vocab_(transform|layer_norm|projector)\..*|(pre_)?classifier\..*|qa_outputs\..*'
   ),

@@ -197,10 +197,7 @@ def _read(c: HfConfig, family: str) -> Architecture:
 
 
 def _score_head(c: HfConfig, task: str) -> ScoreHead:
-  if task != 'sequence':
-    return ScoreHead(pool='each', bias=True)
-  activation = decoder.read_activation(c, 'pooler_hidden_act')
-  return ScoreHead(pool='first', dense=True, activation=activation, bias=True)
+  return encoder.score_head(task, decoder.read_activation(c, 'pooler_hidden_act'))
 
 
 def _write(arch: Architecture) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ftjax.models.architecture import (
   MaskedHead,
   MlpSpec,
   Norm,
+  ScoreHead,
 )
 from ftjax.runtime.errors import DataError
 
@@ -25,6 +26,15 @@ KEYS = frozenset((
   *('hidden_act', 'max_position_embeddings', 'type_vocab_size', 'layer_norm_eps'),
   *('tie_word_embeddings', 'is_decoder', 'add_cross_attention', 'position_embedding_type'),
 ))  # fmt: skip
+
+
+def score_head(task: str, activation: str) -> ScoreHead:
+  """Returns the label head of a task: of the first token through a dense map with an activation, or
+  of each token.
+  """
+  if task == 'sequence':
+    return ScoreHead(pool='first', dense=True, activation=activation, bias=True)
+  return ScoreHead(pool='each', bias=True)
 
 
 def is_masked(c: HfConfig) -> bool:

@@ -13,7 +13,7 @@ from ftjax.families.bert import MAPS, NORMS
 from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.label_head import is_task, linear
-from ftjax.models.architecture import Architecture, ScoreHead
+from ftjax.models.architecture import Architecture
 
 
 def _renamed(names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -47,13 +47,6 @@ def _write_xlm(arch: Architecture) -> dict[str, Any]:
   return _write(arch) | own
 
 
-def _score_head(c: HfConfig, task: str) -> ScoreHead:
-  del c
-  if task == 'sequence':
-    return ScoreHead(pool='first', dense=True, activation='tanh', bias=True)
-  return ScoreHead(pool='each', bias=True)
-
-
 ROBERTA = Family(
   model_types=('roberta',),
   hf_class='Roberta',
@@ -65,7 +58,7 @@ ROBERTA = Family(
   unused=re.compile(r'lm_head\.(decoder\.)?bias|roberta\.embeddings\.position_ids'),
   tied=('roberta.embeddings.word_embeddings.weight', 'lm_head.decoder.weight'),
   prefix='roberta.',
-  score_head=_score_head,
+  score_head=lambda c, task: encoder.score_head(task, 'tanh'),
   heads=re.compile(r'lm_head\..*|roberta\.pooler\..*|classifier\..*|qa_outputs\..*'),
 )
 XLM_ROBERTA = dataclasses.replace(
