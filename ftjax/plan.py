@@ -179,7 +179,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
 
   # Where a user's module has imported jax already, it has read JAX_PLATFORMS before.
   jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
-  from ftjax.config import algorithms
+  from ftjax.experiment import label_names
   from ftjax.experiment.model import check_writes, random_config
   from ftjax.families import table
   from ftjax.hf import label_files
@@ -190,10 +190,10 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   make_loss = cli.algorithm(c.algorithm).make_loss
   arch = table.architecture(shape, c.model.family)
   table.check_own(c.model.family, arch, f'model.path={c.model.path}')
-  labels = algorithms.of(c).num_labels
-  check_writes(arch, c.model.path or 'model.random', label_files.REWARD if labels else None, False)
-  if labels:
-    shape = label_files.labeled(arch.family, shape, label_files.REWARD)
+  head = label_names.head(c)
+  check_writes(arch, c.model.path or 'model.random', head, False)
+  if head is not None:
+    shape = label_files.labeled(arch.family, shape, head)
     arch = table.architecture(shape, c.model.family)
   # A name may stand for a shape without a tokenizer: each new token is taken to need a row.
   size = arch.vocab_size + len((*c.model.add_tokens, *c.model.add_special_tokens))

@@ -69,14 +69,16 @@ def main() -> None:
   request = _audit_request()
   from ftjax.data import describe
   from ftjax.experiment import data as examples
-  from ftjax.experiment import vocabulary
+  from ftjax.experiment import label_names, vocabulary
   from ftjax.experiment.model import open_model
 
+  with tempfile.TemporaryDirectory() as scratch:
+    label_names.resolve(c, _WORKDIR.value or scratch)
   model = open_model(
     c.model.path,
     c.model.random.to_dict(),
     c.seed,
-    labels=algorithms.of(c).num_labels,
+    label_names.head(c),
     family=c.model.family,
     vocabulary=vocabulary.of(section.flat(c)),
   )

@@ -86,7 +86,7 @@ def test_lines_of_text_are_prompts(tmp_path):
     (f'{path}:3', {'prompt': ' two'}),
   ]
   for content, message in (
-    (b'', 'no prompt in it'),
+    (b'', 'no row in it'),
     (b'\xff', 'not UTF-8'),
     (b'{', ':1: not JSON'),
   ):

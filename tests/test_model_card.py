@@ -71,6 +71,8 @@ def card(text='org/base', **changes):
   fields = dict(
     algorithm='sft',
     is_reward=False,
+    task='',
+    num_labels=0,
     has_template=True,
     step=7,
     base=base,
@@ -102,7 +104,7 @@ def loaded(content, folder):
     ({}, ('finetune', 'transformers', 'text-generation', ['ftjax', 'sft'])),
     ({'is_adapter': True}, ('adapter', 'peft', 'text-generation', ['ftjax', 'sft', 'lora'])),
     (
-      {'is_reward': True, 'algorithm': 'reward_model'},
+      {'is_reward': True, 'task': 'sequence', 'algorithm': 'reward_model'},
       (
         'finetune',
         'transformers',

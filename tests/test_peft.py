@@ -387,8 +387,7 @@ HOSTILE = {
   'fewer_targets': ({'target_modules': ['k_proj']}, {}, 'nothing reads .*q_proj.lora_A'),
   'embedding': ({'target_modules': ['embed_tokens', 'q_proj']}, {}, 'embed_tokens, whose adapter'),
   'head': ({'target_modules': ['lm_head', 'q_proj']}, {}, 'lm_head, whose adapter'),
-  'task': ({'task_type': 'TOKEN_CLS'}, {}, 'TOKEN_CLS'),
-  'no_score': ({'task_type': 'SEQ_CLS'}, {}, 'score.weight is missing'),
+  'task': ({'task_type': 'FEATURE_EXTRACTION'}, {}, 'FEATURE_EXTRACTION'),
   'dora_without_lengths': ({'use_dora': True}, {}, 'missing .*lora_magnitude_vector'),
   'apart': (
     {'modules_to_save': ['model.layers.0.input_layernorm']},
@@ -418,6 +417,15 @@ def test_what_is_not_computed_in_the_same_way_is_refused(made, tmp_path, case):
     read_all(bad, arch.plain())
   assert str(bad) in str(found.value)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['bad']
+
+
+def test_an_adapter_of_labels_needs_a_head_and_an_algorithm_that_trains_one(made, tmp_path):
+  _, folder, arch, _ = made
+  bad = copy(folder, tmp_path / 'bad', {'task_type': 'SEQ_CLS'}, {})
+  with pytest.raises(ConfigError, match='bad is an adapter of a model with labels'):
+    read_all(bad, arch.plain())
+  with pytest.raises(DataError, match=r'score\.weight is missing'):
+    peft.read(bad).count_labels(dataclasses.replace(arch.plain(), num_labels=2))
 
 
 def test_patterns_that_take_forever_are_ended(made, tmp_path):

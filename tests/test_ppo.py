@@ -9,7 +9,7 @@ import tiny_tokenizer
 
 from ftjax.algorithms import policy_gradient, ppo
 from ftjax.experiment.model import open_model
-from ftjax.hf import export
+from ftjax.hf import export, label_files
 from ftjax.losses import policy
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
@@ -190,7 +190,7 @@ def test_a_value_model_may_start_from_a_reward_model(usual, tmp_path):
   arch = s.run.auxiliary.find('value').architecture()
   params = kinds.init(arch, jax.random.key(9))
   c = s.run.config
-  model = open_model('', c.model.random.to_dict(), c.seed, labels=1)
+  model = open_model('', c.model.random.to_dict(), c.seed, label_files.REWARD)
   export.export(
     params,
     arch,

@@ -31,6 +31,7 @@ def test_secret_names(name):
   'name',
   [
     'max_tokens', 'supervised_tokens', 'tokens_per_s', 'tokenizer', 'tokenizer_path', 'eos_token',
+    'token_classification',
     'pad_token_id', 'bos_token', 'num_key_value_heads', 'key', 'keep', 'passes', 'secretary',
     'loss_per_token', 'rollout.max_tokens', 'tokens', 'new_token_budget', 'author',
   ],

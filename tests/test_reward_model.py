@@ -18,7 +18,7 @@ from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
 from ftjax.experiment.trainer import Trainer
 from ftjax.families import table as families
-from ftjax.hf import export, load
+from ftjax.hf import export, label_files, load
 from ftjax.losses import reward_model as reward_losses
 from ftjax.models import kinds
 from ftjax.models.attention import Tokens
@@ -227,14 +227,14 @@ def test_the_export_is_a_classifier_of_one_label_with_a_pad_that_ends_nothing(ex
   assert config['architectures'] == ['LlamaForSequenceClassification']
   assert len(config['id2label']) == 1
   assert config['pad_token_id'] not in run.model.stop_ids
-  tokenizer = open_model(str(folder), {}, 0, labels=1).tokenizer
+  tokenizer = open_model(str(folder), {}, 0, label_files.REWARD).tokenizer
   assert tokenizer.pad_id == config['pad_token_id']
   names = load.open_source(folder).tensors
   assert names['score.weight'].shape == (1, 32) and 'lm_head.weight' not in names
 
 
 def test_a_qwen2_becomes_a_reward_model_of_its_own_class():
-  model = open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, labels=1)
+  model = open_model('', tiny_pairs.SIZES | {'model_type': 'qwen2'}, 0, label_files.REWARD)
   assert model.config['architectures'] == ['Qwen2ForSequenceClassification']
   assert families.architecture(model.config) == model.arch and model.arch.num_labels == 1
   assert model.arch.layers()[0].mixer.qkv_bias
@@ -251,7 +251,7 @@ def test_a_reward_model_starts_from_one_and_writes_no_text(exported, tmp_path):
   config = json.loads((folder / 'config.json').read_text())
   (other / 'config.json').write_text(json.dumps(config | {'id2label': {'0': 'a', '1': 'b'}}))
   # A classifier may start one, and this file is none.
-  assert open_model(str(other), {}, 0, labels=1).arch.num_labels == 1
+  assert open_model(str(other), {}, 0, label_files.REWARD).arch.num_labels == 1
   with pytest.raises(DataError, match=r'score\.weight is \[1, 32\], expected \[2, 32\]'):
     run.load_params(str(other), 'float32')
 
@@ -274,7 +274,7 @@ def test_a_language_model_lends_all_but_its_head(exported, tmp_path, use_mesh):
   c = tiny_pairs.settings('reward_model')
   with c.unlocked():
     c.model.path, c.model.random = str(tmp_path / 'lm'), {}
-  model = open_model(c.model.path, {}, 0, labels=1)
+  model = open_model(c.model.path, {}, 0, label_files.REWARD)
   run = experiment.without_data(c, jax.sharding.get_mesh(), model.arch)
   run.watchdog = experiment.Watchdog({'restore': 0.0})
   got = trees.flatten(run.load_params(c.model.path, 'float32'))

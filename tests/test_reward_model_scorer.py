@@ -12,7 +12,7 @@ import tiny_rollouts
 from ftjax.data.batches import ARRAYS
 from ftjax.experiment import resume
 from ftjax.experiment.model import open_model
-from ftjax.hf import export
+from ftjax.hf import export, label_files
 from ftjax.models import kinds
 from ftjax.models.forward import Forward
 from ftjax.runtime.errors import ConfigError
@@ -30,7 +30,7 @@ SIZES = dict(
 
 def write(folder, labels=1, key=5, **sizes):
   """(architecture, parameters) of a model in `folder`."""
-  model = open_model('', SIZES | sizes, 0, labels=labels)
+  model = open_model('', SIZES | sizes, 0, label_files.REWARD if labels else None)
   params = kinds.init(model.arch, jax.random.key(key))
   export.export(
     params,

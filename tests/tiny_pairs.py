@@ -7,7 +7,8 @@ import numpy as np
 from tiny_model import place
 
 from ftjax.cluster.watchdog import Watchdog
-from ftjax.config import algorithms, keys, validation
+from ftjax.config import keys, validation
+from ftjax.experiment import label_names
 from ftjax.experiment import run as experiment
 from ftjax.experiment.model import open_model
 from ftjax.training import prefetch
@@ -41,7 +42,7 @@ def settings(algorithm='dpo', **changes):
 
 
 def architecture(c):
-  return open_model('', c.model.random.to_dict(), c.seed, labels=algorithms.of(c).num_labels).arch
+  return open_model('', c.model.random.to_dict(), c.seed, head=label_names.head(c)).arch
 
 
 def shapes_only(c):

@@ -125,7 +125,7 @@ class Alarm:
     self._is_warned, self._is_cached = False, is_cached
     self._steps = 0  # in a row with a margin no larger than rounding
     self._lr, self._rounding = c.optim.lr, _ROUNDING[c.model.compute_dtype]
-    self._of_scores = algorithms.of(c).num_labels > 0
+    self._of_scores = algorithms.of(c).labels(c) is not None
     self._beta = 1.0 if self._of_scores else c.dpo.beta
 
   def __call__(self, done: int, values: dict[str, float]) -> None:

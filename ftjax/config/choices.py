@@ -61,6 +61,16 @@ class RewardObjective(Choice):
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassObjective(Choice):
+  """A row of classification.objective. problem: transformers' problem_type, '' for none. is_number:
+  it learns one number and no labels.
+  """
+
+  problem: str = ''
+  is_number: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer(Choice):
   """A row of optim.name. takes_8bit: it can hold its moments in 8 bits."""
 
@@ -98,6 +108,16 @@ DISTILLATIONS = {'forward_kl': Choice(), 'reverse_kl': Choice(), 'js': Choice(('
 REWARD_OBJECTIVES = {
   'pairs': RewardObjective(('centring',)),
   'scores': RewardObjective((), example='score'),
+}
+CLASS_OBJECTIVES = {
+  'single': ClassObjective(
+    ('labels', 'class_weights', 'focal_gamma', 'label_smoothing'), 'single_label_classification'
+  ),
+  'multi': ClassObjective(
+    ('labels', 'class_weights', 'focal_gamma', 'threshold'), 'multi_label_classification'
+  ),
+  'regression': ClassObjective((), 'regression', is_number=True),
+  'binary': ClassObjective((), is_number=True),
 }
 SURROGATES = {
   'clip': Choice(('dual_clip', 'clip_low', 'clip_high', 'level')),
@@ -163,6 +183,7 @@ TABLES: dict[str, Mapping[str, Choice]] = {
   'dpo.divergence': PREFERENCE_DIVERGENCES,
   'distill.divergence': DISTILLATIONS,
   'reward_model.objective': REWARD_OBJECTIVES,
+  'classification.objective': CLASS_OBJECTIVES,
   'policy.surrogate': SURROGATES,
   'policy.level': LEVELS,
   'policy.aggregate': AGGREGATIONS,

@@ -6,6 +6,7 @@ second default anywhere. layers.toml lists the folders that read this object."""
 
 from ml_collections import config_dict
 
+from ftjax.config import label_keys
 from ftjax.config.section import Section
 
 
@@ -22,6 +23,7 @@ def default() -> Section:
   _add_distill(c)
   _add_dpo(c)
   _add_reward_model(c)
+  label_keys.add_labels(c)
   _add_rollout(c)
   _add_policy(c)
   _add_grpo(c)

@@ -49,14 +49,15 @@ def from_plain(values: Mapping[str, Any], name: str) -> section.Section:
     try:
       if key.startswith(_CUSTOM):
         custom_keys.complete(c)
-      _set(c, key, values[key])
+      assign(c, key, values[key])
     except ConfigError as error:
       raise ConfigError(f'{name}: {error}') from error
   c.places().clear()  # no line of a user's file set them
   return c
 
 
-def _set(c: section.Section, key: str, value: Any) -> None:
+def assign(c: section.Section, key: str, value: Any) -> None:
+  """Sets a dotted key to its value from JSON. Raises ConfigError as the config does."""
   above, _, name = key.rpartition('.')
   place = c[above] if above else c
   place[name] = value if key == _RANDOM else _with_tuples(value)

@@ -1,15 +1,18 @@
-"""Makes batches: tokens, shifted labels, weights, segments and positions [B, T], and values [B].
+"""Makes batches: tokens, labels, weights, segments and positions [B, T], and values [B].
 
 Labels are shifted here, on the host. Segment ids are 1, 2, ... for the examples of a row and 0 for
 padding, which no segment matches; positions start at 0 in every example. Padding has token 0;
-supervision is decided by position alone, never by a token's id. Preference data have values.
+supervision is decided by position alone, never by a token's id. Preference data have values. Tags
+of words are labels that are not shifted; what a whole text is to be given is in `targets`
+[B, S, numbers], by document.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ftjax.data.annotated_rows import SHAPES as ANNOTATED
 from ftjax.data.order import Mixture
 from ftjax.data.token_cache import Corpus
 
@@ -19,21 +22,38 @@ Batch = dict[str, np.ndarray]
 ARRAYS = ('tokens', 'labels', 'weights', 'segments', 'positions')
 
 
-def empty(batch_size: int, seq_len: int, shape: str = 'text', columns: Iterable[str] = ()) -> Batch:
+# Shapes of the arrays that a batch has for each document of a row: (S, ...), by name.
+Documents = Mapping[str, tuple[int, ...]]
+
+
+def empty(
+  batch_size: int,
+  seq_len: int,
+  shape: str = 'text',
+  columns: Iterable[str] = (),
+  documents: Documents | None = None,
+) -> Batch:
   """Creates a batch of padding.
 
-  Arrays are int32 and float32 [B, T], and float32[B] for `columns` and, where the shape of the
-  examples (see token_cache.Corpus) is not 'text', for `values`.
+  Arrays are int32 and float32 [B, T], float32[B] for `columns` and, where the shape of the examples
+  (see token_cache.Corpus) is one of preference_rows.SHAPES, for `values`; float32[B, S, ...] for
+  `documents`, and then float32[B, T] for `token_types`.
   """
-  by_row = (*(() if shape == 'text' else ('values',)), *columns)
+  by_row = (*(() if shape in ('text', *ANNOTATED) else ('values',)), *columns)
+  out = {k: np.zeros((batch_size, *rest), np.float32) for k, rest in (documents or {}).items()}
   shape = (batch_size, seq_len)
-  return {k: np.zeros(batch_size, np.float32) for k in by_row} | {
-    'tokens': np.zeros(shape, np.int32),
-    'labels': np.zeros(shape, np.int32),
-    'weights': np.zeros(shape, np.float32),
-    'segments': np.zeros(shape, np.int32),
-    'positions': np.zeros(shape, np.int32),
-  }
+  out |= {'token_types': np.zeros(shape, np.float32)} if documents else {}
+  return (
+    {k: np.zeros(batch_size, np.float32) for k in by_row}
+    | out
+    | {
+      'tokens': np.zeros(shape, np.int32),
+      'labels': np.zeros(shape, np.int32),
+      'weights': np.zeros(shape, np.float32),
+      'segments': np.zeros(shape, np.int32),
+      'positions': np.zeros(shape, np.int32),
+    }
+  )
 
 
 def fill_row(batch: Batch, row: int, examples: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -76,6 +96,39 @@ def _weigh(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
     batch['weights'][row] *= factors[batch['segments'][row]]
 
 
+def _fill_annotated(
+  batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], weighed: bool
+) -> None:
+  """Writes texts with labels into a row of padding; weighed: with the weights of the corpus."""
+  fill_row(batch, row, [corpus.example(i) for i in ids])
+  batch['weights'][row] = 0.0
+  batch['labels'][row] = 0
+  start = 0
+  for number, i in enumerate(ids):
+    labels, factor = corpus.labels(i), 1.0
+    end = start + len(labels)
+    if weighed and corpus.weights is not None:
+      factor = corpus.weights[i]
+    if corpus.shape == 'tags':
+      batch['labels'][row, start:end] = np.maximum(labels, 0)
+      batch['weights'][row, start:end] = np.where(labels >= 0, factor, 0.0)
+    else:
+      batch['token_types'][row, start:end] = corpus.token_types(i)
+      batch['document_weights'][row, number] = factor
+      _fill_target(batch['targets'][row, number], labels[labels >= 0], corpus.value(i))
+    start = end
+
+
+def _fill_target(target: np.ndarray, labels: np.ndarray, value: float) -> None:
+  """Writes what one text is to be given, float32[numbers]: 1 for each of its labels where there is
+  a number for each label, else the number of its label, or its value.
+  """
+  if len(target) > 1:
+    target[labels] = 1.0
+  else:
+    target[0] = labels[0] if len(labels) else value
+
+
 def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Callable) -> None:
   """Writes examples of a corpus into a row.
 
@@ -95,8 +148,16 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
 class Stream:
   """Training batches by step number; stateless."""
 
-  def __init__(self, mixture: Mixture, corpora: Sequence[Corpus], seq_len: int, batch_size: int):
+  def __init__(
+    self,
+    mixture: Mixture,
+    corpora: Sequence[Corpus],
+    seq_len: int,
+    batch_size: int,
+    documents: Documents | None = None,
+  ):
     """Joins a schedule with the corpora of its sources, in the same order."""
+    self._documents = documents
     self._mixture, self._corpora = mixture, tuple(corpora)
     self.seq_len, self.batch_size = seq_len, batch_size
 
@@ -110,11 +171,15 @@ class Stream:
       and 2 of its row.
     """
     first = self._corpora[0]
-    batch = empty(self.batch_size, self.seq_len, first.shape, first.columns)
+    sizes = (self.batch_size, self.seq_len)
+    batch = empty(*sizes, first.shape, first.columns, self._documents)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
       corpus = self._corpora[row.source]
+      if corpus.shape in ANNOTATED:
+        _fill_annotated(batch, i, corpus, row.examples, weighed=True)
+        continue
       _fill(batch, i, corpus, row.examples, other)
       if corpus.shape == 'text':
         _weigh(batch, i, corpus, row.examples)
@@ -126,12 +191,14 @@ class Stream:
     return self._corpora[row.source].example(row.examples[0])
 
 
-def _fill_in_order(lengths: np.ndarray, seq_len: int, packed: bool) -> Iterator[list[int]]:
-  """Yields the indices of consecutive examples that share a row."""
+def _fill_in_order(
+  lengths: np.ndarray, seq_len: int, packed: bool, most: int | None
+) -> Iterator[list[int]]:
+  """Yields the indices of consecutive examples that share a row, at most `most`."""
   row: list[int] = []
   used = 0
   for i, length in enumerate(lengths.tolist()):
-    if row and (not packed or used + length > seq_len):
+    if row and (not packed or used + length > seq_len or len(row) == most):
       yield row
       row, used = [], 0
     row.append(i)
@@ -147,6 +214,7 @@ def eval_batches(
   *,
   packed: bool,
   wanted: Collection[int] | None = None,
+  documents: Documents | None = None,
 ) -> Iterator[Batch]:
   """Yields batches with every example once, in order; the last one is padded.
 
@@ -156,10 +224,12 @@ def eval_batches(
     seq_len: T.
     packed: put consecutive examples into one row while they fit, or one in each.
     wanted: rows of each batch to read, the others are padding; None: all.
+    documents: see `empty`; a row then holds at most S examples.
   """
-  rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
+  most = min((rest[0] for rest in documents.values()), default=None) if documents else None
+  rows = list(_fill_in_order(corpus.lengths, seq_len, packed, most))
   for start in range(0, len(rows), batch_size):
-    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted)
+    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted, documents)
 
 
 def batch_of(
@@ -168,14 +238,19 @@ def batch_of(
   batch_size: int,
   seq_len: int,
   wanted: Collection[int] | None = None,
+  documents: Documents | None = None,
 ) -> Batch:
   """Returns a batch of rows, each given by the indices of its examples, and padding.
 
   A labeled example is mismatched with the next one of the corpus. `wanted` as in eval_batches.
   """
-  batch = empty(batch_size, seq_len, corpus.shape, corpus.columns)
+  batch = empty(batch_size, seq_len, corpus.shape, corpus.columns, documents)
   for i, ids in enumerate(rows):
-    if wanted is None or i in wanted:
+    if wanted is not None and i not in wanted:
+      continue
+    if corpus.shape in ANNOTATED:
+      _fill_annotated(batch, i, corpus, ids, weighed=False)
+    else:
       other = functools.partial(corpus.example, (ids[0] + 1) % len(corpus))
       _fill(batch, i, corpus, ids, other)
   return batch

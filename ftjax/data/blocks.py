@@ -2,22 +2,27 @@
 
 The end of a block depends on its rows alone, and its tokens on nothing outside it, so blocks can be
 tokenized in any order, by any process, and again after a kill: the bytes are the same.
-`corpus_builder.py` joins them, `tokenize_pool.py` distributes them to processes.
+`token_blocks.py` holds the result, `corpus_builder.py` joins them, `tokenize_pool.py` distributes
+them to processes.
 """
 
 import dataclasses
-import json
 import marshal
-import os
-import socket
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, labeled_examples, preference_rows, row_numbers
+from ftjax.data import (
+  annotated_examples,
+  annotated_rows,
+  encode,
+  formats,
+  labeled_examples,
+  preference_rows,
+  row_numbers,
+  token_blocks,
+)
 from ftjax.data.formats import Bad
 from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts, Reasons
@@ -32,20 +37,6 @@ _MARSHAL = 2
 
 
 Row = dict[str, Any]
-
-# Arrays of a block; the corpus's fingerprint hashes the `digest` of every block.
-_PARTS = {
-  'tokens': '<i4',  # [all tokens]
-  'supervised': '|u1',  # [all tokens]
-  'lengths': '<i8',  # [examples]
-  'supervised_lengths': '<i4',  # [examples]
-  'places': '<i8',  # [examples, 2]: file number, line
-  'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
-  'values': '<f4',  # [examples]: margin, label or score, else 0
-  'row_weights': '<f4',  # [examples]: factor of the loss, 1 where the row names none
-  'difficulties': '<f4',  # [examples]: NaN where the row names none
-  'digest': '|u1',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +60,11 @@ class Block:
   def name(self) -> str:
     """The name of its file."""
     return file_name(self.number)
+
+  @property
+  def identity(self) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Its first and last place, and its number of rows."""
+    return self.first, self.last, len(self.packed)
 
   @property
   def size(self) -> int:
@@ -188,7 +184,7 @@ class BlockTokenizer:
     self._fields, self._columns = Reasons(), Reasons()
     self._kept: list[tuple[encode.Encoded, int, int]] = []
 
-  def tokenize(self, block: Block) -> 'TokenBlock':
+  def tokenize(self, block: Block) -> token_blocks.TokenBlock:
     """Tokenizes and counts a block's rows.
 
     Raises:
@@ -202,19 +198,28 @@ class BlockTokenizer:
     counts.bad, counts.bad_reasons = self._bad.rows, self._bad.as_list()
     counts.unrendered_fields = self._fields.as_list()
     counts.unread_columns = self._columns.as_list()
-    made = TokenBlock(
-      block.first, block.last, counts, self._refused.as_list(), _arrays(self._kept, self._policy)
+    made = token_blocks.TokenBlock(
+      block.first,
+      block.last,
+      counts,
+      self._refused.as_list(),
+      token_blocks.arrays_of(self._kept, self._policy),
     )
     self._clear()
     return made
 
-  def _parse(
-    self, row: Row | Bad
-  ) -> formats.Example | preference_rows.Pair | preference_rows.LabeledExample | Bad:
+  @property
+  def _is_annotated(self) -> bool:
+    return self._policy.shape in annotated_rows.SHAPES
+
+  def _parse(self, row: Row | Bad) -> Any:
+    """Returns what the module of the shape makes of a row, or Bad."""
     if isinstance(row, Bad):
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
+      if self._is_annotated:
+        return annotated_rows.parse(row, policy.shape, policy.annotation)
       if policy.shape != 'text':
         return preference_rows.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
@@ -226,11 +231,12 @@ class BlockTokenizer:
     """Returns (the example of a row and its altered copies, or Bad; its numbers that are not the
     usual ones)."""
     example = self._parse(row)
-    if isinstance(example, Bad) or self._policy.shape != 'text':
+    has_numbers = self._is_annotated or self._policy.shape == 'text'
+    if isinstance(example, Bad) or not has_numbers:
       return (example if isinstance(example, Bad) else [example]), {}
     try:
       weight, difficulty = row_numbers.read(row)
-      own = [example, *self._policy.copies(example)]
+      own = [example] if self._is_annotated else [example, *self._policy.copies(example)]
     except ValueError as error:
       return Bad(str(error)), {}
     is_usual = weight == 1 and difficulty != difficulty
@@ -238,21 +244,17 @@ class BlockTokenizer:
 
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
-    found = (
-      formats.unread(row, self._form) if shape == 'text' else preference_rows.unread(row, shape)
-    )
+    if shape == 'text':
+      found = formats.unread(row, self._form)
+    else:
+      found = (annotated_rows if self._is_annotated else preference_rows).unread(row, shape)
     for column in sorted(found):
       self._columns.add(column, (file, line))
 
   def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
     parsed = [(file, line, *self._parse_all(row)) for file, line, row in rows]
     good = [one for _, _, own, _ in parsed for one in (() if isinstance(own, Bad) else own)]
-    found = (
-      encode.encode(good, self._tokenizer, self._policy.loss_on)
-      if self._policy.shape == 'text'
-      else labeled_examples.encode(good, self._tokenizer)
-    )
-    encoded = iter(found)
+    encoded = iter(self._encode(good))
     for (_, _, row), (file, line, own, numbers) in zip(rows, parsed, strict=True):
       self._counts.rows += 1
       results = own if isinstance(own, Bad) else [next(encoded) for _ in own]
@@ -269,6 +271,20 @@ class BlockTokenizer:
         for one in (*result, *copies):
           self._add(dataclasses.replace(one, **numbers) if numbers else one, file, line)
 
+  def _encode(self, good: list[Any]) -> list[list[encode.Encoded] | Bad]:
+    if self._is_annotated:
+      return annotated_examples.encode(good, self._tokenizer, self._policy.annotation)
+    if self._policy.shape == 'text':
+      return encode.encode(good, self._tokenizer, self._policy.loss_on)
+    return labeled_examples.encode(good, self._tokenizer)
+
+  def _fit(self, example: encode.Encoded) -> encode.Encoded | None:
+    policy = self._policy
+    settings = (policy.seq_len, policy.on_overlength)
+    if self._is_annotated:
+      return annotated_examples.fit(example, *settings, policy.shape)
+    return (labeled_examples.fit if example.boundary else encode.fit)(example, *settings)
+
   def _is_rendered(self, row: list[encode.Encoded], file: int, line: int) -> bool:
     """Returns whether a row is kept: rendered whole, or data.on_unrendered='warn'."""
     places = tuple(dict.fromkeys(place for example in row for place in example.unrendered))
@@ -284,13 +300,13 @@ class BlockTokenizer:
 
   def _add(self, example: encode.Encoded, file: int, line: int) -> None:
     counts, policy = self._counts, self._policy
-    fit = labeled_examples.fit if example.boundary else encode.fit
-    if example.boundary:
+    is_pair = bool(example.boundary) and not self._is_annotated
+    if is_pair:
       chosen, rejected = labeled_examples.over(example, policy.seq_len)
       counts.chosen_over += chosen
       counts.rejected_over += rejected
     try:
-      kept = fit(example, policy.seq_len, policy.on_overlength)
+      kept = self._fit(example)
     except ValueError as error:
       self._refused.add(str(error), (file, line))
       return
@@ -300,7 +316,7 @@ class BlockTokenizer:
       else:
         counts.unsupervised += 1
       return
-    if kept.boundary and labeled_examples.is_identical(kept):
+    if is_pair and labeled_examples.is_identical(kept):
       counts.identical += 1
       return
     counts.truncated += len(kept.tokens) < len(example.tokens)
@@ -331,107 +347,3 @@ def _chunks(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
       chunk, size = [], 0
   if chunk:
     yield chunk
-
-
-def _arrays(
-  kept: Sequence[tuple[encode.Encoded, int, int]], policy: Policy
-) -> dict[str, np.ndarray]:
-  """Returns the arrays of _PARTS."""
-  examples = [example for example, _, _ in kept]
-  joined: dict[str, Any] = {
-    'tokens': np.concatenate([e.tokens for e in examples]) if examples else [],
-    'supervised': np.concatenate([e.supervised for e in examples]) if examples else [],
-    'lengths': [len(e.tokens) for e in examples],
-    'supervised_lengths': [np.count_nonzero(e.supervised) for e in examples],
-    'places': [[file, line] for _, file, line in kept],
-    'boundaries': [e.boundary for e in examples],
-    'values': [e.value for e in examples],
-    'row_weights': [e.weight for e in examples],
-    'difficulties': [e.difficulty for e in examples],
-  }
-  digest = []
-  for e in examples:
-    digest.append(np.int64(len(e.tokens)).tobytes())
-    digest.append(e.tokens.astype('<i4', copy=False).tobytes())
-    digest.append(np.packbits(e.supervised).tobytes())
-    if policy.shape != 'text':
-      digest.append(np.array([e.boundary, e.value], '<f8').tobytes())
-    if e.weight != 1 or e.difficulty == e.difficulty:
-      digest.append(np.array([e.weight, e.difficulty], '<f8').tobytes())
-  joined['digest'] = np.frombuffer(b''.join(digest), np.uint8)
-  return {part: np.ascontiguousarray(joined[part], dtype) for part, dtype in _PARTS.items()}
-
-
-@dataclasses.dataclass
-class TokenBlock:
-  """A tokenized block.
-
-  Attributes:
-    first, last: as of its Block.
-    counts: of its rows; unusable rows count as left out, for each data.on_bad_row.
-    refused: `Reasons.as_list` of rows that a policy makes an error, for each data.on_bad_row.
-    arrays: see _PARTS.
-  """
-
-  first: tuple[int, int]
-  last: tuple[int, int]
-  counts: Counts
-  refused: list[dict[str, Any]]
-  arrays: dict[str, np.ndarray]
-
-  def write(self, path: Path) -> None:
-    """Writes the block's file atomically.
-
-    Raises:
-      OSError: for example FileNotFoundError, where another process has finished the corpus and
-        removed the folder.
-    """
-    content = b''.join(self.arrays[part].tobytes() for part in _PARTS)
-    head = {
-      'first': self.first,
-      'last': self.last,
-      'counts': dataclasses.asdict(self.counts),
-      'refused': self.refused,
-      'bytes': {part: self.arrays[part].nbytes for part in _PARTS},
-      'crc32': zlib.crc32(content),
-    }
-    scratch = path.with_name(f'.{path.name}.{socket.gethostname()}.{os.getpid()}')
-    try:
-      with open(scratch, 'wb') as file:
-        file.write(json.dumps(head).encode() + b'\n')
-        file.write(content)
-      os.replace(scratch, path)
-    except BaseException:
-      scratch.unlink(missing_ok=True)
-      raise
-
-
-def is_finished(path: Path, block: Block) -> bool:
-  """Returns whether an earlier run or another process has written this block's file."""
-  if not path.is_file():
-    return False
-  found = read(path)
-  return (
-    found is not None
-    and (found.first, found.last) == (block.first, block.last)
-    and found.counts.rows == len(block.packed)
-  )
-
-
-def read(path: Path) -> TokenBlock | None:
-  """Reads a block's file; None where it is missing or damaged, as by a power failure."""
-  try:
-    with open(path, 'rb') as file:
-      head = json.loads(file.readline())
-      content = file.read()
-    if zlib.crc32(content) != head['crc32']:
-      return None
-    arrays, start = {}, 0
-    for part, dtype in _PARTS.items():
-      end = start + head['bytes'][part]
-      arrays[part] = np.frombuffer(content[start:end], dtype)
-      start = end
-    counts = Counts(**head['counts'])
-    return TokenBlock(tuple(head['first']), tuple(head['last']), counts, head['refused'], arrays)
-  except (OSError, ValueError, KeyError, TypeError):
-    return None

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ftjax.data import blocks, row_counts, sources
-from ftjax.data.blocks import Block, BlockTokenizer, TokenBlock
+from ftjax.data import blocks, row_counts, sources, token_blocks
+from ftjax.data.blocks import Block, BlockTokenizer
 from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.sources import Spec
+from ftjax.data.token_blocks import TokenBlock
 from ftjax.data.tokenize_pool import Gone, Pool, cores
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import DataError
@@ -45,6 +46,7 @@ DTYPES = {
   'supervised_lengths': '<i4',  # [examples]
   'places': '<i8',  # [examples, 2]: file number, line
   'boundaries': '<i4',  # [examples]: where the second side of a pair begins, else 0
+  'labels': '<i4',  # [all tokens] of annotated rows, -1 without a label; [0] of others
   'values': '<f4',  # [examples]: margin, label or score, else 0
   'row_weights': '<f4',  # [examples]: factor of the loss
   'difficulties': '<f4',  # [examples]: NaN without one
@@ -194,7 +196,7 @@ class Build:
 
   def _read(self, number: int) -> TokenBlock:
     """Reads a finished block."""
-    found = blocks.read(self._path(number))
+    found = token_blocks.read(self._path(number))
     if found is None and not self.folder.is_dir():
       raise Gone
     if found is None:
@@ -211,7 +213,7 @@ class Build:
 
       def unfinished() -> Iterator[Block]:
         for block in source:
-          if blocks.is_finished(self._path(block.number), block):
+          if token_blocks.is_finished(self._path(block.number), *block.identity):
             found.append(block.number)
             bar.update(len(block.packed))
           else:

@@ -40,6 +40,8 @@ class Encoded:
     bos: 1 where the first token is BOS, else 0.
     head: tokens up to the end of the system turn, BOS included; never less than `bos`.
       'truncate_left' keeps them, see `fit`.
+    labels: int32[n] of annotated_examples.py, where a token has a label; else None.
+    sequence: int8[n], the text that a token is of, 0 or 1, and -1 for one around it; else None.
   """
 
   tokens: np.ndarray
@@ -53,6 +55,8 @@ class Encoded:
   bos: int = 0
   head: int = 0
   unrendered: tuple[str, ...] = ()
+  labels: np.ndarray | None = None
+  sequence: np.ndarray | None = None
 
 
 def check_loss_on(loss_on: str) -> None:

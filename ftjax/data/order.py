@@ -44,6 +44,7 @@ class SourceSchedule:
     fingerprint: str,
     seed: int,
     packed: bool,
+    most: int | None = None,
     ranks: np.ndarray | None = None,
   ):
     """Packs the lengths.
@@ -54,6 +55,7 @@ class SourceSchedule:
       fingerprint: that of the examples, `Corpus.fingerprint`.
       seed: the seed of the run.
       packed: several examples in a row, or one.
+      most: examples that a row may hold when packed; None: as many as find room.
       ranks: float[n], of a curriculum: in every epoch, rows with a smaller mean over their examples
         come first, and rows of equal means in random order. None: no curriculum.
 
@@ -64,13 +66,14 @@ class SourceSchedule:
       raise DataError('a source without examples cannot be scheduled (data.train)')
     counts = np.bincount(lengths, minlength=seq_len + 1)
     self._lengths = np.asarray(lengths)
-    self._groups = packing.pack_lengths(counts, seq_len) if packed else packing.one_per_row(counts)
+    self._groups = (
+      packing.pack_lengths(counts, seq_len, most) if packed else packing.one_per_row(counts)
+    )
     self._row_ends = np.cumsum([rows for rows, _ in self._groups])
     self.rows_per_epoch = int(self._row_ends[-1])
     self.fill = float(self._lengths.sum(dtype=np.int64) / (self.rows_per_epoch * seq_len))
     self._slots = self._number_slots(np.cumsum(counts) - counts)
-    # None was a limit of examples in a row, which saved runs have in their fingerprints.
-    described = f'{fingerprint} {seed} {seq_len} {packed} None'
+    described = f'{fingerprint} {seed} {seq_len} {packed} {most}'
     self._ranks, self._row_of_slot = None, None
     if ranks is not None:
       self._ranks = np.asarray(ranks, np.float64)

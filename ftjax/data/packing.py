@@ -41,12 +41,15 @@ class _OpenRows:
     return [g for room in self._rooms for g in self._groups[room]]
 
 
-def pack_lengths(counts: Sequence[int] | np.ndarray, seq_len: int) -> list[Group]:
+def pack_lengths(
+  counts: Sequence[int] | np.ndarray, seq_len: int, most: int | None = None
+) -> list[Group]:
   """Packs all examples into rows of `seq_len` tokens.
 
   Args:
     counts: int[T+1], how many examples have each length; counts[0] must be 0.
     seq_len: T, tokens of a row.
+    most: examples that a row may hold; None: as many as find room.
 
   Returns:
     (rows, lengths in each of them, descending) groups; the same for the same counts.
@@ -65,12 +68,14 @@ def pack_lengths(counts: Sequence[int] | np.ndarray, seq_len: int) -> list[Group
       room, (rows, held) = open_rows.pop_tightest(length) or (seq_len, (left, ()))
       # Best fit puts a second example of this length after the first, while there is room.
       copies = min(room // length, left)
+      if most is not None:
+        copies = min(copies, most - len(held))
       used = min(rows, left // copies)
       if held and used < rows:
         open_rows.add(room, (rows - used, held))
       left -= used * copies
       room, group = room - copies * length, (used, held + (length,) * copies)
-      if room:
+      if room and len(group[1]) != most:
         open_rows.add(room, group)
       else:
         closed.append(group)

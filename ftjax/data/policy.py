@@ -1,8 +1,10 @@
 """The settings of tokenizing that the tokens of a row depend on."""
 
 import dataclasses
+from typing import Any, Self
 
 from ftjax.data import augment, formats
+from ftjax.data.annotated_rows import Annotation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,16 @@ class Policy:
   augment_templates: tuple[str, ...] = ()
   augment_copies: int = 0
   augment_seed: int = 0
+  annotation: Annotation = Annotation()  # noqa: RUF009 - frozen
+
+  def as_plain(self) -> dict[str, Any]:
+    """Returns the settings as values that `marshal` writes."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_plain(cls, values: dict[str, Any]) -> Self:
+    """Returns the policy of which `as_plain` made these values."""
+    return cls(**(values | {'annotation': Annotation(**values['annotation'])}))
 
   def copies(self, example: formats.Example) -> list[formats.Example]:
     """Returns the altered copies of an example; none without augmentation.

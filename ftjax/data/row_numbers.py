@@ -7,7 +7,7 @@ from typing import Any
 NUMBERS = ('weight', 'difficulty')
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
   """Returns a finite number, also from its text as in CSV; else None."""
   if isinstance(value, bool) or not isinstance(value, int | float | str):
     return None
@@ -27,7 +27,7 @@ def read(row: Mapping[str, Any]) -> tuple[float, float]:
   out = []
   for key, usual in zip(NUMBERS, (1.0, math.nan), strict=True):
     value = row.get(key)
-    number = usual if value in (None, '') else _finite(value)
+    number = usual if value in (None, '') else finite(value)
     if number is None:
       raise ValueError(f'{key!r} is {value!r}, expected a finite number')
     out.append(number)

@@ -2,11 +2,14 @@
 
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
-distance from the right one. 'sums:N:BELOW', and likewise the others, has terms below BELOW instead
-of 100. The tokenizer has one token a byte and a ChatML template.
+distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
+second term, 'tags:N' its words with a tag for even and odd terms. 'sums:N:BELOW', and likewise the
+others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML
+template.
 """
 
 import dataclasses
+import functools
 import json
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -74,20 +77,41 @@ def _labeled(kind: str, count: int, below: int) -> list[dict]:
   return rows
 
 
+def _annotated(kind: str, count: int, below: int) -> list[dict]:
+  """Returns the questions of `sums` with labels, or as words with tags."""
+  rows = []
+  for row in sums(count, below):
+    text = row['messages'][0]['content']
+    words = text.split()
+    if kind == 'classes':
+      rows.append({'text': text, 'label': ('even', 'odd')[int(words[2]) % 2]})
+      continue
+    tags = [('B-EVEN', 'B-ODD')[int(w) % 2] if w.isdigit() else 'O' for w in words]
+    rows.append({'tokens': words, 'tags': tags})
+  return rows
+
+
+_KINDS = {'sums': sums} | {
+  kind: functools.partial(make, kind)
+  for make, kinds in ((_labeled, ('pairs', 'labels', 'scores')), (_annotated, ('classes', 'tags')))
+  for kind in kinds
+}
+
+
 def resolve(spec: Spec, folder: str) -> Spec:
   """Writes the rows of a synthetic source to a file in `folder`, and returns the file as source.
 
   For gs:// the file is in the local mirror of the folder. Other sources are returned unchanged.
   """
   kind, *sizes = spec.path.split(':')
-  is_synthetic = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
+  is_synthetic = kind in _KINDS and len(sizes) in (1, 2)
   if not is_synthetic or not all(size.isdigit() for size in sizes):
     return spec
   count, below = [*map(int, sizes), BELOW][:2]
   name = f'{kind}-{count}' if below == BELOW else f'{kind}-{count}-below-{below}'
   path = files.local_mirror(folder) / f'{name}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
-  rows = sums(count, below) if kind == 'sums' else _labeled(kind, count, below)
+  rows = _KINDS[kind](count, below)
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   # Other processes may be reading the file: it is replaced atomically, and only where it differs.
   if not (path.exists() and path.read_text() == text):

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, sources
+from ftjax.data import annotated_rows, encode, sources
 from ftjax.data import row_counts as counts_lib
+from ftjax.data.annotated_rows import Annotation
 from ftjax.data.corpus_builder import DTYPES, Build, Writer
 from ftjax.data.policy import Policy
 from ftjax.data.row_counts import Counts
@@ -36,7 +37,7 @@ from ftjax.storage import files
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 6  # raise it when the same rows would give other tokens, masks or files
+SCHEMA = 7  # raise it when the same rows would give other tokens, masks or files
 _MARK = 'meta.json'  # written last: a folder with it is complete
 _BUILDING = 'building-'  # prefix of folders of unfinished caches
 _ABANDONED = 24 * 3600  # seconds
@@ -49,7 +50,8 @@ class Corpus:
   Attributes:
     name: the source's name, for messages.
     lengths: int32[n], tokens of each example.
-    shape: the shape of an example: 'text', or one of preference_rows.SHAPES.
+    shape: the shape of an example: 'text', or one of preference_rows.SHAPES or
+      annotated_rows.SHAPES.
     tokens, supervised: number of tokens of all examples, and of supervised ones.
     counts: counts of the whole source.
     fingerprint: sha256 hex of the examples in order.
@@ -83,10 +85,12 @@ class Corpus:
           f'{path}: missing or truncated; delete the folder {folder}, it is built again'
         )
       # A plain array over the same pages: slicing a memmap object takes ten times as long.
-      arrays[part] = np.asarray(np.memmap(path, dtype, mode='r'))
+      is_empty = not meta['bytes'][part]  # which cannot be mapped
+      arrays[part] = np.zeros(0, dtype) if is_empty else np.asarray(np.memmap(path, dtype, 'r'))
     self._tokens, self._supervised = arrays['tokens'], arrays['supervised']
     self._offsets, self._places = arrays['offsets'], arrays['places'].reshape(-1, 2)
     self._boundaries, self._values = arrays['boundaries'], arrays['values']
+    self._labels = arrays['labels']
     lengths, supervised = np.diff(self._offsets).astype(np.int32), arrays['supervised_lengths']
     self.fingerprint = meta['fingerprint']
     if index is not None:
@@ -116,12 +120,23 @@ class Corpus:
     """Returns the attention segments of example i: both sides of a pair, else the example."""
     tokens, supervised = self.example(i)
     boundary = int(self._boundaries[self._at(i)])
-    if not boundary:
+    if not boundary or self.shape in annotated_rows.SHAPES:
       return [(tokens, supervised)]
     return [
       (tokens[:boundary], supervised[:boundary]),
       (tokens[boundary:], supervised[boundary:]),
     ]
+
+  def labels(self, i: int) -> np.ndarray:
+    """Returns the labels of example i of annotated rows, int32[n], -1 for a token without one."""
+    start, end = self._offsets[self._at(i) : self._at(i) + 2]
+    return self._labels[start:end]
+
+  def token_types(self, i: int) -> np.ndarray:
+    """Returns 1 for the tokens of example i from its second text on, else 0: float32[n]."""
+    start, end = self._offsets[self._at(i) : self._at(i) + 2]
+    boundary = int(self._boundaries[self._at(i)])
+    return (np.arange(end - start) >= (boundary or end - start)).astype(np.float32)
 
   def value(self, i: int) -> float:
     """Returns the margin, label or score of example i."""
@@ -193,7 +208,9 @@ class Source:
     on_bad_row: 'error', or 'drop': unusable rows are left out, counted and listed.
     on_unrendered: 'error', or 'warn': rows with content that the template does not render are kept
       and counted.
-    shape: the shape of the rows: 'text', or one of preference_rows.SHAPES, which ignore `loss_on`.
+    shape: the shape of the rows: 'text', or one of preference_rows.SHAPES or
+      annotated_rows.SHAPES, which ignore `loss_on`.
+    annotation: of annotated rows.
     augment, augment_templates, augment_copies, augment_seed: see augment.py; of shape 'text'.
     workers: processes that tokenize; 0: one for each core. The result does not depend on them.
     progress: show a bar while tokenizing.
@@ -214,6 +231,7 @@ class Source:
   augment_templates: tuple[str, ...] = ()
   augment_copies: int = 0
   augment_seed: int = 0
+  annotation: Annotation = Annotation()  # noqa: RUF009 - frozen
 
   def policy(self) -> Policy:
     """Returns the settings that the tokens of a row depend on.
@@ -226,6 +244,7 @@ class Source:
       *(self.spec.format, self.seq_len, self.loss_on, self.on_overlength),
       *(self.on_unrendered, self.shape, tuple(self.augment), tuple(self.augment_templates)),
       *((self.augment_copies, self.augment_seed) if self.augment else (0, 0)),
+      self.annotation,
     )
 
   def _folders(self) -> tuple[Path, Build]:

@@ -59,7 +59,7 @@ def _answer(message: dict[str, Any], tokenizer: BlockTokenizer, folder: Path) ->
 def serve(link: Connection, settings: dict[str, Any]) -> None:
   """Answers requests until the parent closes its side."""
   tokenizer = Tokenizer(settings['tokenizer'], settings['name'])
-  blocks = BlockTokenizer(Policy(**settings['policy']), tokenizer)
+  blocks = BlockTokenizer(Policy.from_plain(settings['policy']), tokenizer)
   folder = Path(settings['folder'])
   requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
   threading.Thread(target=_receive, args=(link, requests), daemon=True, name='requests').start()

@@ -101,7 +101,7 @@ class Tokenizer:
 
     # Truncation and padding saved in the file would silently shorten or fill our rows.
     model['truncation'] = model['padding'] = None
-    self.prefix_ids, self.suffix_ids = _added(model, name)
+    self.prefix_ids, self.suffix_ids, self._pair = _added(model, name)
     # Without the post-processor nothing is added and byte-level offsets keep their leading space:
     # spans tile the text.
     self._tokens = _load(model | {'post_processor': None}, name)
@@ -181,6 +181,24 @@ class Tokenizer:
       out.append((np.array(e.ids, np.int32), spans[:, 0], spans[:, 1]))
     return out
 
+  def around(self, parts: Sequence[np.ndarray]) -> tuple[list[tuple[np.ndarray, int]], int]:
+    """Returns one text, or two that are read together, with the tokens that the tokenizer's own
+    post-processor puts around them.
+
+    Args:
+      parts: the ids of one text or of two, nothing added.
+
+    Returns:
+      (pieces in their order, each (ids, 0 or 1: the text, -1: added); the index from which tokens
+      have token type 1, 0 where none has).
+    """
+    if len(parts) == 1:
+      return [(_array(self.prefix_ids), -1), (parts[0], 0), (_array(self.suffix_ids), -1)], 0
+    (prefix, middle, suffix), typed = self._pair
+    pieces = [(_array(prefix), -1), (parts[0], 0), (_array(middle), -1), (parts[1], 1)]
+    second = 0 if typed is None else len(prefix) + len(parts[0]) + typed
+    return [*pieces, (_array(suffix), -1)], second
+
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Returns the text of ids; special tokens are left out unless `skip_special=False`."""
     return self._tokens.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -206,16 +224,39 @@ def _load(model: Mapping, name: str) -> tokenizers.Tokenizer:
     raise DataError(f'{name}: tokenizer.json cannot be used: {error}') from error
 
 
-def _added(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the ids that the file's post-processor puts before a text and behind it."""
+def _array(ids: Sequence[int]) -> np.ndarray:
+  return np.array(ids, np.int32)
+
+
+# Ids before, between and behind two texts; how many of those between have token type 0, or None
+# where none has type 1.
+_Pair = tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], int | None]
+
+
+def _pair(whole: tokenizers.Tokenizer) -> _Pair:
+  """Returns what the file's post-processor puts around two texts."""
+  found = whole.encode('a', 'a', add_special_tokens=True)
+  of = found.sequence_ids
+  first = [i for i, number in enumerate(of) if number == 0]
+  second = [i for i, number in enumerate(of) if number == 1]
+  spans = ((0, first[0]), (first[-1] + 1, second[0]), (second[-1] + 1, len(of)))
+  typed = next((i for i, kind in enumerate(found.type_ids) if kind == 1), None)
+  ids = tuple(tuple(found.ids[start:end]) for start, end in spans)
+  return ids, None if typed is None else typed - spans[1][0]
+
+
+def _added(model: Mapping, name: str) -> tuple[tuple[int, ...], tuple[int, ...], _Pair]:
+  """Returns the ids that the file's post-processor puts before a text and behind it, and what it
+  puts around two texts.
+  """
   if model.get('post_processor') is None:
-    return (), ()
+    return (), (), (((), (), ()), 0)
   whole = _load(model, name)
   bare = whole.encode('a', add_special_tokens=False).ids
   full = whole.encode('a', add_special_tokens=True).ids
   for i in range(len(full) - len(bare) + 1):
     if full[i : i + len(bare)] == bare:
-      return tuple(full[:i]), tuple(full[i + len(bare) :])
+      return tuple(full[:i]), tuple(full[i + len(bare) :]), _pair(whole)
   raise DataError(
     f'{name}: the post-processor of tokenizer.json changes a text instead of adding to it'
   )

@@ -1,10 +1,13 @@
 """The model of a PEFT folder before its weights: the base that it names, under its adapter."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from ftjax.experiment.model import Model, open_model
-from ftjax.families import table
-from ftjax.hf import load
+from ftjax.families import label_head, table
+from ftjax.hf import label_files, load
+from ftjax.hf.label_files import Labels
 from ftjax.hf.peft import PeftFolder
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
@@ -18,7 +21,31 @@ def architecture(folder: PeftFolder, family: str) -> Architecture:
     ConfigError, DataError: see `open_adapter`.
   """
   config = load.read_config(_base_path(folder, ''))
-  return folder.architecture(dataclasses.replace(table.architecture(config, family), num_labels=0))
+  labels = _labels(folder, config, family)
+  if labels is None:
+    plain = dataclasses.replace(table.architecture(config, family), num_labels=0)
+    return folder.architecture(plain)
+  own = table.architecture(config, family).family
+  return folder.architecture(table.architecture(label_files.labeled(own, config, labels), family))
+
+
+def _labels(folder: PeftFolder, config: Mapping[str, Any], family: str) -> Labels | None:
+  """Returns the labels that an adapter gives; None of a language model.
+
+  config: config.json of the base.
+  """
+  task = folder.config.task
+  if not task or task == 'span':
+    return Labels(task) if task else None
+  any_number = Labels(task, ('0', '1'))
+  own = table.architecture(config, family).family
+  labeled = table.architecture(label_files.labeled(own, config, any_number), family)
+  count, names = folder.count_labels(labeled), folder.base.labels
+  if count == 1 and task == 'sequence' and not names:
+    return label_files.REWARD
+  if names and len(names) != count:
+    raise DataError(f'{folder.place}: {count} labels, and names of {len(names)}: {list(names)}')
+  return Labels(task, names or label_head.default_names(count), folder.base.problem)
 
 
 def _base_path(folder: PeftFolder, base: str) -> str:
@@ -52,9 +79,8 @@ def open_adapter(folder: PeftFolder, base: str, family: str) -> Model:
     path,
     {},
     0,
-    labels=int(folder.config.labels),
+    _labels(folder, load.read_config(path), family),
     family=family,
     tokenizer_files=own if 'tokenizer.json' in own else None,
   )
-  plain = dataclasses.replace(model.arch.plain(), num_labels=0)
-  return dataclasses.replace(model, arch=folder.architecture(plain))
+  return dataclasses.replace(model, arch=folder.architecture(model.arch.plain()))

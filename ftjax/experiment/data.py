@@ -9,8 +9,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from ftjax.config import algorithms
+from ftjax.config import algorithms, choices
 from ftjax.data import class_balance, describe, prompts, sources, synthetic, token_cache
+from ftjax.data.annotated_rows import Annotation
 from ftjax.data.batches import Batch, Stream, eval_batches
 from ftjax.data.order import Mixture, SourceSchedule
 from ftjax.data.tokenizer import Tokenizer
@@ -211,7 +212,19 @@ def _source(
     augment_templates=tuple(c.data.augment_templates) if is_altered else (),
     augment_copies=c.data.augment_copies,
     augment_seed=c.seed,
+    annotation=annotation(c),
   )
+
+
+def annotation(c: ml_collections.ConfigDict) -> Annotation:
+  """Returns what the labels of a config's rows are; nothing for rows of another shape."""
+  shape, head = algorithms.of(c).example(c), algorithms.of(c).labels(c)
+  if shape == 'class':
+    names = () if choices.CLASS_OBJECTIVES[c.classification.objective].is_number else head.names
+    return Annotation(c.classification.objective, names)
+  if shape == 'tags':
+    return Annotation('tags', head.names, c.token_classification.all_subwords)
+  return Annotation()
 
 
 def tokenize_share(
@@ -246,7 +259,8 @@ def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) 
     for corpus in training:
       class_balance.weigh(corpus, c.data.balance)
   mixture = _schedule(c, training, specs)
-  stream = Stream(mixture, training, c.seq_len, c.batch_size)
+  documents = algorithms.of(c).documents(c)
+  stream = Stream(mixture, training, c.seq_len, c.batch_size, documents)
   _check_batch(c, mixture, 'packed sequences' if algorithms.is_packed(c) else 'examples')
   return Data(stream, mixture, training, evaluation)
 
@@ -254,7 +268,7 @@ def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) 
 def _schedule(
   c: ml_collections.ConfigDict, training: list[token_cache.Corpus], specs: list[sources.Spec]
 ) -> Mixture:
-  settings = dict(seed=c.seed, packed=algorithms.is_packed(c))
+  settings = dict(seed=c.seed, packed=algorithms.is_packed(c), most=algorithms.documents_per_row(c))
   schedules = [
     SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, ranks=_ranks(c, x), **settings)
     for x in training
@@ -311,8 +325,9 @@ def first_rows(
     c.data.cache = files.join(workdir, 'first_rows')
   opened = _sources(c, tokenizer, workdir, 'train', is_altered=True)[1]
   found = [token_cache.head(source, rows) for source in opened]
-  shape, packed = (c.batch_size, c.seq_len), algorithms.is_packed(c)
-  return [(corpus, next(eval_batches(corpus, *shape, packed=packed))) for corpus in found]
+  shape = (c.batch_size, c.seq_len)
+  settings = dict(packed=algorithms.is_packed(c), documents=algorithms.of(c).documents(c))
+  return [(corpus, next(eval_batches(corpus, *shape, **settings))) for corpus in found]
 
 
 def open_prompts(

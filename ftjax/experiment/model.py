@@ -10,6 +10,7 @@ from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import model_record
 from ftjax.experiment.vocabulary import Vocabulary
 from ftjax.families import hf_config, llama, table
+from ftjax.families import label_head as families_head
 from ftjax.hf import label_files, load
 from ftjax.hf.label_files import Labels
 from ftjax.hf.new_rows import NewRows
@@ -67,12 +68,11 @@ def open_model(
   path: str,
   random: dict,
   seed: int,
-  labels: int = 0,
+  head: Labels | None = None,
   workdir: str = '',
   family: str = '',
   vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 - frozen
   tokenizer_files: Mapping[str, bytes] | None = None,
-  head: Labels | None = None,
   encoders: bool = False,
 ) -> Model:
   """Reads config and tokenizer of a model, and none of its weights.
@@ -81,12 +81,12 @@ def open_model(
     path: HF folder, GGUF file or hub name; '' for a random model.
     random: a HF config to make a random model from.
     seed: of the random weights.
-    labels: 1 makes a reward model of a language model: `head` is then label_files.REWARD.
+    head: the labels that the model is given, label_files.REWARD of a reward model; None for a
+      language model.
     workdir: whose record may hold the fingerprint of the weights.
     family: value of model.family.
     vocabulary: what the config changes of the vocabulary.
     tokenizer_files: in place of those of `path`, such as an adapter's.
-    head: the labels that the model is given; None for a language model.
     encoders: whether an encoder may be a language model here, which predicts masked tokens.
 
   Raises:
@@ -109,7 +109,6 @@ def open_model(
   found, config, tokenizer, rows = vocabulary.apply(found, config, name)
   arch = table.architecture(config, family)
   table.check_own(family, arch, f'model.path={path}' if path else 'model.random')
-  head = label_files.REWARD if labels and head is None else head
   check_writes(arch, path, head, encoders)
   if tokenizer.vocab_size > arch.vocab_size:
     raise DataError(
@@ -125,6 +124,22 @@ def open_model(
     arch = table.architecture(config, family)
   arch = dataclasses.replace(arch, vocab_multiple=vocabulary.multiple)
   return Model(path, arch, tokenizer, stops, config, found, hash_weights, rows)
+
+
+def label_head(path: str, family: str = '') -> Labels | None:
+  """Returns the labels of a model's own files; None of a language model."""
+  config = load.read_config(path)
+  arch = table.architecture(config, family)
+  if not arch.num_labels:
+    return None
+  problem = config.get('problem_type')
+  known = problem if problem in label_files.PROBLEMS else ''
+  return Labels(arch.task, () if arch.task == 'span' else label_names(arch), known)
+
+
+def label_names(arch: Architecture) -> tuple[str, ...]:
+  """Returns the names of a model's labels in the order of their numbers."""
+  return arch.labels or families_head.default_names(arch.num_labels)
 
 
 def check_writes(arch: Architecture, path: str, head: Labels | None, encoders: bool) -> None:

@@ -21,6 +21,7 @@ from ftjax.experiment import (
   adapters,
   evaluation_names,
   init_from,
+  label_names,
   model_record,
   preflight,
   vocabulary,
@@ -154,6 +155,7 @@ class Run:
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
+    by_row = (*by_row, *algorithms.of(self.config).documents(self.config))
     where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
     return dict.fromkeys(names, where) | dict.fromkeys(
       by_row, NamedSharding(self.mesh, sharding.spec(*axes))
@@ -164,10 +166,11 @@ class Run:
     c = self.config
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
-    floats = ('weights', *by_token, *by_row)
+    whole = dict.fromkeys(by_row, ()) | dict(algorithms.of(c).documents(c))
+    floats = ('weights', *by_token, *whole)
     return {
       k: jax.ShapeDtypeStruct(
-        shape[:2] if k in by_row else shape,
+        (*shape[:2], *whole[k]) if k in whole else shape,
         jnp.float32 if k in floats else jnp.int32,
         sharding=s,
       )
@@ -182,9 +185,10 @@ class Run:
     """Yields device arrays [B, T] over all rows of corpora, in order."""
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
-    own = local_rows(where['tokens'], shape, 0)
+    settings = dict(packed=algorithms.is_packed(c), documents=algorithms.of(c).documents(c))
+    settings |= {'wanted': local_rows(where['tokens'], shape, 0)}
     for corpus in corpora:
-      for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
+      for batch in eval_batches(corpus, *shape, **settings):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
@@ -275,9 +279,12 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
       jax.config.update('jax_enable_compilation_cache', False)
     mesh = sharding.make_mesh({a: c.mesh[a] for a in sharding.AXES})
     jax.set_mesh(mesh)
-    random, labels = c.model.random.to_dict(), algorithms.of(c).num_labels
+    label_names.resolve(c, workdir)
     wanted = vocabulary.of(section.flat(c))
-    model = open_model(c.model.path, random, c.seed, labels, workdir, c.model.family, wanted)
+    model = open_model(
+      *(c.model.path, c.model.random.to_dict(), c.seed, label_names.head(c)),
+      *(workdir, c.model.family, wanted),
+    )
     continued = bool(c.lora.rank and init_from.find(c).adapter)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
     read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]

@@ -13,6 +13,7 @@ from ftjax.cluster import processes
 from ftjax.config import keys, section
 from ftjax.data import hub_dataset, sources
 from ftjax.evaluation.comparison import TUNED
+from ftjax.experiment import label_names
 from ftjax.experiment.model import Model
 from ftjax.hf import export, model_card, model_folder, run_export
 from ftjax.reporting import markdown
@@ -52,7 +53,9 @@ def build(
   return model_card.render(
     model_card.Card(
       algorithm=model_card.public(config.get('algorithm', '')),
-      is_reward=bool(model.arch.num_labels),
+      is_reward=bool(model.arch.num_labels) and label_names.is_reward(config),
+      task=model.arch.task,
+      num_labels=model.arch.num_labels,
       has_template=model.tokenizer.template is not None,
       step=step,
       base=_base(model, manifest),

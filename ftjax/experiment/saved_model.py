@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ftjax.config import algorithms, keys
-from ftjax.experiment import adapters, init_from, vocabulary, weights
+from ftjax.config import keys
+from ftjax.experiment import adapters, init_from, label_names, vocabulary, weights
 from ftjax.experiment.model import Model, open_model
 from ftjax.families import table
 from ftjax.hf import load
@@ -86,19 +86,24 @@ class SavedModel:
 
   def _load_base(self, sharding: Callable[[str], Any], dtype: str) -> dict[str, Any]:
     """Returns the leaves of the base under the adapter."""
-    arch, seed, labels = self.model.arch, self.seed, 0
+    arch, seed = self.model.arch, self.seed
+    # The head of labels is the adapter's, unless the base has one; the head that is there instead
+    # lies like the embedding, and goes.
+    bare, head_of = dataclasses.replace(arch, adapter=None, num_labels=0), None
     if self.base:
-      labels = table.architecture(load.read_config(self.base), arch.family).num_labels
-    # The score of a reward model is the adapter's, unless the base has one; the head that is there
-    # instead lies like the embedding, and goes.
-    bare = dataclasses.replace(arch, adapter=None, num_labels=labels)
+      found = table.architecture(load.read_config(self.base), arch.family)
+      if arch.is_encoder:  # its own head is not read
+        bare, head_of = dataclasses.replace(arch, adapter=None), found
+      else:
+        bare = bare.with_head_of(found)
     known = kinds.declared(arch)
     places = {n: sharding(n if n in known else 'embed/w') for n in kinds.declared(bare)}
     if not self.base:
       found = weights.random(bare, jax.random.key(seed), np.dtype(dtype), places)
     else:
       load.open_source(self.base).hash_reads()
-      found = load.load_params(self.base, bare, trees.unflatten(places), np.dtype(dtype))
+      settings = (np.dtype(dtype), seed, None, head_of)
+      found = load.load_params(self.base, bare, trees.unflatten(places), *settings)
       if self.base_hash not in ('', self._fingerprint()):
         raise DataError(
           f'{self.workdir}: the base of its adapter, {self.base}, holds other weights than those '
@@ -177,11 +182,9 @@ def _open(workdir: str, step: int) -> SavedModel:
       'tokenizer are needed: run this in the folder where the training was started, or put the '
       'model back'
     )
-  labels, family = algorithms.find(config['algorithm']).num_labels, config.get('model.family', '')
+  head, family = label_names.saved_head(config), config.get('model.family', '')
   wanted = vocabulary.of(config)
-  model = open_model(
-    path, dict(random), config['seed'], labels=labels, family=family, vocabulary=wanted
-  )
+  model = open_model(path, dict(random), config['seed'], head, family=family, vocabulary=wanted)
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

@@ -9,8 +9,10 @@ import jax
 import ml_collections
 
 from ftjax.config import algorithms
+from ftjax.experiment import label_names
 from ftjax.experiment.run import Run
 from ftjax.experiment.trainer import Trainer
+from ftjax.hf.label_files import REWARD
 from ftjax.models import counts
 from ftjax.storage import files
 from ftjax.telemetry import console
@@ -173,7 +175,8 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
   idle = console.not_updated(state.get('no_signal', 0), state.get('skipped', 0))
   report = files.join(run.workdir, 'report.html')
   prompt = typed_prompt(c.eval.prompts)
-  reward_model = files.join(run.workdir, 'export') if run.arch.num_labels else ''
+  head = label_names.head(c)
+  reward_model = files.join(run.workdir, 'export') if head == REWARD else ''
   rows = [
     ('trained', f'{text}; this start took {console.duration(seconds)}'),
     ('no update', idle),
@@ -182,6 +185,9 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     ('export', files.join(run.workdir, 'export')),
     ('report', report if files.exists(report) else ''),
     ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
-    *console.next_commands(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
+    *console.next_commands(
+      *(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
+      is_classifier=head is not None,
+    ),
   ]
   return console.block('done', rows)

@@ -76,6 +76,9 @@ class Card:
   Attributes:
     algorithm: of the run.
     is_reward: whether it is a reward model.
+    task: what its labels are given to, 'sequence' (also of a reward model), 'token' or 'span'; ''
+      for a language model.
+    num_labels: how many labels it gives; 0 for a language model.
     has_template: whether its tokenizer has a chat template.
     step: optimizer steps behind the weights.
     base: None for a model that began with random weights.
@@ -93,6 +96,8 @@ class Card:
 
   algorithm: str
   is_reward: bool
+  task: str
+  num_labels: int
   has_template: bool
   step: int
   base: Base | None
@@ -241,7 +246,7 @@ def _header(card: Card) -> str:
   kinds = [*(['reward-model'] if card.is_reward else []), *(['lora'] if card.is_adapter else [])]
   meta: dict[str, Any] = {
     'library_name': library,
-    'pipeline_tag': 'text-classification' if card.is_reward else 'text-generation',
+    'pipeline_tag': _PIPELINES[card.task],
     'tags': ['ftjax', card.algorithm, *kinds],
   }
   if card.base and card.base.hub_id:
@@ -252,15 +257,15 @@ def _header(card: Card) -> str:
   if names := list(dict.fromkeys(s.hub_id for s in card.sources if s.hub_id)):
     meta['datasets'] = names
   if card.scores:
-    results = [_result(task, scores) for task, scores in card.scores.items()]
+    results = [_result(_PIPELINES[card.task], task, scores) for task, scores in card.scores.items()]
     meta['model-index'] = [{'name': _title(card), 'results': results}]
   return f'---\n{_yaml(meta, 0)}\n---'
 
 
-def _result(task: str, scores: Mapping[str, float]) -> dict[str, Any]:
+def _result(pipeline: str, task: str, scores: Mapping[str, float]) -> dict[str, Any]:
   """Returns the scores of the tuned model as an entry of the header's model-index."""
   return {
-    'task': {'type': 'text-generation'},
+    'task': {'type': pipeline},
     'dataset': {'name': task, 'type': task},
     'metrics': [{'type': score, 'value': round(value, 6)} for score, value in scores.items()],
   }
@@ -331,7 +336,27 @@ def _evaluation(card: Card) -> str:
 
 _LOAD = """path = 'PATH'  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(path)"""
-_GENERATE = """print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+_USES = {
+  '': 'print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))',
+  'reward': 'print(model(**inputs).logits[0, 0])  # the score',
+  'sequence': 'print(model(**inputs).logits[0])  # by label, see id2label of config.json',
+  'token': 'print(model(**inputs).logits[0].argmax(-1))  # labels of the tokens, see id2label',
+  'span': 'print(model(**inputs))  # where the answer begins and ends',
+}
+_LABELED = 'A text is read as it stands, with the special tokens that the tokenizer adds.'
+# Of tasks: transformers' classes, and the hub's names.
+_CLASSES = {
+  '': 'CausalLM',
+  'sequence': 'SequenceClassification',
+  'token': 'TokenClassification',
+  'span': 'QuestionAnswering',
+}
+_PIPELINES = {
+  '': 'text-generation',
+  'sequence': 'text-classification',
+  'token': 'token-classification',
+  'span': 'question-answering',
+}
 
 
 def _loading(card: Card) -> str:
@@ -340,12 +365,14 @@ def _loading(card: Card) -> str:
       '## Loading\n\nThe base has random weights, which no folder holds: load the merged model '
       '(`merged/` of the run), or make one with `python -m ftjax.convert --source=WORKDIR`.'
     )
-  kind = 'SequenceClassification' if card.is_reward else 'CausalLM'
-  name = f'{"AutoPeftModelFor" if card.is_adapter else "AutoModelFor"}{kind}'
+  prefix = 'AutoPeftModelFor' if card.is_adapter else 'AutoModelFor'
+  name = f'{prefix}{_CLASSES[card.task]}'
   imports = f'from transformers import {name}, AutoTokenizer'
   if card.is_adapter:
     imports = f'from peft import {name}\nfrom transformers import AutoTokenizer'
-  if card.has_template:
+  if card.task and not card.is_reward:
+    inputs, note = "inputs = tokenizer('A text', return_tensors='pt')", _LABELED
+  elif card.has_template:
     answer = ", {'role': 'assistant', 'content': 'Hi'}" if card.is_reward else ''
     options = "return_dict=True, return_tensors='pt'"
     options = options if card.is_reward else f'add_generation_prompt=True, {options}'
@@ -355,8 +382,8 @@ inputs = tokenizer.apply_chat_template(messages, {options})"""
   else:
     inputs = "inputs = tokenizer('Once', return_tensors='pt')"
     note = 'The tokenizer has no chat template: the model was trained on plain text.'
-  use = 'print(model(**inputs).logits[0, 0])  # the score' if card.is_reward else _GENERATE
+  use = _USES['reward' if card.is_reward else card.task]
   # The base's own config.json has no number of labels, and transformers would make two.
-  labels = ', num_labels=1' if card.is_adapter and card.is_reward else ''
+  labels = f', num_labels={card.num_labels}' if card.is_adapter and card.task else ''
   lines = [imports, '', _LOAD, f'model = {name}.from_pretrained(path{labels})', inputs, use]
   return '## Loading\n\n```python\n' + '\n'.join(lines) + f'\n```\n\n{note}'

@@ -48,17 +48,14 @@ class PeftFolder:
   source: TensorSource
 
   def architecture(self, plain: Architecture) -> Architecture:
-    """Returns the model of base and adapter; a reward model where the adapter has a score.
+    """Returns the model of base and adapter.
 
     Args:
-      plain: of the base, a language model.
+      plain: of the base; with the labels of the adapter, where that gives some.
 
     Raises:
       DataError: the adapter does not fit this base, or is none that is computed here.
     """
-    if self.config.labels:
-      labels = self._score_rows()
-      plain = dataclasses.replace(plain, num_labels=labels)
     saved = self._saved(plain)
     maps = self._maps(plain, saved)
     found = dataclasses.replace(
@@ -76,13 +73,21 @@ class PeftFolder:
     self._check_tensors(found, saved)
     return found
 
-  def _score_rows(self) -> int:
-    name = f'{PREFIX}score.weight'
-    info = self.source.tensors.get(name)
-    if info is None or len(info.shape) != 2 or info.shape[0] != 1:
+  def count_labels(self, labeled: Architecture) -> int:
+    """Returns how many labels the adapter's head gives.
+
+    labeled: the base with a head of any number of labels.
+
+    Raises:
+      DataError: the folder has no such head.
+    """
+    head = next(b.hf for b in layout.bindings(labeled) if b.leaf == 'score/w')
+    info = self.source.tensors.get(PREFIX + head)
+    if info is None or len(info.shape) != 2 or not info.shape[0]:
       shape = 'missing' if info is None else list(info.shape)
       raise DataError(
-        f'{self.source.place}: {name} is {shape}; a reward model with one score [1, D] is expected'
+        f'{self.source.place}: {PREFIX}{head} is {shape}; the head of a model with labels, '
+        '[labels, D], is expected'
       )
     return info.shape[0]
 
@@ -90,8 +95,9 @@ class PeftFolder:
     """Returns the HF tensors of modules that are saved whole; of a tied model not the head's."""
     tensors = [b.hf for b in layout.bindings(plain)]
     saved = [n for n in dict.fromkeys(tensors) if self.config.is_saved(n)]
-    if plain.num_labels and 'score.weight' not in saved:
-      saved.append('score.weight')  # PEFT saves it unasked
+    if plain.num_labels:  # PEFT saves these unasked
+      unasked = [n for n in tensors if n.split('.')[0] in ('score', 'classifier')]
+      saved += [n for n in dict.fromkeys(unasked) if n not in saved]
     return saved
 
   def _maps(self, plain: Architecture, saved: list[str]) -> tuple[AdaptedMap, ...]:
@@ -157,7 +163,7 @@ class PeftFolder:
         f'{self.config.place}: modules_to_save has {leaves and next(iter(leaves))} of some layers '
         f'and not {lacking[0].hf}; the layers of a stack are trained together here'
       )
-    return tuple(n for n in leaves if n != 'score/w')
+    return tuple(n for n in leaves if not n.startswith('score/'))
 
   def _expected(self, arch: Architecture, saved: list[str]) -> Iterator[tuple[str, tuple]]:
     """Yields (name, shape) of every tensor that PEFT reads."""
@@ -260,7 +266,16 @@ def check_same(folder: PeftFolder, arch: Architecture) -> None:
   """Raises ConfigError where `arch` has another adapter than the folder, or holds the base in
   another way than the folder records, and DataError where the folder does not fit its base.
   """
-  found = folder.architecture(dataclasses.replace(arch.plain(), num_labels=0))
+  plain = arch.plain()
+  if not folder.config.task:
+    plain = dataclasses.replace(plain, num_labels=0)
+  elif plain.num_labels:
+    plain = dataclasses.replace(plain, num_labels=folder.count_labels(plain))
+  else:
+    raise ConfigError(
+      f'{folder.place} is an adapter of a model with labels, and the algorithm trains none'
+    )
+  found = folder.architecture(plain)
 
   def facts(own: Architecture, factor: int) -> dict[tuple[str, str], Any]:
     out = {}

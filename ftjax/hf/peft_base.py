@@ -21,7 +21,8 @@ class Base:
   path: HF folder, GGUF file or hub name, '' where the folder names none. sha256: of its weights, ''
   where it is not recorded. storage, block: how it was held, as in architecture.Architecture. parts:
   {module: (rank, scale) of each part} of the fused matrices whose adapter is that of its parts; see
-  peft_names.Adapted.
+  peft_names.Adapted. labels: names of the labels of a model that gives some, problem: of those of a
+  sequence, as label_files.Labels has them; () and '' where they are not recorded.
   """
 
   path: str
@@ -29,6 +30,8 @@ class Base:
   storage: str = ''
   block: int = 64
   parts: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
+  labels: tuple[str, ...] = ()
+  problem: str = ''
 
 
 def read(folder: Path, config: PeftConfig) -> Base:
@@ -42,7 +45,7 @@ def read(folder: Path, config: PeftConfig) -> Base:
   found = parse_json(place.read_bytes(), str(place))
   is_fit = (
     isinstance(found, dict)
-    and found.keys() - {'parts'} == {'sha256', 'storage', 'block'}
+    and found.keys() - {'parts', 'labels', 'problem'} == {'sha256', 'storage', 'block'}
     and isinstance(found['sha256'], str)
     and found['storage'] in _STORAGES
     and type(found['block']) is int
@@ -50,7 +53,11 @@ def read(folder: Path, config: PeftConfig) -> Base:
   )
   if not is_fit:
     raise DataError(f'{place}: {found!r}; expected sha256, storage (of {_STORAGES}) and block')
-  return Base(path, **found | {'parts': _parts(found.get('parts', {}), place)})
+  names, problem = found.get('labels', []), found.get('problem', '')
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in [*names, problem]):
+    raise DataError(f'{place}: labels={names!r}, problem={problem!r}; expected texts')
+  parts = _parts(found.get('parts', {}), place)
+  return Base(path, **found | {'parts': parts, 'labels': tuple(names)})
 
 
 def _parts(content: object, place: Path) -> dict[str, tuple[tuple[int, float], ...]]:

@@ -16,6 +16,8 @@ from ftjax.families import multimodal
 from ftjax.runtime.errors import DataError
 
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
+# PEFT's names of what labels are given to.
+TASKS = {'sequence': 'SEQ_CLS', 'token': 'TOKEN_CLS', 'span': 'QUESTION_ANS'}
 BASE_FILE = 'ftjax_base.json'  # what the base was; PEFT would warn of keys of ours in its own file
 SMALL_FILES = (CONFIG_FILE, BASE_FILE)
 PREFIX = 'base_model.model.'  # of every tensor's name
@@ -93,17 +95,17 @@ class Clock:
 class PeftConfig:
   """A LoRA adapter by its adapter_config.json, checked.
 
-  place: the file. base, revision: of the base model, '' where they are not named. labels: whether
-  it scores (task_type SEQ_CLS). targets: a pattern, ends of names, or ALL_LINEAR. ranks, alphas:
-  (pattern, value) pairs, before the usual ones. transposed: the matrices of the base are stored as
-  [inputs, outputs], as GPT-2's are. modules: what begins the names of layers in the file; in what
-  the methods take it is 'model.'.
+  place: the file. base, revision: of the base model, '' where they are not named. task: what it
+  gives labels to, one of architecture.TASKS, '' for a language model. targets: a pattern, ends of
+  names, or ALL_LINEAR. ranks, alphas: (pattern, value) pairs, before the usual ones. transposed:
+  the matrices of the base are stored as [inputs, outputs], as GPT-2's are. modules: what begins the
+  names of layers in the file; in what the methods take it is 'model.'.
   """
 
   place: str
   base: str
   revision: str
-  labels: bool
+  task: str
   rank: int
   alpha: float
   rslora: bool
@@ -167,8 +169,9 @@ def parse(content: Any, place: str) -> PeftConfig:
     raise DataError(f"{place}: peft_type={kind!r} is not supported; expected 'LORA'. Else {_MERGE}")
   _check_idle(content, place)
   task = content.get('task_type')
-  if task not in (None, 'CAUSAL_LM', 'SEQ_CLS'):
-    raise DataError(f"{place}: task_type={task!r}; expected 'CAUSAL_LM' or 'SEQ_CLS'")
+  if task not in (None, 'CAUSAL_LM', *TASKS.values()):
+    known = ', '.join(map(repr, ('CAUSAL_LM', *TASKS.values())))
+    raise DataError(f'{place}: task_type={task!r}; expected one of {known}')
   get = _Reader(content, place, Clock())
   layers = content.get('layers_to_transform')
   layers = (layers,) if type(layers) is int else get.list('layers_to_transform', int)
@@ -178,7 +181,7 @@ def parse(content: Any, place: str) -> PeftConfig:
     place=place,
     base=get.text('base_model_name_or_path'),
     revision=get.text('revision'),
-    labels=task == 'SEQ_CLS',
+    task=next((own for own, name in TASKS.items() if name == task), ''),
     rank=get.rank('r', content.get('r', 8)),
     alpha=get.alpha('lora_alpha', content.get('lora_alpha', 8)),
     rslora=get.flag('use_rslora'),

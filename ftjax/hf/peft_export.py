@@ -25,7 +25,7 @@ from ftjax.families.tensor_map import Binding
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, TASKS, WEIGHTS_FILE
 from ftjax.hf.peft_names import Adapted, Part, Place
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import kinds
@@ -105,6 +105,8 @@ def export(
     files[model_card.FILE] = card
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
   held |= {'parts': tensors.parts} if tensors.parts else {}
+  if arch.labels:  # which PEFT takes from the code that loads the folder
+    held |= {'labels': arch.labels, 'problem': source_config.get('problem_type') or ''}
   files[BASE_FILE] = dump_json(held)
   with whole_folder(target) as folder:
     for name, content in (files | edited_card(files_lib.as_path(target))).items():
@@ -221,12 +223,9 @@ class _Tensors:
     return whole[: part.rank]
 
 
-_TASKS = {'sequence': 'SEQ_CLS', 'token': 'TOKEN_CLS', 'span': 'QUESTION_ANS'}
-
-
 def _task_type(arch: Architecture) -> str | None:
   """Returns PEFT's name of a model's task; it has none for masked language models."""
-  return _TASKS.get(arch.task, None if arch.is_encoder else 'CAUSAL_LM')
+  return TASKS.get(arch.task, None if arch.is_encoder else 'CAUSAL_LM')
 
 
 def _config(arch: Architecture, base: str, tensors: _Tensors) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -178,10 +177,12 @@ def load_params(
   """
   if folder.base.sha256:
     load.open_source(base).hash_reads()
-  # The score of a reward model is the adapter's, unless the base has one.
-  labels = table.architecture(load.read_config(base), arch.family).num_labels
-  held = dataclasses.replace(arch, num_labels=labels)
-  flat = trees.flatten(load.load_params(base, held, shardings(held), dtype))
+  # The head of labels is the adapter's, unless the base has one.
+  found = table.architecture(load.read_config(base), arch.family)
+  # Of an encoder's file the head of another task is not read.
+  held, head_of = (arch, found) if arch.is_encoder else (arch.with_head_of(found), None)
+  read = load.load_params(base, held, shardings(held), dtype, head_of=head_of)
+  flat = trees.flatten(read)
   peft.check_base(folder, base, load.fingerprint(base) if folder.base.sha256 else '')
   flat |= load_adapter(folder, arch, trees.flatten(shardings(arch)), flat)
   return trees.unflatten({n: flat[n] for n in sorted(kinds.declared(arch))})

@@ -86,8 +86,8 @@ class Forward:
   def hidden_states(self, params: dict, batch: dict, noise: jax.Array | None = None) -> jax.Array:
     """Returns the hidden states after the last norm, dtype[B, T, D].
 
-    noise: added to the embeddings, [B, T, D], or None. A batch may hold `token_types` int32[B, T]
-    of a model that has them.
+    noise: added to the embeddings, [B, T, D], or None. A batch may hold `token_types` [B, T] of a
+    model that has more than one.
     """
     where = Tokens(batch['segments'], batch['positions'])
     x, routing = kinds.routed(
@@ -107,8 +107,8 @@ class Forward:
 
   def _token_types(self, batch: dict) -> dict[str, jax.Array]:
     """Returns the token types of a batch as a named argument, where model and batch have them."""
-    found = batch.get('token_types') if self.arch.token_types else None
-    return {} if found is None else {'token_types': found}
+    found = batch.get('token_types') if self.arch.token_types > 1 else None
+    return {} if found is None else {'token_types': found.astype(jnp.int32)}
 
   def _readout(
     self, params: dict, batch: dict, noise: jax.Array | None = None

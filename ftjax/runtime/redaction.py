@@ -24,7 +24,7 @@ _SECRET_PAIRS = {
 # Words next to `token` in names of pieces of text: eos_token, token_ids, loss_per_token.
 _TOKEN_OF_TEXT = {
   'bos', 'eos', 'pad', 'unk', 'sep', 'cls', 'mask', 'stop', 'special', 'image', 'per', 'id', 'ids',
-  'type', 'count', 'weight', 'loss', 'length', 'len', 'first', 'last', 'new',
+  'type', 'count', 'weight', 'loss', 'length', 'len', 'first', 'last', 'new', 'classification',
 }  # fmt: skip
 
 # Each begins at a border of a word: tried from every letter of a long one, it would take time that

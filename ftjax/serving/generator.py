@@ -6,24 +6,21 @@ terminal_chat.py the conversation on a terminal.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ftjax.data import encode, formats, prompt_rows, stop_texts
-from ftjax.experiment import adapter_folder, saved_model
-from ftjax.experiment.model import open_model
 from ftjax.generation.batch import Conversation
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
-from ftjax.hf import load, peft, peft_weights, run_export
-from ftjax.models import kinds
-from ftjax.runtime import sharding, trees
+from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.serving import terminal_chat
-from ftjax.storage import files, snapshots
+from ftjax.serving import loaded_model, terminal_chat
+from ftjax.storage import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +66,7 @@ class Generator:
     )
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
     jax.set_mesh(mesh)
-    model, self._params = load_model(path, mesh, dtype, settings)
+    model, self._params = loaded_model.load(path, mesh, dtype, settings.family, settings.base)
     self.tokenizer, self._max_len = model.tokenizer, model.arch.max_len
     most = settings.max_tokens or self._max_len
     stop_texts.check(settings.stop, self.tokenizer, most, '--stop')
@@ -201,43 +198,6 @@ def _settled(text: str, stops: tuple[str, ...]) -> str:
   return text[: len(text) - max(ends, default=0)]
 
 
-def load_model(path: str, mesh, dtype, settings: Settings) -> tuple:
-  """Returns (experiment.Model, parameters) of --model.
-
-  Raises:
-    DataError: there is no model.
-    ConfigError: a reward model, or a base for what is no adapter.
-  """
-
-  def axes(arch):
-    return sharding.shardings(mesh, kinds.axes(arch))
-
-  def places(model):
-    return axes(model.arch)
-
-  def from_checkpoint(saved):
-    saved_model.check_generates(saved.model, f'--model={path}')
-    found = trees.flatten(places(saved.model))
-    return saved.model, saved.load(found.__getitem__, dtype.name)
-
-  workdir, which = snapshots.parse(path)
-  if which and not snapshots.is_workdir(workdir):
-    raise DataError(f'--model={path}: {workdir} is not a workdir of ftjax.train')
-  export = None if which else run_export.find_newest(workdir, settings.base)
-  if export is None and snapshots.is_workdir(workdir):
-    return saved_model.with_step(workdir, which, from_checkpoint)
-  family = settings.family or (saved_model.family(workdir) if export else '')
-  adapter = peft.find(export or path)
-  if adapter is not None:
-    model = adapter_folder.open_adapter(adapter, settings.base, family)
-    saved_model.check_generates(model, f'--model={path}')
-    return model, peft_weights.load_params(adapter, model.source, model.arch, axes, dtype)
-  if settings.base:
-    raise ConfigError(f'--base={settings.base}: --model={path} is no adapter and needs no base')
-  model = open_model(export or path, {}, 0, family=family)
-  return model, load.load_params(export or path, model.arch, places(model), dtype)
-
-
 def read_prompt(row: dict, has_turns: bool) -> formats.Chat | str:
   """Returns the prompt of a row, by the rules of training rows: a conversation, or a text.
 
@@ -270,6 +230,17 @@ def read_prompts(path: str) -> list[tuple[str, dict]]:
   Raises:
     DataError: a file or a line that cannot be read.
   """
+  return read_rows(path, 'prompt', lambda row: read_prompt(row, has_turns=True))
+
+
+def read_rows(path: str, key: str, check: Callable[[dict], Any]) -> list[tuple[str, dict]]:
+  """Returns (file:line, row) of every line of --prompts; a line of text is {key: line}.
+
+  check: raises ValueError for a row that is none.
+
+  Raises:
+    DataError: a file or a line that cannot be read.
+  """
   rows = []
   try:
     lines = files.read_text(path).removeprefix('\ufeff').split('\n')
@@ -281,17 +252,17 @@ def read_prompts(path: str) -> list[tuple[str, dict]]:
     line, place = line.removesuffix('\r'), f'{path}:{number}'
     if not line.strip():
       continue
-    row = {'prompt': line}
+    row = {key: line}
     if line.lstrip().startswith('{'):
       try:
         row = json.loads(line)
       except ValueError as error:
         raise DataError(f'{place}: not JSON: {error}') from error
     try:
-      read_prompt(row, has_turns=True)
+      check(row)
     except ValueError as error:
       raise DataError(f'{place}: {error}') from error
     rows.append((place, row))
   if not rows:
-    raise DataError(f'--prompts={path}: no prompt in it')
+    raise DataError(f'--prompts={path}: no row in it')
   return rows

@@ -17,7 +17,7 @@ from ftjax.generation.engine import Engine
 from ftjax.generation.scorer import Scorer
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError
-from ftjax.serving import generator
+from ftjax.serving import loaded_model
 
 _BATCH = 8  # where lm-eval is to choose
 _DTYPES = ('float32', 'bfloat16')
@@ -86,8 +86,8 @@ def load(args: dict[str, Any], batch_size: int) -> LmEvalModel:
   jax.config.update('jax_default_matmul_precision', 'highest' if name == 'float32' else 'default')
   mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'fsdp': -1})
   jax.set_mesh(mesh)
-  settings = generator.Settings(base=args.get('base', ''), family=args.get('family', ''))
-  model, params = generator.load_model(args['path'], mesh, dtype, settings)
+  where = (args.get('family', ''), args.get('base', ''))
+  model, params = loaded_model.load(args['path'], mesh, dtype, *where)
   tokenizer = model.tokenizer
   engine = Engine(
     *(model.arch, dtype, model.stop_ids, tokenizer.pad_id),

@@ -414,16 +414,24 @@ def not_updated(no_signal: int, skipped: int) -> str:
 
 
 def next_commands(
-  workdir: str, reward_model: str, prompt: str, command_line: Sequence[str], has_tasks: bool
+  workdir: str,
+  reward_model: str,
+  prompt: str,
+  command_line: Sequence[str],
+  has_tasks: bool,
+  is_classifier: bool = False,
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
-  that the run made, '' for other runs. command_line: flags of this run, quoted.
+  that the run made, '' for other runs. command_line: flags of this run, quoted. is_classifier:
+  whether the model gives labels.
   """
   python = 'python -m ftjax.'
   if reward_model:
     flag = f'--config.rollout.reward_model={shlex.quote(reward_model)}'
     return [('next', f'{flag} with algorithm grpo or ppo')]
   model = f'--model={shlex.quote(workdir)}'
+  if is_classifier:
+    return [('next', f'{python}generate {model} --classify --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))

@@ -41,7 +41,7 @@ CACHE, GGUF = ROOT / '.cache', 'SmolLM2-135M-Instruct.Q4_1.gguf'
 EXPORT = """
 import sys
 import jax, numpy as np
-from ftjax.hf import export, load, layout as names
+from ftjax.hf import label_files, export, load, layout as names
 from ftjax.families import table as families
 from ftjax.runtime import trees
 path, target, shard = sys.argv[1:]
@@ -66,7 +66,7 @@ jax.config.update('jax_default_matmul_precision', 'highest')
 jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1]))
 sizes = dict(model_type=family, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
   num_key_value_heads=2, intermediate_size=48, rope_theta=1e6)
-model = experiment.open_model('', sizes, 0, labels=1)
+model = experiment.open_model('', sizes, 0, label_files.REWARD)
 rng, arch = np.random.default_rng(0), model.arch
 params = trees.unflatten({n: jnp.asarray(rng.normal(size=s) * 0.25, jnp.float32)
   for n, s in names.leaf_shapes(arch).items()})

@@ -1,0 +1,128 @@
+"""The algorithms that give labels: to whole texts, and to each word."""
+
+from ftjax.config import choices
+from ftjax.config.algorithm_record import Algorithm, Config, LabelHead
+from ftjax.runtime.errors import ConfigError
+
+# A packed row has arrays for so many documents: one for every 8 tokens, up to a limit.
+_TOKENS_PER_DOCUMENT, _MOST_DOCUMENTS = 8, 128
+# transformers' name of the one number of a regression.
+_NUMBER = ('LABEL_0',)
+
+_WRITES_NO_TEXT = (
+  'eval.tasks, eval.prompts and eval.general ask for text, which a model with labels cannot write'
+)
+
+
+def _check_writes_no_text(c: Config) -> None:
+  if c.eval.tasks or c.eval.prompts or c.eval.general:
+    raise ConfigError(_WRITES_NO_TEXT)
+
+
+# Classification of texts.
+
+
+def label_names(c: Config) -> tuple[str, ...]:
+  """Returns the names of the labels of texts, in the order of their numbers."""
+  one = choices.CLASS_OBJECTIVES[c.classification.objective].is_number
+  return _NUMBER if one else tuple(c.classification.labels)
+
+
+def _classification_head(c: Config) -> LabelHead:
+  return LabelHead(
+    'sequence', label_names(c), choices.CLASS_OBJECTIVES[c.classification.objective].problem
+  )
+
+
+def _documents(c: Config) -> dict[str, tuple[int, ...]]:
+  packed = max(1, min(_MOST_DOCUMENTS, c.seq_len // _TOKENS_PER_DOCUMENT))
+  most = packed if c.data.packing else 1
+  width = max(1, len(label_names(c))) if c.classification.objective == 'multi' else 1
+  return {'targets': (most, width), 'document_weights': (most,)}
+
+
+def _check_classification(c: Config) -> None:
+  section = c.classification
+  _check_writes_no_text(c)
+  names = tuple(section.labels)
+  _check_names('classification.labels', names)
+  weights = tuple(section.class_weights)
+  if weights and (not names or len(weights) != len(names)):
+    raise ConfigError(
+      f'classification.class_weights has {len(weights)} numbers for classification.labels={names}; '
+      'expected one for each label, and the labels in their order'
+    )
+  if any(not w > 0 for w in weights):
+    raise ConfigError(f'classification.class_weights={weights}; expected positive numbers')
+  if section.focal_gamma < 0 or not 0 <= section.label_smoothing < 1:
+    raise ConfigError(
+      f'classification.focal_gamma={section.focal_gamma}, classification.label_smoothing='
+      f'{section.label_smoothing}; expected at least 0, and a share in [0, 1)'
+    )
+  if not 0 < section.threshold < 1:
+    raise ConfigError(
+      f'classification.threshold={section.threshold}; expected a probability in (0, 1)'
+    )
+
+
+def _check_names(key: str, names: tuple[str, ...]) -> None:
+  if not all(isinstance(n, str) and n for n in names) or len({*names}) != len(names):
+    raise ConfigError(f'{key}={names}; expected different texts, such as ("negative", "positive")')
+  if len(names) == 1:
+    raise ConfigError(f'{key}={names}; expected at least two labels')
+
+
+_MEASURED = {
+  'single': {'loss': 'min', 'gap': 'min', 'accuracy': 'max', 'macro_f1': 'max'},
+  'multi': {'loss': 'min', 'gap': 'min', 'micro_f1': 'max', 'macro_f1': 'max', 'accuracy': 'max'},
+  'regression': {'loss': 'min', 'gap': 'min', 'pearson': 'max', 'spearman': 'max'},
+  'binary': {'loss': 'min', 'gap': 'min', 'accuracy': 'max', 'roc_auc': 'max'},
+}
+_HEADLINES = {
+  'single': (('loss', 'accuracy'), ('accuracy', 'macro_f1', 'loss')),
+  'multi': (('loss', 'accuracy'), ('micro_f1', 'macro_f1', 'loss')),
+  'regression': (('loss',), ('pearson', 'spearman', 'loss')),
+  'binary': (('loss', 'accuracy'), ('accuracy', 'roc_auc', 'loss')),
+}
+
+_CLASSIFICATION = Algorithm(
+  module='ftjax.algorithms.classification',
+  measured=lambda c: _MEASURED[c.classification.objective],
+  headline=lambda c: _HEADLINES[c.classification.objective],
+  reads=('classification', 'data.packing', 'data.balance'),
+  example=lambda c: 'class',
+  fields=lambda c: (('token_types',), ()),
+  documents=_documents,
+  labels=_classification_head,
+  fixed=(
+    *('data.packing', 'data.balance'),
+    *('classification.objective', 'classification.labels'),
+  ),
+  check=_check_classification,
+)
+
+
+# Classification of the words of a text.
+
+
+def _check_token_classification(c: Config) -> None:
+  _check_writes_no_text(c)
+  _check_names('token_classification.labels', tuple(c.token_classification.labels))
+
+
+_TOKEN_CLASSIFICATION = Algorithm(
+  module='ftjax.algorithms.token_classification',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'accuracy': 'max', 'f1': 'max'},
+  headline=lambda c: (('loss', 'accuracy'), ('f1', 'accuracy', 'loss')),
+  reads=('token_classification', 'data.packing'),
+  example=lambda c: 'tags',
+  labels=lambda c: LabelHead('token', tuple(c.token_classification.labels)),
+  fixed=(
+    'data.packing',
+    'token_classification.labels',
+    'token_classification.all_subwords',
+  ),
+  check=_check_token_classification,
+)
+
+ROWS = {'classification': _CLASSIFICATION, 'token_classification': _TOKEN_CLASSIFICATION}

@@ -1,0 +1,21 @@
+"""Config keys of the algorithms that give labels to texts and words, with their defaults."""
+
+from ftjax.config.section import Section
+
+
+def add_labels(c: Section) -> None:
+  """Adds the sections of the algorithms that give labels."""
+  c.classification = Section()
+  # single: one label for a text; multi: any number of them; regression: a number, by squared error;
+  # binary: a number from 0 to 1, by cross-entropy, as rerankers (cross-encoders) are trained.
+  c.classification.objective = 'single'
+  c.classification.labels = ()  # names in the order of their numbers; (): those of data.train
+  c.classification.class_weights = ()  # factors of the loss, one for each label; (): all 1
+  c.classification.focal_gamma = 0.0  # of focal loss; 0: cross-entropy
+  c.classification.label_smoothing = 0.0  # share that goes to all labels alike
+  c.classification.threshold = 0.5  # of multi: a label is predicted from this probability
+  c.token_classification = Section()
+  # Names in the order of their numbers, such as ('O', 'B-PER', 'I-PER'); (): those of data.train.
+  c.token_classification.labels = ()
+  # Whether all sub-words of a word have its label, and not the first alone.
+  c.token_classification.all_subwords = False

@@ -1,0 +1,95 @@
+"""The label head that a run trains: its labels come from the config, or from the training rows."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from ftjax.config import algorithms, custom_keys, keys, saved_config
+from ftjax.data import annotated_rows, sources, synthetic
+from ftjax.data.formats import Bad
+from ftjax.experiment import data
+from ftjax.hf.label_files import REWARD, Labels
+from ftjax.runtime.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+# A set with more labels is taken for a mistake: identifiers, or texts to be written.
+_MOST_FOUND = 1000
+
+
+def head(c: ml_collections.ConfigDict) -> Labels | None:
+  """Returns the labels that the config's algorithm gives to a model; None for a language model.
+
+  Raises:
+    ConfigError: the labels are not known; see `resolve`.
+  """
+  found = algorithms.of(c).labels(c)
+  if found is None:
+    return None
+  if found.task != 'span' and not found.names:
+    key = f'{c.algorithm}.labels'
+    raise ConfigError(
+      f'{key} is (), and without the training rows the labels are not known: set {key}, such as '
+      "('negative', 'positive')"
+    )
+  return Labels(found.task, found.names, found.problem)
+
+
+def is_reward(config: Mapping[str, Any]) -> bool:
+  """Returns whether a saved run makes a reward model; see `saved_head`."""
+  return saved_head(config) == REWARD
+
+
+def saved_head(config: Mapping[str, Any]) -> Labels | None:
+  """Returns the labels that a saved run gives to its model; None for a language model.
+
+  config: {dotted key: JSON value} of the run.
+  """
+  c = keys.default()
+  c.algorithm = config['algorithm']
+  custom_keys.complete(c)
+  sections = {'custom', *(name.partition('.')[0] for name in algorithms.of(c).reads)}
+  for key, value in config.items():
+    if key.partition('.')[0] in sections - {'data'}:
+      saved_config.assign(c, key, value)
+  return head(c)
+
+
+def resolve(c: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes the names of the labels of the training rows into the config, where it names none.
+
+  workdir: of synthetic rows, where there is no data.cache.
+
+  Raises:
+    DataError: rows that name no labels, one label, or more than are plausible.
+  """
+  found = algorithms.of(c).labels(c)
+  if found is None or found.names or found.task == 'span':
+    return
+  key, shape = f'{c.algorithm}.labels', algorithms.of(c).example(c)
+  specs = sources.parse_specs(c.data.train)
+  rows = (
+    row
+    for spec in specs
+    for _, _, row in sources.scan(synthetic.resolve(spec, data.cache_folder(c, workdir)))
+    if not isinstance(row, Bad)
+  )
+  try:
+    names = annotated_rows.names_of(rows, shape)
+  except ValueError as error:
+    raise DataError(f'data.train: {error}; name the labels in {key}') from error
+  if len(names) < 2:
+    raise DataError(
+      f'data.train ({c.data.train}): its rows have the labels {list(names)}; expected at least two'
+    )
+  if len(names) > _MOST_FOUND:
+    raise DataError(
+      f'data.train: {len(names):,} different labels, such as {list(names[:3])}; if that is meant, '
+      f'name them in {key}'
+    )
+  shown = ', '.join(names[:20]) + (f', ... ({len(names)})' if len(names) > 20 else '')
+  log.info('labels of data.train: %s', shown)
+  section, _, name = key.partition('.')
+  c[section][name] = names
