@@ -75,6 +75,13 @@ def _add_model(c: Section) -> None:
   # Rows of the vocabulary's tables are padded to a multiple of this in memory, so that mesh.tensor
   # divides them; results and exports are those without padding.
   c.model.vocab_multiple = 1
+  # Shares of numbers that a training step drops; -1: that of an encoder's config.json, none in a
+  # decoder. Not in rollouts.
+  c.model.dropout = Section()
+  c.model.dropout.attention = -1.0  # of the probabilities of softmax attention
+  c.model.dropout.residual = -1.0  # of the output of a layer's attention, and of its MLP
+  c.model.dropout.embedding = -1.0  # of the embeddings
+  c.model.dropout.classifier = -1.0  # of what the last map of a label head reads
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
   # a Hugging Face config.json.
   c.model.random = Section()

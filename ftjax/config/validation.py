@@ -14,6 +14,7 @@ from ftjax.config import (
   custom_keys,
   data_checks,
   gate_rules,
+  model_checks,
   section_checks,
   study_checks,
   task_specs,
@@ -184,6 +185,7 @@ def _validate(c: Section) -> None:
   study_checks.check(c)
   section_checks.check(c)
   data_checks.check(c)
+  model_checks.check(c)
   adapter_checks.check(c)
 
 

@@ -19,6 +19,7 @@ from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import (
   adapters,
+  dropout,
   evaluation_names,
   init_from,
   model_record,
@@ -79,8 +80,20 @@ class Run:
   def forward(self) -> Forward:
     """The forward pass of the model as the config computes it."""
     c = self.config
-    dtype = jnp.dtype(c.model.compute_dtype)
-    return Forward(self.arch, dtype, c.remat, router_log=self.router_log)
+    dropped = self.dropout
+    return Forward(
+      self.arch,
+      jnp.dtype(c.model.compute_dtype),
+      c.remat,
+      label_dropout=dropped.classifier,
+      rates=dropped.inner,
+      router_log=self.router_log,
+    )
+
+  @property
+  def dropout(self) -> dropout.Dropped:
+    """The rates of dropout in a training step."""
+    return dropout.find(self.config, self.arch, self.model.config)
 
   @property
   def steps(self) -> int:

@@ -116,6 +116,7 @@ def start(trainer: Trainer, begun: int) -> str:
   )
   rows = [
     ('model', _model(trainer).text()),
+    *[('dropout', text) for text in [run.dropout.summary()] if text],
     ('devices', console.devices(kind, mesh.size, jax.process_count(), mesh.shape)),
     *_data(run).rows(),
     *plan.rows(),
