@@ -183,6 +183,7 @@ def test_a_plain_config_is_valid():
     ('eval.every', -5, r'eval.every=-5'),
     ('eval.every', 5, r'eval.every=5 finds nothing to evaluate'),
     ('optim.weight_decay', -0.1, r'optim.weight_decay=-0.1'),
+    ('optim.sam_radius', -0.1, r'optim.sam_radius=-0.1; expected at least 0'),
     ('steps', -1, r'steps=-1'),
     ('grad_accum', 3, r'grad_accum=3 must divide batch_size=16'),
     ('model.path', '', r"model.path=''"),
@@ -380,8 +381,9 @@ def test_the_keys_that_scripts_rely_on():
 
 def test_every_key_is_explained_and_read():
   package = HERE.parent / 'ftjax'
-  text = (package / 'config' / 'keys.py').read_text()
-  code = '\n'.join(p.read_text() for p in package.rglob('*.py') if p.name != 'keys.py')
+  files = ('keys.py', 'optim_keys.py')
+  text = ''.join((package / 'config' / name).read_text() for name in files)
+  code = '\n'.join(p.read_text() for p in package.rglob('*.py') if p.name not in files)
   for key in KEYS:
     assert f'  c.{key} = ' in text, key
     last = key.rsplit('.', 1)[-1]

@@ -133,6 +133,7 @@ ROWS = (
     'grad_norm', 'gradient_clipping_threshold', 'clip_grad_norm', 'max_gradient_norm',
     'grad_clip_norm'), 'optim.clip_norm', '0 clips nothing'),
   (('ema', 'ema_rate', 'use_ema'), 'optim.ema_decay', ''),
+  (('sam', 'sam_rho', 'rho', 'use_sam'), 'optim.sam_radius', 'Its rho; 0.05 is usual'),
   (('freeze', 'freeze_trainable_layers', 'unfrozen_parameters', 'trainable_parameters_mask',
     'freeze_modules', 'finetuning_type'),
    'optim.freeze', "A table such as (('embed/w', True), ('.*', False))"),

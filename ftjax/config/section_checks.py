@@ -33,6 +33,11 @@ def check(c: ml_collections.ConfigDict) -> None:
   record.check(c)
   if record.on_rollouts:
     _check_rollout(c)
+    if c.optim.sam_radius:
+      raise ConfigError(
+        f'optim.sam_radius={c.optim.sam_radius} with algorithm={c.algorithm}: ratios to the '
+        'sampler hold where it sampled, not where the second gradient is taken; leave it at 0'
+      )
   if 'policy' in record.reads:
     _check_policy(c)
   if rows_per_step(c) % c.grad_accum:

@@ -381,7 +381,7 @@ def _throughput(trainer: Trainer) -> Throughput:
   run = trainer.run
   models = [
     (counts.train_flops if times == 3 else counts.forward_flops)(arch)
-    for arch, times in run.auxiliary.passes(run.arch)
+    for arch, times in run.passes()
     if times
   ]
   flops = sum(models, start=counts.Flops())

@@ -123,6 +123,13 @@ class Run:
     """The models of the run beside the one it trains."""
     return auxiliary_lib.find(self.config, self.arch)
 
+  def passes(self) -> tuple[tuple[Architecture, int], ...]:
+    """Returns the models that a training step computes, with 3 for forward and backward, 1 for
+    forward alone and 0 for none; all of them twice where the step takes two gradients.
+    """
+    found = self.auxiliary.passes(self.arch)
+    return found * 2 if self.config.optim.sam_radius else found
+
   def trained_archs(self) -> dict[str, Architecture]:
     """Returns the architecture of each model that the optimizer trains, by the prefix of its
     parameters' names; '' is the model itself.

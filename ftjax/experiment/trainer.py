@@ -116,6 +116,7 @@ class Trainer:
       ema_decay=c.optim.ema_decay,
       is_stochastic=c.optim.rounding == 'stochastic',
       seed=c.seed,
+      sam_radius=c.optim.sam_radius,
     )
 
   @property

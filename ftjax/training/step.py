@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ftjax.runtime import compiler_options, trees
 from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import axis_size, zigzag
-from ftjax.training import plateau, rounding
+from ftjax.training import plateau, rounding, sharpness
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -162,6 +162,26 @@ def _make_update(
   )
 
 
+def _make_gradient(
+  loss_fn: LossFn | CoupledLoss, mask: Callable[[dict], dict], sam_radius: float
+) -> Callable:
+  """Returns (params, frozen, batch, key) -> (gradient of the mean loss that is applied, total,
+  weight, metrics); arguments: of `make_step`.
+  """
+
+  def mean(params, frozen, batch, key):
+    gradient, total, weight, metrics = _gradient(loss_fn, params, frozen, batch, key)
+    return mask(jax.tree.map(lambda g: _ratio(g, weight), gradient)), total, weight, metrics
+
+  def above(params, frozen, batch, key):
+    gradient, total, weight, metrics = mean(params, frozen, batch, key)
+    there = sharpness.ascend(params, gradient, sam_radius)
+    gradient, higher, _, _ = mean(there, frozen, batch, key)
+    return gradient, total, weight, metrics | {'sharpness': (higher - total, weight)}
+
+  return above if sam_radius else mean
+
+
 def make_step(
   loss_fn: LossFn | CoupledLoss,
   optimizer: optax.GradientTransformation,
@@ -173,6 +193,7 @@ def make_step(
   ema_decay: float,
   is_stochastic: bool,
   seed: int,
+  sam_radius: float = 0.0,
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
   """Returns the step of an algorithm, to be compiled with `compile_step`.
 
@@ -186,6 +207,9 @@ def make_step(
     ema_decay: of the moving average of the parameters; 0 means none.
     is_stochastic: whether bfloat16 parameters are rounded stochastically, see rounding.py.
     seed: of the step's random keys, which are a function of (seed, step, row).
+    sam_radius: of the ascent of SAM, see sharpness.py; 0 means none. Both gradients are of the same
+      rows and keys; the loss that is logged is that before the ascent, `sharpness` how much it
+      rises there, and grad_norm that of the gradient which is applied.
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
@@ -199,14 +223,12 @@ def make_step(
   """
 
   update = _make_update(optimizer, shardings, ema_decay, is_stochastic)
+  measure = _make_gradient(loss_fn, mask, sam_radius)
 
   def step(state: State, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    gradient, total, weight, metrics = _gradient(loss_fn, state.params, state.frozen, batch, key)
-    gradient = mask(jax.tree.map(lambda g: _ratio(g, weight), gradient))
-    norm = jnp.sqrt(
-      sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient))
-    )
+    gradient, total, weight, metrics = measure(state.params, state.frozen, batch, key)
+    norm = sharpness.norm(gradient)
     if clip_norm:
       scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
       gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
@@ -216,8 +238,8 @@ def make_step(
     if SIGNAL in metrics:
       signal = signal & (metrics[SIGNAL][0] != 0)
     # Rows are numbered from 0, so that none has this key.
-    above = jax.random.fold_in(key, 2**32 - 1)
-    params, opt, ema = update(gradient, ok & signal, above, state)
+    last = jax.random.fold_in(key, 2**32 - 1)
+    params, opt, ema = update(gradient, ok & signal, last, state)
     bad, idle = (~ok).astype(jnp.int32), (ok & ~signal).astype(jnp.int32)
     new = State(
       step=state.step + 1,
