@@ -145,6 +145,7 @@ ROWS = (
   (('kd_alpha', 'distill_alpha', 'distillation_alpha'), 'distill.share', ''),
   (('kd_temperature', 'distill_temperature'), 'distill.temperature', ''),
   (('use_dft_loss', 'use_dft', 'dft', 'dft_loss'), 'loss.dynamic', ''),
+  (('r_drop', 'rdrop', 'r_drop_alpha', 'rdrop_alpha'), 'loss.r_drop', ''),
   (('neftune_noise_alpha', 'neftune_alpha'), 'loss.neftune', ''),
   (('router_aux_loss_coef', 'moe_aux_loss_coeff', 'aux_loss_alpha', 'load_balance_loss_weight',
     'output_router_logits', 'router_aux_loss_weight'), 'moe.balance',

@@ -49,5 +49,8 @@ def add_loss(c: Section) -> None:
   c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
   c.loss.z_loss = 0.0  # weight of logsumexp squared
   c.loss.dynamic = False  # a token's loss is multiplied with its probability (DFT)
+  # Weight of the divergence between two passes with other dropout masks (R-Drop), at twice the cost
+  # of a step; 0: one pass, 1 to 5 is usual.
+  c.loss.r_drop = 0.0
   # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
   c.loss.neftune = 0.0

@@ -62,6 +62,7 @@ NOT_NEGATIVE = (
   'optim.sam_radius',
   'loss.z_loss',
   'loss.neftune',
+  'loss.r_drop',
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',

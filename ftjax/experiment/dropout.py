@@ -48,3 +48,18 @@ def find(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str, 
   return Dropped(
     Rates(**{k: v for k, v in found.items() if k != 'classifier'}), found['classifier']
   )
+
+
+def check(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str, Any]) -> None:
+  """Refuses rates that do not fit the model, and R-Drop without dropout; arguments: of `find`.
+
+  Raises:
+    ConfigError: naming the key.
+  """
+  found = find(c, arch, config)
+  drops = found.inner or found.classifier or (arch.adapter is not None and arch.adapter.dropout)
+  if c.loss.r_drop and not drops:
+    raise ConfigError(
+      f'loss.r_drop={c.loss.r_drop} compares two passes with other dropout masks, and nothing is '
+      'dropped: set a rate, for example model.dropout.residual=0.1 (or lora.dropout)'
+    )

@@ -125,10 +125,12 @@ class Run:
 
   def passes(self) -> tuple[tuple[Architecture, int], ...]:
     """Returns the models that a training step computes, with 3 for forward and backward, 1 for
-    forward alone and 0 for none; all of them twice where the step takes two gradients.
+    forward alone and 0 for none; all of them twice where the step takes two gradients, or makes
+    two passes.
     """
+    c = self.config
     found = self.auxiliary.passes(self.arch)
-    return found * 2 if self.config.optim.sam_radius else found
+    return found * ((2 if c.optim.sam_radius else 1) * (2 if c.loss.r_drop else 1))
 
   def trained_archs(self) -> dict[str, Architecture]:
     """Returns the architecture of each model that the optimizer trains, by the prefix of its
@@ -303,6 +305,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
+  dropout.check(c, model.arch, model.config)
   data = None
   if with_data:
     with watchdog.phase('tokenize'):

@@ -4,7 +4,7 @@ Every loss and every measurement begins with one of these methods. Axes: B rows,
 width of the model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.losses.distillation import Distillation
-from ftjax.models import head, kinds, score_head
+from ftjax.models import head, kinds, paired_head, score_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.dropout import ModelDropout, Rates
@@ -24,6 +24,7 @@ from ftjax.models.routing import RouterLog
 _DROPOUT = 0x5EED
 _LABELS = 0x1ABE1
 _INNER = 0x1AAE2
+_SECOND = 0x2ED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,32 @@ class Forward:
     return head.cross_entropy_sums(
       x, table, batch['labels'], batch['weights'], config, self.arch.logit_spec, update
     )
+
+  def paired_cross_entropy(
+    self,
+    params: dict,
+    batch: dict,
+    config: LossConfig,
+    strength: float,
+    keys: jax.Array,
+    noise: Callable[[jax.Array], jax.Array | None],
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the weighted sums over all tokens of R-Drop's loss, of -log p(label) and of the
+    divergence between two passes with other dropout masks, float32[] in nats; see
+    paired_head.paired_sums. Only the first is differentiable.
+
+    Args:
+      params: of this model.
+      batch: the rows.
+      config: terms of the loss of tokens.
+      strength: weight of the divergence.
+      keys: key[B], of the rows; the first pass drops what a step without R-Drop would.
+      noise: keys of a pass -> what is added to its embeddings, or None.
+    """
+    both = (keys, _folded(keys, _SECOND))
+    passes = [self.with_dropout(k)._readout(params, batch, noise(k)) for k in both]
+    labels, weights = batch['labels'], batch['weights']
+    return paired_head.paired_sums(*passes, labels, weights, config, strength, self.arch.logit_spec)
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""

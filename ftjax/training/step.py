@@ -207,9 +207,8 @@ def make_step(
     ema_decay: of the moving average of the parameters; 0 means none.
     is_stochastic: whether bfloat16 parameters are rounded stochastically, see rounding.py.
     seed: of the step's random keys, which are a function of (seed, step, row).
-    sam_radius: of the ascent of SAM, see sharpness.py; 0 means none. Both gradients are of the same
-      rows and keys; the loss that is logged is that before the ascent, `sharpness` how much it
-      rises there, and grad_norm that of the gradient which is applied.
+    sam_radius: of the ascent of SAM, see sharpness.py; 0 means none. The loss that is logged is
+      that before it, `sharpness` its rise there, and grad_norm that of the applied gradient.
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
