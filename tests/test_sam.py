@@ -13,7 +13,7 @@ from ftjax.config import keys, validation
 from ftjax.models.forward import Forward
 from ftjax.runtime.errors import ConfigError
 from ftjax.training import sharpness
-from ftjax.training.step import executable_fingerprint
+from ftjax.training.step import Extras, executable_fingerprint
 
 RADIUS = 0.3
 
@@ -33,7 +33,7 @@ def plain_loop(batch, steps, clip=0.0):
 
 @pytest.mark.parametrize(('micro', 'clip'), [(1, 0.0), (4, 0.0), (2, 0.5)])
 def test_five_steps_are_those_of_a_plain_loop(micro, clip):
-  state, step, batch = toy(micro=micro, sam_radius=RADIUS, clip_norm=clip)
+  state, step, batch = toy(micro=micro, extras=Extras(RADIUS), clip_norm=clip)
   rows = host(batch)
   logged = []
   for _ in range(5):
@@ -47,7 +47,7 @@ def test_five_steps_are_those_of_a_plain_loop(micro, clip):
 
 def test_it_is_the_first_step_of_optax_contrib_sam():
   """In its opaque mode, with gradients of the same rows."""
-  state, step, batch = toy(sam_radius=RADIUS)
+  state, step, batch = toy(extras=Extras(RADIUS))
   rows = jax.tree.map(jnp.asarray, host(batch))
   params = {'a': jnp.array([1.0, -2.0, 0.5])}
 
@@ -76,7 +76,7 @@ def test_frozen_layers_do_not_move_in_the_ascent():
   def mask(gradient):
     return {'a': gradient['a'] * jnp.array([1.0, 0.0, 1.0])}
 
-  state, step, batch = toy(sam_radius=RADIUS, mask=mask)
+  state, step, batch = toy(extras=Extras(RADIUS), mask=mask)
   rows = host(batch)
   _, first = by_hand(rows)
   first[1] = 0
@@ -88,7 +88,7 @@ def test_frozen_layers_do_not_move_in_the_ascent():
 
 
 def test_a_step_without_signal_or_with_a_nan_changes_nothing():
-  state, step, batch = toy(sam_radius=RADIUS, loss_fn=with_signal)
+  state, step, batch = toy(extras=Extras(RADIUS), loss_fn=with_signal)
   before = host(state.params)
   idle = batch | {'y': jnp.full_like(batch['y'], 99)}
   state, metrics = step(state, idle)
@@ -107,7 +107,7 @@ def test_a_gradient_of_0_moves_nothing():
 
 def test_a_radius_of_0_is_the_same_program():
   texts = []
-  for changes in ({}, {'sam_radius': 0.0}, {'sam_radius': 0.1}):
+  for changes in ({}, {'extras': Extras(0.0)}, {'extras': Extras(0.1)}):
     _, step, _ = toy(**changes)
     texts.append(executable_fingerprint(step))
   assert texts[0] == texts[1] != texts[2]

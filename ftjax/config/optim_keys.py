@@ -41,6 +41,12 @@ def add_optim(c: Section) -> None:
   c.optim.decay = (('.*(norm/scale|/b|attn/(norm|a_log|dt_bias))', 0.0), ('.*', 1.0))
   c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
   c.optim.freeze = (('.*', False),)  # True: not trained
+  # Factor of the learning rate from each layer to the one below it, from the head down to the
+  # embeddings (discriminative rates); 1: none, 0.9 is usual, ULMFiT has 1 / 2.6.
+  c.optim.layer_decay = 1.0
+  # Updates between two groups of gradual unfreezing: the head is trained first, then layer after
+  # layer from the last one, then the embeddings; 0: all from the first update.
+  c.optim.unfreeze_every = 0
 
 
 def add_loss(c: Section) -> None:

@@ -60,6 +60,7 @@ NOT_NEGATIVE = (
   'optim.weight_decay',
   'optim.clip_norm',
   'optim.sam_radius',
+  'optim.unfreeze_every',
   'loss.z_loss',
   'loss.neftune',
   'loss.r_drop',
@@ -161,11 +162,6 @@ def _validate(c: Section) -> None:
     )
   if c.optim.lr <= 0:
     raise ConfigError(f'optim.lr={c.optim.lr}; expected a positive number')
-  if c.optim.sam_radius and c.model.param_dtype != 'float32':
-    raise ConfigError(
-      f'optim.sam_radius={c.optim.sam_radius} needs model.param_dtype=float32: in bfloat16 most '
-      'weights would not move by so little'
-    )
   if c.optim.ema_decay and c.model.param_dtype != 'float32':
     raise ConfigError('optim.ema_decay needs model.param_dtype=float32: its small steps vanish')
   _check_sinks(c.log.sinks)
