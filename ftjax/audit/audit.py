@@ -68,6 +68,7 @@ def run(
   scorer: labels.Scorer | None = labels.out_of_fold,
   embed: diversity.Embed | None = None,
   seed: int = 0,
+  is_short: bool = False,
 ) -> Audit:
   """Audits training rows.
 
@@ -79,12 +80,20 @@ def run(
     scorer: gives out-of-fold probabilities of labels; None: label errors are not looked for.
     embed: gives embeddings of texts; None: no coverage.
     seed: of the folds.
+    is_short: only what takes some seconds for thousands of rows: near duplicates, languages and
+      likely label errors are not looked for.
   """
   found: list[Finding] = list(unusable)
   notes: list[str] = []
   exact = duplicates.exact(rows)
   found += exact
-  if error := caught(lambda: near_duplicates.need_datasketch('near duplicates')):
+  if is_short:
+    scorer = None
+    notes.append(
+      'a short audit of the first rows: near duplicates, languages, likely label errors and rows '
+      'of the evaluation data are looked for by python -m ftjax.preview --audit'
+    )
+  elif error := caught(lambda: near_duplicates.need_datasketch('near duplicates')):
     notes.append(f'near duplicates were not looked for: {error}')
   else:
     found += duplicates.near(rows, frozenset(f.row for f in exact))
@@ -94,7 +103,7 @@ def run(
   found += answers.template_leaks(rows, special)
   if not characters.has_ftfy():
     notes.append(f'mojibake was looked for by its usual pairs alone: ftfy is missing; {_EXTRA}')
-  if not languages.has_langid():
+  if not is_short and not languages.has_langid():
     notes.append(
       f'languages were found by script and frequent words: py3langid is missing; {_EXTRA}'
     )
@@ -103,7 +112,7 @@ def run(
     scorer = None
   facts = {}
   for source, group in _by_source(rows).items():
-    own, facts[source] = _of_source([rows[i] for i in group], scorer, embed, seed)
+    own, facts[source] = _of_source([rows[i] for i in group], scorer, embed, seed, is_short)
     found += [dataclasses.replace(f, row=group[f.row]) for f in own]
   order = {kind: k for k, kind in enumerate(KINDS)}
   found.sort(key=lambda f: (f.row if f.row >= 0 else len(rows), f.file, f.line, order[f.kind]))
@@ -128,15 +137,19 @@ def _by_source(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def _of_source(
-  rows: Sequence[Row], scorer: labels.Scorer | None, embed: diversity.Embed | None, seed: int
+  rows: Sequence[Row],
+  scorer: labels.Scorer | None,
+  embed: diversity.Embed | None,
+  seed: int,
+  is_short: bool,
 ) -> tuple[list[Finding], dict[str, Any]]:
   """Compares the rows of a source with each other; returns (findings, facts)."""
   found = answers.truncated(rows) + answers.length_outliers(rows)
-  own, mix = languages.find(rows)
-  found += own
-  facts: dict[str, Any] = {
-    'lengths': _lengths(rows), 'languages': {k: _top(v) for k, v in mix.items()}
-  }  # fmt: skip
+  facts: dict[str, Any] = {'lengths': _lengths(rows)}
+  if not is_short:
+    own, mix = languages.find(rows)
+    found += own
+    facts['languages'] = {k: _top(v) for k, v in mix.items()}
   names = labels.of_rows(rows)
   if names is not None:
     facts['labels'] = _top(labels.balance(names))

@@ -124,6 +124,11 @@ def _add_data(c: Section) -> None:
   c.data.loss_on = 'assistant'
   c.data.chat_template = ''  # file with a jinja template in place of the model's; exported with it
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
+  # Rows of data.train whose faults are counted in the log and in the report at the start; 0: none.
+  # python -m ftjax.preview --audit looks at all of them, and for more.
+  c.data.audit = 2000
+  # Whether errors that this audit finds (conflicting labels, secrets, empty answers) end the run.
+  c.data.on_audit = 'report'
   c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
 

@@ -54,6 +54,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
   'steps',
   'stop_at',
+  'data.audit',
   'data.workers',
   'optim.warmup_steps',
   'optim.decay_steps',

@@ -45,6 +45,37 @@ def read(
   return rows, unusable
 
 
+def read_first(
+  c: ml_collections.ConfigDict,
+  tokenizer: Tokenizer,
+  specs: Sequence[sources.Spec],
+  most_rows: int,
+  most_characters: int,
+) -> tuple[list[Row], list[Finding], bool]:
+  """Reads the first rows of sources, each its share of `most_rows`, and of `most_characters` of
+  text; which rows they are depends on nothing else.
+
+  Returns:
+    (rows; findings of those that cannot be used; whether these are all rows).
+  """
+  rows: list[Row] = []
+  unusable: list[Finding] = []
+  reader, is_whole = _Reader(c, tokenizer), True
+  for spec in specs:
+    share, text = max(1, most_rows // len(specs)), most_characters // len(specs)
+    for found in reader.read(spec):
+      if share == 0 or text <= 0:
+        is_whole = False
+        break
+      share -= 1
+      if isinstance(found, Finding):
+        unusable.append(found)
+      else:
+        text -= sum(map(len, found.texts))
+        rows.append(found)
+  return rows, unusable, is_whole
+
+
 def _unusable(place: tuple[str, int], reason: str, row: Any) -> Finding:
   kind = 'empty_answer' if 'empty' in reason else 'unusable'
   shown = '' if isinstance(row, Bad) else excerpt(json.dumps(row, ensure_ascii=False, default=str))

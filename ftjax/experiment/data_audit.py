@@ -73,10 +73,7 @@ def show(
     if c.data.eval:
       held_out, _ = audited_rows.read(c, tokenizer, _specs(c.data.eval, scratch))
       evaluation = held_out + evaluation
-    special = frozenset(
-      tokenizer.token(i) for i in tokenizer.special_ids if i < tokenizer.vocab_size
-    )
-    found = audit.run(rows, evaluation, unusable, special=special, seed=c.seed)
+    found = audit.run(rows, evaluation, unusable, special=special_tokens(tokenizer), seed=c.seed)
     print(table.text(found))
     _write(found, request)
     if request.clean:
@@ -87,6 +84,11 @@ def show(
       raise DataError(f'--against={request.against}: no usable row in it')
     names = (request.against, ', '.join(spec.path for spec in specs))
     print(('\n' if request.is_audit else '') + table.drift(drift.compare(old, rows), names))
+
+
+def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
+  """Returns the texts of a tokenizer's special tokens."""
+  return frozenset(tokenizer.token(i) for i in tokenizer.special_ids if i < tokenizer.vocab_size)
 
 
 def _rows_of_tasks(c: ml_collections.ConfigDict) -> list[Row]:

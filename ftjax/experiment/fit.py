@@ -25,6 +25,7 @@ from ftjax.experiment import (
   resume,
   run_card,
   run_manifest,
+  start_audit,
   summary,
 )
 from ftjax.experiment import run as experiment
@@ -123,6 +124,7 @@ def fit(
     resume.cut((writer, evaluator.samples, source), start)
     _log_start(trainer, start, console)
     if start.should_train:
+      start_audit.check(run, is_fresh=not (start.saved or replay))
       source.prepare()
     # Weights and optimizer state.
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
