@@ -79,7 +79,7 @@ def _log(found: audit.Audit, is_whole: bool) -> None:
   is_severe = any(KINDS[kind].severity == ERROR for kind in counts)
   log.log(
     logging.WARNING if is_severe else logging.INFO,
-    '%s: %d with findings: %s%s; python -m ftjax.preview --audit shows them',
+    '%s: %d with findings: %s%s; shown by python -m ftjax.preview --audit',
     *(text, found.flagged(), named, more),
   )
 
