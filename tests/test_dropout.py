@@ -23,6 +23,7 @@ from ftjax.models.kernels import blocked, dense
 from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
 
+FULL = pytest.mark.full
 B, T, K, N, H = 2, 256, 2, 4, 8
 
 
@@ -152,7 +153,7 @@ def test_a_row_draws_by_its_own_key_alone():
   assert (other != found).any(-1).all()
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
+@pytest.mark.parametrize('remat', [pytest.param('dots', marks=FULL), 'full'])
 def test_recomputed_layers_drop_the_same(remat):
   params, batch, keys = kinds.init(TINY, jax.random.key(0)), batch_of(TINY), row_keys()
 
@@ -187,7 +188,9 @@ def test_an_evaluation_and_a_reference_drop_nothing():
   assert forward.with_dropout(row_keys()).untrained().inner is None
 
 
-@pytest.mark.parametrize('name', ['bert', 'deberta', 'gemma2', 'qwen3_5'])
+@pytest.mark.parametrize(
+  'name', ['deberta', *(pytest.param(n, marks=FULL) for n in ('bert', 'gemma2', 'qwen3_5'))]
+)
 def test_each_rate_acts_in_every_kind_of_block(name):
   """Post-norm, disentangled, norms on both sides, and delta nets beside attention."""
   arch = family_models.architecture(name)

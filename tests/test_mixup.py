@@ -50,7 +50,9 @@ def test_pairs_and_weights_are_those_of_the_keys():
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize('alpha', [0.2, 1.0, 8.0])
+@pytest.mark.parametrize(
+  'alpha', [0.2, *(pytest.param(a, marks=pytest.mark.full) for a in (1.0, 8.0))]
+)
 def test_weights_have_the_moments_of_beta(alpha):
   """Mean 1/2 and variance 1 / (4 (2 alpha + 1)) of 8,000 draws."""
   weight = np.asarray(mixup_rows(jax.random.key(2), alpha, 8000)[1])

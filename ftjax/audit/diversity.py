@@ -90,7 +90,7 @@ def of_rows(
     'answer_opening': first, 'answer_opening_share': share,
   }  # fmt: skip
   if embed is not None:
-    texts = questions or answers
+    texts = [row.content for row in rows if row.content] or answers
     spread = texts[:: max(1, -(-len(texts) // _MOST))]
     facts |= {f'coverage_{k}': v for k, v in coverage(embed(spread)).items()}
     facts['coverage_rows'] = len(spread)

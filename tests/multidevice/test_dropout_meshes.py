@@ -31,7 +31,13 @@ def one_device():
   return states()
 
 
-@pytest.mark.parametrize('sizes', [dict(data=2, context=2, tensor=2), dict(fsdp=2, context=4)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    dict(data=2, context=2, tensor=2),
+    pytest.param(dict(fsdp=2, context=4), marks=pytest.mark.full),
+  ],
+)
 def test_a_mesh_drops_what_one_device_drops(sizes, use_mesh, one_device):
   use_mesh(**sizes)
   np.testing.assert_allclose(states(), one_device, atol=2e-5)
