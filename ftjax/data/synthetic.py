@@ -3,7 +3,8 @@
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
-second term, 'tags:N' its words with a tag for even and odd terms. 'sums:N:BELOW', and likewise the
+second term, 'tags:N' its words with a tag for even and odd terms, 'documents:N' question and answer
+as one text. 'sums:N:BELOW', and likewise the
 others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML
 template.
 """
@@ -83,6 +84,9 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
   for row in sums(count, below):
     text = row['messages'][0]['content']
     words = text.split()
+    if kind == 'documents':
+      rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
+      continue
     if kind == 'classes':
       rows.append({'text': text, 'label': ('even', 'odd')[int(words[2]) % 2]})
       continue
@@ -93,7 +97,10 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
 
 _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
-  for make, kinds in ((_labeled, ('pairs', 'labels', 'scores')), (_annotated, ('classes', 'tags')))
+  for make, kinds in (
+    (_labeled, ('pairs', 'labels', 'scores')),
+    (_annotated, ('classes', 'tags', 'documents')),
+  )
   for kind in kinds
 }
 

@@ -224,6 +224,8 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation(c.classification.objective, names)
   if shape == 'tags':
     return Annotation('tags', head.names, c.token_classification.all_subwords)
+  if shape == 'document':
+    return Annotation('document')
   return Annotation()
 
 

@@ -306,7 +306,9 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     model = open_model(
       *(c.model.path, c.model.random.to_dict(), c.seed, label_names.head(c)),
       *(workdir, c.model.family, wanted),
+      encoders=algorithms.of(c).predicts_masked,
     )
+    label_names.resolve_mask(c, model)
     continued = bool(c.lora.rank and init_from.find(c).adapter)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
     read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]

@@ -201,6 +201,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     *console.next_commands(
       *(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
       is_classifier=head is not None,
+      is_masked=algorithms.of(c).predicts_masked,
     ),
   ]
   return console.block('done', rows)
