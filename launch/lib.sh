@@ -20,6 +20,8 @@ VERB=run
 EXTRA=()          # after --: flags of ftjax.train
 SUMMARY=''        # of --help
 SECRETS=(HF_TOKEN WANDB_API_KEY)
+LOCKS=()          # of find_install
+CODE=''           # of find_code
 
 note() { printf '%s: %s\n' "$PROGRAM" "$*" >&2; }
 
@@ -43,6 +45,7 @@ common_flags() {
   flag name '' 'Name of the run and of what is created for it: a-z, 0-9, -; required.'
   flag config '' 'Config file, or the name of a shipped one; required by create and run.'
   flag workdir '' 'Folder of the run; gs://BUCKET/PATH where there are several hosts; required by create and run.'
+  flag code '' 'Files and folders of your own (comma-separated) that are on PYTHONPATH there; DIR/ is what is in DIR.'
   flag dry-run false 'Print the commands and manifests, one a line, and run none.'
 }
 
@@ -362,6 +365,35 @@ find_install() {
       break
     fi
   done
+}
+
+# A folder that is deleted when the launcher ends. Not to be called in $(...), which would be that end.
+SCRATCH=''
+scratch() {
+  [[ -z $SCRATCH ]] || return 0
+  SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT # also where a copy is interrupted
+}
+
+# find_code [OPTION ...]: checks --code, and what the config needs of this machine; sets CODE to an archive, '' without --code.
+# The options are those of own_code.py. A snapshot: all hosts, and those of a later start, get the same code.
+find_code() {
+  local python words=() file list
+  [[ -n ${VALUE[code]} || -f ${VALUE[config]} || ${#EXTRA[@]} -gt 0 ]] || return 0
+  if ! python=$(command -v python3); then
+    [[ -z ${VALUE[code]} ]] || die 2 'python3 is not on PATH; it packs --code'
+    note 'python3 is not on PATH: not checked which modules of this machine the config needs'
+    return 0
+  fi
+  scratch
+  [[ ! -f ${VALUE[config]} ]] || words+=("--config=${VALUE[config]}")
+  for file in "${LOCKS[@]}"; do words+=("--lock=$file"); done
+  list=$("$python" -I "$LAUNCH_DIR/own_code.py" "--code=${VALUE[code]}" "--archive=$SCRATCH/code.tar.gz" \
+    "--secrets=$(join , "${SECRETS[@]}")" "${words[@]}" "$@" -- "${EXTRA[@]}") || exit $?
+  [[ -f $SCRATCH/code.tar.gz ]] || return 0
+  # shellcheck disable=SC2034 # the launchers read it
+  CODE=$SCRATCH/code.tar.gz
+  if is dry-run; then echo "# code.tar.gz: $list"; else note "code: $list"; fi
 }
 
 has_secrets() {
