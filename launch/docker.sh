@@ -79,7 +79,7 @@ case $VERB in
     for secret in "${SECRETS[@]}"; do [[ -z ${!secret:-} ]] || options+=("--env=$secret"); done
     config=${VALUE[config]}
     if [[ -f $config ]]; then options+=("--volume=$(realpath "$config"):/config/$(basename "$config"):ro"); fi
-    find_code
+    find_code 0
     add_code
     VALUE[workdir]=$workdir
     mapfile -d '' -t flags < <(train_flags /config)

@@ -132,7 +132,7 @@ case $VERB in
     case ${VALUE[workdir]} in /runs | /runs/*) [[ -z ${VALUE[claim]} ]] || DEFAULT[shared-disk]=true VALUE[shared-disk]=true ;; esac
     check_workdir $((HOSTS * SLICES))
     [[ ${VALUE[workdir]} == gs://* || -n ${VALUE[claim]} ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH, or /runs/... with --claim"
-    find_code "--most-packed=$MOST_PACKED"
+    find_code "$MOST_PACKED"
     text=$(manifest)
     is dry-run || make_room
     put_secrets

@@ -143,7 +143,12 @@ parse_flags() {
   [[ ${VALUE[name]} =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] \
     || die 2 "--name=${VALUE[name]}: expected a-z, 0-9 and -, beginning with a letter, at most 40 characters"
   case $VERB in
-    create | run) require config workdir ;;
+    create | run)
+      require config workdir
+      # A name of a shipped config has no suffix; an absolute path may be one of the hosts or of the image.
+      [[ -f ${VALUE[config]} || ${VALUE[config]} == /* || ${VALUE[config]} != *.@(py|json) ]] \
+        || die 2 "--config=${VALUE[config]}: no such file here; expected a file, the name of a shipped config, or an absolute path on the hosts"
+      ;;
   esac
   local secret
   for word in "${EXTRA[@]}"; do
@@ -375,8 +380,9 @@ scratch() {
   trap 'rm -rf "$SCRATCH"' EXIT # also where a copy is interrupted
 }
 
-# find_code [OPTION ...]: checks --code, and what the config needs of this machine; sets CODE to an archive, '' without --code.
-# The options are those of own_code.py. A snapshot: all hosts, and those of a later start, get the same code.
+# find_code MOST [OPTION ...]: checks --code, and what the config needs of this machine; sets CODE to an archive, '' without
+# --code. MOST: its largest size in bytes, 0 for any; the options are those of own_code.py. A snapshot: all hosts, and those of
+# a later start, get the same code.
 find_code() {
   local python words=() file list
   [[ -n ${VALUE[code]} || -f ${VALUE[config]} || ${#EXTRA[@]} -gt 0 ]] || return 0
@@ -389,7 +395,7 @@ find_code() {
   [[ ! -f ${VALUE[config]} ]] || words+=("--config=${VALUE[config]}")
   for file in "${LOCKS[@]}"; do words+=("--lock=$file"); done
   list=$("$python" -I "$LAUNCH_DIR/own_code.py" "--code=${VALUE[code]}" "--archive=$SCRATCH/code.tar.gz" \
-    "--secrets=$(join , "${SECRETS[@]}")" "${words[@]}" "$@" -- "${EXTRA[@]}") || exit $?
+    "--secrets=$(join , "${SECRETS[@]}")" "--most-packed=$1" "${@:2}" "${words[@]}" -- "${EXTRA[@]}") || exit $?
   [[ -f $SCRATCH/code.tar.gz ]] || return 0
   # shellcheck disable=SC2034 # the launchers read it
   CODE=$SCRATCH/code.tar.gz

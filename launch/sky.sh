@@ -56,7 +56,7 @@ task() {
 need sky
 case $VERB in
   create | run)
-    find_code
+    find_code 0
     text=$(task)
     options=()
     # A name without a value: SkyPilot takes the value from the environment.

@@ -32,7 +32,7 @@ case $VERB in
     require image
     [[ ${VALUE[workdir]} == gs://?* ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH"
     # One word of a command has at most 128 KiB on Linux, and the archive is there as text.
-    find_code --carry-config "--most-packed=$((64 << 10))"
+    find_code $((64 << 10)) --carry-config
     unpack=''
     [[ -z $CODE ]] || unpack=$(unpack_code "echo $(code_text) | base64 -d")
     mapfile -d '' -t flags < <(train_flags /tmp/code)

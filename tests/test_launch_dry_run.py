@@ -127,6 +127,7 @@ BAD = {
   'expected sha256: and 64': ['docker.sh', 'build', '--name=r1', '--digest=sha256:12'],
   'give it before --': ['ssh.sh', *CASES['ssh'][1:], '--', '--workdir=/x'],
   'expected flags of ftjax.train': ['ssh.sh', *CASES['ssh'][1:], '--', 'rm', '-rf'],
+  '--config=no.py: no such file here': ['ssh.sh', *RUN, '--config=no.py', '--hosts=a'],
   "is not [USER@]HOST": ['ssh.sh', *RUN, '--hosts=-oProxyCommand=x'],
 }  # fmt: skip
 
