@@ -39,20 +39,23 @@ def collect(paths):
   files = {}
   for text in paths:
     path = pathlib.Path(os.path.expanduser(text))
+    if path.name.startswith('.') and path.name != '..':
+      raise Refused(f'--code={text}: names that begin with a dot are not copied')
     if path.is_dir():
       is_inside = text.endswith('/') or path.name in ('', '..')
-      _walk(path, '' if is_inside else path.name + '/', files)
+      if not _walk(path, '' if is_inside else path.name + '/', files):
+        raise Refused(f'--code={text}: there is no file in it that would be copied')
     elif path.is_file():
       _add(files, path.name, path)
     else:
       raise Refused(f'--code={text}: no such file or folder')
   _limit(files)
-  if paths and not files:
-    raise Refused(f'--code={",".join(paths)}: there is no file in it that would be copied')
   return files
 
 
 def _walk(root, prefix, files):
+  """Adds the files below a folder; returns how many there are."""
+  count = 0
   for folder, names, plain in os.walk(root):
     here = pathlib.Path(folder)
     names[:] = sorted(n for n in names if not _is_left_out(here / n))
@@ -62,7 +65,9 @@ def _walk(root, prefix, files):
     for name in sorted(plain):
       if not _is_left_out(here / name):
         _add(files, prefix + (here / name).relative_to(root).as_posix(), here / name)
+        count += 1
     _limit(files)  # not after a walk through a home folder
+  return count
 
 
 def _is_left_out(path):

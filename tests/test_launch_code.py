@@ -122,8 +122,10 @@ def test_secrets_and_keys_are_not_copied(here):
 
 
 BAD = {
+  '--code=.env: names that begin with a dot are not copied': ('--code=sizes.py,.env', {}),
+  '--code=.git/: names that begin with a dot are not copied': ('--code=.git/', {}),
   'no such file or folder': ('--code=nothing.py', {}),
-  'there is no file in it': ('--code=empty/', {'empty/.hidden': ''}),
+  'there is no file in it': ('--code=.,empty/', {'empty/.hidden': ''}),
   'more than 10 MiB or 2,000 files; the largest so far: rows.bin (11,000,000 bytes)': (
     '--code=.',
     {'rows.bin': 'x' * 11_000_000},
