@@ -270,7 +270,7 @@ ROWS = (
    'model.dropout.residual', 'That of the embeddings is model.dropout.embedding'),
   (('embd_pdrop', 'embedding_dropout', 'embed_dropout'), 'model.dropout.embedding', ''),
   (('classifier_dropout', 'cls_dropout', 'seq_classif_dropout'), 'model.dropout.classifier', ''),
-  (('disable_dropout',), 'model.dropout', 'Decoders have none unless a rate is set'),
+  (('disable_dropout',), 'model.dropout.residual', 'Decoders have none unless a rate is set'),
   (('lora_target', 'lora_target_modules', 'lora_target_linear', 'lora_modules', 'target_modules',
     'lora_module_path'),
    'lora.targets', "A regex over whole names such as layer0/attn/q, or 'all-linear'"),
