@@ -1,5 +1,7 @@
 """Mixup of rows: by hand, its draws, and the same on a mesh."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from tiny_model import place
 
 from ftjax.losses.mixup import mixed, mixed_loss, mixup_rows
+
+drawn = functools.partial(jax.jit, static_argnums=(1, 2))(mixup_rows)
 
 
 def test_by_hand():
@@ -27,27 +31,25 @@ def test_by_hand():
   np.testing.assert_allclose(loss, (nll * target).sum(-1), rtol=1e-6)
 
 
-def test_each_row_has_one_partner_that_is_another():
-  keys = jax.random.split(jax.random.key(0), 33)
-  partner, weight = map(np.asarray, mixup_rows(keys, 0.4, 33))
-  assert partner.dtype == np.int32 and weight.dtype == np.float32
-  assert sorted(partner) == list(range(33)) and (partner != np.arange(33)).all()
-  assert ((weight >= 0) & (weight <= 1)).all() and len(set(weight.tolist())) == 33
-  alone = mixup_rows(keys[:1], 0.4, 1)[0]
-  assert alone.tolist() == [0]
-
-
-def test_pairs_and_weights_are_those_of_the_keys():
+def test_each_row_has_one_partner_by_the_keys_alone():
+  """The same keys in another order give the same pairs; one key stands for those of all rows."""
   keys = jax.random.split(jax.random.key(1), 16)
   turn = np.random.default_rng(0).permutation(16)
-  partner, weight = map(np.asarray, mixup_rows(keys, 1.0, 16))
-  moved, moved_weight = map(np.asarray, mixup_rows(keys[turn], 1.0, 16))
+  partner, weight = map(np.asarray, drawn(keys, 1.0, 16))
+  assert partner.dtype == np.int32 and weight.dtype == np.float32
+  assert sorted(partner) == list(range(16)) and (partner != np.arange(16)).all()
+  assert ((weight >= 0) & (weight <= 1)).all() and len(set(weight.tolist())) == 16
+  moved, moved_weight = map(np.asarray, drawn(keys[turn], 1.0, 16))
   np.testing.assert_array_equal(turn[moved], partner[turn])
   np.testing.assert_array_equal(moved_weight, weight[turn])
   one = jax.random.key(5)
   rows = jax.vmap(lambda i: jax.random.fold_in(one, i))(jnp.arange(16))
-  for a, b in zip(mixup_rows(one, 1.0, 16), mixup_rows(rows, 1.0, 16), strict=True):
+  for a, b in zip(drawn(one, 1.0, 16), drawn(rows, 1.0, 16), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_alone_is_its_own_partner():
+  assert drawn(jax.random.split(jax.random.key(0), 1), 0.4, 1)[0].tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_pairs_and_weights_are_those_of_the_keys():
 )
 def test_weights_have_the_moments_of_beta(alpha):
   """Mean 1/2 and variance 1 / (4 (2 alpha + 1)) of 8,000 draws."""
-  weight = np.asarray(mixup_rows(jax.random.key(2), alpha, 8000)[1])
+  weight = np.asarray(drawn(jax.random.key(2), alpha, 8000)[1])
   variance = 1 / (4 * (2 * alpha + 1))
   assert abs(weight.mean() - 0.5) < 6 * np.sqrt(variance / 8000)
   assert weight.var() == pytest.approx(variance, rel=0.1)
@@ -64,7 +66,7 @@ def test_weights_have_the_moments_of_beta(alpha):
 def test_on_a_mesh_it_is_the_same(use_mesh):
   x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 8)
-  partner, weight = mixup_rows(keys, 0.4, 8)
+  partner, weight = drawn(keys, 0.4, 8)
   expected = np.asarray(mixed(jnp.asarray(x), partner, weight))
   use_mesh(data=2, fsdp=2)
 

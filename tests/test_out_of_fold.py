@@ -127,8 +127,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 # Coverage.
 
 
-def test_coverage_embeds_at_most_2000_spread_rows():
-  rows, _ = worded(4100)
+def test_coverage_embeds_evenly_spread_rows(monkeypatch):
+  monkeypatch.setattr(diversity, '_MOST', 200)
+  rows, _ = worded(410)
   seen = []
 
   def embed(texts):
@@ -136,7 +137,7 @@ def test_coverage_embeds_at_most_2000_spread_rows():
     return np.eye(len(texts))[:, :64] + 1e-3
 
   _, facts = diversity.of_rows(rows, True, embed)
-  assert seen == [1367] and facts['coverage_rows'] == 1367
+  assert seen == [137] and facts['coverage_rows'] == 137
 
 
 def test_an_encoder_gives_one_embedding_for_each_text(tmp_path):

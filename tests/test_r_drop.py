@@ -76,7 +76,9 @@ def test_equal_and_far_passes():
   assert np.isfinite(found).all() and np.isfinite(np.asarray(g)).all()
 
 
-@pytest.mark.parametrize('sizes', [{}, dict(fsdp=2, tensor=2, context=2)])
+@pytest.mark.parametrize(
+  'sizes', [{}, pytest.param(dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.full)]
+)
 def test_the_head_is_that_of_dense_logits(sizes, use_mesh, monkeypatch):
   """320 tokens in chunks of 128, a padded vocabulary, label smoothing."""
   monkeypatch.setattr(logit_chunks, 'CHUNK_BYTES', 1)

@@ -86,6 +86,18 @@ def test_each_source_has_its_share_and_texts_are_bounded(tmp_path, tokenizer):
   assert len(rows) == 2 and not is_whole
 
 
+def test_long_rows_are_tokenized_a_few_at_a_time(tmp_path, tokenizer, monkeypatch):
+  train = write(tmp_path / 'long.jsonl', [{'text': f'{i} ' + 'word ' * 30} for i in range(20)])
+  monkeypatch.setattr(audited_rows, '_CHUNK_CHARACTERS', 300)
+  counted, tokens = [], audited_rows._Reader._tokens
+  monkeypatch.setattr(
+    audited_rows._Reader, '_tokens', lambda self, own: counted.append(len(own)) or tokens(self, own)
+  )
+  specs = sources.parse_specs(train)
+  rows, _, is_whole = audited_rows.read_first(configured(train), tokenizer, specs, 100, 500)
+  assert len(rows) == 4 and counted == [2, 2, 2] and not is_whole
+
+
 def test_without_rows_nothing_is_looked_at(tmp_path, tokenizer):
   assert audited(faulty(tmp_path), tmp_path, tokenizer, audit=0) is None
 

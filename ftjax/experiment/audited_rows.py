@@ -23,7 +23,8 @@ from ftjax.data.formats import Bad, Chat, Completion, Text
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment.data import annotation
 
-_CHUNK = 250  # rows tokenized at once
+_CHUNK = 250  # rows tokenized at once, or fewer long ones:
+_CHUNK_CHARACTERS = 200_000
 
 Example = (
   formats.Example
@@ -108,7 +109,7 @@ class _Reader:
     """Yields the rows of a source in order, or findings of those that cannot be used."""
     names = sources.source_names(spec)
     waiting: list[tuple[tuple[str, int], Any, Example | Bad]] = []
-    form = spec.format
+    form, size = spec.format, 0
     for number, line, row in sources.scan(spec):
       example: Example | Bad = row if isinstance(row, Bad) else Bad('')
       if not isinstance(row, Bad):
@@ -119,9 +120,11 @@ class _Reader:
         except ValueError as error:
           example = Bad(str(error))
       waiting.append(((names[number], line), row, example))
-      if len(waiting) >= _CHUNK:
+      if not isinstance(example, Bad):
+        size += sum(len(text) for own in texts_of(example) for text in own)
+      if len(waiting) >= _CHUNK or size >= _CHUNK_CHARACTERS:
         yield from self._rows(waiting, spec.path)
-        waiting = []
+        waiting, size = [], 0
     yield from self._rows(waiting, spec.path)
 
   def _parse(self, row: Mapping[str, Any], form: str | None, spec: sources.Spec) -> Example:

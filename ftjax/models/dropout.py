@@ -81,9 +81,14 @@ class ModelDropout:
     return Drawn(data, places, order)
 
 
+def _threshold(rate: float) -> int:
+  """Returns how many of the 2^16 values of a draw keep a probability, at least 1."""
+  return max(1, round((1 - rate) * 2**16))
+
+
 def kept_share(rate: float) -> float:
   """Returns the share of the attention probabilities that is kept: 1 - rate in steps of 2^-16."""
-  return round((1 - rate) * 2**16) / 2**16
+  return _threshold(rate) / 2**16
 
 
 def kept(drawn: Drawn, rate: float, size: int) -> jax.Array:
@@ -92,12 +97,12 @@ def kept(drawn: Drawn, rate: float, size: int) -> jax.Array:
   Each query has numbers of its own, 16 bits for each key, so that a block of queries draws what
   the whole row would.
   """
-  least = round((1 - rate) * 2**16)
+  below = _threshold(rate)
 
   def of_query(data, place):
     key = jax.random.fold_in(jax.random.wrap_key_data(data), place)
     bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[:size] < least
+    return jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[:size] < below
 
   by_query = jax.vmap(of_query, (None, 0))
   by_head = jax.vmap(by_query, (0, None))

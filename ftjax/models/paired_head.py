@@ -14,7 +14,7 @@ from ftjax.models.head import PLAIN
 from ftjax.models.logit_chunks import Chunks, LowRank, vocab_axis
 from ftjax.runtime.sharding import BATCH, shard_map, spec, total
 
-Readout = tuple[jax.Array, jax.Array, LowRank | None]
+Pass = tuple[jax.Array, jax.Array, LowRank | None]
 
 
 def _layout(update: LowRank | None) -> tuple:
@@ -28,8 +28,8 @@ def _layout(update: LowRank | None) -> tuple:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def paired_sums(
-  first: Readout,
-  second: Readout,
+  first: Pass,
+  second: Pass,
   labels: jax.Array,
   weights: jax.Array,
   terms: LossConfig,
