@@ -80,6 +80,7 @@ class Algorithm:
       equal rewards may be replaced by others (rollout.redraws).
     fields: float arrays that a batch has in addition to those of data/batches.py: (of each token,
       of each row).
+    wide: arrays of a batch with several numbers of each token: {name: (numbers, dtype)}.
     needs_old_logp: whether a rollout needs the trainer's own log-probs of its tokens before the
       first update on it.
     auxiliary: the other models of a run.
@@ -103,6 +104,7 @@ class Algorithm:
   completions_per_row: int = 1
   is_relative: Callable[[Config], bool] = lambda c: False
   fields: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]] = lambda c: ((), ())
+  wide: Callable[[Config], Mapping[str, tuple[int, str]]] = lambda c: {}
   needs_old_logp: Callable[[Config], bool] = lambda c: False
   auxiliary: Callable[[Config], tuple[Auxiliary, ...]] = lambda c: ()
   labels: Callable[[Config], LabelHead | None] = lambda c: None

@@ -3,7 +3,7 @@ of an algorithm. Everything but this table is written without the name of an alg
 
 An algorithm outside of this package is a record of its own, named `algorithm='module:RECORD'`."""
 
-from ftjax.config import choices, label_algorithms
+from ftjax.config import choices, distill_settings, label_algorithms
 from ftjax.config.algorithm_record import REWARD, Algorithm, Auxiliary, Config
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
@@ -81,13 +81,9 @@ _SFT = Algorithm(
 )
 
 
-def _check_distill(c: Config) -> None:
-  d = c.distill
-  if not 0 < d.share <= 1 or not 0 < d.beta < 1 or d.temperature <= 0:
-    raise ConfigError(
-      f'distill.share={d.share}, distill.beta={d.beta}, distill.temperature={d.temperature}; '
-      'expected a share in (0, 1], a beta in (0, 1) and a positive temperature'
-    )
+def _distill_auxiliary(c: Config) -> tuple[Auxiliary, ...]:
+  teacher = Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True)
+  return () if c.distill.file else (teacher,)
 
 
 _DISTILL = Algorithm(
@@ -95,11 +91,10 @@ _DISTILL = Algorithm(
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
   reads=('distill', 'data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
-  auxiliary=lambda c: (
-    Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True),
-  ),
+  wide=distill_settings.wide,
+  auxiliary=_distill_auxiliary,
   fixed=('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
-  check=_check_distill,
+  check=distill_settings.check,
 )
 
 

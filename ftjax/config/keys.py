@@ -204,6 +204,10 @@ def _add_distill(c: Section) -> None:
   # Folder or hub id of the teacher, a model with the same tokenizer; '': the model that training
   # starts from.
   c.distill.teacher = ''
+  # Folder that ftjax.teacher writes: the teacher's likeliest tokens of each position of data.train,
+  # read in place of a teacher; '': the teacher is computed in each step.
+  c.distill.file = ''
+  c.distill.top_k = 64  # tokens of each position in that folder
   c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
   c.distill.beta = 0.5  # weight of the teacher in the mixture of js
   c.distill.temperature = 1.0  # of both distributions

@@ -10,8 +10,9 @@ from ftjax.config.section import flat
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 
-# (key, other key): the key is read where the other one is not 0.
+# (key, other key): the key is read where the other one is not 0, and not empty.
 _NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'))
+_NEEDS += (('distill.top_k', 'distill.file'),)
 # What the training metrics of a checkpoint may be, of every algorithm.
 _TRAIN_METRICS = ('train/loss', 'train/grad_norm')
 
@@ -91,8 +92,9 @@ def _check_idle(c: ml_collections.ConfigDict) -> None:
       raise ConfigError(f'{reason}: leave it out')
   for key, other in _NEEDS:
     if key in changed and not values[other]:
+      nothing = "''" if values[other] == '' else 0
       raise ConfigError(
-        f'{key}={values[key]} does nothing with {other}=0: set {other}, or leave {key} out'
+        f'{key}={values[key]} does nothing with {other}={nothing}: set {other}, or leave {key} out'
       )
 
 
