@@ -50,7 +50,8 @@ def test_help_imports_only_the_standard_library():
     (
       ['xyz'],
       2,
-      'entries: train, preview, plan, evaluate, generate, convert, study, teacher, supervise, lm_eval\n',
+      'entries: train, preview, plan, evaluate, generate, convert, study, teacher, supervise, '
+      'lm_eval\n',
     ),
     ([], 2, 'error: an entry is missing'),
     (['--config=tiny_sft'], 2, 'ftjax ENTRY --config=tiny_sft'),

@@ -4,7 +4,9 @@ token itself (Hinton et al. 2015; Kim and Rush 2016 on sequences).
 The teacher is computed in the step, with parameters under `teacher/` of the state; the head of both
 models is in chunks, so that no logits of whole rows exist. Without distill.teacher the model that
 training starts from is the teacher, which keeps the student near it. With distill.file no teacher
-is held: its likeliest tokens come with the batches, from the files of data/teacher_file.py."""
+is held: its likeliest tokens come with the batches, from the files of data/teacher_file.py. With
+distill.on_policy a share of the batches holds completions of the student, and the teacher scores
+them in the step as it does the answers of rows (Agarwal et al. 2023)."""
 
 import dataclasses
 
@@ -17,6 +19,7 @@ from ftjax.experiment.run import Run
 from ftjax.losses.distillation import Distillation
 from ftjax.models.architecture import Architecture
 from ftjax.models.forward import Forward
+from ftjax.rl import on_policy_rows
 from ftjax.runtime.errors import ConfigError
 from ftjax.training.step import LossFn
 
@@ -81,4 +84,6 @@ def build(run: Run) -> fit.Parts:
     read_tokens(run)
   else:
     teacher = run.auxiliary.find('teacher').architecture()
-  return fit.Parts(make_loss(run.forward, run.config, teacher), token_loss.evaluation(run))
+  share = run.config.distill.on_policy
+  source = on_policy_rows.OnPolicyRows(run, share) if share else None
+  return fit.Parts(make_loss(run.forward, run.config, teacher), token_loss.evaluation(run), source)

@@ -90,7 +90,10 @@ _DISTILL = Algorithm(
   module='ftjax.algorithms.distill',
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
-  reads=('distill', 'data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
+  reads=(
+    *('distill', *distill_settings.ROLLOUT_KEYS),
+    *('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
+  ),
   wide=distill_settings.wide,
   auxiliary=_distill_auxiliary,
   fixed=('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),

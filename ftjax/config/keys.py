@@ -208,6 +208,9 @@ def _add_distill(c: Section) -> None:
   # read in place of a teacher; '': the teacher is computed in each step.
   c.distill.file = ''
   c.distill.top_k = 64  # tokens of each position in that folder
+  # Share of the steps that train on completions of the student in place of the rows' answers (GKD),
+  # sampled by the keys of rollout.
+  c.distill.on_policy = 0.0
   c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
   c.distill.beta = 0.5  # weight of the teacher in the mixture of js
   c.distill.temperature = 1.0  # of both distributions
