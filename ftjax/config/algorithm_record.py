@@ -72,7 +72,8 @@ class Algorithm:
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
-    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class' or 'tags'.
+    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags' or
+      'steps'.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
     completions_per_row: completions that share one row of seq_len tokens.

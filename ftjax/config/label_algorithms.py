@@ -1,4 +1,4 @@
-"""The algorithms that give labels: to whole texts, and to each word."""
+"""The algorithms that give labels: to whole texts, to each word, and to the steps of a solution."""
 
 from ftjax.config import choices
 from ftjax.config.algorithm_record import Algorithm, Config, LabelHead
@@ -125,4 +125,29 @@ _TOKEN_CLASSIFICATION = Algorithm(
   check=_check_token_classification,
 )
 
-ROWS = {'classification': _CLASSIFICATION, 'token_classification': _TOKEN_CLASSIFICATION}
+
+# Process reward models: labels of the steps of a solution.
+
+
+def _check_prm(c: Config) -> None:
+  _check_writes_no_text(c)
+  if not c.prm.separator:
+    raise ConfigError("prm.separator is ''; expected the text after each step, such as a newline")
+
+
+_PRM = Algorithm(
+  module='ftjax.algorithms.prm',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'accuracy': 'max', 'first_error': 'max'},
+  headline=lambda c: (('loss', 'accuracy'), ('accuracy', 'first_error', 'loss')),
+  reads=('prm', 'data.packing'),
+  example=lambda c: 'steps',
+  labels=lambda c: LabelHead('token', ('incorrect', 'correct')),
+  fixed=('data.packing', 'prm.separator'),
+  check=_check_prm,
+)
+
+ROWS = {
+  'classification': _CLASSIFICATION,
+  'token_classification': _TOKEN_CLASSIFICATION,
+  'prm': _PRM,
+}

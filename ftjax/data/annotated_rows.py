@@ -1,4 +1,5 @@
-"""Parses rows whose texts have labels: of the whole text ('class'), or of each word ('tags').
+"""Parses rows whose texts have labels: of the whole text ('class'), of each word ('tags'), or of
+each step of a solution ('steps', step_rows.py).
 
 `annotated_examples.py` tokenizes them. The columns are those of the published sets.
 """
@@ -9,11 +10,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftjax.data import row_numbers
+from ftjax.data import row_numbers, step_rows
 from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
+from ftjax.data.step_rows import Steps
 
-SHAPES = ('class', 'tags')
+SHAPES = ('class', 'tags', step_rows.SHAPE)
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -35,14 +37,17 @@ _TAGS = ('tags', 'ner_tags', 'labels', 'pos_tags')
 class Annotation:
   """What the labels of a source are.
 
-  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words.
+  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'steps' for
+    the steps of a solution.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
+  separator: of steps: the text after each.
   """
 
   kind: str = ''
   names: tuple[str, ...] = ()
   all_subwords: bool = False
+  separator: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +210,7 @@ def _from_tags(row: Mapping, annotation: Annotation) -> TaggedWords:
   return TaggedWords(found, tuple(numbers))
 
 
-def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords:
+def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords | Steps:
   """Parses a raw row.
 
   Args:
@@ -216,11 +221,15 @@ def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | Tag
   Raises:
     ValueError: the row is unusable; the message is the reason.
   """
+  if shape == step_rows.SHAPE:
+    return step_rows.parse(row)
   return (_from_class if shape == 'class' else _from_tags)(row, annotation)
 
 
 def unread(row: Mapping, shape: str) -> set[str]:
   """Returns the columns of a row for `parse` that are not null and that it does not read."""
+  if shape == step_rows.SHAPE:
+    return step_rows.unread(row)
   if shape == 'class':
     known = {*_text_columns(row), _label_column(row)}
   else:

@@ -226,6 +226,8 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation(c.classification.objective, names)
   if shape == 'tags':
     return Annotation('tags', head.names, c.token_classification.all_subwords)
+  if shape == 'steps':
+    return Annotation('steps', head.names, separator=c.prm.separator)
   return Annotation()
 
 
