@@ -24,6 +24,7 @@ class Auxiliary:
       starts from.
     is_trained: with the policy, in the same optimizer step.
     has_score: whether it has a score for a head: a reward model or a value model.
+    scores_steps: whether it is a process reward model, which gives two labels to tokens.
     has_own_architecture: whether a model in the state has the architecture of its folder, and not
       the policy's.
   """
@@ -34,6 +35,7 @@ class Auxiliary:
   is_trained: bool = False
   has_score: bool = False
   has_own_architecture: bool = False
+  scores_steps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,11 +37,17 @@ _TRAINED_ON_ROLLOUTS = dict(
   fixed=('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches'),
 )
 _ROLLOUT_ARRAYS = ('rollout.temperature', 'rollout.rewards', 'rollout.reward_model')
+_ROLLOUT_ARRAYS += ('rollout.step_reward', 'rollout.step_separator')
 _POLICY_ARRAYS = ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
 
 
 def _reward_model(c: Config) -> tuple[Auxiliary, ...]:
-  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model', has_score=True)
+  of_steps = bool(c.rollout.step_reward)
+  rewarder = Auxiliary(
+    *('reward model', 'rollout', 'rollout.reward_model'),
+    has_score=not of_steps,
+    scores_steps=of_steps,
+  )
   return (rewarder,) if c.rollout.reward_model else ()
 
 

@@ -254,6 +254,9 @@ def _add_rollout(c: Section) -> None:
   c.rollout.rewards = config_dict.FieldReference((), field_type=object)
   # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none.
   c.rollout.reward_model = ''
+  # Where that model is one of steps (algorithm=prm): min, product or last of its steps' scores.
+  c.rollout.step_reward = ''
+  c.rollout.step_separator = '\n'  # text after each step, prm.separator of that model's training
   c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
   c.rollout.max_failed = 3  # rollouts in a row without one reward that end the run; 0: never

@@ -12,6 +12,8 @@ from ftjax.runtime.errors import ConfigError
 
 # (key, other key): the key is read where the other one is not 0, and not empty.
 _NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'))
+_NEEDS += (('rollout.step_reward', 'rollout.reward_model'),)
+_NEEDS += (('rollout.step_separator', 'rollout.step_reward'),)
 _NEEDS += (('distill.top_k', 'distill.file'),)
 _NEEDS += tuple((key, 'distill.on_policy') for key in distill_settings.ROLLOUT_KEYS)
 # What the training metrics of a checkpoint may be, of every algorithm.

@@ -121,11 +121,20 @@ def encode(
     except ValueError as error:
       out.append(Bad(str(error)))
       continue
-    out.append([_joined(prompt, steps, end, row.values, tokenizer)])
+    out.append([joined(prompt, steps, end, row.values, tokenizer)])
   return out
 
 
-def _joined(prompt, steps, end, values, tokenizer: Tokenizer) -> Encoded:
+def joined(
+  prompt: Sequence[int],
+  steps: Sequence[np.ndarray],
+  end: np.ndarray,
+  values: Sequence[float],
+  tokenizer: Tokenizer,
+) -> Encoded:
+  """Returns the example of the ids of a prompt, of steps and of what follows each, with the
+  probability that each step is right.
+  """
   pieces = [np.asarray(prompt), *(np.concatenate([ids, end]) for ids in steps)]
   tokens = np.concatenate(pieces).astype(np.int32)
   ends = np.cumsum([len(p) for p in pieces])[1:] - 1
