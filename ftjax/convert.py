@@ -165,8 +165,11 @@ def average(
 
 def _expanded(source: str) -> list[str]:
   """Returns a source, or of WORKDIR@all each of its checkpoints."""
-  from ftjax.storage import snapshots
+  from ftjax.storage import locations, snapshots
 
+  if not source.strip():
+    raise ConfigError('--average= is empty; give a model')
+  locations.check('--average', source)
   source = os.path.expanduser(source)
   workdir = source.removesuffix('@all')
   if workdir == source or not snapshots.is_workdir(workdir):

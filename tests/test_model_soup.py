@@ -126,6 +126,8 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_score():
     (['--greedy=x/accuracy'], 'make a greedy soup together'),
     (['--config=tiny_sft'], 'make a greedy soup together'),
     (['--greedy=x/accuracy', '--config=tiny_sft'], 'needs eval.tasks'),
+    (['--average='], '--average= is empty'),
+    (['--average=gs:/bucket/model'], 'write gs://bucket/model'),
   ],
 )
 def test_wrong_flags(words, told, tmp_path):
