@@ -1,5 +1,5 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
-on the terminal) [--classify]
+on the terminal) [--classify] [--steps=min]
 
 DIR is a HF folder, a GGUF file, a PEFT folder (an adapter, used on the base that it names or on
 --base), or a workdir, of which export/ is loaded, or the newest checkpoint if the run has not
@@ -7,7 +7,9 @@ ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads o
 or JSON lines with "prompt" or "messages", and prints each as a JSON line with the generated text
 under "completion". If the model has a chat template, a prompt is a user turn unless --raw is
 given. --classify is for models with labels: it prints the labels of texts, with their
-probabilities. Its rows have "text", or two texts that are read together, or "tokens"."""
+probabilities. Its rows have "text", or two texts that are read together, or "tokens". --steps is
+for process reward models: rows have "prompt" and "completions", the steps of a solution, or one
+"completion"; it prints them with the scores of the steps and of the whole."""
 
 import json
 import logging
@@ -49,6 +51,16 @@ _FAMILY = flags.DEFINE_string(
 _CLASSIFY = flags.DEFINE_bool(
   'classify', False, 'Print the labels of --prompt, or of the rows of --prompts.'
 )
+_STEPS = flags.DEFINE_enum(
+  'steps',
+  None,
+  ['min', 'product', 'last'],
+  'Score the solutions in --prompts with a process reward model: by the least, the product or the '
+  'last of the scores of their steps.',
+)
+_SEPARATOR = flags.DEFINE_string(
+  'separator', '\\n', 'With --steps: the text after each step, prm.separator of the training.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute dtype.')
 
 
@@ -61,8 +73,13 @@ def main() -> None:
   # XLA would warn of slow compilations in the middle of a completion.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
+  if _CLASSIFY.value and _STEPS.value:
+    raise ConfigError('--classify and --steps: give one of them')
   if _CLASSIFY.value:
     _classify()
+    return
+  if _STEPS.value:
+    _score_steps()
     return
   from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
@@ -105,6 +122,23 @@ def _classify() -> None:
   if _PROMPTS.value is not None:
     rows = classifier.read_rows(_PROMPTS.value)
   for row in model.label_rows(rows):
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _score_steps() -> None:
+  """Prints each solution with the scores of its steps, a JSON line each."""
+  from ftjax.serving import step_scorer
+
+  if _PROMPTS.value is None:
+    raise ConfigError('--steps needs a file of solutions in --prompts')
+  separator = _SEPARATOR.value.replace('\\n', '\n')
+  if not separator:
+    raise ConfigError('--separator is empty; expected the text after each step')
+  rows = step_scorer.read_rows(_PROMPTS.value)
+  model = step_scorer.StepScorer(
+    *(_MODEL.value, separator, _DTYPE.value, _FAMILY.value, _BASE.value), batch_size=_BATCH.value
+  )
+  for row in model.score_rows(rows, _STEPS.value):
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 

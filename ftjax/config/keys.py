@@ -172,6 +172,13 @@ def _add_distill(c: Section) -> None:
   # Folder or hub id of the teacher, a model with the same tokenizer; '': the model that training
   # starts from.
   c.distill.teacher = ''
+  # Folder that ftjax.teacher writes: the teacher's likeliest tokens of each position of data.train,
+  # read in place of a teacher; '': the teacher is computed in each step.
+  c.distill.file = ''
+  c.distill.top_k = 64  # tokens of each position in that folder
+  # Share of the steps that train on completions of the student in place of the rows' answers (GKD),
+  # sampled by the keys of rollout.
+  c.distill.on_policy = 0.0
   c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
   c.distill.beta = 0.5  # weight of the teacher in the mixture of js
   c.distill.temperature = 1.0  # of both distributions
@@ -215,6 +222,9 @@ def _add_rollout(c: Section) -> None:
   c.rollout.rewards = config_dict.FieldReference((), field_type=object)
   # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none.
   c.rollout.reward_model = ''
+  # Where that model is one of steps (algorithm=prm): min, product or last of its steps' scores.
+  c.rollout.step_reward = ''
+  c.rollout.step_separator = '\n'  # text after each step, prm.separator of that model's training
   c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
   c.rollout.max_failed = 3  # rollouts in a row without one reward that end the run; 0: never

@@ -24,3 +24,5 @@ def add_labels(c: Section) -> None:
   c.token_classification.labels = ()
   # Whether all sub-words of a word have its label, and not the first alone.
   c.token_classification.all_subwords = False
+  c.prm = Section()
+  c.prm.separator = '\n'  # text after each step of a solution, at whose end the step is scored

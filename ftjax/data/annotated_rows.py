@@ -1,5 +1,6 @@
-"""Parses rows whose texts have labels: of the whole text ('class'), or of each word ('tags'); and
-texts whose own tokens are the labels ('document').
+"""Parses rows whose texts have labels: of the whole text ('class'), of each word ('tags'), or of
+each step of a solution ('steps', step_rows.py); and texts whose own tokens are the labels
+('document').
 
 `annotated_examples.py` tokenizes them. The columns are those of the published sets.
 """
@@ -10,11 +11,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftjax.data import row_numbers
+from ftjax.data import row_numbers, step_rows
 from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
+from ftjax.data.step_rows import Steps
 
-SHAPES = ('class', 'tags', 'document')
+SHAPES = ('class', 'tags', 'document', step_rows.SHAPE)
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -36,15 +38,17 @@ _TAGS = ('tags', 'ner_tags', 'labels', 'pos_tags')
 class Annotation:
   """What the labels of a source are.
 
-  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'document'
-    for a text without labels.
+  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'steps' for
+    the steps of a solution, 'document' for a text without labels.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
+  separator: of steps: the text after each.
   """
 
   kind: str = ''
   names: tuple[str, ...] = ()
   all_subwords: bool = False
+  separator: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +211,7 @@ def _from_tags(row: Mapping, annotation: Annotation) -> TaggedWords:
   return TaggedWords(found, tuple(numbers))
 
 
-def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords:
+def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords | Steps:
   """Parses a raw row.
 
   Args:
@@ -220,11 +224,15 @@ def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | Tag
   """
   if shape == 'document':
     return LabeledText((read_text(row, _one_of(row, SINGLE, 'text')),), ())
+  if shape == step_rows.SHAPE:
+    return step_rows.parse(row)
   return (_from_class if shape == 'class' else _from_tags)(row, annotation)
 
 
 def unread(row: Mapping, shape: str) -> set[str]:
   """Returns the columns of a row for `parse` that are not null and that it does not read."""
+  if shape == step_rows.SHAPE:
+    return step_rows.unread(row)
   if shape == 'document':
     known = {_one_of(row, SINGLE, 'text')}
   elif shape == 'class':

@@ -96,6 +96,17 @@ def _weigh(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
     batch['weights'][row] *= factors[batch['segments'][row]]
 
 
+def _fill_top_tokens(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
+  """Writes a teacher's likeliest tokens at the supervised positions of a row's examples."""
+  start = 0
+  for i in ids:
+    supervised = corpus.example(i)[1]
+    places = start + np.flatnonzero(supervised[1:])
+    for name, values in corpus.top_tokens.read(i).items():
+      batch[name][row, places] = values
+    start += len(supervised)
+
+
 def _fill_annotated(
   batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], weighed: bool
 ) -> None:
@@ -143,6 +154,8 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
     batch['values'][row] = corpus.value(ids[0])
   for name, column in corpus.columns.items():
     batch[name][row] = column[ids[0]]
+  if corpus.top_tokens is not None:
+    _fill_top_tokens(batch, row, corpus, ids)
 
 
 class Stream:
@@ -168,11 +181,13 @@ class Stream:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
       tokens[t + 1] where that token is supervised and of the same example, else 0. The weight is
       then 1, or that of the example (Corpus.weights), else 0. The sides of a pair are segments 1
-      and 2 of its row.
+      and 2 of its row. With Corpus.top_tokens also its arrays.
     """
     first = self._corpora[0]
     sizes = (self.batch_size, self.seq_len)
     batch = empty(*sizes, first.shape, first.columns, self._documents)
+    if first.top_tokens is not None:
+      batch |= first.top_tokens.empty(self.batch_size, self.seq_len)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
@@ -191,8 +206,8 @@ class Stream:
     return self._corpora[row.source].example(row.examples[0])
 
 
-def _fill_in_order(
-  lengths: np.ndarray, seq_len: int, packed: bool, most: int | None
+def fill_in_order(
+  lengths: np.ndarray, seq_len: int, packed: bool, most: int | None = None
 ) -> Iterator[list[int]]:
   """Yields the indices of consecutive examples that share a row, at most `most`."""
   row: list[int] = []
@@ -227,7 +242,7 @@ def eval_batches(
     documents: see `empty`; a row then holds at most S examples.
   """
   most = min((rest[0] for rest in documents.values()), default=None) if documents else None
-  rows = list(_fill_in_order(corpus.lengths, seq_len, packed, most))
+  rows = list(fill_in_order(corpus.lengths, seq_len, packed, most))
   for start in range(0, len(rows), batch_size):
     yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted, documents)
 
@@ -245,6 +260,8 @@ def batch_of(
   A labeled example is mismatched with the next one of the corpus. `wanted` as in eval_batches.
   """
   batch = empty(batch_size, seq_len, corpus.shape, corpus.columns, documents)
+  if corpus.top_tokens is not None:
+    batch |= corpus.top_tokens.empty(batch_size, seq_len)
   for i, ids in enumerate(rows):
     if wanted is not None and i not in wanted:
       continue

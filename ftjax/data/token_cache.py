@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +44,18 @@ _ABANDONED = 24 * 3600  # seconds
 _TRANSFERS = 8  # files at once
 
 
+class TopTokens(Protocol):
+  """Arrays with several numbers of each supervised position; see teacher_file.py."""
+
+  fingerprint: str
+
+  def empty(self, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns the arrays [B, T, ...] of padding."""
+
+  def read(self, i: int) -> dict[str, np.ndarray]:
+    """Returns the arrays [n, ...] of the n tokens of example i that are predicted, in order."""
+
+
 class Corpus:
   """Tokenized examples of a source, or a selection of them; cheap to create and to pass on.
 
@@ -58,6 +70,7 @@ class Corpus:
     columns: float32[n] by name, further numbers of each example, which batches include.
     weights: float32[n], factors of the loss of each example in training; None: all are 1.
     difficulties: float32[n], NaN for rows that name none.
+    top_tokens: a teacher's likeliest tokens of each supervised position; None: there are none.
   """
 
   def __init__(
@@ -70,6 +83,7 @@ class Corpus:
     """
     self._folder, self._file_names, self._index = folder, file_names, index
     self.name, self.columns = name, {}
+    self.top_tokens: TopTokens | None = None
     try:
       meta = json.loads((folder / 'meta.json').read_text())
     except (OSError, ValueError) as error:

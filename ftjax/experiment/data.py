@@ -34,6 +34,8 @@ class Data:
     """Returns the sha256 of the order of training rows, and of each source."""
     groups = {'data': self.corpora, 'eval': self.evaluation}
     named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    scored = {i: x.top_tokens.fingerprint for i, x in enumerate(self.corpora) if x.top_tokens}
+    named |= {f"teacher's tokens {i}": text for i, text in scored.items()}
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
@@ -226,6 +228,8 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation('tags', head.names, c.token_classification.all_subwords)
   if shape == 'document':
     return Annotation('document')
+  if shape == 'steps':
+    return Annotation('steps', head.names, separator=c.prm.separator)
   return Annotation()
 
 

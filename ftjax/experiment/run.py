@@ -178,10 +178,13 @@ class Run:
     by_token, by_row = algorithms.of(self.config).fields(self.config)
     names = (*ARRAYS, *by_token)
     by_row = (*by_row, *algorithms.of(self.config).documents(self.config))
-    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
-    return dict.fromkeys(names, where) | dict.fromkeys(
-      by_row, NamedSharding(self.mesh, sharding.spec(*axes))
-    )
+    wide = algorithms.of(self.config).wide(self.config)
+    groups = ((names, (*axes, 'seq')), (by_row, axes), (wide, (*axes, 'seq', None)))
+    return {
+      name: NamedSharding(self.mesh, sharding.spec(*where))
+      for group, where in groups
+      for name in group
+    }
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a step's batch, with shardings."""
@@ -189,13 +192,12 @@ class Run:
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
     whole = dict.fromkeys(by_row, ()) | dict(algorithms.of(c).documents(c))
-    floats = ('weights', *by_token, *whole)
+    known = dict.fromkeys((*ARRAYS, *by_token), (shape, 'int32'))
+    known |= dict.fromkeys(('weights', *by_token), (shape, 'float32'))
+    known |= {k: ((*shape[:2], *rest), 'float32') for k, rest in whole.items()}
+    known |= {k: ((*shape, n), dtype) for k, (n, dtype) in algorithms.of(c).wide(c).items()}
     return {
-      k: jax.ShapeDtypeStruct(
-        (*shape[:2], *whole[k]) if k in whole else shape,
-        jnp.float32 if k in floats else jnp.int32,
-        sharding=s,
-      )
+      k: jax.ShapeDtypeStruct(known[k][0], jnp.dtype(known[k][1]), sharding=s)
       for k, s in self.batch_shardings(micro=True).items()
     }
 
@@ -211,7 +213,7 @@ class Run:
     settings |= {'wanted': local_rows(where['tokens'], shape, 0)}
     for corpus in corpora:
       for batch in eval_batches(corpus, *shape, **settings):
-        yield place(batch, where)
+        yield place(batch, {k: where[k] for k in batch})
 
   def load_params(self, source: str, dtype: str) -> dict:
     """Returns the model's weights from a folder, or random ones by the seed where it is ''. A

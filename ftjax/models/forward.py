@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.losses.distillation import Distillation
-from ftjax.models import head, kinds, paired_head, score_head
+from ftjax.models import head, kinds, paired_head, score_head, top_k_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
 from ftjax.models.dropout import ModelDropout, Rates
@@ -229,6 +229,31 @@ class Forward:
       terms,
       self.arch.logit_spec,
       teacher.arch.logit_spec,
+    )
+
+  def top_logprobs(
+    self, params: dict, batch: dict, k: int, temperature: float
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the k likeliest tokens of each position with a weight, and their log-probs; see
+    top_k_head.top_logprobs: (int32[B, T, k], float32[B, T, k + 1]).
+    """
+    model = self._readout(params, batch)
+    return top_k_head.top_logprobs(model, batch['weights'], k, temperature, self.arch.logit_spec)
+
+  def distillation_from_top(
+    self, params: dict, batch: dict, terms: Distillation
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the sums of `distillation` from a teacher's likeliest tokens, which are the arrays
+    `teacher_ids` and `teacher_logp` of the batch; see top_k_head.distillation_sums.
+    """
+    return top_k_head.distillation_sums(
+      self._readout(params, batch),
+      batch['teacher_ids'],
+      batch['teacher_logp'],
+      batch['labels'],
+      batch['weights'],
+      terms,
+      self.arch.logit_spec,
     )
 
   def side_logprobs(

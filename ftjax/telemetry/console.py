@@ -419,12 +419,13 @@ def next_commands(
   prompt: str,
   command_line: Sequence[str],
   has_tasks: bool,
-  is_classifier: bool = False,
+  labels: str = '',
   is_masked: bool = False,
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
-  that the run made, '' for other runs. command_line: flags of this run, quoted. is_classifier:
-  whether the model gives labels. is_masked: whether it predicts masked tokens.
+  that the run made, '' for other runs. command_line: flags of this run, quoted. labels: what a
+  model with labels gives them to, 'steps' of a solution or texts; '' for none. is_masked: whether
+  it predicts masked tokens.
   """
   python = 'python -m ftjax.'
   if reward_model:
@@ -434,7 +435,9 @@ def next_commands(
   if is_masked:
     flag = f'--config.model.path={shlex.quote(workdir)}/export'
     return [('next', f'{flag} with algorithm classification or token_classification')]
-  if is_classifier:
+  if labels == 'steps':
+    return [('next', f'{python}generate {model} --steps=min --prompts=FILE')]
+  if labels:
     return [('next', f'{python}generate {model} --classify --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:

@@ -39,6 +39,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
     ['make_multimodal_goldens.py', str(target)],
     ['make_packing_goldens.py', str(target)],
     ['make_peft_goldens.py', str(target)],
+    ['make_prm_goldens.py', str(target)],
     ['make_rope_goldens.py', str(target)],
     ['make_router_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
