@@ -15,6 +15,7 @@ from ftjax.losses.distillation import Distillation
 from ftjax.models import head, kinds, score_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.cross_attention import Source
 from ftjax.models.layers import Dropout
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import RouterLog
@@ -87,7 +88,8 @@ class Forward:
     """Returns the hidden states after the last norm, dtype[B, T, D].
 
     noise: added to the embeddings, [B, T, D], or None. A batch may hold `token_types` int32[B, T]
-    of a model that has them.
+    of a model that has them; for an encoder-decoder it holds what the encoder reads, int32[B, S]:
+    `source_tokens`, `source_segments` and `source_positions`.
     """
     where = Tokens(batch['segments'], batch['positions'])
     x, routing = kinds.routed(
@@ -99,14 +101,19 @@ class Forward:
       remat=self.remat,
       noise=noise,
       dropout_keys=self.dropout_keys,
-      **self._token_types(batch),
+      **self._more_inputs(batch),
     )
     if self.router_log is not None and routing is not None:
       self.router_log.add(routing)
     return x
 
-  def _token_types(self, batch: dict) -> dict[str, jax.Array]:
-    """Returns the token types of a batch as a named argument, where model and batch have them."""
+  def _more_inputs(self, batch: dict) -> dict[str, jax.Array | Source]:
+    """Returns as named arguments the token types of a batch, where model and batch have them, and
+    what an encoder reads.
+    """
+    if self.arch.is_encoder_decoder:
+      where = Tokens(batch['source_segments'], batch['source_positions'])
+      return {'source': Source(batch['source_tokens'], where)}
     found = batch.get('token_types') if self.arch.token_types else None
     return {} if found is None else {'token_types': found}
 

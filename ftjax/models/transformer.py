@@ -1,5 +1,5 @@
-"""Decoders and encoders: blocks as their specs describe them, computed as a scan over stacked
-weights.
+"""Decoders, encoders and encoder-decoders: blocks as their specs describe them, computed as a scan
+over stacked weights.
 
 kinds.py presents it to the rest of the program. Parameters are a nested dict of arrays, every block
 leaf with a leading L axis. Inside the scan body one layer's slice of that dict is merged into the
@@ -8,14 +8,14 @@ and never makes all logits."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ftjax.models import embed_and_head, lora, rope
+from ftjax.models import cross_attention, embed_and_head, kv_cache, lora, relative_bias, rope
 from ftjax.models.architecture import (
   Architecture,
   AttentionSpec,
@@ -27,6 +27,7 @@ from ftjax.models.architecture import (
   MoeSpec,
 )
 from ftjax.models.attention import Tokens, attend
+from ftjax.models.cross_attention import CrossAttention, Source
 from ftjax.models.delta_net import DeltaNet
 from ftjax.models.disentangled import Disentangled
 from ftjax.models.embed_and_head import fold
@@ -45,18 +46,23 @@ Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 class Context:
   """What the blocks of one forward pass share: segments and positions of the queries and of the
   keys, the rotary angles of the queries, the table of relative positions [P, D] where there is one,
-  and in a training step the dropout of adapters.
+  what is added to the scores by distance (relative_bias.by_distance), in a decoder what its encoder
+  read, and in a training step the dropout of adapters.
   """
 
   query: Tokens
   key: Tokens
   angles: Angles
   relative: jax.Array | None = None
+  biases: Mapping[AttentionSpec, jax.Array] = dataclasses.field(default_factory=dict)
+  source: Source | None = None
   dropout: Dropout | None = None
 
 
-def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
-  mixers = [b.mixer for _, b, _ in arch.blocks() if isinstance(b.mixer, AttentionSpec)]
+def _context(arch: Architecture, query: Tokens, key: Tokens, stacks: Sequence[int]) -> Context:
+  """Returns the context of some stacks, without tables of parameters."""
+  blocks = (b for i in stacks for b in arch.stacks[i][0])
+  mixers = [b.mixer for b in blocks if isinstance(b.mixer, AttentionSpec)]
   kinds = dict.fromkeys((m.rope, m.head_dim) for m in mixers if m.rope is not None)
   lengths = None
   if any(kind.uses_length for kind, _ in kinds):
@@ -100,7 +106,10 @@ class Attention(nnx.Module):
     if memory is not None:
       (k, v), memory = memory.append(keys=k, values=v)
     where = context.query, context.key
-    y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal)
+    if spec.relative is None:
+      y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal)
+    else:
+      y = relative_bias.attend(q, k, v, context.biases[spec], *where, spec.causal)
     if self.gate is not None:
       y = y * jax.nn.sigmoid(self.gate(x, drop))
     return self.o(y, drop), memory
@@ -126,6 +135,8 @@ class Block(nnx.Module):
     self.attn_norm = Normalize((dim,), spec.norm) if before and spec.mixer_norm else None
     self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
     self.attn_out_norm = Normalize((dim,), spec.norm) if after else None
+    self.cross_norm = Normalize((dim,), spec.norm) if spec.cross else None
+    self.cross = CrossAttention(dim, spec.cross) if spec.cross else None
     self.mlp_norm = Normalize((dim,), spec.norm) if before else None
     self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
     self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
@@ -136,6 +147,8 @@ class Block(nnx.Module):
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
     x = self._added(x, self.attn_out_norm, y)
+    if self.cross is not None:
+      x = x + self.cross(self.cross_norm(x), context, memory)
     y = _normalized(self.mlp_norm, x)
     y, routing = self.mlp(y, context.query.segments, context.dropout)
     return self._added(x, self.mlp_out_norm, y), memory, routing
@@ -196,6 +209,7 @@ def routed(
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
   token_types: jax.Array | None = None,
+  source: Source | None = None,
 ) -> tuple[jax.Array, Routing | None]:
   """Returns the hidden states after the last norm, and what the routers did.
 
@@ -210,6 +224,7 @@ def routed(
     noise: added to the embeddings, [B, T, D], or None.
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
     token_types: int32[B, T], of a model that has them; None: all 0.
+    source: what the encoder of an encoder-decoder reads; the other tokens are its decoder's.
 
   Returns:
     (dtype[B, T, D], Routing with a leading axis of the layers that have experts, in order; None for
@@ -218,9 +233,73 @@ def routed(
   x = embed_and_head.embedded(arch, params, tokens, where, dtype, token_types)
   if noise is not None:
     x = x + noise.astype(dtype)
-  context, routings = _context(arch, where, where), []
-  context = dataclasses.replace(context, relative=embed_and_head.relative(arch, params, dtype))
-  for i, (pattern, repeats) in enumerate(arch.stacks):
+  more = {'remat': remat, 'dropout_keys': dropout_keys}
+  stacks, read = arch.side(is_encoder=False), None
+  if source is not None:
+    read = dataclasses.replace(source, states=encode(arch, params, source, dtype=dtype, **more))
+  context = _context(arch, where, where, stacks)
+  context = _with_tables(arch, params, context, stacks, x.shape[1], dtype)
+  x, routing = _through(arch, params, x, dataclasses.replace(context, source=read), stacks, **more)
+  return embed_and_head.normed(arch, params, x), routing
+
+
+def encode(
+  arch: Architecture,
+  params: dict,
+  source: Source,
+  *,
+  dtype: jnp.dtype,
+  remat: str = 'none',
+  dropout_keys: jax.Array | None = None,
+) -> jax.Array:
+  """Returns the states that the encoder of an encoder-decoder gives its decoder, dtype[B, S, D];
+  for the arguments see `routed`.
+  """
+  x = embed_and_head.embedded(arch, params, source.tokens, source.where, dtype)
+  stacks, where = arch.side(is_encoder=True), source.where
+  context = _context(arch, where, where, stacks)
+  context = _with_tables(arch, params, context, stacks, x.shape[1], dtype)
+  more = {'remat': remat, 'dropout_keys': dropout_keys}
+  x, _ = _through(arch, params, x, context, stacks, **more)
+  return embed_and_head.encoder_normed(arch, params, x)
+
+
+def _with_tables(
+  arch: Architecture,
+  params: dict,
+  context: Context,
+  stacks: Sequence[int],
+  length: int,
+  dtype: jnp.dtype,
+) -> Context:
+  """Returns the context with what the blocks of some stacks need of tables of positions.
+
+  length: above every position.
+  """
+  mixers = (b.mixer for i in stacks for b in arch.stacks[i][0])
+  own = dict.fromkeys(m for m in mixers if isinstance(m, AttentionSpec) and m.relative)
+  tables = {m: params['relative_bias'][m.relative.name] for m in own}
+  biases = {
+    m: relative_bias.by_distance(t, length, m.relative, m.causal) for m, t in tables.items()
+  }
+  relative = embed_and_head.relative(arch, params, dtype)
+  return dataclasses.replace(context, relative=relative, biases=biases)
+
+
+def _through(
+  arch: Architecture,
+  params: dict,
+  x: jax.Array,
+  context: Context,
+  stacks: Sequence[int],
+  *,
+  remat: str,
+  dropout_keys: jax.Array | None,
+) -> tuple[jax.Array, Routing | None]:
+  """Returns x dtype[B, T, D] after some stacks, and what their routers did; see `routed`."""
+  routings = []
+  for i in stacks:
+    pattern, repeats = arch.stacks[i]
 
     def body(x, layer, i=i, pattern=pattern):
       (weights, keys), found = layer, []
@@ -236,7 +315,7 @@ def routed(
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
     x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
     routings += [_in_order(found)] if found else []
-  return embed_and_head.normed(arch, params, x), _joined(routings)
+  return x, _joined(routings)
 
 
 def apply(*arguments: Any, **named: Any) -> jax.Array:
@@ -294,6 +373,35 @@ def _layer_keys(keys: jax.Array, repeats: int) -> jax.Array:
   )
 
 
+def begin(
+  arch: Architecture, params: dict, source: Source, capacity: int, *, dtype: jnp.dtype
+) -> Cache:
+  """Returns the cache of the decoder of an encoder-decoder before its first token, with the keys
+  and values of what its encoder read.
+
+  Args:
+    arch: the architecture.
+    params: nested dict.
+    source: what the encoder reads, [B, S].
+    capacity: tokens of the decoder that the cache has room for.
+    dtype: compute dtype.
+  """
+  states = encode(arch, params, source, dtype=dtype)
+  cache = kv_cache.empty(arch, len(states), capacity, dtype)
+  found = {}
+  for slot, kind, _ in arch.blocks():
+    if kind.cross is None:
+      continue
+    definition, (stack, block) = _block(arch, slot, kind)[0], slot.split('/')
+
+    def keys_and_values(_, weights, definition=definition):
+      return None, nnx.merge(definition, weights).cross.keys_and_values(states)
+
+    _, (keys, values) = jax.lax.scan(keys_and_values, None, params[stack][block])
+    found[slot] = {cross_attention.KEYS: keys, cross_attention.VALUES: values}
+  return Cache(cache.entries, cache.states | found, cache.tokens, source.where)
+
+
 def decode(
   arch: Architecture,
   params: dict,
@@ -325,12 +433,18 @@ def decode(
   key = Tokens(
     put(cache.tokens.segments, where.segments), put(cache.tokens.positions, where.positions)
   )
-  context = _context(arch, where, key)
+  stacks = arch.side(is_encoder=False)
+  context = _context(arch, where, key, stacks)
+  context = _with_tables(arch, params, context, stacks, key.positions.shape[1], dtype)
+  if cache.source is not None:
+    context = dataclasses.replace(context, source=Source(None, cache.source))
   x = embed_and_head.embedded(arch, params, tokens, where, dtype)
-  slots = [slot for slot, _, _ in arch.blocks()]
+  slots = [*cache.entries.keys() | cache.states.keys()]
   kept = {n: cache.entries.get(n, {}) | cache.states.get(n, {}) for n in slots}
   routings = []
-  for i, (pattern, repeats) in enumerate(arch.stacks):
+  for i in stacks:
+    pattern, repeats = arch.stacks[i]
+
     # The cache is a carry: as scan inputs and outputs it would be copied whole at every step.
     def body(carry, layer, i=i, pattern=pattern):
       x, kept = carry
@@ -352,5 +466,5 @@ def decode(
     {slot: {n: kept[slot][n] for n in names} for slot, names in arrays.items()}
     for arrays in (cache.entries, cache.states)
   )
-  out = embed_and_head.normed(arch, params, x), Cache(entries, states, key)
+  out = embed_and_head.normed(arch, params, x), Cache(entries, states, key, cache.source)
   return (*out, _joined(routings)) if routed else out
