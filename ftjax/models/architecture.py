@@ -5,7 +5,7 @@ A model is a list of stacks, `((pattern, repeats), ...)`: a pattern is a tuple o
 stack scans over its repeats. Llama-style models are one stack of one spec. Parameter names follow:
 `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats.
 
-The kind of a mixer or of an MLP is the class of its spec; transformer.py maps the class to the
+The kind of a mixer or of an MLP is the class of its spec; block.py maps the class to the
 module that computes it. A new kind is a new spec class and one row there. The defaults of all
 fields are Llama's. families/ makes architectures from a config.json. This file imports no jax:
 converting a file needs it, and should start quickly.

@@ -8,7 +8,7 @@ and never makes all logits."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,47 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import cross_attention, embed_and_head, kv_cache, lora, relative_bias, rope
-from ftjax.models.architecture import (
-  Architecture,
-  AttentionSpec,
-  BlockSpec,
-  DeltaNetSpec,
-  DisentangledSpec,
-  GatedMlpSpec,
-  MlpSpec,
-  MoeSpec,
-)
-from ftjax.models.attention import Tokens, attend
-from ftjax.models.cross_attention import CrossAttention, Source
-from ftjax.models.delta_net import DeltaNet
-from ftjax.models.disentangled import Disentangled
+from ftjax.models.architecture import Architecture, AttentionSpec
+from ftjax.models.attention import Tokens
+from ftjax.models.block import Block, Context, layer_definition
+from ftjax.models.cross_attention import Source
 from ftjax.models.embed_and_head import fold
 from ftjax.models.kv_cache import Cache, Memory
-from ftjax.models.layers import Declared, Dropout, Linear, Normalize, rounded, scaled
-from ftjax.models.mlp import GatedMlp, Mlp
-from ftjax.models.moe import Moe
+from ftjax.models.layers import Declared, Dropout, Linear, rounded
 from ftjax.models.routing import Routing
 from ftjax.runtime.sharding import gathered
-
-# (rotary embedding, head_dim) -> (cos, sin), each float32[B, T, R/2], R: rotated coordinates.
-Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-  """What the blocks of one forward pass share: segments and positions of the queries and of the
-  keys, the rotary angles of the queries, the table of relative positions [P, D] where there is one,
-  what is added to the scores by distance (relative_bias.by_distance), in a decoder what its encoder
-  read, and in a training step the dropout of adapters.
-  """
-
-  query: Tokens
-  key: Tokens
-  angles: Angles
-  relative: jax.Array | None = None
-  biases: Mapping[AttentionSpec, jax.Array] = dataclasses.field(default_factory=dict)
-  source: Source | None = None
-  dropout: Dropout | None = None
 
 
 def _context(arch: Architecture, query: Tokens, key: Tokens, stacks: Sequence[int]) -> Context:
@@ -70,112 +38,12 @@ def _context(arch: Architecture, query: Tokens, key: Tokens, stacks: Sequence[in
   return Context(query, key, {k: rope.angles(*k, query.positions, lengths) for k in kinds})
 
 
-class Attention(nnx.Module):
-  """Grouped-query attention with what its spec has of rotary positions, norms, gate and caps."""
-
-  q_norm = k_norm = gate = None
-
-  def __init__(self, model_dim: int, spec: AttentionSpec):
-    d, n, k, h = model_dim, spec.num_heads, spec.num_kv_heads, spec.head_dim
-    heads, kv = ('batch', 'seq', 'heads', 'head_dim'), ('batch', 'seq', 'kv_heads', 'head_dim')
-    bias = spec.qkv_bias
-    self.spec = spec
-    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
-    self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
-    self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
-    out = ('batch', 'seq', 'act_embed')
-    self.o = Linear((n, h), (d,), ('heads', 'head_dim', 'embed'), out, spec.out_bias)
-    if spec.gate:
-      self.gate = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads)
-    if spec.qk_norm is not None and spec.qk_norm_width == 'all':
-      self.q_norm = Normalize((n, h), spec.qk_norm, heads[2:])
-      self.k_norm = Normalize((k, h), spec.qk_norm, kv[2:])
-    elif spec.qk_norm is not None:
-      self.q_norm, self.k_norm = (Normalize((h,), spec.qk_norm) for _ in 'qk')
-
-  def __call__(self, x, context: Context, memory: Memory | None):
-    spec, drop = self.spec, context.dropout
-    q, k = _normalized(self.q_norm, self.q(x, drop)), _normalized(self.k_norm, self.k(x, drop))
-    if spec.rope is not None:
-      angles = context.angles[spec.rope, spec.head_dim]
-      q, k = rope.rotate(q, *angles), rope.rotate(k, *angles)
-      q = rope.scale_queries(spec.rope, q, context.query.positions)
-    if spec.scale is not None:  # attend divides by sqrt(head_dim)
-      q = scaled(q, spec.scale * spec.head_dim**0.5)
-    v = self.v(x, drop)
-    if memory is not None:
-      (k, v), memory = memory.append(keys=k, values=v)
-    where = context.query, context.key
-    if spec.relative is None:
-      y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal)
-    else:
-      y = relative_bias.attend(q, k, v, context.biases[spec], *where, spec.causal)
-    if self.gate is not None:
-      y = y * jax.nn.sigmoid(self.gate(x, drop))
-    return self.o(y, drop), memory
-
-
-# The class of a spec is the kind; the module computes it.
-MIXERS = {AttentionSpec: Attention, DeltaNetSpec: DeltaNet, DisentangledSpec: Disentangled}
-MLPS = {GatedMlpSpec: GatedMlp, MlpSpec: Mlp, MoeSpec: Moe}
-
-
-class Block(nnx.Module):
-  """A mixer and an MLP with residuals. x [B, T, D] in the compute dtype."""
-
-  def __init__(self, arch: Architecture, spec: BlockSpec):
-    dim = arch.model_dim
-    if spec.norm_placement not in ('before', 'after', 'both', 'residual'):
-      raise ValueError(
-        f'norm_placement={spec.norm_placement!r}; expected before, after, both or residual'
-      )
-    before, after = spec.norm_placement in ('before', 'both'), spec.norm_placement != 'before'
-    self.on_residual = spec.norm_placement == 'residual'
-    self.residual_scale = spec.residual_scale
-    self.attn_norm = Normalize((dim,), spec.norm) if before and spec.mixer_norm else None
-    self.attn = MIXERS[type(spec.mixer)](dim, spec.mixer)
-    self.attn_out_norm = Normalize((dim,), spec.norm) if after else None
-    self.cross_norm = Normalize((dim,), spec.norm) if spec.cross else None
-    self.cross = CrossAttention(dim, spec.cross) if spec.cross else None
-    self.mlp_norm = Normalize((dim,), spec.norm) if before else None
-    self.mlp = MLPS[type(spec.mlp)](dim, spec.mlp)
-    self.mlp_out_norm = Normalize((dim,), spec.norm) if after else None
-
-  def __call__(self, x, context: Context, memory: Memory | None):
-    """Returns (x, memory, Routing; None without experts). memory: what the mixer has in the cache;
-    None in training.
-    """
-    y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
-    x = self._added(x, self.attn_out_norm, y)
-    if self.cross is not None:
-      x = x + self.cross(self.cross_norm(x), context, memory)
-    y = _normalized(self.mlp_norm, x)
-    y, routing = self.mlp(y, context.query.segments, context.dropout)
-    return self._added(x, self.mlp_out_norm, y), memory, routing
-
-  def _added(self, x: jax.Array, norm: Normalize | None, y: jax.Array) -> jax.Array:
-    """Returns the residual stream x after a branch whose output is y."""
-    y = y if self.on_residual else _normalized(norm, y)
-    x = x + (y if self.residual_scale == 1 else scaled(y, self.residual_scale))
-    return _normalized(norm, x) if self.on_residual else x
-
-
-def _normalized(norm: Normalize | None, x: jax.Array) -> jax.Array:
-  return x if norm is None else norm(x)
-
-
-@functools.cache
-def _block(arch: Architecture, slot: str, spec: BlockSpec) -> lora.Definition:
-  """Returns (graph definition, {name: Declared}) of the block of a slot `stack{i}/block{j}`."""
-  return lora.define(Block(arch, spec), f'{slot}/', arch)
-
-
 @functools.cache
 def declared(arch: Architecture) -> dict[str, Declared]:
   """Returns flat {name: declaration} of the whole model, block leaves with their L axis."""
   out = dict(embed_and_head.definition(arch)[1])
   for slot, kind, repeats in arch.blocks():
-    for name, p in _block(arch, slot, kind)[1].items():
+    for name, p in layer_definition(arch, slot, kind)[1].items():
       stacked = p._replace(shape=(repeats, *p.shape), axes=('layers', *p.axes))
       out[f'{slot}/{name}'] = stacked
   return out
@@ -305,7 +173,7 @@ def _through(
       (weights, keys), found = layer, []
       for j, kind in enumerate(pattern):
         slot = f'stack{i}/block{j}'
-        block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
+        block = nnx.merge(layer_definition(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, fold(keys, slot))
         here = dataclasses.replace(context, dropout=drop)
         x, _, routing = block(x, here, None)
@@ -355,7 +223,7 @@ def merged(arch: Architecture, params: dict, name: str, layer: jax.Array | None)
     weights = jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False), params[stack][block]
     )
-    module = nnx.merge(_block(arch, f'{stack}/{block}', spec_of)[0], weights)
+    module = nnx.merge(layer_definition(arch, f'{stack}/{block}', spec_of)[0], weights)
   *folders, last = path
   for folder in folders:
     module = module[folder] if isinstance(module, nnx.Dict) else getattr(module, folder)
@@ -392,7 +260,7 @@ def begin(
   for slot, kind, _ in arch.blocks():
     if kind.cross is None:
       continue
-    definition, (stack, block) = _block(arch, slot, kind)[0], slot.split('/')
+    definition, (stack, block) = layer_definition(arch, slot, kind)[0], slot.split('/')
 
     def keys_and_values(_, weights, definition=definition):
       return None, nnx.merge(definition, weights).cross.keys_and_values(states)
@@ -451,7 +319,7 @@ def decode(
       (weights, index), found = layer, []
       for j, kind in enumerate(pattern):
         name = f'stack{i}/block{j}'
-        block = nnx.merge(_block(arch, name, kind)[0], weights[f'block{j}'])
+        block = nnx.merge(layer_definition(arch, name, kind)[0], weights[f'block{j}'])
         x, memory, routing = block(x, context, Memory(kept[name], index, at))
         kept = kept | {name: memory.arrays}
         found += [] if routing is None or not routed else [routing]

@@ -1,5 +1,5 @@
-"""T5, v1.1 and mT5 against transformers, on the small models of t5_cases.py: names and shapes of the
-files, logits, gradients, buckets of distances, import and export.
+"""T5, v1.1 and mT5 against transformers, on the small models of t5_cases.py: names and shapes of
+the files, logits, gradients, buckets of distances, import and export.
 """
 
 import json
