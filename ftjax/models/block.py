@@ -1,5 +1,5 @@
-"""One layer: a mixer and an MLP with residuals, as its spec describes them, and what the layers of a
-forward pass share. transformer.py scans over them.
+"""A layer: a mixer and an MLP with residuals, as its spec describes them, and what the layers of a
+forward pass have in common. transformer.py scans over them.
 """
 
 import dataclasses

@@ -69,4 +69,6 @@ def _with_a_key(query: Tokens, source: Tokens) -> Tokens:
   query that sees no key at all is NaN in some kernels, also in the gradients of the others.
   """
   first = jax.sharding.reshard(source.segments, spec('batch', None))[:, :1]
+  first = jnp.broadcast_to(first, query.segments.shape)
+  first = jax.sharding.reshard(first, spec('batch', 'seq'))
   return dataclasses.replace(query, segments=jnp.where(query.segments == 0, first, query.segments))
