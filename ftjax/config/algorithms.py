@@ -3,104 +3,13 @@ of an algorithm. Everything but this table is written without the name of an alg
 
 An algorithm outside of this package is a record of its own, named `algorithm='module:RECORD'`."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import ml_collections
-
 from ftjax.config import choices
+from ftjax.config.algorithm import Algorithm, Auxiliary, Config
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 
-Config = ml_collections.ConfigDict
-
 # Log-probs of both completions of a row under the reference, where they come with the batches.
 REFERENCE_FIELDS = ('ref_first', 'ref_second')
-
-
-@dataclasses.dataclass(frozen=True)
-class Auxiliary:
-  """A model that a run needs in addition to the one it trains.
-
-  Attributes:
-    name: of its parameters in the state, where it stands there.
-    place: 'state': part of the training state, read by every step; 'rollout': in memory outside of
-      the state, read when a rollout is made; 'cache': its log-probs are computed once and come with
-      the batches.
-    source_key: config key that names its folder; '' or an empty value: the model that training
-      starts from.
-    is_trained: with the policy, in the same optimizer step.
-    has_score: whether it has a score for a head: a reward model or a value model.
-    has_own_architecture: whether a model in the state has the architecture of its folder, and not
-      the policy's.
-  """
-
-  name: str
-  place: str
-  source_key: str = ''
-  is_trained: bool = False
-  has_score: bool = False
-  has_own_architecture: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-  """What a config, an experiment and a plan ask of an algorithm.
-
-  Functions take the config. A direction is 'min' or 'max': whether smaller or larger is better.
-
-  Attributes:
-    module: dotted name of the module that implements it, with `make_loss(forward, c)`
-      (a LossFn) and `build(run)` (experiment/fit.Parts).
-    measured: what an evaluation measures, {name: direction}; checkpoint.best_metric may name them.
-    headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
-      of an evaluation begins, the most important one first).
-    reads: sections and keys of the config that this algorithm reads and not every other does.
-    example: shape of a training example: 'text', 'pair', 'label' or 'score'.
-    on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
-    rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
-    completions_per_row: completions that share one row of seq_len tokens.
-    is_relative: whether completions are compared with others of their prompt, so that prompts with
-      equal rewards may be replaced by others (rollout.redraws).
-    fields: float arrays that a batch has in addition to those of data/batches.py: (of each token,
-      of each row).
-    needs_old_logp: whether a rollout needs the trainer's own log-probs of its tokens before the
-      first update on it.
-    auxiliary: the other models of a run.
-    num_labels: Architecture.num_labels of the trained model; 1 for a reward model.
-    fixed: keys that may not change when a run resumes, in addition to those of every algorithm.
-    fixed_in_rollout: keys that may not change between two updates on one rollout.
-    check: raises ConfigError for settings that do not go together.
-    keys: hyperparameters of its own with their defaults. They are keys of the section `custom`.
-  """
-
-  module: str
-  measured: Callable[[Config], Mapping[str, str]]
-  headline: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]]
-  reads: tuple[str, ...] = ()
-  example: Callable[[Config], str] = lambda c: 'text'
-  on_rollouts: bool = False
-  rows_per_prompt: Callable[[Config], int] = lambda c: c.rollout.group
-  completions_per_row: int = 1
-  is_relative: Callable[[Config], bool] = lambda c: False
-  fields: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]] = lambda c: ((), ())
-  needs_old_logp: Callable[[Config], bool] = lambda c: False
-  auxiliary: Callable[[Config], tuple[Auxiliary, ...]] = lambda c: ()
-  num_labels: int = 0
-  fixed: tuple[str, ...] = ()
-  fixed_in_rollout: tuple[str, ...] = ()
-  check: Callable[[Config], None] = lambda c: None
-  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    for name, usual in self.keys.items():
-      if not name.isidentifier() or not isinstance(usual, bool | int | float | str | tuple):
-        raise ConfigError(
-          f'{self.module}: keys has {name!r}: {usual!r}; expected a name with True, False, a '
-          'number, a text or a tuple as its default'
-        )
-
 
 # Parts that several rows share.
 
@@ -367,6 +276,40 @@ _ONLINE_DPO = Algorithm(
   **_TRAINED_ON_ROLLOUTS,
 )
 
+_SPAN_KEYS = ('span_corruption.density', 'span_corruption.mean_length')
+# The loss without neftune, which adds noise to what a decoder reads.
+_SOURCE_LOSS = ('loss.label_smoothing', 'loss.z_loss', 'loss.dynamic')
+_SEQ2SEQ = Algorithm(
+  module='ftjax.algorithms.seq2seq',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', *_SOURCE_LOSS, 'data.packing', *_WEIGHED, *_ALTERED),
+  example=lambda c: 'source_target',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_WEIGHED, *_ALTERED),
+)
+
+
+def _check_span_corruption(c: Config) -> None:
+  own = c.span_corruption
+  if not 0 < own.density < 1 or own.mean_length < 1:
+    raise ConfigError(
+      f'span_corruption.density={own.density}, span_corruption.mean_length={own.mean_length}; '
+      'expected a share between 0 and 1, and at least 1 token'
+    )
+
+
+_SPAN_CORRUPTION = Algorithm(
+  module='ftjax.algorithms.seq2seq',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', 'span_corruption', *_SOURCE_LOSS, 'data.packing'),
+  example=lambda c: 'document',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_SPAN_KEYS),
+  check=_check_span_corruption,
+)
+
 ALGORITHMS: dict[str, Algorithm] = {
   'sft': _SFT,
   'dpo': _DPO,
@@ -376,6 +319,8 @@ ALGORITHMS: dict[str, Algorithm] = {
   'best_of_n': _BEST_OF_N,
   'online_dpo': _ONLINE_DPO,
   'distill': _DISTILL,
+  'seq2seq': _SEQ2SEQ,
+  'span_corruption': _SPAN_CORRUPTION,
 }
 
 
@@ -411,6 +356,11 @@ def place(c: Config, name: str) -> str:
 def is_packed(c: Config) -> bool:
   """Returns whether several examples share a row."""
   return c.data.packing and 'data.packing' in of(c).reads
+
+
+def source_len(c: Config) -> int:
+  """Returns the tokens that an encoder reads in a row of the batch; 0 for other algorithms."""
+  return (c.seq2seq.source_len or c.seq_len) if of(c).reads_source else 0
 
 
 def is_read(c: Config, key: str) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import numpy as np
 
 from ftjax.data.order import Mixture
+from ftjax.data.policy import TEXT_SHAPES
+from ftjax.data.sides import Sides
 from ftjax.data.token_cache import Corpus
 
 Batch = dict[str, np.ndarray]
@@ -95,9 +97,18 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
 class Stream:
   """Training batches by step number; stateless."""
 
-  def __init__(self, mixture: Mixture, corpora: Sequence[Corpus], seq_len: int, batch_size: int):
-    """Joins a schedule with the corpora of its sources, in the same order."""
-    self._mixture, self._corpora = mixture, tuple(corpora)
+  def __init__(
+    self,
+    mixture: Mixture,
+    corpora: Sequence[Corpus],
+    seq_len: int,
+    batch_size: int,
+    sides: Sides | None = None,
+  ):
+    """Joins a schedule with the corpora of its sources, in the same order; sides: of examples for
+    an encoder-decoder.
+    """
+    self._mixture, self._corpora, self._sides = mixture, tuple(corpora), sides
     self.seq_len, self.batch_size = seq_len, batch_size
 
   def batch(self, step: int, rows: Collection[int] | None = None) -> Batch:
@@ -107,16 +118,22 @@ class Stream:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
       tokens[t + 1] where that token is supervised and of the same example, else 0. The weight is
       then 1, or that of the example (Corpus.weights), else 0. The sides of a pair are segments 1
-      and 2 of its row.
+      and 2 of its row. For an encoder-decoder the arrays of sides.py.
     """
-    first = self._corpora[0]
-    batch = empty(self.batch_size, self.seq_len, first.shape, first.columns)
+    first, sides = self._corpora[0], self._sides
+    if sides is not None:
+      batch = sides.empty(self.batch_size)
+    else:
+      batch = empty(self.batch_size, self.seq_len, first.shape, first.columns)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
       corpus = self._corpora[row.source]
-      _fill(batch, i, corpus, row.examples, other)
-      if corpus.shape == 'text':
+      if sides is not None:
+        sides.fill(batch, i, corpus, row.examples, row.epoch)
+      else:
+        _fill(batch, i, corpus, row.examples, other)
+      if corpus.shape in TEXT_SHAPES:
         _weigh(batch, i, corpus, row.examples)
     return batch
 
@@ -147,6 +164,7 @@ def eval_batches(
   *,
   packed: bool,
   wanted: Collection[int] | None = None,
+  sides: Sides | None = None,
 ) -> Iterator[Batch]:
   """Yields batches with every example once, in order; the last one is padded.
 
@@ -156,10 +174,12 @@ def eval_batches(
     seq_len: T.
     packed: put consecutive examples into one row while they fit, or one in each.
     wanted: rows of each batch to read, the others are padding; None: all.
+    sides: of examples for an encoder-decoder.
   """
-  rows = list(_fill_in_order(corpus.lengths, seq_len, packed))
+  lengths = corpus.lengths if sides is None else sides.lengths(corpus)
+  rows = list(_fill_in_order(lengths, seq_len, packed))
   for start in range(0, len(rows), batch_size):
-    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted)
+    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted, sides)
 
 
 def batch_of(
@@ -168,14 +188,21 @@ def batch_of(
   batch_size: int,
   seq_len: int,
   wanted: Collection[int] | None = None,
+  sides: Sides | None = None,
 ) -> Batch:
   """Returns a batch of rows, each given by the indices of its examples, and padding.
 
-  A labeled example is mismatched with the next one of the corpus. `wanted` as in eval_batches.
+  A labeled example is mismatched with the next one of the corpus. `wanted`, `sides` as in
+  eval_batches; documents are corrupted as in epoch 0.
   """
-  batch = empty(batch_size, seq_len, corpus.shape, corpus.columns)
+  if sides is not None:
+    batch = sides.empty(batch_size)
+  else:
+    batch = empty(batch_size, seq_len, corpus.shape, corpus.columns)
   for i, ids in enumerate(rows):
-    if wanted is None or i in wanted:
+    if sides is not None and (wanted is None or i in wanted):
+      sides.fill(batch, i, corpus, ids, epoch=0)
+    elif wanted is None or i in wanted:
       other = functools.partial(corpus.example, (ids[0] + 1) % len(corpus))
       _fill(batch, i, corpus, ids, other)
   return batch

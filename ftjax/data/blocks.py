@@ -17,9 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from ftjax.data import encode, formats, labeled_examples, preference_rows, row_numbers
+from ftjax.data import (
+  encode,
+  example_shapes,
+  formats,
+  labeled_examples,
+  preference_rows,
+  row_numbers,
+)
 from ftjax.data.formats import Bad
-from ftjax.data.policy import Policy
+from ftjax.data.policy import TEXT_SHAPES, Policy
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.tokenizer import Tokenizer
 
@@ -158,7 +165,7 @@ def split(
     last = (file, line)
     packed.append(_pack(file, line, row))
     size += len(packed[-1])
-    if form is None and shape == 'text' and not isinstance(row, Bad):
+    if form is None and shape in TEXT_SHAPES and not isinstance(row, Bad):
       form = _detected(row)
     if len(packed) >= BLOCK_ROWS or size >= BLOCK_BYTES:
       yield Block(number, first, last, packed, form_before)
@@ -215,7 +222,7 @@ class BlockTokenizer:
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
-      if policy.shape != 'text':
+      if not policy.is_text:
         return preference_rows.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
       return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
@@ -226,7 +233,7 @@ class BlockTokenizer:
     """Returns (the example of a row and its altered copies, or Bad; its numbers that are not the
     usual ones)."""
     example = self._parse(row)
-    if isinstance(example, Bad) or self._policy.shape != 'text':
+    if isinstance(example, Bad) or not self._policy.is_text:
       return (example if isinstance(example, Bad) else [example]), {}
     try:
       weight, difficulty = row_numbers.read(row)
@@ -238,21 +245,15 @@ class BlockTokenizer:
 
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
-    found = (
-      formats.unread(row, self._form) if shape == 'text' else preference_rows.unread(row, shape)
-    )
+    is_text = self._policy.is_text
+    found = formats.unread(row, self._form) if is_text else preference_rows.unread(row, shape)
     for column in sorted(found):
       self._columns.add(column, (file, line))
 
   def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
     parsed = [(file, line, *self._parse_all(row)) for file, line, row in rows]
     good = [one for _, _, own, _ in parsed for one in (() if isinstance(own, Bad) else own)]
-    found = (
-      encode.encode(good, self._tokenizer, self._policy.loss_on)
-      if self._policy.shape == 'text'
-      else labeled_examples.encode(good, self._tokenizer)
-    )
-    encoded = iter(found)
+    encoded = iter(example_shapes.encode(good, self._tokenizer, self._policy))
     for (_, _, row), (file, line, own, numbers) in zip(rows, parsed, strict=True):
       self._counts.rows += 1
       results = own if isinstance(own, Bad) else [next(encoded) for _ in own]
@@ -284,13 +285,13 @@ class BlockTokenizer:
 
   def _add(self, example: encode.Encoded, file: int, line: int) -> None:
     counts, policy = self._counts, self._policy
-    fit = labeled_examples.fit if example.boundary else encode.fit
-    if example.boundary:
+    is_pair = policy.shape == 'pair'
+    if is_pair:
       chosen, rejected = labeled_examples.over(example, policy.seq_len)
       counts.chosen_over += chosen
       counts.rejected_over += rejected
     try:
-      kept = fit(example, policy.seq_len, policy.on_overlength)
+      kept = example_shapes.fit(example, policy)
     except ValueError as error:
       self._refused.add(str(error), (file, line))
       return
@@ -300,7 +301,7 @@ class BlockTokenizer:
       else:
         counts.unsupervised += 1
       return
-    if kept.boundary and labeled_examples.is_identical(kept):
+    if is_pair and labeled_examples.is_identical(kept):
       counts.identical += 1
       return
     counts.truncated += len(kept.tokens) < len(example.tokens)

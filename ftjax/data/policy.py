@@ -1,8 +1,13 @@
 """The settings of tokenizing that the tokens of a row depend on."""
 
 import dataclasses
+from typing import Any
 
 from ftjax.data import augment, formats
+
+# Shapes of examples whose rows are in the forms of formats.py: one text; what an encoder reads and
+# a decoder writes; documents of which spans are cut out.
+TEXT_SHAPES = ('text', 'source_target', 'document')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,19 @@ class Policy:
   augment_templates: tuple[str, ...] = ()
   augment_copies: int = 0
   augment_seed: int = 0
+  source_len: int = 0
+
+  @property
+  def is_text(self) -> bool:
+    """Whether rows are in the forms of formats.py, and not those of preference data."""
+    return self.shape in TEXT_SHAPES
+
+  def facts(self) -> dict[str, Any]:
+    """Returns the settings for a fingerprint. One that was added later is left out where it has its
+    default, so that older caches are found.
+    """
+    found = dataclasses.asdict(self)
+    return {k: v for k, v in found.items() if v or k != 'source_len'}
 
   def copies(self, example: formats.Example) -> list[formats.Example]:
     """Returns the altered copies of an example; none without augmentation.

@@ -16,6 +16,7 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.data.sides import ARRAYS as SOURCE_ARRAYS
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import (
   adapters,
@@ -153,7 +154,7 @@ class Run:
     """
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
-    names = (*ARRAYS, *by_token)
+    names = (*ARRAYS, *by_token, *(SOURCE_ARRAYS if algorithms.source_len(self.config) else ()))
     where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
     return dict.fromkeys(names, where) | dict.fromkeys(
       by_row, NamedSharding(self.mesh, sharding.spec(*axes))
@@ -165,9 +166,11 @@ class Run:
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
     floats = ('weights', *by_token, *by_row)
+    sizes = dict.fromkeys(by_row, shape[:2])
+    sizes |= dict.fromkeys(SOURCE_ARRAYS, (*shape[:2], algorithms.source_len(c)))
     return {
       k: jax.ShapeDtypeStruct(
-        shape[:2] if k in by_row else shape,
+        sizes.get(k, shape),
         jnp.float32 if k in floats else jnp.int32,
         sharding=s,
       )
@@ -183,8 +186,9 @@ class Run:
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     own = local_rows(where['tokens'], shape, 0)
+    how = dict(packed=algorithms.is_packed(c), wanted=own, sides=self.data.sides)
     for corpus in corpora:
-      for batch in eval_batches(corpus, *shape, packed=algorithms.is_packed(c), wanted=own):
+      for batch in eval_batches(corpus, *shape, **how):
         yield place(batch, where)
 
   def load_params(self, source: str, dtype: str) -> dict:
@@ -308,6 +312,25 @@ def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> dict[str, str]:
   return pinned
 
 
+def _check_kind(c: ml_collections.ConfigDict, arch: Architecture) -> None:
+  """Refuses an encoder-decoder where the algorithm has no rows for its encoder, and others where it
+  has.
+  """
+  if arch.is_encoder_decoder == bool(algorithms.source_len(c)):
+    return
+  model = f'model.path={c.model.path}' if c.model.path else 'model.random'
+  if arch.is_encoder_decoder:
+    raise ConfigError(
+      f'algorithm={c.algorithm}: {model} is an encoder-decoder (family {arch.family!r}), whose '
+      'encoder reads the prompt. Set algorithm=seq2seq for rows with a prompt and an answer, '
+      'algorithm=span_corruption for documents, or give a decoder (docs/families.md)'
+    )
+  raise ConfigError(
+    f'algorithm={c.algorithm} trains encoder-decoders, and {model} is a model of kind '
+    f'{arch.kind!r} (family {arch.family!r}). Give a T5 (docs/families.md), or set algorithm=sft'
+  )
+
+
 def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
   """Returns a run without data and files, to compile its step; `mesh` is the current one.
 
@@ -354,7 +377,10 @@ def _keep_programs(folder: str) -> None:
 
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
-  """Raises ConfigError when a size does not divide, before anything is compiled."""
+  """Raises ConfigError when a size does not divide, or the algorithm trains models of another kind,
+  before anything is compiled.
+  """
+  _check_kind(c, arch)
   declared = kinds.declared(arch)
   try:
     sharding.check_divides(
@@ -377,11 +403,13 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
         f'{key} = {rows} rows cannot be split over {size} devices (mesh.data x fsdp x expert)'
       )
   size = mesh.shape['context']
-  if size > 1 and c.seq_len % (2 * size):
-    raise ConfigError(
-      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
-      'chunks of a row'
-    )
+  lengths = {'seq_len': c.seq_len, 'seq2seq.source_len': algorithms.source_len(c)}
+  for key, length in lengths.items():
+    if size > 1 and length % (2 * size):
+      raise ConfigError(
+        f'{key}={length} is no multiple of 2 x mesh.context={2 * size}: a device takes two chunks '
+        'of a row'
+      )
   if c.moe.balance != BALANCE_OF_MODEL and not arch.mixtures():
     raise ConfigError(
       f'moe.balance={c.moe.balance}: the model has no experts; leave it at {BALANCE_OF_MODEL:g}'

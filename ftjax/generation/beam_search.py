@@ -42,8 +42,8 @@ class Beams:
   def __post_init__(self):
     if self.count < 1 or self.early_stopping not in EARLY_STOPPING:
       raise ConfigError(
-        f'num_beams={self.count}, early_stopping={self.early_stopping!r}; expected at least 1 beam '
-        f'and one of {", ".join(EARLY_STOPPING)}'
+        f'eval.num_beams (--num_beams)={self.count}, early_stopping={self.early_stopping!r}; '
+        f'expected at least 1 beam, and one of {", ".join(EARLY_STOPPING)}'
       )
 
 

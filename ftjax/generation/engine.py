@@ -108,8 +108,8 @@ class Engine:
     if beams.count > 1:
       if not arch.is_encoder_decoder:
         raise ConfigError(
-          f'num_beams={beams.count}: beam search is for encoder-decoders, and the model is of kind '
-          f'{arch.kind!r} (family {arch.family!r}); leave it at 1'
+          f'eval.num_beams (--num_beams)={beams.count}: beam search is for encoder-decoders, and '
+          f'the model is of kind {arch.kind!r} (family {arch.family!r}); leave it at 1'
         )
       self._search = BeamSearch(arch, dtype, self.stop_ids, beams, vocab_size)
 

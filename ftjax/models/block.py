@@ -60,7 +60,7 @@ class Attention(nnx.Module):
     heads, kv = ('batch', 'seq', 'heads', 'head_dim'), ('batch', 'seq', 'kv_heads', 'head_dim')
     bias = spec.qkv_bias
     self.spec = spec
-    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias)
+    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, bias, spec.query_fan_in(d))
     self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, bias)
     out = ('batch', 'seq', 'act_embed')

@@ -40,7 +40,8 @@ class CrossAttention(nnx.Module):
     d, n, k, h = model_dim, own.num_heads, own.num_kv_heads, own.head_dim
     heads, kv = ('batch', 'seq', 'heads', 'head_dim'), ('batch', 'seq', 'kv_heads', 'head_dim')
     self.spec = own
-    self.q = Linear((d,), (n, h), ('embed', 'heads', 'head_dim'), heads, own.qkv_bias)
+    axes, fan_in = ('embed', 'heads', 'head_dim'), own.query_fan_in(d)
+    self.q = Linear((d,), (n, h), axes, heads, own.qkv_bias, fan_in)
     self.k = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, own.qkv_bias)
     self.v = Linear((d,), (k, h), ('embed', 'kv_heads', 'head_dim'), kv, own.qkv_bias)
     out = ('batch', 'seq', 'act_embed')

@@ -69,7 +69,9 @@ class EmbedAndHead(nnx.Module):
 
   def __init__(self, arch: Architecture):
     shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
-    table = declare(shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
+    # T5's random embeddings have a variance of 1, and its tied head scales what it multiplies.
+    fan_in = 1 if arch.encoder_stacks else arch.model_dim
+    table = declare(shape, ('vocab', 'embed'), fan_in, padding=padding)
     self.embed = nnx.Dict(w=table)
     dim = arch.model_dim
     if arch.encoder_stacks:

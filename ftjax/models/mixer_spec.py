@@ -103,6 +103,13 @@ class AttentionSpec:
     """Heads that `mesh.tensor` must divide."""
     return self.num_kv_heads
 
+  def query_fan_in(self, model_dim: int) -> int:
+    """Returns the numbers that set the initial variance of the queries' weights: where scores are
+    not divided by sqrt(head_dim) (T5), random queries are as much smaller.
+    """
+    is_t5 = self.scale == 1.0 and self.rope is None
+    return model_dim * self.head_dim if is_t5 else model_dim
+
   @property
   def inner(self) -> int:
     """Numbers of a token between the projections."""
