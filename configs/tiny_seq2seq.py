@@ -1,4 +1,4 @@
-"""A small T5 with random weights learns sums of numbers below 20: its encoder reads the question, and
+"""A small T5 with random weights learns sums of numbers below 20: its encoder reads the question,
 its decoder writes the answer. Seconds on a CPU.
 """
 

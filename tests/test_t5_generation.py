@@ -16,6 +16,7 @@ from ftjax.generation.batch import Conversation
 from ftjax.generation.beam_search import Beams
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
+from ftjax.generation.scorer import Scorer
 from ftjax.models.forward import Forward
 from ftjax.runtime.errors import ConfigError
 
@@ -114,6 +115,7 @@ def test_a_wide_beam_finds_the_best_of_all_completions():
   assert found.logprobs.sum() / len(found.tokens) ** penalty == pytest.approx(scores[best])
 
 
+@pytest.mark.full
 def test_a_search_depends_on_no_other_row():
   params, made = t5_models.params(NAME), engine(beams=Beams(2, 1.3), slots=4)
   how = {'max_tokens': [7, 3, 9, 5, 8], 'sampling': Sampling(), 'seed': 0}
@@ -146,3 +148,20 @@ def test_what_cannot_be_generated_is_refused():
     Engine(t5_models.architecture(NAME), jnp.float32, (), 0, slots=1)
   with pytest.raises(ConfigError, match='early_stopping'):
     Beams(2, 1.0, 'often')
+
+
+def test_the_score_of_a_choice_is_its_log_probability():
+  """By the full forward pass; choices of different lengths after prompts of different lengths."""
+  arch, params = t5_models.architecture(NAME), t5_models.params(NAME)
+  choices = [[[4, 5, 6], [7]], [[8, 2], [3, 3, 3, 9]]]
+  prompts = [PROMPTS[1], PROMPTS[4]]
+  scorer = Scorer(arch, jnp.float32, jax.sharding.get_mesh(), START)
+  found = scorer.score(params, prompts, choices)
+  source, inside, labels, segments = np.zeros((4, 4, 40), np.int32)
+  for i in range(4):
+    prompt, choice = prompts[i // 2], choices[i // 2][i % 2]
+    source[i, : len(prompt)], inside[i, : len(prompt)] = prompt, 1
+    labels[i, : len(choice)], segments[i, : len(choice)] = choice, 1
+  batch = t5_models.batch(source, inside, labels, segments)
+  logp = np.asarray(jax.jit(Forward(arch, jnp.float32).token_logprobs)(params, batch))
+  np.testing.assert_allclose(found.reshape(-1), (logp * segments).sum(-1), atol=1e-4)

@@ -2,8 +2,8 @@
 
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
-distance from the right one. 'sums:N:BELOW', and likewise the others, has terms below BELOW instead
-of 100. The tokenizer has one token a byte and a ChatML template.
+distance from the right one, 'texts:N' are documents like "7 + 5 = 12". 'sums:N:BELOW', and likewise
+the others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML template.
 """
 
 import dataclasses
@@ -74,20 +74,29 @@ def _labeled(kind: str, count: int, below: int) -> list[dict]:
   return rows
 
 
+def _document(row: dict) -> dict:
+  return {'text': ' '.join(m['content'] for m in row['messages'])}
+
+
 def resolve(spec: Spec, folder: str) -> Spec:
   """Writes the rows of a synthetic source to a file in `folder`, and returns the file as source.
 
   For gs:// the file is in the local mirror of the folder. Other sources are returned unchanged.
   """
   kind, *sizes = spec.path.split(':')
-  is_synthetic = kind in ('sums', 'pairs', 'labels', 'scores') and len(sizes) in (1, 2)
+  kinds = ('sums', 'texts', 'pairs', 'labels', 'scores')
+  is_synthetic = kind in kinds and len(sizes) in (1, 2)
   if not is_synthetic or not all(size.isdigit() for size in sizes):
     return spec
   count, below = [*map(int, sizes), BELOW][:2]
   name = f'{kind}-{count}' if below == BELOW else f'{kind}-{count}-below-{below}'
   path = files.local_mirror(folder) / f'{name}.jsonl'
   path.parent.mkdir(parents=True, exist_ok=True)
-  rows = sums(count, below) if kind == 'sums' else _labeled(kind, count, below)
+  if kind in ('sums', 'texts'):
+    rows = sums(count, below)
+    rows = [_document(row) for row in rows] if kind == 'texts' else rows
+  else:
+    rows = _labeled(kind, count, below)
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   # Other processes may be reading the file: it is replaced atomically, and only where it differs.
   if not (path.exists() and path.read_text() == text):

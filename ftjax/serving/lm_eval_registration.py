@@ -89,6 +89,11 @@ def load(args: dict[str, Any], batch_size: int) -> LmEvalModel:
   settings = generator.Settings(base=args.get('base', ''), family=args.get('family', ''))
   model, params = generator.load_model(args['path'], mesh, dtype, settings)
   tokenizer = model.tokenizer
+  if model.arch.is_encoder_decoder:
+    raise ConfigError(
+      f'--model_args path={args["path"]}: an encoder-decoder (family {model.arch.family!r}); lm-eval '
+      'asks decoders here'
+    )
   engine = Engine(
     *(model.arch, dtype, model.stop_ids, tokenizer.pad_id),
     slots=batch_size,
