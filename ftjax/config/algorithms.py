@@ -300,7 +300,7 @@ def _check_span_corruption(c: Config) -> None:
 
 
 _SPAN_CORRUPTION = Algorithm(
-  module='ftjax.algorithms.seq2seq',
+  module='ftjax.algorithms.span_corruption',
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: _BY_SHAPE['text'],
   reads=('seq2seq', 'span_corruption', *_SOURCE_LOSS, 'data.packing'),

@@ -35,6 +35,7 @@ POSITIVE = (
   'log.every',
   'eval.max_tokens',
   'eval.samples',
+  'eval.num_beams',
   'eval.in_loop_rows',
   'eval.endpoint.concurrency',
   'eval.endpoint.timeout',

@@ -3,7 +3,8 @@
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one, 'texts:N' are documents like "7 + 5 = 12". 'sums:N:BELOW', and likewise
-the others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML template.
+the others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML
+template.
 """
 
 import dataclasses

@@ -316,6 +316,11 @@ def _check_kind(c: ml_collections.ConfigDict, arch: Architecture) -> None:
   """Refuses an encoder-decoder where the algorithm has no rows for its encoder, and others where it
   has.
   """
+  if c.eval.num_beams > 1 and not arch.is_encoder_decoder:
+    raise ConfigError(
+      f'eval.num_beams={c.eval.num_beams}: beam search is for encoder-decoders, and the model is '
+      f'of kind {arch.kind!r} (family {arch.family!r}); leave it at 1'
+    )
   if arch.is_encoder_decoder == bool(algorithms.source_len(c)):
     return
   model = f'model.path={c.model.path}' if c.model.path else 'model.random'

@@ -108,8 +108,8 @@ ROWS = (
 
 
 def is_scaled(config: Mapping[str, Any]) -> bool:
-  """Returns whether the inputs of the head are scaled by d_model**-0.5: in T5 where the config.json
-  says so, or where its head is not said to be another than the embedding; in mT5 never.
+  """Returns whether the inputs of the head are scaled by d_model**-0.5: in T5 by its own key, or
+  where tie_word_embeddings is not false; in mT5 never.
   """
   if config.get('model_type') != 't5':
     return False

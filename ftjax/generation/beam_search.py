@@ -70,14 +70,14 @@ class _Found:
 class _State:
   """A search. running: the completions that are extended, best first; their score is the sum of
   log-probabilities. finished: the best finished ones, best first. is_finished bool[B, K]: of
-  `finished`, which are none before. can_improve bool[B], goes_on bool[B].
+  `finished`, which are none before. can_improve bool[B], continues bool[B].
   """
 
   running: _Found
   finished: _Found
   is_finished: jax.Array
   can_improve: jax.Array
-  goes_on: jax.Array
+  continues: jax.Array
 
 
 class BeamSearch:
@@ -148,7 +148,7 @@ class BeamSearch:
 
     def should_continue(carry):
       i, _, _, state = carry
-      return (i < most) & jnp.any(state.goes_on)
+      return (i < most) & jnp.any(state.continues)
 
     zero = jnp.zeros((), jnp.int32)
     *_, state = jax.lax.while_loop(should_continue, step, (zero, cache, token, state))
@@ -185,7 +185,7 @@ class BeamSearch:
     running = dataclasses.replace(longer, score=open_score).take(chosen)
     finished, is_finished = self._merged(state, longer, ends, i + 1)
     new = self._settled(running, finished, is_finished, state, ends.all(-1), i + 1, most_of_row)
-    keeps = state.goes_on
+    keeps = state.continues
     new = jax.tree.map(
       lambda a, b: jnp.where(keeps.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state
     )
@@ -213,7 +213,7 @@ class BeamSearch:
   def _settled(
     self, running, finished, is_finished, state: _State, all_end, length, most_of_row
   ) -> _State:
-    """Returns the state with whether each row's search goes on."""
+    """Returns the state with whether each row's search continues."""
     early, penalty = self._beams.early_stopping, self._beams.length_penalty
     longest = length.astype(jnp.float32)
     if early == 'never' and penalty > 0:
@@ -222,8 +222,8 @@ class BeamSearch:
     worst = jnp.where(is_finished, finished.score.min(-1, keepdims=True), _NEVER)
     can_improve = state.can_improve & (possible[:, None] > worst).any(-1)
     is_done = is_finished.all(-1) & (early == 'true')
-    goes_on = can_improve & ~is_done & ~all_end
-    return _State(running, finished, is_finished, can_improve, goes_on)
+    continues = can_improve & ~is_done & ~all_end
+    return _State(running, finished, is_finished, can_improve, continues)
 
 
 def _begin(rows: int, count: int, most: int) -> _State:

@@ -91,8 +91,8 @@ def load(args: dict[str, Any], batch_size: int) -> LmEvalModel:
   tokenizer = model.tokenizer
   if model.arch.is_encoder_decoder:
     raise ConfigError(
-      f'--model_args path={args["path"]}: an encoder-decoder (family {model.arch.family!r}); lm-eval '
-      'asks decoders here'
+      f'--model_args path={args["path"]}: an encoder-decoder (family {model.arch.family!r}); '
+      'expected a decoder for lm-eval'
     )
   engine = Engine(
     *(model.arch, dtype, model.stop_ids, tokenizer.pad_id),
