@@ -17,16 +17,16 @@ def get_config():
   c.model.path = '.cache/t5_en_fr'
   c.data.train = f'{_DATA}/train.jsonl'
   c.data.on_overlength = 'drop'  # what is longer than the rows: most are one line
-  c.epochs = 30.0
+  c.epochs = 5.0
   c.batch_size = 16  # packed sequences
   c.seq_len = 96
   c.optim.lr = 2e-3
   c.optim.schedule = 'linear'
   c.optim.warmup_steps = 50
   c.loss.label_smoothing = 0.1
-  c.checkpoint.every = 200
+  c.checkpoint.every = 150
   c.checkpoint.keep = 1
-  c.eval.every = 200
+  c.eval.every = 150
   c.eval.batch_size = 32
   c.eval.tasks = (f'translation=translation:{_DATA}/test.jsonl',)
   c.eval.in_loop = ('translation',)
