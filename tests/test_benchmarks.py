@@ -14,6 +14,7 @@ import tiny_model
 import tiny_run
 
 from ftjax.data import synthetic
+from ftjax.experiment.model import open_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'demo').glob('*.py')])
@@ -486,3 +487,20 @@ def test_label_errors(script, tmp_path, capsys):
   assert [f['flipped'] for f in found] == [6] * 6 + [0] * 6
   assert found[0]['recall'] >= 0.8 and found[0]['precision'] >= 0.8
   assert found[0]['doubted'] >= found[5]['doubted'] and found[6]['recall'] is None
+
+
+def test_a_small_t5_of_a_set_of_rows(script, tmp_path):
+  """Its vocabulary has T5's layout, and its texts come back; the folder is one that a run opens."""
+  texts = ('the quick brown fox jumps over the lazy dog', 'hello world and thank you')
+  rows = [{'messages': [{'role': 'user', 'content': t}]} for t in texts * 9]
+  sizes = ('--vocab_size=60', '--sentinels=3', '--d_model=16', '--d_kv=4', '--d_ff=16')
+  given = (tmp_path / 'a b', write(tmp_path / 'rows.jsonl', rows), *sizes, '--num_layers=1')
+  script('demo', 't5_folder', *given)['main']()
+  model = open_model(str(tmp_path / 'a b'), {}, 0)
+  tokens = model.tokenizer
+  assert model.arch.is_encoder_decoder and tokens.start_id == 0
+  assert [tokens.find(t) for t in ('<pad>', '</s>', '<unk>')] == [0, 1, 2]
+  last = tokens.vocab_size - 1
+  assert [tokens.find(f'<extra_id_{i}>') for i in range(3)] == [last, last - 1, last - 2]
+  assert [tokens.decode(tokens.encode(t)) for t in texts] == list(texts)
+  assert not any('user' in tokens.token(i) for i in range(tokens.vocab_size))

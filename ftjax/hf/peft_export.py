@@ -226,6 +226,8 @@ _TASKS = {'sequence': 'SEQ_CLS', 'token': 'TOKEN_CLS', 'span': 'QUESTION_ANS'}
 
 def _task_type(arch: Architecture) -> str | None:
   """Returns PEFT's name of a model's task; it has none for masked language models."""
+  if arch.is_encoder_decoder:
+    return 'SEQ_2_SEQ_LM'
   return _TASKS.get(arch.task, None if arch.is_encoder else 'CAUSAL_LM')
 
 
