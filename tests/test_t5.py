@@ -18,6 +18,7 @@ from ftjax.families import table
 from ftjax.hf import load
 from ftjax.models import counts, kinds, relative_bias
 from ftjax.models.mixer_spec import RelativeBias
+from ftjax.planning import known_models
 from ftjax.runtime import trees
 from ftjax.runtime.errors import DataError
 
@@ -218,3 +219,17 @@ def test_counts_follow_from_what_is_declared():
   assert counts.matmul_params(arch) == 67 * 24 + 7 * attention + 5 * mlp
   found = {n for n in kinds.linear_maps(arch) if '/cross/' in n}
   assert found == {f'stack1/block0/cross/{m}' for m in 'qkvo'}
+
+
+@pytest.mark.parametrize(
+  ('name', 'params'),
+  [
+    ('t5-small', 60_506_624),
+    ('t5-base', 222_903_552),
+    ('flan-t5-base', 247_577_856),
+    ('flan-t5-xl', 2_849_757_184),
+    ('mt5-small', 300_176_768),
+  ],
+)
+def test_known_shapes_have_the_published_numbers_of_parameters(name, params):
+  assert counts.num_params(table.architecture(known_models.SHAPES[name])) == params
