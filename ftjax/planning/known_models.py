@@ -153,6 +153,10 @@ def _t5(dim, ffn, heads, layers) -> dict:
     'd_ff': ffn,
     'num_heads': heads,
     'num_layers': layers,
+    'feed_forward_proj': 'relu',
+    'relative_attention_num_buckets': 32,
+    'relative_attention_max_distance': 128,
+    'layer_norm_epsilon': 1e-6,
     'is_encoder_decoder': True,
     'tie_word_embeddings': True,
   }
