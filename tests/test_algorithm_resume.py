@@ -57,7 +57,8 @@ def arguments(algorithm, workdir):
     return tiny_run.arguments(workdir, *settings)
   if algorithm in ENCODER_DECODERS:
     settings = ('steps=8', 'checkpoint.every=1', 'checkpoint.keep=8', 'eval.every=3')
-    settings += ('grad_accum=2', 'eval.prompts=()', *ENCODER_DECODERS[algorithm])
+    settings += ('grad_accum=2', 'eval.prompts=()', 'optim.warmup_steps=0')
+    settings += ENCODER_DECODERS[algorithm]
     entry = [f'--config=tiny_{algorithm}', f'--workdir={workdir}']
     return [*entry, *(f'--config.{s}' for s in settings)]
   if algorithm in SETTINGS:
