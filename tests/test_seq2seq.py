@@ -115,3 +115,19 @@ def test_what_is_refused(config, changes, words, tmp_path):
   code, printed = train(tmp_path, config=config, **changes)
   assert code in (2, 3), printed
   assert all(w in printed for w in words), printed
+
+
+@pytest.mark.full
+def test_beams_are_part_of_what_scores_depend_on(tuned):
+  """Greedy answers are not taken for those of a beam search, whose scores are kept."""
+  workdir, _ = tuned
+  rows = workdir.parent
+  tasks = (f'sums=translation:{rows}/rows.jsonl',)
+  words = keys(steps=3, eval__tasks=repr(tasks), eval__max_tokens=4, eval__every=2)
+  command = ['--config=tiny_seq2seq', f'--workdir={workdir}', *words]
+  kept = {p.name for p in (workdir / 'eval' / 'base').glob('sums.*')}
+  assert len(kept) == 1
+  for beams, count in ((2, 1), (1, 2)):
+    code, printed = tiny_run.run('evaluate', [*command, f'--config.eval.num_beams={beams}'])
+    assert code == 0, printed
+    assert len(list((workdir / 'eval' / 'base').glob('sums.*'))) == count
