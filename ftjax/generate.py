@@ -37,6 +37,19 @@ _TOP_K = flags.DEFINE_integer(
 )
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Nucleus sampling: total probability of the candidates.')
 flags.register_validator('top_p', lambda p: 0 < p <= 1, 'expected a number above 0 and not above 1')
+_BEAMS = flags.DEFINE_integer(
+  'num_beams', 1, 'Completions that a beam search extends together, of an encoder-decoder; 1: none.'
+)
+_PENALTY = flags.DEFINE_float(
+  'length_penalty', 1.0, 'Beam search: log-probability / tokens**length_penalty is compared.'
+)
+_EARLY = flags.DEFINE_enum(
+  'early_stopping',
+  'false',
+  ['false', 'true', 'never'],
+  'When a beam search ends: no completion at its present length could be better, enough are '
+  'finished, or none could be better at any length.',
+)
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A string that ends the completion and is left out; may be repeated.'
 )
@@ -81,6 +94,7 @@ def main() -> None:
   if _STEPS.value:
     _score_steps()
     return
+  from ftjax.generation.beam_search import Beams
   from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
 
@@ -98,6 +112,7 @@ def main() -> None:
       dtype=_DTYPE.value,
       family=_FAMILY.value,
       base=_BASE.value,
+      beams=Beams(_BEAMS.value, _PENALTY.value, _EARLY.value),
     ),
   )
   if _PROMPT.value is not None:

@@ -75,7 +75,8 @@ class Algorithm:
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
     example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags',
-      'document' or 'steps'.
+      'masked' or 'steps'; for encoder-decoders 'source_target' or 'document'.
+    reads_source: whether it trains encoder-decoders, whose encoder has rows of its own.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
     completions_per_row: completions that share one row of seq_len tokens.
@@ -103,6 +104,7 @@ class Algorithm:
   headline: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]]
   reads: tuple[str, ...] = ()
   example: Callable[[Config], str] = lambda c: 'text'
+  reads_source: bool = False
   on_rollouts: bool = False
   rows_per_prompt: Callable[[Config], int] = lambda c: c.rollout.group
   completions_per_row: int = 1

@@ -281,6 +281,40 @@ _ONLINE_DPO = Algorithm(
   **_TRAINED_ON_ROLLOUTS,
 )
 
+_SPAN_KEYS = ('span_corruption.density', 'span_corruption.mean_length')
+# The loss without neftune, which adds noise to what a decoder reads.
+_SOURCE_LOSS = ('loss.label_smoothing', 'loss.z_loss', 'loss.dynamic')
+_SEQ2SEQ = Algorithm(
+  module='ftjax.algorithms.seq2seq',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', *_SOURCE_LOSS, 'data.packing', *_WEIGHED, *_ALTERED),
+  example=lambda c: 'source_target',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_WEIGHED, *_ALTERED),
+)
+
+
+def _check_span_corruption(c: Config) -> None:
+  own = c.span_corruption
+  if not 0 < own.density < 1 or own.mean_length < 1:
+    raise ConfigError(
+      f'span_corruption.density={own.density}, span_corruption.mean_length={own.mean_length}; '
+      'expected a share between 0 and 1, and at least 1 token'
+    )
+
+
+_SPAN_CORRUPTION = Algorithm(
+  module='ftjax.algorithms.span_corruption',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', 'span_corruption', *_SOURCE_LOSS, 'data.packing'),
+  example=lambda c: 'document',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_SPAN_KEYS),
+  check=_check_span_corruption,
+)
+
 ALGORITHMS: dict[str, Algorithm] = {
   'sft': _SFT,
   'dpo': _DPO,
@@ -290,6 +324,8 @@ ALGORITHMS: dict[str, Algorithm] = {
   'best_of_n': _BEST_OF_N,
   'online_dpo': _ONLINE_DPO,
   'distill': _DISTILL,
+  'seq2seq': _SEQ2SEQ,
+  'span_corruption': _SPAN_CORRUPTION,
 } | label_algorithms.ROWS
 
 
@@ -325,6 +361,11 @@ def place(c: Config, name: str) -> str:
 def is_packed(c: Config) -> bool:
   """Returns whether several examples share a row."""
   return c.data.packing and 'data.packing' in of(c).reads
+
+
+def source_len(c: Config) -> int:
+  """Returns the tokens that an encoder reads in a row of the batch; 0 for other algorithms."""
+  return (c.seq2seq.source_len or c.seq_len) if of(c).reads_source else 0
 
 
 def is_read(c: Config, key: str) -> bool:

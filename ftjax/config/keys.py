@@ -22,6 +22,7 @@ def default() -> Section:
   optim_keys.add_loss(c)
   _add_moe(c)
   _add_distill(c)
+  _add_seq2seq(c)
   _add_dpo(c)
   _add_reward_model(c)
   label_keys.add_labels(c)
@@ -185,6 +186,15 @@ def _add_distill(c: Section) -> None:
   c.distill.share = 0.5  # of the divergence in the loss; the rest is the likelihood of the token
 
 
+def _add_seq2seq(c: Section) -> None:
+  c.seq2seq = Section()
+  # Tokens of a packed sequence that an encoder reads; 0: as many as its decoder, seq_len.
+  c.seq2seq.source_len = 0
+  c.span_corruption = Section()
+  c.span_corruption.density = 0.15  # share of the tokens of a document that are noise
+  c.span_corruption.mean_length = 3.0  # tokens of a span of noise, on average
+
+
 def _add_dpo(c: Section) -> None:
   c.dpo = Section()
   c.dpo.loss = 'sigmoid'  # sigmoid is DPO's; the others are described in docs/preference.md
@@ -326,6 +336,8 @@ def _add_eval(c: Section) -> None:
   c.eval.stop = ()  # texts that end a completion of a task; they are not part of it
   c.eval.samples = 1  # completions of each prompt of a task, for pass@k and maj@k
   c.eval.temperature = 0.0  # of these completions; 0: greedy
+  c.eval.num_beams = 1  # completions that a beam search extends, of encoder-decoders; 1: none
+  c.eval.length_penalty = 1.0  # beams: log-probability / tokens**length_penalty is compared
   # Examples before each prompt for another comparison: the base model with so many examples.
   c.eval.shots = 0
   # Where they come from: 'task=path', a source of rows of the task's form; other tasks take

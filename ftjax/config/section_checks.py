@@ -175,6 +175,11 @@ def _check_eval(c: ml_collections.ConfigDict) -> None:
     raise ConfigError('eval.in_loop needs eval.every: the steps between two evaluations')
   if not 0 < c.eval.max_share <= 1:
     raise ConfigError(f'eval.max_share={c.eval.max_share}; expected a share in (0, 1]')
+  if c.eval.num_beams > 1 and (c.eval.temperature or c.eval.samples > 1):
+    raise ConfigError(
+      f'eval.num_beams={c.eval.num_beams} with eval.temperature={c.eval.temperature} and '
+      f'eval.samples={c.eval.samples}: a beam search draws nothing; leave these at 0 and 1'
+    )
   if c.eval.samples > 1 and not c.eval.temperature:
     raise ConfigError(
       f'eval.samples={c.eval.samples} with eval.temperature=0 would give equal completions; set '

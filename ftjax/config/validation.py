@@ -36,6 +36,7 @@ POSITIVE = (
   'log.every',
   'eval.max_tokens',
   'eval.samples',
+  'eval.num_beams',
   'eval.in_loop_rows',
   'eval.endpoint.concurrency',
   'eval.endpoint.timeout',

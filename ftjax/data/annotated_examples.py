@@ -36,7 +36,7 @@ def encode(
 
   `Encoded.supervised` marks the tokens of the texts, and not those that the tokenizer adds.
   """
-  if annotation.kind == 'document':
+  if annotation.kind == 'masked':
     return _encode_documents(rows, tokenizer, seq_len)
   if annotation.kind == step_rows.SHAPE:
     return step_rows.encode(rows, tokenizer, annotation.separator)

@@ -3,7 +3,7 @@
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
-second term, 'tags:N' its words with a tag for even and odd terms, 'documents:N' question and answer
+second term, 'tags:N' its words with a tag for even and odd terms, 'texts:N' question and answer
 as one text, 'steps:N' its terms as two steps, of which an odd second one is wrong. 'sums:N:BELOW',
 and likewise the others, has terms below BELOW instead of 100. The tokenizer has one token a byte
 and a ChatML template.
@@ -94,7 +94,7 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
   for row in sums(count, below):
     text = row['messages'][0]['content']
     words = text.split()
-    if kind == 'documents':
+    if kind == 'texts':
       rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
       continue
     if kind == 'steps':
@@ -112,7 +112,7 @@ _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
   for make, kinds in (
     (_labeled, ('pairs', 'labels', 'scores')),
-    (_annotated, ('classes', 'tags', 'documents', 'steps')),
+    (_annotated, ('classes', 'tags', 'texts', 'steps')),
   )
   for kind in kinds
 }

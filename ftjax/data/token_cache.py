@@ -62,8 +62,9 @@ class Corpus:
   Attributes:
     name: the source's name, for messages.
     lengths: int32[n], tokens of each example.
-    shape: the shape of an example: 'text', or one of preference_rows.SHAPES or
+    shape: the shape of an example: one of policy.TEXT_SHAPES, of preference_rows.SHAPES or of
       annotated_rows.SHAPES.
+    boundaries: int32[n], where the second side of an example begins; 0 for one side alone.
     tokens, supervised: number of tokens of all examples, and of supervised ones.
     counts: counts of the whole source.
     fingerprint: sha256 hex of the examples in order.
@@ -115,6 +116,8 @@ class Corpus:
     if index is not None:
       weights, self.difficulties = weights[index], self.difficulties[index]
     self.weights = None if (weights == 1).all() else weights
+    boundaries = arrays['boundaries']
+    self.boundaries = boundaries if index is None else boundaries[index]
     self.lengths = lengths
     self.tokens = int(lengths.sum(dtype=np.int64))
     self.supervised = int(supervised.sum(dtype=np.int64))
@@ -198,7 +201,7 @@ def cache_key(spec: Spec, tokenizer: Tokenizer, policy: Policy) -> str:
     'schema': SCHEMA,
     'content': sources.fingerprint(spec),
     'tokenizer': tokenizer.fingerprint,
-  } | dataclasses.asdict(policy)
+  } | policy.facts()
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -222,10 +225,10 @@ class Source:
     on_bad_row: 'error', or 'drop': unusable rows are left out, counted and listed.
     on_unrendered: 'error', or 'warn': rows with content that the template does not render are kept
       and counted.
-    shape: the shape of the rows: 'text', or one of preference_rows.SHAPES or
-      annotated_rows.SHAPES, which ignore `loss_on`.
+    shape: the shape of the rows, see Corpus; of others than 'text' `loss_on` is not read.
+    source_len: the most tokens that an encoder reads of an example, of the shape 'source_target'.
     annotation: of annotated rows.
-    augment, augment_templates, augment_copies, augment_seed: see augment.py; of shape 'text'.
+    augment, augment_templates, augment_copies, augment_seed: see augment.py; of TEXT_SHAPES.
     workers: processes that tokenize; 0: one for each core. The result does not depend on them.
     progress: show a bar while tokenizing.
   """
@@ -245,6 +248,7 @@ class Source:
   augment_templates: tuple[str, ...] = ()
   augment_copies: int = 0
   augment_seed: int = 0
+  source_len: int = 0
   annotation: Annotation = Annotation()  # noqa: RUF009 - frozen
 
   def policy(self) -> Policy:
@@ -258,6 +262,7 @@ class Source:
       *(self.spec.format, self.seq_len, self.loss_on, self.on_overlength),
       *(self.on_unrendered, self.shape, tuple(self.augment), tuple(self.augment_templates)),
       *((self.augment_copies, self.augment_seed) if self.augment else (0, 0)),
+      self.source_len,
       self.annotation,
     )
 

@@ -57,6 +57,11 @@ def check(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str,
     ConfigError: naming the key.
   """
   found = find(c, arch, config)
+  if arch.is_encoder_decoder and found.inner.attention:
+    raise ConfigError(
+      f'model.dropout.attention={c.model.dropout.attention}: attention with relative positions of an '
+      'encoder-decoder has no dropout; leave it at 0 or -1'
+    )
   drops = found.inner or found.classifier or (arch.adapter is not None and arch.adapter.dropout)
   if c.loss.r_drop and not drops:
     raise ConfigError(

@@ -16,6 +16,7 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.data.sides import ARRAYS as SOURCE_ARRAYS
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import (
   adapters,
@@ -176,7 +177,7 @@ class Run:
     """
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
-    names = (*ARRAYS, *by_token)
+    names = (*ARRAYS, *by_token, *(SOURCE_ARRAYS if algorithms.source_len(self.config) else ()))
     by_row = (*by_row, *algorithms.of(self.config).documents(self.config))
     wide = algorithms.of(self.config).wide(self.config)
     groups = ((names, (*axes, 'seq')), (by_row, axes), (wide, (*axes, 'seq', None)))
@@ -196,6 +197,8 @@ class Run:
     known |= dict.fromkeys(('weights', *by_token), (shape, 'float32'))
     known |= {k: ((*shape[:2], *rest), 'float32') for k, rest in whole.items()}
     known |= {k: ((*shape, n), dtype) for k, (n, dtype) in algorithms.of(c).wide(c).items()}
+    source = ((*shape[:2], algorithms.source_len(c)), 'int32')
+    known |= dict.fromkeys(SOURCE_ARRAYS, source)
     return {
       k: jax.ShapeDtypeStruct(known[k][0], jnp.dtype(known[k][1]), sharding=s)
       for k, s in self.batch_shardings(micro=True).items()
@@ -210,7 +213,7 @@ class Run:
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     settings = dict(packed=algorithms.is_packed(c), documents=algorithms.of(c).documents(c))
-    settings |= {'wanted': local_rows(where['tokens'], shape, 0)}
+    settings |= {'wanted': local_rows(where['tokens'], shape, 0), 'sides': self.data.sides}
     for corpus in corpora:
       for batch in eval_batches(corpus, *shape, **settings):
         yield place(batch, {k: where[k] for k in batch})
@@ -342,6 +345,30 @@ def _pin_models(c: ml_collections.ConfigDict, workdir: str) -> dict[str, str]:
   return pinned
 
 
+def _check_kind(c: ml_collections.ConfigDict, arch: Architecture) -> None:
+  """Refuses an encoder-decoder where the algorithm has no rows for its encoder, and others where it
+  has.
+  """
+  if c.eval.num_beams > 1 and not arch.is_encoder_decoder:
+    raise ConfigError(
+      f'eval.num_beams={c.eval.num_beams}: beam search is for encoder-decoders, and the model is '
+      f'of kind {arch.kind!r} (family {arch.family!r}); leave it at 1'
+    )
+  if arch.is_encoder_decoder == bool(algorithms.source_len(c)):
+    return
+  model = f'model.path={c.model.path}' if c.model.path else 'model.random'
+  if arch.is_encoder_decoder:
+    raise ConfigError(
+      f'algorithm={c.algorithm}: {model} is an encoder-decoder (family {arch.family!r}), whose '
+      'encoder reads the prompt. Set algorithm=seq2seq for rows with a prompt and an answer, '
+      'algorithm=span_corruption for documents, or give a decoder (docs/families.md)'
+    )
+  raise ConfigError(
+    f'algorithm={c.algorithm} trains encoder-decoders, and {model} is a model of kind '
+    f'{arch.kind!r} (family {arch.family!r}). Give a T5 (docs/families.md), or set algorithm=sft'
+  )
+
+
 def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -> Run:
   """Returns a run without data and files, to compile its step; `mesh` is the current one.
 
@@ -388,7 +415,10 @@ def _keep_programs(folder: str) -> None:
 
 
 def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
-  """Raises ConfigError when a size does not divide, before anything is compiled."""
+  """Raises ConfigError when a size does not divide, or the algorithm trains models of another kind,
+  before anything is compiled.
+  """
+  _check_kind(c, arch)
   declared = kinds.declared(arch)
   try:
     sharding.check_divides(
@@ -411,11 +441,13 @@ def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) ->
         f'{key} = {rows} rows cannot be split over {size} devices (mesh.data x fsdp x expert)'
       )
   size = mesh.shape['context']
-  if size > 1 and c.seq_len % (2 * size):
-    raise ConfigError(
-      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
-      'chunks of a row'
-    )
+  lengths = {'seq_len': c.seq_len, 'seq2seq.source_len': algorithms.source_len(c)}
+  for key, length in lengths.items():
+    if size > 1 and length % (2 * size):
+      raise ConfigError(
+        f'{key}={length} is no multiple of 2 x mesh.context={2 * size}: a device takes two chunks '
+        'of a row'
+      )
   if c.moe.balance != BALANCE_OF_MODEL and not arch.mixtures():
     raise ConfigError(
       f'moe.balance={c.moe.balance}: the model has no experts; leave it at {BALANCE_OF_MODEL:g}'

@@ -42,6 +42,7 @@ def writers(target: Path, tasks: tuple[str, ...]) -> list[list[str]]:
     ['make_prm_goldens.py', str(target)],
     ['make_rope_goldens.py', str(target)],
     ['make_router_goldens.py', str(target)],
+    ['make_t5_goldens.py', str(target)],
     ['make_template_goldens.py', str(target)],
     ['adamw_8bit.py', str(target)],
     ['plateau.py', str(target)],
