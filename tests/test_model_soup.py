@@ -120,6 +120,7 @@ def test_a_greedy_soup_keeps_what_does_not_lower_the_score():
   assert len(lines) == 7
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
   ('words', 'told'),
   [

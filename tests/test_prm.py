@@ -185,6 +185,7 @@ def trained(tmp_path_factory):
   return workdir, printed
 
 
+@pytest.mark.full
 def test_a_run_learns_which_step_is_right_and_its_export_scores_steps(trained, tmp_path):
   workdir, _ = trained
   rows = [json.loads(x) for x in (workdir / 'metrics.jsonl').read_text().splitlines()]

@@ -17,9 +17,11 @@ from tiny_model import place
 from ftjax import config
 from ftjax.algorithms import distill
 from ftjax.data import teacher_file
+from ftjax.experiment.model import open_model
+from ftjax.hf import export
 from ftjax.losses import distillation, top_k_distillation
 from ftjax.losses.distillation import DIVERGENCES, Distillation
-from ftjax.models import logit_chunks, top_k_head
+from ftjax.models import kinds, logit_chunks, top_k_head
 from ftjax.models.architecture import LogitSpec
 from ftjax.runtime.errors import ConfigError, DataError
 
@@ -170,7 +172,14 @@ def metrics_of(workdir):
 
 
 def keys(**changes):
-  base = dict(steps=3, optim__warmup_steps=0, eval__every=0, checkpoint__every=0, log__every=1)
+  base = dict(
+    steps=3,
+    data__train='sums:300:20',
+    optim__warmup_steps=0,
+    eval__every=0,
+    checkpoint__every=0,
+    log__every=1,
+  )
   base |= dict(eval__prompts='()', optim__schedule='constant', distill__temperature=1.5)
   return [f'--config.{k.replace("__", ".")}={v}' for k, v in (base | changes).items()]
 
@@ -182,15 +191,20 @@ def run(entry, workdir=None, **changes):
 
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
-  """The export of a model of another width and depth, one step old."""
-  workdir = tmp_path_factory.mktemp('teacher')
-  sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-  words = [f'--config.model.random.{k}={v}' for k, v in sizes.items()]
-  words += ['--config.steps=1', '--config.seed=3', '--config.eval.every=0']
-  words += ['--config.optim.warmup_steps=0']
-  code, printed = tiny_run.run('train', ['--config=tiny_sft', f'--workdir={workdir}', *words])
-  assert code == 0, printed
-  return workdir / 'export'
+  """A model of another width and depth."""
+  folder = tmp_path_factory.mktemp('teacher') / 'export'
+  sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+  model = open_model('', sizes | dict(max_position_embeddings=128), 0)
+  export.export(
+    kinds.init(model.arch, jax.random.key(3)),
+    model.arch,
+    folder,
+    source_config=model.config,
+    tokenizer_files=model.files,
+    dtype=np.dtype(np.float32),
+    stop_ids=model.stop_ids,
+  )
+  return folder
 
 
 @pytest.fixture(scope='module')
