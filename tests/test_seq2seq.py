@@ -86,6 +86,7 @@ LLAMA = "{'hidden_size':16,'num_hidden_layers':1,'num_attention_heads':2,'interm
 REFUSED = [
   ('tiny_sft', {'model.random': T5}, ('algorithm=sft', 'encoder-decoder', 'algorithm=seq2seq')),
   ('tiny_dpo', {'model.random': T5}, ('algorithm=dpo', 'encoder-decoder')),
+  ('tiny_reward_model', {'model.random': T5}, ("'t5' takes neither labels nor a score",)),
   ('tiny_grpo', {'model.random': T5}, ('algorithm=grpo', 'encoder-decoder')),
   ('tiny_seq2seq', {'model.random': LLAMA, 'eval.num_beams': 1}, ('trains encoder-decoders',)),
   ('tiny_sft', {'eval.num_beams': 2}, ('eval.num_beams=2', 'beam search')),
@@ -107,7 +108,7 @@ REFUSED = [
 @pytest.mark.parametrize(
   ('config', 'changes', 'words'),
   [
-    pytest.param(*row, marks=[pytest.mark.full] * (i not in (0, 3, 8)))
+    pytest.param(*row, marks=[pytest.mark.full] * (i not in (0, 4, 9)))
     for i, row in enumerate(REFUSED)
   ],
 )

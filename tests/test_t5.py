@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import t5_models
 import tiny_model
+from safetensors.numpy import save_file
 from tiny_model import place, tokens_at
 
 from ftjax.families import table
@@ -192,6 +193,32 @@ def test_a_config_is_read_as_its_files_are(tmp_path):
   assert table.architecture(old) == arch
 
 
+def test_copies_of_the_embedding_are_passed_over(tmp_path):
+  """As old files have them, with a table that nothing reads and a head that equals the embedding; a
+  head that differs is one of its own.
+  """
+  tensors = {n: np.zeros(s, np.float32) for n, s in t5_models.shapes('t5').items()}
+  tensors['shared.weight'][1] = 1
+  name = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+  more = dict.fromkeys(
+    ('lm_head.weight', 'encoder.embed_tokens.weight', 'decoder.embed_tokens.weight'),
+    tensors['shared.weight'],
+  )
+  tensors |= more | {name: np.zeros((12, 6), np.float32)}
+  folder = tmp_path / 'a'
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(t5_models.config('t5')))
+  save_file(tensors, folder / 'model.safetensors')
+  arch = table.architecture(load.read_config(folder))
+  assert arch.tied and arch.logit_scale == 24**-0.5
+  load.check_tensors(load.open_model_source(folder, arch), arch)
+  tensors['lm_head.weight'] = tensors['shared.weight'] + 1
+  save_file(tensors, folder / 'model.safetensors')
+  arch = table.architecture(load.read_config(folder))
+  assert not arch.tied and arch.logit_scale == 24**-0.5
+  assert table.architecture(table.config(arch)) == arch
+
+
 @pytest.mark.parametrize(
   ('change', 'words'),
   [
@@ -202,6 +229,7 @@ def test_a_config_is_read_as_its_files_are(tmp_path):
     ({'relative_attention_max_distance': 3}, 'relative_attention_max_distance'),
     ({'is_encoder_decoder': False}, 'is_encoder_decoder'),
     ({'num_layers': 'two'}, 'num_layers'),
+    ({'architectures': ['T5ForSequenceClassification']}, 'ForConditionalGeneration'),
     ({'position_scale': 2.0}, 'position_scale'),
   ],
 )

@@ -13,7 +13,7 @@ import t5_models
 from tiny_model import TINY
 
 from ftjax.generation.batch import Conversation
-from ftjax.generation.beam_search import Beams
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.generation.scorer import Scorer
@@ -29,7 +29,7 @@ PROMPTS = [RNG.integers(1, VOCAB, n).tolist() for n in (1, 40, 2, 17, 5)]
 def engine(slots=3, beams=Beams(), stops=tuple(range(0, VOCAB, 9))):  # noqa: B008 - frozen
   arch = t5_models.architecture(NAME)
   return Engine(
-    arch, jnp.float32, stops, 0, slots=slots, tokens_per_dispatch=4, start_id=START, beams=beams
+    arch, jnp.float32, stops, 0, slots=slots, tokens_per_dispatch=4, writer=Writer(START, beams)
   )
 
 
@@ -92,9 +92,8 @@ def test_a_wide_beam_finds_the_best_of_all_completions():
   made = Engine(
     *(arch, jnp.float32, (stop,), 0),
     slots=1,
-    start_id=START,
     vocab_size=vocab,
-    beams=Beams(vocab**2, penalty, 'never'),
+    writer=Writer(START, Beams(vocab**2, penalty, 'never')),
   )
   (found,) = made.generate_at_once(params, [prompt], max_tokens=most, sampling=Sampling())
   texts = [
@@ -131,7 +130,7 @@ def test_a_search_depends_on_no_other_row():
 def test_meshes_change_no_completion(beams, use_mesh):
   def tokens(arch):
     stops = tuple(range(0, VOCAB, 9))
-    made = Engine(arch, jnp.float32, stops, 0, slots=8, start_id=START, beams=beams)
+    made = Engine(arch, jnp.float32, stops, 0, slots=8, writer=Writer(START, beams))
     params = t5_models.params(NAME, arch)
     found = made.generate_at_once(params, PROMPTS, max_tokens=9, sampling=Sampling())
     return [c.tokens for c in found]
@@ -143,7 +142,7 @@ def test_meshes_change_no_completion(beams, use_mesh):
 
 def test_what_cannot_be_generated_is_refused():
   with pytest.raises(ConfigError, match='beam search is for encoder-decoders'):
-    Engine(TINY, jnp.float32, (), 0, slots=1, beams=Beams(2))
+    Engine(TINY, jnp.float32, (), 0, slots=1, writer=Writer(beams=Beams(2)))
   with pytest.raises(ConfigError, match='decoder_start_token_id'):
     Engine(t5_models.architecture(NAME), jnp.float32, (), 0, slots=1)
   with pytest.raises(ConfigError, match='early_stopping'):

@@ -19,7 +19,7 @@ from ftjax.evaluation.model import Completion, Draw, Likelihood
 from ftjax.experiment.run import Run
 from ftjax.experiment.transcript import Transcripts
 from ftjax.generation import weights
-from ftjax.generation.beam_search import Beams
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.padding import bucket
@@ -60,8 +60,7 @@ class Programs:
       *(run.arch, self.dtype, run.model.stop_ids, tokenizer.pad_id),
       slots=self.batch_size,
       vocab_size=tokenizer.vocab_size,
-      start_id=tokenizer.start_id,
-      beams=Beams(c.eval.num_beams, c.eval.length_penalty),
+      writer=Writer(tokenizer.start_id, Beams(c.eval.num_beams, c.eval.length_penalty)),
     )
     self.scorer = Scorer(run.arch, self.dtype, run.mesh, tokenizer.start_id)
     self.transcripts = Transcripts(tokenizer, run.model.stop_ids)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ftjax.families import decoder
+from ftjax.families import decoder, label_head
 from ftjax.families.family import Family
 from ftjax.families.hf_config import HfConfig
 from ftjax.families.tensor_map import Row
@@ -152,6 +152,11 @@ def _mlp_spec(c: HfConfig) -> GatedMlpSpec | MlpSpec:
 def _read(c: HfConfig, family: str) -> Architecture:
   decoder.check_flag(c, 'is_encoder_decoder', True, of_class=False)
   decoder.check_flag(c, 'is_decoder', False, of_class=False)
+  if label_head.task(c):
+    raise DataError(
+      f'config.json: architectures={label_head.classes(c)}: a T5 with labels is not computed here; '
+      'expected the class ...ForConditionalGeneration'
+    )
   heads, head_dim = c.size('num_heads'), c.size('d_kv')
   buckets, longest = c.size(_BUCKETS), c.size(_LONGEST)
   norm, mlp = Norm(c.number('layer_norm_epsilon', of_class=True)), _mlp_spec(c)

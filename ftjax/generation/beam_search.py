@@ -47,6 +47,16 @@ class Beams:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Writer:
+  """How the decoder of an encoder-decoder writes: start_id, the token that it begins with, and
+  beams.
+  """
+
+  start_id: int | None = None
+  beams: Beams = Beams()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Found:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from ftjax.generation import batch as at_once
 from ftjax.generation.batch import Conversation
-from ftjax.generation.beam_search import Beams, BeamSearch
+from ftjax.generation.beam_search import BeamSearch, Writer
 from ftjax.generation.completion import Completion, Rollout
 from ftjax.generation.decoder import Request
 from ftjax.generation.encoder_decoder import Batches
@@ -76,8 +76,7 @@ class Engine:
       (Qwen2.5: 151,936 for 151,665 ids), which no training has seen and no text has tokens for.
       None: the model's.
     routed: whether the completions of `generate` have `choices`, of a model with experts.
-    start_id: token that the decoder of an encoder-decoder begins with.
-    beams: of beam search, which encoder-decoders alone have.
+    writer: of an encoder-decoder.
   """
 
   def __init__(
@@ -91,8 +90,7 @@ class Engine:
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
     vocab_size: int | None = None,
     routed: bool = False,
-    start_id: int | None = None,
-    beams: Beams = Beams(),  # noqa: B008 - frozen
+    writer: Writer = Writer(),  # noqa: B008 - frozen
   ):
     if slots < 1 or tokens_per_dispatch < 1:
       raise ConfigError(f'{slots=}, {tokens_per_dispatch=}: expected both to be at least 1')
@@ -100,8 +98,9 @@ class Engine:
     self.stop_ids, self.slots = tuple(stop_ids), slots
     self.tokens_per_dispatch = tokens_per_dispatch
     self._programs = Programs(arch, dtype, self.stop_ids, tokens_per_dispatch, vocab_size, routed)
-    self._start_id, self._search, self._beams = start_id, None, beams.count
-    if arch.is_encoder_decoder and start_id is None:
+    self._start_id, self._search, beams = writer.start_id, None, writer.beams
+    self._beams = beams.count
+    if arch.is_encoder_decoder and self._start_id is None:
       raise ConfigError(
         'an encoder-decoder needs decoder_start_token_id in generation_config.json or config.json'
       )

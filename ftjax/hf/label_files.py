@@ -56,6 +56,11 @@ def labeled(family: str, config: Mapping[str, Any], labels: Labels) -> dict[str,
     ConfigError: transformers has no class of the family for the task.
   """
   known = table.named(family)
+  if not known.tasks:
+    raise ConfigError(
+      f'the family {family!r} takes neither labels nor a score here; give a decoder or an encoder '
+      '(docs/families.md)'
+    )
   if labels.task not in known.tasks:
     raise ConfigError(
       f'the family {family!r} takes no labels of a {labels.task}: transformers has no '

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.generation.batch import Conversation
-from ftjax.generation.beam_search import Beams
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
@@ -77,8 +77,7 @@ class Generator:
       *(model.arch, dtype, ends, self.tokenizer.pad_id),
       slots=settings.batch_size,
       vocab_size=self.tokenizer.vocab_size,
-      start_id=self.tokenizer.start_id,
-      beams=settings.beams,
+      writer=Writer(self.tokenizer.start_id, settings.beams),
     )
     self._ended = stops(settings.stop, self.tokenizer)
     self._conversation = Conversation()

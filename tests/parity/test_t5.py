@@ -12,7 +12,7 @@ import t5_models
 from safetensors.numpy import load_file
 
 from ftjax.families import table, tensor_map
-from ftjax.generation.beam_search import Beams
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
 from ftjax.hf import export, layout, load
@@ -88,7 +88,7 @@ def test_export_after_import_is_the_identity(name, tmp_path):
 
 def engine(name, beams=Beams(), slots=4):  # noqa: B008 - frozen
   arch = t5_models.architecture(name)
-  return Engine(arch, jnp.float32, cases.STOPS, 0, slots=slots, start_id=cases.START, beams=beams)
+  return Engine(arch, jnp.float32, cases.STOPS, 0, slots=slots, writer=Writer(cases.START, beams))
 
 
 def completions(name, made):
