@@ -45,6 +45,11 @@ def find(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str, 
       f'model.dropout.classifier={given.classifier}: algorithm={c.algorithm} trains a language '
       f'model, which has no label head; leave it at {RATE_OF_MODEL:g}'
     )
+  if given.attention > 0 and arch.is_encoder_decoder:
+    raise ConfigError(
+      f'model.dropout.attention={given.attention}: attention with relative positions and cross '
+      'attention have no dropout; leave it at -1, and set model.dropout.residual'
+    )
   return Dropped(
     Rates(**{k: v for k, v in found.items() if k != 'classifier'}), found['classifier']
   )
@@ -57,11 +62,6 @@ def check(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str,
     ConfigError: naming the key.
   """
   found = find(c, arch, config)
-  if arch.is_encoder_decoder and found.inner.attention:
-    raise ConfigError(
-      f'model.dropout.attention={c.model.dropout.attention}: attention with relative positions of an '
-      'encoder-decoder has no dropout; leave it at 0 or -1'
-    )
   drops = found.inner or found.classifier or (arch.adapter is not None and arch.adapter.dropout)
   if c.loss.r_drop and not drops:
     raise ConfigError(
