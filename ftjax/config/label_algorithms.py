@@ -1,4 +1,6 @@
-"""The algorithms that give labels: to whole texts, to each word, and to the steps of a solution."""
+"""The algorithms of label heads and of encoders: labels of whole texts, of words and of steps of a
+solution, and the prediction of masked tokens.
+"""
 
 from ftjax.config import choices
 from ftjax.config.algorithm_record import Algorithm, Config, LabelHead
@@ -146,8 +148,34 @@ _PRM = Algorithm(
   check=_check_prm,
 )
 
+
+# Prediction of masked tokens.
+
+
+def _check_masked_lm(c: Config) -> None:
+  _check_writes_no_text(c)
+  m = c.masked_lm
+  if not 0 < m.share < 1 or m.masked < 0 or m.random < 0 or m.masked + m.random > 1:
+    raise ConfigError(
+      f'masked_lm.share={m.share}, masked_lm.masked={m.masked}, masked_lm.random={m.random}; '
+      'expected a share in (0, 1), and shares of it that are at most 1 together'
+    )
+
+
+_MASKED_LM = Algorithm(
+  module='ftjax.algorithms.masked_lm',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: (('loss',), ('loss', 'perplexity')),
+  reads=('masked_lm', 'data.packing'),
+  example=lambda c: 'document',
+  predicts_masked=True,
+  fixed=('data.packing', 'masked_lm'),
+  check=_check_masked_lm,
+)
+
 ROWS = {
   'classification': _CLASSIFICATION,
   'token_classification': _TOKEN_CLASSIFICATION,
   'prm': _PRM,
+  'masked_lm': _MASKED_LM,
 }

@@ -1,5 +1,6 @@
 """Parses rows whose texts have labels: of the whole text ('class'), of each word ('tags'), or of
-each step of a solution ('steps', step_rows.py).
+each step of a solution ('steps', step_rows.py); and texts whose own tokens are the labels
+('document').
 
 `annotated_examples.py` tokenizes them. The columns are those of the published sets.
 """
@@ -15,7 +16,7 @@ from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
 from ftjax.data.step_rows import Steps
 
-SHAPES = ('class', 'tags', step_rows.SHAPE)
+SHAPES = ('class', 'tags', step_rows.SHAPE, 'document')
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -38,7 +39,7 @@ class Annotation:
   """What the labels of a source are.
 
   kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'steps' for
-    the steps of a solution.
+    the steps of a solution, 'document' for a text without labels.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
   separator: of steps: the text after each.
@@ -223,6 +224,8 @@ def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | Tag
   """
   if shape == step_rows.SHAPE:
     return step_rows.parse(row)
+  if shape == 'document':
+    return LabeledText((read_text(row, _one_of(row, SINGLE, 'text')),), ())
   return (_from_class if shape == 'class' else _from_tags)(row, annotation)
 
 
@@ -230,7 +233,9 @@ def unread(row: Mapping, shape: str) -> set[str]:
   """Returns the columns of a row for `parse` that are not null and that it does not read."""
   if shape == step_rows.SHAPE:
     return step_rows.unread(row)
-  if shape == 'class':
+  if shape == 'document':
+    known = {_one_of(row, SINGLE, 'text')}
+  elif shape == 'class':
     known = {*_text_columns(row), _label_column(row)}
   else:
     known = {*_WORDS, _one_of(row, _TAGS, 'tags')}

@@ -4,8 +4,9 @@ A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' ha
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
 second term, 'tags:N' its words with a tag for even and odd terms, 'steps:N' its terms as two steps,
-of which an odd second one is wrong. 'sums:N:BELOW', and likewise the others, has terms below BELOW
-instead of 100. The tokenizer has one token a byte and a ChatML template.
+of which an odd second one is wrong, 'documents:N' question and answer as one text.
+'sums:N:BELOW', and likewise the others, has terms below BELOW instead of 100. The tokenizer has one
+token a byte and a ChatML template.
 """
 
 import dataclasses
@@ -96,6 +97,9 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
     if kind == 'steps':
       rows.append(_in_steps(text, words))
       continue
+    if kind == 'documents':
+      rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
+      continue
     if kind == 'classes':
       rows.append({'text': text, 'label': ('even', 'odd')[int(words[2]) % 2]})
       continue
@@ -108,7 +112,7 @@ _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
   for make, kinds in (
     (_labeled, ('pairs', 'labels', 'scores')),
-    (_annotated, ('classes', 'tags', 'steps')),
+    (_annotated, ('classes', 'tags', 'steps', 'documents')),
   )
   for kind in kinds
 }

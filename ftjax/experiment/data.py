@@ -228,6 +228,8 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation('tags', head.names, c.token_classification.all_subwords)
   if shape == 'steps':
     return Annotation('steps', head.names, separator=c.prm.separator)
+  if shape == 'document':
+    return Annotation('document')
   return Annotation()
 
 
