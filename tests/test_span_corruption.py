@@ -111,6 +111,12 @@ def test_sentinels_of_a_vocabulary():
   found = span_corruption.sentinels(tokenizer)
   assert [tokenizer.token(i) for i in found] == [f'<extra_id_{k}>' for k in range(8)]
   assert found[0] == tokenizer.vocab_size - 1 and found[1] == found[0] - 1
+
+  class MT5:
+    def find(self, text):
+      return {'\u2581<extra_id_0>': 9, '\u2581<extra_id_1>': 8}.get(text)
+
+  assert span_corruption.sentinels(MT5()) == (9, 8)
   with pytest.raises(DataError, match=r'model\.add_special_tokens'):
     span_corruption.sentinels(t5_tokenizer.tokenizer(0))
   with pytest.raises(ConfigError, match='too short'):
