@@ -150,7 +150,7 @@ def test_every_example_is_once_in_an_epoch_on_both_sides(examples):
     source, target = sides.pair(examples, i, 0)
     assert n == max(-(-len(source) * 24 // 40), len(target))
   schedule = SourceSchedule(lengths, 24, fingerprint=examples.fingerprint, seed=0, packed=True)
-  stream = Stream(Mixture([schedule], [None]), [examples], 24, 4, sides)
+  stream = Stream(Mixture([schedule], [None]), [examples], 24, 4, sides=sides)
   seen = []
   for step in range(-(-schedule.rows_per_epoch // 4)):
     batch = stream.batch(step)
