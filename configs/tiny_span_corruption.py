@@ -1,5 +1,5 @@
-"""A small T5 with random weights learns to write the spans that are missing in sums of numbers below
-20, T5's pretraining. Seconds on a CPU.
+"""A small T5 with random weights learns to write the spans that are missing in sums of numbers
+below 20, T5's pretraining. Seconds on a CPU.
 """
 
 from ftjax import config
