@@ -141,7 +141,8 @@ def test_gradients_cross_no_border_exactly():
   assert np.isfinite(loss) and all(np.isfinite(g).all() for g in found.values())
 
 
-@pytest.mark.parametrize('remat', ['dots', pytest.param('full', marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_no_loss_and_no_gradient(remat):
   rows = t5_models.batch(*packed())
   same(gradient(rows, remat), gradient(rows))

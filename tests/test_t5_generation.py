@@ -53,6 +53,7 @@ def test_log_probabilities_of_samples_are_the_trainer_s():
   assert {len(c.tokens) < 12 for _, c in pairs} == {True, False}
 
 
+@pytest.mark.full
 def test_neither_slots_nor_neighbours_change_a_completion():
   params, how = t5_models.params(NAME), {'sampling': Sampling(1.0), 'seed': 5}
   found = engine().generate(params, PROMPTS, group=1, max_tokens=12, **how).completions
