@@ -41,14 +41,20 @@ class LabelHead:
   """The label head that an algorithm trains in place of a language model's.
 
   Attributes:
-    task: what the labels are given to: 'sequence', 'token' or 'span'.
+    task: what the labels are given to: 'sequence', 'token' or 'span'; 'embedding' for a model
+      without a head, which gives vectors.
     names: of the labels, in the order of their numbers; () of a span, for begin and end.
     problem: transformers' `problem_type` of a sequence; '' for none.
+    pool: of an embedding: what a vector is made of; see score_head.pooled. '' where the model's
+      files decide it.
+    max_tokens: of an embedding: longest text.
   """
 
   task: str
   names: tuple[str, ...] = ()
   problem: str = ''
+  pool: str = ''
+  max_tokens: int = 0
 
   @property
   def is_reward(self) -> bool:
@@ -72,7 +78,8 @@ class Algorithm:
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
-    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class' or 'tags'.
+    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags' or
+      'texts'.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
     completions_per_row: completions that share one row of seq_len tokens.

@@ -16,6 +16,8 @@ import numpy as np
 from ftjax.data import (
   annotated_examples,
   annotated_rows,
+  embedding_examples,
+  embedding_rows,
   encode,
   formats,
   labeled_examples,
@@ -218,6 +220,8 @@ class BlockTokenizer:
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
+      if policy.shape == 'texts':
+        return embedding_rows.parse(row, policy.annotation)
       if self._is_annotated:
         return annotated_rows.parse(row, policy.shape, policy.annotation)
       if policy.shape != 'text':
@@ -246,6 +250,8 @@ class BlockTokenizer:
     shape = self._policy.shape
     if shape == 'text':
       found = formats.unread(row, self._form)
+    elif shape == 'texts':
+      found = embedding_rows.unread(row, self._policy.annotation)
     else:
       found = (annotated_rows if self._is_annotated else preference_rows).unread(row, shape)
     for column in sorted(found):
@@ -272,6 +278,8 @@ class BlockTokenizer:
           self._add(dataclasses.replace(one, **numbers) if numbers else one, file, line)
 
   def _encode(self, good: list[Any]) -> list[list[encode.Encoded] | Bad]:
+    if self._policy.shape == 'texts':
+      return embedding_examples.encode(good, self._tokenizer)
     if self._is_annotated:
       return annotated_examples.encode(good, self._tokenizer, self._policy.annotation)
     if self._policy.shape == 'text':
@@ -281,6 +289,8 @@ class BlockTokenizer:
   def _fit(self, example: encode.Encoded) -> encode.Encoded | None:
     policy = self._policy
     settings = (policy.seq_len, policy.on_overlength)
+    if policy.shape == 'texts':
+      return embedding_examples.fit(example, *settings)
     if self._is_annotated:
       return annotated_examples.fit(example, *settings, policy.shape)
     return (labeled_examples.fit if example.boundary else encode.fit)(example, *settings)

@@ -224,6 +224,12 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation(c.classification.objective, names)
   if shape == 'tags':
     return Annotation('tags', head.names, c.token_classification.all_subwords)
+  if shape == 'texts':
+    section = c.embedding
+    limits = (
+      (0, False) if section.objective == 'cosine' else (section.negatives, not section.in_batch)
+    )
+    return Annotation(section.objective, (), False, *limits)
   return Annotation()
 
 

@@ -187,7 +187,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
     *console.next_commands(
       *(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
-      is_classifier=head is not None,
+      use='' if head is None else '--embed' if head.is_embedding else '--classify',
     ),
   ]
   return console.block('done', rows)

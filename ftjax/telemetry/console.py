@@ -419,19 +419,19 @@ def next_commands(
   prompt: str,
   command_line: Sequence[str],
   has_tasks: bool,
-  is_classifier: bool = False,
+  use: str = '',
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
-  that the run made, '' for other runs. command_line: flags of this run, quoted. is_classifier:
-  whether the model gives labels.
+  that the run made, '' for other runs. command_line: flags of this run, quoted. use: flag of
+  ftjax.generate for a model that writes no text; '' for one that does.
   """
   python = 'python -m ftjax.'
   if reward_model:
     flag = f'--config.rollout.reward_model={shlex.quote(reward_model)}'
     return [('next', f'{flag} with algorithm grpo or ppo')]
   model = f'--model={shlex.quote(workdir)}'
-  if is_classifier:
-    return [('next', f'{python}generate {model} --classify --prompt=TEXT')]
+  if use:
+    return [('next', f'{python}generate {model} {use} --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))
