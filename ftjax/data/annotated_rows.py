@@ -158,6 +158,11 @@ def texts(row: Mapping) -> tuple[str, ...]:
   return tuple(read_text(row, key) for key in _text_columns(row))
 
 
+def single_text(row: Mapping) -> str:
+  """Returns the one text of a row. Raises ValueError where it has none, or several."""
+  return read_text(row, _one_of(row, SINGLE, 'text'))
+
+
 def words(row: Mapping) -> tuple[str, ...]:
   """Returns the words of a row; those of a text are what stands between white space.
 

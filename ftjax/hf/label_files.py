@@ -26,7 +26,8 @@ class Labels:
   """The labels that a model is given.
 
   task: one of architecture.TASKS, or EMBEDDING for a model without a head, whose states make
-  vectors of texts. names: in the order of their numbers; of a span () for begin and end. problem: what transformers' loss makes of those of a sequence, one of PROBLEMS; '' for none.
+  vectors of texts. names: in the order of their numbers; of a span () for begin and end. problem:
+  what transformers' loss makes of those of a sequence, one of PROBLEMS; '' for none.
   pool, max_tokens: of vectors, see sentence_files.files; pool '' where it is not known yet.
   """
 

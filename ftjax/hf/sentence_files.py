@@ -6,6 +6,7 @@ of the library read. Written vectors have length 1 (2_Normalize), since training
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ def of_model(arch: Architecture, labels: Labels) -> dict[str, bytes]:
   return files(labels.pool or score_head.usual_pool(arch), arch.model_dim, longest)
 
 
+def pool_in(found: Mapping[str, bytes]) -> str:
+  """Returns the pool of the files of a model of vectors; '' where they have none."""
+  if _POOLING not in found:
+    return ''
+  return _pool(weight_files.parse_json(found[_POOLING], _POOLING), _POOLING)
+
+
 def find_pool(path: str | os.PathLike) -> str:
   """Returns the pool of a model folder, or of a name on the hub; '' for one that is not of
   sentence-transformers.
@@ -95,7 +103,7 @@ def _json(folder: Path, name: str) -> Any:
   return weight_files.parse_json(model_folder.read(folder, name), str(folder / name))
 
 
-def _pool(config: Any, place: Path) -> str:
+def _pool(config: Any, place: Path | str) -> str:
   config = config if isinstance(config, dict) else {}
   modes = config.get('pooling_mode')
   if modes is None:

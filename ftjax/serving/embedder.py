@@ -11,6 +11,7 @@ from ftjax.data import annotated_rows, embedding_examples
 from ftjax.data.embedding_rows import TextGroup
 from ftjax.data.formats import Bad
 from ftjax.generation.padding import bucket
+from ftjax.hf import sentence_files
 from ftjax.models import score_head
 from ftjax.models.forward import Forward
 from ftjax.runtime import sharding
@@ -43,9 +44,11 @@ class Embedder:
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
     jax.set_mesh(mesh)
     own = (family, base)
-    model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, use='vectors')
+    model, self._params = loaded_model.load(
+      path, mesh, jnp.dtype(dtype), *own, loaded_model.VECTORS
+    )
     self._arch, self.tokenizer, self._size = model.arch, model.tokenizer, batch_size
-    self.pool = loaded_model.pool_of(path, model) or score_head.usual_pool(model.arch)
+    self.pool = sentence_files.pool_in(model.files) or score_head.usual_pool(model.arch)
     forward = Forward(model.arch, jnp.dtype(dtype))
 
     @jax.jit
@@ -73,7 +76,7 @@ class Embedder:
 
   def _encode(self, place: str, row: Mapping[str, Any]) -> np.ndarray:
     try:
-      (text,) = annotated_rows.single_text(row)
+      text = annotated_rows.single_text(row)
     except ValueError as error:
       raise DataError(f'{place}: {error}') from error
     (found,) = embedding_examples.encode([TextGroup((text,))], self.tokenizer)
