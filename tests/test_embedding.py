@@ -211,9 +211,11 @@ def gradient(c, host, accum):
   with c.unlocked():
     c.grad_accum, c.batch_size = accum, len(host['tokens'])
   loss = embedding.make_loss(forward, c)
-  where = NamedSharding(mesh, sharding.spec(None, 'batch'))
   cut = {k: v.reshape(accum, -1, *v.shape[1:]) for k, v in host.items()}
-  rows = {k: jax.device_put(v, where) for k, v in cut.items()}
+  of_tokens = ('tokens', 'segments', 'positions', 'weights')
+  axes = {k: (None, 'batch', 'seq')[: 3 if k in of_tokens else 2] for k in cut}
+  where = {k: NamedSharding(mesh, sharding.spec(*a)) for k, a in axes.items()}
+  rows = {k: jax.device_put(v, where[k]) for k, v in cut.items()}
 
   @jax.jit
   def run(params, rows):
