@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.families import multimodal, tensor_map
+from ftjax.families import multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, TASKS, WEIGHTS_FILE
+from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, FEATURES, PREFIX, TASKS, WEIGHTS_FILE
 from ftjax.hf.peft_names import Adapted, Part, Place
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import kinds
@@ -66,6 +66,7 @@ def export(
   tokenizer_files: Mapping[str, bytes],
   stop_ids: tuple[int, ...],
   card: bytes | None = None,
+  is_bare: bool = False,
 ) -> None:
   """Writes the adapter in `params` as a PEFT folder, completely or not at all.
 
@@ -83,6 +84,8 @@ def export(
       tokens.
     stop_ids: token ids that end a completion.
     card: README.md; None for none.
+    is_bare: whether the base is used without a head, in transformers' AutoModel, whose modules have
+      shorter names.
 
   Raises:
     ConfigError: the adapter has no form as a PEFT folder.
@@ -90,8 +93,13 @@ def export(
   """
   leaves = trees.flatten(params)
   tensors = _Tensors(arch, leaves)
-  tensors.rename(lambda name: multimodal.own_name(name, modules))
-  config = _config(arch, base, tensors)
+  prefix = ''
+  if is_bare and modules == multimodal.MODULES:
+    prefix = table.of(arch).prefix or modules
+    tensors.rename(lambda name: name.removeprefix(prefix))
+  else:
+    tensors.rename(lambda name: multimodal.own_name(name, modules))
+  config = _config(arch, base, tensors) | ({'task_type': FEATURES} if is_bare else {})
   if not processes.is_main():
     for read in tensors.readers.values():
       read()
@@ -105,6 +113,7 @@ def export(
     files[model_card.FILE] = card
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
   held |= {'parts': tensors.parts} if tensors.parts else {}
+  held |= {'prefix': prefix} if prefix else {}
   if arch.labels:  # which PEFT takes from the code that loads the folder
     held |= {'labels': arch.labels, 'problem': source_config.get('problem_type') or ''}
   files[BASE_FILE] = dump_json(held)
