@@ -4,6 +4,7 @@ changes nothing, scores of retrieval, files that sentence-transformers reads, ru
 
 import json
 import math
+import shutil
 
 import family_models
 import jax
@@ -378,8 +379,18 @@ def test_the_shipped_config_learns_and_gives_vectors(tmp_path):
   assert question @ question == pytest.approx(1) and question @ right > question @ wrong
 
 
+def embed_bare(base, tmp_path):
+  """The vector of the base, whose labels do not count."""
+  bare = tmp_path / 'bare'
+  shutil.copytree(base, bare)
+  config = json.loads((bare / 'config.json').read_text())
+  (bare / 'config.json').write_text(json.dumps(config | {'architectures': ['BertModel']}))
+  return embed(bare, '--prompt=a film')
+
+
 @pytest.mark.full
-def test_an_encoder_is_exported_without_a_head(tmp_path):
+@pytest.mark.parametrize('with_adapter', [False, True])
+def test_an_encoder_is_exported_without_a_head(tmp_path, with_adapter):
   """As transformers' BertModel: its labels go, and the vectors are those of the checkpoint."""
   base, run = tmp_path / 'base', tmp_path / 'run'
   family_models.write_folder('bert_sequence', base)
@@ -390,17 +401,27 @@ def test_an_encoder_is_exported_without_a_head(tmp_path):
   (tmp_path / 'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows * 8))
   settings = ['steps=3', 'seq_len=32', 'batch_size=2', 'embedding.objective=cosine']
   settings += [f'model.path={base}', f'data.train={tmp_path / "rows.jsonl"}', 'algorithm=embedding']
+  settings += ['lora.rank=2', 'lora.base=float32', 'optim.lr=0.1'] if with_adapter else []
   (tmp_path / 'c.py').write_text(
     'from ftjax import config\n\ndef get_config():\n  return config.default()\n'
   )
   words = [f'--config={tmp_path / "c.py"}', f'--workdir={run}']
   code, printed = tiny_run.run('train', [*words, *(f'--config.{s}' for s in settings)])
   assert code == 0, printed
-  exported = json.loads((run / 'export' / 'config.json').read_text())
+  whole = run / ('merged' if with_adapter else 'export')
+  exported = json.loads((whole / 'config.json').read_text())
   assert exported['architectures'] == ['BertModel'] and 'id2label' not in exported
   pooling = json.loads((run / 'export' / '1_Pooling' / 'config.json').read_text())
   assert pooling['pooling_mode_mean_tokens'] and not pooling['pooling_mode_lasttoken']
   found = [embed(model, '--prompt=a film') for model in (run, f'{run}@last', run / 'export')]
   assert found[0] == found[1] == found[2]
+  (merged,), (before,) = embed(whole, '--prompt=a film'), embed_bare(base, tmp_path)
+  np.testing.assert_allclose(merged['embedding'], found[0][0]['embedding'], atol=1e-5)
+  assert np.abs(np.subtract(before['embedding'], merged['embedding'])).max() > 1e-4
+  if with_adapter:
+    adapter = json.loads((run / 'export' / 'adapter_config.json').read_text())
+    assert adapter['task_type'] == 'FEATURE_EXTRACTION'
+    assert all(m.startswith('encoder.layer.') for m in adapter['target_modules'])
+  assert "SentenceTransformer('PATH')" in (run / 'export' / 'README.md').read_text()
   code, printed = tiny_run.run('generate', [f'--model={base}', '--embed', '--prompt=x'])
   assert code == 2 and 'gives labels' in printed

@@ -10,6 +10,9 @@ from ftjax.audit.finding import Finding, excerpt
 from ftjax.audit.rows import Row
 from ftjax.config import algorithms
 from ftjax.data import (
+  annotated_rows,
+  embedding_examples,
+  embedding_rows,
   encode,
   formats,
   labeled_examples,
@@ -17,13 +20,19 @@ from ftjax.data import (
   prompt_rows,
   sources,
 )
+from ftjax.data.embedding_rows import TextGroup
 from ftjax.data.formats import Bad, Chat, Completion, Text
 from ftjax.data.tokenizer import Tokenizer
+from ftjax.experiment.data import annotation
 
 _CHUNK = 250  # rows tokenized at once
 
 Example = (
-  formats.Example | preference_rows.Pair | preference_rows.LabeledExample | prompt_rows.Prompt
+  formats.Example
+  | preference_rows.Pair
+  | preference_rows.LabeledExample
+  | prompt_rows.Prompt
+  | TextGroup
 )
 
 
@@ -58,6 +67,7 @@ class _Reader:
     record = algorithms.of(c)
     self._shape = 'prompt' if record.on_rollouts else record.example(c)
     self._loss_on, self._tokenizer = c.data.loss_on, tokenizer
+    self._annotation = annotation(c)
     self._most = (
       algorithms.max_example(c) - c.rollout.max_tokens if record.on_rollouts else c.seq_len
     )
@@ -90,6 +100,14 @@ class _Reader:
       return prompt_rows.read_prompt(row, has_template, spec.format)
     if self._shape == 'text':
       return formats.parse(row, form, has_template, is_named=spec.format is not None)
+    if self._shape == 'texts':
+      return embedding_rows.parse(row, self._annotation)
+    if self._shape in annotated_rows.SHAPES:
+      annotated_rows.parse(row, self._shape, self._annotation)  # for what it refuses
+      is_words = self._shape == 'tags'
+      return TextGroup(
+        (' '.join(annotated_rows.words(row)),) if is_words else annotated_rows.texts(row)
+      )
     return preference_rows.parse(row, self._shape, spec.format, has_template)
 
   def _rows(
@@ -104,7 +122,9 @@ class _Reader:
       else:
         prompt, answers = texts_of(example)
         is_pair = isinstance(example, preference_rows.Pair)
-        label = _label(row) if self._shape == 'text' else None
+        label = _label(row) if self._shape in ('text', 'class') else None
+        if label is not None and isinstance(example, TextGroup):
+          prompt, answers = example.texts, (label,)
         yield Row(*place, prompt, answers, label, is_pair, source, tokens, self._most)
 
   def _tokens(self, parsed: Sequence[Any]) -> list[int | Bad]:
@@ -113,6 +133,8 @@ class _Reader:
       return [_count_prompt(p, self._tokenizer) for p in parsed]
     if self._shape == 'text':
       found = encode.encode(parsed, self._tokenizer, self._loss_on)
+    elif self._shape in annotated_rows.SHAPES:
+      found = embedding_examples.encode(parsed, self._tokenizer)
     else:
       found = labeled_examples.encode(parsed, self._tokenizer)
     return [x if isinstance(x, Bad) else max(len(e.tokens) for e in x) for x in found]
@@ -142,6 +164,9 @@ def texts_of(example: Example) -> tuple[tuple[str, ...], tuple[str, ...]]:
     asked = example.asked
     prompt = (asked,) if isinstance(asked, str) else _contents(asked.messages)
     return prompt, () if example.answer is None else (example.answer,)
+  if isinstance(example, TextGroup):
+    is_alone = len(example.texts) == 1
+    return ((), example.texts) if is_alone else (example.texts[:1], example.texts[1:])
   if isinstance(example, Completion):
     return (example.prompt,), (example.completion,)
   if isinstance(example, Text):

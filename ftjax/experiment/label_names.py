@@ -55,7 +55,7 @@ def saved_head(config: Mapping[str, Any]) -> Labels | None:
   c = keys.default()
   c.algorithm = config['algorithm']
   custom_keys.complete(c)
-  sections = {'custom', *(name.partition('.')[0] for name in algorithms.of(c).reads)}
+  sections = {'custom', 'seq_len', *(name.partition('.')[0] for name in algorithms.of(c).reads)}
   for key, value in config.items():
     if key.partition('.')[0] in sections - {'data'}:
       saved_config.assign(c, key, value)
