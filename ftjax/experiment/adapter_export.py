@@ -90,13 +90,19 @@ def export(run: Run, params: dict, card: bytes) -> None:
     files.join(run.workdir, 'export'),
     base=run.first_source,
     sha256=run.first_hash(),
-    modules=load.module_prefix(run.first_source) if run.first_source else multimodal.MODULES,
+    modules=_modules(run),
     source_config=model.config,
     tokenizer_files=model.files,
     stop_ids=model.stop_ids,
     card=card,
-    is_bare=_is_bare(run),
   )
+
+
+def _modules(run: Run) -> str:
+  """Returns what begins the names of layers in the class that opens the base; see peft_export."""
+  source = run.first_source
+  found = load.module_prefix(source) if source else multimodal.MODULES
+  return '' if _is_bare(run) and found == multimodal.MODULES else found
 
 
 def _is_bare(run: Run) -> bool:

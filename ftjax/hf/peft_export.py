@@ -66,7 +66,6 @@ def export(
   tokenizer_files: Mapping[str, bytes],
   stop_ids: tuple[int, ...],
   card: bytes | None = None,
-  is_bare: bool = False,
 ) -> None:
   """Writes the adapter in `params` as a PEFT folder, completely or not at all.
 
@@ -78,14 +77,13 @@ def export(
     target: folder to write, replaced if it is a model or adapter folder.
     base: the base's path as the user gave it, a hub name with its commit; '': a random model.
     sha256: of the base's weights, see `load.fingerprint`.
-    modules: what begins the names of the base's layers, see `load.module_prefix`.
+    modules: what begins the names of the base's layers, see `load.module_prefix`; '' for a base
+      without a head, as transformers' AutoModel opens it.
     source_config: the base's config.json.
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens.
     stop_ids: token ids that end a completion.
     card: README.md; None for none.
-    is_bare: whether the base is used without a head, in transformers' AutoModel, whose modules have
-      shorter names.
 
   Raises:
     ConfigError: the adapter has no form as a PEFT folder.
@@ -93,13 +91,12 @@ def export(
   """
   leaves = trees.flatten(params)
   tensors = _Tensors(arch, leaves)
-  prefix = ''
-  if is_bare and modules == multimodal.MODULES:
-    prefix = table.of(arch).prefix or modules
+  prefix = '' if modules else table.of(arch).prefix or multimodal.MODULES
+  if prefix:
     tensors.rename(lambda name: name.removeprefix(prefix))
   else:
     tensors.rename(lambda name: multimodal.own_name(name, modules))
-  config = _config(arch, base, tensors) | ({'task_type': FEATURES} if is_bare else {})
+  config = _config(arch, base, tensors) | ({'task_type': FEATURES} if prefix else {})
   if not processes.is_main():
     for read in tensors.readers.values():
       read()
