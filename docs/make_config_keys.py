@@ -15,12 +15,14 @@ sys.path.insert(0, str(ROOT))
 from ftjax.config import algorithms, choices, hints, keys, section, validation  # noqa: E402
 
 TARGET = ROOT / 'docs' / 'config_keys.md'
-_SOURCES = [ROOT / 'ftjax' / 'config' / name for name in ('keys.py', 'label_keys.py')]
+_SOURCES = [
+  ROOT / 'ftjax' / 'config' / name for name in ('keys.py', 'label_keys.py', 'optim_keys.py')
+]
 _HEAD = """# Config keys
 
 Made by `python docs/make_config_keys.py` from the comments in
-[ftjax/config/keys.py](../ftjax/config/keys.py) and the files beside it: edit those. How a config file looks, and how keys
-are changed on the command line, is described in [config.md](config.md).
+[ftjax/config/keys.py](../ftjax/config/keys.py) and the files beside it: edit those. How a config
+file looks, and how keys are changed on the command line, is described in [config.md](config.md).
 
 `batch_size` is global: the number of packed sequences, pairs or prompts of one optimizer update,
 over all devices. `grad_accum` divides it into micro-batches and does not multiply it.

@@ -179,6 +179,7 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
 
   # Where a user's module has imported jax already, it has read JAX_PLATFORMS before.
   jax.config.update('jax_platforms', os.environ['JAX_PLATFORMS'])
+  from ftjax.config import algorithms
   from ftjax.experiment import label_names
   from ftjax.experiment.model import check_writes, random_config
   from ftjax.families import table
@@ -191,7 +192,8 @@ def _plan(c: ml_collections.ConfigDict, where: topology.Topology, dump: str) -> 
   arch = table.architecture(shape, c.model.family)
   table.check_own(c.model.family, arch, f'model.path={c.model.path}')
   head = label_names.head(c)
-  check_writes(arch, c.model.path or 'model.random', head, False)
+  is_masked = algorithms.of(c).predicts_masked
+  check_writes(arch, c.model.path or 'model.random', head, is_masked)
   if head is not None:
     shape = label_files.labeled(arch.family, shape, head)
     arch = table.architecture(shape, c.model.family)

@@ -43,11 +43,24 @@ _AGAINST = flags.DEFINE_string(
 )
 
 
+_OUT_OF_FOLD = flags.DEFINE_string(
+  'out_of_fold',
+  '',
+  'STUDY/out_of_fold/TASK.jsonl of a cross-validation: label errors by its models, with --audit.',
+)
+_ENCODER = flags.DEFINE_string(
+  'encoder', '', 'A model folder whose embeddings show how much the rows cover, with --audit.'
+)
+
+
 def _audit_request():
   """Returns what the flags of the audit ask for; None without one of them."""
   if _CLEAN_KINDS.value and not _CLEAN.value:
     raise ConfigError('--clean_kinds does nothing without --clean=OUT.jsonl')
   is_audit = bool(_AUDIT.value or _AUDIT_OUT.value or _CLEAN.value)
+  for name in ('out_of_fold', 'encoder'):
+    if flags.FLAGS[name].value and not is_audit:
+      raise ConfigError(f'--{name} does nothing without --audit')
   if not (is_audit or _AGAINST.value):
     return None
   from ftjax.experiment.data_audit import Request
@@ -59,6 +72,8 @@ def _audit_request():
     against=_AGAINST.value,
     workdir=_WORKDIR.value or '',
     is_audit=is_audit,
+    out_of_fold=_OUT_OF_FOLD.value,
+    encoder=_ENCODER.value,
   )
 
 

@@ -29,6 +29,23 @@ inside() {
   printf '%s' "$path"
 }
 
+# The code is mounted where it is, and read only.
+add_code() {
+  local path paths found='' number=0
+  IFS=, read -r -a paths <<<"${VALUE[code]}"
+  for path in "${paths[@]}"; do
+    if [[ -d $path && ($path == */ || $path =~ (^|/)\.\.?$) ]]; then
+      number=$((number + 1))
+      found+=":/code-$number"
+      options+=("--volume=$(realpath "$path"):/code-$number:ro")
+    else
+      [[ :$found: == *:/code:* ]] || found+=:/code
+      options+=("--volume=$(realpath "$path"):/code/$(basename "$path"):ro")
+    fi
+  done
+  [[ -z $found ]] || options+=("--env=PYTHONPATH=${found#:}")
+}
+
 case $VERB in
   build)
     [[ ${VALUE[digest]} =~ ^sha256:[0-9a-f]{64}$ ]] || die 2 "--digest=${VALUE[digest]}: expected sha256: and 64 hexadecimal digits of ${VALUE[base]}; make docker-digest asks the registry"
@@ -62,6 +79,8 @@ case $VERB in
     for secret in "${SECRETS[@]}"; do [[ -z ${!secret:-} ]] || options+=("--env=$secret"); done
     config=${VALUE[config]}
     if [[ -f $config ]]; then options+=("--volume=$(realpath "$config"):/config/$(basename "$config"):ro"); fi
+    find_code 0
+    add_code
     VALUE[workdir]=$workdir
     mapfile -d '' -t flags < <(train_flags /config)
     # The container of an earlier start, which has ended, would keep the name.

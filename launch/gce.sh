@@ -45,6 +45,7 @@ case $VERB in
   create | run)
     check_workdir "$HOSTS"
     find_install tpu
+    find_code 0
     if ! is dry-run; then
       offered=$(gcloud compute machine-types list "--zones=$ZONE" "--filter=name=$MACHINE" "${PROJECT[@]}" '--format=value(name)' 2>/dev/null) \
         || { note "could not ask which machine types $ZONE offers; going on"; offered=$MACHINE; }

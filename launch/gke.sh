@@ -54,11 +54,15 @@ container_script() {
   if [[ ${VALUE[platform]} != tpu ]] && ((HOSTS > 1)); then
     others=" --coordinator=$NAME-train-0-0.$NAME:8476 --num_processes=$HOSTS --process_id=\$JOB_COMPLETION_INDEX"
   fi
+  unpack_code 'cat /config/code.tar.gz'
   printf '%s' "exec python -m ftjax.supervise --preflight -- python -m ftjax.train \"\$@\"$others"
 }
 
 config_map() {
-  printf -- '---\napiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: %s-config\ndata:\n  %s: |2\n' "$NAME" "$(basename "${VALUE[config]}")"
+  printf -- '---\napiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: %s-config\n' "$NAME"
+  [[ -z $CODE ]] || printf 'binaryData:\n  code.tar.gz: %s\n' "$(code_text)"
+  [[ -f ${VALUE[config]} ]] || return 0
+  printf 'data:\n  %s: |2\n' "$(basename "${VALUE[config]}")"
   sed 's/^/    /' "${VALUE[config]}"
 }
 
@@ -73,14 +77,39 @@ manifest() {
   ((SLICES == 1)) || TAGS+=(slices)
   [[ -z ${VALUE[service-account]} ]] || TAGS+=(account)
   for name in queue priority claim; do [[ -z ${VALUE[$name]} ]] || TAGS+=("$name"); done
-  [[ ! -f ${VALUE[config]} ]] || TAGS+=(config)
+  [[ ! -f ${VALUE[config]} && -z $CODE ]] || TAGS+=(config)
   [[ ! " ${TAGS[*]} " =~ \ (config|claim|cuda)\  ]] || TAGS+=(volumes)
-  [[ ! -f ${VALUE[config]} ]] || config_map
+  [[ " ${TAGS[*]} " != *' config '* ]] || config_map
   render "$LAUNCH_DIR/jobset.yaml" "${TAGS[@]}" "NAME=$NAME" "QUEUE=${VALUE[queue]}" "RESTARTS=${VALUE[restarts]}" \
     "SLICES=$SLICES" "HOSTS=$HOSTS" "GRACE=$seconds" "ACCOUNT=${VALUE[service-account]}" \
     "PRIORITY=${VALUE[priority]}" "IMAGE=${VALUE[image]}" "SCRIPT=${script:1:-1}" "ARGS=$arguments" \
     "SECRET=$NAME-secrets" "CHIPS=$CHIPS" "CLAIM=${VALUE[claim]}"
 }
+
+# kubectl apply writes the whole ConfigMap into an annotation too, which may have 256 KiB; the archive is there as text.
+MOST_PACKED=$((150 << 10))
+
+# An apply to a JobSet that has ended starts nothing: what is left of that one is deleted, and the run resumes. One that has
+# not ended is left alone.
+make_room() {
+  local conditions
+  conditions=$(ask "${KUBECTL[@]}" get jobset "$NAME" -o 'jsonpath={.status.conditions[?(@.status=="True")].type}')
+  case " $conditions " in
+    *' NONE '*) ;;
+    *' UNKNOWN '*) die 1 "kubectl could not be asked for the JobSet $NAME; nothing was changed" ;;
+    *' Completed '* | *' Failed '*)
+      note "the JobSet $NAME has ended ($conditions); deleting what is left of it, and starting again"
+      delete_jobset
+      ;;
+    *)
+      note "the JobSet $NAME has not ended: it is left as it is; $PROGRAM stop --name=$NAME ends it with a checkpoint"
+      exit 0
+      ;;
+  esac
+}
+
+# Waits for the pods too: another JobSet of this name may be created then.
+delete_jobset() { run "${KUBECTL[@]}" delete jobset "$NAME" --cascade=foreground --wait; }
 
 # The values go through standard input alone.
 put_secrets() {
@@ -103,7 +132,9 @@ case $VERB in
     case ${VALUE[workdir]} in /runs | /runs/*) [[ -z ${VALUE[claim]} ]] || DEFAULT[shared-disk]=true VALUE[shared-disk]=true ;; esac
     check_workdir $((HOSTS * SLICES))
     [[ ${VALUE[workdir]} == gs://* || -n ${VALUE[claim]} ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH, or /runs/... with --claim"
+    find_code "$MOST_PACKED"
     text=$(manifest)
+    is dry-run || make_room
     put_secrets
     if is dry-run; then
       printf '%s\n' "$text"
@@ -120,7 +151,7 @@ case $VERB in
   # The pods get SIGTERM, save a checkpoint, and end within the grace period.
   # No secret is left behind.
   stop)
-    run "${KUBECTL[@]}" delete jobset "$NAME" --wait
+    delete_jobset
     run "${KUBECTL[@]}" delete secret "$NAME-secrets" --ignore-not-found
     ;;
 esac

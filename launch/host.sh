@@ -50,6 +50,15 @@ find_lock() {
   echo "${found[0]}"
 }
 
+# The user's own modules, as they were when the launcher started.
+unpack_code() {
+  rm -rf code code.new
+  [[ -f code.tar.gz ]] || return 0
+  mkdir code.new
+  tar -xzf code.tar.gz -C code.new --no-same-owner || fail "cannot unpack $PWD/code.tar.gz"
+  mv code.new code
+}
+
 boot() {
   local free python version lock key locks isolation=()
   local pip=(env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps)
@@ -57,6 +66,7 @@ boot() {
     echo "$(hostname): process $(cat pid) runs; its environment is kept"
     return
   fi
+  unpack_code
   free=$(df -Pm . | awk 'NR == 2 { print $4 }')
   ((free >= LEAST_FREE_MB)) || fail "$free MB free in $PWD, expected $LEAST_FREE_MB; make the boot disk larger"
   install_python
@@ -101,8 +111,9 @@ start() {
   echo "$(hostname): started, process $(cat pid), log $PWD/log"
 }
 
-load_secrets() {
+set_environment() {
   export PYTHONUNBUFFERED=1
+  [[ ! -d code ]] || export PYTHONPATH=$PWD/code${PYTHONPATH:+:$PYTHONPATH}
   [[ -f secrets.env ]] || return 0
   set -a
   # shellcheck source=/dev/null
@@ -112,13 +123,13 @@ load_secrets() {
 
 foreground() {
   local python=$PWD/env/bin/python
-  load_secrets
+  set_environment
   exec "$python" -m ftjax.supervise --preflight -- "$python" -m ftjax.train "$@"
 }
 
 supervised() {
   local python=$PWD/env/bin/python code=0
-  load_secrets
+  set_environment
   "$python" -m ftjax.supervise --preflight -- "$python" -m ftjax.train "$@" &
   echo $! >pid.new && mv pid.new pid
   wait $! || code=$?

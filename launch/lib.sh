@@ -20,6 +20,8 @@ VERB=run
 EXTRA=()          # after --: flags of ftjax.train
 SUMMARY=''        # of --help
 SECRETS=(HF_TOKEN WANDB_API_KEY)
+LOCKS=()          # of find_install
+CODE=''           # of find_code
 
 note() { printf '%s: %s\n' "$PROGRAM" "$*" >&2; }
 
@@ -43,6 +45,7 @@ common_flags() {
   flag name '' 'Name of the run and of what is created for it: a-z, 0-9, -; required.'
   flag config '' 'Config file, or the name of a shipped one; required by create and run.'
   flag workdir '' 'Folder of the run; gs://BUCKET/PATH where there are several hosts; required by create and run.'
+  flag code '' 'Files and folders of your own (comma-separated) that are on PYTHONPATH there; DIR/ is what is in DIR.'
   flag dry-run false 'Print the commands and manifests, one a line, and run none.'
 }
 
@@ -140,7 +143,12 @@ parse_flags() {
   [[ ${VALUE[name]} =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] \
     || die 2 "--name=${VALUE[name]}: expected a-z, 0-9 and -, beginning with a letter, at most 40 characters"
   case $VERB in
-    create | run) require config workdir ;;
+    create | run)
+      require config workdir
+      # A name of a shipped config has no suffix; an absolute path may be one of the hosts or of the image.
+      [[ -f ${VALUE[config]} || ${VALUE[config]} == /* || ${VALUE[config]} != *.@(py|json) ]] \
+        || die 2 "--config=${VALUE[config]}: no such file here; expected a file, the name of a shipped config, or an absolute path on the hosts"
+      ;;
   esac
   local secret
   for word in "${EXTRA[@]}"; do
@@ -362,6 +370,36 @@ find_install() {
       break
     fi
   done
+}
+
+# A folder that is deleted when the launcher ends. Not to be called in $(...), which would be that end.
+SCRATCH=''
+scratch() {
+  [[ -z $SCRATCH ]] || return 0
+  SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT # also where a copy is interrupted
+}
+
+# find_code MOST [OPTION ...]: checks --code, and what the config needs of this machine; sets CODE to an archive, '' without
+# --code. MOST: its largest size in bytes, 0 for any; the options are those of own_code.py. A snapshot: all hosts, and those of
+# a later start, get the same code.
+find_code() {
+  local python words=() file list
+  [[ -n ${VALUE[code]} || -f ${VALUE[config]} || ${#EXTRA[@]} -gt 0 ]] || return 0
+  if ! python=$(command -v python3); then
+    [[ -z ${VALUE[code]} ]] || die 2 'python3 is not on PATH; it packs --code'
+    note 'python3 is not on PATH: not checked which modules of this machine the config needs'
+    return 0
+  fi
+  scratch
+  [[ ! -f ${VALUE[config]} ]] || words+=("--config=${VALUE[config]}")
+  for file in "${LOCKS[@]}"; do words+=("--lock=$file"); done
+  list=$("$python" -I "$LAUNCH_DIR/own_code.py" "--code=${VALUE[code]}" "--archive=$SCRATCH/code.tar.gz" \
+    "--secrets=$(join , "${SECRETS[@]}")" "--most-packed=$1" "${@:2}" "${words[@]}" -- "${EXTRA[@]}") || exit $?
+  [[ -f $SCRATCH/code.tar.gz ]] || return 0
+  # shellcheck disable=SC2034 # the launchers read it
+  CODE=$SCRATCH/code.tar.gz
+  if is dry-run; then echo "# code.tar.gz: $list"; else note "code: $list"; fi
 }
 
 has_secrets() {

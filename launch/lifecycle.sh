@@ -36,29 +36,22 @@ machines_install() {
   local files=("$LAUNCH_DIR/host.sh" "$WHEEL" "${LOCKS[@]}" "${BUILD_LOCKS[@]}") code=0
   is dry-run && files[0]=launch/host.sh
   [[ -f ${VALUE[config]} ]] && files+=("${VALUE[config]}")
-  # Also the secrets of an earlier start, which may be no longer wanted there.
-  machines_on all "mkdir -p $REMOTE && chmod 700 $REMOTE && rm -f $REMOTE/*.whl $REMOTE/*.txt $REMOTE/secrets.env" || return
+  if [[ -n $CODE ]]; then files+=("$(is dry-run && echo code.tar.gz || echo "$CODE")"); fi
+  # Also the secrets and the code of an earlier start, which may be no longer wanted there.
+  machines_on all "mkdir -p $REMOTE && chmod 700 $REMOTE && rm -f $REMOTE/*.whl $REMOTE/*.txt $REMOTE/secrets.env $REMOTE/code.tar.gz" || return
   if has_secrets; then
     if is dry-run; then
       files+=(secrets.env) # written from the environment, with mode 600
     else
-      SECRETS_DIR=$(mktemp -d)
-      trap forget_secrets EXIT # also where the copy is interrupted
-      write_secrets "$SECRETS_DIR/secrets.env"
-      files+=("$SECRETS_DIR/secrets.env")
+      scratch
+      write_secrets "$SCRATCH/secrets.env"
+      files+=("$SCRATCH/secrets.env")
     fi
   fi
   machines_copy "${files[@]}" || code=$?
-  forget_secrets
+  rm -f "${SCRATCH:-/nowhere}/secrets.env"
   ((code == 0)) || return "$code"
   machines_on all "bash $REMOTE/host.sh boot"
-}
-
-SECRETS_DIR=''
-
-forget_secrets() {
-  [[ -z $SECRETS_DIR ]] || rm -rf "$SECRETS_DIR"
-  SECRETS_DIR=''
 }
 
 machines_start() {

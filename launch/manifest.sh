@@ -26,6 +26,15 @@ grace() {
   }' || die 2 '--save-gib-per-second=0: expected more'
 }
 
+# code_text: the archive of --code as one line.
+code_text() { base64 <"$CODE" | tr -d '\n'; }
+
+# unpack_code READ: the shell text that unpacks the archive which the command READ prints, in front of the training's.
+unpack_code() {
+  # shellcheck disable=SC2016 # of the container's shell
+  [[ -z $CODE ]] || printf 'mkdir -p /tmp/code && %s | tar -xz -C /tmp/code && export PYTHONPATH=/tmp/code${PYTHONPATH:+:$PYTHONPATH} && ' "$1"
+}
+
 # json WORD ...: a list of strings, which is YAML too.
 json() {
   local word out=''

@@ -43,6 +43,7 @@ task() {
   is dry-run && host=launch/host.sh
   [[ ! -f ${VALUE[config]} ]] || tags+=(config)
   [[ -z $infra ]] || tags+=(infra)
+  if [[ -n $CODE ]]; then tags+=(code "CODE=$(is dry-run && echo code.tar.gz || echo "$CODE")"); fi
   ((${#BUILD_LOCKS[@]} == 0)) || tags+=(build)
   mapfile -d '' -t flags < <(train_flags)
   words=$(quote "${flags[@]}")
@@ -55,6 +56,7 @@ task() {
 need sky
 case $VERB in
   create | run)
+    find_code 0
     text=$(task)
     options=()
     # A name without a value: SkyPilot takes the value from the environment.
@@ -63,8 +65,8 @@ case $VERB in
       printf '%s\n' "$text"
       run sky jobs launch --yes --detach-run "--name=$NAME" "${options[@]}" TASK.yaml
     else
-      file=$(mktemp --suffix=.yaml)
-      trap 'rm -f "$file"' EXIT
+      scratch
+      file=$SCRATCH/task.yaml
       printf '%s\n' "$text" >"$file"
       sky jobs launch --yes --detach-run "--name=$NAME" "${options[@]}" "$file"
     fi

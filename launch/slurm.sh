@@ -28,6 +28,21 @@ parse_flags "$@"
 NAME=${VALUE[name]}
 LOG=${VALUE[log]}
 [[ -n $LOG || ${VALUE[workdir]} != /* ]] || LOG=${VALUE[workdir]}/slurm.log
+# The code is read where it is, as the config file is: the nodes mount the disk. sbatch exports the environment.
+add_code() {
+  local path found=''
+  local paths
+  IFS=, read -r -a paths <<<"${VALUE[code]}"
+  environment=()
+  for path in "${paths[@]}"; do
+    [[ -e $path ]] || die 2 "--code=$path: no such file or folder"
+    [[ -d $path && ($path == */ || $path =~ (^|/)\.\.?$) ]] || path=$(dirname "$path")
+    path=$(cd "$path" && pwd)
+    [[ ":$found:" == *":$path:"* ]] || found+="${found:+:}$path"
+  done
+  [[ -z $found ]] || environment=(env "PYTHONPATH=$found${PYTHONPATH:+:$PYTHONPATH}")
+}
+
 need sbatch squeue scancel
 case $VERB in
   create | run)
@@ -40,6 +55,7 @@ case $VERB in
     options=("--nodes=${VALUE[nodes]}" "--signal=B:TERM@${VALUE[grace-seconds]}" "--output=$LOG" --export=ALL)
     [[ ${VALUE[gpus-per-node]} == 0 ]] || options+=("--gpus-per-node=${VALUE[gpus-per-node]}")
     for name in cpus-per-task partition account qos time; do [[ -z ${VALUE[$name]} ]] || options+=("--$name=${VALUE[$name]}"); done
+    add_code
     [[ ! -f ${VALUE[config]} ]] || VALUE[config]=$(cd "$(dirname "${VALUE[config]}")" && pwd)/$(basename "${VALUE[config]}")
     mapfile -d '' -t flags < <(train_flags "$(dirname "${VALUE[config]}")")
     script=$LAUNCH_DIR/train.sbatch
@@ -47,7 +63,7 @@ case $VERB in
     is dry-run || mkdir -p "$(dirname "$LOG")"
     [[ -z ${VALUE[setup]} ]] || export FTJAX_SETUP=${VALUE[setup]}
     # The environment of sbatch, with secrets, is that of the job (--export=ALL).
-    run sbatch --parsable "--job-name=$NAME" "${options[@]}" "$script" "${VALUE[python]}" "${flags[@]}"
+    run "${environment[@]}" sbatch --parsable "--job-name=$NAME" "${options[@]}" "$script" "${VALUE[python]}" "${flags[@]}"
     ;;
   status) run squeue --me "--name=$NAME" ;;
   logs)

@@ -29,6 +29,7 @@ case $VERB in
   create | run)
     check_workdir "${#HOST_NAMES[@]}"
     find_install "${VALUE[platform]}"
+    find_code 0
     ;;
 esac
 OPTIONS=(-o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=30)

@@ -28,6 +28,7 @@ tpu_api_check() {
     create | run)
       check_workdir "$HOSTS"
       find_install tpu
+    find_code 0
       is dry-run || check_zone "$ZONE"
       ;;
   esac

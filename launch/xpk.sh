@@ -30,15 +30,18 @@ need xpk
 case $VERB in
   create | run)
     require image
-    [[ ! -f ${VALUE[config]} ]] || die 2 "--config=${VALUE[config]}: a file of this machine; expected a shipped config, or a path in the image"
     [[ ${VALUE[workdir]} == gs://?* ]] || die 2 "--workdir=${VALUE[workdir]}: a pod loses its disk; expected gs://BUCKET/PATH"
-    mapfile -d '' -t flags < <(train_flags)
+    # One word of a command has at most 128 KiB on Linux, and the archive is there as text.
+    find_code $((64 << 10)) --carry-config
+    unpack=''
+    [[ -z $CODE ]] || unpack=$(unpack_code "echo $(code_text) | base64 -d")
+    mapfile -d '' -t flags < <(train_flags /tmp/code)
     seconds=$(grace $((HOSTS * SLICES)))
     options=()
     if has_secrets; then
       # Names without values: XPK takes the values from this environment. It writes them into the manifest of the pods.
-      file=$(mktemp)
-      trap 'rm -f "$file"' EXIT
+      scratch
+      file=$SCRATCH/names
       for secret in "${SECRETS[@]}"; do [[ -z ${!secret:-} ]] || echo "$secret" >>"$file"; done
       is dry-run && options=(--env-file=NAMES) || options=("--env-file=$file")
     fi
@@ -46,7 +49,7 @@ case $VERB in
     run xpk workload create "${CLUSTER[@]}" "--workload=$NAME" "--tpu-type=$TYPE" "--num-slices=$SLICES" \
       "--docker-image=${VALUE[image]}" "--priority=${VALUE[priority]}" "--max-restarts=${VALUE[restarts]}" \
       "--termination-grace-period-seconds=$seconds" "${options[@]}" \
-      "--command=exec python -m ftjax.supervise --preflight --translate=75:42 -- python -m ftjax.train $(quote "${flags[@]}")"
+      "--command=${unpack}exec python -m ftjax.supervise --preflight --translate=75:42 -- python -m ftjax.train $(quote "${flags[@]}")"
     ;;
   status) run xpk workload list "${CLUSTER[@]}" "--filter-by-job=$NAME" ;;
   # XPK has no command for logs; its pods carry this label.

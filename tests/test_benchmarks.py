@@ -8,10 +8,12 @@ import shutil
 import sys
 import zipfile
 
+import family_models
 import numpy as np
 import pytest
 import tiny_model
 import tiny_run
+import tiny_words
 
 from ftjax.data import synthetic
 
@@ -19,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'demo').glob('*.py')])
 # What other scripts import, or start as a process of their own.
 PARTS = {'contest.py', 'sft_speed_worker.py', 'rollout_speed_worker.py', 'package_rows.py'}
+PARTS |= {'classification_parity_worker.py'}
 
 
 def test_every_script_is_run_here():
@@ -486,3 +489,31 @@ def test_label_errors(script, tmp_path, capsys):
   assert [f['flipped'] for f in found] == [6] * 6 + [0] * 6
   assert found[0]['recall'] >= 0.8 and found[0]['precision'] >= 0.8
   assert found[0]['doubted'] >= found[5]['doubted'] and found[6]['recall'] is None
+
+
+@pytest.mark.full
+def test_classification_parity(script, tmp_path, capsys):
+  """The other side is a stand-in: torch and transformers are not in this environment."""
+  model, data = tmp_path / 'model', tmp_path / 'data'
+  family_models.write_folder('bert', model)
+  for name, content in tiny_words.files().items():
+    (model / name).write_bytes(content)
+  data.mkdir()
+  labels = ('negative', 'positive')
+  for side, count in (('train', 240), ('test', 20)):
+    texts = [f'a {("bad", "good")[i % 2]} film' for i in range(count)]
+    rows = [{'text': text, 'label': labels[i % 2]} for i, text in enumerate(texts)]
+    (data / f'{side}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  other = tmp_path / 'python'
+  found = json.dumps({'right': [True] * 10 + [False] * 10, 'sentences_per_s': 1.0})
+  other.write_text(f"#!/bin/sh\necho '{found}'\n")
+  other.chmod(0o755)
+  words = ['--out', tmp_path / 'out', '--python', other, '--model', model, '--data', data]
+  words += ['--epochs', '24', '--seq-len', '48']
+  main = script('benchmarks', 'classification_parity', *words, '--seeds', '0')
+  main['main']()
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [row.get('side') for row in lines] == ['ftjax', 'transformers', None, None]
+  assert lines[1]['accuracy'] == 0.5 and lines[0]['sentences_per_s'] > 0
+  assert lines[2]['difference'] == lines[0]['accuracy'] - 0.5
+  assert lines[3]['transformers'] == 0.5 and 0 <= lines[2]['mcnemar_p'] <= 1

@@ -228,7 +228,7 @@ def test_the_entry(mixed, tmp_path):
   ('algorithm', 'row', 'texts'),
   [
     ('classification', {'text': 'a b', 'label': 'x'}, (('a b',), ('x',))),
-    ('token_classification', {'tokens': ['a', 'b'], 'tags': ['x', 'y']}, ((), ('a b',))),
+    ('token_classification', {'tokens': ['a', 'b'], 'tags': ['x', 'y']}, (('a b',), ())),
     ('embedding', {'anchor': 'a', 'positive': 'b', 'negative': 'c'}, (('a',), ('b', 'c'))),
   ],
 )

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from fake_gcs import BUCKET, PRINCIPAL
 
+from ftjax.rl.rollout_files import RolloutFiles
 from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files, gcs, gcs_lock, gcs_probe
 
@@ -485,3 +487,14 @@ def test_missing_credentials_are_reported(monkeypatch):
       patch.setattr(storage, 'Client', fail)
       with pytest.raises(ConfigError, match=told):
         gcs.client.__wrapped__()
+
+
+def test_files_of_rollouts_in_a_bucket_are_made_and_cut(bucket):
+  """Also before there is one: a folder without files is not there."""
+  made = RolloutFiles(RUN, 1)
+  made.cut(-1)
+  for number in range(3):
+    made.write_rows(str(number), [{'prompt': 'p'}])
+    made.write_arrays(number, {'tokens': np.zeros(2)})
+  RolloutFiles(RUN, 1).cut(1)
+  assert bucket.names('run/rollouts/') == ['run/rollouts/0.jsonl']

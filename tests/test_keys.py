@@ -183,6 +183,7 @@ def test_a_plain_config_is_valid():
     ('eval.every', -5, r'eval.every=-5'),
     ('eval.every', 5, r'eval.every=5 finds nothing to evaluate'),
     ('optim.weight_decay', -0.1, r'optim.weight_decay=-0.1'),
+    ('optim.sam_radius', -0.1, r'optim.sam_radius=-0.1; expected at least 0'),
     ('steps', -1, r'steps=-1'),
     ('grad_accum', 3, r'grad_accum=3 must divide batch_size=16'),
     ('model.path', '', r"model.path=''"),

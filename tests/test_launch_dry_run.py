@@ -57,6 +57,8 @@ CASES = {
   'gce_delete': ['gce.sh', 'delete', *TPU[:1], *TPU[3:], '--accelerator=v6e-16'],
   'tpu_vm_delete': ['tpu_vm.sh', 'delete', '--name=r1', '--zone=us-a', '--accelerator=v6e-8'],
   'ssh': ['ssh.sh', *RUN, '--hosts=me@a,me@b'],
+  'ssh_code': ['ssh.sh', *RUN, '--hosts=me@a', f'--code={ROOT}/tests/seams/toy_reward.py'],
+  'sky_code': ['sky.sh', *RUN, '--accelerator=H100:8', f'--code={ROOT}/tests/seams/toy_reward.py'],
   'docker_build': ['docker.sh', 'build', '--name=r1', '--platform=cuda', DIGEST],
   'docker_run': ['docker.sh', '--name=r1', '--config=tiny_sft', '--workdir=/runs/r1'],
   **{
@@ -125,6 +127,7 @@ BAD = {
   'expected sha256: and 64': ['docker.sh', 'build', '--name=r1', '--digest=sha256:12'],
   'give it before --': ['ssh.sh', *CASES['ssh'][1:], '--', '--workdir=/x'],
   'expected flags of ftjax.train': ['ssh.sh', *CASES['ssh'][1:], '--', 'rm', '-rf'],
+  '--config=no.py: no such file here': ['ssh.sh', *RUN, '--config=no.py', '--hosts=a'],
   "is not [USER@]HOST": ['ssh.sh', *RUN, '--hosts=-oProxyCommand=x'],
 }  # fmt: skip
 
@@ -158,7 +161,8 @@ COMMAND = re.compile(r'^(?:\|[^|]*\| `)?(launch/\w+\.sh [^`\n]+)', re.MULTILINE)
 
 
 def test_commands_of_the_docs_have_dry_runs(tmp_path):
-  (tmp_path / 'my_config.py').write_text('# a config of the reader\n')
+  for name in ('my_config.py', 'my_rewards.py'):
+    (tmp_path / name).write_text('# of the reader\n')
   pages = sorted((ROOT / 'docs').glob('*.md'))
   found = {p.name: COMMAND.findall(p.read_text()) for p in pages}
   assert len(found['launching.md']) > 12 and len(found['install.md']) > 8
@@ -209,7 +213,7 @@ def test_the_schema_of_job_sets_refuses_a_misspelt_key():
     jsonschema.validate(job, schema, jsonschema.Draft202012Validator)
 
 
-@pytest.mark.parametrize('name', ['sky_v5e', 'sky_gpu'])
+@pytest.mark.parametrize('name', ['sky_v5e', 'sky_gpu', 'sky_code'])
 def test_sky_tasks_are_of_their_schema(name):
   (task,) = manifests(name)
   jsonschema.validate(task, json.loads((ROOT / 'tests/schemas/skypilot_task.json').read_text()))
@@ -231,7 +235,10 @@ def test_a_config_file_becomes_a_config_map(tmp_path):
 
 def test_the_compose_file_passes_secrets_by_name():
   service = yaml.safe_load((ROOT / 'launch/docker/compose.yaml').read_text())['services']['train']
-  assert service['environment'] == {'JAX_PLATFORMS': 'cpu', 'HF_TOKEN': None, 'WANDB_API_KEY': None}
+  assert service['environment'] == {
+    **{'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '/code'},
+    **{'HF_TOKEN': None, 'WANDB_API_KEY': None},
+  }
   assert service['user'] != '0' and '-m' in service['entrypoint']
 
 

@@ -74,6 +74,36 @@ def test_restarts_have_an_end(cloud):
   assert ends(cloud)['restarts'] == 2 and state(cloud)['state'] == 'Failed'
 
 
+def test_a_job_set_that_has_ended_is_made_again(cloud):
+  """By an apply alone nothing would start: its manifest is unchanged, and it has ended."""
+  for code, ended in ((0, 'Completed'), (2, 'Failed')):
+    start(cloud, f'exit {code}')
+    assert ends(cloud)['state'] == ended
+  first = state(cloud)['pid']
+  got, _, err = launchers.run('gke.sh', *RUN, env=training(cloud, 'sleep 60'))
+  assert got == 0 and 'r1 has ended (Failed); deleting what is left' in err
+  launchers.until(lambda: state(cloud).get('pods') and state(cloud)['pid'] != first)
+  deletes = cloud.of('delete', 'jobset')
+  assert len(deletes) == 2 and all('--cascade=foreground' in words for words in deletes)
+
+
+def test_a_job_set_that_runs_is_left_alone(cloud):
+  """No newer code, config or secrets under its feet."""
+  start(cloud, 'sleep 60')
+  launchers.until(lambda: 'pods' in state(cloud))
+  pods, calls = state(cloud)['pods'], len(cloud.calls())
+  code, _, err = launchers.run('gke.sh', *RUN, env=training(cloud, 'exit 0') | {'HF_TOKEN': SECRET})
+  assert code == 0 and 'has not ended: it is left as it is' in err
+  assert [c[2:4] for c in cloud.calls()[calls:]] == [['get', 'jobset']]
+  assert state(cloud)['pods'] == pods
+
+
+def test_a_cluster_that_does_not_answer_is_not_changed(cloud):
+  (cloud.root / 'bin/kubectl').write_text('#!/bin/sh\necho "Unable to connect" >&2; exit 1\n')
+  code, _, err = launchers.run('gke.sh', *RUN, env=cloud.env(HF_TOKEN=SECRET))
+  assert code == 1 and 'Unable to connect' in err and 'nothing was changed' in err
+
+
 def test_stop_lets_the_pods_save(cloud):
   start(cloud, 'trap "touch ~/saved; exit 75" TERM; touch ~/ready; while :; do sleep 0.1; done')
   homes = [cloud.home(f'r1-{i}') for i in range(2)]

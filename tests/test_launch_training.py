@@ -141,6 +141,52 @@ def test_machines_by_ssh_stop_with_a_checkpoint_and_resume(cloud, port, tmp_path
   finished(workdir)
 
 
+SIZES = dict(
+  **{'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2},
+  **{'intermediate_size': 64, 'tie_word_embeddings': True, 'max_position_embeddings': 256},
+)
+CONFIG = """from ftjax import config
+from sizes import COMPLETIONS, MODEL
+
+
+def get_config():
+  c = config.default()
+  c.algorithm, c.model.random, c.data.train = 'grpo', MODEL, 'sums:100'
+  c.steps, c.batch_size, c.seq_len = 4, 2, 64
+  c.rollout.group, c.rollout.slots = COMPLETIONS, 2 * COMPLETIONS
+  c.rollout.max_tokens, c.rollout.samples = 8, 8
+  c.rollout.rewards = (('my_rewards:vowels', 1.0),)
+  c.checkpoint.every, c.eval.prompts = 2, ()
+  c.mesh.data = 2
+  return c
+"""
+
+
+def test_hosts_train_with_a_config_and_a_reward_of_the_user(cloud, bucket, port, tmp_path):
+  """The config imports a module, and names a reward whose module imports a package."""
+  here = tmp_path / 'my work'
+  (here / 'wording').mkdir(parents=True)
+  (here / 'my_config.py').write_text(CONFIG)
+  (here / 'sizes.py').write_text(f'COMPLETIONS = 4\nMODEL = {SIZES}\n')
+  (here / 'wording/__init__.py').write_text("VOWELS = 'aeiou'\n")
+  (here / 'my_rewards.py').write_text(
+    'import wording\n\n\ndef vowels(completions, **_):\n'
+    '  return [sum(x in wording.VOWELS for x in c[0]["content"]) for c in completions]\n'
+  )
+  env = cloud.env(FAKE_CLOUD_PORT=str(port), FAKE_CLOUD_GCS=json.dumps(bucket.env))
+  words = ['tpu_vm.sh', '--name=r1', '--zone=us-a', '--accelerator=v5litepod-16', '--poll=1']
+  words += ['--config=my_config.py', '--workdir=gs://bucket/r1', '--watch', *cloud.install]
+  code, _, err = launchers.run(*words, cwd=here, env=env)
+  assert code == 2 and not cloud.of('create')
+  remedy = err[err.index('--code=') :].strip()
+  code, _, err = launchers.run(*words, remedy, cwd=here, env=env, timeout=500)
+  assert code == 0, err
+  rows = [json.loads(x) for x in bucket.read('r1/metrics.jsonl').decode().splitlines()]
+  paid = [r['reward/vowels'] for r in rows if r['split'] == 'rollout']
+  assert len(paid) == 4 and any(paid) and steps(rows) == [1, 2, 3, 4]
+  assert bucket.names('r1/rollouts/')
+
+
 # Batch systems: what they start, in the environments that they give.
 
 _SRUN = """#!/bin/bash

@@ -252,7 +252,8 @@ def test_dropout_in_a_config_is_reported_once(tmp_path, caplog):
   for _ in range(3):
     families.architecture(load.read_config(model))
   assert [r.getMessage() for r in caplog.records] == [
-    f'{model}/config.json: attention_dropout=0.5 is not applied: training here uses no dropout'
+    f'{model}/config.json: attention_dropout=0.5 is not applied to a decoder: set '
+    'model.dropout to train with dropout'
   ]
 
 

@@ -30,6 +30,15 @@ EPOCH = 1790000001  # odd: a zip file holds even seconds
 STEM = f'ftjax-{ftjax.__version__}'
 WHEEL, SDIST, BILL = f'{STEM}-py3-none-any.whl', f'{STEM}.tar.gz', f'{STEM}.cdx.json'
 FILES = {WHEEL, SDIST, BILL, 'SHA256SUMS'}
+# Of the source archive, beside pyproject.toml.
+ROOT_FILES = (
+  'CHANGELOG.md',
+  'CITATION.cff',
+  'CONTRIBUTING.md',
+  'LICENSE',
+  'README.md',
+  'SECURITY.md',
+)
 
 needs_git = pytest.mark.skipif(not (ROOT / '.git').exists(), reason='these sources are no checkout')
 
@@ -197,6 +206,12 @@ def test_two_clones_give_the_same_bytes(tmp_path):
   assert sums(first / 'dist') == sums(second / 'dist') and sums(first / 'dist').keys() == FILES
 
 
+def test_the_source_archive_has_what_a_contributor_reads(built):
+  with tarfile.open(built / SDIST) as archive:
+    found = {n.partition('/')[2] for n in archive.getnames() if n.count('/') == 1}
+  assert found == {*ROOT_FILES, 'pyproject.toml', 'PKG-INFO'}
+
+
 def test_a_sandbox_of_links_and_an_unpacked_archive_give_the_same_bytes(built, tmp_path):
   links = tmp_path / 'links'
   with tarfile.open(built / SDIST) as archive:
@@ -237,7 +252,7 @@ def test_an_error_in_the_sources_is_shown_and_leaves_nothing(tmp_path):
   shutil.copytree(ROOT / 'third_party', tree / 'third_party')
   (tree / 'ftjax' / 'runtime').mkdir(parents=True)
   (tree / 'configs').mkdir()
-  for name in ('README.md', 'LICENSE', 'CHANGELOG.md', 'ftjax/runtime/build_commit.py'):
+  for name in (*ROOT_FILES, 'ftjax/runtime/build_commit.py'):
     shutil.copyfile(ROOT / name, tree / name)
   (tree / 'pyproject.toml').write_text('[project')
   words = flags(tree, tmp_path / 'dist')

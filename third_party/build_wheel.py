@@ -21,7 +21,10 @@ import tempfile
 
 import bill_of_materials
 
-_FILES = ('pyproject.toml', 'README.md', 'LICENSE', 'CHANGELOG.md')
+_FILES = (
+  'pyproject.toml', 'CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md',
+  'SECURITY.md',
+)  # fmt: skip
 _FOLDERS = ('ftjax', 'configs', 'launch', 'third_party')
 _MAY_LACK = ('launch',)
 # What tools leave in folders of sources. Hidden files are left out too.

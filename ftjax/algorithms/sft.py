@@ -3,6 +3,8 @@
 The loss is the cross-entropy of supervised tokens, summed here and divided by their number over the
 whole optimizer step in training/step.py. The loss over the evaluation rows is in token_loss.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -42,17 +44,29 @@ def embedding_noise(alpha: float, batch: dict, dim: int, keys: jax.Array) -> jax
 
 
 def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
-  """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums})."""
+  """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums}); with
+  R-Drop also 'divergence': sums of that between its two passes.
+  """
   config = LossConfig(c.loss.label_smoothing, c.loss.z_loss, c.loss.dynamic)
-  alpha = c.loss.neftune
+  alpha, strength = c.loss.neftune, c.loss.r_drop
+
+  def noise(batch, keys):
+    return embedding_noise(alpha, batch, forward.arch.model_dim, keys) if alpha else None
 
   def loss(params, batch, keys):
-    noise = embedding_noise(alpha, batch, forward.arch.model_dim, keys) if alpha else None
-    total, nll = forward.with_dropout(keys).cross_entropy(params, batch, config, noise)
+    dropped = forward.with_dropout(keys)
+    total, nll = dropped.cross_entropy(params, batch, config, noise(batch, keys))
     weight = batch['weights'].sum()
     return total, weight, {'nll': (nll, weight)}
 
-  return loss
+  def paired(params, batch, keys):
+    total, nll, divergence = forward.paired_cross_entropy(
+      params, batch, config, strength, keys, functools.partial(noise, batch)
+    )
+    weight = batch['weights'].sum()
+    return total, weight, {'nll': (nll, weight), 'divergence': (divergence, weight)}
+
+  return paired if strength else loss
 
 
 def build(run: Run) -> fit.Parts:

@@ -67,7 +67,9 @@ def run(
   special: frozenset[str] = frozenset(),
   scorer: labels.Scorer | None = labels.out_of_fold,
   embed: diversity.Embed | None = None,
+  given: labels.Given | None = None,
   seed: int = 0,
+  is_short: bool = False,
 ) -> Audit:
   """Audits training rows.
 
@@ -77,14 +79,23 @@ def run(
     unusable: findings of rows that could not be read.
     special: texts of the tokenizer's special tokens.
     scorer: gives out-of-fold probabilities of labels; None: label errors are not looked for.
-    embed: gives embeddings of texts; None: no coverage.
+    embed: gives embeddings of texts, of at most 2,000 evenly spread rows; None: no coverage.
+    given: probabilities of labels from a cross-validation, in place of those of `scorer`.
     seed: of the folds.
+    is_short: only what takes some seconds for thousands of rows: near duplicates, languages and
+      likely label errors are not looked for.
   """
   found: list[Finding] = list(unusable)
   notes: list[str] = []
   exact = duplicates.exact(rows)
   found += exact
-  if error := caught(lambda: near_duplicates.need_datasketch('near duplicates')):
+  if is_short:
+    scorer = None
+    notes.append(
+      'a short audit of the first rows: near duplicates, languages, likely label errors and rows '
+      'of the evaluation data are looked for by python -m ftjax.preview --audit'
+    )
+  elif error := caught(lambda: near_duplicates.need_datasketch('near duplicates')):
     notes.append(f'near duplicates were not looked for: {error}')
   else:
     found += duplicates.near(rows, frozenset(f.row for f in exact))
@@ -94,16 +105,16 @@ def run(
   found += answers.template_leaks(rows, special)
   if not characters.has_ftfy():
     notes.append(f'mojibake was looked for by its usual pairs alone: ftfy is missing; {_EXTRA}')
-  if not languages.has_langid():
+  if not is_short and not languages.has_langid():
     notes.append(
       f'languages were found by script and frequent words: py3langid is missing; {_EXTRA}'
     )
-  if scorer is labels.out_of_fold and not labels.has_scorer():
+  if scorer is labels.out_of_fold and given is None and not labels.has_scorer():
     notes.append(f'label errors were not looked for: scikit-learn is missing; {_EXTRA}')
     scorer = None
   facts = {}
   for source, group in _by_source(rows).items():
-    own, facts[source] = _of_source([rows[i] for i in group], scorer, embed, seed)
+    own, facts[source] = _of_source([rows[i] for i in group], scorer, embed, given, seed, is_short)
     found += [dataclasses.replace(f, row=group[f.row]) for f in own]
   order = {kind: k for k, kind in enumerate(KINDS)}
   found.sort(key=lambda f: (f.row if f.row >= 0 else len(rows), f.file, f.line, order[f.kind]))
@@ -128,21 +139,26 @@ def _by_source(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def _of_source(
-  rows: Sequence[Row], scorer: labels.Scorer | None, embed: diversity.Embed | None, seed: int
+  rows: Sequence[Row],
+  scorer: labels.Scorer | None,
+  embed: diversity.Embed | None,
+  given: labels.Given | None,
+  seed: int,
+  is_short: bool,
 ) -> tuple[list[Finding], dict[str, Any]]:
   """Compares the rows of a source with each other; returns (findings, facts)."""
   found = answers.truncated(rows) + answers.length_outliers(rows)
-  own, mix = languages.find(rows)
-  found += own
-  facts: dict[str, Any] = {
-    'lengths': _lengths(rows), 'languages': {k: _top(v) for k, v in mix.items()}
-  }  # fmt: skip
+  facts: dict[str, Any] = {'lengths': _lengths(rows)}
+  if not is_short:
+    own, mix = languages.find(rows)
+    found += own
+    facts['languages'] = {k: _top(v) for k, v in mix.items()}
   names = labels.of_rows(rows)
   if names is not None:
     facts['labels'] = _top(labels.balance(names))
     found += labels.rare(rows, names) + labels.conflicts(rows, names)
-    if scorer is not None:
-      own, facts['label_model'] = labels.errors(rows, names, scorer, seed)
+    if scorer is not None or given is not None:
+      own, facts['label_model'] = labels.errors(rows, names, scorer, seed, given)
       found += own
   own, facts['diversity'] = diversity.of_rows(rows, names is not None, embed)
   return found + own, facts

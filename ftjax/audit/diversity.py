@@ -90,7 +90,10 @@ def of_rows(
     'answer_opening': first, 'answer_opening_share': share,
   }  # fmt: skip
   if embed is not None:
-    facts |= {f'coverage_{k}': v for k, v in coverage(embed(questions or answers)).items()}
+    texts = [row.content for row in rows if row.content] or answers
+    spread = texts[:: max(1, -(-len(texts) // _MOST))]
+    facts |= {f'coverage_{k}': v for k, v in coverage(embed(spread)).items()}
+    facts['coverage_rows'] = len(spread)
   out = []
   total = sum(len(ngrams.words(text)) for text in answers[:1000])
   if not has_labels and len(answers) >= 50 and total >= 500 and facts['answer_distinct_2'] < _LOW:

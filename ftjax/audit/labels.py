@@ -3,7 +3,7 @@
 import importlib.util
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -173,32 +173,64 @@ _LEAST = 0.9
 _MIN_ACCURACY_GAIN = 0.1  # above the most frequent label; else its doubts mean nothing
 
 
+# {place of a row: {label: probability}}, by models that were not trained on the row.
+Given = Mapping[str, Mapping[str, float]]
+
+
+def _of_scorer(rows: Sequence[Row], labels: Sequence[str], scorer: Scorer, seed: int):
+  """Returns (indices of all rows, names of the classes, classes int[n], probabilities [n, C])."""
+  names = sorted(set(labels))
+  numbers = np.array([names.index(label) for label in labels])
+  texts = ['\n'.join(row.prompt) or row.answer for row in rows]
+  return range(len(rows)), names, numbers, scorer(texts, numbers, len(names), FOLDS, seed)
+
+
+def _of_given(rows: Sequence[Row], labels: Sequence[str], given: Given):
+  """Returns the same of the rows whose place and label `given` has; case and white space of labels
+  do not count.
+  """
+  known = {p: {ngrams.whole(k): v for k, v in own.items()} for p, own in given.items()}
+  own = [ngrams.whole(label) for label in labels]
+  kept = [i for i, row in enumerate(rows) if own[i] in known.get(row.place, ())]
+  names = sorted({name for i in kept for name in known[rows[i].place]})
+  numbers = np.array([names.index(own[i]) for i in kept], np.int64)
+  probs = [[known[rows[i].place].get(name, 0.0) for name in names] for i in kept]
+  return kept, names, numbers, np.asarray(probs, np.float64).reshape(len(kept), len(names))
+
+
 def errors(
-  rows: Sequence[Row], labels: Sequence[str], scorer: Scorer, seed: int = 0
+  rows: Sequence[Row],
+  labels: Sequence[str],
+  scorer: Scorer | None,
+  seed: int = 0,
+  given: Given | None = None,
 ) -> tuple[list[Finding], dict[str, float]]:
   """Finds likely label errors: those of `suspects` whose other label has a probability of 0.9.
 
   Args:
     rows, labels: as of `of_rows`.
-    scorer: gives out-of-fold probabilities, such as `out_of_fold`.
+    scorer: gives out-of-fold probabilities, such as `out_of_fold`; not called with `given`.
     seed: of the folds.
+    given: probabilities from a cross-validation; rows without are not looked at.
 
   Returns:
     (findings in the order of suspicion; facts: accuracy out of fold, that of the most frequent
-    label, and the number of all suspects). No findings where the rows are few, or the model hardly
-    knows more than that label.
+    label, the number of all suspects, and with `given` the number of rows). No findings where the
+    rows are few, or the model hardly knows more than that label.
   """
-  counts = balance(labels)
-  if len(rows) < _MIN_ROWS or len(counts) < 2:
+  if given is None and (len(rows) < _MIN_ROWS or len(set(labels)) < 2):
     return [], {}
-  names = sorted(counts)
-  numbers = np.array([names.index(label) for label in labels])
-  texts = ['\n'.join(row.prompt) or row.answer for row in rows]
-  probs = scorer(texts, numbers, len(names), FOLDS, seed)
+  if given is None:
+    kept, names, numbers, probs = _of_scorer(rows, labels, scorer, seed)
+  else:
+    kept, names, numbers, probs = _of_given(rows, labels, given)
+    if len(kept) < _MIN_ROWS or len(set(numbers.tolist())) < 2:
+      return [], {}
   accuracy = float((probs.argmax(1) == numbers).mean())
-  usual = max(counts.values()) / len(rows)
+  usual = float(np.bincount(numbers).max()) / len(numbers)
   suspected = suspects(numbers, probs)
   facts = {'accuracy': accuracy, 'most_frequent': usual, 'suspects': len(suspected)}
+  facts |= {} if given is None else {'rows': len(numbers)}
   if accuracy < usual + _MIN_ACCURACY_GAIN * (1 - usual):
     return [], facts
   out = []
@@ -206,7 +238,7 @@ def errors(
     others = np.where(np.arange(len(names)) == numbers[i], -1, probs[i])
     if others.max() < _LEAST:
       continue
-    other = names[int(others.argmax())]
-    detail = f'{labels[i]!r} with p={probs[i, numbers[i]]:.2f}; {other!r} is likelier'
-    out.append(found('label_error', rows, i, rows[i].shown, detail))
+    at, other = kept[i], names[int(others.argmax())]
+    detail = f'{labels[at]!r} with p={probs[i, numbers[i]]:.2f}; {other!r} is likelier'
+    out.append(found('label_error', rows, at, rows[at].shown, detail))
   return out, facts

@@ -52,8 +52,9 @@ def _facts(facts: Mapping[str, Any]) -> list[str]:
   if facts.get('labels'):
     lines.append(f'labels: {_shares(facts["labels"])}')
   if model := facts.get('label_model'):
+    of = f'models of the study on {model["rows"]:,} rows' if 'rows' in model else 'label model'
     lines.append(
-      f'label model out of fold: accuracy {model["accuracy"]:.1%}, the most frequent label alone '
+      f'{of} out of fold: accuracy {model["accuracy"]:.1%}, the most frequent label alone '
       f'{model["most_frequent"]:.1%}; {model["suspects"]:,} rows it doubts'
     )
   if own := facts.get('diversity'):
@@ -64,7 +65,8 @@ def _facts(facts: Mapping[str, Any]) -> list[str]:
     )
     if 'coverage_effective' in own:
       lines.append(
-        f'embeddings: {own["coverage_effective"]:.1f} effective rows, similarity to the nearest '
+        f'embeddings: {own["coverage_effective"]:.1f} effective rows of '
+        f'{own["coverage_rows"]:,}, similarity to the nearest '
         f'{own["coverage_nearest"]:.2f}'
       )
   return lines

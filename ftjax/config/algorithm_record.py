@@ -78,8 +78,8 @@ class Algorithm:
     headline: (metrics of a step, or of a rollout, in the progress bar; metrics with which the line
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
-    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags' or
-      'texts'.
+    example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags',
+      'document' or 'texts'.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
     completions_per_row: completions that share one row of seq_len tokens.
@@ -91,6 +91,7 @@ class Algorithm:
       first update on it.
     auxiliary: the other models of a run.
     labels: the label head of the trained model; None for a language model.
+    predicts_masked: whether it trains an encoder to predict masked tokens.
     documents: float32 arrays that a batch has for each of the first S documents of its rows, by
       name with their shape after the rows: (S,) or (S, numbers of a document). Rows then hold at
       most S documents.
@@ -113,6 +114,7 @@ class Algorithm:
   needs_old_logp: Callable[[Config], bool] = lambda c: False
   auxiliary: Callable[[Config], tuple[Auxiliary, ...]] = lambda c: ()
   labels: Callable[[Config], LabelHead | None] = lambda c: None
+  predicts_masked: bool = False
   documents: Callable[[Config], Mapping[str, tuple[int, ...]]] = lambda c: {}
   fixed: tuple[str, ...] = ()
   fixed_in_rollout: tuple[str, ...] = ()

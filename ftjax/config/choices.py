@@ -248,6 +248,7 @@ _PLAIN = {
   'checkpoint.best_mode': ('min', 'max'),
   'data.on_unrendered': ('error', 'warn'),
   'data.on_bad_row': ('error', 'drop'),
+  'data.on_audit': ('report', 'error'),
   'data.balance': ('none', 'sqrt', 'equal'),
   'data.curriculum': ('none', 'length', 'difficulty'),
   'embedding.pool': ('', 'mean', 'first', 'last'),

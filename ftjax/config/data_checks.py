@@ -25,6 +25,10 @@ def check(c: ml_collections.ConfigDict) -> None:
     )
   if d.curriculum == 'difficulty' and algorithms.of(c).on_rollouts:
     raise ConfigError('data.curriculum=difficulty: prompts have none; set it to length or none')
+  if d.on_audit == 'error' and not d.audit:
+    raise ConfigError(
+      'data.on_audit=error does nothing with data.audit=0: set how many rows are looked at'
+    )
   _check_augment(d.augment)
   if not d.augment:
     for key in ('augment_copies', 'augment_templates'):

@@ -1,4 +1,5 @@
-"""Every config key once, with its default, unit and meaning, section by section.
+"""Every config key once, with its default, unit and meaning, section by section; those of the
+optimizer and of the loss of tokens are in optim_keys.py, those of labels in label_keys.py.
 
 A config file is Python: `from ftjax import config; def get_config(): c = config.default(); c.steps
 = 100; return c`. Keys are locked, so a misspelt one is an error. Code reads `c.key`; there is no
@@ -6,7 +7,7 @@ second default anywhere. layers.toml lists the folders that read this object."""
 
 from ml_collections import config_dict
 
-from ftjax.config import label_keys
+from ftjax.config import label_keys, optim_keys
 from ftjax.config.section import Section
 
 
@@ -17,8 +18,8 @@ def default() -> Section:
   _add_model(c)
   _add_data(c)
   _add_lora(c)
-  _add_optim(c)
-  _add_loss(c)
+  optim_keys.add_optim(c)
+  optim_keys.add_loss(c)
   _add_moe(c)
   _add_distill(c)
   _add_dpo(c)
@@ -77,6 +78,13 @@ def _add_model(c: Section) -> None:
   # Rows of the vocabulary's tables are padded to a multiple of this in memory, so that mesh.tensor
   # divides them; results and exports are those without padding.
   c.model.vocab_multiple = 1
+  # Shares of numbers that a training step drops; -1: that of an encoder's config.json, none in a
+  # decoder. Not in rollouts.
+  c.model.dropout = Section()
+  c.model.dropout.attention = -1.0  # of the probabilities of softmax attention
+  c.model.dropout.residual = -1.0  # of the output of a layer's attention, and of its MLP
+  c.model.dropout.embedding = -1.0  # of the embeddings
+  c.model.dropout.classifier = -1.0  # of what the last map of a label head reads
   # Instead of a path, a small model with random weights and a byte tokenizer: a dict in the keys of
   # a Hugging Face config.json.
   c.model.random = Section()
@@ -117,6 +125,11 @@ def _add_data(c: Section) -> None:
   c.data.loss_on = 'assistant'
   c.data.chat_template = ''  # file with a jinja template in place of the model's; exported with it
   c.data.cache = ''  # folder for tokenized data; '': data_cache in the workdir
+  # Rows of data.train whose faults are counted in the log and in the report at the start; 0: none.
+  # python -m ftjax.preview --audit looks at all of them, and for more.
+  c.data.audit = 2000
+  # Whether errors that this audit finds (conflicting labels, secrets, empty answers) end the run.
+  c.data.on_audit = 'report'
   c.data.workers = 0  # processes that tokenize, on each host; 0: one for each core
 
 
@@ -146,51 +159,6 @@ def _add_lora(c: Section) -> None:
   c.lora.merge_kl = (
     1e-3  # largest KL from adapter to merged model that merged/ may have, nats/token
   )
-
-
-def _add_optim(c: Section) -> None:
-  # decay, multipliers and freeze are tables of (regex, value) over per-layer names: embed/w,
-  # final_norm/scale, head/w, layer0/attn/q/w, ... The first row that matches a whole name counts;
-  # every name must be matched, and every row must match a name that no earlier row does.
-  c.optim = Section()
-  c.optim.name = 'adamw'  # the optimizer
-  # How moments are held between steps: as float32, or as 8bit, a byte each and a float32 for each
-  # block of up to 256 (adamw, lion, sgd).
-  c.optim.moments = 'float32'
-  # How a new parameter becomes bfloat16: the nearest number, or one of its two neighbours at random
-  # (stochastic), so that steps below half their distance add up; with model.param_dtype=bfloat16.
-  c.optim.rounding = 'nearest'
-  c.optim.lr = 2e-5  # peak learning rate
-  c.optim.schedule = 'cosine'  # course of the learning rate after the warmup
-  c.optim.warmup_steps = 0  # updates in which the learning rate rises linearly from 0
-  c.optim.end_fraction = 0.0  # last learning rate of linear, cosine and wsd, as a share of lr
-  c.optim.decay_steps = 0  # updates of the final decay of wsd
-  # With a factor below 1 the schedule's rate is multiplied by it when checkpoint.best_metric has
-  # not improved for plateau_patience evaluations, and again after as many; 1: never.
-  c.optim.plateau_factor = 1.0
-  c.optim.plateau_patience = 2  # evaluations without a better best_metric before the rate falls
-  c.optim.plateau_min = 0.0  # smallest product of these factors
-  c.optim.weight_decay = 0.0  # decoupled; multiplied by the learning rate
-  c.optim.b1 = 0.9  # decay of the first moment; momentum of sgd and muon
-  c.optim.b2 = 0.999  # decay of the second moment
-  c.optim.eps = 1e-8  # added to the root of the second moment
-  c.optim.clip_norm = 1.0  # largest global L2 norm of the gradient; 0: no clipping
-  # Decay of a moving average of the parameters, which is evaluated and exported in place of them;
-  # 0: none.
-  c.optim.ema_decay = 0.0
-  # Factors of weight_decay; norm scales, biases and the rates of delta nets have none.
-  c.optim.decay = (('.*(norm/scale|/b|attn/(norm|a_log|dt_bias))', 0.0), ('.*', 1.0))
-  c.optim.multipliers = (('.*', 1.0),)  # factors of the learning rate
-  c.optim.freeze = (('.*', False),)  # True: not trained
-
-
-def _add_loss(c: Section) -> None:
-  c.loss = Section()
-  c.loss.label_smoothing = 0.0  # share of the target that is spread over the vocabulary
-  c.loss.z_loss = 0.0  # weight of logsumexp squared
-  c.loss.dynamic = False  # a token's loss is multiplied with its probability (DFT)
-  # Alpha of uniform noise on embeddings, alpha / sqrt(tokens * dim); 0: none, 5 is usual.
-  c.loss.neftune = 0.0
 
 
 def _add_moe(c: Section) -> None:

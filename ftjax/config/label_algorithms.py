@@ -1,4 +1,6 @@
-"""The algorithms that give labels to whole texts and to each word, or vectors to texts."""
+"""The algorithms of label heads and of encoders: labels of whole texts and of words, vectors of
+texts, and the prediction of masked tokens.
+"""
 
 from ftjax.config import choices
 from ftjax.config.algorithm_record import Algorithm, Config, LabelHead
@@ -208,8 +210,34 @@ _EMBEDDING = Algorithm(
   check=_check_embedding,
 )
 
+
+# Prediction of masked tokens.
+
+
+def _check_masked_lm(c: Config) -> None:
+  _check_writes_no_text(c)
+  m = c.masked_lm
+  if not 0 < m.share < 1 or m.masked < 0 or m.random < 0 or m.masked + m.random > 1:
+    raise ConfigError(
+      f'masked_lm.share={m.share}, masked_lm.masked={m.masked}, masked_lm.random={m.random}; '
+      'expected a share in (0, 1), and shares of it that are at most 1 together'
+    )
+
+
+_MASKED_LM = Algorithm(
+  module='ftjax.algorithms.masked_lm',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: (('loss',), ('loss', 'perplexity')),
+  reads=('masked_lm', 'data.packing'),
+  example=lambda c: 'document',
+  predicts_masked=True,
+  fixed=('data.packing', 'masked_lm'),
+  check=_check_masked_lm,
+)
+
 ROWS = {
   'classification': _CLASSIFICATION,
   'token_classification': _TOKEN_CLASSIFICATION,
   'embedding': _EMBEDDING,
+  'masked_lm': _MASKED_LM,
 }

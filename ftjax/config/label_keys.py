@@ -14,6 +14,11 @@ def add_labels(c: Section) -> None:
   c.classification.focal_gamma = 0.0  # of focal loss; 0: cross-entropy
   c.classification.label_smoothing = 0.0  # share that goes to all labels alike
   c.classification.threshold = 0.5  # of multi: a label is predicted from this probability
+  c.masked_lm = Section()
+  c.masked_lm.share = 0.15  # of the tokens that a step predicts
+  c.masked_lm.masked = 0.8  # share of these that the mask replaces
+  c.masked_lm.random = 0.1  # share of these that a random token replaces; the rest stay
+  c.masked_lm.mask_id = -1  # id of the mask; -1: that of the tokenizer
   c.token_classification = Section()
   # Names in the order of their numbers, such as ('O', 'B-PER', 'I-PER'); (): those of data.train.
   c.token_classification.labels = ()

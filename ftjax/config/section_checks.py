@@ -28,6 +28,7 @@ def check(c: ml_collections.ConfigDict) -> None:
   _check_metric(c)
   _check_plateau(c)
   _check_precision(c)
+  _check_step(c)
   if 'dpo' in record.reads:
     _check_dpo(c)
   record.check(c)
@@ -114,6 +115,25 @@ def unread_optimizer_keys(c: ml_collections.ConfigDict) -> list[str]:
   optim.name on the command line the keys of a config file for another optimizer are still there.
   """
   return [reason for key, reason in _unread_choices(c).items() if key.startswith('optim.')]
+
+
+def _check_step(c: ml_collections.ConfigDict) -> None:
+  """Refuses settings of SAM and of rates by depth that cannot be meant."""
+  if not 0 < c.optim.layer_decay <= 1:
+    raise ConfigError(
+      f'optim.layer_decay={c.optim.layer_decay}; expected more than 0 and at most 1, a factor of '
+      "the learning rate of the layer above; ULMFiT's 2.6 is 0.385 here"
+    )
+  if c.optim.sam_radius and c.model.param_dtype != 'float32':
+    raise ConfigError(
+      f'optim.sam_radius={c.optim.sam_radius} needs model.param_dtype=float32: in bfloat16 most '
+      'weights would not move by so little'
+    )
+  if c.optim.sam_radius and algorithms.of(c).on_rollouts:
+    raise ConfigError(
+      f'optim.sam_radius={c.optim.sam_radius} with algorithm={c.algorithm}: ratios to the '
+      'sampler hold where it sampled, not where the second gradient is taken; leave it at 0'
+    )
 
 
 def _check_precision(c: ml_collections.ConfigDict) -> None:

@@ -14,6 +14,7 @@ from ftjax.config import (
   custom_keys,
   data_checks,
   gate_rules,
+  model_checks,
   section_checks,
   study_checks,
   task_specs,
@@ -53,13 +54,17 @@ POSITIVE = (
 NOT_NEGATIVE = (
   'steps',
   'stop_at',
+  'data.audit',
   'data.workers',
   'optim.warmup_steps',
   'optim.decay_steps',
   'optim.weight_decay',
   'optim.clip_norm',
+  'optim.sam_radius',
+  'optim.unfreeze_every',
   'loss.z_loss',
   'loss.neftune',
+  'loss.r_drop',
   'checkpoint.every',
   'checkpoint.patience',
   'eval.every',
@@ -184,6 +189,7 @@ def _validate(c: Section) -> None:
   study_checks.check(c)
   section_checks.check(c)
   data_checks.check(c)
+  model_checks.check(c)
   adapter_checks.check(c)
 
 

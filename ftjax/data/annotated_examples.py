@@ -22,12 +22,20 @@ NONE = -1  # a token without a label
 
 
 def encode(
-  rows: Sequence[LabeledText | TaggedWords], tokenizer: Tokenizer, annotation: Annotation
+  rows: Sequence[LabeledText | TaggedWords],
+  tokenizer: Tokenizer,
+  annotation: Annotation,
+  seq_len: int = 0,
 ) -> list[list[Encoded] | Bad]:
   """Tokenizes rows: per row a list of one example, or Bad.
 
+  A text without labels becomes several examples where it has more than `seq_len` tokens with those
+  around it: parts of equal lengths, nothing left out; 0: one.
+
   `Encoded.supervised` marks the tokens of the texts, and not those that the tokenizer adds.
   """
+  if annotation.kind == 'document':
+    return _encode_documents(rows, tokenizer, seq_len)
   if rows and isinstance(rows[0], TaggedWords):
     return _encode_words(rows, tokenizer, annotation)
   return _encode_texts(rows, tokenizer, annotation.kind)
@@ -54,6 +62,27 @@ def _encode_texts(
     else:
       value = row.values[0]
     out.append([dataclasses.replace(example, labels=labels, value=value)])
+  return out
+
+
+def _encode_documents(
+  rows: Sequence[LabeledText], tokenizer: Tokenizer, seq_len: int
+) -> list[list[Encoded] | Bad]:
+  around = len(tokenizer.prefix_ids) + len(tokenizer.suffix_ids)
+  out: list[list[Encoded] | Bad] = []
+  for ids in tokenizer.encode_batch([row.texts[0] for row in rows]):
+    if not len(ids):
+      out.append(Bad('the text of the row has no token'))
+      continue
+    room = max(seq_len - around, 1) if seq_len else len(ids)
+    parts = np.array_split(ids, -(-len(ids) // room))
+    examples = [_joined([part], tokenizer) for part in parts]
+    out.append(
+      [
+        dataclasses.replace(e, labels=np.where(e.sequence >= 0, e.tokens, NONE).astype(np.int32))
+        for e in examples
+      ]
+    )
   return out
 
 

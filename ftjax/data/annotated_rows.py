@@ -1,4 +1,5 @@
-"""Parses rows whose texts have labels: of the whole text ('class'), or of each word ('tags').
+"""Parses rows whose texts have labels: of the whole text ('class'), or of each word ('tags'); and
+texts whose own tokens are the labels ('document').
 
 `annotated_examples.py` tokenizes them. The columns are those of the published sets.
 """
@@ -14,7 +15,7 @@ from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
 
 # 'texts' are those of embedding_rows.py.
-SHAPES = ('class', 'tags', 'texts')
+SHAPES = ('class', 'tags', 'document', 'texts')
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -36,8 +37,8 @@ _TAGS = ('tags', 'ner_tags', 'labels', 'pos_tags')
 class Annotation:
   """What the labels of a source are.
 
-  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, a value of
-  embedding.objective for groups of texts.
+  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'document'
+    for a text without labels, a value of embedding.objective for groups of texts.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
   negatives: of groups of texts: the most negatives of a row. needs_negative: whether there must be
@@ -227,12 +228,16 @@ def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | Tag
   Raises:
     ValueError: the row is unusable; the message is the reason.
   """
+  if shape == 'document':
+    return LabeledText((read_text(row, _one_of(row, SINGLE, 'text')),), ())
   return (_from_class if shape == 'class' else _from_tags)(row, annotation)
 
 
 def unread(row: Mapping, shape: str) -> set[str]:
   """Returns the columns of a row for `parse` that are not null and that it does not read."""
-  if shape == 'class':
+  if shape == 'document':
+    known = {_one_of(row, SINGLE, 'text')}
+  elif shape == 'class':
     known = {*_text_columns(row), _label_column(row)}
   else:
     known = {*_WORDS, _one_of(row, _TAGS, 'tags')}

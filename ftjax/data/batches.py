@@ -114,7 +114,7 @@ def _fill_annotated(
     end = start + len(labels)
     if weighed and corpus.weights is not None:
       factor = corpus.weights[i]
-    if corpus.shape == 'tags':
+    if corpus.shape != 'class':
       batch['labels'][row, start:end] = np.maximum(labels, 0)
       batch['weights'][row, start:end] = np.where(labels >= 0, factor, 0.0)
     else:

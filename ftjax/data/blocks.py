@@ -281,7 +281,8 @@ class BlockTokenizer:
     if self._policy.shape == 'texts':
       return embedding_examples.encode(good, self._tokenizer)
     if self._is_annotated:
-      return annotated_examples.encode(good, self._tokenizer, self._policy.annotation)
+      settings = (self._policy.annotation, self._policy.seq_len)
+      return annotated_examples.encode(good, self._tokenizer, *settings)
     if self._policy.shape == 'text':
       return encode.encode(good, self._tokenizer, self._policy.loss_on)
     return labeled_examples.encode(good, self._tokenizer)

@@ -3,9 +3,10 @@
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
-second term, 'tags:N' its words with a tag for even and odd terms, 'similar:N' the question with the
-same one and another one in other words. 'sums:N:BELOW', and likewise the others, has terms below
-BELOW instead of 100. The tokenizer has one token a byte and a ChatML template.
+second term, 'tags:N' its words with a tag for even and odd terms, 'documents:N' question and answer
+as one text, 'similar:N' the question with the same one and another one in other words.
+'sums:N:BELOW', and likewise the others, has terms below BELOW instead of 100. The tokenizer has one
+token a byte and a ChatML template.
 """
 
 import dataclasses
@@ -88,6 +89,9 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
       texts = (f'add {term} to {words[2]}' for term in (words[0], other))
       rows.append(dict(zip(('anchor', 'positive', 'negative'), (text, *texts), strict=True)))
       continue
+    if kind == 'documents':
+      rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
+      continue
     if kind == 'classes':
       rows.append({'text': text, 'label': ('even', 'odd')[int(words[2]) % 2]})
       continue
@@ -100,7 +104,7 @@ _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
   for make, kinds in (
     (_labeled, ('pairs', 'labels', 'scores')),
-    (_annotated, ('classes', 'tags', 'similar')),
+    (_annotated, ('classes', 'tags', 'documents', 'similar')),
   )
   for kind in kinds
 }

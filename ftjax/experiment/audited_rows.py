@@ -10,6 +10,7 @@ from ftjax.audit.finding import Finding, excerpt
 from ftjax.audit.rows import Row
 from ftjax.config import algorithms
 from ftjax.data import (
+  annotated_examples,
   annotated_rows,
   embedding_examples,
   embedding_rows,
@@ -20,19 +21,21 @@ from ftjax.data import (
   prompt_rows,
   sources,
 )
-from ftjax.data.embedding_rows import TextGroup
 from ftjax.data.formats import Bad, Chat, Completion, Text
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment.data import annotation
 
-_CHUNK = 250  # rows tokenized at once
+_CHUNK = 250  # rows tokenized at once, or fewer long ones:
+_CHUNK_CHARACTERS = 200_000
 
 Example = (
   formats.Example
   | preference_rows.Pair
   | preference_rows.LabeledExample
   | prompt_rows.Prompt
-  | TextGroup
+  | annotated_rows.LabeledText
+  | annotated_rows.TaggedWords
+  | embedding_rows.TextGroup
 )
 
 
@@ -52,6 +55,37 @@ def read(
     for found in reader.read(spec):
       (unusable if isinstance(found, Finding) else rows).append(found)
   return rows, unusable
+
+
+def read_first(
+  c: ml_collections.ConfigDict,
+  tokenizer: Tokenizer,
+  specs: Sequence[sources.Spec],
+  most_rows: int,
+  most_characters: int,
+) -> tuple[list[Row], list[Finding], bool]:
+  """Reads the first rows of sources, each its share of `most_rows`, and of `most_characters` of
+  text; which rows they are depends on nothing else.
+
+  Returns:
+    (rows; findings of those that cannot be used; whether these are all rows).
+  """
+  rows: list[Row] = []
+  unusable: list[Finding] = []
+  reader, is_whole = _Reader(c, tokenizer), True
+  for spec in specs:
+    share, text = max(1, most_rows // len(specs)), most_characters // len(specs)
+    for found in reader.read(spec):
+      if share == 0 or text <= 0:
+        is_whole = False
+        break
+      share -= 1
+      if isinstance(found, Finding):
+        unusable.append(found)
+      else:
+        text -= sum(map(len, found.texts))
+        rows.append(found)
+  return rows, unusable, is_whole
 
 
 def _unusable(place: tuple[str, int], reason: str, row: Any) -> Finding:
@@ -78,7 +112,7 @@ class _Reader:
     """Yields the rows of a source in order, or findings of those that cannot be used."""
     names = sources.source_names(spec)
     waiting: list[tuple[tuple[str, int], Any, Example | Bad]] = []
-    form = spec.format
+    form, size = spec.format, 0
     for number, line, row in sources.scan(spec):
       example: Example | Bad = row if isinstance(row, Bad) else Bad('')
       if not isinstance(row, Bad):
@@ -89,25 +123,23 @@ class _Reader:
         except ValueError as error:
           example = Bad(str(error))
       waiting.append(((names[number], line), row, example))
-      if len(waiting) >= _CHUNK:
+      if not isinstance(example, Bad):
+        size += sum(len(text) for own in texts_of(example) for text in own)
+      if len(waiting) >= _CHUNK or size >= _CHUNK_CHARACTERS:
         yield from self._rows(waiting, spec.path)
-        waiting = []
+        waiting, size = [], 0
     yield from self._rows(waiting, spec.path)
 
   def _parse(self, row: Mapping[str, Any], form: str | None, spec: sources.Spec) -> Example:
     has_template = self._tokenizer.template is not None
+    if self._shape == 'texts':
+      return embedding_rows.parse(row, self._annotation)
+    if self._shape in annotated_rows.SHAPES:
+      return annotated_rows.parse(row, self._shape, self._annotation)
     if self._shape == 'prompt':
       return prompt_rows.read_prompt(row, has_template, spec.format)
     if self._shape == 'text':
       return formats.parse(row, form, has_template, is_named=spec.format is not None)
-    if self._shape == 'texts':
-      return embedding_rows.parse(row, self._annotation)
-    if self._shape in annotated_rows.SHAPES:
-      annotated_rows.parse(row, self._shape, self._annotation)  # for what it refuses
-      is_words = self._shape == 'tags'
-      return TextGroup(
-        (' '.join(annotated_rows.words(row)),) if is_words else annotated_rows.texts(row)
-      )
     return preference_rows.parse(row, self._shape, spec.format, has_template)
 
   def _rows(
@@ -120,12 +152,24 @@ class _Reader:
       if isinstance(tokens, Bad):
         yield _unusable(place, tokens.reason, row)
       else:
-        prompt, answers = texts_of(example)
+        if self._shape in annotated_rows.SHAPES and self._shape != 'texts':
+          prompt, label = self._annotated(example)
+          answers = () if label is None else (label,)
+        else:
+          prompt, answers = texts_of(example)
+          label = _label(row) if self._shape == 'text' else None
         is_pair = isinstance(example, preference_rows.Pair)
-        label = _label(row) if self._shape in ('text', 'class') else None
-        if label is not None and isinstance(example, TextGroup):
-          prompt, answers = example.texts, (label,)
         yield Row(*place, prompt, answers, label, is_pair, source, tokens, self._most)
+
+  def _annotated(
+    self, example: annotated_rows.LabeledText | annotated_rows.TaggedWords
+  ) -> tuple[tuple[str, ...], str | None]:
+    """Returns (texts, label) of a row with labels; None for a number, for words and without one."""
+    if isinstance(example, annotated_rows.TaggedWords):
+      return texts_of(example)[0], None
+    names = self._annotation.names
+    found = [names[int(v)] for v in example.values] if names else []
+    return example.texts, ', '.join(found) or None
 
   def _tokens(self, parsed: Sequence[Any]) -> list[int | Bad]:
     """Returns the number of tokens of each example, or Bad where it cannot be encoded."""
@@ -133,8 +177,10 @@ class _Reader:
       return [_count_prompt(p, self._tokenizer) for p in parsed]
     if self._shape == 'text':
       found = encode.encode(parsed, self._tokenizer, self._loss_on)
-    elif self._shape in annotated_rows.SHAPES:
+    elif self._shape == 'texts':
       found = embedding_examples.encode(parsed, self._tokenizer)
+    elif self._shape in annotated_rows.SHAPES:
+      found = annotated_examples.encode(parsed, self._tokenizer, self._annotation)
     else:
       found = labeled_examples.encode(parsed, self._tokenizer)
     return [x if isinstance(x, Bad) else max(len(e.tokens) for e in x) for x in found]
@@ -160,13 +206,16 @@ def texts_of(example: Example) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return prompt, (*chosen[-1:], *texts_of(example.rejected)[1][-1:])
   if isinstance(example, preference_rows.LabeledExample):
     return texts_of(example.answer)
+  if isinstance(example, annotated_rows.LabeledText):
+    return example.texts, ()
+  if isinstance(example, annotated_rows.TaggedWords):
+    return (' '.join(example.words),), ()
+  if isinstance(example, embedding_rows.TextGroup):  # the anchor, and the others
+    return example.texts[:1], example.texts[1:]
   if isinstance(example, prompt_rows.Prompt):
     asked = example.asked
     prompt = (asked,) if isinstance(asked, str) else _contents(asked.messages)
     return prompt, () if example.answer is None else (example.answer,)
-  if isinstance(example, TextGroup):
-    is_alone = len(example.texts) == 1
-    return ((), example.texts) if is_alone else (example.texts[:1], example.texts[1:])
   if isinstance(example, Completion):
     return (example.prompt,), (example.completion,)
   if isinstance(example, Text):

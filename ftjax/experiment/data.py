@@ -230,6 +230,8 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
       (0, False) if section.objective == 'cosine' else (section.negatives, not section.in_batch)
     )
     return Annotation(section.objective, (), False, *limits)
+  if shape == 'document':
+    return Annotation('document')
   return Annotation()
 
 

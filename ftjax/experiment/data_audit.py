@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from ftjax.audit import audit, cleaning, drift, table
+from ftjax.audit import audit, cleaning, diversity, drift, table
 from ftjax.audit.rows import Row
 from ftjax.config import task_specs
 from ftjax.data import (
@@ -17,7 +17,7 @@ from ftjax.data import (
 )
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
-from ftjax.experiment import audited_rows, contamination_check, data_cleaning
+from ftjax.experiment import audited_rows, contamination_check, data_cleaning, out_of_fold
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
 
@@ -33,7 +33,9 @@ class Request:
     clean: file for the rows that are left; '': none. kinds: that are removed; (): the usual ones.
     against: an old version of the data, as data.train names sources; '': none.
     workdir: folder for FILE; '': none.
-    is_audit: whether the data are audited; else they are only compared.
+    is_audit: whether the data are audited; else they are only compared. out_of_fold: results of a
+      cross-validation, see out_of_fold.py; '': none. encoder: a model folder for embeddings; '':
+      none.
   """
 
   out: str = ''
@@ -42,6 +44,8 @@ class Request:
   against: str = ''
   workdir: str = ''
   is_audit: bool = True
+  out_of_fold: str = ''
+  encoder: str = ''
 
 
 def show(
@@ -60,6 +64,7 @@ def show(
     DataError: a source that cannot be read, or without a usable row.
   """
   kinds = cleaning.kinds_of(request.kinds)
+  given = out_of_fold.read(request.out_of_fold) if request.out_of_fold else None
   specs = _specs(c.data.train, scratch)
   _check_outputs(request)
   rows, unusable = audited_rows.read(c, tokenizer, specs)
@@ -73,10 +78,13 @@ def show(
     if c.data.eval:
       held_out, _ = audited_rows.read(c, tokenizer, _specs(c.data.eval, scratch))
       evaluation = held_out + evaluation
-    special = frozenset(
-      tokenizer.token(i) for i in tokenizer.special_ids if i < tokenizer.vocab_size
+    found = audit.run(
+      *(rows, evaluation, unusable),
+      special=special_tokens(tokenizer),
+      embed=_embed(request.encoder),
+      given=given,
+      seed=c.seed,
     )
-    found = audit.run(rows, evaluation, unusable, special=special, seed=c.seed)
     print(table.text(found))
     _write(found, request)
     if request.clean:
@@ -87,6 +95,20 @@ def show(
       raise DataError(f'--against={request.against}: no usable row in it')
     names = (request.against, ', '.join(spec.path for spec in specs))
     print(('\n' if request.is_audit else '') + table.drift(drift.compare(old, rows), names))
+
+
+def _embed(path: str) -> diversity.Embed | None:
+  """Returns what gives embeddings by the model in a folder; None for ''."""
+  if not path:
+    return None
+  from ftjax.experiment.text_encoder import TextEncoder  # imports jax
+
+  return TextEncoder(path)
+
+
+def special_tokens(tokenizer: Tokenizer) -> frozenset[str]:
+  """Returns the texts of a tokenizer's special tokens."""
+  return frozenset(tokenizer.token(i) for i in tokenizer.special_ids if i < tokenizer.vocab_size)
 
 
 def _rows_of_tasks(c: ml_collections.ConfigDict) -> list[Row]:

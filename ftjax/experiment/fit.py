@@ -25,6 +25,7 @@ from ftjax.experiment import (
   resume,
   run_card,
   run_manifest,
+  start_audit,
   summary,
 )
 from ftjax.experiment import run as experiment
@@ -123,6 +124,7 @@ def fit(
     resume.cut((writer, evaluator.samples, source), start)
     _log_start(trainer, start, console)
     if start.should_train:
+      start_audit.check(run, is_fresh=not (start.saved or replay))
       source.prepare()
     # Weights and optimizer state.
     state = _restored(trainer, checkpoints, start) or _fresh(trainer, evaluator)
@@ -381,7 +383,7 @@ def _throughput(trainer: Trainer) -> Throughput:
   run = trainer.run
   models = [
     (counts.train_flops if times == 3 else counts.forward_flops)(arch)
-    for arch, times in run.auxiliary.passes(run.arch)
+    for arch, times in run.passes()
     if times
   ]
   flops = sum(models, start=counts.Flops())

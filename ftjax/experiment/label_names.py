@@ -10,7 +10,7 @@ from ftjax.config import algorithms, custom_keys, keys, saved_config
 from ftjax.data import annotated_rows, sources, synthetic
 from ftjax.data.formats import Bad
 from ftjax.experiment import data
-from ftjax.experiment.model import random_config
+from ftjax.experiment.model import Model, random_config
 from ftjax.families import table
 from ftjax.hf import load, sentence_files
 from ftjax.hf.label_files import EMBEDDING, REWARD, Labels
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # A set with more labels is taken for a mistake: identifiers, or texts to be written.
 _MOST_FOUND = 1000
 _WITHOUT_NAMES = ('span', EMBEDDING)
+_OF_TOKENIZER = -1
 
 
 def head(c: ml_collections.ConfigDict) -> Labels | None:
@@ -60,6 +61,33 @@ def saved_head(config: Mapping[str, Any]) -> Labels | None:
     if key.partition('.')[0] in sections - {'data'}:
       saved_config.assign(c, key, value)
   return head(c)
+
+
+def resolve_mask(c: ml_collections.ConfigDict, model: Model) -> None:
+  """Writes the id of the mask into the config, where the algorithm predicts masked tokens.
+
+  Raises:
+    ConfigError: the model is a decoder, or its tokenizer has no mask.
+  """
+  if not algorithms.of(c).predicts_masked:
+    return
+  if not model.arch.is_encoder:
+    raise ConfigError(
+      f'algorithm={c.algorithm} needs an encoder, whose tokens attend to both sides; '
+      f'{c.model.path or "model.random"} is a decoder: use algorithm=sft on texts'
+    )
+  if c.masked_lm.mask_id == _OF_TOKENIZER:
+    text = model.tokenizer.special_texts.get('mask_token')
+    found = None if text is None else model.tokenizer.find(text)
+    if found is None:
+      raise ConfigError(
+        f'{model.tokenizer.name} has no mask_token in tokenizer_config.json: set masked_lm.mask_id'
+      )
+    c.masked_lm.mask_id = found
+  if not 0 <= c.masked_lm.mask_id < model.arch.vocab_size:
+    raise ConfigError(
+      f'masked_lm.mask_id={c.masked_lm.mask_id}; expected an id below {model.arch.vocab_size}'
+    )
 
 
 def resolve(c: ml_collections.ConfigDict, workdir: str) -> None:

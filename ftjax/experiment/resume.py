@@ -32,6 +32,7 @@ _FIXED = (
   'data.on_overlength',
 )
 _FIXED += ('data.eval_fraction', 'model.param_dtype', 'optim.name', 'optim.moments', 'optim.freeze')
+_FIXED += ('optim.unfreeze_every',)
 _FIXED += ('data.curriculum', 'data.mix_temperature')
 _FIXED += vocabulary.FIXED + adapters.FIXED
 _OF_ONE_START = ('stop_at',)  # changes from start to start

@@ -19,6 +19,7 @@ from ftjax.data.batches import ARRAYS, eval_batches
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import (
   adapters,
+  dropout,
   evaluation_names,
   init_from,
   label_names,
@@ -80,8 +81,20 @@ class Run:
   def forward(self) -> Forward:
     """The forward pass of the model as the config computes it."""
     c = self.config
-    dtype = jnp.dtype(c.model.compute_dtype)
-    return Forward(self.arch, dtype, c.remat, router_log=self.router_log)
+    dropped = self.dropout
+    return Forward(
+      self.arch,
+      jnp.dtype(c.model.compute_dtype),
+      c.remat,
+      label_dropout=dropped.classifier,
+      rates=dropped.inner,
+      router_log=self.router_log,
+    )
+
+  @property
+  def dropout(self) -> dropout.Dropped:
+    """The rates of dropout in a training step."""
+    return dropout.find(self.config, self.arch, self.model.config)
 
   @property
   def steps(self) -> int:
@@ -110,6 +123,15 @@ class Run:
   def auxiliary(self) -> AuxiliaryModels:
     """The models of the run beside the one it trains."""
     return auxiliary_lib.find(self.config, self.arch)
+
+  def passes(self) -> tuple[tuple[Architecture, int], ...]:
+    """Returns the models that a training step computes, with 3 for forward and backward, 1 for
+    forward alone and 0 for none; all of them twice where the step takes two gradients, or makes
+    two passes.
+    """
+    c = self.config
+    found = self.auxiliary.passes(self.arch)
+    return found * ((2 if c.optim.sam_radius else 1) * (2 if c.loss.r_drop else 1))
 
   def trained_archs(self) -> dict[str, Architecture]:
     """Returns the architecture of each model that the optimizer trains, by the prefix of its
@@ -284,12 +306,15 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     model = open_model(
       *(c.model.path, c.model.random.to_dict(), c.seed, label_names.head(c)),
       *(workdir, c.model.family, wanted),
+      encoders=algorithms.of(c).predicts_masked,
     )
+    label_names.resolve_mask(c, model)
     continued = bool(c.lora.rank and init_from.find(c).adapter)
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
     read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
   check_sizes(c, model.arch, mesh)
+  dropout.check(c, model.arch, model.config)
   data = None
   if with_data:
     with watchdog.phase('tokenize'):

@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ftjax.audit.finding import KINDS
 from ftjax.cluster import processes
 from ftjax.config import keys, section
 from ftjax.data import hub_dataset, sources
 from ftjax.evaluation.comparison import TUNED
-from ftjax.experiment import label_names
+from ftjax.experiment import data_audit, label_names
 from ftjax.experiment.model import Model
 from ftjax.hf import export, model_card, model_folder, run_export
 from ftjax.reporting import markdown
@@ -68,6 +69,7 @@ def build(
       scores=_scores(found),
       versions=_versions(manifest),
       devices=f'{devices["count"]} x {devices["kind"]}' if devices else '',
+      audit=_audit(_read(workdir, data_audit.FILE)),
     )
   )
 
@@ -78,6 +80,16 @@ def _task(model: Model, config: Mapping[str, Any]) -> str:
     return model.arch.task
   head = label_names.saved_head(config) if config.get('algorithm') else None
   return model_card.EMBEDDING if head is not None and head.is_embedding else ''
+
+
+def _audit(found: Mapping[str, Any]) -> str:
+  """Returns what an audit found in one sentence, by the names of the kinds; '' without an audit."""
+  if found.get('version') != 1:
+    return ''
+  part = '' if found.get('is_whole', True) else 'the first '
+  known = [k for k in found['kinds'] if k['kind'] in KINDS]
+  named = ', '.join(f'{KINDS[k["kind"]].title}: {k["count"]}' for k in known)
+  return f'An audit of {part}{found["rows"]} training rows found {named or "no fault"}.'
 
 
 def _scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ftjax.config import keys
+from ftjax.config import algorithms, keys
 from ftjax.experiment import adapters, init_from, label_names, vocabulary, weights
 from ftjax.experiment.model import Model, open_model
 from ftjax.families import table
@@ -184,7 +184,15 @@ def _open(workdir: str, step: int) -> SavedModel:
     )
   head, family = label_names.saved_head(config), config.get('model.family', '')
   wanted = vocabulary.of(config)
-  model = open_model(path, dict(random), config['seed'], head, family=family, vocabulary=wanted)
+  model = open_model(
+    path,
+    dict(random),
+    config['seed'],
+    head,
+    family=family,
+    vocabulary=wanted,
+    encoders=algorithms.find(config['algorithm']).predicts_masked,
+  )
   tokenizer = saved.get('fingerprints', {}).get('tokenizer')
   if tokenizer not in (None, model.tokenizer.fingerprint):
     raise DataError(

@@ -118,12 +118,25 @@ def start(trainer: Trainer, begun: int) -> str:
   )
   rows = [
     ('model', _model(trainer).text()),
+    *[('unfreezing', text) for text in [_unfreezing(trainer)] if text],
+    *[('dropout', text) for text in [run.dropout.summary()] if text],
     ('devices', console.devices(kind, mesh.size, jax.process_count(), mesh.shape)),
     *_data(run).rows(),
     *plan.rows(),
     ('workdir', run.workdir),
   ]
   return console.block('training', rows)
+
+
+def _unfreezing(trainer: Trainer) -> str:
+  """Returns the schedule of gradual unfreezing in words; '' without."""
+  found = trainer.unfreezing
+  if found is None:
+    return ''
+  return (
+    f'{found.count} groups of layers from the head down, one every {found.every} updates; all from '
+    f'update {found.last_start + 1} on'
+  )
 
 
 def resumed(run: Run, step: int, cursor: int, order: str) -> str:
@@ -188,6 +201,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     *console.next_commands(
       *(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
       use='' if head is None else '--embed' if head.is_embedding else '--classify',
+      is_masked=algorithms.of(c).predicts_masked,
     ),
   ]
   return console.block('done', rows)

@@ -21,7 +21,7 @@ from ftjax.telemetry import console
 from ftjax.training import optimizer as optimizer_lib
 from ftjax.training.lr_schedule import ScheduleConfig, make_schedule
 from ftjax.training.state import State, create, state_shardings, with_shardings
-from ftjax.training.step import LossFn, compile_step, make_step
+from ftjax.training.step import Extras, LossFn, compile_step, make_step
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Trainer:
     abstract: the state in shapes, with shardings.
     leaves: what the optimizer knows of every trained parameter.
     frozen: names of parameters that optim.freeze leaves as they are.
+    unfreezing: the schedule of gradual unfreezing; None without.
   """
 
   def __init__(self, run: Run, loss_fn: LossFn):
@@ -82,6 +83,7 @@ class Trainer:
       'decay',
       'multipliers',
       'freeze',
+      'layer_decay',
     )
     settings = optimizer_lib.OptimizerConfig(
       schedule=self.schedule,
@@ -99,6 +101,12 @@ class Trainer:
     if is_adapted:
       self._check_tables(fixed)
     self.optimizer = optimizer_lib.make_optimizer(settings, info, trained)
+    self.unfreezing = None
+    if c.optim.unfreeze_every:
+      self.unfreezing = optimizer_lib.unfreezing(
+        c.optim.unfreeze_every, settings.freeze, info, trained
+      )
+      self._check_unfreezing()
     abstract = jax.eval_shape(self._create, run.abstract_params())
     others = {m.name: run.abstract_leaves(m.leaves()) for m in self._constant}
     abstract = dataclasses.replace(abstract, frozen=abstract.frozen | others)
@@ -116,6 +124,7 @@ class Trainer:
       ema_decay=c.optim.ema_decay,
       is_stochastic=c.optim.rounding == 'stochastic',
       seed=c.seed,
+      extras=Extras(c.optim.sam_radius, self.unfreezing),
     )
 
   @property
@@ -146,6 +155,19 @@ class Trainer:
       raise ConfigError('optim.freeze freezes the whole adapter; nothing is left to train')
     names = [x for n, leaf in self.leaves.items() if n not in held for x in leaf.names]
     trees.match_table(c.optim.multipliers, names, 'optim.multipliers (the base is frozen)')
+
+  def _check_unfreezing(self) -> None:
+    """Refuses a schedule that would leave layers untrained at the last step."""
+    found, steps = self.unfreezing, self.run.steps
+    # Without data, for a plan, the number of steps may be unknown.
+    is_known = self.run.data is not None or self.run.config.steps
+    if is_known and found.last_start >= steps:
+      raise ConfigError(
+        f'optim.unfreeze_every={found.every}: the last of {found.count} groups of layers would '
+        f'begin to train after {found.last_start} updates, and the run has {steps}; expected at '
+        f'most {(steps - 1) // max(1, found.count - 1)}, or optim.freeze for layers that are not '
+        'trained'
+      )
 
   # Where a state comes from.
 

@@ -4,7 +4,8 @@ in it.
 A key of another type is an error. A key that the family does not read is one of these:
 
 - harmless: generation settings, token ids, bookkeeping (`_HARMLESS`, `_HARMLESS_NAMES`).
-- dropout: accepted, and reported by `notices`, because training here applies none.
+- dropout: accepted; in an encoder the default of model.dropout (families/dropout.py), else reported
+  by `notices`.
 - unknown: accepted where its value is neutral (null, false, 0, 1, empty), which is how config
   classes write "off". Otherwise a number, `true` or a list may change the computation and is
   refused by name. So is a text or an object whose name refers to the computation
@@ -213,7 +214,7 @@ def check_names(config: Mapping[str, Any], read: frozenset[str]) -> None:
     if _HARMLESS_NAMES.fullmatch(key):
       continue
     if _DROPOUT.fullmatch(key):
-      _dropout(key, value)
+      dropout_rate(key, value)
       continue
     words = re.split(r'[_.\- ]', key)
     note = isinstance(value, str | Mapping) and not any(map(_COMPUTATION.fullmatch, words))
@@ -233,22 +234,34 @@ def _short(value: Any) -> str:
   return text if len(text) <= 60 else f'{text[:57]}...'
 
 
-_WHAT = ('dropout', 'noise of routers')
+# Of a key, by whether it is one of routers.
+_NOT_APPLIED = (
+  'is not applied to a decoder: set model.dropout to train with dropout',
+  'is not applied: training here uses no noise of routers',
+)
 
 
-def _dropout(key: str, value: Any) -> float:
+def dropout_rate(key: str, value: Any) -> float:
+  """Returns the value of a key that is a rate of dropout.
+
+  Raises:
+    DataError: it is no number from 0 to below 1.
+  """
   if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
     raise DataError(f'config.json: {key}={value!r}; expected a number from 0 to below 1')
   return float(value)
 
 
-def notices(config: Mapping[str, Any]) -> list[str]:
-  """Returns a line for each setting of an accepted config.json that is read and not applied."""
+def notices(config: Mapping[str, Any], is_encoder: bool = False) -> list[str]:
+  """Returns a line for each setting of an accepted config.json that is read and not applied.
+
+  is_encoder: whether its dropout is the default of model.dropout.
+  """
   found = {k: v for k, v in config.items() if _DROPOUT.fullmatch(k) and not is_neutral(v)}
   out = [
-    f'config.json: {key}={value} is not applied: training here uses no {_WHAT["jitter" in key]}'
+    f'config.json: {key}={value} {_NOT_APPLIED["jitter" in key]}'
     for key, value in found.items()
-    if _dropout(key, value) > 0
+    if dropout_rate(key, value) > 0 and not is_encoder
   ]
   window, longest = config.get('sliding_window'), config.get('max_position_embeddings')
   if (

@@ -91,7 +91,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
       f'--source={path} --target=DIR'
     )
   config = multimodal.text_config(config, functools.partial(_stored_names, path))
-  for line in hf_config.notices(config):
+  is_encoder = table.is_known(config) and table.named(table.find(config)).is_encoder
+  for line in hf_config.notices(config, is_encoder):
     _warn_once(f'{folder}/{line}')
   return config
 

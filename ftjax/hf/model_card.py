@@ -92,6 +92,7 @@ class Card:
     scores: {task: {metric: value}} of the tuned model.
     versions: {'ftjax': version, 'commit': of its checkout, 'jax': version, ...}.
     devices: such as '8 x TPU v5e'.
+    audit: a sentence on the faults found in the training data; '' where they were not looked for.
   """
 
   algorithm: str
@@ -110,6 +111,7 @@ class Card:
   scores: Mapping[str, Mapping[str, float]]
   versions: Mapping[str, str]
   devices: str
+  audit: str = ''
 
 
 def public(text: str) -> str:
@@ -313,7 +315,8 @@ def _data(card: Card) -> str:
   rows = [
     (s.use, _code(s.name), str(s.used), str(s.left_out), _code(s.fingerprint)) for s in card.sources
   ]
-  return '## Data\n\n' + _table(('use', 'source', 'used', 'left out', 'SHA-256'), rows)
+  table = _table(('use', 'source', 'used', 'left out', 'SHA-256'), rows)
+  return f'## Data\n\n{table}' + (f'\n\n{card.audit}' if card.audit else '')
 
 
 def _training(card: Card) -> str:

@@ -17,6 +17,7 @@ import logging
 
 import jax
 
+from ftjax.models.dropout import Drawn, ModelDropout, kept, kept_share
 from ftjax.models.kernels import blocked, dense
 from ftjax.runtime import sharding
 from ftjax.runtime.sharding import spec
@@ -44,7 +45,7 @@ class Problem:
 
   platform: 'tpu', 'gpu' or 'cpu'. context: ways that the sequence is split. queries, keys: T and S
   of the whole row. head_dim: H. dtype: of q. window, soft_cap, causal: see `attend`. capability: of
-  a GPU, (9, 0) is Hopper.
+  a GPU, (9, 0) is Hopper. dropout: share of the probabilities that is dropped.
   """
 
   platform: str
@@ -57,6 +58,7 @@ class Problem:
   soft_cap: float | None = None
   capability: tuple[int, int] = (9, 0)
   causal: bool = True
+  dropout: float = 0.0
 
 
 def attend(
@@ -68,6 +70,7 @@ def attend(
   window: int | None = None,
   soft_cap: float | None = None,
   causal: bool = True,
+  dropout: ModelDropout | None = None,
 ) -> jax.Array:
   """softmax(c tanh(q k^T / sqrt(H) / c)) v: scaled dot-product attention; c: soft_cap.
 
@@ -81,6 +84,7 @@ def attend(
       3.1); None: all of its segment.
     soft_cap: largest size of a score (Gemma 2, 2024, section 2); None: no cap.
     causal: False: a query sees tokens after it too, with a window as many on either side.
+    dropout: of a training step in this layer, whose rate of attention is read; None: none.
 
   Where queries are keys, rows stand in the order of sharding.zigzag: the kernel of TPUs goes by
   index, and only within segments that lie in one piece.
@@ -95,7 +99,8 @@ def attend(
     spec('batch', 'seq'),
   )
   places = (query.segments, query.positions, key.segments, key.positions)
-  specs = (heads, kv, kv, where, where, where, where)
+  drawn, drawn_specs = drawing(dropout, q.shape[2], q.shape[1], k.shape[1])
+  specs = (heads, kv, kv, where, where, where, where, drawn_specs)
   mesh = jax.sharding.get_abstract_mesh()
   platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
   problem = Problem(
@@ -109,11 +114,25 @@ def attend(
     soft_cap=soft_cap,
     capability=_capability(platform),
     causal=causal,
+    dropout=0.0 if drawn is None else dropout.rates.attention,
   )
   name = kernel(problem)
   _log_choice(name, problem)
   local = functools.partial(_local, name=name, problem=problem)
-  return sharding.shard_map(local, specs, heads)(q, k, v, *places)
+  return sharding.shard_map(local, specs, heads)(q, k, v, *places, drawn)
+
+
+def drawing(
+  dropout: ModelDropout | None, heads: int, queries: int, keys: int
+) -> tuple[Drawn | None, Drawn | None]:
+  """Returns (what the kept probabilities of a layer are drawn from, its PartitionSpecs); None for
+  both where all are kept.
+  """
+  drawn = None if dropout is None else dropout.attention(heads, queries, keys)
+  if drawn is None:
+    return None, None
+  whole = None if drawn.keys is None else spec(None)
+  return drawn, Drawn(spec('batch', 'heads', None), spec('seq'), whole)
 
 
 def _capability(platform: str) -> tuple[int, int]:
@@ -136,6 +155,8 @@ def kernel(p: Problem) -> str:
 
 def _obstacle(p: Problem) -> str:
   """Why the platform's own kernel cannot take the problem; '' where it can."""
+  if p.dropout:
+    return 'it has no dropout of attention'
   if p.queries != p.keys:
     return f'{p.queries} queries on {p.keys} keys'
   if p.queries // p.context % 128:
@@ -161,7 +182,7 @@ def _log_choice(name: str, p: Problem) -> None:
   log.info('attention kernel on %s: %s%s', p.platform, name, f' ({why})' if why else '')
 
 
-def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: str, problem):
+def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, drawn, *, name: str, problem):
   features = dict(window=problem.window, soft_cap=problem.soft_cap, causal=problem.causal)
   interpret = problem.platform == 'cpu'  # tests alone choose a kernel of another platform
   k, v, k_segments, k_positions = (
@@ -178,6 +199,10 @@ def _local(q, k, v, q_segments, q_positions, k_segments, k_positions, *, name: s
 
     return triton.attend(q, k, v, where, **features, interpret=interpret)
   if name == 'blocked':
-    return blocked.attend(q, k, v, where, **features)
+    return blocked.attend(q, k, v, where, **features, drawn=drawn, rate=problem.dropout)
   mask = dense.visible(where, problem.window, problem.causal)
-  return dense.attend(q, k, v, mask, problem.soft_cap)
+  if drawn is None:
+    return dense.attend(q, k, v, mask, problem.soft_cap)
+  rate = problem.dropout
+  those = kept(drawn, rate, k.shape[1])
+  return dense.attend(q, k, v, mask, problem.soft_cap, those, kept_share(rate))

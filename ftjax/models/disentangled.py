@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ftjax.models.attention import Tokens
+from ftjax.models.attention import Tokens, drawing
+from ftjax.models.dropout import ModelDropout, kept, kept_share
 from ftjax.models.kernels import dense
 from ftjax.models.layers import Linear
 from ftjax.models.mixer_spec import DisentangledSpec
@@ -73,7 +74,7 @@ class Disentangled(nnx.Module):
       _projected(m, context.relative) if wanted else None
       for m, wanted in zip(maps, (own.has_c2p, own.has_p2c), strict=True)
     )
-    y = attend(q, k, v, p_k, p_q, context.query, context.key, own)
+    y = attend(q, k, v, p_k, p_q, context.query, context.key, own, context.inner)
     return self.o(y, drop), memory
 
 
@@ -94,6 +95,7 @@ def attend(
   query: Tokens,
   key: Tokens,
   own: DisentangledSpec,
+  dropout: ModelDropout | None = None,
 ) -> jax.Array:
   """Returns softmax(score) v, [B, T, N, H]; see the file's docstring.
 
@@ -106,35 +108,41 @@ def attend(
     query: segments and positions of the T queries.
     key: of the S keys.
     own: buckets and terms.
+    dropout: as in attention.attend.
   """
   heads, kv = spec('batch', 'seq', 'heads', None), spec('batch', 'seq', 'kv_heads', None)
   table, where = spec(None, 'kv_heads', None), spec('batch', 'seq')
   tables = tuple(None if p is None else table for p in (p_k, p_q))
   places = (query.segments, query.positions, key.segments, key.positions)
-  specs = (heads, kv, kv, tables, (where,) * 4)
+  drawn, drawn_specs = drawing(dropout, q.shape[2], q.shape[1], k.shape[1])
+  specs = (heads, kv, kv, tables, (where,) * 4, drawn_specs)
   rows = buckets(k.shape[1], own.span, own.longest)
-  local = functools.partial(_local, rows=rows, own=own)
-  return sharding.shard_map(local, specs, heads)(q, k, v, (p_k, p_q), places)
+  rate = 0.0 if drawn is None else dropout.rates.attention
+  local = functools.partial(_local, rows=rows, own=own, rate=rate)
+  return sharding.shard_map(local, specs, heads)(q, k, v, (p_k, p_q), places, drawn)
 
 
-def _local(q, k, v, tables, places, *, rows: np.ndarray, own: DisentangledSpec):
+def _local(q, k, v, tables, places, drawn, *, rows: np.ndarray, own: DisentangledSpec, rate: float):
   q_segments, q_positions, *keys = places
   k, v, *keys = (sharding.gather(a, 'context', 1) for a in (k, v, *keys))
 
-  def block(q, segments, positions):
+  def block(q, segments, positions, queries):
     where = (segments, positions, *keys)
-    return _attend(q, k, v, tables, where, jnp.asarray(rows), own)
+    those = None if drawn is None else kept(drawn._replace(queries=queries), rate, k.shape[1])
+    return _attend(q, k, v, tables, where, jnp.asarray(rows), own, (those, kept_share(rate)))
 
-  length = q.shape[1]
+  length, numbers = q.shape[1], None if drawn is None else drawn.queries
   if length <= _BLOCK or length % _BLOCK:
-    return block(q, q_segments, q_positions)
+    return block(q, q_segments, q_positions, numbers)
   parts = (a.reshape(a.shape[0], -1, _BLOCK, *a.shape[2:]) for a in (q, q_segments, q_positions))
-  parts = tuple(a.swapaxes(0, 1) for a in parts)
+  parts = (*(a.swapaxes(0, 1) for a in parts), numbers)
+  if numbers is not None:
+    parts = (*parts[:3], numbers.reshape(-1, _BLOCK))
   out = jax.lax.map(lambda a: jax.checkpoint(block)(*a), parts)
   return out.swapaxes(0, 1).reshape(q.shape)
 
 
-def _attend(q, k, v, tables, where, rows, own):
+def _attend(q, k, v, tables, where, rows, own, thinning):
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   scores = product('BTNH,BSNH->BNTS', q, k)
   middle = len(rows) // 2  # the place of distance 0
@@ -148,5 +156,5 @@ def _attend(q, k, v, tables, where, rows, own):
   terms = 1 + (p_k is not None) + (p_q is not None)
   mask = dense.visible(where, None, causal=False)
   scores = jnp.where(mask[:, None], scores * (own.head_dim * terms) ** -0.5, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  weights = dense.thinned(jax.nn.softmax(scores, axis=-1).astype(v.dtype), *thinning)
   return product('BNTS,BSNH->BTNH', weights, v).astype(q.dtype)

@@ -4,17 +4,18 @@ Every loss and every measurement begins with one of these methods. Axes: B rows,
 width of the model."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.losses.distillation import Distillation
-from ftjax.models import head, kinds, score_head
+from ftjax.models import head, kinds, paired_head, score_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.dropout import ModelDropout, Rates
 from ftjax.models.layers import Dropout
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.routing import RouterLog
@@ -22,6 +23,8 @@ from ftjax.models.routing import RouterLog
 # Keeps the random numbers of dropout apart from others of the same row.
 _DROPOUT = 0x5EED
 _LABELS = 0x1ABE1
+_INNER = 0x1AAE2
+_SECOND = 0x2ED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Forward:
     label_dropout: share of the numbers before the last map of a label head that a training step
       drops (transformers' classifier_dropout).
     label_keys: key[B], of the rows, for that; None: nothing is dropped.
+    rates: of the dropout inside the model in a training step.
+    inner: that dropout with the keys of the rows; None: nothing is dropped.
     router_log: where passes with a gradient note what their routers did; None: nowhere.
 
   The methods take `params`, a nested dict with the model's parameters. Entries of other models in
@@ -48,6 +53,8 @@ class Forward:
   dropout_keys: jax.Array | None = None
   label_dropout: float = 0.0
   label_keys: jax.Array | None = None
+  rates: Rates = Rates()  # noqa: RUF009 - frozen
+  inner: ModelDropout | None = None
   router_log: RouterLog | None = None
 
   def without_remat(self) -> Self:
@@ -62,7 +69,7 @@ class Forward:
     """Returns the forward pass of the model that training starts from."""
     arch = self.arch.untrained()
     out = dataclasses.replace(self, arch=arch, dropout_keys=None, router_log=None)
-    return dataclasses.replace(out, label_keys=None)
+    return dataclasses.replace(out, label_keys=None, inner=None)
 
   def find_params(self, params: dict, name: str) -> dict:
     """Returns the parameters of the auxiliary model `name` whose forward pass this is; see
@@ -71,8 +78,8 @@ class Forward:
     return kinds.of_model(self.arch, params, name)
 
   def with_dropout(self, keys: jax.Array) -> Self:
-    """Returns the forward pass of a training step: with the dropout of adapters and of the label
-    head, if there is any.
+    """Returns the forward pass of a training step: with the dropout of adapters, of the model and
+    of the label head, if there is any.
 
     keys: key[B], of the rows.
     """
@@ -81,6 +88,8 @@ class Forward:
       out = dataclasses.replace(out, dropout_keys=_folded(keys, _DROPOUT))
     if self.label_dropout and self.arch.num_labels:
       out = dataclasses.replace(out, label_keys=_folded(keys, _LABELS))
+    if self.rates:
+      out = dataclasses.replace(out, inner=ModelDropout(self.rates, _folded(keys, _INNER)))
     return out
 
   def hidden_states(self, params: dict, batch: dict, noise: jax.Array | None = None) -> jax.Array:
@@ -99,16 +108,19 @@ class Forward:
       remat=self.remat,
       noise=noise,
       dropout_keys=self.dropout_keys,
-      **self._token_types(batch),
+      **self._optional(batch),
     )
     if self.router_log is not None and routing is not None:
       self.router_log.add(routing)
     return x
 
-  def _token_types(self, batch: dict) -> dict[str, jax.Array]:
-    """Returns the token types of a batch as a named argument, where model and batch have them."""
-    found = batch.get('token_types') if self.arch.token_types > 1 else None
-    return {} if found is None else {'token_types': found.astype(jnp.int32)}
+  def _optional(self, batch: dict) -> dict[str, Any]:
+    """Returns as named arguments the token types of a batch, where model and batch have them, and
+    the dropout of a training step.
+    """
+    types = batch.get('token_types') if self.arch.token_types > 1 else None
+    types = None if types is None else types.astype(jnp.int32)
+    return {k: v for k, v in (('token_types', types), ('inner', self.inner)) if v is not None}
 
   def _readout(
     self, params: dict, batch: dict, noise: jax.Array | None = None
@@ -136,6 +148,32 @@ class Forward:
     return head.cross_entropy_sums(
       x, table, batch['labels'], batch['weights'], config, self.arch.logit_spec, update
     )
+
+  def paired_cross_entropy(
+    self,
+    params: dict,
+    batch: dict,
+    config: LossConfig,
+    strength: float,
+    keys: jax.Array,
+    noise: Callable[[jax.Array], jax.Array | None],
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the weighted sums over all tokens of R-Drop's loss, of -log p(label) and of the
+    divergence between two passes with other dropout masks, float32[] in nats; see
+    paired_head.paired_sums. Only the first is differentiable.
+
+    Args:
+      params: of this model.
+      batch: the rows.
+      config: terms of the loss of tokens.
+      strength: weight of the divergence.
+      keys: key[B], of the rows; the first pass drops what a step without R-Drop would.
+      noise: keys of a pass -> what is added to its embeddings, or None.
+    """
+    both = (keys, _folded(keys, _SECOND))
+    passes = [self.with_dropout(k)._readout(params, batch, noise(k)) for k in both]
+    labels, weights = batch['labels'], batch['weights']
+    return paired_head.paired_sums(*passes, labels, weights, config, strength, self.arch.logit_spec)
 
   def token_logprobs(self, params: dict, batch: dict) -> jax.Array:
     """Returns log p(label) in nats, float32[B, T]; 0 where weights are 0."""

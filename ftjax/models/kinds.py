@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ftjax.models import embed_and_head, lora, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.dropout import ModelDropout
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Dropout
 from ftjax.models.logit_chunks import LowRank
@@ -55,11 +56,12 @@ class Kind:
   """The functions of a model kind.
 
   declared: (arch) -> {parameter name: Declared}. apply: hidden states of whole sequences, see
-  transformer.apply. decode: of new tokens with a cache, see transformer.decode; None where the kind
-  generates no text. head_leaf: (arch) -> name of the leaf that maps hidden states to logits or
-  scores. derive: (arch, params without derived leaves) -> {name: derived leaf}; computed when
-  weights are loaded, and not while their sources train. linear_maps: (arch) -> names of the
-  maps that may have an adapter. adapters: (arch, declared, params with base leaves, names, key) ->
+  transformer.apply; arguments that a call leaves at None are not passed on. decode: of new tokens
+  with a cache, see transformer.decode; None where the kind generates no text. head_leaf: (arch) ->
+  name of the leaf that maps hidden states to logits or scores. derive: (arch, params without
+  derived leaves) -> {name: derived leaf}; computed when weights are loaded, and not while their
+  sources train. linear_maps: (arch) -> names of the maps that may have an adapter. adapters: (arch,
+  declared, params with base leaves, names, key) ->
   {name: initial value} of adapter leaves; those it leaves out are drawn like base leaves. pack:
   (arch, declared, name, leaf of files) -> {name: leaf as the base is held}. merged: (arch, params,
   name, layer) -> a leaf of the model after merging its adapter, see transformer.merged; None where
@@ -275,9 +277,10 @@ def apply(
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
   token_types: jax.Array | None = None,
+  inner: ModelDropout | None = None,
 ) -> jax.Array:
   """Returns hidden states dtype[B, T, D] of tokens int32[B, T]; see transformer.apply."""
-  more = {'dropout_keys': dropout_keys, 'token_types': token_types}
+  more = {'dropout_keys': dropout_keys, 'token_types': token_types, 'inner': inner}
   more = {k: v for k, v in more.items() if v is not None}
   return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise, **more)
 

@@ -29,6 +29,7 @@ from ftjax.models.architecture import (
 from ftjax.models.attention import Tokens, attend
 from ftjax.models.delta_net import DeltaNet
 from ftjax.models.disentangled import Disentangled
+from ftjax.models.dropout import ModelDropout
 from ftjax.models.embed_and_head import fold
 from ftjax.models.kv_cache import Cache, Memory
 from ftjax.models.layers import Declared, Dropout, Linear, Normalize, rounded, scaled
@@ -45,7 +46,7 @@ Angles = Mapping[tuple[rope.Rope, int], tuple[jax.Array, jax.Array]]
 class Context:
   """What the blocks of one forward pass share: segments and positions of the queries and of the
   keys, the rotary angles of the queries, the table of relative positions [P, D] where there is one,
-  and in a training step the dropout of adapters.
+  and in a training step the dropout of adapters and `inner`, that of the model.
   """
 
   query: Tokens
@@ -53,6 +54,7 @@ class Context:
   angles: Angles
   relative: jax.Array | None = None
   dropout: Dropout | None = None
+  inner: ModelDropout | None = None
 
 
 def _context(arch: Architecture, query: Tokens, key: Tokens) -> Context:
@@ -100,7 +102,7 @@ class Attention(nnx.Module):
     if memory is not None:
       (k, v), memory = memory.append(keys=k, values=v)
     where = context.query, context.key
-    y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal)
+    y = attend(q, k, v, *where, spec.window, spec.soft_cap, spec.causal, context.inner)
     if self.gate is not None:
       y = y * jax.nn.sigmoid(self.gate(x, drop))
     return self.o(y, drop), memory
@@ -135,14 +137,22 @@ class Block(nnx.Module):
     None in training.
     """
     y, memory = self.attn(_normalized(self.attn_norm, x), context, memory)
-    x = self._added(x, self.attn_out_norm, y)
+    x = self._added(x, self.attn_out_norm, y, 'attn', context.inner)
     y = _normalized(self.mlp_norm, x)
     y, routing = self.mlp(y, context.query.segments, context.dropout)
-    return self._added(x, self.mlp_out_norm, y), memory, routing
+    return self._added(x, self.mlp_out_norm, y, 'mlp', context.inner), memory, routing
 
-  def _added(self, x: jax.Array, norm: Normalize | None, y: jax.Array) -> jax.Array:
-    """Returns the residual stream x after a branch whose output is y."""
+  def _added(
+    self,
+    x: jax.Array,
+    norm: Normalize | None,
+    y: jax.Array,
+    name: str,
+    inner: ModelDropout | None,
+  ) -> jax.Array:
+    """Returns the residual stream x after the branch `name`, whose output is y."""
     y = y if self.on_residual else _normalized(norm, y)
+    y = y if inner is None else inner.residual(name, y)
     x = x + (y if self.residual_scale == 1 else scaled(y, self.residual_scale))
     return _normalized(norm, x) if self.on_residual else x
 
@@ -196,6 +206,7 @@ def routed(
   noise: jax.Array | None = None,
   dropout_keys: jax.Array | None = None,
   token_types: jax.Array | None = None,
+  inner: ModelDropout | None = None,
 ) -> tuple[jax.Array, Routing | None]:
   """Returns the hidden states after the last norm, and what the routers did.
 
@@ -210,6 +221,7 @@ def routed(
     noise: added to the embeddings, [B, T, D], or None.
     dropout_keys: key[B], of the rows, for the dropout of adapters; None: nothing is dropped.
     token_types: int32[B, T], of a model that has them; None: all 0.
+    inner: dropout of the model, with key[B] of the rows; None: nothing is dropped.
 
   Returns:
     (dtype[B, T, D], Routing with a leading axis of the layers that have experts, in order; None for
@@ -218,23 +230,26 @@ def routed(
   x = embed_and_head.embedded(arch, params, tokens, where, dtype, token_types)
   if noise is not None:
     x = x + noise.astype(dtype)
+  x = x if inner is None else inner.embedding(x)
   context, routings = _context(arch, where, where), []
   context = dataclasses.replace(context, relative=embed_and_head.relative(arch, params, dtype))
   for i, (pattern, repeats) in enumerate(arch.stacks):
 
     def body(x, layer, i=i, pattern=pattern):
-      (weights, keys), found = layer, []
+      (weights, keys, own_keys), found = layer, []
       for j, kind in enumerate(pattern):
         slot = f'stack{i}/block{j}'
         block = nnx.merge(_block(arch, slot, kind)[0], weights[f'block{j}'])
         drop = None if keys is None else Dropout(arch.adapter.dropout, fold(keys, slot))
-        here = dataclasses.replace(context, dropout=drop)
+        own = None if own_keys is None else inner.with_keys(fold(own_keys, slot))
+        here = dataclasses.replace(context, dropout=drop, inner=own)
         x, _, routing = block(x, here, None)
         found += [] if routing is None else [routing]
       return x, found
 
     keys = None if dropout_keys is None else _layer_keys(dropout_keys, repeats)
-    x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys))
+    own_keys = None if inner is None else _layer_keys(inner.keys, repeats)
+    x, found = jax.lax.scan(_remat(body, remat), x, (params[f'stack{i}'], keys, own_keys))
     routings += [_in_order(found)] if found else []
   return embed_and_head.normed(arch, params, x), _joined(routings)
 

@@ -142,6 +142,7 @@ def _kernel(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture, chip) 
     keys=c.seq_len,
     head_dim=max(sizes),
     dtype=c.model.compute_dtype,
+    dropout=max(0.0, c.model.dropout.attention),
   )
   return attention.kernel(problem)
 
@@ -175,7 +176,7 @@ def _accounted(
     replicated=memory_lib.replicated(weights, mesh),
     gathering=gathering,
     cost=estimate(
-      *(run.auxiliary.passes(arch), where, held, moved or ()),
+      *(run.passes(), where, held, moved or ()),
       rows=out.rows,
       length=c.seq_len,
       remat=c.remat,

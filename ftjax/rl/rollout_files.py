@@ -36,7 +36,8 @@ class RolloutFiles:
     if not processes.is_main():
       return
     files.makedirs(self._folder)
-    for name in files.listdir(self._folder):
+    # In a bucket a folder without files is not there.
+    for name in files.listdir(self._folder) if files.exists(self._folder) else ():
       found = re.fullmatch(r'(?:kept-)?(\d+)\.(?:jsonl|npz)', name)
       if found and int(found[1]) * self._updates >= step:
         files.remove(files.join(self._folder, name))

@@ -420,16 +420,21 @@ def next_commands(
   command_line: Sequence[str],
   has_tasks: bool,
   use: str = '',
+  is_masked: bool = False,
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
   that the run made, '' for other runs. command_line: flags of this run, quoted. use: flag of
-  ftjax.generate for a model that writes no text; '' for one that does.
+  ftjax.generate for a model that writes no text; '' for one that does. is_masked: whether it
+  predicts masked tokens.
   """
   python = 'python -m ftjax.'
   if reward_model:
     flag = f'--config.rollout.reward_model={shlex.quote(reward_model)}'
     return [('next', f'{flag} with algorithm grpo or ppo')]
   model = f'--model={shlex.quote(workdir)}'
+  if is_masked:
+    flag = f'--config.model.path={shlex.quote(workdir)}/export'
+    return [('next', f'{flag} with algorithm classification or token_classification')]
   if use:
     return [('next', f'{python}generate {model} {use} --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]

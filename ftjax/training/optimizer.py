@@ -18,7 +18,7 @@ import optax
 
 from ftjax.runtime import named_object, trees
 from ftjax.runtime.errors import ConfigError
-from ftjax.training import moments, plateau
+from ftjax.training import layer_schedule, moments, plateau
 
 Table = Sequence[tuple[str, Any]]
 
@@ -57,6 +57,7 @@ class OptimizerConfig:
   """An optimizer in numbers. See ftjax/config/keys.py for the meaning of each.
 
   has_plateau: whether a factor of the learning rate is held in its state, see plateau.py.
+  layer_decay: factor of the rate from one layer to the one below it, see layer_schedule.py.
   """
 
   name: str
@@ -71,6 +72,7 @@ class OptimizerConfig:
   multipliers: Table
   freeze: Table
   has_plateau: bool = False
+  layer_decay: float = 1.0
 
 
 def leaves(
@@ -119,6 +121,21 @@ def frozen_names(table: Table, info: Mapping[str, Leaf]) -> set[str]:
 def frozen_shares(table: Table, info: Mapping[str, Leaf]) -> dict[str, float]:
   """{leaf: share of its layers that `optim.freeze` freezes}."""
   return {n: float((v != 0).mean()) for n, v in _by_leaf(table, info, 'optim.freeze').items()}
+
+
+def _layer_names(info: Mapping[str, Leaf]) -> dict[str, tuple[str, ...]]:
+  return {n: leaf.names for n, leaf in info.items()}
+
+
+def unfreezing(
+  every: int, freeze: Table, info: Mapping[str, Leaf], trained: Mapping[str, Leaf]
+) -> layer_schedule.Unfreezing:
+  """Returns the schedule of gradual unfreezing of the leaves `trained` of all leaves `info`, but
+  for the layers that `optim.freeze` freezes; every: updates between two groups.
+  """
+  frozen = _by_leaf(freeze, info, 'optim.freeze')
+  is_on = {n: frozen[n] == 0 for n in trained}
+  return layer_schedule.unfreezing(every, _layer_names(info), is_on)
 
 
 def _scale_by(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
@@ -308,6 +325,9 @@ def make_optimizer(
   """
   frozen = _by_leaf(config.freeze, info, 'optim.freeze')
   rates = _by_leaf(config.multipliers, info, 'optim.multipliers')
+  if config.layer_decay != 1:
+    by_depth = layer_schedule.decayed(_layer_names(info), config.layer_decay)
+    rates = {n: rate * by_depth[n] for n, rate in rates.items()}
   decay = _by_leaf(config.decay, info, 'optim.decay')
   direction = _direction(config, trained)
   if config.moments == '8bit':

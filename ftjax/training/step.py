@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from ftjax.runtime import compiler_options, trees
 from ftjax.runtime.checksum import checksum
 from ftjax.runtime.sharding import axis_size, zigzag
-from ftjax.training import plateau, rounding
+from ftjax.training import plateau, rounding, sharpness
+from ftjax.training.layer_schedule import Unfreezing
 from ftjax.training.state import State
 
 # (params, micro-batch of M rows, key[M]) -> (total float32[], weight float32[],
@@ -43,6 +44,17 @@ class CoupledLoss(NamedTuple):
 
   sums: Callable[[dict, dict, jax.Array], Any]
   loss: Callable[[dict, dict, jax.Array, Any], tuple[jax.Array, jax.Array, dict]]
+
+
+class Extras(NamedTuple):
+  """What only some runs ask of a step.
+
+  sam_radius: of the ascent of SAM, see sharpness.py; 0: none. unfreezing: layers that are not
+  trained yet, see layer_schedule.py; None: all are trained.
+  """
+
+  sam_radius: float = 0.0
+  unfreezing: Unfreezing | None = None
 
 
 def _row_keys(key: jax.Array, batch: dict) -> jax.Array:
@@ -137,6 +149,7 @@ def _make_update(
   shardings: State,
   ema_decay: float,
   is_stochastic: bool,
+  unfreezing: Unfreezing | None,
 ) -> Callable:
   """Returns (gradient, bool[], key, state) -> (params, opt, ema): the new ones where that is True,
   else the old ones.
@@ -148,6 +161,8 @@ def _make_update(
       params = rounding.apply_updates(state.params, updates, key)
     else:
       params = optax.apply_updates(state.params, updates)
+    if unfreezing is not None:
+      params = unfreezing.select(params, state.params, _updates(state))
     ema = (
       jax.tree.map(lambda e, p: e + (1 - ema_decay) * (p - e), state.ema, params)
       if ema_decay
@@ -162,6 +177,42 @@ def _make_update(
   )
 
 
+def _updates(state: State) -> jax.Array:
+  """Returns the number of updates that were made, which the optimizer counts, int32[]."""
+  return state.step - state.skipped - state.no_signal
+
+
+def _counted(gradient: dict, state: State, unfreezing: Unfreezing | None) -> dict:
+  """Returns a gradient with zeros where layers are not trained yet: what the norm counts, and what
+  SAM goes along.
+  """
+  return gradient if unfreezing is None else unfreezing.masked(gradient, _updates(state))
+
+
+def _make_gradient(
+  loss_fn: LossFn | CoupledLoss, mask: Callable[[dict], dict], extras: Extras
+) -> Callable:
+  """Returns (state, batch, key) -> (gradient of the mean loss that is applied, total, weight,
+  metrics); arguments: of `make_step`.
+  """
+
+  def mean(params, state, batch, key):
+    gradient, total, weight, metrics = _gradient(loss_fn, params, state.frozen, batch, key)
+    return mask(jax.tree.map(lambda g: _ratio(g, weight), gradient)), total, weight, metrics
+
+  def below(state, batch, key):
+    return mean(state.params, state, batch, key)
+
+  def above(state, batch, key):
+    gradient, total, weight, metrics = mean(state.params, state, batch, key)
+    gradient = _counted(gradient, state, extras.unfreezing)
+    there = sharpness.ascend(state.params, gradient, extras.sam_radius)
+    gradient, higher, _, _ = mean(there, state, batch, key)
+    return gradient, total, weight, metrics | {'sharpness': (higher - total, weight)}
+
+  return above if extras.sam_radius else below
+
+
 def make_step(
   loss_fn: LossFn | CoupledLoss,
   optimizer: optax.GradientTransformation,
@@ -173,6 +224,7 @@ def make_step(
   ema_decay: float,
   is_stochastic: bool,
   seed: int,
+  extras: Extras = Extras(),  # noqa: B008 - a constant
 ) -> Callable[[State, dict], tuple[State, dict[str, Any]]]:
   """Returns the step of an algorithm, to be compiled with `compile_step`.
 
@@ -186,6 +238,8 @@ def make_step(
     ema_decay: of the moving average of the parameters; 0 means none.
     is_stochastic: whether bfloat16 parameters are rounded stochastically, see rounding.py.
     seed: of the step's random keys, which are a function of (seed, step, row).
+    extras: SAM and unfreezing. With SAM the loss is that before the ascent, `sharpness` its rise
+      there, and grad_norm that of the applied gradient.
 
   Returns:
     step(state, batch) -> (state, metrics). Arrays of `batch` are [A, M, ...]: A micro-batches of M
@@ -198,15 +252,13 @@ def make_step(
   the weights, and the schedule would run ahead. `step` alone counts it, with `no_signal`.
   """
 
-  update = _make_update(optimizer, shardings, ema_decay, is_stochastic)
+  update = _make_update(optimizer, shardings, ema_decay, is_stochastic, extras.unfreezing)
+  measure = _make_gradient(loss_fn, mask, extras)
 
   def step(state: State, batch: dict):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    gradient, total, weight, metrics = _gradient(loss_fn, state.params, state.frozen, batch, key)
-    gradient = mask(jax.tree.map(lambda g: _ratio(g, weight), gradient))
-    norm = jnp.sqrt(
-      sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradient))
-    )
+    gradient, total, weight, metrics = measure(state, batch, key)
+    norm = sharpness.norm(_counted(gradient, state, extras.unfreezing))
     if clip_norm:
       scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
       gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
@@ -216,8 +268,8 @@ def make_step(
     if SIGNAL in metrics:
       signal = signal & (metrics[SIGNAL][0] != 0)
     # Rows are numbered from 0, so that none has this key.
-    above = jax.random.fold_in(key, 2**32 - 1)
-    params, opt, ema = update(gradient, ok & signal, above, state)
+    last = jax.random.fold_in(key, 2**32 - 1)
+    params, opt, ema = update(gradient, ok & signal, last, state)
     bad, idle = (~ok).astype(jnp.int32), (ok & ~signal).astype(jnp.int32)
     new = State(
       step=state.step + 1,
@@ -231,9 +283,7 @@ def make_step(
     )
     out = {name: _ratio(*pair) for name, pair in metrics.items() if name != SIGNAL}
     out |= batch_stats(batch)
-    # The optimizer counts the updates that were made.
-    updates = state.step - state.skipped - state.no_signal
-    rate = jnp.asarray(schedule(updates), jnp.float32)
+    rate = jnp.asarray(schedule(_updates(state)), jnp.float32)
     if (lr_scale := plateau.find_scale(state.opt)) is not None:
       rate = rate * lr_scale
     out |= dict(loss=loss, grad_norm=norm, lr=rate, ok=ok, has_signal=signal)

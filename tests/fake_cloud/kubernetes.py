@@ -6,6 +6,7 @@ BackoffLimitExceeded (backoffLimit 0); the first rule for the reason decides, wi
 again.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -56,9 +57,24 @@ class Controller:
       env |= dict(line.split('=', 1) for line in secret.read_text().splitlines())
     home = self.cloud.home(f'{self.name}-{index}')
     home.mkdir(parents=True, exist_ok=True)
-    words = [*container['command'], *container['args']]
+    words = [
+      w.replace('/config/', f'{self.mount(home)}/').replace('/tmp/code', f'{home}/code')
+      for w in (*container['command'], *container['args'])
+    ]
     with (home / 'log').open('a') as log:
       return subprocess.Popen(words, cwd=home, env=env, stdout=log, stderr=log)
+
+  def mount(self, home):
+    """Writes the files of the ConfigMap; returns their folder."""
+    folder = home / 'config'
+    folder.mkdir(exist_ok=True)
+    made = self.cloud.root / f'config-{self.name}.yaml'
+    config = yaml.safe_load(made.read_text()) if made.exists() else {}
+    for name, text in config.get('data', {}).items():
+      (folder / name).write_text(text)
+    for name, text in config.get('binaryData', {}).items():
+      (folder / name).write_bytes(base64.b64decode(text, validate=True))
+    return folder
 
   def end(self, pods):
     for pod in pods:
@@ -97,11 +113,19 @@ class Controller:
 def kubectl(cloud, words):
   words = [w for w in words if not w.startswith('--namespace')]
   state = cloud.root / f'jobset-{words[2]}.json'
+  manifest = state.with_suffix('.yaml')
   match words[:2]:
     case ['apply', '-f']:
-      (job,) = [d for d in yaml.safe_load_all(sys.stdin) if d and d['kind'] == 'JobSet']
+      *configs, job = [d for d in yaml.safe_load_all(sys.stdin) if d]
       name = job['metadata']['name']
-      (cloud.root / f'jobset-{name}.yaml').write_text(yaml.safe_dump(job))
+      for config in configs:
+        (cloud.root / f'config-{name}.yaml').write_text(yaml.safe_dump(config))
+      manifest, state = (cloud.root / f'jobset-{name}.{end}' for end in ('yaml', 'json'))
+      if manifest.exists():  # also where it has ended
+        print(f'jobset.jobset.x-k8s.io/{name} unchanged')
+        return 0
+      manifest.write_text(yaml.safe_dump(job))
+      state.unlink(missing_ok=True)  # of a deleted one
       subprocess.Popen(
         [sys.executable, __file__, str(cloud.root), name],
         stdin=subprocess.DEVNULL,
@@ -113,17 +137,25 @@ def kubectl(cloud, words):
       assert words[2] == 'generic' and words[4] == '--from-env-file=/dev/stdin'
       (cloud.root / f'secret-{words[3]}').write_text(sys.stdin.read())
     case ['get', 'jobset']:
-      print(state.read_text())
+      if not manifest.exists():
+        message = f'jobsets.jobset.x-k8s.io "{words[2]}" not found'
+        print(f'Error from server (NotFound): {message}', file=sys.stderr)
+        return 1
+      text = state.read_text() if state.exists() else '{"state": ""}'
+      ended = {'Completed', 'Failed'} & {json.loads(text)['state']}
+      print(' '.join(ended) if words[-1].startswith('jsonpath=') else text)
     case ['logs', '-l']:
       name = words[2].partition('=')[2].partition(',')[0]
       print((cloud.home(f'{name}-0') / 'log').read_text())
     case ['delete', 'secret']:
       (cloud.root / f'secret-{words[2]}').unlink(missing_ok=True)
     case ['delete', 'jobset']:
-      pid = json.loads(state.read_text())['pid']
-      os.kill(pid, signal.SIGTERM)
+      found = json.loads(state.read_text())
+      if found['state'] == 'Running':
+        os.kill(found['pid'], signal.SIGTERM)
       while json.loads(state.read_text())['state'] == 'Running':
         time.sleep(0.05)
+      manifest.unlink()
   return 0
 
 

@@ -34,7 +34,7 @@ case "$1 $2" in
     set -- -m ftjax.supervise "${{words[@]}}"
     ;;
 esac
-PYTHONPATH='{root}' exec {python} "$@"
+PYTHONPATH="${{PYTHONPATH:+$PYTHONPATH:}}{root}" exec {python} "$@"
 """
 
 

@@ -29,7 +29,10 @@ _PYTHON = '@rules_python//python:defs.bzl'
 _OUTSIDE = ('benchmarks', 'configs', 'demo', 'docs', 'tests', 'third_party')
 _FOR_ALL_FOLDERS = ('ftjax/__init__.py', 'ftjax/cli.py')  # the other files there are entries
 # What third_party/build_wheel.py builds from.
-_WHEEL_FILES = ('CHANGELOG.md', 'LICENSE', 'README.md', 'pyproject.toml')
+_WHEEL_FILES = (
+  'CHANGELOG.md', 'CITATION.cff', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'SECURITY.md',
+  'pyproject.toml',
+)  # fmt: skip
 _WHEEL_FOLDERS = ('configs', 'ftjax', 'launch', 'third_party')
 _ROOT_FILES = (
   '.bazelignore', '.bazelrc', '.bazelversion', '.ci/run', '.gitignore', 'CHANGELOG.md',

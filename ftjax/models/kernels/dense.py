@@ -76,9 +76,22 @@ def _scores(rows, keys, soft_cap):
   return cap(product(rows, keys, 2, 2) * rows.shape[-1] ** -0.5, soft_cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def thinned(x: jax.Array, kept: jax.Array | None, share: float) -> jax.Array:
+  """x where `kept`, divided by the share that is kept, else 0: dropout of probabilities, and of
+  their gradient. kept: bool[B, N, T, S], or None for all; x may have other axes of the same size.
+  """
+  return x if kept is None else jnp.where(kept.reshape(x.shape), x / share, 0).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 6))
 def attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, soft_cap: float | None
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  soft_cap: float | None,
+  kept: jax.Array | None = None,
+  share: float = 1.0,
 ) -> jax.Array:
   """softmax(cap(q k^T / sqrt(H))) v.
 
@@ -88,39 +101,41 @@ def attend(
     v: [B, S, K, H].
     mask: bool[B, T, S], True where a query may look; the same for all heads.
     soft_cap: see `cap`.
+    kept: bool[B, N, T, S], the probabilities that dropout keeps; None: all.
+    share: of them; see `thinned`.
 
   Returns:
     [B, T, N, H] in q's dtype; scores and softmax are float32.
   """
-  return _forward(q, k, v, mask, soft_cap)[0]
+  return _forward(q, k, v, mask, soft_cap, kept, share)[0]
 
 
-def _forward(q, k, v, mask, soft_cap):
+def _forward(q, k, v, mask, soft_cap, kept, share):
   b, t, n, _ = q.shape
   num_kv, s = k.shape[2], k.shape[1]
   rows, keys, values = fold_queries(q, num_kv), fold_keys(k), fold_keys(v)
   scores = _scores(rows, keys, soft_cap).reshape(b, num_kv, n // num_kv, t, s)
   weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1)
   weights = weights.astype(q.dtype).reshape(b * num_kv, -1, s)
-  out = product(weights, values, 2, 1).astype(q.dtype)
-  return unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, out)
+  out = product(thinned(weights, kept, share), values, 2, 1).astype(q.dtype)
+  return unfold_queries(out, q.shape, num_kv), (rows, keys, values, weights, kept, out)
 
 
-def _backward(soft_cap, saved, cotangent):
-  rows, keys, values, weights, out = saved
+def _backward(soft_cap, share, saved, cotangent):
+  rows, keys, values, weights, kept, out = saved
   b, *_, h = cotangent.shape
   num_kv = keys.shape[0] // b
   shape = (b, keys.shape[1], num_kv, h)
   g = fold_queries(cotangent, num_kv)
   inner = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
-  ds = weights * (product(g, values, 2, 2) - inner)
+  ds = weights * (thinned(product(g, values, 2, 2), kept, share) - inner)
   if soft_cap is not None:  # the scores again, rather than saved beside the weights
     ds = uncap(ds, _scores(rows, keys, soft_cap), soft_cap)
   ds = (ds * h**-0.5).astype(rows.dtype)
   dq = unfold_queries(product(ds, keys, 2, 1).astype(rows.dtype), cotangent.shape, num_kv)
   dk = unfold_keys(product(ds, rows, 1, 1).astype(rows.dtype), shape)
-  dv = unfold_keys(product(weights, g, 1, 1).astype(rows.dtype), shape)
-  return dq, dk, dv, None
+  dv = product(thinned(weights, kept, share), g, 1, 1).astype(rows.dtype)
+  return dq, dk, unfold_keys(dv, shape), None, None
 
 
 attend.defvjp(_forward, _backward)
