@@ -20,7 +20,7 @@ def get_config():
     max_position_embeddings=128,
   )
   c.masked_lm.mask_id = 0  # the byte tokenizer has no mask
-  c.data.train = 'documents:400'
+  c.data.train = 'texts:400'
   c.data.eval_fraction = 0.1
   c.optim.lr = 3e-3
   c.optim.warmup_steps = 5

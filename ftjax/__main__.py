@@ -18,6 +18,7 @@ ENTRIES = {
   'generate': 'Generates from a model: one prompt, a file of prompts, or a chat.',
   'convert': 'Converts a GGUF file, a run or a model of the hub to a Hugging Face folder.',
   'study': 'Searches, cross-validates or measures a learning curve: many runs of one config.',
+  'teacher': "Writes a teacher's likeliest tokens over training data, for distillation.",
   'supervise': 'Runs a command, and runs it again after a crash or preemption.',
   'lm_eval': "Runs EleutherAI's lm-eval, with ftjax models as --model ftjax.",
 }

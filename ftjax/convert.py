@@ -1,5 +1,5 @@
 """python -m ftjax.convert --source=SRC --target=DIR|FILE.gguf [--dtype=DTYPE] [--base=BASE]
-[--push=org/name]
+[--average=SRC ...] [--push=org/name]
 
 Writes a model as a Hugging Face folder, which --push uploads to the hub, or as a GGUF file for
 llama.cpp and Ollama.
@@ -22,6 +22,12 @@ WORKDIR@STEP, WORKDIR@last and WORKDIR@best select a checkpoint. The run may sti
 nothing in its workdir is changed. Exporting a checkpoint needs jax and runs on the CPU; the
 parameters must fit into host memory.
 
+With --average=SRC, which may be repeated, the weights of all sources are averaged: those of several
+runs of one base (a model soup), or of checkpoints of one run, where WORKDIR@all stands for all that
+are kept. With --greedy=TASK/METRIC and --config the models are tried from the best to the worst on
+that figure of eval.tasks, and only those are averaged that do not lower it. average.json in the
+target lists them.
+
 --push creates a private model, or with --public a public one, and uploads the folder as one commit,
 with the token of `hf auth login` or HF_TOKEN. Without --target it uploads SRC itself, a finished
 model folder, or the export of a workdir. Of an adapter --base=org/name is then the name of its base
@@ -31,7 +37,8 @@ on the hub, which is uploaded in place of the path that adapter_config.json reco
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +48,7 @@ from ftjax import cli
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files as files_lib
 
+cli.define_config(is_required=False)
 _SOURCE = flags.DEFINE_string('source', None, 'HF folder, .gguf file, workdir[@STEP] or hub id.')
 _TARGET = flags.DEFINE_string(
   'target', None, 'Folder or .gguf file to write; replaced if it is a model.'
@@ -54,6 +62,12 @@ _DTYPE = flags.DEFINE_enum(
   None,
   [*_FOLDER_DTYPES, 'float16', 'q8_0'],
   'dtype of the weights, float16 and q8_0 in GGUF files alone; default: as stored.',
+)
+_AVERAGE = flags.DEFINE_multi_string(
+  'average', [], 'A further source, whose weights are averaged with those of --source; repeatable.'
+)
+_GREEDY = flags.DEFINE_string(
+  'greedy', '', 'With --average: TASK/METRIC of eval.tasks of --config; leaves out what lowers it.'
 )
 _PUSH = flags.DEFINE_string('push', None, 'org/name of a model on the hub to upload the folder to.')
 _PUBLIC = flags.DEFINE_boolean('public', False, 'With --push: everybody may read the model.')
@@ -72,16 +86,10 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
     ConfigError: the target is in the source, or has no such dtype.
     DataError, NonFiniteError: see `export.export` and `gguf_export.export`.
   """
-  from ftjax.hf import gguf_export, model_copy, model_folder, run_export
+  from ftjax.hf import model_copy, model_folder, run_export
   from ftjax.storage import snapshots
 
-  if gguf_export.is_gguf(target):
-    gguf_export.check_target(target)
-  elif dtype and dtype not in _FOLDER_DTYPES:
-    raise ConfigError(
-      f'--dtype={dtype} is of GGUF files; expected {" or ".join(_FOLDER_DTYPES)}, or a --target '
-      'that ends in .gguf'
-    )
+  _check_dtype(target, dtype)
   workdir, which = snapshots.parse(source)
   if which and not snapshots.is_workdir(workdir):
     raise DataError(f'--source={source}: {workdir} is not a workdir of ftjax.train')
@@ -103,6 +111,101 @@ def convert(source: str, target: str, dtype: str | None, base: str = ''):
         f'--source={export or source}: no such file or folder{model_folder.remedy(path)}'
       )
     print(model_copy.write(path, target, dtype))
+
+
+def average(
+  sources: Sequence[str],
+  target: str,
+  dtype: str | None,
+  base: str = '',
+  figure: str = '',
+  c: Any = None,
+) -> None:
+  """Writes the mean of the weights of several models as a HF folder or GGUF file.
+
+  Args:
+    sources: as of `convert`; WORKDIR@all stands for all checkpoints of a run.
+    target, dtype, base: see `convert`.
+    figure: TASK/METRIC of a greedy soup; '': all models count.
+    c: a config, whose eval.tasks has the task.
+
+  Raises:
+    ConfigError: one model alone. DataError: models that cannot be averaged.
+  """
+  from ftjax.hf import gguf_export, model_soup
+
+  _check_dtype(target, dtype)
+  names = [name for source in sources for name in _expanded(source)]
+  if len(names) < 2:
+    raise ConfigError(f'--average: {names} is one model alone; give at least two')
+  for name in names:
+    _check_target(target, name)
+  # Beside the target: the models may be larger than the disk of temporary files.
+  is_remote = files_lib.is_remote(target)
+  parent = None if is_remote else files_lib.as_path(target).absolute().parent
+  if parent:
+    parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix='.average-', dir=parent) as scratch:
+    folders = [_as_folder(name, Path(scratch, str(i)), base) for i, name in enumerate(names)]
+    model_soup.check_same(folders)
+    report: dict[str, Any] = {'models': names}
+    if figure:
+      from ftjax.experiment import soup_score
+
+      score = soup_score.scorer(c, figure, folders[0], scratch)
+      kept, report = model_soup.greedy(folders, names, score, print)
+      folders, report = [folders[i] for i in kept], {'figure': figure} | report
+    if gguf_export.is_gguf(target):
+      model_soup.write(folders, mean := Path(scratch, 'mean'))
+      convert(str(mean), target, dtype)
+    else:
+      model_soup.write(folders, target, dtype, report)
+  print(f'{target}: the average of {", ".join(report["models"])}')
+
+
+def _expanded(source: str) -> list[str]:
+  """Returns a source, or of WORKDIR@all each of its checkpoints."""
+  from ftjax.storage import locations, snapshots
+
+  if not source.strip():
+    raise ConfigError('--average= is empty; give a model')
+  locations.check('--average', source)
+  source = os.path.expanduser(source)
+  workdir = source.removesuffix('@all')
+  if workdir == source or not snapshots.is_workdir(workdir):
+    return [source]
+  if not (steps := snapshots.steps(workdir)):
+    raise DataError(f'{source}: no checkpoint is finalized yet')
+  return [f'{workdir}@{step}' for step in steps]
+
+
+def _as_folder(source: str, scratch: Path, base: str) -> Path:
+  """Returns a HF folder with a source's model: its own, or a copy in `scratch`."""
+  from ftjax.hf import model_folder, run_export
+  from ftjax.storage import snapshots
+
+  workdir, which = snapshots.parse(source)
+  export = None if which else run_export.find_newest(workdir, base)
+  is_folder = export or not (which or snapshots.is_workdir(workdir))
+  if is_folder and model_folder.find_adapter(export or source) is None:
+    found = files_lib.as_path(model_folder.locate(export or source, weights=True))
+    if found.is_dir() and model_folder.gguf_file(found) is None:
+      return found
+  convert(source, str(scratch), None, base)
+  return scratch
+
+
+def _check_dtype(target: str, dtype: str | None):
+  """Refuses a GGUF file that is a part of a model, and a dtype that the target cannot have."""
+  from ftjax.hf import gguf_export
+
+  if gguf_export.is_gguf(target):
+    gguf_export.check_target(target)
+  elif dtype and dtype not in _FOLDER_DTYPES:
+    raise ConfigError(
+      f'--dtype={dtype} is of GGUF files; expected {" or ".join(_FOLDER_DTYPES)}, or a --target '
+      'that ends in .gguf'
+    )
 
 
 def _check_target(target: str, source: str):
@@ -251,6 +354,32 @@ def _finished(source: str) -> str:
   return found
 
 
+def _greedy_config():
+  """Returns the config of a greedy soup; None for none."""
+  c, figure = flags.FLAGS.config, _GREEDY.value
+  if bool(figure) != (c is not None) or (figure and not _AVERAGE.value):
+    raise ConfigError(
+      '--average, --greedy=TASK/METRIC and --config=FILE make a greedy soup together'
+    )
+  if c is not None:
+    from ftjax.config import validation
+
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    validation.validate(c)
+    if not c.eval.tasks:
+      raise ConfigError(f'--greedy={figure} needs eval.tasks in --config')
+  return c
+
+
+def _write_to(target: str, base: str, c: Any) -> None:
+  """Writes --source, or its average with others."""
+  source, dtype = _SOURCE.value, _DTYPE.value
+  if _AVERAGE.value:
+    average([source, *_AVERAGE.value], target, dtype, base, _GREEDY.value, c)
+  else:
+    convert(source, target, dtype, base)
+
+
 def main() -> None:
   """Converts --source to --target, and uploads that."""
   source, target, name = _SOURCE.value, _TARGET.value, _PUSH.value
@@ -258,8 +387,11 @@ def main() -> None:
     raise ConfigError('--source and --target are needed, or --source and --push; see --help')
   if _PUBLIC.value and not name:
     raise ConfigError('--public belongs to an upload; give --push=org/name too')
+  c = _greedy_config()
+  if _AVERAGE.value and not target:
+    raise ConfigError('--average needs --target: the folder or .gguf file of the average')
   if name is None:
-    convert(source, target, _DTYPE.value, _BASE.value)
+    _write_to(target, _BASE.value, c)
     return
   from ftjax.hf import pushed_folder
   from ftjax.storage import hub_push
@@ -270,7 +402,7 @@ def main() -> None:
   if target:
     # Before anything is written: what is written has no base.
     pushed_folder.check_place(folder)
-    convert(source, target, _DTYPE.value, base)
+    _write_to(target, base, c)
     base = ''
   print(f'{name}: {pushed_folder.push(folder, name, _PUBLIC.value, base)}')
 

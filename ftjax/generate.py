@@ -1,5 +1,5 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
-on the terminal) [--classify | --embed]
+on the terminal) [--classify | --embed | --steps=min]
 
 DIR is a HF folder, a GGUF file, a PEFT folder (an adapter, used on the base that it names or on
 --base), or a workdir, of which export/ is loaded, or the newest checkpoint if the run has not
@@ -8,7 +8,9 @@ or JSON lines with "prompt" or "messages", and prints each as a JSON line with t
 under "completion". If the model has a chat template, a prompt is a user turn unless --raw is
 given. --classify is for models with labels: it prints the labels of texts, with their
 probabilities. Its rows have "text", or two texts that are read together, or "tokens". --embed
-prints the vectors of texts, of length 1, under "embedding"."""
+prints the vectors of texts, of length 1, under "embedding". --steps is
+for process reward models: rows have "prompt" and "completions", the steps of a solution, or one
+"completion"; it prints them with the scores of the steps and of the whole."""
 
 import json
 import logging
@@ -36,6 +38,19 @@ _TOP_K = flags.DEFINE_integer(
 )
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Nucleus sampling: total probability of the candidates.')
 flags.register_validator('top_p', lambda p: 0 < p <= 1, 'expected a number above 0 and not above 1')
+_BEAMS = flags.DEFINE_integer(
+  'num_beams', 1, 'Completions that a beam search extends together, of an encoder-decoder; 1: none.'
+)
+_PENALTY = flags.DEFINE_float(
+  'length_penalty', 1.0, 'Beam search: log-probability / tokens**length_penalty is compared.'
+)
+_EARLY = flags.DEFINE_enum(
+  'early_stopping',
+  'false',
+  ['false', 'true', 'never'],
+  'When a beam search ends: no completion at its present length could be better, enough are '
+  'finished, or none could be better at any length.',
+)
 _STOP = flags.DEFINE_multi_string(
   'stop', [], 'A string that ends the completion and is left out; may be repeated.'
 )
@@ -53,6 +68,16 @@ _CLASSIFY = flags.DEFINE_bool(
 _EMBED = flags.DEFINE_bool(
   'embed', False, 'Print the vectors of --prompt, or of the rows of --prompts.'
 )
+_STEPS = flags.DEFINE_enum(
+  'steps',
+  None,
+  ['min', 'product', 'last'],
+  'Score the solutions in --prompts with a process reward model: by the least, the product or the '
+  'last of the scores of their steps.',
+)
+_SEPARATOR = flags.DEFINE_string(
+  'separator', '\\n', 'With --steps: the text after each step, prm.separator of the training.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Compute dtype.')
 
 
@@ -65,11 +90,15 @@ def main() -> None:
   # XLA would warn of slow compilations in the middle of a completion.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
-  if _CLASSIFY.value and _EMBED.value:
-    raise ConfigError('--classify and --embed: give one of them')
+  if sum((_CLASSIFY.value, _EMBED.value, _STEPS.value is not None)) > 1:
+    raise ConfigError('--classify, --embed and --steps: give one of them')
   if _CLASSIFY.value or _EMBED.value:
     _classify_or_embed()
     return
+  if _STEPS.value:
+    _score_steps()
+    return
+  from ftjax.generation.beam_search import Beams
   from ftjax.generation.sampling import Sampling
   from ftjax.serving import generator, terminal_chat
 
@@ -87,6 +116,7 @@ def main() -> None:
       dtype=_DTYPE.value,
       family=_FAMILY.value,
       base=_BASE.value,
+      beams=Beams(_BEAMS.value, _PENALTY.value, _EARLY.value),
     ),
   )
   if _PROMPT.value is not None:
@@ -115,6 +145,23 @@ def _classify_or_embed() -> None:
   else:
     found = classifier.Classifier(_MODEL.value, *where, batch_size=_BATCH.value).label_rows(rows)
   for row in found:
+    print(json.dumps(row, ensure_ascii=False), flush=True)
+
+
+def _score_steps() -> None:
+  """Prints each solution with the scores of its steps, a JSON line each."""
+  from ftjax.serving import step_scorer
+
+  if _PROMPTS.value is None:
+    raise ConfigError('--steps needs a file of solutions in --prompts')
+  separator = _SEPARATOR.value.replace('\\n', '\n')
+  if not separator:
+    raise ConfigError('--separator is empty; expected the text after each step')
+  rows = step_scorer.read_rows(_PROMPTS.value)
+  model = step_scorer.StepScorer(
+    *(_MODEL.value, separator, _DTYPE.value, _FAMILY.value, _BASE.value), batch_size=_BATCH.value
+  )
+  for row in model.score_rows(rows, _STEPS.value):
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 

@@ -173,6 +173,8 @@ def _import_what_entries_need() -> None:
   import importlib
 
   names = ('sft', 'dpo', 'reward_model', 'grpo', 'ppo', 'best_of_n', 'online_dpo', 'distill')
+  names += ('prm',)
+  names += ('seq2seq', 'span_corruption')
   for name in (*(f'algorithms.{n}' for n in names), 'planning.compile'):
     importlib.import_module(f'ftjax.{name}')
 

@@ -18,6 +18,13 @@ SETTINGS = {
 }
 
 
+# Two epochs and a half, of which each has its own spans.
+ENCODER_DECODERS = {
+  'seq2seq': ('data.train=sums:100', 'seq2seq.source_len=128'),
+  'span_corruption': ('data.train=texts:100', 'seq2seq.source_len=64', 'seq_len=32'),
+}
+
+
 PAIRS = ('steps=8', 'checkpoint.every=1', 'checkpoint.keep=8', 'eval.every=0', 'eval.prompts=()')
 PAIRS += ('data.train=pairs:100', 'grad_accum=2')
 
@@ -32,6 +39,7 @@ ADAPTERS = {
   'ppo': ('base=nf4', 'block=16', 'init=pissa', 'b_lr_ratio=4.0', 'train=.*norm/scale'),
   'best_of_n': ('base=float32', 'rslora=True'),
   'online_dpo': ('base=int8', 'train=embed/w'),
+  'seq2seq': ('base=int8', 'dropout=0.2', 'train=embed/w'),
 }
 
 
@@ -47,6 +55,12 @@ def arguments(algorithm, workdir):
   if algorithm == 'sft':
     settings = ('steps=8', 'checkpoint.every=1', 'checkpoint.keep=8', 'eval.every=3')
     return tiny_run.arguments(workdir, *settings)
+  if algorithm in ENCODER_DECODERS:
+    settings = ('steps=8', 'checkpoint.every=1', 'checkpoint.keep=8', 'eval.every=3')
+    settings += ('grad_accum=2', 'eval.prompts=()', 'optim.warmup_steps=0')
+    settings += ENCODER_DECODERS[algorithm]
+    entry = [f'--config=tiny_{algorithm}', f'--workdir={workdir}']
+    return [*entry, *(f'--config.{s}' for s in settings)]
   if algorithm in SETTINGS:
     return tiny_rollouts.arguments(workdir, *SETTINGS[algorithm], algorithm=algorithm)
   entry = [f'--config=tiny_{algorithm}', f'--workdir={workdir}']
@@ -71,7 +85,10 @@ def uninterrupted(tmp_path_factory):
 EVERY_DAY = {('cached', 1)}
 CASES = [
   pytest.param(a, k, marks=[] if (a, k) in EVERY_DAY else [pytest.mark.full])
-  for a in ('dpo', 'cached', 'reward_model', *SETTINGS, *(f'{a}+lora' for a in ADAPTERS))
+  for a in (
+    *('dpo', 'cached', 'reward_model', *SETTINGS, *ENCODER_DECODERS),
+    *(f'{a}+lora' for a in ADAPTERS),
+  )
   for k in (1, 4)
 ]
 

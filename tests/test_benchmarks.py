@@ -16,6 +16,7 @@ import tiny_run
 import tiny_words
 
 from ftjax.data import synthetic
+from ftjax.experiment.model import open_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*(ROOT / 'benchmarks').glob('*.py'), *(ROOT / 'demo').glob('*.py')])
@@ -517,3 +518,20 @@ def test_classification_parity(script, tmp_path, capsys):
   assert lines[1]['accuracy'] == 0.5 and lines[0]['sentences_per_s'] > 0
   assert lines[2]['difference'] == lines[0]['accuracy'] - 0.5
   assert lines[3]['transformers'] == 0.5 and 0 <= lines[2]['mcnemar_p'] <= 1
+
+
+def test_a_small_t5_of_a_set_of_rows(script, tmp_path):
+  """Its vocabulary has T5's layout, and its texts come back; the folder is one that a run opens."""
+  texts = ('the quick brown fox jumps over the lazy dog', 'hello world and thank you')
+  rows = [{'messages': [{'role': 'user', 'content': t}]} for t in texts * 9]
+  sizes = ('--vocab_size=60', '--sentinels=3', '--d_model=16', '--d_kv=4', '--d_ff=16')
+  given = (tmp_path / 'a b', write(tmp_path / 'rows.jsonl', rows), *sizes, '--num_layers=1')
+  script('demo', 't5_folder', *given)['main']()
+  model = open_model(str(tmp_path / 'a b'), {}, 0)
+  tokens = model.tokenizer
+  assert model.arch.is_encoder_decoder and tokens.start_id == 0
+  assert [tokens.find(t) for t in ('<pad>', '</s>', '<unk>')] == [0, 1, 2]
+  last = tokens.vocab_size - 1
+  assert [tokens.find(f'<extra_id_{i}>') for i in range(3)] == [last, last - 1, last - 2]
+  assert [tokens.decode(tokens.encode(t)) for t in texts] == list(texts)
+  assert not any('user' in tokens.token(i) for i in range(tokens.vocab_size))

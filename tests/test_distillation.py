@@ -206,4 +206,4 @@ def test_wrong_settings(changes, words, tmp_path):
 
 def test_the_terms_are_the_keys_of_the_config():
   names = {f.name for f in dataclasses.fields(Distillation)}
-  assert names | {'teacher'} == set(config.default().distill)
+  assert names | {'teacher', 'file', 'top_k', 'on_policy'} == set(config.default().distill)

@@ -54,7 +54,11 @@ def test_columns_of_texts(row, annotation, wanted):
     ({'anchor': 'x', 'positive': 'y', 'negatives': ['a', '']}, CONTRASTIVE, r'negatives\[1\]'),
     ({'anchor': 'x', 'positive': 'y', 'negative': 'y'}, CONTRASTIVE, 'same text as the positive'),
     ({'anchor': 'x', 'positive': 'y', 'label': 0}, CONTRASTIVE, 'one of near texts'),
-    ({'anchor': 'x', 'positive': 'y'}, Annotation('margin', (), False, 1, True), 'no negative'),
+    (
+      {'anchor': 'x', 'positive': 'y'},
+      Annotation('margin', negatives=1, needs_negative=True),
+      'no negative',
+    ),
     ({'sentence1': 'x', 'sentence2': 'y'}, COSINE, 'no score'),
     ({'sentence1': 'x', 'sentence2': 'y', 'score': 4.2}, COSINE, 'from -1 to 1'),
     ({'sentence1': 'x', 'sentence2': 'y', 'score': 'high'}, COSINE, 'from -1 to 1'),

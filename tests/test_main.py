@@ -50,7 +50,8 @@ def test_help_imports_only_the_standard_library():
     (
       ['xyz'],
       2,
-      'entries: train, preview, plan, evaluate, generate, convert, study, supervise, lm_eval\n',
+      'entries: train, preview, plan, evaluate, generate, convert, study, teacher, supervise, '
+      'lm_eval\n',
     ),
     ([], 2, 'error: an entry is missing'),
     (['--config=tiny_sft'], 2, 'ftjax ENTRY --config=tiny_sft'),
@@ -79,6 +80,7 @@ def test_help_of_an_entry_shows_its_own_flags(name):
   defined = {'train': 'heartbeat_s', 'preview': 'rows', 'plan': 'topology', 'evaluate': 'workdir'}
   defined |= {
     'study': 'workdir',
+    'teacher': 'coordinator',
     'generate': 'prompts',
     'convert': 'target',
     'supervise': 'max_idle_starts',

@@ -57,7 +57,7 @@ def test_hidden_tokens_have_the_shares_of_the_config():
 def test_a_long_text_is_read_whole_in_parts(length):
   text = ' '.join(np.random.default_rng(length).choice(tiny_words.WORDS[:6], length))
   rows = [LabeledText((text,), ())]
-  (parts,) = annotated_examples.encode(rows, TOKENIZER, Annotation('document'), 8)
+  (parts,) = annotated_examples.encode(rows, TOKENIZER, Annotation('masked'), 8)
   assert all(len(p.tokens) <= 8 and p.tokens[0] == 2 and p.tokens[-1] == 3 for p in parts)
   whole = np.concatenate([p.tokens[1:-1] for p in parts])
   assert whole.tolist() == TOKENIZER.encode(text)
@@ -103,7 +103,7 @@ def test_a_decoder_and_a_tokenizer_without_a_mask_are_refused(tmp_path):
   words = ['--config=tiny_masked_lm', f'--workdir={tmp_path}']
   code, printed = tiny_run.run('train', [*words, '--config.masked_lm.mask_id=-1'])
   assert code == 2 and 'has no mask_token' in printed and 'masked_lm.mask_id' in printed
-  changes = ['--config.algorithm=masked_lm', '--config.data.train=documents:60']
+  changes = ['--config.algorithm=masked_lm', '--config.data.train=texts:60']
   words = ['--config=tiny_sft', f'--workdir={tmp_path}', *changes, '--config.eval.prompts=()']
   code, printed = tiny_run.run('train', words)
   assert code == 2 and 'needs an encoder' in printed, printed

@@ -27,6 +27,7 @@ from tiny_model import (
 
 from ftjax.models import head, kinds
 from ftjax.models.architecture import AttentionSpec, BlockSpec, GatedMlpSpec, Norm
+from ftjax.models.mixer_spec import RelativeBias
 from ftjax.models.rope_spec import QueryScaling, Rope, RopeScaling
 from ftjax.runtime import trees
 
@@ -230,6 +231,7 @@ CHANGES = {
   'AttentionSpec.qk_norm_width': 'all',
   'AttentionSpec.gate': True,
   'AttentionSpec.causal': False,
+  'AttentionSpec.relative': RelativeBias('decoder', 8, 20),
   'GatedMlpSpec.ffn_dim': 32,
   'GatedMlpSpec.activation': 'gelu',
   'GatedMlpSpec.bias': True,
@@ -247,6 +249,7 @@ CHANGES = {
   'BlockSpec.norm_placement': 'after',
   'BlockSpec.residual_scale': 0.5,
   'BlockSpec.mixer_norm': False,
+  'BlockSpec.cross': None,
 }
 
 

@@ -1,13 +1,32 @@
-"""The loss of supervised tokens over the evaluation rows, for algorithms that train on texts."""
+"""The loss of supervised tokens, of a batch and over the evaluation rows, for algorithms that train
+on texts.
+"""
 
 import functools
 import math
 from collections.abc import Callable
 
 import jax
+import ml_collections
 
 from ftjax.experiment.run import Run
+from ftjax.losses.cross_entropy import LossConfig
 from ftjax.models.forward import Forward
+from ftjax.training.step import LossFn
+
+
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
+  """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums}) of the
+  cross-entropy alone.
+  """
+  config = LossConfig(c.loss.label_smoothing, c.loss.z_loss, c.loss.dynamic)
+
+  def loss(params, batch, keys):
+    total, nll = forward.with_dropout(keys).cross_entropy(params, batch, config)
+    weight = batch['weights'].sum()
+    return total, weight, {'nll': (nll, weight)}
+
+  return loss
 
 
 def make_eval_loss(forward: Forward) -> Callable:

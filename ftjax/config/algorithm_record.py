@@ -24,6 +24,7 @@ class Auxiliary:
       starts from.
     is_trained: with the policy, in the same optimizer step.
     has_score: whether it has a score for a head: a reward model or a value model.
+    scores_steps: whether it is a process reward model, which gives two labels to tokens.
     has_own_architecture: whether a model in the state has the architecture of its folder, and not
       the policy's.
   """
@@ -34,6 +35,7 @@ class Auxiliary:
   is_trained: bool = False
   has_score: bool = False
   has_own_architecture: bool = False
+  scores_steps: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Algorithm:
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
     example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags',
-      'document' or 'texts'.
+      'masked', 'steps' or 'texts'; for encoder-decoders 'source_target' or 'document'.
+    reads_source: whether it trains encoder-decoders, whose encoder has rows of its own.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.
     completions_per_row: completions that share one row of seq_len tokens.
@@ -87,6 +90,7 @@ class Algorithm:
       equal rewards may be replaced by others (rollout.redraws).
     fields: float arrays that a batch has in addition to those of data/batches.py: (of each token,
       of each row).
+    wide: arrays of a batch with several numbers of each token: {name: (numbers, dtype)}.
     needs_old_logp: whether a rollout needs the trainer's own log-probs of its tokens before the
       first update on it.
     auxiliary: the other models of a run.
@@ -106,11 +110,13 @@ class Algorithm:
   headline: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]]
   reads: tuple[str, ...] = ()
   example: Callable[[Config], str] = lambda c: 'text'
+  reads_source: bool = False
   on_rollouts: bool = False
   rows_per_prompt: Callable[[Config], int] = lambda c: c.rollout.group
   completions_per_row: int = 1
   is_relative: Callable[[Config], bool] = lambda c: False
   fields: Callable[[Config], tuple[tuple[str, ...], tuple[str, ...]]] = lambda c: ((), ())
+  wide: Callable[[Config], Mapping[str, tuple[int, str]]] = lambda c: {}
   needs_old_logp: Callable[[Config], bool] = lambda c: False
   auxiliary: Callable[[Config], tuple[Auxiliary, ...]] = lambda c: ()
   labels: Callable[[Config], LabelHead | None] = lambda c: None

@@ -3,7 +3,7 @@ of an algorithm. Everything but this table is written without the name of an alg
 
 An algorithm outside of this package is a record of its own, named `algorithm='module:RECORD'`."""
 
-from ftjax.config import choices, label_algorithms
+from ftjax.config import choices, distill_settings, label_algorithms
 from ftjax.config.algorithm_record import REWARD, Algorithm, Auxiliary, Config
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
@@ -37,11 +37,17 @@ _TRAINED_ON_ROLLOUTS = dict(
   fixed=('rollout.group', 'rollout.max_tokens', 'rollout.updates', 'rollout.minibatches'),
 )
 _ROLLOUT_ARRAYS = ('rollout.temperature', 'rollout.rewards', 'rollout.reward_model')
+_ROLLOUT_ARRAYS += ('rollout.step_reward', 'rollout.step_separator')
 _POLICY_ARRAYS = ('policy.kl', 'policy.kl_coef', 'policy.kl_target', 'policy.overlong')
 
 
 def _reward_model(c: Config) -> tuple[Auxiliary, ...]:
-  rewarder = Auxiliary('reward model', 'rollout', 'rollout.reward_model', has_score=True)
+  of_steps = bool(c.rollout.step_reward)
+  rewarder = Auxiliary(
+    *('reward model', 'rollout', 'rollout.reward_model'),
+    has_score=not of_steps,
+    scores_steps=of_steps,
+  )
   return (rewarder,) if c.rollout.reward_model else ()
 
 
@@ -81,25 +87,23 @@ _SFT = Algorithm(
 )
 
 
-def _check_distill(c: Config) -> None:
-  d = c.distill
-  if not 0 < d.share <= 1 or not 0 < d.beta < 1 or d.temperature <= 0:
-    raise ConfigError(
-      f'distill.share={d.share}, distill.beta={d.beta}, distill.temperature={d.temperature}; '
-      'expected a share in (0, 1], a beta in (0, 1) and a positive temperature'
-    )
+def _distill_auxiliary(c: Config) -> tuple[Auxiliary, ...]:
+  teacher = Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True)
+  return () if c.distill.file else (teacher,)
 
 
 _DISTILL = Algorithm(
   module='ftjax.algorithms.distill',
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: (('loss', 'divergence'), ('loss', 'perplexity')),
-  reads=('distill', 'data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
-  auxiliary=lambda c: (
-    Auxiliary('teacher', 'state', 'distill.teacher', has_own_architecture=True),
+  reads=(
+    *('distill', *distill_settings.ROLLOUT_KEYS),
+    *('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
   ),
+  wide=distill_settings.wide,
+  auxiliary=_distill_auxiliary,
   fixed=('data.packing', 'data.loss_on', *_WEIGHED, *_ALTERED),
-  check=_check_distill,
+  check=distill_settings.check,
 )
 
 
@@ -277,6 +281,40 @@ _ONLINE_DPO = Algorithm(
   **_TRAINED_ON_ROLLOUTS,
 )
 
+_SPAN_KEYS = ('span_corruption.density', 'span_corruption.mean_length')
+# The loss without neftune, which adds noise to what a decoder reads.
+_SOURCE_LOSS = ('loss.label_smoothing', 'loss.z_loss', 'loss.dynamic')
+_SEQ2SEQ = Algorithm(
+  module='ftjax.algorithms.seq2seq',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', *_SOURCE_LOSS, 'data.packing', *_WEIGHED, *_ALTERED),
+  example=lambda c: 'source_target',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_WEIGHED, *_ALTERED),
+)
+
+
+def _check_span_corruption(c: Config) -> None:
+  own = c.span_corruption
+  if not 0 < own.density < 1 or own.mean_length < 1:
+    raise ConfigError(
+      f'span_corruption.density={own.density}, span_corruption.mean_length={own.mean_length}; '
+      'expected a share between 0 and 1, and at least 1 token'
+    )
+
+
+_SPAN_CORRUPTION = Algorithm(
+  module='ftjax.algorithms.span_corruption',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
+  headline=lambda c: _BY_SHAPE['text'],
+  reads=('seq2seq', 'span_corruption', *_SOURCE_LOSS, 'data.packing'),
+  example=lambda c: 'document',
+  reads_source=True,
+  fixed=('data.packing', 'seq2seq.source_len', *_SPAN_KEYS),
+  check=_check_span_corruption,
+)
+
 ALGORITHMS: dict[str, Algorithm] = {
   'sft': _SFT,
   'dpo': _DPO,
@@ -286,6 +324,8 @@ ALGORITHMS: dict[str, Algorithm] = {
   'best_of_n': _BEST_OF_N,
   'online_dpo': _ONLINE_DPO,
   'distill': _DISTILL,
+  'seq2seq': _SEQ2SEQ,
+  'span_corruption': _SPAN_CORRUPTION,
 } | label_algorithms.ROWS
 
 
@@ -321,6 +361,11 @@ def place(c: Config, name: str) -> str:
 def is_packed(c: Config) -> bool:
   """Returns whether several examples share a row."""
   return c.data.packing and 'data.packing' in of(c).reads
+
+
+def source_len(c: Config) -> int:
+  """Returns the tokens that an encoder reads in a row of the batch; 0 for other algorithms."""
+  return (c.seq2seq.source_len or c.seq_len) if of(c).reads_source else 0
 
 
 def is_read(c: Config, key: str) -> bool:

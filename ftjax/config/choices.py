@@ -240,6 +240,7 @@ AUGMENTATIONS = {'word_dropout': True, 'swap': True, 'noise': True, 'template': 
 # Keys with a few values and no more facts.
 _PLAIN = {
   'dpo.reference': ('step', 'cache'),
+  'rollout.step_reward': ('', 'min', 'product', 'last'),
   'remat': ('none', 'dots', 'full'),
   'model.param_dtype': ('float32', 'bfloat16'),
   'model.compute_dtype': ('float32', 'bfloat16'),

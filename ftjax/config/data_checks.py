@@ -18,7 +18,8 @@ def check(c: ml_collections.ConfigDict) -> None:
   d = c.data
   if d.mix_temperature < 1:
     raise ConfigError(f'data.mix_temperature={d.mix_temperature}; expected at least 1')
-  if d.curriculum == 'difficulty' and algorithms.of(c).example(c) != 'text':
+  preferences = algorithms.of(c).example(c) in ('pair', 'label', 'score')
+  if d.curriculum == 'difficulty' and preferences:
     raise ConfigError(
       f'data.curriculum=difficulty with algorithm={c.algorithm}: only rows of supervised runs '
       'have a difficulty; set data.curriculum to length or none'

@@ -22,6 +22,7 @@ def default() -> Section:
   optim_keys.add_loss(c)
   _add_moe(c)
   _add_distill(c)
+  _add_seq2seq(c)
   _add_dpo(c)
   _add_reward_model(c)
   label_keys.add_labels(c)
@@ -172,10 +173,26 @@ def _add_distill(c: Section) -> None:
   # Folder or hub id of the teacher, a model with the same tokenizer; '': the model that training
   # starts from.
   c.distill.teacher = ''
+  # Folder that ftjax.teacher writes: the teacher's likeliest tokens of each position of data.train,
+  # read in place of a teacher; '': the teacher is computed in each step.
+  c.distill.file = ''
+  c.distill.top_k = 64  # tokens of each position in that folder
+  # Share of the steps that train on completions of the student in place of the rows' answers (GKD),
+  # sampled by the keys of rollout.
+  c.distill.on_policy = 0.0
   c.distill.divergence = 'forward_kl'  # forward_kl: KL(teacher || student); js: with beta
   c.distill.beta = 0.5  # weight of the teacher in the mixture of js
   c.distill.temperature = 1.0  # of both distributions
   c.distill.share = 0.5  # of the divergence in the loss; the rest is the likelihood of the token
+
+
+def _add_seq2seq(c: Section) -> None:
+  c.seq2seq = Section()
+  # Tokens of a packed sequence that an encoder reads; 0: as many as its decoder, seq_len.
+  c.seq2seq.source_len = 0
+  c.span_corruption = Section()
+  c.span_corruption.density = 0.15  # share of the tokens of a document that are noise
+  c.span_corruption.mean_length = 3.0  # tokens of a span of noise, on average
 
 
 def _add_dpo(c: Section) -> None:
@@ -215,6 +232,9 @@ def _add_rollout(c: Section) -> None:
   c.rollout.rewards = config_dict.FieldReference((), field_type=object)
   # Folder of the reward `model` (export/ of a run with algorithm=reward_model); '': none.
   c.rollout.reward_model = ''
+  # Where that model is one of steps (algorithm=prm): min, product or last of its steps' scores.
+  c.rollout.step_reward = ''
+  c.rollout.step_separator = '\n'  # text after each step, prm.separator of that model's training
   c.rollout.reward_limit = 1.0  # seconds for one completion in a built-in reward that may hang
   c.rollout.function_limit = 60.0  # seconds for one call of a user's reward function
   c.rollout.max_failed = 3  # rollouts in a row without one reward that end the run; 0: never
@@ -316,6 +336,8 @@ def _add_eval(c: Section) -> None:
   c.eval.stop = ()  # texts that end a completion of a task; they are not part of it
   c.eval.samples = 1  # completions of each prompt of a task, for pass@k and maj@k
   c.eval.temperature = 0.0  # of these completions; 0: greedy
+  c.eval.num_beams = 1  # completions that a beam search extends, of encoder-decoders; 1: none
+  c.eval.length_penalty = 1.0  # beams: log-probability / tokens**length_penalty is compared
   # Examples before each prompt for another comparison: the base model with so many examples.
   c.eval.shots = 0
   # Where they come from: 'task=path', a source of rows of the task's form; other tasks take

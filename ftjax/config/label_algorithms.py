@@ -1,5 +1,5 @@
-"""The algorithms of label heads and of encoders: labels of whole texts and of words, vectors of
-texts, and the prediction of masked tokens.
+"""The algorithms of label heads and of encoders: labels of whole texts, of words and of the steps
+of a solution, vectors of texts, and the prediction of masked tokens.
 """
 
 from ftjax.config import choices
@@ -229,10 +229,31 @@ _MASKED_LM = Algorithm(
   measured=lambda c: {'loss': 'min', 'gap': 'min', 'perplexity': 'min'},
   headline=lambda c: (('loss',), ('loss', 'perplexity')),
   reads=('masked_lm', 'data.packing'),
-  example=lambda c: 'document',
+  example=lambda c: 'masked',
   predicts_masked=True,
   fixed=('data.packing', 'masked_lm'),
   check=_check_masked_lm,
+)
+
+
+# Process reward models: labels of the steps of a solution.
+
+
+def _check_prm(c: Config) -> None:
+  _check_writes_no_text(c)
+  if not c.prm.separator:
+    raise ConfigError("prm.separator is ''; expected the text after each step, such as a newline")
+
+
+_PRM = Algorithm(
+  module='ftjax.algorithms.prm',
+  measured=lambda c: {'loss': 'min', 'gap': 'min', 'accuracy': 'max', 'first_error': 'max'},
+  headline=lambda c: (('loss', 'accuracy'), ('accuracy', 'first_error', 'loss')),
+  reads=('prm', 'data.packing'),
+  example=lambda c: 'steps',
+  labels=lambda c: LabelHead('token', ('incorrect', 'correct')),
+  fixed=('data.packing', 'prm.separator'),
+  check=_check_prm,
 )
 
 ROWS = {
@@ -240,4 +261,5 @@ ROWS = {
   'token_classification': _TOKEN_CLASSIFICATION,
   'embedding': _EMBEDDING,
   'masked_lm': _MASKED_LM,
+  'prm': _PRM,
 }

@@ -38,3 +38,5 @@ def add_labels(c: Section) -> None:
   # Whether the texts of the other rows of a step are negatives too, and not those of the row alone.
   c.embedding.in_batch = True
   c.embedding.negatives = 1  # the most negatives that a row names
+  c.prm = Section()
+  c.prm.separator = '\n'  # text after each step of a solution, at whose end the step is scored

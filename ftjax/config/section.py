@@ -47,15 +47,25 @@ _RANDOM_GPT2_OPTIONAL = (
   'n_inner', 'n_positions', 'activation_function', 'layer_norm_epsilon', 'scale_attn_weights',
   'scale_attn_by_inverse_layer_idx',
 )  # fmt: skip
+_RANDOM_T5 = ('d_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers')  # required
+_RANDOM_T5_OPTIONAL = (
+  'num_decoder_layers', 'feed_forward_proj', 'layer_norm_epsilon', 'scale_decoder_outputs',
+  'relative_attention_num_buckets', 'relative_attention_max_distance',
+)  # fmt: skip
 RANDOM_KEYS = tuple(
   f'model.random.{k}'
-  for k in (*RANDOM_REQUIRED, *_RANDOM_OPTIONAL, *_RANDOM_GPT2, *_RANDOM_GPT2_OPTIONAL)
+  for keys in (
+    *(RANDOM_REQUIRED, _RANDOM_OPTIONAL, _RANDOM_GPT2, _RANDOM_GPT2_OPTIONAL),
+    *(_RANDOM_T5, _RANDOM_T5_OPTIONAL),
+  )
+  for k in keys
 )
 
 
 def random_required(model_type: str) -> tuple[str, ...]:
   """Returns the keys that model.random must have."""
-  return _RANDOM_GPT2 if model_type == 'gpt2' else RANDOM_REQUIRED
+  own = {'gpt2': _RANDOM_GPT2, 't5': _RANDOM_T5, 'mt5': _RANDOM_T5}
+  return own.get(model_type, RANDOM_REQUIRED)
 
 
 # Sections that take keys which `default()` does not have. Those of `custom` are checked when the

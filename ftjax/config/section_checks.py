@@ -3,15 +3,19 @@ that contradict each other."""
 
 import ml_collections
 
-from ftjax.config import algorithms, choices, task_specs
+from ftjax.config import algorithms, choices, distill_settings, task_specs
 from ftjax.config.algorithms import max_example, rows_per_rollout, rows_per_step, steps_per_batch
 from ftjax.config.keys import default
 from ftjax.config.section import flat
 from ftjax.runtime import named_object
 from ftjax.runtime.errors import ConfigError
 
-# (key, other key): the key is read where the other one is not 0.
+# (key, other key): the key is read where the other one is not 0, and not empty.
 _NEEDS = (('policy.kl', 'policy.kl_coef'), ('policy.kl_gain', 'policy.kl_target'))
+_NEEDS += (('rollout.step_reward', 'rollout.reward_model'),)
+_NEEDS += (('rollout.step_separator', 'rollout.step_reward'),)
+_NEEDS += (('distill.top_k', 'distill.file'),)
+_NEEDS += tuple((key, 'distill.on_policy') for key in distill_settings.ROLLOUT_KEYS)
 # What the training metrics of a checkpoint may be, of every algorithm.
 _TRAIN_METRICS = ('train/loss', 'train/grad_norm')
 
@@ -91,9 +95,10 @@ def _check_idle(c: ml_collections.ConfigDict) -> None:
     if not key.startswith('optim.'):
       raise ConfigError(f'{reason}: leave it out')
   for key, other in _NEEDS:
-    if key in changed and not values[other]:
+    if key in changed and not values[other] and algorithms.is_read(c, other):
+      nothing = "''" if values[other] == '' else 0
       raise ConfigError(
-        f'{key}={values[key]} does nothing with {other}=0: set {other}, or leave {key} out'
+        f'{key}={values[key]} does nothing with {other}={nothing}: set {other}, or leave {key} out'
       )
 
 
@@ -170,6 +175,11 @@ def _check_eval(c: ml_collections.ConfigDict) -> None:
     raise ConfigError('eval.in_loop needs eval.every: the steps between two evaluations')
   if not 0 < c.eval.max_share <= 1:
     raise ConfigError(f'eval.max_share={c.eval.max_share}; expected a share in (0, 1]')
+  if c.eval.num_beams > 1 and (c.eval.temperature or c.eval.samples > 1):
+    raise ConfigError(
+      f'eval.num_beams={c.eval.num_beams} with eval.temperature={c.eval.temperature} and '
+      f'eval.samples={c.eval.samples}: a beam search draws nothing; leave these at 0 and 1'
+    )
   if c.eval.samples > 1 and not c.eval.temperature:
     raise ConfigError(
       f'eval.samples={c.eval.samples} with eval.temperature=0 would give equal completions; set '

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ftjax.data import step_rows
 from ftjax.data.annotated_rows import Annotation, LabeledText, TaggedWords
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
+from ftjax.data.step_rows import Steps
 from ftjax.data.tokenizer import Tokenizer
 
 NONE = -1  # a token without a label
 
 
 def encode(
-  rows: Sequence[LabeledText | TaggedWords],
+  rows: Sequence[LabeledText | TaggedWords | Steps],
   tokenizer: Tokenizer,
   annotation: Annotation,
   seq_len: int = 0,
@@ -34,8 +36,10 @@ def encode(
 
   `Encoded.supervised` marks the tokens of the texts, and not those that the tokenizer adds.
   """
-  if annotation.kind == 'document':
+  if annotation.kind == 'masked':
     return _encode_documents(rows, tokenizer, seq_len)
+  if annotation.kind == step_rows.SHAPE:
+    return step_rows.encode(rows, tokenizer, annotation.separator)
   if rows and isinstance(rows[0], TaggedWords):
     return _encode_words(rows, tokenizer, annotation)
   return _encode_texts(rows, tokenizer, annotation.kind)
@@ -152,6 +156,8 @@ def fit(example: Encoded, seq_len: int, on_overlength: str, shape: str) -> Encod
   Raises:
     ValueError: policy 'error' and a longer example, or no room for any text.
   """
+  if shape == step_rows.SHAPE:
+    return step_rows.fit(example, seq_len, on_overlength)
   over = len(example.tokens) - seq_len
   if over <= 0:
     return example

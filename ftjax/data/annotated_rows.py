@@ -1,5 +1,6 @@
-"""Parses rows whose texts have labels: of the whole text ('class'), or of each word ('tags'); and
-texts whose own tokens are the labels ('document').
+"""Parses rows whose texts have labels: of the whole text ('class'), of each word ('tags'), or of
+each step of a solution ('steps', step_rows.py); and texts whose own tokens are the labels
+('masked').
 
 `annotated_examples.py` tokenizes them. The columns are those of the published sets.
 """
@@ -10,12 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ftjax.data import row_numbers
+from ftjax.data import row_numbers, step_rows
 from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
+from ftjax.data.step_rows import Steps
 
 # 'texts' are those of embedding_rows.py.
-SHAPES = ('class', 'tags', 'document', 'texts')
+SHAPES = ('class', 'tags', 'masked', step_rows.SHAPE, 'texts')
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -37,10 +39,12 @@ _TAGS = ('tags', 'ner_tags', 'labels', 'pos_tags')
 class Annotation:
   """What the labels of a source are.
 
-  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'document'
-    for a text without labels, a value of embedding.objective for groups of texts.
+  kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'steps' for
+    the steps of a solution, 'masked' for a text without labels, a value of embedding.objective for
+    groups of texts.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
+  separator: of steps: the text after each.
   negatives: of groups of texts: the most negatives of a row. needs_negative: whether there must be
   one.
   """
@@ -48,6 +52,7 @@ class Annotation:
   kind: str = ''
   names: tuple[str, ...] = ()
   all_subwords: bool = False
+  separator: str = ''
   negatives: int = 0
   needs_negative: bool = False
 
@@ -217,7 +222,7 @@ def _from_tags(row: Mapping, annotation: Annotation) -> TaggedWords:
   return TaggedWords(found, tuple(numbers))
 
 
-def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords:
+def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | TaggedWords | Steps:
   """Parses a raw row.
 
   Args:
@@ -228,14 +233,18 @@ def parse(row: Mapping, shape: str, annotation: Annotation) -> LabeledText | Tag
   Raises:
     ValueError: the row is unusable; the message is the reason.
   """
-  if shape == 'document':
+  if shape == 'masked':
     return LabeledText((read_text(row, _one_of(row, SINGLE, 'text')),), ())
+  if shape == step_rows.SHAPE:
+    return step_rows.parse(row)
   return (_from_class if shape == 'class' else _from_tags)(row, annotation)
 
 
 def unread(row: Mapping, shape: str) -> set[str]:
   """Returns the columns of a row for `parse` that are not null and that it does not read."""
-  if shape == 'document':
+  if shape == step_rows.SHAPE:
+    return step_rows.unread(row)
+  if shape == 'masked':
     known = {_one_of(row, SINGLE, 'text')}
   elif shape == 'class':
     known = {*_text_columns(row), _label_column(row)}

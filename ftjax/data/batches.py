@@ -16,6 +16,8 @@ import numpy as np
 from ftjax.data import embedding_examples
 from ftjax.data.annotated_rows import SHAPES as ANNOTATED
 from ftjax.data.order import Mixture
+from ftjax.data.policy import TEXT_SHAPES
+from ftjax.data.sides import Sides
 from ftjax.data.token_cache import Corpus
 
 Batch = dict[str, np.ndarray]
@@ -101,6 +103,17 @@ def _weigh(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
     batch['weights'][row] *= factors[batch['segments'][row]]
 
 
+def _fill_top_tokens(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int]) -> None:
+  """Writes a teacher's likeliest tokens at the supervised positions of a row's examples."""
+  start = 0
+  for i in ids:
+    supervised = corpus.example(i)[1]
+    places = start + np.flatnonzero(supervised[1:])
+    for name, values in corpus.top_tokens.read(i).items():
+      batch[name][row, places] = values
+    start += len(supervised)
+
+
 def _fill_annotated(
   batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], weighed: bool
 ) -> None:
@@ -172,6 +185,8 @@ def _fill(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], other: Cal
     batch['values'][row] = corpus.value(ids[0])
   for name, column in corpus.columns.items():
     batch[name][row] = column[ids[0]]
+  if corpus.top_tokens is not None:
+    _fill_top_tokens(batch, row, corpus, ids)
 
 
 class Stream:
@@ -184,9 +199,12 @@ class Stream:
     seq_len: int,
     batch_size: int,
     documents: Documents | None = None,
+    sides: Sides | None = None,
   ):
-    """Joins a schedule with the corpora of its sources, in the same order."""
-    self._documents = documents
+    """Joins a schedule with the corpora of its sources, in the same order; sides: of examples for
+    an encoder-decoder.
+    """
+    self._documents, self._sides = documents, sides
     self._mixture, self._corpora = mixture, tuple(corpora)
     self.seq_len, self.batch_size = seq_len, batch_size
 
@@ -197,11 +215,17 @@ class Stream:
       tokens, labels, segments, positions int32[B, T], weights float32[B, T]; labels[t] is
       tokens[t + 1] where that token is supervised and of the same example, else 0. The weight is
       then 1, or that of the example (Corpus.weights), else 0. The sides of a pair are segments 1
-      and 2 of its row.
+      and 2 of its row. With Corpus.top_tokens also its arrays. For an encoder-decoder the arrays of
+      sides.py.
     """
-    first = self._corpora[0]
-    sizes = (self.batch_size, self.seq_len)
-    batch = empty(*sizes, first.shape, first.columns, self._documents)
+    first, sides = self._corpora[0], self._sides
+    if sides is not None:
+      batch = sides.empty(self.batch_size)
+    else:
+      sizes = (self.batch_size, self.seq_len)
+      batch = empty(*sizes, first.shape, first.columns, self._documents)
+    if first.top_tokens is not None:
+      batch |= first.top_tokens.empty(self.batch_size, self.seq_len)
     for i in range(self.batch_size) if rows is None else sorted(rows):
       row = self._mixture.row(step * self.batch_size + i)
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
@@ -210,8 +234,11 @@ class Stream:
         fill = _fill_groups if corpus.shape == 'texts' else _fill_annotated
         fill(batch, i, corpus, row.examples, weighed=True)
         continue
-      _fill(batch, i, corpus, row.examples, other)
-      if corpus.shape == 'text':
+      if sides is not None:
+        sides.fill(batch, i, corpus, row.examples, row.epoch)
+      else:
+        _fill(batch, i, corpus, row.examples, other)
+      if corpus.shape in TEXT_SHAPES:
         _weigh(batch, i, corpus, row.examples)
     return batch
 
@@ -221,8 +248,8 @@ class Stream:
     return self._corpora[row.source].example(row.examples[0])
 
 
-def _fill_in_order(
-  lengths: np.ndarray, seq_len: int, packed: bool, most: int | None
+def fill_in_order(
+  lengths: np.ndarray, seq_len: int, packed: bool, most: int | None = None
 ) -> Iterator[list[int]]:
   """Yields the indices of consecutive examples that share a row, at most `most`."""
   row: list[int] = []
@@ -245,6 +272,7 @@ def eval_batches(
   packed: bool,
   wanted: Collection[int] | None = None,
   documents: Documents | None = None,
+  sides: Sides | None = None,
 ) -> Iterator[Batch]:
   """Yields batches with every example once, in order; the last one is padded.
 
@@ -255,11 +283,14 @@ def eval_batches(
     packed: put consecutive examples into one row while they fit, or one in each.
     wanted: rows of each batch to read, the others are padding; None: all.
     documents: see `empty`; a row then holds at most S examples.
+    sides: of examples for an encoder-decoder.
   """
   most = min((rest[0] for rest in documents.values()), default=None) if documents else None
-  rows = list(_fill_in_order(corpus.lengths, seq_len, packed, most))
+  lengths = corpus.lengths if sides is None else sides.lengths(corpus)
+  rows = list(fill_in_order(lengths, seq_len, packed, most))
+  settings = (batch_size, seq_len, wanted, documents, sides)
   for start in range(0, len(rows), batch_size):
-    yield batch_of(corpus, rows[start : start + batch_size], batch_size, seq_len, wanted, documents)
+    yield batch_of(corpus, rows[start : start + batch_size], *settings)
 
 
 def batch_of(
@@ -269,16 +300,25 @@ def batch_of(
   seq_len: int,
   wanted: Collection[int] | None = None,
   documents: Documents | None = None,
+  sides: Sides | None = None,
 ) -> Batch:
   """Returns a batch of rows, each given by the indices of its examples, and padding.
 
-  A labeled example is mismatched with the next one of the corpus. `wanted` as in eval_batches.
+  A labeled example is mismatched with the next one of the corpus. `wanted`, `sides` as in
+  eval_batches; documents are corrupted as in epoch 0.
   """
-  batch = empty(batch_size, seq_len, corpus.shape, corpus.columns, documents)
+  if sides is not None:
+    batch = sides.empty(batch_size)
+  else:
+    batch = empty(batch_size, seq_len, corpus.shape, corpus.columns, documents)
+  if corpus.top_tokens is not None:
+    batch |= corpus.top_tokens.empty(batch_size, seq_len)
   for i, ids in enumerate(rows):
     if wanted is not None and i not in wanted:
       continue
-    if corpus.shape in ANNOTATED:
+    if sides is not None:
+      sides.fill(batch, i, corpus, ids, epoch=0)
+    elif corpus.shape in ANNOTATED:
       fill = _fill_groups if corpus.shape == 'texts' else _fill_annotated
       fill(batch, i, corpus, ids, weighed=False)
     else:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from ftjax.data import (
-  annotated_examples,
   annotated_rows,
-  embedding_examples,
   embedding_rows,
   encode,
+  example_shapes,
   formats,
   labeled_examples,
   preference_rows,
@@ -26,7 +25,7 @@ from ftjax.data import (
   token_blocks,
 )
 from ftjax.data.formats import Bad
-from ftjax.data.policy import Policy
+from ftjax.data.policy import TEXT_SHAPES, Policy
 from ftjax.data.row_counts import Counts, Reasons
 from ftjax.data.tokenizer import Tokenizer
 
@@ -156,7 +155,7 @@ def split(
     last = (file, line)
     packed.append(_pack(file, line, row))
     size += len(packed[-1])
-    if form is None and shape == 'text' and not isinstance(row, Bad):
+    if form is None and shape in TEXT_SHAPES and not isinstance(row, Bad):
       form = _detected(row)
     if len(packed) >= BLOCK_ROWS or size >= BLOCK_BYTES:
       yield Block(number, first, last, packed, form_before)
@@ -224,7 +223,7 @@ class BlockTokenizer:
         return embedding_rows.parse(row, policy.annotation)
       if self._is_annotated:
         return annotated_rows.parse(row, policy.shape, policy.annotation)
-      if policy.shape != 'text':
+      if not policy.is_text:
         return preference_rows.parse(row, policy.shape, policy.format, has_template)
       self._form = self._form or policy.format or formats.detect(row)
       return formats.parse(row, self._form, has_template, is_named=policy.format is not None)
@@ -235,7 +234,7 @@ class BlockTokenizer:
     """Returns (the example of a row and its altered copies, or Bad; its numbers that are not the
     usual ones)."""
     example = self._parse(row)
-    has_numbers = self._is_annotated or self._policy.shape == 'text'
+    has_numbers = self._is_annotated or self._policy.is_text
     if isinstance(example, Bad) or not has_numbers:
       return (example if isinstance(example, Bad) else [example]), {}
     try:
@@ -248,7 +247,7 @@ class BlockTokenizer:
 
   def _note_unread(self, row: Row, file: int, line: int) -> None:
     shape = self._policy.shape
-    if shape == 'text':
+    if self._policy.is_text:
       found = formats.unread(row, self._form)
     elif shape == 'texts':
       found = embedding_rows.unread(row, self._policy.annotation)
@@ -260,7 +259,7 @@ class BlockTokenizer:
   def _add_rows(self, rows: Sequence[tuple[int, int, Row | Bad]]) -> None:
     parsed = [(file, line, *self._parse_all(row)) for file, line, row in rows]
     good = [one for _, _, own, _ in parsed for one in (() if isinstance(own, Bad) else own)]
-    encoded = iter(self._encode(good))
+    encoded = iter(example_shapes.encode(good, self._tokenizer, self._policy))
     for (_, _, row), (file, line, own, numbers) in zip(rows, parsed, strict=True):
       self._counts.rows += 1
       results = own if isinstance(own, Bad) else [next(encoded) for _ in own]
@@ -277,25 +276,6 @@ class BlockTokenizer:
         for one in (*result, *copies):
           self._add(dataclasses.replace(one, **numbers) if numbers else one, file, line)
 
-  def _encode(self, good: list[Any]) -> list[list[encode.Encoded] | Bad]:
-    if self._policy.shape == 'texts':
-      return embedding_examples.encode(good, self._tokenizer)
-    if self._is_annotated:
-      settings = (self._policy.annotation, self._policy.seq_len)
-      return annotated_examples.encode(good, self._tokenizer, *settings)
-    if self._policy.shape == 'text':
-      return encode.encode(good, self._tokenizer, self._policy.loss_on)
-    return labeled_examples.encode(good, self._tokenizer)
-
-  def _fit(self, example: encode.Encoded) -> encode.Encoded | None:
-    policy = self._policy
-    settings = (policy.seq_len, policy.on_overlength)
-    if policy.shape == 'texts':
-      return embedding_examples.fit(example, *settings)
-    if self._is_annotated:
-      return annotated_examples.fit(example, *settings, policy.shape)
-    return (labeled_examples.fit if example.boundary else encode.fit)(example, *settings)
-
   def _is_rendered(self, row: list[encode.Encoded], file: int, line: int) -> bool:
     """Returns whether a row is kept: rendered whole, or data.on_unrendered='warn'."""
     places = tuple(dict.fromkeys(place for example in row for place in example.unrendered))
@@ -311,13 +291,13 @@ class BlockTokenizer:
 
   def _add(self, example: encode.Encoded, file: int, line: int) -> None:
     counts, policy = self._counts, self._policy
-    is_pair = bool(example.boundary) and not self._is_annotated
+    is_pair = policy.shape == 'pair'
     if is_pair:
       chosen, rejected = labeled_examples.over(example, policy.seq_len)
       counts.chosen_over += chosen
       counts.rejected_over += rejected
     try:
-      kept = self._fit(example)
+      kept = example_shapes.fit(example, policy)
     except ValueError as error:
       self._refused.add(str(error), (file, line))
       return

@@ -17,23 +17,43 @@ def table(batch: Batch, tokenizer: Tokenizer, rows: Sequence[int]) -> str:
   """Returns token | supervised | segment | position of rows of a batch; padding is only counted.
 
   `supervised` marks a token that the position before it is trained to predict: one position after
-  its weight in the batch.
+  its weight in the batch. For an encoder-decoder the tokens that its encoder reads come first
+  (source), then those that its decoder writes.
   """
   lines = []
   for row in rows:
-    segments = batch['segments'][row]
-    used = int((segments > 0).sum())
-    supervised = np.concatenate([[False], batch['weights'][row, :-1] > 0])
-    lines += [f'packed sequence {row}: {used} tokens, {len(segments) - used} padding']
-    lines += [f'{"id":>8}  {"token":<24} {"supervised":<10} {"segment":>7} {"position":>8}']
-    for t in range(used):
-      token = int(batch['tokens'][row, t])
-      text = repr(tokenizer.token(token))
-      text = text if len(text) <= 24 else text[:21] + '...'
-      mark = 'yes' if supervised[t] else '.'
-      numbers = f'{int(segments[t]):>7} {int(batch["positions"][row, t]):>8}'
-      lines.append(f'{token:>8}  {text:<24} {mark:<10} {numbers}')
+    own = {name: array[row] for name, array in batch.items()}
+    weights, tokens = own['weights'] > 0, own['tokens']
+    marks = np.where(np.concatenate([[False], weights[:-1]]), 'yes', '.')
+    if 'source_tokens' in own:
+      lines += [f'packed sequence {row}, encoder: {_filling(own["source_segments"])}', _HEAD]
+      where = own['source_segments'], own['source_positions']
+      lines += _tokens(own['source_tokens'], *where, np.full(len(where[0]), 'source'), tokenizer)
+      tokens, marks = own['labels'], np.where(weights, 'yes', '.')
+    side = ', decoder' * ('source_tokens' in own)
+    lines += [f'packed sequence {row}{side}: {_filling(own["segments"])}', _HEAD]
+    lines += _tokens(tokens, own['segments'], own['positions'], marks, tokenizer)
   return '\n'.join(lines)
+
+
+_HEAD = f'{"id":>8}  {"token":<24} {"supervised":<10} {"segment":>7} {"position":>8}'
+
+
+def _filling(segments: np.ndarray) -> str:
+  used = int((segments > 0).sum())
+  return f'{used} tokens, {len(segments) - used} padding'
+
+
+def _tokens(tokens, segments, positions, marks, tokenizer: Tokenizer) -> list[str]:
+  """Returns a line for each token of a row that is no padding."""
+  lines = []
+  for t in range(int((segments > 0).sum())):
+    token = int(tokens[t])
+    text = repr(tokenizer.token(token))
+    text = text if len(text) <= 24 else text[:21] + '...'
+    numbers = f'{int(segments[t]):>7} {int(positions[t]):>8}'
+    lines.append(f'{token:>8}  {text:<24} {marks[t]:<10} {numbers}')
+  return lines
 
 
 def _percentiles(lengths: np.ndarray) -> str:

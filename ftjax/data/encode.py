@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.data import dialect, sentinels, spans
+from ftjax.data import dialect, sentinels, source_text, spans
 from ftjax.data.formats import Bad, Chat, Completion, Example, Text
 from ftjax.data.spans import Piece
 from ftjax.data.tokenizer import Tokenizer
@@ -357,12 +357,16 @@ def encode_prompt(
 ) -> list[int]:
   """Tokenizes a prompt, a conversation or plain text, by the same rules as training.
 
+  Of an encoder-decoder these are the ids that its encoder reads.
+
   Args:
     on_unrendered: 'error', or 'warn' to drop content that the template does not render.
 
   Raises:
     ValueError: the template refuses the conversation, or does not render all of it.
   """
+  if tokenizer.start_id is not None:
+    return source_text.encode_prompt(prompt, tokenizer)
   if isinstance(prompt, str):
     return _once(tokenizer, tokenizer.encode(prompt)).tolist()
   text, unrendered = spans.prompt(prompt, tokenizer)

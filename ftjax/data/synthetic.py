@@ -3,10 +3,11 @@
 A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' has a right and a
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
-second term, 'tags:N' its words with a tag for even and odd terms, 'documents:N' question and answer
-as one text, 'similar:N' the question with the same one and another one in other words.
-'sums:N:BELOW', and likewise the others, has terms below BELOW instead of 100. The tokenizer has one
-token a byte and a ChatML template.
+second term, 'tags:N' its words with a tag for even and odd terms, 'texts:N' question and answer
+as one text, 'similar:N' the question with the same one and another one in other words, 'steps:N'
+its terms as two steps, of which an odd second one is wrong. 'sums:N:BELOW', and likewise the
+others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML
+template.
 """
 
 import dataclasses
@@ -78,6 +79,16 @@ def _labeled(kind: str, count: int, below: int) -> list[dict]:
   return rows
 
 
+def _in_steps(question: str, words: list[str]) -> dict:
+  """Returns a question with its two terms as steps, the second of which is wrong if it is odd."""
+  first, second = words[0], words[2]
+  return {
+    'prompt': question,
+    'completions': [f'first {first}', f'then {second}'],
+    'labels': [True, int(second) % 2 == 0],
+  }
+
+
 def _annotated(kind: str, count: int, below: int) -> list[dict]:
   """Returns the questions of `sums` with labels, as words with tags, or with other texts."""
   rows = []
@@ -89,8 +100,11 @@ def _annotated(kind: str, count: int, below: int) -> list[dict]:
       texts = (f'add {term} to {words[2]}' for term in (words[0], other))
       rows.append(dict(zip(('anchor', 'positive', 'negative'), (text, *texts), strict=True)))
       continue
-    if kind == 'documents':
+    if kind == 'texts':
       rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
+      continue
+    if kind == 'steps':
+      rows.append(_in_steps(text, words))
       continue
     if kind == 'classes':
       rows.append({'text': text, 'label': ('even', 'odd')[int(words[2]) % 2]})
@@ -104,7 +118,7 @@ _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
   for make, kinds in (
     (_labeled, ('pairs', 'labels', 'scores')),
-    (_annotated, ('classes', 'tags', 'documents', 'similar')),
+    (_annotated, ('classes', 'tags', 'texts', 'similar', 'steps')),
   )
   for kind in kinds
 }

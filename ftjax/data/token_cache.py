@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,20 +44,34 @@ _ABANDONED = 24 * 3600  # seconds
 _TRANSFERS = 8  # files at once
 
 
+class TopTokens(Protocol):
+  """Arrays with several numbers of each supervised position; see teacher_file.py."""
+
+  fingerprint: str
+
+  def empty(self, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns the arrays [B, T, ...] of padding."""
+
+  def read(self, i: int) -> dict[str, np.ndarray]:
+    """Returns the arrays [n, ...] of the n tokens of example i that are predicted, in order."""
+
+
 class Corpus:
   """Tokenized examples of a source, or a selection of them; cheap to create and to pass on.
 
   Attributes:
     name: the source's name, for messages.
     lengths: int32[n], tokens of each example.
-    shape: the shape of an example: 'text', or one of preference_rows.SHAPES or
+    shape: the shape of an example: one of policy.TEXT_SHAPES, of preference_rows.SHAPES or of
       annotated_rows.SHAPES.
+    boundaries: int32[n], where the second side of an example begins; 0 for one side alone.
     tokens, supervised: number of tokens of all examples, and of supervised ones.
     counts: counts of the whole source.
     fingerprint: sha256 hex of the examples in order.
     columns: float32[n] by name, further numbers of each example, which batches include.
     weights: float32[n], factors of the loss of each example in training; None: all are 1.
     difficulties: float32[n], NaN for rows that name none.
+    top_tokens: a teacher's likeliest tokens of each supervised position; None: there are none.
   """
 
   def __init__(
@@ -70,6 +84,7 @@ class Corpus:
     """
     self._folder, self._file_names, self._index = folder, file_names, index
     self.name, self.columns = name, {}
+    self.top_tokens: TopTokens | None = None
     try:
       meta = json.loads((folder / 'meta.json').read_text())
     except (OSError, ValueError) as error:
@@ -101,6 +116,8 @@ class Corpus:
     if index is not None:
       weights, self.difficulties = weights[index], self.difficulties[index]
     self.weights = None if (weights == 1).all() else weights
+    boundaries = arrays['boundaries']
+    self.boundaries = boundaries if index is None else boundaries[index]
     self.lengths = lengths
     self.tokens = int(lengths.sum(dtype=np.int64))
     self.supervised = int(supervised.sum(dtype=np.int64))
@@ -184,7 +201,7 @@ def cache_key(spec: Spec, tokenizer: Tokenizer, policy: Policy) -> str:
     'schema': SCHEMA,
     'content': sources.fingerprint(spec),
     'tokenizer': tokenizer.fingerprint,
-  } | dataclasses.asdict(policy)
+  } | policy.facts()
   return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -208,10 +225,10 @@ class Source:
     on_bad_row: 'error', or 'drop': unusable rows are left out, counted and listed.
     on_unrendered: 'error', or 'warn': rows with content that the template does not render are kept
       and counted.
-    shape: the shape of the rows: 'text', or one of preference_rows.SHAPES or
-      annotated_rows.SHAPES, which ignore `loss_on`.
+    shape: the shape of the rows, see Corpus; of others than 'text' `loss_on` is not read.
+    source_len: the most tokens that an encoder reads of an example, of the shape 'source_target'.
     annotation: of annotated rows.
-    augment, augment_templates, augment_copies, augment_seed: see augment.py; of shape 'text'.
+    augment, augment_templates, augment_copies, augment_seed: see augment.py; of TEXT_SHAPES.
     workers: processes that tokenize; 0: one for each core. The result does not depend on them.
     progress: show a bar while tokenizing.
   """
@@ -231,6 +248,7 @@ class Source:
   augment_templates: tuple[str, ...] = ()
   augment_copies: int = 0
   augment_seed: int = 0
+  source_len: int = 0
   annotation: Annotation = Annotation()  # noqa: RUF009 - frozen
 
   def policy(self) -> Policy:
@@ -244,6 +262,7 @@ class Source:
       *(self.spec.format, self.seq_len, self.loss_on, self.on_overlength),
       *(self.on_unrendered, self.shape, tuple(self.augment), tuple(self.augment_templates)),
       *((self.augment_copies, self.augment_seed) if self.augment else (0, 0)),
+      self.source_len,
       self.annotation,
     )
 

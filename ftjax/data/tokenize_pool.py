@@ -109,7 +109,7 @@ class Pool:
     self._count, self._workers = count, []
     self._settings = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
     settings = {
-      'policy': policy.as_plain(),
+      'policy': policy.facts(),
       'tokenizer': dict(tokenizer.files),
       'name': tokenizer.name,
       'folder': os.fspath(folder),

@@ -34,6 +34,15 @@ def _ids(value) -> list[int]:
   return [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
 
 
+def _start_id(generation: Mapping, architecture: Mapping) -> int | None:
+  """Returns what decoder_start_token_id names, or what transformers takes without it."""
+  if architecture.get('is_encoder_decoder') is not True:
+    return None
+  keys = ('decoder_start_token_id', 'pad_token_id')
+  found = (places.get(k) for k in keys for places in (generation, architecture))
+  return next((int(i) for i in found if i is not None), 0)
+
+
 def _template(files: Mapping[str, bytes], config: Mapping) -> str | None:
   """Returns the chat template; `chat_template.jinja` wins, as in HF."""
   if 'chat_template.jinja' in files:
@@ -73,6 +82,7 @@ class Tokenizer:
     bos_id, eos_id: ids or None. pad_id: falls back to eos, then to 0 (padding is masked by
       position, never by id).
     stop_ids: eos of the tokenizer, then those of generation_config.json and config.json, each once.
+    start_id: of an encoder-decoder, the token that its decoder begins with; None for others.
     special_ids: ids of tokens flagged special, and the stop ids.
     prefix_ids, suffix_ids: ids that the tokenizer's own post-processor puts before a text (usually
       BOS) and behind it.
@@ -124,6 +134,7 @@ class Tokenizer:
     if self.eos_id is None and stops:
       self.eos_id = stops[0]
     self.pad_id = next(i for i in (pad, self.eos_id, 0) if i is not None)
+    self.start_id = _start_id(generation, architecture)
     added = self._tokens.get_added_tokens_decoder()
     self.special_ids = frozenset(i for i, t in added.items() if t.special) | set(self.stop_ids)
     self.is_special = np.zeros(self.vocab_size, bool)
@@ -136,6 +147,7 @@ class Tokenizer:
     } | {'bos_token': self.bos_token, 'eos_token': self.eos_token}
     self.dialects: dict[tuple, Any] = {}
     facts = [self.bos_id, self.eos_id, self.pad_id, self.stop_ids, self.template]
+    facts += [] if self.start_id is None else [self.start_id]
     digest = hashlib.sha256(b'ftjax tokenizer 1\n')
     digest.update(hashlib.sha256(files['tokenizer.json']).digest())
     digest.update(json.dumps(facts).encode())

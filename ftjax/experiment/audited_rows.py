@@ -19,9 +19,12 @@ from ftjax.data import (
   labeled_examples,
   preference_rows,
   prompt_rows,
+  source_target,
   sources,
+  span_corruption,
 )
 from ftjax.data.formats import Bad, Chat, Completion, Text
+from ftjax.data.policy import TEXT_SHAPES
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment.data import annotation
 
@@ -100,6 +103,7 @@ class _Reader:
   def __init__(self, c: ml_collections.ConfigDict, tokenizer: Tokenizer):
     record = algorithms.of(c)
     self._shape = 'prompt' if record.on_rollouts else record.example(c)
+    self._source_len = algorithms.source_len(c)
     self._loss_on, self._tokenizer = c.data.loss_on, tokenizer
     self._annotation = annotation(c)
     self._most = (
@@ -117,7 +121,7 @@ class _Reader:
       example: Example | Bad = row if isinstance(row, Bad) else Bad('')
       if not isinstance(row, Bad):
         try:
-          if self._shape == 'text':
+          if self._shape in TEXT_SHAPES:
             form = form or formats.detect(row)
           example = self._parse(row, form, spec)
         except ValueError as error:
@@ -138,7 +142,7 @@ class _Reader:
       return annotated_rows.parse(row, self._shape, self._annotation)
     if self._shape == 'prompt':
       return prompt_rows.read_prompt(row, has_template, spec.format)
-    if self._shape == 'text':
+    if self._shape in TEXT_SHAPES:
       return formats.parse(row, form, has_template, is_named=spec.format is not None)
     return preference_rows.parse(row, self._shape, spec.format, has_template)
 
@@ -157,7 +161,7 @@ class _Reader:
           answers = () if label is None else (label,)
         else:
           prompt, answers = texts_of(example)
-          label = _label(row) if self._shape == 'text' else None
+          label = _label(row) if self._shape in TEXT_SHAPES else None
         is_pair = isinstance(example, preference_rows.Pair)
         yield Row(*place, prompt, answers, label, is_pair, source, tokens, self._most)
 
@@ -175,7 +179,12 @@ class _Reader:
     """Returns the number of tokens of each example, or Bad where it cannot be encoded."""
     if self._shape == 'prompt':
       return [_count_prompt(p, self._tokenizer) for p in parsed]
-    if self._shape == 'text':
+    if self._shape == 'source_target':
+      found = source_target.encode(parsed, self._tokenizer)
+      return [x if isinstance(x, Bad) else self._places(*x) for x in found]
+    if self._shape == 'document':
+      found = span_corruption.encode(parsed, self._tokenizer, self._most)
+    elif self._shape == 'text':
       found = encode.encode(parsed, self._tokenizer, self._loss_on)
     elif self._shape == 'texts':
       found = embedding_examples.encode(parsed, self._tokenizer)
@@ -184,6 +193,11 @@ class _Reader:
     else:
       found = labeled_examples.encode(parsed, self._tokenizer)
     return [x if isinstance(x, Bad) else max(len(e.tokens) for e in x) for x in found]
+
+  def _places(self, example: encode.Encoded) -> int:
+    """Returns the places that an example takes of a row; see data/sides.py."""
+    target = len(example.tokens) - example.boundary
+    return max(target, -(-example.boundary * self._most // self._source_len))
 
 
 def _count_prompt(prompt: prompt_rows.Prompt, tokenizer: Tokenizer) -> int | Bad:

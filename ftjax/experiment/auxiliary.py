@@ -169,6 +169,7 @@ class AuxiliaryModel:
         f'{key} is an adapter, and all parameters are trained here: set lora.rank, or name the '
         'merged/ folder of its run'
       )
+    self._check_steps(key, found)
     if self.record.has_score and not found.num_labels:
       raise ConfigError(
         f'{key} is no reward model: it has no score. Name the export/ folder of a run with '
@@ -178,6 +179,19 @@ class AuxiliaryModel:
       self._check_teacher(key, found)
     if found.max_len < seq_len:
       raise ConfigError(f'{key} was made for {found.max_len} positions, seq_len={seq_len}')
+
+  def _check_steps(self, key: str, found: Architecture) -> None:
+    """Refuses a process reward model in place of a reward model, and the reverse."""
+    is_of_steps = found.task == 'token' and found.num_labels == 2
+    if self.record.scores_steps and not is_of_steps:
+      raise ConfigError(
+        f'{key} is no process reward model, which rollout.step_reward needs: name the export/ '
+        'folder of a run with algorithm=prm, or leave rollout.step_reward out'
+      )
+    if self.record.has_score and found.num_labels and is_of_steps:
+      raise ConfigError(
+        f'{key} is a process reward model: set rollout.step_reward to min, product or last'
+      )
 
   def _check_teacher(self, key: str, found: Architecture) -> None:
     """Refuses a model whose distribution of tokens cannot be compared with the policy's."""

@@ -7,7 +7,8 @@ without gradient counts first where there are several micro-batches."""
 import jax
 import jax.numpy as jnp
 
-from ftjax.experiment.run import BALANCE_OF_MODEL, Run
+from ftjax.experiment.run import Run
+from ftjax.experiment.size_checks import BALANCE_OF_MODEL
 from ftjax.models import routing
 from ftjax.models.routing import RouterLog, Routing
 from ftjax.runtime.errors import ConfigError

@@ -191,6 +191,8 @@ class Evaluator:
     out = self._dtypes()
     if task.kind.respond == COMPLETE:
       out['draw'] = digest(repr(self._draw_of(task)))
+      c = self.run.config.eval
+      out |= {'beams': f'{c.num_beams} {c.length_penalty}'} if c.num_beams > 1 else {}
     if title == SHOTS:
       out['shots'] = digest(repr(self._shots[task.name]))
     return out

@@ -20,6 +20,7 @@ from ftjax.cluster import processes
 from ftjax.config import algorithms
 from ftjax.data import formats, preference_rows, prompts, sources, synthetic
 from ftjax.data.formats import Bad, Chat, Completion
+from ftjax.data.policy import TEXT_SHAPES
 from ftjax.data.token_cache import Corpus
 from ftjax.evaluation import contamination, near_duplicates, ngrams, verbatim
 from ftjax.evaluation.contamination import Finding, Item, Report
@@ -285,13 +286,13 @@ def _rows_of(
   used = map(corpus.row_of, range(len(corpus)))
   wanted = next(used, None)
   for file, line, row in sources.scan(spec):
-    if shape == 'text' and form is None and not isinstance(row, Bad):
+    if shape in TEXT_SHAPES and form is None and not isinstance(row, Bad):
       form = _detected(row)
     if (file, line) != wanted:
       continue
     while wanted == (file, line):
       wanted = next(used, None)
-    if shape == 'text':
+    if shape in TEXT_SHAPES:
       example = formats.parse(row, form, has_template, is_named=spec.format is not None)
     else:
       example = preference_rows.parse(row, shape, spec.format, has_template)

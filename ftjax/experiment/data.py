@@ -10,10 +10,21 @@ import ml_collections
 import numpy as np
 
 from ftjax.config import algorithms, choices
-from ftjax.data import class_balance, describe, prompts, sources, synthetic, token_cache
+from ftjax.data import (
+  class_balance,
+  describe,
+  prompts,
+  source_text,
+  sources,
+  span_corruption,
+  synthetic,
+  token_cache,
+)
 from ftjax.data.annotated_rows import Annotation
 from ftjax.data.batches import Batch, Stream, eval_batches
 from ftjax.data.order import Mixture, SourceSchedule
+from ftjax.data.sides import Sides
+from ftjax.data.span_corruption import Corruption
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import files
@@ -29,11 +40,14 @@ class Data:
   mixture: Mixture
   corpora: list[token_cache.Corpus]
   evaluation: list[token_cache.Corpus]
+  sides: Sides | None = None
 
   def fingerprints(self) -> dict[str, str]:
     """Returns the sha256 of the order of training rows, and of each source."""
     groups = {'data': self.corpora, 'eval': self.evaluation}
     named = {f'{k} {i}': x.fingerprint for k, xs in groups.items() for i, x in enumerate(xs)}
+    scored = {i: x.top_tokens.fingerprint for i, x in enumerate(self.corpora) if x.top_tokens}
+    named |= {f"teacher's tokens {i}": text for i, text in scored.items()}
     return {'data order': self.mixture.fingerprint} | named
 
   def counts(self) -> dict[str, dict[str, Any]]:
@@ -199,8 +213,8 @@ def _source(
     spec,
     tokenizer,
     cache_dir=cache_folder(c, workdir),
-    # A labelled row also holds its prompt with another answer.
-    seq_len=c.seq_len // 2 if shape == 'label' else c.seq_len,
+    seq_len=_longest_example(c, tokenizer, shape),
+    source_len=algorithms.source_len(c) if shape == 'source_target' else 0,
     loss_on=c.data.loss_on,
     on_overlength=c.data.on_overlength,
     on_bad_row=c.data.on_bad_row,
@@ -226,13 +240,42 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation('tags', head.names, c.token_classification.all_subwords)
   if shape == 'texts':
     section = c.embedding
-    limits = (
-      (0, False) if section.objective == 'cosine' else (section.negatives, not section.in_batch)
+    is_scored = section.objective == 'cosine'
+    return Annotation(
+      section.objective,
+      negatives=0 if is_scored else section.negatives,
+      needs_negative=not (is_scored or section.in_batch),
     )
-    return Annotation(section.objective, (), False, *limits)
-  if shape == 'document':
-    return Annotation('document')
+  if shape == 'masked':
+    return Annotation('masked')
+  if shape == 'steps':
+    return Annotation('steps', head.names, separator=c.prm.separator)
   return Annotation()
+
+
+def _longest_example(c: ml_collections.ConfigDict, tokenizer: Tokenizer, shape: str) -> int:
+  """Returns the most tokens of an example; of one for an encoder-decoder those of its target."""
+  if shape == 'label':  # which also holds its prompt with another answer
+    return c.seq_len // 2
+  if shape == 'document':
+    lengths = algorithms.source_len(c), c.seq_len
+    return span_corruption.longest(sides_of(c, tokenizer).corruption, *lengths)
+  return c.seq_len
+
+
+def sides_of(c: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Sides | None:
+  """Returns how examples become rows for an encoder-decoder; None for other algorithms."""
+  shape, source_len = algorithms.of(c).example(c), algorithms.source_len(c)
+  if not source_len:
+    return None
+  start, corruption = tokenizer.start_id, None
+  if shape == 'document':
+    own = c.span_corruption
+    corruption = Corruption(
+      *(own.density, own.mean_length, span_corruption.sentinels(tokenizer)),
+      *(source_text.end(tokenizer), c.seed),
+    )
+  return Sides(source_len, c.seq_len, 0 if start is None else start, corruption)
 
 
 def tokenize_share(
@@ -266,21 +309,25 @@ def open_rows(c: ml_collections.ConfigDict, tokenizer: Tokenizer, workdir: str) 
   if c.data.balance != 'none':
     for corpus in training:
       class_balance.weigh(corpus, c.data.balance)
-  mixture = _schedule(c, training, specs)
-  documents = algorithms.of(c).documents(c)
-  stream = Stream(mixture, training, c.seq_len, c.batch_size, documents)
+  sides, documents = sides_of(c, tokenizer), algorithms.of(c).documents(c)
+  mixture = _schedule(c, training, specs, sides)
+  stream = Stream(mixture, training, c.seq_len, c.batch_size, documents, sides)
   _check_batch(c, mixture, 'packed sequences' if algorithms.is_packed(c) else 'examples')
-  return Data(stream, mixture, training, evaluation)
+  return Data(stream, mixture, training, evaluation, sides)
 
 
 def _schedule(
-  c: ml_collections.ConfigDict, training: list[token_cache.Corpus], specs: list[sources.Spec]
+  c: ml_collections.ConfigDict,
+  training: list[token_cache.Corpus],
+  specs: list[sources.Spec],
+  sides: Sides | None,
 ) -> Mixture:
   settings = dict(seed=c.seed, packed=algorithms.is_packed(c), most=algorithms.documents_per_row(c))
-  schedules = [
-    SourceSchedule(x.lengths, c.seq_len, fingerprint=x.fingerprint, ranks=_ranks(c, x), **settings)
-    for x in training
-  ]
+  schedules = []
+  for x in training:
+    lengths = x.lengths if sides is None else sides.lengths(x)
+    how = dict(fingerprint=x.fingerprint, ranks=_ranks(c, x), **settings)
+    schedules.append(SourceSchedule(lengths, c.seq_len, **how))
   return Mixture(schedules, _shares(c, specs, schedules))
 
 
@@ -335,6 +382,7 @@ def first_rows(
   found = [token_cache.head(source, rows) for source in opened]
   shape = (c.batch_size, c.seq_len)
   settings = dict(packed=algorithms.is_packed(c), documents=algorithms.of(c).documents(c))
+  settings |= {'sides': sides_of(c, tokenizer)}
   return [(corpus, next(eval_batches(corpus, *shape, **settings))) for corpus in found]
 
 

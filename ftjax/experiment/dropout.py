@@ -45,6 +45,11 @@ def find(c: ml_collections.ConfigDict, arch: Architecture, config: Mapping[str, 
       f'model.dropout.classifier={given.classifier}: algorithm={c.algorithm} trains a language '
       f'model, which has no label head; leave it at {RATE_OF_MODEL:g}'
     )
+  if given.attention > 0 and arch.is_encoder_decoder:
+    raise ConfigError(
+      f'model.dropout.attention={given.attention}: attention with relative positions and cross '
+      'attention have no dropout; leave it at -1, and set model.dropout.residual'
+    )
   return Dropped(
     Rates(**{k: v for k, v in found.items() if k != 'classifier'}), found['classifier']
   )

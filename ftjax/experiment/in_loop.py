@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ftjax.cluster import processes
 from ftjax.evaluation import run as evaluation
 from ftjax.evaluation.metric import Metric
 from ftjax.evaluation.model import Draw, Model
+from ftjax.evaluation.result import Result
 from ftjax.evaluation.tasks import Task
 from ftjax.experiment.run import Run
 from ftjax.experiment.watched_model import WatchedModel
@@ -100,13 +101,13 @@ class InLoop:
       for task in self.tasks:
         results = evaluation.evaluate(task, model, draw=self._draw, title='in the loop')
         for metric in task.metrics:
-          out[f'{task.name}/{metric.name}'] = _value(metric, task, results)
+          out[f'{task.name}/{metric.name}'] = value(metric, task, results)
     except _CancelledError:
       return None
     self._last = time.monotonic() - begun
     self._spent += self._last
     out['in_loop_s'], out['in_loop_share'] = self._last, self._share_with(0.0)
-    return {name: value for name, value in out.items() if math.isfinite(value)}
+    return {name: figure for name, figure in out.items() if math.isfinite(figure)}
 
   def _share_with(self, more: float) -> float:
     """Returns the share of the time of training, if another `more` seconds are spent."""
@@ -126,6 +127,7 @@ class InLoop:
     return False
 
 
-def _value(metric: Metric, task: Task, results) -> float:
+def value(metric: Metric, task: Task, results: Sequence[Result]) -> float:
+  """Returns a metric of a task over results."""
   columns = metric.columns(results, task.classes)
   return float(metric.value(np.ones((1, len(results))), columns)[0])

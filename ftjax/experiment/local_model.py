@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.cluster import processes
-from ftjax.data import encode, formats, prompt_rows
+from ftjax.data import encode, formats, prompt_rows, source_target
 from ftjax.data.formats import Chat
 from ftjax.evaluation.model import Completion, Draw, Likelihood
 from ftjax.experiment.run import Run
 from ftjax.experiment.transcript import Transcripts
 from ftjax.generation import weights
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.padding import bucket
 from ftjax.generation.sampling import Sampling
 from ftjax.generation.scorer import Scorer
+from ftjax.models.architecture import Architecture
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import DataError
+from ftjax.runtime.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
   from ftjax.experiment.lm_eval_model import LmEvalModel
@@ -58,8 +60,9 @@ class Programs:
       *(run.arch, self.dtype, run.model.stop_ids, tokenizer.pad_id),
       slots=self.batch_size,
       vocab_size=tokenizer.vocab_size,
+      writer=Writer(tokenizer.start_id, Beams(c.eval.num_beams, c.eval.length_penalty)),
     )
-    self.scorer = Scorer(run.arch, self.dtype, run.mesh)
+    self.scorer = Scorer(run.arch, self.dtype, run.mesh, tokenizer.start_id)
     self.transcripts = Transcripts(tokenizer, run.model.stop_ids)
 
   def decoding_params(self, params: dict) -> dict:
@@ -83,6 +86,14 @@ class Programs:
     return weights.rollout_params(params, run.arch, mesh, self.dtype)
 
 
+def _refuse_encoder_decoder(arch: Architecture, what: str) -> None:
+  if arch.is_encoder_decoder:
+    raise ConfigError(
+      f'eval.tasks, eval.general: {what} needs a decoder, and the model is an encoder-decoder '
+      f'(family {arch.family!r}); take this task out'
+    )
+
+
 class LocalModel:
   """Weights under test; an `evaluation.model.Model`.
 
@@ -99,7 +110,12 @@ class LocalModel:
     self._known: dict[str, list[list[Completion]]] = {}
 
   def for_lm_eval(self) -> 'LmEvalModel':
-    """Returns the same weights as lm-eval asks them. Imports lm-eval."""
+    """Returns the same weights as lm-eval asks them. Imports lm-eval.
+
+    Raises:
+      ConfigError: the model is an encoder-decoder.
+    """
+    _refuse_encoder_decoder(self._programs.run.arch, 'lm-eval')
     from ftjax.experiment.lm_eval_model import LmEvalModel
 
     programs = self._programs
@@ -186,7 +202,11 @@ class LocalModel:
   def _encode_response(self, prompt: Chat | str, response: str, place: str) -> list[int]:
     """Returns the ids of `response` after a prompt, with the stop token."""
     example = prompt_rows.with_answer(prompt, response)
-    (found,) = encode.encode([example], self._tokenizer, 'completion')
+    is_written = self._tokenizer.start_id is not None  # by a decoder of its own
+    if is_written:
+      (found,) = source_target.encode([example], self._tokenizer)
+    else:
+      (found,) = encode.encode([example], self._tokenizer, 'completion')
     if isinstance(found, formats.Bad):
       raise DataError(f'{place}: the choice {response!r} cannot be rendered: {found.reason}')
     return found[-1].tokens[found[-1].supervised].tolist()
@@ -250,7 +270,11 @@ class LocalModel:
   ) -> list[Likelihood]:
     """Implements `Model.score_texts`: after BOS, or EOS where there is none, as lm-eval does; with
     neither, the first token is read and not scored. Windows do not overlap but for one token.
+
+    Raises:
+      ConfigError: the model is an encoder-decoder, which gives answers to prompts.
     """
+    _refuse_encoder_decoder(self._programs.run.arch, 'the likelihood of a text without a prompt')
     tokenizer = self._tokenizer
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     windows: list[tuple[list[int], list[int]]] = []

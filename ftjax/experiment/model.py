@@ -54,7 +54,9 @@ def random_config(random: dict) -> dict:
   """Returns model.random as a HF config.json, complete for the family `llama`."""
   config = {'model_type': 'llama', 'vocab_size': synthetic.VOCAB_SIZE} | random
   kind = config['model_type']
-  if kind != 'gpt2':  # which has no such key
+  if kind in ('t5', 'mt5'):
+    config = {'is_encoder_decoder': True, 'decoder_start_token_id': 0, 'pad_token_id': 0} | config
+  elif kind != 'gpt2':  # which has no such key
     config = {'num_key_value_heads': None} | config  # as many as heads
   if kind == 'llama':
     return llama.DEFAULTS | config

@@ -16,6 +16,7 @@ from ftjax.cluster import processes
 from ftjax.cluster.watchdog import Watchdog
 from ftjax.config import algorithms, section
 from ftjax.data.batches import ARRAYS, eval_batches
+from ftjax.data.sides import ARRAYS as SOURCE_ARRAYS
 from ftjax.data.token_cache import Corpus
 from ftjax.experiment import (
   adapters,
@@ -25,6 +26,7 @@ from ftjax.experiment import (
   label_names,
   model_record,
   preflight,
+  size_checks,
   vocabulary,
   weights,
 )
@@ -40,12 +42,10 @@ from ftjax.models.layers import Declared
 from ftjax.models.routing import RouterLog
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.digest import digest
-from ftjax.runtime.errors import ConfigError
 from ftjax.storage import files, program_cache
 from ftjax.training.prefetch import local_rows, place
 
 log = logging.getLogger(__name__)
-BALANCE_OF_MODEL = -1.0  # moe.balance: the factor of config.json
 
 
 def batches_in(epochs: float, rows: int, batch_size: int) -> int:
@@ -176,12 +176,15 @@ class Run:
     """
     axes = (None, 'batch') if micro else ('batch',)
     by_token, by_row = algorithms.of(self.config).fields(self.config)
-    names = (*ARRAYS, *by_token)
+    names = (*ARRAYS, *by_token, *(SOURCE_ARRAYS if algorithms.source_len(self.config) else ()))
     by_row = (*by_row, *algorithms.of(self.config).documents(self.config))
-    where = NamedSharding(self.mesh, sharding.spec(*axes, 'seq'))
-    return dict.fromkeys(names, where) | dict.fromkeys(
-      by_row, NamedSharding(self.mesh, sharding.spec(*axes))
-    )
+    wide = algorithms.of(self.config).wide(self.config)
+    groups = ((names, (*axes, 'seq')), (by_row, axes), (wide, (*axes, 'seq', None)))
+    return {
+      name: NamedSharding(self.mesh, sharding.spec(*where))
+      for group, where in groups
+      for name in group
+    }
 
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a step's batch, with shardings."""
@@ -189,13 +192,14 @@ class Run:
     shape = (c.grad_accum, algorithms.rows_per_step(c) // c.grad_accum, c.seq_len)
     by_token, by_row = algorithms.of(c).fields(c)
     whole = dict.fromkeys(by_row, ()) | dict(algorithms.of(c).documents(c))
-    floats = ('weights', *by_token, *whole)
+    known = dict.fromkeys((*ARRAYS, *by_token), (shape, 'int32'))
+    known |= dict.fromkeys(('weights', *by_token), (shape, 'float32'))
+    known |= {k: ((*shape[:2], *rest), 'float32') for k, rest in whole.items()}
+    known |= {k: ((*shape, n), dtype) for k, (n, dtype) in algorithms.of(c).wide(c).items()}
+    source = ((*shape[:2], algorithms.source_len(c)), 'int32')
+    known |= dict.fromkeys(SOURCE_ARRAYS, source)
     return {
-      k: jax.ShapeDtypeStruct(
-        (*shape[:2], *whole[k]) if k in whole else shape,
-        jnp.float32 if k in floats else jnp.int32,
-        sharding=s,
-      )
+      k: jax.ShapeDtypeStruct(known[k][0], jnp.dtype(known[k][1]), sharding=s)
       for k, s in self.batch_shardings(micro=True).items()
     }
 
@@ -208,10 +212,10 @@ class Run:
     c, where = self.config, self.batch_shardings(micro=False)
     shape = (c.eval.batch_size, c.seq_len)
     settings = dict(packed=algorithms.is_packed(c), documents=algorithms.of(c).documents(c))
-    settings |= {'wanted': local_rows(where['tokens'], shape, 0)}
+    settings |= {'wanted': local_rows(where['tokens'], shape, 0), 'sides': self.data.sides}
     for corpus in corpora:
       for batch in eval_batches(corpus, *shape, **settings):
-        yield place(batch, where)
+        yield place(batch, {k: where[k] for k in batch})
 
   def load_params(self, source: str, dtype: str) -> dict:
     """Returns the model's weights from a folder, or random ones by the seed where it is ''. A
@@ -313,7 +317,7 @@ def start(c: ml_collections.ConfigDict, workdir: str, with_data: bool = True) ->
     model = dataclasses.replace(model, arch=adapters.adapted(model.arch, c, continued))
     read = [file_marks.outline(c.model.path), model.tokenizer.fingerprint, model.stop_ids]
     processes.check_same('model.path', digest(read))
-  check_sizes(c, model.arch, mesh)
+  size_checks.check(c, model.arch, mesh)
   dropout.check(c, model.arch, model.config)
   data = None
   if with_data:
@@ -347,7 +351,7 @@ def without_data(c: ml_collections.ConfigDict, mesh: Mesh, arch: Architecture) -
     ConfigError: a size that does not divide.
   """
   arch = adapters.adapted(arch, c)
-  check_sizes(c, arch, mesh)
+  size_checks.check(c, arch, mesh)
   return Run(
     c, '', mesh, Model('', arch, None, (), {}, {}, str), None, Watchdog(c.watchdog.to_dict())
   )
@@ -383,43 +387,3 @@ def _keep_programs(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # XLA's own caches would put the folder's path into the key: a workdir that moved would miss.
   jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
-
-
-def check_sizes(c: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh) -> None:
-  """Raises ConfigError when a size does not divide, before anything is compiled."""
-  declared = kinds.declared(arch)
-  try:
-    sharding.check_divides(
-      {n: p.axes for n, p in declared.items()},
-      {n: p.shape for n, p in declared.items()},
-      mesh,
-    )
-  except ConfigError as error:
-    is_packed = str(error).partition(':')[0].endswith(('/codes', '/absmax', '/scales'))
-    if arch.base != 'nf4' or not is_packed:
-      raise
-    raise ConfigError(f'{error}. A block of nf4 is not split: try a smaller lora.block') from error
-  size = math.prod(mesh.shape[a] for a in sharding.BATCH)
-  for key, rows in (
-    ('batch_size / grad_accum', algorithms.rows_per_step(c) // c.grad_accum),
-    ('eval.batch_size', c.eval.batch_size),
-  ):
-    if rows % size:
-      raise ConfigError(
-        f'{key} = {rows} rows cannot be split over {size} devices (mesh.data x fsdp x expert)'
-      )
-  size = mesh.shape['context']
-  if size > 1 and c.seq_len % (2 * size):
-    raise ConfigError(
-      f'seq_len={c.seq_len} is no multiple of 2 x mesh.context={2 * size}: a device takes two '
-      'chunks of a row'
-    )
-  if c.moe.balance != BALANCE_OF_MODEL and not arch.mixtures():
-    raise ConfigError(
-      f'moe.balance={c.moe.balance}: the model has no experts; leave it at {BALANCE_OF_MODEL:g}'
-    )
-  if c.seq_len > arch.max_len:
-    raise ConfigError(
-      f'seq_len={c.seq_len} is more than the {arch.max_len} positions the model was made for '
-      '(max_position_embeddings, of GPT-2 n_positions, in its config.json); lower seq_len'
-    )

@@ -200,7 +200,7 @@ def end(run: Run, printer: console.Console, exported: int, steps: int, seconds: 
     ('metrics', f'{files.join(run.workdir, "metrics.jsonl")}, tensorboard/'),
     *console.next_commands(
       *(run.workdir, reward_model, prompt, _command_line(), bool(c.eval.tasks)),
-      use='' if head is None else '--embed' if head.is_embedding else '--classify',
+      labels='' if head is None else algorithms.of(c).example(c),
       is_masked=algorithms.of(c).predicts_masked,
     ),
   ]

@@ -23,6 +23,7 @@ from ftjax.families import (
   qwen3_moe,
   roberta,
   smollm3,
+  t5,
 )
 from ftjax.families.family import Family
 from ftjax.families.gguf_file import GgufFile
@@ -55,6 +56,8 @@ FAMILIES: dict[str, Family] = {
   'xlm_roberta': roberta.XLM_ROBERTA,
   'modernbert': modernbert.MODERNBERT,
   'deberta': deberta.DEBERTA,
+  't5': t5.T5,
+  'mt5': t5.MT5,
 }
 
 

@@ -3,7 +3,8 @@
 A row names a HF tensor and a leaf and gives both layouts in axis letters: `'NH D' -> 'DNH'` says
 that HF stores a matrix [N*H, D] and the leaf is an array [D, N, H]. What a table can say:
 
-- `{l}` in a HF name: each layer has the tensor; they are stacked along a leading axis L.
+- `{l}` in a HF name: each layer has the tensor; they are stacked along a leading axis L. The layers
+  of an encoder and of its decoder both count from 0.
 - `{e}`: each expert has the tensor; the leaf's first letter (after L) counts the experts.
 - Letters in another order: the tensor is transposed.
 - `'[NH] D'`: the tensor is fused. Rows of one HF name are its parts, in order along the axis of the
@@ -235,9 +236,8 @@ def bindings(rows: Sequence[Row], arch: Architecture, sizes: Sizes) -> list[Bind
       if row.needs(arch, None):
         out += _bind([row], '', (), sizes(arch, None))
     elif row is per_layer[0]:
-      specs = arch.layers()
-      for layer, (slot, index) in enumerate(arch.layer_slots()):
-        spec = specs[layer]
+      layers = zip(arch.layers(), arch.layer_numbers(), arch.layer_slots(), strict=True)
+      for spec, layer, (slot, index) in layers:
         own = [
           dataclasses.replace(r, hf=r.hf.replace('{l}', str(layer)))
           for r in per_layer

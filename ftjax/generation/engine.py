@@ -14,6 +14,9 @@ Both decode up to `tokens_per_dispatch` steps for all slots in one dispatch; in 
 collects what ended. The host decides from arrays that are whole on every process, so all processes,
 given the same prompts, decide alike.
 
+An encoder-decoder reads a prompt by its encoder: its completions are made a batch at a time by
+encoder_decoder.py, in the same slots, or by beam_search.py.
+
 A completion depends on (seed, prompt id, completion index) and its prompt alone: not on its slot,
 on its neighbours, on the padding, or on when it entered."""
 
@@ -26,8 +29,10 @@ import jax.numpy as jnp
 
 from ftjax.generation import batch as at_once
 from ftjax.generation.batch import Conversation
+from ftjax.generation.beam_search import BeamSearch, Writer
 from ftjax.generation.completion import Completion, Rollout
 from ftjax.generation.decoder import Request
+from ftjax.generation.encoder_decoder import Batches
 from ftjax.generation.padding import bucket
 from ftjax.generation.programs import Programs
 from ftjax.generation.queue import Queue, ring_capacity, rows_of_run
@@ -71,6 +76,7 @@ class Engine:
       (Qwen2.5: 151,936 for 151,665 ids), which no training has seen and no text has tokens for.
       None: the model's.
     routed: whether the completions of `generate` have `choices`, of a model with experts.
+    writer: of an encoder-decoder.
   """
 
   def __init__(
@@ -84,6 +90,7 @@ class Engine:
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
     vocab_size: int | None = None,
     routed: bool = False,
+    writer: Writer = Writer(),  # noqa: B008 - frozen
   ):
     if slots < 1 or tokens_per_dispatch < 1:
       raise ConfigError(f'{slots=}, {tokens_per_dispatch=}: expected both to be at least 1')
@@ -91,11 +98,28 @@ class Engine:
     self.stop_ids, self.slots = tuple(stop_ids), slots
     self.tokens_per_dispatch = tokens_per_dispatch
     self._programs = Programs(arch, dtype, self.stop_ids, tokens_per_dispatch, vocab_size, routed)
+    self._start_id, self._search, beams = writer.start_id, None, writer.beams
+    self._beams = beams.count
+    if arch.is_encoder_decoder and self._start_id is None:
+      raise ConfigError(
+        'an encoder-decoder needs decoder_start_token_id in generation_config.json or config.json'
+      )
+    if beams.count > 1:
+      if not arch.is_encoder_decoder:
+        raise ConfigError(
+          f'eval.num_beams (--num_beams)={beams.count}: beam search is for encoder-decoders, and '
+          f'the model is of kind {arch.kind!r} (family {arch.family!r}); leave it at 1'
+        )
+      self._search = BeamSearch(arch, dtype, self.stop_ids, beams, vocab_size)
 
   @property
   def compilations(self) -> int:
     """Programs that were compiled so far."""
-    return self._programs.compilations
+    return self._programs.compilations + (self._search.compilations if self._search else 0)
+
+  def _batches(self, rows: int) -> Batches:
+    """Returns how an encoder-decoder makes completions, `rows` together."""
+    return Batches(self._programs, self._search, self._start_id, self.pad_id, rows)
 
   def _batch(self) -> int:
     """Returns the slots on the current mesh."""
@@ -171,9 +195,14 @@ class Engine:
     begin, compiled = time.perf_counter(), self.compilations
     with jax.set_mesh(request.mesh):
       batch = self._batch()
-      queue = Queue(self._programs, self.pad_id, batch, request, group)
-      queue.run(beat)
-    completions = [c for row in queue.done for c in row]
+      if self.arch.is_encoder_decoder:
+        made = self._batches(batch)
+        done = made.generate(request, group, beat)
+      else:
+        made = Queue(self._programs, self.pad_id, batch, request, group)
+        made.run(beat)
+        done = made.done
+    completions = [c for row in done for c in row]
     tokens, seconds = sum(len(c.tokens) for c in completions), time.perf_counter() - begin
     metrics = {
       'seconds': seconds,
@@ -181,13 +210,13 @@ class Engine:
       'tokens_per_s': tokens / seconds,
       'mean_length': tokens / len(completions),
       'truncated': sum(c.truncated for c in completions) / len(completions),
-      'steps': queue.steps,
-      'slot_occupancy': tokens / (queue.steps * batch),
-      'prefill_tokens': queue.prefill_tokens,
-      'prefill_padding': 1 - queue.prefill_tokens / max(queue.prefill_padded, 1),
+      'steps': made.steps,
+      'slot_occupancy': tokens / (made.steps * batch),
+      'prefill_tokens': made.prefill_tokens,
+      'prefill_padding': 1 - made.prefill_tokens / max(made.prefill_padded, 1),
       'compilations': self.compilations - compiled,
     }
-    return Rollout(queue.done, metrics)
+    return Rollout(done, metrics)
 
   def generate_at_once(
     self,
@@ -208,6 +237,8 @@ class Engine:
     """
     request = self._request(params, prompts, max_tokens, sampling, seed, prompt_ids, ended)
     with jax.set_mesh(request.mesh):
+      if self.arch.is_encoder_decoder:
+        return [row[0] for row in self._batches(len(prompts) * self._beams).generate(request)]
       return at_once.generate(self._programs, self.pad_id, request)
 
   def respond(
@@ -237,6 +268,8 @@ class Engine:
     """
     request = self._request(params, [prompt], max_tokens, sampling, seed, [prompt_id], ended)
     with jax.set_mesh(request.mesh):
+      if self.arch.is_encoder_decoder:  # which reads each turn anew
+        return self._batches(self._beams).generate(request, stream=stream)[0][0]
       return at_once.respond(self._programs, self.pad_id, request, conversation, stream)
 
   def _request(self, params, prompts, max_tokens, sampling, seed, prompt_ids, ended) -> Request:

@@ -1,7 +1,7 @@
 """The compiled programs of the engine; every array of sequences has a row a slot.
 
-`read` and `prefill` read prompts, `enter` copies a prefilled prompt into slots, `decode` extends
-all slots by several tokens in one dispatch.
+`read` and `prefill` read prompts, `begin` those of an encoder-decoder, `enter` copies a prefilled
+prompt into slots, `decode` extends all slots by several tokens in one dispatch.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from ftjax.models import head, kinds
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.cross_attention import Source
 from ftjax.models.kv_cache import Cache
 from ftjax.runtime.sharding import spec
 
@@ -81,6 +82,7 @@ class Programs:
     self.start = jax.jit(self._start, static_argnums=(0, 1))
     self.read = jax.jit(self._read, static_argnames=('capacity', 'sampling'), donate_argnums=1)
     self.prefill = jax.jit(self._prefill)
+    self.begin = jax.jit(self._begin, static_argnames='capacity')
     self.enter = jax.jit(self._enter, donate_argnums=(0, 1))
     self.decode = jax.jit(self._decode, static_argnames='sampling', donate_argnums=(1, 2))
 
@@ -142,6 +144,11 @@ class Programs:
     cache = kv.empty(self.arch, *tokens.shape, self.dtype)
     zero = jnp.zeros((), jnp.int32)
     return kinds.decode(self.arch, params, tokens, where, cache, zero, dtype=self.dtype)[1]
+
+  def _begin(self, params, source: Source, *, capacity: int) -> Cache:
+    """Returns the cache of the decoder of an encoder-decoder, whose encoder reads `source`."""
+    self.compilations += 1
+    return kinds.begin(self.arch, params, source, capacity, dtype=self.dtype)
 
   def _enter(self, cache: Cache, slots: Slots, prompts: Cache, source, new: Slots, at):
     self.compilations += 1

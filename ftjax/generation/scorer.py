@@ -20,6 +20,7 @@ from ftjax.models import head, kinds
 from ftjax.models import kv_cache as kv
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.cross_attention import Source
 from ftjax.runtime import sharding
 from ftjax.runtime.sharding import batch_axis_size, spec
 
@@ -35,11 +36,12 @@ class Scores(NamedTuple):
 
 class Scorer:
   """Scores continuations with one architecture; programs are compiled per (rows, prompt bucket,
-  continuations, their length).
+  continuations, their length). start_id: token that the decoder of an encoder-decoder begins with;
+  its encoder reads the prompts.
   """
 
-  def __init__(self, arch: Architecture, dtype: jnp.dtype, mesh: Mesh):
-    self.arch, self.dtype, self.mesh = arch, dtype, mesh
+  def __init__(self, arch: Architecture, dtype: jnp.dtype, mesh: Mesh, start_id: int | None = None):
+    self.arch, self.dtype, self.mesh, self._start_id = arch, dtype, mesh, start_id
     self._run = jax.jit(self._score, static_argnames='with_greedy')
 
   def _score(self, params, tokens, where: Tokens, choices, weights, *, with_greedy: bool):
@@ -50,10 +52,15 @@ class Scorer:
     """
     batch, length = tokens.shape
     count, _, size = choices.shape
-    memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
-    zero = jnp.zeros((), jnp.int32)
-    x, memory = kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
-    last, table = x[:, -1:], kinds.head_weights(self.arch, params)
+    zero, last = jnp.zeros((), jnp.int32), None
+    if self.arch.is_encoder_decoder:
+      source = Source(tokens, where)
+      memory = kinds.begin(self.arch, params, source, size, dtype=self.dtype)
+    else:
+      memory = kv.empty(self.arch, batch, length + size - 1, self.dtype)
+      x, memory = kinds.decode(self.arch, params, tokens, where, memory, zero, dtype=self.dtype)
+      last = x[:, -1:]
+    table = kinds.head_weights(self.arch, params)
     at, logps, matches = jnp.asarray(length, jnp.int32), [], []
     for c in range(count):
       # For one row, jax 0.12 forgets in indexing how the batch lies.
@@ -61,7 +68,9 @@ class Scorer:
         jax.sharding.reshard(a[c], spec('batch', 'seq')) for a in (choices, weights)
       )
       states = last
-      if size > 1:
+      if last is None:
+        states = self._written(params, labels, memory)
+      elif size > 1:
         inputs, is_read = (
           jax.sharding.reshard(a, spec('batch', 'seq')) for a in (labels[:, :-1], weight[:, 1:] > 0)
         )
@@ -87,6 +96,20 @@ class Scorer:
     found = (logps, matches) if with_greedy else (logps,)
     # The host reads it.
     return [jax.sharding.reshard(jnp.stack(each, axis=1), P()) for each in found]
+
+  def _written(self, params, labels, memory) -> jax.Array:
+    """Returns the states from which the decoder of an encoder-decoder writes labels int32[B, K]:
+    it reads the start token and the labels before each. What is behind a shorter choice changes
+    nothing before it.
+    """
+    start = jnp.full_like(labels[:, :1], self._start_id)
+    inputs = jnp.concatenate([start, labels[:, :-1]], axis=1)
+    one = jnp.ones_like(inputs)
+    positions = jax.lax.broadcasted_iota(
+      jnp.int32, inputs.shape, 1, out_sharding=spec('batch', 'seq')
+    )
+    where, zero = Tokens(one, positions), jnp.zeros((), jnp.int32)
+    return kinds.decode(self.arch, params, inputs, where, memory, zero, dtype=self.dtype)[0]
 
   def score(
     self, params: dict, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]

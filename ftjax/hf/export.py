@@ -203,7 +203,8 @@ def generation_file(
   if original is not None and (not stop_ids or (stops == known and 'eos_token_id' in content)):
     return original
   if original is None:
-    content = {k: config[k] for k in ('bos_token_id', 'pad_token_id') if config.get(k) is not None}
+    own = ('bos_token_id', 'pad_token_id', 'decoder_start_token_id')
+    content = {k: config[k] for k in own if config.get(k) is not None}
   content['eos_token_id'] = stops[0] if len(stops) == 1 else stops
   return dump_json(content)
 

@@ -70,6 +70,11 @@ def labeled(family: str, config: Mapping[str, Any], labels: Labels) -> dict[str,
     ConfigError: transformers has no class of the family for the task.
   """
   known = table.named(family)
+  if not known.tasks:
+    raise ConfigError(
+      f'the family {family!r} takes neither labels nor a score here; give a decoder or an encoder '
+      '(docs/families.md)'
+    )
   if labels.is_embedding:
     return _bare(known, config)
   if labels.task not in known.tasks:

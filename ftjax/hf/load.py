@@ -26,6 +26,7 @@ from ftjax.hf import (
   gguf_tokenizer,
   layout,
   model_folder,
+  stored_head,
   weight_files,
 )
 from ftjax.hf.gguf import GGUFSource
@@ -91,6 +92,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
       f'--source={path} --target=DIR'
     )
   config = multimodal.text_config(config, functools.partial(_stored_names, path))
+  stored = functools.partial(_stored_names, path), functools.partial(open_source, path)
+  config = stored_head.settle(config, *stored)
   is_encoder = table.is_known(config) and table.named(table.find(config)).is_encoder
   for line in hf_config.notices(config, is_encoder):
     _warn_once(f'{folder}/{line}')

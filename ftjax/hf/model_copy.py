@@ -15,7 +15,7 @@ from ftjax.families.hf_config import check_unquantized
 from ftjax.hf import export, gguf_export, load, model_card, model_folder
 from ftjax.hf.tensor_source import TensorInfo
 
-_KINDS = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+KINDS = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 
 def write(path: Path, target: str | os.PathLike, dtype: str | None) -> str:
@@ -47,13 +47,13 @@ def write(path: Path, target: str | os.PathLike, dtype: str | None) -> str:
 
   def kind(stored: np.dtype) -> np.dtype:
     # kind 'V' is ml_dtypes' floats; indexes and masks keep their type.
-    return _KINDS[dtype] if dtype and stored.kind in 'fV' else stored
+    return KINDS[dtype] if dtype and stored.kind in 'fV' else stored
 
   tensors = {
     name: TensorInfo(info.shape, kind(info.dtype)) for name, info in weights.tensors.items()
   }
   if dtype:
-    files['config.json'] = export.config_file(config, files['config.json'], _KINDS[dtype])
+    files['config.json'] = export.config_file(config, files['config.json'], KINDS[dtype])
   if model_card.is_card(card := model_folder.readme(path)):
     files[model_card.FILE] = card
   export.write_model(

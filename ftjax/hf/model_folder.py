@@ -34,7 +34,8 @@ _TOKENIZER_FILES = (
   'chat_template.json',
   'generation_config.json',
 )
-_MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE)
+AVERAGE_REPORT = 'average.json'  # of what models the weights are the average
+_MODEL_FILES = (*_TOKENIZER_FILES, 'config.json', weight_files.INDEX_FILE, AVERAGE_REPORT)
 _WEIGHTS = re.compile(r'model(-\d{5}-of-\d{5})?\.safetensors')
 # Of models that read images too; a text model has none.
 PROCESSOR_FILES = (

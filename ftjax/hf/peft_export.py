@@ -231,6 +231,8 @@ class _Tensors:
 
 def _task_type(arch: Architecture) -> str | None:
   """Returns PEFT's name of a model's task; it has none for masked language models."""
+  if arch.is_encoder_decoder:
+    return 'SEQ_2_SEQ_LM'
   return TASKS.get(arch.task, None if arch.is_encoder else 'CAUSAL_LM')
 
 

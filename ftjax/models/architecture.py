@@ -1,11 +1,11 @@
-"""Describes a decoder or an encoder as data: sizes, constants, and a block spec for each kind of
-layer.
+"""Describes a decoder, an encoder or an encoder-decoder as data: sizes, constants, and a block spec
+for each kind of layer.
 
 A model is a list of stacks, `((pattern, repeats), ...)`: a pattern is a tuple of block specs, and a
 stack scans over its repeats. Llama-style models are one stack of one spec. Parameter names follow:
 `stack{i}/block{j}/...`, each leaf with a leading axis L = repeats.
 
-The kind of a mixer or of an MLP is the class of its spec; transformer.py maps the class to the
+The kind of a mixer or of an MLP is the class of its spec; block.py maps the class to the
 module that computes it. A new kind is a new spec class and one row there. The defaults of all
 fields are Llama's. families/ makes architectures from a config.json. This file imports no jax:
 converting a file needs it, and should start quickly.
@@ -70,7 +70,8 @@ class BlockSpec:
   norm_placement: 'before' a branch, 'after' it (on its output, before the residual addition),
   'both', or 'residual', on the sum with the residual stream (BERT). residual_scale: factor of the
   output of a branch (Granite). mixer_norm: False: none before the mixer (ModernBERT's first layer,
-  whose input is normalized already).
+  whose input is normalized already). cross: attention to the states of an encoder, a branch after
+  the mixer, with a norm before it; None: there is none.
   """
 
   mixer: AttentionSpec | DeltaNetSpec | DisentangledSpec
@@ -79,6 +80,7 @@ class BlockSpec:
   norm_placement: str = 'before'
   residual_scale: float = 1.0
   mixer_norm: bool = True
+  cross: AttentionSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +199,8 @@ class Architecture:
   embeddings. logit_scale, logit_soft_cap: see LogitSpec. learned_positions: rows of a table of
   positions that is added to the embeddings; 0: there is none. position_offset: row of position 0
   (RoBERTa: 2). token_types: rows of a table of token types that is added too; 0: there is none.
+  encoder_stacks: how many of the stacks, the first ones, are those of the encoder of an
+  encoder-decoder; it has a last norm of its own, like final_norm.
   relative_positions: rows of the table of DisentangledSpec; 0: there is none. relative_norm: of
   that table. embed_norm: of the sum of embeddings; None: none. final_norm: after the last block;
   None: none. masked_head: of a masked language model; None without.
@@ -228,6 +232,7 @@ class Architecture:
   score_head: ScoreHead = ScoreHead()
   label_task: str = 'sequence'
   labels: tuple[str, ...] = ()
+  encoder_stacks: int = 0
 
   @property
   def task(self) -> str:
@@ -238,6 +243,22 @@ class Architecture:
   def is_encoder(self) -> bool:
     """Whether a token attends to later ones, so that no text can be generated."""
     return self.kind == 'encoder'
+
+  @property
+  def is_encoder_decoder(self) -> bool:
+    """Whether an encoder reads the prompt, and a decoder writes what follows."""
+    return self.encoder_stacks > 0
+
+  def side(self, is_encoder: bool) -> list[int]:
+    """Returns the numbers of the stacks of the encoder, or of the decoder."""
+    whole = range(len(self.stacks))
+    return [*(whole[: self.encoder_stacks] if is_encoder else whole[self.encoder_stacks :])]
+
+  def layer_numbers(self) -> list[int]:
+    """Returns the number of each layer, which counts anew in the decoder of an encoder-decoder."""
+    sizes = [len(pattern) * repeats for pattern, repeats in self.stacks]
+    first = sum(sizes[: self.encoder_stacks])
+    return [*range(first), *range(sum(sizes) - first)]
 
   @property
   def logit_spec(self) -> LogitSpec:

@@ -70,7 +70,7 @@ class DeltaNet(nnx.Module):
   def __call__(self, x: jax.Array, context, memory: Memory | None):
     """Returns (y [B, T, D], memory).
 
-    context: transformer.Context, of which segments and dropout are read. memory: in decoding, of
+    context: block.Context, of which segments and dropout are read. memory: in decoding, of
     rows that are one document each, padded on the left.
     """
     drop = context.dropout

@@ -58,6 +58,10 @@ class ModelDropout:
     """Returns x [B, T, D], what the first block reads, with numbers dropped."""
     return self._dropped(self.rates.embedding, 'embedding', x)
 
+  def source_embedding(self, x: jax.Array) -> jax.Array:
+    """Returns x [B, S, D], what the first block of an encoder-decoder's encoder reads."""
+    return self._dropped(self.rates.embedding, 'source_embedding', x)
+
   def residual(self, name: str, x: jax.Array) -> jax.Array:
     """Returns x [B, T, D], the output of the branch `name`, with numbers dropped."""
     return self._dropped(self.rates.residual, name, x)

@@ -10,17 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax.models import lora
-from ftjax.models.architecture import Architecture, MaskedHead
+from ftjax.models.architecture import Architecture, AttentionSpec, MaskedHead
 from ftjax.models.attention import Tokens
 from ftjax.models.head_map import Head
-from ftjax.models.layers import Dropout, Linear, Normalize, declare
+from ftjax.models.layers import Dropout, Linear, Normalize, Param, declare
 from ftjax.models.logit_chunks import LowRank
 from ftjax.models.mlp import ACTIVATIONS
 from ftjax.models.score_head import Score
 from ftjax.runtime.sharding import gather, gathered, index, shard_map, spec, total
 
 _NAMES = (
-  *('embed', 'positions', 'token_types', 'embed_norm', 'relative', 'final_norm'),
+  *('embed', 'positions', 'token_types', 'embed_norm', 'relative', 'relative_bias'),
+  *('encoder_norm', 'final_norm'),
   *('head', 'masked', 'score'),
 )
 
@@ -68,9 +69,15 @@ class EmbedAndHead(nnx.Module):
 
   def __init__(self, arch: Architecture):
     shape, padding = (arch.vocab_rows, arch.model_dim), arch.vocab_rows - arch.vocab_size
-    table = declare(shape, ('vocab', 'embed'), arch.model_dim, padding=padding)
+    # T5's random embeddings have a variance of 1, and its tied head scales what it multiplies.
+    fan_in = 1 if arch.encoder_stacks else arch.model_dim
+    table = declare(shape, ('vocab', 'embed'), fan_in, padding=padding)
     self.embed = nnx.Dict(w=table)
     dim = arch.model_dim
+    if arch.encoder_stacks:
+      self.encoder_norm = Normalize((dim,), arch.final_norm)
+    if tables := _biases(arch):
+      self.relative_bias = nnx.Dict(tables)
     if arch.final_norm is not None:
       self.final_norm = Normalize((dim,), arch.final_norm)
     if arch.learned_positions:
@@ -90,6 +97,18 @@ class EmbedAndHead(nnx.Module):
       self.masked = Masked(arch, arch.masked_head, padding)
     if not arch.tied and not _is_bare(arch):
       self.head = Head(arch.vocab_rows, dim, padding)
+
+
+def _biases(arch: Architecture) -> dict[str, Param]:
+  """Returns the tables of mixer_spec.RelativeBias by name, each float32[P, N]."""
+  mixers = (b.mixer for b in arch.layers() if isinstance(b.mixer, AttentionSpec))
+  return {
+    m.relative.name: declare(
+      (m.relative.buckets, m.num_heads), ('position', 'heads'), arch.model_dim
+    )
+    for m in mixers
+    if m.relative is not None
+  }
 
 
 def _is_bare(arch: Architecture) -> bool:
@@ -243,6 +262,11 @@ def relative(arch: Architecture, params: dict, dtype: jnp.dtype) -> jax.Array | 
 def normed(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
   """Returns the hidden states after the last norm, if there is one."""
   return x if arch.final_norm is None else merge(arch, params).final_norm(x)
+
+
+def encoder_normed(arch: Architecture, params: dict, x: jax.Array) -> jax.Array:
+  """Returns the states of the encoder of an encoder-decoder after its last norm."""
+  return merge(arch, params).encoder_norm(x)
 
 
 def fold(keys: jax.Array, name: str) -> jax.Array:

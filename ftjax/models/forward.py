@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from ftjax.losses.cross_entropy import LossConfig
 from ftjax.losses.distillation import Distillation
-from ftjax.models import head, kinds, paired_head, score_head
+from ftjax.models import head, kinds, paired_head, score_head, top_k_head
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.cross_attention import Source
 from ftjax.models.dropout import ModelDropout, Rates
 from ftjax.models.layers import Dropout
 from ftjax.models.logit_chunks import LowRank
@@ -96,7 +97,8 @@ class Forward:
     """Returns the hidden states after the last norm, dtype[B, T, D].
 
     noise: added to the embeddings, [B, T, D], or None. A batch may hold `token_types` [B, T] of a
-    model that has more than one.
+    model that has more than one; for an encoder-decoder it holds what the encoder reads,
+    int32[B, S]: `source_tokens`, `source_segments` and `source_positions`.
     """
     where = Tokens(batch['segments'], batch['positions'])
     x, routing = kinds.routed(
@@ -115,12 +117,16 @@ class Forward:
     return x
 
   def _optional(self, batch: dict) -> dict[str, Any]:
-    """Returns as named arguments the token types of a batch, where model and batch have them, and
-    the dropout of a training step.
+    """Returns as named arguments the token types of a batch, where model and batch have them, what
+    an encoder reads for a decoder, and the dropout of a training step.
     """
-    types = batch.get('token_types') if self.arch.token_types > 1 else None
-    types = None if types is None else types.astype(jnp.int32)
-    return {k: v for k, v in (('token_types', types), ('inner', self.inner)) if v is not None}
+    found: dict[str, Any] = {'inner': self.inner}
+    if self.arch.is_encoder_decoder:
+      where = Tokens(batch['source_segments'], batch['source_positions'])
+      found['source'] = Source(batch['source_tokens'], where)
+    if self.arch.token_types > 1 and 'token_types' in batch:
+      found['token_types'] = batch['token_types'].astype(jnp.int32)
+    return {name: value for name, value in found.items() if value is not None}
 
   def _readout(
     self, params: dict, batch: dict, noise: jax.Array | None = None
@@ -229,6 +235,31 @@ class Forward:
       terms,
       self.arch.logit_spec,
       teacher.arch.logit_spec,
+    )
+
+  def top_logprobs(
+    self, params: dict, batch: dict, k: int, temperature: float
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the k likeliest tokens of each position with a weight, and their log-probs; see
+    top_k_head.top_logprobs: (int32[B, T, k], float32[B, T, k + 1]).
+    """
+    model = self._readout(params, batch)
+    return top_k_head.top_logprobs(model, batch['weights'], k, temperature, self.arch.logit_spec)
+
+  def distillation_from_top(
+    self, params: dict, batch: dict, terms: Distillation
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the sums of `distillation` from a teacher's likeliest tokens, which are the arrays
+    `teacher_ids` and `teacher_logp` of the batch; see top_k_head.distillation_sums.
+    """
+    return top_k_head.distillation_sums(
+      self._readout(params, batch),
+      batch['teacher_ids'],
+      batch['teacher_logp'],
+      batch['labels'],
+      batch['weights'],
+      terms,
+      self.arch.logit_spec,
     )
 
   def side_logprobs(

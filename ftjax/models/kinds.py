@@ -1,8 +1,8 @@
 """Model kinds: what the rest of the program asks of a model, whatever computes it.
 
-An architecture names its kind; 'decoder' and 'encoder' are transformer.py. Callers use the
-functions below and never import the file that implements a kind. A kind outside the package is
-named 'package.module:KIND'.
+An architecture names its kind; 'decoder', 'encoder' and 'encoder_decoder' are transformer.py.
+Callers use the functions below and never import the file that implements a kind. A kind outside the
+package is named 'package.module:KIND'.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ftjax.models import embed_and_head, lora, transformer
 from ftjax.models.architecture import Architecture
 from ftjax.models.attention import Tokens
+from ftjax.models.cross_attention import Source
 from ftjax.models.dropout import ModelDropout
 from ftjax.models.kv_cache import Cache
 from ftjax.models.layers import Declared, Dropout
@@ -70,7 +71,8 @@ class Kind:
   None) -> what is added to the logits, or None; see embed_and_head.head_update. head_states: of the
   same arguments, what the head multiplies; see embed_and_head.head_states. label_logits: (arch,
   params, states, logical name of their second axis, dropout or None) -> the numbers of labels; see
-  embed_and_head.label_logits; None where the kind has no label head.
+  embed_and_head.label_logits; None where the kind has no label head. begin: of an encoder-decoder,
+  the cache of its decoder before the first token, see transformer.begin; None for other kinds.
   """
 
   declared: Callable[[Architecture], Mapping[str, Declared]]
@@ -86,6 +88,7 @@ class Kind:
   head_update: Callable[..., LowRank | None] = _no_update
   head_states: Callable[..., jax.Array] = _same_states
   label_logits: Callable[..., jax.Array] | None = None
+  begin: Callable[..., Cache] | None = None
 
 
 DECODER = Kind(
@@ -103,7 +106,11 @@ DECODER = Kind(
   embed_and_head.head_states,
   embed_and_head.label_logits,
 )
-KINDS = {'decoder': DECODER, 'encoder': dataclasses.replace(DECODER, decode=None)}
+KINDS = {
+  'decoder': DECODER,
+  'encoder': dataclasses.replace(DECODER, decode=None),
+  'encoder_decoder': dataclasses.replace(DECODER, begin=transformer.begin),
+}
 
 
 def of(arch: Architecture) -> Kind:
@@ -278,9 +285,11 @@ def apply(
   dropout_keys: jax.Array | None = None,
   token_types: jax.Array | None = None,
   inner: ModelDropout | None = None,
+  source: Source | None = None,
 ) -> jax.Array:
   """Returns hidden states dtype[B, T, D] of tokens int32[B, T]; see transformer.apply."""
   more = {'dropout_keys': dropout_keys, 'token_types': token_types, 'inner': inner}
+  more |= {'source': source}
   more = {k: v for k, v in more.items() if v is not None}
   return of(arch).apply(arch, params, tokens, where, dtype=dtype, remat=remat, noise=noise, **more)
 
@@ -296,6 +305,13 @@ def routed(
   if function is None:
     return apply(arch, params, tokens, where, **how), None
   return function(arch, params, tokens, where, **how)
+
+
+def begin(
+  arch: Architecture, params: dict, source: Source, capacity: int, *, dtype: jnp.dtype
+) -> Cache:
+  """Returns the cache of the decoder of an encoder-decoder; see transformer.begin."""
+  return of(arch).begin(arch, params, source, capacity, dtype=dtype)
 
 
 def decode(

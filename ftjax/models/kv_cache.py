@@ -28,11 +28,13 @@ class Cache:
   """What every block keeps, and segments and positions of the cached tokens.
 
   entries: arrays [L, B, S, ...]; states: arrays [L, B, ...]; tokens: segments and positions
-  int32[B, S] (segment 0: not yet written)."""
+  int32[B, S] (segment 0: not yet written). source: of an encoder-decoder, those of what its encoder
+  read; `states` then hold its keys and values."""
 
   entries: Arrays
   states: Arrays
   tokens: Tokens
+  source: Tokens | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,10 @@ class Memory:
 def empty(arch: Architecture, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
   """Returns a cache with room for `capacity` tokens a row, in which no token was read."""
   entries, states = {}, {}
+  stacks = tuple(f'stack{i}/' for i in arch.side(is_encoder=False))
   for slot, spec, repeats in arch.blocks():
+    if not slot.startswith(stacks):
+      continue
     for name, kept in spec.mixer.kept().items():
       into, lead, axes = (
         (entries, (repeats, batch, capacity), (None, 'batch', 'seq'))

@@ -117,6 +117,7 @@ class Linear(nnx.Module):
     axes: logical names of w's axes.
     out: logical names of the result's axes, batch and seq first.
     bias: whether `b` is added, in the compute dtype.
+    fan_in: see `declare`; 0: the inputs.
   """
 
   lora_a = lora_b = lora_scale = lora_m = lora_a0 = lora_b0 = None
@@ -128,9 +129,10 @@ class Linear(nnx.Module):
     axes: tuple[str, ...],
     out: tuple[str, ...],
     bias: bool = False,
+    fan_in: int = 0,
   ):
     self.inputs, self.outputs, self.axes, self.out = inputs, outputs, axes, out
-    self.w = self.leaf((*inputs, *outputs), axes, math.prod(inputs))
+    self.w = self.leaf((*inputs, *outputs), axes, fan_in or math.prod(inputs))
     self.b = self.leaf(outputs, out[2:], 0) if bias else None
     self.storage, self.name, self.adapter, self.merged = '', '', None, ''
 

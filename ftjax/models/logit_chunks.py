@@ -63,7 +63,7 @@ class Tables(NamedTuple):
 
 class ChunkTokens(NamedTuple):
   """The n tokens of a chunk, or of a shard: x [n, D], u [n, R] or None, labels int32[n], weights
-  float32[n], more float32[n] arrays.
+  float32[n], more arrays [n, ...].
   """
 
   x: jax.Array
@@ -82,7 +82,7 @@ class ChunkLogits(NamedTuple):
 
 class Chunks:
   """One shard's tokens [B, T], flattened to n, weighted ones first, padded to whole chunks. `more`:
-  float32[B, T] arrays that go along.
+  arrays [B, T, ...] that go along.
 
   A state of gradients is (those of x [n, D] and of u [n, R], Tables); None without an adapter.
   """
@@ -101,7 +101,8 @@ class Chunks:
     self.count = -(-(flat != 0).sum() // self.size)
     states = (x, None if update is None else update.u)
     states = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), states)
-    tokens = ChunkTokens(*states, labels.reshape(-1), flat, tuple(m.reshape(-1) for m in more))
+    others = tuple(m.reshape(-1, *m.shape[2:]) for m in more)
+    tokens = ChunkTokens(*states, labels.reshape(-1), flat, others)
     pad = -self.num_tokens % self.size
     self.tokens = jax.tree.map(
       lambda a: jnp.pad(a[self.order], ((0, pad),) + ((0, 0),) * (a.ndim - 1)), tokens

@@ -38,6 +38,28 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True)
+class RelativeBias:
+  """Numbers that are added to scores by the distance from the query to the key, of each head
+  (Raffel et al. 2020, "T5", section 2.1); see models/relative_bias.py.
+
+  name: of the table, which all layers that name it share: `relative_bias/NAME`. buckets: its rows.
+  longest: the distance from which on all share the last bucket.
+  """
+
+  name: str
+  buckets: int
+  longest: int
+
+  def __post_init__(self):
+    if self.buckets < 4 or self.buckets % 4 or self.longest <= self.buckets // 2:
+      raise DataError(
+        f'config.json: relative_attention_num_buckets={self.buckets}, '
+        f'relative_attention_max_distance={self.longest}; expected a multiple of 4, and a distance '
+        'above half of it'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
   """Grouped-query attention.
 
@@ -47,7 +69,7 @@ class AttentionSpec:
   score. qk_norm: normalization of queries and keys before the rotation, of each head, or with
   qk_norm_width='all' of all heads together. gate: the output of each head is multiplied with the
   sigmoid of a projection of the layer's input. causal: False: a query sees tokens after it too, and
-  of a window as many on either side.
+  of a window as many on either side. relative: what is added to the scores; None: nothing.
   """
 
   num_heads: int
@@ -63,6 +85,7 @@ class AttentionSpec:
   qk_norm_width: str = 'head'
   gate: bool = False
   causal: bool = True
+  relative: RelativeBias | None = None
 
   def __post_init__(self):
     if self.qk_norm_width not in ('head', 'all'):
@@ -79,6 +102,13 @@ class AttentionSpec:
   def split_heads(self) -> int:
     """Heads that `mesh.tensor` must divide."""
     return self.num_kv_heads
+
+  def query_fan_in(self, model_dim: int) -> int:
+    """Returns the numbers that set the initial variance of the queries' weights: where scores are
+    not divided by sqrt(head_dim) (T5), random queries are as much smaller.
+    """
+    is_t5 = self.scale == 1.0 and self.rope is None
+    return model_dim * self.head_dim if is_t5 else model_dim
 
   @property
   def inner(self) -> int:

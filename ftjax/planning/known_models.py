@@ -144,6 +144,32 @@ def _ministral3(dim, layers, ffn, theta=1e6, tied=False) -> dict:
   }
 
 
+def _t5(dim, ffn, heads, layers) -> dict:
+  return {
+    'model_type': 't5',
+    'vocab_size': 32128,
+    'd_model': dim,
+    'd_kv': 64,
+    'd_ff': ffn,
+    'num_heads': heads,
+    'num_layers': layers,
+    'feed_forward_proj': 'relu',
+    'relative_attention_num_buckets': 32,
+    'relative_attention_max_distance': 128,
+    'layer_norm_epsilon': 1e-6,
+    'is_encoder_decoder': True,
+    'tie_word_embeddings': True,
+  }
+
+
+def _t5_v1_1(dim, ffn, heads, layers) -> dict:
+  own = {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
+  return _t5(dim, ffn, heads, layers) | own
+
+
+_MT5 = {'model_type': 'mt5', 'vocab_size': 250112}
+
+
 def _gpt2(dim, layers, heads) -> dict:
   sizes = {'n_embd': dim, 'n_layer': layers, 'n_head': heads, 'vocab_size': 50257}
   return sizes | {
@@ -278,6 +304,17 @@ SHAPES = {
     rope_theta=250000.0,
     max_position_embeddings=16384,
   ),
+  't5-small': _t5(512, 2048, 8, 6),
+  't5-base': _t5(768, 3072, 12, 12),
+  't5-large': _t5(1024, 4096, 16, 24),
+  'flan-t5-small': _t5_v1_1(512, 1024, 6, 8),
+  'flan-t5-base': _t5_v1_1(768, 2048, 12, 12),
+  'flan-t5-large': _t5_v1_1(1024, 2816, 16, 24),
+  'flan-t5-xl': _t5_v1_1(2048, 5120, 32, 24),
+  'flan-t5-xxl': _t5_v1_1(4096, 10240, 64, 24),
+  'mt5-small': _t5_v1_1(512, 1024, 6, 8) | _MT5,
+  'mt5-base': _t5_v1_1(768, 2048, 12, 12) | _MT5,
+  'mt5-large': _t5_v1_1(1024, 2816, 16, 24) | _MT5,
 }
 
 

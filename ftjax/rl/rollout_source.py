@@ -24,7 +24,7 @@ from ftjax.experiment.run import Run
 from ftjax.experiment.transcript import Transcripts
 from ftjax.generation.completion import Rollout
 from ftjax.models.forward import Forward
-from ftjax.rl import rollout_batch
+from ftjax.rl import rollout_batch, step_rewards
 from ftjax.rl.batch_builder import BatchBuilder
 from ftjax.rl.measurements import Measure, Measurements
 from ftjax.rl.policy_sampler import PolicySampler
@@ -82,6 +82,7 @@ class RolloutSource(Source):
     self._held: tuple[int, dict[str, np.ndarray]] | None = None
     self._is_checked = self._is_warned = False
     self._rewards = RolloutRewards(run, transcripts, self.files)
+    self._step_rewards = step_rewards.StepRewards(run, transcripts)
 
   def cut(self, step: int, drop_eval: bool) -> None:
     """See Source."""
@@ -167,9 +168,26 @@ class RolloutSource(Source):
     return self.score(params, prompts, found, rollout)
 
   def _score_by_model(self) -> dict[str, tuple[str, dict]]:
-    """Returns the entry of the reward model for `measure`, if there is one."""
+    """Returns the entry of the reward model for `measure`, if there is one; one of steps reads rows
+    of its own.
+    """
     params = self._models.get(_REWARD_MODEL)
-    return {} if params is None else {_REWARD_MODEL: (_REWARD_MODEL, params)}
+    is_left_out = params is None or self.run.config.rollout.step_reward
+    return {} if is_left_out else {_REWARD_MODEL: (_REWARD_MODEL, params)}
+
+  def _score_steps(self, prompts: Sequence[Prompt], found: Rollout, size: int) -> np.ndarray | None:
+    """Returns the scores of a process reward model, float32[R]; None without one.
+
+    size: rows at a time, as of `measure`.
+    """
+    params = self._models.get(_REWARD_MODEL)
+    if params is None or not self.run.config.rollout.step_reward:
+      return None
+    wanted = {_REWARD_MODEL: (_REWARD_MODEL, params)}
+    return self._step_rewards(
+      *(prompts, found.completions),
+      lambda arrays: self.measure(arrays, wanted, size)[_REWARD_MODEL],
+    )
 
   def _of_reference(self, params: dict) -> tuple[str, dict]:
     """Returns the entry of the reference for `measure`; params: all parameters in training."""
@@ -196,7 +214,9 @@ class RolloutSource(Source):
     if _REFERENCE in self._models:
       wanted['ref_logp'] = self._of_reference(params)
     measured = self.measure(arrays, wanted) if wanted else {}
-    totals, metrics = self._rewards.score(prompts, found, measured.pop(_REWARD_MODEL, None), number)
+    scores = measured.pop(_REWARD_MODEL, None)
+    scores = self._score_steps(prompts, found, 0) if scores is None else scores
+    totals, metrics = self._rewards.score(prompts, found, scores, number)
     metrics |= {f'engine/{k}': v for k, v in found.metrics.items()}
     if 'old_logp' in measured:
       metrics |= self._compare(params, arrays, measured['old_logp'])
@@ -292,7 +312,9 @@ class RolloutSource(Source):
     if wanted := self._score_by_model():
       rows = rollout_batch.rows(prompts, done, c.seq_len)
       scores = self.measure(rows, wanted, c.eval.batch_size)[_REWARD_MODEL]
-    return self._rewards.score(prompts, Rollout(done, {}), scores, None)[1]
+    found = Rollout(done, {})
+    scores = self._score_steps(prompts, found, c.eval.batch_size) if scores is None else scores
+    return self._rewards.score(prompts, found, scores, None)[1]
 
 
 def _measures(run: Run) -> dict[str, Measure]:
@@ -313,6 +335,9 @@ def _measures(run: Run) -> dict[str, Measure]:
   if run.arch.mixtures():
     found['choices'] = forward.router_choices
   if model := run.auxiliary.find(_REWARD_MODEL):
-    score = Forward(model.architecture(), jnp.dtype(c.model.compute_dtype))
+    kind = (model.architecture(), jnp.dtype(c.model.compute_dtype))
+    score = Forward(*kind)
     found[_REWARD_MODEL] = lambda p, batch: score.sequence_rewards(p, batch, 1)[0]
+    if c.rollout.step_reward:
+      found[_REWARD_MODEL] = step_rewards.measure(*kind)
   return found

@@ -53,7 +53,7 @@ class Classifier:
       'jax_default_matmul_precision', 'highest' if dtype == 'float32' else 'default'
     )
     # One device: texts are few, and a batch of them is small.
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
     jax.set_mesh(mesh)
     own = (family, base)
     model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, loaded_model.LABELS)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ftjax.data import encode, formats, prompt_rows, stop_texts
 from ftjax.generation.batch import Conversation
+from ftjax.generation.beam_search import Beams, Writer
 from ftjax.generation.completion import stops
 from ftjax.generation.engine import Engine
 from ftjax.generation.sampling import Sampling
@@ -30,7 +31,7 @@ class Settings:
   max_tokens: longest completion; 0: 256, or what fits. stop: strings that end a completion and are
   left out. raw: continue a text as it stands, without the chat template. dtype: compute dtype.
   family: as model.family of a config; a workdir has its own. base: of an adapter; '': the one that
-  its folder names.
+  its folder names. beams: of an encoder-decoder.
   """
 
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
@@ -43,6 +44,7 @@ class Settings:
   dtype: str = 'float32'
   family: str = ''
   base: str = ''
+  beams: Beams = Beams()  # noqa: RUF009 - frozen
 
 
 class Generator:
@@ -75,6 +77,7 @@ class Generator:
       *(model.arch, dtype, ends, self.tokenizer.pad_id),
       slots=settings.batch_size,
       vocab_size=self.tokenizer.vocab_size,
+      writer=Writer(self.tokenizer.start_id, settings.beams),
     )
     self._ended = stops(settings.stop, self.tokenizer)
     self._conversation = Conversation()

@@ -89,6 +89,11 @@ def load(args: dict[str, Any], batch_size: int) -> LmEvalModel:
   where = (args.get('family', ''), args.get('base', ''))
   model, params = loaded_model.load(args['path'], mesh, dtype, *where)
   tokenizer = model.tokenizer
+  if model.arch.is_encoder_decoder:
+    raise ConfigError(
+      f'--model_args path={args["path"]}: an encoder-decoder (family {model.arch.family!r}); '
+      'expected a decoder for lm-eval'
+    )
   engine = Engine(
     *(model.arch, dtype, model.stop_ids, tokenizer.pad_id),
     slots=batch_size,

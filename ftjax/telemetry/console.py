@@ -419,13 +419,13 @@ def next_commands(
   prompt: str,
   command_line: Sequence[str],
   has_tasks: bool,
-  use: str = '',
+  labels: str = '',
   is_masked: bool = False,
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
-  that the run made, '' for other runs. command_line: flags of this run, quoted. use: flag of
-  ftjax.generate for a model that writes no text; '' for one that does. is_masked: whether it
-  predicts masked tokens.
+  that the run made, '' for other runs. command_line: flags of this run, quoted. labels: of a model
+  with labels or vectors, 'steps' of a solution, 'texts' for vectors, or another shape of rows; ''
+  for others. is_masked: whether it predicts masked tokens.
   """
   python = 'python -m ftjax.'
   if reward_model:
@@ -435,8 +435,11 @@ def next_commands(
   if is_masked:
     flag = f'--config.model.path={shlex.quote(workdir)}/export'
     return [('next', f'{flag} with algorithm classification or token_classification')]
-  if use:
-    return [('next', f'{python}generate {model} {use} --prompt=TEXT')]
+  if labels == 'steps':
+    return [('next', f'{python}generate {model} --steps=min --prompts=FILE')]
+  if labels:
+    flag = '--embed' if labels == 'texts' else '--classify'
+    return [('next', f'{python}generate {model} {flag} --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))

@@ -28,7 +28,7 @@ def place(batch: Host, shardings: dict[str, NamedSharding]) -> dict[str, jax.Arr
   """Returns global device arrays of host arrays. The host arrays have the global shape, with tokens
   in their natural order; only the parts of this process's devices are read.
 
-  Arrays [..., T] whose last axis is split over `context` get the order of sharding.zigzag.
+  Arrays with an axis of tokens that is split over `context` get the order of sharding.zigzag.
   """
   ordered = {k: _ordered(v, shardings[k]) for k, v in batch.items()}
   return {
@@ -39,11 +39,11 @@ def place(batch: Host, shardings: dict[str, NamedSharding]) -> dict[str, jax.Arr
 
 def _ordered(rows: np.ndarray, sharding: NamedSharding) -> np.ndarray:
   """`rows` with their tokens in the order of `sharding`."""
-  spec = sharding.spec
-  if len(spec) < rows.ndim or spec[rows.ndim - 1] != RULES['seq']:
+  size, spec = sharding.mesh.shape[RULES['seq']], tuple(sharding.spec)
+  if size == 1 or RULES['seq'] not in spec:
     return rows
-  size = sharding.mesh.shape[RULES['seq']]
-  return rows if size == 1 else rows[..., zigzag(rows.shape[-1], size)]
+  axis = spec.index(RULES['seq'])
+  return rows.take(zigzag(rows.shape[axis], size), axis)
 
 
 class Stream(Protocol):

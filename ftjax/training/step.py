@@ -124,20 +124,27 @@ def batch_stats(batch: dict) -> dict[str, jax.Array]:
   """Returns statistics of a batch [A, M, T], whatever its sharding: `tokens` int32[], all but
   padding; `supervised_tokens` float32[], the sum of their weights; `attended` float32[], the
   (query, key) pairs of causal attention within segments;
-  `batch_checksum` uint32[], over every token and its position.
+  `batch_checksum` uint32[], over every token and its position, those that an encoder reads too.
   """
   tokens, segments, positions = (batch[k] for k in ('tokens', 'segments', 'positions'))
-  a, m, t = tokens.shape
-  order = zigzag(t, axis_size('context'))  # tokens lie in it; each counts with its place in the row
-  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
-  place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
-  real = segments > 0
+  real, content = segments > 0, _checksum(tokens)
+  if 'source_tokens' in batch:  # another factor: the sides do not make up for each other
+    content = content + jnp.uint32(0x9E3779B1) * _checksum(batch['source_tokens'])
   return {
     'tokens': real.sum(dtype=jnp.int32),
     'supervised_tokens': batch['weights'].sum(dtype=jnp.float32),
     'attended': jnp.where(real, positions + 1, 0).sum(dtype=jnp.float32),
-    'batch_checksum': checksum(tokens.astype(jnp.uint32), place),
+    'batch_checksum': content,
   }
+
+
+def _checksum(tokens: jax.Array) -> jax.Array:
+  """Returns the checksum of tokens int32[A, M, T] and their places, uint32[]."""
+  a, m, t = tokens.shape
+  order = zigzag(t, axis_size('context'))  # tokens lie in it; each counts with its place in the row
+  place = jnp.arange(a * m * t, dtype=jnp.uint32).reshape(a, m, t)[..., order]
+  place = jax.sharding.reshard(place, jax.typeof(tokens).sharding.spec)
+  return checksum(tokens.astype(jnp.uint32), place)
 
 
 def _ratio(total: jax.Array, weight: jax.Array) -> jax.Array:

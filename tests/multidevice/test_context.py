@@ -14,7 +14,7 @@ from tiny_model import TINY, place
 
 from ftjax.algorithms import sft
 from ftjax.config import keys as config
-from ftjax.experiment import run
+from ftjax.experiment import size_checks
 from ftjax.models import attention
 from ftjax.models.kernels import dense
 from ftjax.runtime import sharding
@@ -135,7 +135,7 @@ def test_a_row_length_that_cannot_be_cut_is_refused_before_anything_is_compiled(
   c = config.default()
   c.seq_len, c.batch_size, c.eval.batch_size = 20, 4, 4
   with pytest.raises(ConfigError, match=r'seq_len=20 is no multiple of 2 x mesh.context=8'):
-    run.check_sizes(c, TINY, use_mesh(context=4))
+    size_checks.check(c, TINY, use_mesh(context=4))
 
 
 def test_noise_on_embeddings_goes_with_the_tokens(use_mesh):

@@ -4,8 +4,8 @@
   PYTHONPATH=tests .venv-parity/bin/python tests/parity/check_with_transformers.py FTJAX_PYTHON \
     [CASE ...]
 
-FTJAX_PYTHON has ftjax. CASE: of family_cases.py; all of them and SmolLM2 where none is given.
-Prints a line a check and exits 1 if one fails. SmolLM2 needs .cache/ (demo/assets.py).
+FTJAX_PYTHON has ftjax. CASE: of family_cases.py or t5_cases.py; all of them and SmolLM2 where none
+is given. Prints a line a check and exits 1 if one fails. SmolLM2 needs .cache/ (demo/assets.py).
 """
 
 import json
@@ -19,18 +19,20 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
   AutoModelForCausalLM,
   AutoModelForMaskedLM,
   AutoModelForQuestionAnswering,
+  AutoModelForSeq2SeqLM,
   AutoModelForSequenceClassification,
   AutoModelForTokenClassification,
   AutoTokenizer,
   GenerationConfig,
 )
 
-from parity import open_with_peft
+from parity import open_with_peft, t5_cases
 from parity.family_cases import CASES, LABELED
 from parity.mixed_strings import mixed_strings
 
@@ -143,6 +145,34 @@ def check_family(python: str, name: str, folder: Path) -> None:
     report(f'{name} {kind}: PEFT loads it without a warning', not texts, str(texts))
     compare(f'{name} {kind}: logits', found['logits'], stored[kind], 1e-5)
     compare(f"{name} {kind}: logits after PEFT's merge", found['merged'], stored[kind], 1e-4)
+
+
+def check_t5(python: str, name: str, folder: Path) -> None:
+  """A case of t5_cases.py, imported, trained for five steps and exported in shards, and the PEFT
+  folder of an adapter on it.
+  """
+  script = [python, 'tests/parity/from_t5.py', name, str(folder)]
+  env = os.environ | {'PYTHONPATH': 'tests:.', 'JAX_PLATFORMS': 'cpu'}
+  if subprocess.run(script, check=False, cwd=ROOT, env=env).returncode:
+    report(f'{name}: trained and exported', False)
+    return
+  stored = dict(np.load(folder / 'logits.npz'))
+  read, inside = (torch.tensor(stored[n].astype(np.int64)) for n in ('source', 'inside'))
+  written = stored['segments'] > 0
+  labels = torch.tensor(np.where(written, stored['labels'], -100).astype(np.int64))
+
+  def logits(own) -> np.ndarray:
+    with torch.no_grad():
+      return own(input_ids=read, attention_mask=inside, labels=labels).logits.numpy()[written]
+
+  loaded, left = model(folder / 'trained', AutoModelForSeq2SeqLM)
+  report(f'{name} trained: nothing missing or unexpected', not left, str(left))
+  compare(f'{name} trained: logits', logits(loaded), stored['trained'][written], 1e-5)
+  base, _ = model(folder / 'source', AutoModelForSeq2SeqLM)
+  apart = np.abs(logits(base) - stored['trained'][written]).max()
+  report(f'{name} trained: is another model', apart > 0.1, f'max |delta| {apart:.2f}')
+  adapted = PeftModel.from_pretrained(base, folder / 'lora').eval()
+  compare(f'{name} lora: logits', logits(adapted), stored['lora'][written], 1e-5)
 
 
 def compare(name: str, found: np.ndarray, expected: np.ndarray, limit: float) -> None:
@@ -280,8 +310,9 @@ def check_tokenizer(folder: Path) -> None:
 
 if __name__ == '__main__':
   with tempfile.TemporaryDirectory() as temp:
-    for case in sys.argv[2:] or CASES | LABELED:
-      check_family(sys.argv[1], case, Path(temp) / case)
+    for case in sys.argv[2:] or CASES | LABELED | t5_cases.CASES:
+      check = check_t5 if case in t5_cases.CASES else check_family
+      check(sys.argv[1], case, Path(temp) / case)
     if not sys.argv[2:]:
       for family in ('llama', 'qwen2'):
         check_scorer(sys.argv[1], family, Path(temp))

@@ -1,0 +1,23 @@
+"""Supervised tuning of encoder-decoders: the loss of a batch.
+
+The encoder reads the prompt, which data/sides.py puts into the arrays `source_*`; the loss is the
+cross-entropy of the answer, which the decoder writes (token_loss.py).
+"""
+
+import ml_collections
+
+from ftjax.algorithms import token_loss
+from ftjax.experiment import fit
+from ftjax.experiment.run import Run
+from ftjax.models.forward import Forward
+from ftjax.training.step import LossFn
+
+
+def make_loss(forward: Forward, c: ml_collections.ConfigDict) -> LossFn:
+  """Returns loss(params, batch, keys) -> (sum of the loss, supervised tokens, {'nll': sums})."""
+  return token_loss.make_loss(forward, c)
+
+
+def build(run: Run) -> fit.Parts:
+  """Returns loss and evaluation of a run."""
+  return fit.Parts(make_loss(run.forward, run.config), token_loss.evaluation(run))
