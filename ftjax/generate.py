@@ -1,5 +1,5 @@
 """python -m ftjax.generate --model=DIR_OR_WORKDIR --prompt=TEXT | --prompts=FILE | (neither: chat
-on the terminal) [--classify] [--steps=min]
+on the terminal) [--classify | --embed | --steps=min]
 
 DIR is a HF folder, a GGUF file, a PEFT folder (an adapter, used on the base that it names or on
 --base), or a workdir, of which export/ is loaded, or the newest checkpoint if the run has not
@@ -7,7 +7,8 @@ ended; WORKDIR@STEP, WORKDIR@last and WORKDIR@best select one. --prompts reads o
 or JSON lines with "prompt" or "messages", and prints each as a JSON line with the generated text
 under "completion". If the model has a chat template, a prompt is a user turn unless --raw is
 given. --classify is for models with labels: it prints the labels of texts, with their
-probabilities. Its rows have "text", or two texts that are read together, or "tokens". --steps is
+probabilities. Its rows have "text", or two texts that are read together, or "tokens". --embed
+prints the vectors of texts, of length 1, under "embedding". --steps is
 for process reward models: rows have "prompt" and "completions", the steps of a solution, or one
 "completion"; it prints them with the scores of the steps and of the whole."""
 
@@ -64,6 +65,9 @@ _FAMILY = flags.DEFINE_string(
 _CLASSIFY = flags.DEFINE_bool(
   'classify', False, 'Print the labels of --prompt, or of the rows of --prompts.'
 )
+_EMBED = flags.DEFINE_bool(
+  'embed', False, 'Print the vectors of --prompt, or of the rows of --prompts.'
+)
 _STEPS = flags.DEFINE_enum(
   'steps',
   None,
@@ -86,10 +90,10 @@ def main() -> None:
   # XLA would warn of slow compilations in the middle of a completion.
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.getLogger().setLevel(logging.WARNING)
-  if _CLASSIFY.value and _STEPS.value:
-    raise ConfigError('--classify and --steps: give one of them')
-  if _CLASSIFY.value:
-    _classify()
+  if sum((_CLASSIFY.value, _EMBED.value, _STEPS.value is not None)) > 1:
+    raise ConfigError('--classify, --embed and --steps: give one of them')
+  if _CLASSIFY.value or _EMBED.value:
+    _classify_or_embed()
     return
   if _STEPS.value:
     _score_steps()
@@ -125,18 +129,22 @@ def main() -> None:
     terminal_chat.run(model.respond, _SYSTEM.value, _HISTORY.value)
 
 
-def _classify() -> None:
-  """Prints each text with its labels, a JSON line each."""
-  from ftjax.serving import classifier
+def _classify_or_embed() -> None:
+  """Prints each text with its labels or its vector, a JSON line each."""
+  from ftjax.serving import classifier, embedder
 
+  flag = '--embed' if _EMBED.value else '--classify'
   if _PROMPT.value is None and _PROMPTS.value is None:
-    raise ConfigError('--classify needs a text in --prompt, or a file of texts in --prompts')
+    raise ConfigError(f'{flag} needs a text in --prompt, or a file of texts in --prompts')
   where = (_DTYPE.value, _FAMILY.value, _BASE.value)
-  model = classifier.Classifier(_MODEL.value, *where, batch_size=_BATCH.value)
   rows = [('--prompt', {'text': _PROMPT.value})]
   if _PROMPTS.value is not None:
     rows = classifier.read_rows(_PROMPTS.value)
-  for row in model.label_rows(rows):
+  if _EMBED.value:
+    found = embedder.Embedder(_MODEL.value, *where, batch_size=_BATCH.value).embed_rows(rows)
+  else:
+    found = classifier.Classifier(_MODEL.value, *where, batch_size=_BATCH.value).label_rows(rows)
+  for row in found:
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_files
 
 from ftjax import config
 from ftjax.config import validation
-from ftjax.data import formats
+from ftjax.data import formats, sources
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.experiment import audited_rows, data_audit
 from ftjax.experiment.data_audit import Request
@@ -222,3 +222,23 @@ def test_the_entry(mixed, tmp_path):
   assert code == 0 and 'template_leak' in printed and 'kept ' in printed
   code, printed = tiny_run.run('preview', [*train, '--clean_kinds=email'])
   assert code == 2 and 'without --clean' in printed
+
+
+@pytest.mark.parametrize(
+  ('algorithm', 'row', 'texts'),
+  [
+    ('classification', {'text': 'a b', 'label': 'x'}, (('a b',), ('x',))),
+    ('token_classification', {'tokens': ['a', 'b'], 'tags': ['x', 'y']}, (('a b',), ())),
+    ('embedding', {'anchor': 'a', 'positive': 'b', 'negative': 'c'}, (('a',), ('b', 'c'))),
+  ],
+)
+def test_rows_with_labels_and_groups_of_texts_are_audited(
+  tmp_path, tokenizer, algorithm, row, texts
+):
+  train = write(tmp_path / 'rows.jsonl', [row, {'text': 3}])
+  c = configured(train, algorithm=algorithm)
+  for section in ('classification', 'token_classification'):
+    c[section].labels = ('x', 'y')
+  rows, unusable = audited_rows.read(c, tokenizer, sources.parse_specs(train))
+  assert [(r.prompt, r.answers) for r in rows] == [texts] and rows[0].tokens
+  assert [f.line for f in unusable] == [2]

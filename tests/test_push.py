@@ -61,7 +61,7 @@ def card(step=7, **changes):
     algorithm='sft', is_reward=False, has_template=False, step=step, base=None, continues=False,
     is_adapter=False, merge='', sources=(), config=model_card.config_file({}), evaluation='',
     scores={}, versions={},
-    devices='',
+    devices='', task='', num_labels=0,
   )  # fmt: skip
   return model_card.render(model_card.Card(**(fields | changes))).encode()
 

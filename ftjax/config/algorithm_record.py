@@ -43,14 +43,20 @@ class LabelHead:
   """The label head that an algorithm trains in place of a language model's.
 
   Attributes:
-    task: what the labels are given to: 'sequence', 'token' or 'span'.
+    task: what the labels are given to: 'sequence', 'token' or 'span'; 'embedding' for a model
+      without a head, which gives vectors.
     names: of the labels, in the order of their numbers; () of a span, for begin and end.
     problem: transformers' `problem_type` of a sequence; '' for none.
+    pool: of an embedding: what a vector is made of; see score_head.pooled. '' where the model's
+      files decide it.
+    max_tokens: of an embedding: longest text.
   """
 
   task: str
   names: tuple[str, ...] = ()
   problem: str = ''
+  pool: str = ''
+  max_tokens: int = 0
 
   @property
   def is_reward(self) -> bool:
@@ -75,7 +81,7 @@ class Algorithm:
       of an evaluation begins, the most important one first).
     reads: sections and keys of the config that this algorithm reads and not every other does.
     example: shape of a training example: 'text', 'pair', 'label', 'score', 'class', 'tags',
-      'masked' or 'steps'; for encoder-decoders 'source_target' or 'document'.
+      'masked', 'steps' or 'texts'; for encoder-decoders 'source_target' or 'document'.
     reads_source: whether it trains encoder-decoders, whose encoder has rows of its own.
     on_rollouts: it trains on completions that the model samples; data.train then holds prompts.
     rows_per_prompt: rows of the arrays that a rollout gives for each prompt.

@@ -119,6 +119,11 @@ CLASS_OBJECTIVES = {
   'regression': ClassObjective((), 'regression', is_number=True),
   'binary': ClassObjective((), is_number=True),
 }
+EMBEDDING_OBJECTIVES = {
+  'contrastive': Choice(('temperature', 'symmetric', 'in_batch', 'negatives')),
+  'margin': Choice(('margin', 'in_batch', 'negatives')),
+  'cosine': Choice(),
+}
 SURROGATES = {
   'clip': Choice(('dual_clip', 'clip_low', 'clip_high', 'level')),
   'cispo': Choice(('clip_high', 'level')),
@@ -184,6 +189,7 @@ TABLES: dict[str, Mapping[str, Choice]] = {
   'distill.divergence': DISTILLATIONS,
   'reward_model.objective': REWARD_OBJECTIVES,
   'classification.objective': CLASS_OBJECTIVES,
+  'embedding.objective': EMBEDDING_OBJECTIVES,
   'policy.surrogate': SURROGATES,
   'policy.level': LEVELS,
   'policy.aggregate': AGGREGATIONS,
@@ -246,6 +252,7 @@ _PLAIN = {
   'data.on_audit': ('report', 'error'),
   'data.balance': ('none', 'sqrt', 'equal'),
   'data.curriculum': ('none', 'length', 'difficulty'),
+  'embedding.pool': ('', 'mean', 'first', 'last'),
   'data.loss_on': ('assistant', 'completion', 'all'),
   'lora.init': ('uniform', 'pissa'),
   'lora.base': ('bfloat16', 'float32', 'int8', 'nf4'),

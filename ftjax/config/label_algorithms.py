@@ -1,5 +1,5 @@
 """The algorithms of label heads and of encoders: labels of whole texts, of words and of the steps
-of a solution, and the prediction of masked tokens.
+of a solution, vectors of texts, and the prediction of masked tokens.
 """
 
 from ftjax.config import choices
@@ -12,7 +12,8 @@ _TOKENS_PER_DOCUMENT, _MOST_DOCUMENTS = 8, 128
 _NUMBER = ('LABEL_0',)
 
 _WRITES_NO_TEXT = (
-  'eval.tasks, eval.prompts and eval.general ask for text, which a model with labels cannot write'
+  'eval.tasks, eval.prompts and eval.general ask for text, which a model of labels or vectors '
+  'cannot write'
 )
 
 
@@ -128,6 +129,88 @@ _TOKEN_CLASSIFICATION = Algorithm(
 )
 
 
+# Vectors of texts.
+
+# A packed row has arrays for so many groups of texts: one for every 16 tokens, up to a limit.
+_TOKENS_PER_GROUP, _MOST_GROUPS = 16, 64
+
+
+def group_size(c: Config) -> int:
+  """Returns the texts of a row: anchor, positive and the most negatives, or two with a score."""
+  return 2 if c.embedding.objective == 'cosine' else 2 + c.embedding.negatives
+
+
+def couples_rows(c: Config) -> bool:
+  """Returns whether the loss of a row of embedding depends on the other rows of the step."""
+  return c.embedding.objective != 'cosine' and c.embedding.in_batch
+
+
+def _groups(c: Config) -> dict[str, tuple[int, ...]]:
+  packed = max(1, min(_MOST_GROUPS, c.seq_len // _TOKENS_PER_GROUP))
+  most = packed if c.data.packing else 1
+  if c.embedding.objective == 'cosine':
+    return {'targets': (most,), 'document_weights': (most,)}
+  return {'text_ids': (most, 2 * group_size(c)), 'document_weights': (most,)}
+
+
+def _check_embedding(c: Config) -> None:
+  section = c.embedding
+  _check_writes_no_text(c)
+  if not section.temperature > 0 or not section.margin > 0:
+    raise ConfigError(
+      f'embedding.temperature={section.temperature}, embedding.margin={section.margin}; expected '
+      'positive numbers'
+    )
+  if section.negatives < 0:
+    raise ConfigError(f'embedding.negatives={section.negatives}; expected at least 0')
+  if section.objective == 'cosine':
+    return
+  if section.symmetric and not section.in_batch:
+    raise ConfigError(
+      'embedding.symmetric=True compares a positive with the anchors of other rows, which '
+      'embedding.in_batch=False excludes: leave one of them at its default'
+    )
+  if not section.in_batch and not section.negatives:
+    raise ConfigError(
+      'embedding.in_batch=False with embedding.negatives=0 leaves no negatives; set one of them'
+    )
+  if section.in_batch and not c.data.packing and c.batch_size < 2:
+    raise ConfigError(
+      f'batch_size={c.batch_size}: embedding.in_batch compares the rows of a step; expected at '
+      'least 2'
+    )
+
+
+def _measured_embedding(c: Config) -> dict[str, str]:
+  scored = {'spearman': 'max', 'pearson': 'max'}
+  found = {'recall_at_1': 'max', 'recall_at_10': 'max', 'mrr': 'max'}
+  own = scored if c.embedding.objective == 'cosine' else found
+  return {'loss': 'min', 'gap': 'min'} | own
+
+
+def _embedding_headline(c: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  if c.embedding.objective == 'cosine':
+    return ('loss',), ('spearman', 'pearson', 'loss')
+  return ('loss', 'accuracy'), ('recall_at_1', 'mrr', 'loss')
+
+
+_EMBEDDING = Algorithm(
+  module='ftjax.algorithms.embedding',
+  measured=_measured_embedding,
+  headline=_embedding_headline,
+  reads=('embedding', 'data.packing'),
+  example=lambda c: 'texts',
+  fields=lambda c: (('token_types',), ('row_numbers',)),
+  documents=_groups,
+  labels=lambda c: LabelHead('embedding', pool=c.embedding.pool, max_tokens=c.seq_len),
+  fixed=(
+    *('data.packing', 'embedding.objective', 'embedding.pool', 'embedding.in_batch'),
+    'embedding.negatives',
+  ),
+  check=_check_embedding,
+)
+
+
 # Prediction of masked tokens.
 
 
@@ -176,6 +259,7 @@ _PRM = Algorithm(
 ROWS = {
   'classification': _CLASSIFICATION,
   'token_classification': _TOKEN_CLASSIFICATION,
+  'embedding': _EMBEDDING,
   'masked_lm': _MASKED_LM,
   'prm': _PRM,
 }

@@ -16,7 +16,8 @@ from ftjax.data.formats import has
 from ftjax.data.messages import parse_json, read_text
 from ftjax.data.step_rows import Steps
 
-SHAPES = ('class', 'tags', 'masked', step_rows.SHAPE)
+# 'texts' are those of embedding_rows.py.
+SHAPES = ('class', 'tags', 'masked', step_rows.SHAPE, 'texts')
 
 # Columns of one text, and of two texts that are read together.
 SINGLE = ('text', 'sentence', 'content', 'review', 'document', 'tweet', 'abstract')
@@ -39,16 +40,21 @@ class Annotation:
   """What the labels of a source are.
 
   kind: 'single', 'multi', 'regression' or 'binary' for whole texts, 'tags' for words, 'steps' for
-    the steps of a solution, 'masked' for a text without labels.
+    the steps of a solution, 'masked' for a text without labels, a value of embedding.objective for
+    groups of texts.
   names: of the labels in the order of their numbers; () of a number.
   all_subwords: of tags: whether all sub-words of a word have its label, and not the first alone.
   separator: of steps: the text after each.
+  negatives: of groups of texts: the most negatives of a row. needs_negative: whether there must be
+  one.
   """
 
   kind: str = ''
   names: tuple[str, ...] = ()
   all_subwords: bool = False
   separator: str = ''
+  negatives: int = 0
+  needs_negative: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +78,11 @@ class TaggedWords:
 # Labels.
 
 
-def _raw(value: Any) -> Any:
-  """Returns a label as JSON has it: a list also from its text as in CSV."""
+def from_json(value: Any) -> Any:
+  """Returns a value as JSON has it: a list also from its text as in CSV."""
   if isinstance(value, str) and value.strip().startswith('['):
     with contextlib.suppress(ValueError):
-      return parse_json(value, 'label', 'a list')
+      return parse_json(value, 'value', 'a list')
   return value
 
 
@@ -112,7 +118,7 @@ def _finite(value: Any, key: str) -> float:
 
 
 def _values(row: Mapping, key: str, annotation: Annotation) -> tuple[float, ...]:
-  value, names = _raw(row[key]), annotation.names
+  value, names = from_json(row[key]), annotation.names
   if annotation.kind == 'single':
     if isinstance(value, list):
       raise ValueError(
@@ -158,6 +164,11 @@ def texts(row: Mapping) -> tuple[str, ...]:
   return tuple(read_text(row, key) for key in _text_columns(row))
 
 
+def single_text(row: Mapping) -> str:
+  """Returns the one text of a row. Raises ValueError where it has none, or several."""
+  return read_text(row, _one_of(row, SINGLE, 'text'))
+
+
 def words(row: Mapping) -> tuple[str, ...]:
   """Returns the words of a row; those of a text are what stands between white space.
 
@@ -192,7 +203,7 @@ def _label_column(row: Mapping) -> str:
 
 
 def _list(row: Mapping, key: str) -> list:
-  value = _raw(row[key])
+  value = from_json(row[key])
   if not isinstance(value, list):
     raise ValueError(f'{key!r} is {type(value).__name__}, expected a list')
   return value
@@ -259,7 +270,7 @@ def names_of(rows: Iterable[Mapping], shape: str) -> tuple[str, ...]:
       key = _label_column(row) if shape == 'class' else _one_of(row, _TAGS, 'tags')
     except ValueError:
       continue
-    value = _raw(row[key])
+    value = from_json(row[key])
     for one in value if isinstance(value, list) else [value]:
       found.add(_named(one))
   numbers = {v for v in found if isinstance(v, int)}

@@ -4,7 +4,8 @@ Labels are shifted here, on the host. Segment ids are 1, 2, ... for the examples
 padding, which no segment matches; positions start at 0 in every example. Padding has token 0;
 supervision is decided by position alone, never by a token's id. Preference data have values. Tags
 of words are labels that are not shifted; what a whole text is to be given is in `targets`
-[B, S, numbers], by document.
+[B, S, numbers], by document. The texts of groups that are to have vectors are segments of their
+own: text k of group g of K texts is segment g K + k + 1, and numbers may be missing.
 """
 
 import functools
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 import numpy as np
 
+from ftjax.data import embedding_examples
 from ftjax.data.annotated_rows import SHAPES as ANNOTATED
 from ftjax.data.order import Mixture
 from ftjax.data.policy import TEXT_SHAPES
@@ -39,14 +41,17 @@ def empty(
 
   Arrays are int32 and float32 [B, T], float32[B] for `columns` and, where the shape of the examples
   (see token_cache.Corpus) is one of preference_rows.SHAPES, for `values`; float32[B, S, ...] for
-  `documents`, and then float32[B, T] for `token_types`.
+  `documents`, and then float32[B, T] for `token_types`. Groups of texts have `row_numbers`
+  float32[B], 0, 1, ...
   """
   by_row = (*(() if shape in ('text', *ANNOTATED) else ('values',)), *columns)
+  numbers = {'row_numbers': np.arange(batch_size, dtype=np.float32)} if shape == 'texts' else {}
   out = {k: np.zeros((batch_size, *rest), np.float32) for k, rest in (documents or {}).items()}
   shape = (batch_size, seq_len)
   out |= {'token_types': np.zeros(shape, np.float32)} if documents else {}
   return (
     {k: np.zeros(batch_size, np.float32) for k in by_row}
+    | numbers
     | out
     | {
       'tokens': np.zeros(shape, np.int32),
@@ -132,6 +137,30 @@ def _fill_annotated(
     start = end
 
 
+def _fill_groups(batch: Batch, row: int, corpus: Corpus, ids: Sequence[int], weighed: bool) -> None:
+  """Writes groups of texts into a row of padding, each text a segment with positions of its own;
+  weighed: with the weights of the corpus.
+  """
+  with_ids = 'text_ids' in batch
+  size, start = batch['text_ids'].shape[2] // 2 if with_ids else 2, 0
+  for group, i in enumerate(ids):
+    tokens, texts = corpus.example(i)[0], corpus.labels(i)
+    end = start + len(tokens)
+    begins = np.searchsorted(texts, np.arange(size))
+    batch['tokens'][row, start:end] = tokens
+    batch['segments'][row, start:end] = group * size + texts + 1
+    batch['positions'][row, start:end] = np.arange(len(tokens)) - begins[texts]
+    has_weight = weighed and corpus.weights is not None
+    batch['document_weights'][row, group] = corpus.weights[i] if has_weight else 1.0
+    if with_ids:
+      for k in range(int(texts[-1]) + 1):
+        own = embedding_examples.text_id(tokens[texts == k])
+        batch['text_ids'][row, group, 2 * k : 2 * k + 2] = own
+    else:
+      batch['targets'][row, group] = corpus.value(i)
+    start = end
+
+
 def _fill_target(target: np.ndarray, labels: np.ndarray, value: float) -> None:
   """Writes what one text is to be given, float32[numbers]: 1 for each of its labels where there is
   a number for each label, else the number of its label, or its value.
@@ -202,7 +231,8 @@ class Stream:
       other = functools.partial(self._first, step, (i + 1) % self.batch_size)
       corpus = self._corpora[row.source]
       if corpus.shape in ANNOTATED:
-        _fill_annotated(batch, i, corpus, row.examples, weighed=True)
+        fill = _fill_groups if corpus.shape == 'texts' else _fill_annotated
+        fill(batch, i, corpus, row.examples, weighed=True)
         continue
       if sides is not None:
         sides.fill(batch, i, corpus, row.examples, row.epoch)
@@ -289,7 +319,8 @@ def batch_of(
     if sides is not None:
       sides.fill(batch, i, corpus, ids, epoch=0)
     elif corpus.shape in ANNOTATED:
-      _fill_annotated(batch, i, corpus, ids, weighed=False)
+      fill = _fill_groups if corpus.shape == 'texts' else _fill_annotated
+      fill(batch, i, corpus, ids, weighed=False)
     else:
       other = functools.partial(corpus.example, (ids[0] + 1) % len(corpus))
       _fill(batch, i, corpus, ids, other)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ftjax.data import (
   annotated_rows,
+  embedding_rows,
   encode,
   example_shapes,
   formats,
@@ -218,6 +219,8 @@ class BlockTokenizer:
       return row
     policy, has_template = self._policy, self._tokenizer.template is not None
     try:
+      if policy.shape == 'texts':
+        return embedding_rows.parse(row, policy.annotation)
       if self._is_annotated:
         return annotated_rows.parse(row, policy.shape, policy.annotation)
       if not policy.is_text:
@@ -246,6 +249,8 @@ class BlockTokenizer:
     shape = self._policy.shape
     if self._policy.is_text:
       found = formats.unread(row, self._form)
+    elif shape == 'texts':
+      found = embedding_rows.unread(row, self._policy.annotation)
     else:
       found = (annotated_rows if self._is_annotated else preference_rows).unread(row, shape)
     for column in sorted(found):

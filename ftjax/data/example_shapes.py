@@ -6,6 +6,7 @@ from typing import Any
 from ftjax.data import (
   annotated_examples,
   annotated_rows,
+  embedding_examples,
   labeled_examples,
   source_target,
   span_corruption,
@@ -21,6 +22,8 @@ def encode(rows: Sequence[Any], tokenizer: Tokenizer, policy: Policy) -> list[li
   """Returns the examples of each row, or Bad. Raises DataError where the tokenizer lacks what all
   rows need (a template, an EOS).
   """
+  if policy.shape == 'texts':
+    return embedding_examples.encode(rows, tokenizer)
   if policy.shape in annotated_rows.SHAPES:
     return annotated_examples.encode(rows, tokenizer, policy.annotation, policy.seq_len)
   if policy.shape == 'text':
@@ -36,6 +39,8 @@ def fit(example: Encoded, policy: Policy) -> Encoded | None:
   """Returns an example that fits, None if it is dropped. Raises ValueError if it is refused."""
   if policy.shape == 'source_target':
     return source_target.fit(example, policy.source_len, policy.seq_len, policy.on_overlength)
+  if policy.shape == 'texts':
+    return embedding_examples.fit(example, policy.seq_len, policy.on_overlength)
   if policy.shape in annotated_rows.SHAPES:
     settings = (policy.seq_len, policy.on_overlength, policy.shape)
     return annotated_examples.fit(example, *settings)

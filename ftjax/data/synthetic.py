@@ -4,9 +4,10 @@ A source 'sums:N' is N questions like "7 + 5 =" with their answers; 'pairs:N' ha
 wrong answer to each, 'labels:N' one of the two with its label, 'scores:N' one with a score by its
 distance from the right one. 'classes:N' has each question with the label 'even' or 'odd' of its
 second term, 'tags:N' its words with a tag for even and odd terms, 'texts:N' question and answer
-as one text, 'steps:N' its terms as two steps, of which an odd second one is wrong. 'sums:N:BELOW',
-and likewise the others, has terms below BELOW instead of 100. The tokenizer has one token a byte
-and a ChatML template.
+as one text, 'similar:N' the question with the same one and another one in other words, 'steps:N'
+its terms as two steps, of which an odd second one is wrong. 'sums:N:BELOW', and likewise the
+others, has terms below BELOW instead of 100. The tokenizer has one token a byte and a ChatML
+template.
 """
 
 import dataclasses
@@ -89,11 +90,16 @@ def _in_steps(question: str, words: list[str]) -> dict:
 
 
 def _annotated(kind: str, count: int, below: int) -> list[dict]:
-  """Returns the questions of `sums` with labels, or as words with tags."""
+  """Returns the questions of `sums` with labels, as words with tags, or with other texts."""
   rows = []
   for row in sums(count, below):
     text = row['messages'][0]['content']
     words = text.split()
+    if kind == 'similar':
+      other = (int(words[0]) + 1) % below
+      texts = (f'add {term} to {words[2]}' for term in (words[0], other))
+      rows.append(dict(zip(('anchor', 'positive', 'negative'), (text, *texts), strict=True)))
+      continue
     if kind == 'texts':
       rows.append({'text': f'{text} {row["messages"][1]["content"]}'})
       continue
@@ -112,7 +118,7 @@ _KINDS = {'sums': sums} | {
   kind: functools.partial(make, kind)
   for make, kinds in (
     (_labeled, ('pairs', 'labels', 'scores')),
-    (_annotated, ('classes', 'tags', 'texts', 'steps')),
+    (_annotated, ('classes', 'tags', 'texts', 'similar', 'steps')),
   )
   for kind in kinds
 }

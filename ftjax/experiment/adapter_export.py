@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.experiment import adapters
+from ftjax.experiment import adapters, label_names
 from ftjax.experiment.data import PromptData
 from ftjax.experiment.run import Run
 from ftjax.families import multimodal
@@ -41,12 +41,14 @@ class Comparison:
 
   kl: mean over tokens of the KL divergence from adapter to merged model, in nats; of a reward model
   None. score: of a reward model, the mean over tokens of the difference of the scores, in absolute
-  value; else None. tokens: of the comparison. held_out: whether they are of evaluation rows, else
+  value; else None. states: of a model of vectors, the mean over tokens of 1 - the cosine of the two
+  states; else None. tokens: of the comparison. held_out: whether they are of evaluation rows, else
   of training rows. dtype: of the merged weights.
   """
 
   kl: float | None
   score: float | None
+  states: float | None
   tokens: int
   held_out: bool
   dtype: str
@@ -55,6 +57,8 @@ class Comparison:
     """Returns the comparison in words."""
     rows = 'held-out' if self.held_out else 'training'
     end = f'on {self.tokens:,} {rows} tokens, with {self.dtype} weights'
+    if self.states is not None:
+      return f'1 - cosine of the states of adapter and merged model: {self.states:.3g}, {end}'
     if self.kl is None:
       return f'its scores differ from the adapter by {self.score:.3g} on average, {end}'
     return f'KL from adapter to merged model: {self.kl:.3g} nats per token, {end}'
@@ -86,12 +90,25 @@ def export(run: Run, params: dict, card: bytes) -> None:
     files.join(run.workdir, 'export'),
     base=run.first_source,
     sha256=run.first_hash(),
-    modules=load.module_prefix(run.first_source) if run.first_source else multimodal.MODULES,
+    modules=_modules(run),
     source_config=model.config,
     tokenizer_files=model.files,
     stop_ids=model.stop_ids,
     card=card,
   )
+
+
+def _modules(run: Run) -> str:
+  """Returns what begins the names of layers in the class that opens the base; see peft_export."""
+  source = run.first_source
+  found = load.module_prefix(source) if source else multimodal.MODULES
+  return '' if _is_bare(run) and found == multimodal.MODULES else found
+
+
+def _is_bare(run: Run) -> bool:
+  """Returns whether the model gives vectors, and has no head."""
+  head = label_names.head(run.config)
+  return head is not None and head.is_embedding
 
 
 def export_merged(run: Run, params: dict, card: Callable[[], bytes]) -> None:
@@ -150,14 +167,19 @@ def remove_merged(run: Run) -> None:
 
 def compare(run: Run, params: dict, dtype: str) -> Comparison:
   """Returns how far the model after merging into weights of `dtype` is from base and adapter."""
-  ours = run.forward.without_remat()
+  ours, is_bare = run.forward.without_remat(), _is_bare(run)
   merged = Forward(kinds.with_merged(run.arch, dtype), ours.dtype)
   merged_params = _rounded(run, params, dtype)
 
   @jax.jit
   def measure(params, merged_params, batch):
     batch = batch | {'weights': (batch['segments'] > 0).astype(jnp.float32)}
-    if run.arch.num_labels:
+    if is_bare:
+      gap = _unit(ours.hidden_states(params, batch)) - _unit(
+        merged.hidden_states(merged_params, batch)
+      )
+      total = (jnp.square(gap).sum(-1) / 2 * batch['weights']).sum()
+    elif run.arch.num_labels:
       gap = ours.label_logits(params, batch) - merged.label_logits(merged_params, batch)
       total = (jnp.abs(gap).mean(-1) * batch['weights']).sum()
     else:
@@ -172,11 +194,15 @@ def compare(run: Run, params: dict, dtype: str) -> Comparison:
     if count >= TOKENS:
       break
   mean = max(total / max(count, 1.0), 0.0)  # rounding may leave a tiny negative sum
-  is_reward = bool(run.arch.num_labels)
-  return Comparison(
-    *(None if is_reward else mean, mean if is_reward else None),
-    *(int(count), held_out, dtype),
-  )
+  found = {'kl': None, 'score': None, 'states': None}
+  found['states' if is_bare else 'score' if run.arch.num_labels else 'kl'] = mean
+  return Comparison(**found, tokens=int(count), held_out=held_out, dtype=dtype)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """Returns states [B, T, D] of length 1, float32."""
+  x = x.astype(jnp.float32)
+  return x / jnp.maximum(jnp.sqrt(jnp.square(x).sum(-1, keepdims=True)), 1e-12)
 
 
 def _rounded(run: Run, params: dict, dtype: str) -> dict:

@@ -6,8 +6,8 @@ from typing import Any
 
 from ftjax.experiment.model import Model, open_model
 from ftjax.families import label_head, table
-from ftjax.hf import label_files, load
-from ftjax.hf.label_files import Labels
+from ftjax.hf import label_files, load, sentence_files
+from ftjax.hf.label_files import EMBEDDING, Labels
 from ftjax.hf.peft import PeftFolder
 from ftjax.models.architecture import Architecture
 from ftjax.runtime.errors import ConfigError, DataError
@@ -35,6 +35,8 @@ def _labels(folder: PeftFolder, config: Mapping[str, Any], family: str) -> Label
   config: config.json of the base.
   """
   task = folder.config.task
+  if folder.config.is_bare:
+    return Labels(EMBEDDING, pool=sentence_files.find_pool(folder.place))
   if not task or task == 'span':
     return Labels(task) if task else None
   any_number = Labels(task, ('0', '1'))

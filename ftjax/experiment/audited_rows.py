@@ -12,6 +12,8 @@ from ftjax.config import algorithms
 from ftjax.data import (
   annotated_examples,
   annotated_rows,
+  embedding_examples,
+  embedding_rows,
   encode,
   formats,
   labeled_examples,
@@ -36,6 +38,7 @@ Example = (
   | prompt_rows.Prompt
   | annotated_rows.LabeledText
   | annotated_rows.TaggedWords
+  | embedding_rows.TextGroup
 )
 
 
@@ -133,6 +136,8 @@ class _Reader:
 
   def _parse(self, row: Mapping[str, Any], form: str | None, spec: sources.Spec) -> Example:
     has_template = self._tokenizer.template is not None
+    if self._shape == 'texts':
+      return embedding_rows.parse(row, self._annotation)
     if self._shape in annotated_rows.SHAPES:
       return annotated_rows.parse(row, self._shape, self._annotation)
     if self._shape == 'prompt':
@@ -151,7 +156,7 @@ class _Reader:
       if isinstance(tokens, Bad):
         yield _unusable(place, tokens.reason, row)
       else:
-        if self._shape in annotated_rows.SHAPES:
+        if self._shape in annotated_rows.SHAPES and self._shape != 'texts':
           prompt, label = self._annotated(example)
           answers = () if label is None else (label,)
         else:
@@ -165,7 +170,7 @@ class _Reader:
   ) -> tuple[tuple[str, ...], str | None]:
     """Returns (texts, label) of a row with labels; None for a number, for words and without one."""
     if isinstance(example, annotated_rows.TaggedWords):
-      return (' '.join(example.words),), None
+      return texts_of(example)[0], None
     names = self._annotation.names
     found = [names[int(v)] for v in example.values] if names else []
     return example.texts, ', '.join(found) or None
@@ -181,6 +186,8 @@ class _Reader:
       found = span_corruption.encode(parsed, self._tokenizer, self._most)
     elif self._shape == 'text':
       found = encode.encode(parsed, self._tokenizer, self._loss_on)
+    elif self._shape == 'texts':
+      found = embedding_examples.encode(parsed, self._tokenizer)
     elif self._shape in annotated_rows.SHAPES:
       found = annotated_examples.encode(parsed, self._tokenizer, self._annotation)
     else:
@@ -213,6 +220,12 @@ def texts_of(example: Example) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return prompt, (*chosen[-1:], *texts_of(example.rejected)[1][-1:])
   if isinstance(example, preference_rows.LabeledExample):
     return texts_of(example.answer)
+  if isinstance(example, annotated_rows.LabeledText):
+    return example.texts, ()
+  if isinstance(example, annotated_rows.TaggedWords):
+    return (' '.join(example.words),), ()
+  if isinstance(example, embedding_rows.TextGroup):  # the anchor, and the others
+    return example.texts[:1], example.texts[1:]
   if isinstance(example, prompt_rows.Prompt):
     asked = example.asked
     prompt = (asked,) if isinstance(asked, str) else _contents(asked.messages)

@@ -238,6 +238,14 @@ def annotation(c: ml_collections.ConfigDict) -> Annotation:
     return Annotation(c.classification.objective, names)
   if shape == 'tags':
     return Annotation('tags', head.names, c.token_classification.all_subwords)
+  if shape == 'texts':
+    section = c.embedding
+    is_scored = section.objective == 'cosine'
+    return Annotation(
+      section.objective,
+      negatives=0 if is_scored else section.negatives,
+      needs_negative=not (is_scored or section.in_batch),
+    )
   if shape == 'masked':
     return Annotation('masked')
   if shape == 'steps':

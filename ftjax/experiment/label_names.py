@@ -10,14 +10,18 @@ from ftjax.config import algorithms, custom_keys, keys, saved_config
 from ftjax.data import annotated_rows, sources, synthetic
 from ftjax.data.formats import Bad
 from ftjax.experiment import data
-from ftjax.experiment.model import Model
-from ftjax.hf.label_files import REWARD, Labels
+from ftjax.experiment.model import Model, random_config
+from ftjax.families import table
+from ftjax.hf import load, sentence_files
+from ftjax.hf.label_files import EMBEDDING, REWARD, Labels
+from ftjax.models import score_head
 from ftjax.runtime.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 # A set with more labels is taken for a mistake: identifiers, or texts to be written.
 _MOST_FOUND = 1000
+_WITHOUT_NAMES = ('span', EMBEDDING)
 _OF_TOKENIZER = -1
 
 
@@ -30,13 +34,13 @@ def head(c: ml_collections.ConfigDict) -> Labels | None:
   found = algorithms.of(c).labels(c)
   if found is None:
     return None
-  if found.task != 'span' and not found.names:
+  if found.task not in _WITHOUT_NAMES and not found.names:
     key = f'{c.algorithm}.labels'
     raise ConfigError(
       f'{key} is (), and without the training rows the labels are not known: set {key}, such as '
       "('negative', 'positive')"
     )
-  return Labels(found.task, found.names, found.problem)
+  return Labels(found.task, found.names, found.problem, found.pool, found.max_tokens)
 
 
 def is_reward(config: Mapping[str, Any]) -> bool:
@@ -52,7 +56,7 @@ def saved_head(config: Mapping[str, Any]) -> Labels | None:
   c = keys.default()
   c.algorithm = config['algorithm']
   custom_keys.complete(c)
-  sections = {'custom', *(name.partition('.')[0] for name in algorithms.of(c).reads)}
+  sections = {'custom', 'seq_len', *(name.partition('.')[0] for name in algorithms.of(c).reads)}
   for key, value in config.items():
     if key.partition('.')[0] in sections - {'data'}:
       saved_config.assign(c, key, value)
@@ -87,15 +91,19 @@ def resolve_mask(c: ml_collections.ConfigDict, model: Model) -> None:
 
 
 def resolve(c: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes the names of the labels of the training rows into the config, where it names none.
+  """Writes what the config leaves open into it: the names of the labels of the training rows; of a
+  model of vectors the pool that its files name, or else the usual one.
 
   workdir: of synthetic rows, where there is no data.cache.
 
   Raises:
     DataError: rows that name no labels, one label, or more than are plausible.
+    ConfigError: a model whose vectors are not computed here.
   """
   found = algorithms.of(c).labels(c)
-  if found is None or found.names or found.task == 'span':
+  if found is not None and found.task == EMBEDDING and not found.pool:
+    _resolve_pool(c)
+  if found is None or found.names or found.task in _WITHOUT_NAMES:
     return
   key, shape = f'{c.algorithm}.labels', algorithms.of(c).example(c)
   specs = sources.parse_specs(c.data.train)
@@ -122,3 +130,12 @@ def resolve(c: ml_collections.ConfigDict, workdir: str) -> None:
   log.info('labels of data.train: %s', shown)
   section, _, name = key.partition('.')
   c[section][name] = names
+
+
+def _resolve_pool(c: ml_collections.ConfigDict) -> None:
+  path, pool = c.model.path, ''
+  if path:
+    pool = sentence_files.find_pool(path)
+  config = load.read_config(path) if path else random_config(c.model.random.to_dict())
+  c.embedding.pool = pool or score_head.usual_pool(table.architecture(config, c.model.family))
+  log.info('embedding.pool: %s', c.embedding.pool)

@@ -11,7 +11,7 @@ from ftjax.experiment import model_record
 from ftjax.experiment.vocabulary import Vocabulary
 from ftjax.families import hf_config, llama, table
 from ftjax.families import label_head as families_head
-from ftjax.hf import label_files, load
+from ftjax.hf import label_files, load, sentence_files
 from ftjax.hf.label_files import Labels
 from ftjax.hf.new_rows import NewRows
 from ftjax.models.architecture import Architecture
@@ -121,6 +121,8 @@ def open_model(
   if head is not None:
     found, config = label_files.describe(arch.family, found, config, tokenizer, stops, head)
     arch = table.architecture(config, family)
+    if head.is_embedding:
+      found |= sentence_files.of_model(arch, head)
   elif arch.is_encoder and arch.masked_head is None:
     config = dict(config) | {'architectures': [table.hf_class(arch.family, 'ForMaskedLM')]}
     arch = table.architecture(config, family)

@@ -55,7 +55,7 @@ def build(
     model_card.Card(
       algorithm=model_card.public(config.get('algorithm', '')),
       is_reward=bool(model.arch.num_labels) and label_names.is_reward(config),
-      task=model.arch.task,
+      task=_task(model, config),
       num_labels=model.arch.num_labels,
       has_template=model.tokenizer.template is not None,
       step=step,
@@ -72,6 +72,14 @@ def build(
       audit=_audit(_read(workdir, data_audit.FILE)),
     )
   )
+
+
+def _task(model: Model, config: Mapping[str, Any]) -> str:
+  """Returns what the model gives, see model_card.Card."""
+  if model.arch.task:
+    return model.arch.task
+  head = label_names.saved_head(config) if config.get('algorithm') else None
+  return model_card.EMBEDDING if head is not None and head.is_embedding else ''
 
 
 def _audit(found: Mapping[str, Any]) -> str:

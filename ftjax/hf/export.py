@@ -42,7 +42,7 @@ def is_ours(path: Path) -> bool:
   """Returns whether a file belongs to a model folder, so that replacing the folder loses nothing
   else.
   """
-  if path.name == model_folder.TEMPLATES and path.is_dir():
+  if path.name in model_folder.FOLDERS and path.is_dir():
     return all(p.is_file() for p in path.iterdir())
   if not path.is_file():
     return False
@@ -122,10 +122,9 @@ def _whole_prefix(target: Path) -> Iterator[Path]:
 def _objects(folder: Path) -> dict[str, Path]:
   """Returns the objects of a model folder in a bucket, by their names below it."""
   found = {p.name: p for p in folder.iterdir()} if folder.is_dir() else {}
-  if model_folder.TEMPLATES not in found:
-    return found
-  inner = found.pop(model_folder.TEMPLATES)
-  return found | {f'{inner.name}/{p.name}': p for p in inner.iterdir()}
+  for inner in [found.pop(name) for name in model_folder.FOLDERS if name in found]:
+    found |= {f'{inner.name}/{p.name}': p for p in inner.iterdir()}
+  return found
 
 
 def write_model(

@@ -11,10 +11,13 @@ from typing import Any
 
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import label_head, table
+from ftjax.families.family import Family
+from ftjax.families.hf_config import HfConfig
 from ftjax.hf.gguf_tokenizer import dump_json
 from ftjax.hf.weight_files import parse_json
 from ftjax.runtime.errors import ConfigError, DataError
 
+EMBEDDING = 'embedding'
 PROBLEMS = ('single_label_classification', 'multi_label_classification', 'regression')
 
 
@@ -22,15 +25,26 @@ PROBLEMS = ('single_label_classification', 'multi_label_classification', 'regres
 class Labels:
   """The labels that a model is given.
 
-  task: one of architecture.TASKS. names: in the order of their numbers; of a span () for begin and
-  end. problem: what transformers' loss makes of those of a sequence, one of PROBLEMS; '' for none.
+  task: one of architecture.TASKS, or EMBEDDING for a model without a head, whose states make
+  vectors of texts. names: in the order of their numbers; of a span () for begin and end. problem:
+  what transformers' loss makes of those of a sequence, one of PROBLEMS; '' for none.
+  pool, max_tokens: of vectors, see sentence_files.files; pool '' where it is not known yet.
   """
 
   task: str
   names: tuple[str, ...] = ()
   problem: str = ''
+  pool: str = ''
+  max_tokens: int = 0
+
+  @property
+  def is_embedding(self) -> bool:
+    """Whether the model has no head, and gives vectors."""
+    return self.task == EMBEDDING
 
   def __post_init__(self):
+    if self.is_embedding:
+      return
     if self.task not in label_head.CLASSES:
       raise ValueError(f'task={self.task!r}; expected {", ".join(label_head.CLASSES)}')
     if self.problem not in ('', *PROBLEMS):
@@ -61,6 +75,8 @@ def labeled(family: str, config: Mapping[str, Any], labels: Labels) -> dict[str,
       f'the family {family!r} takes neither labels nor a score here; give a decoder or an encoder '
       '(docs/families.md)'
     )
+  if labels.is_embedding:
+    return _bare(known, config)
   if labels.task not in known.tasks:
     raise ConfigError(
       f'the family {family!r} takes no labels of a {labels.task}: transformers has no '
@@ -74,6 +90,24 @@ def labeled(family: str, config: Mapping[str, Any], labels: Labels) -> dict[str,
   if labels.names:
     out |= label_head.label_keys(labels.names)
   return out | ({'problem_type': labels.problem} if labels.problem else {})
+
+
+def _bare(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config.json of a model whose states are read: an encoder has no head, and a decoder
+  keeps that of a language model, which its files hold.
+
+  Raises:
+    ConfigError: a decoder with labels.
+  """
+  if family.is_encoder:
+    gone = ('num_labels', 'id2label', 'label2id', 'problem_type')
+    kept = {k: v for k, v in config.items() if k not in gone}
+    return kept | {'architectures': [f'{family.hf_class}Model']}
+  if task := label_head.task(HfConfig(dict(config))):
+    raise ConfigError(
+      f'the model gives labels of a {task}; vectors of texts need a language model or an encoder'
+    )
+  return dict(config)
 
 
 def describe(

@@ -76,8 +76,8 @@ class Card:
   Attributes:
     algorithm: of the run.
     is_reward: whether it is a reward model.
-    task: what its labels are given to, 'sequence' (also of a reward model), 'token' or 'span'; ''
-      for a language model.
+    task: what its labels are given to, 'sequence' (also of a reward model), 'token' or 'span';
+      EMBEDDING for vectors; '' for a language model.
     num_labels: how many labels it gives; 0 for a language model.
     has_template: whether its tokenizer has a chat template.
     step: optimizer steps behind the weights.
@@ -245,6 +245,7 @@ def _title(card: Card) -> str:
 
 def _header(card: Card) -> str:
   library = 'peft' if card.is_adapter else 'transformers'
+  library = 'sentence-transformers' if card.task == EMBEDDING else library
   kinds = [*(['reward-model'] if card.is_reward else []), *(['lora'] if card.is_adapter else [])]
   meta: dict[str, Any] = {
     'library_name': library,
@@ -348,6 +349,7 @@ _USES = {
 }
 _LABELED = 'A text is read as it stands, with the special tokens that the tokenizer adds.'
 # Of tasks: transformers' classes, and the hub's names.
+EMBEDDING = 'embedding'  # task of a model of vectors
 _CLASSES = {
   '': 'CausalLM',
   'sequence': 'SequenceClassification',
@@ -359,7 +361,12 @@ _PIPELINES = {
   'sequence': 'text-classification',
   'token': 'token-classification',
   'span': 'question-answering',
+  EMBEDDING: 'sentence-similarity',
 }
+_VECTORS = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer('PATH')  # this folder, or its name on the hub
+print(model.encode(['A text', 'Another text']))  # vectors of length 1"""
 
 
 def _loading(card: Card) -> str:
@@ -368,6 +375,8 @@ def _loading(card: Card) -> str:
       '## Loading\n\nThe base has random weights, which no folder holds: load the merged model '
       '(`merged/` of the run), or make one with `python -m ftjax.convert --source=WORKDIR`.'
     )
+  if card.task == EMBEDDING:
+    return f'## Loading\n\n```python\n{_VECTORS}\n```'
   prefix = 'AutoPeftModelFor' if card.is_adapter else 'AutoModelFor'
   name = f'{prefix}{_CLASSES[card.task]}'
   imports = f'from transformers import {name}, AutoTokenizer'

@@ -52,11 +52,15 @@ _SIDE_FILES = (
 )
 ADAPTER_WEIGHTS = peft_config.WEIGHTS_FILE
 TEMPLATES = 'additional_chat_templates'
+# How sentence-transformers makes a vector of a text; see sentence_files.py.
+SENTENCE_FILES = ('modules.json', '1_Pooling/config.json', 'sentence_bert_config.json')
+# Subfolders of model folders.
+FOLDERS = (TEMPLATES, '1_Pooling')
 _LONGEST_CARD = 4 << 20  # bytes
 
 # Files of a hub model that are downloaded before its weights, or those of an adapter; the model
 # card for its license.
-_SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE)
+_SMALL = (*_SIDE_FILES, 'config.json', f'{TEMPLATES}/*', weight_files.INDEX_FILE, *SENTENCE_FILES)
 _SMALL += (*peft_config.SMALL_FILES, model_card.FILE)
 
 
@@ -162,7 +166,7 @@ def is_side_file(name: str) -> bool:
 
 def is_model_file(name: str) -> bool:
   """Returns whether a file of this name, directly in a model folder, is a part of the model."""
-  known = (*_MODEL_FILES, *peft_config.SMALL_FILES, peft_config.WEIGHTS_FILE)
+  known = (*_MODEL_FILES, *peft_config.SMALL_FILES, peft_config.WEIGHTS_FILE, *SENTENCE_FILES)
   return name in known or is_side_file(name) or bool(_WEIGHTS.fullmatch(name))
 
 

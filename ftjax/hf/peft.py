@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftjax.hf import layout, load, model_folder, peft_base, peft_config, peft_names
-from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftConfig
+from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, FEATURES, PREFIX, WEIGHTS_FILE, PeftConfig
 from ftjax.hf.peft_names import Adapted
-from ftjax.hf.tensor_source import TensorSource
+from ftjax.hf.tensor_source import RenamedSource, TensorSource
 from ftjax.hf.weight_files import file_inside, parse_json
 from ftjax.models import kinds
 from ftjax.models.architecture import AdaptedMap, Adapter, Architecture
@@ -242,8 +242,17 @@ def read(path: str | os.PathLike) -> PeftFolder:
   if not model_folder.is_adapter(folder):
     raise DataError(f'{folder}: holds a whole model beside the adapter; move one of them away')
   source, modules = peft_names.text_part(load.open_source(folder))
-  config = dataclasses.replace(config, modules=modules)
-  return PeftFolder(folder, peft_base.read(folder, config), config, source)
+  config, base = dataclasses.replace(config, modules=modules), peft_base.read(folder, config)
+  if config.is_bare and not base.prefix:
+    raise DataError(
+      f'{place}: task_type={FEATURES!r} of another program is not supported, since its names do '
+      'not state the class of the base; merge it into its base with PEFT (merge_and_unload)'
+    )
+  if base.prefix:
+    start = PREFIX + base.prefix
+    names = {start + n.removeprefix(PREFIX): n for n in source.tensors}
+    source = RenamedSource(source, names)
+  return PeftFolder(folder, base, config, source)
 
 
 def check_base(folder: PeftFolder, path: str, sha256: str) -> None:

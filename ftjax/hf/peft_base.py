@@ -22,7 +22,8 @@ class Base:
   where it is not recorded. storage, block: how it was held, as in architecture.Architecture. parts:
   {module: (rank, scale) of each part} of the fused matrices whose adapter is that of its parts; see
   peft_names.Adapted. labels: names of the labels of a model that gives some, problem: of those of a
-  sequence, as label_files.Labels has them; () and '' where they are not recorded.
+  sequence, as label_files.Labels has them; () and '' where they are not recorded. prefix: what the
+  names of modules lack in the files, those of a base without a head; '' for nothing.
   """
 
   path: str
@@ -32,6 +33,7 @@ class Base:
   parts: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
   labels: tuple[str, ...] = ()
   problem: str = ''
+  prefix: str = ''
 
 
 def read(folder: Path, config: PeftConfig) -> Base:
@@ -45,7 +47,7 @@ def read(folder: Path, config: PeftConfig) -> Base:
   found = parse_json(place.read_bytes(), str(place))
   is_fit = (
     isinstance(found, dict)
-    and found.keys() - {'parts', 'labels', 'problem'} == {'sha256', 'storage', 'block'}
+    and found.keys() - {'parts', 'labels', 'problem', 'prefix'} == {'sha256', 'storage', 'block'}
     and isinstance(found['sha256'], str)
     and found['storage'] in _STORAGES
     and type(found['block']) is int
@@ -53,9 +55,9 @@ def read(folder: Path, config: PeftConfig) -> Base:
   )
   if not is_fit:
     raise DataError(f'{place}: {found!r}; expected sha256, storage (of {_STORAGES}) and block')
-  names, problem = found.get('labels', []), found.get('problem', '')
-  if not isinstance(names, list) or not all(isinstance(n, str) for n in [*names, problem]):
-    raise DataError(f'{place}: labels={names!r}, problem={problem!r}; expected texts')
+  names, others = found.get('labels', []), [found.get(k, '') for k in ('problem', 'prefix')]
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in [*names, *others]):
+    raise DataError(f'{place}: labels={names!r}, problem and prefix are {others!r}; expected texts')
   parts = _parts(found.get('parts', {}), place)
   return Base(path, **found | {'parts': parts, 'labels': tuple(names)})
 

@@ -17,6 +17,7 @@ from ftjax.runtime.errors import DataError
 
 CONFIG_FILE, WEIGHTS_FILE = 'adapter_config.json', 'adapter_model.safetensors'
 # PEFT's names of what labels are given to.
+FEATURES = 'FEATURE_EXTRACTION'  # of a model without a head
 TASKS = {'sequence': 'SEQ_CLS', 'token': 'TOKEN_CLS', 'span': 'QUESTION_ANS'}
 BASE_FILE = 'ftjax_base.json'  # what the base was; PEFT would warn of keys of ours in its own file
 SMALL_FILES = (CONFIG_FILE, BASE_FILE)
@@ -99,7 +100,8 @@ class PeftConfig:
   gives labels to, one of architecture.TASKS, '' for a language model. targets: a pattern, ends of
   names, or ALL_LINEAR. ranks, alphas: (pattern, value) pairs, before the usual ones. transposed:
   the matrices of the base are stored as [inputs, outputs], as GPT-2's are. modules: what begins the
-  names of layers in the file; in what the methods take it is 'model.'.
+  names of layers in the file; in what the methods take it is 'model.'. is_bare: whether the base
+  is used without a head.
   """
 
   place: str
@@ -119,6 +121,7 @@ class PeftConfig:
   saved: tuple[str, ...]
   transposed: bool
   modules: str = multimodal.MODULES
+  is_bare: bool = False
 
   def is_saved(self, tensor: str) -> bool:
     """Returns whether a HF tensor belongs to a module that is saved whole."""
@@ -169,8 +172,8 @@ def parse(content: Any, place: str) -> PeftConfig:
     raise DataError(f"{place}: peft_type={kind!r} is not supported; expected 'LORA'. Else {_MERGE}")
   _check_idle(content, place)
   task = content.get('task_type')
-  if task not in (None, 'CAUSAL_LM', *TASKS.values()):
-    known = ', '.join(map(repr, ('CAUSAL_LM', *TASKS.values())))
+  if task not in (None, 'CAUSAL_LM', FEATURES, *TASKS.values()):
+    known = ', '.join(map(repr, ('CAUSAL_LM', FEATURES, *TASKS.values())))
     raise DataError(f'{place}: task_type={task!r}; expected one of {known}')
   get = _Reader(content, place, Clock())
   layers = content.get('layers_to_transform')
@@ -182,6 +185,7 @@ def parse(content: Any, place: str) -> PeftConfig:
     base=get.text('base_model_name_or_path'),
     revision=get.text('revision'),
     task=next((own for own, name in TASKS.items() if name == task), ''),
+    is_bare=task == FEATURES,
     rank=get.rank('r', content.get('r', 8)),
     alpha=get.alpha('lora_alpha', content.get('lora_alpha', 8)),
     rslora=get.flag('use_rslora'),

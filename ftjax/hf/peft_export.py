@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from ftjax.cluster import processes
-from ftjax.families import multimodal, tensor_map
+from ftjax.families import multimodal, table, tensor_map
 from ftjax.families.tensor_map import Binding
 from ftjax.hf import model_card, peft_names, safetensors
 from ftjax.hf.export import edited_card, generation_file, on_host, whole_folder
 from ftjax.hf.gguf_tokenizer import dump_json
-from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, PREFIX, TASKS, WEIGHTS_FILE
+from ftjax.hf.peft_config import BASE_FILE, CONFIG_FILE, FEATURES, PREFIX, TASKS, WEIGHTS_FILE
 from ftjax.hf.peft_names import Adapted, Part, Place
 from ftjax.hf.tensor_source import TensorInfo
 from ftjax.models import kinds
@@ -77,7 +77,8 @@ def export(
     target: folder to write, replaced if it is a model or adapter folder.
     base: the base's path as the user gave it, a hub name with its commit; '': a random model.
     sha256: of the base's weights, see `load.fingerprint`.
-    modules: what begins the names of the base's layers, see `load.module_prefix`.
+    modules: what begins the names of the base's layers, see `load.module_prefix`; '' for a base
+      without a head, as transformers' AutoModel opens it.
     source_config: the base's config.json.
     tokenizer_files: as `load.tokenizer_files` gave them; written byte for byte, but for the stop
       tokens.
@@ -90,8 +91,12 @@ def export(
   """
   leaves = trees.flatten(params)
   tensors = _Tensors(arch, leaves)
-  tensors.rename(lambda name: multimodal.own_name(name, modules))
-  config = _config(arch, base, tensors)
+  prefix = '' if modules else table.of(arch).prefix or multimodal.MODULES
+  if prefix:
+    tensors.rename(lambda name: name.removeprefix(prefix))
+  else:
+    tensors.rename(lambda name: multimodal.own_name(name, modules))
+  config = _config(arch, base, tensors) | ({'task_type': FEATURES} if prefix else {})
   if not processes.is_main():
     for read in tensors.readers.values():
       read()
@@ -105,6 +110,7 @@ def export(
     files[model_card.FILE] = card
   held = {'sha256': sha256, 'storage': arch.base, 'block': arch.block}
   held |= {'parts': tensors.parts} if tensors.parts else {}
+  held |= {'prefix': prefix} if prefix else {}
   if arch.labels:  # which PEFT takes from the code that loads the folder
     held |= {'labels': arch.labels, 'problem': source_config.get('problem_type') or ''}
   files[BASE_FILE] = dump_json(held)

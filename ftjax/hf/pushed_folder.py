@@ -94,7 +94,7 @@ def push(folder: str, name: str, is_public: bool, base: str = '') -> str:
 def _is_model_file(path: str) -> bool:
   inside, _, name = path.rpartition('/')
   if inside:
-    return inside == model_folder.TEMPLATES
+    return inside in model_folder.FOLDERS
   return name in _ADAPTER or model_folder.is_model_file(name)
 
 
@@ -110,7 +110,7 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str]]:
   found: dict[str, Path | bytes] = {}
   left: list[str] = []
   for path in sorted(folder.iterdir()):
-    if path.name == model_folder.TEMPLATES and path.is_dir():
+    if path.name in model_folder.FOLDERS and path.is_dir():
       found |= {
         f'{path.name}/{p.name}': weight_files.file_inside(folder, p.name, path.name)
         for p in sorted(path.iterdir())

@@ -58,6 +58,13 @@ class Score(nnx.Module):
     return y if self.b is None else y + self.b[...].astype(jnp.float32)[None, None]
 
 
+def usual_pool(arch: Architecture) -> str:
+  """Returns what a vector of a text is made of where nothing names it: the mean of an encoder's
+  states, or the last state of a decoder, which alone has read the whole text.
+  """
+  return 'mean' if arch.is_encoder else 'last'
+
+
 def pooled(
   x: jax.Array, segments: jax.Array, positions: jax.Array, count: int, pool: str
 ) -> tuple[jax.Array, jax.Array]:

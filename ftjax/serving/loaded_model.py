@@ -7,11 +7,14 @@ import jax
 from ftjax.experiment import adapter_folder, saved_model
 from ftjax.experiment.model import Model, label_head, open_model
 from ftjax.hf import load as hf_load
-from ftjax.hf import peft, peft_weights, run_export
+from ftjax.hf import peft, peft_weights, run_export, sentence_files
+from ftjax.hf.label_files import EMBEDDING, Labels
 from ftjax.models import kinds
 from ftjax.runtime import sharding, trees
 from ftjax.runtime.errors import ConfigError, DataError
 from ftjax.storage import snapshots
+
+TEXT, LABELS, VECTORS = 'text', 'labels', 'vectors'
 
 
 def load(
@@ -20,7 +23,7 @@ def load(
   dtype: Any,
   family: str = '',
   base: str = '',
-  labels: bool = False,
+  use: str = TEXT,
 ) -> tuple[Model, dict]:
   """Returns (experiment.Model, parameters) of --model.
 
@@ -30,7 +33,7 @@ def load(
     dtype: of the parameters.
     family: value of model.family; a workdir has its own.
     base: of an adapter; '': the one that its folder names.
-    labels: whether a model with labels is wanted, and not one that writes text.
+    use: what is wanted of the model: TEXT, LABELS or VECTORS.
 
   Raises:
     DataError: there is no model.
@@ -41,13 +44,18 @@ def load(
     return sharding.shardings(mesh, kinds.axes(arch))
 
   def check(model):
-    if labels and not model.arch.num_labels:
+    if use == LABELS and not model.arch.num_labels:
       raise ConfigError(
         f'--model={path} has no labels: --classify is for models of the algorithms classification, '
         'token_classification and reward_model'
       )
-    if not labels:
+    if use == TEXT:
       saved_model.check_generates(model, f'--model={path}')
+    if use == VECTORS and model.arch.num_labels:
+      raise ConfigError(
+        f'--model={path} gives labels: --embed is for models of the algorithm embedding, for those '
+        'of sentence-transformers, and for encoders and language models without labels'
+      )
     return model
 
   def from_checkpoint(saved):
@@ -68,6 +76,8 @@ def load(
     return model, peft_weights.load_params(adapter, model.source, model.arch, axes, dtype)
   if base:
     raise ConfigError(f'--base={base}: --model={path} is no adapter and needs no base')
-  head = label_head(export or path, family) if labels else None
-  model = check(open_model(export or path, {}, 0, head, family=family, encoders=labels))
+  head = None if use == TEXT else label_head(export or path, family)
+  if use == VECTORS and head is None:
+    head = Labels(EMBEDDING, pool=sentence_files.find_pool(export or path))
+  model = check(open_model(export or path, {}, 0, head, family=family, encoders=use == LABELS))
   return model, hf_load.load_params(export or path, model.arch, axes(model.arch), dtype)

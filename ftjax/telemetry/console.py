@@ -423,9 +423,9 @@ def next_commands(
   is_masked: bool = False,
 ) -> list[tuple[str, str]]:
   """Returns rows of a block: commands to run next. reward_model: folder of the whole reward model
-  that the run made, '' for other runs. command_line: flags of this run, quoted. labels: what a
-  model with labels gives them to, 'steps' of a solution or texts; '' for none. is_masked: whether
-  it predicts masked tokens.
+  that the run made, '' for other runs. command_line: flags of this run, quoted. labels: of a model
+  with labels or vectors, 'steps' of a solution, 'texts' for vectors, or another shape of rows; ''
+  for others. is_masked: whether it predicts masked tokens.
   """
   python = 'python -m ftjax.'
   if reward_model:
@@ -438,7 +438,8 @@ def next_commands(
   if labels == 'steps':
     return [('next', f'{python}generate {model} --steps=min --prompts=FILE')]
   if labels:
-    return [('next', f'{python}generate {model} --classify --prompt=TEXT')]
+    flag = '--embed' if labels == 'texts' else '--classify'
+    return [('next', f'{python}generate {model} {flag} --prompt=TEXT')]
   rows = [('next', f'{python}generate {model}' + (f' --prompt={prompt}' if prompt else ''))]
   if has_tasks and command_line:
     rows.append(('next', f'{python}evaluate {" ".join(command_line)}'))
