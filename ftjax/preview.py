@@ -96,6 +96,7 @@ def main() -> None:
     label_names.head(c),
     family=c.model.family,
     vocabulary=vocabulary.of(section.flat(c)),
+    encoders=algorithms.of(c).predicts_masked,
   )
   rows = min(_ROWS.value, c.batch_size)
   with tempfile.TemporaryDirectory() as scratch:

@@ -242,3 +242,17 @@ def test_rows_with_labels_and_groups_of_texts_are_audited(
   rows, unusable = audited_rows.read(c, tokenizer, sources.parse_specs(train))
   assert [(r.prompt, r.answers) for r in rows] == [texts] and rows[0].tokens
   assert [f.line for f in unusable] == [2]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  'name',
+  [
+    *('classification', 'token_classification', 'masked_lm', 'embedding', 'prm', 'seq2seq'),
+    'span_corruption',
+  ],
+)
+def test_rows_of_every_shape_are_shown_and_audited(name):
+  for words in ([], ['--audit']):
+    code, printed = tiny_run.run('preview', [f'--config=tiny_{name}', *words])
+    assert code == 0 and '400' in printed, printed

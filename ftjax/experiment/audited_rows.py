@@ -22,6 +22,7 @@ from ftjax.data import (
   source_target,
   sources,
   span_corruption,
+  step_rows,
 )
 from ftjax.data.formats import Bad, Chat, Completion, Text
 from ftjax.data.policy import TEXT_SHAPES
@@ -38,6 +39,7 @@ Example = (
   | prompt_rows.Prompt
   | annotated_rows.LabeledText
   | annotated_rows.TaggedWords
+  | step_rows.Steps
   | embedding_rows.TextGroup
 )
 
@@ -156,9 +158,11 @@ class _Reader:
       if isinstance(tokens, Bad):
         yield _unusable(place, tokens.reason, row)
       else:
-        if self._shape in annotated_rows.SHAPES and self._shape != 'texts':
+        if self._shape in ('class', 'tags'):
           prompt, label = self._annotated(example)
           answers = () if label is None else (label,)
+        elif self._shape == 'masked':
+          prompt, answers, label = (), example.texts, None
         else:
           prompt, answers = texts_of(example)
           label = _label(row) if self._shape in TEXT_SHAPES else None
@@ -224,6 +228,9 @@ def texts_of(example: Example) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return example.texts, ()
   if isinstance(example, annotated_rows.TaggedWords):
     return (' '.join(example.words),), ()
+  if isinstance(example, step_rows.Steps):
+    asked = example.prompt
+    return (asked,) if isinstance(asked, str) else _contents(asked.messages), example.steps
   if isinstance(example, embedding_rows.TextGroup):  # the anchor, and the others
     return example.texts[:1], example.texts[1:]
   if isinstance(example, prompt_rows.Prompt):
