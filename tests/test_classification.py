@@ -274,7 +274,11 @@ def test_an_adapter_gives_the_labels_of_its_checkpoint_and_of_its_export(tmp_pat
 
 
 @pytest.mark.parametrize(
-  ('name', 'metric'), [('classification', 'accuracy'), ('token_classification', 'f1')]
+  ('name', 'metric'),
+  [
+    ('classification', 'accuracy'),
+    pytest.param('token_classification', 'f1', marks=pytest.mark.full),
+  ],
 )
 def test_a_shipped_config_learns_and_labels(tmp_path, name, metric):
   run = tmp_path / 'run'

@@ -235,6 +235,7 @@ def assert_same(a, b):
     np.testing.assert_allclose(x, y, atol=5e-6 * max(1.0, np.abs(y).max()))
 
 
+@pytest.mark.full
 def test_a_step_has_the_same_negatives_however_it_is_cut_packed_and_sharded():
   c = config(embedding__symmetric=True, embedding__temperature=0.5)
   padded = batch([[g] for g in GROUPS])

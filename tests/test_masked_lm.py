@@ -80,6 +80,7 @@ def test_shares_that_are_none(changes):
     validation.validate(config(**changes))
 
 
+@pytest.mark.full
 def test_the_shipped_config_learns_and_its_export_becomes_a_classifier(tmp_path):
   run = tmp_path / 'run'
   code, printed = tiny_run.run('train', ['--config=tiny_masked_lm', f'--workdir={run}'])

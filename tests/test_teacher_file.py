@@ -218,6 +218,7 @@ def written(tmp_path_factory, teacher):
   return home, settings
 
 
+@pytest.mark.full
 def test_all_tokens_from_a_file_train_as_the_teacher_in_the_step(tmp_path, teacher, written):
   settings = written[1]
   code, printed = run('train', tmp_path / 'online', distill__teacher=str(teacher))

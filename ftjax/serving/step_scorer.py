@@ -60,7 +60,7 @@ class StepScorer:
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
     jax.set_mesh(mesh)
     own = (family, base)
-    model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, labels=True)
+    model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, loaded_model.LABELS)
     arch = self._arch = model.arch
     if arch.task != 'token' or arch.num_labels != 2:
       raise ConfigError(
