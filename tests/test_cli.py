@@ -24,6 +24,9 @@ def parse(capsys, monkeypatch):
   flags.DEFINE_bool('raw', False, 'A flag without a value.', flag_values=own)
   flags.DEFINE_integer('rows', 1, 'A number.', flag_values=own)
   monkeypatch.setattr(cli, 'FLAGS', own)
+  # Another module of the process may have declared it as optional.
+  monkeypatch.setattr(own['config'], 'validators', [])
+  flags.mark_flag_as_required('config', own)
 
   def run(*arguments):
     own['config'].unparse()

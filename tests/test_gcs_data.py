@@ -17,7 +17,7 @@ from parity.toy_gguf import Toy, write_toy
 from tiny_tokenizer import tiny_files
 
 from ftjax import convert
-from ftjax.data import sources, token_cache
+from ftjax.data import corpus_builder, sources, token_cache
 from ftjax.data.sources import Spec
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.families import table as families
@@ -132,7 +132,7 @@ def test_tokens_built_on_one_machine_are_downloaded_by_another(bucket, tmp_path,
   spec = Spec(str(tmp_path / 'a.jsonl'))
   first = corpus(tmp_path, spec)
   stored = bucket.names('run/data_cache')
-  assert len(stored) == 10
+  assert len(stored) == len(corpus_builder.DTYPES) + 1  # and meta.json
   monkeypatch.setenv('FTJAX_CACHE', str(tmp_path / 'another machine'))
 
   def refuse(*_):

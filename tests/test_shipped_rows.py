@@ -14,7 +14,7 @@ from ftjax.config import config_file, task_specs, validation
 from ftjax.data.tokenizer import Tokenizer
 from ftjax.evaluation import tasks
 from ftjax.experiment import data as examples
-from ftjax.experiment import data_check, evaluation_names
+from ftjax.experiment import data_check, evaluation_names, label_names
 from ftjax.hf import load
 from ftjax.runtime.errors import DataError
 
@@ -64,8 +64,8 @@ def config(folder, monkeypatch):
 
   def load(name):
     c = _load(name)
-    for path in _paths(c):
-      if not Path(path).exists():
+    for path in (c.model.path, *_paths(c)):
+      if path.startswith('.cache') and not Path(path).exists():
         pytest.skip(f'{path} is missing: the docstring of configs/{name}.py has what makes it')
     return c
 
@@ -100,6 +100,7 @@ def test_the_tasks_of_a_config_load(config, name):
 def test_the_training_rows_of_a_config_pass_its_checks(config, folder, name):
   c = config(name)
   c.data.cache, c.data.workers = str(folder / 'tokens'), 1
+  label_names.resolve(c, str(folder / 'run'))
   data = examples.open_data(c, _tokenizer(c.model.path), str(folder / 'run'))
   data_check.check(types.SimpleNamespace(config=c, data=data))
   data.log_summary()

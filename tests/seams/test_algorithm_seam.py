@@ -120,7 +120,7 @@ def test_own_keys_are_for_algorithms_that_have_some():
     ('toy_algorithm:FOCUS', 'has no FOCUS; did you mean toy_algorithm:FOCAL?'),
     (
       'toy_algorithm:make_loss',
-      r'is a function \(forward, c\); expected a ftjax.config.algorithms',
+      r'is a function \(forward, c\); expected a ftjax.config.algorithm_record',
     ),
     ('toy_algorithm:', 'package.module:object'),
     ('toy_algorithm', "expected one of .* or 'module:object'"),
