@@ -10,6 +10,7 @@ from ftjax import config
 def get_config():
   c = config.default()
   c.algorithm = 'classification'
+  c.classification.labels = ('negative', 'positive')
   c.model.path = '.cache/minilm'
   c.model.compute_dtype = 'float32'
   c.data.train = '.cache/eval/reviews/train.jsonl'

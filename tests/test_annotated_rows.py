@@ -8,7 +8,14 @@ import tiny_words
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from ftjax.data import annotated_examples, annotated_rows, batches, packing, token_cache
+from ftjax.data import (
+  annotated_examples,
+  annotated_rows,
+  batches,
+  class_balance,
+  packing,
+  token_cache,
+)
 from ftjax.data.annotated_rows import Annotation, LabeledText, TaggedWords
 from ftjax.data.formats import Bad
 from ftjax.data.order import Mixture, SourceSchedule
@@ -284,3 +291,17 @@ def test_rows_hold_no_more_texts_than_they_have_arrays_for():
       assert sum(held) <= 32
     assert (total == counts).all()
   assert packing.pack_lengths(counts, 32, 1000) == packing.pack_lengths(counts, 32)
+
+
+def test_the_balance_of_labels_is_by_the_label_and_not_by_the_text(tmp_path):
+  rows = [{'text': 'a film', 'label': 'positive'}] * 3 + [{'text': 'a play', 'label': 'negative'}]
+  found = corpus(tmp_path, rows)
+  class_balance.weigh(found, 'equal')
+  np.testing.assert_allclose(found.weights, [2 / 3, 2 / 3, 2 / 3, 2])
+  several = [
+    {'text': 'a film', 'labels': ['neutral', 'positive']},
+    {'text': 'a play', 'labels': []},
+  ]
+  found = corpus(tmp_path, several * 2, annotation=MULTI)
+  class_balance.weigh(found, 'sqrt')
+  np.testing.assert_allclose(found.weights, np.ones(4))

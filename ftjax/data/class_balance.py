@@ -34,13 +34,18 @@ def weights(labels: np.ndarray, how: str) -> np.ndarray:
 
 
 def labels_of(corpus: Corpus) -> np.ndarray:
-  """Returns a number for the supervised tokens of each example, int64[n]; equal answers have equal
-  numbers.
+  """Returns a number for the label of each example, int64[n]; equal labels have equal numbers. The
+  label of a text without one is its answer, the supervised tokens.
   """
   out = np.zeros(len(corpus), np.int64)
   for i in range(len(corpus)):
-    tokens, supervised = corpus.example(i)
-    digest = hashlib.blake2b(tokens[supervised].tobytes(), digest_size=8).digest()
+    if corpus.shape == 'class':
+      own = corpus.labels(i)
+      label = np.append(own[own >= 0].astype(np.float64), corpus.value(i))
+    else:
+      tokens, supervised = corpus.example(i)
+      label = tokens[supervised]
+    digest = hashlib.blake2b(label.tobytes(), digest_size=8).digest()
     out[i] = int.from_bytes(digest, 'little', signed=True)
   return out
 
