@@ -147,6 +147,11 @@ descendants() {
 
 # One line: running PID | exited CODE | stopped CODE (by the verb stop) | lost (it ended without an exit code: the machine restarted) | not started.
 status() {
+  # The exit code is written a moment after the end.
+  for _ in {1..20}; do
+    if is_running || [[ -f exit_code || ! -f pid ]]; then break; fi
+    sleep 0.1
+  done
   if is_running; then
     echo "running $(cat pid)"
   elif [[ -f exit_code ]]; then

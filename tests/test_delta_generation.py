@@ -98,6 +98,7 @@ def reads(monkeypatch):
   return sizes
 
 
+@pytest.mark.full
 def test_a_conversation_is_as_if_read_whole(reads):
   expected = talk()
   del reads[:]

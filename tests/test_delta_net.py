@@ -176,6 +176,7 @@ def next_tokens(tokens, segments):
   return np.where((segments > 0) & (segments == following), np.roll(tokens, -1, 1), -1)
 
 
+@pytest.mark.full
 def test_gradients_of_packed_are_those_of_separate():
   tokens, segments = packed()
   params = init(HYBRID)

@@ -153,13 +153,14 @@ def test_detached_it_goes_away_from_the_terminal(cloud):
 
 def test_machines_by_ssh(cloud):
   """The first is process 0; logs and stop reach them."""
-  env = training(cloud, 'echo "$@"; sleep 60 & trap "exit 75" TERM; wait $!')
+  env = training(cloud, 'trap "exit 75" TERM; echo "$@"; touch ~/ready; sleep 60 & wait $!')
   hosts = ['--hosts=me@m1,m2', '--name=r1', '--poll=0.1']
   words = [*hosts, '--config=tiny_sft', '--workdir=/mnt/r1', '--platform=tpu', *cloud.install]
   code, _, err = launchers.run('ssh.sh', *words, env=env)
   assert code == 2 and '--shared-disk' in err
   code, _, err = launchers.run('ssh.sh', *words, '--shared-disk', env=env)
   assert code == 0, err
+  launchers.until(lambda: all((cloud.home(m) / 'ready').exists() for m in ('m1', 'm2')))
   code, out, _ = launchers.run('ssh.sh', 'logs', *hosts, env=env)
   assert '--coordinator=m1:8476 --num_processes=2 --process_id=0' in out
   assert '--preflight -- ' in out and '--workdir=/mnt/r1' in out

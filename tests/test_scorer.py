@@ -95,6 +95,7 @@ def _greedy(params, prompt, count):
   return ids[len(prompt) :]
 
 
+@pytest.mark.full
 def test_a_choice_is_greedy_where_each_of_its_tokens_is_the_likeliest(use_mesh):
   prompts, choices = _questions()
   best = [_greedy(init(TINY), p, 3) for p in prompts]

@@ -33,6 +33,7 @@ def engine(slots=3, beams=Beams(), stops=tuple(range(0, VOCAB, 9))):  # noqa: B0
   )
 
 
+@pytest.mark.full
 def test_log_probabilities_of_samples_are_the_trainer_s():
   """Of two completions of each prompt, in batches of three."""
   found = engine().generate(
@@ -150,6 +151,7 @@ def test_what_cannot_be_generated_is_refused():
     Beams(2, 1.0, 'often')
 
 
+@pytest.mark.full
 def test_the_score_of_a_choice_is_its_log_probability():
   """By the full forward pass; choices of different lengths after prompts of different lengths."""
   arch, params = t5_models.architecture(NAME), t5_models.params(NAME)

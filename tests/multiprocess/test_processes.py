@@ -101,6 +101,7 @@ def test_a_process_hangs_and_all_end_within_the_limit(one, tmp_path):
   check(tmp_path, one)
 
 
+@pytest.mark.full
 def test_sigterm_to_one_saves_the_same_step_in_all(one, tmp_path):
   settings = arguments(tmp_path, 'checkpoint.every=0', 'eval.every=0', 'steps=2000', 'epochs=0.0')
   with Processes(2, settings, tmp_path / 'logs') as both:
