@@ -293,7 +293,8 @@ def test_a_shipped_config_learns_and_labels(tmp_path, name, metric):
   assert list(config['id2label'].values()) == wanted[name]
   found = []
   for model in (run, f'{run}@last'):
-    code, printed = tiny_run.run('generate', [f'--model={model}', '--classify', '--prompt=4 + 7 ='])
+    words = [f'--model={model}', '--classify', '--prompt=4 + 7 =']
+    code, printed = tiny_run.run('generate', words, devices=2)
     assert code == 0, printed
     found.append(json.loads(printed.strip().splitlines()[-1]))
   assert found[0] == found[1]

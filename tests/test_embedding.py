@@ -356,7 +356,8 @@ def test_settings_that_do_not_go_together(changes, message):
 
 
 def embed(model, *rest):
-  code, printed = tiny_run.run('generate', [f'--model={model}', '--embed', *rest])
+  words = [f'--model={model}', '--embed', *rest]
+  code, printed = tiny_run.run('generate', words, devices=2)
   assert code == 0, printed
   return [json.loads(line) for line in printed.strip().splitlines() if line.startswith('{')]
 

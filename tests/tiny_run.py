@@ -72,11 +72,12 @@ def launch(entry, arguments, log, *, folder=ROOT, devices=1, share_cache=False, 
   return _server(os.getpid()).launch(entry, arguments, log, variables, folder)
 
 
-def run(entry, arguments, share_cache=True, folder=ROOT):
+def run(entry, arguments, share_cache=True, folder=ROOT, devices=1):
   """(exit code, what it printed) of an entry run to its end; see `launch`."""
   with tempfile.TemporaryDirectory() as scratch:
     log = pathlib.Path(scratch) / 'log'
-    process = launch(entry, arguments, log, folder=folder, share_cache=share_cache)
+    settings = dict(folder=folder, share_cache=share_cache, devices=devices)
+    process = launch(entry, arguments, log, **settings)
     try:
       code = process.wait(timeout=300)
     finally:

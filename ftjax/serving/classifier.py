@@ -13,11 +13,9 @@ from ftjax.data.annotated_rows import Annotation, LabeledText, TaggedWords
 from ftjax.data.encode import Encoded
 from ftjax.data.formats import Bad
 from ftjax.experiment.model import label_names
-from ftjax.generation.padding import bucket
 from ftjax.models.forward import Forward
-from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.serving import generator, loaded_model
+from ftjax.serving import generator, loaded_model, text_batches
 
 THRESHOLD = 0.5  # of a probability from which a text has one of several labels
 
@@ -49,14 +47,8 @@ class Classifier:
   def __init__(
     self, path: str, dtype: str = 'float32', family: str = '', base: str = '', batch_size: int = 8
   ):
-    jax.config.update(
-      'jax_default_matmul_precision', 'highest' if dtype == 'float32' else 'default'
-    )
-    # One device: texts are few, and a batch of them is small.
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
-    jax.set_mesh(mesh)
-    own = (family, base)
-    model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, loaded_model.LABELS)
+    own = (dtype, family, base, loaded_model.LABELS)
+    model, self._params = text_batches.open_model(path, *own)
     arch = self._arch = model.arch
     if arch.task == 'span':
       raise ConfigError(f'--model={path} finds answers in a text; --classify gives labels to texts')
@@ -105,23 +97,17 @@ class Classifier:
     (found,) = annotated_examples.encode([parsed], self.tokenizer, annotation)
     if isinstance(found, Bad):
       raise DataError(f'{place}: {found.reason}')
-    if len(found[0].tokens) > self._arch.max_len:
-      raise DataError(
-        f'{place}: {len(found[0].tokens)} tokens; the model was made for {self._arch.max_len}'
-      )
+    text_batches.check_length(found[0].tokens, place, self._arch.max_len)
     return found[0]
 
   def _batch(self, examples: Sequence[Encoded]) -> dict[str, np.ndarray]:
-    longest = max(len(e.tokens) for e in examples)
-    shape = (self._size, min(bucket(longest), max(longest, self._arch.max_len)))
-    names = ('tokens', 'segments', 'positions', 'token_types')
-    batch = {name: np.zeros(shape, np.int32) for name in names}
+    texts = [e.tokens for e in examples]
+    batch = text_batches.padded(texts, self._size, self._arch.max_len)
+    types = np.zeros_like(batch['tokens'])
     for i, example in enumerate(examples):
       n = len(example.tokens)
-      batch['tokens'][i, :n], batch['segments'][i, :n] = example.tokens, 1
-      batch['positions'][i, :n] = np.arange(n)
-      batch['token_types'][i, example.boundary or n : n] = 1
-    return batch
+      types[i, example.boundary or n : n] = 1
+    return batch | {'token_types': types}
 
   def _labels(self, example: Encoded, logits: np.ndarray) -> dict[str, Any]:
     logits = logits.astype(np.float64)

@@ -10,13 +10,11 @@ import numpy as np
 from ftjax.data import annotated_rows, embedding_examples
 from ftjax.data.embedding_rows import TextGroup
 from ftjax.data.formats import Bad
-from ftjax.generation.padding import bucket
 from ftjax.hf import sentence_files
 from ftjax.models import score_head
 from ftjax.models.forward import Forward
-from ftjax.runtime import sharding
 from ftjax.runtime.errors import DataError
-from ftjax.serving import loaded_model
+from ftjax.serving import loaded_model, text_batches
 
 
 class Embedder:
@@ -37,16 +35,8 @@ class Embedder:
   def __init__(
     self, path: str, dtype: str = 'float32', family: str = '', base: str = '', batch_size: int = 8
   ):
-    jax.config.update(
-      'jax_default_matmul_precision', 'highest' if dtype == 'float32' else 'default'
-    )
-    # One device: texts are few, and a batch of them is small.
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1))
-    jax.set_mesh(mesh)
-    own = (family, base)
-    model, self._params = loaded_model.load(
-      path, mesh, jnp.dtype(dtype), *own, loaded_model.VECTORS
-    )
+    own = (dtype, family, base, loaded_model.VECTORS)
+    model, self._params = text_batches.open_model(path, *own)
     self._arch, self.tokenizer, self._size = model.arch, model.tokenizer, batch_size
     self.pool = sentence_files.pool_in(model.files) or score_head.usual_pool(model.arch)
     forward = Forward(model.arch, jnp.dtype(dtype))
@@ -70,7 +60,8 @@ class Embedder:
     encoded = [self._encode(place, row) for place, row in rows]
     for start in range(0, len(rows), self._size):
       some = encoded[start : start + self._size]
-      found = np.asarray(self._vectors(self._params, self._batch(some)))
+      batch = text_batches.padded(some, self._size, self._arch.max_len)
+      found = np.asarray(self._vectors(self._params, batch))
       for (_, row), vector in zip(rows[start:], found[: len(some)], strict=False):
         yield row | {'embedding': [float(f'{x:.7g}') for x in vector]}
 
@@ -83,18 +74,5 @@ class Embedder:
     if isinstance(found, Bad):
       raise DataError(f'{place}: {found.reason}')
     tokens = found[0].tokens
-    if len(tokens) > self._arch.max_len:
-      raise DataError(f'{place}: {len(tokens)} tokens; the model was made for {self._arch.max_len}')
+    text_batches.check_length(tokens, place, self._arch.max_len)
     return tokens
-
-  def _batch(self, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    longest = max(map(len, texts))
-    shape = (self._size, min(bucket(longest), max(longest, self._arch.max_len)))
-    batch = {n: np.zeros(shape, np.int32) for n in ('tokens', 'segments', 'positions')}
-    # Rows beyond the texts have a token, so that no vector is NaN.
-    batch['segments'][:, 0] = 1
-    for i, tokens in enumerate(texts):
-      n = len(tokens)
-      batch['tokens'][i, :n], batch['segments'][i, :n] = tokens, 1
-      batch['positions'][i, :n] = np.arange(n)
-    return batch

@@ -11,12 +11,10 @@ from ftjax.data import step_rows
 from ftjax.data.formats import Bad, Chat
 from ftjax.data.messages import read_text
 from ftjax.data.step_rows import Steps
-from ftjax.generation.padding import bucket
 from ftjax.grading import step_scores
 from ftjax.models.forward import Forward
-from ftjax.runtime import sharding
 from ftjax.runtime.errors import ConfigError, DataError
-from ftjax.serving import generator, loaded_model
+from ftjax.serving import generator, loaded_model, text_batches
 
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
@@ -53,14 +51,8 @@ class StepScorer:
     base: str = '',
     batch_size: int = 8,
   ):
-    jax.config.update(
-      'jax_default_matmul_precision', 'highest' if dtype == 'float32' else 'default'
-    )
-    # One device: a batch of solutions is small.
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.devices()[:1])
-    jax.set_mesh(mesh)
-    own = (family, base)
-    model, self._params = loaded_model.load(path, mesh, jnp.dtype(dtype), *own, loaded_model.LABELS)
+    own = (dtype, family, base, loaded_model.LABELS)
+    model, self._params = text_batches.open_model(path, *own)
     arch = self._arch = model.arch
     if arch.task != 'token' or arch.num_labels != 2:
       raise ConfigError(
@@ -120,24 +112,12 @@ class StepScorer:
       place = places[i] if places else f'solution {i}'
       if isinstance(one, Bad):
         raise DataError(f'{place}: {one.reason}')
-      if len(one[0].tokens) > self._arch.max_len:
-        raise DataError(
-          f'{place}: {len(one[0].tokens)} tokens; the model was made for {self._arch.max_len}'
-        )
+      text_batches.check_length(one[0].tokens, place, self._arch.max_len)
       encoded.append(one[0])
     out: list[np.ndarray] = []
     for start in range(0, len(encoded), self._size):
       some = encoded[start : start + self._size]
-      found = np.asarray(self._probabilities(self._params, self._batch(some)), np.float64)
+      batch = text_batches.padded([e.tokens for e in some], self._size, self._arch.max_len)
+      found = np.asarray(self._probabilities(self._params, batch), np.float64)
       out += [p[np.flatnonzero(e.labels >= 0)] for p, e in zip(found, some, strict=False)]
     return out
-
-  def _batch(self, examples: Sequence) -> dict[str, np.ndarray]:
-    longest = max(len(e.tokens) for e in examples)
-    shape = (self._size, min(bucket(longest), max(longest, self._arch.max_len)))
-    batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'segments', 'positions')}
-    for i, example in enumerate(examples):
-      n = len(example.tokens)
-      batch['tokens'][i, :n], batch['segments'][i, :n] = example.tokens, 1
-      batch['positions'][i, :n] = np.arange(n)
-    return batch
